@@ -1,0 +1,213 @@
+"""Who holds which blocks and which slot, and how cache memory is split between the two. No tensors."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+from thalweg.cache.blocks import BlockPool, CacheAccountingError
+from thalweg.cache.slots import SlotPool
+from thalweg.cache.specs import LayerSpec, bytes_per_sequence, bytes_per_token
+from thalweg.errors import ConfigError
+
+
+class CacheManager:
+    """Accounts for the blocks and the slot of every running sequence, which a caller names by any string.
+
+    num_blocks 0 means a model without paged layers: its sequences need no block, whatever their length.
+    """
+
+    def __init__(self, num_blocks: int, num_slots: int, block_size: int) -> None:
+        if num_slots < 1 or block_size < 1:
+            raise CacheAccountingError(
+                f"{num_slots} slots, blocks of {block_size} tokens; expected 1 or more of each"
+            )
+        self.block_size = block_size
+        self.blocks = BlockPool(num_blocks)
+        self.slots = SlotPool(num_slots)
+        self._blocks_of: dict[str, list[int]] = {}
+        self._slot_of: dict[str, int] = {}
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens that one sequence could cache with every block to itself."""
+        return self.tokens_in(self.blocks.num_blocks)
+
+    def tokens_in(self, num_blocks: int) -> int:
+        """Tokens that num_blocks blocks hold; no bound for a model without paged layers."""
+        return num_blocks * self.block_size if self.blocks.num_blocks else sys.maxsize
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that num_tokens tokens of one sequence fill, the last perhaps in part."""
+        return -(-num_tokens // self.block_size) if self.blocks.num_blocks else 0
+
+    def can_admit(self, num_tokens: int, reserve: int = 0) -> bool:
+        """Whether a slot and the blocks for num_tokens are free, and `reserve` blocks would be left after."""
+        return self.slots.num_free > 0 and self.blocks_for(num_tokens) + reserve <= self.blocks.num_free
+
+    def admit(self, seq: str, num_tokens: int) -> tuple[int, list[int]]:
+        """Gives `seq` a slot and the blocks for num_tokens: (slot, its block table so far).
+
+        Raises CacheAccountingError when can_admit() says no, or `seq` is admitted already.
+        """
+        if seq in self._slot_of:
+            raise CacheAccountingError(f"sequence {seq!r} was admitted twice")
+        if not self.can_admit(num_tokens):
+            raise CacheAccountingError(
+                f"sequence {seq!r} of {num_tokens} tokens was admitted; "
+                f"{self.slots.num_free} slots and {self.blocks.num_free} blocks are free"
+            )
+        slot = self.slots.allocate()
+        blocks = self.blocks.allocate(self.blocks_for(num_tokens))
+        self._slot_of[seq] = slot
+        self._blocks_of[seq] = blocks
+        return slot, blocks[:]
+
+    def grow(self, seq: str, num_tokens: int) -> list[int] | None:
+        """The blocks `seq` gets so that it holds num_tokens, at the end of its table; [] if it has enough.
+
+        None, and nothing changes, when too few are free.
+        """
+        held = self._held(seq)
+        need = self.blocks_for(num_tokens) - len(held)
+        if need <= 0:
+            return []
+        if need > self.blocks.num_free:
+            return None
+        new = self.blocks.allocate(need)
+        held.extend(new)
+        return new
+
+    def release(self, seq: str) -> None:
+        """Frees the slot and every block of `seq` at once. Raises CacheAccountingError when it has none."""
+        self.blocks.free(self._held(seq))
+        self.slots.free(self._slot_of.pop(seq))
+        del self._blocks_of[seq]
+
+    def check_idle(self) -> None:
+        """Raises CacheAccountingError that lists what is still taken. For when no sequence should be left."""
+        blocks, slots = self.blocks.taken(), self.slots.taken()
+        if blocks or slots or self._slot_of:
+            raise CacheAccountingError(
+                f"leaked at idle: blocks {blocks}, slots {slots}, held by sequences {sorted(self._slot_of)}"
+            )
+
+    def _held(self, seq: str) -> list[int]:
+        blocks = self._blocks_of.get(seq)
+        if blocks is None:
+            raise CacheAccountingError(
+                f"sequence {seq!r} holds nothing; it was never admitted or is released"
+            )
+        return blocks
+
+
+@dataclass(frozen=True, slots=True)
+class MemorySplit:
+    """How cache memory is divided. Storage holds one slot and one block more than counted here: the sinks."""
+
+    num_slots: int  # sequences that run at once
+    num_blocks: int  # 0 when the model has no paged layer
+    block_size: int  # tokens
+    max_model_len: int  # tokens of one sequence, prompt and output
+    bytes_per_slot: int
+    bytes_per_block: int
+    memory_bytes: int  # what the cache was offered
+
+    @property
+    def state_bytes(self) -> int:
+        return (self.num_slots + 1) * self.bytes_per_slot
+
+    @property
+    def page_bytes(self) -> int:
+        return (self.num_blocks + 1) * self.bytes_per_block
+
+    @property
+    def unused_bytes(self) -> int:
+        return self.memory_bytes - self.state_bytes - self.page_bytes
+
+    def describe(self) -> list[str]:
+        """The split in a few lines, for the log at start and `inspect`."""
+        lines = [
+            f"cache memory    {_size(self.memory_bytes)}, of which {_size(self.unused_bytes)} stay unused"
+        ]
+        if self.bytes_per_slot:
+            lines.append(
+                f"state slots     {_size(self.state_bytes)} = {self.num_slots} sequences + 1 sink"
+                f" x {_size(self.bytes_per_slot)}"
+            )
+        else:
+            lines.append(f"state slots     {self.num_slots} sequences, no state kept")
+        if self.bytes_per_block:
+            lines.append(
+                f"pages           {_size(self.page_bytes)} = {self.num_blocks} blocks + 1 sink"
+                f" x {_size(self.bytes_per_block)}; {self.num_blocks * self.block_size} tokens"
+                f" in blocks of {self.block_size}"
+            )
+        else:
+            lines.append("pages           none, no layer caches by token")
+        lines.append(f"max model len   {self.max_model_len} tokens")
+        return lines
+
+
+def split_memory(
+    specs: list[LayerSpec],
+    *,
+    block_size: int,
+    memory_bytes: int,
+    max_num_seqs: int,
+    max_model_len: int | None,
+    model_max_len: int,
+) -> MemorySplit:
+    """Divides memory_bytes: state slots first, which cost the same whatever is run, then pages from the rest.
+
+    No more pages are taken than max_num_seqs sequences of full length fill. max_model_len None means
+    model_max_len (tokens, from the model's config), lowered to what one sequence can cache.
+    Raises ConfigError when the slots, or the pages of one sequence of max_model_len, do not fit.
+    """
+    for option, value in (("--block-size", block_size), ("--max-num-seqs", max_num_seqs)):
+        if value < 1:
+            raise ConfigError(f"{option} is {value}; expected 1 or more")
+    if memory_bytes < 1:
+        raise ConfigError(
+            f"{memory_bytes} bytes are left for the cache; raise --cache-memory / --gpu-memory-utilization"
+        )
+    if max_model_len is not None and not 1 <= max_model_len <= model_max_len:
+        raise ConfigError(
+            f"--max-model-len is {max_model_len}; expected 1 to {model_max_len}, the model's own context"
+        )
+
+    slot, block = bytes_per_sequence(specs), bytes_per_token(specs) * block_size
+    left = memory_bytes - (max_num_seqs + 1) * slot
+    if left < 0:
+        fit = memory_bytes // slot - 1
+        lower = f"lower --max-num-seqs to {fit}, or " if fit >= 1 else ""
+        raise ConfigError(
+            f"--max-num-seqs {max_num_seqs} needs {_size((max_num_seqs + 1) * slot)} of state"
+            f" ({max_num_seqs} + 1 slots of {_size(slot)}), and the cache has {_size(memory_bytes)};"
+            f" {lower}raise --cache-memory / --gpu-memory-utilization"
+        )
+    num_blocks, length = 0, max_model_len or model_max_len
+    if block:
+        fit = left // block - 1  # one block is the sink
+        if max_model_len is None:
+            length = max(min(length, fit * block_size), 1)
+        need = -(-length // block_size)
+        if fit < need:
+            lower = (
+                f"--max-model-len to {fit * block_size} or --max-num-seqs" if fit > 0 else "--max-num-seqs"
+            )
+            raise ConfigError(
+                f"--max-model-len {length} needs {_size((need + 1) * block)} of pages, and {_size(left)} of the"
+                f" cache's {_size(memory_bytes)} are left after the state of {max_num_seqs} sequences;"
+                f" lower {lower}, or raise --cache-memory / --gpu-memory-utilization"
+            )
+        num_blocks = min(fit, max_num_seqs * need)
+    return MemorySplit(max_num_seqs, num_blocks, block_size, length, slot, block, memory_bytes)
+
+
+def _size(num_bytes: int) -> str:
+    """Bytes for a reader: 1536 -> 1.50 KiB."""
+    if num_bytes < 1024:
+        return f"{num_bytes} B"
+    power = min((num_bytes.bit_length() - 1) // 10, 4)
+    return f"{num_bytes / 1024**power:.2f} {'KMGT'[power - 1]}iB"

@@ -1,0 +1,139 @@
+"""What an engine is told: one frozen dataclass, checked when it is made, completed once by resolve()."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from types import MappingProxyType
+from typing import Any
+
+from thalweg.errors import ConfigError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+LOAD_FORMATS = ("auto", "dummy", "safetensors")
+MAX_TENSOR_PARALLEL = 1024
+
+_DEVICE = re.compile(r"auto|cpu|(?:cuda|xpu|mps|hpu|npu)(?::\d{1,3})?")
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)(b?)\s*", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Options of one engine. Raises ConfigError, in the command line's spelling, on a value out of range.
+
+    `model` is a folder (None: the bundled model) and `tokenizer` another folder to take the tokenizer from.
+    `max_model_len` None means the model's context length, or what fits in memory. `cache_memory` is in bytes
+    and takes the place of `gpu_memory_utilization`, the share of the device's memory that weights and cache
+    may fill. `op_preference` maps an op's name, or "*", to the implementation that must serve it.
+    """
+
+    model: str | None = None
+    tokenizer: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    max_model_len: int | None = None
+    block_size: int = 64
+    cache_memory: int | None = None
+    gpu_memory_utilization: float = 0.9
+    tensor_parallel_size: int = 1
+    load_format: str = "auto"
+    seed: int = 0
+    op_preference: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._integer("max_num_seqs", 1, 65_536)
+        self._integer("max_num_batched_tokens", 1, 2**24)
+        self._integer("max_model_len", 1, 2**31 - 1, optional=True)
+        self._integer("block_size", 1, 65_536)
+        self._integer("cache_memory", 1, 2**50, optional=True)
+        self._integer("tensor_parallel_size", 1, MAX_TENSOR_PARALLEL)
+        self._integer("seed", -(2**63), 2**64 - 1)
+        share = self.gpu_memory_utilization
+        is_number = isinstance(share, (int, float)) and not isinstance(share, bool)
+        self._need(
+            is_number and math.isfinite(share) and 0 < share <= 1,
+            "gpu_memory_utilization",
+            "a number in (0, 1]",
+        )
+        self._need(self.dtype in DTYPES, "dtype", _one_of(DTYPES))
+        self._need(self.load_format in LOAD_FORMATS, "load_format", _one_of(LOAD_FORMATS))
+        for name in ("model", "tokenizer"):
+            value = getattr(self, name)
+            self._need(value is None or (isinstance(value, str) and value != ""), name, "a folder")
+        device = self.device
+        self._need(
+            isinstance(device, str) and bool(_DEVICE.fullmatch(device)), "device", "auto, cpu, cuda or cuda:N"
+        )
+        prefer = self.op_preference
+        pairs_ok = isinstance(prefer, Mapping) and all(
+            isinstance(x, str) and x for kv in prefer.items() for x in kv
+        )
+        self._need(pairs_ok, "op_preference", "a mapping of op names to implementation names")
+        # A copy nobody can write to: a frozen config must not change through the caller's dict.
+        object.__setattr__(self, "op_preference", MappingProxyType(dict(prefer)))
+
+    def resolve(self, *, device: str, checkpoint_dtype: str, context_len: int) -> EngineConfig:
+        """The same options with every "auto" decided, given what the machine and the checkpoint are.
+
+        `device` is what "auto" stands for here. dtype "auto" is the checkpoint's own on an accelerator; on a
+        CPU it is float32, since bfloat16 is slow there and less exact. Raises ConfigError when
+        --max-model-len is more than `context_len`, the model's context length in tokens.
+        """
+        if self.max_model_len is not None and self.max_model_len > context_len:
+            raise ConfigError(
+                f"--max-model-len is {self.max_model_len}; expected at most {context_len}, "
+                "the model's context length"
+            )
+        chosen = device if self.device == "auto" else self.device
+        dtype = self.dtype
+        if dtype == "auto":
+            dtype = "float32" if chosen == "cpu" else checkpoint_dtype
+        load_format = "auto" if self.load_format == "safetensors" else self.load_format
+        return replace(self, device=chosen, dtype=dtype, load_format=load_format)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values by option name, for messages to other processes; EngineConfig(**d) gives the same
+        config."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {**values, "op_preference": dict(self.op_preference)}
+
+    def _integer(self, name: str, low: int, high: int, *, optional: bool = False) -> None:
+        value = getattr(self, name)
+        if optional and value is None:
+            return
+        expected = f"an integer from {low} to {high}"
+        self._need(
+            isinstance(value, int) and not isinstance(value, bool) and low <= value <= high, name, expected
+        )
+
+    def _need(self, ok: bool, name: str, expected: str) -> None:
+        if not ok:
+            option = "--" + name.replace("_", "-")
+            raise ConfigError(f"{option} is {getattr(self, name)!r}; expected {expected}")
+
+
+def parse_size(text: str, option: str) -> int:
+    """The integer a size stands for: "4096", "32k", "1.5m", "2GiB", "40gb".
+
+    A suffix means powers of 1024 ("32k" is 32768), except kb, mb, gb and tb, which mean powers of 1000.
+    Raises ConfigError that names `option`.
+    """
+    match = _SIZE.fullmatch(text)
+    if match is None or (match[3] and not match[2]):
+        raise ConfigError(f"{option} is {text!r}; expected a size such as 4096, 32k, 1m or 2GiB")
+    number, suffix, binary, is_bytes = match.groups()
+    base = 1000 if is_bytes and not binary else 1024
+    value = float(number) * base ** " kmgt".index(suffix.lower() or " ")
+    if not value.is_integer() or value > 2**53:
+        raise ConfigError(
+            f"{option} is {text!r}, which is no whole number below 2**53; expected e.g. 4096 or 32k"
+        )
+    return int(value)
+
+
+def _one_of(names: tuple[str, ...]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"

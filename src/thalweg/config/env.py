@@ -1,0 +1,18 @@
+"""The only reader of environment variables. Each is named here, with what it does; everything else is an
+option."""
+
+from __future__ import annotations
+
+import os
+
+VARIABLES = {
+    "THALWEG_API_KEY": "the key clients of the server must send; --api-key comes first",
+    "THALWEG_LOG_LEVEL": "debug, info, warning or error",
+}
+
+
+def read(name: str) -> str | None:
+    """The value of one of VARIABLES, None when it is unset or empty. Raises KeyError for any other name."""
+    if name not in VARIABLES:
+        raise KeyError(name)
+    return os.environ.get(name) or None

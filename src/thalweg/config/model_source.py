@@ -1,0 +1,35 @@
+"""Where a model's files are: a folder the user names, or the small model that comes with the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from thalweg.errors import ConfigError
+
+BUNDLED = "thalweg-tiny"
+_BUNDLED_FOLDER = Path(__file__).resolve().parent.parent / "bundled" / BUNDLED
+
+
+def model_folder(model: str | None) -> Path:
+    """The folder of `model`: None or "thalweg-tiny" is the bundled one. Nothing is ever downloaded.
+
+    Raises ConfigError, naming --model, when there is no such folder.
+    """
+    if model is None or (model == BUNDLED and not Path(model).exists()):
+        return _BUNDLED_FOLDER
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ConfigError(
+            f"--model is {model!r}, a file; expected a folder with config.json and safetensors files"
+        )
+    hint = f"; fetch it first: hf download {model} --local-dir FOLDER" if _looks_like_hub_name(model) else ""
+    raise ConfigError(f"--model is {model!r}, and there is no such folder{hint}")
+
+
+def _looks_like_hub_name(model: str) -> bool:
+    parts = model.split("/")
+    return len(parts) == 2 and all(
+        p and p.isprintable() and not p.startswith((".", "~")) and " " not in p for p in parts
+    )

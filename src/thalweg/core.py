@@ -1,0 +1,174 @@
+"""Plain data that crosses rooms and processes: requests, step plans, step results. No torch, no behaviour.
+
+Everything here is a frozen msgspec struct, so the same object is a value in a test, a line in a plan log and a
+message to another process.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import msgspec
+
+from thalweg.errors import InvalidRequest
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+MAX_STOP_STRINGS = 64
+MAX_LOGPROBS = 64
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How one request's tokens are chosen. Raises InvalidRequest on a value out of range.
+
+    Filters apply in this order: logit_bias, penalties, temperature, top_k, top_p, min_p.
+    """
+
+    max_tokens: int | None = 16  # generated tokens at most; None: up to the context. 0 prefills only
+    min_tokens: int = 0  # before this many tokens eos and stop_token_ids are never chosen
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0 (or -1): off
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0  # over prompt and output
+    presence_penalty: float = 0.0  # over output
+    frequency_penalty: float = 0.0  # over output
+    logit_bias: dict[int, float] = {}
+    seed: int | None = None  # None: drawn from the engine's seed and the request's arrival number
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    logprobs: int | None = None  # of the chosen token and this many most likely ones
+    prompt_logprobs: int | None = None  # the same for every prompt token but the first
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        def need(ok: bool, name: str, expected: str) -> None:
+            if not ok:
+                raise InvalidRequest(f"{name} is {getattr(self, name)!r}; expected {expected}")
+
+        def finite(x: float) -> bool:
+            return math.isfinite(x)
+
+        need(self.max_tokens is None or self.max_tokens >= 0, "max_tokens", "None or an integer >= 0")
+        need(self.min_tokens >= 0, "min_tokens", "an integer >= 0")
+        need(finite(self.temperature) and 0 <= self.temperature <= 100, "temperature", "0 to 100")
+        need(finite(self.top_p) and 0 < self.top_p <= 1, "top_p", "a number in (0, 1]")
+        need(self.top_k >= -1, "top_k", "0 (off) or an integer >= 1")
+        need(finite(self.min_p) and 0 <= self.min_p <= 1, "min_p", "a number in [0, 1]")
+        need(finite(self.repetition_penalty) and 0 < self.repetition_penalty <= 100, "repetition_penalty", "a number in (0, 100]")
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            need(finite(value) and -2 <= value <= 2, name, "a number in [-2, 2]")
+        need(all(k >= 0 and finite(b) and -100 <= b <= 100 for k, b in self.logit_bias.items()), "logit_bias", "token ids >= 0 with biases in [-100, 100]")
+        need(self.seed is None or -(2**63) <= self.seed < 2**64, "seed", "a 64-bit integer")
+        need(len(self.stop) <= MAX_STOP_STRINGS and all(0 < len(s) <= 1024 for s in self.stop), "stop", f"at most {MAX_STOP_STRINGS} strings of 1 to 1024 characters")
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            need(value is None or 0 <= value <= MAX_LOGPROBS, name, f"None or 0 to {MAX_LOGPROBS}")
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """One sequence to continue, as it enters the engine."""
+
+    id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    prompt_logits: bool = False  # also return float32 logits of every prompt position (in-process only)
+
+
+class Admission(msgspec.Struct, frozen=True, array_like=True):
+    """A request takes a slot in this step, for the first time or again after preemption.
+
+    token_ids holds the prompt and, when resumed, what was generated so far; the slot's state starts from zero.
+    """
+
+    slot: int
+    request_id: str
+    token_ids: list[int]
+    num_prompt: int
+    params: SamplingParams
+    seed: int
+    prompt_logits: bool
+
+
+class Prefill(msgspec.Struct, frozen=True, array_like=True):
+    """`length` tokens of the slot's admitted token_ids from `start` on; `sample` where they reach the end."""
+
+    slot: int
+    start: int
+    length: int
+    sample: bool
+
+
+class StepPlan(msgspec.Struct, frozen=True, array_like=True):
+    """One forward pass, as plain data. A log of plans replays a run.
+
+    Rows run in this order: decodes, then prefills. A decode row's input token is the last one sampled for its slot,
+    which lives on the device and which the scheduler may not know yet. Steps run in the order they were planned.
+    """
+
+    step: int
+    admissions: list[Admission]
+    new_blocks: list[tuple[int, int, int]]  # (slot, index in its block table, block), applied before the rows run
+    decode_slots: list[int]
+    decode_starts: list[int]  # tokens already in the cache, which is the position of the row's input token
+    prefills: list[Prefill]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.decode_slots) + sum(p.length for p in self.prefills)
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities at one position: the chosen token's, its rank (1 = most likely), and the top ones."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
+class StepResult(msgspec.Struct, frozen=True, array_like=True):
+    """What one step gave. token_ids has one entry per sampling row: every decode, then prefills with sample=True.
+
+    The dicts are sparse and keyed by slot. An entry in `errors` ends that request alone; its token id means nothing.
+    `prompt_logits` (float32 tensors [length, V]) never leaves the process.
+    """
+
+    step: int
+    token_ids: list[int]
+    logprobs: dict[int, TokenLogprobs] = {}
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
+    errors: dict[int, str] = {}
+    prompt_logits: dict[int, Any] = {}
+
+
+class RequestUpdate(msgspec.Struct, frozen=True, array_like=True):
+    """News of one request after a step, from the engine to whoever asked: zero or one new token, perhaps its end."""
+
+    request_id: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None  # the token that ended it, when finish_reason is "stop"
+    error: str | None = None
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None  # of the chunk just prefilled
+    prompt_logits: Any = None  # of the chunk just prefilled; in-process only
+
+
+class SchedulerStats(msgspec.Struct, frozen=True, array_like=True):
+    """A snapshot for metrics and logs."""
+
+    num_running: int
+    num_waiting: int
+    blocks_used: int
+    blocks_total: int
+    slots_used: int
+    slots_total: int
+    num_preemptions: int
+    prompt_tokens: int
+    generation_tokens: int

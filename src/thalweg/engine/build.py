@@ -1,0 +1,150 @@
+"""Builds one rank: model, weights, cache, runner. Where "auto" options are decided and memory is split."""
+
+from __future__ import annotations
+
+import os
+import time
+from math import prod
+
+import torch
+from torch import nn
+
+from thalweg import ops as _ops  # noqa: F401 -- registers every op's implementations
+from thalweg.cache.manager import MemorySplit, split_memory
+from thalweg.cache.specs import LayerSpec, PagedSpec, bytes_per_sequence, bytes_per_token
+from thalweg.cache.storage import CacheStorage
+from thalweg.config.engine import EngineConfig
+from thalweg.engine.info import EngineInfo, OpChoice
+from thalweg.engine.source import ModelSource, open_source
+from thalweg.errors import ConfigError
+from thalweg.layers.context import BuildContext
+from thalweg.ops.registry import Resolver
+from thalweg.parallel.mesh import Mesh, join_mesh
+from thalweg.runner.inputs import InputBuilder
+from thalweg.runner.runner import ModelRunner
+from thalweg.sampling.sampler import Sampler
+from thalweg.weights.checkpoint import Checkpoint
+from thalweg.weights.dummy import fill
+from thalweg.weights.load import bytes_to_load, load
+from thalweg.weights.plan import checkpoint_shapes
+from thalweg.weights.progress import progress_bar
+
+CPU_CACHE_MEMORY = 4 << 30  # default on a CPU, where pages cost memory only once they are written
+
+
+def build_rank(config: EngineConfig, tp_rank: int, rendezvous_file: str) -> tuple[ModelRunner, EngineInfo]:
+    """Everything one rank needs to execute plans. With several ranks, all of them call this at the same time."""
+    began = time.perf_counter()
+    source = open_source(config.model)
+    c = source.config
+    device = _device(config, tp_rank)
+    config = config.resolve(device=str(device), checkpoint_dtype=c.dtype, context_len=c.context_len)
+    if device.type == "cpu" and config.tensor_parallel_size > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // config.tensor_parallel_size))
+    plan = source.package.plan(c, tp_rank, config.tensor_parallel_size)  # refuses what ranks do not divide, early
+    mesh = join_mesh(tp_rank, config.tensor_parallel_size, rendezvous_file, device)
+    resolver = Resolver(config.op_preference)
+    model = source.package.build(BuildContext(device, getattr(torch, config.dtype), mesh, resolver), c)
+    _fill(model, plan, source, config, tp_rank)
+
+    specs: list[LayerSpec] = model.cache_specs
+    weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    split = split_memory(
+        specs,
+        block_size=config.block_size,
+        memory_bytes=_cache_memory(config, device, mesh),
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=config.max_model_len,
+        model_max_len=c.context_len,
+    )
+    cache = CacheStorage(specs, split.num_blocks, split.num_slots, config.block_size, device)
+    inputs = InputBuilder(split.num_slots, split.max_model_len, config.block_size, device)
+    eos = source.eos_token_ids
+    sampler = Sampler(split.num_slots, c.vocab_size, frozenset(eos), device)
+    runner = ModelRunner(model, cache, inputs, sampler, mesh)
+    info = EngineInfo(
+        name=source.name,
+        folder=str(source.folder),
+        architecture=type(model).__name__,
+        device=_device_name(device),
+        dtype=config.dtype,
+        tensor_parallel_size=config.tensor_parallel_size,
+        vocab_size=c.vocab_size,
+        parameters=sum(prod(shape) for shape in checkpoint_shapes(plan).values()),
+        max_model_len=split.max_model_len,
+        max_num_seqs=split.num_slots,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        block_size=config.block_size,
+        num_blocks=split.num_blocks,
+        num_slots=split.num_slots,
+        bytes_per_token=bytes_per_token(specs),
+        bytes_per_sequence=bytes_per_sequence(specs),
+        weight_bytes=weight_bytes,
+        memory_split=_describe(weight_bytes, split),
+        layers=[_describe_layer(i, layer, spec) for i, (layer, spec) in enumerate(zip(model.layers, specs, strict=True))],
+        eos_token_ids=list(eos),
+        ops=[OpChoice(o.op, dict(o.context.dims), o.chosen, list(o.refused)) for o in resolver.explain()],
+        load_seconds=time.perf_counter() - began,
+    )
+    return runner, info
+
+
+def _device(config: EngineConfig, tp_rank: int) -> torch.device:
+    """This rank's device. Ranks take CUDA devices 0, 1, ... unless --device names one. Raises ConfigError."""
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda":
+            device = torch.device("cuda", tp_rank if device.index is None else device.index + tp_rank)
+            torch.cuda.set_device(device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        reason = str(e).strip().splitlines()[0]
+        raise ConfigError(f"--device is {config.device!r}, which this machine or torch does not have: {reason}") from e
+    return device
+
+
+def _fill(model: nn.Module, plan: list, source: ModelSource, config: EngineConfig, tp_rank: int) -> None:
+    params = dict(model.named_parameters())
+    show = None if tp_rank == 0 else False
+    if config.load_format == "dummy":
+        total = sum(p.numel() * p.element_size() for p in params.values())
+        with progress_bar(f"drawing {source.name}", total, show=show) as advance:
+            fill(plan, params.__getitem__, config.seed, advance)
+        return
+    checkpoint = Checkpoint(source.folder)
+    with progress_bar(f"loading {source.name}", bytes_to_load(plan, checkpoint), show=show) as advance:
+        load(plan, checkpoint, params.__getitem__, ignore=source.package.ignored(source.config), progress=advance)
+
+
+def _cache_memory(config: EngineConfig, device: torch.device, mesh: Mesh) -> int:
+    """Bytes for the cache on this rank; the same number on every rank."""
+    if config.cache_memory is not None:
+        return config.cache_memory
+    if device.type != "cuda":
+        return min(CPU_CACHE_MEMORY, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
+    free, total = torch.cuda.mem_get_info(device)
+    memory = int(config.gpu_memory_utilization * total) - (total - free)
+    memory = mesh.minimum(memory, device)
+    if memory <= 0:
+        raise ConfigError(
+            f"--gpu-memory-utilization {config.gpu_memory_utilization} leaves nothing for the cache: {(total - free) >> 20} MiB of {total >> 20} MiB are taken; raise it or use more ranks"
+        )
+    return memory
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _describe(weight_bytes: int, split: MemorySplit) -> list[str]:
+    return [f"weights         {weight_bytes / 2**20:.2f} MiB", *split.describe()]
+
+
+def _describe_layer(index: int, layer: nn.Module, spec: LayerSpec) -> str:
+    parts = f"{type(layer.attn).__name__} + {type(layer.mlp).__name__}"
+    if isinstance(spec, PagedSpec):
+        return f"{index:3} {parts}: {spec.bytes_per_token} B a token"
+    return f"{index:3} {parts}: {spec.bytes_per_sequence} B a sequence"

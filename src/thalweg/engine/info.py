@@ -1,0 +1,39 @@
+"""What an engine says of itself once it is built: plain data for the front end, `inspect`, logs and metrics."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class OpChoice(msgspec.Struct, frozen=True):
+    """Which implementation serves an op, for which dimensions, and why each other one does not."""
+
+    op: str
+    dims: dict[str, int]
+    chosen: str
+    refused: list[tuple[str, str]]
+
+
+class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
+    name: str  # the served model's name: its folder's last part
+    folder: str
+    architecture: str
+    device: str
+    dtype: str
+    tensor_parallel_size: int
+    vocab_size: int
+    parameters: int  # over all ranks, as the checkpoint counts them
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    block_size: int
+    num_blocks: int
+    num_slots: int
+    bytes_per_token: int  # paged cache, per rank
+    bytes_per_sequence: int  # state, per rank
+    weight_bytes: int  # per rank
+    memory_split: list[str]
+    layers: list[str]  # one line each: what it is and what it caches
+    eos_token_ids: list[int]
+    ops: list[OpChoice]
+    load_seconds: float

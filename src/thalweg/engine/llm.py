@@ -1,0 +1,237 @@
+"""The offline API: an engine in this process, for scripts, evaluations and benchmarks."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from thalweg.config.engine import EngineConfig
+from thalweg.core import Request, SamplingParams
+from thalweg.engine.output import Delta, OutputProcessor
+from thalweg.engine.prompts import Prompt, check_params, check_token_ids, encode_prompt
+from thalweg.engine.results import CompletionOutput, RequestMetrics, RequestOutput
+from thalweg.engine.front import load_front
+from thalweg.engine.start import Engine
+from thalweg.errors import EngineDeadError, InvalidRequest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+class LLM:
+    """Loads a model and generates, many prompts at a time.
+
+    `model` is a folder in Hugging Face layout (None: the bundled model). The other options are EngineConfig's. Use it
+    as a context manager, or call close(). Raises ConfigError or CheckpointError, one line each, when it cannot start.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        *,
+        tokenizer: str | None = None,
+        dtype: str = "auto",
+        device: str = "auto",
+        max_num_seqs: int = 64,
+        max_num_batched_tokens: int = 2048,
+        max_model_len: int | None = None,
+        block_size: int = 64,
+        cache_memory: int | None = None,
+        gpu_memory_utilization: float = 0.9,
+        tensor_parallel_size: int = 1,
+        load_format: str = "auto",
+        seed: int = 0,
+        op_preference: Mapping[str, str] | None = None,
+    ) -> None:
+        self.config = EngineConfig(
+            model=None if model is None else str(model),
+            tokenizer=tokenizer,
+            dtype=dtype,
+            device=device,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=max_model_len,
+            block_size=block_size,
+            cache_memory=cache_memory,
+            gpu_memory_utilization=gpu_memory_utilization,
+            tensor_parallel_size=tensor_parallel_size,
+            load_format=load_format,
+            seed=seed,
+            op_preference=op_preference or {},
+        )
+        self._engine: Engine | None = None
+        self.front = load_front(self.config)
+        self.tokenizer = self.front.tokenizer
+        self._engine = Engine(self.config)
+        self.info = self._engine.info
+        self._ids = itertools.count()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Continue one prompt or many, each a text or a list of token ids; outputs come in the prompts' order.
+
+        `sampling_params` is one for all, or one a prompt. Raises InvalidRequest, before anything runs, if any prompt
+        or parameter cannot be served. A request that fails while running ends with finish_reason "error" alone.
+        """
+        items = _as_list(prompts)
+        if sampling_params is None or isinstance(sampling_params, SamplingParams):
+            params = [sampling_params or SamplingParams()] * len(items)
+        else:
+            params = list(sampling_params)
+            if len(params) != len(items):
+                raise InvalidRequest(f"{len(params)} sampling_params came for {len(items)} prompts; expected one each")
+        return self._collect([self._request(p, s) for p, s in zip(items, params, strict=True)], items)
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling_params: SamplingParams | None = None,
+        **template_options: Any,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or many, by the model's chat template. Messages have "role" and "content".
+
+        Default parameters are greedy and run up to the context's end. Raises InvalidRequest.
+        """
+        many = [messages] if not messages or isinstance(messages[0], Mapping) else list(messages)
+        prompts = [self.front.chat_ids(conversation, **template_options) for conversation in many]
+        params = sampling_params or SamplingParams(temperature=0, max_tokens=None)
+        return self._collect([self._request(p, params) for p in prompts], prompts)
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[Delta]:
+        """Continue one prompt, giving each step's news as it comes; the last one has a finish_reason.
+
+        Leaving the iterator early aborts the request.
+        """
+        request = self._request(prompt, sampling_params or SamplingParams())
+        core, outputs = self._live.core, self._outputs()
+        core.add(request)
+        outputs.add(request)
+        try:
+            while core.has_work():
+                for update in core.step():
+                    delta = outputs.process(update)
+                    if delta is not None:
+                        yield delta
+                        if delta.finish_reason is not None:
+                            return
+        finally:
+            core.abort(request.id)
+            self._drain()
+
+    def prompt_logits(self, token_ids: Sequence[int]) -> Tensor:
+        """Float32 logits [T, V] after every one of the T tokens, prefilled in chunks as any prompt would be."""
+        import torch
+
+        ids = check_token_ids(token_ids, self.info.vocab_size)
+        request = Request(
+            id=self._next_id(), prompt_token_ids=ids, params=SamplingParams(max_tokens=0), prompt_logits=True
+        )
+        core = self._live.core
+        core.add(request)
+        chunks = []
+        while core.has_work():
+            for update in core.step():
+                if update.error is not None:
+                    raise EngineDeadError(f"the prompt's logits could not be computed: {update.error}")
+                if update.prompt_logits is not None:
+                    chunks.append(update.prompt_logits)
+        return torch.cat(chunks)
+
+    def close(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def _live(self) -> Engine:
+        if self._engine is None:
+            raise EngineDeadError("this LLM is closed; make a new one")
+        return self._engine
+
+    def _next_id(self) -> str:
+        return f"offline-{next(self._ids)}"
+
+    def _outputs(self) -> OutputProcessor:
+        return OutputProcessor(self.tokenizer, frozenset(self.info.eos_token_ids))
+
+    def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
+        ids = encode_prompt(prompt, self.tokenizer, self.info.vocab_size)
+        check_params(params, self.tokenizer, self.info.vocab_size)
+        return Request(id=self._next_id(), prompt_token_ids=ids, params=params)
+
+    def _collect(self, requests: list[Request], prompts: Sequence[Any]) -> list[RequestOutput]:
+        core, outputs = self._live.core, self._outputs()
+        results: dict[str, RequestOutput] = {}
+        try:
+            for request, prompt in zip(requests, prompts, strict=True):
+                core.add(request)
+                outputs.add(request)
+                results[request.id] = RequestOutput(
+                    request.id,
+                    prompt if isinstance(prompt, str) else None,
+                    request.prompt_token_ids,
+                    [CompletionOutput(logprobs=None if request.params.logprobs is None else [])],
+                    RequestMetrics(time.perf_counter()),
+                    None if request.params.prompt_logprobs is None else [None],
+                )
+            while core.has_work():
+                for update in core.step():
+                    delta = outputs.process(update)
+                    if delta is not None:
+                        _append(results[delta.request_id], delta)
+                        if isinstance(delta.stop_reason, str):
+                            core.abort(delta.request_id)
+        except BaseException:
+            for request in requests:
+                core.abort(request.id)
+            self._drain()
+            raise
+        return list(results.values())
+
+    def _drain(self) -> None:
+        """Take in the steps still in flight, so that the next call starts from an idle engine."""
+        core = self._live.core
+        while core.has_work():
+            try:
+                core.step()
+            except EngineDeadError:
+                return
+
+
+def _append(result: RequestOutput, delta: Delta) -> None:
+    now, output = time.perf_counter(), result.outputs[0]
+    if delta.token_ids and result.metrics.first_token is None:
+        result.metrics.first_token = now
+    output.text += delta.text
+    output.token_ids += delta.token_ids
+    if delta.logprobs is not None and output.logprobs is not None:
+        output.logprobs.append(delta.logprobs)
+    if delta.prompt_logprobs is not None and result.prompt_logprobs is not None:
+        result.prompt_logprobs += delta.prompt_logprobs
+    if delta.finish_reason is not None:
+        output.finish_reason, output.stop_reason, result.error = delta.finish_reason, delta.stop_reason, delta.error
+        result.metrics.finished = now
+
+
+def _as_list(prompts: Any) -> list[Prompt]:
+    """One prompt or many; a flat list of integers is one prompt."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if hasattr(prompts, "tolist"):
+        prompts = prompts.tolist()
+    items = list(prompts)
+    return [items] if items and isinstance(items[0], int) else items

@@ -1,0 +1,59 @@
+"""What the front end and the engine process say to each other: msgspec messages, MessagePack on the wire."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from thalweg.core import Request, RequestUpdate, SchedulerStats
+from thalweg.engine.info import EngineInfo
+
+
+class Start(msgspec.Struct, frozen=True, tag=True):
+    """First message to an engine process: EngineConfig.to_dict()."""
+
+    config: dict[str, Any]
+
+
+class Add(msgspec.Struct, frozen=True, tag=True):
+    request: Request
+
+
+class Abort(msgspec.Struct, frozen=True, tag=True):
+    request_ids: list[str]
+
+
+class Stop(msgspec.Struct, frozen=True, tag=True):
+    """End the process; requests still running are dropped."""
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    info: EngineInfo
+
+
+class Updates(msgspec.Struct, frozen=True, tag=True):
+    updates: list[RequestUpdate]
+    stats: SchedulerStats
+
+
+class Refused(msgspec.Struct, frozen=True, tag=True):
+    """A request that the engine did not take in, and why."""
+
+    request_id: str
+    reason: str
+
+
+class Dead(msgspec.Struct, frozen=True, tag=True):
+    """The engine cannot go on, or could not start. `kind` is the error class's name, to raise the same one."""
+
+    kind: str
+    reason: str
+
+
+ToEngine = Start | Add | Abort | Stop
+FromEngine = Ready | Updates | Refused | Dead
+
+encode = msgspec.msgpack.Encoder().encode
+decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
+decode_from_engine = msgspec.msgpack.Decoder(FromEngine).decode

@@ -1,0 +1,84 @@
+"""From token ids to text: detokenises each request's updates, finds stop strings, and keeps what was generated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from thalweg.core import FinishReason, Request, RequestUpdate, TokenLogprobs
+from thalweg.tokenizer.base import Tokenizer
+from thalweg.tokenizer.detokenizer import IncrementalDetokenizer
+
+
+@dataclass(slots=True)
+class Delta:
+    """What one update added to a request's output. `finish_reason` is set on the last one only."""
+
+    request_id: str
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None  # the token id or string that stopped it; None for eos
+    error: str | None = None
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    prompt_logits: Any = None
+
+
+@dataclass(slots=True)
+class _Tracked:
+    request: Request
+    detokenizer: IncrementalDetokenizer | None
+    token_ids: list[int] = field(default_factory=list)
+
+
+class OutputProcessor:
+    """Keeps one entry a live request. An update for a request that ended here, by a stop string, is dropped."""
+
+    def __init__(self, tokenizer: Tokenizer | None, eos_token_ids: frozenset[int]) -> None:
+        self._tokenizer, self._eos = tokenizer, eos_token_ids
+        self._live: dict[str, _Tracked] = {}
+
+    def add(self, request: Request) -> None:
+        p, detokenizer = request.params, None
+        if self._tokenizer is not None:
+            detokenizer = IncrementalDetokenizer(
+                self._tokenizer,
+                skip_special_tokens=p.skip_special_tokens,
+                stop=p.stop,
+                include_stop_str_in_output=p.include_stop_str_in_output,
+            )
+        self._live[request.id] = _Tracked(request, detokenizer)
+
+    def discard(self, request_id: str) -> None:
+        self._live.pop(request_id, None)
+
+    def process(self, update: RequestUpdate) -> Delta | None:
+        """The delta of one update, or None if its request is gone. When `stop_reason` is a string, the engine does
+        not know yet that the request ended: the caller aborts it there.
+        """
+        tracked = self._live.get(update.request_id)
+        if tracked is None:
+            return None
+        delta = Delta(
+            update.request_id,
+            "",
+            update.token_ids,
+            update.finish_reason,
+            None if update.stop_token_id in self._eos else update.stop_token_id,
+            update.error,
+            update.logprobs,
+            update.prompt_logprobs,
+            update.prompt_logits,
+        )
+        if (detokenizer := tracked.detokenizer) is not None:
+            # The token that ended it is reported but is no text.
+            ids = update.token_ids[:-1] if update.finish_reason == "stop" else update.token_ids
+            delta.text = detokenizer.push(ids)
+            if detokenizer.matched_stop is None and update.finish_reason is not None:
+                delta.text += detokenizer.flush()
+            if detokenizer.matched_stop is not None and update.finish_reason != "error":
+                delta.finish_reason, delta.stop_reason = "stop", detokenizer.matched_stop
+        if delta.finish_reason is not None:
+            del self._live[update.request_id]
+        return delta

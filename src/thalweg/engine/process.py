@@ -1,0 +1,81 @@
+"""The engine process: `python -m thalweg.engine.process ADDRESS`, started by EngineClient. Messages in, updates out."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+
+import zmq
+
+from thalweg.config.engine import EngineConfig
+from thalweg.engine import messages as m
+from thalweg.engine.ranks import end_with_parent
+from thalweg.engine.start import Engine
+from thalweg.errors import InvalidRequest, ThalwegError
+
+
+class EngineProcess:
+    """Drives an engine from a socket. One bad message or request is answered; only a dead engine ends the loop."""
+
+    def __init__(self, socket: zmq.Socket[bytes], engine: Engine) -> None:
+        self._socket, self._engine, self._core = socket, engine, engine.core
+
+    def run(self) -> None:
+        """Until Stop. Raises what ended the engine otherwise."""
+        while True:
+            # With work at hand only what is already there is read; otherwise wait for it.
+            while self._socket.poll(0 if self._core.has_work() else None):
+                message = m.decode_to_engine(self._socket.recv())
+                if isinstance(message, m.Stop):
+                    return
+                self._take(message)
+            updates = self._core.step()
+            if updates:
+                self._socket.send(m.encode(m.Updates(updates, self._core.stats())))
+
+    def _take(self, message: m.ToEngine) -> None:
+        if isinstance(message, m.Add):
+            try:
+                self._core.add(message.request)
+            except InvalidRequest as e:
+                self._socket.send(m.encode(m.Refused(message.request.id, str(e))))
+        elif isinstance(message, m.Abort):
+            for request_id in message.request_ids:
+                self._core.abort(request_id)
+
+
+def main(address: str) -> int:
+    end_with_parent()
+    socket = zmq.Context.instance().socket(zmq.PAIR)
+    socket.setsockopt(zmq.LINGER, 2000)
+    socket.setsockopt(zmq.RCVHWM, 0)
+    socket.setsockopt(zmq.SNDHWM, 0)
+    socket.connect(address)
+    engine = None
+    try:
+        start = m.decode_to_engine(socket.recv())
+        if not isinstance(start, m.Start):
+            raise ThalwegError(f"the first message is {type(start).__name__}; expected Start")
+        engine = Engine(EngineConfig(**start.config))
+        socket.send(m.encode(m.Ready(engine.info)))
+        EngineProcess(socket, engine).run()
+    except Exception as e:  # noqa: BLE001 -- the front end must hear of whatever it was
+        kind = type(e).__name__
+        with contextlib.suppress(zmq.ZMQError):
+            socket.send(m.encode(m.Dead(kind, str(e) if isinstance(e, ThalwegError) else f"{kind}: {e}")))
+        if not isinstance(e, ThalwegError):
+            sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        return 2
+    finally:
+        if engine is not None:
+            engine.close()
+        socket.close()
+        zmq.Context.instance().term()
+    return 0
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1])
+    sys.stderr.flush()
+    os._exit(code)  # a thread stuck in a collective must not keep the process

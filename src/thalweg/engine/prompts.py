@@ -1,0 +1,53 @@
+"""From what users pass to token ids, checked against the model before anything reaches the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from thalweg.core import SamplingParams
+from thalweg.errors import InvalidRequest
+from thalweg.tokenizer.base import Tokenizer
+
+Prompt = str | Sequence[int]
+
+
+def encode_prompt(prompt: Prompt, tokenizer: Tokenizer | None, vocab_size: int) -> list[int]:
+    """Token ids of a text (special tokens are not recognised in it) or of a list of ids, checked.
+
+    Raises InvalidRequest where there is nothing to run, a wrong type, or an id outside the vocabulary.
+    """
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise InvalidRequest("the prompt is text and the model folder has no tokenizer; pass token ids")
+        ids = tokenizer.encode(prompt)
+    else:
+        ids = check_token_ids(prompt, vocab_size)
+    if not ids:
+        raise InvalidRequest("the prompt is empty; expected at least one token")
+    return ids
+
+
+def check_token_ids(ids: Any, vocab_size: int) -> list[int]:
+    """The same ids as a list of Python ints. Raises InvalidRequest naming the first bad one."""
+    try:
+        values = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+    except TypeError as e:
+        raise InvalidRequest(f"the prompt is a {type(ids).__name__}; expected text or a list of token ids") from e
+    for i, token in enumerate(values):
+        if not isinstance(token, int) or isinstance(token, bool):
+            raise InvalidRequest(f"prompt token {i} is {token!r}; expected an integer")
+        if not 0 <= token < vocab_size:
+            raise InvalidRequest(f"prompt token {i} is {token}; expected 0 to {vocab_size - 1}, the model's vocabulary")
+    return values
+
+
+def check_params(params: SamplingParams, tokenizer: Tokenizer | None, vocab_size: int) -> SamplingParams:
+    """What SamplingParams cannot check alone. Raises InvalidRequest."""
+    if params.stop and tokenizer is None:
+        raise InvalidRequest("stop has strings and the model folder has no tokenizer; use stop_token_ids")
+    for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+        for token in ids:
+            if not 0 <= token < vocab_size:
+                raise InvalidRequest(f"{name} names token id {token}; expected 0 to {vocab_size - 1}")
+    return params

@@ -1,0 +1,46 @@
+"""Puts an engine together: ranks, executor, scheduler."""
+
+from __future__ import annotations
+
+from thalweg.cache.manager import CacheManager
+from thalweg.config.engine import EngineConfig
+from thalweg.engine.core import EngineCore
+from thalweg.engine.info import EngineInfo
+from thalweg.engine.ranks import OtherRanks
+from thalweg.runner.executor import Executor, Runner
+from thalweg.scheduler.scheduler import Scheduler
+
+
+class Engine:
+    """An EngineCore with what it stands on; `info` is known once this returns. Raises what building raised."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.ranks = OtherRanks(config) if config.tensor_parallel_size > 1 else None
+
+        def build() -> tuple[Runner, EngineInfo]:
+            from thalweg.engine.build import build_rank  # torch comes in on the rank's own thread
+
+            return build_rank(config, 0, self.ranks.rendezvous_file if self.ranks else "")
+
+        self._executor: Executor[EngineInfo] = Executor(build, self.ranks.send if self.ranks else None)
+        if self.ranks is not None:
+            self.ranks.watch(self._executor.fail)
+        try:
+            self.info = info = self._executor.info()
+        except BaseException:
+            self.close()
+            raise
+        scheduler = Scheduler(
+            max_num_seqs=info.max_num_seqs,
+            max_num_batched_tokens=info.max_num_batched_tokens,
+            max_model_len=info.max_model_len,
+            cache=CacheManager(info.num_blocks, info.num_slots, info.block_size),
+            eos_token_ids=frozenset(info.eos_token_ids),
+            seed=config.seed,
+        )
+        self.core = EngineCore(scheduler, self._executor)
+
+    def close(self) -> None:
+        self._executor.close()
+        if self.ranks is not None:
+            self.ranks.close()

@@ -1,0 +1,27 @@
+"""The errors a user meets. Each message is one line: what came, what was expected, which option to change."""
+
+from __future__ import annotations
+
+
+class ThalwegError(Exception):
+    """Base of every error Thalweg raises on purpose. The CLI prints it as one line and exits with code 2."""
+
+
+class ConfigError(ThalwegError, ValueError):
+    """An option or a config.json value that cannot be honoured."""
+
+
+class CheckpointError(ThalwegError, ValueError):
+    """A model folder, weight file or tokenizer that is missing, damaged, hostile or does not fit its config."""
+
+
+class InvalidRequest(ThalwegError, ValueError):
+    """A request refused before it runs: bad parameters, too long, token ids out of range."""
+
+
+class UnsupportedError(ThalwegError, NotImplementedError):
+    """Something Thalweg does not do (yet); the message says what would."""
+
+
+class EngineDeadError(ThalwegError, RuntimeError):
+    """The engine process or one of its ranks died; no request can be served any more."""

@@ -1,0 +1,95 @@
+"""Kimi-Linear: which layer stands where. The parts are in layers/, the checkpoint's names in weights.py."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from thalweg.cache.specs import LayerSpec
+from thalweg.cache.storage import CacheStorage
+from thalweg.layers.batch import Batch
+from thalweg.layers.context import BuildContext, LayerCache
+from thalweg.layers.delta import KimiDeltaAttention
+from thalweg.layers.linear import VocabEmbedding, VocabHead
+from thalweg.layers.mla import MultiHeadLatentAttention
+from thalweg.layers.moe import MoE, SwiGLU
+from thalweg.layers.norm import RMSNorm
+from thalweg.models.kimi_linear.config import KimiLinearConfig
+
+
+class KimiLinearLayer(nn.Module):
+    def __init__(self, ctx: BuildContext, c: KimiLinearConfig, index: int) -> None:
+        super().__init__()
+        self.input_norm = RMSNorm(ctx, c.hidden_size, c.rms_norm_eps)
+        self.attn: KimiDeltaAttention | MultiHeadLatentAttention
+        if index in c.kda_layers:
+            assert c.kda is not None
+            self.attn = KimiDeltaAttention(
+                ctx,
+                width=c.hidden_size,
+                heads=c.kda.num_heads,
+                head_dim=c.kda.head_dim,
+                rank=c.kda.gate_rank,
+                taps=c.kda.conv_kernel,
+                eps=c.rms_norm_eps,
+            )
+        else:
+            assert c.mla is not None
+            self.attn = MultiHeadLatentAttention(
+                ctx,
+                width=c.hidden_size,
+                heads=c.mla.num_heads,
+                nope=c.mla.qk_nope_head_dim,
+                rope=c.mla.qk_rope_head_dim,
+                value=c.mla.v_head_dim,
+                rank=c.mla.kv_lora_rank,
+                eps=c.rms_norm_eps,
+            )
+        self.post_norm = RMSNorm(ctx, c.hidden_size, c.rms_norm_eps)
+        self.mlp: MoE | SwiGLU
+        if index in c.moe_layers:
+            assert c.moe is not None
+            self.mlp = MoE(
+                ctx,
+                width=c.hidden_size,
+                experts=c.moe.num_experts,
+                inner=c.moe.intermediate_size,
+                shared_inner=c.moe.shared_intermediate_size,
+                top_k=c.moe.top_k,
+                renormalize=c.moe.renormalize,
+                scale=c.moe.scale,
+                groups=c.moe.num_groups,
+                topk_groups=c.moe.top_groups,
+            )
+        else:
+            self.mlp = SwiGLU(ctx, c.hidden_size, c.intermediate_size, "intermediate_size")
+
+    def forward(
+        self, x_TD: Tensor, residual_TD: Tensor | None, batch: Batch, cache: LayerCache
+    ) -> tuple[Tensor, Tensor]:
+        h_TD, residual_TD = self.input_norm(x_TD, residual_TD)
+        h_TD, residual_TD = self.post_norm(self.attn(h_TD, batch, cache), residual_TD)
+        return self.mlp(h_TD), residual_TD
+
+
+class KimiLinearModel(nn.Module):
+    """forward(batch, cache) -> float32 logits [R, V] of the rows the batch names; the cache is updated in place."""
+
+    def __init__(self, ctx: BuildContext, config: KimiLinearConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = VocabEmbedding(ctx, config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(KimiLinearLayer(ctx, config, i) for i in range(config.num_layers))
+        self.norm = RMSNorm(ctx, config.hidden_size, config.rms_norm_eps)
+        self.lm_head = VocabHead(ctx, config.vocab_size, config.hidden_size)
+
+    @property
+    def cache_specs(self) -> list[LayerSpec]:
+        return [layer.attn.cache_spec for layer in self.layers]
+
+    def forward(self, batch: Batch, cache: CacheStorage) -> Tensor:
+        x_TD, residual_TD = self.embed(batch.token_ids_T), None
+        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
+            x_TD, residual_TD = layer(x_TD, residual_TD, batch, layer_cache)
+        rows = batch.logit_rows_R
+        x_RD, _ = self.norm(x_TD[rows], residual_TD[rows])
+        return self.lm_head(x_RD)

@@ -1,0 +1,115 @@
+"""One step's token choice for every row that samples, with parameters kept per slot."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from thalweg.core import Admission, TokenLogprobs
+from thalweg.errors import InvalidRequest
+from thalweg.sampling.adjust import LogitAdjuster
+from thalweg.sampling.choose import sample_filtered, sample_unfiltered
+from thalweg.sampling.logprobs import token_logprobs
+from thalweg.sampling.uniform import uniform
+
+
+class Sampler:
+    """Tables are indexed by slot; a slot's row is rewritten when a request is admitted to it.
+
+    A row's token depends on its logits, its parameters, its seed and its position, never on its neighbours: rows are
+    split into greedy, plain and filtered ones, each of which has one way of drawing.
+    """
+
+    def __init__(self, num_slots: int, vocab_size: int, eos_token_ids: frozenset[int], device: torch.device) -> None:
+        self.vocab_size, self.eos_token_ids, self.device = vocab_size, eos_token_ids, device
+        n = num_slots + 1
+        self._temperature = torch.ones(n, device=device)
+        self._top_p = torch.ones(n, device=device)
+        self._min_p = torch.zeros(n, device=device)
+        self._top_k = torch.zeros(n, dtype=torch.int64, device=device)
+        self._seed = torch.zeros(n, dtype=torch.int64, device=device)
+        self._plain: set[int] = set()
+        self._filtered: set[int] = set()
+        self._adjusters: dict[int, LogitAdjuster] = {}
+        self._logprobs: dict[int, int] = {}
+        self._rejected: dict[int, str] = {}
+
+    def admit(self, a: Admission) -> None:
+        p, slot = a.params, a.slot
+        self._temperature[slot], self._top_p[slot], self._min_p[slot] = p.temperature, p.top_p, p.min_p
+        self._top_k[slot] = max(p.top_k, 0)
+        self._seed[slot] = a.seed - 2**64 if a.seed >= 2**63 else a.seed
+        filtered = p.top_k > 0 or p.top_p < 1 or p.min_p > 0
+        _set(self._plain, slot, p.temperature > 0 and not filtered)
+        _set(self._filtered, slot, p.temperature > 0 and filtered)
+        for table in (self._adjusters, self._logprobs, self._rejected):
+            table.pop(slot, None)  # type: ignore[attr-defined]
+        if p.logprobs is not None:
+            self._logprobs[slot] = p.logprobs
+        if LogitAdjuster.needed(p):
+            prompt, output = a.token_ids[: a.num_prompt], a.token_ids[a.num_prompt :]
+            try:
+                self._adjusters[slot] = LogitAdjuster(p, prompt, output, self.eos_token_ids, self.vocab_size, self.device)
+            except InvalidRequest as e:
+                self._rejected[slot] = str(e)
+
+    def __call__(
+        self, logits_RV: Tensor, slots: list[int], positions: list[int]
+    ) -> tuple[Tensor, dict[int, TokenLogprobs], dict[int, str]]:
+        """Ids int64 [R] on the device, and per slot the log-probabilities asked for and the errors met.
+
+        `positions` are those of the tokens being chosen. A row with an error gets id 0.
+        """
+        errors = {s: self._rejected[s] for s in slots if s in self._rejected} if self._rejected else {}
+        # A sum is finite only where every term is (float64 cannot overflow on float32 terms), and is one pass.
+        if not torch.isfinite(logits_RV.sum(dtype=torch.float64)):
+            for row in torch.nonzero(~torch.isfinite(logits_RV).all(-1)).flatten().tolist():
+                errors[slots[row]] = "the model gave non-finite logits for this request"
+            logits_RV = torch.nan_to_num(logits_RV, nan=0.0, posinf=0.0, neginf=0.0)
+
+        raw_RV = logits_RV
+        adjusted = [r for r, s in enumerate(slots) if s in self._adjusters] if self._adjusters else []
+        if adjusted:
+            logits_RV = logits_RV.clone()
+            for r in adjusted:
+                self._adjusters[slots[r]].apply(logits_RV[r])
+
+        ids_R = logits_RV.argmax(-1)
+        if self._plain or self._filtered:
+            self._draw(logits_RV, slots, positions, ids_R)
+        for r in adjusted:
+            self._adjusters[slots[r]].count(ids_R[r])
+
+        logprobs: dict[int, TokenLogprobs] = {}
+        if self._logprobs:
+            wanted = [r for r, s in enumerate(slots) if s in self._logprobs]
+            if wanted:
+                top = max(self._logprobs[slots[r]] for r in wanted)
+                for r, entry in zip(wanted, token_logprobs(raw_RV[wanted], ids_R[wanted], top), strict=True):
+                    k = self._logprobs[slots[r]]
+                    logprobs[slots[r]] = TokenLogprobs(
+                        entry.token_id, entry.logprob, entry.rank, entry.top_ids[:k], entry.top_logprobs[:k]
+                    )
+        return ids_R, logprobs, errors
+
+    def _draw(self, logits_RV: Tensor, slots: list[int], positions: list[int], ids_R: Tensor) -> None:
+        for group, is_filtered in ((self._plain, False), (self._filtered, True)):
+            rows = [r for r, s in enumerate(slots) if s in group]
+            if not rows:
+                continue
+            index = torch.tensor(rows, device=self.device)
+            slot = torch.tensor([slots[r] for r in rows], device=self.device)
+            position = torch.tensor([positions[r] for r in rows], device=self.device)
+            u = uniform(self._seed[slot], position)
+            temperature, chosen_RV = self._temperature[slot], logits_RV[index]
+            if is_filtered:
+                ids = sample_filtered(
+                    chosen_RV, temperature, self._top_k[slot], self._top_p[slot], self._min_p[slot], u
+                )
+            else:
+                ids = sample_unfiltered(chosen_RV, temperature, u)
+            ids_R[index] = ids
+
+
+def _set(group: set[int], slot: int, member: bool) -> None:
+    (group.add if member else group.discard)(slot)
