@@ -60,39 +60,46 @@ class KimiDeltaAttention(nn.Module):
             )
         )
         dims = {"H": H, "K": K, "V": K}
-        self._conv_decode = ctx.op("conv1d_decode", C=3 * H * K, W=taps - 1)
-        self._conv_prefill = ctx.op("conv1d_prefill", C=3 * H * K, W=taps - 1)
+        self._mixer_decode = ctx.op("kda_mixer_decode", **dims, R=rank, W=taps - 1)
+        self._conv = ctx.op("conv1d_prefill", C=3 * H * K, W=taps - 1)
         self._gate = ctx.op("kda_gate", **dims)
-        self._decode = ctx.op("kda_decode", **dims)
         self._prefill = ctx.op("kda_prefill", **dims)
         self._gated_norm = ctx.op("gated_rms_norm", H=H, V=K)
 
     def forward(self, x_TD: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
-        T, H, K = x_TD.shape[0], self.H, self.K
-        qkv_TC, beta_TH, low_T2R = self.in_proj(x_TD).split(self.split, dim=-1)
-        up_T2O = self.up_proj(low_T2R.unflatten(-1, (2, self.R)))  # t (two r) -> t two r
-        g_THK = self._gate(up_T2O[:, 0].unflatten(-1, (H, K)), self.A_log, self.dt_bias)
-        beta_TH = beta_TH.float().sigmoid()
-
-        n = batch.num_decodes
-        conv, state = cache["conv"], cache["recurrent"]
-        o_parts = []
+        proj_TX = self.in_proj(x_TD)
+        n, parts = batch.num_decodes, []
         if n:
-            slots = batch.slots_B[:n]
-            q, k, v = self._heads(self._conv_decode(qkv_TC[:n], conv, slots, self.conv.weight))
-            o_parts.append(self._decode(q, k, v, g_THK[:n], beta_TH[:n], state, slots))
-        if n < T:
-            slots, offsets = batch.slots_B[n:], batch.prefill_offsets
-            q, k, v = self._heads(self._conv_prefill(qkv_TC[n:], conv, slots, offsets, self.conv.weight))
-            o_parts.append(self._prefill(q, k, v, g_THK[n:], beta_TH[n:], state, slots, offsets))
-        o_THV = o_parts[0] if len(o_parts) == 1 else torch.cat(o_parts)
+            parts.append(self._mix_decode(proj_TX[:n], batch.slots_B[:n], cache))
+        if n < len(proj_TX):
+            parts.append(self._mix_prefill(proj_TX[n:], batch.slots_B[n:], batch.prefill_offsets, cache))
+        o_TO = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return self.mesh.all_reduce(self.out_proj(o_TO))
 
+    def _mix_decode(self, proj_BX: Tensor, slots_B: Tensor, cache: LayerCache) -> Tensor:
+        return self._mixer_decode(
+            proj_BX,
+            self.conv.weight,
+            cache["conv"],
+            self.up_proj.weight,
+            self.A_log,
+            self.dt_bias,
+            self.out_norm.weight,
+            self.eps,
+            cache["recurrent"],
+            slots_B,
+        )
+
+    def _mix_prefill(self, proj_TX: Tensor, slots_B: Tensor, offsets: list[int], cache: LayerCache) -> Tensor:
+        H, K, R = self.H, self.K, self.R
+        qkv_TC, beta_TH, low_T2R = proj_TX.split(self.split, dim=-1)
+        up_T2O = self.up_proj(low_T2R.unflatten(-1, (2, R)))  # t (two r) -> t two r
+        g_THK = self._gate(up_T2O[:, 0].unflatten(-1, (H, K)), self.A_log, self.dt_bias)
+        qkv_TC = self._conv(qkv_TC, cache["conv"], slots_B, offsets, self.conv.weight)
+        q, k, v = qkv_TC.unflatten(-1, (3, H, K)).unbind(1)  # t (three h k) -> three of t h k
+        o_THV = self._prefill(q, k, v, g_THK, beta_TH.float().sigmoid(), cache["recurrent"], slots_B, offsets)
         o_THV = self._gated_norm(o_THV, up_T2O[:, 1].unflatten(-1, (H, K)), self.out_norm.weight, self.eps)
-        return self.mesh.all_reduce(self.out_proj(o_THV.flatten(1)))  # t h v -> t (h v)
-
-    def _heads(self, qkv_TC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = qkv_TC.unflatten(-1, (3, self.H, self.K)).unbind(1)  # t (three h k) -> three of t h k
-        return q, k, v
+        return o_THV.flatten(1)  # t h v -> t (h v)
 
     def unfused_projections(self, x_TD: Tensor) -> tuple[Tensor, ...]:
         """q, k, v, beta, f, g by eight matrix products, as the checkpoint has them: the reference that the fused form

@@ -15,9 +15,10 @@ class Linear(nn.Module):
     def __init__(self, ctx: BuildContext, in_features: int, out_features: int) -> None:
         super().__init__()
         self.weight = ctx.weight(out_features, in_features)
+        self._linear = ctx.op("linear", D=in_features, O=out_features)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return F.linear(x_TD, self.weight)
+        return self._linear(x_TD, self.weight)
 
 
 class VocabEmbedding(nn.Module):
@@ -45,8 +46,10 @@ class VocabHead(nn.Module):
         super().__init__()
         self.mesh = ctx.mesh
         self.vocab_size = vocab_size
-        self.weight = ctx.weight(-(-vocab_size // ctx.mesh.tp_size), width)
+        rows = -(-vocab_size // ctx.mesh.tp_size)
+        self.weight = ctx.weight(rows, width)
+        self._linear = ctx.op("linear", D=width, O=rows)
 
     def forward(self, x_RD: Tensor) -> Tensor:
-        logits = self.mesh.all_gather_last(F.linear(x_RD, self.weight).float())
+        logits = self.mesh.all_gather_last(self._linear(x_RD, self.weight).float())
         return logits[:, : self.vocab_size]

@@ -1,5 +1,4 @@
-"""The model families, each a package with config.py, model.py and weights.py. Looked up by name, imported
-late."""
+"""The model families, each a package with config.py, model.py and weights.py, looked up by name."""
 
 from __future__ import annotations
 

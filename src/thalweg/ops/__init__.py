@@ -5,7 +5,19 @@ Importing this package registers all implementations; `thalweg.ops.registry` cho
 
 from __future__ import annotations
 
-from thalweg.ops import activation, conv1d, kda, mla_attention, moe, norm, projection
+from thalweg.ops import (
+    activation,
+    conv1d,
+    kda,
+    kda_mixer,
+    linear,
+    mla_attention,
+    mla_mixer,
+    moe,
+    norm,
+    projection,
+    sample,
+)
 from thalweg.ops.registry import Choice, OpContext, Resolver
 
 __all__ = [
@@ -15,8 +27,12 @@ __all__ = [
     "activation",
     "conv1d",
     "kda",
+    "kda_mixer",
+    "linear",
     "mla_attention",
+    "mla_mixer",
     "moe",
     "norm",
     "projection",
+    "sample",
 ]

@@ -27,7 +27,12 @@ def sample_unfiltered(logits_RV: Tensor, temperatures_R: Tensor, uniforms_R: Ten
 
 
 def sample_filtered(
-    logits_RV: Tensor, temperatures_R: Tensor, top_k_R: Tensor, top_p_R: Tensor, min_p_R: Tensor, uniforms_R: Tensor
+    logits_RV: Tensor,
+    temperatures_R: Tensor,
+    top_k_R: Tensor,
+    top_p_R: Tensor,
+    min_p_R: Tensor,
+    uniforms_R: Tensor,
 ) -> Tensor:
     """Ids int64 [R] after top-k (0: off), then top-p over what is left, then min-p relative to the likeliest.
 

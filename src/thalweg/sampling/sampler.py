@@ -20,7 +20,9 @@ class Sampler:
     split into greedy, plain and filtered ones, each of which has one way of drawing.
     """
 
-    def __init__(self, num_slots: int, vocab_size: int, eos_token_ids: frozenset[int], device: torch.device) -> None:
+    def __init__(
+        self, num_slots: int, vocab_size: int, eos_token_ids: frozenset[int], device: torch.device
+    ) -> None:
         self.vocab_size, self.eos_token_ids, self.device = vocab_size, eos_token_ids, device
         n = num_slots + 1
         self._temperature = torch.ones(n, device=device)
@@ -49,7 +51,9 @@ class Sampler:
         if LogitAdjuster.needed(p):
             prompt, output = a.token_ids[: a.num_prompt], a.token_ids[a.num_prompt :]
             try:
-                self._adjusters[slot] = LogitAdjuster(p, prompt, output, self.eos_token_ids, self.vocab_size, self.device)
+                self._adjusters[slot] = LogitAdjuster(
+                    p, prompt, output, self.eos_token_ids, self.vocab_size, self.device
+                )
             except InvalidRequest as e:
                 self._rejected[slot] = str(e)
 

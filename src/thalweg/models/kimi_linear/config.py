@@ -30,8 +30,7 @@ class KdaConfig:
 
 @dataclass(frozen=True, slots=True)
 class MlaConfig:
-    """Multi-head latent attention without positions: the "rope" dims exist and are cached but are never
-    rotated."""
+    """Multi-head latent attention without positions: "rope" dims exist and are cached, but never rotated."""
 
     num_heads: int
     kv_lora_rank: int
@@ -55,8 +54,7 @@ class MlaConfig:
 
 @dataclass(frozen=True, slots=True)
 class MoeConfig:
-    """Routed experts with sigmoid scores, a correction bias for the choice only, and shared experts beside
-    them."""
+    """Routed experts (sigmoid scores, a correction bias for the choice only) and shared experts."""
 
     num_experts: int
     top_k: int
@@ -75,8 +73,7 @@ class MoeConfig:
 
 @dataclass(frozen=True, slots=True)
 class KimiLinearConfig:
-    """Kimi-Linear in typed hyperparameters. Layer indices are 0-based here; config.json counts its lists from
-    1."""
+    """Kimi-Linear's hyperparameters. Layers count from 0 here and from 1 in config.json."""
 
     hidden_size: int
     num_layers: int
@@ -110,9 +107,8 @@ class KimiLinearConfig:
         kda_layers, kda = _read_kda(reader, num_layers)
         mla = _read_mla(reader, needed=len(kda_layers) < num_layers)
         moe_layers, moe = _read_moe(reader, num_layers)
-        context_key = (
-            "model_max_length" if raw.get("model_max_length") is not None else "max_position_embeddings"
-        )
+        old_key = raw.get("model_max_length") is None and raw.get("max_position_embeddings") is not None
+        context_key = "max_position_embeddings" if old_key else "model_max_length"
         config = cls(
             hidden_size=reader.get_int("hidden_size", low=1, high=MAX_DIM),
             num_layers=num_layers,
@@ -155,8 +151,8 @@ def _read_kda(reader: ConfigReader, num_layers: int) -> tuple[frozenset[int], Kd
     full_1 = section.get_int_list("full_attn_layers") if section else list(range(1, num_layers + 1))
     if sorted(kda_1 + full_1) != list(range(1, num_layers + 1)):
         raise ConfigError(
-            f"{reader.where}: linear_attn_config.kda_layers, full_attn_layers have {len(kda_1)}, "
-            f"{len(full_1)} layers; expected each from 1 to num_hidden_layers {num_layers} in exactly one of them"
+            f"{reader.where}: linear_attn_config has {len(kda_1)} kda_layers, {len(full_1)} full_attn_layers;"
+            f" expected each of 1 to num_hidden_layers {num_layers} in exactly one of them"
         )
     kda_layers = frozenset(i - 1 for i in kda_1)
     kinds = ["linear_attention" if i in kda_layers else "full_attention" for i in range(num_layers)]

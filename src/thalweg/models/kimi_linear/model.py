@@ -53,7 +53,7 @@ class KimiLinearLayer(nn.Module):
                 width=c.hidden_size,
                 experts=c.moe.num_experts,
                 inner=c.moe.intermediate_size,
-                shared_inner=c.moe.shared_intermediate_size,
+                shared=c.moe.num_shared,
                 top_k=c.moe.top_k,
                 renormalize=c.moe.renormalize,
                 scale=c.moe.scale,

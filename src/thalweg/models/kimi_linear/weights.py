@@ -71,8 +71,7 @@ def _vocab_rows(name: str, source: str, config: KimiLinearConfig, shards: Shards
 
 
 def _kda(ours: str, theirs: str, D: int, kda: KdaConfig, shards: Shards) -> list[Target]:
-    """in_proj [3*H*K + H + 2*rank, D] in the rows q, k, v, beta, f_a, g_a; up_proj [2, H*K, rank] is f_b,
-    g_b."""
+    """in_proj [3*H*K + H + 2*rank, D] has rows q, k, v, beta, f_a, g_a; up_proj [2, H*K, rank] f_b, g_b."""
     what = "linear_attn_config.num_heads"
     H, K, rank, kernel = kda.num_heads, kda.head_dim, kda.gate_rank, kda.conv_kernel
     heads, channels = shards.even(H, what), shards.even(H, what, K)
@@ -114,8 +113,7 @@ def _kda(ours: str, theirs: str, D: int, kda: KdaConfig, shards: Shards) -> list
 
 
 def _mla(ours: str, theirs: str, D: int, mla: MlaConfig, shards: Shards) -> list[Target]:
-    """kv_b_proj is [H, nope + v, R], a matrix a head: its halves are absorbed into queries and outputs
-    apart."""
+    """kv_b_proj is [H, nope + v, R], a matrix a head: its halves go into queries and outputs apart."""
     what = "num_attention_heads"
     H, R, nope_v = mla.num_heads, mla.kv_lora_rank, mla.qk_nope_head_dim + mla.v_head_dim
     local_H = shards.count(H, what)
@@ -132,14 +130,13 @@ def _mla(ours: str, theirs: str, D: int, mla: MlaConfig, shards: Shards) -> list
         local=(local_H, nope_v, R),
     )
     return [
-        split(
-            f"{ours}.q_proj.weight",
-            f"{theirs}.q_proj.weight",
-            (H * mla.qk_head_dim, D),
-            0,
-            heads(mla.qk_head_dim),
+        concat(
+            f"{ours}.in_proj.weight",
+            [
+                Source(f"{theirs}.q_proj.weight", (H * mla.qk_head_dim, D), 0, heads(mla.qk_head_dim)),
+                Source(f"{theirs}.kv_a_proj_with_mqa.weight", (mla.latent_dim, D)),
+            ],
         ),
-        whole(f"{ours}.kv_a_proj.weight", f"{theirs}.kv_a_proj_with_mqa.weight", (mla.latent_dim, D)),
         whole(f"{ours}.kv_norm.weight", f"{theirs}.kv_a_layernorm.weight", (R,), init="ones"),
         kv_b,
         split(
@@ -163,8 +160,11 @@ def _mlp(ours: str, theirs: str, D: int, width: int, what: str, shards: Shards) 
 
 
 def _moe(ours: str, theirs: str, D: int, moe: MoeConfig, shards: Shards) -> list[Target]:
-    """Experts stacked: gate_up [E, 2*I, D] (w1 above w3) and down [E, D, I] (w2); the router is on every
-    rank."""
+    """Experts stacked: gate_up [E + S, 2*I, D] (w1 above w3), down [E + S, D, I] (w2). The router is replicated.
+
+    The checkpoint stores the S shared experts as one MLP of width S*I. A sum over its width is a sum over S slices
+    of it, so each slice is one more expert behind the routed ones, and one kernel serves all.
+    """
     E, width = moe.num_experts, moe.intermediate_size
     part = shards.even(width, "moe_intermediate_size")
     local = part[1] - part[0]
@@ -174,19 +174,16 @@ def _moe(ours: str, theirs: str, D: int, moe: MoeConfig, shards: Shards) -> list
         gate_up.append(placed(f"{expert}.w1.weight", (width, D), (e, (0, local)), 0, part))
         gate_up.append(placed(f"{expert}.w3.weight", (width, D), (e, (local, 2 * local)), 0, part))
         down.append(placed(f"{expert}.w2.weight", (D, width), (e,), 1, part))
-    targets = [
+    for i in range(moe.num_shared):
+        shared, whole_width, e = f"{theirs}.shared_experts", moe.shared_intermediate_size, E + i
+        rows = (i * width + part[0], i * width + part[1])
+        gate_up.append(placed(f"{shared}.gate_proj.weight", (whole_width, D), (e, (0, local)), 0, rows))
+        gate_up.append(placed(f"{shared}.up_proj.weight", (whole_width, D), (e, (local, 2 * local)), 0, rows))
+        down.append(placed(f"{shared}.down_proj.weight", (D, whole_width), (e,), 1, rows))
+    total = E + moe.num_shared
+    return [
         whole(f"{ours}.router.weight", f"{theirs}.gate.weight", (E, D)),
-        whole(
-            f"{ours}.router.bias",
-            f"{theirs}.gate.e_score_correction_bias",
-            (E,),
-            dtype="float32",
-            init="zeros",
-        ),
-        Target(f"{ours}.experts.gate_up", (E, 2 * local, D), tuple(gate_up)),
-        Target(f"{ours}.experts.down", (E, D, local), tuple(down)),
+        whole(f"{ours}.router.bias", f"{theirs}.gate.e_score_correction_bias", (E,), dtype="float32", init="zeros"),
+        Target(f"{ours}.experts.gate_up", (total, 2 * local, D), tuple(gate_up)),
+        Target(f"{ours}.experts.down", (total, D, local), tuple(down)),
     ]
-    if moe.num_shared:
-        width, what = moe.shared_intermediate_size, "num_shared_experts * moe_intermediate_size"
-        targets += _mlp(f"{ours}.shared", f"{theirs}.shared_experts", D, width, what, shards)
-    return targets

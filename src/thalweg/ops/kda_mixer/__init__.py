@@ -1,0 +1,42 @@
+"""Op "kda_mixer_decode": everything between the input and the output projection of a KDA layer, for one token.
+
+From the fused input projection: short convolution with SiLU, the up-projections of decay and output gate, kda_gate,
+sigmoid(beta), the KDA recurrence, and the gated RMSNorm. Convolution and recurrent states are updated in place
+(packages conv1d and kda say how, and what holds for slots that are named twice or not at all).
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from thalweg.ops.kda_mixer import reference
+from thalweg.ops.registry import register
+
+
+class KdaMixerDecode(Protocol):
+    def __call__(
+        self,
+        proj_BX: Tensor,
+        conv_weight_CW: Tensor,
+        conv_state_NWC: Tensor,
+        w_up_2OR: Tensor,
+        A_log_H: Tensor,
+        dt_bias_HK: Tensor,
+        norm_weight_V: Tensor,
+        eps: float,
+        state_NHVK: Tensor,
+        slots_B: Tensor,
+        /,
+    ) -> Tensor:
+        """o_BO in proj's dtype, O = H * V with K = V.
+
+        proj_BX is [q, k, v (3 * H * K = C) | beta (H) | decay (R) | gate (R)], raw. conv_weight_CW [C, taps] and
+        conv_state_NWC [N, taps - 1, C] are those of conv1d_decode. w_up_2OR stacks the up-projections of decay (0) and
+        gate (1). A_log_H and dt_bias_HK are fp32. slots_B is int64.
+        """
+
+
+_decode: KdaMixerDecode = reference.kda_mixer_decode
+register("kda_mixer_decode", "reference", _decode)

@@ -1,0 +1,40 @@
+"""Op "mla_mixer_decode": everything between the input and the output projection of an MLA layer, for one token.
+
+From the fused input projection: RMSNorm of the latent, its write into the pages, the absorption of w_uk into the
+queries, attention over the context, and w_uv. Package mla_attention describes the pages.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from thalweg.ops.mla_mixer import reference
+from thalweg.ops.registry import register
+
+
+class MlaMixerDecode(Protocol):
+    def __call__(
+        self,
+        proj_BX: Tensor,
+        kv_norm_weight_R: Tensor,
+        w_uk_HKR: Tensor,
+        w_uv_HVR: Tensor,
+        pages_MSC: Tensor,
+        block_tables_BN: Tensor,
+        context_lens_B: Tensor,
+        page_rows_B: Tensor,
+        scale: float,
+        eps: float,
+        /,
+    ) -> Tensor:
+        """o_BO in proj's dtype, O = H * V.
+
+        proj_BX is [q (H * (K + P)), latent (R), shared key part (P)], raw; positions are not rotated. page_rows_B int64
+        is the row of the flattened pages that each new token fills. context_lens_B int32 counts the new token.
+        """
+
+
+_decode: MlaMixerDecode = reference.mla_mixer_decode
+register("mla_mixer_decode", "reference", _decode)

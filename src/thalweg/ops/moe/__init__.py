@@ -1,0 +1,79 @@
+"""Ops "route", "router" and "experts": top-k routing, with and without its projection, and the experts' SwiGLU
+networks.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from thalweg.ops.moe import reference
+from thalweg.ops.registry import register
+
+Scoring = Literal["sigmoid", "softmax"]
+
+
+class Route(Protocol):
+    def __call__(
+        self,
+        logits_TE: Tensor,
+        bias_E: Tensor,
+        top_k: int,
+        renormalize: bool,
+        scale: float,
+        scoring: Scoring = "sigmoid",
+        n_group: int = 1,
+        topk_group: int = 1,
+    ) -> tuple[Tensor, Tensor]:
+        """(weights_Tk fp32, ids_Tk int64): the top_k experts of each token and what their outputs count.
+
+        Scores are sigmoid or softmax of fp32 logits_TE. The experts are those with the largest score +
+        bias_E; the bias serves this choice only, a weight is the unbiased score. renormalize divides the
+        weights of a token by their sum + 1e-20; `scale` multiplies them last. With n_group > 1 the experts
+        form n_group equal groups in order, and only the topk_group groups with the largest sum of their two
+        best biased scores compete (DeepSeek-V3). Experts come best first. Raises ConfigError on an unknown
+        `scoring`.
+        """
+
+
+class Router(Protocol):
+    def __call__(
+        self,
+        x_TD: Tensor,
+        w_ED: Tensor,
+        bias_E: Tensor,
+        top_k: int,
+        renormalize: bool,
+        scale: float,
+        scoring: Scoring = "sigmoid",
+        n_group: int = 1,
+        topk_group: int = 1,
+        num_shared: int = 0,
+    ) -> tuple[Tensor, Tensor]:
+        """(weights fp32, ids int64), both [T, top_k + num_shared]: "route" of the fp32 logits x_TD @ w_ED.T.
+
+        The products are of values converted to fp32: rounding logits would flip choices. The shared experts
+        follow the chosen ones as ids E .. E + num_shared - 1 with weight 1, so that "experts" can hold them
+        behind the routed ones. The routed order within a token is best first. Raises ConfigError as "route".
+        """
+
+
+class Experts(Protocol):
+    def __call__(
+        self, x_TD: Tensor, weights_Tk: Tensor, ids_Tk: Tensor, w_gate_up_E2ID: Tensor, w_down_EDI: Tensor, /
+    ) -> Tensor:
+        """y_TD = sum over a token's k experts of weight * (silu(x @ gate.T) * (x @ up.T)) @ down.T.
+
+        w_gate_up_E2ID [E, 2I, D] holds gate, then up; w_down_EDI [E, D, I]. x and both weights share one
+        dtype, which y has too; weights_Tk is fp32 and the sum over experts is in fp32. Cost grows with T * k
+        alone.
+        """
+
+
+_route: Route = reference.route
+_router: Router = reference.router
+_experts: Experts = reference.experts
+register("route", "reference", _route)
+register("router", "reference", _router)
+register("experts", "reference", _experts)

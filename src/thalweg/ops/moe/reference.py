@@ -1,0 +1,82 @@
+"""Routing and routed experts in plain torch."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from thalweg.errors import ConfigError
+from thalweg.ops.activation.reference import silu_and_mul
+
+
+def route(
+    logits_TE: Tensor,
+    bias_E: Tensor,
+    top_k: int,
+    renormalize: bool,
+    scale: float,
+    scoring: str = "sigmoid",
+    n_group: int = 1,
+    topk_group: int = 1,
+) -> tuple[Tensor, Tensor]:
+    if scoring == "sigmoid":
+        scores_TE = logits_TE.float().sigmoid()
+    elif scoring == "softmax":
+        scores_TE = logits_TE.float().softmax(-1)
+    else:
+        raise ConfigError(f"router scoring is {scoring!r}; expected 'sigmoid' or 'softmax'")
+    choice_TE = scores_TE + bias_E.float()
+    if n_group > 1:
+        groups_TGE = choice_TE.unflatten(-1, (n_group, -1))
+        group_scores_TG = groups_TGE.topk(min(2, groups_TGE.shape[-1]), dim=-1).values.sum(-1)
+        kept = group_scores_TG.topk(topk_group, dim=-1).indices
+        dropped_TG = torch.ones_like(group_scores_TG, dtype=torch.bool).scatter_(1, kept, False)
+        choice_TE = groups_TGE.masked_fill(dropped_TG.unsqueeze(-1), -torch.inf).flatten(1)
+    ids_Tk = choice_TE.topk(top_k, dim=-1).indices
+    weights_Tk = scores_TE.gather(1, ids_Tk)
+    if renormalize:
+        weights_Tk = weights_Tk / (weights_Tk.sum(-1, keepdim=True) + 1e-20)
+    return weights_Tk * scale, ids_Tk
+
+
+def router(
+    x_TD: Tensor,
+    w_ED: Tensor,
+    bias_E: Tensor,
+    top_k: int,
+    renormalize: bool,
+    scale: float,
+    scoring: str = "sigmoid",
+    n_group: int = 1,
+    topk_group: int = 1,
+    num_shared: int = 0,
+) -> tuple[Tensor, Tensor]:
+    logits_TE = F.linear(x_TD.float(), w_ED.float())
+    weights_Tk, ids_Tk = route(logits_TE, bias_E, top_k, renormalize, scale, scoring, n_group, topk_group)
+    if num_shared == 0:
+        return weights_Tk, ids_Tk
+    T, E = logits_TE.shape
+    shared_TS = torch.arange(E, E + num_shared, device=ids_Tk.device).expand(T, -1)
+    return F.pad(weights_Tk, (0, num_shared), value=1.0), torch.cat((ids_Tk, shared_TS), dim=1)
+
+
+def experts(x_TD: Tensor, weights_Tk: Tensor, ids_Tk: Tensor, w_gate_up_E2ID: Tensor, w_down_EDI: Tensor) -> Tensor:
+    T, k = ids_Tk.shape
+    if T == 0:
+        return torch.empty_like(x_TD)
+    # Sort the T * k (token, expert) pairs by expert, so that each expert in use takes one slice.
+    order_P = ids_Tk.flatten().argsort(stable=True)
+    counts = ids_Tk.flatten().bincount(minlength=w_down_EDI.shape[0]).tolist()
+    used = [e for e, n in enumerate(counts) if n]
+    sizes = [counts[e] for e in used]
+
+    x_by_expert = x_TD[order_P // k].split(sizes)
+    gate_up_P2I = torch.cat([F.linear(x, w_gate_up_E2ID[e]) for e, x in zip(used, x_by_expert, strict=True)])
+    h_by_expert = silu_and_mul(gate_up_P2I).split(sizes)
+    sorted_PD = torch.cat([F.linear(h, w_down_EDI[e]) for e, h in zip(used, h_by_expert, strict=True)])
+
+    # Back to token order rather than index_add: the sum then has one fixed order on every device.
+    y_PD = torch.empty_like(sorted_PD, dtype=torch.float32)
+    y_PD[order_P] = sorted_PD.float()
+    return (y_PD.view(T, k, -1) * weights_Tk.float().unsqueeze(-1)).sum(1).to(x_TD.dtype)

@@ -1,0 +1,23 @@
+"""Op "batched_projection": two up-projections (KDA's decay and output gates) as one batched product."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from thalweg.ops.projection import reference
+from thalweg.ops.registry import register
+
+
+class BatchedProjection(Protocol):
+    def __call__(self, x_T2R: Tensor, w_2OR: Tensor, /) -> Tensor:
+        """y_T2O[:, i] = x_T2R[:, i] @ w_2OR[i].T for i = 0, 1.
+
+        x_T2R [T, 2, R] and w_2OR [2, O, R] share one dtype, which y has too; accumulation is in fp32.
+        y_T2O[:, i] is a [T, O] matrix with a unit last stride, its other stride is up to the implementation.
+        """
+
+
+_batched_projection: BatchedProjection = reference.batched_projection
+register("batched_projection", "reference", _batched_projection)

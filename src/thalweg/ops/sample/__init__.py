@@ -1,0 +1,25 @@
+"""Op "sample": one token id per row of logits, greedy or drawn, without a generator's state."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from thalweg.ops.registry import register
+from thalweg.ops.sample import reference
+
+
+class Sample(Protocol):
+    def __call__(self, logits_RV: Tensor, temperatures_R: Tensor, seeds_R: Tensor, positions_R: Tensor, /) -> Tensor:
+        """ids_R int64: the argmax of a row at temperature 0, otherwise a draw from softmax(logits / temperature).
+
+        The draw is argmax(logits / temperature + Gumbel noise), the noise of an entry depending on its row's
+        seed and position (int64) and its vocabulary index alone, so that batching cannot change it. Equal values go
+        to the lowest index; NaN logits never win unless all are. logits_RV is fp32 or bf16, the arithmetic
+        fp32; temperatures_R is fp32 >= 0. Implementations agree up to the rounding of the logarithm.
+        """
+
+
+_sample: Sample = reference.sample
+register("sample", "reference", _sample)

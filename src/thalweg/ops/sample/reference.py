@@ -1,0 +1,42 @@
+"""Gumbel-max sampling with counter-based noise in plain torch.
+
+splitmix64 (Steele, Lea and Flood, OOPSLA 2014) on int64 tensors, whose products wrap as the algorithm wants.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
+MIX_2 = 0x94D049BB133111EB - 2**64
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)  # int64 >> keeps the sign; the unsigned shift does not
+
+
+def splitmix64(x: Tensor) -> Tensor:
+    """One output of the generator for every state in x (int64, any shape)."""
+    x = x + GOLDEN
+    x = (x ^ _shift_right(x, 30)) * MIX_1
+    x = (x ^ _shift_right(x, 27)) * MIX_2
+    return x ^ _shift_right(x, 31)
+
+
+def gumbel(seeds_R: Tensor, positions_R: Tensor, vocab: int) -> Tensor:
+    """Standard Gumbel noise, fp32 [R, vocab], finite everywhere."""
+    row_R = splitmix64(splitmix64(seeds_R) + positions_R)
+    index_V = torch.arange(vocab, device=seeds_R.device)
+    bits_RV = _shift_right(splitmix64(row_R[:, None] + index_V), 41)
+    # 23 bits and a half: the uniforms are symmetric, and neither 0 nor 1 even after rounding to fp32.
+    uniform_RV = (bits_RV.to(torch.float32) + 0.5) * (1.0 / (1 << 23))
+    return -(-uniform_RV.log()).log()
+
+
+def sample(logits_RV: Tensor, temperatures_R: Tensor, seeds_R: Tensor, positions_R: Tensor) -> Tensor:
+    logits_RV = logits_RV.float().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    hot_R1 = temperatures_R.float()[:, None]
+    drawn_RV = logits_RV / hot_R1.where(hot_R1 > 0, 1.0) + gumbel(seeds_R, positions_R, logits_RV.shape[1])
+    return torch.where(hot_R1 > 0, drawn_RV, logits_RV).argmax(-1)

@@ -1,0 +1,101 @@
+"""The whole model against an outside oracle and, on other shapes, against a second implementation in float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.models import naive_kimi_linear as naive
+from tests.models import random_checkpoint as random
+from thalweg import LLM, SamplingParams
+
+ATOL = 2e-4
+GREEDY = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def oracle(shared_dir: Path) -> Path:
+    return shared_dir / "oracles" / "kimi_linear"
+
+
+@pytest.mark.parametrize("chunk", [4096, 1, 7, 16, 33, 64])
+def test_oracle_logits_in_chunks(oracle: Path, chunk: int) -> None:
+    ids, expected = np.load(oracle / "ids.npy"), np.load(oracle / "logits.npy")
+    with LLM(str(oracle), max_num_seqs=4, max_num_batched_tokens=chunk, block_size=16) as llm:
+        for row in range(2):
+            got = llm.prompt_logits(ids[row])
+            assert got.shape == expected[row].shape
+            assert str(got.dtype) == "torch.float32"
+            np.testing.assert_allclose(got.numpy(), expected[row], atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("budget", "seqs", "block_size"), [(4096, 8, 64), (24, 8, 16), (5, 3, 1), (64, 2, 7)]
+)
+def test_oracle_greedy_among_others(oracle: Path, budget: int, seqs: int, block_size: int) -> None:
+    greedy = np.load(oracle / "greedy.npy")
+    others = [list(range(3, 3 + n)) for n in (1, 17, 64, 40)]
+    prompts = [others[0], greedy[0, :20], others[1], others[2], greedy[1, :20].tolist(), others[3]]
+    with LLM(str(oracle), max_num_seqs=seqs, max_num_batched_tokens=budget, block_size=block_size) as llm:
+        outputs = llm.generate(prompts, GREEDY)
+    for row, at in ((0, 1), (1, 4)):
+        assert outputs[at].outputs[0].token_ids == greedy[row, 20:].tolist()
+        assert outputs[at].outputs[0].finish_reason == "length"
+
+
+SHAPES = {
+    "odd": dict(layers=7, full=(3, 7), hidden=72, kda_heads=3, kda_dim=32, heads=3, nope=20, rope=6, value=12, rank=24,
+                experts=12, top_k=3, shared=2, inner=20, vocab=777),
+    "all KDA, no shared expert": dict(layers=2, full=(), shared=0),
+    "all MLA, all dense": dict(layers=2, full=(1, 2), dense=2),
+    "one head, one expert a token": dict(layers=3, full=(2,), kda_heads=1, heads=1, top_k=1),
+    "tied embeddings": dict(layers=2, full=(1,), tie_word_embeddings=True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_other_shapes_against_float64(tmp_path: Path, name: str) -> None:
+    c = random.config(**SHAPES[name])
+    w = random.weights(c, seed=3)
+    ids = np.random.default_rng(0).integers(0, c["vocab_size"], 61).tolist()
+    expected = naive.logits(c, w, ids).numpy()
+    folder = random.write(tmp_path / "model", c, w)
+    for chunk in (4096, 13):
+        with LLM(str(folder), max_num_seqs=2, max_num_batched_tokens=chunk, block_size=8) as llm:
+            np.testing.assert_allclose(llm.prompt_logits(ids).numpy(), expected, atol=ATOL, rtol=0)
+
+
+@pytest.mark.slow
+def test_long_prompt_against_float64(tmp_path: Path) -> None:
+    c = random.config(**SHAPES["odd"])
+    w = random.weights(c, seed=4)
+    ids = np.random.default_rng(1).integers(0, c["vocab_size"], 333).tolist()
+    folder = random.write(tmp_path / "model", c, w)
+    expected = naive.logits(c, w, ids).numpy()
+    for chunk in (4096, 64, 50):
+        with LLM(str(folder), max_num_seqs=2, max_num_batched_tokens=chunk, block_size=64) as llm:
+            np.testing.assert_allclose(llm.prompt_logits(ids).numpy(), expected, atol=ATOL, rtol=0)
+
+
+def test_fused_projections_equal_the_eight_separate_ones(tmp_path: Path) -> None:
+    import torch
+
+    from thalweg.config.engine import EngineConfig
+    from thalweg.engine.build import build_rank
+
+    c = random.config()
+    w = random.weights(c)
+    folder = random.write(tmp_path / "model", c, w)
+    runner, _ = build_rank(EngineConfig(str(folder), max_num_seqs=1), 0, "")
+    attn = runner.model.layers[0].attn
+    x = torch.randn(9, c["hidden_size"], generator=torch.Generator().manual_seed(0))
+    p = "model.layers.0.self_attn."
+    expected = [x @ w[f"{p}{n}_proj.weight"].T for n in ("q", "k", "v", "b")]
+    expected += [x @ w[f"{p}{n}_a_proj.weight"].T @ w[f"{p}{n}_b_proj.weight"].T for n in "fg"]
+    for fused, unfused, truth in zip(
+        attn.fused_projections(x), attn.unfused_projections(x), expected, strict=True
+    ):
+        torch.testing.assert_close(fused, truth, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(unfused, truth, atol=1e-5, rtol=1e-5)
