@@ -19,9 +19,7 @@ class CacheManager:
 
     def __init__(self, num_blocks: int, num_slots: int, block_size: int) -> None:
         if num_slots < 1 or block_size < 1:
-            raise CacheAccountingError(
-                f"{num_slots} slots, blocks of {block_size} tokens; expected 1 or more of each"
-            )
+            raise CacheAccountingError(f"{num_slots} slots, blocks of {block_size} tokens; expected 1 or more of each")
         self.block_size = block_size
         self.blocks = BlockPool(num_blocks)
         self.slots = SlotPool(num_slots)
@@ -95,9 +93,7 @@ class CacheManager:
     def _held(self, seq: str) -> list[int]:
         blocks = self._blocks_of.get(seq)
         if blocks is None:
-            raise CacheAccountingError(
-                f"sequence {seq!r} holds nothing; it was never admitted or is released"
-            )
+            raise CacheAccountingError(f"sequence {seq!r} holds nothing; it was never admitted or is released")
         return blocks
 
 
@@ -127,9 +123,7 @@ class MemorySplit:
 
     def describe(self) -> list[str]:
         """The split in a few lines, for the log at start and `inspect`."""
-        lines = [
-            f"cache memory    {_size(self.memory_bytes)}, of which {_size(self.unused_bytes)} stay unused"
-        ]
+        lines = [f"cache memory    {_size(self.memory_bytes)}, of which {_size(self.unused_bytes)} stay unused"]
         if self.bytes_per_slot:
             lines.append(
                 f"state slots     {_size(self.state_bytes)} = {self.num_slots} sequences + 1 sink"
@@ -172,36 +166,30 @@ def split_memory(
             f"{memory_bytes} bytes are left for the cache; raise --cache-memory / --gpu-memory-utilization"
         )
     if max_model_len is not None and not 1 <= max_model_len <= model_max_len:
-        raise ConfigError(
-            f"--max-model-len is {max_model_len}; expected 1 to {model_max_len}, the model's own context"
-        )
+        raise ConfigError(f"--max-model-len is {max_model_len}; expected 1 to {model_max_len}, the model's own context")
 
     slot, block = bytes_per_sequence(specs), bytes_per_token(specs) * block_size
+    length = max_model_len or model_max_len
+    # One sequence of the length that was asked for must run, or one of any length; and a block is the sink.
+    least = (1 + (-(-length // block_size) if max_model_len else 1)) * block
     left = memory_bytes - (max_num_seqs + 1) * slot
-    if left < 0:
-        fit = memory_bytes // slot - 1
-        lower = f"lower --max-num-seqs to {fit}, or " if fit >= 1 else ""
+    if left < least:
+        ways = ["raise --cache-memory / --gpu-memory-utilization"]
+        if max_model_len and block and (fit := left // block - 1) >= 1:
+            ways.append(f"lower --max-model-len to {fit * block_size}")
+        if slot and (fit := (memory_bytes - least) // slot - 1) >= 1:
+            ways.append(f"lower --max-num-seqs to {fit}")
         raise ConfigError(
-            f"--max-num-seqs {max_num_seqs} needs {_size((max_num_seqs + 1) * slot)} of state"
-            f" ({max_num_seqs} + 1 slots of {_size(slot)}), and the cache has {_size(memory_bytes)};"
-            f" {lower}raise --cache-memory / --gpu-memory-utilization"
+            f"the cache has {_size(memory_bytes)}; --max-num-seqs {max_num_seqs} needs"
+            f" {_size((max_num_seqs + 1) * slot)} of state and one sequence of"
+            f" {f'--max-model-len {length}' if max_model_len else 'any length'} {_size(least)} of pages;"
+            f" {' or '.join(ways)}"
         )
-    num_blocks, length = 0, max_model_len or model_max_len
+    num_blocks = 0
     if block:
-        fit = left // block - 1  # one block is the sink
+        num_blocks = min(left // block - 1, max_num_seqs * -(-length // block_size))
         if max_model_len is None:
-            length = max(min(length, fit * block_size), 1)
-        need = -(-length // block_size)
-        if fit < need:
-            lower = (
-                f"--max-model-len to {fit * block_size} or --max-num-seqs" if fit > 0 else "--max-num-seqs"
-            )
-            raise ConfigError(
-                f"--max-model-len {length} needs {_size((need + 1) * block)} of pages, and {_size(left)} of the"
-                f" cache's {_size(memory_bytes)} are left after the state of {max_num_seqs} sequences;"
-                f" lower {lower}, or raise --cache-memory / --gpu-memory-utilization"
-            )
-        num_blocks = min(fit, max_num_seqs * need)
+            length = min(length, num_blocks * block_size)
     return MemorySplit(max_num_seqs, num_blocks, block_size, length, slot, block, memory_bytes)
 
 

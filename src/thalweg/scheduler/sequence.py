@@ -1,0 +1,128 @@
+"""One request while it is in the scheduler, and the seed it samples with."""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from thalweg.core import Admission, FinishReason, Prefill, Request, RequestUpdate, StepResult
+
+MASK64 = 2**64 - 1
+
+
+class Sequence:
+    """The scheduler's record of a request, from add() to its end.
+
+    It counts what is planned, not what is known: the token a decode row feeds on may still be on the device.
+    """
+
+    __slots__ = (
+        "arrival",
+        "capacity",
+        "computed",
+        "finished",
+        "limit",
+        "max_computed",
+        "min_tokens",
+        "num_prompt",
+        "output",
+        "params",
+        "prompt",
+        "prompt_rows_sent",
+        "ready_after",
+        "request_id",
+        "seed",
+        "slot",
+        "stop_ids",
+        "target",
+        "wants_prompt_logits",
+    )
+
+    def __init__(self, request: Request, arrival: int, seed: int, limit: int, stop_ids: frozenset[int]) -> None:
+        params = request.params
+        self.request_id = request.id
+        self.prompt = request.prompt_token_ids
+        self.num_prompt = len(self.prompt)
+        self.params = params
+        self.wants_prompt_logits = request.prompt_logits
+        self.arrival = arrival
+        self.seed = seed
+        self.limit = limit  # generated tokens at most
+        self.min_tokens = params.min_tokens
+        self.stop_ids = stop_ids
+        self.max_computed = self.num_prompt + max(limit, 1) - 1  # the last sampled token is never an input
+        self.output: list[int] = []  # tokens that have arrived from the device
+        self.slot = 0  # 0 while waiting
+        self.target = 0  # tokens the running admission prefills
+        self.computed = 0  # tokens planned into the cache
+        self.capacity = 0  # tokens its blocks hold
+        self.ready_after = 0  # steps that must be done before it may run again
+        self.prompt_rows_sent = 0  # prompt positions whose logits or logprobs were handed out
+        self.finished = False
+
+    def admission(self) -> Admission:
+        """What the runner is told when this sequence takes its slot: every token that is known by now."""
+        return Admission(
+            self.slot,
+            self.request_id,
+            self.prompt + self.output,
+            self.num_prompt,
+            self.params,
+            self.seed,
+            self.wants_prompt_logits,
+        )
+
+    def reset(self, ready_after: int) -> None:
+        """Back to waiting after a preemption; its cache is gone."""
+        self.slot = self.target = self.computed = self.capacity = 0
+        self.ready_after = ready_after
+
+    def take_token(self, token: int, slot: int, result: StepResult) -> RequestUpdate:
+        """A sampled token has arrived from the row that ran in `slot`."""
+        if result.errors and slot in result.errors:
+            return self._failed(result.errors[slot])
+        output = self.output
+        output.append(token)
+        logprobs = result.logprobs.get(slot) if result.logprobs else None
+        if token in self.stop_ids and len(output) > self.min_tokens:
+            return RequestUpdate(self.request_id, [token], "stop", token, None, logprobs)
+        reason: FinishReason | None = "length" if len(output) >= self.limit else None
+        return RequestUpdate(self.request_id, [token], reason, None, None, logprobs)
+
+    def take_prefill(self, prefill: Prefill, token: int | None, result: StepResult) -> RequestUpdate | None:
+        """A prefill has run, with a sampled token if it was the last. None when there is nothing to tell."""
+        slot = prefill.slot
+        if result.errors and slot in result.errors:
+            return self._failed(result.errors[slot])
+        logprobs, logits = result.prompt_logprobs.get(slot), result.prompt_logits.get(slot)
+        if logprobs is not None or logits is not None:
+            rows = max(min(prefill.length, self.num_prompt - prefill.start), 0)  # of the prompt
+            first = max(self.prompt_rows_sent - prefill.start, 0)
+            logprobs = (logprobs[first:rows] or None) if logprobs is not None else None
+            logits = logits[first:rows] if logits is not None and first < rows else None
+            self.prompt_rows_sent = max(self.prompt_rows_sent, prefill.start + rows)
+        if token is not None:
+            news = self.take_token(token, slot, result)
+        elif self.limit == 0 and prefill.start + prefill.length == self.num_prompt:
+            news = RequestUpdate(self.request_id, [], "length")
+        elif logprobs is None and logits is None:
+            return None
+        else:
+            news = RequestUpdate(self.request_id, [])
+        if logprobs is None and logits is None:
+            return news
+        return replace(news, prompt_logprobs=logprobs, prompt_logits=logits)
+
+    def _failed(self, error: str) -> RequestUpdate:
+        return RequestUpdate(self.request_id, [], "error", None, error)
+
+
+def derive_seed(engine_seed: int, arrival: int) -> int:
+    """A 64-bit seed for the arrival-th request of an engine (splitmix64, Steele et al. 2014)."""
+    return _mix(_mix(engine_seed & MASK64) + (arrival + 1) * 0x9E3779B97F4A7C15)
+
+
+def _mix(x: int) -> int:
+    x &= MASK64
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & MASK64
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & MASK64
+    return x ^ (x >> 31)

@@ -1,0 +1,249 @@
+"""A device without tensors: it replays step plans and checks that each touches only what its slot owns.
+
+A slot's pages hold token ids and its state a chained hash of them. The next token is a function of both, read
+the way a kernel would, through the block table. A block overwritten, a position skipped or run twice,
+a state that was not reset: each changes the tokens, so comparing with `solo` finds it.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import deque
+from dataclasses import dataclass, field
+
+from thalweg.cache.manager import CacheManager
+from thalweg.core import (
+    Admission,
+    Request,
+    RequestUpdate,
+    SamplingParams,
+    StepPlan,
+    StepResult,
+    TokenLogprobs,
+)
+from thalweg.scheduler.scheduler import Scheduler
+
+VOCAB = 40
+EOS = frozenset({0, 1})
+
+
+def chain(state: int, token: int) -> int:
+    return zlib.crc32(token.to_bytes(4, "little"), state)
+
+
+def next_token(cached: list[int], state: int, seed: int, num_generated: int, params: SamplingParams) -> int:
+    """Deterministic in everything a model's next token depends on; ends are masked before min_tokens."""
+    token = zlib.crc32(bytes(cached), state ^ (seed & 0xFFFFFFFF)) % VOCAB
+    ends = EOS.union(params.stop_token_ids) if num_generated < params.min_tokens else ()
+    while token in ends:
+        token = (token + 1) % VOCAB
+    return token
+
+
+def solo(request: Request, seed: int, max_model_len: int, max_cached: int | None) -> tuple[list[int], str]:
+    """The tokens of a request that has the device to itself, and why it ended.
+
+    max_cached None: the model has no paged layers.
+    """
+    params = request.params
+    tokens, output = list(request.prompt_token_ids), []
+    state = 0
+    for token in tokens:
+        state = chain(state, token)
+    ends = set(params.stop_token_ids) | (set() if params.ignore_eos else EOS)
+    while True:
+        if params.max_tokens is not None and len(output) >= params.max_tokens:
+            return output, "length"
+        if len(tokens) >= max_model_len or (max_cached is not None and len(tokens) > max_cached):
+            return output, "length"
+        token = next_token([] if max_cached is None else tokens, state, seed, len(output), params)
+        tokens.append(token)
+        output.append(token)
+        state = chain(state, token)
+        if token in ends and len(output) > params.min_tokens:
+            return output, "stop"
+
+
+@dataclass
+class Slot:
+    admission: Admission
+    table: list[int] = field(default_factory=list)
+    num_cached: int = 0
+    state: int = 0
+    last: int | None = None
+
+
+class Device:
+    """Runs plans in order. With num_blocks 0 its model has no paged layers."""
+
+    def __init__(self, num_blocks: int, num_slots: int, block_size: int) -> None:
+        self.num_blocks, self.num_slots, self.block_size = num_blocks, num_slots, block_size
+        self.pages: dict[tuple[int, int], int] = {}
+        self.owner: dict[int, int] = {}
+        self.slots: dict[int, Slot] = {}
+        self.next_step = 0
+        self.errors: dict[tuple[str, int], str] = {}  # (request id, position): what goes wrong there
+        self.seeds: dict[str, int] = {}
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        assert plan.step == self.next_step, "plans run in order, none left out"
+        self.next_step += 1
+        for a in plan.admissions:
+            assert 1 <= a.slot <= self.num_slots
+            self.owner = {block: slot for block, slot in self.owner.items() if slot != a.slot}
+            self.slots[a.slot] = Slot(a)
+            assert self.seeds.setdefault(a.request_id, a.seed) == a.seed, "a resumed request keeps its seed"
+        for slot, index, block in plan.new_blocks:
+            assert 1 <= block <= self.num_blocks
+            assert index == len(self.slots[slot].table), "block tables grow at their end"
+            self.slots[slot].table.append(block)
+            self.owner[block] = slot
+        rows = plan.decode_slots + [p.slot for p in plan.prefills]
+        assert len(set(rows)) == len(rows), "one row a slot"
+        assert {a.slot for a in plan.admissions} <= {p.slot for p in plan.prefills}
+        result = StepResult(plan.step, [], {}, {}, {}, {})
+        for number, start in zip(plan.decode_slots, plan.decode_starts, strict=True):
+            slot = self.slots[number]
+            assert slot.last is not None, "a decode needs a sampled token to feed on"
+            self._feed(number, start, [slot.last])
+            self._sample(number, result)
+        for p in plan.prefills:
+            tokens = self.slots[p.slot].admission.token_ids
+            assert p.length >= 1
+            self._feed(p.slot, p.start, tokens[p.start : p.start + p.length])
+            assert not p.sample or p.start + p.length == len(tokens)
+            self._inspect(p.slot, p.start, tokens[p.start + 1 : p.start + p.length + 1], p.length, result)
+            if p.sample:
+                self._sample(p.slot, result)
+        return result
+
+    def _feed(self, number: int, start: int, tokens: list[int]) -> None:
+        slot = self.slots[number]
+        assert start == slot.num_cached, "positions are filled once, in order"
+        for token in tokens:
+            if self.num_blocks:
+                block = slot.table[slot.num_cached // self.block_size]
+                assert self.owner[block] == number, f"slot {number} writes into a block of {self.owner[block]}"
+                self.pages[block, slot.num_cached % self.block_size] = token
+            slot.num_cached += 1
+            slot.state = chain(slot.state, token)
+
+    def _read(self, number: int) -> list[int]:
+        slot = self.slots[number]
+        if not self.num_blocks:
+            return []
+        blocks = [slot.table[i // self.block_size] for i in range(slot.num_cached)]
+        assert all(self.owner[block] == number for block in blocks), "a block was handed on while still in use"
+        return [self.pages[block, i % self.block_size] for i, block in enumerate(blocks)]
+
+    def _sample(self, number: int, result: StepResult) -> None:
+        slot = self.slots[number]
+        a = slot.admission
+        cached = self._read(number)
+        if error := self.errors.get((a.request_id, slot.num_cached)):
+            result.errors[number] = error
+        num_generated = slot.num_cached - a.num_prompt
+        slot.last = next_token(cached, slot.state, a.seed, num_generated, a.params)
+        if a.params.logprobs is not None:
+            result.logprobs[number] = TokenLogprobs(slot.last, -1.0, 1, [], [])
+        result.token_ids.append(slot.last)
+
+    def _inspect(self, number: int, start: int, following: list[int], length: int, result: StepResult) -> None:
+        a = self.slots[number].admission
+        if a.prompt_logits:
+            result.prompt_logits[number] = list(range(start, start + length))  # row i names its position
+        if a.params.prompt_logprobs is not None:
+            result.prompt_logprobs[number] = [TokenLogprobs(token, 0.0, 1, [], []) for token in following]
+
+
+class Harness:
+    """A scheduler with a device, `depth` plans ahead of the results, as the engine's loop runs them."""
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int = 64,
+        block_size: int = 4,
+        max_num_seqs: int = 4,
+        max_num_batched_tokens: int = 16,
+        max_model_len: int = 64,
+        seed: int = 0,
+        depth: int = 0,
+    ) -> None:
+        cache = CacheManager(num_blocks, max_num_seqs, block_size)
+        self.scheduler = Scheduler(max_num_seqs, max_num_batched_tokens, max_model_len, cache, EOS, seed)
+        self.device = Device(num_blocks, max_num_seqs, block_size)
+        self.depth = depth
+        self.pending: deque[StepPlan] = deque()
+        self.plans: list[StepPlan] = []
+        self.requests: dict[str, Request] = {}
+        self.updates: dict[str, list[RequestUpdate]] = {}
+        self.aborted: set[str] = set()
+
+    def add(self, id: str, prompt: list[int], prompt_logits: bool = False, **params: object) -> None:
+        request = Request(
+            id=id,
+            prompt_token_ids=prompt,
+            params=SamplingParams(**{"max_tokens": None, **params}),
+            prompt_logits=prompt_logits,
+        )
+        self.scheduler.add(request)
+        self.requests[id] = request
+        self.updates[id] = []
+
+    def abort(self, id: str) -> bool:
+        if done := self.scheduler.abort(id):
+            self.aborted.add(id)
+        return done
+
+    def plan(self) -> StepPlan | None:
+        plan = self.scheduler.schedule()
+        if plan is not None:
+            assert 1 <= plan.num_tokens <= self.scheduler.max_num_batched_tokens
+            self.pending.append(plan)
+            self.plans.append(plan)
+        return plan
+
+    def collect(self) -> list[RequestUpdate]:
+        plan = self.pending.popleft()
+        updates = self.scheduler.update(plan, self.device.execute(plan))
+        for update in updates:
+            assert update.request_id not in self.aborted, "no news of an aborted request"
+            assert not self.ended(update.request_id), "no news after the end"
+            self.updates[update.request_id].append(update)
+        return updates
+
+    def step(self) -> list[RequestUpdate]:
+        """Plans a step, then takes in results until at most `depth` are outstanding."""
+        planned = self.plan() is not None
+        if self.pending and (not planned or len(self.pending) > self.depth):
+            return self.collect()
+        assert planned or not self.scheduler.has_work(), "requests are left, and nothing runs"
+        return []
+
+    def drain(self, max_steps: int = 10_000) -> None:
+        for _ in range(max_steps):
+            if not self.scheduler.has_work() and not self.pending:
+                self.scheduler.check_idle()
+                return
+            self.step()
+        raise AssertionError(f"not done after {max_steps} steps: somebody starves")
+
+    def ended(self, id: str) -> bool:
+        return bool(self.updates[id]) and self.updates[id][-1].finish_reason is not None
+
+    def tokens(self, id: str) -> list[int]:
+        return [token for update in self.updates[id] for token in update.token_ids]
+
+    def solo(self, id: str) -> tuple[list[int], str]:
+        max_cached = self.device.num_blocks * self.device.block_size or None
+        return solo(self.requests[id], self.device.seeds[id], self.scheduler.max_model_len, max_cached)
+
+    def check_against_solo(self) -> None:
+        for id in self.requests:
+            if id in self.aborted:
+                if id in self.device.seeds:
+                    tokens = self.tokens(id)
+                    assert tokens == self.solo(id)[0][: len(tokens)]
+            else:
+                assert (self.tokens(id), self.updates[id][-1].finish_reason) == self.solo(id)

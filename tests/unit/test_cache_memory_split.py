@@ -1,0 +1,147 @@
+"""How cache memory is divided between state slots and pages."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from thalweg.cache.manager import MemorySplit, split_memory
+from thalweg.cache.specs import LayerSpec, PagedSpec, StateSpec, StateTensor
+from thalweg.errors import ConfigError
+
+GIB = 2**30
+PAGED = PagedSpec(576, "bfloat16")  # 1152 bytes a token
+STATE = StateSpec((StateTensor("recurrent", (32, 128, 128), "float32"), StateTensor("conv", (3, 12288), "bfloat16")))
+KIMI: list[LayerSpec] = [STATE] * 20 + [PAGED] * 7
+
+
+def split(specs: list[LayerSpec] = KIMI, **options: object) -> MemorySplit:
+    defaults = {"block_size": 64, "memory_bytes": 20 * GIB, "max_num_seqs": 64, "max_model_len": None}
+    return split_memory(specs, **{**defaults, "model_max_len": 1_048_576, **options})  # type: ignore[arg-type]
+
+
+def test_the_published_model() -> None:
+    s = split()
+    assert s.bytes_per_slot == 20 * (2 * 2**20 + 3 * 12288 * 2)
+    assert s.bytes_per_block == 64 * 8064
+    assert s.num_slots == 64
+    assert s.num_blocks == (20 * GIB - 65 * s.bytes_per_slot) // (64 * 8064) - 1
+    assert s.max_model_len == 1_048_576
+    assert 0 <= s.unused_bytes < s.bytes_per_block
+    assert s.state_bytes + s.page_bytes + s.unused_bytes == 20 * GIB
+
+
+def test_no_more_pages_than_the_sequences_can_fill() -> None:
+    s = split(max_num_seqs=4, max_model_len=1000)
+    assert s.num_blocks == 4 * 16
+    assert s.unused_bytes > 19 * GIB
+
+
+def refusal(**options: object) -> str:
+    with pytest.raises(ConfigError) as e:
+        split(**options)
+    assert "\n" not in str(e.value)
+    return str(e.value)
+
+
+def test_max_model_len_is_lowered_only_if_it_was_not_asked_for() -> None:
+    s = split(memory_bytes=4 * GIB)
+    assert s.max_model_len == s.num_blocks * 64 < 1_048_576
+    text = refusal(memory_bytes=4 * GIB, max_model_len=s.max_model_len + 1)
+    assert f"lower --max-model-len to {s.max_model_len} or lower --max-num-seqs to 63" in text
+    assert split(memory_bytes=4 * GIB, max_model_len=s.max_model_len) == s
+    assert split(memory_bytes=4 * GIB, max_model_len=s.max_model_len + 1, max_num_seqs=63).num_slots == 63
+
+
+def test_slots_that_do_not_fit() -> None:
+    assert refusal(memory_bytes=GIB) == (
+        "the cache has 1.00 GiB; --max-num-seqs 64 needs 2.63 GiB of state and one sequence of any length"
+        " 1008.00 KiB of pages; raise --cache-memory / --gpu-memory-utilization or lower --max-num-seqs to 23"
+    )
+    assert split(memory_bytes=GIB, max_num_seqs=23).num_slots == 23
+    assert refusal(memory_bytes=GIB, max_num_seqs=24)
+    assert refusal(memory_bytes=2**26, max_num_seqs=1).endswith("raise --cache-memory / --gpu-memory-utilization")
+
+
+def test_slots_fit_and_no_page_does() -> None:
+    slots = 65 * split().bytes_per_slot
+    assert "lower --max-num-seqs to 63" in refusal(memory_bytes=slots + 2 * 64 * 8064 - 1)
+    assert split(memory_bytes=slots + 2 * 64 * 8064).num_blocks == 1
+
+
+def test_without_paged_layers() -> None:
+    s = split([STATE], memory_bytes=GIB)
+    assert (s.num_blocks, s.page_bytes, s.max_model_len) == (0, 0, 1_048_576)
+    assert "pages           none, no layer caches by token" in s.describe()
+
+
+def test_without_state_layers() -> None:
+    s = split([PAGED], memory_bytes=100 * 1152 * 64)
+    assert (s.num_slots, s.state_bytes, s.num_blocks, s.max_model_len) == (64, 0, 99, 6336)
+    assert "state slots     64 sequences, no state kept" in s.describe()
+
+
+@pytest.mark.parametrize(
+    ("options", "option"),
+    [
+        ({"max_num_seqs": 0}, "--max-num-seqs"),
+        ({"block_size": 0}, "--block-size"),
+        ({"max_model_len": 0}, "--max-model-len"),
+        ({"max_model_len": 1_048_577}, "--max-model-len"),
+        ({"memory_bytes": 0}, "--cache-memory"),
+        ({"memory_bytes": -5}, "--gpu-memory-utilization"),
+    ],
+)
+def test_options_out_of_range(options: dict[str, int], option: str) -> None:
+    for specs in (KIMI, [PAGED], [STATE]):
+        with pytest.raises(ConfigError, match=option) as e:
+            split(specs, **options)
+        assert "\n" not in str(e.value)
+
+
+def test_describe() -> None:
+    lines = split([StateSpec((StateTensor("s", (256,), "float32"),)), PAGED], memory_bytes=2**22).describe()
+    assert lines == [
+        "cache memory    4.00 MiB, of which 71.00 KiB stay unused",
+        "state slots     65.00 KiB = 64 sequences + 1 sink x 1.00 KiB",
+        "pages           3.87 MiB = 54 blocks + 1 sink x 72.00 KiB; 3456 tokens in blocks of 64",
+        "max model len   3456 tokens",
+    ]
+
+
+@settings(max_examples=200, derandomize=True, deadline=None)
+@given(
+    st.integers(1, 70),
+    st.integers(1, 2**24),
+    st.integers(1, 9),
+    st.one_of(st.none(), st.integers(1, 5000)),
+    st.integers(0, 2000),
+    st.integers(0, 50),
+)
+def test_a_split_fits_and_wastes_nothing(
+    block_size: int, memory: int, seqs: int, length: int | None, state: int, values: int
+) -> None:
+    specs: list[LayerSpec] = [StateSpec((StateTensor("s", (state,), "float32"),))] if state else []
+    specs += [PagedSpec(values, "float32")] if values else []
+    try:
+        s = split_memory(
+            specs,
+            block_size=block_size,
+            memory_bytes=memory,
+            max_num_seqs=seqs,
+            max_model_len=length,
+            model_max_len=5000,
+        )
+    except ConfigError:
+        need = 1 if length is None else -(-length // block_size)
+        assert (seqs + 1) * state * 4 + (need + 1) * block_size * values * 4 > memory
+        return
+    full = -(-s.max_model_len // block_size)
+    assert s.unused_bytes >= 0
+    assert s.max_model_len == length or length is None
+    if values:
+        assert full <= s.num_blocks <= seqs * full
+        assert s.num_blocks == seqs * full or s.unused_bytes < s.bytes_per_block
+    else:
+        assert s.num_blocks == 0
