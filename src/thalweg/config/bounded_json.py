@@ -1,5 +1,4 @@
-"""Reading JSON that a stranger may have written: bounded in size and depth, no key twice, one line of
-error."""
+"""Reading JSON a stranger may have written: bounded in size and depth, no key twice, errors of one line."""
 
 from __future__ import annotations
 
@@ -14,8 +13,7 @@ MAX_DEPTH = 32
 
 
 def read_object(folder: Path, name: str, *, max_bytes: int = MAX_FILE_BYTES) -> dict[str, Any]:
-    """The JSON object in folder/name. Raises CheckpointError when it cannot be read, is too big, or is no
-    object."""
+    """The JSON object in folder/name. Raises CheckpointError when it is unreadable, too big or no object."""
     path = folder / name
     if not folder.exists():
         raise CheckpointError(f"{folder}: no such folder; expected a model folder with {name}")
@@ -34,8 +32,7 @@ def read_object(folder: Path, name: str, *, max_bytes: int = MAX_FILE_BYTES) -> 
 
 
 def parse_object(data: bytes, where: str, *, max_depth: int = MAX_DEPTH) -> dict[str, Any]:
-    """The JSON object in `data`; `where` begins the CheckpointError for bad JSON, a key given twice or deep
-    nesting."""
+    """The JSON object in `data`. Raises CheckpointError, which begins with `where`, for anything else."""
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
     except RecursionError:

@@ -15,7 +15,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "dummy", "safetensors")
 MAX_TENSOR_PARALLEL = 1024
 
-_DEVICE = re.compile(r"auto|cpu|(?:cuda|xpu|mps|hpu|npu)(?::\d{1,3})?")
+_DEVICE = re.compile(r"auto|cpu|(?:cuda|xpu|mps)(?::\d{1,3})?")
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)(b?)\s*", re.IGNORECASE)
 
 
@@ -96,8 +96,7 @@ class EngineConfig:
         return replace(self, device=chosen, dtype=dtype, load_format=load_format)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values by option name, for messages to other processes; EngineConfig(**d) gives the same
-        config."""
+        """Plain values by option name, for messages; EngineConfig(**d) gives the same config."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {**values, "op_preference": dict(self.op_preference)}
 

@@ -1,5 +1,4 @@
-"""The only reader of environment variables. Each is named here, with what it does; everything else is an
-option."""
+"""The only reader of environment variables; each is named here, with what it does."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Strict reading of config.json: typed keys, nothing unknown passed over in silence, bounded before it is
-trusted."""
+"""Strict reading of config.json: typed keys, nothing unknown passed over, bounded before it is trusted."""
 
 from __future__ import annotations
 
@@ -160,10 +159,11 @@ class ConfigReader:
         return None if value is None else ConfigReader(value, f"{self.where}: {key}")
 
     def only(self, key: str, supported: Any, *, default: Any = _REQUIRED) -> None:
-        """Refuse any value of a key but the one that is supported; the key changes the maths."""
-        missing = supported if default is _REQUIRED else default
-        value = self._raw.get(key, missing)
-        self._read.add(key)
+        """Refuse any value of a key but the one that is supported; the key changes the maths.
+
+        A missing key counts as `default`, or as supported where none is given.
+        """
+        value = self._get(key, supported if default is _REQUIRED else default, "")
         if type(value) is not type(supported) or value != supported:
             raise ConfigError(f"{self.where}: {key} is {_show(value)}; only {_show(supported)} is supported")
 
@@ -176,8 +176,7 @@ class ConfigReader:
             )
 
     def skip(self, *keys: str) -> None:
-        """Count keys as read that say nothing here, such as a part's dimensions where no layer has that
-        part."""
+        """Count keys as read that say nothing here: dimensions of a part that no layer has."""
         self._read.update(keys)
 
     def error(self, key: str, expected: str) -> ConfigError:
@@ -217,8 +216,7 @@ class ConfigReader:
 
 @dataclass(frozen=True, slots=True)
 class GenerationConfig:
-    """What generation_config.json suggests: token ids that end a text, and sampling defaults (None: not
-    given)."""
+    """What generation_config.json suggests: ids that end a text, and sampling defaults (None: not given)."""
 
     eos_token_ids: tuple[int, ...] = ()
     temperature: float | None = None
@@ -230,8 +228,7 @@ class GenerationConfig:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The object in folder/config.json. Raises CheckpointError when the folder or file is missing or no such
-    JSON."""
+    """The object in folder/config.json. Raises CheckpointError when there is none."""
     return read_object(folder, "config.json")
 
 
@@ -254,8 +251,7 @@ def read_generation_config(folder: Path) -> GenerationConfig:
 
 
 def checkpoint_dtype(raw: Mapping[str, Any], where: str = "config.json") -> str:
-    """The dtype the weights were saved in, from `dtype` or the older `torch_dtype`; float32 when neither is
-    there."""
+    """The dtype the weights were saved in, from `dtype` or the older `torch_dtype`; without them float32."""
     reader = ConfigReader(raw, where)
     key = "dtype" if raw.get("dtype") is not None else "torch_dtype"
     name = reader.get_str(key, "float32").removeprefix("torch.")

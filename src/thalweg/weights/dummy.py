@@ -1,0 +1,69 @@
+"""Random weights of the real shapes (--load-format dummy): to measure speed and memory without a checkpoint.
+
+Drawn so that the model behaves like one: unit norms and zero router bias, so that routing spreads over the
+experts, and decay rates of the range that training starts from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from thalweg.weights.plan import Init, Target
+
+STD = 0.02  # of matrices
+DT_MIN, DT_MAX = 1e-3, 0.1  # softplus(dt_bias), drawn log-uniformly
+A_MIN, A_MAX = 1.0, 16.0  # exp(A_log), drawn uniformly
+
+
+def fill(
+    plan: Sequence[Target],
+    get_param: Callable[[str], Tensor],
+    seed: int,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Fill every parameter with random values, in place.
+
+    Each checkpoint tensor is drawn whole, on its parameter's device, from a generator seeded with (seed, its
+    name), then cut: the values do not depend on the number of ranks. `progress` is called with the bytes
+    filled.
+    """
+    for target in plan:
+        param = get_param(target.name).detach()
+        if not target.covered:
+            param.zero_()
+        for source in target.sources:
+            place = param[source.index]
+            full = _draw(target.init, source.shape, param.device, _seed_of(seed, source.name))
+            if source.shard_dim is not None and source.shard is not None:
+                start, stop = source.shard
+                full = full.narrow(source.shard_dim, start, stop - start)
+            place.copy_(full.reshape(place.shape))
+            if progress is not None:
+                progress(place.numel() * place.element_size())
+
+
+def _draw(init: Init, shape: tuple[int, ...], device: torch.device, seed: int) -> Tensor:
+    """A float32 tensor of the distribution that `init` names."""
+    values = torch.empty(shape, dtype=torch.float32, device=device)
+    if init == "ones":
+        return values.fill_(1)
+    if init == "zeros":
+        return values.zero_()
+    generator = torch.Generator(device).manual_seed(seed)
+    if init == "normal":
+        return values.normal_(0, STD, generator=generator)
+    if init == "a_log":
+        return values.uniform_(A_MIN, A_MAX, generator=generator).log_()
+    step = values.uniform_(math.log(DT_MIN), math.log(DT_MAX), generator=generator).exp_()
+    return step + torch.log(-torch.expm1(-step))  # the inverse of softplus
+
+
+def _seed_of(seed: int, name: str) -> int:
+    """63 bits that mix the engine's seed and a tensor's name."""
+    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

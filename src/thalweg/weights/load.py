@@ -1,0 +1,122 @@
+"""Fill a model's parameters from a checkpoint by its plan: check all, then copy each slice into place."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatchcase
+from math import prod
+
+import torch
+from torch import Tensor
+
+from thalweg.errors import CheckpointError, UnsupportedError
+from thalweg.weights.checkpoint import Checkpoint
+from thalweg.weights.plan import Source, Target, check_targets, checkpoint_shapes
+from thalweg.weights.safetensors import LOADABLE, unsupported_dtype
+
+MAX_LISTED = 20
+_DEVICE_THREADS = 8  # host-to-device copies wait for pages from disk; several keep the disk busy
+
+GetParam = Callable[[str], Tensor]
+
+
+def load(
+    plan: Sequence[Target],
+    checkpoint: Checkpoint,
+    get_param: GetParam,
+    *,
+    ignore: Iterable[str] = (),
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Copy this rank's part of every planned tensor into its parameter, cast to the parameter's dtype.
+
+    `get_param(name)` gives the parameter, of the target's local shape, on any device. `ignore` are
+    shell-style patterns of tensors the checkpoint may hold unread. `progress` is called with the bytes of
+    each part copied, from this thread; they add up to bytes_to_load(). Each tensor is read once, in file
+    order. Raises CheckpointError when tensors are missing, unexpected or misshapen and UnsupportedError when
+    one is quantized, before anything is copied.
+    """
+    check(plan, checkpoint, ignore)
+    params = _params(plan, get_param)
+    uses: dict[str, list[tuple[Target, Source]]] = defaultdict(list)
+    for target in plan:
+        if not target.covered:
+            params[target.name].zero_()
+        for source in target.sources:
+            uses[source.name].append((target, source))
+
+    def copy(name: str) -> int:
+        done = 0
+        for target, source in uses[name]:
+            dim, part = source.shard_dim, source.shard or (0, None)
+            tensor = checkpoint.read(name, dim, *part)
+            place = params[target.name][source.index]
+            place.copy_(tensor.reshape(place.shape))
+            done += tensor.numel() * tensor.element_size()
+        return done
+
+    on_device = any(p.device.type != "cpu" for p in params.values())
+    threads = min(_DEVICE_THREADS, os.cpu_count() or 1) if on_device else 1
+    with ThreadPoolExecutor(threads) as pool:
+        for done in pool.map(copy, [name for name in checkpoint.tensors if name in uses]):
+            if progress is not None:
+                progress(done)
+
+
+def bytes_to_load(plan: Sequence[Target], checkpoint: Checkpoint) -> int:
+    """Bytes of the checkpoint that load() copies on this rank."""
+    tensors = checkpoint.tensors
+    return sum(
+        prod(s.local_shape) * LOADABLE[tensors[s.name].dtype].itemsize
+        for t in plan
+        for s in t.sources
+        if s.name in tensors and tensors[s.name].dtype in LOADABLE
+    )
+
+
+def check(plan: Sequence[Target], checkpoint: Checkpoint, ignore: Iterable[str] = ()) -> None:
+    """Compare the plan with the checkpoint's headers; nothing is read.
+
+    Raises CheckpointError listing missing, unexpected and misshapen tensors, UnsupportedError for a dtype
+    that cannot be loaded.
+    """
+    check_targets(plan)
+    patterns = tuple(ignore)
+    expected, found = checkpoint_shapes(plan), checkpoint.tensors
+    for name in expected:
+        if name in found and found[name].dtype not in LOADABLE:
+            raise UnsupportedError(unsupported_dtype(found[name], checkpoint.path_of(name)))
+    missing = [name for name in expected if name not in found]
+    extra = [n for n in found if n not in expected and not any(fnmatchcase(n, p) for p in patterns)]
+    misshapen = [
+        f"{name} {list(found[name].shape)}, not {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name].shape != shape
+    ]
+    faults = [
+        f"{len(names)} {kind}: {', '.join(names[:MAX_LISTED])}{' ...' if len(names) > MAX_LISTED else ''}"
+        for kind, names in (("missing", missing), ("unexpected", extra), ("misshapen", misshapen))
+        if names
+    ]
+    if faults:
+        raise CheckpointError(
+            f"{checkpoint.folder}: its tensors do not fit its config.json; {'; '.join(faults)}"
+        )
+
+
+def _params(plan: Sequence[Target], get_param: GetParam) -> dict[str, Tensor]:
+    """Every target's parameter, detached, its shape and dtype checked against the plan."""
+    params = {}
+    for target in plan:
+        param = get_param(target.name).detach()
+        if tuple(param.shape) != target.shape:
+            raise CheckpointError(
+                f"parameter {target.name} is {list(param.shape)}; the plan fills {list(target.shape)}"
+            )
+        if target.dtype == "float32" and param.dtype != torch.float32:
+            raise CheckpointError(f"parameter {target.name} is {param.dtype}; the plan says float32")
+        params[target.name] = param
+    return params

@@ -1,0 +1,169 @@
+"""Which checkpoint tensors become which parameters, as data: rename, concatenate, stack, reshape, shard.
+
+A family writes its plan once, as a list of targets built for one rank. Loading, dummy weights, the check for
+missing and unexpected tensors and the size printed in the progress bar all read that same list.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+from thalweg.errors import ConfigError
+
+Range = tuple[int, int]  # [start, stop)
+Index = int | Range
+Shape = tuple[int, ...]
+Init = Literal["normal", "ones", "zeros", "a_log", "dt_bias"]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One checkpoint tensor, the part of it that this rank reads, and the place in the target it fills.
+
+    `shape` is the full shape in the checkpoint. `shard_dim` is the dimension split under tensor parallelism
+    (None: replicated) and `shard` this rank's range of it. `into` indexes the target's leading dimensions: an
+    int picks one entry, a range keeps the dimension, () is all of it. The part is reshaped to the place it
+    fills.
+    """
+
+    name: str
+    shape: Shape
+    shard_dim: int | None = None
+    shard: Range | None = None
+    into: tuple[Index, ...] = ()
+
+    @property
+    def local_shape(self) -> Shape:
+        """Shape of this rank's part, before any reshape."""
+        if self.shard_dim is None or self.shard is None:
+            return self.shape
+        start, stop = self.shard
+        return (*self.shape[: self.shard_dim], stop - start, *self.shape[self.shard_dim + 1 :])
+
+    @property
+    def index(self) -> tuple[int | slice, ...]:
+        """`into` as a tensor index; an empty one means the whole target."""
+        return tuple(i if isinstance(i, int) else slice(*i) for i in self.into) or (slice(None),)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One parameter on this rank: its local shape, its dtype ("model" follows --dtype) and what fills it.
+
+    Where the sources leave something uncovered (vocabulary rows past the end on the last rank) it becomes
+    zero. `init` says how dummy weights are drawn.
+    """
+
+    name: str
+    shape: Shape
+    sources: tuple[Source, ...]
+    dtype: Literal["model", "float32"] = "model"
+    init: Init = "normal"
+
+    @property
+    def covered(self) -> bool:
+        """Whether the sources fill every element."""
+        return sum(prod(s.local_shape) for s in self.sources) == prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Shards:
+    """This rank's share of dimensions under tensor parallelism."""
+
+    rank: int = 0
+    size: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.size:
+            raise ConfigError(f"tensor-parallel rank is {self.rank}; expected 0 to {self.size - 1}")
+
+    def count(self, total: int, what: str) -> int:
+        """total / size. Raises ConfigError when that is not whole; `what` names the dimension."""
+        if total % self.size:
+            raise ConfigError(
+                f"--tensor-parallel-size is {self.size}; it must divide {what}, which is {total}"
+            )
+        return total // self.size
+
+    def even(self, total: int, what: str, unit: int = 1) -> Range:
+        """This rank's range of total * unit rows, cut between units (heads). Raises as count() does."""
+        n = self.count(total, what) * unit
+        return self.rank * n, (self.rank + 1) * n
+
+    def padded(self, total: int) -> tuple[int, Range]:
+        """Rows allocated on every rank, ceil(total / size), and the range of real rows here (may be
+        empty)."""
+        rows = -(-total // self.size)
+        return rows, (min(self.rank * rows, total), min((self.rank + 1) * rows, total))
+
+
+def whole(
+    name: str,
+    source: str,
+    shape: Shape,
+    *,
+    dtype: Literal["model", "float32"] = "model",
+    init: Init = "normal",
+) -> Target:
+    """A replicated parameter, as it stands in the checkpoint."""
+    return Target(name, shape, (Source(source, shape),), dtype, init)
+
+
+def split(
+    name: str,
+    source: str,
+    shape: Shape,
+    dim: int,
+    part: Range,
+    *,
+    local: Shape | None = None,
+    dtype: Literal["model", "float32"] = "model",
+    init: Init = "normal",
+) -> Target:
+    """A parameter split along `dim` of the checkpoint's shape; `local` is its shape here if reshaped too."""
+    piece = Source(source, shape, dim, part)
+    return Target(name, local or piece.local_shape, (piece,), dtype, init)
+
+
+def placed(
+    source: str, shape: Shape, into: tuple[Index, ...], dim: int | None = None, part: Range | None = None
+) -> Source:
+    """A piece of a merged or stacked parameter."""
+    return Source(source, shape, dim, part, into)
+
+
+def concat(name: str, pieces: Sequence[Source], shape: Shape | None = None) -> Target:
+    """A parameter made of pieces one below the other along dim 0. Pieces come without a place (`into`).
+
+    `shape` is the parameter's local shape where the pieces are reshaped; its rows must be the pieces' rows.
+    """
+    row, stacked = 0, []
+    for piece in pieces:
+        rows = piece.local_shape[0]
+        stacked.append(Source(piece.name, piece.shape, piece.shard_dim, piece.shard, ((row, row + rows),)))
+        row += rows
+    return Target(name, shape or (row, *pieces[0].local_shape[1:]), tuple(stacked))
+
+
+def checkpoint_shapes(plan: Sequence[Target]) -> dict[str, Shape]:
+    """Every checkpoint tensor the plan reads, with its full shape."""
+    return {s.name: s.shape for t in plan for s in t.sources}
+
+
+def check_targets(plan: Sequence[Target]) -> None:
+    """Raise ConfigError when a parameter is filled twice, which is a mistake in the family's plan."""
+    twice = [name for name, n in Counter(t.name for t in plan).items() if n > 1]
+    if twice:
+        raise ConfigError(f"the weight plan fills {', '.join(twice[:5])} twice; expected each parameter once")
+
+
+def local_elements(plan: Sequence[Target]) -> dict[str, int]:
+    """Elements this rank holds, by target dtype ("model", "float32"): the weights' cost before they load."""
+    counts: Counter[str] = Counter()
+    for target in plan:
+        counts[target.dtype] += prod(target.shape)
+    return dict(counts)
