@@ -37,7 +37,7 @@ def build_rank(config: EngineConfig, tp_rank: int, rendezvous_file: str) -> tupl
     began = time.perf_counter()
     source = open_source(config.model)
     c = source.config
-    device = _device(config, tp_rank)
+    device = choose_device(config, tp_rank)
     config = config.resolve(device=str(device), checkpoint_dtype=c.dtype, context_len=c.context_len)
     if device.type == "cpu" and config.tensor_parallel_size > 1:
         torch.set_num_threads(max(1, torch.get_num_threads() // config.tensor_parallel_size))
@@ -52,7 +52,7 @@ def build_rank(config: EngineConfig, tp_rank: int, rendezvous_file: str) -> tupl
     split = split_memory(
         specs,
         block_size=config.block_size,
-        memory_bytes=_cache_memory(config, device, mesh),
+        memory_bytes=cache_memory(config, device, mesh),
         max_num_seqs=config.max_num_seqs,
         max_model_len=config.max_model_len,
         model_max_len=c.context_len,
@@ -66,7 +66,7 @@ def build_rank(config: EngineConfig, tp_rank: int, rendezvous_file: str) -> tupl
         name=source.name,
         folder=str(source.folder),
         architecture=type(model).__name__,
-        device=_device_name(device),
+        device=device_name(device),
         dtype=config.dtype,
         tensor_parallel_size=config.tensor_parallel_size,
         vocab_size=c.vocab_size,
@@ -81,7 +81,7 @@ def build_rank(config: EngineConfig, tp_rank: int, rendezvous_file: str) -> tupl
         bytes_per_sequence=bytes_per_sequence(specs),
         weight_bytes=weight_bytes,
         memory_split=_describe(weight_bytes, split),
-        layers=[_describe_layer(i, layer, spec) for i, (layer, spec) in enumerate(zip(model.layers, specs, strict=True))],
+        layers=[describe_layer(layer, spec) for layer, spec in zip(model.layers, specs, strict=True)],
         eos_token_ids=list(eos),
         ops=[OpChoice(o.op, dict(o.context.dims), o.chosen, list(o.refused)) for o in resolver.explain()],
         load_seconds=time.perf_counter() - began,
@@ -89,7 +89,7 @@ def build_rank(config: EngineConfig, tp_rank: int, rendezvous_file: str) -> tupl
     return runner, info
 
 
-def _device(config: EngineConfig, tp_rank: int) -> torch.device:
+def choose_device(config: EngineConfig, tp_rank: int) -> torch.device:
     """This rank's device. Ranks take CUDA devices 0, 1, ... unless --device names one. Raises ConfigError."""
     name = config.device
     if name == "auto":
@@ -97,6 +97,8 @@ def _device(config: EngineConfig, tp_rank: int) -> torch.device:
     try:
         device = torch.device(name)
         if device.type == "cuda":
+            if not torch.cuda.is_available():
+                raise RuntimeError("torch sees no CUDA device")
             device = torch.device("cuda", tp_rank if device.index is None else device.index + tp_rank)
             torch.cuda.set_device(device)
         torch.empty(1, device=device)
@@ -116,10 +118,16 @@ def _fill(model: nn.Module, plan: list, source: ModelSource, config: EngineConfi
         return
     checkpoint = Checkpoint(source.folder)
     with progress_bar(f"loading {source.name}", bytes_to_load(plan, checkpoint), show=show) as advance:
-        load(plan, checkpoint, params.__getitem__, ignore=source.package.ignored(source.config), progress=advance)
+        load(
+            plan,
+            checkpoint,
+            params.__getitem__,
+            ignore=source.package.ignored(source.config),
+            progress=advance,
+        )
 
 
-def _cache_memory(config: EngineConfig, device: torch.device, mesh: Mesh) -> int:
+def cache_memory(config: EngineConfig, device: torch.device, mesh: Mesh) -> int:
     """Bytes for the cache on this rank; the same number on every rank."""
     if config.cache_memory is not None:
         return config.cache_memory
@@ -135,7 +143,7 @@ def _cache_memory(config: EngineConfig, device: torch.device, mesh: Mesh) -> int
     return memory
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
@@ -143,8 +151,8 @@ def _describe(weight_bytes: int, split: MemorySplit) -> list[str]:
     return [f"weights         {weight_bytes / 2**20:.2f} MiB", *split.describe()]
 
 
-def _describe_layer(index: int, layer: nn.Module, spec: LayerSpec) -> str:
+def describe_layer(layer: nn.Module, spec: LayerSpec) -> str:
     parts = f"{type(layer.attn).__name__} + {type(layer.mlp).__name__}"
     if isinstance(spec, PagedSpec):
-        return f"{index:3} {parts}: {spec.bytes_per_token} B a token"
-    return f"{index:3} {parts}: {spec.bytes_per_sequence} B a sequence"
+        return f"{parts}: {spec.bytes_per_token} B a token"
+    return f"{parts}: {spec.bytes_per_sequence} B a sequence"

@@ -18,10 +18,10 @@ import thalweg.errors as errors
 from thalweg.config.engine import EngineConfig
 from thalweg.core import Request, SamplingParams, SchedulerStats
 from thalweg.engine import messages as m
+from thalweg.engine.front import Front, load_front
 from thalweg.engine.info import EngineInfo
 from thalweg.engine.output import Delta, OutputProcessor
 from thalweg.engine.prompts import check_params, check_token_ids
-from thalweg.engine.front import Front, load_front
 from thalweg.errors import EngineDeadError, InvalidRequest, ThalwegError
 
 
@@ -69,7 +69,9 @@ class EngineClient:
             self._watcher = asyncio.create_task(self._watch())
             return
         receive.cancel()
-        error: ThalwegError = EngineDeadError("the engine process ended before it was ready; its lines above say why")
+        error: ThalwegError = EngineDeadError(
+            "the engine process ended before it was ready; its lines above say why"
+        )
         if isinstance(message, m.Dead):
             error = _same_error(message)
         self._closing = True
@@ -156,7 +158,7 @@ class EngineClient:
     async def _end_process(self, timeout_s: float = 10.0) -> None:
         try:
             await asyncio.wait_for(asyncio.shield(self._exit), timeout_s)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             self._process.kill()
             await self._exit
         assert self._process.stdin is not None

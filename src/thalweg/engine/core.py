@@ -6,6 +6,7 @@ from collections import deque
 from concurrent.futures import Future
 from typing import Any
 
+from thalweg import tracing
 from thalweg.core import Request, RequestUpdate, SchedulerStats, StepPlan, StepResult
 from thalweg.runner.executor import Executor
 from thalweg.scheduler.scheduler import Scheduler
@@ -35,7 +36,8 @@ class EngineCore:
         """Submit the next plan, if there is one; then, unless that put the device exactly one step ahead, wait for
         the oldest step and return its updates. Raises EngineDeadError when a rank died.
         """
-        plan = self.scheduler.schedule()
+        with tracing.span("schedule"):
+            plan = self.scheduler.schedule()
         if plan is not None:
             self._in_flight.append((plan, self._executor.submit(plan)))
             if len(self._in_flight) <= STEPS_AHEAD:
@@ -43,7 +45,9 @@ class EngineCore:
         if not self._in_flight:
             return []
         done, future = self._in_flight.popleft()
-        updates = self.scheduler.update(done, future.result())
+        result = future.result()
+        with tracing.span("update"):
+            updates = self.scheduler.update(done, result)
         if not self.has_work():
             self.scheduler.check_idle()
         return updates

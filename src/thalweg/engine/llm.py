@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from thalweg import tracing
 from thalweg.config.engine import EngineConfig
-from thalweg.core import Request, SamplingParams
+from thalweg.core import Request, RequestUpdate, SamplingParams
+from thalweg.engine.front import load_front
 from thalweg.engine.output import Delta, OutputProcessor
 from thalweg.engine.prompts import Prompt, check_params, check_token_ids, encode_prompt
 from thalweg.engine.results import CompletionOutput, RequestMetrics, RequestOutput
-from thalweg.engine.front import load_front
 from thalweg.engine.start import Engine
 from thalweg.errors import EngineDeadError, InvalidRequest
 
@@ -75,11 +76,13 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        on_finished: Callable[[RequestOutput], object] = lambda _: None,
     ) -> list[RequestOutput]:
         """Continue one prompt or many, each a text or a list of token ids; outputs come in the prompts' order.
 
-        `sampling_params` is one for all, or one a prompt. Raises InvalidRequest, before anything runs, if any prompt
-        or parameter cannot be served. A request that fails while running ends with finish_reason "error" alone.
+        `sampling_params` is one for all, or one a prompt. `on_finished` is called as each request ends.
+        Raises InvalidRequest, before anything runs, if any prompt or parameter cannot be served. A request that fails
+        while running ends with finish_reason "error" alone.
         """
         items = _as_list(prompts)
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
@@ -88,7 +91,8 @@ class LLM:
             params = list(sampling_params)
             if len(params) != len(items):
                 raise InvalidRequest(f"{len(params)} sampling_params came for {len(items)} prompts; expected one each")
-        return self._collect([self._request(p, s) for p, s in zip(items, params, strict=True)], items)
+        requests = [self._request(p, s) for p, s in zip(items, params, strict=True)]
+        return self._collect(requests, items, on_finished)
 
     def chat(
         self,
@@ -173,7 +177,12 @@ class LLM:
         check_params(params, self.tokenizer, self.info.vocab_size)
         return Request(id=self._next_id(), prompt_token_ids=ids, params=params)
 
-    def _collect(self, requests: list[Request], prompts: Sequence[Any]) -> list[RequestOutput]:
+    def _collect(
+        self,
+        requests: list[Request],
+        prompts: Sequence[Any],
+        on_finished: Callable[[RequestOutput], object] = lambda _: None,
+    ) -> list[RequestOutput]:
         core, outputs = self._live.core, self._outputs()
         results: dict[str, RequestOutput] = {}
         try:
@@ -189,18 +198,32 @@ class LLM:
                     None if request.params.prompt_logprobs is None else [None],
                 )
             while core.has_work():
-                for update in core.step():
-                    delta = outputs.process(update)
-                    if delta is not None:
-                        _append(results[delta.request_id], delta)
-                        if isinstance(delta.stop_reason, str):
-                            core.abort(delta.request_id)
+                updates = core.step()
+                with tracing.span("output"):
+                    ended = self._take(updates, outputs, results)
+                for result in ended:
+                    on_finished(result)
         except BaseException:
             for request in requests:
                 core.abort(request.id)
             self._drain()
             raise
         return list(results.values())
+
+    def _take(
+        self, updates: list[RequestUpdate], outputs: OutputProcessor, results: dict[str, RequestOutput]
+    ) -> list[RequestOutput]:
+        """Add a step's news to the results; returns those that ended with it."""
+        ended = []
+        for update in updates:
+            delta = outputs.process(update)
+            if delta is not None:
+                _append(results[delta.request_id], delta)
+                if isinstance(delta.stop_reason, str):
+                    self._live.core.abort(delta.request_id)
+                if delta.finish_reason is not None:
+                    ended.append(results[delta.request_id])
+        return ended
 
     def _drain(self) -> None:
         """Take in the steps still in flight, so that the next call starts from an idle engine."""
@@ -223,7 +246,11 @@ def _append(result: RequestOutput, delta: Delta) -> None:
     if delta.prompt_logprobs is not None and result.prompt_logprobs is not None:
         result.prompt_logprobs += delta.prompt_logprobs
     if delta.finish_reason is not None:
-        output.finish_reason, output.stop_reason, result.error = delta.finish_reason, delta.stop_reason, delta.error
+        output.finish_reason, output.stop_reason, result.error = (
+            delta.finish_reason,
+            delta.stop_reason,
+            delta.error,
+        )
         result.metrics.finished = now
 
 

@@ -61,7 +61,11 @@ class OtherRanks:
     def _wait(self, rank: int, process: subprocess.Popen[bytes], on_death: Any) -> None:
         code = process.wait()
         if not self._closing:
-            on_death(EngineDeadError(f"tensor-parallel rank {rank} ended with exit code {code}; its own lines above say why"))
+            on_death(
+                EngineDeadError(
+                    f"tensor-parallel rank {rank} ended with exit code {code}; its own lines above say why"
+                )
+            )
 
     def send(self, plan: StepPlan) -> None:
         """To be called from one thread only, in the order of the steps."""

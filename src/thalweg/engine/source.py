@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from thalweg.config.hf import GenerationConfig, read_config, read_generation_config
+from thalweg.config.model_source import model_folder
 from thalweg.models import family
-
-BUNDLED = Path(__file__).parents[1] / "bundled" / "thalweg-tiny"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +34,7 @@ class ModelSource:
 
 def open_source(model: str | None) -> ModelSource:
     """Read the folder's config (None: the bundled model). Raises ConfigError, CheckpointError or UnsupportedError."""
-    folder = BUNDLED if model is None else Path(model).expanduser()
+    folder = model_folder(model)
     raw = read_config(folder)
     where = str(folder / "config.json")
     package = importlib.import_module(family(raw, where))

@@ -29,7 +29,9 @@ class Executor(Generic[Info]):
     a collective does not keep the process alive.
     """
 
-    def __init__(self, build: Callable[[], tuple[Runner, Info]], before: Callable[[StepPlan], None] | None = None) -> None:
+    def __init__(
+        self, build: Callable[[], tuple[Runner, Info]], before: Callable[[StepPlan], None] | None = None
+    ) -> None:
         self._build, self._before = build, before
         self._work: queue.SimpleQueue[tuple[StepPlan | None, Future[Any]]] = queue.SimpleQueue()
         self._lock = threading.Lock()
@@ -95,7 +97,13 @@ class Executor(Generic[Info]):
                     self._before(plan)
                 self._settle(future, runner.execute(plan))
             except Exception as e:  # noqa: BLE001 -- likewise
-                self.fail(e if isinstance(e, EngineDeadError) else EngineDeadError(f"step {plan.step} failed: {_one_line(e)}").with_traceback(e.__traceback__))
+                self.fail(
+                    e
+                    if isinstance(e, EngineDeadError)
+                    else EngineDeadError(f"step {plan.step} failed: {_one_line(e)}").with_traceback(
+                        e.__traceback__
+                    )
+                )
         runner.close()
 
 

@@ -65,7 +65,7 @@ class InputBuilder:
             slots_B=slots_B,
             block_tables_BN=self._tensor(self._tables[slots, :width]),
             page_rows_T=self._tensor(rows[0] if len(rows) == 1 else np.concatenate(rows)),
-            decode_lens=[s + 1 for s in plan.decode_starts],
+            decode_lens_B=self._tensor((starts + 1).astype(np.int32)),
             prefill_starts=[p.start for p in prefills],
             prefill_offsets=offsets,
             logit_rows_R=self._tensor(logit_rows),

@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from thalweg import tracing
 from thalweg.cache.storage import CacheStorage
 from thalweg.core import StepPlan, StepResult, TokenLogprobs
 from thalweg.layers.batch import Batch
@@ -24,7 +25,7 @@ class ModelRunner:
     """execute(plan) -> StepResult, in the order of the plans. Every rank runs the same plans; rank 0's tokens count."""
 
     def __init__(self, model: Model, cache: CacheStorage, inputs: InputBuilder, sampler: Sampler, mesh: Mesh) -> None:
-        self._model, self._cache, self._inputs, self._sampler, self._mesh = model, cache, inputs, sampler, mesh
+        self.model, self._cache, self._inputs, self._sampler, self._mesh = model, cache, inputs, sampler, mesh
         self._prompt_logits: set[int] = set()
         self._prompt_logprobs: dict[int, int] = {}
 
@@ -34,13 +35,19 @@ class ModelRunner:
             self._admit(plan)
         prefills = plan.prefills
         inspected = [p for p in prefills if p.slot in self._prompt_logits or p.slot in self._prompt_logprobs]
-        batch = self._inputs.build(plan, every_row=bool(inspected))
-        logits = self._model(batch, self._cache)
+        with tracing.span("build"):
+            batch = self._inputs.build(plan, every_row=bool(inspected))
+        with tracing.span("model"):
+            logits = self.model(batch, self._cache)
 
         prompt_logits: dict[int, Tensor] = {}
         prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
         d = batch.num_decodes
-        sampling = [(p.slot, d + batch.prefill_offsets[i + 1] - 1, p.start + p.length) for i, p in enumerate(prefills) if p.sample]
+        sampling = [
+            (p.slot, d + batch.prefill_offsets[i + 1] - 1, p.start + p.length)
+            for i, p in enumerate(prefills)
+            if p.sample
+        ]
         if inspected:
             for i, p in enumerate(prefills):
                 first = d + batch.prefill_offsets[i]
@@ -55,7 +62,8 @@ class ModelRunner:
         if not slots:
             return StepResult(plan.step, [], {}, prompt_logprobs, {}, prompt_logits)
         positions = [s + 1 for s in plan.decode_starts] + [end for _, _, end in sampling]
-        ids, logprobs, errors = self._sampler(logits, slots, positions)
+        with tracing.span("sample"):
+            ids, logprobs, errors = self._sampler(logits, slots, positions)
         ids = self._mesh.broadcast(ids)
         index = batch.slots_B[:d] if not sampling else torch.tensor(slots, device=ids.device)
         self._inputs.last_tokens[index] = ids

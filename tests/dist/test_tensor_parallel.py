@@ -1,0 +1,60 @@
+"""Two ranks give what one gives, and a rank that dies ends the run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.models import random_checkpoint as random
+from thalweg import LLM, SamplingParams
+from thalweg.errors import ConfigError, EngineDeadError
+
+PROMPTS = [[5, 9, 2, 7] * n for n in (1, 7, 20)]
+PARAMS = [
+    SamplingParams(max_tokens=12, temperature=0, ignore_eos=True),
+    SamplingParams(max_tokens=12, seed=3, ignore_eos=True),
+    SamplingParams(max_tokens=12, seed=4, top_p=0.9, repetition_penalty=1.2, ignore_eos=True),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    c = random.config(vocab=131, context=300)  # an odd vocabulary: the last rank's rows are padded
+    return random.write(tmp_path_factory.mktemp("model"), c, random.weights(c))
+
+
+def test_same_tokens_and_logits_as_one_rank(folder: Path) -> None:
+    import torch
+
+    results = []
+    for size in (1, 2):
+        with LLM(str(folder), tensor_parallel_size=size, max_num_batched_tokens=32, max_num_seqs=4, block_size=8) as llm:
+            outputs = [o.outputs[0].token_ids for o in llm.generate(PROMPTS, PARAMS)]
+            results.append((outputs, llm.prompt_logits(PROMPTS[2])))
+    assert results[0][0] == results[1][0]
+    torch.testing.assert_close(results[0][1], results[1][1], atol=2e-4, rtol=0)
+
+
+def test_a_rank_that_dies_ends_the_run_with_an_error(folder: Path) -> None:
+    with LLM(str(folder), tensor_parallel_size=2, max_num_seqs=4) as llm:
+        stream = llm.stream(PROMPTS[1], SamplingParams(max_tokens=200, ignore_eos=True))
+        next(stream)
+        assert llm._engine is not None
+        assert llm._engine.ranks is not None
+        os.kill(llm._engine.ranks.pids[0], signal.SIGKILL)
+        began = time.monotonic()
+        with pytest.raises(EngineDeadError, match="rank"):
+            for _ in stream:
+                pass
+        with pytest.raises(EngineDeadError, match="rank"):
+            llm.generate(PROMPTS, PARAMS)
+        assert time.monotonic() - began < 20
+
+
+def test_ranks_that_do_not_divide_are_refused_before_any_starts(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="--tensor-parallel-size"):
+        LLM(str(folder), tensor_parallel_size=3)
