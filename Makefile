@@ -1,0 +1,51 @@
+# `make demo` and `make test` need nothing but Python 3.11 or 3.12, make and git.
+VENV   ?= .venv
+# The first interpreter of a supported version; override with `make PYTHON=...`.
+PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
+TORCH  ?= torch==2.13.0
+BIN    := $(VENV)/bin
+QUESTION ?= Mia has 12 apples. She buys 3 bags with 5 apples each and gives 4 apples to Tom. How many apples does Mia have now?
+
+.PHONY: demo chat test quick lint format clean
+
+demo: $(VENV)/ready  ## answer a question with the bundled model
+	@$(BIN)/thalweg generate --chat --prompt "$(QUESTION)"
+
+chat: $(VENV)/ready  ## talk with the bundled model
+	@$(BIN)/thalweg chat
+
+test: $(VENV)/ready-dev  ## every test that this machine can run
+	$(BIN)/python -m pytest
+
+quick: $(VENV)/ready-dev  ## leave out the slow tests
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(VENV)/ready-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/ready-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV)
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 found; install one, or name it: make PYTHON=/path/to/python3.11"; exit 2; }
+	@echo "Setting up $(VENV) ($(PYTHON))"
+	@$(PYTHON) -m venv $(VENV)
+
+# torch first and by itself: with it there, nothing pulls in another build.
+$(VENV)/ready: pyproject.toml | $(VENV)/bin/python
+	@echo "Installing packages (once; a few minutes)"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check $(TORCH)
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -e .
+	@touch $@
+
+$(VENV)/ready-dev: $(VENV)/ready
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'
+	@touch $@

@@ -1,0 +1,76 @@
+"""Chat messages as a request brings them, checked and copied into plain data that a template may see."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from thalweg.errors import InvalidRequest
+
+MAX_DEPTH = 64
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+
+
+def plain_messages(messages: Any) -> list[dict[str, Any]]:
+    """Copies of the messages, each with a role of ROLES and, if any, a content that is a string or None.
+
+    A content given as [{"type": "text", "text": ...}, ...] becomes one string. Other keys are copied as
+    they are. Raises InvalidRequest on anything else.
+    """
+    plain = plain_list(messages, "messages")
+    for i, message in enumerate(plain):
+        where = f"messages[{i}]"
+        if not isinstance(message, dict):
+            raise InvalidRequest(f"{where} is a {type(message).__name__}; expected an object with role and content")
+        if message.get("role") not in ROLES:
+            role = str(message.get("role"))[:40]
+            raise InvalidRequest(f"{where}.role is {role!r}; expected one of {', '.join(ROLES)}")
+        content = message.get("content")
+        if isinstance(content, list):
+            message["content"] = "".join(_part_text(part, f"{where}.content[{j}]") for j, part in enumerate(content))
+        elif content is not None and not isinstance(content, str):
+            kind = type(content).__name__
+            raise InvalidRequest(f"{where}.content is a {kind}; expected a string, null or a list of text parts")
+    return plain
+
+
+def _part_text(part: Any, where: str) -> str:
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    if kind != "text":
+        raise InvalidRequest(f"{where} is of type {str(kind)[:40]!r}; expected text, the only kind this model reads")
+    if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+        raise InvalidRequest(f"{where} has no text; expected {{'type': 'text', 'text': '...'}}")
+    return part["text"]
+
+
+def plain_list(value: Any, where: str) -> list[Any]:
+    """plain_data of a list. Raises InvalidRequest when it is not one."""
+    if not isinstance(value, (list, tuple)):
+        raise InvalidRequest(f"{where} is a {type(value).__name__}; expected a list")
+    return plain_data(value, where)
+
+
+def plain_data(value: Any, where: str, depth: int = 0) -> Any:
+    """A copy of JSON-like data in nothing but dicts, lists, strings, numbers, booleans and None."""
+    if depth > MAX_DEPTH:
+        raise InvalidRequest(f"{where} nests more than {MAX_DEPTH} deep; expected less")
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): plain_data(item, where, depth + 1) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain_data(item, where, depth + 1) for item in value]
+    raise InvalidRequest(f"{where} holds a {type(value).__name__}; expected JSON values")
+
+
+def strings_in(value: Any) -> Iterator[str]:
+    """Every string of plain data, keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield key
+            yield from strings_in(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from strings_in(item)

@@ -1,0 +1,216 @@
+"""Chat templates: messages to the ids a model was trained on, with no text in them able to pass for a token.
+
+A special token counts only where the template itself writes it. Before rendering, in every string that
+comes with the request, the first character of whatever could begin a special token's text is exchanged for
+a stand-in, a private-use character that occurs nowhere else. Lengths, trims, slices and joins in the
+template work as ever; after rendering, the stretches that hold stand-ins get their characters back and are
+encoded as plain text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2.sandbox import SecurityError
+
+from thalweg.errors import CheckpointError, InvalidRequest
+from thalweg.tokenizer.base import Tokenizer, literal_pattern, split_literals
+from thalweg.tokenizer.files import TOKENIZER_CONFIG, read_text, read_tokenizer_config
+from thalweg.tokenizer.messages import plain_data, plain_list, plain_messages, strings_in
+from thalweg.tokenizer.sandbox import Sandbox
+from thalweg.tokenizer.template_limits import RefusedError, limits
+
+TEMPLATE_FILE = "chat_template.jinja"
+MAX_TEMPLATE_BYTES = 1 << 20
+
+_PRIVATE_CHARS = range(0x100000, 0x10FFFE)
+_PRIVATE = re.compile("[\U00100000-\U0010fffd]")
+
+JSONObject = Mapping[str, Any]
+
+
+class ChatTemplate:
+    """A chat template bound to a tokenizer.
+
+    `source` is Jinja; `tool_source`, where a checkpoint has one, takes its place when tools are given. Raises
+    CheckpointError when one does not compile.
+    """
+
+    def __init__(self, source: str, tokenizer: Tokenizer, tool_source: str | None = None) -> None:
+        self._tokenizer = tokenizer
+        self._environment = Sandbox()
+        self._template = self._compile(source)
+        self._tool_template = self._template if tool_source is None else self._compile(tool_source)
+        self._own_private_chars = set(_PRIVATE.findall(source + (tool_source or "")))
+        specials = tokenizer.special_tokens
+        self._special_pattern = literal_pattern(specials)
+        self._first_chars = sorted({text[0] for text in specials})
+        self._risky = _risky_pattern(specials)
+        # A model writes tokens such as <think> into its own turns as text, so there they stay tokens.
+        self._risky_in_assistant = _risky_pattern(s for s, i in specials.items() if tokenizer.is_special(i))
+
+    def render(
+        self,
+        messages: Sequence[JSONObject],
+        /,
+        tools: Sequence[JSONObject] | None = None,
+        add_generation_prompt: bool = True,
+        **template_kwargs: Any,
+    ) -> str:
+        """The prompt as text, for people; encode_chat gives what the model reads.
+
+        messages: see thalweg.tokenizer.messages.plain_messages. template_kwargs are further variables for
+        the template, such as enable_thinking. Raises InvalidRequest when the messages are not of that form,
+        when the template refuses them or goes over a limit, and CheckpointError when it tries what the
+        sandbox forbids.
+        """
+        text, stand_ins = self._render(messages, tools, add_generation_prompt, template_kwargs)
+        return _restore(text, stand_ins)
+
+    def encode_chat(
+        self,
+        messages: Sequence[JSONObject],
+        /,
+        tools: Sequence[JSONObject] | None = None,
+        add_generation_prompt: bool = True,
+        **template_kwargs: Any,
+    ) -> list[int]:
+        """The prompt's ids, special tokens by the template alone. Arguments and errors are render's."""
+        text, stand_ins = self._render(messages, tools, add_generation_prompt, template_kwargs)
+        encode = self._tokenizer.encode
+        marked = literal_pattern(stand_ins.values())
+        if not marked.search(text):
+            return encode(text, allow_special=True)
+        ids: list[int] = []
+        trusted = ""
+        for piece, special in split_literals(self._special_pattern, text):
+            if special or not marked.search(piece):
+                trusted += piece
+            else:
+                ids += encode(trusted, allow_special=True)
+                ids += encode(_restore(piece, stand_ins))
+                trusted = ""
+        return ids + encode(trusted, allow_special=True)
+
+    def _compile(self, source: str) -> jinja2.Template:
+        try:
+            return self._environment.compile_template(source)
+        except jinja2.TemplateError as error:
+            line = f" at line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
+            raise CheckpointError(f"the chat template does not compile{line}: {_one_line(error)}") from None
+        except (RecursionError, SyntaxError, MemoryError, ValueError) as error:
+            kind = type(error).__name__
+            raise CheckpointError(f"the chat template does not compile ({kind}); expected less nesting") from None
+
+    def _render(
+        self,
+        messages: Sequence[JSONObject],
+        tools: Sequence[JSONObject] | None,
+        add_generation_prompt: bool,
+        template_kwargs: JSONObject,
+    ) -> tuple[str, dict[str, str]]:
+        """The rendered text with stand-ins in it, and {character: the stand-in for it}."""
+        turns = plain_messages(messages)
+        tool_list = plain_list(tools, "tools") if tools else None
+        extra = plain_data(template_kwargs, "chat_template_kwargs")
+
+        used = set(self._own_private_chars)
+        for text in strings_in([turns, tool_list, extra]):
+            used.update(_PRIVATE.findall(text))
+        free = (chr(code) for code in _PRIVATE_CHARS if chr(code) not in used)
+        stand_ins = dict(zip(self._first_chars, free, strict=False))
+
+        own = {
+            "messages": [
+                _mark(turn, self._risky_in_assistant if turn["role"] == "assistant" else self._risky, stand_ins)
+                for turn in turns
+            ],
+            "tools": _mark(tool_list, self._risky, stand_ins),
+            "add_generation_prompt": add_generation_prompt,
+            "bos_token": self._tokenizer.bos_token,
+            "eos_token": self._tokenizer.eos_token,
+        }
+        for name in extra:
+            if name in own or name in self._environment.globals:
+                raise InvalidRequest(f"chat_template_kwargs has {name!r}; expected variables of the template's own")
+        variables = _mark(extra, self._risky, stand_ins) | {
+            k: v for k, v in own.items() if v is not None or k == "tools"
+        }
+        template = self._tool_template if tool_list else self._template
+        try:
+            with limits():
+                text = self._environment.concat(template.root_render_func(template.new_context(variables)))
+        except RefusedError as error:
+            raise InvalidRequest(f"the chat template refused: {_one_line(error, stand_ins)}") from None
+        except SecurityError as error:
+            raise CheckpointError(f"the chat template is not safe to run: {_one_line(error, stand_ins)}") from None
+        except Exception as error:  # noqa: BLE001 - a template can raise whatever an expression can
+            raise InvalidRequest(f"the chat template failed on these messages: {_one_line(error, stand_ins)}") from None
+        # A template that asks for ASCII JSON has the stand-ins written as escapes.
+        for stand_in in stand_ins.values():
+            text = text.replace(json.dumps(stand_in)[1:-1], stand_in)
+        return text, stand_ins
+
+
+def _risky_pattern(specials: Iterable[str]) -> re.Pattern[str]:
+    """Matches the first character of a special token where its second follows, or but space to the end.
+
+    Two characters, because a template may cut the rest out of a longer string; one at the end, because
+    another string may be put there.
+    """
+    seconds: dict[str, set[str]] = {}
+    for text in specials:
+        seconds.setdefault(text[0], set()).add(text[1:2])
+    branches = []
+    for first, after in seconds.items():
+        following = "|".join([*map(re.escape, sorted(after)), r"\s*\Z"])
+        branches.append(f"{re.escape(first)}(?={following})")
+    return re.compile("|".join(branches) or r"(?!)")
+
+
+def _mark(value: Any, risky: re.Pattern[str], stand_ins: dict[str, str]) -> Any:
+    """A copy of plain data with what `risky` matches in its strings exchanged for stand-ins, in keys too."""
+    if isinstance(value, str):
+        return risky.sub(lambda match: stand_ins[match.group()], value)
+    if isinstance(value, dict):
+        return {_mark(k, risky, stand_ins): _mark(v, risky, stand_ins) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_mark(item, risky, stand_ins) for item in value]
+    return value
+
+
+def _restore(text: str, stand_ins: dict[str, str]) -> str:
+    return text.translate({ord(stand_in): char for char, stand_in in stand_ins.items()})
+
+
+def _one_line(error: Exception, stand_ins: dict[str, str] | None = None) -> str:
+    text = " ".join((str(error) or type(error).__name__).split())[:300]
+    return _restore(text, stand_ins or {})
+
+
+def load_template(folder: str | Path, tokenizer: Tokenizer) -> ChatTemplate | None:
+    """A model folder's template: chat_template.jinja, else tokenizer_config.json's chat_template, else None.
+
+    Of a list of named templates, "default" is taken, and "tool_use" for requests with tools.
+    """
+    folder = Path(folder)
+    path = folder / TEMPLATE_FILE
+    if path.is_file():
+        return ChatTemplate(read_text(path, MAX_TEMPLATE_BYTES), tokenizer)
+    source = read_tokenizer_config(folder).get("chat_template")
+    if source is None:
+        return None
+    tool_source = None
+    if isinstance(source, list):
+        named = {str(t.get("name")): t.get("template") for t in source if isinstance(t, dict)}
+        source, tool_source = named.get("default"), named.get("tool_use")
+    if not isinstance(source, str) or not isinstance(tool_source, str | None):
+        raise CheckpointError(
+            f"{folder / TOKENIZER_CONFIG}: chat_template is neither a string nor a list with one named default"
+        )
+    return ChatTemplate(source, tokenizer, tool_source)
