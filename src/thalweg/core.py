@@ -58,13 +58,25 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         need(finite(self.top_p) and 0 < self.top_p <= 1, "top_p", "a number in (0, 1]")
         need(self.top_k >= -1, "top_k", "0 (off) or an integer >= 1")
         need(finite(self.min_p) and 0 <= self.min_p <= 1, "min_p", "a number in [0, 1]")
-        need(finite(self.repetition_penalty) and 0 < self.repetition_penalty <= 100, "repetition_penalty", "a number in (0, 100]")
+        need(
+            finite(self.repetition_penalty) and 0 < self.repetition_penalty <= 100,
+            "repetition_penalty",
+            "a number in (0, 100]",
+        )
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
             need(finite(value) and -2 <= value <= 2, name, "a number in [-2, 2]")
-        need(all(k >= 0 and finite(b) and -100 <= b <= 100 for k, b in self.logit_bias.items()), "logit_bias", "token ids >= 0 with biases in [-100, 100]")
+        need(
+            all(k >= 0 and finite(b) and -100 <= b <= 100 for k, b in self.logit_bias.items()),
+            "logit_bias",
+            "token ids >= 0 with biases in [-100, 100]",
+        )
         need(self.seed is None or -(2**63) <= self.seed < 2**64, "seed", "a 64-bit integer")
-        need(len(self.stop) <= MAX_STOP_STRINGS and all(0 < len(s) <= 1024 for s in self.stop), "stop", f"at most {MAX_STOP_STRINGS} strings of 1 to 1024 characters")
+        need(
+            len(self.stop) <= MAX_STOP_STRINGS and all(0 < len(s) <= 1024 for s in self.stop),
+            "stop",
+            f"at most {MAX_STOP_STRINGS} strings of 1 to 1024 characters",
+        )
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             need(value is None or 0 <= value <= MAX_LOGPROBS, name, f"None or 0 to {MAX_LOGPROBS}")
@@ -112,7 +124,9 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True):
 
     step: int
     admissions: list[Admission]
-    new_blocks: list[tuple[int, int, int]]  # (slot, index in its block table, block), applied before the rows run
+    new_blocks: list[
+        tuple[int, int, int]
+    ]  # (slot, index in its block table, block), applied before the rows run
     decode_slots: list[int]
     decode_starts: list[int]  # tokens already in the cache, which is the position of the row's input token
     prefills: list[Prefill]

@@ -98,7 +98,7 @@ class EngineClient:
         self._outputs.add(request)
         ended = False
         try:
-            await self._socket.send(m.encode(m.Add(request)))
+            self._post(m.Add(request))
             while not ended:
                 delta = await queue.get()
                 if isinstance(delta, ThalwegError):
@@ -113,20 +113,25 @@ class EngineClient:
             del self._queues[request_id]
             self._outputs.discard(request_id)
             if not ended and self.dead is None and not self._closing:
-                # Not awaited: this may run in a cancelled task, and the queue of a PAIR socket has no limit.
-                asyncio.ensure_future(self._socket.send(m.encode(m.Abort([request_id]))))
+                self._post(m.Abort([request_id]))
 
     async def close(self) -> None:
         """Stop the engine process. Requests under way end with EngineDeadError."""
         if self._closing:
             return
         self._closing = True
-        with contextlib.suppress(zmq.ZMQError):
-            await self._socket.send(m.encode(m.Stop()))
+        self._post(m.Stop())
         self._lose(EngineDeadError("the engine was closed"))
         for task in (self._receiver, self._watcher):
             task.cancel()
         await self._end_process()
+
+    def _post(self, message: m.ToEngine) -> None:
+        """Send without waiting, so that cancelled tasks can too. The queue has no limit; a dead engine gets nothing,
+        and its requests hear of that from `_lose`."""
+        sent: Any = self._socket.send(m.encode(message), zmq.NOBLOCK)
+        if sent.done():
+            sent.exception()  # looked at, so that asyncio does not report it as forgotten
 
     async def _receive(self) -> None:
         while True:

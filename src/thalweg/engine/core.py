@@ -44,8 +44,9 @@ class EngineCore:
                 return []
         if not self._in_flight:
             return []
-        done, future = self._in_flight.popleft()
-        result = future.result()
+        done, future = self._in_flight[0]
+        result = future.result()  # may be interrupted, and asked again: the step is taken out after it
+        self._in_flight.popleft()
         with tracing.span("update"):
             updates = self.scheduler.update(done, result)
         if not self.has_work():

@@ -30,7 +30,7 @@ class Front:
             raise InvalidRequest(
                 f"{self.source.folder} has no {missing}, which chat needs; use completions instead"
             )
-        return self.template.encode_chat(self.tokenizer, messages, **options)
+        return self.template.encode_chat(messages, **options)
 
 
 def load_front(config: EngineConfig) -> Front:

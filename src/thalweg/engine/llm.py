@@ -6,7 +6,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from thalweg import tracing
 from thalweg.config.engine import EngineConfig
@@ -104,7 +104,8 @@ class LLM:
 
         Default parameters are greedy and run up to the context's end. Raises InvalidRequest.
         """
-        many = [messages] if not messages or isinstance(messages[0], Mapping) else list(messages)
+        one = not messages or isinstance(messages[0], Mapping)
+        many = cast(Sequence[Messages], [messages] if one else messages)
         prompts = [self.front.chat_ids(conversation, **template_options) for conversation in many]
         params = sampling_params or SamplingParams(temperature=0, max_tokens=None)
         return self._collect([self._request(p, params) for p in prompts], prompts)
@@ -214,11 +215,11 @@ class LLM:
         self, updates: list[RequestUpdate], outputs: OutputProcessor, results: dict[str, RequestOutput]
     ) -> list[RequestOutput]:
         """Add a step's news to the results; returns those that ended with it."""
-        ended = []
+        now, ended = time.perf_counter(), []
         for update in updates:
             delta = outputs.process(update)
             if delta is not None:
-                _append(results[delta.request_id], delta)
+                _append(results[delta.request_id], delta, now)
                 if isinstance(delta.stop_reason, str):
                     self._live.core.abort(delta.request_id)
                 if delta.finish_reason is not None:
@@ -235,8 +236,8 @@ class LLM:
                 return
 
 
-def _append(result: RequestOutput, delta: Delta) -> None:
-    now, output = time.perf_counter(), result.outputs[0]
+def _append(result: RequestOutput, delta: Delta, now: float) -> None:
+    output = result.outputs[0]
     if delta.token_ids and result.metrics.first_token is None:
         result.metrics.first_token = now
     output.text += delta.text

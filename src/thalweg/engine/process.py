@@ -47,7 +47,7 @@ class EngineProcess:
 
 def main(address: str) -> int:
     end_with_parent()
-    socket = zmq.Context.instance().socket(zmq.PAIR)
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
     socket.setsockopt(zmq.LINGER, 2000)
     socket.setsockopt(zmq.RCVHWM, 0)
     socket.setsockopt(zmq.SNDHWM, 0)
@@ -65,7 +65,7 @@ def main(address: str) -> int:
         with contextlib.suppress(zmq.ZMQError):
             socket.send(m.encode(m.Dead(kind, str(e) if isinstance(e, ThalwegError) else f"{kind}: {e}")))
         if not isinstance(e, ThalwegError):
-            sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+            sys.excepthook(*sys.exc_info())
         return 2
     finally:
         if engine is not None:

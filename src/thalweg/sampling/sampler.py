@@ -44,8 +44,9 @@ class Sampler:
         filtered = p.top_k > 0 or p.top_p < 1 or p.min_p > 0
         _set(self._plain, slot, p.temperature > 0 and not filtered)
         _set(self._filtered, slot, p.temperature > 0 and filtered)
-        for table in (self._adjusters, self._logprobs, self._rejected):
-            table.pop(slot, None)  # type: ignore[attr-defined]
+        self._adjusters.pop(slot, None)
+        self._logprobs.pop(slot, None)
+        self._rejected.pop(slot, None)
         if p.logprobs is not None:
             self._logprobs[slot] = p.logprobs
         if LogitAdjuster.needed(p):

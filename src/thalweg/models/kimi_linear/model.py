@@ -78,18 +78,21 @@ class KimiLinearModel(nn.Module):
         super().__init__()
         self.config = config
         self.embed = VocabEmbedding(ctx, config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(KimiLinearLayer(ctx, config, i) for i in range(config.num_layers))
+        self._stack = [KimiLinearLayer(ctx, config, i) for i in range(config.num_layers)]
+        self.layers = nn.ModuleList(self._stack)
         self.norm = RMSNorm(ctx, config.hidden_size, config.rms_norm_eps)
         self.lm_head = VocabHead(ctx, config.vocab_size, config.hidden_size)
 
     @property
     def cache_specs(self) -> list[LayerSpec]:
-        return [layer.attn.cache_spec for layer in self.layers]
+        return [layer.attn.cache_spec for layer in self._stack]
 
     def forward(self, batch: Batch, cache: CacheStorage) -> Tensor:
-        x_TD, residual_TD = self.embed(batch.token_ids_T), None
-        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
+        x_TD: Tensor = self.embed(batch.token_ids_T)
+        residual_TD: Tensor | None = None
+        for layer, layer_cache in zip(self._stack, cache.layers, strict=True):
             x_TD, residual_TD = layer(x_TD, residual_TD, batch, layer_cache)
+        assert residual_TD is not None
         rows = batch.logit_rows_R
         x_RD, _ = self.norm(x_TD[rows], residual_TD[rows])
         return self.lm_head(x_RD)

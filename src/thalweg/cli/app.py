@@ -1,0 +1,87 @@
+"""The command's verbs, and how each ends: with 0, or with one line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from thalweg import __version__
+from thalweg.cli.bench import bench
+from thalweg.cli.chat import chat
+from thalweg.cli.evals import evals
+from thalweg.cli.generate import generate
+from thalweg.cli.inspect import inspect
+from thalweg.cli.serve import serve
+from thalweg.errors import ThalwegError
+
+ERROR, INTERRUPTED = 2, 130
+
+# The class of every complaint about the command line itself. typer does not export it under one name in all versions.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+app = typer.Typer(
+    name="thalweg",
+    help="Thalweg runs hybrid linear-attention language models. MODEL is a folder in Hugging Face layout; without one, "
+    "every command takes the small model that comes with the package.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(generate)
+app.command()(chat)
+app.command()(serve)
+app.command()(inspect)
+app.add_typer(evals, name="eval")
+app.add_typer(bench, name="bench")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"thalweg {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    ctx: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
+) -> None:
+    if ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help())
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one command line (None: this process's). Returns the exit code; mistakes are one line on stderr and 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may lack characters that a model has
+    try:
+        code = app(args=None if args is None else list(args), prog_name="thalweg", standalone_mode=False)
+        sys.stdout.flush()
+    except _UsageError as e:
+        return _fail(e.format_message(), e)  # type: ignore[attr-defined]
+    except ThalwegError as e:
+        return _fail(str(e))
+    except (KeyboardInterrupt, typer.Abort):
+        print(file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader has gone (`| head`); what is still buffered must not complain at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return code if isinstance(code, int) else 0
+
+
+def _fail(message: str, usage: Exception | None = None) -> int:
+    line = " ".join(message.split())
+    context = getattr(usage, "ctx", None)
+    hint = f" (see `{context.command_path} --help`)" if context is not None else ""
+    print(f"error: {line}{hint}", file=sys.stderr)
+    return ERROR

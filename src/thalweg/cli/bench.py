@@ -1,0 +1,165 @@
+"""`thalweg bench`: latency of a model, and what the engine itself costs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from thalweg.cli.options import engine_config, takes
+from thalweg.config.engine import EngineConfig
+from thalweg.errors import ConfigError
+
+if TYPE_CHECKING:
+    from thalweg.bench.host import HostTime
+    from thalweg.bench.latency import BatchLatency
+
+bench = typer.Typer(help="Measure speed.")
+
+OutputJson = Annotated[str | None, typer.Option(metavar="FILE", help="Write the figures to this file too.")]
+
+
+@bench.command()
+@takes(config=engine_config, leave_out=("max_num_seqs",))
+def latency(
+    config: EngineConfig,
+    batch_size: Annotated[
+        str,
+        typer.Option(metavar="N,N,...", help="Requests that start together; several sizes are run one after another."),
+    ] = "1,8",
+    input_len: Annotated[int, typer.Option(metavar="TOKENS", help="Random tokens in each prompt.")] = 128,
+    output_len: Annotated[int, typer.Option(metavar="TOKENS", help="Tokens each request generates.")] = 64,
+    num_iters_warmup: Annotated[int, typer.Option(metavar="N", min=0, help="Runs before those that count.")] = 1,
+    num_iters: Annotated[int, typer.Option(metavar="N", min=1, help="Runs that count.")] = 5,
+    output_json: OutputJson = None,
+) -> None:
+    """Time to first token, time per token after it and tokens/s of batches of random prompts, in this process.
+
+    Figures are medians, with least and greatest in brackets. "host" is a step's work outside the model and the sampler.
+    """
+    sizes = _integers(batch_size, "--batch-size")
+    from thalweg.bench.latency import check_lengths, measure_latency
+
+    check_lengths(sizes, input_len, output_len)
+    _check_writable(output_json)
+    from thalweg.bench.machine import describe_machine
+    from thalweg.engine.llm import LLM
+
+    results = []
+    with LLM(**replace(config, max_num_seqs=max(sizes)).to_dict()) as llm:
+        for size in sizes:
+            results.append(
+                measure_latency(
+                    llm,
+                    size,
+                    input_len,
+                    output_len,
+                    num_iters_warmup=num_iters_warmup,
+                    num_iters=num_iters,
+                    seed=config.seed,
+                )
+            )
+        info = llm.info
+    machine = describe_machine()
+    engine = {
+        "model": info.name,
+        "dtype": info.dtype,
+        "device": info.device,
+        "tensor_parallel_size": info.tensor_parallel_size,
+        "load_format": config.load_format,
+        "seed": config.seed,
+    }
+    _print_latency(results, {**engine, **machine})
+    _write(output_json, {"engine": engine, "machine": machine, "results": [r.to_dict() for r in results]})
+
+
+@bench.command()
+def host(
+    num_seqs: Annotated[int, typer.Option(metavar="N", min=1, max=4096, help="Requests that run at once.")] = 64,
+    steps: Annotated[int, typer.Option(metavar="N", min=1, max=100_000, help="Decode steps that count.")] = 500,
+    finished: Annotated[
+        str, typer.Option(metavar="N,N,...", help="Requests that ended before; several are run one after another.")
+    ] = "0,10000",
+    output_json: OutputJson = None,
+) -> None:
+    """Microseconds a decode step costs outside the model and the sampler, with a model that costs nothing.
+
+    The cost must not grow with the number of requests that have ended.
+    """
+    counts = _integers(finished, "--finished")
+    _check_writable(output_json)
+    from thalweg.bench.host import measure_host
+    from thalweg.bench.machine import describe_machine
+    from thalweg.config.model_source import model_folder
+    from thalweg.tokenizer.load import load_tokenizer
+
+    tokenizer = load_tokenizer(model_folder(None))
+    results = [measure_host(tokenizer, num_seqs, steps, count) for count in counts]
+    machine = describe_machine()
+    _print_host(results, machine)
+    _write(output_json, {"machine": machine, "results": [asdict(r) for r in results]})
+
+
+def _print_latency(results: list[BatchLatency], measured_on: dict[str, Any]) -> None:
+    from thalweg.cli.console import plain_table, stdout_console
+
+    console = stdout_console()
+    console.print(_facts(measured_on), markup=False)
+    first = results[0]
+    console.print(f"input {first.input_len} tokens, output {first.output_len}, {first.num_iters} runs\n")
+    headings = ("batch", "TTFT ms", "TPOT ms", "E2EL ms", "output\ntok/s", "host\nus/step")
+    table = plain_table(*headings, numbers=True)
+    for r in results:
+        tpot = "-" if r.tpot_ms is None else r.tpot_ms.show(2)
+        table.add_row(
+            str(r.batch_size),
+            r.ttft_ms.show(2),
+            tpot,
+            r.e2el_ms.show(1),
+            f"{r.output_throughput:.1f}",
+            f"{r.host_us_per_step:.0f}",
+        )
+    console.print(table)
+
+
+def _print_host(results: list[HostTime], measured_on: dict[str, Any]) -> None:
+    from thalweg.cli.console import plain_table, stdout_console
+
+    console = stdout_console()
+    console.print(_facts(measured_on), markup=False)
+    names = list(results[0].spans_us)
+    table = plain_table("running", "finished\nbefore", "host\nus/step", *names, "(sampler)", numbers=True)
+    for r in results:
+        parts = [f"{r.spans_us[name]:.0f}" for name in names]
+        table.add_row(str(r.num_seqs), str(r.num_finished), r.us_per_step.show(0), *parts, f"{r.sampler_us:.0f}")
+    console.print(table)
+
+
+def _facts(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
+def _integers(text: str, option: str) -> list[int]:
+    """ "1,8" -> [1, 8]. Raises ConfigError that names the option."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and len(part) < 10 for part in parts):
+        raise ConfigError(f"{option} is {text!r}; expected integers with commas between them, e.g. 1,8")
+    return [int(part) for part in parts]
+
+
+def _check_writable(path: str | None) -> None:
+    """Fail before a long run rather than after it."""
+    if path is not None and not Path(path).expanduser().resolve().parent.is_dir():
+        raise ConfigError(f"--output-json is {path!r}, whose folder does not exist; expected a file in an existing one")
+
+
+def _write(path: str | None, figures: dict[str, Any]) -> None:
+    if path is None:
+        return
+    try:
+        Path(path).expanduser().write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    except OSError as e:
+        raise ConfigError(f"--output-json is {path!r}, which cannot be written: {e.strerror}") from None

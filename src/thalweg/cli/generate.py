@@ -1,0 +1,57 @@
+"""`thalweg generate`: continue one prompt."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+from thalweg.cli.answer import stream_answer
+from thalweg.cli.options import engine_config, sampling_params, takes
+from thalweg.config.engine import EngineConfig
+from thalweg.core import SamplingParams
+
+
+@takes(params=sampling_params, config=engine_config)
+def generate(
+    config: EngineConfig,
+    params: SamplingParams,
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="What to continue.")],
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Ask TEXT as a user's message, by the model's chat template.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming text.")] = False,
+) -> None:
+    """Continue a prompt: the text goes to stdout as it comes, its figures to stderr."""
+    from thalweg.engine.llm import LLM
+    from thalweg.engine.prompts import encode_prompt
+
+    with LLM(**config.to_dict()) as llm:
+        if chat:
+            ids = llm.front.chat_ids([{"role": "user", "content": prompt}])
+        else:
+            ids = encode_prompt(prompt, llm.tokenizer, llm.info.vocab_size)
+        if as_json:
+            answer = stream_answer(llm, ids, params)
+        else:
+            answer = stream_answer(llm, ids, params, lambda text: print(text, end="", flush=True))
+    if not as_json:
+        print(flush=True)
+        print(answer.figures, file=sys.stderr)
+        return
+    print(
+        json.dumps(
+            {
+                "prompt": prompt,
+                "text": answer.text,
+                "prompt_tokens": answer.prompt_tokens,
+                "generated_tokens": len(answer.token_ids),
+                "token_ids": answer.token_ids,
+                "finish_reason": answer.finish_reason,
+                "ttft_s": round(answer.ttft_s, 6),
+                "tokens_per_s": round(answer.tokens_per_s, 3),
+            }
+        )
+    )

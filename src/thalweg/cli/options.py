@@ -1,0 +1,172 @@
+"""Options that several commands share, each written once: groups of parameters, and how a command takes a group."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from thalweg.config.engine import EngineConfig, parse_size
+from thalweg.core import SamplingParams
+from thalweg.errors import ConfigError
+
+Command = TypeVar("Command", bound=Callable[..., None])
+_DEFAULTS = EngineConfig()  # checked, and the same as every other entry has
+_ENGINE, _SAMPLING = "Engine", "Sampling"
+
+
+def _engine(*names: str, **options: Any) -> Any:
+    return typer.Option(*names, rich_help_panel=_ENGINE, **options)
+
+
+def _sampling(*names: str, **options: Any) -> Any:
+    return typer.Option(*names, rich_help_panel=_SAMPLING, **options)
+
+
+def engine_config(
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="Model folder; the bundled model if left out.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, _engine(metavar="FOLDER", help="Take tokenizer and chat template from here.")
+    ] = None,
+    dtype: Annotated[
+        str,
+        _engine(help="auto, float32, bfloat16 or float16. auto: float32 on a CPU, else the checkpoint's."),
+    ] = "auto",
+    device: Annotated[str, _engine(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    max_model_len: Annotated[
+        str | None,
+        _engine(
+            metavar="TOKENS",
+            help="Prompt and output of one request at most, e.g. 32k. Default: the model's, or what fits.",
+        ),
+    ] = None,
+    max_num_seqs: Annotated[int, _engine(metavar="N", help="Requests that run at once.")] = _DEFAULTS.max_num_seqs,
+    max_num_batched_tokens: Annotated[
+        str, _engine(metavar="TOKENS", help="Tokens of one step at most, e.g. 8k.")
+    ] = str(_DEFAULTS.max_num_batched_tokens),
+    block_size: Annotated[int, _engine(metavar="TOKENS", help="Tokens in a page of the cache.")] = _DEFAULTS.block_size,
+    cache_memory: Annotated[
+        str | None,
+        _engine(
+            metavar="SIZE",
+            help="Memory for pages and state, e.g. 4GiB; takes the place of --gpu-memory-utilization.",
+        ),
+    ] = None,
+    gpu_memory_utilization: Annotated[
+        float, _engine(metavar="SHARE", help="Share of a GPU's memory that weights and cache may fill.")
+    ] = _DEFAULTS.gpu_memory_utilization,
+    tensor_parallel_size: Annotated[
+        int,
+        _engine("--tensor-parallel-size", "-tp", metavar="N", help="Ranks that the model is sharded over."),
+    ] = _DEFAULTS.tensor_parallel_size,
+    load_format: Annotated[
+        str, _engine(help="auto (safetensors) or dummy (random weights of the real shapes).")
+    ] = "auto",
+    seed: Annotated[int, _engine(metavar="S", help="Seed of sampling, and of dummy weights.")] = _DEFAULTS.seed,
+    op: Annotated[
+        list[str] | None,
+        _engine(
+            "--op",
+            metavar="OP=IMPL",
+            help="Let IMPL serve OP ('*': all ops), e.g. '*=reference'. May be repeated.",
+        ),
+    ] = None,
+    trust_remote_code: Annotated[bool, _engine("--trust-remote-code", hidden=True)] = False,
+) -> EngineConfig:
+    """The options of an engine. Raises ConfigError in the command line's spelling."""
+    if trust_remote_code:
+        raise ConfigError(
+            "--trust-remote-code is refused: a checkpoint's Python is never run, only its data is read; leave it out"
+        )
+    return EngineConfig(
+        model=model,
+        tokenizer=tokenizer,
+        dtype=dtype,
+        device=device,
+        max_model_len=_size(max_model_len, "--max-model-len"),
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=parse_size(max_num_batched_tokens, "--max-num-batched-tokens"),
+        block_size=block_size,
+        cache_memory=_size(cache_memory, "--cache-memory"),
+        gpu_memory_utilization=gpu_memory_utilization,
+        tensor_parallel_size=tensor_parallel_size,
+        load_format=load_format,
+        seed=seed,
+        op_preference=_preferences(op or []),
+    )
+
+
+def sampling_params(
+    max_tokens: Annotated[
+        int | None,
+        _sampling(metavar="N", help="Tokens to generate at most; never more than the context holds."),
+    ] = 256,
+    temperature: Annotated[float, _sampling(metavar="T", help="0 takes the likeliest token each time.")] = 0.0,
+    top_p: Annotated[
+        float, _sampling(metavar="P", help="Keep the likeliest tokens that make up this probability.")
+    ] = 1.0,
+    top_k: Annotated[int, _sampling(metavar="K", help="Keep this many of the likeliest tokens; 0 keeps all.")] = 0,
+    min_p: Annotated[
+        float, _sampling(metavar="P", help="Drop tokens below this share of the likeliest one's probability.")
+    ] = 0.0,
+    stop: Annotated[list[str] | None, _sampling(metavar="TEXT", help="End before this text. May be repeated.")] = None,
+    ignore_eos: Annotated[bool, _sampling("--ignore-eos", help="Go on past the model's end-of-text tokens.")] = False,
+) -> SamplingParams:
+    """How tokens are chosen; greedy unless asked otherwise, so that a command gives the same answer again."""
+    return SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        stop=tuple(stop or ()),
+        ignore_eos=ignore_eos,
+    )
+
+
+def takes(*, leave_out: tuple[str, ...] = (), **groups: Callable[..., Any]) -> Callable[[Command], Callable[..., None]]:
+    """Give a command whole groups of options.
+
+    With `@takes(config=engine_config)` the command's parameter `config` becomes the parameters of engine_config and
+    receives what that returns. Parameters named in `leave_out` are not offered and keep their defaults.
+    """
+    offered = {
+        name: [p for p in inspect.signature(group, eval_str=True).parameters.values() if p.name not in leave_out]
+        for name, group in groups.items()
+    }
+
+    def decorate(command: Command) -> Callable[..., None]:
+        own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name not in groups]
+        parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in [*own, *(p for ps in offered.values() for p in ps)]]
+
+        @functools.wraps(command)
+        def run(**values: Any) -> None:
+            made = {
+                name: group(**{p.name: values.pop(p.name) for p in offered[name]}) for name, group in groups.items()
+            }
+            command(**made, **values)
+
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        return run
+
+    return decorate
+
+
+def _size(text: str | None, option: str) -> int | None:
+    return None if text is None else parse_size(text, option)
+
+
+def _preferences(pairs: list[str]) -> dict[str, str]:
+    preferences = {}
+    for pair in pairs:
+        op, equals, implementation = pair.partition("=")
+        if not (op and equals and implementation):
+            raise ConfigError(f"--op is {pair!r}; expected OP=IMPL, e.g. kda_decode=reference")
+        preferences[op] = implementation
+    return preferences

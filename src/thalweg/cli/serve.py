@@ -1,0 +1,47 @@
+"""`thalweg serve`: an OpenAI-compatible HTTP server."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from thalweg.cli.options import engine_config, takes
+from thalweg.config import env
+from thalweg.config.engine import EngineConfig
+
+
+@takes(config=engine_config)
+def serve(
+    config: EngineConfig,
+    host: Annotated[
+        str, typer.Option(metavar="ADDRESS", help="Address to listen on; 0.0.0.0 is all of them.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(metavar="PORT", help="Port to listen on; 0 takes a free one.")] = 8000,
+    api_key: Annotated[
+        str | None,
+        typer.Option(metavar="KEY", help="Key that clients must send; THALWEG_API_KEY if left out, else none."),
+    ] = None,
+    served_model_name: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Name of the model in requests; its folder's if left out. May be repeated."),
+    ] = None,
+    log_level: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LEVEL",
+            help="error, warning, info (each request) or debug; THALWEG_LOG_LEVEL if left out, else warning.",
+        ),
+    ] = None,
+) -> None:
+    """Serve a model over HTTP: /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics."""
+    from thalweg.server.run import serve as run
+
+    run(
+        config,
+        host=host,
+        port=port,
+        api_key=env.read("THALWEG_API_KEY") if api_key is None else api_key,
+        served_model_name=served_model_name or (),
+        log_level=log_level or env.read("THALWEG_LOG_LEVEL") or "warning",
+    )

@@ -1,0 +1,146 @@
+"""The engine in a process of its own: streams, refusals, aborts, and what happens when either side dies."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from tests.models import random_checkpoint as random
+from thalweg import LLM, SamplingParams
+from thalweg.config.engine import EngineConfig
+from thalweg.engine.client import EngineClient
+from thalweg.errors import CheckpointError, ConfigError, EngineDeadError, InvalidRequest
+
+PROMPTS = [[3 + i, 7, 11 * i % 100, 5] * (2 + 3 * i) for i in range(6)]
+PARAMS = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    c = random.config(context=4000)
+    return random.write(tmp_path_factory.mktemp("model"), c, random.weights(c))
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> list[list[int]]:
+    with LLM(str(folder), max_num_seqs=1) as llm:
+        return [llm.generate(p, PARAMS)[0].outputs[0].token_ids for p in PROMPTS]
+
+
+def run(folder: Path, body: Callable[[EngineClient], Awaitable[None]], **options: object) -> None:
+    async def main() -> None:
+        client = EngineClient(EngineConfig(str(folder), **{"max_num_seqs": 4, **options}))
+        await client.start()
+        try:
+            await asyncio.wait_for(body(client), 60)
+        finally:
+            await client.close()
+
+    asyncio.run(main())
+
+
+async def tokens(client: EngineClient, prompt: list[int], params: SamplingParams = PARAMS) -> list[int]:
+    return [t async for delta in client.generate(prompt, params) for t in delta.token_ids]
+
+
+async def idle(client: EngineClient) -> None:
+    """Ask for one more token, so that fresh stats come, and see that nothing is held."""
+    await tokens(client, [1, 2], SamplingParams(max_tokens=2, ignore_eos=True))
+    stats = client.stats
+    assert stats is not None
+    assert (stats.num_running, stats.num_waiting, stats.blocks_used, stats.slots_used) == (0, 0, 0, 0)
+
+
+def test_streams_side_by_side_refusals_and_aborts(folder: Path, expected: list[list[int]]) -> None:
+    async def body(client: EngineClient) -> None:
+        assert await asyncio.gather(*(tokens(client, p) for p in PROMPTS)) == expected
+
+        with pytest.raises(InvalidRequest, match="--max-model-len"):
+            await tokens(client, [5] * 5000)
+        with pytest.raises(InvalidRequest, match="vocabulary"):
+            await tokens(client, [10**6])
+
+        async def leave_early(prompt: list[int]) -> None:
+            async for delta in client.generate(prompt, SamplingParams(max_tokens=3000, ignore_eos=True)):
+                if delta.token_ids:
+                    return
+
+        started = time.monotonic()
+        await asyncio.gather(*(leave_early(p) for p in PROMPTS), tokens(client, PROMPTS[0]))
+        assert await tokens(client, PROMPTS[1]) == expected[1]
+        await idle(client)
+        assert time.monotonic() - started < 30
+
+        task = asyncio.create_task(tokens(client, PROMPTS[2], SamplingParams(max_tokens=3000, ignore_eos=True)))
+        await asyncio.sleep(0.2)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await idle(client)
+
+    run(folder, body)
+
+
+def test_a_killed_engine_ends_every_stream_with_an_error(folder: Path) -> None:
+    async def body(client: EngineClient) -> None:
+        async def endless() -> None:
+            async for _ in client.generate(PROMPTS[0], SamplingParams(max_tokens=3900, ignore_eos=True)):
+                pass
+
+        tasks = [asyncio.create_task(endless()) for _ in range(3)]
+        await asyncio.sleep(0.3)
+        os.kill(client._process.pid, signal.SIGKILL)
+        results = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 10)
+        assert all(isinstance(r, EngineDeadError) for r in results), results
+        with pytest.raises(EngineDeadError):
+            await tokens(client, PROMPTS[0])
+
+    run(folder, body)
+
+
+def test_an_engine_that_cannot_start_raises_what_it_was(folder: Path, tmp_path: Path) -> None:
+    async def start(client: EngineClient) -> None:
+        await client.start()
+
+    with pytest.raises(ConfigError, match="--cache-memory"):
+        asyncio.run(start(EngineClient(EngineConfig(str(folder), cache_memory=10))))
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_bytes((folder / "config.json").read_bytes())
+    (broken / "model.safetensors").write_bytes(b"\xff" * 100)
+    with pytest.raises(CheckpointError):
+        asyncio.run(start(EngineClient(EngineConfig(str(broken)))))
+
+
+def test_an_engine_does_not_outlive_its_parent(folder: Path) -> None:
+    script = f"""
+import asyncio, sys, time
+from thalweg.config.engine import EngineConfig
+from thalweg.engine.client import EngineClient
+async def main():
+    client = EngineClient(EngineConfig({str(folder)!r}, tensor_parallel_size=2, max_num_seqs=2))
+    await client.start()
+    print(client._process.pid, flush=True)
+    await asyncio.sleep(60)
+asyncio.run(main())
+"""
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    engine = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 15
+    while time.monotonic() < deadline and Path(f"/proc/{engine}").exists():
+        time.sleep(0.1)
+        # An orphan that has ended but was not reaped yet shows as a zombie.
+        if Path(f"/proc/{engine}/stat").exists() and ") Z" in Path(f"/proc/{engine}/stat").read_text():
+            return
+    assert not Path(f"/proc/{engine}").exists()

@@ -1,0 +1,73 @@
+"""Spans, spreads, and the measurement of host time."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from thalweg import tracing
+from thalweg.bench.host import measure_host
+from thalweg.bench.latency import check_lengths
+from thalweg.bench.machine import describe_machine
+from thalweg.bench.spread import Spread
+from thalweg.config.model_source import model_folder
+from thalweg.errors import ConfigError
+from thalweg.tokenizer.load import load_tokenizer
+
+
+def test_spread() -> None:
+    assert Spread.of([3.0, 1.0, 2.0]) == Spread(2.0, 1.0, 3.0)
+    assert Spread.of([1.0]).show(2) == "1.00 (1.00..1.00)"
+
+
+def test_spans_are_kept_only_while_somebody_records() -> None:
+    with tracing.span("before"):
+        pass
+    with tracing.record() as spans:
+        for _ in range(3):
+            with tracing.span("nap"):
+                time.sleep(0.002)
+        with pytest.raises(RuntimeError, match="already"), tracing.record():
+            pass
+    with tracing.span("after"):
+        pass
+    assert set(spans.durations) == {"nap"}
+    assert len(spans.durations["nap"]) == 3
+    assert all(ns >= 2_000_000 for ns in spans.durations["nap"])
+
+
+def test_thread_time_leaves_waiting_out() -> None:
+    with tracing.record(time.thread_time_ns) as spans, tracing.span("nap"):
+        time.sleep(0.05)
+    assert spans.durations["nap"][0] < 25_000_000
+
+
+def test_a_span_ends_with_an_exception() -> None:
+    with tracing.record() as spans, pytest.raises(KeyError), tracing.span("bad"):
+        raise KeyError
+    assert len(spans.durations["bad"]) == 1
+
+
+def test_host_time_has_every_part_and_is_flat_in_finished_requests() -> None:
+    tokenizer = load_tokenizer(model_folder(None))
+    few = measure_host(tokenizer, num_seqs=16, steps=60, num_finished=0)
+    many = measure_host(tokenizer, num_seqs=16, steps=60, num_finished=3000)
+    assert set(few.spans_us) == {"schedule", "build", "update", "output"}
+    assert few.us_per_step.min > 0
+    assert few.us_per_step.median >= sum(few.spans_us.values()) * 0.5
+    # The least of many steps is what a busy machine disturbs least.
+    assert many.us_per_step.min < 2 * few.us_per_step.min + 50
+
+
+def test_lengths_are_checked() -> None:
+    check_lengths([1, 8], 1, 1)
+    with pytest.raises(ConfigError, match="--output-len"):
+        check_lengths([1], 1, 0)
+
+
+def test_machine_is_plain_data() -> None:
+    machine = describe_machine()
+    assert machine["cores"] >= 1
+    assert machine["torch"]
+    assert all(isinstance(value, str | int) for value in machine.values())

@@ -1,0 +1,151 @@
+"""The command line without an engine: help, versions, and one line for every mistake."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Annotated
+
+import pytest
+import typer
+
+from thalweg import __version__
+from thalweg.cli import main
+from thalweg.cli.bench import _integers
+from thalweg.cli.options import engine_config, sampling_params, takes
+from thalweg.config.engine import EngineConfig
+from thalweg.core import SamplingParams
+from thalweg.errors import ConfigError
+
+COMMANDS = ["generate", "chat", "serve", "inspect", "eval arith", "eval gsm8k", "bench latency", "bench host"]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], tuple[int, str, str]]:
+    """Runs one command line here: (exit code, stdout, stderr)."""
+
+    def run(line: str) -> tuple[int, str, str]:
+        out, err = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.StringIO()
+        monkeypatch.setattr(sys, "stdout", out)
+        monkeypatch.setattr(sys, "stderr", err)
+        code = main(line.split())
+        monkeypatch.undo()
+        out.flush()
+        return code, out.buffer.getvalue().decode(), err.getvalue()
+
+    return run
+
+
+def test_the_command_line_is_read_without_torch() -> None:
+    heavy = "[m for m in ('torch', 'numpy', 'fastapi', 'zmq', 'tokenizers') if m in sys.modules]"
+    code = f"import sys, thalweg.cli; found = {heavy}; sys.exit(', '.join(found) or 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help(run: Callable[[str], tuple[int, str, str]], command: str) -> None:
+    code, out, err = run(f"{command} --help")
+    assert (code, err) == (0, "")
+    assert "Usage: thalweg" in out
+    if command in {"generate", "chat", "serve", "inspect", "eval arith", "bench latency"}:
+        assert "--max-model-len" in out
+        assert "[MODEL]" in out
+    assert "trust" not in out
+
+
+def test_help_without_a_command_and_version(run: Callable[[str], tuple[int, str, str]]) -> None:
+    assert "generate" in run("")[1]
+    assert run("--version") == (0, f"thalweg {__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("--no-such-option", "--no-such-option"),
+        ("generat --prompt x", "generate"),
+        ("generate --prompt x --no-such-option", "--no-such-option"),
+        ("generate", "--prompt"),
+        ("generate --prompt", "--prompt"),
+        ("generate --prompt x model another", "another"),
+        ("generate --prompt x --max-num-seqs many", "--max-num-seqs"),
+        ("generate --prompt x --max-num-seqs 0", "--max-num-seqs"),
+        ("generate --prompt x --max-model-len 32q", "--max-model-len"),
+        ("generate --prompt x --max-num-batched-tokens -3", "--max-num-batched-tokens"),
+        ("generate --prompt x --cache-memory lots", "--cache-memory"),
+        ("generate --prompt x --dtype int4", "--dtype"),
+        ("generate --prompt x --device toaster", "--device"),
+        ("generate --prompt x --load-format gguf", "--load-format"),
+        ("generate --prompt x --op reference", "--op"),
+        ("generate --prompt x --gpu-memory-utilization 2", "--gpu-memory-utilization"),
+        ("generate --prompt x -tp 0", "--tensor-parallel-size"),
+        ("generate --prompt x --temperature -1", "temperature"),
+        ("generate --prompt x --top-p nan", "top_p"),
+        ("generate --prompt x --max-tokens -1", "max_tokens"),
+        ("generate --prompt x --trust-remote-code", "--trust-remote-code"),
+        ("generate no/such/folder --prompt x", "no/such/folder"),
+        ("inspect no/such/folder", "no/such/folder"),
+        ("eval", "Missing command"),
+        ("eval arith --num-questions 0", "--num-questions"),
+        ("eval arith --max-num-seqs 4", "--max-num-seqs"),
+        ("eval gsm8k", "--data-path"),
+        ("eval gsm8k --data-path no/such/file", "--data-path"),
+        ("bench latency --batch-size 1,x", "--batch-size"),
+        ("bench latency --batch-size 0", "--batch-size"),
+        ("bench latency --input-len 0", "--input-len"),
+        ("bench latency --output-json no/such/folder/f.json", "--output-json"),
+        ("bench host --finished -1", "--finished"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    run: Callable[[str], tuple[int, str, str]], line: str, named: str
+) -> None:
+    code, out, err = run(line)
+    assert code == 2
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert named in err
+
+
+def test_trust_remote_code_says_why(run: Callable[[str], tuple[int, str, str]]) -> None:
+    assert "never run" in run("chat --trust-remote-code")[2]
+
+
+def test_engine_options_reach_the_config() -> None:
+    config = engine_config(
+        "folder", max_model_len="32k", max_num_batched_tokens="1k", cache_memory="2GiB", op=["*=a", "b=c"]
+    )
+    assert config.model == "folder"
+    assert (config.max_model_len, config.max_num_batched_tokens, config.cache_memory) == (32768, 1024, 2 << 30)
+    assert dict(config.op_preference) == {"*": "a", "b": "c"}
+
+
+def test_defaults_are_those_of_the_offline_api() -> None:
+    assert engine_config() == EngineConfig()
+    assert sampling_params() == SamplingParams(temperature=0, max_tokens=256)
+
+
+def test_takes_offers_a_group_and_hands_over_what_it_makes() -> None:
+    app, got = typer.Typer(), []
+
+    @app.command()
+    @takes(config=engine_config, leave_out=("max_num_seqs",))
+    def command(config: EngineConfig, flag: Annotated[bool, typer.Option("--flag")] = False) -> None:
+        """Says something."""
+        got.append((config, flag))
+
+    app(["--flag", "m", "-tp", "2", "--seed", "7"], standalone_mode=False)
+    assert got == [(EngineConfig(model="m", tensor_parallel_size=2, seed=7), True)]
+    assert command.__doc__ == "Says something."
+    with pytest.raises(Exception, match="max-num-seqs"):
+        app(["--max-num-seqs", "3"], standalone_mode=False)
+
+
+def test_integers() -> None:
+    assert _integers("1, 8,64", "--x") == [1, 8, 64]
+    for text in ("", "1,", "-1", "1.5", "9" * 12, "²"):
+        with pytest.raises(ConfigError, match="--x"):
+            _integers(text, "--x")
