@@ -118,9 +118,7 @@ def test_requests_join_and_leave_while_others_run(folder: Path, solo: LLM) -> No
         core.scheduler.check_idle()
         for name, (ids, n) in asked.items():
             full = (
-                solo.generate(ids, SamplingParams(max_tokens=n, temperature=0, ignore_eos=True))[0]
-                .outputs[0]
-                .token_ids
+                solo.generate(ids, SamplingParams(max_tokens=n, temperature=0, ignore_eos=True))[0].outputs[0].token_ids
             )
             if name in aborted:
                 assert got[name] == full[: len(got[name])]
@@ -138,14 +136,8 @@ def test_outputs_come_in_the_order_of_prompts(solo: LLM) -> None:
 
 def test_finish_reasons(solo: LLM) -> None:
     p = prompt(9, 1)
-    free = (
-        solo.generate(p, SamplingParams(max_tokens=12, temperature=0, ignore_eos=True))[0]
-        .outputs[0]
-        .token_ids
-    )
-    (out,) = solo.generate(
-        p, SamplingParams(max_tokens=12, temperature=0, ignore_eos=True, stop_token_ids=(free[5],))
-    )
+    free = solo.generate(p, SamplingParams(max_tokens=12, temperature=0, ignore_eos=True))[0].outputs[0].token_ids
+    (out,) = solo.generate(p, SamplingParams(max_tokens=12, temperature=0, ignore_eos=True, stop_token_ids=(free[5],)))
     first = free.index(free[5])
     assert out.outputs[0].token_ids == free[: first + 1]
     assert (out.outputs[0].finish_reason, out.outputs[0].stop_reason) == ("stop", free[5])
@@ -257,9 +249,7 @@ def test_dummy_weights_are_deterministic_and_spread(folder: Path) -> None:
     for seed in (0, 0, 1):
         with LLM(str(folder), load_format="dummy", seed=seed, max_num_seqs=2) as llm:
             outputs.append(
-                llm.generate(prompt(20, 3), SamplingParams(max_tokens=20, temperature=0))[0]
-                .outputs[0]
-                .token_ids
+                llm.generate(prompt(20, 3), SamplingParams(max_tokens=20, temperature=0))[0].outputs[0].token_ids
             )
     assert outputs[0] == outputs[1]
     assert outputs[0] != outputs[2]

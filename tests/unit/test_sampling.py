@@ -32,9 +32,7 @@ def rows(n: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(n, V, generator=torch.Generator().manual_seed(seed)) * 2
 
 
-def choose(
-    params: SamplingParams, logits: torch.Tensor, position: int = 5, ids: list[int] | None = None
-) -> int:
+def choose(params: SamplingParams, logits: torch.Tensor, position: int = 5, ids: list[int] | None = None) -> int:
     ids = [3, 4] if ids is None else ids
     out, _, errors = sampler((params, ids, 2))(logits[None].clone(), [1], [position])
     assert not errors
@@ -101,9 +99,7 @@ def test_draw_never_takes_an_impossible_token() -> None:
     min_p=st.floats(0, 1),
     temperature=st.floats(0.1, 5),
 )
-def test_filters_keep_what_they_say(
-    seed: int, top_k: int, top_p: float, min_p: float, temperature: float
-) -> None:
+def test_filters_keep_what_they_say(seed: int, top_k: int, top_p: float, min_p: float, temperature: float) -> None:
     logits = rows(1, seed)[0]
     params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
     chosen = choose(params, logits)
@@ -214,9 +210,10 @@ def test_a_reused_slot_forgets_the_last_request() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("temperature", -0.1), ("temperature", math.nan), ("top_p", 0.0), ("top_p", 1.1), ("top_k", -2), ("min_p", 2.0),
-        ("max_tokens", -1), ("min_tokens", -1), ("presence_penalty", 3.0), ("repetition_penalty", 0.0), ("logprobs", 1000),
-        ("stop", ("",)), ("stop", ("x",) * 100), ("logit_bias", {3: math.inf}), ("logit_bias", {-1: 1.0}), ("seed", 2**70),
+        ("temperature", -0.1), ("temperature", math.nan), ("top_p", 0.0), ("top_p", 1.1), ("top_k", -2),
+        ("min_p", 2.0), ("max_tokens", -1), ("min_tokens", -1), ("presence_penalty", 3.0), ("repetition_penalty", 0.0),
+        ("logprobs", 1000), ("stop", ("",)), ("stop", ("x",) * 100), ("logit_bias", {3: math.inf}),
+        ("logit_bias", {-1: 1.0}), ("seed", 2**70),
     ],
 )  # fmt: skip
 def test_bad_parameters_are_named(field: str, value: object) -> None:

@@ -138,7 +138,8 @@ def cache_memory(config: EngineConfig, device: torch.device, mesh: Mesh) -> int:
     memory = mesh.minimum(memory, device)
     if memory <= 0:
         raise ConfigError(
-            f"--gpu-memory-utilization {config.gpu_memory_utilization} leaves nothing for the cache: {(total - free) >> 20} MiB of {total >> 20} MiB are taken; raise it or use more ranks"
+            f"--gpu-memory-utilization {config.gpu_memory_utilization} leaves nothing for the cache: {(total - free) >> 20}"
+            f" MiB of {total >> 20} MiB are taken; raise it or use more ranks"
         )
     return memory
 

@@ -8,7 +8,7 @@ import itertools
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import zmq
@@ -16,7 +16,7 @@ import zmq.asyncio
 
 import thalweg.errors as errors
 from thalweg.config.engine import EngineConfig
-from thalweg.core import Request, SamplingParams, SchedulerStats
+from thalweg.core import Request, RequestUpdate, SamplingParams, SchedulerStats
 from thalweg.engine import messages as m
 from thalweg.engine.front import Front, load_front
 from thalweg.engine.info import EngineInfo
@@ -40,6 +40,8 @@ class EngineClient:
         self._queues: dict[str, asyncio.Queue[Delta | ThalwegError]] = {}
         self._ids = itertools.count()
         self._closing = False
+        self._process: subprocess.Popen[bytes] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         """Start the process and wait until it is ready. Raises what the engine could not start for."""
@@ -52,7 +54,8 @@ class EngineClient:
         self._socket.bind(address)
         # stdin stays open as long as this process lives: its end tells the engine to leave.
         command = [sys.executable, "-m", "thalweg.engine.process", address]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE)
+        # A session of its own: Ctrl-C in a terminal is for this process, which then ends the engine.
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
         self._exit = asyncio.ensure_future(asyncio.to_thread(self._process.wait))
         await self._socket.send(m.encode(m.Start(self.config.to_dict())))
         receive = asyncio.ensure_future(self._socket.recv())
@@ -65,13 +68,10 @@ class EngineClient:
         if isinstance(message, m.Ready):
             self.info = message.info
             self._outputs = OutputProcessor(self.front.tokenizer, frozenset(self.info.eos_token_ids))
-            self._receiver = asyncio.create_task(self._receive())
-            self._watcher = asyncio.create_task(self._watch())
+            self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._watch())]
             return
         receive.cancel()
-        error: ThalwegError = EngineDeadError(
-            "the engine process ended before it was ready; its lines above say why"
-        )
+        error: ThalwegError = EngineDeadError("the engine process ended before it was ready; its lines above say why")
         if isinstance(message, m.Dead):
             error = _same_error(message)
         self._closing = True
@@ -80,7 +80,7 @@ class EngineClient:
 
     async def generate(
         self, prompt_token_ids: list[int], params: SamplingParams, request_id: str | None = None
-    ) -> AsyncIterator[Delta]:
+    ) -> AsyncGenerator[Delta, None]:
         """Each step's news of one request, to its end. Leaving early aborts it.
 
         Raises InvalidRequest when the engine refuses it, EngineDeadError when the engine is or gets lost.
@@ -116,13 +116,16 @@ class EngineClient:
                 self._post(m.Abort([request_id]))
 
     async def close(self) -> None:
-        """Stop the engine process. Requests under way end with EngineDeadError."""
-        if self._closing:
+        """Stop the engine process, even while it starts. Requests under way end with EngineDeadError."""
+        if self._closing or self._process is None:
             return
         self._closing = True
-        self._post(m.Stop())
+        if self._tasks:
+            self._post(m.Stop())
+        else:
+            self._end_input(self._process)
         self._lose(EngineDeadError("the engine was closed"))
-        for task in (self._receiver, self._watcher):
+        for task in self._tasks:
             task.cancel()
         await self._end_process()
 
@@ -139,16 +142,28 @@ class EngineClient:
             if isinstance(message, m.Updates):
                 self.stats = message.stats
                 for update in message.updates:
-                    queue = self._queues.get(update.request_id)
-                    delta = self._outputs.process(update)
-                    if delta is not None and queue is not None:
-                        queue.put_nowait(delta)
+                    self._take(update)
             elif isinstance(message, m.Refused):
                 queue = self._queues.get(message.request_id)
                 if queue is not None:
                     queue.put_nowait(InvalidRequest(message.reason))
             elif isinstance(message, m.Dead):
                 self._lose(EngineDeadError(f"the engine died: {message.reason}"))
+
+    def _take(self, update: RequestUpdate) -> None:
+        queue = self._queues.get(update.request_id)
+        if queue is None:
+            self._outputs.discard(update.request_id)
+            return
+        try:
+            delta = self._outputs.process(update)
+        except Exception as e:  # noqa: BLE001 -- one request's text must not end the others'
+            self._outputs.discard(update.request_id)
+            self._post(m.Abort([update.request_id]))
+            queue.put_nowait(ThalwegError(f"the output could not be decoded: {type(e).__name__}: {e}"))
+            return
+        if delta is not None:
+            queue.put_nowait(delta)
 
     async def _watch(self) -> None:
         code = await asyncio.shield(self._exit)
@@ -161,16 +176,23 @@ class EngineClient:
             queue.put_nowait(self.dead)
 
     async def _end_process(self, timeout_s: float = 10.0) -> None:
+        process = self._process
+        assert process is not None
         try:
             await asyncio.wait_for(asyncio.shield(self._exit), timeout_s)
         except TimeoutError:
-            self._process.kill()
+            process.kill()
             await self._exit
-        assert self._process.stdin is not None
-        self._process.stdin.close()
+        self._end_input(process)
         self._socket.close()
         self._context.term()
         self._folder.cleanup()
+
+    @staticmethod
+    def _end_input(process: subprocess.Popen[bytes]) -> None:
+        """Has a process that is still there leave at once, whatever it is doing."""
+        assert process.stdin is not None
+        process.stdin.close()
 
 
 def _same_error(message: m.Dead) -> ThalwegError:

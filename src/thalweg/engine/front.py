@@ -27,9 +27,7 @@ class Front:
         """Token ids of a conversation, ready for the assistant's turn. Raises InvalidRequest."""
         if self.tokenizer is None or self.template is None:
             missing = "tokenizer" if self.tokenizer is None else "chat template"
-            raise InvalidRequest(
-                f"{self.source.folder} has no {missing}, which chat needs; use completions instead"
-            )
+            raise InvalidRequest(f"{self.source.folder} has no {missing}, which chat needs; use completions instead")
         return self.template.encode_chat(messages, **options)
 
 

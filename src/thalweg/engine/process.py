@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 
 import zmq
 
@@ -13,6 +14,8 @@ from thalweg.engine import messages as m
 from thalweg.engine.ranks import end_with_parent
 from thalweg.engine.start import Engine
 from thalweg.errors import InvalidRequest, ThalwegError
+
+STATS_INTERVAL_S = 0.5
 
 
 class EngineProcess:
@@ -23,6 +26,7 @@ class EngineProcess:
 
     def run(self) -> None:
         """Until Stop. Raises what ended the engine otherwise."""
+        last_sent = time.monotonic()
         while True:
             # With work at hand only what is already there is read; otherwise wait for it.
             while self._socket.poll(0 if self._core.has_work() else None):
@@ -31,7 +35,9 @@ class EngineProcess:
                     return
                 self._take(message)
             updates = self._core.step()
-            if updates:
+            # A long prefill gives no updates; its figures should still be seen.
+            if updates or time.monotonic() - last_sent > STATS_INTERVAL_S:
+                last_sent = time.monotonic()
                 self._socket.send(m.encode(m.Updates(updates, self._core.stats())))
 
     def _take(self, message: m.ToEngine) -> None:
@@ -43,6 +49,8 @@ class EngineProcess:
         elif isinstance(message, m.Abort):
             for request_id in message.request_ids:
                 self._core.abort(request_id)
+            # No update tells of the end of an aborted request, so what it freed is told here.
+            self._socket.send(m.encode(m.Updates([], self._core.stats())))
 
 
 def main(address: str) -> int:

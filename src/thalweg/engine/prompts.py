@@ -33,16 +33,12 @@ def check_token_ids(ids: Any, vocab_size: int) -> list[int]:
     try:
         values = ids.tolist() if hasattr(ids, "tolist") else list(ids)
     except TypeError as e:
-        raise InvalidRequest(
-            f"the prompt is a {type(ids).__name__}; expected text or a list of token ids"
-        ) from e
+        raise InvalidRequest(f"the prompt is a {type(ids).__name__}; expected text or a list of token ids") from e
     for i, token in enumerate(values):
         if not isinstance(token, int) or isinstance(token, bool):
             raise InvalidRequest(f"prompt token {i} is {token!r}; expected an integer")
         if not 0 <= token < vocab_size:
-            raise InvalidRequest(
-                f"prompt token {i} is {token}; expected 0 to {vocab_size - 1}, the model's vocabulary"
-            )
+            raise InvalidRequest(f"prompt token {i} is {token}; expected 0 to {vocab_size - 1}, the model's vocabulary")
     return values
 
 

@@ -50,7 +50,7 @@ class OtherRanks:
             socket.bind(address)
             # stdin stays open as long as this process lives: its end tells the rank that nobody needs it any more.
             command = [sys.executable, "-m", "thalweg.engine.rank_main", address]
-            self._processes.append(subprocess.Popen(command, stdin=subprocess.PIPE))
+            self._processes.append(subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True))
             self._sockets.append(socket)
             socket.send(_encode(RankStart(config.to_dict(), rank, self.rendezvous_file)))
 
@@ -62,9 +62,7 @@ class OtherRanks:
         code = process.wait()
         if not self._closing:
             on_death(
-                EngineDeadError(
-                    f"tensor-parallel rank {rank} ended with exit code {code}; its own lines above say why"
-                )
+                EngineDeadError(f"tensor-parallel rank {rank} ended with exit code {code}; its own lines above say why")
             )
 
     def send(self, plan: StepPlan) -> None:

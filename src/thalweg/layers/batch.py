@@ -18,12 +18,8 @@ class Batch:
     num_decodes: int
     slots_B: Tensor  # int64 [B], state slot of each sequence
     block_tables_BN: Tensor  # int32 [B, N], page numbers; entries past the sequence's end are any valid page
-    page_rows_T: (
-        Tensor  # int64 [T], row of the flattened pages [pages * block_size] that each new token fills
-    )
+    page_rows_T: Tensor  # int64 [T], row of the flattened pages [pages * block_size] that each new token fills
     decode_lens_B: Tensor  # int32 [num_decodes], tokens in the cache including this step's
     prefill_starts: list[int]  # [B - num_decodes], tokens in the cache before this step
-    prefill_offsets: list[
-        int
-    ]  # [B - num_decodes + 1], prefill p owns tokens num_decodes + offsets[p]:offsets[p + 1]
+    prefill_offsets: list[int]  # [B - num_decodes + 1], prefill p owns tokens num_decodes + offsets[p]:offsets[p + 1]
     logit_rows_R: Tensor  # int64 [R], which of the T rows need logits

@@ -27,9 +27,7 @@ class BuildContext:
 
     def weight(self, *shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
         """An uninitialised parameter; weights/ fills it."""
-        return nn.Parameter(
-            torch.empty(shape, device=self.device, dtype=dtype or self.dtype), requires_grad=False
-        )
+        return nn.Parameter(torch.empty(shape, device=self.device, dtype=dtype or self.dtype), requires_grad=False)
 
     def op(self, name: str, **dims: int) -> Callable[..., Any]:
         """The implementation that serves op `name` for these dimensions here."""
@@ -38,9 +36,7 @@ class BuildContext:
     def shard(self, size: int, what: str) -> int:
         """This rank's share of a dimension of `size`. Raises ConfigError where ranks do not divide it."""
         if size % self.mesh.tp_size:
-            raise ConfigError(
-                f"{what} is {size}, which --tensor-parallel-size {self.mesh.tp_size} does not divide"
-            )
+            raise ConfigError(f"{what} is {size}, which --tensor-parallel-size {self.mesh.tp_size} does not divide")
         return size // self.mesh.tp_size
 
 

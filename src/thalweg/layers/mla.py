@@ -63,9 +63,7 @@ class MultiHeadLatentAttention(nn.Module):
         if n:
             where = (pages, batch.block_tables_BN[:n], batch.decode_lens_B, batch.page_rows_T[:n])
             norm = self.kv_norm
-            parts.append(
-                self._mixer_decode(proj_TX[:n], norm.weight, w_uk_HKR, w_uv_HVR, *where, self.scale, norm.eps)
-            )
+            parts.append(self._mixer_decode(proj_TX[:n], norm.weight, w_uk_HKR, w_uv_HVR, *where, self.scale, norm.eps))
         if n < len(proj_TX):
             q_TX, c_TR, k_rope_TP = proj_TX[n:].split(self.split, dim=-1)
             self._write(torch.cat([self.kv_norm(c_TR)[0], k_rope_TP], dim=-1), pages, batch.page_rows_T[n:])

@@ -100,9 +100,7 @@ class Executor(Generic[Info]):
                 self.fail(
                     e
                     if isinstance(e, EngineDeadError)
-                    else EngineDeadError(f"step {plan.step} failed: {_one_line(e)}").with_traceback(
-                        e.__traceback__
-                    )
+                    else EngineDeadError(f"step {plan.step} failed: {_one_line(e)}").with_traceback(e.__traceback__)
                 )
         runner.close()
 

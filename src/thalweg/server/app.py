@@ -1,0 +1,44 @@
+"""Puts the application together: routes, errors, guard, and the engine's life within the server's."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+from thalweg import __version__
+from thalweg.engine.client import EngineClient
+from thalweg.server import chat, completions, errors, health, models, tokenization
+from thalweg.server.guard import Guard
+from thalweg.server.service import Service, StartListener
+from thalweg.server.settings import ServerSettings
+
+
+def create_app(client: EngineClient, settings: ServerSettings, on_started: StartListener | None = None) -> FastAPI:
+    """The ASGI application. It starts `client`, which must be new, and closes it.
+
+    It listens while the engine starts, with /health at 503. `on_started` hears when the engine is ready (None), or
+    why it cannot be (the error); by default that error is only visible as /health staying so.
+    """
+    service = Service(client, settings)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        starting = asyncio.create_task(service.start(on_started or (lambda error: None)))
+        try:
+            yield
+        finally:
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
+            await client.close()
+
+    # The documentation pages would load scripts from elsewhere; /openapi.json says the same.
+    app = FastAPI(title="Thalweg", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.service = service
+    errors.install(app)
+    app.add_middleware(Guard, api_key=settings.api_key, max_body_bytes=settings.max_body_bytes)
+    for room in (chat, completions, models, tokenization, health):
+        app.include_router(room.router)
+    return app

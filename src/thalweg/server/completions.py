@@ -1,0 +1,178 @@
+"""POST /v1/completions"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from thalweg.core import SamplingParams, TokenLogprobs
+from thalweg.engine.output import Delta
+from thalweg.engine.prompts import Prompt
+from thalweg.server.errors import ApiError
+from thalweg.server.generation import Job, News, generate, jobs_of
+from thalweg.server.logprobs import LogprobsBuilder
+from thalweg.server.params import refuse_unsupported, sampling_params
+from thalweg.server.responses import CompletionChoice, CompletionLogprobs, Envelope, Usage, new_id, now
+from thalweg.server.schemas import CompletionBody
+from thalweg.server.service import Service, ServiceDep
+from thalweg.server.settings import MAX_PROMPTS
+from thalweg.server.streaming import stream, whole
+
+DEFAULT_MAX_TOKENS = 16
+
+router = APIRouter()
+
+
+@router.post("/v1/completions")
+async def completions(body: CompletionBody, request: Request, service: ServiceDep) -> Response:
+    """Continue one prompt or several, each a text or token ids. Choices come in the prompts' order, n for each.
+
+    With `echo` a choice begins with its prompt, and `logprobs` covers it: with max_tokens 0 or 1 that is how
+    evaluation harnesses score a text.
+    """
+    arrived = time.perf_counter()
+    service.check(body.model)
+    _refuse_unsupported(body)
+    params = sampling_params(
+        body,
+        service.suggested,
+        max_tokens=DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens,
+        logprobs=body.logprobs,
+        prompt_logprobs=body.logprobs if body.echo else None,
+    )
+    prompts, n = _prompts(body), body.n or 1
+    if len(prompts) * n > MAX_PROMPTS:
+        raise ApiError(
+            400, f"{len(prompts)} prompts with n {n} came; expected at most {MAX_PROMPTS} choices", param="n"
+        )
+    encoded = await service.encode_prompts(prompts)
+    echoes: list[str | None] = [None] * len(prompts)
+    if body.echo:
+        echoes = [await _text(service, *pair) for pair in zip(prompts, encoded, strict=True)]
+    response_id = new_id("cmpl")
+    jobs = jobs_of(response_id, encoded, params, n)
+    choices = [_Choice(service, i, job, echoes[i // n]) for i, job in enumerate(jobs)]
+    completion = _Completion(service, response_id, sum(map(len, encoded)), choices)
+    news = generate(service, jobs, arrived)
+    if not body.stream:
+        return await whole(request, completion.answer(news))
+    usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+    return await stream(request, completion.chunks(news, usage))
+
+
+class _Choice:
+    """One sequence's text and logprobs, in pieces as they become known. `echo`: the prompt's text, to begin with."""
+
+    def __init__(self, service: Service, index: int, job: Job, echo: str | None) -> None:
+        self._index, self._echo = index, echo
+        self._prompt_ids = job.prompt_token_ids
+        self._params: SamplingParams = job.params
+        self._prompt_logprobs: list[TokenLogprobs | None] = [None]  # the first token has none
+        self._builder = None
+        if job.params.logprobs is not None:
+            self._builder = LogprobsBuilder(service.client.front.tokenizer)
+
+    def take(self, delta: Delta) -> CompletionChoice | None:
+        """What `delta` adds to the choice, None when that is nothing."""
+        if delta.prompt_logprobs is not None:
+            self._prompt_logprobs += delta.prompt_logprobs
+        if not delta.token_ids and delta.finish_reason is None:
+            return None  # part of a prompt was prefilled; its echo waits for the rest
+        text = delta.text
+        if self._echo is not None:
+            text, self._echo = self._echo + text, None
+            self._add_prompt()
+        builder = self._builder
+        if builder is not None:
+            for token_id in delta.token_ids:
+                builder.add(token_id, delta.logprobs, skip_special=self._params.skip_special_tokens)
+        logprobs = None if builder is None else builder.take()
+        if not text and delta.finish_reason is None and (logprobs is None or not logprobs.tokens):
+            return None
+        return CompletionChoice(self._index, text, logprobs, delta.finish_reason)
+
+    def _add_prompt(self) -> None:
+        if self._builder is not None:
+            for token_id, entry in zip(self._prompt_ids, self._prompt_logprobs, strict=True):
+                self._builder.add(token_id, entry, skip_special=False)
+
+
+class _Completion:
+    """Makes one response, whole or in chunks, of what its choices give."""
+
+    def __init__(self, service: Service, response_id: str, prompt_tokens: int, choices: list[_Choice]) -> None:
+        self._id, self._choices = response_id, choices
+        self._prompt_tokens, self._completion_tokens = prompt_tokens, 0
+        self._model, self._created = service.names[0], now()
+
+    async def answer(self, news: News) -> Envelope:
+        pieces: list[list[CompletionChoice]] = [[] for _ in self._choices]
+        async with aclosing(news):
+            async for index, delta in news:
+                self._completion_tokens += len(delta.token_ids)
+                if (piece := self._choices[index].take(delta)) is not None:
+                    pieces[index].append(piece)
+        return self._envelope(
+            [_joined(own) for own in pieces], usage=Usage.of(self._prompt_tokens, self._completion_tokens)
+        )
+
+    async def chunks(self, news: News, include_usage: bool) -> AsyncGenerator[Envelope]:
+        extra = {"usage": None} if include_usage else {}
+        async with aclosing(news):
+            async for index, delta in news:
+                self._completion_tokens += len(delta.token_ids)
+                if (piece := self._choices[index].take(delta)) is not None:
+                    yield self._envelope([piece], **extra)
+        if include_usage:
+            yield self._envelope([], usage=Usage.of(self._prompt_tokens, self._completion_tokens))
+
+    def _envelope(self, choices: list[CompletionChoice], **more: Any) -> Envelope:
+        return Envelope(
+            id=self._id,
+            object="text_completion",
+            created=self._created,
+            model=self._model,
+            choices=choices,
+            **more,
+        )
+
+
+def _joined(pieces: list[CompletionChoice]) -> CompletionChoice:
+    """One choice of its pieces; the last has the finish reason."""
+    last = pieces[-1]
+    logprobs = None
+    if last.logprobs is not None:
+        logprobs = CompletionLogprobs()
+        for piece in pieces:
+            if (own := piece.logprobs) is not None:
+                logprobs.text_offset += own.text_offset
+                logprobs.tokens += own.tokens
+                logprobs.token_logprobs += own.token_logprobs
+                logprobs.top_logprobs += own.top_logprobs
+    return CompletionChoice(last.index, "".join(p.text for p in pieces), logprobs, last.finish_reason)
+
+
+def _prompts(body: CompletionBody) -> list[Prompt]:
+    """The prompts of a request, which may be given alone; a flat list of integers is one prompt."""
+    prompt = body.prompt
+    if isinstance(prompt, str) or not prompt or isinstance(prompt[0], int):
+        return [prompt]  # type: ignore[list-item]
+    return list(prompt)
+
+
+async def _text(service: Service, prompt: Prompt, ids: list[int]) -> str:
+    return prompt if isinstance(prompt, str) else await service.decode(ids)
+
+
+def _refuse_unsupported(body: CompletionBody) -> None:
+    refuse_unsupported(body)
+    if body.best_of is not None and body.best_of != (body.n or 1):
+        raise ApiError(
+            400, f"best_of is {body.best_of}; expected it left out or equal to n", param="best_of", code="unsupported"
+        )
+    if body.suffix:
+        raise ApiError(400, "suffix is not supported; expected it left out", param="suffix", code="unsupported")

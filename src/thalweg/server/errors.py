@@ -1,0 +1,100 @@
+"""Errors as OpenAI's clients expect them: {"error": {"message", "type", "param", "code"}} and a fitting status."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from thalweg.errors import EngineDeadError, InvalidRequest, ThalwegError
+
+MAX_MESSAGE_CHARS = 1000
+
+# Messages about a field begin with its name: "temperature is 200; expected 0 to 100".
+_NAMED = re.compile(r"([a-z_]+)[\w.\[\]]* (?:is|has|names|nests)\b")
+
+
+class ApiError(Exception):
+    """An answer other than 200. `param` names the request's field, `code` is for programs."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.param, self.code, self.headers = status, param, code, headers
+
+    def body(self) -> dict[str, Any]:
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        message = str(self)[:MAX_MESSAGE_CHARS]
+        return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> Response:
+        return Response(msgspec.json.encode(self.body()), self.status, self.headers, "application/json")
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """What a client is told of any exception. Of one nobody foresaw it is only told that it happened."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, EngineDeadError):
+        return ApiError(503, str(error), code="engine_dead")
+    if isinstance(error, InvalidRequest):
+        return ApiError(400, str(error), param=_param_of(str(error)))
+    if isinstance(error, ThalwegError):  # the checkpoint's fault, such as a chat template that the sandbox stopped
+        return ApiError(500, str(error), code="model_error")
+    if isinstance(error, RequestValidationError):
+        return _invalid_body(error)
+    if isinstance(error, HTTPException):
+        return ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {}))
+    return ApiError(500, f"internal error ({type(error).__name__}); the server's log has more", code="internal_error")
+
+
+def install(app: FastAPI) -> None:
+    """Have every failed request of `app` answered in this shape."""
+
+    async def handle(request: Request, error: Exception) -> Response:
+        return as_api_error(error).response()
+
+    async def handle_http(request: Request, error: Exception) -> Response:
+        api_error = as_api_error(error)
+        if api_error.status in (404, 405):
+            message = f"{request.method} {request.url.path[:200]} is not a route of this server; see /openapi.json"
+            api_error = ApiError(api_error.status, message, code="unknown_route", headers=api_error.headers)
+        return api_error.response()
+
+    for kind in (ApiError, ThalwegError, RequestValidationError, Exception):
+        app.add_exception_handler(kind, handle)
+    app.add_exception_handler(HTTPException, handle_http)
+
+
+def _invalid_body(error: RequestValidationError) -> ApiError:
+    """The first thing wrong with a body, and how many more there are."""
+    errors = error.errors()
+    first = errors[0]
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"the body is not valid JSON: {first['ctx']['error']}", code="invalid_json")
+    path = [str(part) for part in first["loc"][1:]]
+    if not path:
+        expected = "expected a JSON object with Content-Type: application/json"
+        return ApiError(400, f"the body is missing or no JSON object; {expected}", code="invalid_json")
+    reason = str(first["msg"])
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    return ApiError(400, f"{'.'.join(path)[:200]}: {reason[:1].lower()}{reason[1:]}{more}", param=path[0][:64])
+
+
+def _param_of(message: str) -> str | None:
+    if message.startswith(("the prompt", "prompt token")):
+        return "prompt"
+    named = _NAMED.match(message)
+    return named[1] if named else None

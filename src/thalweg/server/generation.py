@@ -1,0 +1,79 @@
+"""Runs the sequences of one HTTP request side by side and merges their news into one stream."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from thalweg.core import SamplingParams
+from thalweg.engine.output import Delta
+from thalweg.server.errors import ApiError
+from thalweg.server.params import per_choice
+from thalweg.server.service import Service
+
+News = AsyncGenerator[tuple[int, Delta]]  # (choice index, what came of it)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A request of the engine for one choice of the answer. `id` is the engine's name for it."""
+
+    id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+
+
+def jobs_of(response_id: str, prompts: list[list[int]], params: SamplingParams, n: int) -> list[Job]:
+    """n jobs a prompt; the job at index i is the answer's choice i."""
+    each = [(ids, own) for ids in prompts for own in per_choice(params, n)]
+    return [Job(f"{response_id}-{i}", ids, own) for i, (ids, own) in enumerate(each)]
+
+
+async def generate(service: Service, jobs: list[Job], arrived: float) -> News:
+    """Every job's deltas as they come. Closing it, or the first error, ends all the jobs.
+
+    Raises InvalidRequest, EngineDeadError, or ApiError 500 when a job failed while running.
+    """
+    if len(jobs) == 1:
+        async with aclosing(_run(service, jobs[0], arrived)) as deltas:
+            async for delta in deltas:
+                yield 0, delta
+        return
+    queue: asyncio.Queue[tuple[int, Delta | Exception | None]] = asyncio.Queue()
+
+    async def pump(index: int, job: Job) -> None:
+        end: Exception | None = None
+        try:
+            async with aclosing(_run(service, job, arrived)) as deltas:
+                async for delta in deltas:
+                    queue.put_nowait((index, delta))
+        except Exception as error:  # noqa: BLE001 -- raised again where the stream is read
+            end = error
+        queue.put_nowait((index, end))
+
+    tasks = [asyncio.create_task(pump(i, job)) for i, job in enumerate(jobs)]
+    try:
+        running = len(tasks)
+        while running:
+            index, item = await queue.get()
+            if isinstance(item, Delta):
+                yield index, item
+            elif item is None:
+                running -= 1
+            else:
+                raise item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _run(service: Service, job: Job, arrived: float) -> AsyncGenerator[Delta]:
+    deltas = service.client.generate(job.prompt_token_ids, job.params, job.id)
+    async with aclosing(service.metrics.observed(deltas, arrived)) as observed:
+        async for delta in observed:
+            if delta.finish_reason == "error":
+                raise ApiError(500, f"the request failed while running: {delta.error}", code="request_failed")
+            yield delta

@@ -1,0 +1,110 @@
+"""Prometheus metrics: what the engine last said of itself, and the times that requests saw."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from thalweg.engine.client import EngineClient
+from thalweg.engine.output import Delta
+
+PREFIX = "thalweg_"
+
+_TTFT_BUCKETS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.3, 0.6, 1.2, 2.5, 5, 10, 20, 40, 80, 160)
+_TOKEN_BUCKETS = (0.001, 0.002, 0.004, 0.006, 0.01, 0.015, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
+_E2E_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 240, 480, 960)
+
+
+class Metrics:
+    """One server's metrics in a registry of their own, so that servers in one process do not mix theirs."""
+
+    def __init__(self, client: EngineClient) -> None:
+        self._registry = CollectorRegistry()
+        self._registry.register(_EngineCollector(client))
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(PREFIX + name, text, buckets=buckets, registry=self._registry)
+
+        self._first_token = histogram(
+            "time_to_first_token_seconds", "From a request's arrival to its first token.", _TTFT_BUCKETS
+        )
+        self._inter_token = histogram(
+            "inter_token_latency_seconds", "Between one token of a sequence and the next.", _TOKEN_BUCKETS
+        )
+        self._e2e = histogram(
+            "e2e_request_latency_seconds", "From a request's arrival to the end of a sequence.", _E2E_BUCKETS
+        )
+        self._ended = Counter(
+            PREFIX + "request_success",
+            "Sequences by how they ended: stop, length, abort (the client left), error.",
+            ["finished_reason"],
+            registry=self._registry,
+        )
+        for reason in ("stop", "length", "abort", "error"):
+            self._ended.labels(reason)
+
+    async def observed(self, deltas: AsyncGenerator[Delta], arrived: float) -> AsyncGenerator[Delta]:
+        """`deltas` as they are, with their times taken; `arrived` is on time.perf_counter's clock."""
+        reason, last = "abort", None
+        async with aclosing(deltas):
+            try:
+                async for delta in deltas:
+                    now = time.perf_counter()
+                    if delta.token_ids:
+                        if last is None:
+                            self._first_token.observe(now - arrived)
+                        else:
+                            self._inter_token.observe(now - last)
+                        last = now
+                    if delta.finish_reason is not None:
+                        reason = delta.finish_reason
+                    yield delta
+            except Exception:
+                reason = "error"
+                raise
+            finally:
+                self._ended.labels(reason).inc()
+                if reason in ("stop", "length"):
+                    self._e2e.observe(time.perf_counter() - arrived)
+
+    def exposition(self) -> bytes:
+        """Everything in Prometheus's text format."""
+        return generate_latest(self._registry)
+
+
+class _EngineCollector(Collector):
+    """Reads the engine's latest statistics when they are asked for."""
+
+    def __init__(self, client: EngineClient) -> None:
+        self._client = client
+
+    def describe(self) -> list[Metric]:
+        return []  # else the registry would collect once to find out
+
+    def collect(self) -> Iterator[Metric]:
+        s = self._client.stats
+
+        def gauge(name: str, text: str, value: float) -> Metric:
+            return GaugeMetricFamily(PREFIX + name, text, value)
+
+        def counter(name: str, text: str, value: float) -> Metric:
+            return CounterMetricFamily(PREFIX + name, text, value)
+
+        yield gauge("num_requests_running", "Sequences that hold a state slot.", s.num_running if s else 0)
+        yield gauge("num_requests_waiting", "Sequences that wait for a slot and blocks.", s.num_waiting if s else 0)
+        usage = s.blocks_used / s.blocks_total if s and s.blocks_total else 0
+        yield gauge("kv_cache_usage_perc", "Share of the paged cache's blocks in use, 0 to 1.", usage)
+        yield gauge("state_slots_used", "Slots of recurrent state in use.", s.slots_used if s else 0)
+        if s is not None:
+            yield gauge("state_slots_total", "Slots of recurrent state there are.", s.slots_total)
+        yield counter(
+            "num_preemptions_total", "Sequences that gave way and began again.", s.num_preemptions if s else 0
+        )
+        yield counter("prompt_tokens_total", "Prompt tokens of admitted sequences.", s.prompt_tokens if s else 0)
+        yield counter("generation_tokens_total", "Tokens generated.", s.generation_tokens if s else 0)

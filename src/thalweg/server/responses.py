@@ -1,0 +1,88 @@
+"""Response bodies in OpenAI's shapes: msgspec structs, because streams encode one a token."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from typing import Any
+
+import msgspec
+from msgspec import UNSET, Struct, UnsetType, field
+from starlette.responses import Response
+
+encode = msgspec.json.Encoder().encode
+
+
+class Usage(Struct):
+    """Tokens. A prompt counts once however many choices it has; the token that ended a choice counts."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+    @classmethod
+    def of(cls, prompt: int, completion: int) -> Usage:
+        return cls(prompt, completion, prompt + completion)
+
+
+class ChatMessage(Struct):
+    content: str
+    role: str = "assistant"
+
+
+class ChatChoice(Struct):
+    index: int
+    message: ChatMessage
+    logprobs: dict[str, Any] | None
+    finish_reason: str | None
+
+
+class ChatDelta(Struct, omit_defaults=True):
+    role: str | None = None
+    content: str | None = None
+
+
+class ChatChunkChoice(Struct):
+    index: int
+    delta: ChatDelta
+    logprobs: dict[str, Any] | None = None
+    finish_reason: str | None = None
+
+
+class CompletionLogprobs(Struct):
+    """Parallel lists, one entry a token. The first token of an echoed prompt has neither logprob nor top ones."""
+
+    text_offset: list[int] = field(default_factory=list)  # characters of the choice's text before the token
+    tokens: list[str] = field(default_factory=list)
+    token_logprobs: list[float | None] = field(default_factory=list)
+    top_logprobs: list[dict[str, float] | None] = field(default_factory=list)
+
+
+class CompletionChoice(Struct):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: str | None = None
+
+
+class Envelope(Struct, kw_only=True):
+    """What every chat and completion object begins with."""
+
+    id: str
+    object: str
+    created: int  # seconds since 1970
+    model: str
+    choices: list[Any]
+    usage: Usage | UnsetType | None = UNSET  # unset: not in the JSON at all
+
+
+def new_id(prefix: str) -> str:
+    return f"{prefix}-{uuid.uuid4().hex}"
+
+
+def now() -> int:
+    return int(time.time())
+
+
+def json_response(body: Any) -> Response:
+    return Response(encode(body), media_type="application/json")

@@ -1,0 +1,100 @@
+"""What every route shares: the engine's client and its state, the model's names, the metrics."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+from fastapi import Depends, Request
+
+from thalweg.engine.client import EngineClient
+from thalweg.engine.prompts import Prompt, encode_prompt
+from thalweg.server.errors import ApiError
+from thalweg.server.metrics import Metrics
+from thalweg.server.responses import now
+from thalweg.server.settings import LONG_TEXT, ServerSettings
+
+StartListener = Callable[[Exception | None], None]
+
+
+class Service:
+    """One engine behind one HTTP application. It answers 503 until `start` is done and after the engine died."""
+
+    def __init__(self, client: EngineClient, settings: ServerSettings) -> None:
+        source = client.front.source
+        self.client, self.settings = client, settings
+        self.metrics = Metrics(client)
+        self.suggested = source.generation
+        self.names = settings.served_model_names or (source.name,)
+        # A client may also use the folder's name or path, whatever the model is served as.
+        self._also_names = frozenset({*self.names, source.name, str(source.folder)})
+        self.created = now()
+        self._ready = False
+
+    async def start(self, on_started: StartListener) -> None:
+        """Start the engine, then tell `on_started` of it, or of why it did not start."""
+        try:
+            await self.client.start()
+        except Exception as error:  # noqa: BLE001 -- whatever it was ends the server, which says so
+            on_started(error)
+        else:
+            self._ready = True
+            on_started(None)
+
+    def check_alive(self) -> None:
+        """Raises ApiError 503 when no request can be served now."""
+        if not self._ready:
+            raise ApiError(
+                503, "the engine is starting; try again soon", code="engine_starting", headers={"Retry-After": "1"}
+            )
+        if self.client.dead is not None:
+            raise self.client.dead
+
+    def check(self, model: str | None) -> None:
+        """check_alive, and ApiError 404 when `model` is given and another than the one served."""
+        self.check_alive()
+        if model is not None and model not in self._also_names:
+            expected = ", ".join(self.names)
+            raise ApiError(
+                404,
+                f"the model {model[:200]!r} is not served here; expected {expected}",
+                param="model",
+                code="model_not_found",
+            )
+
+    async def encode_prompts(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Token ids of each text or list of ids, checked. Raises InvalidRequest."""
+        tokenizer, vocab_size = self.client.front.tokenizer, self.client.info.vocab_size
+
+        def encode() -> list[list[int]]:
+            return [encode_prompt(prompt, tokenizer, vocab_size) for prompt in prompts]
+
+        return await _maybe_in_thread(sum(map(len, prompts)), encode)
+
+    async def encode_chat(self, messages: list[dict[str, Any]], **options: Any) -> list[int]:
+        """Token ids of a conversation. Raises InvalidRequest."""
+        size = sum(len(content) for m in messages if isinstance(content := m.get("content"), str | list))
+        return await _maybe_in_thread(size, self.client.front.chat_ids, messages, **options)
+
+    async def decode(self, token_ids: list[int]) -> str:
+        """The text of ids, special tokens included. Raises InvalidRequest on one that no token has."""
+        tokenizer = self.client.front.tokenizer
+        if tokenizer is None:
+            raise ApiError(400, "the model folder has no tokenizer; only token ids go in and out")
+        return await _maybe_in_thread(len(token_ids), tokenizer.decode, token_ids)
+
+
+async def _maybe_in_thread(size: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """function(*args), off the event loop when `size` says that it takes long enough to hold up other requests."""
+    if size < LONG_TEXT:
+        return function(*args, **kwargs)
+    return await asyncio.to_thread(function, *args, **kwargs)
+
+
+def _service_of(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+ServiceDep = Annotated[Service, Depends(_service_of)]

@@ -1,0 +1,36 @@
+"""POST /tokenize and /detokenize"""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Response
+
+from thalweg.engine.prompts import check_token_ids
+from thalweg.server.errors import ApiError
+from thalweg.server.responses import json_response
+from thalweg.server.schemas import DetokenizeBody, TokenizeBody
+from thalweg.server.service import ServiceDep
+
+router = APIRouter()
+
+
+@router.post("/tokenize")
+async def tokenize(body: TokenizeBody, service: ServiceDep) -> Response:
+    """The ids that `prompt`, or `messages` by the chat template, would have as a request's prompt."""
+    service.check(body.model)
+    if (body.prompt is None) == (body.messages is None):
+        raise ApiError(400, "prompt and messages are both given or both missing; expected one of them", param="prompt")
+    if body.messages is not None:
+        begin = body.add_generation_prompt is not False
+        ids = await service.encode_chat(body.messages, add_generation_prompt=begin)
+    else:
+        assert body.prompt is not None
+        ids = (await service.encode_prompts([body.prompt]))[0] if body.prompt else []
+    return json_response({"tokens": ids, "count": len(ids), "max_model_len": service.client.info.max_model_len})
+
+
+@router.post("/detokenize")
+async def detokenize(body: DetokenizeBody, service: ServiceDep) -> Response:
+    """The text of token ids, special tokens included."""
+    service.check(body.model)
+    ids = check_token_ids(body.tokens, service.client.info.vocab_size)
+    return json_response({"prompt": await service.decode(ids)})

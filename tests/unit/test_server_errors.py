@@ -1,0 +1,317 @@
+"""What goes wrong: bad bodies, refusals, failing requests and engines, keys, sizes, clients that leave."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from tests.unit.server_double import ClientDouble, run, serving
+from thalweg.core import SchedulerStats
+from thalweg.server.settings import MAX_PROMPTS, ServerSettings
+
+CHAT = {"messages": [{"role": "user", "content": "hi"}]}
+TEXT = {"prompt": "hi"}
+
+
+def error_of(response: Any) -> dict[str, Any]:
+    assert list(response.json()) == ["error"]
+    error: dict[str, Any] = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert "\n" not in error["message"]
+    return error
+
+
+def post(path: str, **kwargs: Any) -> Any:
+    async def work(http: Any, _: ClientDouble) -> Any:
+        return await http.post(path, **kwargs)
+
+    return run(work)
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "messages"),
+        ({"messages": []}, "messages"),
+        ({"messages": "hi"}, "messages"),
+        ({"messages": ["hi"]}, "messages"),
+        ({**CHAT, "temperature": "0.5"}, "temperature"),
+        ({**CHAT, "temperature": 200}, "temperature"),
+        ({**CHAT, "temperature": -0.1}, "temperature"),
+        ({**CHAT, "top_p": 0}, "top_p"),
+        ({**CHAT, "top_k": -2}, "top_k"),
+        ({**CHAT, "max_tokens": -1}, "max_tokens"),
+        ({**CHAT, "max_tokens": 1.5}, "max_tokens"),
+        ({**CHAT, "max_tokens": True}, "max_tokens"),
+        ({**CHAT, "max_tokens": 10**30}, "max_tokens"),
+        ({**CHAT, "n": 0}, "n"),
+        ({**CHAT, "n": 17}, "n"),
+        ({**CHAT, "seed": 2**64}, "seed"),
+        ({**CHAT, "stop": 7}, "stop"),
+        ({**CHAT, "stop": [""]}, "stop"),
+        ({**CHAT, "stop": ["x"] * 65}, "stop"),
+        ({**CHAT, "stop_token_ids": [260]}, "stop_token_ids"),
+        ({**CHAT, "logit_bias": {"x": 1}}, "logit_bias"),
+        ({**CHAT, "logit_bias": {"260": 1}}, "logit_bias"),
+        ({**CHAT, "logit_bias": {"1": 101}}, "logit_bias"),
+        ({**CHAT, "logprobs": 1}, "logprobs"),
+        ({**CHAT, "logprobs": True, "top_logprobs": 65}, "logprobs"),
+        ({**CHAT, "top_logprobs": 1}, "top_logprobs"),
+        ({**CHAT, "stream_options": {"include_usage": True}}, "stream_options"),
+        ({**CHAT, "response_format": {"type": "json_object"}}, "response_format"),
+        ({**CHAT, "tools": [{"type": "function"}]}, "tools"),
+        ({**CHAT, "tools": [{"type": "function"}], "tool_choice": "auto"}, "tools"),
+    ],
+)
+def test_bad_chat_fields_name_themselves(body: dict[str, Any], param: str) -> None:
+    response = post("/v1/chat/completions", json=body)
+    assert response.status_code == 400
+    error = error_of(response)
+    assert error["type"] == "invalid_request_error"
+    assert error["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "prompt"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [[]]}, "prompt"),
+        ({"prompt": ["a", 1]}, "prompt"),
+        ({"prompt": [True]}, "prompt"),
+        ({"prompt": {"a": 1}}, "prompt"),
+        ({"prompt": [260]}, "prompt"),
+        ({"prompt": [-1]}, "prompt"),
+        ({"prompt": ["a"] * (MAX_PROMPTS + 1)}, "prompt"),
+        ({"prompt": ["a"] * MAX_PROMPTS, "n": 2}, "n"),
+        ({"prompt": "REFUSE"}, "prompt"),
+        ({"prompt": "REFUSE", "stream": True}, "prompt"),
+        ({"prompt": ["a", "REFUSE"]}, "prompt"),
+        ({**TEXT, "logprobs": 65}, "logprobs"),
+        ({**TEXT, "suffix": "x"}, "suffix"),
+        ({**TEXT, "best_of": 3}, "best_of"),
+    ],
+)
+def test_bad_completion_fields_name_themselves(body: dict[str, Any], param: str) -> None:
+    response = post("/v1/completions", json=body)
+    assert response.status_code == 400
+    assert error_of(response)["param"] == param
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"3", b"\xff\xfe", b'{"messages": ' + b"[" * 100_000, b'{"temperature": NaN, "prompt": "x"}'],
+)
+def test_bodies_that_are_no_json_object(content: bytes) -> None:
+    response = post("/v1/completions", content=content, headers={"content-type": "application/json"})
+    assert response.status_code == 400
+    error_of(response)
+
+
+def test_a_form_is_no_json() -> None:
+    response = post("/v1/completions", content=json.dumps(TEXT), headers={"content-type": "text/plain"})
+    assert response.status_code == 400
+    assert "application/json" in error_of(response)["message"]
+
+
+def test_unknown_model_route_and_method() -> None:
+    async def work(http: Any, _: ClientDouble) -> None:
+        response = await http.post("/v1/chat/completions", json={**CHAT, "model": "gpt-4"})
+        assert response.status_code == 404
+        assert error_of(response)["code"] == "model_not_found"
+        assert "double" in error_of(response)["message"]
+        for name in ("double", "models/double"):
+            assert (await http.post("/v1/chat/completions", json={**CHAT, "model": name})).status_code == 200
+        assert (await http.get("/v1/models/gpt-4")).status_code == 404
+        response = await http.get("/v2/models")
+        assert (response.status_code, error_of(response)["code"]) == (404, "unknown_route")
+        response = await http.get("/v1/completions")
+        assert (response.status_code, error_of(response)["code"]) == (405, "unknown_route")
+
+    run(work)
+
+
+def test_served_names_come_first() -> None:
+    async def main() -> None:
+        async with serving(ClientDouble(), ServerSettings(served_model_names=("one", "two"))) as http:
+            assert [m["id"] for m in (await http.get("/v1/models")).json()["data"]] == ["one", "two"]
+            for name in ("one", "two", "double"):
+                answer = (await http.post("/v1/completions", json={**TEXT, "model": name})).json()
+                assert answer["model"] == "one"
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(("word", "status"), [("FAIL", 500), ("DIE", 503)])
+def test_a_failing_request_is_an_error_in_either_form(word: str, status: int) -> None:
+    async def work(http: Any, client: ClientDouble) -> None:
+        response = await http.post("/v1/completions", json={"prompt": [word, "HANG"]})
+        assert response.status_code == status
+        assert error_of(response)["type"] == "server_error"
+        assert len(client.aborted) == 1  # the other prompt's sequence does not go on
+        response = await http.post("/v1/completions", json={"prompt": word, "stream": True})
+        assert response.status_code == 200
+        *first, last = response.text.removesuffix("\n\n").split("\n\n")
+        assert "".join(json.loads(e[6:])["choices"][0]["text"] for e in first) == "He"
+        assert json.loads(last[6:])["error"]["type"] == "server_error"
+
+    run(work)
+
+
+def test_a_dead_engine_is_503_everywhere_but_metrics() -> None:
+    async def work(http: Any, client: ClientDouble) -> None:
+        from thalweg.errors import EngineDeadError
+
+        client.dead = EngineDeadError("the engine process ended with exit code 1")
+        for path in ("/health", "/v1/models"):
+            response = await http.get(path)
+            assert (response.status_code, error_of(response)["code"]) == (503, "engine_dead")
+        assert (await http.post("/v1/chat/completions", json={**CHAT, "stream": True})).status_code == 503
+        assert (await http.get("/metrics")).status_code == 200
+
+    run(work)
+
+
+def test_unforeseen_errors_say_nothing_of_the_inside() -> None:
+    async def work(http: Any, client: ClientDouble) -> None:
+        client.front.chat_ids = None
+        response = await http.post("/v1/chat/completions", json=CHAT)
+        assert response.status_code == 500
+        assert "NoneType" not in error_of(response)["message"]
+
+    run(work)
+
+
+def test_503_until_the_engine_is_ready() -> None:
+    async def main() -> None:
+        client = ClientDouble()
+        client.may_start.clear()
+        async with serving(client) as http:
+            for response in (await http.get("/health"), await http.post("/v1/completions", json=TEXT)):
+                assert response.status_code == 503
+                assert error_of(response)["code"] == "engine_starting"
+                assert response.headers["retry-after"] == "1"
+            client.may_start.set()
+            await asyncio.sleep(0.01)
+            assert (await http.get("/health")).status_code == 200
+        assert client.closed
+
+    asyncio.run(main())
+
+
+def test_api_key() -> None:
+    async def main() -> None:
+        async with serving(ClientDouble(), ServerSettings(api_key="sécret")) as http:
+            assert (await http.get("/health")).status_code == 200
+            for path in ("/v1/models", "/version", "/metrics", "/openapi.json", "/nowhere", "/health/"):
+                for value in (None, "", "sécret", "Bearer ", "Bearer sécre", "Bearer sécret2", "Basic sécret"):
+                    headers = {} if value is None else {"authorization": value.encode()}
+                    response = await http.get(path, headers=headers)
+                    assert (response.status_code, error_of(response)["code"]) == (401, "invalid_api_key")
+            # Headers that name another path change nothing.
+            headers = {"x-forwarded-path": "/health", "x-original-url": "/health"}
+            assert (await http.get("/v1/models", headers=headers)).status_code == 401
+            headers = {"authorization": "Bearer sécret".encode()}
+            assert (await http.get("/v1/models", headers=headers)).status_code == 200
+
+    asyncio.run(main())
+
+
+def test_large_bodies_are_refused_with_and_without_a_length() -> None:
+    async def pieces() -> AsyncIterator[bytes]:
+        for _ in range(20):
+            yield b" " * 100
+
+    async def main() -> None:
+        async with serving(ClientDouble(), ServerSettings(max_body_bytes=1000)) as http:
+            headers = {"content-type": "application/json"}
+            for content in (b" " * 1001, pieces()):
+                response = await http.post("/v1/completions", content=content, headers=headers)
+                assert response.status_code == 413
+                assert "1000 bytes" in error_of(response)["message"]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("prompt", ["HANG", "QUEUED", ["HANG", "QUEUED", "x"]])
+def test_a_client_that_leaves_ends_its_sequences(prompt: Any, stream: bool) -> None:
+    async def work(http: Any, client: ClientDouble) -> None:
+        left = asyncio.Event()
+        body = json.dumps({"prompt": prompt, "stream": stream}).encode()
+        requests = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+        async def receive() -> dict[str, Any]:
+            for message in requests:
+                return message
+            await left.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: dict[str, Any]) -> None:
+            pass
+
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.3"},
+            "method": "POST",
+            "path": "/v1/completions",
+            "raw_path": b"/v1/completions",
+            "query_string": b"",
+            "root_path": "",
+            "scheme": "http",
+            "http_version": "1.1",
+            "server": ("test", 80),
+            "client": ("test", 1),
+            "headers": [(b"content-type", b"application/json")],
+        }
+        app = asyncio.create_task(http.app(scope, receive, send))
+        await asyncio.sleep(0.05)
+        assert not client.aborted
+        left.set()
+        await asyncio.wait_for(app, 1)
+        assert len(client.aborted) == (2 if isinstance(prompt, list) else 1)
+        metrics = (await http.get("/metrics")).text
+        assert f'request_success_total{{finished_reason="abort"}} {len(client.aborted)}.0' in metrics
+
+    run(work)
+
+
+def test_metrics() -> None:
+    async def work(http: Any, client: ClientDouble) -> str:
+        await http.post("/v1/completions", json={"prompt": ["a", "b"], "max_tokens": 4})
+        client.stats = SchedulerStats(
+            num_running=1,
+            num_waiting=2,
+            blocks_used=3,
+            blocks_total=12,
+            slots_used=5,
+            slots_total=6,
+            num_preemptions=7,
+            prompt_tokens=8,
+            generation_tokens=9,
+        )
+        response = await http.get("/metrics")
+        assert response.headers["content-type"].startswith("text/plain")
+        return response.text
+
+    lines = set(run(work).splitlines())
+    for line in (
+        "thalweg_num_requests_running 1.0",
+        "thalweg_num_requests_waiting 2.0",
+        "thalweg_kv_cache_usage_perc 0.25",
+        "thalweg_state_slots_used 5.0",
+        "thalweg_state_slots_total 6.0",
+        "thalweg_num_preemptions_total 7.0",
+        "thalweg_prompt_tokens_total 8.0",
+        "thalweg_generation_tokens_total 9.0",
+        'thalweg_request_success_total{finished_reason="length"} 2.0',
+        "thalweg_time_to_first_token_seconds_count 2.0",
+        "thalweg_inter_token_latency_seconds_count 6.0",
+        "thalweg_e2e_request_latency_seconds_count 2.0",
+    ):
+        assert line in lines, line
