@@ -13,9 +13,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 def shared_dir() -> Path:
     """The folder of oracles, tokenizers and published configs that lies beside a developer's checkout."""
     if not SHARED.is_dir():
-        pytest.skip(
-            f"needs the shared test data folder beside the checkout ({SHARED.name}/), which is absent"
-        )
+        pytest.skip(f"needs the shared test data folder beside the checkout ({SHARED.name}/), which is absent")
     return SHARED
 
 

@@ -35,9 +35,7 @@ def silu(x: Tensor) -> Tensor:
 
 
 def swiglu(w: dict[str, Tensor], p: str, x: Tensor) -> Tensor:
-    return (silu(x @ w[p + "gate_proj.weight"].T) * (x @ w[p + "up_proj.weight"].T)) @ w[
-        p + "down_proj.weight"
-    ].T
+    return (silu(x @ w[p + "gate_proj.weight"].T) * (x @ w[p + "up_proj.weight"].T)) @ w[p + "down_proj.weight"].T
 
 
 def moe(config: dict[str, Any], w: dict[str, Tensor], p: str, x: Tensor) -> Tensor:
@@ -45,9 +43,7 @@ def moe(config: dict[str, Any], w: dict[str, Tensor], p: str, x: Tensor) -> Tens
     for t in range(len(x)):
         scores = torch.sigmoid(w[p + "gate.weight"] @ x[t])
         biased = scores + w[p + "gate.e_score_correction_bias"]
-        chosen = sorted(range(len(scores)), key=lambda e: -float(biased[e]))[
-            : config["num_experts_per_token"]
-        ]
+        chosen = sorted(range(len(scores)), key=lambda e: -float(biased[e]))[: config["num_experts_per_token"]]
         total = sum(float(scores[e]) for e in chosen) if config["moe_renormalize"] else 1.0
         for e in chosen:
             q = f"{p}experts.{e}."

@@ -31,9 +31,7 @@ def test_oracle_logits_in_chunks(oracle: Path, chunk: int) -> None:
             np.testing.assert_allclose(got.numpy(), expected[row], atol=ATOL, rtol=0)
 
 
-@pytest.mark.parametrize(
-    ("budget", "seqs", "block_size"), [(4096, 8, 64), (24, 8, 16), (5, 3, 1), (64, 2, 7)]
-)
+@pytest.mark.parametrize(("budget", "seqs", "block_size"), [(4096, 8, 64), (24, 8, 16), (5, 3, 1), (64, 2, 7)])
 def test_oracle_greedy_among_others(oracle: Path, budget: int, seqs: int, block_size: int) -> None:
     greedy = np.load(oracle / "greedy.npy")
     others = [list(range(3, 3 + n)) for n in (1, 17, 64, 40)]
@@ -94,8 +92,6 @@ def test_fused_projections_equal_the_eight_separate_ones(tmp_path: Path) -> None
     p = "model.layers.0.self_attn."
     expected = [x @ w[f"{p}{n}_proj.weight"].T for n in ("q", "k", "v", "b")]
     expected += [x @ w[f"{p}{n}_a_proj.weight"].T @ w[f"{p}{n}_b_proj.weight"].T for n in "fg"]
-    for fused, unfused, truth in zip(
-        attn.fused_projections(x), attn.unfused_projections(x), expected, strict=True
-    ):
+    for fused, unfused, truth in zip(attn.fused_projections(x), attn.unfused_projections(x), expected, strict=True):
         torch.testing.assert_close(fused, truth, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(unfused, truth, atol=1e-5, rtol=1e-5)

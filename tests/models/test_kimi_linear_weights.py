@@ -112,9 +112,7 @@ def test_the_oracle_is_covered_exactly_and_lands_where_it_should(shared_dir: Pat
     a = "model.layers.1.self_attn."
     names = ("q_proj", "k_proj", "v_proj", "b_proj", "f_a_proj", "g_a_proj")
     assert torch.equal(params["layers.1.attn.in_proj.weight"], torch.cat(theirs(*names, prefix=a)))
-    assert torch.equal(
-        params["layers.1.attn.up_proj.weight"], torch.stack(theirs("f_b_proj", "g_b_proj", prefix=a))
-    )
+    assert torch.equal(params["layers.1.attn.up_proj.weight"], torch.stack(theirs("f_b_proj", "g_b_proj", prefix=a)))
     convs = torch.cat(theirs("q_conv1d", "k_conv1d", "v_conv1d", prefix=a))
     assert torch.equal(params["layers.1.attn.conv.weight"], convs.squeeze(1))
     assert torch.equal(params["layers.1.attn.A_log"], raw[a + "A_log"].flatten())
@@ -161,11 +159,7 @@ def test_every_parameter_element_is_filled_once(tied: bool) -> None:
                 place = count[source.index]
                 assert place.numel() == torch.empty(source.local_shape, device="meta").numel()
                 count[source.index] += 1
-            last = (
-                c.vocab_size - 389
-                if rank == 1 and target.name in ("embed.weight", "lm_head.weight")
-                else None
-            )
+            last = c.vocab_size - 389 if rank == 1 and target.name in ("embed.weight", "lm_head.weight") else None
             assert bool((count[:last] == 1).all())
             assert last is None or not count[last:].any()
 
@@ -323,9 +317,7 @@ def linear(**changes: Any) -> dict[str, Any]:
         ({"dtype": "float8_e4m3fn"}, "dtype is 'float8_e4m3fn'; expected bfloat16, float16, float32"),
     ],
 )
-def test_what_is_not_supported_or_contradicts_itself_is_one_line(
-    changes: dict[str, Any], message: str
-) -> None:
+def test_what_is_not_supported_or_contradicts_itself_is_one_line(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         config(**changes)
     text = str(caught.value)

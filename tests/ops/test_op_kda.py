@@ -16,9 +16,7 @@ H, K, V = 2, 32, 24
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
 
 
-def naive(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state_HVK: Tensor
-) -> tuple[Tensor, Tensor]:
+def naive(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state_HVK: Tensor) -> tuple[Tensor, Tensor]:
     """One sequence, [T, H, ...] inputs, in float64: the equations of the op's contract, read aloud."""
     q, k, v, g, beta, S = (x.double() for x in (q, k, v, g, beta, state_HVK))
     out = torch.empty_like(v)
@@ -38,9 +36,7 @@ def ratio(out: Tensor, ref: Tensor) -> float:
     return float((out.double() - ref).norm() / ref.norm().clamp_min(1e-30))
 
 
-def make_inputs(
-    T: int, dtype: torch.dtype = torch.float32, gate: float | None = None, seed: int = 0
-) -> list[Tensor]:
+def make_inputs(T: int, dtype: torch.dtype = torch.float32, gate: float | None = None, seed: int = 0) -> list[Tensor]:
     """q, k, v, g, beta of T tokens; `gate` replaces the gate input by +-gate with random signs."""
     rng = torch.Generator().manual_seed(seed)
 
@@ -172,9 +168,7 @@ def test_bf16_state_storage_is_rounded_once_per_call() -> None:
     chunk=st.sampled_from([1, 3, 8, 16, 32]),
     seed=st.integers(0, 99),
 )
-def test_any_split_and_chunk_size_agree_with_the_recurrence(
-    T: int, cut: float, chunk: int, seed: int
-) -> None:
+def test_any_split_and_chunk_size_agree_with_the_recurrence(T: int, cut: float, chunk: int, seed: int) -> None:
     inputs = heads_first(make_inputs(T, seed=seed))
     start = torch.randn(1, H, K, V, generator=torch.Generator().manual_seed(seed))
     ref_out, ref_state = recurrent_kda(*(x.double() for x in inputs), start.double())

@@ -12,7 +12,7 @@ from torch import Tensor
 from thalweg.errors import ConfigError
 from thalweg.ops.moe.reference import experts, route
 
-E, D, I = 8, 10, 6  # noqa: E741
+E, D, I = 8, 10, 6
 
 
 def naive_route(
@@ -97,9 +97,7 @@ def test_experts(T: int, k: int, seed: int) -> None:
     w_gate_up[unused] = torch.nan
     w_down[unused] = torch.nan
     out = experts(x, weights, ids, w_gate_up, w_down)
-    torch.testing.assert_close(
-        out.double(), naive_experts(x, weights, ids, w_gate_up, w_down), rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(out.double(), naive_experts(x, weights, ids, w_gate_up, w_down), rtol=1e-4, atol=1e-4)
 
 
 def test_experts_in_bf16() -> None:

@@ -96,9 +96,7 @@ def test_an_op_of_its_own_comes_before_the_star() -> None:
 
 @pytest.mark.usefixtures("toy")
 def test_a_preferred_kernel_that_cannot_serve_is_an_error_not_a_fallback() -> None:
-    with pytest.raises(
-        ConfigError, match=r"op 'toy'.*cpu, float32.*kernel: needs cuda, not cpu.*op_preference"
-    ):
+    with pytest.raises(ConfigError, match=r"op 'toy'.*cpu, float32.*kernel: needs cuda, not cpu.*op_preference"):
         Resolver({"toy": "kernel"}).resolve("toy", CPU)
 
 

@@ -156,9 +156,7 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(edits=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=4))
-def test_changed_bytes_give_a_valid_file_or_one_typed_error(
-    tmp_path: Path, edits: list[tuple[int, int]]
-) -> None:
+def test_changed_bytes_give_a_valid_file_or_one_typed_error(tmp_path: Path, edits: list[tuple[int, int]]) -> None:
     path = tmp_path / "model.safetensors"
     save_file({"layer.a": torch.ones(3, 2), "layer.b": torch.ones(2)}, path)
     data = bytearray(path.read_bytes())

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 from thalweg.core import Admission, SamplingParams
 from thalweg.errors import InvalidRequest
-from thalweg.sampling.choose import draw, sample_filtered, sample_unfiltered
+from thalweg.ops.sample.reference import sample, splitmix64
+from thalweg.sampling.choose import draw, sample_filtered
 from thalweg.sampling.logprobs import token_logprobs
 from thalweg.sampling.sampler import Sampler
-from thalweg.sampling.uniform import splitmix64, uniform
+from thalweg.sampling.uniform import uniform
 
 V = 50
 CPU = torch.device("cpu")
@@ -22,7 +23,7 @@ CPU = torch.device("cpu")
 
 def sampler(*requests: tuple[SamplingParams, list[int], int], slots: int = 8) -> Sampler:
     """A sampler with requests (params, token ids, prompt length) admitted to slots 1, 2, ..."""
-    s = Sampler(slots, V, frozenset({1}), CPU)
+    s = Sampler(slots, V, frozenset({1}), CPU, sample)
     for slot, (params, ids, num_prompt) in enumerate(requests, start=1):
         s.admit(Admission(slot, f"r{slot}", ids, num_prompt, params, params.seed or 0, False))
     return s
@@ -79,7 +80,7 @@ def test_draws_follow_the_distribution(filtered: bool) -> None:
     if filtered:
         ids = sample_filtered(logits, t, torch.zeros(n, dtype=torch.int64), torch.ones(n), torch.zeros(n), u)
     else:
-        ids = sample_unfiltered(logits, t, u)
+        ids = sample(logits, t, torch.zeros(n, dtype=torch.int64), torch.arange(n))
     expected = torch.softmax(logits[0] / 0.7, -1)
     observed = torch.bincount(ids, minlength=V) / n
     assert (observed - expected).abs().max() < 0.015
@@ -220,3 +221,17 @@ def test_bad_parameters_are_named(field: str, value: object) -> None:
     with pytest.raises(InvalidRequest, match=field) as e:
         SamplingParams(**{field: value})
     assert "\n" not in str(e.value)
+
+
+def test_rows_on_the_device_alone_choose_the_same() -> None:
+    kinds = [SamplingParams(temperature=0), SamplingParams(seed=7), SamplingParams(seed=8, temperature=0.5)]
+    s = sampler(*((p, [3, 4], 2) for p in kinds))
+    logits = rows(3, seed=9)
+    expected, _, _ = s(logits.clone(), [1, 2, 3], [4, 5, 6])
+    assert s.simple([1, 2, 3])
+    assert s.sample_rows(logits, torch.tensor([1, 2, 3]), torch.tensor([4, 5, 6])).tolist() == expected.tolist()
+    logits[1, 3] = math.nan
+    assert s.sample_rows(logits, torch.tensor([1, 2, 3]), torch.tensor([4, 5, 6])).tolist()[1] == -1
+    s.admit(Admission(2, "x", [3], 1, SamplingParams(top_k=3), 0, False))
+    assert not s.simple([1, 2, 3])
+    assert s.simple([1, 3])

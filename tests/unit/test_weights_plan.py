@@ -34,9 +34,7 @@ def small_plan(rank: int = 0, size: int = 1) -> list[Target]:
             "qk",
             [Source("q", (H * K, D), 0, channels), Source("k", (H * K, D), 0, channels), Source("g", (3, D))],
         ),
-        split(
-            "a", "A", (1, 1, H, 1), 2, heads, local=(shards.count(H, "heads"),), dtype="float32", init="a_log"
-        ),
+        split("a", "A", (1, 1, H, 1), 2, heads, local=(shards.count(H, "heads"),), dtype="float32", init="a_log"),
         split("out", "o", (D, H * K), 1, channels),
         Target("experts", (E, local_I, D), experts),
     ]
@@ -90,9 +88,7 @@ def test_shards_reassemble_to_the_whole(tmp_path: Path, size: int) -> None:
     assert embed.shape[0] == 8
     assert torch.equal(torch.cat([r["out"] for r in ranks], 1), tensors["o"])
     assert torch.equal(torch.cat([r["a"] for r in ranks]), tensors["A"].flatten())
-    assert torch.equal(
-        torch.cat([r["experts"] for r in ranks], 1), torch.stack([tensors["e0"], tensors["e1"]])
-    )
+    assert torch.equal(torch.cat([r["experts"] for r in ranks], 1), torch.stack([tensors["e0"], tensors["e1"]]))
     local = H * K // size
     assert torch.equal(torch.cat([r["qk"][:local] for r in ranks]), tensors["q"])
     assert all(torch.equal(r["qk"][-3:], tensors["g"]) for r in ranks)
@@ -135,9 +131,7 @@ def test_misfits_are_all_named_and_nothing_is_copied(tmp_path: Path) -> None:
 
 def test_long_lists_of_misfits_are_cut(tmp_path: Path) -> None:
     checkpoint = saved(tmp_path, {f"x{i}": torch.ones(1) for i in range(100)})
-    with pytest.raises(
-        CheckpointError, match=r"6 missing: .*100 unexpected: (x\d+, ){19}x\d+ \.\.\."
-    ) as caught:
+    with pytest.raises(CheckpointError, match=r"6 missing: .*100 unexpected: (x\d+, ){19}x\d+ \.\.\.") as caught:
         check(small_plan()[1:4] + small_plan()[4:5], checkpoint)
     assert len(str(caught.value)) < 1000
 

@@ -21,6 +21,7 @@ from thalweg.core import Request, SamplingParams, StepPlan, StepResult
 from thalweg.engine.core import EngineCore
 from thalweg.engine.output import OutputProcessor
 from thalweg.layers.batch import Batch
+from thalweg.ops.sample.reference import sample
 from thalweg.parallel.mesh import Mesh
 from thalweg.runner.inputs import InputBuilder
 from thalweg.runner.runner import ModelRunner
@@ -56,7 +57,7 @@ class _FixedLogits:
         self._logits = torch.rand(num_seqs, vocab_size, generator=torch.Generator().manual_seed(0))
 
     def __call__(self, batch: Batch, cache: CacheStorage) -> Tensor:
-        return self._logits[: len(batch.logit_rows_R)]
+        return self._logits[: len(batch.token_ids_T if batch.logit_rows_R is None else batch.logit_rows_R)]
 
 
 class _Inline:
@@ -84,7 +85,7 @@ def measure_host(tokenizer: Tokenizer, num_seqs: int, steps: int, num_finished: 
         _FixedLogits(num_seqs, vocab),
         CacheStorage([], blocks, num_seqs, BLOCK_SIZE, cpu),
         InputBuilder(num_seqs, max_len, BLOCK_SIZE, cpu),
-        Sampler(num_seqs, vocab, frozenset(), cpu),
+        Sampler(num_seqs, vocab, frozenset(), cpu, sample),
         Mesh(),
     )
     scheduler = Scheduler(

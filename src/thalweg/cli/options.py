@@ -68,6 +68,9 @@ def engine_config(
         str, _engine(help="auto (safetensors) or dummy (random weights of the real shapes).")
     ] = "auto",
     seed: Annotated[int, _engine(metavar="S", help="Seed of sampling, and of dummy weights.")] = _DEFAULTS.seed,
+    enforce_eager: Annotated[
+        bool, _engine("--enforce-eager", help="Launch every kernel by itself: no CUDA graphs, a quicker start.")
+    ] = False,
     op: Annotated[
         list[str] | None,
         _engine(
@@ -97,6 +100,7 @@ def engine_config(
         tensor_parallel_size=tensor_parallel_size,
         load_format=load_format,
         seed=seed,
+        enforce_eager=enforce_eager,
         op_preference=_preferences(op or []),
     )
 

@@ -42,6 +42,7 @@ class EngineConfig:
     tensor_parallel_size: int = 1
     load_format: str = "auto"
     seed: int = 0
+    enforce_eager: bool = False
     op_preference: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -64,14 +65,11 @@ class EngineConfig:
         for name in ("model", "tokenizer"):
             value = getattr(self, name)
             self._need(value is None or (isinstance(value, str) and value != ""), name, "a folder")
+        self._need(isinstance(self.enforce_eager, bool), "enforce_eager", "true or false")
         device = self.device
-        self._need(
-            isinstance(device, str) and bool(_DEVICE.fullmatch(device)), "device", "auto, cpu, cuda or cuda:N"
-        )
+        self._need(isinstance(device, str) and bool(_DEVICE.fullmatch(device)), "device", "auto, cpu, cuda or cuda:N")
         prefer = self.op_preference
-        pairs_ok = isinstance(prefer, Mapping) and all(
-            isinstance(x, str) and x for kv in prefer.items() for x in kv
-        )
+        pairs_ok = isinstance(prefer, Mapping) and all(isinstance(x, str) and x for kv in prefer.items() for x in kv)
         self._need(pairs_ok, "op_preference", "a mapping of op names to implementation names")
         # A copy nobody can write to: a frozen config must not change through the caller's dict.
         object.__setattr__(self, "op_preference", MappingProxyType(dict(prefer)))
@@ -85,8 +83,7 @@ class EngineConfig:
         """
         if self.max_model_len is not None and self.max_model_len > context_len:
             raise ConfigError(
-                f"--max-model-len is {self.max_model_len}; expected at most {context_len}, "
-                "the model's context length"
+                f"--max-model-len is {self.max_model_len}; expected at most {context_len}, the model's context length"
             )
         chosen = device if self.device == "auto" else self.device
         dtype = self.dtype
@@ -105,9 +102,7 @@ class EngineConfig:
         if optional and value is None:
             return
         expected = f"an integer from {low} to {high}"
-        self._need(
-            isinstance(value, int) and not isinstance(value, bool) and low <= value <= high, name, expected
-        )
+        self._need(isinstance(value, int) and not isinstance(value, bool) and low <= value <= high, name, expected)
 
     def _need(self, ok: bool, name: str, expected: str) -> None:
         if not ok:
@@ -128,9 +123,7 @@ def parse_size(text: str, option: str) -> int:
     base = 1000 if is_bytes and not binary else 1024
     value = float(number) * base ** " kmgt".index(suffix.lower() or " ")
     if not value.is_integer() or value > 2**53:
-        raise ConfigError(
-            f"{option} is {text!r}, which is no whole number below 2**53; expected e.g. 4096 or 32k"
-        )
+        raise ConfigError(f"{option} is {text!r}, which is no whole number below 2**53; expected e.g. 4096 or 32k")
     return int(value)
 
 

@@ -109,9 +109,7 @@ class ConfigReader:
             raise self.error(key, f"an integer from {low} to {high}")
         return value
 
-    def get_float(
-        self, key: str, default: Any = _REQUIRED, *, low: float = -math.inf, high: float = math.inf
-    ) -> float:
+    def get_float(self, key: str, default: Any = _REQUIRED, *, low: float = -math.inf, high: float = math.inf) -> float:
         """A finite number from low to high; integers are taken too."""
         value = self._get(key, default, "a number")
         if value is default:
@@ -171,9 +169,7 @@ class ConfigReader:
         """Refuse a key that repeats what other keys say but says something else. A missing key agrees."""
         value = self._get(key, derived, "")
         if value != derived or isinstance(value, bool) != isinstance(derived, bool):
-            raise ConfigError(
-                f"{self.where}: {key} is {_show(value)}; expected {_show(derived)} from the other keys"
-            )
+            raise ConfigError(f"{self.where}: {key} is {_show(value)}; expected {_show(derived)} from the other keys")
 
     def skip(self, *keys: str) -> None:
         """Count keys as read that say nothing here: dimensions of a part that no layer has."""
@@ -209,9 +205,7 @@ class ConfigReader:
         return value
 
     def _wrong(self, key: str, value: Any, expected: str) -> ConfigError:
-        return ConfigError(
-            f"{self.where}: {key} is {_show(value)} ({type(value).__name__}); expected {expected}"
-        )
+        return ConfigError(f"{self.where}: {key} is {_show(value)} ({type(value).__name__}); expected {expected}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,9 +21,7 @@ def model_folder(model: str | None) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise ConfigError(
-            f"--model is {model!r}, a file; expected a folder with config.json and safetensors files"
-        )
+        raise ConfigError(f"--model is {model!r}, a file; expected a folder with config.json and safetensors files")
     hint = f"; fetch it first: hf download {model} --local-dir FOLDER" if _looks_like_hub_name(model) else ""
     raise ConfigError(f"--model is {model!r}, and there is no such folder{hint}")
 

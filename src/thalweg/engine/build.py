@@ -18,8 +18,9 @@ from thalweg.engine.info import EngineInfo, OpChoice
 from thalweg.engine.source import ModelSource, open_source
 from thalweg.errors import ConfigError
 from thalweg.layers.context import BuildContext
-from thalweg.ops.registry import Resolver
+from thalweg.ops.registry import OpContext, Resolver
 from thalweg.parallel.mesh import Mesh, join_mesh
+from thalweg.runner.decode_graphs import buckets
 from thalweg.runner.inputs import InputBuilder
 from thalweg.runner.runner import ModelRunner
 from thalweg.sampling.sampler import Sampler
@@ -60,8 +61,10 @@ def build_rank(config: EngineConfig, tp_rank: int, rendezvous_file: str) -> tupl
     cache = CacheStorage(specs, split.num_blocks, split.num_slots, config.block_size, device)
     inputs = InputBuilder(split.num_slots, split.max_model_len, config.block_size, device)
     eos = source.eos_token_ids
-    sampler = Sampler(split.num_slots, c.vocab_size, frozenset(eos), device)
-    runner = ModelRunner(model, cache, inputs, sampler, mesh)
+    sample = resolver.resolve("sample", OpContext(device.type, "float32", {"V": c.vocab_size}))
+    sampler = Sampler(split.num_slots, c.vocab_size, frozenset(eos), device, sample)
+    graph_sizes = buckets(split.num_slots) if device.type == "cuda" and not config.enforce_eager else None
+    runner = ModelRunner(model, cache, inputs, sampler, mesh, graph_sizes)
     info = EngineInfo(
         name=source.name,
         folder=str(source.folder),
@@ -138,8 +141,8 @@ def cache_memory(config: EngineConfig, device: torch.device, mesh: Mesh) -> int:
     memory = mesh.minimum(memory, device)
     if memory <= 0:
         raise ConfigError(
-            f"--gpu-memory-utilization {config.gpu_memory_utilization} leaves nothing for the cache: {(total - free) >> 20}"
-            f" MiB of {total >> 20} MiB are taken; raise it or use more ranks"
+            f"--gpu-memory-utilization {config.gpu_memory_utilization} leaves nothing for the cache:"
+            f" {(total - free) >> 20} MiB of {total >> 20} MiB are taken; raise it or use more ranks"
         )
     return memory
 

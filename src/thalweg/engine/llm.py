@@ -47,6 +47,7 @@ class LLM:
         tensor_parallel_size: int = 1,
         load_format: str = "auto",
         seed: int = 0,
+        enforce_eager: bool = False,
         op_preference: Mapping[str, str] | None = None,
     ) -> None:
         self.config = EngineConfig(
@@ -63,6 +64,7 @@ class LLM:
             tensor_parallel_size=tensor_parallel_size,
             load_format=load_format,
             seed=seed,
+            enforce_eager=enforce_eager,
             op_preference=op_preference or {},
         )
         self._engine: Engine | None = None

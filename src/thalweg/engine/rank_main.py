@@ -24,7 +24,7 @@ def main(address: str) -> int:
     runner, _ = build_rank(EngineConfig(**start.config), start.tp_rank, start.rendezvous_file)
     decode = msgspec.msgpack.Decoder(StepPlan).decode
     while True:
-        runner.execute(decode(socket.recv()))
+        runner.launch(decode(socket.recv()))  # only rank 0's tokens count, so nobody waits for these
 
 
 if __name__ == "__main__":

@@ -22,4 +22,4 @@ class Batch:
     decode_lens_B: Tensor  # int32 [num_decodes], tokens in the cache including this step's
     prefill_starts: list[int]  # [B - num_decodes], tokens in the cache before this step
     prefill_offsets: list[int]  # [B - num_decodes + 1], prefill p owns tokens num_decodes + offsets[p]:offsets[p + 1]
-    logit_rows_R: Tensor  # int64 [R], which of the T rows need logits
+    logit_rows_R: Tensor | None  # int64 [R], which of the T rows need logits; None: all of them

@@ -16,13 +16,16 @@ Info = TypeVar("Info")
 
 
 class Runner(Protocol):
-    def execute(self, plan: StepPlan) -> StepResult: ...
+    waits: bool  # whether the call that `launch` returns waits for a device
+
+    def launch(self, plan: StepPlan) -> Callable[[], StepResult]: ...
 
     def close(self) -> None: ...
 
 
 class Executor(Generic[Info]):
-    """Builds a rank on its thread, then runs plans there, in order; results come as futures in the same order.
+    """Builds a rank on its thread, then launches plans there, in order; results come as futures in the same order.
+    Where results have to be waited for, a second thread waits, and the next plan is launched meanwhile.
 
     After an exception, or after `fail`, every future fails: the cache may be half written, so no later step can be
     trusted. `build` gives the runner and whatever should be known about it. The thread is a daemon: a rank stuck in
@@ -86,6 +89,10 @@ class Executor(Generic[Info]):
             self.fail(e)
             return
         self._settle(self._built, info)
+        results: queue.SimpleQueue[tuple[Callable[[], StepResult], int, Future[Any]] | None] = queue.SimpleQueue()
+        reader = threading.Thread(target=self._read, args=(results,), name="thalweg-readback", daemon=True)
+        if runner.waits:
+            reader.start()
         while True:
             plan, future = self._work.get()
             if plan is None:
@@ -95,16 +102,30 @@ class Executor(Generic[Info]):
             try:
                 if self._before is not None:
                     self._before(plan)
-                self._settle(future, runner.execute(plan))
+                finish = runner.launch(plan)
+                if runner.waits:
+                    results.put((finish, plan.step, future))
+                else:
+                    self._settle(future, finish())
             except Exception as e:  # noqa: BLE001 -- likewise
-                self.fail(
-                    e
-                    if isinstance(e, EngineDeadError)
-                    else EngineDeadError(f"step {plan.step} failed: {_one_line(e)}").with_traceback(e.__traceback__)
-                )
+                self.fail(_step_error(plan.step, e))
+        if runner.waits:
+            results.put(None)
+            reader.join()
         runner.close()
 
+    def _read(self, results: queue.SimpleQueue[tuple[Callable[[], StepResult], int, Future[Any]] | None]) -> None:
+        while (item := results.get()) is not None:
+            finish, step, future = item
+            try:
+                self._settle(future, finish())
+            except Exception as e:  # noqa: BLE001 -- likewise
+                self.fail(_step_error(step, e))
 
-def _one_line(e: BaseException) -> str:
+
+def _step_error(step: int, e: Exception) -> EngineDeadError:
+    if isinstance(e, EngineDeadError):
+        return e
     text = str(e).strip().splitlines()
-    return f"{type(e).__name__}: {text[0] if text else ''}"
+    reason = f"{type(e).__name__}: {text[0] if text else ''}"
+    return EngineDeadError(f"step {step} failed: {reason}").with_traceback(e.__traceback__)

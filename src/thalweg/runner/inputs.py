@@ -1,4 +1,4 @@
-"""From a StepPlan to the tensors of a forward pass, with what the runner keeps per slot on the host."""
+"""From a StepPlan to the tensors of a forward pass, with what the runner keeps per slot."""
 
 from __future__ import annotations
 
@@ -8,69 +8,87 @@ import torch
 from thalweg.core import Admission, StepPlan
 from thalweg.layers.batch import Batch
 
+IntArray = np.ndarray
+
 
 class InputBuilder:
-    """Holds block tables and admitted tokens by slot; builds one Batch a step with a fixed number of array calls.
+    """Holds block tables and admitted tokens by slot, on the host, and the last sampled token by slot on the device.
 
-    Kept apart from the model so that its cost can be measured, and because it is what a replayed plan needs.
+    Kept apart from the model so that its cost can be measured. Plans must come in order.
     """
 
     def __init__(self, num_slots: int, max_model_len: int, block_size: int, device: torch.device) -> None:
         self.block_size, self.device = block_size, device
-        max_blocks = max(1, -(-max_model_len // block_size))
-        self._tables = np.zeros((num_slots + 1, max_blocks), dtype=np.int32)
-        self._tokens: dict[int, np.ndarray] = {}
+        self.max_blocks = max(1, -(-max_model_len // block_size))
+        self.tables = np.zeros((num_slots + 1, self.max_blocks), dtype=np.int32)
+        self._tokens: dict[int, IntArray] = {}
         self.last_tokens = torch.zeros(num_slots + 1, dtype=torch.int64, device=device)
 
     def admit(self, admission: Admission) -> None:
         self._tokens[admission.slot] = np.asarray(admission.token_ids, dtype=np.int64)
 
-    def admitted(self, slot: int) -> np.ndarray:
+    def admitted(self, slot: int) -> IntArray:
         """int64 [n]: the tokens the slot was admitted with."""
         return self._tokens[slot]
 
+    def apply_blocks(self, plan: StepPlan) -> None:
+        """Take in the plan's new blocks; before anything else of the plan."""
+        for slot, index, block in plan.new_blocks:
+            self.tables[slot, index] = block
+
+    def decode_rows(self, plan: StepPlan) -> IntArray:
+        """int64 [3, d] of the decode rows: slot, cached tokens before the step, and the row of the pages each fills."""
+        rows = np.array((plan.decode_slots, plan.decode_starts, plan.decode_starts), dtype=np.int64)
+        slots, starts = rows[0], rows[1]
+        block, place = np.divmod(starts, self.block_size)
+        rows[2] = self.tables[slots, block]
+        rows[2] *= self.block_size
+        rows[2] += place
+        return rows
+
     def build(self, plan: StepPlan, every_row: bool = False) -> Batch:
         """The step's Batch. Logits are wanted where a row samples, or for every token with `every_row`."""
-        size = self.block_size
-        for slot, index, block in plan.new_blocks:
-            self._tables[slot, index] = block
-        d, prefills = len(plan.decode_slots), plan.prefills
-        slots = np.array(plan.decode_slots, dtype=np.int64)
-        starts = np.array(plan.decode_starts, dtype=np.int64)
-        rows = [self._tables[slots, starts // size] * np.int64(size) + starts % size]
-        tokens: list[np.ndarray] = []
+        d = len(plan.decode_slots)
+        rows = self.decode_rows(plan)
+        width = -(-(max(plan.decode_starts, default=0) + 1) // self.block_size)
+        if not plan.prefills:
+            on_device = self._tensor(rows)
+            return Batch(
+                token_ids_T=self.last_tokens[on_device[0]],
+                num_decodes=d,
+                slots_B=on_device[0],
+                block_tables_BN=self._tensor(self.tables[rows[0], :width]),
+                page_rows_T=on_device[2],
+                decode_lens_B=(on_device[1] + 1).int(),
+                prefill_starts=[],
+                prefill_offsets=[0],
+                logit_rows_R=None,
+            )
+        slots, page_rows, tokens = [rows[0]], [rows[2]], []
         offsets = [0]
-        longest = max(plan.decode_starts, default=-1) + 1
-        for p in prefills:
-            positions = np.arange(p.start, p.start + p.length)
-            rows.append(self._tables[p.slot, positions // size] * np.int64(size) + positions % size)
+        for p in plan.prefills:
+            block, place = np.divmod(np.arange(p.start, p.start + p.length), self.block_size)
+            page_rows.append(self.tables[p.slot, block] * np.int64(self.block_size) + place)
             tokens.append(self._tokens[p.slot][p.start : p.start + p.length])
             offsets.append(offsets[-1] + p.length)
-            longest = max(longest, p.start + p.length)
-        if prefills:
-            slots = np.concatenate([slots, np.array([p.slot for p in prefills], dtype=np.int64)])
-        width = max(1, -(-longest // size))
-        slots_B = self._tensor(slots)
-        token_parts = [self.last_tokens[slots_B[:d]]] if d else []
-        if prefills:
-            token_parts.append(self._tensor(np.concatenate(tokens)))
-        if every_row:
-            logit_rows = np.arange(d + offsets[-1])
-        else:
-            ends = [d + offsets[i + 1] - 1 for i, p in enumerate(prefills) if p.sample]
-            logit_rows = np.concatenate([np.arange(d), np.array(ends, dtype=np.int64)])
+            width = max(width, -(-(p.start + p.length) // self.block_size))
+        slots.append(np.array([p.slot for p in plan.prefills], dtype=np.int64))
+        every_slot = np.concatenate(slots)
+        token_ids = self._tensor(np.concatenate(tokens))
+        slots_B = self._tensor(every_slot)
+        logit_rows = [*range(d), *(d + offsets[i + 1] - 1 for i, p in enumerate(plan.prefills) if p.sample)]
         return Batch(
-            token_ids_T=token_parts[0] if len(token_parts) == 1 else torch.cat(token_parts),
+            token_ids_T=torch.cat([self.last_tokens[slots_B[:d]], token_ids]) if d else token_ids,
             num_decodes=d,
             slots_B=slots_B,
-            block_tables_BN=self._tensor(self._tables[slots, :width]),
-            page_rows_T=self._tensor(rows[0] if len(rows) == 1 else np.concatenate(rows)),
-            decode_lens_B=self._tensor((starts + 1).astype(np.int32)),
-            prefill_starts=[p.start for p in prefills],
+            block_tables_BN=self._tensor(self.tables[every_slot, :width]),
+            page_rows_T=self._tensor(np.concatenate(page_rows)),
+            decode_lens_B=self._tensor((rows[1] + 1).astype(np.int32)),
+            prefill_starts=[p.start for p in plan.prefills],
             prefill_offsets=offsets,
-            logit_rows_R=self._tensor(logit_rows),
+            logit_rows_R=None if every_row else self._tensor(np.array(logit_rows, dtype=np.int64)),
         )
 
-    def _tensor(self, array: np.ndarray) -> torch.Tensor:
+    def _tensor(self, array: IntArray) -> torch.Tensor:
         tensor = torch.from_numpy(array)
         return tensor if self.device.type == "cpu" else tensor.to(self.device, non_blocking=True)

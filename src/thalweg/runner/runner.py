@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -9,10 +11,12 @@ from torch import Tensor
 
 from thalweg import tracing
 from thalweg.cache.storage import CacheStorage
-from thalweg.core import StepPlan, StepResult, TokenLogprobs
+from thalweg.core import Prefill, StepPlan, StepResult, TokenLogprobs
 from thalweg.layers.batch import Batch
 from thalweg.parallel.mesh import Mesh
+from thalweg.runner.decode_graphs import DecodeGraphs
 from thalweg.runner.inputs import InputBuilder
+from thalweg.runner.readback import Readback
 from thalweg.sampling.logprobs import token_logprobs
 from thalweg.sampling.sampler import Sampler
 
@@ -21,56 +25,125 @@ class Model(Protocol):
     def __call__(self, batch: Batch, cache: CacheStorage) -> Tensor: ...
 
 
-class ModelRunner:
-    """execute(plan) -> StepResult, in the order of the plans. Every rank runs the same plans; rank 0's tokens count."""
+Finish = Callable[[], StepResult]
 
-    def __init__(self, model: Model, cache: CacheStorage, inputs: InputBuilder, sampler: Sampler, mesh: Mesh) -> None:
+
+class ModelRunner:
+    """launch(plan) puts a step on the device and returns what waits for its result; plans come in order.
+
+    Every rank runs the same plans; rank 0's tokens count. Steps of decode rows alone run as graphs where there are
+    any; all others run eagerly.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        cache: CacheStorage,
+        inputs: InputBuilder,
+        sampler: Sampler,
+        mesh: Mesh,
+        graph_sizes: list[int] | None = None,
+    ) -> None:
         self.model, self._cache, self._inputs, self._sampler, self._mesh = model, cache, inputs, sampler, mesh
         self._prompt_logits: set[int] = set()
         self._prompt_logprobs: dict[int, int] = {}
+        self.waits = inputs.device.type == "cuda"
+        self._readback = Readback(inputs.device)
+        self._graphs = None
+        if graph_sizes:
+            with torch.inference_mode():
+                capture = inputs.device.type == "cuda"
+                self._graphs = DecodeGraphs(model, cache, inputs, sampler, mesh, graph_sizes, capture)
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        return self.launch(plan)()
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> StepResult:
+    def launch(self, plan: StepPlan) -> Finish:
+        """Run the step as far as the device allows without waiting; the returned call waits and gives the result."""
         if plan.admissions:
             self._admit(plan)
+        self._inputs.apply_blocks(plan)
+        if self._graphs is not None:
+            self._graphs.update_tables(plan)
+            if self._graphs.serves(plan):
+                return self._launch_graph(self._graphs, plan)
+        return self._launch_eager(plan)
+
+    def close(self) -> None:
+        self._mesh.close()
+
+    def _launch_graph(self, graphs: DecodeGraphs, plan: StepPlan) -> Finish:
+        slots = plan.decode_slots
+        with tracing.span("build"):
+            rows = self._inputs.decode_rows(plan)
+        with tracing.span("model"):
+            logits, ids = graphs.run(rows)
+        if self._sampler.simple(slots):
+            read = self._readback(ids)
+
+            def finish() -> StepResult:
+                tokens = read()
+                errors = {s: NON_FINITE for s, t in zip(slots, tokens, strict=True) if t < 0} if min(tokens) < 0 else {}
+                return StepResult(plan.step, tokens, errors=errors)
+
+            return finish
+        return self._sample(plan, logits, slots, [s + 1 for s in plan.decode_starts])
+
+    def _launch_eager(self, plan: StepPlan) -> Finish:
         prefills = plan.prefills
         inspected = [p for p in prefills if p.slot in self._prompt_logits or p.slot in self._prompt_logprobs]
         with tracing.span("build"):
             batch = self._inputs.build(plan, every_row=bool(inspected))
         with tracing.span("model"):
             logits = self.model(batch, self._cache)
-
         prompt_logits: dict[int, Tensor] = {}
         prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
         d = batch.num_decodes
-        sampling = [
-            (p.slot, d + batch.prefill_offsets[i + 1] - 1, p.start + p.length)
-            for i, p in enumerate(prefills)
-            if p.sample
-        ]
         if inspected:
-            for i, p in enumerate(prefills):
-                first = d + batch.prefill_offsets[i]
-                rows = logits[first : first + p.length]
-                if p.slot in self._prompt_logits:
-                    prompt_logits[p.slot] = rows.clone()
-                if p.slot in self._prompt_logprobs:
-                    prompt_logprobs[p.slot] = self._logprobs_of_prompt(rows, p.slot, p.start)
-            logits = logits[[*range(d), *(row for _, row, _ in sampling)]]
-
-        slots = plan.decode_slots + [slot for slot, _, _ in sampling]
+            ends = []
+            for p, (start, end) in zip(prefills, pairwise(batch.prefill_offsets), strict=True):
+                self._inspect(p, logits[d + start : d + end], prompt_logits, prompt_logprobs)
+                if p.sample:
+                    ends.append(d + end - 1)
+            logits = logits[[*range(d), *ends]]
+        sampling = [p for p in prefills if p.sample]
+        slots = plan.decode_slots + [p.slot for p in sampling]
         if not slots:
-            return StepResult(plan.step, [], {}, prompt_logprobs, {}, prompt_logits)
-        positions = [s + 1 for s in plan.decode_starts] + [end for _, _, end in sampling]
+            return lambda: StepResult(plan.step, [], {}, prompt_logprobs, {}, prompt_logits)
+        positions = [s + 1 for s in plan.decode_starts] + [p.start + p.length for p in sampling]
+        return self._sample(plan, logits, slots, positions, prompt_logprobs, prompt_logits)
+
+    def _sample(
+        self,
+        plan: StepPlan,
+        logits: Tensor,
+        slots: list[int],
+        positions: list[int],
+        prompt_logprobs: dict[int, list[TokenLogprobs]] | None = None,
+        prompt_logits: dict[int, Tensor] | None = None,
+    ) -> Finish:
         with tracing.span("sample"):
             ids, logprobs, errors = self._sampler(logits, slots, positions)
         ids = self._mesh.broadcast(ids)
-        index = batch.slots_B[:d] if not sampling else torch.tensor(slots, device=ids.device)
-        self._inputs.last_tokens[index] = ids
-        return StepResult(plan.step, ids.tolist(), logprobs, prompt_logprobs, errors, prompt_logits)
+        self._inputs.last_tokens[torch.tensor(slots, device=ids.device)] = ids
+        read = self._readback(ids)
+        return lambda: StepResult(plan.step, read(), logprobs, prompt_logprobs or {}, errors, prompt_logits or {})
 
-    def close(self) -> None:
-        self._mesh.close()
+    def _inspect(
+        self,
+        p: Prefill,
+        rows_LV: Tensor,
+        prompt_logits: dict[int, Tensor],
+        prompt_logprobs: dict[int, list[TokenLogprobs]],
+    ) -> None:
+        if p.slot in self._prompt_logits:
+            prompt_logits[p.slot] = rows_LV.clone()
+        if p.slot in self._prompt_logprobs:
+            # Of the tokens that follow each row, as far as they are known.
+            following = self._inputs.admitted(p.slot)[p.start + 1 : p.start + 1 + len(rows_LV)]
+            ids = torch.from_numpy(following).to(rows_LV.device)
+            prompt_logprobs[p.slot] = token_logprobs(rows_LV[: len(ids)], ids, self._prompt_logprobs[p.slot])
 
     def _admit(self, plan: StepPlan) -> None:
         for a in plan.admissions:
@@ -85,8 +158,5 @@ class ModelRunner:
         slots = torch.tensor([a.slot for a in plan.admissions], device=self._inputs.device)
         self._cache.reset_slots(slots)
 
-    def _logprobs_of_prompt(self, rows_LV: Tensor, slot: int, start: int) -> list[TokenLogprobs]:
-        """Of the tokens that follow each of the rows, as far as they are known."""
-        following = self._inputs.admitted(slot)[start + 1 : start + 1 + len(rows_LV)]
-        ids = torch.from_numpy(following).to(rows_LV.device)
-        return token_logprobs(rows_LV[: len(ids)], ids, self._prompt_logprobs[slot])
+
+NON_FINITE = "the model gave non-finite logits for this request"

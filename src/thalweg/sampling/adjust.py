@@ -33,9 +33,7 @@ class LogitAdjuster:
         self._bias_ids = torch.tensor(list(params.logit_bias), dtype=torch.int64, device=device)
         self._bias = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device=device)
         ends = set(params.stop_token_ids) | (set() if params.ignore_eos else set(eos_token_ids))
-        self._ends = torch.tensor(
-            [t for t in sorted(ends) if t < vocab_size], dtype=torch.int64, device=device
-        )
+        self._ends = torch.tensor([t for t in sorted(ends) if t < vocab_size], dtype=torch.int64, device=device)
         self._counts = torch.zeros(vocab_size, dtype=torch.float32, device=device)  # of the output
         self._seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)  # in prompt or output
         self._seen[torch.tensor(prompt + output, dtype=torch.int64, device=device)] = True
@@ -58,9 +56,7 @@ class LogitAdjuster:
         if len(self._bias_ids):
             logits_V.index_add_(0, self._bias_ids, self._bias)
         if p.repetition_penalty != 1:
-            scaled_V = torch.where(
-                logits_V > 0, logits_V / p.repetition_penalty, logits_V * p.repetition_penalty
-            )
+            scaled_V = torch.where(logits_V > 0, logits_V / p.repetition_penalty, logits_V * p.repetition_penalty)
             logits_V.copy_(torch.where(self._seen, scaled_V, logits_V))
         if p.presence_penalty or p.frequency_penalty:
             logits_V.sub_(p.frequency_penalty * self._counts + p.presence_penalty * (self._counts > 0))

@@ -1,4 +1,4 @@
-"""From logits to token ids: temperature, top-k, top-p, min-p, and one draw a row by inverting the distribution."""
+"""Tokens under top-k, top-p and min-p: sort, cut, and one draw a row by inverting what is left."""
 
 from __future__ import annotations
 
@@ -19,11 +19,6 @@ def draw(probs_RV: Tensor, uniforms_R: Tensor) -> Tensor:
 def _tempered(logits_RV: Tensor, temperatures_R: Tensor) -> Tensor:
     # The maximum goes first, so that a tiny temperature divides zeros and negatives and never makes inf - inf.
     return (logits_RV - logits_RV.amax(-1, keepdim=True)) / temperatures_R[:, None]
-
-
-def sample_unfiltered(logits_RV: Tensor, temperatures_R: Tensor, uniforms_R: Tensor) -> Tensor:
-    """Ids int64 [R] drawn from softmax(logits / temperature)."""
-    return draw(torch.softmax(_tempered(logits_RV, temperatures_R), -1), uniforms_R)
 
 
 def sample_filtered(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from thalweg.core import Admission, TokenLogprobs
 from thalweg.errors import InvalidRequest
 from thalweg.sampling.adjust import LogitAdjuster
-from thalweg.sampling.choose import sample_filtered, sample_unfiltered
+from thalweg.sampling.choose import sample_filtered
 from thalweg.sampling.logprobs import token_logprobs
 from thalweg.sampling.uniform import uniform
 
@@ -16,13 +18,18 @@ from thalweg.sampling.uniform import uniform
 class Sampler:
     """Tables are indexed by slot; a slot's row is rewritten when a request is admitted to it.
 
-    A row's token depends on its logits, its parameters, its seed and its position, never on its neighbours: rows are
-    split into greedy, plain and filtered ones, each of which has one way of drawing.
+    A row's token depends on its logits, its parameters, its seed and its position, never on its neighbours.
     """
 
     def __init__(
-        self, num_slots: int, vocab_size: int, eos_token_ids: frozenset[int], device: torch.device
+        self,
+        num_slots: int,
+        vocab_size: int,
+        eos_token_ids: frozenset[int],
+        device: torch.device,
+        sample: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
     ) -> None:
+        self._sample = sample  # op "sample"
         self.vocab_size, self.eos_token_ids, self.device = vocab_size, eos_token_ids, device
         n = num_slots + 1
         self._temperature = torch.ones(n, device=device)
@@ -79,9 +86,7 @@ class Sampler:
             for r in adjusted:
                 self._adjusters[slots[r]].apply(logits_RV[r])
 
-        ids_R = logits_RV.argmax(-1)
-        if self._plain or self._filtered:
-            self._draw(logits_RV, slots, positions, ids_R)
+        ids_R = self._choose(logits_RV, slots, positions)
         for r in adjusted:
             self._adjusters[slots[r]].count(ids_R[r])
 
@@ -97,23 +102,34 @@ class Sampler:
                     )
         return ids_R, logprobs, errors
 
-    def _draw(self, logits_RV: Tensor, slots: list[int], positions: list[int], ids_R: Tensor) -> None:
-        for group, is_filtered in ((self._plain, False), (self._filtered, True)):
-            rows = [r for r, s in enumerate(slots) if s in group]
+    def simple(self, slots: list[int]) -> bool:
+        """Whether `sample_rows` alone serves these slots: greedy or plain temperature, nothing to report or refuse."""
+        special = (self._filtered, self._adjusters, self._logprobs, self._rejected)
+        return not any(special) or not any(slot in table for table in special if table for slot in slots)
+
+    def sample_rows(self, logits_RV: Tensor, slots_R: Tensor, positions_R: Tensor) -> Tensor:
+        """Ids int64 [R] of greedy and plain rows, all on the device; -1 for a row with a non-finite logit."""
+        ids_R = self._sample(logits_RV, self._temperature[slots_R], self._seed[slots_R], positions_R)
+        return torch.where(torch.isfinite(logits_RV.sum(-1)), ids_R, -1)
+
+    def _choose(self, logits_RV: Tensor, slots: list[int], positions: list[int]) -> Tensor:
+        filtered = [r for r, s in enumerate(slots) if s in self._filtered] if self._filtered else []
+        plain = [r for r, s in enumerate(slots) if s in self._plain] if self._plain else []
+        ids_R = logits_RV.argmax(-1)
+        for rows in (plain, filtered):
             if not rows:
                 continue
+            # The same computation for a row whatever its neighbours are: each kind has one way of drawing.
             index = torch.tensor(rows, device=self.device)
             slot = torch.tensor([slots[r] for r in rows], device=self.device)
             position = torch.tensor([positions[r] for r in rows], device=self.device)
-            u = uniform(self._seed[slot], position)
-            temperature, chosen_RV = self._temperature[slot], logits_RV[index]
-            if is_filtered:
-                ids = sample_filtered(
-                    chosen_RV, temperature, self._top_k[slot], self._top_p[slot], self._min_p[slot], u
-                )
+            chosen_RV, temperature, seed = logits_RV[index], self._temperature[slot], self._seed[slot]
+            if rows is plain:
+                ids_R[index] = self._sample(chosen_RV, temperature, seed, position)
             else:
-                ids = sample_unfiltered(chosen_RV, temperature, u)
-            ids_R[index] = ids
+                filters = (self._top_k[slot], self._top_p[slot], self._min_p[slot])
+                ids_R[index] = sample_filtered(chosen_RV, temperature, *filters, uniform(seed, position))
+        return ids_R
 
 
 def _set(group: set[int], slot: int, member: bool) -> None:

@@ -218,9 +218,7 @@ def _read_moe(reader: ConfigReader, num_layers: int) -> tuple[frozenset[int], Mo
     reader.only("moe_router_activation_func", "sigmoid")
     groups = reader.get_int("num_expert_group", 1, low=1)
     if num_experts % groups or (groups > 1 and num_experts // groups < 2):
-        raise reader.error(
-            "num_expert_group", f"a divisor of num_experts {num_experts} with 2 experts or more a group"
-        )
+        raise reader.error("num_expert_group", f"a divisor of num_experts {num_experts} with 2 experts or more a group")
     top_groups = reader.get_int("topk_group", 1, low=1)
     if top_groups > groups:
         raise reader.error("topk_group", f"at most num_expert_group {groups}")

@@ -93,6 +93,6 @@ class KimiLinearModel(nn.Module):
         for layer, layer_cache in zip(self._stack, cache.layers, strict=True):
             x_TD, residual_TD = layer(x_TD, residual_TD, batch, layer_cache)
         assert residual_TD is not None
-        rows = batch.logit_rows_R
-        x_RD, _ = self.norm(x_TD[rows], residual_TD[rows])
-        return self.lm_head(x_RD)
+        if (rows := batch.logit_rows_R) is not None:
+            x_TD, residual_TD = x_TD[rows], residual_TD[rows]
+        return self.lm_head(self.norm(x_TD, residual_TD)[0])

@@ -51,14 +51,10 @@ def plan(config: KimiLinearConfig, tp_rank: int = 0, tp_size: int = 1) -> list[T
             targets += _mla(f"{ours}.attn", f"{theirs}.self_attn", config.hidden_size, config.mla, shards)
         if n in config.moe_layers:
             assert config.moe is not None
-            targets += _moe(
-                f"{ours}.mlp", f"{theirs}.block_sparse_moe", config.hidden_size, config.moe, shards
-            )
+            targets += _moe(f"{ours}.mlp", f"{theirs}.block_sparse_moe", config.hidden_size, config.moe, shards)
         else:
             width = config.intermediate_size
-            targets += _mlp(
-                f"{ours}.mlp", f"{theirs}.mlp", config.hidden_size, width, "intermediate_size", shards
-            )
+            targets += _mlp(f"{ours}.mlp", f"{theirs}.mlp", config.hidden_size, width, "intermediate_size", shards)
     return targets
 
 
@@ -80,9 +76,7 @@ def _kda(ours: str, theirs: str, D: int, kda: KdaConfig, shards: Shards) -> list
     beta = Source(f"{theirs}.b_proj.weight", (H, D), 0, heads)
     low_rank = [Source(f"{theirs}.{x}_a_proj.weight", (rank, D)) for x in "fg"]
     convs = [Source(f"{theirs}.{x}_conv1d.weight", (H * K, 1, kernel), 0, channels) for x in "qkv"]
-    ups = tuple(
-        placed(f"{theirs}.{x}_b_proj.weight", (H * K, rank), (i,), 0, channels) for i, x in enumerate("fg")
-    )
+    ups = tuple(placed(f"{theirs}.{x}_b_proj.weight", (H * K, rank), (i,), 0, channels) for i, x in enumerate("fg"))
     return [
         concat(f"{ours}.in_proj.weight", [*qkv, beta, *low_rank]),
         Target(f"{ours}.up_proj.weight", (2, local_H * K, rank), ups),

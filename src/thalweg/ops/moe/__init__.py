@@ -9,7 +9,8 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 from thalweg.ops.moe import reference
-from thalweg.ops.registry import register
+from thalweg.ops.registry import OpContext, register
+from thalweg.ops.triton_support import why_not
 
 Scoring = Literal["sigmoid", "softmax"]
 
@@ -61,19 +62,69 @@ class Router(Protocol):
 
 class Experts(Protocol):
     def __call__(
-        self, x_TD: Tensor, weights_Tk: Tensor, ids_Tk: Tensor, w_gate_up_E2ID: Tensor, w_down_EDI: Tensor, /
+        self,
+        x_TD: Tensor,
+        weights_Tk: Tensor,
+        ids_Tk: Tensor,
+        w_gate_up_E2ID: Tensor,
+        w_down_EDI: Tensor,
+        /,
+        num_shared: int = 0,
     ) -> Tensor:
         """y_TD = sum over a token's k experts of weight * (silu(x @ gate.T) * (x @ up.T)) @ down.T.
 
         w_gate_up_E2ID [E, 2I, D] holds gate, then up; w_down_EDI [E, D, I]. x and both weights share one
         dtype, which y has too; weights_Tk is fp32 and the sum over experts is in fp32. Cost grows with T * k
-        alone.
+        alone. A token's experts differ. num_shared promises that the last num_shared ids of every token are
+        E - num_shared .. E - 1, as "router" gives them: kernels then start on those before the router is done.
         """
 
 
+def _triton_router(
+    x_TD: Tensor,
+    w_ED: Tensor,
+    bias_E: Tensor,
+    top_k: int,
+    renormalize: bool,
+    scale: float,
+    scoring: Scoring = "sigmoid",
+    n_group: int = 1,
+    topk_group: int = 1,
+    num_shared: int = 0,
+) -> tuple[Tensor, Tensor]:
+    from thalweg.ops.moe import triton_router
+
+    return triton_router.router(x_TD, w_ED, bias_E, top_k, renormalize, scale, scoring, n_group, topk_group, num_shared)
+
+
+def _triton_experts(
+    x_TD: Tensor,
+    weights_Tk: Tensor,
+    ids_Tk: Tensor,
+    w_gate_up_E2ID: Tensor,
+    w_down_EDI: Tensor,
+    num_shared: int = 0,
+) -> Tensor:
+    from thalweg.ops.moe import triton_experts
+
+    return triton_experts.experts(x_TD, weights_Tk, ids_Tk, w_gate_up_E2ID, w_down_EDI, num_shared)
+
+
+def _router_supports(ctx: OpContext) -> str | None:
+    if ctx.dims.get("E", 0) > MAX_ROUTER_EXPERTS:
+        return f"needs at most {MAX_ROUTER_EXPERTS} experts, not {ctx.dims['E']}"
+    return why_not(ctx)
+
+
+MAX_ROUTER_EXPERTS = 1024  # one program sorts the scores of 16 tokens at once, in registers
+
 _route: Route = reference.route
-_router: Router = reference.router
-_experts: Experts = reference.experts
+_reference_router: Router = reference.router
+_kernel_router: Router = _triton_router
+_reference_experts: Experts = reference.experts
+_kernel_experts: Experts = _triton_experts
 register("route", "reference", _route)
-register("router", "reference", _router)
-register("experts", "reference", _experts)
+register("router", "reference", _reference_router)
+register("router", "triton", _kernel_router, supports=_router_supports, priority=10)
+register("experts", "reference", _reference_experts)
+register("experts", "triton", _kernel_experts, supports=why_not, priority=10)

@@ -61,7 +61,14 @@ def router(
     return F.pad(weights_Tk, (0, num_shared), value=1.0), torch.cat((ids_Tk, shared_TS), dim=1)
 
 
-def experts(x_TD: Tensor, weights_Tk: Tensor, ids_Tk: Tensor, w_gate_up_E2ID: Tensor, w_down_EDI: Tensor) -> Tensor:
+def experts(
+    x_TD: Tensor,
+    weights_Tk: Tensor,
+    ids_Tk: Tensor,
+    w_gate_up_E2ID: Tensor,
+    w_down_EDI: Tensor,
+    num_shared: int = 0,  # a promise this definition has no need of
+) -> Tensor:
     T, k = ids_Tk.shape
     if T == 0:
         return torch.empty_like(x_TD)

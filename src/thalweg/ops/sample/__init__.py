@@ -8,6 +8,7 @@ from torch import Tensor
 
 from thalweg.ops.registry import register
 from thalweg.ops.sample import reference
+from thalweg.ops.triton_support import why_not
 
 
 class Sample(Protocol):
@@ -21,5 +22,13 @@ class Sample(Protocol):
         """
 
 
+def _triton(logits_RV: Tensor, temperatures_R: Tensor, seeds_R: Tensor, positions_R: Tensor) -> Tensor:
+    from thalweg.ops.sample import triton
+
+    return triton.sample(logits_RV, temperatures_R, seeds_R, positions_R)
+
+
 _sample: Sample = reference.sample
+_triton_sample: Sample = _triton
 register("sample", "reference", _sample)
+register("sample", "triton", _triton_sample, supports=why_not, priority=10)

@@ -11,6 +11,7 @@ from torch import Tensor
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
 MIX_2 = 0x94D049BB133111EB - 2**64
+LARGEST_UNIFORM = 1 - 2.0**-24
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
@@ -28,15 +29,15 @@ def splitmix64(x: Tensor) -> Tensor:
 def gumbel(seeds_R: Tensor, positions_R: Tensor, vocab: int) -> Tensor:
     """Standard Gumbel noise, fp32 [R, vocab], finite everywhere."""
     row_R = splitmix64(splitmix64(seeds_R) + positions_R)
-    index_V = torch.arange(vocab, device=seeds_R.device)
-    bits_RV = _shift_right(splitmix64(row_R[:, None] + index_V), 41)
-    # 23 bits and a half: the uniforms are symmetric, and neither 0 nor 1 even after rounding to fp32.
-    uniform_RV = (bits_RV.to(torch.float32) + 0.5) * (1.0 / (1 << 23))
-    return -(-uniform_RV.log()).log()
+    bits_RV = _shift_right(splitmix64(row_R[:, None] + torch.arange(vocab, device=seeds_R.device)), 32)
+    # Winners have a small exponential, so the uniform is taken near 0, where fp32 is fine, and through log1p.
+    uniform_RV = ((bits_RV.to(torch.float32) + 0.5) * 2.0**-32).clamp(max=LARGEST_UNIFORM)
+    return -(-torch.log1p(-uniform_RV)).log()
 
 
 def sample(logits_RV: Tensor, temperatures_R: Tensor, seeds_R: Tensor, positions_R: Tensor) -> Tensor:
-    logits_RV = logits_RV.float().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    logits_RV = logits_RV.float()
+    logits_RV = logits_RV.masked_fill(logits_RV.isnan(), -torch.inf)
     hot_R1 = temperatures_R.float()[:, None]
     drawn_RV = logits_RV / hot_R1.where(hot_R1 > 0, 1.0) + gumbel(seeds_R, positions_R, logits_RV.shape[1])
     return torch.where(hot_R1 > 0, drawn_RV, logits_RV).argmax(-1)

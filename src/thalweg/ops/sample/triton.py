@@ -1,0 +1,113 @@
+"""Sampling in two launches: each program finds the best of a block of the vocabulary, then one program a row the best
+of those.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from thalweg.ops.sample import reference
+from thalweg.ops.triton_launch import pdl_options
+
+GOLDEN = tl.constexpr(reference.GOLDEN)
+MIX_1 = tl.constexpr(reference.MIX_1)
+MIX_2 = tl.constexpr(reference.MIX_2)
+LARGEST_UNIFORM = tl.constexpr(reference.LARGEST_UNIFORM)
+
+
+@triton.jit
+def _shift_right(x, BITS: tl.constexpr):
+    return (x >> BITS) & ((1 << (64 - BITS)) - 1)
+
+
+@triton.jit
+def _splitmix64(x):
+    x = x + GOLDEN
+    x = (x ^ _shift_right(x, 30)) * MIX_1
+    x = (x ^ _shift_right(x, 27)) * MIX_2
+    return x ^ _shift_right(x, 31)
+
+
+@triton.jit
+def _gumbel(state):
+    """As reference.gumbel, for states that are a row's plus the vocabulary index."""
+    bits = _shift_right(_splitmix64(state), 32)
+    u = tl.minimum((bits.to(tl.float32) + 0.5) * 2.0**-32, LARGEST_UNIFORM)
+    # -log1p(-u): its series where 1 - u would lose u's digits.
+    series = u * (1.0 + u * (0.5 + u * (1.0 / 3.0 + u * (0.25 + u * 0.2))))
+    return -tl.log(tl.where(u < 0.03125, series, -tl.log(1.0 - u)))
+
+
+@triton.jit
+def best_of_blocks_kernel(
+    logits_ptr,
+    temperatures_ptr,
+    seeds_ptr,
+    positions_ptr,
+    values_ptr,
+    ids_ptr,
+    V,
+    logits_stride,
+    BLOCK_V: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    row, block = tl.program_id(1), tl.program_id(0)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    index = block * BLOCK_V + tl.arange(0, BLOCK_V)
+    logits_ptrs = logits_ptr + row.to(tl.int64) * logits_stride + index
+    value = tl.load(logits_ptrs, mask=index < V, other=float("-inf")).to(tl.float32)
+    value = tl.where(value == value, value, float("-inf"))
+    temperature = tl.load(temperatures_ptr + row).to(tl.float32)
+    if temperature > 0.0:
+        state = _splitmix64(_splitmix64(tl.load(seeds_ptr + row)) + tl.load(positions_ptr + row))
+        value = tl.where(index < V, value / temperature + _gumbel(state + index), float("-inf"))
+    best, where = tl.max(value, 0, return_indices=True, return_indices_tie_break_left=True)
+    out = row * tl.num_programs(0) + block
+    tl.store(values_ptr + out, best)
+    tl.store(ids_ptr + out, block * BLOCK_V + where)
+
+
+@triton.jit
+def best_of_rows_kernel(values_ptr, ids_ptr, out_ptr, blocks, BLOCKS: tl.constexpr, PDL: tl.constexpr):
+    row = tl.program_id(0)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    index = tl.arange(0, BLOCKS)
+    value = tl.load(values_ptr + row * blocks + index, mask=index < blocks, other=float("-inf"))
+    where = tl.argmax(value, 0, tie_break_left=True)
+    tl.store(out_ptr + row, tl.load(ids_ptr + row * blocks + where).to(tl.int64))
+
+
+def sample(logits_RV: Tensor, temperatures_R: Tensor, seeds_R: Tensor, positions_R: Tensor) -> Tensor:
+    R, V = logits_RV.shape
+    if R == 0 or logits_RV.stride(1) != 1:
+        return reference.sample(logits_RV, temperatures_R, seeds_R, positions_R)
+    block = 2048
+    blocks = triton.cdiv(V, block)
+    device = logits_RV.device
+    values = torch.empty(R, blocks, dtype=torch.float32, device=device)
+    ids = torch.empty(R, blocks, dtype=torch.int32, device=device)
+    out_R = torch.empty(R, dtype=torch.int64, device=device)
+    pdl = pdl_options(logits_RV)
+    best_of_blocks_kernel[(blocks, R)](
+        logits_RV,
+        temperatures_R,
+        seeds_R,
+        positions_R,
+        values,
+        ids,
+        V,
+        logits_RV.stride(0),
+        BLOCK_V=block,
+        num_warps=4,
+        **pdl,
+    )
+    best_of_rows_kernel[(R,)](values, ids, out_R, blocks, BLOCKS=triton.next_power_of_2(blocks), num_warps=1, **pdl)
+    return out_R

@@ -1,0 +1,113 @@
+"""Random inputs of mla_mixer_decode, and its result in float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from tests.ops.kda_mixer_case import error
+
+
+@dataclass
+class MlaMixerCase:
+    """Shuffled pages; page 0 is a sink; every row that holds no token of a sequence is NaN."""
+
+    proj: Tensor
+    norm_weight: Tensor
+    w_uk: Tensor
+    w_uv: Tensor
+    pages: Tensor
+    tables: Tensor
+    lens: Tensor
+    page_rows: Tensor
+    scale: float
+    eps: float
+
+    def copy(self) -> MlaMixerCase:
+        return replace(self, pages=self.pages.clone())
+
+    def arguments(self) -> tuple[Tensor | float, ...]:
+        """For the op, in its order, with pages of their own."""
+        return tuple(vars(self.copy()).values())
+
+    def rows(self, b: int) -> Tensor:
+        """Rows of the flattened pages that hold sequence b's tokens, in order."""
+        size = self.pages.shape[1]
+        t = torch.arange(int(self.lens[b]), device=self.tables.device)
+        return self.tables[b, t // size].long() * size + t % size
+
+
+def mla_mixer_case(
+    lens: list[int],
+    H: int,
+    K: int,
+    R: int,
+    P: int,
+    V: int,
+    page_size: int,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    seed: int = 0,
+    spread: float = 1.0,
+) -> MlaMixerCase:
+    """`spread` is the magnitude of the queries: at 30 one token takes nearly all the weight."""
+    rng = torch.Generator(device).manual_seed(seed)
+    B, N = len(lens), max(-(-n // page_size) for n in lens) + 1
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=rng, device=device)
+
+    w = (randn(H, K + V, R) * R**-0.5).to(dtype)  # one matrix, as in the checkpoint: the two parts have gaps
+    tables = torch.randperm(B * N, generator=rng, device=device).view(B, N).int() + 1
+    proj = randn(B, H * (K + P) + R + P)
+    proj[:, : H * (K + P)] *= spread
+    case = MlaMixerCase(
+        proj=proj.to(dtype),
+        norm_weight=(1 + 0.1 * randn(R)).to(dtype),
+        w_uk=w[:, :K],
+        w_uv=w[:, K:],
+        pages=torch.full((B * N + 1, page_size, R + P), torch.nan, dtype=dtype, device=device),
+        tables=tables,
+        lens=torch.tensor(lens, dtype=torch.int32, device=device),
+        page_rows=torch.empty(B, dtype=torch.int64, device=device),
+        scale=(K + P) ** -0.5,
+        eps=1e-5,
+    )
+    flat = case.pages.view(-1, R + P)
+    for b in range(B):
+        rows = case.rows(b)
+        case.page_rows[b] = rows[-1]
+        flat[rows[:-1]] = randn(len(rows) - 1, R + P).to(dtype)
+    return case
+
+
+def mla_mixer_fp64(case: MlaMixerCase) -> tuple[Tensor, Tensor]:
+    """(o_BO, the row of the pages that each sequence's new token gets)."""
+    (H, K, R), P = case.w_uk.shape, case.pages.shape[-1] - case.w_uk.shape[-1]
+    q, c, shared = case.proj.double().split([H * (K + P), R, P], dim=-1)
+    c = c * (c.square().mean(-1, keepdim=True) + case.eps).rsqrt() * case.norm_weight.double()
+    new = torch.cat((c, shared), dim=-1)
+    flat, out = case.pages.view(-1, R + P), []
+    for b in range(len(q)):
+        # What a token's latent was rounded to when it was stored is what every later step reads.
+        latent = torch.cat((flat[case.rows(b)[:-1]], new[b : b + 1].to(flat.dtype))).double()
+        keys = torch.einsum("sr,hkr->hsk", latent[:, :R], case.w_uk.double())
+        keys = torch.cat((keys, latent[:, R:].expand(H, -1, -1)), dim=-1)
+        weights = (torch.einsum("hsx,hx->hs", keys, q[b].view(H, K + P)) * case.scale).softmax(-1)
+        out.append(torch.einsum("hs,sr,hvr->hv", weights, latent[:, :R], case.w_uv.double()).flatten())
+    return torch.stack(out), new
+
+
+def check_mla_mixer(op: object, case: MlaMixerCase, tolerance: float) -> None:
+    o, new = mla_mixer_fp64(case)
+    after = case.copy()
+    out = op(*vars(after).values())  # type: ignore[operator]
+    assert out.dtype == case.proj.dtype
+    assert error(out, o) < tolerance
+    flat, before = (x.pages.flatten(0, 1) for x in (after, case))
+    torch.testing.assert_close(flat[case.page_rows].double(), new, rtol=tolerance, atol=tolerance)
+    others = torch.ones(len(flat), dtype=torch.bool, device=flat.device)
+    others[case.page_rows] = False
+    torch.testing.assert_close(flat[others], before[others], rtol=0, atol=0, equal_nan=True)

@@ -1,0 +1,100 @@
+"""Ops "router" and "experts" on the device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.ops.moe_case import MoeCase, experts_in_float64, moe_case, rmse_ratio
+from thalweg.ops.moe import reference
+
+pytestmark = pytest.mark.gpu
+
+
+def run(case: MoeCase) -> torch.Tensor:
+    from thalweg.ops.moe.triton_experts import experts
+
+    return experts(case.x, case.weights, case.ids, case.gate_up, case.down, case.num_shared)
+
+
+@pytest.mark.parametrize("T", [1, 3, 4, 5, 8, 33, 100, 257])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.005), (torch.float32, 1e-5)])
+@pytest.mark.parametrize(("D", "I", "E", "k", "shared"), [(256, 128, 32, 4, 1), (300, 72, 40, 3, 0)])
+def test_experts(T: int, dtype: torch.dtype, tolerance: float, D: int, I: int, E: int, k: int, shared: int) -> None:
+    case = moe_case(T, D, I, E, k, shared, dtype, "cuda", seed=T)
+    assert rmse_ratio(run(case), experts_in_float64(case)) < tolerance
+
+
+@pytest.mark.parametrize("T", [1, 8, 64])
+def test_experts_at_the_published_shape(T: int) -> None:
+    case = moe_case(T, 2304, 1024, 256, 8, 1, torch.bfloat16, "cuda")
+    expected = reference.experts(case.x, case.weights, case.ids, case.gate_up, case.down)
+    assert rmse_ratio(run(case), expected) < 0.005
+
+
+def test_experts_all_tokens_on_the_same_few() -> None:
+    case = moe_case(200, 256, 64, 64, 4, 1, torch.bfloat16, "cuda")
+    case.ids[:, :4] = torch.arange(4, device="cuda")
+    assert rmse_ratio(run(case), experts_in_float64(case)) < 0.005
+
+
+@pytest.mark.parametrize("T", [1, 4, 16, 17, 128, 512])
+@pytest.mark.parametrize(("D", "E", "k", "shared"), [(2304, 256, 8, 1), (300, 37, 4, 0), (1024, 900, 16, 2)])
+def test_router(T: int, D: int, E: int, k: int, shared: int) -> None:
+    from thalweg.ops.moe.triton_router import router
+
+    case = moe_case(T, D, 16, E, k, shared, torch.bfloat16, "cuda", seed=T)
+    weights, ids = router(case.x, case.router_weight, case.bias, k, True, 2.446, num_shared=shared)
+    # Scores in float64: where the kernel chose otherwise, the two experts must be as good as equal.
+    scores = (case.x.double() @ case.router_weight.double().T).sigmoid()
+    choice = scores + case.bias.double()
+    expected = choice.topk(k).values
+    torch.testing.assert_close(choice.gather(1, ids[:, :k]), expected, rtol=0, atol=1e-5)
+    assert all(len(set(row)) == k + shared for row in ids.tolist())
+    chosen = scores.gather(1, ids[:, :k])
+    torch.testing.assert_close(weights[:, :k].double(), chosen / chosen.sum(1, keepdim=True) * 2.446, rtol=0, atol=1e-5)
+    assert ids[:, k:].tolist() == [list(range(E, E + shared))] * T
+    assert (weights[:, k:] == 1).all()
+
+
+def test_router_keeps_ids_in_range_whatever_comes() -> None:
+    from thalweg.ops.moe.triton_router import router
+
+    case = moe_case(4, 256, 16, 64, 8, 1, torch.bfloat16, "cuda")
+    case.x[0], case.x[1, 3], case.x[2] = torch.nan, torch.inf, 0
+    _, ids = router(case.x, case.router_weight, case.bias, 8, True, 1.0, num_shared=1)
+    for row in ids.tolist():
+        assert len(set(row)) == 9
+        assert set(row) <= set(range(65))
+
+
+@pytest.mark.parametrize("T", [1, 4, 8, 40])
+def test_chained_in_a_graph(T: int) -> None:
+    """Each kernel may start before the one ahead is done; replays must still equal a run with nothing in flight."""
+    from thalweg.ops.moe.arrivals import arrivals
+    from thalweg.ops.moe.triton_experts import experts
+    from thalweg.ops.moe.triton_router import router
+
+    layers = [moe_case(T, 512, 256, 64, 8, 1, torch.bfloat16, "cuda", seed=i) for i in range(10)]
+
+    def chain(wait: bool) -> torch.Tensor:
+        x = layers[0].x
+        for case in layers:
+            weights, ids = router(x, case.router_weight, case.bias, 8, True, 2.446, num_shared=1)
+            if wait:
+                torch.cuda.synchronize()
+            x = experts(x, weights, ids, case.gate_up, case.down, 1)
+            if wait:
+                torch.cuda.synchronize()
+        return x
+
+    expected = chain(wait=True).clone()
+    assert expected.isfinite().all()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = chain(wait=False)
+    for _ in range(50):
+        y.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(y, expected)
+    assert not arrivals(y.device).any()

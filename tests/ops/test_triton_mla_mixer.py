@@ -1,0 +1,104 @@
+"""The decode mixer of an MLA layer: reference, kernels under the interpreter, and kernels compiled for Hopper."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.ops.compile_sm90 import compile_sm90
+from tests.ops.interpreted import run_interpreted
+from tests.ops.mla_mixer_case import check_mla_mixer, mla_mixer_case
+from thalweg.ops.mla_mixer.reference import mla_mixer_decode as reference
+from thalweg.ops.registry import OpContext, Resolver
+
+
+@pytest.mark.parametrize("spread", [1.0, 30.0])
+def test_reference(spread: float) -> None:
+    case = mla_mixer_case([5, 1, 9, 8], 3, 8, 12, 4, 10, 4, torch.float32, spread=spread)
+    check_mla_mixer(reference, case, 1e-5)
+
+
+def check_kernels() -> None:
+    from thalweg.ops.mla_mixer.triton import mla_mixer_decode
+
+    for lens, page_size, spread in (
+        ([150, 1, 70], 16, 1.0),
+        ([5, 64, 65, 200, 1, 129], 24, 1.0),  # more than four sequences: the tiled form of the last kernel
+        ([300], 64, 30.0),
+    ):
+        case = mla_mixer_case(lens, 3, 16, 32, 16, 16, page_size, torch.float32, spread=spread)
+        check_mla_mixer(mla_mixer_decode, case, 2e-5)
+
+
+def check_rows_that_share_the_sink() -> None:
+    from thalweg.ops.mla_mixer.triton import mla_mixer_decode
+
+    case = mla_mixer_case([40, 70, 3, 9], 2, 16, 32, 16, 16, 16, torch.float32)
+    padded = case.copy()
+    padded.tables[2:], padded.lens[2:], padded.page_rows[2:] = 0, 1, 0
+    out, expected = mla_mixer_decode(*padded.arguments()), reference(*case.arguments())
+    torch.testing.assert_close(out[:2], expected[:2], rtol=1e-5, atol=1e-5)
+    padded.lens[2:] = 0
+    assert torch.isfinite(mla_mixer_decode(*padded.arguments())).all()
+
+
+def test_kernels_under_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    run_interpreted(check_kernels, check_rows_that_share_the_sink)
+
+
+def test_splits_fill_whole_waves() -> None:
+    pytest.importorskip("triton")
+    from thalweg.ops.mla_mixer.triton import _splits
+
+    for B in (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256):
+        splits = _splits(B, 132)
+        assert splits >= 1
+        assert splits == 64 or B * splits % 132 == 0 or B * splits % 132 > 0.6 * 132, (B, splits)
+
+
+POINTERS = ("proj", "norm_weight", "w_uk", "w_uv", "pages", "q_latent", "part", "out")
+TYPES = {
+    **{f"{name}_ptr": "*bf16" for name in POINTERS},
+    "page_rows_ptr": "*i64",
+    "tables_ptr": "*i32",
+    "lens_ptr": "*i32",
+    "lse_ptr": "*fp32",
+    "B": "i32",
+    "proj_stride": "i32",
+    "table_stride": "i32",
+    "w_stride_h": "i32",
+    "eps": "fp32",
+    "scale_log2": "fp32",
+}
+
+
+@pytest.mark.parametrize("B", [1, 8, 128])
+def test_kernels_compile_for_hopper_without_spills(B: int) -> None:
+    pytest.importorskip("triton")
+    from thalweg.ops.mla_mixer import triton as kernels
+
+    shape = {"H": 32, "K": 128, "R": 512, "P": 64, "V": 128, "PAGE": 64}
+    for launch in kernels.launches(B, 32, 512, 128, 132):
+        constants = {**shape, **launch.constants, "PDL": True}
+        constants = {name: value for name, value in constants.items() if name in launch.kernel.arg_names}
+        compiled = compile_sm90(launch.kernel, TYPES, constants, launch.num_warps)
+        assert compiled.spilled_bytes == 0, launch
+        assert compiled.shared_bytes <= 227 * 1024, launch
+        assert "griddepcontrol.wait" in compiled.ptx
+        if launch.kernel is kernels._attend:
+            assert "wgmma.mma_async" in compiled.ptx
+
+
+@pytest.mark.parametrize(
+    ("dims", "reason"),
+    [
+        ({"H": 64, "K": 128, "R": 512, "P": 64, "V": 128}, "at most 32 heads on this rank, not 64"),
+        ({"H": 32, "K": 96, "R": 512, "P": 64, "V": 128}, "powers of two"),
+        ({"H": 32, "K": 128, "R": 1024, "P": 64, "V": 128}, "latent of at most 512"),
+    ],
+)
+def test_other_shapes_go_to_the_reference_and_say_why(dims: dict[str, int], reason: str) -> None:
+    resolver = Resolver()
+    assert resolver.resolve("mla_mixer_decode", OpContext("cuda", "bfloat16", dims)) is reference
+    assert reason in dict(resolver.explain()[0].refused)["triton"]

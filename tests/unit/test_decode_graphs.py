@@ -1,0 +1,67 @@
+"""The static decode step (what a CUDA graph captures), run without capture: same tokens as the eager runner."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.models import random_checkpoint as random
+from thalweg import LLM, SamplingParams
+from thalweg.runner import runner as runner_module
+from thalweg.runner.decode_graphs import DecodeGraphs, buckets
+
+
+def test_buckets_end_at_the_most_and_rise() -> None:
+    for most in (1, 2, 3, 7, 8, 64, 100, 128, 300, 1000):
+        sizes = buckets(most)
+        assert sizes[-1] == most
+        assert sizes == sorted(set(sizes))
+        assert all(b <= 2 * a + 1 for a, b in zip(sizes, sizes[1:], strict=False)) or most < 8
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    c = random.config(vocab=128, context=300)
+    return random.write(tmp_path_factory.mktemp("model"), c, random.weights(c))
+
+
+def generate(folder: Path) -> list[list[int]]:
+    """Requests of every kind, joining and leaving, so that buckets are full, padded and mixed with eager steps."""
+    params = [
+        SamplingParams(max_tokens=n, ignore_eos=True, **options)
+        for n, options in [
+            (30, {"temperature": 0}),
+            (5, {"seed": 1}),
+            (17, {"seed": 2, "top_p": 0.8}),
+            (22, {"temperature": 0, "presence_penalty": 1.0}),
+            (40, {"seed": 3}),
+            (9, {"temperature": 0, "logprobs": 1}),
+        ]
+    ]
+    prompts = [[(3 * i + j * j) % 128 for j in range(4 + 9 * i)] for i in range(len(params))]
+    with LLM(str(folder), max_num_seqs=5, max_num_batched_tokens=24, block_size=8) as llm:
+        return [o.outputs[0].token_ids for o in llm.generate(prompts, params)]
+
+
+def test_static_steps_give_the_tokens_of_eager_ones(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = generate(folder)
+    calls: list[int] = []
+
+    class Uncaptured(DecodeGraphs):
+        def run(self, rows: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            calls.append(rows.shape[1])
+            return super().run(rows)
+
+    original = runner_module.ModelRunner.__init__
+
+    def with_static_steps(self: Any, *args: Any) -> None:
+        original(self, *args[:5], graph_sizes=[1, 2, 4, 5])
+
+    monkeypatch.setattr(runner_module, "DecodeGraphs", Uncaptured)
+    monkeypatch.setattr(runner_module.ModelRunner, "__init__", with_static_steps)
+    assert generate(folder) == expected
+    assert len(calls) > 20
+    assert len(set(calls)) > 2
