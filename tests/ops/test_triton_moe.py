@@ -56,7 +56,7 @@ def check_router_falls_back_on_groups() -> None:
 
 
 def check_experts() -> None:
-    from thalweg.ops.moe.arrivals import arrivals
+    from thalweg.ops.arrivals import arrivals
     from thalweg.ops.moe.triton_experts import experts
 
     # One pair a program; a group for each pair; a group for each expert, some of them with several blocks of tokens.

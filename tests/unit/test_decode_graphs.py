@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ def test_buckets_end_at_the_most_and_rise() -> None:
         sizes = buckets(most)
         assert sizes[-1] == most
         assert sizes == sorted(set(sizes))
-        assert all(b <= 2 * a + 1 for a, b in zip(sizes, sizes[1:], strict=False)) or most < 8
+        assert all(b <= 2 * a + 1 for a, b in pairwise(sizes)) or most < 8
 
 
 @pytest.fixture(scope="module")

@@ -63,6 +63,9 @@ def build_rank(config: EngineConfig, tp_rank: int, rendezvous_file: str) -> tupl
     eos = source.eos_token_ids
     sample = resolver.resolve("sample", OpContext(device.type, "float32", {"V": c.vocab_size}))
     sampler = Sampler(split.num_slots, c.vocab_size, frozenset(eos), device, sample)
+    if unused := resolver.unused_preferences():
+        used = ", ".join(sorted({choice.op for choice in resolver.explain()}))
+        raise ConfigError(f"op_preference names {unused[0]!r}, which this model does not use; it uses {used}")
     graph_sizes = buckets(split.num_slots) if device.type == "cuda" and not config.enforce_eager else None
     runner = ModelRunner(model, cache, inputs, sampler, mesh, graph_sizes)
     info = EngineInfo(

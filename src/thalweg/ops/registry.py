@@ -116,3 +116,7 @@ class Resolver:
     def explain(self) -> list[Choice]:
         """Every choice made so far, in the order first asked."""
         return list(self._choices.values())
+
+    def unused_preferences(self) -> list[str]:
+        """Ops with a preference of their own that nobody resolved: the model does not use them."""
+        return [op for op in self._prefer if op != "*" and not any(c.op == op for c in self._choices.values())]

@@ -46,7 +46,9 @@ def serve(
         if error is not None:
             failure, server.should_exit = error, True
             return
-        names = ", ".join(settings.served_model_names or (client.info.name,))
+        info = client.info
+        print(f"{info.architecture} on {info.device}, {info.dtype}", *info.memory_split, sep="\n  ", flush=True)
+        names = ", ".join(settings.served_model_names or (info.name,))
         print(f"{names} is served on {url}/v1", flush=True)
 
     with _listen(host, port) as listener:
