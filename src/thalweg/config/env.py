@@ -6,6 +6,7 @@ import os
 
 VARIABLES = {
     "THALWEG_API_KEY": "the key clients of the server must send; --api-key comes first",
+    "OMP_NUM_THREADS": "threads of one rank on a CPU; by default chosen by the model's size",
     "THALWEG_LOG_LEVEL": "debug, info, warning or error",
 }
 

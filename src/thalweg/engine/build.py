@@ -13,6 +13,7 @@ from thalweg import ops as _ops  # noqa: F401 -- registers every op's implementa
 from thalweg.cache.manager import MemorySplit, split_memory
 from thalweg.cache.specs import LayerSpec, PagedSpec, bytes_per_sequence, bytes_per_token
 from thalweg.cache.storage import CacheStorage
+from thalweg.config import env
 from thalweg.config.engine import EngineConfig
 from thalweg.engine.info import EngineInfo, OpChoice
 from thalweg.engine.source import ModelSource, open_source
@@ -27,9 +28,10 @@ from thalweg.sampling.sampler import Sampler
 from thalweg.weights.checkpoint import Checkpoint
 from thalweg.weights.dummy import fill
 from thalweg.weights.load import bytes_to_load, load
-from thalweg.weights.plan import checkpoint_shapes
+from thalweg.weights.plan import checkpoint_shapes, local_elements
 from thalweg.weights.progress import progress_bar
 
+THREAD_BYTES = 64 << 20
 CPU_CACHE_MEMORY = 4 << 30  # default on a CPU, where pages cost memory only once they are written
 
 
@@ -40,9 +42,9 @@ def build_rank(config: EngineConfig, tp_rank: int, rendezvous_file: str) -> tupl
     c = source.config
     device = choose_device(config, tp_rank)
     config = config.resolve(device=str(device), checkpoint_dtype=c.dtype, context_len=c.context_len)
-    if device.type == "cpu" and config.tensor_parallel_size > 1:
-        torch.set_num_threads(max(1, torch.get_num_threads() // config.tensor_parallel_size))
     plan = source.package.plan(c, tp_rank, config.tensor_parallel_size)  # refuses what ranks do not divide, early
+    if device.type == "cpu":
+        _choose_threads(sum(local_elements(plan).values()) * 4, config.tensor_parallel_size)
     mesh = join_mesh(tp_rank, config.tensor_parallel_size, rendezvous_file, device)
     resolver = Resolver(config.op_preference)
     model = source.package.build(BuildContext(device, getattr(torch, config.dtype), mesh, resolver), c)
@@ -112,6 +114,17 @@ def choose_device(config: EngineConfig, tp_rank: int) -> torch.device:
         reason = str(e).strip().splitlines()[0]
         raise ConfigError(f"--device is {config.device!r}, which this machine or torch does not have: {reason}") from e
     return device
+
+
+def _choose_threads(weight_bytes: int, ranks: int) -> None:
+    """Torch threads of this rank, unless OMP_NUM_THREADS says how many.
+
+    Threads that meet after every op of a small model wait longer than they work, and far longer on a machine with
+    anything else to do (docs/experiments.md): one more thread for every THREAD_BYTES of weights.
+    """
+    if env.read("OMP_NUM_THREADS") is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, min(cores // ranks, weight_bytes // THREAD_BYTES)))
 
 
 def _fill(model: nn.Module, plan: list, source: ModelSource, config: EngineConfig, tp_rank: int) -> None:

@@ -172,8 +172,8 @@ class LLM:
     def _next_id(self) -> str:
         return f"offline-{next(self._ids)}"
 
-    def _outputs(self) -> OutputProcessor:
-        return OutputProcessor(self.tokenizer, frozenset(self.info.eos_token_ids))
+    def _outputs(self, *, late: bool = False) -> OutputProcessor:
+        return OutputProcessor(self.tokenizer, frozenset(self.info.eos_token_ids), late=late)
 
     def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
         ids = encode_prompt(prompt, self.tokenizer, self.info.vocab_size)
@@ -186,7 +186,7 @@ class LLM:
         prompts: Sequence[Any],
         on_finished: Callable[[RequestOutput], object] = lambda _: None,
     ) -> list[RequestOutput]:
-        core, outputs = self._live.core, self._outputs()
+        core, outputs = self._live.core, self._outputs(late=True)
         results: dict[str, RequestOutput] = {}
         try:
             for request, prompt in zip(requests, prompts, strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from thalweg.core import FinishReason, Request, RequestUpdate, TokenLogprobs
@@ -27,16 +27,17 @@ class Delta:
 
 @dataclass(slots=True)
 class _Tracked:
-    request: Request
     detokenizer: IncrementalDetokenizer | None
-    token_ids: list[int] = field(default_factory=list)
+    held: list[int] | None  # ids whose text comes at the end; None: text comes with each update
 
 
 class OutputProcessor:
     """Keeps one entry a live request. An update for a request that ended here, by a stop string, is dropped."""
 
-    def __init__(self, tokenizer: Tokenizer | None, eos_token_ids: frozenset[int]) -> None:
-        self._tokenizer, self._eos = tokenizer, eos_token_ids
+    def __init__(self, tokenizer: Tokenizer | None, eos_token_ids: frozenset[int], *, late: bool = False) -> None:
+        """With `late`, a request's text comes with its last delta, unless stop strings have to be watched for: for
+        callers that show nothing before the end."""
+        self._tokenizer, self._eos, self._late = tokenizer, eos_token_ids, late
         self._live: dict[str, _Tracked] = {}
 
     def add(self, request: Request) -> None:
@@ -48,7 +49,7 @@ class OutputProcessor:
                 stop=p.stop,
                 include_stop_str_in_output=p.include_stop_str_in_output,
             )
-        self._live[request.id] = _Tracked(request, detokenizer)
+        self._live[request.id] = _Tracked(detokenizer, [] if self._late and not p.stop else None)
 
     def discard(self, request_id: str) -> None:
         self._live.pop(request_id, None)
@@ -74,6 +75,11 @@ class OutputProcessor:
         if (detokenizer := tracked.detokenizer) is not None:
             # The token that ended it is reported but is no text.
             ids = update.token_ids[:-1] if update.finish_reason == "stop" else update.token_ids
+            if (held := tracked.held) is not None:
+                held += ids
+                if update.finish_reason is None:
+                    return delta
+                ids = held
             delta.text = detokenizer.push(ids)
             if detokenizer.matched_stop is None and update.finish_reason is not None:
                 delta.text += detokenizer.flush()
