@@ -5,7 +5,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
 TORCH  ?= torch==2.13.0
 BIN    := $(VENV)/bin
-QUESTION ?= Mia has 12 apples. She buys 3 bags with 5 apples each and gives 4 apples to Tom. How many apples does Mia have now?
+QUESTION ?= Ben fills 6 boxes with 12 pears each. 7 pears are bad. How many good pears are there?
 
 .PHONY: demo chat test quick lint format clean
 
