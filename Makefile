@@ -4,6 +4,7 @@ VENV   ?= .venv
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
 TORCH  ?= torch==2.13.0
+TRITON ?= triton==3.6.0
 BIN    := $(VENV)/bin
 QUESTION ?= Ben fills 6 boxes with 12 pears each. 7 pears are bad. How many good pears are there?
 
@@ -48,4 +49,7 @@ $(VENV)/ready: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/ready-dev: $(VENV)/ready
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'
+	@# CPU builds of torch bring no Triton; the tests interpret and compile kernels without a GPU.
+	@$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install -q --disable-pip-version-check $(TRITON) \
+		|| echo "no Triton for this platform: its tests will be skipped"
 	@touch $@

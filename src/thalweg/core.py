@@ -124,9 +124,7 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True):
 
     step: int
     admissions: list[Admission]
-    new_blocks: list[
-        tuple[int, int, int]
-    ]  # (slot, index in its block table, block), applied before the rows run
+    new_blocks: list[tuple[int, int, int]]  # (slot, index in its block table, block), applied before the rows run
     decode_slots: list[int]
     decode_starts: list[int]  # tokens already in the cache, which is the position of the row's input token
     prefills: list[Prefill]

@@ -264,7 +264,7 @@ def test_a_signal_lets_requests_finish(folder: Path, tmp_path: Path, number: int
             os.killpg(server.process.pid, number)  # as Ctrl-C does
             assert [line for line in lines if line][-1] == "data: [DONE]"
         assert server.process.wait(20) == 0
-    assert (tmp_path / "log").read_text() == ""
+    assert "Traceback" not in (tmp_path / "log").read_text()
 
 
 @needs_proc

@@ -65,9 +65,7 @@ class Mesh:
             raise EngineDeadError(f"rank {self.tp_rank} lost another rank of {self.tp_size}: {reason}") from e
 
 
-def join_mesh(
-    tp_rank: int, tp_size: int, rendezvous_file: str, device: torch.device, timeout_s: float = 600.0
-) -> Mesh:
+def join_mesh(tp_rank: int, tp_size: int, rendezvous_file: str, device: torch.device, timeout_s: float = 600.0) -> Mesh:
     """Meet the other ranks at `rendezvous_file` (a path on this host, not yet existing) and return the mesh."""
     if tp_size == 1:
         return Mesh()

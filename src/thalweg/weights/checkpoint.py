@@ -37,9 +37,7 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._file_of: dict[str, SafetensorsFile] = {}
-        index = (
-            _read_index(folder) if not (folder / SINGLE).is_file() and (folder / INDEX).is_file() else None
-        )
+        index = _read_index(folder) if not (folder / SINGLE).is_file() and (folder / INDEX).is_file() else None
         for name in sorted(set(index.values())) if index is not None else _find_files(folder):
             file = SafetensorsFile(folder / name)
             if index is not None:
@@ -75,21 +73,15 @@ def _find_files(folder: Path) -> list[str]:
     shards = {name: match for name in present if (match := _SHARD.fullmatch(name))}
     if not shards:
         _refuse_other_formats(folder, present)
-        raise CheckpointError(
-            f"{folder}: no weights in it; expected {SINGLE}, {INDEX} or model-00001-of-N.safetensors"
-        )
+        raise CheckpointError(f"{folder}: no weights in it; expected {SINGLE}, {INDEX} or model-00001-of-N.safetensors")
     totals = {int(match[2]) for match in shards.values()}
     numbers = {int(match[1]) for match in shards.values()}
     total = max(totals)
     if len(totals) > 1 or total > MAX_SHARDS:
-        raise CheckpointError(
-            f"{folder}: shards of {sorted(totals)[:4]} in all; expected one complete set of files"
-        )
+        raise CheckpointError(f"{folder}: shards of {sorted(totals)[:4]} in all; expected one complete set of files")
     missing = sorted(set(range(1, total + 1)) - numbers)
     if missing:
-        raise CheckpointError(
-            f"{folder}: shard {missing[0]} of {total} is missing ({len(missing)} missing in all)"
-        )
+        raise CheckpointError(f"{folder}: shard {missing[0]} of {total} is missing ({len(missing)} missing in all)")
     return list(shards)
 
 
@@ -97,32 +89,22 @@ def _refuse_other_formats(folder: Path, present: Iterable[str]) -> None:
     for name in present:
         reason = _REFUSED.get(Path(name).suffix)
         if reason:
-            raise UnsupportedError(
-                f"{folder}: {name} holds {reason}; expected {SINGLE} (convert it to safetensors)"
-            )
+            raise UnsupportedError(f"{folder}: {name} holds {reason}; expected {SINGLE} (convert it to safetensors)")
 
 
 def _read_index(folder: Path) -> dict[str, str]:
     """Tensor name -> shard file name. The names are plain: they cannot leave the folder."""
     path = folder / INDEX
     weight_map = read_object(folder, INDEX, max_bytes=MAX_INDEX_BYTES).get("weight_map")
-    if (
-        not isinstance(weight_map, dict)
-        or not weight_map
-        or not all(isinstance(v, str) for v in weight_map.values())
-    ):
-        raise CheckpointError(
-            f"{path}: weight_map is missing or malformed; expected tensor names to file names"
-        )
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise CheckpointError(f"{path}: weight_map is missing or malformed; expected tensor names to file names")
     shards = set(weight_map.values())
     if len(shards) > MAX_SHARDS:
         raise CheckpointError(f"{path}: names {len(shards)} files; expected at most {MAX_SHARDS}")
     for shard in sorted(shards):
         # Judged as text: a name with no separator, no drive and no dots cannot point outside.
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,200}\.safetensors", shard):
-            raise CheckpointError(
-                f"{path}: names {ascii(shard)[:120]}; expected the plain name of a .safetensors file"
-            )
+            raise CheckpointError(f"{path}: names {ascii(shard)[:120]}; expected the plain name of a .safetensors file")
         if not (folder / shard).is_file():
             raise CheckpointError(f"{path}: names {shard}, which is missing from the folder")
     return weight_map

@@ -102,9 +102,7 @@ def check(plan: Sequence[Target], checkpoint: Checkpoint, ignore: Iterable[str] 
         if names
     ]
     if faults:
-        raise CheckpointError(
-            f"{checkpoint.folder}: its tensors do not fit its config.json; {'; '.join(faults)}"
-        )
+        raise CheckpointError(f"{checkpoint.folder}: its tensors do not fit its config.json; {'; '.join(faults)}")
 
 
 def _params(plan: Sequence[Target], get_param: GetParam) -> dict[str, Tensor]:

@@ -84,9 +84,7 @@ class Shards:
     def count(self, total: int, what: str) -> int:
         """total / size. Raises ConfigError when that is not whole; `what` names the dimension."""
         if total % self.size:
-            raise ConfigError(
-                f"--tensor-parallel-size is {self.size}; it must divide {what}, which is {total}"
-            )
+            raise ConfigError(f"--tensor-parallel-size is {self.size}; it must divide {what}, which is {total}")
         return total // self.size
 
     def even(self, total: int, what: str, unit: int = 1) -> Range:

@@ -18,9 +18,7 @@ from rich.progress import (
 
 
 @contextmanager
-def progress_bar(
-    label: str, total_bytes: int, *, show: bool | None = None
-) -> Iterator[Callable[[int], None]]:
+def progress_bar(label: str, total_bytes: int, *, show: bool | None = None) -> Iterator[Callable[[int], None]]:
     """A callback that moves the bar on by that many bytes. `show` None: only where stderr is a terminal."""
     if not (sys.stderr.isatty() if show is None else show):
         yield lambda _: None

@@ -108,9 +108,7 @@ def _read_header(file: BinaryIO, size: int, path: Path) -> dict[str, TensorInfo]
     length = int.from_bytes(file.read(8), "little")
     if length > min(MAX_HEADER_BYTES, size - 8):
         limit = min(MAX_HEADER_BYTES, size - 8)
-        raise CheckpointError(
-            f"{path}: header length is {length}; expected at most {limit} (file of {size} bytes)"
-        )
+        raise CheckpointError(f"{path}: header length is {length}; expected at most {limit} (file of {size} bytes)")
     header = file.read(length)
     if not header.startswith(b"{"):
         raise CheckpointError(f"{path}: the header begins with {header[:8]!r}; expected a JSON object")
@@ -132,26 +130,16 @@ def _tensor_info(name: str, entry: Any, data_start: int, size: int, path: Path) 
     """One header entry, checked on its own."""
     label = ascii(name[:120])
     if not 0 < len(name) <= MAX_NAME_CHARS or not name.isprintable():
-        raise CheckpointError(
-            f"{path}: a tensor is named {label}; expected 1 to {MAX_NAME_CHARS} printable characters"
-        )
+        raise CheckpointError(f"{path}: a tensor is named {label}; expected 1 to {MAX_NAME_CHARS} printable characters")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise CheckpointError(
-            f"{path}: {label} has a malformed entry; expected dtype, shape and data_offsets"
-        )
+        raise CheckpointError(f"{path}: {label} has a malformed entry; expected dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise CheckpointError(
-            f"{path}: {label} has dtype {ascii(dtype)[:40]}; expected one of {', '.join(DTYPE_BITS)}"
-        )
+        raise CheckpointError(f"{path}: {label} has dtype {ascii(dtype)[:40]}; expected one of {', '.join(DTYPE_BITS)}")
     if not _are_sizes(shape) or len(shape) > MAX_DIMS:
-        raise CheckpointError(
-            f"{path}: {label} has shape {ascii(shape)[:80]}; expected up to {MAX_DIMS} sizes >= 0"
-        )
+        raise CheckpointError(f"{path}: {label} has shape {ascii(shape)[:80]}; expected up to {MAX_DIMS} sizes >= 0")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise CheckpointError(
-            f"{path}: {label} has data_offsets {ascii(offsets)[:80]}; expected [start, stop]"
-        )
+        raise CheckpointError(f"{path}: {label} has data_offsets {ascii(offsets)[:80]}; expected [start, stop]")
     start, stop = offsets
     if data_start + stop > size:
         raise CheckpointError(
@@ -160,9 +148,7 @@ def _tensor_info(name: str, entry: Any, data_start: int, size: int, path: Path) 
         )
     bits = prod(shape) * DTYPE_BITS[dtype]
     if bits != 8 * (stop - start):
-        raise CheckpointError(
-            f"{path}: {label} has {stop - start} bytes; expected {bits / 8:g} for {dtype} {shape}"
-        )
+        raise CheckpointError(f"{path}: {label} has {stop - start} bytes; expected {bits / 8:g} for {dtype} {shape}")
     return TensorInfo(name, dtype, tuple(shape), data_start + start, data_start + stop)
 
 
