@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.ops.compile_sm90 import compile_sm90
+from tests.ops.compile_sm90 import Compiled, compile_sm90
 from tests.ops.interpreted import run_interpreted
 from tests.ops.moe_case import experts_in_float64, moe_case, rmse_ratio
 from thalweg.ops.moe import reference
@@ -29,6 +29,7 @@ def test_reference_experts_with_a_shared_one() -> None:
 
 
 def check_router() -> None:
+    from thalweg.ops.arrivals import arrivals
     from thalweg.ops.moe.triton_router import router
 
     for T, D, E, k, shared, scoring, renormalize in (
@@ -43,8 +44,9 @@ def check_router() -> None:
         assert ids.tolist() == expected_ids.tolist()
         torch.testing.assert_close(weights, expected_weights, rtol=1e-5, atol=1e-6)
     case.x[3] = torch.nan  # an id out of range would read outside the experts' weights
-    _, ids = router(case.x, case.router_weight, case.bias, 3, True, 1.0)
-    assert sorted(set(ids[3].tolist())) == [0, 1, 2]
+    _, ids = router(case.x, case.router_weight, case.bias, 3, True, 1.0, num_shared=2)
+    assert ids[3].tolist() == [0, 1, 2, 64, 65]
+    assert not arrivals(torch.device("cpu")).any()
 
 
 def check_router_falls_back_on_groups() -> None:
@@ -56,7 +58,6 @@ def check_router_falls_back_on_groups() -> None:
 
 
 def check_experts() -> None:
-    from thalweg.ops.arrivals import arrivals
     from thalweg.ops.moe.triton_experts import experts
 
     # One pair a program; a group for each pair; a group for each expert, some of them with several blocks of tokens.
@@ -70,7 +71,6 @@ def check_experts() -> None:
         y = experts(case.x, case.weights, case.ids, case.gate_up, case.down, shared)
         assert rmse_ratio(y, experts_in_float64(case)) < 1e-5
         assert y.tolist() == experts(case.x, case.weights, case.ids, case.gate_up, case.down).tolist()
-    assert not arrivals(torch.device("cpu")).any()
 
 
 def test_kernels_under_the_interpreter() -> None:
@@ -82,7 +82,8 @@ TYPES = {
     "x_ptr": "*bf16",
     "w_ptr": "*bf16",
     "h_ptr": "*bf16",
-    "y_ptr": "*bf16",
+    "y_ptr": "*fp32",
+    "out_ptr": "*bf16",
     "bias_ptr": "*fp32",
     "partial_ptr": "*fp32",
     "arrivals_ptr": "*i32",
@@ -94,31 +95,38 @@ TYPES = {
     "w_stride": "i32",
     "scale": "fp32",
 }
-LAYER = {"E": 257, "D": 2304, "I": 1024, "K": 9}
 
 
-@pytest.mark.parametrize("tokens", [1, 16])
-def test_router_compiles_for_hopper(tokens: int) -> None:
+def compiled(kernel: object, constants: dict[str, object], num_warps: int = 4) -> Compiled:
+    types = {p.name: TYPES[p.name] for p in kernel.params if not p.is_constexpr}  # type: ignore[attr-defined]
+    return compile_sm90(kernel, types, constants, num_warps)
+
+
+@pytest.mark.parametrize(("tokens", "choose"), [(1, True), (4, True), (16, False)])
+def test_router_compiles_for_hopper(tokens: int, choose: bool) -> None:
     pytest.importorskip("triton")
-    from thalweg.ops.moe.triton_router import router_kernel
+    from thalweg.ops.moe.triton_router import choose_kernel, router_kernel
 
-    constants = dict(D=2304, E=256, K=8, SHARED=1, SOFTMAX=False, RENORMALIZE=True, PDL=True)
-    constants |= dict(BLOCK_T=16, BLOCK_E=16, BLOCK_D=256, ROWS=tokens, E2=256, K2=16)
-    compiled = compile_sm90(router_kernel, types_of(router_kernel), constants)
-    assert compiled.spilled_bytes == 0
-    assert "atom.global.gpu.acq_rel" in compiled.ptx
+    how = dict(E=256, K=8, SHARED=1, SOFTMAX=False, RENORMALIZE=True, ROWS=tokens, E2=256, K2=16, PDL=True)
+    result = compiled(router_kernel, how | dict(D=2304, BLOCK_T=16, BLOCK_E=16, BLOCK_D=256, CHOOSE=choose))
+    assert result.spilled_bytes == 0
+    assert ("atom.global.gpu.acq_rel" in result.ptx) == choose
+    assert compiled(choose_kernel, how | dict(SPLITS=9)).spilled_bytes == 0
 
 
 def test_pair_kernels_compile_for_hopper() -> None:
     pytest.importorskip("triton")
-    from thalweg.ops.moe.triton_experts import down_token_kernel, gate_up_pair_kernel
+    from thalweg.ops.moe.triton_experts import down_pair_kernel, gate_up_pair_kernel, sum_kernel
 
-    constants = dict(LAYER, SHARED=1, BLOCK_I=4, BLOCK_D=256, PDL=True)
-    assert compile_sm90(gate_up_pair_kernel, types_of(gate_up_pair_kernel), constants).spilled_bytes == 0
-    constants = dict(D=2304, I=1024, K=9, BLOCK_D=2, BLOCK_I=512, AHEAD=9, PDL=True)
-    compiled = compile_sm90(down_token_kernel, types_of(down_token_kernel), constants)
-    assert compiled.spilled_bytes == 0
-    assert compiled.ptx.split("griddepcontrol.wait")[0].count("ld.global.v4.b32") == 9 * 2
+    gate_up = dict(E=257, D=2304, I=1024, K=9, SHARED=1, BLOCK_I=2, BLOCK_D=512, PDL=True)
+    result = compiled(gate_up_pair_kernel, gate_up)
+    assert result.spilled_bytes == 0
+    # "down" reads ids before its wait: "gate_up" must not let it start before its own.
+    assert result.ptx.rindex("griddepcontrol.wait") < result.ptx.index("griddepcontrol.launch_dependents")
+    result = compiled(down_pair_kernel, dict(D=2304, I=1024, BLOCK_D=8, BLOCK_I=512, PDL=True))
+    assert result.spilled_bytes == 0
+    assert result.ptx.split("griddepcontrol.wait")[0].count("ld.global.v4.b32") == 8 * 2 // 2
+    assert compiled(sum_kernel, dict(D=2304, K=9, BLOCK_D=256, PDL=True), num_warps=2).spilled_bytes == 0
 
 
 @pytest.mark.parametrize(("by_pair", "block_p"), [(True, 128), (False, 256)])
@@ -126,16 +134,8 @@ def test_expert_kernels_compile_for_hopper(by_pair: bool, block_p: int) -> None:
     pytest.importorskip("triton")
     from thalweg.ops.moe.triton_experts import down_expert_kernel, gate_up_expert_kernel
 
-    constants = dict(LAYER, BY_PAIR=by_pair, BLOCK_P=block_p, BLOCK_T=16, STAGES=4, PREFETCH=True, PDL=True)
-    gate_up = constants | dict(BLOCK_I=32, BLOCK_D=128)
-    assert compile_sm90(gate_up_expert_kernel, types_of(gate_up_expert_kernel), gate_up).spilled_bytes == 0
-    down = constants | dict(BLOCK_D=64, BLOCK_I=128)
-    assert compile_sm90(down_expert_kernel, types_of(down_expert_kernel), down).spilled_bytes == 0
-
-
-def types_of(kernel: object) -> dict[str, str]:
-    return {name: TYPES[name] for name in kernel.arg_names if name in TYPES and not is_constant(kernel, name)}  # type: ignore[attr-defined]
-
-
-def is_constant(kernel: object, name: str) -> bool:
-    return next(p.is_constexpr for p in kernel.params if p.name == name)  # type: ignore[attr-defined]
+    tiles = dict(E=257, D=2304, I=1024, BY_PAIR=by_pair, BLOCK_P=block_p, BLOCK_T=16, STAGES=3, PDL=True)
+    result = compiled(gate_up_expert_kernel, tiles | dict(K=9, BLOCK_I=64, BLOCK_D=128))
+    assert result.spilled_bytes == 0
+    assert result.ptx.rindex("griddepcontrol.wait") < result.ptx.index("griddepcontrol.launch_dependents")
+    assert compiled(down_expert_kernel, tiles | dict(BLOCK_D=128, BLOCK_I=128)).spilled_bytes == 0

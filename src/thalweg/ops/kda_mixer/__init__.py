@@ -7,12 +7,13 @@ sigmoid(beta), the KDA recurrence, and the gated RMSNorm. Convolution and recurr
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from thalweg.ops.kda_mixer import reference
-from thalweg.ops.registry import register
+from thalweg.ops.registry import OpContext, register
+from thalweg.ops.triton_support import why_not
 
 
 class KdaMixerDecode(Protocol):
@@ -38,5 +39,21 @@ class KdaMixerDecode(Protocol):
         """
 
 
+def _triton(*args: Any) -> Tensor:
+    from thalweg.ops.kda_mixer.triton import kda_mixer_decode
+
+    return kda_mixer_decode(*args)
+
+
+def _triton_refuses(ctx: OpContext) -> str | None:
+    K, V, R, W = (ctx.dims.get(name, 0) for name in "KVRW")
+    if K != V or any(n < 16 or n & (n - 1) for n in (K, R)):
+        return f"needs K = V and R to be powers of two of 16 or more, not {K}, {V} and {R}"
+    if W != 3:
+        return f"needs a convolution that remembers W = 3 inputs, not {W}"
+    return why_not(ctx)
+
+
 _decode: KdaMixerDecode = reference.kda_mixer_decode
 register("kda_mixer_decode", "reference", _decode)
+register("kda_mixer_decode", "triton", _triton, supports=_triton_refuses, priority=10)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from thalweg.ops.linear import reference
 from thalweg.ops.registry import register
+from thalweg.ops.triton_support import why_not
 
 
 class Linear(Protocol):
@@ -18,5 +19,13 @@ class Linear(Protocol):
         """
 
 
+def _triton(x_TD: Tensor, w_OD: Tensor) -> Tensor:
+    from thalweg.ops.linear import triton
+
+    return triton.linear(x_TD, w_OD)
+
+
 _linear: Linear = reference.linear
+_triton_linear: Linear = _triton
 register("linear", "reference", _linear)
+register("linear", "triton", _triton_linear, supports=why_not, priority=10)

@@ -6,12 +6,13 @@ queries, attention over the context, and w_uv. Package mla_attention describes t
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from thalweg.ops.mla_mixer import reference
-from thalweg.ops.registry import register
+from thalweg.ops.registry import OpContext, register
+from thalweg.ops.triton_support import why_not
 
 
 class MlaMixerDecode(Protocol):
@@ -36,5 +37,23 @@ class MlaMixerDecode(Protocol):
         """
 
 
+def _triton(*args: Any) -> Tensor:
+    from thalweg.ops.mla_mixer.triton import mla_mixer_decode
+
+    return mla_mixer_decode(*args)
+
+
+def _triton_refuses(ctx: OpContext) -> str | None:
+    sizes = {name: ctx.dims.get(name, 0) for name in "KRPV"}
+    if any(n < 16 or n & (n - 1) for n in sizes.values()):
+        return f"needs powers of two of 16 or more, not {sizes}"
+    if not 1 <= ctx.dims.get("H", 0) <= 32:
+        return f"needs at most 32 heads on this rank, not {ctx.dims.get('H', 0)}"
+    if sizes["R"] > 512:
+        return f"needs a latent of at most 512, not {sizes['R']}"
+    return why_not(ctx)
+
+
 _decode: MlaMixerDecode = reference.mla_mixer_decode
 register("mla_mixer_decode", "reference", _decode)
+register("mla_mixer_decode", "triton", _triton, supports=_triton_refuses, priority=10)

@@ -5,12 +5,13 @@ All compute in fp32 and round to the input dtype once, after the weight. Weights
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from thalweg.ops.norm import reference
-from thalweg.ops.registry import register
+from thalweg.ops.registry import OpContext, register
+from thalweg.ops.triton_support import why_not
 
 
 class RmsNorm(Protocol):
@@ -19,9 +20,7 @@ class RmsNorm(Protocol):
 
 
 class AddRmsNorm(Protocol):
-    def __call__(
-        self, x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float, /
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float, /) -> tuple[Tensor, Tensor]:
         """(rms_norm(r), r) with r_TD = x + residual, rounded to the input dtype before it is normalised.
 
         The rounding point makes the op bit-identical to an addition followed by rms_norm. x and residual
@@ -34,9 +33,28 @@ class GatedRmsNorm(Protocol):
         """y_THV = rms_norm(o) * sigmoid(gate), normalised over the last dimension (each head by itself)."""
 
 
+def _triton_rms_norm(*args: Any) -> Tensor:
+    from thalweg.ops.norm.triton import rms_norm
+
+    return rms_norm(*args)
+
+
+def _triton_add_rms_norm(*args: Any) -> tuple[Tensor, Tensor]:
+    from thalweg.ops.norm.triton import add_rms_norm
+
+    return add_rms_norm(*args)
+
+
+def _triton_refuses(ctx: OpContext) -> str | None:
+    D = ctx.dims.get("D", 0)
+    return why_not(ctx) if 1 <= D <= 16384 else f"needs rows of at most 16384, not {D}"
+
+
 _rms_norm: RmsNorm = reference.rms_norm
 _add_rms_norm: AddRmsNorm = reference.add_rms_norm
 _gated_rms_norm: GatedRmsNorm = reference.gated_rms_norm
 register("rms_norm", "reference", _rms_norm)
 register("add_rms_norm", "reference", _add_rms_norm)
 register("gated_rms_norm", "reference", _gated_rms_norm)
+register("rms_norm", "triton", _triton_rms_norm, supports=_triton_refuses, priority=10)
+register("add_rms_norm", "triton", _triton_add_rms_norm, supports=_triton_refuses, priority=10)

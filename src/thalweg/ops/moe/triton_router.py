@@ -1,0 +1,164 @@
+"""Router in two launches: products split over programs, then one small program a token sums and chooses.
+
+One launch, in which the last program to finish chooses, was slower at every size: its wait is longer than a launch.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from thalweg.ops.moe import reference
+from thalweg.ops.triton_launch import pdl_options
+
+MAX_TOKENS = 512
+
+
+@triton.jit
+def logits_kernel(
+    x_ptr,
+    w_ptr,
+    partial_ptr,  # [splits, T, E] fp32
+    T,
+    x_stride,
+    w_stride,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    blocks: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
+    block = tl.program_id(0) % blocks
+    split = tl.program_id(0) // blocks
+    if PDL:
+        gdc_launch_dependents()
+    experts = block * BLOCK_E + tl.arange(0, BLOCK_E)
+    cols = split * BLOCK_D + tl.arange(0, BLOCK_D)
+    w_ptrs = w_ptr + tl.minimum(experts, E - 1)[None, :] * w_stride + cols[:, None]
+    w = tl.load(w_ptrs, mask=(cols < D)[:, None], other=0.0)
+    if PDL:
+        gdc_wait()
+    tokens = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    x_ptrs = x_ptr + tl.minimum(tokens, T - 1)[:, None] * x_stride + cols[None, :]
+    x = tl.load(x_ptrs, mask=(cols < D)[None, :], other=0.0)
+    logits = tl.dot(x, w, input_precision="ieee")
+    here = (tokens < T)[:, None] & (experts < E)[None, :]
+    tl.store(partial_ptr + (split * T + tokens)[:, None] * E + experts[None, :], logits, mask=here)
+
+
+@triton.jit
+def choose_kernel(
+    partial_ptr,  # [SPLITS, T, E] fp32
+    bias_ptr,
+    weights_ptr,
+    ids_ptr,
+    scale,
+    T,
+    SPLITS: tl.constexpr,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    SHARED: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    E2: tl.constexpr,  # E as a power of two
+    K2: tl.constexpr,  # K + SHARED as a power of two
+    PDL: tl.constexpr,
+):
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    token = tl.program_id(0)
+    columns = tl.arange(0, E2)
+    inside = columns < E
+    logits = tl.zeros([E2], tl.float32)
+    for s in tl.static_range(SPLITS):
+        logits += tl.load(partial_ptr + (s * T + token) * E + columns, mask=inside, other=0.0)
+    if SOFTMAX:
+        logits = tl.where(inside, logits, float("-inf"))
+        scores = tl.exp(logits - tl.max(logits, 0))
+        scores = scores / tl.sum(scores, 0)
+    else:
+        scores = 1.0 / (1.0 + tl.exp(-logits))
+    choice = scores + tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    # NaN ranks last and equals rank by index, so that every id is in range and different from the others.
+    choice = tl.where(choice == choice, choice, float("-inf"))
+    bits = choice.to(tl.int32, bitcast=True)
+    order = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
+    keys = tl.where(inside, (order << 32) | (E2 - 1 - columns), -(2**63))
+    slots = tl.arange(0, K2)
+    ids = E - K + slots
+    for j in tl.static_range(K):
+        best = tl.max(keys, 0)
+        keys = tl.where(keys == best, -(2**63), keys)
+        ids = tl.where(slots == j, E2 - 1 - (best & 0x7FFFFFFF).to(tl.int32), ids)
+    routed = tl.gather(scores, tl.where(slots < K, ids, 0), 0)
+    if RENORMALIZE:
+        routed = routed / (tl.sum(tl.where(slots < K, routed, 0.0), 0) + 1e-20)
+    out = token * (K + SHARED) + slots
+    tl.store(weights_ptr + out, tl.where(slots < K, routed * scale, 1.0), mask=slots < K + SHARED)
+    tl.store(ids_ptr + out, ids.to(tl.int64), mask=slots < K + SHARED)
+
+
+def router(
+    x_TD: Tensor,
+    w_ED: Tensor,
+    bias_E: Tensor,
+    top_k: int,
+    renormalize: bool,
+    scale: float,
+    scoring: str = "sigmoid",
+    n_group: int = 1,
+    topk_group: int = 1,
+    num_shared: int = 0,
+) -> tuple[Tensor, Tensor]:
+    T = x_TD.shape[0]
+    served = 0 < T <= MAX_TOKENS and n_group == 1 and x_TD.dtype == w_ED.dtype and scoring in ("sigmoid", "softmax")
+    if not served or x_TD.stride(1) != 1 or w_ED.stride(1) != 1:
+        return reference.router(x_TD, w_ED, bias_E, top_k, renormalize, scale, scoring, n_group, topk_group, num_shared)
+    D, E = x_TD.shape[1], w_ED.shape[0]
+    k = top_k + num_shared
+    block_t, block_e, block_d = 16, 32, 256
+    splits = triton.cdiv(D, block_d)
+    partial = torch.empty(splits, T, E, dtype=torch.float32, device=x_TD.device)
+    weights_Tk = torch.empty(T, k, dtype=torch.float32, device=x_TD.device)
+    ids_Tk = torch.empty(T, k, dtype=torch.int64, device=x_TD.device)
+    pdl = pdl_options(x_TD)
+    logits_kernel[(triton.cdiv(E, block_e) * splits, triton.cdiv(T, block_t))](
+        x_TD,
+        w_ED,
+        partial,
+        T,
+        x_TD.stride(0),
+        w_ED.stride(0),
+        D=D,
+        E=E,
+        BLOCK_T=block_t,
+        BLOCK_E=block_e,
+        BLOCK_D=block_d,
+        num_warps=4,
+        **pdl,
+    )
+    choose_kernel[(T,)](
+        partial,
+        bias_E,
+        weights_Tk,
+        ids_Tk,
+        float(scale),
+        T,
+        SPLITS=splits,
+        E=E,
+        K=top_k,
+        SHARED=num_shared,
+        SOFTMAX=scoring == "softmax",
+        RENORMALIZE=renormalize,
+        E2=triton.next_power_of_2(E),
+        K2=triton.next_power_of_2(k),
+        num_warps=1 if E <= 256 else 4,
+        **pdl,
+    )
+    return weights_Tk, ids_Tk

@@ -1,0 +1,35 @@
+"""What every Triton kernel's package asks before it offers itself. Importable where triton is not."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+
+from thalweg.ops.registry import OpContext
+
+
+def why_not(ctx: OpContext) -> str | None:
+    """Why Triton kernels cannot serve `ctx`, or None. They need a Hopper GPU or later, for dependent launch."""
+    if ctx.device != "cuda":
+        return f"needs cuda, not {ctx.device}"
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    major = _compute_capability_major()
+    if major < 9:
+        return f"needs compute capability 9.0 or later, not {major}.x"
+    if ctx.dtype not in ("bfloat16", "float32"):
+        return f"needs bfloat16 or float32, not {ctx.dtype}"
+    return None
+
+
+@cache
+def _compute_capability_major() -> int:
+    return torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 0
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 4 for the CPU, where only the interpreter runs kernels."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
