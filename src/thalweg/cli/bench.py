@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from thalweg.cli.options import engine_config, takes
-from thalweg.config.engine import EngineConfig
+from thalweg.config.engine import EngineConfig, parse_size
 from thalweg.errors import ConfigError
 
 if TYPE_CHECKING:
+    from thalweg.bench.decode import DecodeStep
     from thalweg.bench.host import HostTime
     from thalweg.bench.latency import BatchLatency
 
@@ -77,6 +78,62 @@ def latency(
 
 
 @bench.command()
+@takes(config=engine_config, leave_out=("max_num_seqs",))
+def decode(
+    config: EngineConfig,
+    batch_size: Annotated[str, typer.Option(metavar="N,N,...", help="Rows of a step; several sizes in turn.")] = "1,8",
+    context: Annotated[str, typer.Option(metavar="TOKENS", help="Cached tokens of each sequence.")] = "1024",
+    steps: Annotated[int, typer.Option(metavar="N", min=1, help="Steps of a run.")] = 64,
+    num_iters: Annotated[int, typer.Option(metavar="N", min=1, help="Runs that count.")] = 5,
+    temperature: Annotated[float, typer.Option(metavar="T", help="0 takes the likeliest token each time.")] = 1.0,
+    output_json: OutputJson = None,
+) -> None:
+    """Milliseconds a decode step takes on a cache filled with random values, beside the machine's floor.
+
+    The floor is the step's bytes over the measured copy bandwidth, or its arithmetic over the measured matrix rate,
+    whichever is longer.
+    """
+    sizes, length = _integers(batch_size, "--batch-size"), parse_size(context, "--context")
+    if config.tensor_parallel_size != 1:
+        raise ConfigError("--tensor-parallel-size does not go with bench decode, which drives one rank; leave it out")
+    _check_writable(output_json)
+    import torch
+
+    from thalweg.bench.ceilings import measure_ceilings
+    from thalweg.bench.decode import WARMUP_STEPS, measure_decode
+    from thalweg.bench.machine import describe_machine
+    from thalweg.engine.build import build_rank, choose_device
+    from thalweg.engine.source import open_source
+
+    config = replace(config, max_num_seqs=max(sizes))
+    if config.max_model_len is None:
+        config = replace(config, max_model_len=length + WARMUP_STEPS + steps + config.block_size)
+    ceilings = measure_ceilings(choose_device(config, 0), torch.bfloat16)
+    torch.cuda.empty_cache()
+    runner, info = build_rank(config, 0, "")
+    source = open_source(config)
+    dtype_bytes = 4 if info.dtype == "float32" else 2
+    results = []
+    for size in sizes:
+        step = measure_decode(runner, info, size, length, steps, num_iters, temperature)
+        cost = source.package.decode_cost(source.config, size, length, dtype_bytes=dtype_bytes)
+        results.append((step, 1e3 * ceilings.floor_s(cost.bytes, cost.flops)))
+    machine = describe_machine() | {
+        "copy_GB_per_s": round(ceilings.bytes_per_s / 1e9),
+        "matrix_TFLOP_per_s": round(ceilings.flops_per_s / 1e12, 1),
+    }
+    engine = {
+        "model": info.name,
+        "dtype": info.dtype,
+        "layers": len(info.layers),
+        "start_s": round(info.load_seconds, 1),
+    }
+    _print_decode(results, {**engine, **machine})
+    figures = [asdict(step) | {"floor_ms": floor} for step, floor in results]
+    _write(output_json, {"engine": engine, "machine": machine, "results": figures})
+
+
+@bench.command()
 def host(
     num_seqs: Annotated[int, typer.Option(metavar="N", min=1, max=4096, help="Requests that run at once.")] = 64,
     steps: Annotated[int, typer.Option(metavar="N", min=1, max=100_000, help="Decode steps that count.")] = 500,
@@ -121,6 +178,25 @@ def _print_latency(results: list[BatchLatency], measured_on: dict[str, Any]) -> 
             r.e2el_ms.show(1),
             f"{r.output_throughput:.1f}",
             f"{r.host_us_per_step:.0f}",
+        )
+    console.print(table)
+
+
+def _print_decode(results: list[tuple[DecodeStep, float]], measured_on: dict[str, Any]) -> None:
+    from thalweg.cli.console import plain_table, stdout_console
+
+    console = stdout_console()
+    console.print(_facts(measured_on), markup=False)
+    table = plain_table("batch", "context", "step ms", "floor ms", "step/floor", "tok/s", "launches", numbers=True)
+    for step, floor in results:
+        table.add_row(
+            str(step.batch_size),
+            str(step.context),
+            step.step_ms.show(3),
+            f"{floor:.3f}",
+            f"{step.step_ms.median / floor:.2f}",
+            f"{1e3 * step.batch_size / step.step_ms.median:.0f}",
+            "-" if step.launches is None else str(step.launches),
         )
     console.print(table)
 

@@ -71,6 +71,13 @@ def engine_config(
     enforce_eager: Annotated[
         bool, _engine("--enforce-eager", help="Launch every kernel by itself: no CUDA graphs, a quicker start.")
     ] = False,
+    config_file: Annotated[
+        str | None,
+        _engine("--config-file", "--config", metavar="FILE", help="A config.json to run with --load-format dummy."),
+    ] = None,
+    num_layers: Annotated[
+        int | None, _engine(metavar="N", help="Run the first N layers only, with --load-format dummy.")
+    ] = None,
     op: Annotated[
         list[str] | None,
         _engine(
@@ -101,6 +108,8 @@ def engine_config(
         load_format=load_format,
         seed=seed,
         enforce_eager=enforce_eager,
+        config_file=config_file,
+        num_layers=num_layers,
         op_preference=_preferences(op or []),
     )
 

@@ -43,6 +43,8 @@ class EngineConfig:
     load_format: str = "auto"
     seed: int = 0
     enforce_eager: bool = False
+    config_file: str | None = None
+    num_layers: int | None = None
     op_preference: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -52,6 +54,7 @@ class EngineConfig:
         self._integer("block_size", 1, 65_536)
         self._integer("cache_memory", 1, 2**50, optional=True)
         self._integer("tensor_parallel_size", 1, MAX_TENSOR_PARALLEL)
+        self._integer("num_layers", 1, 1_000, optional=True)
         self._integer("seed", -(2**63), 2**64 - 1)
         share = self.gpu_memory_utilization
         is_number = isinstance(share, (int, float)) and not isinstance(share, bool)
@@ -62,9 +65,13 @@ class EngineConfig:
         )
         self._need(self.dtype in DTYPES, "dtype", _one_of(DTYPES))
         self._need(self.load_format in LOAD_FORMATS, "load_format", _one_of(LOAD_FORMATS))
-        for name in ("model", "tokenizer"):
+        for name, kind in (("model", "a folder"), ("tokenizer", "a folder"), ("config_file", "a config.json")):
             value = getattr(self, name)
-            self._need(value is None or (isinstance(value, str) and value != ""), name, "a folder")
+            self._need(value is None or (isinstance(value, str) and value != ""), name, kind)
+        if self.load_format != "dummy":
+            for option, value in (("--config-file", self.config_file), ("--num-layers", self.num_layers)):
+                if value is not None:
+                    raise ConfigError(f"{option} is {value!r}, which needs --load-format dummy")
         self._need(isinstance(self.enforce_eager, bool), "enforce_eager", "true or false")
         device = self.device
         self._need(isinstance(device, str) and bool(_DEVICE.fullmatch(device)), "device", "auto, cpu, cuda or cuda:N")

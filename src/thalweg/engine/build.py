@@ -38,7 +38,7 @@ CPU_CACHE_MEMORY = 4 << 30  # default on a CPU, where pages cost memory only onc
 def build_rank(config: EngineConfig, tp_rank: int, rendezvous_file: str) -> tuple[ModelRunner, EngineInfo]:
     """Everything one rank needs to execute plans. With several ranks, all of them call this at the same time."""
     began = time.perf_counter()
-    source = open_source(config.model)
+    source = open_source(config)
     c = source.config
     device = choose_device(config, tp_rank)
     config = config.resolve(device=str(device), checkpoint_dtype=c.dtype, context_len=c.context_len)

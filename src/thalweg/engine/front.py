@@ -33,7 +33,7 @@ class Front:
 
 def load_front(config: EngineConfig) -> Front:
     """Read tokenizer and template. A folder without a tokenizer works with token ids; a damaged one raises."""
-    source = open_source(config.model)
+    source = open_source(config)
     folder = source.folder if config.tokenizer is None else Path(config.tokenizer).expanduser()
     tokenizer = load_tokenizer(folder) if config.tokenizer is not None or has_tokenizer(folder) else None
     if tokenizer is not None and tokenizer.vocab_size > source.config.vocab_size:

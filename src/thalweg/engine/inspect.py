@@ -75,7 +75,7 @@ def describe(config: EngineConfig) -> Inspection:
     Weight files are compared with config.json by their headers, where there are any. Limits that do not fit in memory
     are told, not raised. Raises ConfigError, CheckpointError or UnsupportedError as starting the engine would.
     """
-    source = open_source(config.model)
+    source = open_source(config)
     c, ranks = source.config, config.tensor_parallel_size
     device = choose_device(config, 0)
     config = config.resolve(device=str(device), checkpoint_dtype=c.dtype, context_len=c.context_len)

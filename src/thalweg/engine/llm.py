@@ -48,6 +48,8 @@ class LLM:
         load_format: str = "auto",
         seed: int = 0,
         enforce_eager: bool = False,
+        config_file: str | None = None,
+        num_layers: int | None = None,
         op_preference: Mapping[str, str] | None = None,
     ) -> None:
         self.config = EngineConfig(
@@ -65,6 +67,8 @@ class LLM:
             load_format=load_format,
             seed=seed,
             enforce_eager=enforce_eager,
+            config_file=config_file,
+            num_layers=num_layers,
             op_preference=op_preference or {},
         )
         self._engine: Engine | None = None

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from thalweg.config.bounded_json import read_object
+from thalweg.config.engine import EngineConfig
 from thalweg.config.hf import GenerationConfig, read_config, read_generation_config
 from thalweg.config.model_source import model_folder
 from thalweg.models import family
@@ -32,10 +34,18 @@ class ModelSource:
         return tuple(dict.fromkeys(i for i in ids if i < self.config.vocab_size))
 
 
-def open_source(model: str | None) -> ModelSource:
-    """Read the folder's config (None: the bundled model). Raises ConfigError, CheckpointError or UnsupportedError."""
-    folder = model_folder(model)
-    raw = read_config(folder)
-    where = str(folder / "config.json")
-    package = importlib.import_module(family(raw, where))
-    return ModelSource(folder, package, package.Config.from_dict(raw, where), read_generation_config(folder))
+def open_source(config: EngineConfig) -> ModelSource:
+    """Read the config.json of config.model (None: the bundled model), or config.config_file in its place.
+
+    Raises ConfigError, CheckpointError or UnsupportedError.
+    """
+    if config.config_file is not None:
+        path = Path(config.config_file).expanduser()
+        folder, raw = path.parent, read_object(path.parent, path.name)
+    else:
+        path = model_folder(config.model) / "config.json"
+        folder, raw = path.parent, read_config(path.parent)
+    package = importlib.import_module(family(raw, str(path)))
+    if config.num_layers is not None:
+        raw = package.cut(raw, config.num_layers)
+    return ModelSource(folder, package, package.Config.from_dict(raw, str(path)), read_generation_config(folder))

@@ -44,7 +44,7 @@ class ModelRunner:
         mesh: Mesh,
         graph_sizes: list[int] | None = None,
     ) -> None:
-        self.model, self._cache, self._inputs, self._sampler, self._mesh = model, cache, inputs, sampler, mesh
+        self.model, self.cache, self._inputs, self._sampler, self._mesh = model, cache, inputs, sampler, mesh
         self._prompt_logits: set[int] = set()
         self._prompt_logprobs: dict[int, int] = {}
         self.waits = inputs.device.type == "cuda"
@@ -96,7 +96,7 @@ class ModelRunner:
         with tracing.span("build"):
             batch = self._inputs.build(plan, every_row=bool(inspected))
         with tracing.span("model"):
-            logits = self.model(batch, self._cache)
+            logits = self.model(batch, self.cache)
         prompt_logits: dict[int, Tensor] = {}
         prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
         d = batch.num_decodes
@@ -156,7 +156,7 @@ class ModelRunner:
             if a.params.prompt_logprobs is not None:
                 self._prompt_logprobs[a.slot] = a.params.prompt_logprobs
         slots = torch.tensor([a.slot for a in plan.admissions], device=self._inputs.device)
-        self._cache.reset_slots(slots)
+        self.cache.reset_slots(slots)
 
 
 NON_FINITE = "the model gave non-finite logits for this request"

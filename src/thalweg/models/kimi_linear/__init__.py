@@ -1,6 +1,6 @@
 """Kimi-Linear (arXiv:2510.26692): KDA layers with NoPE MLA between them, dense and mixture-of-experts MLPs.
 
-What every family package gives: Config, plan, ignored, build. None but `build` needs torch.
+What every family package gives: Config, cut, plan, ignored, decode_cost, build. None but `build` needs torch.
 """
 
 from __future__ import annotations
@@ -8,13 +8,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from thalweg.models.kimi_linear.config import KimiLinearConfig as Config
+from thalweg.models.kimi_linear.config import cut
+from thalweg.models.kimi_linear.cost import decode_cost
 from thalweg.models.kimi_linear.weights import ignored, plan
 
 if TYPE_CHECKING:
     from thalweg.layers.context import BuildContext
     from thalweg.models.kimi_linear.model import KimiLinearModel
 
-__all__ = ["Config", "build", "ignored", "plan"]
+__all__ = ["Config", "build", "cut", "decode_cost", "ignored", "plan"]
 
 
 def build(ctx: BuildContext, config: Config) -> KimiLinearModel:

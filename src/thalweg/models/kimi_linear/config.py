@@ -242,3 +242,21 @@ def _read_moe(reader: ConfigReader, num_layers: int) -> tuple[frozenset[int], Mo
         num_groups=groups,
         top_groups=top_groups,
     )
+
+
+def cut(raw: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
+    """config.json's object with the first `num_layers` layers only. Raises ConfigError when it has fewer."""
+    have = raw.get("num_hidden_layers")
+    if isinstance(have, int) and num_layers > have:
+        raise ConfigError(f"--num-layers is {num_layers}; expected at most {have}, the layers of config.json")
+    shorter = {**raw, "num_hidden_layers": num_layers}
+    for key in ("layer_types", "mlp_layer_types"):
+        if isinstance(raw.get(key), list):
+            shorter[key] = raw[key][:num_layers]
+    kinds = raw.get("linear_attn_config")
+    if isinstance(kinds, Mapping):
+        shorter["linear_attn_config"] = {
+            key: [n for n in value if n <= num_layers] if isinstance(value, list) else value
+            for key, value in kinds.items()
+        }
+    return shorter

@@ -1,0 +1,52 @@
+"""What the machine at hand can do: copy bandwidth and matrix rate, measured, since datasheets are hopes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+REPEATS = 9
+
+
+@dataclass(frozen=True, slots=True)
+class Ceilings:
+    """Bytes a second of a copy within the device's memory, read and written counted; flop a second of a product."""
+
+    bytes_per_s: float
+    flops_per_s: float
+
+    def floor_s(self, num_bytes: float, flops: float) -> float:
+        """The time that neither traffic nor arithmetic can go below."""
+        return max(num_bytes / self.bytes_per_s, flops / self.flops_per_s)
+
+
+def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
+    """A copy of 4 GiB (CPU: 256 MiB) and a square product of 8192 (CPU: 1024) on random data; the median of a few."""
+    on_gpu = device.type == "cuda"
+    elements = (4 << 30 if on_gpu else 256 << 20) // 4
+    pair = torch.ones(2, elements, device=device)
+    copy_s = _seconds(lambda: pair[1].copy_(pair[0]), device)
+    n = 8192 if on_gpu else 1024
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    product_s = _seconds(lambda: torch.mm(a, b), device)
+    return Ceilings(2 * 4 * elements / copy_s, 2 * n**3 / product_s)
+
+
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    samples = []
+    for _ in range(2 + REPEATS):
+        _wait(device)
+        began = time.perf_counter()
+        call()
+        _wait(device)
+        samples.append(time.perf_counter() - began)
+    return median(samples[2:])
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,56 @@
+"""The least a decode step can move and compute, counted from the config: what its measured time is held against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from thalweg.models.kimi_linear.config import KimiLinearConfig
+
+
+@dataclass(frozen=True, slots=True)
+class StepCost:
+    """Bytes through device memory, each input read once and each output written once, and floating-point operations."""
+
+    bytes: float
+    flops: float
+
+
+def decode_cost(
+    c: KimiLinearConfig, batch: int, context: int, *, dtype_bytes: int = 2, state_bytes: int = 4
+) -> StepCost:
+    """One step of `batch` sequences with `context` cached tokens each, on one rank.
+
+    Routing is taken as even: `batch` tokens that each take k of E experts touch E (1 - (1 - k/E)^batch) of them.
+    Activations are left out (they stay in the caches of the chip), as are rows of the embedding table.
+    """
+    D = c.hidden_size
+    fixed = c.vocab_size * D  # parameters every token takes: here the output head
+    expert, distinct, states, pages = 0.0, 0.0, 0.0, 0.0
+    flops_token = 0.0
+    for n in range(c.num_layers):
+        if n in c.kda_layers:
+            assert c.kda is not None
+            HK, R = c.kda.num_heads * c.kda.head_dim, c.kda.gate_rank
+            fixed += D * (4 * HK + c.kda.num_heads + 2 * R) + 2 * R * HK + 3 * HK * c.kda.conv_kernel
+            states += 2 * HK * c.kda.head_dim * state_bytes  # read and written
+            states += 2 * 3 * HK * (c.kda.conv_kernel - 1) * dtype_bytes
+            flops_token += 8 * HK * c.kda.head_dim  # decay, k^T S, rank-one update, q^T S
+        else:
+            assert c.mla is not None
+            H, C = c.mla.num_heads, c.mla.latent_dim
+            fixed += D * (H * c.mla.qk_head_dim + C + H * c.mla.v_head_dim)
+            fixed += H * (c.mla.qk_nope_head_dim + c.mla.v_head_dim) * c.mla.kv_lora_rank
+            pages += C * dtype_bytes
+            flops_token += 2 * H * (C + c.mla.kv_lora_rank) * context
+        if n in c.moe_layers:
+            assert c.moe is not None
+            E, k, size = c.moe.num_experts, c.moe.top_k, 3 * D * c.moe.intermediate_size
+            fixed += E * D + c.moe.num_shared * size
+            distinct += E * (1 - (1 - k / E) ** batch) * size
+            expert += k * size
+        else:
+            fixed += 3 * D * c.intermediate_size
+    return StepCost(
+        bytes=(fixed + distinct) * dtype_bytes + batch * (states + pages * context),
+        flops=batch * (2 * (fixed + expert) + flops_token),
+    )
