@@ -68,7 +68,8 @@ def build_rank(config: EngineConfig, tp_rank: int, rendezvous_file: str) -> tupl
     if unused := resolver.unused_preferences():
         used = ", ".join(sorted({choice.op for choice in resolver.explain()}))
         raise ConfigError(f"op_preference names {unused[0]!r}, which this model does not use; it uses {used}")
-    graph_sizes = buckets(split.num_slots) if device.type == "cuda" and not config.enforce_eager else None
+    eager = _why_eager(config, device, resolver)
+    graph_sizes = [] if eager else buckets(split.num_slots)
     runner = ModelRunner(model, cache, inputs, sampler, mesh, graph_sizes)
     info = EngineInfo(
         name=source.name,
@@ -91,6 +92,7 @@ def build_rank(config: EngineConfig, tp_rank: int, rendezvous_file: str) -> tupl
         memory_split=_describe(weight_bytes, split),
         layers=[describe_layer(layer, spec) for layer, spec in zip(model.layers, specs, strict=True)],
         eos_token_ids=list(eos),
+        decode_steps=f"eager: {eager}" if eager else f"CUDA graphs of {', '.join(map(str, graph_sizes))} rows",
         ops=[OpChoice(o.op, dict(o.context.dims), o.chosen, list(o.refused)) for o in resolver.explain()],
         load_seconds=time.perf_counter() - began,
     )
@@ -114,6 +116,16 @@ def choose_device(config: EngineConfig, tp_rank: int) -> torch.device:
         reason = str(e).strip().splitlines()[0]
         raise ConfigError(f"--device is {config.device!r}, which this machine or torch does not have: {reason}") from e
     return device
+
+
+def _why_eager(config: EngineConfig, device: torch.device, resolver: Resolver) -> str | None:
+    """Why decode steps cannot run as CUDA graphs; None where they can."""
+    if device.type != "cuda":
+        return f"{device.type} has no CUDA graphs"
+    if config.enforce_eager:
+        return "--enforce-eager"
+    waiting = next((choice for choice in resolver.explain() if not choice.capturable), None)
+    return f"op {waiting.op} is served by {waiting.chosen!r}, which waits for the device" if waiting else None
 
 
 def _choose_threads(weight_bytes: int, ranks: int) -> None:

@@ -35,5 +35,6 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     memory_split: list[str]
     layers: list[str]  # one line each: what it is and what it caches
     eos_token_ids: list[int]
+    decode_steps: str  # how steps of decode rows alone run, and why
     ops: list[OpChoice]
     load_seconds: float

@@ -53,16 +53,17 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """Weights of all experts of one width `inner` on this rank, the routed ones first."""
+    """Weights of all experts, each `inner` wide on this rank: the routed ones, then the shared ones."""
 
-    def __init__(self, ctx: BuildContext, width: int, experts: int, inner: int) -> None:
+    def __init__(self, ctx: BuildContext, width: int, routed: int, shared: int, inner: int) -> None:
         super().__init__()
-        self.gate_up = ctx.weight(experts, 2 * inner, width)
-        self.down = ctx.weight(experts, width, inner)
-        self._experts = ctx.op("experts", E=experts, D=width, I=inner)
+        self.shared = shared
+        self.gate_up = ctx.weight(routed + shared, 2 * inner, width)
+        self.down = ctx.weight(routed + shared, width, inner)
+        self._experts = ctx.op("experts", E=routed + shared, D=width, I=inner)
 
     def forward(self, x_TD: Tensor, weights_Tk: Tensor, ids_Tk: Tensor) -> Tensor:
-        return self._experts(x_TD, weights_Tk, ids_Tk, self.gate_up, self.down)
+        return self._experts(x_TD, weights_Tk, ids_Tk, self.gate_up, self.down, self.shared)
 
 
 class MoE(nn.Module):
@@ -95,7 +96,7 @@ class MoE(nn.Module):
             topk_groups=topk_groups,
             shared=shared,
         )
-        self.experts = Experts(ctx, width, experts + shared, ctx.shard(inner, "moe_intermediate_size"))
+        self.experts = Experts(ctx, width, experts, shared, ctx.shard(inner, "moe_intermediate_size"))
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return self.mesh.all_reduce(self.experts(x_TD, *self.router(x_TD)))

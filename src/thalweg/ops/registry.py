@@ -31,6 +31,7 @@ class Implementation:
     fn: Callable[..., Any]
     supports: Callable[[OpContext], Refusal]
     priority: int  # higher is tried first; the reference has 0 and never refuses
+    capturable: bool  # False for what waits for the device, and so cannot be part of a CUDA graph
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,7 @@ class Choice:
     op: str
     context: OpContext
     chosen: str
+    capturable: bool
     refused: tuple[tuple[str, str], ...]
 
 
@@ -53,12 +55,16 @@ def register(
     *,
     supports: Callable[[OpContext], Refusal] = lambda _: None,
     priority: int = 0,
+    capturable: bool = True,
 ) -> None:
-    """Add an implementation of `op`. Called at import time by the op's package."""
+    """Add an implementation of `op`. Called at import time by the op's package.
+
+    An op of decode rows whose implementation reads values back from the device says capturable=False.
+    """
     found = _implementations.setdefault(op, [])
     if any(i.name == name for i in found):
         raise ConfigError(f"op {op!r} already has an implementation named {name!r}")
-    found.append(Implementation(op, name, fn, supports, priority))
+    found.append(Implementation(op, name, fn, supports, priority, capturable))
     found.sort(key=lambda i: -i.priority)
 
 
@@ -107,7 +113,7 @@ class Resolver:
                 if i.name not in {candidate.name, *(n for n, _ in refused)}
             ]
             key = (op, context.device, context.dtype, tuple(sorted(context.dims.items())))
-            self._choices[key] = Choice(op, context, candidate.name, (*refused, *lower))
+            self._choices[key] = Choice(op, context, candidate.name, candidate.capturable, (*refused, *lower))
             return candidate.fn
         detail = "; ".join(f"{n}: {r}" for n, r in refused)
         where = f"{context.device}, {context.dtype}, {dict(context.dims)}"

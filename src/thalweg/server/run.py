@@ -47,7 +47,11 @@ def serve(
             failure, server.should_exit = error, True
             return
         info = client.info
-        summary = (f"{info.architecture} on {info.device}, {info.dtype}", *info.memory_split)
+        summary = (
+            f"{info.architecture} on {info.device}, {info.dtype}",
+            *info.memory_split,
+            f"decode steps    {info.decode_steps}",
+        )
         print(*summary, sep="\n  ", file=sys.stderr, flush=True)
         names = ", ".join(settings.served_model_names or (info.name,))
         print(f"{names} is served on {url}/v1", flush=True)

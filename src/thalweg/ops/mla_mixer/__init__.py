@@ -51,9 +51,11 @@ def _triton_refuses(ctx: OpContext) -> str | None:
         return f"needs at most 32 heads on this rank, not {ctx.dims.get('H', 0)}"
     if sizes["R"] > 512:
         return f"needs a latent of at most 512, not {sizes['R']}"
+    if ctx.dtype == "float32":
+        return "needs bfloat16, not float32: two tiles of the cache must fit into shared memory"
     return why_not(ctx)
 
 
 _decode: MlaMixerDecode = reference.mla_mixer_decode
-register("mla_mixer_decode", "reference", _decode)
+register("mla_mixer_decode", "reference", _decode, capturable=False)
 register("mla_mixer_decode", "triton", _triton, supports=_triton_refuses, priority=10)

@@ -110,13 +110,14 @@ def _triton_experts(
     return triton_experts.experts(x_TD, weights_Tk, ids_Tk, w_gate_up_E2ID, w_down_EDI, num_shared)
 
 
+MAX_ROUTER_EXPERTS = 1024  # one program holds all scores of a token in registers
+
+
 def _router_supports(ctx: OpContext) -> str | None:
     if ctx.dims.get("E", 0) > MAX_ROUTER_EXPERTS:
         return f"needs at most {MAX_ROUTER_EXPERTS} experts, not {ctx.dims['E']}"
     return why_not(ctx)
 
-
-MAX_ROUTER_EXPERTS = 1024  # one program sorts the scores of 16 tokens at once, in registers
 
 _route: Route = reference.route
 _reference_router: Router = reference.router
@@ -126,5 +127,5 @@ _kernel_experts: Experts = _triton_experts
 register("route", "reference", _route)
 register("router", "reference", _reference_router)
 register("router", "triton", _kernel_router, supports=_router_supports, priority=10)
-register("experts", "reference", _reference_experts)
+register("experts", "reference", _reference_experts, capturable=False)
 register("experts", "triton", _kernel_experts, supports=why_not, priority=10)
