@@ -25,20 +25,20 @@ def moe_case(
     T: int, D: int, I: int, E: int, k: int, num_shared: int, dtype: torch.dtype, device: str = "cpu", seed: int = 0
 ) -> MoeCase:
     """`k` routed experts a token of `E`, and the shared ones behind them; the routing is random, not the router's."""
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator(device).manual_seed(seed)
 
     def draw(*shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(*shape, generator=g) * scale).to(device, dtype)
+        return (torch.randn(*shape, generator=g, device=device) * scale).to(dtype)
 
-    routed = torch.rand(T, E, generator=g).topk(k).indices
-    shared = torch.arange(E, E + num_shared).expand(T, -1)
-    weights = torch.cat([torch.rand(T, k, generator=g), torch.ones(T, num_shared)], 1)
+    routed = torch.rand(T, E, generator=g, device=device).topk(k).indices
+    shared = torch.arange(E, E + num_shared, device=device).expand(T, -1)
+    weights = torch.rand(T, k, generator=g, device=device)
     return MoeCase(
         draw(T, D),
         draw(E, D, scale=0.05),
-        torch.randn(E, generator=g).to(device) * 0.05,
-        weights.to(device),
-        torch.cat([routed, shared], 1).to(device),
+        torch.randn(E, generator=g, device=device) * 0.05,
+        torch.cat([weights, torch.ones(T, num_shared, device=device)], 1),
+        torch.cat([routed, shared], 1),
         draw(E + num_shared, 2 * I, D, scale=D**-0.5),
         draw(E + num_shared, D, I, scale=I**-0.5),
         num_shared,
@@ -46,15 +46,11 @@ def moe_case(
 
 
 def experts_in_float64(case: MoeCase) -> Tensor:
-    """[T, D], one pair at a time."""
-    rows = []
-    for x, weights, ids in zip(case.x.double(), case.weights.double(), case.ids.tolist(), strict=True):
-        y = torch.zeros_like(x)
-        for weight, e in zip(weights, ids, strict=True):
-            gate, up = (case.gate_up[e].double() @ x).chunk(2)
-            y += weight * (case.down[e].double() @ (F.silu(gate) * up))
-        rows.append(y)
-    return torch.stack(rows)
+    """[T, D]; every expert takes every token, and the routing weights, zero where it was not chosen, pick."""
+    T, E = case.x.shape[0], case.down.shape[0]
+    weights = torch.zeros(T, E, dtype=torch.float64, device=case.x.device).scatter_(1, case.ids, case.weights.double())
+    gate, up = torch.einsum("td,eid->eti", case.x.double(), case.gate_up.double()).chunk(2, dim=-1)
+    return torch.einsum("eti,edi,te->td", F.silu(gate) * up, case.down.double(), weights)
 
 
 def rmse_ratio(out: Tensor, expected: Tensor) -> float:

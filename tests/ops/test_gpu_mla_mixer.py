@@ -13,9 +13,9 @@ pytestmark = pytest.mark.gpu
 SHAPE = {"H": 32, "K": 128, "R": 512, "P": 64, "V": 128}
 
 
-def kernel(dtype: str = "bfloat16", **dims: int) -> object:
+def kernel(**dims: int) -> object:
     resolver = Resolver({"mla_mixer_decode": "triton"})
-    return resolver.resolve("mla_mixer_decode", OpContext("cuda", dtype, SHAPE | dims))
+    return resolver.resolve("mla_mixer_decode", OpContext("cuda", "bfloat16", SHAPE | dims))
 
 
 def ragged(B: int, longest: int) -> list[int]:
@@ -26,19 +26,19 @@ def ragged(B: int, longest: int) -> list[int]:
 @pytest.mark.parametrize("B", [1, 2, 4, 5, 8, 24, 32, 70, 140])
 def test_ragged_batches(B: int) -> None:
     case = mla_mixer_case(ragged(B, 4500), **SHAPE, page_size=64, dtype=torch.bfloat16, device="cuda", seed=B)
-    check_mla_mixer(kernel(), case, 0.01)
+    check_mla_mixer(kernel(), case, 0.005)
 
 
 @pytest.mark.parametrize("lens", [[4500], [64], [9000, 1], [70_000]])
 def test_few_long_sequences(lens: list[int]) -> None:
-    check_mla_mixer(kernel(), mla_mixer_case(lens, **SHAPE, page_size=64, dtype=torch.bfloat16, device="cuda"), 0.01)
+    check_mla_mixer(kernel(), mla_mixer_case(lens, **SHAPE, page_size=64, dtype=torch.bfloat16, device="cuda"), 0.005)
 
 
 @pytest.mark.parametrize(("H", "page_size"), [(3, 16), (8, 24), (16, 128), (1, 1)])
 def test_other_heads_and_pages(H: int, page_size: int) -> None:
     shape = SHAPE | {"H": H}
     case = mla_mixer_case(ragged(7, 700), **shape, page_size=page_size, dtype=torch.bfloat16, device="cuda")
-    check_mla_mixer(kernel(H=H), case, 0.01)
+    check_mla_mixer(kernel(H=H), case, 0.005)
 
 
 @pytest.mark.parametrize("spread", [1.0, 30.0])

@@ -29,7 +29,6 @@ def test_reference_experts_with_a_shared_one() -> None:
 
 
 def check_router() -> None:
-    from thalweg.ops.arrivals import arrivals
     from thalweg.ops.moe.triton_router import router
 
     for T, D, E, k, shared, scoring, renormalize in (
@@ -46,7 +45,6 @@ def check_router() -> None:
     case.x[3] = torch.nan  # an id out of range would read outside the experts' weights
     _, ids = router(case.x, case.router_weight, case.bias, 3, True, 1.0, num_shared=2)
     assert ids[3].tolist() == [0, 1, 2, 64, 65]
-    assert not arrivals(torch.device("cpu")).any()
 
 
 def check_router_falls_back_on_groups() -> None:
@@ -65,7 +63,7 @@ def check_experts() -> None:
         (1, 300, 37, 4, 2, 1),
         (3, 256, 64, 8, 4, 0),
         (5, 100, 48, 24, 3, 1),
-        (40, 96, 33, 6, 3, 1),
+        (70, 96, 33, 6, 3, 1),
     ):
         case = moe_case(T, D, I, E, k, shared, torch.float32)
         y = experts(case.x, case.weights, case.ids, case.gate_up, case.down, shared)
@@ -86,7 +84,6 @@ TYPES = {
     "out_ptr": "*bf16",
     "bias_ptr": "*fp32",
     "partial_ptr": "*fp32",
-    "arrivals_ptr": "*i32",
     "weights_ptr": "*fp32",
     "ids_ptr": "*i64",
     "T": "i32",
@@ -102,16 +99,14 @@ def compiled(kernel: object, constants: dict[str, object], num_warps: int = 4) -
     return compile_sm90(kernel, types, constants, num_warps)
 
 
-@pytest.mark.parametrize(("tokens", "choose"), [(1, True), (4, True), (16, False)])
-def test_router_compiles_for_hopper(tokens: int, choose: bool) -> None:
+def test_router_compiles_for_hopper() -> None:
     pytest.importorskip("triton")
-    from thalweg.ops.moe.triton_router import choose_kernel, router_kernel
+    from thalweg.ops.moe.triton_router import choose_kernel, logits_kernel
 
-    how = dict(E=256, K=8, SHARED=1, SOFTMAX=False, RENORMALIZE=True, ROWS=tokens, E2=256, K2=16, PDL=True)
-    result = compiled(router_kernel, how | dict(D=2304, BLOCK_T=16, BLOCK_E=16, BLOCK_D=256, CHOOSE=choose))
-    assert result.spilled_bytes == 0
-    assert ("atom.global.gpu.acq_rel" in result.ptx) == choose
-    assert compiled(choose_kernel, how | dict(SPLITS=9)).spilled_bytes == 0
+    logits = dict(E=256, D=2304, BLOCK_T=16, BLOCK_E=32, BLOCK_D=256, PDL=True)
+    assert compiled(logits_kernel, logits).spilled_bytes == 0
+    choose = dict(SPLITS=9, E=256, K=8, SHARED=1, SOFTMAX=False, RENORMALIZE=True, E2=256, K2=16, PDL=True)
+    assert compiled(choose_kernel, choose, num_warps=1).spilled_bytes == 0
 
 
 def test_pair_kernels_compile_for_hopper() -> None:
@@ -123,9 +118,9 @@ def test_pair_kernels_compile_for_hopper() -> None:
     assert result.spilled_bytes == 0
     # "down" reads ids before its wait: "gate_up" must not let it start before its own.
     assert result.ptx.rindex("griddepcontrol.wait") < result.ptx.index("griddepcontrol.launch_dependents")
-    result = compiled(down_pair_kernel, dict(D=2304, I=1024, BLOCK_D=8, BLOCK_I=512, PDL=True))
+    result = compiled(down_pair_kernel, dict(D=2304, I=1024, BLOCK_D=16, BLOCK_I=256, PDL=True))
     assert result.spilled_bytes == 0
-    assert result.ptx.split("griddepcontrol.wait")[0].count("ld.global.v4.b32") == 8 * 2 // 2
+    assert result.ptx.split("griddepcontrol.wait")[0].count("ld.global.v4.b32") == 16 // 4 * 4
     assert compiled(sum_kernel, dict(D=2304, K=9, BLOCK_D=256, PDL=True), num_warps=2).spilled_bytes == 0
 
 
@@ -137,5 +132,7 @@ def test_expert_kernels_compile_for_hopper(by_pair: bool, block_p: int) -> None:
     tiles = dict(E=257, D=2304, I=1024, BY_PAIR=by_pair, BLOCK_P=block_p, BLOCK_T=16, STAGES=3, PDL=True)
     result = compiled(gate_up_expert_kernel, tiles | dict(K=9, BLOCK_I=64, BLOCK_D=128))
     assert result.spilled_bytes == 0
+    assert result.registers <= 168  # three programs a multiprocessor; shared memory allows no more
+    assert 3 * result.shared_bytes <= 227 * 1024
     assert result.ptx.rindex("griddepcontrol.wait") < result.ptx.index("griddepcontrol.launch_dependents")
     assert compiled(down_expert_kernel, tiles | dict(BLOCK_D=128, BLOCK_I=128)).spilled_bytes == 0

@@ -40,7 +40,7 @@ class VocabEmbedding(nn.Module):
 
 
 class VocabHead(nn.Module):
-    """Hidden states to float32 logits [R, vocab_size], gathered from all ranks."""
+    """Hidden states to logits [R, vocab_size] in the model's dtype, gathered from all ranks."""
 
     def __init__(self, ctx: BuildContext, vocab_size: int, width: int) -> None:
         super().__init__()
@@ -51,5 +51,5 @@ class VocabHead(nn.Module):
         self._linear = ctx.op("linear", D=width, O=rows)
 
     def forward(self, x_RD: Tensor) -> Tensor:
-        logits = self.mesh.all_gather_last(self._linear(x_RD, self.weight).float())
+        logits = self.mesh.all_gather_last(self._linear(x_RD, self.weight))
         return logits[:, : self.vocab_size]

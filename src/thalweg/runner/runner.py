@@ -88,7 +88,7 @@ class ModelRunner:
                 return StepResult(plan.step, tokens, errors=errors)
 
             return finish
-        return self._sample(plan, logits, slots, [s + 1 for s in plan.decode_starts])
+        return self._sample(plan, logits.float(), slots, [s + 1 for s in plan.decode_starts])
 
     def _launch_eager(self, plan: StepPlan) -> Finish:
         prefills = plan.prefills
@@ -96,7 +96,7 @@ class ModelRunner:
         with tracing.span("build"):
             batch = self._inputs.build(plan, every_row=bool(inspected))
         with tracing.span("model"):
-            logits = self.model(batch, self.cache)
+            logits = self.model(batch, self.cache).float()
         prompt_logits: dict[int, Tensor] = {}
         prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
         d = batch.num_decodes

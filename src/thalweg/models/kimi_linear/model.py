@@ -72,7 +72,7 @@ class KimiLinearLayer(nn.Module):
 
 
 class KimiLinearModel(nn.Module):
-    """forward(batch, cache) -> float32 logits [R, V] of the rows the batch names; the cache is updated in place."""
+    """forward(batch, cache) -> logits [R, V] of the rows the batch names; the cache is updated in place."""
 
     def __init__(self, ctx: BuildContext, config: KimiLinearConfig) -> None:
         super().__init__()
