@@ -7,6 +7,9 @@ convolution states and its head's recurrent states, so nothing is exchanged betw
 Written out, with r_q = K^-0.5 / |q|, r_k = 1 / |k| and D the decayed state: u = beta (v - r_k D k) and
 o = r_q (D q + u (q . k) r_k). So one pass over D gives both products, and the new state D + u (r_k k)^T is written
 without being read again.
+
+Slot numbers are read before the wait for the kernel ahead: whatever writes them must not let its dependents start
+early (copies and ordinary kernels do not).
 """
 
 from __future__ import annotations
@@ -17,21 +20,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from thalweg.ops.triton_dot import dot
 from thalweg.ops.triton_launch import pdl_options
 from thalweg.ops.triton_support import multiprocessors
 
 MAX_ROWS = 16  # sequences of a program: rows of a matrix unit's smallest tile
-CHUNK = 32  # key channels that lanes of a warp share
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-
-
-@triton.jit
-def _dot(a, b):
-    """a @ b in fp32. The interpreter's bf16 product is wrong, so it gets fp32 operands."""
-    if INTERPRETED:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32))
-    else:
-        return tl.dot(a, b, input_precision="ieee")
 
 
 @triton.jit
@@ -42,7 +35,7 @@ def _add3(a0, a1, a2, b0, b1, b2):
 @triton.jit
 def _inputs(x_ptr, s_ptr, S_ptr, S_tile, c, c_mask, beta_ptr, here, C: tl.constexpr):
     """One sequence's recurrent state, its convolution window (oldest input first) and its raw beta."""
-    S = tl.load(S_ptr + S_tile, mask=here & (S_tile >= 0), cache_modifier=".cg")
+    S = tl.load(S_ptr + S_tile, mask=here, cache_modifier=".cg")
     mask = c_mask & here
     x0 = tl.load(s_ptr + c, mask=mask, other=0.0)
     x1 = tl.load(s_ptr + C + c, mask=mask, other=0.0)
@@ -112,8 +105,8 @@ def _kda_mixer(
     S, x0, x1, x2, x3, beta = _inputs(x_ptr, s_ptr, S_ptr, S_tile, c, c_mask, x_ptr + C + h, True, C)
 
     low_ptrs = x_ptr + m[:, None] * proj_stride + C + H + r[None, :]
-    f_MK = _dot(tl.load(low_ptrs, mask=m[:, None] < count, other=0.0), tl.trans(w_f_KR))
-    g_MV = _dot(tl.load(low_ptrs + R, mask=m[:, None] < count, other=0.0), tl.trans(w_g_VR))
+    f_MK = dot(tl.load(low_ptrs, mask=m[:, None] < count, other=0.0), tl.trans(w_f_KR))
+    g_MV = dot(tl.load(low_ptrs + R, mask=m[:, None] < count, other=0.0), tl.trans(w_g_VR))
 
     for i in range(count):
         more = i + 1 < count
@@ -157,9 +150,14 @@ def _kda_mixer(
         x_ptr, s_ptr, S_ptr = x_next_ptr, s_next_ptr, S_next_ptr
 
 
-def rows_per_program(B: int, H: int, multiprocessors: int) -> int:
-    """Sequences of a program, so that there is about one program for each multiprocessor."""
-    return min(MAX_ROWS, triton.next_power_of_2(max(1, B * H // multiprocessors)))
+def rows_per_program(B: int, H: int, processors: int) -> int:
+    """Sequences of a program that take the fewest rounds over the multiprocessors, each as short as it can be."""
+
+    def cost(rows: int) -> float:
+        start = 0.8  # what a program does before its first sequence, in sequences
+        return triton.cdiv(triton.cdiv(B, rows) * H, processors) * (rows + start)
+
+    return min(range(1, MAX_ROWS + 1), key=cost)
 
 
 def kda_mixer_decode(
@@ -196,7 +194,7 @@ def kda_mixer_decode(
             H,
             K,
             w_up_2OR.shape[-1],
-            CHUNK=min(K, CHUNK),
+            CHUNK=min(K, 32 if rows <= 2 else 64),
             **pdl_options(proj_BX),
             num_warps=8,
         )

@@ -6,6 +6,9 @@
    a tile of 64 tokens fills the matrix unit's rows whatever the number of heads, and one tile in shared memory serves
    as keys and as values.
 3. `_combine`: the splits' results, weighted, and w_uv, a program per head and slice of its values.
+
+Lengths and block tables are read before the wait for the kernel ahead: whatever writes them must not let its
+dependents start early (copies and ordinary kernels do not).
 """
 
 from __future__ import annotations
@@ -20,24 +23,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from thalweg.ops.triton_dot import dot
 from thalweg.ops.triton_launch import pdl_options
 from thalweg.ops.triton_support import multiprocessors
 
 BLOCK_N = 64  # tokens per tile
 LOG2_E = 1.4426950408889634
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
-@triton.jit
-def _dot(a, b):
-    """a @ b in fp32. The interpreter's bf16 product is wrong, so it gets fp32 operands."""
-    if INTERPRETED:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32))
-    else:
-        return tl.dot(a, b, input_precision="ieee")
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def _absorb(
     proj_ptr,
     norm_weight_ptr,
@@ -70,7 +64,7 @@ def _absorb(
         if PDL:
             gdc_wait()
         q_BK = tl.load(proj_ptr + b[:, None] * proj_stride + h * (K + P) + k[None, :], mask=b[:, None] < B, other=0.0)
-        out = _dot(q_BK, w_KR)
+        out = dot(q_BK, w_KR)
         out_ptrs = q_latent_ptr + (b[:, None] * H + h) * R + r_slice[None, :]
         tl.store(out_ptrs, out.to(q_latent_ptr.dtype.element_ty), mask=b[:, None] < B)
     else:
@@ -90,15 +84,34 @@ def _absorb(
 
 
 @triton.jit
-def _tile(pages_ptr, page, token, end, r, p, PAGE: tl.constexpr):
-    """Latents and shared key parts of a tile of tokens, whose pages are given.
+def _prefetch_tile(table_ptr, base_ptr, PAGE_BYTES: tl.constexpr, TILE_BYTES: tl.constexpr):
+    """Ask for the tile at base_ptr + page * PAGE_BYTES to be brought into L2, with the page in table_ptr[0].
 
-    Zeros where nothing was written: a stale row may hold NaN, and 0 * NaN is NaN.
+    One thread looks the page up and asks; the others hold no registers for it.
     """
-    row_ptrs = pages_ptr + (page.to(tl.int64) * PAGE + token % PAGE)[:, None] * (r.shape[0] + p.shape[0])
-    seen = (token < end)[:, None]
-    kv_NR = tl.load(row_ptrs + r[None, :], mask=seen, other=0.0)
-    return kv_NR, tl.load(row_ptrs + r.shape[0] + p[None, :], mask=seen, other=0.0)
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred p;
+        .reg .u32 t;
+        .reg .u64 a;
+        mov.u32 t, %tid.x;
+        setp.eq.u32 p, t, 0;
+        @p ld.global.u32 t, [$1];
+        @p mad.wide.u32 a, t, $3, $2;
+        @p cp.async.bulk.prefetch.L2.global [a], $4;
+        mov.u32 $0, 0;
+        }""",
+        "=r,l,l,r,r",
+        [
+            table_ptr.to(tl.int64),
+            base_ptr.to(tl.int64),
+            tl.full([], PAGE_BYTES, tl.int32),
+            tl.full([], TILE_BYTES, tl.int32),
+        ],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit
@@ -122,16 +135,28 @@ def _attend(
     BLOCK_N: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    C: tl.constexpr = R + P
+    ITEM: tl.constexpr = pages_ptr.dtype.element_ty.primitive_bitwidth // 8
     split = tl.program_id(0)
     splits = tl.num_programs(0)
     b = tl.program_id(1).to(tl.int64)
     if PDL:
         gdc_launch_dependents()
-        gdc_wait()
     length = tl.load(lens_ptr + b)
     span = tl.cdiv(tl.cdiv(length, BLOCK_N), splits) * BLOCK_N
     start = split * span
     end = tl.minimum(start + span, length)
+    table_ptr = tables_ptr + b * table_stride
+    last = tl.maximum(end - 1, 0) // BLOCK_N * BLOCK_N
+    if PDL:
+        if PAGE % BLOCK_N == 0:
+            for j in tl.static_range(2):
+                ahead = tl.minimum(start + j * BLOCK_N, last)
+                _prefetch_tile(
+                    table_ptr + ahead // PAGE, pages_ptr + ahead % PAGE * C, PAGE * C * ITEM, BLOCK_N * C * ITEM
+                )
+        gdc_wait()
+
     h = tl.arange(0, BLOCK_H)
     r = tl.arange(0, R)
     p = tl.arange(0, P)
@@ -142,25 +167,29 @@ def _attend(
     m_H = tl.full([BLOCK_H], float("-inf"), tl.float32)
     l_H = tl.zeros([BLOCK_H], tl.float32)
     acc_RH = tl.zeros([R, BLOCK_H], tl.float32)
-    table_ptr = tables_ptr + b * table_stride
-    token = start + i
-    page = tl.load(table_ptr + token // PAGE, mask=token < end, other=0)
-    page_next = tl.load(table_ptr + (token + BLOCK_N) // PAGE, mask=token + BLOCK_N < end, other=0)
-    kv_NR, k_NP = _tile(pages_ptr, page, token, end, r, p, PAGE)
-    for first in range(start, end, BLOCK_N):
-        token = first + i
-        # The next tile is on its way while this one is worked on, and the page after it is looked up.
-        kv_next_NR, k_next_NP = _tile(pages_ptr, page_next, token + BLOCK_N, end, r, p, PAGE)
-        page_next = tl.load(table_ptr + (token + 2 * BLOCK_N) // PAGE, mask=token + 2 * BLOCK_N < end, other=0)
-        scores_NH = _dot(kv_NR, tl.trans(q_HR)) + _dot(k_NP, tl.trans(q_HP))
-        scores_NH = tl.where((token < end)[:, None], scores_NH * scale_log2, float("-inf"))
+    for first in tl.range(start, end, BLOCK_N, num_stages=2):
+        if PDL and PAGE % BLOCK_N == 0:
+            # Shared memory holds no third tile, so the tile after the next is fetched as far as L2.
+            ahead = tl.minimum(first + 2 * BLOCK_N, last)
+            _prefetch_tile(table_ptr + ahead // PAGE, pages_ptr + ahead % PAGE * C, PAGE * C * ITEM, BLOCK_N * C * ITEM)
+        seen = first + i < end
+        if PAGE % BLOCK_N == 0:
+            page = tl.load(table_ptr + first // PAGE).to(tl.int64)
+            row_ptrs = pages_ptr + (page * PAGE + first % PAGE) * C + i[:, None] * C
+        else:
+            page_N = tl.load(table_ptr + (first + i) // PAGE, mask=seen, other=0).to(tl.int64)
+            row_ptrs = pages_ptr + (page_N * PAGE + (first + i) % PAGE)[:, None] * C
+        # Zeros where nothing was written: a stale row may hold NaN, and 0 * NaN is NaN.
+        kv_NR = tl.load(row_ptrs + r[None, :], mask=seen[:, None], other=0.0)
+        k_NP = tl.load(row_ptrs + R + p[None, :], mask=seen[:, None], other=0.0)
+        scores_NH = dot(kv_NR, tl.trans(q_HR)) + dot(k_NP, tl.trans(q_HP))
+        scores_NH = tl.where(seen[:, None], scores_NH * scale_log2, float("-inf"))
         new_m_H = tl.maximum(m_H, tl.max(scores_NH, 0))
         p_NH = tl.exp2(scores_NH - new_m_H[None, :])
         keep_H = tl.exp2(m_H - new_m_H)
         l_H = l_H * keep_H + tl.sum(p_NH, 0)
-        acc_RH = acc_RH * keep_H[None, :] + _dot(tl.trans(kv_NR), p_NH.to(kv_NR.dtype))
+        acc_RH = acc_RH * keep_H[None, :] + dot(tl.trans(kv_NR), p_NH.to(kv_NR.dtype))
         m_H = new_m_H
-        kv_NR, k_NP = kv_next_NR, k_next_NP
     part_row = (b * splits + split) * H
     part_ptrs = part_ptr + (part_row + h[None, :]) * R + r[:, None]
     # Splits past the sequence's end have nothing to tell.
@@ -169,7 +198,7 @@ def _attend(
     tl.store(lse_ptr + part_row + h, m_H + tl.log2(l_H), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "splits"])
 def _combine(
     part_ptr,
     lse_ptr,
@@ -177,11 +206,11 @@ def _combine(
     w_uv_ptr,
     out_ptr,
     B,
+    splits,
     w_stride_h,
     H: tl.constexpr,
     R: tl.constexpr,
     V: tl.constexpr,
-    SPLITS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -200,27 +229,34 @@ def _combine(
     if PDL:
         gdc_launch_dependents()
     w_VR = tl.load(w_ptrs)
+    tiles_B = tl.cdiv(tl.load(lens_ptr + b, mask=b_mask, other=0), BLOCK_N)
+    span_B = tl.maximum(tl.cdiv(tiles_B, splits), 1)
+    used_BS = s[None, :] * span_B[:, None] < tiles_B[:, None]
+    row_BS = (b[:, None].to(tl.int64) * splits + s[None, :]) * H + h
     if PDL:
         gdc_wait()
-    tiles_B = tl.cdiv(tl.load(lens_ptr + b, mask=b_mask, other=0), BLOCK_N)
-    span_B = tl.maximum(tl.cdiv(tiles_B, SPLITS), 1)
-    used_BS = s[None, :] * span_B[:, None] < tiles_B[:, None]
-    row_BS = (b[:, None].to(tl.int64) * SPLITS + s[None, :]) * H + h
+    if BLOCK_B == 1:
+        part_ptrs = part_ptr + tl.reshape(row_BS, [BLOCK_S, 1]) * R + r[None, :]
+        part_mask = tl.reshape(used_BS, [BLOCK_S, 1])
+    else:
+        part_ptrs = part_ptr + row_BS[:, :, None] * R + r[None, None, :]
+        part_mask = used_BS[:, :, None]
+    part = tl.load(part_ptrs, mask=part_mask, other=0.0)
     lse_BS = tl.load(lse_ptr + row_BS, mask=used_BS, other=float("-inf"))
     # A finite fill for sequences without tokens, whose weights come out as zeros.
     weight_BS = tl.exp2(lse_BS - tl.maximum(tl.max(lse_BS, 1), -1e30)[:, None])
     weight_BS = weight_BS / tl.maximum(tl.sum(weight_BS, 1), 1e-30)[:, None]
-    part_ptrs = part_ptr + row_BS[:, :, None] * R + r[None, None, :]
     acc_BV = tl.zeros([BLOCK_B, BLOCK_V], tl.float32)
     for first in tl.static_range(0, R, BLOCK_R):
         if first > 0:
             w_VR = tl.load(w_ptrs + first)
-        part_BSR = tl.load(part_ptrs + first, mask=used_BS[:, :, None], other=0.0).to(tl.float32)
-        o_BR = tl.sum(part_BSR * weight_BS[:, :, None], 1)
+            part = tl.load(part_ptrs + first, mask=part_mask, other=0.0)
         if BLOCK_B == 1:
-            acc_BV += tl.sum(w_VR.to(tl.float32) * o_BR, 1)[None, :]
+            o_R = tl.sum(part.to(tl.float32) * tl.reshape(weight_BS, [BLOCK_S, 1]), 0)
+            acc_BV += tl.sum(w_VR.to(tl.float32) * o_R[None, :], 1)[None, :]
         else:
-            acc_BV += _dot(o_BR.to(w_VR.dtype), tl.trans(w_VR))
+            o_BR = tl.sum(part.to(tl.float32) * weight_BS[:, :, None], 1)
+            acc_BV += dot(o_BR.to(w_VR.dtype), tl.trans(w_VR))
     out_ptrs = out_ptr + (b[:, None].to(tl.int64) * H + h) * V + v[None, :]
     tl.store(out_ptrs, acc_BV.to(out_ptr.dtype.element_ty), mask=b_mask[:, None])
 
@@ -231,7 +267,8 @@ def _splits(B: int, processors: int) -> int:
         programs = waves * processors
         if programs // B * B >= 0.9 * programs:
             break
-    return max(1, min(programs // B, 64))
+    # More of them than the last kernel can weigh at one go would cost it more than they save here.
+    return max(1, min(programs // B, 128 if B == 1 else 32 if B <= 4 else 16))
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,13 +286,17 @@ class Launch:
 def launches(B: int, H: int, R: int, V: int, processors: int) -> tuple[Launch, Launch, Launch]:
     """The three launches for B sequences: grids, tiles and warps."""
     splits = _splits(B, processors)
-    tile = {"BLOCK_B": 16 if B <= 16 else 32, "BLOCK_R": min(R, 64)}
+    block_b = max(16, min(64, triton.next_power_of_2(B)))  # rows of a matrix unit's tile
+    tile = {"BLOCK_B": block_b, "BLOCK_R": min(R, 64)}
     grid = (H * (R // tile["BLOCK_R"]) + tile["BLOCK_B"], triton.cdiv(B, tile["BLOCK_B"]))
     absorb = Launch(_absorb, grid, tile, 4)
     tile = {"BLOCK_H": max(16, triton.next_power_of_2(H)), "BLOCK_N": BLOCK_N}
-    attend = Launch(_attend, (splits, B), tile, 8)
-    tile = {"SPLITS": splits, "BLOCK_S": triton.next_power_of_2(splits), "BLOCK_N": BLOCK_N}
-    tile |= {"BLOCK_B": 1, "BLOCK_V": min(V, 32)} if B <= 4 else {"BLOCK_B": 16, "BLOCK_V": min(V, 64)}
+    attend = Launch(_attend, (splits, B), tile, 4)
+    tile = {"BLOCK_S": triton.next_power_of_2(splits), "BLOCK_N": BLOCK_N}
+    if B <= 4:
+        tile |= {"BLOCK_B": 1, "BLOCK_V": min(V, 32 if B == 1 else 64)}
+    else:
+        tile |= {"BLOCK_B": block_b if splits == 1 else 16, "BLOCK_V": min(V, 64)}
     tile["BLOCK_R"] = min(R, 32768 // (tile["BLOCK_B"] * tile["BLOCK_S"]))
     combine = Launch(_combine, (H * (V // tile["BLOCK_V"]), triton.cdiv(B, tile["BLOCK_B"])), tile, 8)
     return absorb, attend, combine
@@ -325,6 +366,7 @@ def mla_mixer_decode(
         w_uv_HVR,
         o_BO,
         B,
+        splits,
         w_uv_HVR.stride(0),
         H=H,
         R=R,
