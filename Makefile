@@ -1,8 +1,8 @@
-# `make demo` and `make test` need nothing but Python 3.11 or 3.12, make and git.
+# `make demo` and `make test` need nothing but Python 3.11 or later, make and git.
 VENV   ?= .venv
-# The first interpreter of a supported version; override with `make PYTHON=...`.
-PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
-	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
+# An interpreter of a tested version (3.11, 3.12) if there is one, else a newer one; override with `make PYTHON=...`.
+PYTHON ?= $(shell for v in 12 99; do for p in python3 python3.12 python3.11; do \
+	$$p -c "import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, $$v))" 2>/dev/null && echo $$p && exit; done; done)
 TORCH  ?= torch==2.13.0
 TRITON ?= triton==3.6.0
 BIN    := $(VENV)/bin
@@ -36,7 +36,7 @@ clean:
 	rm -rf $(VENV)
 
 $(VENV)/bin/python:
-	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 found; install one, or name it: make PYTHON=/path/to/python3.11"; exit 2; }
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or later found; install one, or name it: make PYTHON=/path/to/python3.11"; exit 2; }
 	@echo "Setting up $(VENV) ($(PYTHON))"
 	@$(PYTHON) -m venv $(VENV)
 

@@ -10,12 +10,14 @@ import math
 from typing import Any, Literal
 
 import msgspec
+from msgspec.structs import force_setattr
 
 from thalweg.errors import InvalidRequest
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 MAX_STOP_STRINGS = 64
+MAX_STOP_LENGTH = 1024
 MAX_LOGPROBS = 64
 
 
@@ -36,7 +38,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     frequency_penalty: float = 0.0  # over output
     logit_bias: dict[int, float] = {}
     seed: int | None = None  # None: drawn from the engine's seed and the request's arrival number
-    stop: tuple[str, ...] = ()
+    stop: tuple[str, ...] = ()  # one string, None or a list will do too
     stop_token_ids: tuple[int, ...] = ()
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
@@ -47,39 +49,65 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     def __post_init__(self) -> None:
         def need(ok: bool, name: str, expected: str) -> None:
             if not ok:
-                raise InvalidRequest(f"{name} is {getattr(self, name)!r}; expected {expected}")
+                raise InvalidRequest(f"{name} is {getattr(self, name)!r:.80}; expected {expected}")
 
-        def finite(x: float) -> bool:
-            return math.isfinite(x)
+        for name, low, high, optional in _INTEGERS:
+            value = getattr(self, name)
+            expected = f"{'None or ' if optional else ''}an integer from {low} to {high}"
+            need((optional and value is None) or (_is_integer(value) and low <= value <= high), name, expected)
+        for name, least, most, open_below in _NUMBERS:
+            value = getattr(self, name)
+            expected = f"a number in {'(' if open_below else '['}{least:g}, {most:g}]"
+            need(_is_number(value) and least <= value <= most and not (open_below and value == least), name, expected)
+        for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
+            need(isinstance(getattr(self, name), bool), name, "true or false")
 
-        need(self.max_tokens is None or self.max_tokens >= 0, "max_tokens", "None or an integer >= 0")
-        need(self.min_tokens >= 0, "min_tokens", "an integer >= 0")
-        need(finite(self.temperature) and 0 <= self.temperature <= 100, "temperature", "0 to 100")
-        need(finite(self.top_p) and 0 < self.top_p <= 1, "top_p", "a number in (0, 1]")
-        need(self.top_k >= -1, "top_k", "0 (off) or an integer >= 1")
-        need(finite(self.min_p) and 0 <= self.min_p <= 1, "min_p", "a number in [0, 1]")
-        need(
-            finite(self.repetition_penalty) and 0 < self.repetition_penalty <= 100,
-            "repetition_penalty",
-            "a number in (0, 100]",
+        stop = _sequence((self.stop,) if isinstance(self.stop, str) else self.stop)
+        fits = stop is not None and len(stop) <= MAX_STOP_STRINGS
+        fits = fits and all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_LENGTH for s in stop or ())
+        need(fits, "stop", f"at most {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_LENGTH} characters")
+        ids = _sequence(self.stop_token_ids)
+        need(ids is not None and all(_is_integer(i) for i in ids), "stop_token_ids", "token ids")
+        bias = self.logit_bias
+        fits = isinstance(bias, dict) and all(
+            _is_integer(i) and i >= 0 and _is_number(b) and -100 <= b <= 100 for i, b in bias.items()
         )
-        for name in ("presence_penalty", "frequency_penalty"):
-            value = getattr(self, name)
-            need(finite(value) and -2 <= value <= 2, name, "a number in [-2, 2]")
-        need(
-            all(k >= 0 and finite(b) and -100 <= b <= 100 for k, b in self.logit_bias.items()),
-            "logit_bias",
-            "token ids >= 0 with biases in [-100, 100]",
-        )
-        need(self.seed is None or -(2**63) <= self.seed < 2**64, "seed", "a 64-bit integer")
-        need(
-            len(self.stop) <= MAX_STOP_STRINGS and all(0 < len(s) <= 1024 for s in self.stop),
-            "stop",
-            f"at most {MAX_STOP_STRINGS} strings of 1 to 1024 characters",
-        )
-        for name in ("logprobs", "prompt_logprobs"):
-            value = getattr(self, name)
-            need(value is None or 0 <= value <= MAX_LOGPROBS, name, f"None or 0 to {MAX_LOGPROBS}")
+        need(fits, "logit_bias", "token ids >= 0 with biases in [-100, 100]")
+        force_setattr(self, "stop", stop)
+        force_setattr(self, "stop_token_ids", ids)
+
+
+_INTEGERS = (  # name, least, greatest, whether None is allowed
+    ("max_tokens", 0, 2**31, True),
+    ("min_tokens", 0, 2**31, False),
+    ("top_k", -1, 2**31, False),
+    ("logprobs", 0, MAX_LOGPROBS, True),
+    ("prompt_logprobs", 0, MAX_LOGPROBS, True),
+    ("seed", -(2**63), 2**64 - 1, True),
+)
+_NUMBERS = (  # name, least, greatest, whether the least itself is out
+    ("temperature", 0.0, 100.0, False),
+    ("top_p", 0.0, 1.0, True),
+    ("min_p", 0.0, 1.0, False),
+    ("repetition_penalty", 0.0, 100.0, True),
+    ("presence_penalty", -2.0, 2.0, False),
+    ("frequency_penalty", -2.0, 2.0, False),
+)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _sequence(value: Any) -> tuple[Any, ...] | None:
+    """A list or tuple as a tuple, None and nothing as an empty one; None for what is neither."""
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, (list, tuple)) else None
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,4 +1,4 @@
-"""Spans: where a step's host time goes, for whoever asks. While nobody records, a span costs next to nothing."""
+"""Spans: where a step's host time goes, for whoever asks. While nobody asks, a span costs next to nothing."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from functools import partial
 from types import TracebackType
 
 Clock = Callable[[], int]
+MakeSpan = Callable[[str], AbstractContextManager[object]]
 MAX_SPANS = 100_000  # kept of each name, the latest
 
 
@@ -19,6 +20,9 @@ class Recorder:
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
         self.durations: defaultdict[str, deque[int]] = defaultdict(partial(deque, maxlen=MAX_SPANS))
+
+    def span(self, name: str) -> AbstractContextManager[None]:
+        return _Span(self.clock, self.durations[name])
 
 
 class _Span:
@@ -45,13 +49,28 @@ class _Nothing:
 
 
 _NOTHING = _Nothing()
-_recorder: Recorder | None = None
+_make_span: MakeSpan | None = None
 
 
-def span(name: str) -> AbstractContextManager[None]:
-    """A context whose duration is kept under `name`, if somebody records."""
-    recorder = _recorder
-    return _NOTHING if recorder is None else _Span(recorder.clock, recorder.durations[name])
+def span(name: str) -> AbstractContextManager[object]:
+    """A context whose duration goes to whoever records or forwards spans."""
+    make = _make_span
+    return _NOTHING if make is None else make(name)
+
+
+@contextmanager
+def forward(make: MakeSpan) -> Iterator[None]:
+    """Let `make(name)` be every span of this process, on any thread, until the context ends; a profiler's annotation,
+    say. Spans open at the end are still closed. One record() or forward() at a time; raises RuntimeError otherwise.
+    """
+    global _make_span
+    if _make_span is not None:
+        raise RuntimeError("spans are being recorded already; expected one record() or forward() at a time")
+    _make_span = make
+    try:
+        yield
+    finally:
+        _make_span = None
 
 
 @contextmanager
@@ -60,11 +79,6 @@ def record(clock: Clock = time.perf_counter_ns) -> Iterator[Recorder]:
 
     With time.thread_time_ns a span is what its own thread worked, without the time it waited for others.
     """
-    global _recorder
-    if _recorder is not None:
-        raise RuntimeError("spans are being recorded already; expected one record() at a time")
-    _recorder = Recorder(clock)
-    try:
-        yield _recorder
-    finally:
-        _recorder = None
+    recorder = Recorder(clock)
+    with forward(recorder.span):
+        yield recorder

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,7 +35,9 @@ def test_same_tokens_and_logits_as_one_rank(folder: Path) -> None:
 
     results = []
     for size in (1, 2):
-        with LLM(str(folder), tensor_parallel_size=size, max_num_batched_tokens=32, max_num_seqs=4, block_size=8) as llm:
+        with LLM(
+            str(folder), tensor_parallel_size=size, max_num_batched_tokens=32, max_num_seqs=4, block_size=8
+        ) as llm:
             outputs = [o.outputs[0].token_ids for o in llm.generate(PROMPTS, PARAMS)]
             results.append((outputs, llm.prompt_logits(PROMPTS[2])))
     assert results[0][0] == results[1][0]
@@ -55,6 +60,43 @@ def test_a_rank_that_dies_ends_the_run_with_an_error(folder: Path) -> None:
         assert time.monotonic() - began < 20
 
 
-def test_ranks_that_do_not_divide_are_refused_before_any_starts(folder: Path) -> None:
+def test_ranks_that_do_not_divide_are_refused_before_any_starts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a rank was started")
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
     with pytest.raises(ConfigError, match="--tensor-parallel-size"):
         LLM(str(folder), tensor_parallel_size=3)
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.05, 0.6])
+def test_a_rank_that_dies_while_the_engine_starts_is_reported(folder: Path, delay: float) -> None:
+    pids: list[int] = []
+    original = subprocess.Popen
+
+    def popen(*args: Any, **options: Any) -> subprocess.Popen[bytes]:
+        process = original(*args, **options)
+        pids.append(process.pid)
+        threading.Timer(delay, os.kill, (process.pid, signal.SIGKILL)).start()
+        return process
+
+    began = time.monotonic()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, "Popen", popen)
+        with pytest.raises(EngineDeadError, match="rank 1 ended"):
+            LLM(str(folder), tensor_parallel_size=2)
+    assert time.monotonic() - began < 8
+    assert len(pids) == 1
+
+
+def test_a_step_that_hangs_ends_the_engine(folder: Path) -> None:
+    with LLM(str(folder), tensor_parallel_size=2, step_timeout=1.5) as llm:
+        llm.generate(PROMPTS, PARAMS)
+        assert llm._engine is not None
+        assert llm._engine.ranks is not None
+        os.kill(llm._engine.ranks.pids[0], signal.SIGSTOP)
+        try:
+            with pytest.raises(EngineDeadError, match="--step-timeout"):
+                llm.generate(PROMPTS, PARAMS)
+        finally:
+            os.kill(llm._engine.ranks.pids[0], signal.SIGKILL)

@@ -106,6 +106,35 @@ def test_a_killed_engine_ends_every_stream_with_an_error(folder: Path) -> None:
     run(folder, body)
 
 
+def test_a_rank_that_dies_while_nothing_runs_is_noticed(folder: Path) -> None:
+    async def body(client: EngineClient) -> None:
+        assert await tokens(client, PROMPTS[0])
+        assert client._process is not None
+        children = Path(f"/proc/{client._process.pid}/task/{client._process.pid}/children").read_text().split()
+        (rank,) = [int(pid) for pid in children if "rank_main" in Path(f"/proc/{pid}/cmdline").read_text()]
+        os.kill(rank, signal.SIGKILL)
+        for _ in range(80):
+            if client.dead is not None:
+                break
+            await asyncio.sleep(0.1)
+        assert "rank 1 ended" in str(client.dead)
+
+    run(folder, body, tensor_parallel_size=2)
+
+
+def test_an_engine_killed_before_it_listens_is_reported(folder: Path) -> None:
+    async def main() -> None:
+        client = EngineClient(EngineConfig(str(folder)))
+        start = asyncio.create_task(client.start())
+        while client._process is None:
+            await asyncio.sleep(0.001)
+        os.kill(client._process.pid, signal.SIGKILL)
+        with pytest.raises(EngineDeadError, match="before it was ready"):
+            await asyncio.wait_for(start, 20)
+
+    asyncio.run(main())
+
+
 def test_an_engine_that_cannot_start_raises_what_it_was(folder: Path, tmp_path: Path) -> None:
     async def start(client: EngineClient) -> None:
         await client.start()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -165,6 +166,28 @@ def test_logprobs_agree_with_prompt_logits(solo: LLM) -> None:
     assert out.outputs[0].cumulative_logprob == pytest.approx(sum(e.logprob for e in entries[len(p) - 1 :]))
 
 
+def test_calls_that_overlap_keep_their_own_tokens(solo: LLM, folder: Path) -> None:
+    params = SamplingParams(max_tokens=30, temperature=0, ignore_eos=True)
+    prompts = [prompt(7 + i, i) for i in range(6)]
+    expected = [solo.generate(p, params)[0].outputs[0].token_ids for p in prompts]
+    with LLM(str(folder), max_num_seqs=3) as llm:
+        streams = [llm.stream(p, params) for p in prompts[:2]]
+        got: list[list[int]] = [[], []]
+        for step in range(30):
+            for stream, ids in zip(streams, got, strict=True):
+                ids += next(stream).token_ids
+            if step == 4:
+                assert llm.generate(prompts[2], params)[0].outputs[0].token_ids == expected[2]
+                llm.prompt_logits(prompts[3])
+        assert got == expected[:2]
+        for stream in streams:
+            stream.close()
+        with ThreadPoolExecutor(4) as pool:
+            results = list(pool.map(lambda p: llm.generate(p, params)[0].outputs[0].token_ids, prompts))
+        assert results == expected
+        llm._live.core.scheduler.check_idle()
+
+
 def test_leaving_a_stream_early_frees_everything(solo: LLM) -> None:
     for i, delta in enumerate(solo.stream(prompt(20, 2), SamplingParams(max_tokens=50, ignore_eos=True))):
         assert delta.token_ids
@@ -193,6 +216,11 @@ def test_prompt_logits_leave_the_engine_as_it_was(solo: LLM) -> None:
         ([prompt(301, 0)], "--max-model-len"),
         ("text", "tokenizer"),
         ([3.5], "list of token ids"),
+        ([[3.5]], "integer"),
+        ({"prompt": "hi"}, "expected texts"),
+        (b"hi", "expected texts"),
+        (5, "expected texts"),
+        (None, "expected texts"),
     ],
 )
 def test_bad_prompts_are_refused_in_one_line(solo: LLM, bad: object, says: str) -> None:

@@ -144,23 +144,6 @@ def test_abort_frees_at_once(phase: str, depth: int) -> None:
     assert not h.abort("keep")
 
 
-def test_drop_all() -> None:
-    h = Harness(max_num_seqs=2)
-    for id in "abc":
-        h.add(id, [5, 6])
-    h.plan()
-    late = h.plan()
-    assert h.scheduler.drop_all("the device is gone") == [
-        RequestUpdate(id, [], "error", None, "the device is gone") for id in "abc"
-    ]
-    assert not h.scheduler.has_work()
-    h.scheduler.check_idle()
-    h.add("d", [5, 6], ignore_eos=True)
-    plan = h.plan()
-    assert h.scheduler.update(late, StepResult(late.step, [9, 9])) == []
-    assert h.scheduler.update(plan, StepResult(plan.step, [9])) == [RequestUpdate("d", [9])]
-
-
 def test_results_out_of_order_are_a_bug() -> None:
     h = started(depth=1)
     first, second = h.pending

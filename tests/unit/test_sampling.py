@@ -214,7 +214,9 @@ def test_a_reused_slot_forgets_the_last_request() -> None:
         ("temperature", -0.1), ("temperature", math.nan), ("top_p", 0.0), ("top_p", 1.1), ("top_k", -2),
         ("min_p", 2.0), ("max_tokens", -1), ("min_tokens", -1), ("presence_penalty", 3.0), ("repetition_penalty", 0.0),
         ("logprobs", 1000), ("stop", ("",)), ("stop", ("x",) * 100), ("logit_bias", {3: math.inf}),
-        ("logit_bias", {-1: 1.0}), ("seed", 2**70),
+        ("logit_bias", {-1: 1.0}), ("seed", 2**70), ("logprobs", True), ("max_tokens", 1.5), ("top_k", 2.5),
+        ("temperature", "a"), ("temperature", None), ("seed", 1.5), ("stop", b"x"), ("stop", (1,)), ("ignore_eos", 1),
+        ("stop_token_ids", "12"), ("logit_bias", [1]),
     ],
 )  # fmt: skip
 def test_bad_parameters_are_named(field: str, value: object) -> None:
@@ -235,3 +237,10 @@ def test_rows_on_the_device_alone_choose_the_same() -> None:
     s.admit(Admission(2, "x", [3], 1, SamplingParams(top_k=3), 0, False))
     assert not s.simple([1, 2, 3])
     assert s.simple([1, 3])
+
+
+def test_stop_takes_what_people_pass() -> None:
+    assert SamplingParams(stop="abc").stop == ("abc",)  # type: ignore[arg-type]
+    assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")  # type: ignore[arg-type]
+    assert SamplingParams(stop=None).stop == ()  # type: ignore[arg-type]
+    assert SamplingParams(stop_token_ids=[3]).stop_token_ids == (3,)  # type: ignore[arg-type]

@@ -12,11 +12,14 @@ import typer
 
 from thalweg import __version__
 from thalweg.cli.bench import bench
+from thalweg.cli.bench_kernels import kernels
 from thalweg.cli.chat import chat
 from thalweg.cli.evals import evals
 from thalweg.cli.generate import generate
 from thalweg.cli.inspect import inspect
+from thalweg.cli.profile import profile
 from thalweg.cli.serve import serve
+from thalweg.cli.trace import trace
 from thalweg.errors import ThalwegError
 
 ERROR, INTERRUPTED = 2, 130
@@ -36,6 +39,9 @@ app.command()(generate)
 app.command()(chat)
 app.command()(serve)
 app.command()(inspect)
+app.command()(profile)
+app.command()(trace)
+bench.command()(kernels)
 app.add_typer(evals, name="eval")
 app.add_typer(bench, name="bench")
 

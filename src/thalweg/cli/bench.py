@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from thalweg.cli.compare import compare
 from thalweg.cli.options import engine_config, takes
 from thalweg.config.engine import EngineConfig, parse_size
 from thalweg.errors import ConfigError
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from thalweg.bench.latency import BatchLatency
 
 bench = typer.Typer(help="Measure speed.")
+bench.command()(compare)
 
 OutputJson = Annotated[str | None, typer.Option(metavar="FILE", help="Write the figures to this file too.")]
 

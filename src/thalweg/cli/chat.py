@@ -37,6 +37,7 @@ def chat(
             import readline  # noqa: F401
     start = [] if system is None else [{"role": "system", "content": system}]
     with LLM(**config.to_dict()) as llm:
+        llm.front.chat_template()  # refuses a model that cannot chat before the first line is typed
         messages = list(start)
         if interactive:
             notes.print(f"{llm.info.name} on {llm.info.device}; /reset, /exit", style="dim")

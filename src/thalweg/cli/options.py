@@ -71,6 +71,9 @@ def engine_config(
     enforce_eager: Annotated[
         bool, _engine("--enforce-eager", help="Launch every kernel by itself: no CUDA graphs, a quicker start.")
     ] = False,
+    step_timeout: Annotated[
+        float, _engine(metavar="SECONDS", help="A step that takes longer ends the engine: a rank hangs.")
+    ] = _DEFAULTS.step_timeout,
     config_file: Annotated[
         str | None,
         _engine("--config-file", "--config", metavar="FILE", help="A config.json to run with --load-format dummy."),
@@ -108,6 +111,7 @@ def engine_config(
         load_format=load_format,
         seed=seed,
         enforce_eager=enforce_eager,
+        step_timeout=step_timeout,
         config_file=config_file,
         num_layers=num_layers,
         op_preference=_preferences(op or []),

@@ -43,6 +43,7 @@ class EngineConfig:
     load_format: str = "auto"
     seed: int = 0
     enforce_eager: bool = False
+    step_timeout: float = 300.0
     config_file: str | None = None
     num_layers: int | None = None
     op_preference: Mapping[str, str] = field(default_factory=dict)
@@ -72,6 +73,9 @@ class EngineConfig:
             for option, value in (("--config-file", self.config_file), ("--num-layers", self.num_layers)):
                 if value is not None:
                     raise ConfigError(f"{option} is {value!r}, which needs --load-format dummy")
+        seconds = self.step_timeout
+        is_number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
+        self._need(is_number and 0 < seconds <= 1e6, "step_timeout", "a number of seconds above 0")
         self._need(isinstance(self.enforce_eager, bool), "enforce_eager", "true or false")
         device = self.device
         self._need(isinstance(device, str) and bool(_DEVICE.fullmatch(device)), "device", "auto, cpu, cuda or cuda:N")

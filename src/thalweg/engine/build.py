@@ -27,8 +27,8 @@ from thalweg.runner.runner import ModelRunner
 from thalweg.sampling.sampler import Sampler
 from thalweg.weights.checkpoint import Checkpoint
 from thalweg.weights.dummy import fill
-from thalweg.weights.load import bytes_to_load, load
-from thalweg.weights.plan import checkpoint_shapes, local_elements
+from thalweg.weights.load import bytes_to_load, check, load
+from thalweg.weights.plan import Target, checkpoint_shapes, local_elements
 from thalweg.weights.progress import progress_bar
 
 THREAD_BYTES = 64 << 20
@@ -45,10 +45,18 @@ def build_rank(config: EngineConfig, tp_rank: int, rendezvous_file: str) -> tupl
     plan = source.package.plan(c, tp_rank, config.tensor_parallel_size)  # refuses what ranks do not divide, early
     if device.type == "cpu":
         _choose_threads(sum(local_elements(plan).values()) * 4, config.tensor_parallel_size)
+    checkpoint = None
+    if config.load_format != "dummy":
+        checkpoint = Checkpoint(source.folder)
+        check(plan, checkpoint, source.package.ignored(c))  # before anything is allocated by what config.json says
+    dtype = getattr(torch, config.dtype)
+    _check_memory(
+        sum(n * (4 if kind == "float32" else dtype.itemsize) for kind, n in local_elements(plan).items()), device
+    )
     mesh = join_mesh(tp_rank, config.tensor_parallel_size, rendezvous_file, device)
     resolver = Resolver(config.op_preference)
-    model = source.package.build(BuildContext(device, getattr(torch, config.dtype), mesh, resolver), c)
-    _fill(model, plan, source, config, tp_rank)
+    model = source.package.build(BuildContext(device, dtype, mesh, resolver), c)
+    _fill(model, plan, checkpoint, source, config, tp_rank)
 
     specs: list[LayerSpec] = model.cache_specs
     weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -113,7 +121,7 @@ def choose_device(config: EngineConfig, tp_rank: int) -> torch.device:
             torch.cuda.set_device(device)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as e:
-        reason = str(e).strip().splitlines()[0]
+        reason = str(e).strip().splitlines()[0].split(". ")[0][:160]
         raise ConfigError(f"--device is {config.device!r}, which this machine or torch does not have: {reason}") from e
     return device
 
@@ -139,23 +147,36 @@ def _choose_threads(weight_bytes: int, ranks: int) -> None:
         torch.set_num_threads(max(1, min(cores // ranks, weight_bytes // THREAD_BYTES)))
 
 
-def _fill(model: nn.Module, plan: list, source: ModelSource, config: EngineConfig, tp_rank: int) -> None:
+def _check_memory(weight_bytes: int, device: torch.device) -> None:
+    """Raises ConfigError where the weights alone are more than the device has: it would swap, or die late."""
+    if device.type == "cuda":
+        have = torch.cuda.mem_get_info(device)[1]
+    else:
+        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if weight_bytes > have:
+        raise ConfigError(
+            f"the weights take {weight_bytes / 2**30:.1f} GiB on this rank and {device} has {have / 2**30:.1f} GiB;"
+            " raise --tensor-parallel-size, or take a smaller --dtype"
+        )
+
+
+def _fill(
+    model: nn.Module,
+    plan: list[Target],
+    checkpoint: Checkpoint | None,
+    source: ModelSource,
+    config: EngineConfig,
+    tp_rank: int,
+) -> None:
     params = dict(model.named_parameters())
     show = None if tp_rank == 0 else False
-    if config.load_format == "dummy":
+    if checkpoint is None:
         total = sum(p.numel() * p.element_size() for p in params.values())
         with progress_bar(f"drawing {source.name}", total, show=show) as advance:
             fill(plan, params.__getitem__, config.seed, advance)
         return
-    checkpoint = Checkpoint(source.folder)
     with progress_bar(f"loading {source.name}", bytes_to_load(plan, checkpoint), show=show) as advance:
-        load(
-            plan,
-            checkpoint,
-            params.__getitem__,
-            ignore=source.package.ignored(source.config),
-            progress=advance,
-        )
+        load(plan, checkpoint, params.__getitem__, ignore=source.package.ignored(source.config), progress=advance)
 
 
 def cache_memory(config: EngineConfig, device: torch.device, mesh: Mesh) -> int:

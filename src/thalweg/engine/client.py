@@ -7,7 +7,6 @@ import contextlib
 import itertools
 import subprocess
 import sys
-import tempfile
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -20,6 +19,7 @@ from thalweg.core import Request, RequestUpdate, SamplingParams, SchedulerStats
 from thalweg.engine import messages as m
 from thalweg.engine.front import Front, load_front
 from thalweg.engine.info import EngineInfo
+from thalweg.engine.ipc import socket_folder
 from thalweg.engine.output import Delta, OutputProcessor
 from thalweg.engine.prompts import check_params, check_token_ids
 from thalweg.errors import EngineDeadError, InvalidRequest, ThalwegError
@@ -45,13 +45,14 @@ class EngineClient:
 
     async def start(self) -> None:
         """Start the process and wait until it is ready. Raises what the engine could not start for."""
-        self._folder = tempfile.TemporaryDirectory(prefix="thalweg-")
+        self._folder = socket_folder()
         address = f"ipc://{self._folder.name}/engine"
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.PAIR)
         for option, value in ((zmq.LINGER, 0), (zmq.SNDHWM, 0), (zmq.RCVHWM, 0)):
             self._socket.setsockopt(option, value)
-        self._socket.bind(address)
+        # The engine binds and this side connects: what is sent before the engine is there waits, and nobody for it.
+        self._socket.connect(address)
         # stdin stays open as long as this process lives: its end tells the engine to leave.
         command = [sys.executable, "-m", "thalweg.engine.process", address]
         # A session of its own: Ctrl-C in a terminal is for this process, which then ends the engine.

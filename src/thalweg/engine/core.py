@@ -8,6 +8,7 @@ from typing import Any
 
 from thalweg import tracing
 from thalweg.core import Request, RequestUpdate, SchedulerStats, StepPlan, StepResult
+from thalweg.errors import EngineDeadError
 from thalweg.runner.executor import Executor
 from thalweg.scheduler.scheduler import Scheduler
 
@@ -17,8 +18,8 @@ STEPS_AHEAD = 1  # plans submitted beyond the one whose result is awaited
 class EngineCore:
     """Requests in, updates out; owns the scheduler and feeds the executor. Not thread-safe: one loop drives it."""
 
-    def __init__(self, scheduler: Scheduler, executor: Executor[Any]) -> None:
-        self.scheduler, self._executor = scheduler, executor
+    def __init__(self, scheduler: Scheduler, executor: Executor[Any], step_timeout_s: float = 300.0) -> None:
+        self.scheduler, self._executor, self._step_timeout_s = scheduler, executor, step_timeout_s
         self._in_flight: deque[tuple[StepPlan, Future[StepResult]]] = deque()
 
     def add(self, request: Request) -> None:
@@ -45,13 +46,28 @@ class EngineCore:
         if not self._in_flight:
             return []
         done, future = self._in_flight[0]
-        result = future.result()  # may be interrupted, and asked again: the step is taken out after it
+        # The wait may be interrupted and come again: the step is taken out after it.
+        result = self._wait(done, future)
         self._in_flight.popleft()
         with tracing.span("update"):
             updates = self.scheduler.update(done, result)
         if not self.has_work():
             self.scheduler.check_idle()
         return updates
+
+    def _wait(self, plan: StepPlan, future: Future[StepResult]) -> StepResult:
+        try:
+            return future.result(self._step_timeout_s)
+        except TimeoutError:
+            if future.done():
+                raise  # the step's own
+            reason = f"step {plan.step} has not ended after {self._step_timeout_s:g} s; a rank hangs, or --step-timeout"
+            self._executor.fail(EngineDeadError(f"{reason} is too short"))
+            return future.result()
+
+    def check(self) -> None:
+        """Raises EngineDeadError if a rank has died, which an engine without work would not notice otherwise."""
+        self._executor.check()
 
     def stats(self) -> SchedulerStats:
         return self.scheduler.stats()

@@ -23,12 +23,16 @@ class Front:
     tokenizer: Tokenizer | None
     template: ChatTemplate | None
 
-    def chat_ids(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
-        """Token ids of a conversation, ready for the assistant's turn. Raises InvalidRequest."""
+    def chat_template(self) -> ChatTemplate:
+        """The folder's chat template. Raises InvalidRequest where there is none, or no tokenizer to go with it."""
         if self.tokenizer is None or self.template is None:
             missing = "tokenizer" if self.tokenizer is None else "chat template"
             raise InvalidRequest(f"{self.source.folder} has no {missing}, which chat needs; use completions instead")
-        return self.template.encode_chat(messages, **options)
+        return self.template
+
+    def chat_ids(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
+        """Token ids of a conversation, ready for the assistant's turn. Raises InvalidRequest."""
+        return self.chat_template().encode_chat(messages, **options)
 
 
 def load_front(config: EngineConfig) -> Front:

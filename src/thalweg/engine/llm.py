@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, SupportsIndex, cast
 
 from thalweg import tracing
 from thalweg.config.engine import EngineConfig
@@ -25,7 +25,7 @@ Messages = Sequence[Mapping[str, Any]]
 
 
 class LLM:
-    """Loads a model and generates, many prompts at a time.
+    """Loads a model and generates, many prompts at a time. Calls may overlap, also from several threads.
 
     `model` is a folder in Hugging Face layout (None: the bundled model). The other options are EngineConfig's. Use it
     as a context manager, or call close(). Raises ConfigError or CheckpointError, one line each, when it cannot start.
@@ -48,6 +48,7 @@ class LLM:
         load_format: str = "auto",
         seed: int = 0,
         enforce_eager: bool = False,
+        step_timeout: float = 300.0,
         config_file: str | None = None,
         num_layers: int | None = None,
         op_preference: Mapping[str, str] | None = None,
@@ -67,6 +68,7 @@ class LLM:
             load_format=load_format,
             seed=seed,
             enforce_eager=enforce_eager,
+            step_timeout=step_timeout,
             config_file=config_file,
             num_layers=num_layers,
             op_preference=op_preference or {},
@@ -110,7 +112,9 @@ class LLM:
 
         Default parameters are greedy and run up to the context's end. Raises InvalidRequest.
         """
-        one = not messages or isinstance(messages[0], Mapping)
+        if isinstance(messages, (str, bytes, Mapping)) or not messages:
+            raise InvalidRequest(f"messages are {messages!r:.40}; expected a list with one message or more")
+        one = isinstance(messages[0], Mapping)
         many = cast(Sequence[Messages], [messages] if one else messages)
         prompts = [self.front.chat_ids(conversation, **template_options) for conversation in many]
         params = sampling_params or SamplingParams(temperature=0, max_tokens=None)
@@ -122,20 +126,16 @@ class LLM:
         Leaving the iterator early aborts the request.
         """
         request = self._request(prompt, sampling_params or SamplingParams())
-        core, outputs = self._live.core, self._outputs()
-        core.add(request)
+        outputs = self._outputs()
         outputs.add(request)
-        try:
-            while core.has_work():
-                for update in core.step():
+        with self._live.pump.running([request]) as inbox:
+            while True:
+                for update in self._live.pump.wait(inbox):
                     delta = outputs.process(update)
                     if delta is not None:
                         yield delta
                         if delta.finish_reason is not None:
                             return
-        finally:
-            core.abort(request.id)
-            self._drain()
 
     def prompt_logits(self, token_ids: Sequence[int]) -> Tensor:
         """Float32 logits [T, V] after every one of the T tokens, prefilled in chunks as any prompt would be."""
@@ -145,15 +145,15 @@ class LLM:
         request = Request(
             id=self._next_id(), prompt_token_ids=ids, params=SamplingParams(max_tokens=0), prompt_logits=True
         )
-        core = self._live.core
-        core.add(request)
-        chunks = []
-        while core.has_work():
-            for update in core.step():
-                if update.error is not None:
-                    raise EngineDeadError(f"the prompt's logits could not be computed: {update.error}")
-                if update.prompt_logits is not None:
-                    chunks.append(update.prompt_logits)
+        chunks, ended = [], False
+        with self._live.pump.running([request]) as inbox:
+            while not ended:
+                for update in self._live.pump.wait(inbox):
+                    if update.error is not None:
+                        raise EngineDeadError(f"the prompt's logits could not be computed: {update.error}")
+                    if update.prompt_logits is not None:
+                        chunks.append(update.prompt_logits)
+                    ended = update.finish_reason is not None
         return torch.cat(chunks)
 
     def close(self) -> None:
@@ -190,11 +190,10 @@ class LLM:
         prompts: Sequence[Any],
         on_finished: Callable[[RequestOutput], object] = lambda _: None,
     ) -> list[RequestOutput]:
-        core, outputs = self._live.core, self._outputs(late=True)
+        pump, outputs = self._live.pump, self._outputs(late=True)
         results: dict[str, RequestOutput] = {}
-        try:
+        with pump.running(requests) as inbox:
             for request, prompt in zip(requests, prompts, strict=True):
-                core.add(request)
                 outputs.add(request)
                 results[request.id] = RequestOutput(
                     request.id,
@@ -204,17 +203,14 @@ class LLM:
                     RequestMetrics(time.perf_counter()),
                     None if request.params.prompt_logprobs is None else [None],
                 )
-            while core.has_work():
-                updates = core.step()
+            unfinished = len(results)
+            while unfinished:
+                updates = pump.wait(inbox)
                 with tracing.span("output"):
                     ended = self._take(updates, outputs, results)
+                unfinished -= len(ended)
                 for result in ended:
                     on_finished(result)
-        except BaseException:
-            for request in requests:
-                core.abort(request.id)
-            self._drain()
-            raise
         return list(results.values())
 
     def _take(
@@ -227,19 +223,10 @@ class LLM:
             if delta is not None:
                 _append(results[delta.request_id], delta, now)
                 if isinstance(delta.stop_reason, str):
-                    self._live.core.abort(delta.request_id)
+                    self._live.pump.abort(delta.request_id)
                 if delta.finish_reason is not None:
                     ended.append(results[delta.request_id])
         return ended
-
-    def _drain(self) -> None:
-        """Take in the steps still in flight, so that the next call starts from an idle engine."""
-        core = self._live.core
-        while core.has_work():
-            try:
-                core.step()
-            except EngineDeadError:
-                return
 
 
 def _append(result: RequestOutput, delta: Delta, now: float) -> None:
@@ -262,10 +249,12 @@ def _append(result: RequestOutput, delta: Delta, now: float) -> None:
 
 
 def _as_list(prompts: Any) -> list[Prompt]:
-    """One prompt or many; a flat list of integers is one prompt."""
+    """One prompt or many; a flat list of integers is one prompt. Raises InvalidRequest for what is neither."""
     if isinstance(prompts, str):
         return [prompts]
     if hasattr(prompts, "tolist"):
         prompts = prompts.tolist()
+    if isinstance(prompts, (bytes, Mapping)) or not isinstance(prompts, Iterable):
+        raise InvalidRequest(f"the prompts are a {type(prompts).__name__}; expected texts or lists of token ids")
     items = list(prompts)
-    return [items] if items and isinstance(items[0], int) else items
+    return [items] if items and isinstance(items[0], SupportsIndex) else items

@@ -28,6 +28,7 @@ class Delta:
 @dataclass(slots=True)
 class _Tracked:
     detokenizer: IncrementalDetokenizer | None
+    include_stop: bool
     held: list[int] | None  # ids whose text comes at the end; None: text comes with each update
 
 
@@ -49,7 +50,9 @@ class OutputProcessor:
                 stop=p.stop,
                 include_stop_str_in_output=p.include_stop_str_in_output,
             )
-        self._live[request.id] = _Tracked(detokenizer, [] if self._late and not p.stop else None)
+        self._live[request.id] = _Tracked(
+            detokenizer, p.include_stop_str_in_output, [] if self._late and not p.stop else None
+        )
 
     def discard(self, request_id: str) -> None:
         self._live.pop(request_id, None)
@@ -73,8 +76,9 @@ class OutputProcessor:
             update.prompt_logits,
         )
         if (detokenizer := tracked.detokenizer) is not None:
-            # The token that ended it is reported but is no text.
-            ids = update.token_ids[:-1] if update.finish_reason == "stop" else update.token_ids
+            # The token that ended it is reported, but is text only where that is asked for.
+            cut = update.finish_reason == "stop" and not tracked.include_stop
+            ids = update.token_ids[:-1] if cut else update.token_ids
             if (held := tracked.held) is not None:
                 held += ids
                 if update.finish_reason is None:

@@ -16,6 +16,7 @@ from thalweg.engine.start import Engine
 from thalweg.errors import InvalidRequest, ThalwegError
 
 STATS_INTERVAL_S = 0.5
+IDLE_POLL_MS = 500
 
 
 class EngineProcess:
@@ -28,12 +29,15 @@ class EngineProcess:
         """Until Stop. Raises what ended the engine otherwise."""
         last_sent = time.monotonic()
         while True:
-            # With work at hand only what is already there is read; otherwise wait for it.
-            while self._socket.poll(0 if self._core.has_work() else None):
+            # With work at hand only what is already there is read; otherwise wait for it, with a look at the ranks.
+            while self._socket.poll(0 if self._core.has_work() else IDLE_POLL_MS):
                 message = m.decode_to_engine(self._socket.recv())
                 if isinstance(message, m.Stop):
                     return
                 self._take(message)
+            if not self._core.has_work():
+                self._core.check()
+                continue
             updates = self._core.step()
             # A long prefill gives no updates; its figures should still be seen.
             if updates or time.monotonic() - last_sent > STATS_INTERVAL_S:
@@ -59,7 +63,7 @@ def main(address: str) -> int:
     socket.setsockopt(zmq.LINGER, 2000)
     socket.setsockopt(zmq.RCVHWM, 0)
     socket.setsockopt(zmq.SNDHWM, 0)
-    socket.connect(address)
+    socket.bind(address)
     engine = None
     try:
         start = m.decode_to_engine(socket.recv())

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, SupportsIndex
 
 from thalweg.core import SamplingParams
 from thalweg.errors import InvalidRequest
@@ -30,15 +30,19 @@ def encode_prompt(prompt: Prompt, tokenizer: Tokenizer | None, vocab_size: int) 
 
 def check_token_ids(ids: Any, vocab_size: int) -> list[int]:
     """The same ids as a list of Python ints. Raises InvalidRequest naming the first bad one."""
-    try:
-        values = ids.tolist() if hasattr(ids, "tolist") else list(ids)
-    except TypeError as e:
-        raise InvalidRequest(f"the prompt is a {type(ids).__name__}; expected text or a list of token ids") from e
-    for i, token in enumerate(values):
-        if not isinstance(token, int) or isinstance(token, bool):
+    if isinstance(ids, (str, bytes, Mapping)) or not isinstance(ids, Iterable):
+        raise InvalidRequest(f"the prompt is a {type(ids).__name__}; expected text or a list of token ids")
+    values = []
+    for i, token in enumerate(ids):
+        if isinstance(token, bool) or not isinstance(token, SupportsIndex):
             raise InvalidRequest(f"prompt token {i} is {token!r}; expected an integer")
-        if not 0 <= token < vocab_size:
-            raise InvalidRequest(f"prompt token {i} is {token}; expected 0 to {vocab_size - 1}, the model's vocabulary")
+        try:
+            value = token.__index__()
+        except TypeError:  # an array or tensor of floats, or of more than one
+            raise InvalidRequest(f"prompt token {i} is {token!r}; expected an integer") from None
+        if not 0 <= value < vocab_size:
+            raise InvalidRequest(f"prompt token {i} is {value}; expected 0 to {vocab_size - 1}, the model's vocabulary")
+        values.append(value)
     return values
 
 

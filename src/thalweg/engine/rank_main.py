@@ -17,7 +17,7 @@ from thalweg.errors import ThalwegError
 def main(address: str) -> int:
     end_with_parent()
     socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PULL)
-    socket.connect(address)
+    socket.bind(address)
     start = msgspec.msgpack.decode(socket.recv(), type=RankStart)
     from thalweg.engine.build import build_rank
 

@@ -6,7 +6,6 @@ import contextlib
 import os
 import subprocess
 import sys
-import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import zmq
 
 from thalweg.config.engine import EngineConfig
 from thalweg.core import StepPlan
+from thalweg.engine.ipc import socket_folder
 from thalweg.errors import EngineDeadError
 
 
@@ -37,7 +37,7 @@ class OtherRanks:
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="thalweg-ranks-")
+        self._folder = socket_folder()
         self.rendezvous_file = str(Path(self._folder.name) / "rendezvous")
         self._context = zmq.Context()
         self._closing = False
@@ -47,7 +47,8 @@ class OtherRanks:
             address = f"ipc://{self._folder.name}/rank-{rank}"
             socket = self._context.socket(zmq.PUSH)
             socket.setsockopt(zmq.LINGER, 0)
-            socket.bind(address)
+            # The rank binds and this side connects: what is sent before the rank is there waits, and nobody for it.
+            socket.connect(address)
             # stdin stays open as long as this process lives: its end tells the rank that nobody needs it any more.
             command = [sys.executable, "-m", "thalweg.engine.rank_main", address]
             self._processes.append(subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True))

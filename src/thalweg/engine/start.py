@@ -6,7 +6,9 @@ from thalweg.cache.manager import CacheManager
 from thalweg.config.engine import EngineConfig
 from thalweg.engine.core import EngineCore
 from thalweg.engine.info import EngineInfo
+from thalweg.engine.pump import Pump
 from thalweg.engine.ranks import OtherRanks
+from thalweg.engine.source import open_source
 from thalweg.runner.executor import Executor, Runner
 from thalweg.scheduler.scheduler import Scheduler
 
@@ -15,6 +17,9 @@ class Engine:
     """An EngineCore with what it stands on; `info` is known once this returns. Raises what building raised."""
 
     def __init__(self, config: EngineConfig) -> None:
+        if config.tensor_parallel_size > 1:
+            source = open_source(config)
+            source.package.plan(source.config, 0, config.tensor_parallel_size)  # refuses what ranks do not divide
         self.ranks = OtherRanks(config) if config.tensor_parallel_size > 1 else None
 
         def build() -> tuple[Runner, EngineInfo]:
@@ -38,7 +43,8 @@ class Engine:
             eos_token_ids=frozenset(info.eos_token_ids),
             seed=config.seed,
         )
-        self.core = EngineCore(scheduler, self._executor)
+        self.core = EngineCore(scheduler, self._executor, config.step_timeout)
+        self.pump = Pump(self.core)
 
     def close(self) -> None:
         self._executor.close()

@@ -12,10 +12,12 @@ from thalweg.ops import (
     kda_mixer,
     linear,
     mla_attention,
+    mla_down_norms,
     mla_mixer,
     moe,
     norm,
     projection,
+    residual,
     sample,
 )
 from thalweg.ops.registry import Choice, OpContext, Resolver
@@ -30,9 +32,11 @@ __all__ = [
     "kda_mixer",
     "linear",
     "mla_attention",
+    "mla_down_norms",
     "mla_mixer",
     "moe",
     "norm",
     "projection",
+    "residual",
     "sample",
 ]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,7 +19,7 @@ from thalweg.errors import EngineDeadError
 class Mesh:
     """Tensor parallelism over `tp_size` ranks; this process is `tp_rank`. With one rank every method is free."""
 
-    def __init__(self, tp_rank: int = 0, tp_size: int = 1, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, tp_rank: int = 0, tp_size: int = 1, group: Any = None) -> None:
         self.tp_rank = tp_rank
         self.tp_size = tp_size
         self._group = group
@@ -26,56 +27,62 @@ class Mesh:
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum over ranks, in place."""
         if self._group is not None:
-            self._run(lambda: dist.all_reduce(x, group=self._group))
+            group = self._group
+            self._run(lambda: group.allreduce([x]))
         return x
 
     def all_gather_last(self, x: Tensor) -> Tensor:
         """Concatenate the ranks' x [..., n] along the last dimension, in rank order: [..., tp_size * n]."""
         if self._group is None:
             return x
+        group, x = self._group, x.contiguous()
         parts = [torch.empty_like(x) for _ in range(self.tp_size)]
-        x = x.contiguous()
-        self._run(lambda: dist.all_gather(parts, x, group=self._group))
+        self._run(lambda: group.allgather([parts], [x]))
         return torch.cat(parts, dim=-1)
 
     def broadcast(self, x: Tensor) -> Tensor:
         """Rank 0's x on every rank, in place."""
         if self._group is not None:
-            self._run(lambda: dist.broadcast(x, src=0, group=self._group))
+            group, options = self._group, dist.BroadcastOptions()
+            options.rootRank = 0
+            self._run(lambda: group.broadcast([x], options))
         return x
 
     def minimum(self, value: int, device: torch.device) -> int:
         """The least of the ranks' values."""
         if self._group is None:
             return value
+        group, options = self._group, dist.AllreduceOptions()
+        options.reduceOp = dist.ReduceOp(dist.ReduceOp.MIN)
         x = torch.tensor(value, dtype=torch.int64, device=device)
-        self._run(lambda: dist.all_reduce(x, op=dist.ReduceOp.MIN, group=self._group))
+        self._run(lambda: group.allreduce([x], options))
         return int(x)
 
     def close(self) -> None:
-        if self._group is not None:
-            dist.destroy_process_group()
-            self._group = None
+        self._group = None
 
-    def _run(self, collective: Callable[[], object]) -> None:
+    def _run(self, collective: Callable[[], Any]) -> None:
         try:
-            collective()
+            collective().wait()
         except RuntimeError as e:
             reason = str(e).splitlines()[0]
             raise EngineDeadError(f"rank {self.tp_rank} lost another rank of {self.tp_size}: {reason}") from e
 
 
 def join_mesh(tp_rank: int, tp_size: int, rendezvous_file: str, device: torch.device, timeout_s: float = 600.0) -> Mesh:
-    """Meet the other ranks at `rendezvous_file` (a path on this host, not yet existing) and return the mesh."""
+    """Meet the other ranks at `rendezvous_file` (a path on this host, not yet existing) and return the mesh.
+
+    The group is this mesh's own, not torch's default one: a process may have several engines, and one that failed to
+    meet its ranks stands in no other's way.
+    """
     if tp_size == 1:
         return Mesh()
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(
-        backend,
-        init_method=f"file://{rendezvous_file}",
-        rank=tp_rank,
-        world_size=tp_size,
-        timeout=timedelta(seconds=timeout_s),
-        device_id=device if backend == "nccl" else None,
-    )
-    return Mesh(tp_rank, tp_size, dist.group.WORLD)
+    store = dist.FileStore(rendezvous_file, tp_size)
+    if device.type == "cuda":
+        nccl = dist.ProcessGroupNCCL.Options()
+        nccl._timeout = timedelta(seconds=timeout_s)
+        return Mesh(tp_rank, tp_size, dist.ProcessGroupNCCL(store, tp_rank, tp_size, nccl))
+    gloo: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    gloo._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]  # ranks are processes of one host
+    gloo._timeout = timedelta(seconds=timeout_s)
+    return Mesh(tp_rank, tp_size, dist.ProcessGroupGloo(store, tp_rank, tp_size, gloo))

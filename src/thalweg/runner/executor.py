@@ -65,7 +65,13 @@ class Executor(Generic[Info]):
     def close(self, timeout_s: float = 10.0) -> None:
         """Finish the plan under way, close the runner, end the thread. Waits no longer than `timeout_s`."""
         self._work.put((None, Future()))
-        self._thread.join(timeout_s)
+        if self._failure is None:  # else the thread may hang in a collective that nobody answers
+            self._thread.join(timeout_s)
+
+    def check(self) -> None:
+        """Raises what ended the rank, if something did."""
+        if self._failure is not None:
+            raise _again(self._failure)
 
     def _track(self, future: Future[Any]) -> Future[Any]:
         with self._lock:
@@ -73,7 +79,7 @@ class Executor(Generic[Info]):
             if failure is None:
                 self._open.add(future)
         if failure is not None:
-            future.set_exception(failure)
+            future.set_exception(_again(failure))
         return future
 
     def _settle(self, future: Future[Any], value: Any) -> None:
@@ -121,6 +127,11 @@ class Executor(Generic[Info]):
                 self._settle(future, finish())
             except Exception as e:  # noqa: BLE001 -- likewise
                 self.fail(_step_error(step, e))
+
+
+def _again(failure: BaseException) -> BaseException:
+    """The same error anew: one object raised over and over would collect every caller's frames."""
+    return EngineDeadError(str(failure)) if isinstance(failure, EngineDeadError) else failure
 
 
 def _step_error(step: int, e: Exception) -> EngineDeadError:

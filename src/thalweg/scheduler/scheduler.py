@@ -51,7 +51,6 @@ class Scheduler:
         self._in_flight: deque[tuple[int, list[Sequence], list[Sequence]]] = deque()  # step, decodes, prefills
         self._next_step = 0
         self._steps_done = 0  # every step below this number has its result
-        self._dropped_below = 0  # results of steps below this number are of no interest
         self._last_served = -1  # arrival of the decode served last when there were too many for a step
         self._arrivals = 0
         self._prompt_tokens = 0
@@ -97,18 +96,6 @@ class Scheduler:
             return False
         self._roster.end(seq)
         return True
-
-    def drop_all(self, reason: str) -> list[RequestUpdate]:
-        """Ends every request with error `reason`, in order of arrival.
-
-        Steps in flight need no update() any more; one that comes all the same gives nothing.
-        """
-        dropped = list(self._roster.sequences.values())
-        for seq in dropped:
-            self._roster.end(seq)
-        self._in_flight.clear()
-        self._steps_done = self._dropped_below = self._next_step
-        return [RequestUpdate(seq.request_id, [], "error", None, reason) for seq in dropped]
 
     def has_work(self) -> bool:
         """Whether any request is unfinished. Steps of ended requests may be in flight all the same."""
@@ -220,8 +207,6 @@ class Scheduler:
         position says of the token after it. What goes past the prompt, or was handed out before a preemption,
         is cut off.
         """
-        if plan.step < self._dropped_below:
-            return []
         expected = self._in_flight[0][0] if self._in_flight else None
         if plan.step != expected or result.step != expected:
             raise RuntimeError(f"result of step {result.step} for plan {plan.step}; expected step {expected}")

@@ -111,7 +111,10 @@ def _listen(host: str, port: int) -> socket.socket:
     """A listening socket, taken before the model is loaded. Raises ConfigError."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family)
+        listener = socket.create_server((host, port), family=family)
+        # Accepted connections inherit it; without it a small answer waits for the last one's acknowledgement.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return listener
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise ConfigError(f"--host {host} --port {port} cannot be listened on: {reason}") from None

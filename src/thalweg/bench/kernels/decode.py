@@ -1,0 +1,206 @@
+"""Cases of the decode suite: the launches of a decode step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thalweg.bench.kernels.case import Builder, Case, Draw, Setting, candidates_of
+from thalweg.bench.kernels.shape import distinct_experts
+
+EPS, PAGE_SIZE = 1e-5, 64
+ROUTED_SCALE = 2.446
+
+
+def linear(setting: Setting) -> Iterator[Case]:
+    s, es = setting.shape, setting.dtype.itemsize
+    inner = s.heads * s.head_dim
+    shapes = {
+        "KDA in": (s.width, s.kda_projection),
+        "MLA in": (s.width, s.mla_projection),
+        "mixer out": (inner, s.width),
+        "dense gate, up": (s.width, 2 * s.dense),
+        "dense down": (s.dense, s.width),
+        "head": (s.width, s.vocab),
+    }
+    for name, (D, O) in shapes.items():
+        for B in setting.batch_sizes:
+
+            def make(copy: int, B: int = B, D: int = D, O: int = O) -> tuple[Tensor, Tensor]:
+                draw = Draw(setting, copy)
+                return draw(B, D), draw(O, D, scale=D**-0.5)
+
+            yield Case(
+                "linear",
+                f"{name} {D} to {O}, batch {B}",
+                candidates_of(setting, "linear", {"D": D, "O": O}),
+                make,
+                num_bytes=es * (B * D + O * D + B * O),
+                flops=2 * B * D * O,
+            )
+
+
+def router(setting: Setting) -> Iterator[Case]:
+    s, es = setting.shape, setting.dtype.itemsize
+    E, D, k = s.experts, s.width, s.top_k
+    for B in setting.batch_sizes:
+
+        def make(copy: int, B: int = B) -> tuple[Any, ...]:
+            draw = Draw(setting, copy)
+            bias = draw(E, scale=0.05, dtype=torch.float32)
+            return draw(B, D), draw(E, D, scale=D**-0.5), bias, k, True, ROUTED_SCALE, "sigmoid", 1, 1, 1
+
+        yield Case(
+            "router",
+            f"{E} experts, batch {B}",
+            candidates_of(setting, "router", {"E": E, "D": D, "K": k, "G": 1, "S": 1}),
+            make,
+            num_bytes=es * (B * D + E * D) + 12 * B * (k + 1),
+            flops=2 * B * D * E,
+        )
+
+
+def experts(setting: Setting) -> Iterator[Case]:
+    yield from routed(setting, setting.batch_sizes, "batch", "graph")
+
+
+def routed(setting: Setting, sizes: tuple[int, ...], unit: str, timed: Any) -> Iterator[Case]:
+    """Cases of op "experts". The copies share one set of weights, and each routes at random in its own way."""
+    s, es = setting.shape, setting.dtype.itemsize
+    E, D, I, k = s.experts, s.width, s.inner, s.top_k
+    draw = Draw(setting, 0)
+    gate_up, down = draw(E + 1, 2 * I, D, scale=D**-0.5), draw(E + 1, D, I, scale=I**-0.5)
+    for T in sizes:
+
+        def make(copy: int, T: int = T) -> tuple[Any, ...]:
+            draw, device = Draw(setting, copy), setting.device
+            ids = torch.rand(T, E, generator=draw.rng, device=device).topk(k).indices
+            weights = torch.rand(T, k, generator=draw.rng, device=device)
+            weights = torch.cat([weights, weights.new_ones(T, 1)], 1)
+            return draw(T, D), weights, torch.cat([ids, torch.full_like(ids[:, :1], E)], 1), gate_up, down, 1
+
+        yield Case(
+            "experts",
+            f"{k} of {E} and 1 shared, {unit} {T}",
+            candidates_of(setting, "experts", {"E": E + 1, "D": D, "I": I}),
+            make,
+            num_bytes=es * (3 * D * I * (1 + distinct_experts(E, k, T)) + 2 * T * D),
+            flops=6 * T * (k + 1) * D * I,
+            timed=timed,
+        )
+
+
+def kda_mixer(setting: Setting) -> Iterator[Case]:
+    s, es, f32 = setting.shape, setting.dtype.itemsize, torch.float32
+    H, K, C, W = s.heads, s.head_dim, s.conv_channels, s.taps - 1
+    for B in setting.batch_sizes:
+
+        def make(copy: int, B: int = B) -> tuple[Any, ...]:
+            draw = Draw(setting, copy)
+            return (
+                draw(B, s.kda_projection),
+                draw(C, W + 1, scale=0.5),
+                draw(B + 1, W, C),
+                draw(2, H * K, K, scale=K**-0.5),
+                draw(H, dtype=f32),
+                draw(H, K, dtype=f32),
+                draw(K, scale=0.1).add_(1),
+                EPS,
+                draw(B + 1, H, K, K, scale=0.1, dtype=f32),
+                draw.order(B),
+            )
+
+        weights = C * (W + 1) + 2 * H * K * K
+        yield Case(
+            "kda_mixer_decode",
+            f"{H} heads, batch {B}",
+            candidates_of(setting, "kda_mixer_decode", {"H": H, "K": K, "V": K, "R": K, "W": W}),
+            make,
+            num_bytes=2 * 4 * B * H * K * K + es * (weights + B * (2 * W * C + s.kda_projection + H * K)),
+            flops=B * H * (6 * K * K + 4 * K * K + 6 * K * (W + 1)),
+            changed=lambda a: (a[2], a[8]),
+        )
+
+
+def mla_mixer(setting: Setting) -> Iterator[Case]:
+    s, es = setting.shape, setting.dtype.itemsize
+    H, K, R, P = s.heads, s.head_dim, s.latent, s.rope
+    context = setting.context
+    pages_each = -(-context // PAGE_SIZE)
+    for B in setting.batch_sizes:
+
+        def make(copy: int, B: int = B) -> tuple[Any, ...]:
+            draw, device = Draw(setting, copy), setting.device
+            tables = draw.order(B * pages_each).view(B, pages_each)
+            last = tables[:, (context - 1) // PAGE_SIZE] * PAGE_SIZE + (context - 1) % PAGE_SIZE
+            w = draw(H, 2 * K, R, scale=R**-0.5)
+            return (
+                draw(B, s.mla_projection),
+                draw(R, scale=0.1).add_(1),
+                w[:, :K],
+                w[:, K:],
+                draw(B * pages_each + 1, PAGE_SIZE, R + P),
+                tables.int(),
+                torch.full((B,), context, dtype=torch.int32, device=device),
+                last,
+                (K + P) ** -0.5,
+                EPS,
+            )
+
+        yield Case(
+            "mla_mixer_decode",
+            f"{H} heads, context {context}, batch {B}",
+            candidates_of(setting, "mla_mixer_decode", {"H": H, "K": K, "V": K, "R": R, "P": P}),
+            make,
+            num_bytes=es * (B * context * (R + P) + 2 * H * K * R + B * (s.mla_projection + H * K)),
+            flops=2 * B * H * (context * (2 * R + P) + 2 * K * R),
+            changed=lambda a: (a[4].flatten(0, 1)[a[7]],),  # the new tokens' rows
+        )
+
+
+def rms_norm(setting: Setting) -> Iterator[Case]:
+    yield from _norms(setting, "rms_norm", 1)
+
+
+def add_rms_norm(setting: Setting) -> Iterator[Case]:
+    yield from _norms(setting, "add_rms_norm", 2)
+
+
+def _norms(setting: Setting, op: str, inputs: int) -> Iterator[Case]:
+    D, es = setting.shape.width, setting.dtype.itemsize
+    for B in setting.batch_sizes:
+
+        def make(copy: int, B: int = B) -> tuple[Any, ...]:
+            draw = Draw(setting, copy)
+            return *(draw(B, D) for _ in range(inputs)), draw(D, scale=0.1).add_(1), EPS
+
+        candidates = candidates_of(setting, op, {"D": D})
+        yield Case(op, f"{D} wide, batch {B}", candidates, make, num_bytes=es * D * (2 * inputs * B + 1))
+
+
+def sample(setting: Setting) -> Iterator[Case]:
+    V, device = setting.shape.vocab, setting.device
+    for B in setting.batch_sizes:
+
+        def make(copy: int, B: int = B) -> tuple[Any, ...]:
+            draw = Draw(setting, copy)
+            seeds = draw.order(B)
+            return draw(B, V, scale=3.0), torch.ones(B, device=device), seeds, torch.full_like(seeds, copy)
+
+        candidates = candidates_of(setting, "sample", {"V": V})
+        yield Case("sample", f"{V} logits, batch {B}", candidates, make, num_bytes=B * V * setting.dtype.itemsize)
+
+
+DECODE: dict[str, Builder] = {
+    "linear": linear,
+    "router": router,
+    "experts": experts,
+    "kda_mixer_decode": kda_mixer,
+    "mla_mixer_decode": mla_mixer,
+    "rms_norm": rms_norm,
+    "add_rms_norm": add_rms_norm,
+    "sample": sample,
+}

@@ -1,0 +1,116 @@
+"""Cases of the prefill suite: `batch` prompts of `context` tokens each, from an empty cache, called one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from thalweg.bench.kernels.case import Builder, Case, Draw, Setting, candidates_of
+from thalweg.bench.kernels.decode import PAGE_SIZE, routed
+
+
+def _prompts(setting: Setting) -> Iterator[tuple[int, int, list[int], str]]:
+    """(sequences, their tokens together, offsets, a label) of each batch size."""
+    L = setting.context
+    for B in setting.batch_sizes:
+        yield B, B * L, [b * L for b in range(B + 1)], f"{B} x {L} tokens"
+
+
+def conv1d(setting: Setting) -> Iterator[Case]:
+    C, W, es = setting.shape.conv_channels, setting.shape.taps - 1, setting.dtype.itemsize
+    for B, T, offsets, label in _prompts(setting):
+
+        def make(copy: int, B: int = B, T: int = T, offsets: list[int] = offsets) -> tuple[Any, ...]:
+            draw = Draw(setting, copy)
+            return draw(T, C), draw(B + 1, W, C), draw.order(B), offsets, draw(C, W + 1, scale=0.5)
+
+        yield Case(
+            "conv1d_prefill",
+            f"{C} channels, {label}",
+            candidates_of(setting, "conv1d_prefill", {"C": C, "W": W}),
+            make,
+            num_bytes=es * C * (2 * T + 2 * B * W + W + 1),
+            flops=2 * T * C * (W + 1),
+            changed=lambda a: (a[1],),
+            timed="eager",
+        )
+
+
+def kda_gate(setting: Setting) -> Iterator[Case]:
+    H, K = setting.shape.heads, setting.shape.head_dim
+    for _, T, _, label in _prompts(setting):
+
+        def make(copy: int, T: int = T) -> tuple[Any, ...]:
+            draw = Draw(setting, copy)
+            return draw(T, H, K), draw(H, dtype=torch.float32), draw(H, K, dtype=torch.float32)
+
+        yield Case(
+            "kda_gate",
+            f"{H} heads, {label}",
+            candidates_of(setting, "kda_gate", {"H": H, "K": K, "V": K}),
+            make,
+            num_bytes=T * H * K * (setting.dtype.itemsize + 4),
+            timed="eager",
+        )
+
+
+def kda(setting: Setting) -> Iterator[Case]:
+    H, K, f32 = setting.shape.heads, setting.shape.head_dim, torch.float32
+    for B, T, offsets, label in _prompts(setting):
+
+        def make(copy: int, B: int = B, T: int = T, offsets: list[int] = offsets) -> tuple[Any, ...]:
+            draw = Draw(setting, copy)
+            q, k, v = (draw(T, H, K) for _ in range(3))
+            g, beta = -F.softplus(draw(T, H, K, dtype=f32)), draw(T, H, dtype=f32).sigmoid_()
+            return q, k, v, g, beta, draw(B + 1, H, K, K, scale=0.1, dtype=f32), draw.order(B), offsets
+
+        yield Case(
+            "kda_prefill",
+            f"{H} heads, {label}",
+            candidates_of(setting, "kda_prefill", {"H": H, "K": K, "V": K}),
+            make,
+            num_bytes=T * H * K * (4 * setting.dtype.itemsize + 4) + 4 * T * H + 8 * B * H * K * K,
+            flops=6 * T * H * K * K,  # of the recurrence; a chunked form does more, on faster units
+            changed=lambda a: (a[5],),
+            timed="eager",
+        )
+
+
+def mla(setting: Setting) -> Iterator[Case]:
+    s, es = setting.shape, setting.dtype.itemsize
+    H, K, R, P, L = s.heads, s.head_dim, s.latent, s.rope, setting.context
+    pages_each = -(-L // PAGE_SIZE)
+    for B, T, offsets, label in _prompts(setting):
+
+        def make(copy: int, B: int = B, T: int = T, offsets: list[int] = offsets) -> tuple[Any, ...]:
+            draw = Draw(setting, copy)
+            tables = draw.order(B * pages_each).view(B, pages_each).int()
+            pages = draw(B * pages_each + 1, PAGE_SIZE, R + P)
+            w = draw(H, 2 * K, R, scale=R**-0.5)
+            return draw(T, H, K + P), pages, tables, [0] * B, offsets, w[:, :K], w[:, K:], (K + P) ** -0.5
+
+        yield Case(
+            "mla_prefill",
+            f"{H} heads, {label}",
+            candidates_of(setting, "mla_prefill", {"H": H, "K": K, "V": K, "R": R, "P": P}),
+            make,
+            num_bytes=es * (T * (H * (2 * K + P) + R + P) + 2 * H * K * R),
+            flops=B * L * (L + 1) * H * (2 * K + P) + 4 * T * R * H * K,
+            timed="eager",
+        )
+
+
+def experts(setting: Setting) -> Iterator[Case]:
+    yield from routed(setting, tuple(B * setting.context for B in setting.batch_sizes), "tokens", "eager")
+
+
+PREFILL: dict[str, Builder] = {
+    "conv1d_prefill": conv1d,
+    "kda_gate": kda_gate,
+    "kda_prefill": kda,
+    "mla_prefill": mla,
+    "experts": experts,
+}

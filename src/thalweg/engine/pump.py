@@ -1,0 +1,72 @@
+"""One engine shared by the callers of one process: whoever waits drives it, everybody gets the news of his own."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from thalweg.core import Request, RequestUpdate
+from thalweg.engine.core import EngineCore
+from thalweg.errors import EngineDeadError
+
+Inbox = deque[RequestUpdate]
+
+
+class Pump:
+    """Calls may overlap, from several threads or by leaving a stream half read; none loses tokens to another."""
+
+    def __init__(self, core: EngineCore) -> None:
+        self._core, self._lock = core, threading.RLock()
+        self._inboxes: dict[str, Inbox] = {}
+
+    @contextmanager
+    def running(self, requests: Sequence[Request]) -> Iterator[Inbox]:
+        """The requests' inbox; when the context ends, whatever is left of them is aborted.
+
+        Raises InvalidRequest, and adds none of them, if the engine refuses one.
+        """
+        inbox: Inbox = deque()
+        with self._lock:
+            added = []
+            try:
+                for request in requests:
+                    self._core.add(request)
+                    added.append(request.id)
+            except BaseException:
+                for request_id in added:
+                    self._core.abort(request_id)
+                raise
+            self._inboxes.update(dict.fromkeys(added, inbox))
+        try:
+            yield inbox
+        finally:
+            with self._lock:
+                for request_id in added:
+                    self._core.abort(request_id)
+                    del self._inboxes[request_id]
+                # Steps in flight are taken in, so that an engine without callers is an idle engine.
+                with contextlib.suppress(EngineDeadError):
+                    while not self._inboxes and self._core.has_work():
+                        self._core.step()
+
+    def wait(self, inbox: Inbox) -> list[RequestUpdate]:
+        """Drive the engine until the inbox has news, and empty it. Raises EngineDeadError."""
+        with self._lock:
+            while not inbox:
+                if not self._core.has_work():
+                    raise RuntimeError("waiting for requests that the engine does not have")
+                for update in self._core.step():
+                    owner = self._inboxes.get(update.request_id)
+                    if owner is not None:
+                        owner.append(update)
+            news = list(inbox)
+            inbox.clear()
+            return news
+
+    def abort(self, request_id: str) -> None:
+        """End a request whose caller has all he wants of it."""
+        with self._lock:
+            self._core.abort(request_id)

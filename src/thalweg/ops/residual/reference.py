@@ -1,0 +1,11 @@
+"""A scaled addition and a residual addition in plain torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def scaled_residual_add(residual_TD: Tensor, a_TD: Tensor, b_TD: Tensor, scale: float) -> Tensor:
+    # In fp32 outright: in bf16 on a CPU, torch rounds the scale itself to bf16.
+    return residual_TD + torch.add(a_TD.float(), b_TD.float(), alpha=scale).to(a_TD.dtype)
