@@ -77,7 +77,10 @@ class OtherRanks:
     def pids(self) -> list[int]:
         return [p.pid for p in self._processes]
 
-    def close(self, timeout_s: float = 5.0) -> None:
+    def close(self, *, keep_folder: bool = False, timeout_s: float = 5.0) -> None:
+        """End the ranks. With `keep_folder` the rendezvous file's folder goes with this object instead of at once:
+        torch looks for a file in a folder that is gone for minutes, and lets no other thread run meanwhile.
+        """
         self._closing = True
         for process in self._processes:
             with contextlib.suppress(OSError):
@@ -92,7 +95,8 @@ class OtherRanks:
         for socket in self._sockets:
             socket.close()
         self._context.term()
-        self._folder.cleanup()
+        if not keep_folder:
+            self._folder.cleanup()
 
 
 def end_with_parent() -> None:

@@ -49,4 +49,5 @@ class Engine:
     def close(self) -> None:
         self._executor.close()
         if self.ranks is not None:
-            self.ranks.close()
+            # A build that failed elsewhere may still be on its way to meet the ranks; it holds on to this object.
+            self.ranks.close(keep_folder=self._executor.running)

@@ -68,6 +68,11 @@ class Executor(Generic[Info]):
         if self._failure is None:  # else the thread may hang in a collective that nobody answers
             self._thread.join(timeout_s)
 
+    @property
+    def running(self) -> bool:
+        """Whether the rank's thread is still at work: after `close`, only if it hangs."""
+        return self._thread.is_alive()
+
     def check(self) -> None:
         """Raises what ended the rank, if something did."""
         if self._failure is not None:
