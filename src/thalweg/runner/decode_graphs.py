@@ -19,12 +19,15 @@ from thalweg.parallel.mesh import Mesh
 from thalweg.runner.inputs import InputBuilder, IntArray
 from thalweg.sampling.sampler import Sampler
 
+MAX_ROWS = 512  # beyond, a step is long enough that launching it costs little, and kernels for few rows give up
 STAGES = 4  # host buffers in turn: a copy to the device may still be reading one when the next step is staged
 Model = Callable[[Batch, CacheStorage], Tensor]
 
 
 def buckets(max_num_seqs: int) -> list[int]:
-    """Batch sizes to capture: fine steps where a row more costs most, coarse ones above, up to max_num_seqs."""
+    """Batch sizes to capture: fine steps where a row more costs most, coarse ones above, up to max_num_seqs or
+    MAX_ROWS, whichever is less. Larger steps run eagerly."""
+    max_num_seqs = min(max_num_seqs, MAX_ROWS)
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 32), *range(256, max_num_seqs + 128, 128)]
     return [s for s in sizes if s < max_num_seqs] + [max_num_seqs]
 
