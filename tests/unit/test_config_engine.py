@@ -45,7 +45,8 @@ def test_a_value_out_of_range_is_one_line_that_names_the_option(option: str, val
     with pytest.raises(ConfigError) as caught:
         EngineConfig(**{option: value})  # type: ignore[arg-type]
     message = str(caught.value)
-    assert message.startswith(f"--{option.replace('_', '-')} is {value!r}; expected ")
+    shown = "MODEL" if option == "model" else f"--{option.replace('_', '-')}"  # an argument, not an option
+    assert message.startswith(f"{shown} is {value!r}; expected ")
     assert "\n" not in message
 
 
@@ -130,7 +131,7 @@ def test_a_model_is_a_folder_and_never_downloaded(tmp_path: Path, monkeypatch: p
     assert model_folder(str(tmp_path)) == tmp_path
     assert model_folder(None) == model_folder("thalweg-tiny")
     assert model_folder(None).name == "thalweg-tiny"
-    with pytest.raises(ConfigError, match=r"--model is .*file'?, a file; expected a folder"):
+    with pytest.raises(ConfigError, match=r"MODEL is .*file'?, a file; expected a folder"):
         model_folder(str(tmp_path / "file"))
     with pytest.raises(ConfigError, match="no such folder; fetch it first"):
         model_folder("someone/some-model")

@@ -117,7 +117,7 @@ class EngineConfig:
 
     def _need(self, ok: bool, name: str, expected: str) -> None:
         if not ok:
-            option = "--" + name.replace("_", "-")
+            option = "MODEL" if name == "model" else "--" + name.replace("_", "-")
             raise ConfigError(f"{option} is {getattr(self, name)!r}; expected {expected}")
 
 

@@ -13,7 +13,7 @@ _BUNDLED_FOLDER = Path(__file__).resolve().parent.parent / "bundled" / BUNDLED
 def model_folder(model: str | None) -> Path:
     """The folder of `model`: None or "thalweg-tiny" is the bundled one. Nothing is ever downloaded.
 
-    Raises ConfigError, naming --model, when there is no such folder.
+    Raises ConfigError, naming MODEL, the command line's argument, when there is no such folder.
     """
     if model is None or (model == BUNDLED and not Path(model).exists()):
         return _BUNDLED_FOLDER
@@ -21,9 +21,9 @@ def model_folder(model: str | None) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise ConfigError(f"--model is {model!r}, a file; expected a folder with config.json and safetensors files")
+        raise ConfigError(f"MODEL is {model!r}, a file; expected a folder with config.json and safetensors files")
     hint = f"; fetch it first: hf download {model} --local-dir FOLDER" if _looks_like_hub_name(model) else ""
-    raise ConfigError(f"--model is {model!r}, and there is no such folder{hint}")
+    raise ConfigError(f"MODEL is {model!r}, and there is no such folder{hint}")
 
 
 def _looks_like_hub_name(model: str) -> bool:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ class RankStart(msgspec.Struct, frozen=True):
 
 
 _encode = msgspec.msgpack.Encoder().encode
+OnDeath = Callable[[EngineDeadError], object]
 
 
 class OtherRanks:
@@ -55,11 +57,12 @@ class OtherRanks:
             self._sockets.append(socket)
             socket.send(_encode(RankStart(config.to_dict(), rank, self.rendezvous_file)))
 
-    def watch(self, on_death: Any) -> None:
+    def watch(self, on_death: OnDeath) -> None:
+        """Begin to wait for every rank, each on a thread of its own."""
         for rank, process in enumerate(self._processes, start=1):
             threading.Thread(target=self._wait, args=(rank, process, on_death), daemon=True).start()
 
-    def _wait(self, rank: int, process: subprocess.Popen[bytes], on_death: Any) -> None:
+    def _wait(self, rank: int, process: subprocess.Popen[bytes], on_death: OnDeath) -> None:
         code = process.wait()
         if not self._closing:
             on_death(

@@ -70,7 +70,7 @@ class Sampler:
     ) -> tuple[Tensor, dict[int, TokenLogprobs], dict[int, str]]:
         """Ids int64 [R] on the device, and per slot the log-probabilities asked for and the errors met.
 
-        `positions` are those of the tokens being chosen. A row with an error gets id 0.
+        `positions` are those of the tokens being chosen. The id of a row with an error means nothing.
         """
         errors = {s: self._rejected[s] for s in slots if s in self._rejected} if self._rejected else {}
         # A sum is finite only where every term is (float64 cannot overflow on float32 terms), and is one pass.
