@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from thalweg.cache.manager import MemorySplit
 from thalweg.core import Admission, Prefill, SamplingParams, StepPlan
+from thalweg.ops.triton_compile import compiled_together
 from thalweg.runner.runner import ModelRunner
 
 # Prompt lengths around the powers of two, by which kernels choose their tiles; beyond, all take the largest.
@@ -17,16 +18,22 @@ LENGTHS = sorted({n + more for n in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512) for 
 
 
 def warm_up(runner: ModelRunner, split: MemorySplit, max_num_batched_tokens: int) -> None:
-    """Run the plans. What they leave in slots and pages is gone once a request is admitted to them.
+    """Run the plans; on a GPU after compiling what they need, many kernels at a time.
 
-    Every rank calls this, since plans run on all of them.
+    What they leave in slots and pages is gone once a request is admitted to them. Every rank calls this, since plans
+    run on all of them.
     """
+    if runner.waits:
+        with compiled_together():
+            for plan in plans(split, max_num_batched_tokens):
+                runner.launch(plan)
     finish = [runner.launch(plan) for plan in plans(split, max_num_batched_tokens)]
     for wait in finish:
         wait()
 
 
 def plans(split: MemorySplit, budget: int) -> Iterator[StepPlan]:
+    """Steps of one and two sequences within the memory that `split` gives; none where it holds no two of them."""
     longest = min(budget, split.max_model_len - 2)
     if split.num_blocks:
         longest = min(longest, split.num_blocks // 2 * split.block_size - 2)  # two sequences at once
