@@ -54,6 +54,8 @@ def latency(
 
     check_lengths(sizes, input_len, output_len)
     _check_writable(output_json)
+    import torch  # here, since the profiler wants to be used on the thread that brings torch in
+
     from thalweg.engine.llm import LLM
     from thalweg.engine.source import open_source
 
@@ -61,8 +63,6 @@ def latency(
     with LLM(**replace(config, max_num_seqs=max(sizes)).to_dict()) as llm:
         info = llm.info
         start_s = time.perf_counter() - began
-        import torch
-
         from thalweg.bench.ceilings import measure_ceilings
         from thalweg.bench.floor import batch_floor
         from thalweg.bench.machine import describe_machine
