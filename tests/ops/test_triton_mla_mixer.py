@@ -57,13 +57,13 @@ def test_splits_fill_whole_waves() -> None:
         assert programs / 132 / -(-programs // 132) >= 0.9
 
 
-POINTERS = ("proj", "norm_weight", "w_uk", "w_uv", "pages", "q_latent", "part", "out")
+POINTERS = ("proj", "norm_weight", "w_uk", "w_uv", "pages", "q", "part", "out")
 TYPES = {
     **{f"{name}_ptr": "*bf16" for name in POINTERS},
     "page_rows_ptr": "*i64",
     "tables_ptr": "*i32",
     "lens_ptr": "*i32",
-    "lse_ptr": "*fp32",
+    "stats_ptr": "*fp32",
     "B": "i32",
     "splits": "i32",
     "proj_stride": "i32",

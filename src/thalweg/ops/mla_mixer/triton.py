@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from thalweg.ops.mla_mixer import gluon
 from thalweg.ops.triton_dot import dot
 from thalweg.ops.triton_launch import pdl_options
 from thalweg.ops.triton_support import multiprocessors
@@ -38,7 +39,7 @@ def _absorb(
     w_uk_ptr,
     pages_ptr,
     page_rows_ptr,
-    q_latent_ptr,
+    q_ptr,
     B,
     proj_stride,
     w_stride_h,
@@ -63,10 +64,15 @@ def _absorb(
         b = (tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
         if PDL:
             gdc_wait()
-        q_BK = tl.load(proj_ptr + b[:, None] * proj_stride + h * (K + P) + k[None, :], mask=b[:, None] < B, other=0.0)
+        in_ptrs = proj_ptr + b[:, None] * proj_stride + h * (K + P)
+        out_ptrs = q_ptr + (b[:, None] * H + h) * (R + P)
+        q_BK = tl.load(in_ptrs + k[None, :], mask=b[:, None] < B, other=0.0)
+        if pid % slices == 0:
+            p = tl.arange(0, P)
+            q_BP = tl.load(in_ptrs + K + p[None, :], mask=b[:, None] < B, other=0.0)
+            tl.store(out_ptrs + R + p[None, :], q_BP, mask=b[:, None] < B)
         out = dot(q_BK, w_KR)
-        out_ptrs = q_latent_ptr + (b[:, None] * H + h) * R + r_slice[None, :]
-        tl.store(out_ptrs, out.to(q_latent_ptr.dtype.element_ty), mask=b[:, None] < B)
+        tl.store(out_ptrs + r_slice[None, :], out.to(q_ptr.dtype.element_ty), mask=b[:, None] < B)
     else:
         row = tl.program_id(1) * BLOCK_B + pid - H * slices
         r = tl.arange(0, R)
@@ -116,19 +122,16 @@ def _prefetch_tile(table_ptr, base_ptr, PAGE_BYTES: tl.constexpr, TILE_BYTES: tl
 
 @triton.jit
 def _attend(
-    proj_ptr,
-    q_latent_ptr,
+    q_ptr,
     pages_ptr,
     tables_ptr,
     lens_ptr,
     part_ptr,
-    lse_ptr,
-    proj_stride,
+    stats_ptr,
     table_stride,
     scale_log2,
     H: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    K: tl.constexpr,
     R: tl.constexpr,
     P: tl.constexpr,
     PAGE: tl.constexpr,
@@ -162,8 +165,9 @@ def _attend(
     p = tl.arange(0, P)
     i = tl.arange(0, BLOCK_N)
     h_mask = h[:, None] < H
-    q_HR = tl.load(q_latent_ptr + (b * H + h[:, None]) * R + r[None, :], mask=h_mask, other=0.0)
-    q_HP = tl.load(proj_ptr + b * proj_stride + h[:, None] * (K + P) + K + p[None, :], mask=h_mask, other=0.0)
+    q_ptrs = q_ptr + (b * H + h[:, None]) * C
+    q_HR = tl.load(q_ptrs + r[None, :], mask=h_mask, other=0.0)
+    q_HP = tl.load(q_ptrs + R + p[None, :], mask=h_mask, other=0.0)
     m_H = tl.full([BLOCK_H], float("-inf"), tl.float32)
     l_H = tl.zeros([BLOCK_H], tl.float32)
     acc_RH = tl.zeros([R, BLOCK_H], tl.float32)
@@ -194,14 +198,15 @@ def _attend(
     part_ptrs = part_ptr + (part_row + h[None, :]) * R + r[:, None]
     # Splits past the sequence's end have nothing to tell.
     mask = (h < H) & (start < end)
-    tl.store(part_ptrs, (acc_RH / l_H[None, :]).to(part_ptr.dtype.element_ty), mask=mask[None, :])
-    tl.store(lse_ptr + part_row + h, m_H + tl.log2(l_H), mask=mask)
+    tl.store(part_ptrs, acc_RH.to(part_ptr.dtype.element_ty), mask=mask[None, :])
+    tl.store(stats_ptr + 2 * part_row + h, m_H, mask=mask)
+    tl.store(stats_ptr + 2 * part_row + H + h, l_H, mask=mask)
 
 
 @triton.jit(do_not_specialize=["B", "splits"])
 def _combine(
     part_ptr,
-    lse_ptr,
+    stats_ptr,
     lens_ptr,
     w_uv_ptr,
     out_ptr,
@@ -232,7 +237,8 @@ def _combine(
     tiles_B = tl.cdiv(tl.load(lens_ptr + b, mask=b_mask, other=0), BLOCK_N)
     span_B = tl.maximum(tl.cdiv(tiles_B, splits), 1)
     used_BS = s[None, :] * span_B[:, None] < tiles_B[:, None]
-    row_BS = (b[:, None].to(tl.int64) * splits + s[None, :]) * H + h
+    split_BS = b[:, None].to(tl.int64) * splits + s[None, :]
+    row_BS = split_BS * H + h
     if PDL:
         gdc_wait()
     if BLOCK_B == 1:
@@ -242,10 +248,12 @@ def _combine(
         part_ptrs = part_ptr + row_BS[:, :, None] * R + r[None, None, :]
         part_mask = used_BS[:, :, None]
     part = tl.load(part_ptrs, mask=part_mask, other=0.0)
-    lse_BS = tl.load(lse_ptr + row_BS, mask=used_BS, other=float("-inf"))
+    stats_ptrs = stats_ptr + split_BS * (2 * H) + h
+    m_BS = tl.load(stats_ptrs, mask=used_BS, other=float("-inf"))
+    l_BS = tl.load(stats_ptrs + H, mask=used_BS, other=0.0)
     # A finite fill for sequences without tokens, whose weights come out as zeros.
-    weight_BS = tl.exp2(lse_BS - tl.maximum(tl.max(lse_BS, 1), -1e30)[:, None])
-    weight_BS = weight_BS / tl.maximum(tl.sum(weight_BS, 1), 1e-30)[:, None]
+    weight_BS = tl.exp2(m_BS - tl.maximum(tl.max(m_BS, 1), -1e30)[:, None])
+    weight_BS = weight_BS / tl.maximum(tl.sum(weight_BS * l_BS, 1), 1e-30)[:, None]
     acc_BV = tl.zeros([BLOCK_B, BLOCK_V], tl.float32)
     for first in tl.static_range(0, R, BLOCK_R):
         if first > 0:
@@ -321,16 +329,16 @@ def mla_mixer_decode(
         return o_BO
     absorb, attend, combine = launches(B, H, R, V, multiprocessors(proj_BX.device))
     splits, pdl = attend.grid[0], pdl_options(proj_BX)
-    q_latent_BHR = proj_BX.new_empty(B, H, R)
+    q_BHC = proj_BX.new_empty(B, H, R + P)
     part_BSHR = proj_BX.new_empty(B, splits, H, R)
-    lse_BSH = proj_BX.new_empty(B, splits, H, dtype=torch.float32)
+    stats_BS2H = proj_BX.new_empty(B, splits, 2, H, dtype=torch.float32)  # maximum and sum of each split's weights
     absorb(
         proj_BX,
         kv_norm_weight_R,
         w_uk_HKR,
         pages_MSC,
         page_rows_B,
-        q_latent_BHR,
+        q_BHC,
         B,
         proj_BX.stride(0),
         w_uk_HKR.stride(0),
@@ -341,27 +349,15 @@ def mla_mixer_decode(
         P=P,
         **pdl,
     )
-    attend(
-        proj_BX,
-        q_latent_BHR,
-        pages_MSC,
-        block_tables_BN,
-        context_lens_B,
-        part_BSHR,
-        lse_BSH,
-        proj_BX.stride(0),
-        block_tables_BN.stride(0),
-        scale * LOG2_E,
-        H=H,
-        K=K,
-        R=R,
-        P=P,
-        PAGE=page_size,
-        **pdl,
-    )
+    context = (pages_MSC, block_tables_BN, context_lens_B)
+    if gluon.serves(pages_MSC, R):
+        gluon.launch(splits, q_BHC, *context, part_BSHR, stats_BS2H, scale * LOG2_E)
+    else:
+        strides = (block_tables_BN.stride(0),)
+        attend(q_BHC, *context, part_BSHR, stats_BS2H, *strides, scale * LOG2_E, H=H, R=R, P=P, PAGE=page_size, **pdl)
     combine(
         part_BSHR,
-        lse_BSH,
+        stats_BS2H,
         context_lens_B,
         w_uv_HVR,
         o_BO,
