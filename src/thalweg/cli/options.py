@@ -37,6 +37,13 @@ def engine_config(
         str,
         _engine(help="auto, float32, bfloat16 or float16. auto: float32 on a CPU, else the checkpoint's."),
     ] = "auto",
+    state_dtype: Annotated[
+        str,
+        _engine(
+            help="float32, or bfloat16: half the memory and traffic of recurrent states, which are then rounded at"
+            " every token and lose accuracy over long outputs."
+        ),
+    ] = _DEFAULTS.state_dtype,
     device: Annotated[str, _engine(help="auto, cpu, cuda or cuda:N.")] = "auto",
     max_model_len: Annotated[
         str | None,
@@ -100,6 +107,7 @@ def engine_config(
         model=model,
         tokenizer=tokenizer,
         dtype=dtype,
+        state_dtype=state_dtype,
         device=device,
         max_model_len=_size(max_model_len, "--max-model-len"),
         max_num_seqs=max_num_seqs,

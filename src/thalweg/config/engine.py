@@ -12,6 +12,7 @@ from typing import Any
 from thalweg.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+STATE_DTYPES = ("float32", "bfloat16")
 LOAD_FORMATS = ("auto", "dummy", "safetensors")
 MAX_TENSOR_PARALLEL = 1024
 
@@ -24,6 +25,7 @@ class EngineConfig:
     """Options of one engine. Raises ConfigError, in the command line's spelling, on a value out of range.
 
     `model` is a folder (None: the bundled model) and `tokenizer` another folder to take the tokenizer from.
+    `state_dtype` is what recurrent states are stored in, whatever they are computed in.
     `max_model_len` None means the model's context length, or what fits in memory. `cache_memory` is in bytes
     and takes the place of `gpu_memory_utilization`, the share of the device's memory that weights and cache
     may fill. `op_preference` maps an op's name, or "*", to the implementation that must serve it.
@@ -32,6 +34,7 @@ class EngineConfig:
     model: str | None = None
     tokenizer: str | None = None
     dtype: str = "auto"
+    state_dtype: str = "float32"
     device: str = "auto"
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
@@ -65,6 +68,7 @@ class EngineConfig:
             "a number in (0, 1]",
         )
         self._need(self.dtype in DTYPES, "dtype", _one_of(DTYPES))
+        self._need(self.state_dtype in STATE_DTYPES, "state_dtype", " or ".join(STATE_DTYPES))
         self._need(self.load_format in LOAD_FORMATS, "load_format", _one_of(LOAD_FORMATS))
         for name, kind in (("model", "a folder"), ("tokenizer", "a folder"), ("config_file", "a config.json")):
             value = getattr(self, name)

@@ -69,7 +69,7 @@ def build_rank(config: EngineConfig, tp_rank: int, rendezvous_file: str) -> tupl
     laps.end("device")
     mesh = join_mesh(tp_rank, config.tensor_parallel_size, rendezvous_file, device)
     resolver = Resolver(config.op_preference)
-    model = source.package.build(BuildContext(device, dtype, mesh, resolver), c)
+    model = source.package.build(BuildContext(device, dtype, mesh, resolver, config.state_dtype), c)
     _fill(model, plan, checkpoint, source, config, tp_rank)
     if device.type == "cuda":
         torch.cuda.synchronize()
