@@ -19,7 +19,7 @@ from thalweg.engine.prompts import check_params, check_token_ids
 from thalweg.errors import EngineDeadError, InvalidRequest
 from thalweg.server.app import create_app
 from thalweg.server.settings import ServerSettings
-from thalweg.tokenizer.base import Tokenizer
+from thalweg.tokenizer.base import Tokenizer, valid_unicode
 
 EOS = 256
 ANSWER = "Hello, wörld!"
@@ -35,7 +35,7 @@ class ByteTokenizer(Tokenizer):
         self._bytes_by_id = [bytes([i]) for i in range(256)] + [b"<eos>"]
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
-        return list(text.encode())
+        return list(valid_unicode(text).encode())
 
 
 class ClientDouble:
@@ -51,11 +51,13 @@ class ClientDouble:
             name="double", folder=Path("models/double"), generation=generation or GenerationConfig()
         )
 
-        def chat_ids(messages: list[dict[str, Any]], add_generation_prompt: bool = True) -> list[int]:
-            text = "".join(f"{m['role']}:{m['content']}\n" for m in messages)
+        def chat_ids(
+            messages: list[dict[str, Any]], /, tools: Any, add_generation_prompt: bool, style: str = ""
+        ) -> list[int]:
+            text = style + "".join(f"{m['role']}:{m['content']}\n" for m in messages)
             return tokenizer.encode(text + "assistant:" * add_generation_prompt)
 
-        self.front = SimpleNamespace(source=source, tokenizer=tokenizer, chat_ids=chat_ids)
+        self.front = SimpleNamespace(source=source, tokenizer=tokenizer, chat_ids=chat_ids, template=None)
         self.info = SimpleNamespace(name="double", max_model_len=1000, vocab_size=260)
         self.stats: SchedulerStats | None = None
         self.dead: EngineDeadError | None = None

@@ -12,7 +12,8 @@ from fastapi import APIRouter, Request, Response
 
 from thalweg.core import TokenLogprobs
 from thalweg.engine.output import Delta
-from thalweg.server.errors import ApiError
+from thalweg.errors import InvalidRequest
+from thalweg.server.errors import ApiError, as_api_error
 from thalweg.server.generation import News, generate, jobs_of
 from thalweg.server.logprobs import chat_logprobs
 from thalweg.server.params import refuse_unsupported, sampling_params
@@ -46,9 +47,9 @@ async def chat_completions(body: ChatBody, request: Request, service: ServiceDep
         max_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
-    prompt_ids = await service.encode_chat([_message(m) for m in body.messages])
+    prompt_ids = await service.encode_chat([_message(m) for m in body.messages], tools=None, **body.template_options())
     chat = _Chat(service, new_id("chatcmpl"), len(prompt_ids), body.n or 1)
-    news = generate(service, jobs_of(chat.id, [prompt_ids], params, chat.n), arrived)
+    news = _from_messages(generate(service, jobs_of(chat.id, [prompt_ids], params, chat.n), arrived))
     if not body.stream:
         return await whole(request, chat.answer(news))
     usage = body.stream_options is not None and bool(body.stream_options.include_usage)
@@ -119,6 +120,19 @@ class _Chat:
 
     def _envelope(self, kind: str, choices: list[Any], **more: Any) -> Envelope:
         return Envelope(id=self.id, object=kind, created=self._created, model=self._model, choices=choices, **more)
+
+
+async def _from_messages(news: News) -> News:
+    """`news`, with what is wrong with the prompt laid to the messages that it was made of."""
+    async with aclosing(news):
+        try:
+            async for item in news:
+                yield item
+        except InvalidRequest as e:
+            error = as_api_error(e)
+            if error.param == "prompt":
+                error.param = "messages"
+            raise error from None
 
 
 def _message(message: dict[str, Any]) -> dict[str, Any]:

@@ -42,6 +42,7 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, tokenizer: Tokenizer, tool_source: str | None = None) -> None:
+        self.source, self.tool_source = source, source if tool_source is None else tool_source
         self._tokenizer = tokenizer
         self._environment = Sandbox()
         self._template = self._compile(source)
