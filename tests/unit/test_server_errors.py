@@ -67,6 +67,8 @@ def post(path: str, **kwargs: Any) -> Any:
         ({**CHAT, "response_format": {"type": "json_object"}}, "response_format"),
         ({**CHAT, "tools": [{"type": "function"}]}, "tools"),
         ({**CHAT, "tools": [{"type": "function"}], "tool_choice": "auto"}, "tools"),
+        ({**CHAT, "tools": {}}, "tools"),
+        ({**CHAT, "tool_choice": "required"}, "tool_choice"),
     ],
 )
 def test_bad_chat_fields_name_themselves(body: dict[str, Any], param: str) -> None:

@@ -108,6 +108,7 @@ class ChatBody(GenerationBody, TemplateOptions):
     top_logprobs: Count | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
 
 
 class CompletionBody(GenerationBody):

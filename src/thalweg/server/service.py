@@ -12,6 +12,7 @@ from thalweg.engine.client import EngineClient
 from thalweg.engine.prompts import Prompt, encode_prompt
 from thalweg.server.errors import ApiError
 from thalweg.server.metrics import Metrics
+from thalweg.server.parsers.formats import OutputFormat
 from thalweg.server.responses import now
 from thalweg.server.settings import LONG_TEXT, ServerSettings
 
@@ -26,6 +27,7 @@ class Service:
         self.client, self.settings = client, settings
         self.metrics = Metrics(client)
         self.suggested = source.generation
+        self.output = OutputFormat.of(client.front, settings.tool_call_parser, settings.reasoning_parser)
         self.names = settings.served_model_names or (source.name,)
         # A client may also use the folder's name or path, whatever the model is served as.
         self._also_names = frozenset({*self.names, source.name, str(source.folder)})
