@@ -62,9 +62,13 @@ def post(path: str, **kwargs: Any) -> Any:
         ({**CHAT, "logprobs": True, "top_logprobs": 65}, "logprobs"),
         ({**CHAT, "top_logprobs": 1}, "top_logprobs"),
         ({**CHAT, "stream_options": {"include_usage": True}}, "stream_options"),
+        ({**CHAT, "chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
+        ({**CHAT, "chat_template_kwargs": []}, "chat_template_kwargs"),
         ({**CHAT, "response_format": {"type": "json_object"}}, "response_format"),
         ({**CHAT, "tools": [{"type": "function"}]}, "tools"),
         ({**CHAT, "tools": [{"type": "function"}], "tool_choice": "auto"}, "tools"),
+        ({**CHAT, "tools": {}}, "tools"),
+        ({**CHAT, "tool_choice": "required"}, "tool_choice"),
     ],
 )
 def test_bad_chat_fields_name_themselves(body: dict[str, Any], param: str) -> None:
@@ -111,6 +115,34 @@ def test_bodies_that_are_no_json_object(content: bytes) -> None:
     response = post("/v1/completions", content=content, headers={"content-type": "application/json"})
     assert response.status_code == 400
     error_of(response)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b'{"prompt": "\xff"}', "it is not UTF-8"),
+        (b'{"prompt": ' + b"[" * 100_000, "it nests too deep"),
+        (b'{"prompt": "x", "n": ' + b"9" * 10_000 + b"}", "it holds a number of too many digits"),
+    ],
+)
+def test_bodies_that_cannot_be_read_say_why(content: bytes, reason: str) -> None:
+    error = error_of(post("/v1/completions", content=content, headers={"content-type": "application/json"}))
+    assert error["message"] == f"the body is not valid JSON: {reason}"
+    assert error["code"] == "invalid_json"
+
+
+def test_half_a_surrogate_pair_is_no_accident() -> None:
+    headers = {"content-type": "application/json"}
+    echoed = post("/v1/completions", content=rb'{"prompt": "\ud800", "echo": true}', headers=headers)
+    assert echoed.json()["choices"][0]["text"].startswith("\ufffd")
+    refused = post("/v1/completions", content=rb'{"prompt": "x", "logit_bias": {"\ud800": "x"}}', headers=headers)
+    assert refused.status_code == 400
+    assert error_of(refused)["param"] == "logit_bias"
+
+
+def test_a_conversation_that_is_too_long_names_the_messages() -> None:
+    error = error_of(post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "REFUSE"}]}))
+    assert (error["param"], error["code"]) == ("messages", "context_length_exceeded")
 
 
 def test_a_form_is_no_json() -> None:

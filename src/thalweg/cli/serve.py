@@ -26,6 +26,17 @@ def serve(
         list[str] | None,
         typer.Option(metavar="NAME", help="Name of the model in requests; its folder's if left out. May be repeated."),
     ] = None,
+    tool_call_parser: Annotated[
+        str,
+        typer.Option(
+            metavar="FORMAT",
+            help="How the model writes tool calls: kimi_k2, hermes, qwen3_coder or none; auto: by the template.",
+        ),
+    ] = "auto",
+    reasoning_parser: Annotated[
+        str,
+        typer.Option(metavar="FORMAT", help="How the model marks reasoning: think or none; auto: by the template."),
+    ] = "auto",
     log_level: Annotated[
         str | None,
         typer.Option(
@@ -43,5 +54,7 @@ def serve(
         port=port,
         api_key=env.read("THALWEG_API_KEY") if api_key is None else api_key,
         served_model_name=served_model_name or (),
+        tool_call_parser=tool_call_parser,
+        reasoning_parser=reasoning_parser,
         log_level=log_level or env.read("THALWEG_LOG_LEVEL") or "warning",
     )

@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import subprocess
 import sys
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 import zmq
@@ -80,9 +80,13 @@ class EngineClient:
         raise error
 
     async def generate(
-        self, prompt_token_ids: list[int], params: SamplingParams, request_id: str | None = None
+        self,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        request_id: str | None = None,
+        marks: Mapping[int, str] | None = None,
     ) -> AsyncGenerator[Delta, None]:
-        """Each step's news of one request, to its end. Leaving early aborts it.
+        """Each step's news of one request, to its end. Leaving early aborts it. `marks`: see OutputProcessor.add.
 
         Raises InvalidRequest when the engine refuses it, EngineDeadError when the engine is or gets lost.
         """
@@ -96,7 +100,7 @@ class EngineClient:
         request = Request(id=request_id, prompt_token_ids=prompt_token_ids, params=params)
         queue: asyncio.Queue[Delta | ThalwegError] = asyncio.Queue()
         self._queues[request_id] = queue
-        self._outputs.add(request)
+        self._outputs.add(request, marks)
         ended = False
         try:
             self._post(m.Add(request))

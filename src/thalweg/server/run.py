@@ -29,6 +29,8 @@ def serve(
     api_key: str | None = None,
     served_model_name: Sequence[str] = (),
     log_level: str = "warning",
+    tool_call_parser: str = "auto",
+    reasoning_parser: str = "auto",
     drain_seconds: int = DRAIN_SECONDS,
 ) -> None:
     """Serve until SIGTERM or SIGINT, then let requests under way finish for up to `drain_seconds` and return.
@@ -38,7 +40,12 @@ def serve(
     """
     _check(port, api_key, served_model_name, log_level)
     client = EngineClient(config)
-    settings = ServerSettings(served_model_names=tuple(served_model_name), api_key=api_key)
+    settings = ServerSettings(
+        served_model_names=tuple(served_model_name),
+        api_key=api_key,
+        tool_call_parser=tool_call_parser,
+        reasoning_parser=reasoning_parser,
+    )
     failure: Exception | None = None
 
     def on_started(error: Exception | None) -> None:
