@@ -16,10 +16,10 @@ from thalweg.config.hf import GenerationConfig
 from thalweg.core import Request, RequestUpdate, SamplingParams, SchedulerStats, TokenLogprobs
 from thalweg.engine.output import Delta, OutputProcessor
 from thalweg.engine.prompts import check_params, check_token_ids
-from thalweg.errors import EngineDeadError, InvalidRequest
+from thalweg.errors import EngineDeadError, InvalidRequest, QueueTimeout, RequestTimeout, ThalwegError
 from thalweg.server.app import create_app
 from thalweg.server.settings import ServerSettings
-from thalweg.tokenizer.base import Tokenizer
+from thalweg.tokenizer.base import Tokenizer, valid_unicode
 
 EOS = 256
 ANSWER = "Hello, wörld!"
@@ -35,14 +35,14 @@ class ByteTokenizer(Tokenizer):
         self._bytes_by_id = [bytes([i]) for i in range(256)] + [b"<eos>"]
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
-        return list(text.encode())
+        return list(valid_unicode(text).encode())
 
 
 class ClientDouble:
     """Answers ANSWER and <eos>, whatever the prompt is, but for prompts that hold one of these words.
 
     FAIL: the request fails after two tokens. DIE: the engine is lost after two tokens. HANG: nothing comes after two
-    tokens. QUEUED: nothing comes at all. REFUSE: the engine does not take it.
+    tokens. QUEUED: nothing comes at all. REFUSE: the engine does not take it. WAITED, LATE: it waited or took too long.
     """
 
     def __init__(self, generation: GenerationConfig | None = None) -> None:
@@ -56,7 +56,7 @@ class ClientDouble:
             return tokenizer.encode(text + "assistant:" * add_generation_prompt)
 
         self.front = SimpleNamespace(source=source, tokenizer=tokenizer, chat_ids=chat_ids)
-        self.info = SimpleNamespace(name="double", max_model_len=1000, vocab_size=260)
+        self.info = SimpleNamespace(name="double", max_model_len=1000, max_num_seqs=4, vocab_size=260)
         self.stats: SchedulerStats | None = None
         self.dead: EngineDeadError | None = None
         self.seen: list[Request] = []
@@ -88,7 +88,7 @@ class ClientDouble:
                 yield delta
                 if ended:
                     return
-        except (InvalidRequest, EngineDeadError):
+        except ThalwegError:
             ended = True
             raise
         finally:
@@ -99,6 +99,10 @@ class ClientDouble:
         prompt, params, name = bytes(i for i in request.prompt_token_ids if i < 256), request.params, request.id
         if b"REFUSE" in prompt:
             raise InvalidRequest("the prompt has 9 tokens; expected at most 8 in all (--max-model-len)")
+        if b"WAITED" in prompt:
+            raise QueueTimeout("the request waited for 1 s and was not begun (--queue-timeout)")
+        if b"LATE" in prompt:
+            raise RequestTimeout("the request has not ended after 1 s (--request-timeout)")
         if b"QUEUED" in prompt:
             await asyncio.Event().wait()
         if params.prompt_logprobs is not None:

@@ -11,9 +11,10 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from thalweg.errors import EngineDeadError, InvalidRequest, ThalwegError
+from thalweg.errors import EngineDeadError, InvalidRequest, QueueTimeout, RequestTimeout, ThalwegError
 
 MAX_MESSAGE_CHARS = 1000
+RETRY_AFTER = "1"  # seconds, as a header
 
 # Messages about a field begin with its name: "temperature is 200; expected 0 to 100".
 _NAMED = re.compile(r"([a-z_]+)[\w.\[\]]* (?:is|has|names|nests)\b")
@@ -36,7 +37,8 @@ class ApiError(Exception):
 
     def body(self) -> dict[str, Any]:
         kind = "invalid_request_error" if self.status < 500 else "server_error"
-        message = str(self)[:MAX_MESSAGE_CHARS]
+        # Names out of a request may hold what has no UTF-8 form.
+        message = str(self)[:MAX_MESSAGE_CHARS].encode("utf-8", "replace").decode()
         return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> Response:
@@ -49,6 +51,10 @@ def as_api_error(error: Exception) -> ApiError:
         return error
     if isinstance(error, EngineDeadError):
         return ApiError(503, str(error), code="engine_dead")
+    if isinstance(error, QueueTimeout):
+        return ApiError(503, str(error), code="queue_timeout", headers={"Retry-After": RETRY_AFTER})
+    if isinstance(error, RequestTimeout):
+        return ApiError(504, str(error), code="request_timeout")
     if isinstance(error, InvalidRequest):
         return ApiError(400, str(error), param=_param_of(str(error)))
     if isinstance(error, ThalwegError):  # the checkpoint's fault, such as a chat template that the sandbox stopped
