@@ -66,6 +66,8 @@ class Sampler:
                 )
             except InvalidRequest as e:
                 self._rejected[slot] = str(e)
+            except Exception as e:  # noqa: BLE001 -- one request's parameters must not end the others'
+                self._rejected[slot] = f"its sampling parameters could not be applied: {type(e).__name__}: {e}"
 
     def __call__(
         self, logits_RV: Tensor, slots: list[int], positions: list[int]

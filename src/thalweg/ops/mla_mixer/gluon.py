@@ -165,11 +165,13 @@ def attend(
         for t in range(n):
             page_after = gl.load(table_ptr + (start + gl.minimum(t + AHEAD + 1, n - 1) * BLOCK_N) // PAGE)
             bar = bars.index(t % AHEAD)
-            kv0_NR, kv1_NR, k_NP = halves.index(2 * t % HALVES), halves.index((2 * t + 1) % HALVES), shareds.index(t % AHEAD)
-            mbarrier.wait(bar, t // AHEAD & 1)
-            mbarrier.expect(
-                bar, 2 * half_desc.block_type.nbytes + shared_desc.block_type.nbytes, pred=t + AHEAD < n
+            kv0_NR, kv1_NR, k_NP = (
+                halves.index(2 * t % HALVES),
+                halves.index((2 * t + 1) % HALVES),
+                shareds.index(t % AHEAD),
             )
+            mbarrier.wait(bar, t // AHEAD & 1)
+            mbarrier.expect(bar, 2 * half_desc.block_type.nbytes + shared_desc.block_type.nbytes, pred=t + AHEAD < n)
             scores_NH = gl.zeros([BLOCK_N, BLOCK_H], gl.float32, layout=mma)
             scores_NH = warpgroup_mma(
                 kv0_NR, q_halves.index(0).permute((1, 0)), scores_NH, use_acc=False, is_async=True
