@@ -69,7 +69,7 @@ def test_gemv_compiles_for_hopper(T: int, D: int, block: int, depth: int) -> Non
 
 
 @pytest.mark.parametrize(
-    ("D", "ahead", "split", "norm", "registers"), [(4096, 16, 4, False, 128), (2304, 9, 8, True, 128)]
+    ("D", "ahead", "split", "norm", "registers"), [(4096, 16, 4, False, 128), (2304, 9, 8, True, 255)]
 )
 def test_few_tokens_compiles_for_hopper(D: int, ahead: int, split: int, norm: bool, registers: int) -> None:
     pytest.importorskip("triton")

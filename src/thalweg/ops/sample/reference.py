@@ -35,9 +35,18 @@ def gumbel(seeds_R: Tensor, positions_R: Tensor, vocab: int) -> Tensor:
     return -(-torch.log1p(-uniform_RV)).log()
 
 
-def sample(logits_RV: Tensor, temperatures_R: Tensor, seeds_R: Tensor, positions_R: Tensor) -> Tensor:
+def sample(
+    logits_RV: Tensor,
+    temperatures_R: Tensor,
+    seeds_R: Tensor,
+    positions_R: Tensor,
+    refuse_non_finite: bool = False,
+) -> Tensor:
+    # A sum is finite only where every term is: float64 cannot overflow on float32 terms.
+    finite_R = torch.isfinite(logits_RV.sum(-1, dtype=torch.float64)) if refuse_non_finite else None
     logits_RV = logits_RV.float()
     logits_RV = logits_RV.masked_fill(logits_RV.isnan(), -torch.inf)
     hot_R1 = temperatures_R.float()[:, None]
     drawn_RV = logits_RV / hot_R1.where(hot_R1 > 0, 1.0) + gumbel(seeds_R, positions_R, logits_RV.shape[1])
-    return torch.where(hot_R1 > 0, drawn_RV, logits_RV).argmax(-1)
+    ids_R = torch.where(hot_R1 > 0, drawn_RV, logits_RV).argmax(-1)
+    return ids_R if finite_R is None else ids_R.where(finite_R, -1)

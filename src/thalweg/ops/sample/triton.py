@@ -53,6 +53,7 @@ def best_of_blocks_kernel(
     V,
     logits_stride,
     BLOCK_V: tl.constexpr,
+    REFUSE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     row, block = tl.program_id(1), tl.program_id(0)
@@ -62,15 +63,19 @@ def best_of_blocks_kernel(
     index = block * BLOCK_V + tl.arange(0, BLOCK_V)
     logits_ptrs = logits_ptr + row.to(tl.int64) * logits_stride + index
     value = tl.load(logits_ptrs, mask=index < V, other=float("-inf")).to(tl.float32)
+    finite = tl.min(((tl.abs(value) < float("inf")) | (index >= V)).to(tl.int32), 0)
     value = tl.where(value == value, value, float("-inf"))
     temperature = tl.load(temperatures_ptr + row).to(tl.float32)
     if temperature > 0.0:
         state = _splitmix64(_splitmix64(tl.load(seeds_ptr + row)) + tl.load(positions_ptr + row))
         value = tl.where(index < V, value / temperature + _gumbel(state + index), float("-inf"))
     best, where = tl.max(value, 0, return_indices=True, return_indices_tie_break_left=True)
+    where += block * BLOCK_V
+    if REFUSE:  # the largest value there is, which no other block of the row has with another id
+        best, where = tl.where(finite == 1, best, float("inf")), tl.where(finite == 1, where, -1)
     out = row * tl.num_programs(0) + block
     tl.store(values_ptr + out, best)
-    tl.store(ids_ptr + out, block * BLOCK_V + where)
+    tl.store(ids_ptr + out, where)
 
 
 @triton.jit
@@ -85,10 +90,16 @@ def best_of_rows_kernel(values_ptr, ids_ptr, out_ptr, blocks, BLOCKS: tl.constex
     tl.store(out_ptr + row, tl.load(ids_ptr + row * blocks + where).to(tl.int64))
 
 
-def sample(logits_RV: Tensor, temperatures_R: Tensor, seeds_R: Tensor, positions_R: Tensor) -> Tensor:
+def sample(
+    logits_RV: Tensor,
+    temperatures_R: Tensor,
+    seeds_R: Tensor,
+    positions_R: Tensor,
+    refuse_non_finite: bool = False,
+) -> Tensor:
     R, V = logits_RV.shape
     if R == 0 or logits_RV.stride(1) != 1:
-        return reference.sample(logits_RV, temperatures_R, seeds_R, positions_R)
+        return reference.sample(logits_RV, temperatures_R, seeds_R, positions_R, refuse_non_finite)
     block = 2048
     blocks = triton.cdiv(V, block)
     device = logits_RV.device
@@ -106,6 +117,7 @@ def sample(logits_RV: Tensor, temperatures_R: Tensor, seeds_R: Tensor, positions
         V,
         logits_RV.stride(0),
         BLOCK_V=block,
+        REFUSE=refuse_non_finite,
         num_warps=4,
         **pdl,
     )
