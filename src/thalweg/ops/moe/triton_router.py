@@ -117,32 +117,36 @@ def router(
     num_shared: int = 0,
 ) -> tuple[Tensor, Tensor]:
     T = x_TD.shape[0]
-    served = 0 < T <= MAX_TOKENS and n_group == 1 and x_TD.dtype == w_ED.dtype and scoring in ("sigmoid", "softmax")
+    served = T > 0 and n_group == 1 and x_TD.dtype == w_ED.dtype and scoring in ("sigmoid", "softmax")
     if not served or x_TD.stride(1) != 1 or w_ED.stride(1) != 1:
         return reference.router(x_TD, w_ED, bias_E, top_k, renormalize, scale, scoring, n_group, topk_group, num_shared)
     D, E = x_TD.shape[1], w_ED.shape[0]
     k = top_k + num_shared
     block_t, block_e, block_d = 16, 32, 256
-    splits = triton.cdiv(D, block_d)
-    partial = torch.empty(splits, T, E, dtype=torch.float32, device=x_TD.device)
     weights_Tk = torch.empty(T, k, dtype=torch.float32, device=x_TD.device)
     ids_Tk = torch.empty(T, k, dtype=torch.int64, device=x_TD.device)
     pdl = pdl_options(x_TD)
-    logits_kernel[(triton.cdiv(E, block_e) * splits, triton.cdiv(T, block_t))](
-        x_TD,
-        w_ED,
-        partial,
-        T,
-        x_TD.stride(0),
-        w_ED.stride(0),
-        D=D,
-        E=E,
-        BLOCK_T=block_t,
-        BLOCK_E=block_e,
-        BLOCK_D=block_d,
-        num_warps=4,
-        **pdl,
-    )
+    if T > MAX_TOKENS:  # enough to fill the device without splitting a product
+        splits, as_fp32 = 1, {} if x_TD.dtype == torch.float32 else {"out_dtype": torch.float32}
+        partial = torch.mm(x_TD, w_ED.t(), **as_fp32)
+    else:
+        splits = triton.cdiv(D, block_d)
+        partial = torch.empty(splits, T, E, dtype=torch.float32, device=x_TD.device)
+        logits_kernel[(triton.cdiv(E, block_e) * splits, triton.cdiv(T, block_t))](
+            x_TD,
+            w_ED,
+            partial,
+            T,
+            x_TD.stride(0),
+            w_ED.stride(0),
+            D=D,
+            E=E,
+            BLOCK_T=block_t,
+            BLOCK_E=block_e,
+            BLOCK_D=block_d,
+            num_warps=4,
+            **pdl,
+        )
     choose_kernel[(T,)](
         partial,
         bias_E,
