@@ -56,11 +56,11 @@ def conv1d_prefill_kernel(
         # Only this program reads the slot, so it may move it on: all rows are read before the first is written.
         tl.debug_barrier()
         for w in tl.static_range(W):
-            row = end - W + w
-            if row >= start:
-                new = tl.load(x_ptr + row * x_stride + c, mask=inside, other=0.0).to(state_ptr.dtype.element_ty)
+            last = end - W + w
+            if last >= start:
+                new = tl.load(x_ptr + last * x_stride + c, mask=inside, other=0.0).to(state_ptr.dtype.element_ty)
             else:
-                new = tl.load(state_ptrs + (row - start + W) * C, mask=inside, other=0.0)
+                new = tl.load(state_ptrs + (last - start + W) * C, mask=inside, other=0.0)
             # Row w takes what was in a later row, or an input: going up, nothing is overwritten before it is read.
             tl.debug_barrier()
             tl.store(state_ptrs + w * C, new, mask=inside)
@@ -75,7 +75,7 @@ def conv1d_prefill(
     y_TC = torch.empty(T, C, dtype=x_TC.dtype, device=x_TC.device)
     if T:
         cut = pieces(offsets, PIECE, x_TC.device)
-        block = 256
+        block = 128
         conv1d_prefill_kernel[(cut.num, triton.cdiv(C, block))](
             x_TC,
             state_NWC,

@@ -51,13 +51,12 @@ def running_sums_kernel(g_ptr, G_ptr, pieces_ptr, offsets_ptr, g_stride, HK, CHU
     sequence = tl.load(pieces_ptr + 2 * chunk)
     first = tl.load(pieces_ptr + 2 * chunk + 1)
     count = tl.load(offsets_ptr + sequence + 1) - first
+    i = tl.arange(0, CHUNK)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    g_ptrs = g_ptr + first.to(tl.int64) * g_stride + c
-    G_ptrs = G_ptr + chunk.to(tl.int64) * CHUNK * HK + c
-    total = tl.zeros([BLOCK], G_ptr.dtype.element_ty)
-    for i in tl.static_range(CHUNK):
-        total += tl.load(g_ptrs + i * g_stride, mask=(c < HK) & (i < count), other=0.0).to(total.dtype)
-        tl.store(G_ptrs + i * HK, total, mask=c < HK)
+    inside = (i < count)[:, None] & (c < HK)[None, :]
+    g = tl.load(g_ptr + (first + i).to(tl.int64)[:, None] * g_stride + c[None, :], mask=inside, other=0.0)
+    G_ptrs = G_ptr + (chunk.to(tl.int64) * CHUNK + i)[:, None] * HK + c[None, :]
+    tl.store(G_ptrs, tl.cumsum(g.to(G_ptr.dtype.element_ty), 0), mask=(c < HK)[None, :])
 
 
 @triton.jit
@@ -81,8 +80,7 @@ def within_chunks_kernel(
     H: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
     UNIT: tl.constexpr,  # dtype of what is at most 1
     WIDE: tl.constexpr,  # and of what is not
@@ -93,56 +91,77 @@ def within_chunks_kernel(
     first = tl.load(pieces_ptr + 2 * chunk + 1).to(tl.int64)
     count = tl.load(offsets_ptr + sequence + 1) - first
     i = tl.arange(0, CHUNK)
-    kk = tl.arange(0, BLOCK_K)
-    vv = tl.arange(0, BLOCK_V)
-    here = (i < count)[:, None]
-    k_mask = here & (kk < K)[None, :]
+    n = tl.arange(0, BLOCK)
     rows = first + i
+    here = (i < count)[:, None]
+    q_ptrs = q_ptr + rows[:, None] * q_stride + h * K + n[None, :]
+    k_ptrs = k_ptr + rows[:, None] * k_stride + h * K + n[None, :]
+    G_ptrs = G_ptr + (chunk.to(tl.int64) * CHUNK * H + h) * K + n[None, :]
+    at_i = i[:, None] * (H * K)
     beta = tl.load(beta_ptr + rows * beta_stride + h, mask=i < count, other=0.0).to(tl.float32)
-    k = tl.load(k_ptr + rows[:, None] * k_stride + h * K + kk[None, :], mask=k_mask, other=0.0).to(tl.float32)
-    q = tl.load(q_ptr + rows[:, None] * q_stride + h * K + kk[None, :], mask=k_mask, other=0.0).to(tl.float32)
-    P = tl.sum(q * k, 1) * tl.rsqrt(tl.sum(q * q, 1) + 1e-6) * tl.rsqrt(tl.sum(k * k, 1) + 1e-6)
-    k = (k * tl.rsqrt(tl.sum(k * k, 1) + 1e-6)[:, None]).to(UNIT)
-    q = (q * tl.rsqrt(tl.sum(q * q, 1) + 1e-6)[:, None]).to(UNIT)
+    q_sq = tl.zeros([CHUNK], tl.float32)
+    k_sq = tl.zeros([CHUNK], tl.float32)
+    q_k = tl.zeros([CHUNK], tl.float32)
+    for c in tl.range(0, K, BLOCK, num_stages=1):
+        inside = here & (c + n < K)[None, :]
+        q = tl.load(q_ptrs + c, mask=inside, other=0.0).to(tl.float32)
+        k = tl.load(k_ptrs + c, mask=inside, other=0.0).to(tl.float32)
+        q_sq += tl.sum(q * q, 1)
+        k_sq += tl.sum(k * k, 1)
+        q_k += tl.sum(q * k, 1)
+    r_q = tl.rsqrt(q_sq + 1e-6)
+    r_k = tl.rsqrt(k_sq + 1e-6)
     scale: tl.constexpr = K**-0.5
 
-    G_base = G_ptr + (chunk.to(tl.int64) * CHUNK * H + h) * K + kk[None, :]
-    G = tl.load(G_base + i[:, None] * (H * K), mask=(kk < K)[None, :], other=0.0)
+    out = chunk.to(tl.int64) * H + h
+    P_ptrs = p_ptr + out * CHUNK * CHUNK + i[:, None] * CHUNK + i[None, :]
     difference = i[:, None] ^ i[None, :]
-    P = tl.where(difference == 0, P[:, None], 0.0)
+    P = tl.where(difference == 0, (q_k * r_q * r_k * scale)[:, None], 0.0)
+    tl.store(P_ptrs, P.to(p_ptr.dtype.element_ty), mask=i[:, None] <= i[None, :])
     T = tl.where(difference == 0, 1.0, 0.0)
-    zero = tl.zeros([CHUNK, CHUNK], tl.float32)
     half = 1
     while half < CHUNK:
         middle = (i | (2 * half - 1)) - half  # the last token of the first half
-        G_middle = tl.load(G_base + middle[:, None] * (H * K), mask=(kk < K)[None, :], other=0.0)
-        X = tl.exp(-tl.abs((G - G_middle).to(tl.float32)))
-        kX = (k * X).to(UNIT)
+        A = tl.zeros([CHUNK, CHUNK], tl.float32)
+        P = tl.zeros([CHUNK, CHUNK], tl.float32)
+        for c in tl.range(0, K, BLOCK, num_stages=1):
+            c_mask = (c + n < K)[None, :]
+            G = tl.load(G_ptrs + at_i + c, mask=c_mask, other=0.0)
+            G_middle = tl.load(G_ptrs + middle[:, None] * (H * K) + c, mask=c_mask, other=0.0)
+            X = tl.exp(-tl.abs((G - G_middle).to(tl.float32)))
+            k = tl.load(k_ptrs + c, mask=here & c_mask, other=0.0).to(tl.float32)
+            q = tl.load(q_ptrs + c, mask=here & c_mask, other=0.0).to(tl.float32)
+            kX = (k * r_k[:, None] * X).to(UNIT)
+            A = _dot(kX, tl.trans(kX), A, UNIT)
+            P = _dot(q * r_q[:, None] * X, tl.trans(kX), P, UNIT)
         # i and j lie in neighbouring halves where their highest differing bit is that of `half`.
         pair = (i[:, None] > i[None, :]) & (difference >= half) & (difference < 2 * half)
-        A = tl.where(pair, _dot(kX, tl.trans(kX), zero, UNIT) * beta[:, None], 0.0)
-        P += tl.where(pair, _dot(q * X, tl.trans(kX), zero, UNIT), 0.0)
+        tl.store(P_ptrs, (P * scale).to(p_ptr.dtype.element_ty), mask=pair)
+        A = tl.where(pair, A * beta[:, None], 0.0)
+        zero = tl.zeros([CHUNK, CHUNK], tl.float32)
         T -= _dot(_dot(T, A, zero, UNIT), T, zero, UNIT)
         half *= 2
-    out = chunk.to(tl.int64) * H + h
-    P_ptrs = p_ptr + out * CHUNK * CHUNK + i[:, None] * CHUNK + i[None, :]
-    tl.store(P_ptrs, (P * scale).to(p_ptr.dtype.element_ty))
 
     T *= beta[None, :]
-    at = out * CHUNK * K + i[:, None] * K + kk[None, :]
-    inside = (kk < K)[None, :]
-    from_start = tl.exp(G.to(tl.float32))
-    tl.store(q_decayed_ptr + at, (q * from_start * scale).to(q_decayed_ptr.dtype.element_ty), mask=inside)
-    w = _dot(T, k * from_start, tl.zeros([CHUNK, BLOCK_K], tl.float32), UNIT)
-    tl.store(w_ptr + at, w.to(w_ptr.dtype.element_ty), mask=inside)
-    G_end = tl.load(G_base + (CHUNK - 1) * (H * K), mask=inside, other=0.0)
-    to_end = tl.exp((G_end - G).to(tl.float32))
-    tl.store(k_decayed_ptr + at, (k * to_end).to(k_decayed_ptr.dtype.element_ty), mask=inside)
-    v_mask = here & (vv < V)[None, :]
-    v = tl.load(v_ptr + rows[:, None] * v_stride + h * V + vv[None, :], mask=v_mask, other=0.0)
-    u = _dot(T, v, tl.zeros([CHUNK, BLOCK_V], tl.float32), WIDE)
-    u_ptrs = u_ptr + out * CHUNK * V + i[:, None] * V + vv[None, :]
-    tl.store(u_ptrs, u.to(u_ptr.dtype.element_ty), mask=(vv < V)[None, :])
+    for c in tl.range(0, K, BLOCK, num_stages=1):
+        c_mask = (c + n < K)[None, :]
+        G = tl.load(G_ptrs + at_i + c, mask=c_mask, other=0.0)
+        G_end = tl.load(G_ptrs + (CHUNK - 1) * (H * K) + c, mask=c_mask, other=0.0)
+        k = tl.load(k_ptrs + c, mask=here & c_mask, other=0.0).to(tl.float32) * r_k[:, None]
+        q = tl.load(q_ptrs + c, mask=here & c_mask, other=0.0).to(tl.float32) * (r_q * scale)[:, None]
+        at = out * CHUNK * K + i[:, None] * K + c + n[None, :]
+        from_start = tl.exp(G.to(tl.float32))
+        tl.store(q_decayed_ptr + at, (q * from_start).to(q_decayed_ptr.dtype.element_ty), mask=c_mask)
+        to_end = tl.exp((G_end - G).to(tl.float32))
+        tl.store(k_decayed_ptr + at, (k * to_end).to(k_decayed_ptr.dtype.element_ty), mask=c_mask)
+        w = _dot(T, k * from_start, tl.zeros([CHUNK, BLOCK], tl.float32), UNIT)
+        tl.store(w_ptr + at, w.to(w_ptr.dtype.element_ty), mask=c_mask)
+    for c in tl.range(0, V, BLOCK, num_stages=1):
+        c_mask = (c + n < V)[None, :]
+        v = tl.load(v_ptr + rows[:, None] * v_stride + h * V + c + n[None, :], mask=here & c_mask, other=0.0)
+        u = _dot(T, v, tl.zeros([CHUNK, BLOCK], tl.float32), WIDE)
+        u_ptrs = u_ptr + out * CHUNK * V + i[:, None] * V + c + n[None, :]
+        tl.store(u_ptrs, u.to(u_ptr.dtype.element_ty), mask=c_mask)
 
 
 @triton.jit
@@ -228,14 +247,12 @@ def kda_prefill(
     N = cut.num
 
     G = torch.empty(N, CHUNK, H, K, dtype=torch.float64 if exact else torch.float32, device=device)
-    block = min(256, triton.next_power_of_2(H * K))
-    running_sums_kernel[(N, triton.cdiv(H * K, block))](
-        g, G, cut.pieces_N2, cut.offsets_B1, g.stride(0), H * K, CHUNK, block, num_warps=max(1, block // 128)
+    running_sums_kernel[(N, triton.cdiv(H * K, 64))](
+        g, G, cut.pieces_N2, cut.offsets_B1, g.stride(0), H * K, CHUNK, 64, num_warps=4
     )
     q_decayed, k_decayed, w = (torch.empty(N, H, CHUNK, K, dtype=v.dtype, device=device) for _ in range(3))
     u = torch.empty(N, H, CHUNK, V, dtype=v.dtype, device=device)
     p = torch.empty(N, H, CHUNK, CHUNK, dtype=v.dtype, device=device)
-    block_k, block_v = (max(16, triton.next_power_of_2(n)) for n in (K, V))
     within_chunks_kernel[(N, H)](
         q,
         k,
@@ -256,15 +273,14 @@ def kda_prefill(
         H,
         K,
         V,
-        block_k,
-        block_v,
+        32,
         CHUNK,
         unit,
         wide,
         num_warps=8 if exact else 4,
     )
     B = len(offsets) - 1
-    rows = min(block_v, 32)
+    block_k, rows = max(16, triton.next_power_of_2(K)), 32
     across_chunks_kernel[(triton.cdiv(V, rows), H, B)](
         q_decayed,
         k_decayed,
