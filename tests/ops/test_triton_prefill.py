@@ -138,7 +138,9 @@ def test_kda_compiles_for_hopper() -> None:
     from thalweg.ops.kda import triton_prefill
 
     shape = dict(H=32, K=128, V=128, CHUNK=64)
-    within = compiled(triton_prefill.within_chunks_kernel, shape | dict(BLOCK=32, UNIT=tl.float16, WIDE=tl.bfloat16), 8)
+    within = compiled(
+        triton_prefill.within_chunks_kernel, shape | dict(BLOCK=32, BLOCK_K=128, UNIT=tl.float16, WIDE=tl.bfloat16), 8
+    )
     assert within.spilled_bytes == 0
     across = compiled(
         triton_prefill.across_chunks_kernel, shape | dict(BLOCK_K=128, BLOCK_V=32, WIDE=tl.bfloat16, STAGES=2)
@@ -151,7 +153,7 @@ def test_experts_compile_for_hopper() -> None:
     from thalweg.ops.moe import triton_grouped as grouped
 
     for rows, warps in ((64, 4), (128, 8)):
-        tile = dict(D=2304, I=1024, ROWS=rows, STAGES=4)
+        tile = dict(D=2304, I=1024, ROWS=rows, TAIL=rows // 2, STAGES=4)
         gate_up = compiled(grouped.gate_up_grouped_kernel, tile | dict(K=9, BLOCK_I=128, BLOCK_D=64), warps)
         down = compiled(grouped.down_grouped_kernel, tile | dict(BLOCK_D=256, BLOCK_I=64), warps)
         for kernel in (gate_up, down):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from thalweg.ops.host_tables import pieces
 
-PIECE = 32  # tokens of a program
+PIECE = 16  # tokens of a program
 
 
 @triton.jit
@@ -36,22 +36,25 @@ def conv1d_prefill_kernel(
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = c < C
     state_ptrs = state_ptr + tl.load(slots_ptr + sequence) * W * C + c
-    # Inputs before the sequence's start are those its slot remembers, in rows start - W .. start - 1.
-    t = first + tl.arange(0, PIECE)
-    y = tl.zeros([PIECE, BLOCK_C], tl.float32)
+    # The piece's inputs and the W before them, all on their way at once. Those before the sequence's start are what
+    # its slot remembers, as rows start - W .. start - 1.
+    rows = ()
+    for j in tl.static_range(PIECE + W):
+        row = first + (j - W)
+        x = tl.load(x_ptr + row * x_stride + c, mask=inside & (row >= start) & (row < end), other=0.0)
+        if j < W:
+            old = tl.load(state_ptrs + (row - start + W) * C, mask=inside & (row < start), other=0.0)
+            x = tl.where(row < start, old.to(x.dtype), x)
+        rows = rows + (x,)
+    taps = ()
     for w in tl.static_range(W + 1):
-        row = t + (w - W)
-        here = (row >= start) & (row < end)
-        x = tl.load(x_ptr + row[:, None] * x_stride + c[None, :], mask=here[:, None] & inside[None, :], other=0.0)
-        if w < W:
-            before = (row < start)[:, None] & inside[None, :]
-            old = tl.load(state_ptrs[None, :] + (row - start + W)[:, None] * C, mask=before, other=0.0)
-            x = tl.where(before, old.to(x.dtype), x)
-        tap = tl.load(weight_ptr + c * (W + 1) + w, mask=inside, other=0.0).to(tl.float32)
-        y += x.to(tl.float32) * tap[None, :]
-    y = y * tl.sigmoid(y)
-    y_ptrs = y_ptr + t[:, None] * C + c[None, :]
-    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=(t < end)[:, None] & inside[None, :])
+        taps = taps + (tl.load(weight_ptr + c * (W + 1) + w, mask=inside, other=0.0).to(tl.float32),)
+    for j in tl.static_range(PIECE):
+        y = tl.zeros([BLOCK_C], tl.float32)
+        for w in tl.static_range(W + 1):
+            y += rows[j + w].to(tl.float32) * taps[w]
+        y = y * tl.sigmoid(y)
+        tl.store(y_ptr + (first + j) * C + c, y.to(y_ptr.dtype.element_ty), mask=inside & (first + j < end))
     if first == start:
         # Only this program reads the slot, so it may move it on: all rows are read before the first is written.
         tl.debug_barrier()
@@ -75,7 +78,7 @@ def conv1d_prefill(
     y_TC = torch.empty(T, C, dtype=x_TC.dtype, device=x_TC.device)
     if T:
         cut = pieces(offsets, PIECE, x_TC.device)
-        block = 128
+        block = 512
         conv1d_prefill_kernel[(cut.num, triton.cdiv(C, block))](
             x_TC,
             state_NWC,

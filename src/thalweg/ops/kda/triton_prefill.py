@@ -41,7 +41,17 @@ def _dot(a: tl.tensor, b: tl.tensor, acc, DTYPE: tl.constexpr):
     a, b = a.to(DTYPE), b.to(DTYPE)
     if INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision="tf32x3")  # of fp32: three products that add up to all its bits
+
+
+@triton.jit
+def _once(x):
+    """x, said to have a side effect, so that it is computed once: the compiler would do it again for every layout that
+    a product wants it in, loads and exponentials included, and run out of registers."""
+    if INTERPRETED or x.dtype == tl.float32:
+        return x
+    else:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2)
 
 
 @triton.jit
@@ -57,6 +67,75 @@ def running_sums_kernel(g_ptr, G_ptr, pieces_ptr, offsets_ptr, g_stride, HK, CHU
     g = tl.load(g_ptr + (first + i).to(tl.int64)[:, None] * g_stride + c[None, :], mask=inside, other=0.0)
     G_ptrs = G_ptr + (chunk.to(tl.int64) * CHUNK + i)[:, None] * HK + c[None, :]
     tl.store(G_ptrs, tl.cumsum(g.to(G_ptr.dtype.element_ty), 0), mask=(c < HK)[None, :])
+
+
+@triton.jit
+def _load(x_ptr, rows, stride, columns, here, WIDTH: tl.constexpr):
+    mask = here[:, None] & (columns < WIDTH)[None, :]
+    return tl.load(x_ptr + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _within_half(
+    q_ptr,
+    k_ptr,
+    q_stride,
+    k_stride,
+    G_ptr,
+    G_stride,
+    p_ptr,
+    q_scale,
+    k_scale,
+    q_k,
+    beta,
+    i,
+    here,
+    CHUNK: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    UNIT: tl.constexpr,
+):
+    """(I + A)^-1 of the rows i, a half of the chunk; their P goes to memory, zeros above its diagonal included."""
+    ROWS: tl.constexpr = CHUNK // 2
+    n = tl.arange(0, BLOCK)
+    j = tl.arange(0, ROWS)
+    # Two rows lie in neighbouring halves of `half` tokens where that is the highest bit in which they differ.
+    difference = tl.where(j[:, None] > j[None, :], j[:, None] ^ j[None, :], 0)
+    A = tl.zeros([ROWS, ROWS], tl.float32)
+    P = tl.where(j[:, None] == j[None, :], q_k[:, None], 0.0)
+    zero = tl.zeros([ROWS, ROWS], tl.float32)
+    for c in tl.range(0, K, BLOCK, num_stages=1):
+        G = _load(G_ptr, i, G_stride, c + n, i < CHUNK, K)
+        k = (_load(k_ptr, i, k_stride, c + n, here, K).to(tl.float32) * k_scale[:, None]).to(UNIT)
+        q = (_load(q_ptr, i, q_stride, c + n, here, K).to(tl.float32) * q_scale[:, None]).to(UNIT)
+        half = 1
+        while half < ROWS:
+            middle = (i | (2 * half - 1)) - half  # the last token of the first half
+            X = tl.exp(-tl.abs((G - _load(G_ptr, middle, G_stride, c + n, i < CHUNK, K)).to(tl.float32)))
+            pair = (difference >= half) & (difference < 2 * half)
+            kX = _once((k * X).to(UNIT))
+            A += tl.where(pair, _dot(kX, tl.trans(kX), zero, UNIT), 0.0)
+            P += tl.where(pair, _dot(_once((q * X).to(UNIT)), tl.trans(kX), zero, UNIT), 0.0)
+            half *= 2
+    A *= beta[:, None]
+    T = tl.where(j[:, None] == j[None, :], 1.0, 0.0)
+    half = 1
+    while half < ROWS:
+        pair = (difference >= half) & (difference < 2 * half)
+        T -= _dot(_dot(T, tl.where(pair, A, 0.0), zero, UNIT), T, zero, UNIT)
+        half *= 2
+    tl.store(p_ptr + i[:, None] * CHUNK + i[None, :], (P * K**-0.5).to(p_ptr.dtype.element_ty))
+    return T
+
+
+@triton.jit
+def _scales(q_ptr, k_ptr, i, q_stride, k_stride, here, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """What makes queries and keys of length 1, and their products then."""
+    q = _load(q_ptr, i, q_stride, tl.arange(0, BLOCK_K), here, K).to(tl.float32)
+    k = _load(k_ptr, i, k_stride, tl.arange(0, BLOCK_K), here, K).to(tl.float32)
+    q_scale = tl.rsqrt(tl.sum(q * q, 1) + 1e-6)
+    k_scale = tl.rsqrt(tl.sum(k * k, 1) + 1e-6)
+    return q_scale, k_scale, tl.sum(q * k, 1) * q_scale * k_scale
 
 
 @triton.jit
@@ -81,87 +160,102 @@ def within_chunks_kernel(
     K: tl.constexpr,
     V: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     CHUNK: tl.constexpr,
     UNIT: tl.constexpr,  # dtype of what is at most 1
     WIDE: tl.constexpr,  # and of what is not
 ):
+    """In two halves, a and b: tiles of 32 rows stay clear of asynchronous products, which Triton 3.6 got wrong here."""
+    ROWS: tl.constexpr = CHUNK // 2
+    stride: tl.constexpr = H * K
     chunk = tl.program_id(0)
     h = tl.program_id(1)
     sequence = tl.load(pieces_ptr + 2 * chunk)
     first = tl.load(pieces_ptr + 2 * chunk + 1).to(tl.int64)
     count = tl.load(offsets_ptr + sequence + 1) - first
-    i = tl.arange(0, CHUNK)
+    a = tl.arange(0, ROWS)
+    b = a + ROWS
     n = tl.arange(0, BLOCK)
-    rows = first + i
-    here = (i < count)[:, None]
-    q_ptrs = q_ptr + rows[:, None] * q_stride + h * K + n[None, :]
-    k_ptrs = k_ptr + rows[:, None] * k_stride + h * K + n[None, :]
-    G_ptrs = G_ptr + (chunk.to(tl.int64) * CHUNK * H + h) * K + n[None, :]
-    at_i = i[:, None] * (H * K)
-    beta = tl.load(beta_ptr + rows * beta_stride + h, mask=i < count, other=0.0).to(tl.float32)
-    q_sq = tl.zeros([CHUNK], tl.float32)
-    k_sq = tl.zeros([CHUNK], tl.float32)
-    q_k = tl.zeros([CHUNK], tl.float32)
-    for c in tl.range(0, K, BLOCK, num_stages=1):
-        inside = here & (c + n < K)[None, :]
-        q = tl.load(q_ptrs + c, mask=inside, other=0.0).to(tl.float32)
-        k = tl.load(k_ptrs + c, mask=inside, other=0.0).to(tl.float32)
-        q_sq += tl.sum(q * q, 1)
-        k_sq += tl.sum(k * k, 1)
-        q_k += tl.sum(q * k, 1)
-    r_q = tl.rsqrt(q_sq + 1e-6)
-    r_k = tl.rsqrt(k_sq + 1e-6)
-    scale: tl.constexpr = K**-0.5
-
+    here_a = a < count
+    here_b = b < count
+    q_ptr += first * q_stride + h * K
+    k_ptr += first * k_stride + h * K
+    v_ptr += first * v_stride + h * V
+    beta_ptr += first * beta_stride + h
+    G_ptr += (chunk.to(tl.int64) * CHUNK * H + h) * K
     out = chunk.to(tl.int64) * H + h
-    P_ptrs = p_ptr + out * CHUNK * CHUNK + i[:, None] * CHUNK + i[None, :]
-    difference = i[:, None] ^ i[None, :]
-    P = tl.where(difference == 0, (q_k * r_q * r_k * scale)[:, None], 0.0)
-    tl.store(P_ptrs, P.to(p_ptr.dtype.element_ty), mask=i[:, None] <= i[None, :])
-    T = tl.where(difference == 0, 1.0, 0.0)
-    half = 1
-    while half < CHUNK:
-        middle = (i | (2 * half - 1)) - half  # the last token of the first half
-        A = tl.zeros([CHUNK, CHUNK], tl.float32)
-        P = tl.zeros([CHUNK, CHUNK], tl.float32)
-        for c in tl.range(0, K, BLOCK, num_stages=1):
-            c_mask = (c + n < K)[None, :]
-            G = tl.load(G_ptrs + at_i + c, mask=c_mask, other=0.0)
-            G_middle = tl.load(G_ptrs + middle[:, None] * (H * K) + c, mask=c_mask, other=0.0)
-            X = tl.exp(-tl.abs((G - G_middle).to(tl.float32)))
-            k = tl.load(k_ptrs + c, mask=here & c_mask, other=0.0).to(tl.float32)
-            q = tl.load(q_ptrs + c, mask=here & c_mask, other=0.0).to(tl.float32)
-            kX = (k * r_k[:, None] * X).to(UNIT)
-            A = _dot(kX, tl.trans(kX), A, UNIT)
-            P = _dot(q * r_q[:, None] * X, tl.trans(kX), P, UNIT)
-        # i and j lie in neighbouring halves where their highest differing bit is that of `half`.
-        pair = (i[:, None] > i[None, :]) & (difference >= half) & (difference < 2 * half)
-        tl.store(P_ptrs, (P * scale).to(p_ptr.dtype.element_ty), mask=pair)
-        A = tl.where(pair, A * beta[:, None], 0.0)
-        zero = tl.zeros([CHUNK, CHUNK], tl.float32)
-        T -= _dot(_dot(T, A, zero, UNIT), T, zero, UNIT)
-        half *= 2
+    p_ptr += out * CHUNK * CHUNK
+    beta_a = tl.load(beta_ptr + a * beta_stride, mask=here_a, other=0.0).to(tl.float32)
+    beta_b = tl.load(beta_ptr + b * beta_stride, mask=here_b, other=0.0).to(tl.float32)
 
-    T *= beta[None, :]
+    q_a, k_a, qk_a = _scales(q_ptr, k_ptr, a, q_stride, k_stride, here_a, K, BLOCK_K)
+    T_aa = _within_half(
+        q_ptr, k_ptr, q_stride, k_stride, G_ptr, stride, p_ptr, q_a, k_a, qk_a, beta_a, a, here_a, CHUNK, K, BLOCK, UNIT
+    )
+    q_b, k_b, qk_b = _scales(q_ptr, k_ptr, b, q_stride, k_stride, here_b, K, BLOCK_K)
+    T_bb = _within_half(
+        q_ptr, k_ptr, q_stride, k_stride, G_ptr, stride, p_ptr, q_b, k_b, qk_b, beta_b, b, here_b, CHUNK, K, BLOCK, UNIT
+    )
+    zero = tl.zeros([ROWS, ROWS], tl.float32)
+    A_ba = zero
+    P_ba = zero
     for c in tl.range(0, K, BLOCK, num_stages=1):
-        c_mask = (c + n < K)[None, :]
-        G = tl.load(G_ptrs + at_i + c, mask=c_mask, other=0.0)
-        G_end = tl.load(G_ptrs + (CHUNK - 1) * (H * K) + c, mask=c_mask, other=0.0)
-        k = tl.load(k_ptrs + c, mask=here & c_mask, other=0.0).to(tl.float32) * r_k[:, None]
-        q = tl.load(q_ptrs + c, mask=here & c_mask, other=0.0).to(tl.float32) * (r_q * scale)[:, None]
-        at = out * CHUNK * K + i[:, None] * K + c + n[None, :]
-        from_start = tl.exp(G.to(tl.float32))
-        tl.store(q_decayed_ptr + at, (q * from_start).to(q_decayed_ptr.dtype.element_ty), mask=c_mask)
+        G_middle = tl.load(G_ptr + (ROWS - 1) * stride + c + n, mask=c + n < K, other=0.0)[None, :]
+        X = tl.exp((G_middle - _load(G_ptr, a, stride, c + n, a < CHUNK, K)).to(tl.float32))
+        kX = tl.trans(_once((_load(k_ptr, a, k_stride, c + n, here_a, K).to(tl.float32) * k_a[:, None] * X).to(UNIT)))
+        X = tl.exp((_load(G_ptr, b, stride, c + n, b < CHUNK, K) - G_middle).to(tl.float32))
+        A_ba = _dot(
+            _once((_load(k_ptr, b, k_stride, c + n, here_b, K).to(tl.float32) * k_b[:, None] * X).to(UNIT)),
+            kX,
+            A_ba,
+            UNIT,
+        )
+        P_ba = _dot(
+            _once((_load(q_ptr, b, q_stride, c + n, here_b, K).to(tl.float32) * q_b[:, None] * X).to(UNIT)),
+            kX,
+            P_ba,
+            UNIT,
+        )
+    tl.store(p_ptr + b[:, None] * CHUNK + a[None, :], (P_ba * K**-0.5).to(p_ptr.dtype.element_ty))
+    tl.store(p_ptr + a[:, None] * CHUNK + b[None, :], zero.to(p_ptr.dtype.element_ty))
+    T_ba = -_dot(_dot(T_bb, A_ba * beta_b[:, None], zero, UNIT), T_aa, zero, UNIT) * beta_a[None, :]
+    T_aa *= beta_a[None, :]
+    T_bb *= beta_b[None, :]
+
+    zero = tl.zeros([ROWS, BLOCK], tl.float32)
+    for c in tl.range(0, K, BLOCK, num_stages=1):
+        mask = (c + n < K)[None, :]
+        G_end = tl.load(G_ptr + (CHUNK - 1) * stride + c + n, mask=c + n < K, other=0.0)[None, :]
+        at_a = out * CHUNK * K + a[:, None] * K + c + n[None, :]
+        at_b = at_a + ROWS * K
+        G = _load(G_ptr, a, stride, c + n, a < CHUNK, K)
+        q = _load(q_ptr, a, q_stride, c + n, here_a, K).to(tl.float32) * (q_a * K**-0.5)[:, None]
+        k = _load(k_ptr, a, k_stride, c + n, here_a, K).to(tl.float32) * k_a[:, None]
         to_end = tl.exp((G_end - G).to(tl.float32))
-        tl.store(k_decayed_ptr + at, (k * to_end).to(k_decayed_ptr.dtype.element_ty), mask=c_mask)
-        w = _dot(T, k * from_start, tl.zeros([CHUNK, BLOCK], tl.float32), UNIT)
-        tl.store(w_ptr + at, w.to(w_ptr.dtype.element_ty), mask=c_mask)
+        tl.store(k_decayed_ptr + at_a, (k * to_end).to(k_decayed_ptr.dtype.element_ty), mask=mask)
+        from_start = tl.exp(G.to(tl.float32))
+        tl.store(q_decayed_ptr + at_a, (q * from_start).to(q_decayed_ptr.dtype.element_ty), mask=mask)
+        kX = _once((k * from_start).to(UNIT))
+        tl.store(w_ptr + at_a, _dot(T_aa, kX, zero, UNIT).to(w_ptr.dtype.element_ty), mask=mask)
+        w_b = _dot(T_ba, kX, zero, UNIT)
+        G = _load(G_ptr, b, stride, c + n, b < CHUNK, K)
+        q = _load(q_ptr, b, q_stride, c + n, here_b, K).to(tl.float32) * (q_b * K**-0.5)[:, None]
+        k = _load(k_ptr, b, k_stride, c + n, here_b, K).to(tl.float32) * k_b[:, None]
+        to_end = tl.exp((G_end - G).to(tl.float32))
+        tl.store(k_decayed_ptr + at_b, (k * to_end).to(k_decayed_ptr.dtype.element_ty), mask=mask)
+        from_start = tl.exp(G.to(tl.float32))
+        tl.store(q_decayed_ptr + at_b, (q * from_start).to(q_decayed_ptr.dtype.element_ty), mask=mask)
+        tl.store(
+            w_ptr + at_b, _dot(T_bb, _once((k * from_start).to(UNIT)), w_b, UNIT).to(w_ptr.dtype.element_ty), mask=mask
+        )
     for c in tl.range(0, V, BLOCK, num_stages=1):
-        c_mask = (c + n < V)[None, :]
-        v = tl.load(v_ptr + rows[:, None] * v_stride + h * V + c + n[None, :], mask=here & c_mask, other=0.0)
-        u = _dot(T, v, tl.zeros([CHUNK, BLOCK], tl.float32), WIDE)
-        u_ptrs = u_ptr + out * CHUNK * V + i[:, None] * V + c + n[None, :]
-        tl.store(u_ptrs, u.to(u_ptr.dtype.element_ty), mask=c_mask)
+        mask = (c + n < V)[None, :]
+        at_a = out * CHUNK * V + a[:, None] * V + c + n[None, :]
+        v = _load(v_ptr, a, v_stride, c + n, here_a, V)
+        tl.store(u_ptr + at_a, _dot(T_aa, v, zero, WIDE).to(u_ptr.dtype.element_ty), mask=mask)
+        u_b = _dot(T_ba, v, zero, WIDE)
+        v = _load(v_ptr, b, v_stride, c + n, here_b, V)
+        tl.store(u_ptr + at_a + ROWS * V, _dot(T_bb, v, u_b, WIDE).to(u_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -253,6 +347,7 @@ def kda_prefill(
     q_decayed, k_decayed, w = (torch.empty(N, H, CHUNK, K, dtype=v.dtype, device=device) for _ in range(3))
     u = torch.empty(N, H, CHUNK, V, dtype=v.dtype, device=device)
     p = torch.empty(N, H, CHUNK, CHUNK, dtype=v.dtype, device=device)
+    block_k = max(16, triton.next_power_of_2(K))
     within_chunks_kernel[(N, H)](
         q,
         k,
@@ -274,13 +369,14 @@ def kda_prefill(
         K,
         V,
         32,
+        block_k,
         CHUNK,
         unit,
         wide,
-        num_warps=8 if exact else 4,
+        num_warps=4,
     )
     B = len(offsets) - 1
-    block_k, rows = max(16, triton.next_power_of_2(K)), 32
+    rows = 32
     across_chunks_kernel[(triton.cdiv(V, rows), H, B)](
         q_decayed,
         k_decayed,

@@ -66,12 +66,14 @@ def place_kernel(
 
 
 @triton.jit
-def gate_up_grouped_kernel(
+def _gate_up_tile(
     x_ptr,
     sorted_ptr,
-    blocks_ptr,
-    w_ptr,  # [E, 2I, D]
-    h_ptr,  # [T * K, I], by expert
+    w_ptr,
+    h_ptr,
+    first,
+    count,
+    i,
     x_stride,
     D: tl.constexpr,
     I: tl.constexpr,
@@ -81,19 +83,12 @@ def gate_up_grouped_kernel(
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    tiles: tl.constexpr = (I + BLOCK_I - 1) // BLOCK_I
-    block = tl.program_id(0) // tiles
-    count = tl.load(blocks_ptr + 3 * block + 2)
-    if count == 0:
-        return
-    expert = tl.load(blocks_ptr + 3 * block).to(tl.int64)
-    first = tl.load(blocks_ptr + 3 * block + 1)
+    """h of `count` sorted pairs from `first` on, the columns i of it, from one expert's weights."""
     m = tl.arange(0, ROWS)
-    i = (tl.program_id(0) % tiles) * BLOCK_I + tl.arange(0, BLOCK_I)
     d = tl.arange(0, BLOCK_D)
     token = tl.load(sorted_ptr + first + m, mask=m < count, other=0).to(tl.int64) // K
     x_ptrs = x_ptr + token[:, None] * x_stride + d[None, :]
-    w_ptrs = w_ptr + expert * (2 * I * D) + tl.minimum(i, I - 1)[None, :] * D + d[:, None]
+    w_ptrs = w_ptr + tl.minimum(i, I - 1)[None, :] * D + d[:, None]
     gate = tl.zeros([ROWS, BLOCK_I], tl.float32)
     up = tl.zeros([ROWS, BLOCK_I], tl.float32)
     for at in tl.range(0, D, BLOCK_D, num_stages=STAGES):
@@ -113,32 +108,61 @@ def gate_up_grouped_kernel(
 
 
 @triton.jit
-def down_grouped_kernel(
-    h_ptr,
+def gate_up_grouped_kernel(
+    x_ptr,
     sorted_ptr,
     blocks_ptr,
-    w_ptr,  # [E, D, I]
-    y_ptr,  # [T * K, D], by token
+    w_ptr,  # [E, 2I, D]
+    h_ptr,  # [T * K, I], by expert
+    x_stride,
     D: tl.constexpr,
     I: tl.constexpr,
+    K: tl.constexpr,
     ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    TAIL: tl.constexpr,  # a tile of as many rows where they are enough
     BLOCK_I: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    tiles: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    tiles: tl.constexpr = (I + BLOCK_I - 1) // BLOCK_I
     block = tl.program_id(0) // tiles
     count = tl.load(blocks_ptr + 3 * block + 2)
     if count == 0:
         return
-    expert = tl.load(blocks_ptr + 3 * block).to(tl.int64)
+    w_ptr += tl.load(blocks_ptr + 3 * block).to(tl.int64) * (2 * I * D)
     first = tl.load(blocks_ptr + 3 * block + 1)
+    i = (tl.program_id(0) % tiles) * BLOCK_I + tl.arange(0, BLOCK_I)
+    if count <= TAIL:
+        _gate_up_tile(
+            x_ptr, sorted_ptr, w_ptr, h_ptr, first, count, i, x_stride, D, I, K, TAIL, BLOCK_I, BLOCK_D, STAGES
+        )
+    else:
+        _gate_up_tile(
+            x_ptr, sorted_ptr, w_ptr, h_ptr, first, count, i, x_stride, D, I, K, ROWS, BLOCK_I, BLOCK_D, STAGES
+        )
+
+
+@triton.jit
+def _down_tile(
+    h_ptr,
+    sorted_ptr,
+    w_ptr,
+    y_ptr,
+    first,
+    count,
+    d,
+    D: tl.constexpr,
+    I: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """y of `count` sorted pairs from `first` on, the columns d of it, from one expert's weights."""
     m = tl.arange(0, ROWS)
-    d = (tl.program_id(0) % tiles) * BLOCK_D + tl.arange(0, BLOCK_D)
     i = tl.arange(0, BLOCK_I)
     h_ptrs = h_ptr + (first + tl.minimum(m, count - 1)).to(tl.int64)[:, None] * I + i[None, :]
-    w_ptrs = w_ptr + expert * (D * I) + tl.minimum(d, D - 1)[None, :] * I + i[:, None]
-    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    w_ptrs = w_ptr + tl.minimum(d, D - 1)[None, :] * I + i[:, None]
+    acc = tl.zeros([ROWS, d.shape[0]], tl.float32)
     for at in tl.range(0, I, BLOCK_I, num_stages=STAGES):
         if I % BLOCK_I == 0:
             h = tl.load(h_ptrs + at)
@@ -150,6 +174,35 @@ def down_grouped_kernel(
     pair = tl.load(sorted_ptr + first + m, mask=m < count, other=0).to(tl.int64)
     y_ptrs = y_ptr + pair[:, None] * D + d[None, :]
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=(m < count)[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def down_grouped_kernel(
+    h_ptr,
+    sorted_ptr,
+    blocks_ptr,
+    w_ptr,  # [E, D, I]
+    y_ptr,  # [T * K, D], by token
+    D: tl.constexpr,
+    I: tl.constexpr,
+    ROWS: tl.constexpr,
+    TAIL: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    tiles: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    block = tl.program_id(0) // tiles
+    count = tl.load(blocks_ptr + 3 * block + 2)
+    if count == 0:
+        return
+    w_ptr += tl.load(blocks_ptr + 3 * block).to(tl.int64) * (D * I)
+    first = tl.load(blocks_ptr + 3 * block + 1)
+    d = (tl.program_id(0) % tiles) * BLOCK_D + tl.arange(0, BLOCK_D)
+    if count <= TAIL:
+        _down_tile(h_ptr, sorted_ptr, w_ptr, y_ptr, first, count, d, D, I, TAIL, BLOCK_I, STAGES)
+    else:
+        _down_tile(h_ptr, sorted_ptr, w_ptr, y_ptr, first, count, d, D, I, ROWS, BLOCK_I, STAGES)
 
 
 @triton.jit
@@ -206,6 +259,7 @@ def _experts(
         I=I,
         K=K,
         ROWS=rows,
+        TAIL=tile["tail"],
         BLOCK_I=128,
         BLOCK_D=tile["depth"],
         STAGES=tile["stages"],
@@ -220,6 +274,7 @@ def _experts(
         D=D,
         I=I,
         ROWS=rows,
+        TAIL=tile["tail"],
         BLOCK_D=256,
         BLOCK_I=tile["depth"],
         STAGES=tile["stages"],
@@ -236,8 +291,8 @@ def rows_per_block(pairs: int, experts: int) -> int:
 
 def tile_options(dtype: torch.dtype, rows: int) -> dict[str, int]:
     if dtype == torch.float32:  # no tensor cores: a small tile, for registers
-        return {"depth": 16, "stages": 1, "warps": 8}
-    return {"depth": 64, "stages": 4, "warps": 8 if rows == 128 else 4}
+        return {"depth": 16, "stages": 1, "warps": 8, "tail": 16}
+    return {"depth": 64, "stages": 4, "warps": 8 if rows == 128 else 4, "tail": 64 if rows == 128 else 32}
 
 
 def sort_pairs(ids_Tk: Tensor, experts: int, num_shared: int, rows: int) -> tuple[Tensor, Tensor]:
