@@ -72,7 +72,9 @@ def main() -> int:
 def write_tasks(folder: Path, count: int) -> tuple[list[str], list[int], list[list[str]]]:
     """Questions behind worked examples, in GSM8K's form, and four candidate answers for each."""
     lines = folder / "examples.jsonl"
-    shots = [("Tom has 3 apples. He buys 4 more apples. How many apples does Tom have now?", "3 + 4 = 7\n#### 7")] * SHOTS
+    shots = [
+        ("Tom has 3 apples. He buys 4 more apples. How many apples does Tom have now?", "3 + 4 = 7\n#### 7")
+    ] * SHOTS
     asked = [(p.question, f"#### {p.answer}") for p in problems("eval", 0, count)]
     lines.write_text("".join(json.dumps({"question": q, "answer": a}) + "\n" for q, a in shots + asked))
     examples: list[Example] = read_examples(str(lines), SHOTS + count)
@@ -123,10 +125,10 @@ def harness_figures(lm_eval: str, folder: Path) -> dict[str, float]:
         assert server.stdout is not None
         try:
             url = server.stdout.readline().split()[-1]
-            model = f"model=thalweg-tiny,base_url={url}/completions,tokenizer_backend=remote,num_concurrent=1,max_length=2048"
+            model = f"model=thalweg-tiny,base_url={url}/completions,tokenizer_backend=remote,max_length=2048"
             run: list[Any] = [lm_eval, "run", "--model", "local-completions", "--model_args", model]
-            run += ["--include_path", folder, "--tasks", "thalweg_generate,thalweg_choose", "--output_path", folder / "out"]
-            run += ["--batch_size", "8"]
+            run += ["--include_path", folder, "--tasks", "thalweg_generate,thalweg_choose"]
+            run += ["--output_path", folder / "out", "--batch_size", "8"]
             subprocess.run(run, check=True)
         finally:
             server.terminate()

@@ -40,7 +40,7 @@ class LLM:
         state_dtype: str = "float32",
         device: str = "auto",
         max_num_seqs: int = 64,
-        max_num_batched_tokens: int = 2048,
+        max_num_batched_tokens: int | None = None,
         max_model_len: int | None = None,
         block_size: int = 64,
         cache_memory: int | None = None,
