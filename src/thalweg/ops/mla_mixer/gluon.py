@@ -1,8 +1,8 @@
 """Attention of the MLA decode mixer for Hopper, in Gluon: bulk copies into rings of shared memory, wgmma out of them.
 
 A program walks its split of a context in tiles of 64 tokens. A tile is two halves of the latent, [64, R / 2] each, which
-serve as keys and as values, and the shared key part, [64, P]. The ring of halves holds two tiles and a half, and a place
-is filled again as soon as the last product with it is done: copies stay under way while products and softmax run.
+serve as keys and as values, and the shared key part, [64, P]. Shared memory holds two tiles, and the place of a half is
+filled again as soon as the last product with it is done: copies stay under way while products and softmax run.
 
 The last tile of a context is copied from the 64 rows before the context's end: those before its page are out of bounds,
 which the copy fills with zeros, and rows that hold no token are never read. Its tokens are then the tile's last.
@@ -26,7 +26,6 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from thalweg.ops.triton_launch import pdl_options
 
 BLOCK_N = 64  # tokens per tile: the rows of a matrix unit's tile
-HALVES = 5  # places in the ring of halves
 
 
 @gluon.jit
@@ -55,40 +54,17 @@ def _first_row(first, length, PAGE: gl.constexpr, BLOCK_N: gl.constexpr):
 
 
 @gluon.jit
-def _fill(
-    half_desc,
-    shared_desc,
-    halves,
-    shareds,
-    bars,
-    pages,
-    start,
-    length,
-    n,
-    newest,
-    NEWEST: gl.constexpr,
-    PAGE: gl.constexpr,
-):
-    """Fill the empty rings from the first of the n tiles from token `start`: from tile `newest` alone, or all but it."""
-    BLOCK_N: gl.constexpr = halves.shape[1]
-    WIDTH: gl.constexpr = halves.shape[2]
-    AHEAD: gl.constexpr = shareds.shape[0]
-    for t in gl.static_range(AHEAD):
-        if (t < n) & ((t == newest) == NEWEST):
-            first = start + t * BLOCK_N
-            row = _first_row(first, length, PAGE, BLOCK_N)
-            bar = bars.index(t)
-            mbarrier.expect(bar, 2 * half_desc.block_type.nbytes + shared_desc.block_type.nbytes)
-            for u in gl.static_range(2):
-                if 2 * t + u < halves.shape[0]:
-                    _copy(half_desc, pages[t], row, u * WIDTH, bar, halves.index(2 * t + u), True)
-            _copy(shared_desc, pages[t], row, 2 * WIDTH, bar, shareds.index(t), True)
+def _copy_tile(half_desc, shared_desc, half0, half1, shared, page, row, bar):
+    WIDTH: gl.constexpr = half_desc.block_type.shape[2]
+    mbarrier.expect(bar, 2 * half_desc.block_type.nbytes + shared_desc.block_type.nbytes)
+    _copy(half_desc, page, row, 0, bar, half0, True)
+    _copy(half_desc, page, row, WIDTH, bar, half1, True)
+    _copy(shared_desc, page, row, 2 * WIDTH, bar, shared, True)
 
 
 @gluon.jit
 def attend(
-    q_half_desc,
-    q_shared_desc,
+    q_ptr,
     half_desc,
     shared_desc,
     tables_ptr,
@@ -98,23 +74,25 @@ def attend(
     table_stride,
     scale_log2,
     H: gl.constexpr,
+    BLOCK_H: gl.constexpr,
     PAGE: gl.constexpr,
-    HALVES: gl.constexpr,
     PDL: gl.constexpr,
 ):
     dtype: gl.constexpr = half_desc.dtype
     BLOCK_N: gl.constexpr = half_desc.block_type.shape[1]
     WIDTH: gl.constexpr = half_desc.block_type.shape[2]
     P: gl.constexpr = shared_desc.block_type.shape[2]
-    BLOCK_H: gl.constexpr = q_half_desc.block_type.shape[0]
     R: gl.constexpr = 2 * WIDTH
-    AHEAD: gl.constexpr = (HALVES + 1) // 2  # tiles that may be under way
+    TILES: gl.constexpr = 2  # in shared memory
+    tile_bytes: gl.constexpr = 2 * half_desc.block_type.nbytes + shared_desc.block_type.nbytes
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_H, 16])
     per_head: gl.constexpr = gl.SliceLayout(0, mma)
     half_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, WIDTH], dtype)
     shared_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, P], dtype)
     p_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_H], dtype)
-    o_layout: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
+    q_half_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_H, WIDTH], dtype)
+    q_shared_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_H, P], dtype)
+    rows: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
 
     split = gl.program_id(0)
     splits = gl.num_programs(0)
@@ -122,14 +100,14 @@ def attend(
     if PDL:
         _gdc_launch_dependents()
 
-    halves = gl.allocate_shared_memory(dtype, [HALVES, BLOCK_N, WIDTH], half_layout)
-    shareds = gl.allocate_shared_memory(dtype, [AHEAD, BLOCK_N, P], shared_layout)
-    q_halves = gl.allocate_shared_memory(dtype, [2, BLOCK_H, WIDTH], q_half_desc.layout)
-    q_shared = gl.allocate_shared_memory(dtype, [BLOCK_H, P], q_shared_desc.layout)
+    kv0 = gl.allocate_shared_memory(dtype, [TILES, BLOCK_N, WIDTH], half_layout)
+    kv1 = gl.allocate_shared_memory(dtype, [TILES, BLOCK_N, WIDTH], half_layout)
+    k = gl.allocate_shared_memory(dtype, [TILES, BLOCK_N, P], shared_layout)
+    q_halves = gl.allocate_shared_memory(dtype, [2, BLOCK_H, WIDTH], q_half_layout)
+    q_shared = gl.allocate_shared_memory(dtype, [BLOCK_H, P], q_shared_layout)
     p_smem = gl.allocate_shared_memory(dtype, [BLOCK_N, BLOCK_H], p_layout)
-    bars = gl.allocate_shared_memory(gl.int64, [AHEAD + 1, 1], mbarrier.MBarrierLayout())
-    q_bar = bars.index(AHEAD)
-    for j in gl.static_range(AHEAD + 1):
+    bars = gl.allocate_shared_memory(gl.int64, [TILES, 1], mbarrier.MBarrierLayout())
+    for j in gl.static_range(TILES):
         mbarrier.init(bars.index(j), count=1)
     fence_async_shared()
 
@@ -138,38 +116,48 @@ def attend(
     start = split * span * BLOCK_N
     n = gl.minimum(span, gl.cdiv(gl.maximum(length - start, 0), BLOCK_N))
     table_ptr = tables_ptr + b.to(gl.int64) * table_stride
-    pages = ()
-    for j in gl.static_range(AHEAD + 1):
-        tile = gl.maximum(gl.minimum(j, n - 1), 0)
-        pages = pages + (gl.load(table_ptr + gl.where(n > 0, start + tile * BLOCK_N, 0) // PAGE),)
+    pages = ()  # of tiles 0 .. TILES; a page that does not exist is replaced by one that does
+    for j in gl.static_range(TILES + 1):
+        pages = pages + (gl.load(table_ptr + gl.where(j < n, start + j * BLOCK_N, 0) // PAGE),)
     # The kernel ahead writes the newest token: its tile, the context's last, has to wait for it.
     newest = (length - 1 - start) // BLOCK_N
-    _fill(half_desc, shared_desc, halves, shareds, bars, pages, start, length, n, newest, False, PAGE)
+    for j in gl.static_range(TILES):
+        if (j < n) & (j != newest):
+            row = _first_row(start + j * BLOCK_N, length, PAGE, BLOCK_N)
+            _copy_tile(half_desc, shared_desc, kv0.index(j), kv1.index(j), k.index(j), pages[j], row, bars.index(j))
     if PDL:
         _gdc_wait()
     if n > 0:
-        mbarrier.expect(q_bar, 2 * q_half_desc.block_type.nbytes + q_shared_desc.block_type.nbytes)
-        for u in gl.static_range(2):
-            tma.async_copy_global_to_shared(q_half_desc, [b * H, u * WIDTH], q_bar, q_halves.index(u))
-        tma.async_copy_global_to_shared(q_shared_desc, [b * H, R], q_bar, q_shared)
-        _fill(half_desc, shared_desc, halves, shareds, bars, pages, start, length, n, newest, True, PAGE)
+        h = gl.arange(0, BLOCK_H, layout=gl.SliceLayout(1, rows))[:, None]
+        r = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, rows))[None, :]
+        p = gl.arange(0, P, layout=gl.SliceLayout(0, rows))[None, :]
+        q_ptrs = q_ptr + (b.to(gl.int64) * H + h) * (R + P)
+        q0_HR = gl.load(q_ptrs + r, mask=h < H, other=0.0)
+        q1_HR = gl.load(q_ptrs + WIDTH + r, mask=h < H, other=0.0)
+        q_HP = gl.load(q_ptrs + R + p, mask=h < H, other=0.0)
+        if newest < gl.minimum(n, TILES):
+            slot = newest % TILES
+            row = _first_row(start + newest * BLOCK_N, length, PAGE, BLOCK_N)
+            page = gl.where(newest == 0, pages[0], pages[1])
+            bar = bars.index(slot)
+            _copy_tile(half_desc, shared_desc, kv0.index(slot), kv1.index(slot), k.index(slot), page, row, bar)
+
+        q_halves.index(0).store(q0_HR)
+        q_halves.index(1).store(q1_HR)
+        q_shared.store(q_HP)
+        fence_async_shared()
 
         i = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, mma))
         m_H = gl.full([BLOCK_H], float("-inf"), gl.float32, layout=per_head)
         l_NH = gl.zeros([BLOCK_N, BLOCK_H], gl.float32, layout=mma)
         acc0_RH = gl.zeros([WIDTH, BLOCK_H], gl.float32, layout=mma)
         acc1_RH = gl.zeros([WIDTH, BLOCK_H], gl.float32, layout=mma)
-        # A place that becomes free in tile t is for tile t + AHEAD - 1 or t + AHEAD.
-        page, next_page = pages[AHEAD - 1], pages[AHEAD]
-        mbarrier.wait(q_bar, 0)
+        later_page = pages[TILES]
         for t in range(n):
-            page_after = gl.load(table_ptr + (start + gl.minimum(t + AHEAD + 1, n - 1) * BLOCK_N) // PAGE)
-            bar = bars.index(t % AHEAD)
-            kv0_NR, kv1_NR, k_NP = halves.index(2 * t % HALVES), halves.index((2 * t + 1) % HALVES), shareds.index(t % AHEAD)
-            mbarrier.wait(bar, t // AHEAD & 1)
-            mbarrier.expect(
-                bar, 2 * half_desc.block_type.nbytes + shared_desc.block_type.nbytes, pred=t + AHEAD < n
-            )
+            slot, later = t % TILES, t + TILES
+            kv0_NR, kv1_NR, k_NP, bar = kv0.index(slot), kv1.index(slot), k.index(slot), bars.index(slot)
+            page_after = gl.load(table_ptr + gl.where(later + 1 < n, start + (later + 1) * BLOCK_N, 0) // PAGE)
+            mbarrier.wait(bar, t // TILES & 1)
             scores_NH = gl.zeros([BLOCK_N, BLOCK_H], gl.float32, layout=mma)
             scores_NH = warpgroup_mma(
                 kv0_NR, q_halves.index(0).permute((1, 0)), scores_NH, use_acc=False, is_async=True
@@ -184,38 +172,34 @@ def attend(
             keep_H = gl.exp2(m_H - new_m_H)
             m_H = new_m_H
             l_NH = l_NH * keep_H[None, :] + p_NH
+            mbarrier.expect(bar, tile_bytes, pred=later < n)
             p_smem.store(p_NH.to(dtype))
             fence_async_shared()
             acc0_RH = warpgroup_mma(kv0_NR.permute((1, 0)), p_smem, acc0_RH * keep_H[None, :], is_async=True)
             acc1_RH = warpgroup_mma(kv1_NR.permute((1, 0)), p_smem, acc1_RH * keep_H[None, :], is_async=True)
-            for u in gl.static_range(2):
-                acc0_RH, acc1_RH = warpgroup_mma_wait(1 - u, deps=(acc0_RH, acc1_RH))
-                gl.thread_barrier()
-                late = (u + HALVES) // 2  # tiles from now
-                first = start + (t + late) * BLOCK_N
-                row = _first_row(first, length, PAGE, BLOCK_N)
-                from_page = next_page if late == AHEAD else page
-                late_bar, pred = bars.index((t + late) % AHEAD), t + late < n
-                column = (u + HALVES) % 2 * WIDTH
-                _copy(half_desc, from_page, row, column, late_bar, halves.index((2 * t + u) % HALVES), pred)
-            first = start + (t + AHEAD) * BLOCK_N
-            row = _first_row(first, length, PAGE, BLOCK_N)
-            _copy(shared_desc, next_page, row, R, bar, k_NP, t + AHEAD < n)
-            page, next_page = next_page, page_after
+            # The place of what every warp is done with is filled again at once.
+            row = _first_row(start + later * BLOCK_N, length, PAGE, BLOCK_N)
+            acc0_RH, acc1_RH = warpgroup_mma_wait(1, deps=(acc0_RH, acc1_RH))
+            gl.thread_barrier()
+            _copy(half_desc, later_page, row, 0, bar, kv0_NR, later < n)
+            acc0_RH, acc1_RH = warpgroup_mma_wait(0, deps=(acc0_RH, acc1_RH))
+            gl.thread_barrier()
+            _copy(half_desc, later_page, row, WIDTH, bar, kv1_NR, later < n)
+            _copy(shared_desc, later_page, row, R, bar, k_NP, later < n)
+            later_page = page_after
 
         l_H = gl.sum(l_NH, 0)
         part_row = (b.to(gl.int64) * splits + split) * H
-        h = gl.arange(0, BLOCK_H, layout=per_head)
-        gl.store(stats_ptr + 2 * part_row + h, m_H, mask=h < H)
-        gl.store(stats_ptr + 2 * part_row + H + h, l_H, mask=h < H)
-        h = gl.arange(0, BLOCK_H, layout=gl.SliceLayout(1, o_layout))
-        r = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, o_layout))
-        out_ptrs = part_ptr + (part_row + h[:, None]) * R + r[None, :]
+        stats_ptrs = stats_ptr + 2 * part_row + gl.arange(0, BLOCK_H, layout=per_head)
+        own = gl.arange(0, BLOCK_H, layout=per_head) < H
+        gl.store(stats_ptrs, m_H, mask=own)
+        gl.store(stats_ptrs + H, l_H, mask=own)
         # Through shared memory, where the queries were, so that whole rows go out.
         q_halves.index(0).store(gl.permute(acc0_RH, (1, 0)).to(dtype))
         q_halves.index(1).store(gl.permute(acc1_RH, (1, 0)).to(dtype))
-        gl.store(out_ptrs, q_halves.index(0).load(o_layout), mask=h[:, None] < H)
-        gl.store(out_ptrs + WIDTH, q_halves.index(1).load(o_layout), mask=h[:, None] < H)
+        out_ptrs = part_ptr + (part_row + h) * R + r
+        gl.store(out_ptrs, q_halves.index(0).load(rows), mask=h < H)
+        gl.store(out_ptrs + WIDTH, q_halves.index(1).load(rows), mask=h < H)
 
 
 def serves(pages_MSC: Tensor, rank: int) -> bool:
@@ -235,13 +219,10 @@ def launch(
     scale_log2: float,
 ) -> None:
     (B, H, C), R = q_BHC.shape, part_BSHR.shape[-1]
-    block_h = max(16, triton.next_power_of_2(H))
-    q, half, shared = q_BHC.flatten(0, 1), R // 2, C - R
     attend[(splits, B)](
-        _descriptor(q, [block_h, half]),
-        _descriptor(q, [block_h, shared]),
-        _descriptor(pages_MSC, [1, BLOCK_N, half]),
-        _descriptor(pages_MSC, [1, BLOCK_N, shared]),
+        q_BHC,
+        _descriptor(pages_MSC, R // 2),
+        _descriptor(pages_MSC, C - R),
         block_tables_BN,
         context_lens_B,
         part_BSHR,
@@ -249,13 +230,14 @@ def launch(
         block_tables_BN.stride(0),
         scale_log2,
         H=H,
+        BLOCK_H=max(16, triton.next_power_of_2(H)),
         PAGE=pages_MSC.shape[1],
-        HALVES=HALVES,
         num_warps=4,
         **pdl_options(q_BHC),
     )
 
 
-def _descriptor(tensor: Tensor, block: list[int]) -> TensorDescriptor:
-    layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
-    return TensorDescriptor.from_tensor(tensor, block, layout)
+def _descriptor(pages_MSC: Tensor, width: int) -> TensorDescriptor:
+    """For copies of `width` channels of a tile."""
+    block = [1, BLOCK_N, width]
+    return TensorDescriptor.from_tensor(pages_MSC, block, gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16))
