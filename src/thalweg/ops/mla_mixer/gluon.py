@@ -10,6 +10,9 @@ which the copy fills with zeros, and rows that hold no token are never read. Its
 
 from __future__ import annotations
 
+import dataclasses
+
+import torch
 import triton
 from torch import Tensor
 from triton.experimental import gluon
@@ -64,17 +67,18 @@ def _copy_tile(half_desc, shared_desc, half0, half1, shared, page, row, bar):
 
 @gluon.jit
 def attend(
-    q_ptr,
+    q_half_desc,
+    q_shared_desc,
     half_desc,
     shared_desc,
+    part_desc,
     tables_ptr,
     lens_ptr,
-    part_ptr,
     stats_ptr,
     table_stride,
     scale_log2,
     H: gl.constexpr,
-    BLOCK_H: gl.constexpr,
+    BLOCK_S: gl.constexpr,
     PAGE: gl.constexpr,
     PDL: gl.constexpr,
 ):
@@ -82,6 +86,7 @@ def attend(
     BLOCK_N: gl.constexpr = half_desc.block_type.shape[1]
     WIDTH: gl.constexpr = half_desc.block_type.shape[2]
     P: gl.constexpr = shared_desc.block_type.shape[2]
+    BLOCK_H: gl.constexpr = q_half_desc.block_type.shape[0]
     R: gl.constexpr = 2 * WIDTH
     TILES: gl.constexpr = 2  # in shared memory
     tile_bytes: gl.constexpr = 2 * half_desc.block_type.nbytes + shared_desc.block_type.nbytes
@@ -90,9 +95,6 @@ def attend(
     half_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, WIDTH], dtype)
     shared_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, P], dtype)
     p_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_H], dtype)
-    q_half_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_H, WIDTH], dtype)
-    q_shared_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_H, P], dtype)
-    rows: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
 
     split = gl.program_id(0)
     splits = gl.num_programs(0)
@@ -103,11 +105,12 @@ def attend(
     kv0 = gl.allocate_shared_memory(dtype, [TILES, BLOCK_N, WIDTH], half_layout)
     kv1 = gl.allocate_shared_memory(dtype, [TILES, BLOCK_N, WIDTH], half_layout)
     k = gl.allocate_shared_memory(dtype, [TILES, BLOCK_N, P], shared_layout)
-    q_halves = gl.allocate_shared_memory(dtype, [2, BLOCK_H, WIDTH], q_half_layout)
-    q_shared = gl.allocate_shared_memory(dtype, [BLOCK_H, P], q_shared_layout)
+    q_halves = gl.allocate_shared_memory(dtype, [2, BLOCK_H, WIDTH], q_half_desc.layout)
+    q_shared = gl.allocate_shared_memory(dtype, [BLOCK_H, P], q_shared_desc.layout)
     p_smem = gl.allocate_shared_memory(dtype, [BLOCK_N, BLOCK_H], p_layout)
-    bars = gl.allocate_shared_memory(gl.int64, [TILES, 1], mbarrier.MBarrierLayout())
-    for j in gl.static_range(TILES):
+    bars = gl.allocate_shared_memory(gl.int64, [TILES + 1, 1], mbarrier.MBarrierLayout())
+    q_bar = bars.index(TILES)
+    for j in gl.static_range(TILES + 1):
         mbarrier.init(bars.index(j), count=1)
     fence_async_shared()
 
@@ -128,13 +131,10 @@ def attend(
     if PDL:
         _gdc_wait()
     if n > 0:
-        h = gl.arange(0, BLOCK_H, layout=gl.SliceLayout(1, rows))[:, None]
-        r = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, rows))[None, :]
-        p = gl.arange(0, P, layout=gl.SliceLayout(0, rows))[None, :]
-        q_ptrs = q_ptr + (b.to(gl.int64) * H + h) * (R + P)
-        q0_HR = gl.load(q_ptrs + r, mask=h < H, other=0.0)
-        q1_HR = gl.load(q_ptrs + WIDTH + r, mask=h < H, other=0.0)
-        q_HP = gl.load(q_ptrs + R + p, mask=h < H, other=0.0)
+        mbarrier.expect(q_bar, 2 * q_half_desc.block_type.nbytes + q_shared_desc.block_type.nbytes)
+        for j in gl.static_range(2):
+            tma.async_copy_global_to_shared(q_half_desc, [b * H, j * WIDTH], q_bar, q_halves.index(j))
+        tma.async_copy_global_to_shared(q_shared_desc, [b * H, R], q_bar, q_shared)
         if newest < gl.minimum(n, TILES):
             slot = newest % TILES
             row = _first_row(start + newest * BLOCK_N, length, PAGE, BLOCK_N)
@@ -142,17 +142,13 @@ def attend(
             bar = bars.index(slot)
             _copy_tile(half_desc, shared_desc, kv0.index(slot), kv1.index(slot), k.index(slot), page, row, bar)
 
-        q_halves.index(0).store(q0_HR)
-        q_halves.index(1).store(q1_HR)
-        q_shared.store(q_HP)
-        fence_async_shared()
-
         i = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, mma))
         m_H = gl.full([BLOCK_H], float("-inf"), gl.float32, layout=per_head)
         l_NH = gl.zeros([BLOCK_N, BLOCK_H], gl.float32, layout=mma)
         acc0_RH = gl.zeros([WIDTH, BLOCK_H], gl.float32, layout=mma)
         acc1_RH = gl.zeros([WIDTH, BLOCK_H], gl.float32, layout=mma)
         later_page = pages[TILES]
+        mbarrier.wait(q_bar, 0)
         for t in range(n):
             slot, later = t % TILES, t + TILES
             kv0_NR, kv1_NR, k_NP, bar = kv0.index(slot), kv1.index(slot), k.index(slot), bars.index(slot)
@@ -188,24 +184,104 @@ def attend(
             _copy(shared_desc, later_page, row, R, bar, k_NP, later < n)
             later_page = page_after
 
-        l_H = gl.sum(l_NH, 0)
-        part_row = (b.to(gl.int64) * splits + split) * H
-        stats_ptrs = stats_ptr + 2 * part_row + gl.arange(0, BLOCK_H, layout=per_head)
-        own = gl.arange(0, BLOCK_H, layout=per_head) < H
-        gl.store(stats_ptrs, m_H, mask=own)
-        gl.store(stats_ptrs + H, l_H, mask=own)
         # Through shared memory, where the queries were, so that whole rows go out.
+        row = b * BLOCK_S + split
         q_halves.index(0).store(gl.permute(acc0_RH, (1, 0)).to(dtype))
         q_halves.index(1).store(gl.permute(acc1_RH, (1, 0)).to(dtype))
-        out_ptrs = part_ptr + (part_row + h) * R + r
-        gl.store(out_ptrs, q_halves.index(0).load(rows), mask=h < H)
-        gl.store(out_ptrs + WIDTH, q_halves.index(1).load(rows), mask=h < H)
+        fence_async_shared()
+        gl.thread_barrier()
+        for j in gl.static_range(2):
+            part = q_halves.index(j)._reinterpret(dtype, part_desc.block_type.shape, part_desc.layout)
+            tma.async_copy_shared_to_global(part_desc, [row, 0, j * WIDTH], part)
+        stats_ptrs = stats_ptr + row.to(gl.int64) * (2 * H) + gl.arange(0, BLOCK_H, layout=per_head)
+        own = gl.arange(0, BLOCK_H, layout=per_head) < H
+        gl.store(stats_ptrs, m_H, mask=own)
+        gl.store(stats_ptrs + H, gl.sum(l_NH, 0), mask=own)
+        tma.store_wait(0)
 
 
-def serves(pages_MSC: Tensor, rank: int) -> bool:
-    """Whether `launch` can take these pages: whole tiles, and rings that fit into shared memory."""
+@gluon.jit
+def combine(
+    part_desc,
+    w_uv_desc,
+    lens_ptr,
+    stats_ptr,
+    out_ptr,
+    B,
+    splits,
+    H: gl.constexpr,
+    V: gl.constexpr,
+    BLOCK_S: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    WARPS: gl.constexpr,
+    PDL: gl.constexpr,
+):
+    dtype: gl.constexpr = part_desc.dtype
+    COLUMNS: gl.constexpr = part_desc.block_type.shape[0]  # (sequence, split)
+    BLOCK_V: gl.constexpr = w_uv_desc.block_type.shape[1]
+    WIDTH: gl.constexpr = w_uv_desc.block_type.shape[2]
+    BLOCK_B: gl.constexpr = COLUMNS // BLOCK_S
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, COLUMNS, 16])
+    LANES: gl.constexpr = min(BLOCK_S, 32)
+    groups: gl.constexpr = gl.BlockedLayout([1, 1], [32 // LANES, LANES], [WARPS, 1], [1, 0])
+    rows: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [WARPS, 1], [1, 0])
+    w_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_V, WIDTH], dtype)
+    part_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([COLUMNS, WIDTH], dtype)
+
+    slices: gl.constexpr = V // BLOCK_V
+    h = gl.program_id(0) // slices
+    first_v = gl.program_id(0) % slices * BLOCK_V
+    first_b = gl.program_id(1) * BLOCK_B
+    if PDL:
+        _gdc_launch_dependents()
+    w_smem = gl.allocate_shared_memory(dtype, [2, BLOCK_V, WIDTH], w_layout)
+    part_smem = gl.allocate_shared_memory(dtype, [2, COLUMNS, WIDTH], part_layout)
+    bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for j in gl.static_range(2):
+        mbarrier.init(bars.index(j), count=1)
+    fence_async_shared()
+    for j in gl.static_range(2):
+        bar = bars.index(j)
+        mbarrier.expect(bar, w_uv_desc.block_type.nbytes + part_desc.block_type.nbytes)
+        _copy(w_uv_desc, h, first_v, j * WIDTH, bar, w_smem.index(j), True)
+    b = first_b + gl.arange(0, BLOCK_B, layout=gl.SliceLayout(1, groups))
+    s = gl.arange(0, BLOCK_S, layout=gl.SliceLayout(0, groups))
+    tiles_B = gl.cdiv(gl.load(lens_ptr + b, mask=b < B, other=0), BLOCK_N)
+    span_B = gl.maximum(gl.cdiv(tiles_B, splits), 1)
+    used_BS = s[None, :] * span_B[:, None] < tiles_B[:, None]
+    stats_ptrs = stats_ptr + (b.to(gl.int64)[:, None] * BLOCK_S + s[None, :]) * (2 * H) + h
+    if PDL:
+        _gdc_wait()
+    for j in gl.static_range(2):
+        _copy(part_desc, first_b * BLOCK_S, h, j * WIDTH, bars.index(j), part_smem.index(j), True)
+    m_BS = gl.load(stats_ptrs, mask=used_BS, other=float("-inf"))
+    l_BS = gl.load(stats_ptrs + H, mask=used_BS, other=0.0)
+    # A finite fill for sequences without tokens, whose weights come out as zeros.
+    weight_BS = gl.exp2(m_BS - gl.maximum(gl.max(m_BS, 1), -1e30)[:, None])
+    weight_BS = weight_BS / gl.maximum(gl.sum(weight_BS * l_BS, 1), 1e-30)[:, None]
+    weight_N = gl.convert_layout(gl.reshape(weight_BS, [COLUMNS]), gl.SliceLayout(0, mma))
+    out_VN = gl.zeros([BLOCK_V, COLUMNS], gl.float32, layout=mma)
+    for j in gl.static_range(2):
+        mbarrier.wait(bars.index(j), 0)
+        out_VN = warpgroup_mma(
+            w_smem.index(j), part_smem.index(j).permute((1, 0)), out_VN, use_acc=j > 0, is_async=True
+        )
+    out_VN = warpgroup_mma_wait(0, deps=(out_VN,))
+    # Columns of unused splits hold whatever was there, NaN included.
+    out_VN = gl.where((weight_N > 0)[None, :], out_VN * weight_N[None, :], 0.0)
+    out_VB = gl.sum(gl.reshape(out_VN, [BLOCK_V, BLOCK_B, BLOCK_S]), 2)
+    out_BV = gl.convert_layout(gl.permute(out_VB, (1, 0)), rows)
+    b = first_b + gl.arange(0, BLOCK_B, layout=gl.SliceLayout(1, rows))
+    v = first_v + gl.arange(0, BLOCK_V, layout=gl.SliceLayout(0, rows))
+    out_ptrs = out_ptr + (b.to(gl.int64)[:, None] * H + h) * V + v[None, :]
+    gl.store(out_ptrs, out_BV.to(dtype), mask=b[:, None] < B)
+
+
+def serves(pages_MSC: Tensor, rank: int, value: int) -> bool:
+    """Whether `launch` can take these sizes: whole tiles, and such as fit into shared memory."""
     page_size, C = pages_MSC.shape[1:]
-    return pages_MSC.is_cuda and page_size % BLOCK_N == 0 and rank % 128 == 0 and rank <= 512 and C - rank <= 64
+    fits = rank % 128 == 0 and rank <= 512 and C - rank <= 64 and value % 64 == 0
+    return pages_MSC.is_cuda and page_size % BLOCK_N == 0 and fits
 
 
 def launch(
@@ -214,30 +290,57 @@ def launch(
     pages_MSC: Tensor,
     block_tables_BN: Tensor,
     context_lens_B: Tensor,
-    part_BSHR: Tensor,
-    stats_BS2H: Tensor,
+    w_uv_HVR: Tensor,
+    o_BO: Tensor,
     scale_log2: float,
 ) -> None:
-    (B, H, C), R = q_BHC.shape, part_BSHR.shape[-1]
+    """`attend` and `combine`: o_BO from queries in latent space."""
+    (B, H, C), (_, V, R) = q_BHC.shape, w_uv_HVR.shape
+    block_h, block_s = max(16, triton.next_power_of_2(H)), triton.next_power_of_2(splits)
+    part_NHR = q_BHC.new_empty(B * block_s, H, R)
+    stats_N2H = q_BHC.new_empty(B * block_s, 2, H, dtype=torch.float32)  # maximum and sum of each split's weights
+    q, half = q_BHC.flatten(0, 1), R // 2
+    pdl = pdl_options(q_BHC)
     attend[(splits, B)](
-        q_BHC,
-        _descriptor(pages_MSC, R // 2),
-        _descriptor(pages_MSC, C - R),
+        _descriptor(q, [block_h, half]),
+        _descriptor(q, [block_h, C - R]),
+        _descriptor(pages_MSC, [1, BLOCK_N, half]),
+        _descriptor(pages_MSC, [1, BLOCK_N, C - R]),
+        _descriptor(part_NHR, [1, block_h, half]),
         block_tables_BN,
         context_lens_B,
-        part_BSHR,
-        stats_BS2H,
+        stats_N2H,
         block_tables_BN.stride(0),
         scale_log2,
         H=H,
-        BLOCK_H=max(16, triton.next_power_of_2(H)),
+        BLOCK_S=block_s,
         PAGE=pages_MSC.shape[1],
         num_warps=4,
-        **pdl_options(q_BHC),
+        **pdl,
+    )
+    columns = max(64, block_s)
+    block_v = min(V, 128 if columns == 64 else 64)  # what fits into shared memory beside the columns
+    warps = block_v // 16
+    combine[(H * (V // block_v), triton.cdiv(B * block_s, columns))](
+        _descriptor(part_NHR, [columns, 1, half]),
+        _descriptor(w_uv_HVR, [1, block_v, half]),
+        context_lens_B,
+        stats_N2H,
+        o_BO,
+        B,
+        splits,
+        H=H,
+        V=V,
+        BLOCK_S=block_s,
+        BLOCK_N=BLOCK_N,
+        WARPS=warps,
+        num_warps=warps,
+        **pdl,
     )
 
 
-def _descriptor(pages_MSC: Tensor, width: int) -> TensorDescriptor:
-    """For copies of `width` channels of a tile."""
-    block = [1, BLOCK_N, width]
-    return TensorDescriptor.from_tensor(pages_MSC, block, gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16))
+def _descriptor(tensor: Tensor, block: list[int]) -> TensorDescriptor:
+    rows, channels = max(block[:-1]), block[-1]
+    layout = gl.NVMMASharedLayout.get_default_for([rows, channels], gl.bfloat16)
+    layout = dataclasses.replace(layout, rank=len(block))
+    return TensorDescriptor.from_tensor(tensor, block, layout)

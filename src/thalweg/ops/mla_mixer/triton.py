@@ -50,6 +50,7 @@ def _absorb(
     P: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    BLOCK_G: tl.constexpr,
     PDL: tl.constexpr,
 ):
     slices: tl.constexpr = R // BLOCK_R
@@ -70,22 +71,23 @@ def _absorb(
     if PDL:
         gdc_wait()
     q_BK = tl.load(q_row_ptrs + k[None, :], mask=b_mask, other=0.0)
-    if pid % slices == 0:
-        q_BP = tl.load(q_row_ptrs + K + p[None, :], mask=b_mask, other=0.0)
-        tl.store(out_ptrs + R + p[None, :], q_BP, mask=b_mask)
+    shared_mask = b_mask & (pid % slices == 0)
+    q_BP = tl.load(q_row_ptrs + K + p[None, :], mask=shared_mask, other=0.0)
     # Each program besides norms the latents of some sequences and writes them to the pages.
-    for i in tl.static_range(0, BLOCK_B, H * slices):
-        row = tl.program_id(1) * BLOCK_B + i + pid
-        own = (i + pid < BLOCK_B) & (row < B)
-        c_ptr = proj_ptr + row.to(tl.int64) * proj_stride + H * (K + P)
-        c_R = tl.load(c_ptr + r, mask=own, other=0.0).to(tl.float32)
-        shared_P = tl.load(c_ptr + R + p, mask=own, other=0.0)
-        page_ptr = pages_ptr + tl.load(page_rows_ptr + row, mask=own, other=0) * (R + P)
-        c_R = c_R * tl.rsqrt(tl.sum(c_R * c_R, 0) / R + eps) * norm_weight_R
-        tl.store(page_ptr + r, c_R.to(pages_ptr.dtype.element_ty), mask=own)
-        tl.store(page_ptr + R + p, shared_P.to(pages_ptr.dtype.element_ty), mask=own)
+    g = tl.arange(0, BLOCK_G)
+    row_G = tl.program_id(1) * BLOCK_B + pid * BLOCK_G + g
+    own_G = (pid * BLOCK_G + g < BLOCK_B) & (row_G < B)
+    c_ptrs = proj_ptr + row_G.to(tl.int64)[:, None] * proj_stride + H * (K + P)
+    c_GR = tl.load(c_ptrs + r[None, :], mask=own_G[:, None], other=0.0).to(tl.float32)
+    shared_GP = tl.load(c_ptrs + R + p[None, :], mask=own_G[:, None], other=0.0)
+    page_row_G = tl.load(page_rows_ptr + row_G, mask=own_G, other=0)
     out_BR = dot(q_BK, w_KR)
     tl.store(out_ptrs + r_slice[None, :], out_BR.to(q_ptr.dtype.element_ty), mask=b_mask)
+    tl.store(out_ptrs + R + p[None, :], q_BP, mask=shared_mask)
+    c_GR = c_GR * tl.rsqrt(tl.sum(c_GR * c_GR, 1) / R + eps)[:, None] * norm_weight_R[None, :]
+    page_ptrs = pages_ptr + page_row_G[:, None] * (R + P)
+    tl.store(page_ptrs + r[None, :], c_GR.to(pages_ptr.dtype.element_ty), mask=own_G[:, None])
+    tl.store(page_ptrs + R + p[None, :], shared_GP.to(pages_ptr.dtype.element_ty), mask=own_G[:, None])
 
 
 @triton.jit
@@ -279,7 +281,11 @@ def launches(B: int, H: int, R: int, V: int, processors: int) -> tuple[Launch, L
     splits = _splits(B, processors)
     block_b = max(16, min(64, triton.next_power_of_2(B)))  # rows of a matrix unit's tile
     tile = {"BLOCK_B": block_b, "BLOCK_R": min(R, 128)}
-    absorb = Launch(_absorb, (H * (R // tile["BLOCK_R"]), triton.cdiv(B, block_b)), tile, 4)
+    programs = H * (R // tile["BLOCK_R"])
+    tile["BLOCK_G"] = max(1, block_b // triton.next_power_of_2(programs))  # latents a program norms
+    while tile["BLOCK_G"] * programs < block_b:
+        tile["BLOCK_G"] *= 2
+    absorb = Launch(_absorb, (programs, triton.cdiv(B, block_b)), tile, 4)
     tile = {"BLOCK_H": max(16, triton.next_power_of_2(H)), "BLOCK_N": BLOCK_N}
     attend = Launch(_attend, (splits, B), tile, 4)
     block_s = triton.next_power_of_2(splits)
@@ -312,8 +318,6 @@ def mla_mixer_decode(
     absorb, attend, combine = launches(B, H, R, V, multiprocessors(proj_BX.device))
     splits, pdl = attend.grid[0], pdl_options(proj_BX)
     q_BHC = proj_BX.new_empty(B, H, R + P)
-    part_BSHR = proj_BX.new_empty(B, splits, H, R)
-    stats_BS2H = proj_BX.new_empty(B, splits, 2, H, dtype=torch.float32)  # maximum and sum of each split's weights
     absorb(
         proj_BX,
         kv_norm_weight_R,
@@ -332,11 +336,13 @@ def mla_mixer_decode(
         **pdl,
     )
     context = (pages_MSC, block_tables_BN, context_lens_B)
-    if gluon.serves(pages_MSC, R):
-        gluon.launch(splits, q_BHC, *context, part_BSHR, stats_BS2H, scale * LOG2_E)
-    else:
-        strides = (block_tables_BN.stride(0),)
-        attend(q_BHC, *context, part_BSHR, stats_BS2H, *strides, scale * LOG2_E, H=H, R=R, P=P, PAGE=page_size, **pdl)
+    if gluon.serves(pages_MSC, R, V):
+        gluon.launch(splits, q_BHC, *context, w_uv_HVR, o_BO, scale * LOG2_E)
+        return o_BO
+    part_BSHR = proj_BX.new_empty(B, splits, H, R)
+    stats_BS2H = proj_BX.new_empty(B, splits, 2, H, dtype=torch.float32)  # maximum and sum of each split's weights
+    strides = (block_tables_BN.stride(0),)
+    attend(q_BHC, *context, part_BSHR, stats_BS2H, *strides, scale * LOG2_E, H=H, R=R, P=P, PAGE=page_size, **pdl)
     combine(
         part_BSHR,
         stats_BS2H,
