@@ -51,7 +51,7 @@ def test_splits_fill_whole_waves() -> None:
     pytest.importorskip("triton")
     from thalweg.ops.mla_mixer.triton import _splits
 
-    assert [_splits(B, 132) for B in (1, 2, 4, 8, 16, 32, 64, 128, 1000)] == [128, 32, 32, 16, 8, 4, 2, 1, 1]
+    assert [_splits(B, 132) for B in (1, 2, 4, 8, 16, 32, 64, 128, 1000)] == [128, 64, 32, 16, 8, 4, 2, 1, 1]
     for B in (24, 48, 96):
         programs = B * _splits(B, 132)
         assert programs / 132 / -(-programs // 132) >= 0.9
