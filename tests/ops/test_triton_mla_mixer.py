@@ -82,7 +82,7 @@ def check_compiled(kernel: object, constants: dict[str, int], num_warps: int, ty
     return compiled.ptx
 
 
-@pytest.mark.parametrize("B", [1, 4, 8, 128])
+@pytest.mark.parametrize("B", [1, 128])
 def test_kernels_compile_for_hopper_without_spills(B: int) -> None:
     pytest.importorskip("triton")
     from thalweg.ops.mla_mixer import triton as kernels
@@ -93,7 +93,7 @@ def test_kernels_compile_for_hopper_without_spills(B: int) -> None:
         assert launch.kernel is not kernels._attend or "wgmma.mma_async" in ptx
 
 
-@pytest.mark.parametrize(("H", "splits"), [(32, 128), (32, 16), (8, 5), (1, 1)])
+@pytest.mark.parametrize(("H", "splits"), [(32, 128), (8, 5), (1, 1)])
 def test_kernels_in_gluon_compile_for_hopper_without_spills(H: int, splits: int) -> None:
     pytest.importorskip("triton")
     from thalweg.ops.mla_mixer import gluon

@@ -17,6 +17,7 @@ weighted, comes after it, where little is left to sum.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 import triton
@@ -125,9 +126,9 @@ def attend(
     n = gl.minimum(span, gl.cdiv(gl.maximum(length - start, 0), BLOCK_N))
     table_ptr = tables_ptr + b.to(gl.int64) * table_stride
     # Of a tile that does not exist, the first page of all.
-    page0 = gl.load(table_ptr + gl.where(0 < n, start, 0) // PAGE)
-    page1 = gl.load(table_ptr + gl.where(1 < n, start + BLOCK_N, 0) // PAGE)
-    later_page = gl.load(table_ptr + gl.where(2 < n, start + 2 * BLOCK_N, 0) // PAGE)
+    page0 = gl.load(table_ptr + gl.where(n > 0, start, 0) // PAGE)
+    page1 = gl.load(table_ptr + gl.where(n > 1, start + BLOCK_N, 0) // PAGE)
+    later_page = gl.load(table_ptr + gl.where(n > 2, start + 2 * BLOCK_N, 0) // PAGE)
     # The kernel ahead writes the newest token: its tile, the context's last, has to wait for it.
     newest = (length - 1 - start) // BLOCK_N
     for j in gl.static_range(2):
@@ -350,7 +351,11 @@ def launch(
 
 
 def _descriptor(tensor: Tensor, block: list[int]) -> TensorDescriptor:
-    rows, channels = max(block[:-1]), block[-1]
-    layout = gl.NVMMASharedLayout.get_default_for([rows, channels], gl.bfloat16)
-    layout = dataclasses.replace(layout, rank=len(block))
-    return TensorDescriptor.from_tensor(tensor, block, layout)
+    return TensorDescriptor.from_tensor(tensor, block, _layout(*block))
+
+
+@functools.cache
+def _layout(*block: int) -> gl.NVMMASharedLayout:
+    """In shared memory, of a block whose rows are all dimensions but the last."""
+    layout = gl.NVMMASharedLayout.get_default_for([max(block[:-1]), block[-1]], gl.bfloat16)
+    return dataclasses.replace(layout, rank=len(block))
