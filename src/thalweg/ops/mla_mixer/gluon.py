@@ -1,16 +1,23 @@
-"""Attention of the MLA decode mixer for Hopper, in Gluon: bulk copies into rings of shared memory, wgmma out of them.
+"""Two of the MLA decode mixer's three kernels in Gluon, for Hopper: bulk copies into shared memory, wgmma out of it.
 
-A program walks its split of a context in tiles of 64 tokens. A tile is two halves of the latent, [64, R / 2] each, which
-serve as keys and as values, and the shared key part, [64, P]. Shared memory holds two tiles, and the place of a half is
-filled again as soon as the last product with it is done: copies stay under way while products and softmax run.
+`attend`: a program walks its split of a context in tiles of 64 tokens. A tile is two halves of the latent, [64, R / 2]
+each, which serve as keys and as values, and the shared key part, [64, P]. Shared memory holds two tiles, and the place
+of a half is filled again as soon as the last product with it is done: copies stay under way while products and softmax
+run.
 
 The last tile of a context is copied from the 64 rows before the context's end: those before its page are out of bounds,
 which the copy fills with zeros, and rows that hold no token are never read. Its tokens are then the tile's last.
+
+The first two tiles, unless one has the newest token, are copied before the wait for the kernel ahead.
+
+`combine`: w_uv times the results of all splits of some sequences, a product per head; the sum over a sequence's splits,
+weighted, comes after it, where little is left to sum.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 import triton
@@ -44,15 +51,15 @@ def _gdc_launch_dependents():
 
 
 @gluon.jit
-def _copy(desc, page, row, column, bar, target, pred):
-    """desc's block of rows that starts at `row` of `page` and at `column`, into target [rows, columns]."""
+def _copy(desc, i, j, column, bar, target, pred):
+    """desc's block that starts at [i, j, column], into target [rows, columns]; `bar` counts its bytes."""
     block = target._reinterpret(desc.dtype, desc.block_type.shape, desc.layout)
-    tma.async_copy_global_to_shared(desc, [page, row, column], bar, block, pred)
+    tma.async_copy_global_to_shared(desc, [i, j, column], bar, block, pred)
 
 
 @gluon.jit
 def _first_row(first, length, PAGE: gl.constexpr, BLOCK_N: gl.constexpr):
-    """Where in its page the copy of the tile of token `first` starts: below 0 where fewer tokens are left."""
+    """Where in its page the copy of the tile of token `first` starts: earlier, even below 0, where the context ends."""
     return first % PAGE + gl.minimum(length - first, BLOCK_N) - BLOCK_N
 
 
@@ -88,7 +95,6 @@ def attend(
     P: gl.constexpr = shared_desc.block_type.shape[2]
     BLOCK_H: gl.constexpr = q_half_desc.block_type.shape[0]
     R: gl.constexpr = 2 * WIDTH
-    TILES: gl.constexpr = 2  # in shared memory
     tile_bytes: gl.constexpr = 2 * half_desc.block_type.nbytes + shared_desc.block_type.nbytes
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_H, 16])
     per_head: gl.constexpr = gl.SliceLayout(0, mma)
@@ -102,15 +108,15 @@ def attend(
     if PDL:
         _gdc_launch_dependents()
 
-    kv0 = gl.allocate_shared_memory(dtype, [TILES, BLOCK_N, WIDTH], half_layout)
-    kv1 = gl.allocate_shared_memory(dtype, [TILES, BLOCK_N, WIDTH], half_layout)
-    k = gl.allocate_shared_memory(dtype, [TILES, BLOCK_N, P], shared_layout)
+    kv0 = gl.allocate_shared_memory(dtype, [2, BLOCK_N, WIDTH], half_layout)
+    kv1 = gl.allocate_shared_memory(dtype, [2, BLOCK_N, WIDTH], half_layout)
+    k = gl.allocate_shared_memory(dtype, [2, BLOCK_N, P], shared_layout)
     q_halves = gl.allocate_shared_memory(dtype, [2, BLOCK_H, WIDTH], q_half_desc.layout)
     q_shared = gl.allocate_shared_memory(dtype, [BLOCK_H, P], q_shared_desc.layout)
     p_smem = gl.allocate_shared_memory(dtype, [BLOCK_N, BLOCK_H], p_layout)
-    bars = gl.allocate_shared_memory(gl.int64, [TILES + 1, 1], mbarrier.MBarrierLayout())
-    q_bar = bars.index(TILES)
-    for j in gl.static_range(TILES + 1):
+    bars = gl.allocate_shared_memory(gl.int64, [3, 1], mbarrier.MBarrierLayout())
+    q_bar = bars.index(2)
+    for j in gl.static_range(3):
         mbarrier.init(bars.index(j), count=1)
     fence_async_shared()
 
@@ -119,15 +125,17 @@ def attend(
     start = split * span * BLOCK_N
     n = gl.minimum(span, gl.cdiv(gl.maximum(length - start, 0), BLOCK_N))
     table_ptr = tables_ptr + b.to(gl.int64) * table_stride
-    pages = ()  # of tiles 0 .. TILES; a page that does not exist is replaced by one that does
-    for j in gl.static_range(TILES + 1):
-        pages = pages + (gl.load(table_ptr + gl.where(j < n, start + j * BLOCK_N, 0) // PAGE),)
+    # Of a tile that does not exist, the first page of all.
+    page0 = gl.load(table_ptr + gl.where(n > 0, start, 0) // PAGE)
+    page1 = gl.load(table_ptr + gl.where(n > 1, start + BLOCK_N, 0) // PAGE)
+    later_page = gl.load(table_ptr + gl.where(n > 2, start + 2 * BLOCK_N, 0) // PAGE)
     # The kernel ahead writes the newest token: its tile, the context's last, has to wait for it.
     newest = (length - 1 - start) // BLOCK_N
-    for j in gl.static_range(TILES):
+    for j in gl.static_range(2):
         if (j < n) & (j != newest):
             row = _first_row(start + j * BLOCK_N, length, PAGE, BLOCK_N)
-            _copy_tile(half_desc, shared_desc, kv0.index(j), kv1.index(j), k.index(j), pages[j], row, bars.index(j))
+            page = page0 if j == 0 else page1
+            _copy_tile(half_desc, shared_desc, kv0.index(j), kv1.index(j), k.index(j), page, row, bars.index(j))
     if PDL:
         _gdc_wait()
     if n > 0:
@@ -135,10 +143,10 @@ def attend(
         for j in gl.static_range(2):
             tma.async_copy_global_to_shared(q_half_desc, [b * H, j * WIDTH], q_bar, q_halves.index(j))
         tma.async_copy_global_to_shared(q_shared_desc, [b * H, R], q_bar, q_shared)
-        if newest < gl.minimum(n, TILES):
-            slot = newest % TILES
+        if newest < gl.minimum(n, 2):
+            slot = newest % 2
             row = _first_row(start + newest * BLOCK_N, length, PAGE, BLOCK_N)
-            page = gl.where(newest == 0, pages[0], pages[1])
+            page = gl.where(newest == 0, page0, page1)
             bar = bars.index(slot)
             _copy_tile(half_desc, shared_desc, kv0.index(slot), kv1.index(slot), k.index(slot), page, row, bar)
 
@@ -147,13 +155,12 @@ def attend(
         l_NH = gl.zeros([BLOCK_N, BLOCK_H], gl.float32, layout=mma)
         acc0_RH = gl.zeros([WIDTH, BLOCK_H], gl.float32, layout=mma)
         acc1_RH = gl.zeros([WIDTH, BLOCK_H], gl.float32, layout=mma)
-        later_page = pages[TILES]
         mbarrier.wait(q_bar, 0)
         for t in range(n):
-            slot, later = t % TILES, t + TILES
+            slot, later = t % 2, t + 2
             kv0_NR, kv1_NR, k_NP, bar = kv0.index(slot), kv1.index(slot), k.index(slot), bars.index(slot)
             page_after = gl.load(table_ptr + gl.where(later + 1 < n, start + (later + 1) * BLOCK_N, 0) // PAGE)
-            mbarrier.wait(bar, t // TILES & 1)
+            mbarrier.wait(bar, t // 2 % 2)
             scores_NH = gl.zeros([BLOCK_N, BLOCK_H], gl.float32, layout=mma)
             scores_NH = warpgroup_mma(
                 kv0_NR, q_halves.index(0).permute((1, 0)), scores_NH, use_acc=False, is_async=True
@@ -213,7 +220,6 @@ def combine(
     V: gl.constexpr,
     BLOCK_S: gl.constexpr,
     BLOCK_N: gl.constexpr,
-    WARPS: gl.constexpr,
     PDL: gl.constexpr,
 ):
     dtype: gl.constexpr = part_desc.dtype
@@ -221,6 +227,7 @@ def combine(
     BLOCK_V: gl.constexpr = w_uv_desc.block_type.shape[1]
     WIDTH: gl.constexpr = w_uv_desc.block_type.shape[2]
     BLOCK_B: gl.constexpr = COLUMNS // BLOCK_S
+    WARPS: gl.constexpr = gl.num_warps()
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, COLUMNS, 16])
     LANES: gl.constexpr = min(BLOCK_S, 32)
     groups: gl.constexpr = gl.BlockedLayout([1, 1], [32 // LANES, LANES], [WARPS, 1], [1, 0])
@@ -284,6 +291,14 @@ def serves(pages_MSC: Tensor, rank: int, value: int) -> bool:
     return pages_MSC.is_cuda and page_size % BLOCK_N == 0 and fits
 
 
+def tiles(H: int, V: int, splits: int) -> tuple[int, int, int, int]:
+    """(heads of `attend`; splits, columns (sequence and split) and values of `combine`) that a program works on."""
+    block_s = triton.next_power_of_2(splits)
+    columns = 32 if block_s == 1 else max(64, block_s)
+    # w_uv has to fit into shared memory beside the columns.
+    return max(16, triton.next_power_of_2(H)), block_s, columns, min(V, 128 if columns <= 64 else 64)
+
+
 def launch(
     splits: int,
     q_BHC: Tensor,
@@ -294,9 +309,9 @@ def launch(
     o_BO: Tensor,
     scale_log2: float,
 ) -> None:
-    """`attend` and `combine`: o_BO from queries in latent space."""
+    """o_BO from the absorbed queries, each context in `splits` (at most 128) parts."""
     (B, H, C), (_, V, R) = q_BHC.shape, w_uv_HVR.shape
-    block_h, block_s = max(16, triton.next_power_of_2(H)), triton.next_power_of_2(splits)
+    block_h, block_s, columns, block_v = tiles(H, V, splits)
     part_NHR = q_BHC.new_empty(B * block_s, H, R)
     stats_N2H = q_BHC.new_empty(B * block_s, 2, H, dtype=torch.float32)  # maximum and sum of each split's weights
     q, half = q_BHC.flatten(0, 1), R // 2
@@ -318,9 +333,6 @@ def launch(
         num_warps=4,
         **pdl,
     )
-    columns = max(64, block_s)
-    block_v = min(V, 128 if columns == 64 else 64)  # what fits into shared memory beside the columns
-    warps = block_v // 16
     combine[(H * (V // block_v), triton.cdiv(B * block_s, columns))](
         _descriptor(part_NHR, [columns, 1, half]),
         _descriptor(w_uv_HVR, [1, block_v, half]),
@@ -333,14 +345,17 @@ def launch(
         V=V,
         BLOCK_S=block_s,
         BLOCK_N=BLOCK_N,
-        WARPS=warps,
-        num_warps=warps,
+        num_warps=block_v // 16,
         **pdl,
     )
 
 
 def _descriptor(tensor: Tensor, block: list[int]) -> TensorDescriptor:
-    rows, channels = max(block[:-1]), block[-1]
-    layout = gl.NVMMASharedLayout.get_default_for([rows, channels], gl.bfloat16)
-    layout = dataclasses.replace(layout, rank=len(block))
-    return TensorDescriptor.from_tensor(tensor, block, layout)
+    return TensorDescriptor.from_tensor(tensor, block, _layout(*block))
+
+
+@functools.cache
+def _layout(*block: int) -> gl.NVMMASharedLayout:
+    """In shared memory, of a block whose rows are all dimensions but the last."""
+    layout = gl.NVMMASharedLayout.get_default_for([max(block[:-1]), block[-1]], gl.bfloat16)
+    return dataclasses.replace(layout, rank=len(block))

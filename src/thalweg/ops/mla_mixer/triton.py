@@ -1,14 +1,17 @@
-"""The decode mixer of an MLA layer as three Triton kernels.
+"""The decode mixer of an MLA layer as three kernels.
 
-1. `_absorb`: queries into latent space, a program per head and slice of the latent; beside them, a program per
-   sequence norms its new latent and writes it to the pages.
+1. `_absorb`: queries into latent space, a program per head and slice of the latent; some programs besides norm the new
+   latents and write them to the pages.
 2. `_attend`: a program per sequence and split of its context. Scores are computed transposed, [tokens, heads], so that
    a tile of 64 tokens fills the matrix unit's rows whatever the number of heads, and one tile in shared memory serves
    as keys and as values.
-3. `_combine`: the splits' results, weighted, and w_uv, a program per head and slice of its values.
+3. `_combine`: w_uv times the results of all splits of some sequences, a product per head; the weighted sum over a
+   sequence's splits comes after it, where little is left to sum.
 
-Lengths and block tables are read before the wait for the kernel ahead: whatever writes them must not let its
-dependents start early (copies and ordinary kernels do not).
+Module gluon has faster forms of the last two, for pages of whole tiles; those here take any page size.
+
+Lengths, block tables and tokens but the newest are read before the wait for the kernel ahead: whatever writes them must
+not let its dependents start early, or an ordinary kernel must lie between (a step begins with some).
 """
 
 from __future__ import annotations
@@ -23,10 +26,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from thalweg.ops.mla_mixer import gluon
 from thalweg.ops.triton_dot import dot
 from thalweg.ops.triton_launch import pdl_options
 from thalweg.ops.triton_support import multiprocessors
+
+try:
+    from thalweg.ops.mla_mixer import gluon
+except ImportError:  # Gluon is experimental: in another Triton it may be elsewhere
+    gluon = None
 
 BLOCK_N = 64  # tokens per tile
 LOG2_E = 1.4426950408889634
@@ -73,7 +80,6 @@ def _absorb(
     q_BK = tl.load(q_row_ptrs + k[None, :], mask=b_mask, other=0.0)
     shared_mask = b_mask & (pid % slices == 0)
     q_BP = tl.load(q_row_ptrs + K + p[None, :], mask=shared_mask, other=0.0)
-    # Each program besides norms the latents of some sequences and writes them to the pages.
     g = tl.arange(0, BLOCK_G)
     row_G = tl.program_id(1) * BLOCK_B + pid * BLOCK_G + g
     own_G = (pid * BLOCK_G + g < BLOCK_B) & (row_G < B)
@@ -255,13 +261,19 @@ def _combine(
 
 
 def _splits(B: int, processors: int) -> int:
-    """Parts to split each context into, so that all programs together fill whole waves of multiprocessors."""
-    for waves in range(1, 5):
-        programs = waves * processors
-        if programs // B * B >= 0.9 * programs:
-            break
-    # More of them than the last kernel can weigh at one go would cost it more than they save here.
-    return max(1, min(programs // B, 128 // B if B < 8 else 16))
+    """Parts, at most 128, to split each context into: the fewest that a model of `attend` finds quickest.
+
+    Programs run in waves, one on a multiprocessor. Measured on an H200: three quarters of them take all of the
+    bandwidth, and a wave costs its start and its end besides, as much as four tiles. Lengths are on the device, so that
+    a long context, of 128 tiles, stands for all.
+    """
+
+    def cost(splits: int) -> float:
+        full, rest = divmod(B * splits, processors)
+        last = max(0.75, rest / processors) if rest else 0.0
+        return -(-128 // splits) * (full + last) + 4 * (full + (rest > 0))
+
+    return min(range(1, 129), key=cost)
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,24 +289,19 @@ class Launch:
 
 @cache
 def launches(B: int, H: int, R: int, V: int, processors: int) -> tuple[Launch, Launch, Launch]:
-    """The three launches for B sequences: grids, tiles and warps."""
+    """The three launches of this module's kernels for B sequences: grids, tiles and warps."""
     splits = _splits(B, processors)
     block_b = max(16, min(64, triton.next_power_of_2(B)))  # rows of a matrix unit's tile
     tile = {"BLOCK_B": block_b, "BLOCK_R": min(R, 128)}
     programs = H * (R // tile["BLOCK_R"])
-    tile["BLOCK_G"] = max(1, block_b // triton.next_power_of_2(programs))  # latents a program norms
-    while tile["BLOCK_G"] * programs < block_b:
-        tile["BLOCK_G"] *= 2
+    tile["BLOCK_G"] = triton.next_power_of_2(triton.cdiv(block_b, programs))  # latents that a program norms
     absorb = Launch(_absorb, (programs, triton.cdiv(B, block_b)), tile, 4)
     tile = {"BLOCK_H": max(16, triton.next_power_of_2(H)), "BLOCK_N": BLOCK_N}
     attend = Launch(_attend, (splits, B), tile, 4)
     block_s = triton.next_power_of_2(splits)
-    tile = {"BLOCK_S": block_s, "BLOCK_N": BLOCK_N, "BLOCK_B": max(1, 64 // block_s)}
-    # All of a head's values, or so many that shared memory holds them beside the parts.
-    tile["BLOCK_V"] = min(V, 128 if block_s <= 64 else 64)
-    combine = Launch(
-        _combine, (H * (V // tile["BLOCK_V"]), triton.cdiv(B, tile["BLOCK_B"])), tile, 8 if block_s <= 64 else 4
-    )
+    block_v, warps = (min(V, 128), 8) if block_s <= 64 else (min(V, 64), 4)  # to fit beside the parts
+    tile = {"BLOCK_S": block_s, "BLOCK_N": BLOCK_N, "BLOCK_B": max(1, 64 // block_s), "BLOCK_V": block_v}
+    combine = Launch(_combine, (H * (V // block_v), triton.cdiv(B, tile["BLOCK_B"])), tile, warps)
     return absorb, attend, combine
 
 
@@ -336,7 +343,7 @@ def mla_mixer_decode(
         **pdl,
     )
     context = (pages_MSC, block_tables_BN, context_lens_B)
-    if gluon.serves(pages_MSC, R, V):
+    if gluon is not None and gluon.serves(pages_MSC, R, V):
         gluon.launch(splits, q_BHC, *context, w_uv_HVR, o_BO, scale * LOG2_E)
         return o_BO
     part_BSHR = proj_BX.new_empty(B, splits, H, R)
