@@ -10,13 +10,16 @@ import time
 import zmq
 
 from thalweg.config.engine import EngineConfig
+from thalweg.core import Request
 from thalweg.engine import messages as m
+from thalweg.engine.gate import GrammarGate
 from thalweg.engine.ranks import end_with_parent
 from thalweg.engine.start import Engine
 from thalweg.errors import InvalidRequest, ThalwegError
 
 STATS_INTERVAL_S = 0.5
 IDLE_POLL_MS = 500
+GATE_POLL_MS = 1  # while nothing runs and a grammar is being compiled
 
 
 class EngineProcess:
@@ -24,17 +27,20 @@ class EngineProcess:
 
     def __init__(self, socket: zmq.Socket[bytes], engine: Engine) -> None:
         self._socket, self._engine, self._core = socket, engine, engine.core
+        self._gate = GrammarGate(engine.grammars, self._add, self._refuse)
 
     def run(self) -> None:
         """Until Stop. Raises what ended the engine otherwise."""
         last_sent = time.monotonic()
         while True:
             # With work at hand only what is already there is read; otherwise wait for it, with a look at the ranks.
-            while self._socket.poll(0 if self._core.has_work() else IDLE_POLL_MS):
+            idle_ms = GATE_POLL_MS if self._gate.waiting else IDLE_POLL_MS
+            while self._socket.poll(0 if self._core.has_work() else idle_ms):
                 message = m.decode_to_engine(self._socket.recv())
                 if isinstance(message, m.Stop):
                     return
                 self._take(message)
+            self._gate.poll()
             if not self._core.has_work():
                 self._core.check()
                 continue
@@ -46,15 +52,22 @@ class EngineProcess:
 
     def _take(self, message: m.ToEngine) -> None:
         if isinstance(message, m.Add):
-            try:
-                self._core.add(message.request)
-            except InvalidRequest as e:
-                self._socket.send(m.encode(m.Refused(message.request.id, str(e))))
+            self._gate.take(message.request)
         elif isinstance(message, m.Abort):
             for request_id in message.request_ids:
+                self._gate.abort(request_id)
                 self._core.abort(request_id)
             # No update tells of the end of an aborted request, so what it freed is told here.
             self._socket.send(m.encode(m.Updates([], self._core.stats())))
+
+    def _add(self, request: Request) -> None:
+        try:
+            self._core.add(request)
+        except InvalidRequest as e:
+            self._refuse(request.id, str(e))
+
+    def _refuse(self, request_id: str, reason: str) -> None:
+        self._socket.send(m.encode(m.Refused(request_id, reason)))
 
 
 def main(address: str) -> int:

@@ -128,6 +128,7 @@ class ModelRunner:
         ids = self._mesh.broadcast(ids)
         self._inputs.last_tokens[torch.tensor(slots, device=ids.device)] = ids
         read = self._readback(ids)
+        self._sampler.sampled(slots, read)
         return lambda: StepResult(plan.step, read(), logprobs, prompt_logprobs or {}, errors, prompt_logits or {})
 
     def _inspect(

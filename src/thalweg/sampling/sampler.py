@@ -11,7 +11,9 @@ from thalweg.core import Admission, TokenLogprobs
 from thalweg.errors import InvalidRequest
 from thalweg.sampling.adjust import LogitAdjuster
 from thalweg.sampling.choose import sample_filtered
+from thalweg.sampling.grammars import Grammars
 from thalweg.sampling.logprobs import token_logprobs
+from thalweg.sampling.structured import Structured
 from thalweg.sampling.uniform import uniform
 
 
@@ -28,7 +30,9 @@ class Sampler:
         eos_token_ids: frozenset[int],
         device: torch.device,
         sample: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+        grammars: Grammars | None = None,
     ) -> None:
+        """`grammars` are for the rank whose tokens count."""
         self._sample = sample  # op "sample"
         self.vocab_size, self.eos_token_ids, self.device = vocab_size, eos_token_ids, device
         n = num_slots + 1
@@ -42,6 +46,7 @@ class Sampler:
         self._adjusters: dict[int, LogitAdjuster] = {}
         self._logprobs: dict[int, int] = {}
         self._rejected: dict[int, str] = {}
+        self._structured = Structured(grammars, vocab_size)
 
     def admit(self, a: Admission) -> None:
         p, slot = a.params, a.slot
@@ -64,6 +69,10 @@ class Sampler:
                 )
             except InvalidRequest as e:
                 self._rejected[slot] = str(e)
+        try:
+            self._structured.admit(a)
+        except InvalidRequest as e:
+            self._rejected[slot] = str(e)
 
     def __call__(
         self, logits_RV: Tensor, slots: list[int], positions: list[int]
@@ -73,6 +82,7 @@ class Sampler:
         `positions` are those of the tokens being chosen. The id of a row with an error means nothing.
         """
         errors = {s: self._rejected[s] for s in slots if s in self._rejected} if self._rejected else {}
+        masks = self._structured.masks(slots) if self._structured else None  # before anything waits for the logits
         # A sum is finite only where every term is (float64 cannot overflow on float32 terms), and is one pass.
         if not torch.isfinite(logits_RV.sum(dtype=torch.float64)):
             for row in torch.nonzero(~torch.isfinite(logits_RV).all(-1)).flatten().tolist():
@@ -81,10 +91,13 @@ class Sampler:
 
         raw_RV = logits_RV
         adjusted = [r for r, s in enumerate(slots) if s in self._adjusters] if self._adjusters else []
-        if adjusted:
+        if adjusted or masks is not None:
             logits_RV = logits_RV.clone()
             for r in adjusted:
                 self._adjusters[slots[r]].apply(logits_RV[r])
+            if masks is not None:
+                masks.apply(logits_RV)
+                errors |= masks.errors
 
         ids_R = self._choose(logits_RV, slots, positions)
         for r in adjusted:
@@ -102,9 +115,14 @@ class Sampler:
                     )
         return ids_R, logprobs, errors
 
+    def sampled(self, slots: list[int], read: Callable[[], list[int]]) -> None:
+        """Tell where the ids that __call__ gave for `slots` can be read once they count: read() waits for them."""
+        if self._structured:
+            self._structured.sampled(slots, read)
+
     def simple(self, slots: list[int]) -> bool:
         """Whether `sample_rows` alone serves these slots: greedy or plain temperature, nothing to report or refuse."""
-        special = (self._filtered, self._adjusters, self._logprobs, self._rejected)
+        special = (self._filtered, self._adjusters, self._logprobs, self._rejected, self._structured)
         return not any(special) or not any(slot in table for table in special if table for slot in slots)
 
     def sample_rows(self, logits_RV: Tensor, slots_R: Tensor, positions_R: Tensor) -> Tensor:

@@ -83,6 +83,7 @@ class GenerationBody(Body):
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None  # one of json, regex, choice, grammar
 
 
 class TemplateOptions(BaseModel):

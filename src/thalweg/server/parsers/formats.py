@@ -23,6 +23,7 @@ class CallFormat:
     markers: tuple[str, ...]
     sign: str  # what a chat template of this format has in it
     parser: Callable[[NewId, Tools], CallParser]
+    lark: Callable[[Tools, Mapping[str, int], bool], str]  # rules of a grammar: `calls`, of one call or of several
 
 
 def _types(tools: Tools) -> dict[str, dict[str, Any]]:
@@ -39,14 +40,15 @@ def _types(tools: Tools) -> dict[str, dict[str, Any]]:
 
 # In the order in which a template's text is searched for their signs.
 CALL_FORMATS = (
-    CallFormat("kimi_k2", kimi_k2.MARKERS, KIMI_CALL, lambda new_id, tools: kimi_k2.KimiK2(new_id)),
+    CallFormat("kimi_k2", kimi_k2.MARKERS, KIMI_CALL, lambda new_id, tools: kimi_k2.KimiK2(new_id), kimi_k2.lark),
     CallFormat(
         "qwen3_coder",
         qwen3_coder.MARKERS,
         "<function=",
         lambda new_id, tools: qwen3_coder.Qwen3Coder(new_id, _types(tools)),
+        qwen3_coder.lark,
     ),
-    CallFormat("hermes", hermes.MARKERS, CALL, lambda new_id, tools: hermes.Hermes(new_id)),
+    CallFormat("hermes", hermes.MARKERS, CALL, lambda new_id, tools: hermes.Hermes(new_id), hermes.lark),
 )
 TOOL_CALL_PARSERS = ("auto", "none", *(f.name for f in CALL_FORMATS))
 REASONING_PARSERS = ("auto", "none", "think")
@@ -93,6 +95,14 @@ class OutputFormat:
             return None
         spelled = [marker for marker in self.markers(bool(tools)) if marker not in self.added_tokens]
         return Reader(Thinking(self.begins_thinking(prompt_ids)) if self.thinking else None, calls, spelled)
+
+    def reasoning_lark(self, begun: bool) -> str:
+        """What may come before an answer that is held to a grammar: nothing where reasoning is not marked by tokens."""
+        begin, end = self.added_tokens.get(THINK), self.added_tokens.get(THINK_END)
+        if not self.thinking or begin is None or end is None:
+            return ""
+        rest = rf"/(.|\n)*/ <[{end}]> /[ \n]{{0,4}}/"
+        return rest if begun else f"(<[{begin}]> {rest})?"
 
     def begins_thinking(self, prompt_ids: Sequence[int]) -> bool:
         """Whether the prompt ends within reasoning."""
