@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import openai
+import pydantic
 import pytest
 
 from tests.e2e.tiny_model import ServerProcess, server_process
@@ -96,6 +97,24 @@ def test_a_call_and_its_result_go_back_in(client: openai.OpenAI) -> None:
     result = {"role": "tool", "tool_call_id": call.tool_calls[0].id, "content": "7"}
     answer = client.chat.completions.create(**ask, messages=[*MESSAGES, call, result]).choices[0]
     assert "<|" not in (answer.message.content or "")
+
+
+class Basket(pydantic.BaseModel):
+    class Fruit(pydantic.BaseModel):
+        kind: Literal["apple", "pear"]
+        ripe: bool | None
+
+    fruits: list[Fruit] = pydantic.Field(max_length=2)
+    weight_kg: float
+
+
+def test_the_clients_own_parsing(client: openai.OpenAI) -> None:
+    ask: Any = {"model": "thalweg-tiny", "messages": MESSAGES, "temperature": 1, "seed": 3, "max_tokens": 400}
+    basket = client.chat.completions.parse(**ask, response_format=Basket).choices[0].message.parsed
+    assert isinstance(basket, Basket)
+    tools: Any = [openai.pydantic_function_tool(Basket, name="weigh")]
+    [call] = client.chat.completions.parse(**ask, tools=tools, tool_choice="required").choices[0].message.tool_calls[:1]
+    assert isinstance(call.function.parsed_arguments, Basket)
 
 
 def test_tool_choice_none_gives_the_plain_answer(client: openai.OpenAI) -> None:

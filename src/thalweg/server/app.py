@@ -10,7 +10,7 @@ from fastapi import FastAPI
 
 from thalweg import __version__
 from thalweg.engine.client import EngineClient
-from thalweg.server import chat, completions, errors, health, models, tokenization
+from thalweg.server import chat, completions, docs, errors, health, models, tokenization
 from thalweg.server.guard import Guard
 from thalweg.server.service import Service, StartListener
 from thalweg.server.settings import ServerSettings
@@ -34,11 +34,11 @@ def create_app(client: EngineClient, settings: ServerSettings, on_started: Start
             await asyncio.gather(starting, return_exceptions=True)
             await client.close()
 
-    # The documentation pages would load scripts from elsewhere; /openapi.json says the same.
+    # The framework's documentation pages would load scripts from elsewhere; docs.py has one that does not.
     app = FastAPI(title="Thalweg", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service = service
     errors.install(app)
     app.add_middleware(Guard, api_key=settings.api_key, max_body_bytes=settings.max_body_bytes)
-    for room in (chat, completions, models, tokenization, health):
+    for room in (chat, completions, docs, models, tokenization, health):
         app.include_router(room.router)
     return app

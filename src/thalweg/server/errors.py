@@ -83,7 +83,7 @@ def install(app: FastAPI) -> None:
     async def handle_http(request: Request, error: Exception) -> Response:
         api_error = as_api_error(error)
         if api_error.status in (404, 405):
-            message = f"{request.method} {request.url.path[:200]} is not a route of this server; see /openapi.json"
+            message = f"{request.method} {request.url.path[:200]} is not a route of this server; see /docs"
             api_error = ApiError(api_error.status, message, code="unknown_route", headers=api_error.headers)
         return api_error.response()
 

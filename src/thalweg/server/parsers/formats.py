@@ -52,7 +52,6 @@ CALL_FORMATS = (
 )
 TOOL_CALL_PARSERS = ("auto", "none", *(f.name for f in CALL_FORMATS))
 REASONING_PARSERS = ("auto", "none", "think")
-PROMPT_TAIL = 4  # tokens at the end of a prompt among which a template may begin reasoning
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,11 +104,6 @@ class OutputFormat:
         return rest if begun else f"(<[{begin}]> {rest})?"
 
     def begins_thinking(self, prompt_ids: Sequence[int]) -> bool:
-        """Whether the prompt ends within reasoning."""
-        begin, end = self.added_tokens.get(THINK), self.added_tokens.get(THINK_END)
-        for token_id in reversed(prompt_ids[-PROMPT_TAIL:]):
-            if token_id == end:
-                return False
-            if token_id == begin:
-                return True
-        return False
+        """Whether the prompt ends within reasoning: of the tokens named by their text, the last one begins it."""
+        begin, added = self.added_tokens.get(THINK), frozenset(self.added_tokens.values())
+        return begin is not None and next((i for i in reversed(prompt_ids) if i in added), None) == begin
