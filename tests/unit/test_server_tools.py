@@ -12,6 +12,7 @@ import pytest
 
 from tests.fixtures.tokenizer_folders import byte_level_tokenizer, write_hf
 from tests.unit.server_double import ANSWER, ClientDouble, serving
+from thalweg.errors import ConfigError
 from thalweg.server.parsers.events import CallBegin, Content, Reasoning
 from thalweg.server.parsers.formats import OutputFormat
 from thalweg.server.settings import ServerSettings
@@ -208,6 +209,17 @@ def test_what_is_wrong_with_tools_is_said(more: dict[str, Any], param: str) -> N
     error = ask(ClientDouble(template=KIMI), {**CHAT, **more})["error"]
     assert error["param"] == param
     assert error["type"] == "invalid_request_error"
+
+
+def test_messages_that_the_template_cannot_take_name_themselves() -> None:
+    messages = [{"role": "assistant", "content": "", "tool_calls": [7]}]
+    assert ask(ClientDouble(template=KIMI), {**CHAT, "messages": messages})["error"]["param"] == "messages"
+
+
+@pytest.mark.parametrize("names", [("kimi", "auto"), ("auto", "yes")])
+def test_parsers_that_there_are_not(names: tuple[str, str]) -> None:
+    with pytest.raises(ConfigError, match="expected one of auto, none"):
+        OutputFormat.of(ClientDouble(template=KIMI).front, *names)
 
 
 def test_tools_without_a_known_format_name_the_option() -> None:

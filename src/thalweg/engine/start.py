@@ -51,6 +51,7 @@ class Engine:
         self.pump = Pump(self.core)
 
     def close(self) -> None:
+        self.grammars.close()
         self._executor.close()
         if self.ranks is not None:
             # A build that failed elsewhere may still be on its way to meet the ranks; it holds on to this object.

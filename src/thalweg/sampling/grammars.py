@@ -20,7 +20,8 @@ from thalweg.tokenizer.base import Tokenizer
 if TYPE_CHECKING:  # imported where the first grammar is: most engines never see one
     import llguidance
 
-MAX_COMPILED = 64
+MAX_COMPILED = 32  # each may come to hold MAX_LEXER_STATES of 1 to 2 KB
+MAX_LEXER_STATES = 20_000
 COMPILE_THREADS = 2
 
 Vocabulary = tuple[Tokenizer | None, int, frozenset[int]]  # tokenizer, rows of the logits, ids that end an output
@@ -52,6 +53,10 @@ class Grammars:
         """A matcher of one's own. Waits for compilation; raises InvalidRequest."""
         return self.compiled(grammar).result().deep_copy()
 
+    def close(self) -> None:
+        """Compile no more. What is being compiled is finished for nobody."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
     def _compile(self, grammar: Grammar) -> llguidance.LLMatcher:
         import llguidance
 
@@ -59,7 +64,7 @@ class Grammars:
             initial_lexer_fuel=1_000_000,
             step_lexer_fuel=200_000,
             step_max_items=50_000,
-            max_lexer_states=50_000,
+            max_lexer_states=MAX_LEXER_STATES,
             max_grammar_size=200_000,
             verbose_errors=False,
         )

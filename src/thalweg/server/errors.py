@@ -110,6 +110,8 @@ def _invalid_body(error: RequestValidationError) -> ApiError:
 def _param_of(message: str) -> str | None:
     if message.startswith(("the prompt", "prompt token")):
         return "prompt"
+    if message.startswith("the chat template"):
+        return "messages"
     if message.startswith("the grammar"):
         return "grammar"
     named = _NAMED.match(message)
