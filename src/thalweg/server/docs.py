@@ -9,6 +9,8 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse
 
+from thalweg.server.schemas import MAX_INT
+
 router = APIRouter(include_in_schema=False)
 
 _STYLE = (
@@ -19,11 +21,16 @@ _STYLE = (
     "summary{cursor:pointer;padding:.4rem 0}b{display:inline-block;min-width:3.5rem}"
 )
 
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+}
+
 
 @router.get("/docs", response_class=HTMLResponse)
 async def docs(request: Request) -> HTMLResponse:
     """Every route with its fields; the same as /openapi.json."""
-    return HTMLResponse(page(request.app.openapi()))
+    return HTMLResponse(page(request.app.openapi()), headers=_HEADERS)
 
 
 def page(openapi: dict[str, Any]) -> str:
@@ -42,7 +49,7 @@ def page(openapi: dict[str, Any]) -> str:
 
 
 def _operation(method: str, path: str, operation: dict[str, Any], schemas: dict[str, Any]) -> str:
-    says = f"<p>{escape(operation.get('description', ''))}</p>"
+    says = "".join(f"<p>{escape(part)}</p>" for part in operation.get("description", "").split("\n\n"))
     body = operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema")
     fields = "" if body is None else f"<table>{''.join(_fields(_resolved(body, schemas), schemas))}</table>"
     head = f"<b>{escape(method.upper())}</b> <code>{escape(path)}</code>"
@@ -51,7 +58,7 @@ def _operation(method: str, path: str, operation: dict[str, Any], schemas: dict[
 
 def _fields(schema: dict[str, Any], schemas: dict[str, Any]) -> Iterator[str]:
     required = schema.get("required", [])
-    for name, field in schema.get("properties", {}).items():
+    for name, field in sorted(schema.get("properties", {}).items(), key=lambda item: item[0] not in required):
         kind = _type(field, schemas) + (", required" if name in required else "")
         cells = (f"<code>{escape(name)}</code>", escape(kind), escape(field.get("description", "")))
         yield f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
@@ -66,7 +73,9 @@ def _type(schema: dict[str, Any], schemas: dict[str, Any]) -> str:
     if kind == "array":
         return f"list of {_type(schema.get('items', {}), schemas)}"
     low, high = schema.get("minimum"), schema.get("maximum")
-    return kind if low is None or high is None else f"{kind}, {low} to {high}"
+    if low is None or high is None:
+        return kind
+    return f"{kind}, {low:g} or more" if high >= MAX_INT else f"{kind}, {low:g} to {high:g}"
 
 
 def _resolved(schema: dict[str, Any], schemas: dict[str, Any]) -> dict[str, Any]:
