@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -152,5 +153,19 @@ def test_half_characters_and_nulls_in_a_prompt_come_back_as_text(stream: bool) -
             response = await http.post("/v1/completions", content=content, headers={"content-type": "application/json"})
             assert response.status_code == 200
             assert "error" not in response.text
+
+    run(work)
+
+
+@pytest.mark.parametrize("element", ['"x"', "0.5", "260", "[0.5]"])
+def test_a_million_wrong_elements_hold_nobody_up(element: str) -> None:
+    content = f'{{"prompt": [{", ".join([element] * 1_000_000)}]}}'
+
+    async def work(http: Any, _: ClientDouble) -> None:
+        began = time.monotonic()
+        response = await http.post("/v1/completions", content=content, headers={"content-type": "application/json"})
+        assert response.status_code == 400
+        assert error_of(response)["param"] == "prompt"
+        assert time.monotonic() - began < 2  # a tenth of it, on a machine with nothing else to do
 
     run(work)

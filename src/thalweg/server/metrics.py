@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
@@ -120,6 +121,7 @@ class _EngineCollector(Collector):
         yield gauge("state_slots_used", "Slots of recurrent state in use.", s.slots_used if s else 0)
         if s is not None:
             yield gauge("state_slots_total", "Slots of recurrent state there are.", s.slots_total)
+        yield gauge("server_tasks", "Tasks of the HTTP process's event loop.", len(asyncio.all_tasks()))
         yield counter(
             "num_preemptions_total", "Sequences that gave way and began again.", s.num_preemptions if s else 0
         )

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
 from pydantic_core import PydanticCustomError
 
 from thalweg.core import MAX_STOP_STRINGS
@@ -33,15 +40,17 @@ def _expecting(what: str) -> WrapValidator:
     return WrapValidator(check)
 
 
+# fail_fast: a body of a million wrong elements must not make a million errors.
+TokenIds = Annotated[list[int], Field(fail_fast=True)]
 Stop = Annotated[
     str | Annotated[list[str], Field(max_length=MAX_STOP_STRINGS)],
     _expecting(f"a string or a list of at most {MAX_STOP_STRINGS} strings"),
 ]
 Prompt = Annotated[
     str
-    | list[int]
-    | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
-    | Annotated[list[list[int]], Field(min_length=1, max_length=MAX_PROMPTS)],
+    | TokenIds
+    | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+    | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)],
     _expecting(f"a string, a list of token ids, or a list of 1 to {MAX_PROMPTS} of either"),
 ]
 Messages = Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MAX_MESSAGES)]
@@ -89,7 +98,7 @@ class ChatBody(GenerationBody):
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Count | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
     tool_choice: Any = None
 
 
@@ -110,4 +119,4 @@ class TokenizeBody(Body):
 
 
 class DetokenizeBody(Body):
-    tokens: list[int]
+    tokens: TokenIds
