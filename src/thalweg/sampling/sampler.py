@@ -86,7 +86,10 @@ class Sampler:
         if adjusted:
             logits_RV = logits_RV.clone()
             for r in adjusted:
-                self._adjusters[slots[r]].apply(logits_RV[r])
+                try:
+                    self._adjusters[slots[r]].apply(logits_RV[r])
+                except Exception as e:  # noqa: BLE001 -- likewise
+                    errors[slots[r]] = f"its logits could not be adjusted: {type(e).__name__}: {e}"
 
         ids_R = self._choose(logits_RV, slots, positions)
         for r in adjusted:
