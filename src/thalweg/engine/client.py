@@ -169,7 +169,7 @@ class EngineClient:
             if isinstance(message, m.Updates):
                 self.stats = message.stats
                 for update in message.updates:
-                    self._take(update)
+                    self._take(update, message.sent_at)
             elif isinstance(message, m.Refused):
                 queue = self._queues.get(message.request_id)
                 if queue is not None:
@@ -177,7 +177,7 @@ class EngineClient:
             elif isinstance(message, m.Dead):
                 self._lose(EngineDeadError(f"the engine died: {message.reason}"))
 
-    def _take(self, update: RequestUpdate) -> None:
+    def _take(self, update: RequestUpdate, sent_at: float) -> None:
         queue = self._queues.get(update.request_id)
         if queue is None:
             self._outputs.discard(update.request_id)
@@ -188,6 +188,7 @@ class EngineClient:
             self._give_up(update.request_id, ThalwegError(f"the output could not be decoded: {type(e).__name__}: {e}"))
             return
         if delta is not None:
+            delta.sent_at = sent_at
             queue.put_nowait(delta)
             if queue.qsize() > MAX_UNREAD:
                 self._give_up(

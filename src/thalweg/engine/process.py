@@ -10,6 +10,7 @@ import time
 import zmq
 
 from thalweg.config.engine import EngineConfig
+from thalweg.core import RequestUpdate
 from thalweg.engine import messages as m
 from thalweg.engine.ranks import end_with_parent
 from thalweg.engine.start import Engine
@@ -45,7 +46,7 @@ class EngineProcess:
             # A long prefill gives no updates; its figures should still be seen.
             if updates or time.monotonic() - last_sent > STATS_INTERVAL_S:
                 last_sent = time.monotonic()
-                self._socket.send(m.encode(m.Updates(updates, self._core.stats())))
+                self._send(updates)
 
     def _take(self, message: m.ToEngine) -> None:
         if isinstance(message, m.Add):
@@ -65,7 +66,7 @@ class EngineProcess:
                 self._core.abort(request_id)
                 self._queued.pop(request_id, None)
             # No update tells of the end of an aborted request, so what it freed is told here.
-            self._socket.send(m.encode(m.Updates([], self._core.stats())))
+            self._send([])
 
     def _drop_late(self) -> None:
         """Refuse what has waited too long. The queue is first in, first out, so its head is the one to look at."""
@@ -81,7 +82,10 @@ class EngineProcess:
                 dropped = True
             del self._queued[request_id]
         if dropped:
-            self._socket.send(m.encode(m.Updates([], self._core.stats())))
+            self._send([])
+
+    def _send(self, updates: list[RequestUpdate]) -> None:
+        self._socket.send(m.encode(m.Updates(updates, self._core.stats(), time.monotonic())))
 
     def _refuse(self, request_id: str, error: ThalwegError) -> None:
         self._socket.send(m.encode(m.Refused(request_id, type(error).__name__, str(error))))
