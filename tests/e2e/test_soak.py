@@ -24,6 +24,7 @@ KINDS = ("streamed", "whole", "together", "left a stream", "left before the answ
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_minute_of_everything_at_once(tmp_path: Path) -> None:
     """Few slots and little memory, so that requests are refused, wait and are preempted."""
     file = tmp_path / "soak.json"
