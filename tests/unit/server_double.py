@@ -16,7 +16,7 @@ from thalweg.config.hf import GenerationConfig
 from thalweg.core import Request, RequestUpdate, SamplingParams, SchedulerStats, TokenLogprobs
 from thalweg.engine.output import Delta, OutputProcessor
 from thalweg.engine.prompts import check_params, check_token_ids
-from thalweg.errors import EngineDeadError, InvalidRequest
+from thalweg.errors import EngineDeadError, InvalidRequest, QueueTimeout, RequestTimeout, ThalwegError
 from thalweg.server.app import create_app
 from thalweg.server.parsers.marks import MARK_OF
 from thalweg.server.settings import ServerSettings
@@ -48,7 +48,7 @@ class ClientDouble:
     """Answers ANSWER and <eos>, whatever the prompt is, but for prompts that hold one of these words.
 
     FAIL: the request fails after two tokens. DIE: the engine is lost after two tokens. HANG: nothing comes after two
-    tokens. QUEUED: nothing comes at all. REFUSE: the engine does not take it.
+    tokens. QUEUED: nothing comes at all. REFUSE: the engine does not take it. WAITED, LATE: it waited or took too long.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class ClientDouble:
         )
 
         def chat_ids(
-            messages: list[dict[str, Any]], /, tools: Any, add_generation_prompt: bool, style: str = ""
+            messages: list[dict[str, Any]], /, tools: Any, add_generation_prompt: bool, style: str = "", **_: Any
         ) -> list[int]:
             text = style + "".join(f"{m['role']}:{m['content']}\n" for m in messages)
             return tokenizer.encode(text + "assistant:" * add_generation_prompt)
@@ -71,7 +71,8 @@ class ClientDouble:
         if template is not None:
             self.front.template = ChatTemplate(template, tokenizer)
             self.front.chat_ids = self.front.template.encode_chat
-        self.info = SimpleNamespace(name="double", max_model_len=1000, vocab_size=max(260, tokenizer.vocab_size))
+        vocab_size = max(260, tokenizer.vocab_size)
+        self.info = SimpleNamespace(name="double", max_model_len=1000, max_num_seqs=4, vocab_size=vocab_size)
         self.stats: SchedulerStats | None = None
         self.dead: EngineDeadError | None = None
         self.seen: list[Request] = []
@@ -105,7 +106,7 @@ class ClientDouble:
                 yield delta
                 if ended:
                     return
-        except (InvalidRequest, EngineDeadError):
+        except ThalwegError:
             ended = True
             raise
         finally:
@@ -116,6 +117,10 @@ class ClientDouble:
         prompt, params, name = bytes(i for i in request.prompt_token_ids if i < 256), request.params, request.id
         if b"REFUSE" in prompt:
             raise InvalidRequest("the prompt has 9 tokens; expected at most 8 in all (--max-model-len)")
+        if b"WAITED" in prompt:
+            raise QueueTimeout("the request waited for 1 s and was not begun (--queue-timeout)")
+        if b"LATE" in prompt:
+            raise RequestTimeout("the request has not ended after 1 s (--request-timeout)")
         if b"QUEUED" in prompt:
             await asyncio.Event().wait()
         if params.prompt_logprobs is not None:

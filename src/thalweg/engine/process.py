@@ -10,12 +10,12 @@ import time
 import zmq
 
 from thalweg.config.engine import EngineConfig
-from thalweg.core import Request
+from thalweg.core import Request, RequestUpdate
 from thalweg.engine import messages as m
 from thalweg.engine.gate import GrammarGate
 from thalweg.engine.ranks import end_with_parent
 from thalweg.engine.start import Engine
-from thalweg.errors import InvalidRequest, ThalwegError
+from thalweg.errors import InvalidRequest, QueueTimeout, ThalwegError
 
 STATS_INTERVAL_S = 0.5
 IDLE_POLL_MS = 500
@@ -25,9 +25,10 @@ GATE_POLL_MS = 1  # while nothing runs and a grammar is being compiled
 class EngineProcess:
     """Drives an engine from a socket. One bad message or request is answered; only a dead engine ends the loop."""
 
-    def __init__(self, socket: zmq.Socket[bytes], engine: Engine) -> None:
-        self._socket, self._engine, self._core = socket, engine, engine.core
-        self._gate = GrammarGate(engine.grammars, self._add, self._refuse)
+    def __init__(self, socket: zmq.Socket[bytes], engine: Engine, queue_timeout_s: float | None = None) -> None:
+        self._socket, self._core, self._queue_timeout_s = socket, engine.core, queue_timeout_s
+        self._queued: dict[str, float] = {}  # when each must have a slot, in order of arrival; may name ended ones
+        self._gate = GrammarGate(engine.grammars, self._add, lambda i, reason: self._refuse(i, InvalidRequest(reason)))
 
     def run(self) -> None:
         """Until Stop. Raises what ended the engine otherwise."""
@@ -41,6 +42,8 @@ class EngineProcess:
                     return
                 self._take(message)
             self._gate.poll()
+            if self._queued:
+                self._drop_late()
             if not self._core.has_work():
                 self._core.check()
                 continue
@@ -48,7 +51,7 @@ class EngineProcess:
             # A long prefill gives no updates; its figures should still be seen.
             if updates or time.monotonic() - last_sent > STATS_INTERVAL_S:
                 last_sent = time.monotonic()
-                self._socket.send(m.encode(m.Updates(updates, self._core.stats())))
+                self._send(updates)
 
     def _take(self, message: m.ToEngine) -> None:
         if isinstance(message, m.Add):
@@ -57,17 +60,43 @@ class EngineProcess:
             for request_id in message.request_ids:
                 self._gate.abort(request_id)
                 self._core.abort(request_id)
+                self._queued.pop(request_id, None)
             # No update tells of the end of an aborted request, so what it freed is told here.
-            self._socket.send(m.encode(m.Updates([], self._core.stats())))
+            self._send([])
+
+    def _drop_late(self) -> None:
+        """Refuse what has waited too long. The queue is first in, first out, so its head is the one to look at."""
+        now, dropped = time.monotonic(), False
+        while self._queued:
+            request_id, deadline = next(iter(self._queued.items()))
+            if self._core.is_queued(request_id):
+                if now < deadline:
+                    break
+                self._core.abort(request_id)
+                reason = f"the request waited for {self._queue_timeout_s:g} s and was not begun (--queue-timeout)"
+                self._refuse(request_id, QueueTimeout(reason))
+                dropped = True
+            del self._queued[request_id]
+        if dropped:
+            self._send([])
+
+    def _send(self, updates: list[RequestUpdate]) -> None:
+        self._socket.send(m.encode(m.Updates(updates, self._core.stats(), time.monotonic())))
+
+    def _refuse(self, request_id: str, error: ThalwegError) -> None:
+        self._socket.send(m.encode(m.Refused(request_id, type(error).__name__, str(error))))
 
     def _add(self, request: Request) -> None:
         try:
             self._core.add(request)
         except InvalidRequest as e:
-            self._refuse(request.id, str(e))
-
-    def _refuse(self, request_id: str, reason: str) -> None:
-        self._socket.send(m.encode(m.Refused(request_id, reason)))
+            self._refuse(request.id, e)
+        except Exception as e:  # noqa: BLE001 -- the others' requests go on
+            sys.excepthook(*sys.exc_info())
+            self._refuse(request.id, ThalwegError(f"the engine could not take the request in: {type(e).__name__}"))
+        else:
+            if self._queue_timeout_s is not None:
+                self._queued[request.id] = time.monotonic() + self._queue_timeout_s
 
 
 def main(address: str) -> int:
@@ -84,7 +113,7 @@ def main(address: str) -> int:
             raise ThalwegError(f"the first message is {type(start).__name__}; expected Start")
         engine = Engine(EngineConfig(**start.config))
         socket.send(m.encode(m.Ready(engine.info)))
-        EngineProcess(socket, engine).run()
+        EngineProcess(socket, engine, start.queue_timeout).run()
     except Exception as e:  # noqa: BLE001 -- the front end must hear of whatever it was
         kind = type(e).__name__
         with contextlib.suppress(zmq.ZMQError):

@@ -71,10 +71,14 @@ class Sampler:
                 )
             except InvalidRequest as e:
                 self._rejected[slot] = str(e)
+            except Exception as e:  # noqa: BLE001 -- one request's parameters must not end the others'
+                self._rejected[slot] = f"its sampling parameters could not be applied: {type(e).__name__}: {e}"
         try:
             self._structured.admit(a)
         except InvalidRequest as e:
             self._rejected[slot] = str(e)
+        except Exception as e:  # noqa: BLE001 -- likewise
+            self._rejected[slot] = f"its grammar could not be used: {type(e).__name__}: {e}"
 
     def __call__(
         self, logits_RV: Tensor, slots: list[int], positions: list[int]
@@ -84,7 +88,13 @@ class Sampler:
         `positions` are those of the tokens being chosen. The id of a row with an error means nothing.
         """
         errors = {s: self._rejected[s] for s in slots if s in self._rejected} if self._rejected else {}
-        masks = self._structured.masks(slots) if self._structured else None  # before anything waits for the logits
+        masks = None
+        if self._structured:  # before anything waits for the logits
+            try:
+                masks = self._structured.masks(slots)
+            except Exception as e:  # noqa: BLE001 -- theirs alone must end
+                broken = f"the grammar could not be applied: {type(e).__name__}: {e}"
+                errors |= {slot: broken for slot in slots if slot in self._structured}
         # A sum is finite only where every term is (float64 cannot overflow on float32 terms), and is one pass.
         if not torch.isfinite(logits_RV.sum(dtype=torch.float64)):
             for row in torch.nonzero(~torch.isfinite(logits_RV).all(-1)).flatten().tolist():
@@ -96,7 +106,10 @@ class Sampler:
         if adjusted or masks is not None:
             logits_RV = logits_RV.clone()
             for r in adjusted:
-                self._adjusters[slots[r]].apply(logits_RV[r])
+                try:
+                    self._adjusters[slots[r]].apply(logits_RV[r])
+                except Exception as e:  # noqa: BLE001 -- likewise
+                    errors[slots[r]] = f"its logits could not be adjusted: {type(e).__name__}: {e}"
             if masks is not None:
                 masks.apply(logits_RV)
                 errors |= masks.errors

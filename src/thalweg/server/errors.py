@@ -11,10 +11,11 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from thalweg.errors import EngineDeadError, InvalidRequest, ThalwegError
+from thalweg.errors import EngineDeadError, InvalidRequest, QueueTimeout, RequestTimeout, ThalwegError
 from thalweg.tokenizer.base import valid_unicode
 
 MAX_MESSAGE_CHARS = 1000
+RETRY_AFTER = "1"  # seconds, as a header
 
 # Messages about a field begin with its name: "temperature is 200; expected 0 to 100".
 _NAMED = re.compile(r"([a-z_]+)[\w.\[\]]* (?:is|has|names|nests)\b")
@@ -46,6 +47,7 @@ class ApiError(Exception):
 
     def body(self) -> dict[str, Any]:
         kind = "invalid_request_error" if self.status < 500 else "server_error"
+        # Names out of a request may hold what has no UTF-8 form.
         message = valid_unicode(str(self)[:MAX_MESSAGE_CHARS])
         param = None if self.param is None else valid_unicode(self.param)
         return {"error": {"message": message, "type": kind, "param": param, "code": self.code}}
@@ -60,6 +62,10 @@ def as_api_error(error: Exception) -> ApiError:
         return error
     if isinstance(error, EngineDeadError):
         return ApiError(503, str(error), code="engine_dead")
+    if isinstance(error, QueueTimeout):
+        return ApiError(503, str(error), code="queue_timeout", headers={"Retry-After": RETRY_AFTER})
+    if isinstance(error, RequestTimeout):
+        return ApiError(504, str(error), code="request_timeout")
     if isinstance(error, InvalidRequest):
         too_long = "context_length_exceeded" if _TOO_LONG.match(str(error)) else None
         return ApiError(400, str(error), param=_param_of(str(error)), code=too_long)

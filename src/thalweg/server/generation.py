@@ -42,24 +42,32 @@ def jobs_of(
 async def generate(service: Service, jobs: list[Job], arrived: float) -> News:
     """Every job's deltas as they come. Closing it, or the first error, ends all the jobs.
 
-    Raises InvalidRequest, EngineDeadError, or ApiError 500 when a job failed while running.
+    Raises ThalwegError, ApiError 429 when the queue is full, or ApiError 500 when a job failed while running.
     """
-    if len(jobs) == 1:
-        async with aclosing(_run(service, jobs[0], arrived)) as deltas:
-            async for delta in deltas:
-                yield 0, delta
-        return
-    queue: asyncio.Queue[tuple[int, Delta | Exception | None]] = asyncio.Queue()
+    with service.room_for(len(jobs)):
+        if len(jobs) == 1:
+            async with aclosing(_run(service, jobs[0], arrived)) as deltas:
+                async for delta in deltas:
+                    yield 0, delta
+        else:
+            async with aclosing(_merged(service, jobs, arrived)) as news:
+                async for item in news:
+                    yield item
+
+
+async def _merged(service: Service, jobs: list[Job], arrived: float) -> News:
+    # Bounded, so that what a slow client does not read piles up in one place, which gives up on it.
+    queue: asyncio.Queue[tuple[int, Delta | Exception | None]] = asyncio.Queue(len(jobs))
 
     async def pump(index: int, job: Job) -> None:
         end: Exception | None = None
         try:
             async with aclosing(_run(service, job, arrived)) as deltas:
                 async for delta in deltas:
-                    queue.put_nowait((index, delta))
+                    await queue.put((index, delta))
         except Exception as error:  # noqa: BLE001 -- raised again where the stream is read
             end = error
-        queue.put_nowait((index, end))
+        await queue.put((index, end))
 
     tasks = [asyncio.create_task(pump(i, job)) for i, job in enumerate(jobs)]
     try:

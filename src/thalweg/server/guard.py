@@ -1,7 +1,8 @@
-"""What every request passes first: the API key and the body's size."""
+"""What every request passes first: the API key, the body's size and how long it takes to come."""
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 
 from starlette.exceptions import HTTPException
@@ -15,10 +16,10 @@ OPEN_PATHS = frozenset({"/health"})
 class Guard:
     """ASGI middleware. The path is the scope's own, which no header can change."""
 
-    def __init__(self, app: ASGIApp, api_key: str | None, max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, api_key: str | None, max_body_bytes: int, body_seconds: float) -> None:
         self._app = app
         self._expected = None if api_key is None else f"Bearer {api_key}".encode()
-        self._max_body_bytes = max_body_bytes
+        self._max_body_bytes, self._body_seconds = max_body_bytes, body_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -44,16 +45,24 @@ class Guard:
         return hmac.compare_digest(headers.get(b"authorization", b""), self._expected)
 
     def _bounded(self, receive: Receive) -> Receive:
-        """`receive`, for bodies that do not say how long they are."""
-        received = 0
+        """`receive`, for bodies that do not say how long they are, and those that never end."""
+        received, whole = 0, False
+        deadline = asyncio.get_running_loop().time() + self._body_seconds
 
         async def bounded() -> Message:
-            nonlocal received
-            message = await receive()
+            # An HTTPException is the one kind that passes through the framework's reading of the body.
+            nonlocal received, whole
+            if whole:
+                return await receive()  # the client's leaving, for which there is no hurry
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(408, f"the body has not come within {self._body_seconds:g} s") from None
             if message["type"] == "http.request":
                 received += len(message.get("body", b""))
+                whole = not message.get("more_body", False)
                 if received > self._max_body_bytes:
-                    # An HTTPException is the one kind that passes through the framework's reading of the body.
                     raise HTTPException(413, str(self._too_large()))
             return message
 

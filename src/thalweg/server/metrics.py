@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
@@ -13,11 +14,14 @@ from prometheus_client.registry import Collector
 
 from thalweg.engine.client import EngineClient
 from thalweg.engine.output import Delta
+from thalweg.errors import QueueTimeout, RequestTimeout
 
 PREFIX = "thalweg_"
+REJECTIONS = ("queue_full", "queue_timeout", "request_timeout")
 
 _TTFT_BUCKETS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.3, 0.6, 1.2, 2.5, 5, 10, 20, 40, 80, 160)
 _TOKEN_BUCKETS = (0.001, 0.002, 0.004, 0.006, 0.01, 0.015, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
+_LAG_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
 _E2E_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 240, 480, 960)
 
 
@@ -34,6 +38,9 @@ class Metrics:
         self._first_token = histogram(
             "time_to_first_token_seconds", "From a request's arrival to its first token.", _TTFT_BUCKETS
         )
+        self._first_token_lag = histogram(
+            "first_token_lag_seconds", "From the engine's sending a first token to its answer's writing.", _LAG_BUCKETS
+        )
         self._inter_token = histogram(
             "inter_token_latency_seconds", "Between one token of a sequence and the next.", _TOKEN_BUCKETS
         )
@@ -49,6 +56,19 @@ class Metrics:
         for reason in ("stop", "length", "abort", "error"):
             self._ended.labels(reason)
 
+        self._rejected = Counter(
+            PREFIX + "requests_rejected",
+            "Requests that were not begun or not finished: the queue was full, they waited or took too long.",
+            ["reason"],
+            registry=self._registry,
+        )
+        for reason in REJECTIONS:
+            self._rejected.labels(reason)
+
+    def rejected(self, reason: str) -> None:
+        """Count a rejection; `reason` is one of REJECTIONS."""
+        self._rejected.labels(reason).inc()
+
     async def observed(self, deltas: AsyncGenerator[Delta], arrived: float) -> AsyncGenerator[Delta]:
         """`deltas` as they are, with their times taken; `arrived` is on time.perf_counter's clock."""
         reason, last = "abort", None
@@ -59,14 +79,18 @@ class Metrics:
                     if delta.token_ids:
                         if last is None:
                             self._first_token.observe(now - arrived)
+                            if delta.sent_at is not None:
+                                self._first_token_lag.observe(time.monotonic() - delta.sent_at)
                         else:
                             self._inter_token.observe(now - last)
                         last = now
                     if delta.finish_reason is not None:
                         reason = delta.finish_reason
                     yield delta
-            except Exception:
+            except Exception as error:
                 reason = "error"
+                if isinstance(error, QueueTimeout | RequestTimeout):
+                    self.rejected("queue_timeout" if isinstance(error, QueueTimeout) else "request_timeout")
                 raise
             finally:
                 self._ended.labels(reason).inc()
@@ -103,6 +127,7 @@ class _EngineCollector(Collector):
         yield gauge("state_slots_used", "Slots of recurrent state in use.", s.slots_used if s else 0)
         if s is not None:
             yield gauge("state_slots_total", "Slots of recurrent state there are.", s.slots_total)
+        yield gauge("server_tasks", "Tasks of the HTTP process's event loop.", len(asyncio.all_tasks()))
         yield counter(
             "num_preemptions_total", "Sequences that gave way and began again.", s.num_preemptions if s else 0
         )

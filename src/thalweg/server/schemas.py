@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
 from pydantic_core import PydanticCustomError
 
 from thalweg.core import MAX_STOP_STRINGS
@@ -34,18 +41,21 @@ def _expecting(what: str) -> WrapValidator:
     return WrapValidator(check)
 
 
+# fail_fast: a body of a million wrong elements must not make a million errors.
+TokenIds = Annotated[list[int], Field(fail_fast=True)]
 Stop = Annotated[
     str | Annotated[list[str], Field(max_length=MAX_STOP_STRINGS)],
     _expecting(f"a string or a list of at most {MAX_STOP_STRINGS} strings"),
 ]
 Prompt = Annotated[
     str
-    | list[int]
-    | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
-    | Annotated[list[list[int]], Field(min_length=1, max_length=MAX_PROMPTS)],
+    | TokenIds
+    | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+    | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)],
     _expecting(f"a string, a list of token ids, or a list of 1 to {MAX_PROMPTS} of either"),
 ]
 Messages = Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MAX_MESSAGES)]
+Tools = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
 
 
 def _says(description: str, *, required: bool = False) -> Any:
@@ -119,7 +129,7 @@ class ChatBody(GenerationBody, TemplateOptions):
     max_completion_tokens: Count | None = _says("the newer name of max_tokens")
     logprobs: bool | None = _says("give the log-probability of each token")
     top_logprobs: Count | None = _says("and of so many most likely ones")
-    tools: list[dict[str, Any]] | None = _says("functions that the model may call")
+    tools: Tools | None = _says("functions that the model may call")
     tool_choice: Any = _says("none, auto, required, or a function by name")
     parallel_tool_calls: bool | None = _says("false: one call at most")
 
@@ -137,8 +147,8 @@ class TokenizeBody(Body, TemplateOptions):
 
     prompt: str | None = None
     messages: Messages | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Tools | None = _says("functions, as in a chat request")
 
 
 class DetokenizeBody(Body):
-    tokens: list[int]
+    tokens: TokenIds

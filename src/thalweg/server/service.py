@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
 
 from thalweg.engine.client import EngineClient
 from thalweg.engine.prompts import Prompt, encode_prompt
-from thalweg.server.errors import ApiError
+from thalweg.server.errors import RETRY_AFTER, ApiError
 from thalweg.server.metrics import Metrics
 from thalweg.server.parsers.formats import OutputFormat
 from thalweg.server.responses import now
@@ -33,6 +34,7 @@ class Service:
         self._also_names = frozenset({*self.names, source.name, str(source.folder)})
         self.created = now()
         self._ready = False
+        self._unfinished = 0
 
     async def start(self, on_started: StartListener) -> None:
         """Start the engine, then tell `on_started` of it, or of why it did not start."""
@@ -44,11 +46,37 @@ class Service:
             self._ready = True
             on_started(None)
 
+    @contextmanager
+    def room_for(self, count: int) -> Iterator[None]:
+        """Counts `count` sequences as unfinished until the context ends.
+
+        Raises ApiError 429 when the queue has no room for all of them, 400 when it could never have.
+        """
+        most = self.client.info.max_num_seqs + self.settings.max_queued_requests
+        if count > most:
+            raise ApiError(400, f"the request has {count} sequences; expected at most {most} (--max-queued-requests)")
+        if self._unfinished + count > most:
+            self.metrics.rejected("queue_full")
+            raise ApiError(
+                429,
+                f"{self._unfinished} of at most {most} sequences are unfinished; try later (--max-queued-requests)",
+                code="queue_full",
+                headers={"Retry-After": RETRY_AFTER},
+            )
+        self._unfinished += count
+        try:
+            yield
+        finally:
+            self._unfinished -= count
+
     def check_alive(self) -> None:
         """Raises ApiError 503 when no request can be served now."""
         if not self._ready:
             raise ApiError(
-                503, "the engine is starting; try again soon", code="engine_starting", headers={"Retry-After": "1"}
+                503,
+                "the engine is starting; try again soon",
+                code="engine_starting",
+                headers={"Retry-After": RETRY_AFTER},
             )
         if self.client.dead is not None:
             raise self.client.dead
