@@ -79,6 +79,11 @@ class OutputFormat:
         reasons = THINK_END in template if reasoning_parser == "auto" else reasoning_parser == "think"
         return cls(calls, reasons, {} if front.tokenizer is None else front.tokenizer.added_tokens)
 
+    def describe(self) -> str:
+        """For people, in one line."""
+        calls = "without tool calls" if self.calls is None else f"tool calls as {self.calls.name} writes them"
+        return f"{calls}, reasoning {'between <think> and </think>' if self.thinking else 'not looked for'}"
+
     def markers(self, with_calls: bool) -> tuple[str, ...]:
         calls = self.calls.markers if with_calls and self.calls is not None else ()
         return (*(thinking.MARKERS if self.thinking else ()), *calls)
