@@ -38,7 +38,8 @@ def test_a_full_queue_is_429_with_retry_after_until_something_ends(stream: bool)
             return await http.post("/v1/completions", json={"prompt": prompt, "stream": stream})
 
         held = [asyncio.create_task(ask("QUEUED")) for _ in range(5)]
-        await asyncio.sleep(0.05)
+        while len(client.seen) < 5:
+            await asyncio.sleep(0.001)
         assert (await ask("x")).status_code == 200  # the sixth place
         for prompt in (["x", "y"], ["x"] * 6):  # all of a request's sequences are taken, or none
             response = await ask(prompt)
