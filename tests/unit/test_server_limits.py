@@ -38,7 +38,8 @@ def test_a_full_queue_is_429_with_retry_after_until_something_ends(stream: bool)
             return await http.post("/v1/completions", json={"prompt": prompt, "stream": stream})
 
         held = [asyncio.create_task(ask("QUEUED")) for _ in range(5)]
-        await asyncio.sleep(0.05)
+        while len(client.seen) < 5:
+            await asyncio.sleep(0.001)
         assert (await ask("x")).status_code == 200  # the sixth place
         for prompt in (["x", "y"], ["x"] * 6):  # all of a request's sequences are taken, or none
             response = await ask(prompt)
@@ -174,7 +175,7 @@ def test_a_million_wrong_elements_hold_nobody_up(element: str) -> None:
 def test_a_template_in_a_request_is_not_used() -> None:
     async def work(http: Any, client: ClientDouble) -> None:
         body = {"messages": [{"role": "user", "content": "hi"}]}
-        for more in ({}, {"chat_template": "{{ 1 }}", "chat_template_kwargs": {"x": 1}}):
+        for more in ({}, {"chat_template": "{{ 1 }}"}):
             assert (await http.post("/v1/chat/completions", json=body | more)).status_code == 200
         first, second = (request.prompt_token_ids for request in client.seen)
         assert first == second

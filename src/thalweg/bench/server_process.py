@@ -13,7 +13,6 @@ from pathlib import Path
 from thalweg.config.engine import EngineConfig
 from thalweg.errors import ThalwegError, UnsupportedError
 
-_COMMAND = "import sys; from thalweg.cli import main; sys.exit(main(sys.argv[1:]))"
 START_SECONDS = 600.0
 
 
@@ -63,7 +62,7 @@ async def serving(config: EngineConfig, log: Path, *options: str) -> AsyncIterat
     arguments = ["serve", *engine_options(config), "--port", "0", *options]
     with log.open("wb") as errors:
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-c", _COMMAND, *arguments, stdout=asyncio.subprocess.PIPE, stderr=errors
+            sys.executable, "-m", "thalweg", *arguments, stdout=asyncio.subprocess.PIPE, stderr=errors
         )
     try:
         assert process.stdout is not None

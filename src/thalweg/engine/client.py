@@ -123,9 +123,9 @@ class EngineClient:
         if (seconds := self._limits.request_timeout) is not None:
             late = RequestTimeout(f"the request has not ended after {seconds:g} s (--request-timeout)")
             timer = loop.call_later(seconds, self._give_up, request_id, late)
-        self._outputs.add(request, marks)
         ended = False
         try:
+            self._outputs.add(request, marks)
             self._post(m.Add(request))
             while not ended:
                 delta = await queue.get()
