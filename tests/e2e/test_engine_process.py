@@ -17,7 +17,9 @@ import pytest
 from tests.models import random_checkpoint as random
 from thalweg import LLM, SamplingParams
 from thalweg.config.engine import EngineConfig
+from thalweg.core import RequestUpdate
 from thalweg.engine.client import EngineClient, RequestLimits
+from thalweg.engine.output import Delta
 from thalweg.errors import (
     CheckpointError,
     ConfigError,
@@ -25,6 +27,7 @@ from thalweg.errors import (
     InvalidRequest,
     QueueTimeout,
     RequestTimeout,
+    ThalwegError,
 )
 
 PROMPTS = [[3 + i, 7, 11 * i % 100, 5] * (2 + 3 * i) for i in range(6)]
@@ -288,3 +291,38 @@ def test_aborts_in_every_phase_leave_nothing_and_touch_nobody_else(folder: Path,
         await idle(client)
 
     run(folder, body, max_num_seqs=3, max_num_batched_tokens=4)
+
+
+def test_a_request_whose_text_breaks_ends_alone(folder: Path, expected: list[list[int]], monkeypatch: Any) -> None:
+    async def body(client: EngineClient) -> None:
+        process = client._outputs.process
+
+        def breaks(update: RequestUpdate) -> Delta | None:
+            if update.request_id == "bad":
+                raise ValueError("no such byte")
+            return process(update)
+
+        monkeypatch.setattr(client._outputs, "process", breaks)
+
+        async def bad() -> None:
+            async for _ in client.generate(PROMPTS[1], LONG, "bad"):
+                pass
+
+        results = await asyncio.gather(tokens(client, PROMPTS[0]), bad(), return_exceptions=True)
+        assert results[0] == expected[0]
+        assert isinstance(results[1], ThalwegError)
+        assert "no such byte" in str(results[1])
+        await idle(client)
+
+    run(folder, body)
+
+
+def test_the_sockets_folder_is_for_this_user_alone_and_goes_with_the_engine(folder: Path) -> None:
+    folders: list[Path] = []
+
+    async def body(client: EngineClient) -> None:
+        folders.append(Path(client._folder.name))
+        assert folders[0].stat().st_mode & 0o077 == 0
+
+    run(folder, body)
+    assert not folders[0].exists()

@@ -219,10 +219,11 @@ def test_openai_errors(client: openai.OpenAI) -> None:
 
 
 def test_metrics_count_tokens(server: ServerProcess, client: openai.OpenAI) -> None:
-    names = ("prompt_tokens_total", "generation_tokens_total", "time_to_first_token_seconds_count")
+    first = ("time_to_first_token_seconds_count", "first_token_lag_seconds_count")
+    names = ("prompt_tokens_total", "generation_tokens_total", *first)
     before = [metric(server, name) for name in names]
     client.completions.create(model="tiny", prompt=[1, 2, 3], max_tokens=5, extra_body={"ignore_eos": True})
-    assert [metric(server, n) - b for n, b in zip(names, before, strict=True)] == [3, 5, 1]
+    assert [metric(server, n) - b for n, b in zip(names, before, strict=True)] == [3, 5, 1, 1]
 
 
 def test_the_log_has_no_traceback(server: ServerProcess) -> None:

@@ -20,6 +20,7 @@ from thalweg.core import SamplingParams
 from thalweg.errors import ConfigError
 
 COMMANDS = ["generate", "chat", "serve", "inspect", "eval arith", "eval gsm8k", "bench latency", "bench host"]
+COMMANDS += ["bench serve", "bench soak"]
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from thalweg.core import Admission, SamplingParams
 from thalweg.errors import InvalidRequest
 from thalweg.ops.sample.reference import sample, splitmix64
+from thalweg.sampling.adjust import LogitAdjuster
 from thalweg.sampling.choose import draw, sample_filtered
 from thalweg.sampling.logprobs import token_logprobs
 from thalweg.sampling.sampler import Sampler
@@ -197,6 +198,20 @@ def test_a_non_finite_row_ends_its_request_alone(bad: float) -> None:
     assert list(errors) == [2]
     assert "non-finite" in errors[2]
     assert ids[[0, 2]].tolist() == expected[[0, 2]].tolist()
+
+
+@pytest.mark.parametrize("method", ["__init__", "apply"])
+def test_parameters_that_break_end_their_request_alone(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaks(*_: object) -> None:
+        raise ValueError("broken")
+
+    monkeypatch.setattr(LogitAdjuster, method, breaks)
+    kinds = [SamplingParams(temperature=0), SamplingParams(temperature=0, logit_bias={3: 1.0})]
+    logits = rows(2)
+    ids, _, errors = sampler(*((p, [3, 4], 2) for p in kinds))(logits.clone(), [1, 2], [2] * 2)
+    assert list(errors) == [2]
+    assert "broken" in errors[2]
+    assert int(ids[0]) == int(logits[0].argmax())
 
 
 def test_a_reused_slot_forgets_the_last_request() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -37,7 +38,8 @@ def test_a_full_queue_is_429_with_retry_after_until_something_ends(stream: bool)
             return await http.post("/v1/completions", json={"prompt": prompt, "stream": stream})
 
         held = [asyncio.create_task(ask("QUEUED")) for _ in range(5)]
-        await asyncio.sleep(0.05)
+        while len(client.seen) < 5:
+            await asyncio.sleep(0.001)
         assert (await ask("x")).status_code == 200  # the sixth place
         for prompt in (["x", "y"], ["x"] * 6):  # all of a request's sequences are taken, or none
             response = await ask(prompt)
@@ -152,5 +154,30 @@ def test_half_characters_and_nulls_in_a_prompt_come_back_as_text(stream: bool) -
             response = await http.post("/v1/completions", content=content, headers={"content-type": "application/json"})
             assert response.status_code == 200
             assert "error" not in response.text
+
+    run(work)
+
+
+@pytest.mark.parametrize("element", ['"x"', "0.5", "260", "[0.5]"])
+def test_a_million_wrong_elements_hold_nobody_up(element: str) -> None:
+    content = f'{{"prompt": [{", ".join([element] * 1_000_000)}]}}'
+
+    async def work(http: Any, _: ClientDouble) -> None:
+        began = time.thread_time()
+        response = await http.post("/v1/completions", content=content, headers={"content-type": "application/json"})
+        assert response.status_code == 400
+        assert error_of(response)["param"] == "prompt"
+        assert time.thread_time() - began < 2
+
+    run(work)
+
+
+def test_a_template_in_a_request_is_not_used() -> None:
+    async def work(http: Any, client: ClientDouble) -> None:
+        body = {"messages": [{"role": "user", "content": "hi"}]}
+        for more in ({}, {"chat_template": "{{ 1 }}"}):
+            assert (await http.post("/v1/chat/completions", json=body | more)).status_code == 200
+        first, second = (request.prompt_token_ids for request in client.seen)
+        assert first == second
 
     run(work)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import socket
 
+import pytest
+
+from thalweg.cli import main
 from thalweg.server.connections import listen
+from thalweg.server.run import _is_loopback, serve
 
 
 def test_connections_send_small_answers_at_once() -> None:
@@ -13,3 +18,26 @@ def test_connections_send_small_answers_at_once() -> None:
         with accepted:
             assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
             assert client.getpeername() == listener.getsockname()
+
+
+def test_it_listens_on_the_loopback_address_unless_told_otherwise() -> None:
+    assert inspect.signature(serve).parameters["host"].default == "127.0.0.1"
+    assert _is_loopback("127.0.0.1")
+    assert not _is_loopback("0.0.0.0")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--max-queued-requests", "-1"),
+        ("--queue-timeout", "0"),
+        ("--request-timeout", "nan"),
+        ("--shutdown-timeout", "-1"),
+        ("--port", "70000"),
+    ],
+)
+def test_limits_out_of_range_name_their_option(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", option, value]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {option} is {value}")
+    assert error.count("\n") == 1

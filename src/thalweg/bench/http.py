@@ -116,7 +116,6 @@ class Answer:
 
     def __init__(self, connection: _Connection, head: h11.Response) -> None:
         self.status = head.status_code
-        self.headers = {name.decode(): value.decode("latin-1") for name, value in head.headers}
         self._connection = connection
 
     async def read(self) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -98,14 +98,14 @@ def tokens_per_second(outcomes: Iterable[Outcome]) -> list[float]:
     """Generated tokens in each second since the first request. A piece of text counts as its share of its tokens."""
     done = [o for o in outcomes if o.error is None]
     first = min((o.start for o in done), default=0.0)
-    seconds: Counter[int] = Counter()
+    seconds: defaultdict[int, float] = defaultdict(float)
     for o in done:
         at, share = o.start - first + o.ttft, o.output_tokens / (len(o.itls) + 1)
-        seconds[int(at)] += share  # type: ignore[assignment]
+        seconds[int(at)] += share
         for gap in o.itls:
             at += gap
-            seconds[int(at)] += share  # type: ignore[assignment]
-    return [float(seconds[s]) for s in range(max(seconds, default=-1) + 1)]
+            seconds[int(at)] += share
+    return [seconds[s] for s in range(max(seconds, default=-1) + 1)]
 
 
 def concurrency(outcomes: Iterable[Outcome]) -> list[tuple[float, int]]:

@@ -33,8 +33,9 @@ def draw(outcomes: Sequence[Outcome], title: str) -> str:
         x, y = GAP + i % 2 * (half + GAP), 60 + i // 2 * (PANEL_H + GAP)
         parts.append(_panel(x, y, half, f"{METRICS[name]}, ms by percentile", points))
     full, y = WIDTH - 2 * GAP, 60 + 2 * (PANEL_H + GAP)
-    rates = [(float(second), rate) for second, rate in enumerate(tokens_per_second(outcomes))]
-    parts.append(_panel(GAP, y, full, "Output tokens/s over seconds", rates))
+    tokens = tokens_per_second(outcomes)
+    rates = [(float(second), rate) for second, rate in enumerate([*tokens, *tokens[-1:]])]  # the last second has an end
+    parts.append(_panel(GAP, y, full, "Output tokens/s over seconds", rates, steps=True))
     under_way = [(at, float(n)) for at, n in concurrency(outcomes)]
     parts.append(_panel(GAP, y + PANEL_H + GAP, full, "Requests under way over seconds", under_way, steps=True))
     height = y + 2 * (PANEL_H + GAP)

@@ -25,6 +25,7 @@ from thalweg.parallel.mesh import Mesh, join_mesh
 from thalweg.runner.decode_graphs import buckets
 from thalweg.runner.inputs import InputBuilder
 from thalweg.runner.runner import ModelRunner
+from thalweg.sampling.grammars import Grammars
 from thalweg.sampling.sampler import Sampler
 from thalweg.weights.checkpoint import Checkpoint
 from thalweg.weights.dummy import fill
@@ -48,8 +49,11 @@ class Laps:
         self.seconds[part], self._began = now - self._began, now
 
 
-def build_rank(config: EngineConfig, tp_rank: int, rendezvous_file: str) -> tuple[ModelRunner, EngineInfo]:
-    """Everything one rank needs to execute plans. With several ranks, all of them call this at the same time."""
+def build_rank(
+    config: EngineConfig, tp_rank: int, rendezvous_file: str, grammars: Grammars | None = None
+) -> tuple[ModelRunner, EngineInfo]:
+    """Everything one rank needs to execute plans. With several ranks, all of them call this at the same time; the
+    one whose tokens count gets `grammars`."""
     laps = Laps()
     source = open_source(config)
     c = source.config
@@ -90,7 +94,7 @@ def build_rank(config: EngineConfig, tp_rank: int, rendezvous_file: str) -> tupl
     inputs = InputBuilder(split.num_slots, split.max_model_len, config.block_size, device)
     eos = source.eos_token_ids
     sample = resolver.resolve("sample", OpContext(device.type, "float32", {"V": c.vocab_size}))
-    sampler = Sampler(split.num_slots, c.vocab_size, frozenset(eos), device, sample)
+    sampler = Sampler(split.num_slots, c.vocab_size, frozenset(eos), device, sample, grammars)
     if unused := resolver.unused_preferences():
         used = ", ".join(sorted({choice.op for choice in resolver.explain()}))
         raise ConfigError(f"op_preference names {unused[0]!r}, which this model does not use; it uses {used}")

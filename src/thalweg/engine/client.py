@@ -123,9 +123,9 @@ class EngineClient:
         if (seconds := self._limits.request_timeout) is not None:
             late = RequestTimeout(f"the request has not ended after {seconds:g} s (--request-timeout)")
             timer = loop.call_later(seconds, self._give_up, request_id, late)
-        self._outputs.add(request, marks)
         ended = False
         try:
+            self._outputs.add(request, marks)
             self._post(m.Add(request))
             while not ended:
                 delta = await queue.get()
@@ -173,7 +173,7 @@ class EngineClient:
             if isinstance(message, m.Updates):
                 self.stats = message.stats
                 for update in message.updates:
-                    self._take(update)
+                    self._take(update, message.sent_at)
             elif isinstance(message, m.Refused):
                 queue = self._queues.get(message.request_id)
                 if queue is not None:
@@ -181,7 +181,7 @@ class EngineClient:
             elif isinstance(message, m.Dead):
                 self._lose(EngineDeadError(f"the engine died: {message.reason}"))
 
-    def _take(self, update: RequestUpdate) -> None:
+    def _take(self, update: RequestUpdate, sent_at: float) -> None:
         queue = self._queues.get(update.request_id)
         if queue is None:
             self._outputs.discard(update.request_id)
@@ -192,6 +192,7 @@ class EngineClient:
             self._give_up(update.request_id, ThalwegError(f"the output could not be decoded: {type(e).__name__}: {e}"))
             return
         if delta is not None:
+            delta.sent_at = sent_at
             queue.put_nowait(delta)
             if queue.qsize() > MAX_UNREAD:
                 self._give_up(

@@ -184,6 +184,8 @@ class LLM:
     def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
         ids = encode_prompt(prompt, self.tokenizer, self.info.vocab_size)
         check_params(params, self.tokenizer, self.info.vocab_size)
+        if params.grammar is not None:
+            self._live.grammars.compiled(params.grammar).result()
         return Request(id=self._next_id(), prompt_token_ids=ids, params=params)
 
     def _collect(

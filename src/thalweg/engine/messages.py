@@ -34,8 +34,11 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
 
 
 class Updates(msgspec.Struct, frozen=True, tag=True):
+    """`sent_at` is on time.monotonic's clock, which all processes of a machine share."""
+
     updates: list[RequestUpdate]
     stats: SchedulerStats
+    sent_at: float
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):

@@ -24,6 +24,7 @@ class Delta:
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
     prompt_logits: Any = None
+    sent_at: float | None = None  # when another process sent it, on time.monotonic's clock
 
 
 @dataclass(slots=True)

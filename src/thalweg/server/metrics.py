@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
@@ -20,6 +21,7 @@ REJECTIONS = ("queue_full", "queue_timeout", "request_timeout")
 
 _TTFT_BUCKETS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.3, 0.6, 1.2, 2.5, 5, 10, 20, 40, 80, 160)
 _TOKEN_BUCKETS = (0.001, 0.002, 0.004, 0.006, 0.01, 0.015, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
+_LAG_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
 _E2E_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 240, 480, 960)
 
 
@@ -35,6 +37,9 @@ class Metrics:
 
         self._first_token = histogram(
             "time_to_first_token_seconds", "From a request's arrival to its first token.", _TTFT_BUCKETS
+        )
+        self._first_token_lag = histogram(
+            "first_token_lag_seconds", "From the engine's sending a first token to its answer's writing.", _LAG_BUCKETS
         )
         self._inter_token = histogram(
             "inter_token_latency_seconds", "Between one token of a sequence and the next.", _TOKEN_BUCKETS
@@ -74,6 +79,8 @@ class Metrics:
                     if delta.token_ids:
                         if last is None:
                             self._first_token.observe(now - arrived)
+                            if delta.sent_at is not None:
+                                self._first_token_lag.observe(time.monotonic() - delta.sent_at)
                         else:
                             self._inter_token.observe(now - last)
                         last = now
@@ -120,6 +127,7 @@ class _EngineCollector(Collector):
         yield gauge("state_slots_used", "Slots of recurrent state in use.", s.slots_used if s else 0)
         if s is not None:
             yield gauge("state_slots_total", "Slots of recurrent state there are.", s.slots_total)
+        yield gauge("server_tasks", "Tasks of the HTTP process's event loop.", len(asyncio.all_tasks()))
         yield counter(
             "num_preemptions_total", "Sequences that gave way and began again.", s.num_preemptions if s else 0
         )
