@@ -116,11 +116,7 @@ __device__ __forceinline__ void load_up(UpWeights& up, const bf16* w_OR) {
         up.w[tile][part][half] = load16(w_OR + (16 * tile + 8 * half) * K + 32 * part);
     }
 }
-__device__ __forceinline__ void up_project(float (&c)[2][4], const UpWeights& up, const bf16* low_R, bool here) {
-    uint2 x[8];
-#pragma unroll
-    for (int i = 0; i < 8; i++)  // 8 bytes at a time: rows of 4 heads begin there
-        x[i] = here ? load8(low_R + i / 2 * 32 + i % 2 * 4) : make_uint2(0, 0);
+__device__ __forceinline__ void up_project(float (&c)[2][4], const UpWeights& up, const uint2 (&x)[8]) {
 #pragma unroll
     for (int i = 0; i < 4; i++)
 #pragma unroll
@@ -192,6 +188,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     };
 
     uint2 window[3][4];  // of q, k and v, oldest input first
+    uint2 low_rank[8];
     bf16 beta;
     auto remembered = [&](int base) {
         return conv_state + slot_of(min(base + warp, MAX_ROWS - 1)) * 3 * C + channel;
@@ -209,23 +206,29 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
             for (int p = 0; p < 3; p++) window[p][3] = load8(from + p * H * K + channel);
             beta = load_bf16(from + C + h);
         }
+        from = proj + (first + base + quad) * proj_stride + C + H + (decays ? 0 : K) + 8 * pair;
+#pragma unroll
+        for (int i = 0; i < 8; i++)  // 8 bytes at a time: rows of 4 heads begin there
+            low_rank[i] = base + quad < count ? load8(from + i / 2 * 32 + i % 2 * 4) : make_uint2(0, 0);
     };
-    load_remembered(0);  // small loads before those of the states
-#pragma unroll 1
-    while (asked < min(stages, count * TILES)) ask(asked);
+    // What a multiprocessor asks for comes in the order it asked: small loads go before those of the states, of which
+    // only one tile is asked for before the wait, or the inputs after it would come last.
+    load_remembered(0);
+    ask(0);
 
     asm volatile("griddepcontrol.wait;" ::: "memory");
 
     load_newest(0);
+#pragma unroll 1
+    while (asked < min(stages, count * TILES)) ask(asked);
     int place = 0;
     u32 phase = 0;
 #pragma unroll 1
     for (int base = 0; base < count; base += PASS) {
         // The inputs of the pass.
         const int n = min(PASS, count - base);
-        const bf16* x = proj + (first + base) * proj_stride;
         float f[2][4] = {};
-        up_project(f, up, x + quad * proj_stride + C + H + (decays ? 0 : K) + 8 * pair, quad < n);
+        up_project(f, up, low_rank);
         if (decays) {
             const float rate = -__expf(log_rate);
 #pragma unroll
