@@ -158,7 +158,7 @@ def test_half_characters_and_nulls_in_a_prompt_come_back_as_text(stream: bool) -
     run(work)
 
 
-@pytest.mark.parametrize("element", ['"x"', "0.5", "260", "[0.5]"])
+@pytest.mark.parametrize("element", ['"x"', "0.5", "260"])
 def test_a_million_wrong_elements_hold_nobody_up(element: str) -> None:
     content = f'{{"prompt": [{", ".join([element] * 1_000_000)}]}}'
 
