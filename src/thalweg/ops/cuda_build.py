@@ -1,7 +1,7 @@
 """CUDA C++ kernels, compiled on first use by NVRTC and launched through the driver.
 
 Both come with torch's CUDA builds for Linux (packages nvidia-cuda-nvrtc and cuda-bindings), so neither a compiler nor
-CUDA's headers need be installed; a source of a few hundred lines without includes takes well under a second.
+CUDA's headers need be installed; a source of a few hundred lines without includes takes about a second.
 """
 
 from __future__ import annotations
