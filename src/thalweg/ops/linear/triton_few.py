@@ -16,6 +16,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from thalweg.ops.triton_dot import dot
 from thalweg.ops.triton_launch import pdl_options
+from thalweg.ops.triton_prefetch import bytes_a_thread, prefetch
 
 
 @triton.jit
@@ -49,6 +50,7 @@ def few_tokens_kernel(
     residual_ptr,
     y_ptr,
     normed_ptr,
+    ahead_ptr,
     T,
     O,
     x_stride,
@@ -63,6 +65,7 @@ def few_tokens_kernel(
     NORM: tl.constexpr,
     STORE: tl.constexpr,  # the norm too
     ADD: tl.constexpr,
+    PREFETCH: tl.constexpr,  # bytes of what comes next to ask for, a thread
     PDL: tl.constexpr,
 ):
     if PDL:
@@ -81,6 +84,7 @@ def few_tokens_kernel(
         for o in tl.static_range(BLOCKS):
             w_ptrs = w_ptr + tl.minimum(first + o * 8 + eight, O - 1).to(tl.int64) * w_stride + columns
             tiles = tiles + (_columns(w_ptrs, c * step, columns, D, step),)
+    prefetch(ahead_ptr, tl.program_id(0), PREFETCH, SPLIT)
     if PDL:
         gdc_wait()
     x_ptrs = x_ptr + eight.to(tl.int64) * x_stride + columns
@@ -153,23 +157,26 @@ def few_tokens(
     residual_TO: Tensor | None = None,
     dtype: torch.dtype | None = None,
     normed_TD: Tensor | None = None,
+    ahead_weights: Tensor | None = None,
     blocks: int = 2,
     split: int = 8,
     ahead: int = 9,
     maxnreg: int | None = None,
 ) -> Tensor:
     """[T, O] in `dtype` (x's): x, or its RMSNorm of (weight_D, eps), times w, plus the residual. The norm is stored in
-    normed_TD where that is given."""
+    normed_TD where that is given. Meanwhile ahead_weights, contiguous, are brought into the cache."""
     (T, D), O = x_TD.shape, w_OD.shape[0]
     y_TO = torch.empty(T, O, dtype=dtype or x_TD.dtype, device=x_TD.device)
     norm_weight_D, eps = norm or (w_OD, 0.0)
-    few_tokens_kernel[(triton.cdiv(O, 8 * blocks),)](
+    programs = triton.cdiv(O, 8 * blocks)
+    few_tokens_kernel[(programs,)](
         x_TD,
         norm_weight_D,
         w_OD,
         x_TD if residual_TO is None else residual_TO,
         y_TO,
         y_TO if normed_TD is None else normed_TD,
+        w_OD if ahead_weights is None else ahead_weights,
         T,
         O,
         x_TD.stride(0),
@@ -184,6 +191,7 @@ def few_tokens(
         NORM=norm is not None,
         STORE=normed_TD is not None,
         ADD=residual_TO is not None,
+        PREFETCH=bytes_a_thread(ahead_weights, programs, split, 16 << 20),
         num_warps=split,
         maxnreg=maxnreg,
         **pdl_options(x_TD),
