@@ -106,7 +106,6 @@ TYPES = {
     "partial_ptr": "*fp32",
     "weights_ptr": "*fp32",
     "ids_ptr": "*i64",
-    "ahead_ptr": "*bf16",
     "T": "i32",
     "residual_ptr": "*bf16",
     "pairs": "i32",
@@ -128,9 +127,7 @@ def test_router_compiles_for_hopper() -> None:
 
     logits = dict(E=256, D=2304, BLOCK_T=16, BLOCK_E=32, BLOCK_D=256, PDL=True)
     assert compiled(logits_kernel, logits).spilled_bytes == 0
-    choose = dict(
-        E=256, K=8, SHARED=1, SOFTMAX=False, RENORMALIZE=True, E2=256, K2=16, WARPS=1, PREFETCH=4096, PDL=True
-    )
+    choose = dict(E=256, K=8, SHARED=1, SOFTMAX=False, RENORMALIZE=True, E2=256, K2=16, PDL=True)
     for splits in (1, 9):
         result = compiled(choose_kernel, choose | dict(SPLITS=splits), num_warps=1)
         assert result.spilled_bytes == 0

@@ -46,10 +46,10 @@ class Router(nn.Module):
         self.options = (top_k, renormalize, scale, "sigmoid", groups, topk_groups, shared)
         self._router = ctx.op("norm_router", E=experts, D=width, K=top_k, G=groups, S=shared)
 
-    def forward(self, x_TD: Tensor, norm: RMSNorm, ahead: tuple[Tensor, ...] = ()) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x_TD: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor, Tensor]:
         """(norm(x), weights float32, expert ids), the latter two [T, top_k + shared]; the shared experts come last,
-        with weight 1. `ahead`: weights to have at hand next."""
-        return self._router(x_TD, norm.weight, norm.eps, self.weight, self.bias, *self.options, ahead)
+        with weight 1."""
+        return self._router(x_TD, norm.weight, norm.eps, self.weight, self.bias, *self.options)
 
 
 class Experts(nn.Module):
@@ -63,11 +63,6 @@ class Experts(nn.Module):
         self.mesh = ctx.mesh
         op = "experts_add" if ctx.mesh.tp_size == 1 else "experts"
         self._experts = ctx.op(op, E=routed + shared, D=width, I=inner)
-
-    @property
-    def shared_weights(self) -> tuple[Tensor, ...]:
-        """gate_up and down of the shared experts, which every token takes."""
-        return (self.gate_up[-self.shared :], self.down[-self.shared :]) if self.shared else ()
 
     def forward(self, normed_TD: Tensor, weights_Tk: Tensor, ids_Tk: Tensor, residual_TD: Tensor) -> Tensor:
         experts = (normed_TD, weights_Tk, ids_Tk, self.gate_up, self.down)
@@ -108,4 +103,4 @@ class MoE(nn.Module):
         self.experts = Experts(ctx, width, experts, shared, ctx.shard(inner, "moe_intermediate_size"))
 
     def forward(self, x_TD: Tensor, norm: RMSNorm) -> Tensor:
-        return self.experts(*self.router(x_TD, norm, self.experts.shared_weights), x_TD)
+        return self.experts(*self.router(x_TD, norm), x_TD)

@@ -27,7 +27,7 @@ def linear(x_TD: Tensor, w_OD: Tensor) -> Tensor:
 
 def norm_linear(x_TD: Tensor, norm_weight_D: Tensor, eps: float, w_OD: Tensor) -> Tensor:
     # With the norm in the projection's own kernel, registers hold fewer of the weights: slower at every size.
-    return linear(rms_norm(x_TD, norm_weight_D, eps, ahead=w_OD), w_OD)
+    return linear(rms_norm(x_TD, norm_weight_D, eps), w_OD)
 
 
 def linear_add(x_TD: Tensor, w_OD: Tensor, residual_TO: Tensor) -> Tensor:

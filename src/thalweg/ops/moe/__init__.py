@@ -53,7 +53,6 @@ class NormRouter(Protocol):
         n_group: int = 1,
         topk_group: int = 1,
         num_shared: int = 0,
-        ahead: tuple[Tensor, ...] = (),
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(n_TD, weights fp32, ids int64), the latter two [T, top_k + num_shared]: n is "rms_norm" of x, and the
         routing "route" of the fp32 logits n @ w_ED.T.
@@ -61,8 +60,6 @@ class NormRouter(Protocol):
         The products are of values converted to fp32: rounding logits would flip choices. The shared experts
         follow the chosen ones as ids E .. E + num_shared - 1 with weight 1, so that "experts" can hold them
         behind the routed ones. The routed order within a token is best first. Raises ConfigError as "route".
-        `ahead` names contiguous weights that the next kernels read whatever is chosen, in their order: kernels may
-        have them brought into the cache.
         """
 
 

@@ -54,7 +54,6 @@ def norm_router(
     n_group: int = 1,
     topk_group: int = 1,
     num_shared: int = 0,
-    ahead: tuple[Tensor, ...] = (),  # of no use to this definition
 ) -> tuple[Tensor, Tensor, Tensor]:
     normed_TD = rms_norm(x_TD, norm_weight_D, eps)
     logits_TE = F.linear(normed_TD.float(), w_ED.float())

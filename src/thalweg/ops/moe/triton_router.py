@@ -16,9 +16,8 @@ from thalweg.ops.linear.triton_few import few_tokens, norm_fits
 from thalweg.ops.moe import reference
 from thalweg.ops.norm.triton import rms_norm
 from thalweg.ops.triton_launch import pdl_options
-from thalweg.ops.triton_prefetch import bytes_a_thread, prefetch
 
-FEW_TOKENS = 8
+FEW_TOKENS = 64
 MAX_TOKENS = 512
 
 
@@ -62,7 +61,6 @@ def choose_kernel(
     bias_ptr,
     weights_ptr,
     ids_ptr,
-    ahead_ptr,
     scale,
     T,
     SPLITS: tl.constexpr,
@@ -73,8 +71,6 @@ def choose_kernel(
     RENORMALIZE: tl.constexpr,
     E2: tl.constexpr,  # E as a power of two
     K2: tl.constexpr,  # K + SHARED as a power of two
-    WARPS: tl.constexpr,
-    PREFETCH: tl.constexpr,  # bytes of what comes next to ask for, a thread
     PDL: tl.constexpr,
 ):
     if PDL:
@@ -83,7 +79,6 @@ def choose_kernel(
     columns = tl.arange(0, E2)
     inside = columns < E
     bias = tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-    prefetch(ahead_ptr, token, PREFETCH, WARPS)
     if PDL:
         gdc_wait()
     logits = tl.zeros([E2], tl.float32)
@@ -128,7 +123,6 @@ def norm_router(
     n_group: int = 1,
     topk_group: int = 1,
     num_shared: int = 0,
-    ahead: tuple[Tensor, ...] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     T, E = x_TD.shape[0], w_ED.shape[0]
     served = 0 < T <= MAX_TOKENS and n_group == 1 and x_TD.dtype == w_ED.dtype and scoring in ("sigmoid", "softmax")
@@ -136,22 +130,21 @@ def norm_router(
         routing = (w_ED, bias_E, top_k, renormalize, scale, scoring, n_group, topk_group, num_shared)
         return reference.norm_router(x_TD, norm_weight_D, eps, *routing)
     k = top_k + num_shared
-    first, second, *_ = *ahead, None, None
     if T <= FEW_TOKENS and x_TD.dtype == torch.bfloat16 and norm_fits(x_TD.shape[1]):
         normed_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
-        logits_STE = few_tokens(x_TD, w_ED, (norm_weight_D, eps), None, torch.float32, normed_TD, first, blocks=1)[None]
+        logits_STE = few_tokens(x_TD, w_ED, (norm_weight_D, eps), None, torch.float32, normed_TD, tiles=1, blocks=1)[
+            None
+        ]
     else:
-        normed_TD = rms_norm(x_TD, norm_weight_D, eps, first)
+        normed_TD = rms_norm(x_TD, norm_weight_D, eps)
         logits_STE = run_logits(normed_TD, w_ED)
     weights_Tk = torch.empty(T, k, dtype=torch.float32, device=x_TD.device)
     ids_Tk = torch.empty(T, k, dtype=torch.int64, device=x_TD.device)
-    warps = 1 if E <= 256 else 4
     choose_kernel[(T,)](
         logits_STE,
         bias_E,
         weights_Tk,
         ids_Tk,
-        bias_E if second is None else second,
         float(scale),
         T,
         SPLITS=logits_STE.shape[0],
@@ -162,9 +155,7 @@ def norm_router(
         RENORMALIZE=renormalize,
         E2=triton.next_power_of_2(E),
         K2=triton.next_power_of_2(k),
-        WARPS=warps,
-        PREFETCH=bytes_a_thread(second, T, warps, 16 << 20),
-        num_warps=warps,
+        num_warps=1 if E <= 256 else 4,
         **pdl_options(x_TD),
     )
     return normed_TD, weights_Tk, ids_Tk

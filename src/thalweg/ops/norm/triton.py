@@ -9,9 +9,6 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from thalweg.ops.triton_launch import pdl_options
-from thalweg.ops.triton_prefetch import bytes_a_thread, prefetch
-
-PREFETCH_BYTES = 8 << 20  # about what memory gives while a norm runs
 
 
 @triton.jit
@@ -21,15 +18,12 @@ def _rms_norm(
     weight_ptr,
     y_ptr,
     sum_ptr,
-    ahead_ptr,
     x_stride,
     residual_stride,
     eps,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ADD: tl.constexpr,
-    WARPS: tl.constexpr,
-    AHEAD: tl.constexpr,  # bytes of what comes next to ask for, a thread
     PDL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -38,7 +32,6 @@ def _rms_norm(
     if PDL:
         gdc_launch_dependents()
     weight = tl.load(weight_ptr + d, mask=inside, other=0.0).to(tl.float32)
-    prefetch(ahead_ptr, row, AHEAD, WARPS)
     if PDL:
         gdc_wait()
     x = tl.load(x_ptr + row * x_stride + d, mask=inside, other=0.0).to(tl.float32)
@@ -52,9 +45,7 @@ def _rms_norm(
     tl.store(y_ptr + row * D + d, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-def _launch(
-    x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, eps: float, ahead: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def _launch(x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     D = x_TD.shape[-1]
     x = x_TD.reshape(-1, D)
     y_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
@@ -62,31 +53,26 @@ def _launch(
     residual = x if residual_TD is None else residual_TD.reshape(-1, D)
     if y_TD.numel():
         block = triton.next_power_of_2(D)
-        warps = min(8, max(1, block // 512))
         _rms_norm[(x.shape[0],)](
             x,
             residual,
             weight_D,
             y_TD,
             sum_TD,
-            weight_D if ahead is None else ahead,
             x.stride(0),
             residual.stride(0),
             eps,
             D,
             block,
             residual_TD is not None,
-            warps,
-            bytes_a_thread(ahead, x.shape[0], warps, PREFETCH_BYTES),
-            num_warps=warps,
+            num_warps=min(8, max(1, block // 512)),
             **pdl_options(x_TD),
         )
     return y_TD, sum_TD
 
 
-def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, ahead: Tensor | None = None) -> Tensor:
-    """Op "rms_norm". Meanwhile the beginning of `ahead`, contiguous weights, is brought into the cache."""
-    return _launch(x_TD, None, weight_D, eps, ahead)[0]
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    return _launch(x_TD, None, weight_D, eps)[0]
 
 
 def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
