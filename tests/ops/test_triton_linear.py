@@ -74,9 +74,7 @@ def test_few_tokens_compiles_for_hopper(D: int, ahead: int, split: int, norm: bo
     pytest.importorskip("triton")
     from thalweg.ops.linear.triton_few import few_tokens_kernel
 
-    constants = dict(
-        D=D, TILES=1, BLOCKS=1, SPLIT=split, AHEAD=ahead, NORM=norm, STORE=norm, ADD=not norm, PREFETCH=1024, PDL=True
-    )
+    constants = dict(D=D, TILES=1, BLOCKS=1, SPLIT=split, AHEAD=ahead, NORM=norm, STORE=norm, ADD=not norm, PDL=True)
     result = compiled(few_tokens_kernel, constants, split)
     assert result.spilled_bytes == 0
     assert result.registers <= registers
