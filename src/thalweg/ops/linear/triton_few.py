@@ -56,7 +56,7 @@ def few_tokens_kernel(
     residual_stride,
     eps,
     D: tl.constexpr,
-    TILES: tl.constexpr,  # of 8 tokens, in a program
+    TILES: tl.constexpr,  # of 8 tokens
     BLOCKS: tl.constexpr,  # of 8 output rows
     SPLIT: tl.constexpr,  # parts of the columns, a warp each
     AHEAD: tl.constexpr,  # chunks of 32 * SPLIT columns in flight
@@ -83,13 +83,11 @@ def few_tokens_kernel(
             tiles = tiles + (_columns(w_ptrs, c * step, columns, D, step),)
     if PDL:
         gdc_wait()
-    first_token = tl.program_id(1) * (8 * TILES)
-    x_ptrs = x_ptr + (first_token + eight).to(tl.int64) * x_stride + columns
+    x_ptrs = x_ptr + eight.to(tl.int64) * x_stride + columns
     xs = ()
     for c in tl.static_range(AHEAD):
         for t in tl.static_range(TILES):
-            here = first_token + t * 8 + eight < T
-            xs = xs + (_rows(x_ptrs + t * 8 * x_stride, c * step, columns, here, D, step),)
+            xs = xs + (_rows(x_ptrs + t * 8 * x_stride, c * step, columns, t * 8 + eight < T, D, step),)
     if T == 0:  # never, but the assembler does not sink loads over a branch: they would wait for one another
         return
     scales = ()
@@ -110,7 +108,7 @@ def few_tokens_kernel(
                 w_ptrs = w_ptr + tl.minimum(first + o * 8 + eight, O - 1).to(tl.int64) * w_stride + columns
                 tiles = tiles + (_columns(w_ptrs, (c + AHEAD) * step, columns, D, step),)
             for t in tl.static_range(TILES):
-                here = first_token + t * 8 + eight < T
+                here = t * 8 + eight < T
                 xs = xs + (_rows(x_ptrs + t * 8 * x_stride, (c + AHEAD) * step, columns, here, D, step),)
         halves = ()
         for t in tl.static_range(TILES):
@@ -119,9 +117,8 @@ def few_tokens_kernel(
                 x = (x.to(tl.float32) * scales[t] * norm_weights[c].to(tl.float32)).to(x.dtype)
                 if STORE:
                     if tl.program_id(0) == c % tl.num_programs(0):
-                        token = first_token + t * 8 + eight
-                        out_ptrs = normed_ptr + token.to(tl.int64) * D + c * step + columns
-                        tl.store(out_ptrs, x, mask=(token < T) & (c * step + columns < D))
+                        out_ptrs = normed_ptr + (t * 8 + eight).to(tl.int64) * D + c * step + columns
+                        tl.store(out_ptrs, x, mask=(t * 8 + eight < T) & (c * step + columns < D))
             halves = halves + (_fragment(x, SPLIT),)
         if TILES % 2:
             halves = halves + (tl.zeros([SPLIT, 8, 32], x_ptr.dtype.element_ty),)
@@ -134,9 +131,9 @@ def few_tokens_kernel(
         accs = added
     for p in tl.static_range(pairs):
         for o in tl.static_range(BLOCKS):
-            tokens = first_token + p * 16 + tl.arange(0, 16)
+            tokens = p * 16 + tl.arange(0, 16)
             rows = first + o * 8 + tl.arange(0, 8)
-            here = ((tokens < T) & (p * 16 + tl.arange(0, 16) < 8 * TILES))[:, None] & (rows < O)[None, :]
+            here = (tokens < T)[:, None] & (rows < O)[None, :]
             y = tl.sum(accs[p * BLOCKS + o], 0)
             if ADD:
                 residual_ptrs = residual_ptr + tokens[:, None].to(tl.int64) * residual_stride + rows[None, :]
@@ -156,19 +153,17 @@ def few_tokens(
     residual_TO: Tensor | None = None,
     dtype: torch.dtype | None = None,
     normed_TD: Tensor | None = None,
-    tiles: int | None = None,
     blocks: int = 2,
     split: int = 8,
     ahead: int = 9,
     maxnreg: int | None = None,
 ) -> Tensor:
     """[T, O] in `dtype` (x's): x, or its RMSNorm of (weight_D, eps), times w, plus the residual. The norm is stored in
-    normed_TD where that is given. Every `tiles` * 8 tokens, by default all, read the weights anew."""
+    normed_TD where that is given."""
     (T, D), O = x_TD.shape, w_OD.shape[0]
     y_TO = torch.empty(T, O, dtype=dtype or x_TD.dtype, device=x_TD.device)
     norm_weight_D, eps = norm or (w_OD, 0.0)
-    tiles = tiles or triton.cdiv(T, 8)
-    few_tokens_kernel[(triton.cdiv(O, 8 * blocks), triton.cdiv(T, 8 * tiles))](
+    few_tokens_kernel[(triton.cdiv(O, 8 * blocks),)](
         x_TD,
         norm_weight_D,
         w_OD,
@@ -182,7 +177,7 @@ def few_tokens(
         0 if residual_TO is None else residual_TO.stride(0),
         eps,
         D=D,
-        TILES=tiles,
+        TILES=triton.cdiv(T, 8),
         BLOCKS=blocks,
         SPLIT=split,
         AHEAD=min(ahead, triton.cdiv(D, 32 * split)),

@@ -17,7 +17,7 @@ from thalweg.ops.moe import reference
 from thalweg.ops.norm.triton import rms_norm
 from thalweg.ops.triton_launch import pdl_options
 
-FEW_TOKENS = 64
+FEW_TOKENS = 8
 MAX_TOKENS = 512
 
 
@@ -132,9 +132,7 @@ def norm_router(
     k = top_k + num_shared
     if T <= FEW_TOKENS and x_TD.dtype == torch.bfloat16 and norm_fits(x_TD.shape[1]):
         normed_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
-        logits_STE = few_tokens(x_TD, w_ED, (norm_weight_D, eps), None, torch.float32, normed_TD, tiles=1, blocks=1)[
-            None
-        ]
+        logits_STE = few_tokens(x_TD, w_ED, (norm_weight_D, eps), None, torch.float32, normed_TD, blocks=1)[None]
     else:
         normed_TD = rms_norm(x_TD, norm_weight_D, eps)
         logits_STE = run_logits(normed_TD, w_ED)
