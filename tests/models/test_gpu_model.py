@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +68,21 @@ def test_kernels_give_the_tokens_of_references_in_float32(folder: Path) -> None:
     assert results[0] == results[1]
 
 
+def test_no_step_waits_for_the_device(folder: Path) -> None:
+    import torch
+
+    with LLM(str(folder), device="cuda", dtype="bfloat16", max_num_seqs=4, max_num_batched_tokens=900) as llm:
+        params = [SamplingParams(max_tokens=6, temperature=t, ignore_eos=True) for t in (0, 1) * 6]
+        asked = [ids * 5 for ids in prompts(12, 1000)]  # cut into chunks, prefilled together, mixed with decode rows
+        expected = [o.outputs[0].token_ids for o in llm.generate(asked, params)]
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            again = [o.outputs[0].token_ids for o in llm.generate(asked, params)]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert [len(ids) for ids in again] == [len(ids) for ids in expected] == [6] * 12
+
+
 def test_oracle_greedy(shared_dir: Path) -> None:
     oracle = shared_dir / "oracles" / "kimi_linear"
     greedy = np.load(oracle / "greedy.npy")
@@ -87,3 +104,10 @@ def test_the_bundled_model_answers_in_bfloat16() -> None:
         )
     right = sum(last_number(o.outputs[0].text) == p.answer for o, p in zip(answers, asked, strict=True))
     assert right >= 45
+
+
+def test_nothing_compiles_once_the_engine_is_ready(folder: Path) -> None:
+    command = [sys.executable, "-m", "tests.models.compiles_when_ready", str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert result.stdout == ""

@@ -57,7 +57,7 @@ class KimiDeltaAttention(nn.Module):
         self.cache_spec = StateSpec(
             (
                 StateTensor("conv", (taps - 1, 3 * H * K), ctx.dtype_name),
-                StateTensor("recurrent", (H, K, K), "float32"),
+                StateTensor("recurrent", (H, K, K), ctx.state_dtype),
             )
         )
         dims = {"H": H, "K": K, "V": K}

@@ -9,6 +9,7 @@ import torch
 
 from thalweg.core import Admission, StepPlan
 from thalweg.layers.batch import Batch
+from thalweg.ops.host_tables import to_device
 
 IntArray = np.ndarray
 
@@ -116,5 +117,4 @@ class InputBuilder:
         return -(-num_tokens // self.block_size)
 
     def _tensor(self, array: IntArray) -> torch.Tensor:
-        tensor = torch.from_numpy(array)
-        return tensor if self.device.type == "cpu" else tensor.to(self.device, non_blocking=True)
+        return to_device(array, self.device)

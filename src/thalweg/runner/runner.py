@@ -13,12 +13,13 @@ from thalweg import tracing
 from thalweg.cache.storage import CacheStorage
 from thalweg.core import Prefill, StepPlan, StepResult, TokenLogprobs
 from thalweg.layers.batch import Batch
+from thalweg.ops.host_tables import to_device
 from thalweg.parallel.mesh import Mesh
 from thalweg.runner.decode_graphs import DecodeGraphs
 from thalweg.runner.inputs import InputBuilder
 from thalweg.runner.readback import Readback
 from thalweg.sampling.logprobs import token_logprobs
-from thalweg.sampling.sampler import Sampler
+from thalweg.sampling.sampler import NON_FINITE, Sampler
 
 
 class Model(Protocol):
@@ -80,14 +81,7 @@ class ModelRunner:
         with tracing.span("model"):
             logits, ids = graphs.run(rows)
         if self._sampler.simple(slots):
-            read = self._readback(ids)
-
-            def finish() -> StepResult:
-                tokens = read()
-                errors = {s: NON_FINITE for s, t in zip(slots, tokens, strict=True) if t < 0} if min(tokens) < 0 else {}
-                return StepResult(plan.step, tokens, errors=errors)
-
-            return finish
+            return self._finish_simple(plan, slots, ids, {}, {})
         return self._sample(plan, logits.float(), slots, [s + 1 for s in plan.decode_starts])
 
     def _launch_eager(self, plan: StepPlan) -> Finish:
@@ -114,6 +108,24 @@ class ModelRunner:
         positions = [s + 1 for s in plan.decode_starts] + [p.start + p.length for p in sampling]
         return self._sample(plan, logits, slots, positions, prompt_logprobs, prompt_logits)
 
+    def _finish_simple(
+        self,
+        plan: StepPlan,
+        slots: list[int],
+        ids: Tensor,
+        prompt_logprobs: dict[int, list[TokenLogprobs]],
+        prompt_logits: dict[int, Tensor],
+    ) -> Finish:
+        """Of ids that `Sampler.sample_rows` gave."""
+        read = self._readback(ids)
+
+        def finish() -> StepResult:
+            tokens = read()
+            errors = {s: NON_FINITE for s, t in zip(slots, tokens, strict=True) if t < 0} if min(tokens) < 0 else {}
+            return StepResult(plan.step, tokens, {}, prompt_logprobs, errors, prompt_logits)
+
+        return finish
+
     def _sample(
         self,
         plan: StepPlan,
@@ -123,10 +135,17 @@ class ModelRunner:
         prompt_logprobs: dict[int, list[TokenLogprobs]] | None = None,
         prompt_logits: dict[int, Tensor] | None = None,
     ) -> Finish:
+        device = logits.device
+        if self.waits and self._sampler.simple(slots):  # nothing here waits for the device
+            with tracing.span("sample"):
+                slots_R, positions_R = to_device(slots, device), to_device(positions, device)
+                ids = self._mesh.broadcast(self._sampler.sample_rows(logits, slots_R, positions_R))
+            self._inputs.last_tokens[slots_R] = ids.clamp(min=0)
+            return self._finish_simple(plan, slots, ids, prompt_logprobs or {}, prompt_logits or {})
         with tracing.span("sample"):
             ids, logprobs, errors = self._sampler(logits, slots, positions)
         ids = self._mesh.broadcast(ids)
-        self._inputs.last_tokens[torch.tensor(slots, device=ids.device)] = ids
+        self._inputs.last_tokens[to_device(slots, device)] = ids
         read = self._readback(ids)
         return lambda: StepResult(plan.step, read(), logprobs, prompt_logprobs or {}, errors, prompt_logits or {})
 
@@ -155,8 +174,4 @@ class ModelRunner:
                 self._prompt_logits.add(a.slot)
             if a.params.prompt_logprobs is not None:
                 self._prompt_logprobs[a.slot] = a.params.prompt_logprobs
-        slots = torch.tensor([a.slot for a in plan.admissions], device=self._inputs.device)
-        self.cache.reset_slots(slots)
-
-
-NON_FINITE = "the model gave non-finite logits for this request"
+        self.cache.reset_slots(to_device([a.slot for a in plan.admissions], self._inputs.device))

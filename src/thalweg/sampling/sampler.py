@@ -14,6 +14,8 @@ from thalweg.sampling.choose import sample_filtered
 from thalweg.sampling.logprobs import token_logprobs
 from thalweg.sampling.uniform import uniform
 
+NON_FINITE = "the model gave non-finite logits for this request"
+
 
 class Sampler:
     """Tables are indexed by slot; a slot's row is rewritten when a request is admitted to it.
@@ -64,6 +66,8 @@ class Sampler:
                 )
             except InvalidRequest as e:
                 self._rejected[slot] = str(e)
+            except Exception as e:  # noqa: BLE001 -- one request's parameters must not end the others'
+                self._rejected[slot] = f"its sampling parameters could not be applied: {type(e).__name__}: {e}"
 
     def __call__(
         self, logits_RV: Tensor, slots: list[int], positions: list[int]
@@ -76,7 +80,7 @@ class Sampler:
         # A sum is finite only where every term is (float64 cannot overflow on float32 terms), and is one pass.
         if not torch.isfinite(logits_RV.sum(dtype=torch.float64)):
             for row in torch.nonzero(~torch.isfinite(logits_RV).all(-1)).flatten().tolist():
-                errors[slots[row]] = "the model gave non-finite logits for this request"
+                errors[slots[row]] = NON_FINITE
             logits_RV = torch.nan_to_num(logits_RV, nan=0.0, posinf=0.0, neginf=0.0)
 
         raw_RV = logits_RV
@@ -109,8 +113,7 @@ class Sampler:
 
     def sample_rows(self, logits_RV: Tensor, slots_R: Tensor, positions_R: Tensor) -> Tensor:
         """Ids int64 [R] of greedy and plain rows, all on the device; -1 for a row with a non-finite logit."""
-        drawing = (self._temperature[slots_R], self._seed[slots_R], positions_R)
-        return self._sample(logits_RV, *drawing, refuse_non_finite=True)
+        return self._sample(logits_RV, self._temperature, self._seed, positions_R, slots_R, check=True)
 
     def _choose(self, logits_RV: Tensor, slots: list[int], positions: list[int]) -> Tensor:
         filtered = [r for r, s in enumerate(slots) if s in self._filtered] if self._filtered else []

@@ -125,7 +125,7 @@ def norm_router(
     num_shared: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     T, E = x_TD.shape[0], w_ED.shape[0]
-    served = 0 < T <= MAX_TOKENS and n_group == 1 and x_TD.dtype == w_ED.dtype and scoring in ("sigmoid", "softmax")
+    served = T > 0 and n_group == 1 and x_TD.dtype == w_ED.dtype and scoring in ("sigmoid", "softmax")
     if not served or x_TD.stride(1) != 1 or w_ED.stride(1) != 1:
         routing = (w_ED, bias_E, top_k, renormalize, scale, scoring, n_group, topk_group, num_shared)
         return reference.norm_router(x_TD, norm_weight_D, eps, *routing)
@@ -162,6 +162,9 @@ def norm_router(
 def run_logits(x_TD: Tensor, w_ED: Tensor) -> Tensor:
     """Parts of the logits, fp32 [splits, T, E]."""
     (T, D), E = x_TD.shape, w_ED.shape[0]
+    if T > MAX_TOKENS:  # enough to fill the device without splitting a product
+        as_fp32 = {} if x_TD.dtype == torch.float32 else {"out_dtype": torch.float32}
+        return torch.mm(x_TD, w_ED.t(), **as_fp32)[None]
     block_t, block_e, block_d = 16, 32, 256
     splits = triton.cdiv(D, block_d)
     partial_STE = torch.empty(splits, T, E, dtype=torch.float32, device=x_TD.device)

@@ -18,23 +18,26 @@ class Sample(Protocol):
         temperatures_R: Tensor,
         seeds_R: Tensor,
         positions_R: Tensor,
+        slots_R: Tensor | None = None,
         /,
-        refuse_non_finite: bool = False,
+        *,
+        check: bool = False,
     ) -> Tensor:
         """ids_R int64: the argmax of a row at temperature 0, otherwise a draw from softmax(logits / temperature).
 
         The draw is argmax(logits / temperature + Gumbel noise), the noise of an entry depending on its row's
         seed and position (int64) and its vocabulary index alone, so that batching cannot change it. Equal values go
-        to the lowest index; NaN logits never win unless all are. With refuse_non_finite the id of a row
-        that has an infinity or a NaN is -1. logits_RV is fp32 or bf16, the arithmetic
+        to the lowest index; NaN logits never win unless all are. With slots_R (int64), temperatures and seeds are
+        tables [N] from which row r takes entry slots_R[r]. With `check`, a row of which any logit is NaN or infinite
+        gives -1 instead of an id. logits_RV is fp32 or bf16, the arithmetic
         fp32; temperatures_R is fp32 >= 0. Implementations agree up to the rounding of the logarithm.
         """
 
 
-def _triton(*args: Any, **options: Any) -> Tensor:
+def _triton(*args: Any, check: bool = False) -> Tensor:
     from thalweg.ops.sample import triton
 
-    return triton.sample(*args, **options)
+    return triton.sample(*args, check=check)
 
 
 _sample: Sample = reference.sample

@@ -40,11 +40,14 @@ def sample(
     temperatures_R: Tensor,
     seeds_R: Tensor,
     positions_R: Tensor,
-    refuse_non_finite: bool = False,
+    slots_R: Tensor | None = None,
+    *,
+    check: bool = False,
 ) -> Tensor:
-    # A sum is finite only where every term is: float64 cannot overflow on float32 terms.
-    finite_R = torch.isfinite(logits_RV.sum(-1, dtype=torch.float64)) if refuse_non_finite else None
+    if slots_R is not None:
+        temperatures_R, seeds_R = temperatures_R[slots_R], seeds_R[slots_R]
     logits_RV = logits_RV.float()
+    finite_R = logits_RV.isfinite().all(-1) if check else None
     logits_RV = logits_RV.masked_fill(logits_RV.isnan(), -torch.inf)
     hot_R1 = temperatures_R.float()[:, None]
     drawn_RV = logits_RV / hot_R1.where(hot_R1 > 0, 1.0) + gumbel(seeds_R, positions_R, logits_RV.shape[1])
