@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
+import re
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -265,6 +267,45 @@ def test_api_key() -> None:
             assert (await http.get("/v1/models", headers=headers)).status_code == 401
             headers = {"authorization": "Bearer sécret".encode()}
             assert (await http.get("/v1/models", headers=headers)).status_code == 200
+
+    asyncio.run(main())
+
+
+def test_api_key_from_a_browser() -> None:
+    async def main() -> None:
+        async with serving(ClientDouble(), ServerSettings(api_key="sécret")) as http:
+            asked = await http.get("/")
+            assert (asked.status_code, asked.headers["www-authenticate"]) == (401, 'Basic realm="API key"')
+            assert (await http.get("/page/chat.js")).headers["www-authenticate"] == "Bearer"
+            headers = {"authorization": "Basic " + base64.b64encode("me:sécret".encode()).decode()}
+            for path in ("/", "/page/chat.js", "/page/chat.css", "/v1/models"):
+                assert (await http.get(path, headers=headers)).status_code == 200
+            # The page itself, then somebody else's page in the same browser.
+            own = headers | {"origin": str(http.base_url)}
+            assert (await http.post("/v1/completions", json=TEXT, headers=own)).status_code == 200
+            for origin in ("http://elsewhere.example", "null", "https://double.example.org:1"):
+                other = headers | {"origin": origin}
+                assert (await http.post("/v1/completions", json=TEXT, headers=other)).status_code == 401
+            for wrong in ("me:secret", "sécret", "sécret:", "me:sécret:"):
+                given = {"authorization": "Basic " + base64.b64encode(wrong.encode()).decode()}
+                assert (await http.get("/", headers=given)).status_code == 401
+            assert (await http.get("/", headers={"authorization": "Basic ?"})).status_code == 401
+
+    asyncio.run(main())
+
+
+def test_the_page_loads_nothing_from_elsewhere() -> None:
+    async def main() -> None:
+        async with serving(ClientDouble()) as http:
+            page = await http.get("/")
+            assert page.headers["content-type"] == "text/html; charset=utf-8"
+            assert "default-src 'none'" in page.headers["content-security-policy"]
+            parts = re.findall(r'(?:src|href)="([^"]*)"', page.text)
+            assert sorted(parts) == ["page/chat.css", "page/chat.js"]
+            for part in parts:
+                assert "http" not in (await http.get(f"/{part}")).text.replace("http-equiv", "")
+            for wrong in ("/page/__init__.py", "/page/..%2fguard.py", "/page/"):
+                assert (await http.get(wrong)).status_code == 404
 
     asyncio.run(main())
 
