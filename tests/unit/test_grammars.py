@@ -16,7 +16,7 @@ from thalweg.ops.sample.reference import sample
 from thalweg.sampling.grammars import MAX_COMPILED, Grammars
 from thalweg.sampling.sampler import Sampler
 from thalweg.server.parsers.events import CallArguments, CallBegin
-from thalweg.server.parsers.formats import CALL_FORMATS, CallFormat
+from thalweg.server.parsers.formats import CALL_FORMATS, CallFormat, OutputFormat
 from thalweg.server.parsers.marks import KIMI_CALL, KIMI_CALL_END, MARK_OF, marks_by_id
 from thalweg.server.parsers.reader import Reader
 from thalweg.tokenizer.base import Tokenizer
@@ -227,6 +227,20 @@ TOOLS = [
     {"type": "function", "function": {"name": "find.city-1", "parameters": SCHEMA}},
     {"type": "function", "function": {"name": "now"}},
 ]
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_reasoning_comes_before_the_grammar(kimi: Tokenizer, begun: bool) -> None:
+    output = OutputFormat(None, True, kimi.added_tokens)
+    grammar = Grammar("regex", "a{5}", output.reasoning_lark(begun))
+    begin, end = kimi.added_tokens["<think>"], kimi.added_tokens["</think>"]
+    seen = set()
+    for seed in range(6):
+        ids = generated(kimi, grammar, seed, limit=3000)
+        assert kimi.decode(ids).endswith("aaaaa")
+        assert begun or (ids[0] == begin) == (end in ids)
+        seen.add(end in ids)
+    assert not begun or seen == {True}
 
 
 @pytest.mark.parametrize("form", CALL_FORMATS, ids=lambda f: f.name)
