@@ -95,3 +95,25 @@ def test_fused_projections_equal_the_eight_separate_ones(tmp_path: Path) -> None
     for fused, unfused, truth in zip(attn.fused_projections(x), attn.unfused_projections(x), expected, strict=True):
         torch.testing.assert_close(fused, truth, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(unfused, truth, atol=1e-5, rtol=1e-5)
+
+
+def test_warming_up_touches_the_sinks_alone(tmp_path: Path) -> None:
+    import torch
+
+    from thalweg.config.engine import EngineConfig
+    from thalweg.engine.build import build_rank
+    from thalweg.runner.warm_up import warm_up
+
+    c = random.config()
+    folder = random.write(tmp_path, c, random.weights(c))
+    runner, _ = build_rank(EngineConfig(str(folder), max_num_seqs=2), 0, "")
+    for layer in runner.cache.layers:
+        for tensor in layer.values():
+            tensor.fill_(torch.nan)
+            tensor[0] = 0
+    warm_up(runner.model, runner.cache, torch.device("cpu"), 100)
+    for layer in runner.cache.layers:
+        for tensor in layer.values():
+            assert tensor[0].isfinite().all()
+            assert tensor[0].any()
+            assert tensor[1:].isnan().all()

@@ -24,6 +24,7 @@ from thalweg.parallel.mesh import Mesh, join_mesh
 from thalweg.runner.decode_graphs import buckets
 from thalweg.runner.inputs import InputBuilder
 from thalweg.runner.runner import ModelRunner
+from thalweg.runner.warm_up import warm_up
 from thalweg.sampling.sampler import Sampler
 from thalweg.weights.checkpoint import Checkpoint
 from thalweg.weights.dummy import fill
@@ -79,6 +80,8 @@ def build_rank(config: EngineConfig, tp_rank: int, rendezvous_file: str) -> tupl
         raise ConfigError(f"op_preference names {unused[0]!r}, which this model does not use; it uses {used}")
     eager = _why_eager(config, device, resolver)
     graph_sizes = [] if eager else buckets(split.num_slots)
+    if device.type == "cuda":
+        warm_up(model, cache, device, config.max_num_batched_tokens)
     runner = ModelRunner(model, cache, inputs, sampler, mesh, graph_sizes)
     info = EngineInfo(
         name=source.name,

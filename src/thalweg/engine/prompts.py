@@ -32,7 +32,10 @@ def check_token_ids(ids: Any, vocab_size: int) -> list[int]:
     """The same ids as a list of Python ints. Raises InvalidRequest naming the first bad one."""
     if isinstance(ids, (str, bytes, Mapping)) or not isinstance(ids, Iterable):
         raise InvalidRequest(f"the prompt is a {type(ids).__name__}; expected text or a list of token ids")
-    values = []
+    values = list(ids)
+    if set(map(type, values)) == {int} and min(values) >= 0 and max(values) < vocab_size:
+        return values  # the usual case, a hundred times sooner than one by one
+    ids, values = values, []
     for i, token in enumerate(ids):
         if isinstance(token, bool) or not isinstance(token, SupportsIndex):
             raise InvalidRequest(f"prompt token {i} is {token!r}; expected an integer")
