@@ -8,13 +8,13 @@ from thalweg.cache.storage import CacheStorage
 from thalweg.layers.batch import Batch
 from thalweg.runner.decode_graphs import Model
 
-LENGTHS = (64, 1024)  # kernels for few tokens, and for many but few an expert; a full step has many an expert
+LENGTHS = (64, 1024, 8192)  # kernels for few tokens, for many but few an expert, and for many an expert
 
 
 @torch.inference_mode()
 def warm_up(model: Model, cache: CacheStorage, device: torch.device, max_tokens: int) -> None:
     """Run the model on one made-up sequence of each length up to `max_tokens`, in slot 0 and page 0, the sinks."""
-    for length in sorted({min(n, max_tokens) for n in (*LENGTHS, max_tokens)}):
+    for length in sorted({min(n, max_tokens) for n in LENGTHS}):
         pages = -(-length // cache.block_size)
         zeros = torch.zeros(length, dtype=torch.int64, device=device)
         model(
