@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from thalweg.ops.moe_fp8.blocks import dequantize, quantize
+
 
 @dataclass
 class MoeCase:
@@ -56,3 +58,21 @@ def experts_in_float64(case: MoeCase) -> Tensor:
 def rmse_ratio(out: Tensor, expected: Tensor) -> float:
     """||out - expected|| / ||expected|| in float64; NaN, if any, stays NaN and passes no comparison."""
     return ((out.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def moe_case_fp8(
+    T: int, D: int, I: int, E: int, k: int, num_shared: int, dtype: torch.dtype, device: str = "cpu", seed: int = 0
+) -> tuple[MoeCase, tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """A case whose weights are what fp8 holds, and those weights in fp8: gate_up and its scales, down and its."""
+    case = moe_case(T, D, I, E, k, num_shared, dtype, device, seed)
+    gate_up = [[quantize(half) for half in expert.chunk(2)] for expert in case.gate_up]
+    down = [quantize(expert) for expert in case.down]
+    quantized = (
+        torch.stack([torch.cat([q for q, _ in halves]) for halves in gate_up]),
+        torch.stack([torch.cat([s for _, s in halves]) for halves in gate_up]),
+        torch.stack([q for q, _ in down]),
+        torch.stack([s for _, s in down]),
+    )
+    case.gate_up = torch.stack([torch.cat([dequantize(q, s, dtype) for q, s in halves]) for halves in gate_up])
+    case.down = torch.stack([dequantize(q, s, dtype) for q, s in down])
+    return case, quantized

@@ -70,6 +70,7 @@ def latency(
     engine = {
         "model": info.name,
         "dtype": info.dtype,
+        "quantization": info.quantization,
         "device": info.device,
         "tensor_parallel_size": info.tensor_parallel_size,
         "load_format": config.load_format,
@@ -118,7 +119,9 @@ def decode(
     results = []
     for size in sizes:
         step = measure_decode(runner, info, size, length, steps, num_iters, temperature)
-        cost = source.package.decode_cost(source.config, size, length, dtype_bytes=dtype_bytes)
+        cost = source.package.decode_cost(
+            source.config, size, length, dtype_bytes=dtype_bytes, quantization=info.quantization
+        )
         results.append((step, 1e3 * ceilings.floor_s(cost.bytes, cost.flops)))
     machine = describe_machine() | {
         "copy_GB_per_s": round(ceilings.bytes_per_s / 1e9),
@@ -127,6 +130,7 @@ def decode(
     engine = {
         "model": info.name,
         "dtype": info.dtype,
+        "quantization": info.quantization,
         "layers": len(info.layers),
         "start_s": round(info.load_seconds, 1),
     }

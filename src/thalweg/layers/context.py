@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ class BuildContext:
     dtype: torch.dtype
     mesh: Mesh
     resolver: Resolver
+    quantization: str | None = field(default=None, kw_only=True)  # of the experts' weights
 
     @property
     def dtype_name(self) -> str:

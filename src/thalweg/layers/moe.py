@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from thalweg.config.quantization import blocks
 from thalweg.layers.context import BuildContext
 from thalweg.layers.linear import Linear
 
@@ -66,6 +67,24 @@ class Experts(nn.Module):
         return self._experts(x_TD, weights_Tk, ids_Tk, self.gate_up, self.down, self.shared)
 
 
+class Fp8Experts(nn.Module):
+    """Experts whose weights are float8_e4m3fn, one float32 scale a block; gate and up have blocks of their own."""
+
+    def __init__(self, ctx: BuildContext, width: int, routed: int, shared: int, inner: int) -> None:
+        super().__init__()
+        total, fp8, f32 = routed + shared, torch.float8_e4m3fn, torch.float32
+        self.shared = shared
+        self.gate_up = ctx.weight(total, 2 * inner, width, dtype=fp8)
+        self.gate_up_scale = ctx.weight(total, 2 * blocks(inner), blocks(width), dtype=f32)
+        self.down = ctx.weight(total, width, inner, dtype=fp8)
+        self.down_scale = ctx.weight(total, blocks(width), blocks(inner), dtype=f32)
+        self._experts = ctx.op("experts_fp8", E=total, D=width, I=inner)
+
+    def forward(self, x_TD: Tensor, weights_Tk: Tensor, ids_Tk: Tensor) -> Tensor:
+        gate_up, down = (self.gate_up, self.gate_up_scale), (self.down, self.down_scale)
+        return self._experts(x_TD, weights_Tk, ids_Tk, *gate_up, *down, self.shared)
+
+
 class MoE(nn.Module):
     """Routed experts and, as further experts that every token takes with weight 1, the shared ones."""
 
@@ -96,7 +115,8 @@ class MoE(nn.Module):
             topk_groups=topk_groups,
             shared=shared,
         )
-        self.experts = Experts(ctx, width, experts, shared, ctx.shard(inner, "moe_intermediate_size"))
+        kind = Experts if ctx.quantization is None else Fp8Experts
+        self.experts = kind(ctx, width, experts, shared, ctx.shard(inner, "moe_intermediate_size"))
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return self.mesh.all_reduce(self.experts(x_TD, *self.router(x_TD)))
