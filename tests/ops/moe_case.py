@@ -14,6 +14,8 @@ from thalweg.ops.moe_fp8.blocks import dequantize, quantize
 @dataclass
 class MoeCase:
     x: Tensor
+    residual: Tensor
+    norm: Tensor
     router_weight: Tensor
     bias: Tensor
     weights: Tensor
@@ -37,6 +39,8 @@ def moe_case(
     weights = torch.rand(T, k, generator=g, device=device)
     return MoeCase(
         draw(T, D),
+        draw(T, D),
+        1 + draw(D, scale=0.2),
         draw(E, D, scale=0.05),
         torch.randn(E, generator=g, device=device) * 0.05,
         torch.cat([weights, torch.ones(T, num_shared, device=device)], 1),
@@ -45,6 +49,14 @@ def moe_case(
         draw(E + num_shared, D, I, scale=I**-0.5),
         num_shared,
     )
+
+
+def router_arguments(
+    case: MoeCase, k: int, renormalize: bool = True, scale: float = 1.0, scoring: str = "sigmoid"
+) -> tuple[object, ...]:
+    """Of "add_norm_router", without groups."""
+    before = (case.x, case.residual, case.norm, 1e-5, case.router_weight, case.bias)
+    return (*before, k, renormalize, scale, scoring, 1, 1, case.num_shared)
 
 
 def experts_in_float64(case: MoeCase) -> Tensor:

@@ -13,11 +13,13 @@ CPU = OpContext("cpu", "float32", {"K": 64})
 GPU = OpContext("cuda", "bfloat16", {"K": 128})
 
 OPS = {
+    "add_norm_router",
     "add_rms_norm",
     "batched_projection",
     "conv1d_decode",
     "conv1d_prefill",
     "experts",
+    "experts_add_norm",
     "gated_rms_norm",
     "kda_decode",
     "kda_gate",

@@ -1,4 +1,8 @@
-"""Feed-forward blocks: dense SwiGLU, and a mixture of SwiGLU experts with shared experts."""
+"""Feed-forward blocks: dense SwiGLU, and a mixture of SwiGLU experts with shared experts.
+
+A block begins with the residual add and norm behind the attention and ends with those before the next layer, so that
+it may do them inside its own kernels: (y_TD, residual_TD, its norm, the next) -> (normed_TD, residual_TD).
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from torch import Tensor, nn
 from thalweg.config.quantization import blocks
 from thalweg.layers.context import BuildContext
 from thalweg.layers.linear import Linear
+from thalweg.layers.norm import RMSNorm
 
 
 class SwiGLU(nn.Module):
@@ -21,8 +26,9 @@ class SwiGLU(nn.Module):
         self.down = Linear(ctx, local, width)
         self._act = ctx.op("silu_and_mul", I=local)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        return self.mesh.all_reduce(self.down(self._act(self.gate_up(x_TD))))
+    def forward(self, y_TD: Tensor, residual_TD: Tensor, norm: RMSNorm, next_norm: RMSNorm) -> tuple[Tensor, Tensor]:
+        x_TD, residual_TD = norm(y_TD, residual_TD)
+        return next_norm(self.mesh.all_reduce(self.down(self._act(self.gate_up(x_TD)))), residual_TD)
 
 
 class Router(nn.Module):
@@ -45,12 +51,12 @@ class Router(nn.Module):
         self.weight = ctx.weight(experts, width)
         self.bias = ctx.weight(experts, dtype=torch.float32)
         self.options = (top_k, renormalize, scale, "sigmoid", groups, topk_groups, shared)
-        self._router = ctx.op("router", E=experts, D=width, K=top_k, G=groups, S=shared)
+        self._router = ctx.op("add_norm_router", E=experts, D=width, K=top_k, G=groups, S=shared)
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """(weights float32, expert ids), both [T, top_k + shared]; the shared experts come last, with weight 1."""
-        weights, ids = self._router(x_TD, self.weight, self.bias, *self.options)
-        return weights, ids
+    def forward(self, y_TD: Tensor, residual_TD: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(normed, residual) as `norm` gives them, and (weights float32, expert ids), both [T, top_k + shared]; the
+        shared experts come last, with weight 1."""
+        return self._router(y_TD, residual_TD, norm.weight, norm.eps, self.weight, self.bias, *self.options)
 
 
 class Experts(nn.Module):
@@ -61,10 +67,22 @@ class Experts(nn.Module):
         self.shared = shared
         self.gate_up = ctx.weight(routed + shared, 2 * inner, width)
         self.down = ctx.weight(routed + shared, width, inner)
-        self._experts = ctx.op("experts", E=routed + shared, D=width, I=inner)
+        self.mesh = ctx.mesh
+        op = "experts_add_norm" if ctx.mesh.tp_size == 1 else "experts"
+        self._experts = ctx.op(op, E=routed + shared, D=width, I=inner)
 
-    def forward(self, x_TD: Tensor, weights_Tk: Tensor, ids_Tk: Tensor) -> Tensor:
-        return self._experts(x_TD, weights_Tk, ids_Tk, self.gate_up, self.down, self.shared)
+    def forward(
+        self, x_TD: Tensor, residual_TD: Tensor, weights_Tk: Tensor, ids_Tk: Tensor, next_norm: RMSNorm
+    ) -> tuple[Tensor, Tensor]:
+        """(norm(r), r), r_TD the residual plus the experts' weighted sum."""
+        weights = (weights_Tk, ids_Tk, self.gate_up, self.down)
+        if self.mesh.tp_size == 1:
+            y_TD, residual_TD = self._experts(
+                x_TD, *weights, residual_TD, next_norm.weight, next_norm.eps, num_shared=self.shared
+            )
+            return y_TD, residual_TD
+        # The sum over ranks comes before the residual add.
+        return next_norm(self.mesh.all_reduce(self._experts(x_TD, *weights, num_shared=self.shared)), residual_TD)
 
 
 class Fp8Experts(nn.Module):
@@ -103,7 +121,6 @@ class MoE(nn.Module):
         topk_groups: int,
     ) -> None:
         super().__init__()
-        self.mesh = ctx.mesh
         self.router = Router(
             ctx,
             width,
@@ -118,5 +135,6 @@ class MoE(nn.Module):
         kind = Experts if ctx.quantization is None else Fp8Experts
         self.experts = kind(ctx, width, experts, shared, ctx.shard(inner, "moe_intermediate_size"))
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        return self.mesh.all_reduce(self.experts(x_TD, *self.router(x_TD)))
+    def forward(self, y_TD: Tensor, residual_TD: Tensor, norm: RMSNorm, next_norm: RMSNorm) -> tuple[Tensor, Tensor]:
+        x_TD, residual_TD, weights_Tk, ids_Tk = self.router(y_TD, residual_TD, norm)
+        return self.experts(x_TD, residual_TD, weights_Tk, ids_Tk, next_norm)

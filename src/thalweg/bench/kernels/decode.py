@@ -43,22 +43,23 @@ def linear(setting: Setting) -> Iterator[Case]:
             )
 
 
-def router(setting: Setting) -> Iterator[Case]:
+def add_norm_router(setting: Setting) -> Iterator[Case]:
     s, es = setting.shape, setting.dtype.itemsize
     E, D, k = s.experts, s.width, s.top_k
     for B in setting.batch_sizes:
 
         def make(copy: int, B: int = B) -> tuple[Any, ...]:
             draw = Draw(setting, copy)
-            bias = draw(E, scale=0.05, dtype=torch.float32)
-            return draw(B, D), draw(E, D, scale=D**-0.5), bias, k, True, ROUTED_SCALE, "sigmoid", 1, 1, 1
+            norm, bias = draw(D, scale=0.1).add_(1), draw(E, scale=0.05, dtype=torch.float32)
+            routing = (draw(E, D, scale=D**-0.5), bias, k, True, ROUTED_SCALE, "sigmoid", 1, 1, 1)
+            return draw(B, D), draw(B, D), norm, EPS, *routing
 
         yield Case(
-            "router",
+            "add_norm_router",
             f"{E} experts, batch {B}",
-            candidates_of(setting, "router", {"E": E, "D": D, "K": k, "G": 1, "S": 1}),
+            candidates_of(setting, "add_norm_router", {"E": E, "D": D, "K": k, "G": 1, "S": 1}),
             make,
-            num_bytes=es * (B * D + E * D) + 12 * B * (k + 1),
+            num_bytes=es * (4 * B * D + E * D + D) + 12 * B * (k + 1),
             flops=2 * B * D * E,
         )
 
@@ -67,12 +68,18 @@ def experts(setting: Setting) -> Iterator[Case]:
     yield from routed(setting, setting.batch_sizes, "batch", "graph")
 
 
-def routed(setting: Setting, sizes: tuple[int, ...], unit: str, timed: Any) -> Iterator[Case]:
-    """Cases of op "experts". The copies share one set of weights, and each routes at random in its own way."""
+def experts_add_norm(setting: Setting) -> Iterator[Case]:
+    yield from routed(setting, setting.batch_sizes, "batch", "graph", "experts_add_norm")
+
+
+def routed(setting: Setting, sizes: tuple[int, ...], unit: str, timed: Any, op: str = "experts") -> Iterator[Case]:
+    """Cases of op "experts" or "experts_add_norm". The copies share one set of weights, and each routes at random in
+    its own way."""
     s, es = setting.shape, setting.dtype.itemsize
     E, D, I, k = s.experts, s.width, s.inner, s.top_k
     draw = Draw(setting, 0)
     gate_up, down = draw(E + 1, 2 * I, D, scale=D**-0.5), draw(E + 1, D, I, scale=I**-0.5)
+    norm = draw(D, scale=0.1).add_(1)
     for T in sizes:
 
         def make(copy: int, T: int = T) -> tuple[Any, ...]:
@@ -80,12 +87,14 @@ def routed(setting: Setting, sizes: tuple[int, ...], unit: str, timed: Any) -> I
             ids = torch.rand(T, E, generator=draw.rng, device=device).topk(k).indices
             weights = torch.rand(T, k, generator=draw.rng, device=device)
             weights = torch.cat([weights, weights.new_ones(T, 1)], 1)
-            return draw(T, D), weights, torch.cat([ids, torch.full_like(ids[:, :1], E)], 1), gate_up, down, 1
+            ids = torch.cat([ids, torch.full_like(ids[:, :1], E)], 1)
+            end = (draw(T, D), norm, EPS) if op == "experts_add_norm" else ()
+            return draw(T, D), weights, ids, gate_up, down, *end, 1
 
         yield Case(
-            "experts",
+            op,
             f"{k} of {E} and 1 shared, {unit} {T}",
-            candidates_of(setting, "experts", {"E": E + 1, "D": D, "I": I}),
+            candidates_of(setting, op, {"E": E + 1, "D": D, "I": I}),
             make,
             num_bytes=es * (3 * D * I * (1 + distinct_experts(E, k, T)) + 2 * T * D),
             flops=6 * T * (k + 1) * D * I,
@@ -196,8 +205,9 @@ def sample(setting: Setting) -> Iterator[Case]:
 
 DECODE: dict[str, Builder] = {
     "linear": linear,
-    "router": router,
+    "add_norm_router": add_norm_router,
     "experts": experts,
+    "experts_add_norm": experts_add_norm,
     "kda_mixer_decode": kda_mixer,
     "mla_mixer_decode": mla_mixer,
     "rms_norm": rms_norm,

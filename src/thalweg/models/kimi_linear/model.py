@@ -64,11 +64,10 @@ class KimiLinearLayer(nn.Module):
             self.mlp = SwiGLU(ctx, c.hidden_size, c.intermediate_size, "intermediate_size")
 
     def forward(
-        self, x_TD: Tensor, residual_TD: Tensor | None, batch: Batch, cache: LayerCache
+        self, x_TD: Tensor, residual_TD: Tensor, next_norm: RMSNorm, batch: Batch, cache: LayerCache
     ) -> tuple[Tensor, Tensor]:
-        h_TD, residual_TD = self.input_norm(x_TD, residual_TD)
-        h_TD, residual_TD = self.post_norm(self.attn(h_TD, batch, cache), residual_TD)
-        return self.mlp(h_TD), residual_TD
+        """Normed rows and residual to the same, ready for the next layer: a layer ends with that one's norm."""
+        return self.mlp(self.attn(x_TD, batch, cache), residual_TD, self.post_norm, next_norm)
 
 
 class KimiLinearModel(nn.Module):
@@ -88,11 +87,8 @@ class KimiLinearModel(nn.Module):
         return [layer.attn.cache_spec for layer in self._stack]
 
     def forward(self, batch: Batch, cache: CacheStorage) -> Tensor:
-        x_TD: Tensor = self.embed(batch.token_ids_T)
-        residual_TD: Tensor | None = None
-        for layer, layer_cache in zip(self._stack, cache.layers, strict=True):
-            x_TD, residual_TD = layer(x_TD, residual_TD, batch, layer_cache)
-        assert residual_TD is not None
-        if (rows := batch.logit_rows_R) is not None:
-            x_TD, residual_TD = x_TD[rows], residual_TD[rows]
-        return self.lm_head(self.norm(x_TD, residual_TD)[0])
+        norms = [*(layer.input_norm for layer in self._stack), self.norm]
+        x_TD, residual_TD = norms[0](self.embed(batch.token_ids_T))
+        for layer, next_norm, layer_cache in zip(self._stack, norms[1:], cache.layers, strict=True):
+            x_TD, residual_TD = layer(x_TD, residual_TD, next_norm, batch, layer_cache)
+        return self.lm_head(x_TD if batch.logit_rows_R is None else x_TD[batch.logit_rows_R])
