@@ -21,19 +21,42 @@ def test_reference_is_experts_of_the_dequantized_weights(T: int, D: int, I: int,
 def check_experts() -> None:
     from thalweg.ops.moe_fp8.triton_experts import experts_fp8
 
-    # One pair a program; a group for each pair; a group for each expert, some of them with several blocks of tokens;
+    # One pair a program; a group for each pair; a group for each expert, some of them with several tiles of tokens;
     # more tokens than one pass takes.
     for T, D, I, E, k, shared in (
         (1, 300, 37, 4, 2, 1),
-        (2, 128, 150, 4, 2, 0),
-        (3, 256, 64, 8, 4, 0),
+        (4, 128, 150, 4, 2, 0),
         (5, 144, 136, 24, 3, 1),
         (70, 96, 33, 6, 3, 1),
-        (513, 32, 16, 4, 1, 0),
+        (270, 32, 16, 4, 1, 0),
     ):
         case, quantized = moe_case_fp8(T, D, I, E, k, shared, torch.float32)
         y = experts_fp8(case.x, case.weights, case.ids, *quantized, shared)
         assert rmse_ratio(y, experts_in_float64(case)) < 1e-5
+
+
+def check_experts_in_bfloat16() -> None:
+    from thalweg.ops.moe_fp8.triton_experts import experts_fp8
+
+    for T, D, I in ((2, 160, 48), (20, 300, 150)):
+        case, quantized = moe_case_fp8(T, D, I, 6, 3, 1, torch.bfloat16)
+        case.x[0] *= 2.0**30  # far beyond fp16, which serves products within
+        case.x[1] *= 2.0**-30
+        y = experts_fp8(case.x, case.weights, case.ids, *quantized, 1)
+        expected = experts_in_float64(case)
+        assert all(rmse_ratio(a, b) < 0.01 for a, b in zip(y, expected, strict=True))
+
+
+def check_add_norm() -> None:
+    from thalweg.ops.moe_fp8.triton_experts import experts_fp8_add_norm
+
+    for T in (2, 7, 300):
+        case, quantized = moe_case_fp8(T, 64, 16, 4, 2, 1, torch.float32)
+        arguments = (case.weights, case.ids, *quantized, case.x, torch.rand(64), 1e-5, 1)
+        for got, expected in zip(
+            experts_fp8_add_norm(case.x, *arguments), reference.experts_fp8_add_norm(case.x, *arguments), strict=True
+        ):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 def check_nan_stays_in_its_row() -> None:
@@ -49,47 +72,52 @@ def check_nan_stays_in_its_row() -> None:
 
 def test_kernels_under_the_interpreter() -> None:
     pytest.importorskip("triton")
-    run_interpreted(check_experts, check_nan_stays_in_its_row)
+    run_interpreted(check_experts, check_experts_in_bfloat16, check_add_norm, check_nan_stays_in_its_row)
 
 
 TYPES = {
-    "x_ptr": "*bf16",
     "q_ptr": "*fp8e4nv",
-    "s_ptr": "*fp32",
-    "h_ptr": "*bf16",
-    "y_ptr": "*fp32",
     "ids_ptr": "*i64",
-    "pairs": "i32",
-    "x_stride": "i32",
+    **dict.fromkeys(("x_ptr", "h_ptr"), "*bf16"),
+    **dict.fromkeys(("s_ptr", "y_ptr", "scale_ptr"), "*fp32"),
+    **dict.fromkeys(("expert_ptr", "count_ptr", "list_ptr"), "*i32"),
+    **dict.fromkeys(("pairs", "tokens", "groups", "x_stride"), "i32"),
+    "half_ptr": "*fp16",
 }
 
 
-def compiled(kernel: object, constants: dict[str, object], num_warps: int = 4) -> Compiled:
-    types = {p.name: TYPES[p.name] for p in kernel.params if not p.is_constexpr}  # type: ignore[attr-defined]
+def compiled(kernel: object, constants: dict[str, object], num_warps: int = 4, **types: str) -> Compiled:
+    known = TYPES | types
+    types = {p.name: known[p.name] for p in kernel.params if not p.is_constexpr}  # type: ignore[attr-defined]
     return compile_sm90(kernel, types, constants, num_warps)
 
 
 def test_pair_kernels_compile_for_hopper() -> None:
     pytest.importorskip("triton")
-    from thalweg.ops.moe_fp8.triton_experts import down_pair_kernel, gate_up_pair_kernel
+    from thalweg.ops.moe_fp8.triton_pairs import down_pair_kernel, gate_up_pair_kernel
 
-    gate_up = dict(E=257, D=2304, I=1024, K=9, SHARED=1, BLOCK_I=4, PDL=True)
-    result = compiled(gate_up_pair_kernel, gate_up, num_warps=1)
+    result = compiled(gate_up_pair_kernel, dict(E=257, D=2304, I=1024, K=9, SHARED=1, BLOCK_I=8, PDL=True))
     assert result.spilled_bytes == 0
     # "down" reads ids before its wait: "gate_up" must not let it start before its own.
     assert result.ptx.rindex("griddepcontrol.wait") < result.ptx.index("griddepcontrol.launch_dependents")
-    result = compiled(down_pair_kernel, dict(D=2304, I=1024, BLOCK_D=16, PDL=True))
+    result = compiled(down_pair_kernel, dict(D=2304, I=1024, BLOCK_D=16, PDL=True), num_warps=2)
     assert result.spilled_bytes == 0
-    assert result.ptx.split("griddepcontrol.wait")[0].count("ld.global.v4.b32") == 1024 // 128
+    assert result.ptx.split("griddepcontrol.wait")[0].count("ld.global.v4.b32") == 2 * 1024 // 128
 
 
-@pytest.mark.parametrize(("by_pair", "block_p"), [(True, 128), (False, 256)])
-def test_expert_kernels_compile_for_hopper(by_pair: bool, block_p: int) -> None:
+def test_tile_kernels_compile_for_hopper() -> None:
     pytest.importorskip("triton")
-    from thalweg.ops.moe_fp8.triton_experts import down_expert_kernel, gate_up_expert_kernel
+    from thalweg.ops.moe_fp8.triton_tiles import down_tile_kernel, gate_up_tile_kernel, list_kernel
 
-    tiles = dict(E=257, D=2304, I=1024, BY_PAIR=by_pair, BLOCK_P=block_p, BLOCK_T=16, STAGES=4, PDL=True)
-    result = compiled(gate_up_expert_kernel, tiles | dict(K=9, BLOCK_I=64, BLOCK_D=128))
+    lists = dict(E=257, D=2304, BY_PAIR=False, BLOCK_P=1024, BLOCK_D=4096, PDL=True)
+    assert compiled(list_kernel, lists).spilled_bytes == 0
+    gate_up = dict(D=2304, I=1024, K=9, SCALED=True, BLOCK_T=16, BLOCK_I=128, STAGES=4, PDL=True)
+    result = compiled(gate_up_tile_kernel, gate_up, 8, x_ptr="*fp16")
     assert result.spilled_bytes == 0
+    assert result.registers <= 128  # two programs a multiprocessor; shared memory allows no more
+    assert 2 * result.shared_bytes <= 227 * 1024
     assert result.ptx.rindex("griddepcontrol.wait") < result.ptx.index("griddepcontrol.launch_dependents")
-    assert compiled(down_expert_kernel, tiles | dict(BLOCK_D=128, BLOCK_I=128)).spilled_bytes == 0
+    result = compiled(down_tile_kernel, dict(D=2304, I=1024, BLOCK_T=16, BLOCK_D=256, STAGES=4, PDL=True), 8)
+    assert result.spilled_bytes == 0
+    assert result.registers <= 128
+    assert 2 * result.shared_bytes <= 227 * 1024

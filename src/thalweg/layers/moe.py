@@ -62,20 +62,30 @@ class Router(nn.Module):
 class Experts(nn.Module):
     """Weights of all experts, each `inner` wide on this rank: the routed ones, then the shared ones."""
 
+    op = "experts"
+
     def __init__(self, ctx: BuildContext, width: int, routed: int, shared: int, inner: int) -> None:
         super().__init__()
         self.shared = shared
-        self.gate_up = ctx.weight(routed + shared, 2 * inner, width)
-        self.down = ctx.weight(routed + shared, width, inner)
         self.mesh = ctx.mesh
-        op = "experts_add_norm" if ctx.mesh.tp_size == 1 else "experts"
+        self._make_weights(ctx, routed + shared, width, inner)
+        op = f"{self.op}_add_norm" if ctx.mesh.tp_size == 1 else self.op
         self._experts = ctx.op(op, E=routed + shared, D=width, I=inner)
+
+    def _make_weights(self, ctx: BuildContext, total: int, width: int, inner: int) -> None:
+        self.gate_up = ctx.weight(total, 2 * inner, width)
+        self.down = ctx.weight(total, width, inner)
+
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        """As the op takes them."""
+        return self.gate_up, self.down
 
     def forward(
         self, x_TD: Tensor, residual_TD: Tensor, weights_Tk: Tensor, ids_Tk: Tensor, next_norm: RMSNorm
     ) -> tuple[Tensor, Tensor]:
         """(norm(r), r), r_TD the residual plus the experts' weighted sum."""
-        weights = (weights_Tk, ids_Tk, self.gate_up, self.down)
+        weights = (weights_Tk, ids_Tk, *self.weights)
         if self.mesh.tp_size == 1:
             y_TD, residual_TD = self._experts(
                 x_TD, *weights, residual_TD, next_norm.weight, next_norm.eps, num_shared=self.shared
@@ -85,22 +95,21 @@ class Experts(nn.Module):
         return next_norm(self.mesh.all_reduce(self._experts(x_TD, *weights, num_shared=self.shared)), residual_TD)
 
 
-class Fp8Experts(nn.Module):
+class Fp8Experts(Experts):
     """Experts whose weights are float8_e4m3fn, one float32 scale a block; gate and up have blocks of their own."""
 
-    def __init__(self, ctx: BuildContext, width: int, routed: int, shared: int, inner: int) -> None:
-        super().__init__()
-        total, fp8, f32 = routed + shared, torch.float8_e4m3fn, torch.float32
-        self.shared = shared
+    op = "experts_fp8"
+
+    def _make_weights(self, ctx: BuildContext, total: int, width: int, inner: int) -> None:
+        fp8, f32 = torch.float8_e4m3fn, torch.float32
         self.gate_up = ctx.weight(total, 2 * inner, width, dtype=fp8)
         self.gate_up_scale = ctx.weight(total, 2 * blocks(inner), blocks(width), dtype=f32)
         self.down = ctx.weight(total, width, inner, dtype=fp8)
         self.down_scale = ctx.weight(total, blocks(width), blocks(inner), dtype=f32)
-        self._experts = ctx.op("experts_fp8", E=total, D=width, I=inner)
 
-    def forward(self, x_TD: Tensor, weights_Tk: Tensor, ids_Tk: Tensor) -> Tensor:
-        gate_up, down = (self.gate_up, self.gate_up_scale), (self.down, self.down_scale)
-        return self._experts(x_TD, weights_Tk, ids_Tk, *gate_up, *down, self.shared)
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        return self.gate_up, self.gate_up_scale, self.down, self.down_scale
 
 
 class MoE(nn.Module):

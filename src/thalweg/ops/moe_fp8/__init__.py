@@ -1,13 +1,13 @@
-"""Op "experts_fp8": op "experts" over weights in fp8 with one scale a block."""
+"""Ops "experts_fp8" and "experts_fp8_add_norm": the experts over weights in fp8 with one scale a block."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from thalweg.ops.moe_fp8 import reference
-from thalweg.ops.registry import register
+from thalweg.ops.registry import OpContext, register
 from thalweg.ops.triton_support import why_not
 
 
@@ -33,24 +33,51 @@ class ExpertsFp8(Protocol):
         """
 
 
-def _triton_experts_fp8(
-    x_TD: Tensor,
-    weights_Tk: Tensor,
-    ids_Tk: Tensor,
-    q_gate_up_E2ID: Tensor,
-    s_gate_up: Tensor,
-    q_down_EDI: Tensor,
-    s_down: Tensor,
-    num_shared: int = 0,
-) -> Tensor:
+class ExpertsFp8AddNorm(Protocol):
+    def __call__(
+        self,
+        x_TD: Tensor,
+        weights_Tk: Tensor,
+        ids_Tk: Tensor,
+        q_gate_up_E2ID: Tensor,
+        s_gate_up: Tensor,
+        q_down_EDI: Tensor,
+        s_down: Tensor,
+        residual_TD: Tensor,
+        norm_weight_D: Tensor,
+        eps: float,
+        /,
+        num_shared: int = 0,
+    ) -> tuple[Tensor, Tensor]:
+        """(rms_norm(r), r) with r_TD = y + residual of y_TD = "experts_fp8" of the rest, as "experts_add_norm"."""
+
+
+def _triton_experts(*args: Any, **options: Any) -> Tensor:
     from thalweg.ops.moe_fp8 import triton_experts
 
-    return triton_experts.experts_fp8(
-        x_TD, weights_Tk, ids_Tk, q_gate_up_E2ID, s_gate_up, q_down_EDI, s_down, num_shared
-    )
+    return triton_experts.experts_fp8(*args, **options)
+
+
+def _triton_experts_add_norm(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    from thalweg.ops.moe_fp8 import triton_experts
+
+    return triton_experts.experts_fp8_add_norm(*args, **options)
+
+
+MAX_WIDTH = 16384  # one program holds a token's row in registers
+
+
+def _supports(ctx: OpContext) -> str | None:
+    if ctx.dims.get("D", 0) > MAX_WIDTH:
+        return f"needs rows of at most {MAX_WIDTH}, not {ctx.dims['D']}"
+    return why_not(ctx)
 
 
 _reference: ExpertsFp8 = reference.experts_fp8
-_kernel: ExpertsFp8 = _triton_experts_fp8
+_kernel: ExpertsFp8 = _triton_experts
+_reference_add_norm: ExpertsFp8AddNorm = reference.experts_fp8_add_norm
+_kernel_add_norm: ExpertsFp8AddNorm = _triton_experts_add_norm
 register("experts_fp8", "reference", _reference, capturable=False)
-register("experts_fp8", "triton", _kernel, supports=why_not, priority=10)
+register("experts_fp8", "triton", _kernel, supports=_supports, priority=10)
+register("experts_fp8_add_norm", "reference", _reference_add_norm, capturable=False)
+register("experts_fp8_add_norm", "triton", _kernel_add_norm, supports=_supports, priority=10)
