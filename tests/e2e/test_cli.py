@@ -108,6 +108,7 @@ def test_bench_latency_writes_its_figures(capsys: pytest.CaptureFixture[str], tm
     assert "TTFT ms" in out
     assert "torch" in out
     figures = json.loads(path.read_text())
+    assert list(figures["start_seconds"]) == ["device", "weights", "cache", "graphs"]
     assert [r["batch_size"] for r in figures["results"]] == [1, 3]
     assert figures["engine"]["load_format"] == "dummy"
     assert figures["machine"]["torch_threads"] >= 1
@@ -115,6 +116,9 @@ def test_bench_latency_writes_its_figures(capsys: pytest.CaptureFixture[str], tm
         assert 0 < r["min_ttft_ms"] <= r["median_ttft_ms"] <= r["max_ttft_ms"]
         assert set(r["host_us"]) == {"schedule", "build", "update", "output"}
         assert r["host_us_per_step"] == pytest.approx(sum(r["host_us"].values()))
+        assert r["launches_per_step"] is None
+        assert r["floor"]["step_bytes"] > 0
+        assert r["floor"]["prefill_flops"] > r["floor"]["step_flops"]
         assert r["output_throughput"] == pytest.approx(r["batch_size"] * 4 / r["median_e2el_ms"] * 1e3)
     assert main(["bench", "latency", *DUMMY, "--output-len", "1", "--num-iters", "1"]) == 0
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -87,3 +89,10 @@ def test_the_bundled_model_answers_in_bfloat16() -> None:
         )
     right = sum(last_number(o.outputs[0].text) == p.answer for o, p in zip(answers, asked, strict=True))
     assert right >= 45
+
+
+def test_nothing_compiles_once_the_engine_is_ready(folder: Path) -> None:
+    command = [sys.executable, "-m", "tests.models.compiles_when_ready", str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert result.stdout == ""

@@ -23,6 +23,13 @@ class Ceilings:
         """The time that neither traffic nor arithmetic can go below."""
         return max(num_bytes / self.bytes_per_s, flops / self.flops_per_s)
 
+    def describe(self) -> dict[str, str | int]:
+        """Plain values for a table and a results file."""
+        return {
+            "copy_GB_per_s": round(self.bytes_per_s / 1e9),
+            "matrix_TFLOP_per_s": f"{self.flops_per_s / 1e12:.1f}",
+        }
+
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     """A copy of 4 GiB (CPU: 256 MiB) and a square product of 8192 (CPU: 1024) on random data; the median of a few."""

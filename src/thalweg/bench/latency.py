@@ -9,8 +9,8 @@ from __future__ import annotations
 import random
 import time
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from thalweg import tracing
@@ -19,6 +19,7 @@ from thalweg.core import SamplingParams
 from thalweg.errors import ConfigError, ThalwegError
 
 if TYPE_CHECKING:
+    from thalweg.bench.floor import Floor
     from thalweg.engine.llm import LLM
 
 HOST_SPANS = ("schedule", "build", "update", "output")  # work of every step that is neither model nor sampler
@@ -30,7 +31,8 @@ class BatchLatency:
 
     ttft is the time of a run that generates one token; tpot what each further token adds to it, and None when only
     one is asked for; e2el the time of the whole batch. host_us is processor time, since planning and bookkeeping run
-    beside the model on another thread; host_us_per_step is its sum.
+    beside the model on another thread; host_us_per_step is its sum. launches counts a decode step's kernels and copies
+    on a CUDA device, and is None elsewhere.
     """
 
     batch_size: int
@@ -43,6 +45,8 @@ class BatchLatency:
     output_throughput: float  # generated tokens/s of the median run
     host_us: dict[str, float]
     host_us_per_step: float
+    launches: float | None
+    floor: Floor | None = None  # for one rank
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values under the names that serving benchmarks use (median_ttft_ms, output_throughput, ...)."""
@@ -55,24 +59,38 @@ class BatchLatency:
                 values[f"{part}_{name}"] = None if spread is None else getattr(spread, part)
         values["output_throughput"] = self.output_throughput
         values["host_us"], values["host_us_per_step"] = self.host_us, self.host_us_per_step
+        values["launches_per_step"] = self.launches
+        values["floor"] = None if self.floor is None else asdict(self.floor)
         return values
 
 
 def measure_latency(
-    llm: LLM, batch_size: int, input_len: int, output_len: int, *, num_iters_warmup: int, num_iters: int, seed: int
+    llm: LLM,
+    batch_size: int,
+    input_len: int,
+    output_len: int,
+    *,
+    num_iters_warmup: int,
+    num_iters: int,
+    temperature: float = 0.0,
+    seed: int = 0,
 ) -> BatchLatency:
     """Run `num_iters` pairs of batches of random prompts, one token and `output_len` tokens long, after a warm-up."""
     rng = random.Random(seed)
+
+    def time_batch(input_len: int, output_len: int) -> float:
+        return _time_batch(llm, rng, batch_size, input_len, output_len, temperature)
+
     firsts: list[float] = []
     wholes: list[float] = []
     host: defaultdict[str, list[int]] = defaultdict(list)  # nanoseconds, of whole runs
     for _ in range(num_iters_warmup):
-        _time_batch(llm, rng, batch_size, input_len, output_len)
+        time_batch(input_len, output_len)
     for _ in range(num_iters):
         if output_len > 1:
-            firsts.append(_time_batch(llm, rng, batch_size, input_len, 1))
+            firsts.append(time_batch(input_len, 1))
         with tracing.record(time.thread_time_ns) as spans:
-            wholes.append(_time_batch(llm, rng, batch_size, input_len, output_len))
+            wholes.append(time_batch(input_len, output_len))
         for name in HOST_SPANS:
             host[name] += spans.durations[name]
     per_token = [(whole - first) / (output_len - 1) for first, whole in zip(firsts, wholes, strict=False)]
@@ -89,7 +107,28 @@ def measure_latency(
         output_throughput=batch_size * output_len / (e2el.median / 1e3),
         host_us=host_us,
         host_us_per_step=sum(host_us.values()),
+        launches=_launches(llm, batch_size, time_batch),
     )
+
+
+def _launches(llm: LLM, batch_size: int, time_batch: Callable[[int, int], float]) -> float | None:
+    """Kernels and copies of one decode step: what more of them a longer output has, as the profiler counts."""
+    import torch
+
+    if not torch.cuda.is_available() or llm.info.device == "cpu":
+        return None
+    from torch.profiler import ProfilerActivity, profile
+
+    short, long = 2, 10
+    input_len = max(1, min(16, llm.info.max_num_batched_tokens // batch_size, llm.info.max_model_len - long))
+    counts = []
+    for output_len in (short, long):
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            time_batch(input_len, output_len)
+            torch.cuda.synchronize()
+        events: Any = profiler.events()
+        counts.append(sum(1 for e in events if str(e.device_type).endswith("CUDA")))
+    return (counts[1] - counts[0]) / (long - short)
 
 
 def check_lengths(batch_sizes: Sequence[int], input_len: int, output_len: int) -> None:
@@ -99,11 +138,13 @@ def check_lengths(batch_sizes: Sequence[int], input_len: int, output_len: int) -
             raise ConfigError(f"{option} is {value}; expected 1 or more")
 
 
-def _time_batch(llm: LLM, rng: random.Random, batch_size: int, input_len: int, output_len: int) -> float:
+def _time_batch(
+    llm: LLM, rng: random.Random, batch_size: int, input_len: int, output_len: int, temperature: float
+) -> float:
     """Seconds that one batch takes, from handing it over to its last token."""
     vocab = llm.info.vocab_size
     prompts = [[rng.randrange(vocab) for _ in range(input_len)] for _ in range(batch_size)]
-    params = SamplingParams(temperature=0, max_tokens=output_len, ignore_eos=True)
+    params = SamplingParams(temperature=temperature, max_tokens=output_len, ignore_eos=True)
     began = time.perf_counter()
     outputs = llm.generate(prompts, params)
     seconds = time.perf_counter() - began

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 bench = typer.Typer(help="Measure speed.")
 bench.command()(compare)
 
+Temperature = Annotated[float, typer.Option(metavar="T", help="0 takes the likeliest token each time.")]
 OutputJson = Annotated[str | None, typer.Option(metavar="FILE", help="Write the figures to this file too.")]
 
 
@@ -37,36 +39,53 @@ def latency(
     output_len: Annotated[int, typer.Option(metavar="TOKENS", help="Tokens each request generates.")] = 64,
     num_iters_warmup: Annotated[int, typer.Option(metavar="N", min=0, help="Runs before those that count.")] = 1,
     num_iters: Annotated[int, typer.Option(metavar="N", min=1, help="Runs that count.")] = 5,
+    temperature: Temperature = 1.0,
     output_json: OutputJson = None,
 ) -> None:
     """Time to first token, time per token after it and tokens/s of batches of random prompts, in this process.
 
-    Figures are medians, with least and greatest in brackets. "host" is a step's work outside the model and the sampler.
+    Figures are medians, with least and greatest in brackets. TPOT is (the time of the whole output - the time of one
+    token) / (--output-len - 1). "floor" is what the machine's measured copy bandwidth and matrix rate allow, "host" a
+    step's work outside the model and the sampler.
     """
+    began = time.perf_counter()
     sizes = _integers(batch_size, "--batch-size")
     from thalweg.bench.latency import check_lengths, measure_latency
 
     check_lengths(sizes, input_len, output_len)
     _check_writable(output_json)
-    from thalweg.bench.machine import describe_machine
+    import torch  # here, since the profiler wants to be used on the thread that brings torch in
+
     from thalweg.engine.llm import LLM
+    from thalweg.engine.source import open_source
 
     results = []
     with LLM(**replace(config, max_num_seqs=max(sizes)).to_dict()) as llm:
-        for size in sizes:
-            results.append(
-                measure_latency(
-                    llm,
-                    size,
-                    input_len,
-                    output_len,
-                    num_iters_warmup=num_iters_warmup,
-                    num_iters=num_iters,
-                    seed=config.seed,
-                )
-            )
         info = llm.info
-    machine = describe_machine()
+        start_s = time.perf_counter() - began
+        from thalweg.bench.ceilings import measure_ceilings
+        from thalweg.bench.floor import batch_floor
+        from thalweg.bench.machine import describe_machine
+
+        source = open_source(config)
+        on_gpu = info.device != "cpu"
+        ceilings = measure_ceilings(torch.device("cuda" if on_gpu else "cpu"), getattr(torch, info.dtype))
+        for size in sizes:
+            measured = measure_latency(
+                llm,
+                size,
+                input_len,
+                output_len,
+                num_iters_warmup=num_iters_warmup,
+                num_iters=num_iters,
+                temperature=temperature,
+                seed=config.seed,
+            )
+            # With several ranks a step's bytes lie on all of them, and what they exchange is not counted.
+            alone = config.tensor_parallel_size == 1
+            floor = batch_floor(source, info, ceilings, size, input_len, output_len) if alone else None
+            results.append(replace(measured, floor=floor))
+    machine = describe_machine() | ceilings.describe()
     engine = {
         "model": info.name,
         "dtype": info.dtype,
@@ -75,9 +94,20 @@ def latency(
         "tensor_parallel_size": info.tensor_parallel_size,
         "load_format": config.load_format,
         "seed": config.seed,
+        "temperature": temperature,
+        "decode_steps": info.decode_steps.split(" of ")[0],
+        "start_s": round(start_s, 1),
     }
-    _print_latency(results, {**engine, **machine})
-    _write(output_json, {"engine": engine, "machine": machine, "results": [r.to_dict() for r in results]})
+    _print_latency(results, {**engine, **machine}, info.start_seconds)
+    _write(
+        output_json,
+        {
+            "engine": engine,
+            "start_seconds": info.start_seconds,
+            "machine": machine,
+            "results": [r.to_dict() for r in results],
+        },
+    )
 
 
 @bench.command()
@@ -88,7 +118,7 @@ def decode(
     context: Annotated[str, typer.Option(metavar="TOKENS", help="Cached tokens of each sequence.")] = "1024",
     steps: Annotated[int, typer.Option(metavar="N", min=1, help="Steps of a run.")] = 64,
     num_iters: Annotated[int, typer.Option(metavar="N", min=1, help="Runs that count.")] = 5,
-    temperature: Annotated[float, typer.Option(metavar="T", help="0 takes the likeliest token each time.")] = 1.0,
+    temperature: Temperature = 1.0,
     output_json: OutputJson = None,
 ) -> None:
     """Milliseconds a decode step takes on a cache filled with random values, beside the machine's floor.
@@ -123,10 +153,7 @@ def decode(
             source.config, size, length, dtype_bytes=dtype_bytes, quantization=info.quantization
         )
         results.append((step, 1e3 * ceilings.floor_s(cost.bytes, cost.flops)))
-    machine = describe_machine() | {
-        "copy_GB_per_s": round(ceilings.bytes_per_s / 1e9),
-        "matrix_TFLOP_per_s": round(ceilings.flops_per_s / 1e12, 1),
-    }
+    machine = describe_machine() | ceilings.describe()
     engine = {
         "model": info.name,
         "dtype": info.dtype,
@@ -166,26 +193,39 @@ def host(
     _write(output_json, {"machine": machine, "results": [asdict(r) for r in results]})
 
 
-def _print_latency(results: list[BatchLatency], measured_on: dict[str, Any]) -> None:
+def _print_latency(results: list[BatchLatency], measured_on: dict[str, Any], start_seconds: dict[str, float]) -> None:
     from thalweg.cli.console import plain_table, stdout_console
 
     console = stdout_console()
     console.print(_facts(measured_on), markup=False)
+    console.print("start: " + ", ".join(f"{part} {s:.1f} s" for part, s in start_seconds.items()), markup=False)
     first = results[0]
     console.print(f"input {first.input_len} tokens, output {first.output_len}, {first.num_iters} runs\n")
-    headings = ("batch", "TTFT ms", "TPOT ms", "E2EL ms", "output\ntok/s", "host\nus/step")
-    table = plain_table(*headings, numbers=True)
+    headings = ("batch", "TTFT ms", "/floor", "TPOT ms", "floor ms", "/floor", "E2EL ms", "output\ntok/s")
+    table = plain_table(*headings, "launches\na step", "host\nus/step", numbers=True)
     for r in results:
-        tpot = "-" if r.tpot_ms is None else r.tpot_ms.show(2)
+        tpot, floor = r.tpot_ms, r.floor
         table.add_row(
             str(r.batch_size),
             r.ttft_ms.show(2),
-            tpot,
+            "-" if floor is None else f"{r.ttft_ms.median / floor.prefill_ms:.2f}",
+            "-" if tpot is None else tpot.show(3),
+            "-" if floor is None else f"{floor.step_ms:.3f}",
+            "-" if floor is None or tpot is None else f"{tpot.median / floor.step_ms:.2f}",
             r.e2el_ms.show(1),
             f"{r.output_throughput:.1f}",
+            "-" if r.launches is None else f"{r.launches:.0f}",
             f"{r.host_us_per_step:.0f}",
         )
     console.print(table)
+    if first.floor is not None:
+        console.print("\n[bold]Floor[/]: each weight, state and cache entry once, over the machine's measured rates")
+        table = plain_table("batch", "step GB", "step GFLOP", "prompts GB", "prompts GFLOP", "prompts ms", numbers=True)
+        for r in results:
+            if (f := r.floor) is not None:
+                counts = (f.step_bytes, f.step_flops, f.prefill_bytes, f.prefill_flops)
+                table.add_row(str(r.batch_size), *(f"{n / 1e9:.3f}" for n in counts), f"{f.prefill_ms:.2f}")
+        console.print(table)
 
 
 def _print_decode(results: list[tuple[DecodeStep, float]], measured_on: dict[str, Any]) -> None:

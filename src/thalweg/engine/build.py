@@ -17,6 +17,7 @@ from thalweg.config import env
 from thalweg.config.engine import EngineConfig
 from thalweg.engine.info import EngineInfo, OpChoice
 from thalweg.engine.source import ModelSource, open_source
+from thalweg.engine.warmup import warm_up
 from thalweg.errors import ConfigError
 from thalweg.layers.context import BuildContext
 from thalweg.ops.registry import OpContext, Resolver
@@ -35,9 +36,21 @@ THREAD_BYTES = 64 << 20
 CPU_CACHE_MEMORY = 4 << 30  # default on a CPU, where pages cost memory only once they are written
 
 
+class Laps:
+    """Seconds by part, each from the end of the one before."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    def end(self, part: str) -> None:
+        now = time.perf_counter()
+        self.seconds[part], self._began = now - self._began, now
+
+
 def build_rank(config: EngineConfig, tp_rank: int, rendezvous_file: str) -> tuple[ModelRunner, EngineInfo]:
     """Everything one rank needs to execute plans. With several ranks, all of them call this at the same time."""
-    began = time.perf_counter()
+    laps = Laps()
     source = open_source(config)
     c = source.config
     device = choose_device(config, tp_rank)
@@ -51,10 +64,14 @@ def build_rank(config: EngineConfig, tp_rank: int, rendezvous_file: str) -> tupl
         check(plan, checkpoint, source.package.ignored(c))  # before anything is allocated by what config.json says
     dtype = getattr(torch, config.dtype)
     _check_memory(local_bytes(plan, dtype.itemsize), device)
+    laps.end("device")
     mesh = join_mesh(tp_rank, config.tensor_parallel_size, rendezvous_file, device)
     resolver = Resolver(config.op_preference)
     model = source.package.build(BuildContext(device, dtype, mesh, resolver, quantization=config.quantization), c)
     _fill(model, plan, checkpoint, source, config, tp_rank)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    laps.end("weights")
 
     specs: list[LayerSpec] = model.cache_specs
     weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -76,7 +93,12 @@ def build_rank(config: EngineConfig, tp_rank: int, rendezvous_file: str) -> tupl
         raise ConfigError(f"op_preference names {unused[0]!r}, which this model does not use; it uses {used}")
     eager = _why_eager(config, device, resolver)
     graph_sizes = [] if eager else buckets(split.num_slots)
+    laps.end("cache")
     runner = ModelRunner(model, cache, inputs, sampler, mesh, graph_sizes)
+    laps.end("graphs")
+    if device.type == "cuda":
+        warm_up(runner, split, config.max_num_batched_tokens)
+        laps.end("warm-up")
     info = EngineInfo(
         name=source.name,
         folder=str(source.folder),
@@ -101,7 +123,7 @@ def build_rank(config: EngineConfig, tp_rank: int, rendezvous_file: str) -> tupl
         eos_token_ids=list(eos),
         decode_steps=f"eager: {eager}" if eager else f"CUDA graphs of {', '.join(map(str, graph_sizes))} rows",
         ops=[OpChoice(o.op, dict(o.context.dims), o.chosen, list(o.refused)) for o in resolver.explain()],
-        load_seconds=time.perf_counter() - began,
+        start_seconds=laps.seconds,
     )
     return runner, info
 

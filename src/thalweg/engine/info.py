@@ -38,4 +38,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     eos_token_ids: list[int]
     decode_steps: str  # how steps of decode rows alone run, and why
     ops: list[OpChoice]
-    load_seconds: float
+    start_seconds: dict[str, float]  # what building took, part by part, in order
+
+    @property
+    def load_seconds(self) -> float:
+        return sum(self.start_seconds.values())

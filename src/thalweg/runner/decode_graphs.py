@@ -15,6 +15,7 @@ from torch import Tensor
 from thalweg.cache.storage import CacheStorage
 from thalweg.core import StepPlan
 from thalweg.layers.batch import Batch
+from thalweg.ops.triton_compile import compiled_together
 from thalweg.parallel.mesh import Mesh
 from thalweg.runner.inputs import InputBuilder, IntArray
 from thalweg.sampling.sampler import Sampler
@@ -59,6 +60,13 @@ class DecodeGraphs:
         self._logits: dict[int, Tensor] = {}
         self._replay: dict[int, Callable[[], None]] = {}
         self._pool: Any = None
+        if capture:
+            self._rows.copy_(torch.tensor([[0], [1], [0], [1]]).expand(4, top))  # every row on the sinks
+            self._rows[3] = 1 + (1 << 32)  # two int32 ones
+            with compiled_together():
+                for size in sizes:
+                    self._step(size)
+            inputs.last_tokens.zero_()
         for size in reversed(sizes):  # the largest first: the others fit into its memory
             self._replay[size] = self._captured(size) if capture else self._eager(size)
 
@@ -116,9 +124,7 @@ class DecodeGraphs:
         return lambda: self._step(size)
 
     def _captured(self, size: int) -> Callable[[], None]:
-        """Warm up on the sinks, which compiles every kernel the step needs, then capture."""
-        self._rows.copy_(torch.tensor([[0], [1], [0], [1]]).expand(4, self._rows.shape[1]))
-        self._rows[3] = 1 + (1 << 32)  # two int32 ones
+        """Warm up on the sinks, which sets up what the step needs of libraries, then capture."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from thalweg.runner.decode_graphs import DecodeGraphs
 from thalweg.runner.inputs import InputBuilder
 from thalweg.runner.readback import Readback
 from thalweg.sampling.logprobs import token_logprobs
-from thalweg.sampling.sampler import Sampler
+from thalweg.sampling.sampler import NON_FINITE, Sampler
 
 
 class Model(Protocol):
@@ -80,14 +81,7 @@ class ModelRunner:
         with tracing.span("model"):
             logits, ids = graphs.run(rows)
         if self._sampler.simple(slots):
-            read = self._readback(ids)
-
-            def finish() -> StepResult:
-                tokens = read()
-                errors = {s: NON_FINITE for s, t in zip(slots, tokens, strict=True) if t < 0} if min(tokens) < 0 else {}
-                return StepResult(plan.step, tokens, errors=errors)
-
-            return finish
+            return self._finish_simple(plan, slots, ids, {}, {})
         return self._sample(plan, logits.float(), slots, [s + 1 for s in plan.decode_starts])
 
     def _launch_eager(self, plan: StepPlan) -> Finish:
@@ -123,12 +117,38 @@ class ModelRunner:
         prompt_logprobs: dict[int, list[TokenLogprobs]] | None = None,
         prompt_logits: dict[int, Tensor] | None = None,
     ) -> Finish:
+        slots_R = self._inputs.tensor(np.array(slots, dtype=np.int64))
+        simple = self.waits and self._sampler.simple(slots)
         with tracing.span("sample"):
-            ids, logprobs, errors = self._sampler(logits, slots, positions)
+            if simple:  # nothing that waits for the device, so that the next step can be launched behind this one
+                positions_R = self._inputs.tensor(np.array(positions, dtype=np.int64))
+                ids = self._sampler.sample_rows(logits, slots_R, positions_R)
+            else:
+                ids, logprobs, errors = self._sampler(logits, slots, positions)
         ids = self._mesh.broadcast(ids)
-        self._inputs.last_tokens[torch.tensor(slots, device=ids.device)] = ids
+        self._inputs.last_tokens[slots_R] = ids.clamp(min=0)
+        if simple:
+            return self._finish_simple(plan, slots, ids, prompt_logprobs or {}, prompt_logits or {})
         read = self._readback(ids)
         return lambda: StepResult(plan.step, read(), logprobs, prompt_logprobs or {}, errors, prompt_logits or {})
+
+    def _finish_simple(
+        self,
+        plan: StepPlan,
+        slots: list[int],
+        ids: Tensor,
+        prompt_logprobs: dict[int, list[TokenLogprobs]],
+        prompt_logits: dict[int, Tensor],
+    ) -> Finish:
+        """Of ids that are -1 where a row had a non-finite logit."""
+        read = self._readback(ids)
+
+        def finish() -> StepResult:
+            tokens = read()
+            errors = {s: NON_FINITE for s, t in zip(slots, tokens, strict=True) if t < 0} if min(tokens) < 0 else {}
+            return StepResult(plan.step, tokens, {}, prompt_logprobs, errors, prompt_logits)
+
+        return finish
 
     def _inspect(
         self,
@@ -157,6 +177,3 @@ class ModelRunner:
                 self._prompt_logprobs[a.slot] = a.params.prompt_logprobs
         slots = torch.tensor([a.slot for a in plan.admissions], device=self._inputs.device)
         self.cache.reset_slots(slots)
-
-
-NON_FINITE = "the model gave non-finite logits for this request"

@@ -14,6 +14,8 @@ from thalweg.sampling.choose import sample_filtered
 from thalweg.sampling.logprobs import token_logprobs
 from thalweg.sampling.uniform import uniform
 
+NON_FINITE = "the model gave non-finite logits for this request"
+
 
 class Sampler:
     """Tables are indexed by slot; a slot's row is rewritten when a request is admitted to it.
@@ -76,7 +78,7 @@ class Sampler:
         # A sum is finite only where every term is (float64 cannot overflow on float32 terms), and is one pass.
         if not torch.isfinite(logits_RV.sum(dtype=torch.float64)):
             for row in torch.nonzero(~torch.isfinite(logits_RV).all(-1)).flatten().tolist():
-                errors[slots[row]] = "the model gave non-finite logits for this request"
+                errors[slots[row]] = NON_FINITE
             logits_RV = torch.nan_to_num(logits_RV, nan=0.0, posinf=0.0, neginf=0.0)
 
         raw_RV = logits_RV

@@ -10,7 +10,7 @@ from fastapi import FastAPI
 
 from thalweg import __version__
 from thalweg.engine.client import EngineClient
-from thalweg.server import chat, completions, errors, health, models, tokenization
+from thalweg.server import chat, completions, errors, health, models, page, tokenization
 from thalweg.server.guard import Guard
 from thalweg.server.service import Service, StartListener
 from thalweg.server.settings import ServerSettings
@@ -39,6 +39,6 @@ def create_app(client: EngineClient, settings: ServerSettings, on_started: Start
     app.state.service = service
     errors.install(app)
     app.add_middleware(Guard, api_key=settings.api_key, max_body_bytes=settings.max_body_bytes)
-    for room in (chat, completions, models, tokenization, health):
+    for room in (chat, completions, models, tokenization, health, page):
         app.include_router(room.router)
     return app

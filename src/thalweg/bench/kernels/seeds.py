@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from thalweg.bench.kernels.case import Builder, Candidate, Case, Draw, Setting, candidates_of
@@ -64,7 +65,7 @@ def _kda_layer(setting: Setting, heads: int, resolver: Resolver) -> KimiDeltaAtt
 def split_norms(setting: Setting) -> Iterator[Case]:
     """Kimi-K2's queries and latent from one projection, each with its norm."""
     Q, R, P, es = K2_Q_RANK, K2_LATENT, K2_ROPE, setting.dtype.itemsize
-    reference, kernel = candidates_of(setting, "split_norms", {"Q": Q, "R": R, "P": P})
+    _, kernel = candidates_of(setting, "split_norms", {"Q": Q, "R": R, "P": P})
     for B in setting.batch_sizes:
 
         def make(copy: int, B: int = B) -> tuple[Any, ...]:
@@ -72,7 +73,7 @@ def split_norms(setting: Setting) -> Iterator[Case]:
             return draw(B, Q + R + P), draw(Q, scale=0.1).add_(1), draw(R, scale=0.1).add_(1), 1e-6
 
         candidates = (
-            Candidate("split, 2 norms in torch", reference.fn),
+            Candidate("split, 2 norms in torch", _two_torch_norms),
             Candidate("split, 2 norm kernels", _two_norm_kernels, kernel.refusal),
             Candidate("one kernel", kernel.fn, kernel.refusal),
         )
@@ -84,6 +85,11 @@ def split_norms(setting: Setting) -> Iterator[Case]:
             num_bytes=es * (2 * B + 1) * (Q + R),
             same_bits_as="split, 2 norm kernels",
         )
+
+
+def _two_torch_norms(x: Tensor, q_weight: Tensor, kv_weight: Tensor, eps: float) -> tuple[Tensor, ...]:
+    q, latent, shared = x.split([K2_Q_RANK, K2_LATENT, K2_ROPE], dim=-1)
+    return F.rms_norm(q, q_weight.shape, q_weight, eps), F.rms_norm(latent, kv_weight.shape, kv_weight, eps), shared
 
 
 def _two_norm_kernels(*args: Any) -> Any:

@@ -63,3 +63,31 @@ def decode_cost(
         bytes=fixed * dtype_bytes + (shared + distinct) * expert_bytes + batch * (states + pages * context),
         flops=batch * (2 * (fixed + shared + expert) + flops_token),
     )
+
+
+def prefill_cost(
+    c: KimiLinearConfig, batch: int, length: int, *, dtype_bytes: int = 2, quantization: str | None = None
+) -> StepCost:
+    """`batch` prompts of `length` tokens from nothing to one row of logits each, all in one step, on one rank.
+
+    Every weight is read once (experts as in `decode_cost`, for all tokens at once) and the cache is written once.
+    Attention counts its causal half, with keys and values expanded from the latent once a token; KDA counts the
+    recurrence, which chunked forms exceed.
+    """
+    tokens = batch * length
+    step = decode_cost(c, tokens, 0, dtype_bytes=dtype_bytes, quantization=quantization)
+    head = c.vocab_size * c.hidden_size
+    flops, bytes_moved = step.flops - 2 * (tokens - batch) * head, step.bytes
+    for n in range(c.num_layers):
+        if n in c.kda_layers:
+            assert c.kda is not None
+            HK = c.kda.num_heads * c.kda.head_dim
+            # decode_cost reads and writes a state for every token; a prompt writes one.
+            state = HK * c.kda.head_dim * 4 + 3 * HK * (c.kda.conv_kernel - 1) * dtype_bytes
+            bytes_moved -= (2 * tokens - batch) * state
+        else:
+            assert c.mla is not None
+            H = c.mla.num_heads
+            bytes_moved += tokens * c.mla.latent_dim * dtype_bytes
+            flops += tokens * 2 * H * (c.mla.qk_head_dim + c.mla.v_head_dim) * (length + 1) / 2
+    return StepCost(bytes_moved, flops)

@@ -1,0 +1,52 @@
+"""Serves requests of many shapes on a CUDA device and prints every kernel that was compiled after the engine was ready.
+
+In a process of its own, since what another test compiled would be found in memory.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+
+
+def main(folder: str) -> None:
+    import triton
+
+    from thalweg import LLM, SamplingParams
+
+    compiled: list[str] = []
+
+    def note(*, repr: str, **_: Any) -> None:
+        compiled.append(repr)
+
+    with LLM(folder, device="cuda", dtype="bfloat16", max_num_seqs=6, max_num_batched_tokens=1000) as llm:
+        triton.knobs.runtime.jit_post_compile_hook = note
+        rng = np.random.default_rng(1)
+        vocab = llm.info.vocab_size
+        for lengths in (
+            [1],
+            [2],
+            [3, 1],
+            [7, 40, 200],
+            [400],
+            [64],
+            [128, 16],
+            [511, 31],
+            [513],
+            [333, 333, 300, 9, 8],
+        ):
+            prompts = [rng.integers(0, vocab, n).tolist() for n in lengths]
+            for params in (
+                SamplingParams(max_tokens=4, temperature=0, ignore_eos=True),
+                SamplingParams(max_tokens=20, seed=1, ignore_eos=True),
+                SamplingParams(max_tokens=3, seed=1, top_p=0.9, logprobs=3, presence_penalty=0.5, ignore_eos=True),
+            ):
+                llm.generate(prompts, params)
+    for name in compiled:
+        print(name)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
