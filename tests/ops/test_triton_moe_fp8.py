@@ -22,13 +22,14 @@ def check_experts() -> None:
     from thalweg.ops.moe_fp8.triton_experts import experts_fp8
 
     # One pair a program; a group for each pair; a group for each expert, some of them with several tiles of tokens;
-    # more tokens than one pass takes.
+    # many tokens, sorted by expert.
     for T, D, I, E, k, shared in (
         (1, 300, 37, 4, 2, 1),
         (4, 128, 150, 4, 2, 0),
         (5, 144, 136, 24, 3, 1),
         (70, 96, 33, 6, 3, 1),
-        (270, 32, 16, 4, 1, 0),
+        (257, 36, 20, 4, 1, 0),
+        (260, 144, 24, 3, 2, 1),
     ):
         case, quantized = moe_case_fp8(T, D, I, E, k, shared, torch.float32)
         y = experts_fp8(case.x, case.weights, case.ids, *quantized, shared)
@@ -80,7 +81,7 @@ TYPES = {
     "ids_ptr": "*i64",
     **dict.fromkeys(("x_ptr", "h_ptr"), "*bf16"),
     **dict.fromkeys(("s_ptr", "y_ptr", "scale_ptr"), "*fp32"),
-    **dict.fromkeys(("expert_ptr", "count_ptr", "list_ptr"), "*i32"),
+    **dict.fromkeys(("expert_ptr", "count_ptr", "list_ptr", "sorted_ptr", "blocks_ptr"), "*i32"),
     **dict.fromkeys(("pairs", "tokens", "groups", "x_stride"), "i32"),
     "half_ptr": "*fp16",
 }
@@ -121,3 +122,14 @@ def test_tile_kernels_compile_for_hopper() -> None:
     assert result.spilled_bytes == 0
     assert result.registers <= 128
     assert 2 * result.shared_bytes <= 227 * 1024
+
+
+@pytest.mark.parametrize("rows", [64, 128])
+def test_grouped_kernels_compile_for_hopper(rows: int) -> None:
+    pytest.importorskip("triton")
+    from thalweg.ops.moe_fp8.triton_grouped import down_grouped_kernel, gate_up_grouped_kernel
+
+    gate_up = dict(D=2304, I=1024, K=9, ROWS=rows, BLOCK_I=128, BLOCK_D=64, STAGES=3)
+    assert compiled(gate_up_grouped_kernel, gate_up, 8).spilled_bytes == 0
+    down = dict(D=2304, I=1024, ROWS=rows, BLOCK_D=256, BLOCK_I=64, STAGES=3)
+    assert compiled(down_grouped_kernel, down, 8, y_ptr="*bf16").spilled_bytes == 0
