@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from thalweg.ops.moe_fp8.blocks import dequantize, quantize
+from thalweg.ops.moe_fp8.blocks import dequantize, quantize_experts
 
 
 @dataclass
@@ -77,14 +77,7 @@ def moe_case_fp8(
 ) -> tuple[MoeCase, tuple[Tensor, Tensor, Tensor, Tensor]]:
     """A case whose weights are what fp8 holds, and those weights in fp8: gate_up and its scales, down and its."""
     case = moe_case(T, D, I, E, k, num_shared, dtype, device, seed)
-    gate_up = [[quantize(half) for half in expert.chunk(2)] for expert in case.gate_up]
-    down = [quantize(expert) for expert in case.down]
-    quantized = (
-        torch.stack([torch.cat([q for q, _ in halves]) for halves in gate_up]),
-        torch.stack([torch.cat([s for _, s in halves]) for halves in gate_up]),
-        torch.stack([q for q, _ in down]),
-        torch.stack([s for _, s in down]),
-    )
-    case.gate_up = torch.stack([torch.cat([dequantize(q, s, dtype) for q, s in halves]) for halves in gate_up])
-    case.down = torch.stack([dequantize(q, s, dtype) for q, s in down])
+    quantized = q_gate_up, s_gate_up, q_down, s_down = quantize_experts(case.gate_up, case.down)
+    halves = dequantize(q_gate_up.unflatten(1, (2, -1)), s_gate_up.unflatten(1, (2, -1)), dtype)
+    case.gate_up, case.down = halves.flatten(1, 2), dequantize(q_down, s_down, dtype)
     return case, quantized

@@ -21,6 +21,16 @@ def test_experts(T: int, dtype: torch.dtype, tolerance: float, D: int, I: int, E
     assert rmse_ratio(y, experts_in_float64(case)) < tolerance
 
 
+@pytest.mark.parametrize("T", [1, 8, 64, 600])
+def test_experts_at_the_published_shape(T: int) -> None:
+    from thalweg.ops.moe_fp8 import reference
+    from thalweg.ops.moe_fp8.triton_experts import experts_fp8
+
+    case, quantized = moe_case_fp8(T, 2304, 1024, 64, 8, 1, torch.bfloat16, "cuda")
+    expected = reference.experts_fp8(case.x, case.weights, case.ids, *quantized, 1)
+    assert rmse_ratio(experts_fp8(case.x, case.weights, case.ids, *quantized, 1), expected) < 0.005
+
+
 @pytest.mark.parametrize("T", [2, 8, 70])
 def test_nan_stays_in_its_row(T: int) -> None:
     from thalweg.ops.moe_fp8.triton_experts import experts_fp8
@@ -35,14 +45,15 @@ def test_nan_stays_in_its_row(T: int) -> None:
 @pytest.mark.parametrize("T", [1, 8, 40])
 def test_chained_in_a_graph(T: int) -> None:
     """Each kernel may start before the one ahead is done; replays must still equal a run with nothing in flight."""
-    from thalweg.ops.moe_fp8.triton_experts import experts_fp8
+    from thalweg.ops.moe_fp8.triton_experts import experts_fp8_add_norm
 
     layers = [moe_case_fp8(T, 512, 256, 64, 8, 1, torch.bfloat16, "cuda", seed=i) for i in range(10)]
+    norm_weight = torch.ones(512, dtype=torch.bfloat16, device="cuda")
 
     def chain(wait: bool) -> torch.Tensor:
-        x = layers[0][0].x
+        x = residual = layers[0][0].x
         for case, quantized in layers:
-            x = experts_fp8(x, case.weights, case.ids, *quantized, 1)
+            x, residual = experts_fp8_add_norm(x, case.weights, case.ids, *quantized, residual, norm_weight, 1e-5, 1)
             if wait:
                 torch.cuda.synchronize()
         return x

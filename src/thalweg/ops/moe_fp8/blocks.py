@@ -40,3 +40,17 @@ def dequantize(q_OD: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     O, D = q_OD.shape[-2:]
     by_row = scales.repeat_interleave(BLOCK, -1)[..., :D].repeat_interleave(BLOCK, -2)[..., :O, :]
     return (q_OD.float() * by_row).to(dtype)
+
+
+def quantize_experts(gate_up_E2ID: Tensor, down_EDI: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(q_gate_up, s_gate_up, q_down, s_down) as op "experts_fp8" takes them, an expert at a time."""
+    (E, D, I), device = down_EDI.shape, down_EDI.device
+    q_gate_up, q_down = (torch.empty(w.shape, dtype=DTYPE, device=device) for w in (gate_up_E2ID, down_EDI))
+    s_gate_up = torch.empty(E, 2 * blocks(I), blocks(D), device=device)
+    s_down = torch.empty(E, blocks(D), blocks(I), device=device)
+    for e in range(E):
+        q_down[e], s_down[e] = quantize(down_EDI[e])
+        for half in range(2):
+            rows, scales = slice(half * I, (half + 1) * I), slice(half * blocks(I), (half + 1) * blocks(I))
+            q_gate_up[e, rows], s_gate_up[e, scales] = quantize(gate_up_E2ID[e, rows])
+    return q_gate_up, s_gate_up, q_down, s_down
