@@ -6,13 +6,12 @@ import torch
 from torch import Tensor
 
 from thalweg.ops.moe.triton_finish import sum_add_norm, weighted_sum
-from thalweg.ops.moe_fp8.triton_grouped import SLICE, grouped_outputs
 from thalweg.ops.moe_fp8.triton_pairs import run_down_pairs, run_gate_up_pairs
 from thalweg.ops.moe_fp8.triton_tiles import run_down_tiles, run_gate_up_tiles, run_lists
 from thalweg.ops.norm.triton import add_rms_norm
 
 GEMV_TOKENS = 4
-MAX_TOKENS = 256
+MAX_TOKENS = 256  # of one pass over the weights; more tokens take several
 
 
 def experts_fp8(
@@ -28,13 +27,8 @@ def experts_fp8(
     if x_TD.shape[0] == 0:
         return torch.empty_like(x_TD)
     quantized = (q_gate_up_E2ID, s_gate_up, q_down_EDI, s_down, num_shared)
-    if x_TD.shape[0] <= MAX_TOKENS:
-        return weighted_sum(_pair_outputs(x_TD, ids_Tk, *quantized), weights_Tk, x_TD.dtype)
-    x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
-    slices = zip(*(t.split(SLICE) for t in (x_TD, weights_Tk, ids_Tk)), strict=True)
-    return torch.cat(
-        [weighted_sum(grouped_outputs(x, ids, *quantized), weights.contiguous(), x.dtype) for x, weights, ids in slices]
-    )
+    slices = zip(*(t.split(MAX_TOKENS) for t in (x_TD, weights_Tk.contiguous(), ids_Tk)), strict=True)
+    return torch.cat([weighted_sum(_pair_outputs(x, ids, *quantized), w, x.dtype) for x, w, ids in slices])
 
 
 def experts_fp8_add_norm(
