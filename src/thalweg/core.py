@@ -64,7 +64,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
         stop = _sequence((self.stop,) if isinstance(self.stop, str) else self.stop)
         fits = stop is not None and len(stop) <= MAX_STOP_STRINGS
-        fits = fits and all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_LENGTH for s in stop or ())
+        fits = fits and all(_is_text(s) and 0 < len(s) <= MAX_STOP_LENGTH for s in stop or ())
         need(fits, "stop", f"at most {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_LENGTH} characters")
         ids = _sequence(self.stop_token_ids)
         need(ids is not None and all(_is_integer(i) for i in ids), "stop_token_ids", "token ids")
@@ -101,6 +101,11 @@ def _is_integer(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_text(value: Any) -> bool:
+    """A string without lone surrogates, which have no UTF-8 form."""
+    return isinstance(value, str) and value.encode("utf-8", "ignore").decode() == value
 
 
 def _sequence(value: Any) -> tuple[Any, ...] | None:

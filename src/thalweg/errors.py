@@ -23,5 +23,13 @@ class UnsupportedError(ThalwegError, NotImplementedError):
     """Something Thalweg does not do (yet); the message says what would."""
 
 
+class RequestTimeout(ThalwegError):
+    """A request that took longer than the server lets one take, or whose client does not read its answer."""
+
+
+class QueueTimeout(ThalwegError):
+    """A request that waited longer than it may before a slot was free."""
+
+
 class EngineDeadError(ThalwegError, RuntimeError):
     """The engine process or one of its ranks died; no request can be served any more."""

@@ -10,14 +10,22 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.models import random_checkpoint as random
 from thalweg import LLM, SamplingParams
 from thalweg.config.engine import EngineConfig
-from thalweg.engine.client import EngineClient
-from thalweg.errors import CheckpointError, ConfigError, EngineDeadError, InvalidRequest
+from thalweg.engine.client import EngineClient, RequestLimits
+from thalweg.errors import (
+    CheckpointError,
+    ConfigError,
+    EngineDeadError,
+    InvalidRequest,
+    QueueTimeout,
+    RequestTimeout,
+)
 
 PROMPTS = [[3 + i, 7, 11 * i % 100, 5] * (2 + 3 * i) for i in range(6)]
 PARAMS = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)
@@ -35,9 +43,14 @@ def expected(folder: Path) -> list[list[int]]:
         return [llm.generate(p, PARAMS)[0].outputs[0].token_ids for p in PROMPTS]
 
 
-def run(folder: Path, body: Callable[[EngineClient], Awaitable[None]], **options: object) -> None:
+def run(
+    folder: Path,
+    body: Callable[[EngineClient], Awaitable[None]],
+    limits: RequestLimits | None = None,
+    **options: object,
+) -> None:
     async def main() -> None:
-        client = EngineClient(EngineConfig(str(folder), **{"max_num_seqs": 4, **options}))
+        client = EngineClient(EngineConfig(str(folder), **{"max_num_seqs": 4, **options}), limits)
         await client.start()
         try:
             await asyncio.wait_for(body(client), 60)
@@ -173,3 +186,105 @@ asyncio.run(main())
         if Path(f"/proc/{engine}/stat").exists() and ") Z" in Path(f"/proc/{engine}/stat").read_text():
             return
     assert not Path(f"/proc/{engine}").exists()
+
+
+LONG = SamplingParams(max_tokens=3000, temperature=0, ignore_eos=True)
+
+
+def test_a_request_that_waits_too_long_is_dropped_and_the_others_are_not(
+    folder: Path, expected: list[list[int]]
+) -> None:
+    async def body(client: EngineClient) -> None:
+        running = asyncio.create_task(tokens(client, PROMPTS[0], LONG))
+        await asyncio.sleep(0.05)
+        began = time.monotonic()
+        waiting = [tokens(client, p) for p in PROMPTS[1:4]]
+        results = await asyncio.gather(*waiting, return_exceptions=True)
+        assert all(isinstance(r, QueueTimeout) for r in results), results
+        assert "--queue-timeout" in str(results[0])
+        assert 0.2 < time.monotonic() - began < 5
+        await asyncio.sleep(0.1)
+        assert client.stats is not None
+        assert (client.stats.num_running, client.stats.num_waiting) == (1, 0)
+        running.cancel()
+        # One that has its slot may take longer than it may wait.
+        assert (await tokens(client, PROMPTS[0], LONG))[:20] == expected[0]
+        await idle(client)
+
+    run(folder, body, RequestLimits(queue_timeout=0.25), max_num_seqs=1)
+
+
+def test_a_request_that_takes_too_long_ends_in_every_phase(folder: Path, expected: list[list[int]]) -> None:
+    async def body(client: EngineClient) -> None:
+        # One decodes, one prefills in many steps, two wait.
+        work = [tokens(client, p, LONG) for p in (PROMPTS[0], [7] * 900, PROMPTS[1], PROMPTS[2])]
+        results = await asyncio.gather(*work, return_exceptions=True)
+        assert all(isinstance(r, RequestTimeout) for r in results), results
+        assert "--request-timeout" in str(results[0])
+        assert await tokens(client, PROMPTS[3]) == expected[3]
+        await idle(client)
+
+    run(folder, body, RequestLimits(request_timeout=0.6), max_num_seqs=2, max_num_batched_tokens=4)
+
+
+def test_what_nobody_reads_is_given_up(folder: Path, expected: list[list[int]], monkeypatch: Any) -> None:
+    monkeypatch.setattr("thalweg.engine.client.MAX_UNREAD", 30)
+
+    async def body(client: EngineClient) -> None:
+        deltas = client.generate(PROMPTS[0], LONG)
+        first = await anext(deltas)
+        assert await tokens(client, PROMPTS[1]) == expected[1]  # meanwhile nobody reads the other
+        while client.stats is None or client.stats.num_running:
+            await asyncio.sleep(0.01)
+        read = [*first.token_ids]
+
+        async def rest() -> None:
+            async for delta in deltas:
+                read.extend(delta.token_ids)
+
+        with pytest.raises(RequestTimeout, match="read"):
+            await rest()
+        assert read[:20] == expected[0]
+        assert len(read) < 100
+        await idle(client)
+
+    run(folder, body)
+
+
+def test_an_engine_that_hangs_is_ended(folder: Path) -> None:
+    async def body(client: EngineClient) -> None:
+        assert await tokens(client, PROMPTS[0])
+        assert client._process is not None
+        os.kill(client._process.pid, signal.SIGSTOP)
+        await asyncio.sleep(1.2)
+        assert client.dead is None  # it has nothing to do, so there is nothing to hear
+        began = time.monotonic()
+        with pytest.raises(EngineDeadError, match="said nothing"):
+            await tokens(client, PROMPTS[0])
+        assert 0.5 < time.monotonic() - began < 5
+        with pytest.raises(EngineDeadError):
+            await tokens(client, PROMPTS[0])
+
+    run(folder, body, step_timeout=0.6)
+
+
+def test_aborts_in_every_phase_leave_nothing_and_touch_nobody_else(folder: Path, expected: list[list[int]]) -> None:
+    """Ids that begin with one another are different requests."""
+
+    async def body(client: EngineClient) -> None:
+        async def ask(name: str, prompt: list[int], params: SamplingParams) -> list[int]:
+            return [t async for delta in client.generate(prompt, params, name) for t in delta.token_ids]
+
+        stays = asyncio.create_task(ask("1", PROMPTS[4], PARAMS))
+        decodes = asyncio.create_task(ask("12", PROMPTS[0], LONG))
+        await asyncio.sleep(0.1)
+        prefills = asyncio.create_task(ask("123", [7] * 900, LONG))
+        queued = asyncio.create_task(ask("1234", PROMPTS[1], LONG))
+        await asyncio.sleep(0.05)
+        for task in (queued, prefills, decodes):
+            task.cancel()
+        await asyncio.gather(queued, prefills, decodes, return_exceptions=True)
+        assert await stays == expected[4]
+        await idle(client)
+
+    run(folder, body, max_num_seqs=3, max_num_batched_tokens=4)

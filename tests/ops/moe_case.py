@@ -54,8 +54,8 @@ def moe_case(
 def router_arguments(
     case: MoeCase, k: int, renormalize: bool = True, scale: float = 1.0, scoring: str = "sigmoid"
 ) -> tuple[object, ...]:
-    """Of "add_norm_router", without groups."""
-    before = (case.x, case.residual, case.norm, 1e-5, case.router_weight, case.bias)
+    """Of "norm_router", without groups."""
+    before = (case.x, case.norm, 1e-5, case.router_weight, case.bias)
     return (*before, k, renormalize, scale, scoring, 1, 1, case.num_shared)
 
 

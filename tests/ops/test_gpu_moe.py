@@ -1,4 +1,4 @@
-"""Ops "add_norm_router", "experts" and "experts_add_norm" on the device."""
+"""Ops "norm_router", "experts" and "experts_add" on the device."""
 
 from __future__ import annotations
 
@@ -41,52 +41,47 @@ def test_experts_all_tokens_on_the_same_few() -> None:
 
 @pytest.mark.parametrize("T", [1, 2, 3, 8, 33, 128, 512, 600])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_experts_add_norm_is_bitwise_its_parts(T: int, dtype: torch.dtype) -> None:
-    from thalweg.ops.moe.triton_experts import experts_add_norm
-    from thalweg.ops.norm.triton import add_rms_norm
+def test_experts_add(T: int, dtype: torch.dtype) -> None:
+    from thalweg.ops.moe.triton_experts import experts_add
 
-    case = moe_case(T, 2304, 64, 32, 8, 1, dtype, "cuda", seed=T)
+    case = moe_case(T, 256, 64, 32, 8, 1, dtype, "cuda", seed=T)
     case.x[T // 2] = torch.nan
-    arguments = (case.x, case.weights, case.ids, case.gate_up, case.down, case.residual, case.norm, 1e-5, 1)
-    expected = add_rms_norm(run(case), case.residual, case.norm, 1e-5)
-    for found, wanted in zip(experts_add_norm(*arguments), expected, strict=True):
-        assert torch.equal(found.nan_to_num(7.0), wanted.nan_to_num(7.0))
-        assert found.isnan().any(1).nonzero().tolist() == [[T // 2]]
+    found = experts_add(case.x, case.weights, case.ids, case.gate_up, case.down, case.residual, 1)
+    expected = run(case).float() + case.residual.float()
+    tolerance = 2**-7 if dtype == torch.bfloat16 else 1e-6
+    torch.testing.assert_close(found.float(), expected, rtol=tolerance, atol=tolerance, equal_nan=True)
+    assert found.isnan().any(1).nonzero().tolist() == [[T // 2]]
 
 
-@pytest.mark.parametrize("T", [1, 2, 3, 8, 33, 128, 512, 600])
+@pytest.mark.parametrize("T", [1, 3, 8, 33, 512, 600])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(("D", "E", "k", "shared"), [(2304, 256, 8, 1), (300, 37, 4, 0), (1024, 900, 16, 2)])
 def test_router(T: int, dtype: torch.dtype, D: int, E: int, k: int, shared: int) -> None:
-    from thalweg.ops.moe.triton_router import add_norm_router
-    from thalweg.ops.norm.triton import add_rms_norm
+    from thalweg.ops.moe.triton_router import norm_router
 
     case = moe_case(T, D, 16, E, k, shared, dtype, "cuda", seed=T)
-    normed, total, weights, ids = add_norm_router(*router_arguments(case, k, True, 2.446))
-    if T <= 512:
-        expected_normed, expected_total = add_rms_norm(case.x, case.residual, case.norm, 1e-5)
-        assert torch.equal(total, expected_total)
-        assert torch.equal(normed, expected_normed)
+    normed, weights, ids = norm_router(*router_arguments(case, k, True, 2.446))
+    tolerance = 2**-7 if dtype == torch.bfloat16 else 2e-6
+    torch.testing.assert_close(normed, rms_norm(case.x, case.norm, 1e-5), rtol=tolerance, atol=1e-6)
     # Scores in float64: where the kernel chose otherwise, the two experts must be as good as equal.
-    x = rms_norm(total.double(), case.norm.double(), 1e-5)
-    scores = (x @ case.router_weight.double().T).sigmoid()
+    scores = (normed.double() @ case.router_weight.double().T).sigmoid()
     choice = scores + case.bias.double()
-    torch.testing.assert_close(choice.gather(1, ids[:, :k]), choice.topk(k).values, rtol=0, atol=2e-5)
+    torch.testing.assert_close(choice.gather(1, ids[:, :k]), choice.topk(k).values, rtol=0, atol=1e-5)
     assert all(len(set(row)) == k + shared for row in ids.tolist())
     chosen = scores.gather(1, ids[:, :k])
-    torch.testing.assert_close(weights[:, :k].double(), chosen / chosen.sum(1, keepdim=True) * 2.446, rtol=0, atol=2e-5)
+    torch.testing.assert_close(weights[:, :k].double(), chosen / chosen.sum(1, keepdim=True) * 2.446, rtol=0, atol=1e-5)
     assert ids[:, k:].tolist() == [list(range(E, E + shared))] * T
     assert (weights[:, k:] == 1).all()
 
 
 def test_router_keeps_ids_in_range_whatever_comes() -> None:
-    from thalweg.ops.moe.triton_router import add_norm_router
+    from thalweg.ops.moe.triton_router import norm_router
 
     case = moe_case(4, 256, 16, 64, 8, 1, torch.bfloat16, "cuda")
-    expected = add_norm_router(*router_arguments(case, 8))
-    case.x[0], case.x[1, 3], case.residual[2] = torch.nan, torch.inf, -case.x[2]
-    found = add_norm_router(*router_arguments(case, 8))
-    for row in found[3].tolist():
+    expected = norm_router(*router_arguments(case, 8))
+    case.x[0], case.x[1, 3], case.x[2] = torch.nan, torch.inf, 0
+    found = norm_router(*router_arguments(case, 8))
+    for row in found[2].tolist():
         assert len(set(row)) == 9
         assert set(row) <= set(range(65))
     assert all(torch.equal(a[3], b[3]) for a, b in zip(found, expected, strict=True))
@@ -95,24 +90,30 @@ def test_router_keeps_ids_in_range_whatever_comes() -> None:
 @pytest.mark.parametrize("T", [1, 8, 40])
 def test_chained_in_a_graph(T: int) -> None:
     """Each kernel may start before the one ahead is done; replays must still equal a run with nothing in flight."""
-    from thalweg.ops.moe.triton_experts import experts_add_norm
-    from thalweg.ops.moe.triton_router import add_norm_router
+    from thalweg.ops.linear.triton import linear_add, norm_linear
+    from thalweg.ops.moe.triton_experts import experts_add
+    from thalweg.ops.moe.triton_router import norm_router
 
     layers = [moe_case(T, 512, 256, 64, 8, 1, torch.bfloat16, "cuda", seed=i) for i in range(10)]
 
     def chain(wait: bool) -> torch.Tensor:
-        x, residual = layers[0].x, layers[0].residual
-        for case in layers:
-            routing = (case.norm, 1e-5, case.router_weight, case.bias, 8, True, 2.446)
-            x, residual, weights, ids = add_norm_router(x, residual, *routing, num_shared=1)
+        def done() -> None:
             if wait:
                 torch.cuda.synchronize()
-            end = (residual, case.norm, 1e-5, 1)
-            x, residual = experts_add_norm(x, weights, ids, case.gate_up, case.down, *end)
-            if wait:
-                torch.cuda.synchronize()
-        return torch.cat([x, residual])
 
+        x = layers[0].x
+        for case in layers:
+            proj = norm_linear(x, case.norm, 1e-5, case.gate_up[0])
+            done()
+            x = linear_add(proj, transposed[id(case)], x)
+            done()
+            n, weights, ids = norm_router(x, case.norm, 1e-5, case.router_weight, case.bias, 8, True, 2.4, num_shared=1)
+            done()
+            x = experts_add(n, weights, ids, case.gate_up, case.down, x, 1)
+            done()
+        return x
+
+    transposed = {id(case): case.gate_up[1].T.contiguous() for case in layers}
     expected = chain(wait=True).clone()
     assert expected.isfinite().all()
     graph = torch.cuda.CUDAGraph()

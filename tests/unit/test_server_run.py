@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import socket
 
-from thalweg.server.run import _listen
+from thalweg.server.connections import listen
 
 
 def test_connections_send_small_answers_at_once() -> None:
-    with _listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()) as client:
+    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()) as client:
         accepted, _ = listener.accept()
         with accepted:
             assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

@@ -13,6 +13,7 @@ import typer
 from thalweg import __version__
 from thalweg.cli.bench import bench
 from thalweg.cli.bench_kernels import kernels
+from thalweg.cli.bench_serve import serve as bench_serve
 from thalweg.cli.chat import chat
 from thalweg.cli.evals import evals
 from thalweg.cli.generate import generate
@@ -42,6 +43,7 @@ app.command()(inspect)
 app.command()(profile)
 app.command()(trace)
 bench.command()(kernels)
+bench.command()(bench_serve)
 app.add_typer(evals, name="eval")
 app.add_typer(bench, name="bench")
 

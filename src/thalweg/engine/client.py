@@ -7,7 +7,8 @@ import contextlib
 import itertools
 import subprocess
 import sys
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import zmq
@@ -22,23 +23,36 @@ from thalweg.engine.info import EngineInfo
 from thalweg.engine.ipc import socket_folder
 from thalweg.engine.output import Delta, OutputProcessor
 from thalweg.engine.prompts import check_params, check_token_ids
-from thalweg.errors import EngineDeadError, InvalidRequest, ThalwegError
+from thalweg.errors import EngineDeadError, InvalidRequest, RequestTimeout, ThalwegError
+
+MAX_UNREAD = 16_384  # updates that may wait for whoever asked for them
+SILENCE = 1.5  # step timeouts without a word after which an engine that has work is taken to hang
+
+
+@dataclass(frozen=True, slots=True)
+class RequestLimits:
+    """Seconds a request may wait for its slot, and may take in all. None: as long as it wants."""
+
+    queue_timeout: float | None = None
+    request_timeout: float | None = None
 
 
 class EngineClient:
     """An engine in a process of its own, for one asyncio loop. `start`, then `generate` as often as wanted, `close`.
 
-    When the engine dies every request under way, and every later one, raises EngineDeadError.
+    When the engine dies, or says nothing for longer than a step may take, every request under way, and every later
+    one, raises EngineDeadError.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
-        self.config = config
+    def __init__(self, config: EngineConfig, limits: RequestLimits | None = None) -> None:
+        self.config, self._limits = config, limits or RequestLimits()
         self.front: Front = load_front(config)  # refuses a bad folder before a process is started
         self.info: EngineInfo
         self.stats: SchedulerStats | None = None
         self.dead: EngineDeadError | None = None
         self._queues: dict[str, asyncio.Queue[Delta | ThalwegError]] = {}
         self._ids = itertools.count()
+        self._heard = 0.0  # when the engine last said something, or was given work while it had none
         self._closing = False
         self._process: subprocess.Popen[bytes] | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -58,7 +72,7 @@ class EngineClient:
         # A session of its own: Ctrl-C in a terminal is for this process, which then ends the engine.
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
         self._exit = asyncio.ensure_future(asyncio.to_thread(self._process.wait))
-        await self._socket.send(m.encode(m.Start(self.config.to_dict())))
+        await self._socket.send(m.encode(m.Start(self.config.to_dict(), self._limits.queue_timeout)))
         receive = asyncio.ensure_future(self._socket.recv())
         await asyncio.wait([receive, self._exit], return_when=asyncio.FIRST_COMPLETED)
         if not receive.done():
@@ -69,22 +83,28 @@ class EngineClient:
         if isinstance(message, m.Ready):
             self.info = message.info
             self._outputs = OutputProcessor(self.front.tokenizer, frozenset(self.info.eos_token_ids))
-            self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._watch())]
+            work = (self._receive(), self._watch_process(), self._watch_silence())
+            self._tasks = [asyncio.create_task(each) for each in work]
             return
         receive.cancel()
         error: ThalwegError = EngineDeadError("the engine process ended before it was ready; its lines above say why")
         if isinstance(message, m.Dead):
-            error = _same_error(message)
+            error = _same_error(message, EngineDeadError)
         self._closing = True
         await self._end_process()
         raise error
 
     async def generate(
-        self, prompt_token_ids: list[int], params: SamplingParams, request_id: str | None = None
+        self,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        request_id: str | None = None,
+        marks: Mapping[int, str] | None = None,
     ) -> AsyncGenerator[Delta, None]:
-        """Each step's news of one request, to its end. Leaving early aborts it.
+        """Each step's news of one request, to its end. Leaving early aborts it. `marks`: see OutputProcessor.add.
 
-        Raises InvalidRequest when the engine refuses it, EngineDeadError when the engine is or gets lost.
+        Raises InvalidRequest when the engine refuses it, QueueTimeout or RequestTimeout when it takes too long,
+        EngineDeadError when the engine is or gets lost.
         """
         if self.dead is not None:
             raise self.dead
@@ -95,8 +115,15 @@ class EngineClient:
             raise InvalidRequest(f"request id {request_id!r} is in use; expected a new one")
         request = Request(id=request_id, prompt_token_ids=prompt_token_ids, params=params)
         queue: asyncio.Queue[Delta | ThalwegError] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        if not self._queues:
+            self._heard = loop.time()
         self._queues[request_id] = queue
-        self._outputs.add(request)
+        timer = None
+        if (seconds := self._limits.request_timeout) is not None:
+            late = RequestTimeout(f"the request has not ended after {seconds:g} s (--request-timeout)")
+            timer = loop.call_later(seconds, self._give_up, request_id, late)
+        self._outputs.add(request, marks)
         ended = False
         try:
             self._post(m.Add(request))
@@ -111,6 +138,8 @@ class EngineClient:
                 if delta.finish_reason is not None:
                     return
         finally:
+            if timer is not None:
+                timer.cancel()
             del self._queues[request_id]
             self._outputs.discard(request_id)
             if not ended and self.dead is None and not self._closing:
@@ -140,6 +169,7 @@ class EngineClient:
     async def _receive(self) -> None:
         while True:
             message = m.decode_from_engine(await self._socket.recv())
+            self._heard = asyncio.get_running_loop().time()
             if isinstance(message, m.Updates):
                 self.stats = message.stats
                 for update in message.updates:
@@ -147,7 +177,7 @@ class EngineClient:
             elif isinstance(message, m.Refused):
                 queue = self._queues.get(message.request_id)
                 if queue is not None:
-                    queue.put_nowait(InvalidRequest(message.reason))
+                    queue.put_nowait(_same_error(message, InvalidRequest))
             elif isinstance(message, m.Dead):
                 self._lose(EngineDeadError(f"the engine died: {message.reason}"))
 
@@ -159,14 +189,36 @@ class EngineClient:
         try:
             delta = self._outputs.process(update)
         except Exception as e:  # noqa: BLE001 -- one request's text must not end the others'
-            self._outputs.discard(update.request_id)
-            self._post(m.Abort([update.request_id]))
-            queue.put_nowait(ThalwegError(f"the output could not be decoded: {type(e).__name__}: {e}"))
+            self._give_up(update.request_id, ThalwegError(f"the output could not be decoded: {type(e).__name__}: {e}"))
             return
         if delta is not None:
             queue.put_nowait(delta)
+            if queue.qsize() > MAX_UNREAD:
+                self._give_up(
+                    update.request_id, RequestTimeout(f"{MAX_UNREAD} updates wait to be read; read the answer faster")
+                )
 
-    async def _watch(self) -> None:
+    def _give_up(self, request_id: str, error: ThalwegError) -> None:
+        """End one request here and in the engine; whoever asked for it hears `error`."""
+        self._outputs.discard(request_id)
+        self._post(m.Abort([request_id]))
+        self._queues[request_id].put_nowait(error)
+
+    def end_requests(self, reason: str) -> None:
+        """End every request under way with EngineDeadError, and refuse those to come; for a server that must stop."""
+        self._lose(EngineDeadError(reason))
+
+    async def _watch_silence(self) -> None:
+        allowed, loop = SILENCE * self.config.step_timeout, asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(min(1.0, allowed / 4))
+            if self._queues and loop.time() - self._heard > allowed:
+                assert self._process is not None
+                self._lose(EngineDeadError(f"the engine has said nothing for {allowed:g} s; it hangs (--step-timeout)"))
+                self._process.kill()
+                return
+
+    async def _watch_process(self) -> None:
         code = await asyncio.shield(self._exit)
         await asyncio.sleep(0.1)  # its last message, which says more, goes first
         self._lose(EngineDeadError(f"the engine process ended with exit code {code}"))
@@ -196,8 +248,8 @@ class EngineClient:
         process.stdin.close()
 
 
-def _same_error(message: m.Dead) -> ThalwegError:
-    kind: Any = getattr(errors, message.kind, EngineDeadError)
+def _same_error(message: m.Dead | m.Refused, otherwise: type[ThalwegError]) -> ThalwegError:
+    kind: Any = getattr(errors, message.kind, otherwise)
     if not (isinstance(kind, type) and issubclass(kind, ThalwegError)):
-        kind = EngineDeadError
+        kind = otherwise
     return kind(message.reason)

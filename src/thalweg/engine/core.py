@@ -30,6 +30,10 @@ class EngineCore:
         """End a request without further updates and free what it holds. False if it is not (any more) here."""
         return self.scheduler.abort(request_id)
 
+    def is_queued(self, request_id: str) -> bool:
+        """Whether a request waits for its first slot."""
+        return self.scheduler.is_queued(request_id)
+
     def has_work(self) -> bool:
         return bool(self._in_flight) or self.scheduler.has_work()
 

@@ -82,9 +82,9 @@ def describe(config: EngineConfig) -> Inspection:
     config = config.resolve(device=str(device), checkpoint_dtype=c.dtype, context_len=c.context_len)
     plan = source.package.plan(c, 0, ranks, config.quantization)
     resolver = Resolver(config.op_preference)
-    model = _build(source, config.dtype, ranks, device, resolver, config.quantization)
+    model = _build(source, config, config.dtype, device, resolver, config.quantization)
     plain = config.dtype == c.dtype and config.quantization is None
-    native = model if plain else _build(source, c.dtype, ranks, device, Resolver())
+    native = model if plain else _build(source, config, c.dtype, device, Resolver())
     cost = _cost(model, config.dtype, config.quantization)
     memory, memory_error = _split(config, model.cache_specs, device, cost.weight_bytes, c.context_len)
     kinds = Counter(f"{type(layer.attn).__name__} + {type(layer.mlp).__name__}" for layer in model.layers)
@@ -110,15 +110,15 @@ def describe(config: EngineConfig) -> Inspection:
 
 def _build(
     source: ModelSource,
+    config: EngineConfig,
     dtype: str,
-    ranks: int,
     device: torch.device,
     resolver: Resolver,
     quantization: str | None = None,
 ) -> Any:
-    mesh = Mesh(0, ranks)
+    mesh, meta = Mesh(0, config.tensor_parallel_size), torch.device("meta")
     context = _MetaContext(
-        torch.device("meta"), getattr(torch, dtype), mesh, resolver, device, quantization=quantization
+        meta, getattr(torch, dtype), mesh, resolver, config.state_dtype, device, quantization=quantization
     )
     return source.package.build(context, source.config)
 

@@ -11,9 +11,10 @@ from thalweg.engine.info import EngineInfo
 
 
 class Start(msgspec.Struct, frozen=True, tag=True):
-    """First message to an engine process: EngineConfig.to_dict()."""
+    """First message to an engine process: EngineConfig.to_dict(), and the seconds a request may wait for its slot."""
 
     config: dict[str, Any]
+    queue_timeout: float | None = None
 
 
 class Add(msgspec.Struct, frozen=True, tag=True):
@@ -38,9 +39,10 @@ class Updates(msgspec.Struct, frozen=True, tag=True):
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):
-    """A request that the engine did not take in, and why."""
+    """A request that the engine did not take in, or did not begin in time. `kind` is the error class's name."""
 
     request_id: str
+    kind: str
     reason: str
 
 

@@ -13,7 +13,7 @@ from thalweg.config.engine import EngineConfig
 from thalweg.engine import messages as m
 from thalweg.engine.ranks import end_with_parent
 from thalweg.engine.start import Engine
-from thalweg.errors import InvalidRequest, ThalwegError
+from thalweg.errors import InvalidRequest, QueueTimeout, ThalwegError
 
 STATS_INTERVAL_S = 0.5
 IDLE_POLL_MS = 500
@@ -22,8 +22,9 @@ IDLE_POLL_MS = 500
 class EngineProcess:
     """Drives an engine from a socket. One bad message or request is answered; only a dead engine ends the loop."""
 
-    def __init__(self, socket: zmq.Socket[bytes], engine: Engine) -> None:
-        self._socket, self._engine, self._core = socket, engine, engine.core
+    def __init__(self, socket: zmq.Socket[bytes], engine: Engine, queue_timeout_s: float | None = None) -> None:
+        self._socket, self._core, self._queue_timeout_s = socket, engine.core, queue_timeout_s
+        self._queued: dict[str, float] = {}  # when each must have a slot, in order of arrival; may name ended ones
 
     def run(self) -> None:
         """Until Stop. Raises what ended the engine otherwise."""
@@ -35,6 +36,8 @@ class EngineProcess:
                 if isinstance(message, m.Stop):
                     return
                 self._take(message)
+            if self._queued:
+                self._drop_late()
             if not self._core.has_work():
                 self._core.check()
                 continue
@@ -46,15 +49,42 @@ class EngineProcess:
 
     def _take(self, message: m.ToEngine) -> None:
         if isinstance(message, m.Add):
+            request_id = message.request.id
             try:
                 self._core.add(message.request)
             except InvalidRequest as e:
-                self._socket.send(m.encode(m.Refused(message.request.id, str(e))))
+                self._refuse(request_id, e)
+            except Exception as e:  # noqa: BLE001 -- the others' requests go on
+                sys.excepthook(*sys.exc_info())
+                self._refuse(request_id, ThalwegError(f"the engine could not take the request in: {type(e).__name__}"))
+            else:
+                if self._queue_timeout_s is not None:
+                    self._queued[request_id] = time.monotonic() + self._queue_timeout_s
         elif isinstance(message, m.Abort):
             for request_id in message.request_ids:
                 self._core.abort(request_id)
+                self._queued.pop(request_id, None)
             # No update tells of the end of an aborted request, so what it freed is told here.
             self._socket.send(m.encode(m.Updates([], self._core.stats())))
+
+    def _drop_late(self) -> None:
+        """Refuse what has waited too long. The queue is first in, first out, so its head is the one to look at."""
+        now, dropped = time.monotonic(), False
+        while self._queued:
+            request_id, deadline = next(iter(self._queued.items()))
+            if self._core.is_queued(request_id):
+                if now < deadline:
+                    break
+                self._core.abort(request_id)
+                reason = f"the request waited for {self._queue_timeout_s:g} s and was not begun (--queue-timeout)"
+                self._refuse(request_id, QueueTimeout(reason))
+                dropped = True
+            del self._queued[request_id]
+        if dropped:
+            self._socket.send(m.encode(m.Updates([], self._core.stats())))
+
+    def _refuse(self, request_id: str, error: ThalwegError) -> None:
+        self._socket.send(m.encode(m.Refused(request_id, type(error).__name__, str(error))))
 
 
 def main(address: str) -> int:
@@ -71,7 +101,7 @@ def main(address: str) -> int:
             raise ThalwegError(f"the first message is {type(start).__name__}; expected Start")
         engine = Engine(EngineConfig(**start.config))
         socket.send(m.encode(m.Ready(engine.info)))
-        EngineProcess(socket, engine).run()
+        EngineProcess(socket, engine, start.queue_timeout).run()
     except Exception as e:  # noqa: BLE001 -- the front end must hear of whatever it was
         kind = type(e).__name__
         with contextlib.suppress(zmq.ZMQError):

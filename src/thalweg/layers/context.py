@@ -20,6 +20,7 @@ class BuildContext:
     dtype: torch.dtype
     mesh: Mesh
     resolver: Resolver
+    state_dtype: str  # that recurrent states are stored in
     quantization: str | None = field(default=None, kw_only=True)  # of the experts' weights
 
     @property

@@ -1,8 +1,4 @@
-"""Feed-forward blocks: dense SwiGLU, and a mixture of SwiGLU experts with shared experts.
-
-A block begins with the residual add and norm behind the attention and ends with those before the next layer, so that
-it may do them inside its own kernels: (y_TD, residual_TD, its norm, the next) -> (normed_TD, residual_TD).
-"""
+"""Feed-forward blocks, norm and residual included: dense SwiGLU, and a mixture of SwiGLU experts with shared ones."""
 
 from __future__ import annotations
 
@@ -11,24 +7,22 @@ from torch import Tensor, nn
 
 from thalweg.config.quantization import blocks
 from thalweg.layers.context import BuildContext
-from thalweg.layers.linear import Linear
+from thalweg.layers.linear import LinearAdd, NormLinear
 from thalweg.layers.norm import RMSNorm
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate x) * up x), its width sharded; `what` names that width in errors."""
+    """x + down(silu(gate n) * up n) with n = norm(x), its width sharded; `what` names that width in errors."""
 
     def __init__(self, ctx: BuildContext, width: int, inner: int, what: str) -> None:
         super().__init__()
         local = ctx.shard(inner, what)
-        self.mesh = ctx.mesh
-        self.gate_up = Linear(ctx, width, 2 * local)
-        self.down = Linear(ctx, local, width)
+        self.gate_up = NormLinear(ctx, width, 2 * local)
+        self.down = LinearAdd(ctx, local, width)
         self._act = ctx.op("silu_and_mul", I=local)
 
-    def forward(self, y_TD: Tensor, residual_TD: Tensor, norm: RMSNorm, next_norm: RMSNorm) -> tuple[Tensor, Tensor]:
-        x_TD, residual_TD = norm(y_TD, residual_TD)
-        return next_norm(self.mesh.all_reduce(self.down(self._act(self.gate_up(x_TD)))), residual_TD)
+    def forward(self, x_TD: Tensor, norm: RMSNorm) -> Tensor:
+        return self.down(self._act(self.gate_up(x_TD, norm)), x_TD)
 
 
 class Router(nn.Module):
@@ -51,12 +45,12 @@ class Router(nn.Module):
         self.weight = ctx.weight(experts, width)
         self.bias = ctx.weight(experts, dtype=torch.float32)
         self.options = (top_k, renormalize, scale, "sigmoid", groups, topk_groups, shared)
-        self._router = ctx.op("add_norm_router", E=experts, D=width, K=top_k, G=groups, S=shared)
+        self._router = ctx.op("norm_router", E=experts, D=width, K=top_k, G=groups, S=shared)
 
-    def forward(self, y_TD: Tensor, residual_TD: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(normed, residual) as `norm` gives them, and (weights float32, expert ids), both [T, top_k + shared]; the
-        shared experts come last, with weight 1."""
-        return self._router(y_TD, residual_TD, norm.weight, norm.eps, self.weight, self.bias, *self.options)
+    def forward(self, x_TD: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor, Tensor]:
+        """(norm(x), weights float32, expert ids), the latter two [T, top_k + shared]; the shared experts come last,
+        with weight 1."""
+        return self._router(x_TD, norm.weight, norm.eps, self.weight, self.bias, *self.options)
 
 
 class Experts(nn.Module):
@@ -69,7 +63,7 @@ class Experts(nn.Module):
         self.shared = shared
         self.mesh = ctx.mesh
         self._make_weights(ctx, routed + shared, width, inner)
-        op = f"{self.op}_add_norm" if ctx.mesh.tp_size == 1 else self.op
+        op = f"{self.op}_add" if ctx.mesh.tp_size == 1 else self.op
         self._experts = ctx.op(op, E=routed + shared, D=width, I=inner)
 
     def _make_weights(self, ctx: BuildContext, total: int, width: int, inner: int) -> None:
@@ -81,18 +75,11 @@ class Experts(nn.Module):
         """As the op takes them."""
         return self.gate_up, self.down
 
-    def forward(
-        self, x_TD: Tensor, residual_TD: Tensor, weights_Tk: Tensor, ids_Tk: Tensor, next_norm: RMSNorm
-    ) -> tuple[Tensor, Tensor]:
-        """(norm(r), r), r_TD the residual plus the experts' weighted sum."""
-        weights = (weights_Tk, ids_Tk, *self.weights)
+    def forward(self, normed_TD: Tensor, weights_Tk: Tensor, ids_Tk: Tensor, residual_TD: Tensor) -> Tensor:
+        experts = (normed_TD, weights_Tk, ids_Tk, *self.weights)
         if self.mesh.tp_size == 1:
-            y_TD, residual_TD = self._experts(
-                x_TD, *weights, residual_TD, next_norm.weight, next_norm.eps, num_shared=self.shared
-            )
-            return y_TD, residual_TD
-        # The sum over ranks comes before the residual add.
-        return next_norm(self.mesh.all_reduce(self._experts(x_TD, *weights, num_shared=self.shared)), residual_TD)
+            return self._experts(*experts, residual_TD, num_shared=self.shared)
+        return residual_TD + self.mesh.all_reduce(self._experts(*experts, num_shared=self.shared))
 
 
 class Fp8Experts(Experts):
@@ -113,7 +100,7 @@ class Fp8Experts(Experts):
 
 
 class MoE(nn.Module):
-    """Routed experts and, as further experts that every token takes with weight 1, the shared ones."""
+    """x plus its routed experts and, as further experts that every token takes with weight 1, the shared ones."""
 
     def __init__(
         self,
@@ -144,6 +131,5 @@ class MoE(nn.Module):
         kind = Experts if ctx.quantization is None else Fp8Experts
         self.experts = kind(ctx, width, experts, shared, ctx.shard(inner, "moe_intermediate_size"))
 
-    def forward(self, y_TD: Tensor, residual_TD: Tensor, norm: RMSNorm, next_norm: RMSNorm) -> tuple[Tensor, Tensor]:
-        x_TD, residual_TD, weights_Tk, ids_Tk = self.router(y_TD, residual_TD, norm)
-        return self.experts(x_TD, residual_TD, weights_Tk, ids_Tk, next_norm)
+    def forward(self, x_TD: Tensor, norm: RMSNorm) -> Tensor:
+        return self.experts(*self.router(x_TD, norm), x_TD)

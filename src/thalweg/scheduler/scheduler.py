@@ -97,6 +97,11 @@ class Scheduler:
         self._roster.end(seq)
         return True
 
+    def is_queued(self, request_id: str) -> bool:
+        """Whether a request waits and has never run; one that had to give way has begun."""
+        seq = self._roster.waiting.get(request_id)
+        return seq is not None and not seq.ready_after
+
     def has_work(self) -> bool:
         """Whether any request is unfinished. Steps of ended requests may be in flight all the same."""
         return bool(self._roster.sequences)

@@ -38,7 +38,12 @@ def create_app(client: EngineClient, settings: ServerSettings, on_started: Start
     app = FastAPI(title="Thalweg", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service = service
     errors.install(app)
-    app.add_middleware(Guard, api_key=settings.api_key, max_body_bytes=settings.max_body_bytes)
+    app.add_middleware(
+        Guard,
+        api_key=settings.api_key,
+        max_body_bytes=settings.max_body_bytes,
+        body_seconds=settings.body_seconds,
+    )
     for room in (chat, completions, models, tokenization, health, page):
         app.include_router(room.router)
     return app

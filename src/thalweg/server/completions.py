@@ -21,6 +21,7 @@ from thalweg.server.schemas import CompletionBody
 from thalweg.server.service import Service, ServiceDep
 from thalweg.server.settings import MAX_PROMPTS
 from thalweg.server.streaming import stream, whole
+from thalweg.tokenizer.base import valid_unicode
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -165,7 +166,7 @@ def _prompts(body: CompletionBody) -> list[Prompt]:
 
 
 async def _text(service: Service, prompt: Prompt, ids: list[int]) -> str:
-    return prompt if isinstance(prompt, str) else await service.decode(ids)
+    return valid_unicode(prompt) if isinstance(prompt, str) else await service.decode(ids)
 
 
 def _refuse_unsupported(body: CompletionBody) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -23,35 +23,50 @@ class Job:
     id: str
     prompt_token_ids: list[int]
     params: SamplingParams
+    marks: Mapping[int, str] | None = None  # tokens to show as characters of their own
 
 
-def jobs_of(response_id: str, prompts: list[list[int]], params: SamplingParams, n: int) -> list[Job]:
+def jobs_of(
+    response_id: str,
+    prompts: list[list[int]],
+    params: SamplingParams,
+    n: int,
+    marks: Mapping[int, str] | None = None,
+) -> list[Job]:
     """n jobs a prompt; the job at index i is the answer's choice i."""
     each = [(ids, own) for ids in prompts for own in per_choice(params, n)]
-    return [Job(f"{response_id}-{i}", ids, own) for i, (ids, own) in enumerate(each)]
+    return [Job(f"{response_id}-{i}", ids, own, marks) for i, (ids, own) in enumerate(each)]
 
 
 async def generate(service: Service, jobs: list[Job], arrived: float) -> News:
     """Every job's deltas as they come. Closing it, or the first error, ends all the jobs.
 
-    Raises InvalidRequest, EngineDeadError, or ApiError 500 when a job failed while running.
+    Raises ThalwegError, ApiError 429 when the queue is full, or ApiError 500 when a job failed while running.
     """
-    if len(jobs) == 1:
-        async with aclosing(_run(service, jobs[0], arrived)) as deltas:
-            async for delta in deltas:
-                yield 0, delta
-        return
-    queue: asyncio.Queue[tuple[int, Delta | Exception | None]] = asyncio.Queue()
+    with service.room_for(len(jobs)):
+        if len(jobs) == 1:
+            async with aclosing(_run(service, jobs[0], arrived)) as deltas:
+                async for delta in deltas:
+                    yield 0, delta
+        else:
+            async with aclosing(_merged(service, jobs, arrived)) as news:
+                async for item in news:
+                    yield item
+
+
+async def _merged(service: Service, jobs: list[Job], arrived: float) -> News:
+    # Bounded, so that what a slow client does not read piles up in one place, which gives up on it.
+    queue: asyncio.Queue[tuple[int, Delta | Exception | None]] = asyncio.Queue(len(jobs))
 
     async def pump(index: int, job: Job) -> None:
         end: Exception | None = None
         try:
             async with aclosing(_run(service, job, arrived)) as deltas:
                 async for delta in deltas:
-                    queue.put_nowait((index, delta))
+                    await queue.put((index, delta))
         except Exception as error:  # noqa: BLE001 -- raised again where the stream is read
             end = error
-        queue.put_nowait((index, end))
+        await queue.put((index, end))
 
     tasks = [asyncio.create_task(pump(i, job)) for i, job in enumerate(jobs)]
     try:
@@ -71,7 +86,7 @@ async def generate(service: Service, jobs: list[Job], arrived: float) -> News:
 
 
 async def _run(service: Service, job: Job, arrived: float) -> AsyncGenerator[Delta]:
-    deltas = service.client.generate(job.prompt_token_ids, job.params, job.id)
+    deltas = service.client.generate(job.prompt_token_ids, job.params, job.id, job.marks)
     async with aclosing(service.metrics.observed(deltas, arrived)) as observed:
         async for delta in observed:
             if delta.finish_reason == "error":

@@ -13,8 +13,10 @@ from prometheus_client.registry import Collector
 
 from thalweg.engine.client import EngineClient
 from thalweg.engine.output import Delta
+from thalweg.errors import QueueTimeout, RequestTimeout
 
 PREFIX = "thalweg_"
+REJECTIONS = ("queue_full", "queue_timeout", "request_timeout")
 
 _TTFT_BUCKETS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.3, 0.6, 1.2, 2.5, 5, 10, 20, 40, 80, 160)
 _TOKEN_BUCKETS = (0.001, 0.002, 0.004, 0.006, 0.01, 0.015, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
@@ -49,6 +51,19 @@ class Metrics:
         for reason in ("stop", "length", "abort", "error"):
             self._ended.labels(reason)
 
+        self._rejected = Counter(
+            PREFIX + "requests_rejected",
+            "Requests that were not begun or not finished: the queue was full, they waited or took too long.",
+            ["reason"],
+            registry=self._registry,
+        )
+        for reason in REJECTIONS:
+            self._rejected.labels(reason)
+
+    def rejected(self, reason: str) -> None:
+        """Count a rejection; `reason` is one of REJECTIONS."""
+        self._rejected.labels(reason).inc()
+
     async def observed(self, deltas: AsyncGenerator[Delta], arrived: float) -> AsyncGenerator[Delta]:
         """`deltas` as they are, with their times taken; `arrived` is on time.perf_counter's clock."""
         reason, last = "abort", None
@@ -65,8 +80,10 @@ class Metrics:
                     if delta.finish_reason is not None:
                         reason = delta.finish_reason
                     yield delta
-            except Exception:
+            except Exception as error:
                 reason = "error"
+                if isinstance(error, QueueTimeout | RequestTimeout):
+                    self.rejected("queue_timeout" if isinstance(error, QueueTimeout) else "request_timeout")
                 raise
             finally:
                 self._ended.labels(reason).inc()

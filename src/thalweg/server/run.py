@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import math
 import signal
 import socket
 import sys
@@ -12,13 +14,16 @@ from collections.abc import Iterator, Sequence
 import uvicorn
 
 from thalweg.config.engine import EngineConfig
-from thalweg.engine.client import EngineClient
+from thalweg.engine.client import EngineClient, RequestLimits
 from thalweg.errors import ConfigError
 from thalweg.server.app import create_app
-from thalweg.server.settings import ServerSettings
+from thalweg.server.connections import PromptProtocol, listen, raise_file_limit
+from thalweg.server.settings import MAX_HEADER_BYTES, MAX_QUEUED_REQUESTS, ServerSettings
 
+MAX_QUEUED = 1_000_000
 LOG_LEVELS = ("critical", "error", "warning", "info", "debug")
-DRAIN_SECONDS = 30
+SHUTDOWN_SECONDS = 30.0
+_LAST_WORDS_SECONDS = 5  # for the answers of requests that were ended, before connections are cut
 
 
 def serve(
@@ -29,16 +34,32 @@ def serve(
     api_key: str | None = None,
     served_model_name: Sequence[str] = (),
     log_level: str = "warning",
-    drain_seconds: int = DRAIN_SECONDS,
+    tool_call_parser: str = "auto",
+    reasoning_parser: str = "auto",
+    max_queued_requests: int = MAX_QUEUED_REQUESTS,
+    queue_timeout: float | None = None,
+    request_timeout: float | None = None,
+    shutdown_timeout: float = SHUTDOWN_SECONDS,
 ) -> None:
-    """Serve until SIGTERM or SIGINT, then let requests under way finish for up to `drain_seconds` and return.
+    """Serve until SIGTERM or SIGINT, then let requests under way finish for up to `shutdown_timeout` seconds, end the
+    others with an error, and return.
 
-    Port 0 takes a free one. Where it listens is printed once requests can be served; "info" logs each request.
-    Raises ConfigError for an option that cannot be honoured, and whatever kept the engine from starting.
+    `queue_timeout` and `request_timeout` are the seconds a request may wait for its slot and take in all; more than
+    `max_queued_requests` waiting sequences are refused. Port 0 takes a free one. Where it listens is printed once
+    requests can be served; "info" logs each request. Raises ConfigError for an option that cannot be honoured, and
+    whatever kept the engine from starting.
     """
     _check(port, api_key, served_model_name, log_level)
-    client = EngineClient(config)
-    settings = ServerSettings(served_model_names=tuple(served_model_name), api_key=api_key)
+    _check_limits(max_queued_requests, queue_timeout, request_timeout, shutdown_timeout)
+    raise_file_limit()
+    client = EngineClient(config, RequestLimits(queue_timeout, request_timeout))
+    settings = ServerSettings(
+        served_model_names=tuple(served_model_name),
+        api_key=api_key,
+        tool_call_parser=tool_call_parser,
+        reasoning_parser=reasoning_parser,
+        max_queued_requests=max_queued_requests,
+    )
     failure: Exception | None = None
 
     def on_started(error: Exception | None) -> None:
@@ -56,7 +77,7 @@ def serve(
         names = ", ".join(settings.served_model_names or (info.name,))
         print(f"{names} is served on {url}/v1", flush=True)
 
-    with _listen(host, port) as listener:
+    with listen(host, port) as listener:
         url = _url(host, listener.getsockname()[1])
         if api_key is None and not _is_loopback(host):
             print(f"anybody who reaches {url} can use it; --api-key asks for a key", file=sys.stderr, flush=True)
@@ -64,10 +85,14 @@ def serve(
             uvicorn.Config(
                 create_app(client, settings, on_started),
                 log_level=log_level,
+                http=PromptProtocol,
+                h11_max_incomplete_event_size=MAX_HEADER_BYTES,
                 ws="none",
                 server_header=False,
-                timeout_graceful_shutdown=drain_seconds,
-            )
+                timeout_graceful_shutdown=math.ceil(shutdown_timeout) + _LAST_WORDS_SECONDS,
+            ),
+            client,
+            shutdown_timeout,
         )
         server.run(sockets=[listener])
     if failure is not None:
@@ -75,7 +100,12 @@ def serve(
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, but a signal that ended it cleanly is not raised again, so that the exit code is 0."""
+    """uvicorn's server, but a signal that ended it cleanly is not raised again, so that the exit code is 0, and what
+    has not ended in time is told so before its connection is cut."""
+
+    def __init__(self, config: uvicorn.Config, client: EngineClient, shutdown_timeout: float) -> None:
+        super().__init__(config)
+        self._client, self._shutdown_timeout = client, shutdown_timeout
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -91,7 +121,10 @@ class _Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        reason = f"the server shuts down; the request had not ended after {self._shutdown_timeout:g} s"
+        end = asyncio.get_running_loop().call_later(self._shutdown_timeout, self._client.end_requests, reason)
         await super().shutdown(sockets)
+        end.cancel()
         if self.force_exit:  # a second Ctrl-C skips this; the engine process must end all the same
             await self.lifespan.shutdown()
 
@@ -107,17 +140,14 @@ def _check(port: int, api_key: str | None, names: Sequence[str], log_level: str)
         raise ConfigError(f"--log-level is {log_level!r}; expected one of {', '.join(LOG_LEVELS)}")
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """A listening socket, taken before the model is loaded. Raises ConfigError."""
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        listener = socket.create_server((host, port), family=family)
-        # Accepted connections inherit it; without it a small answer waits for the last one's acknowledgement.
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return listener
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise ConfigError(f"--host {host} --port {port} cannot be listened on: {reason}") from None
+def _check_limits(queued: int, queue: float | None, request: float | None, shutdown: float) -> None:
+    if not 0 <= queued <= MAX_QUEUED:
+        raise ConfigError(f"--max-queued-requests is {queued}; expected 0 to {MAX_QUEUED}")
+    for option, seconds in (("queue", queue), ("request", request)):
+        if seconds is not None and not 0 < seconds <= 1e6:
+            raise ConfigError(f"--{option}-timeout is {seconds}; expected seconds above 0")
+    if not 0 <= shutdown <= 1e6:
+        raise ConfigError(f"--shutdown-timeout is {shutdown}; expected seconds, 0 or more")
 
 
 def _url(host: str, port: int) -> str:

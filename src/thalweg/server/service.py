@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
 
 from thalweg.engine.client import EngineClient
 from thalweg.engine.prompts import Prompt, encode_prompt
-from thalweg.server.errors import ApiError
+from thalweg.server.errors import RETRY_AFTER, ApiError
 from thalweg.server.metrics import Metrics
+from thalweg.server.parsers.formats import OutputFormat
 from thalweg.server.responses import now
 from thalweg.server.settings import LONG_TEXT, ServerSettings
 
@@ -26,11 +28,13 @@ class Service:
         self.client, self.settings = client, settings
         self.metrics = Metrics(client)
         self.suggested = source.generation
+        self.output = OutputFormat.of(client.front, settings.tool_call_parser, settings.reasoning_parser)
         self.names = settings.served_model_names or (source.name,)
         # A client may also use the folder's name or path, whatever the model is served as.
         self._also_names = frozenset({*self.names, source.name, str(source.folder)})
         self.created = now()
         self._ready = False
+        self._unfinished = 0
 
     async def start(self, on_started: StartListener) -> None:
         """Start the engine, then tell `on_started` of it, or of why it did not start."""
@@ -42,11 +46,37 @@ class Service:
             self._ready = True
             on_started(None)
 
+    @contextmanager
+    def room_for(self, count: int) -> Iterator[None]:
+        """Counts `count` sequences as unfinished until the context ends.
+
+        Raises ApiError 429 when the queue has no room for all of them, 400 when it could never have.
+        """
+        most = self.client.info.max_num_seqs + self.settings.max_queued_requests
+        if count > most:
+            raise ApiError(400, f"the request has {count} sequences; expected at most {most} (--max-queued-requests)")
+        if self._unfinished + count > most:
+            self.metrics.rejected("queue_full")
+            raise ApiError(
+                429,
+                f"{self._unfinished} of at most {most} sequences are unfinished; try later (--max-queued-requests)",
+                code="queue_full",
+                headers={"Retry-After": RETRY_AFTER},
+            )
+        self._unfinished += count
+        try:
+            yield
+        finally:
+            self._unfinished -= count
+
     def check_alive(self) -> None:
         """Raises ApiError 503 when no request can be served now."""
         if not self._ready:
             raise ApiError(
-                503, "the engine is starting; try again soon", code="engine_starting", headers={"Retry-After": "1"}
+                503,
+                "the engine is starting; try again soon",
+                code="engine_starting",
+                headers={"Retry-After": RETRY_AFTER},
             )
         if self.client.dead is not None:
             raise self.client.dead
@@ -72,24 +102,24 @@ class Service:
 
         return await _maybe_in_thread(sum(map(len, prompts)), encode)
 
-    async def encode_chat(self, messages: list[dict[str, Any]], **options: Any) -> list[int]:
-        """Token ids of a conversation. Raises InvalidRequest."""
+    async def encode_chat(self, messages: list[dict[str, Any]], /, **options: Any) -> list[int]:
+        """Token ids of a conversation, by the chat template under `options`. Raises InvalidRequest."""
         size = sum(len(content) for m in messages if isinstance(content := m.get("content"), str | list))
-        return await _maybe_in_thread(size, self.client.front.chat_ids, messages, **options)
+        return await _maybe_in_thread(size, lambda: self.client.front.chat_ids(messages, **options))
 
     async def decode(self, token_ids: list[int]) -> str:
         """The text of ids, special tokens included. Raises InvalidRequest on one that no token has."""
         tokenizer = self.client.front.tokenizer
         if tokenizer is None:
             raise ApiError(400, "the model folder has no tokenizer; only token ids go in and out")
-        return await _maybe_in_thread(len(token_ids), tokenizer.decode, token_ids)
+        return await _maybe_in_thread(len(token_ids), lambda: tokenizer.decode(token_ids))
 
 
-async def _maybe_in_thread(size: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """function(*args), off the event loop when `size` says that it takes long enough to hold up other requests."""
+async def _maybe_in_thread(size: int, function: Callable[[], Any]) -> Any:
+    """function(), off the event loop when `size` says that it takes long enough to hold up other requests."""
     if size < LONG_TEXT:
-        return function(*args, **kwargs)
-    return await asyncio.to_thread(function, *args, **kwargs)
+        return function()
+    return await asyncio.to_thread(function)
 
 
 def _service_of(request: Request) -> Service:

@@ -18,34 +18,49 @@ ROUTED_SCALE = 2.446
 
 
 def linear(setting: Setting) -> Iterator[Case]:
+    yield from _projections(setting, "linear")
+
+
+def norm_linear(setting: Setting) -> Iterator[Case]:
+    yield from _projections(setting, "norm_linear")
+
+
+def linear_add(setting: Setting) -> Iterator[Case]:
+    yield from _projections(setting, "linear_add")
+
+
+def _projections(setting: Setting, op: str) -> Iterator[Case]:
     s, es = setting.shape, setting.dtype.itemsize
     inner = s.heads * s.head_dim
-    shapes = {
+    of_a_norm = {
         "KDA in": (s.width, s.kda_projection),
         "MLA in": (s.width, s.mla_projection),
-        "mixer out": (inner, s.width),
         "dense gate, up": (s.width, 2 * s.dense),
-        "dense down": (s.dense, s.width),
         "head": (s.width, s.vocab),
     }
+    added = {"mixer out": (inner, s.width), "dense down": (s.dense, s.width)}
+    shapes = {"norm_linear": of_a_norm, "linear_add": added}.get(op, of_a_norm | added)
     for name, (D, O) in shapes.items():
         for B in setting.batch_sizes:
 
-            def make(copy: int, B: int = B, D: int = D, O: int = O) -> tuple[Tensor, Tensor]:
+            def make(copy: int, B: int = B, D: int = D, O: int = O) -> tuple[Any, ...]:
                 draw = Draw(setting, copy)
-                return draw(B, D), draw(O, D, scale=D**-0.5)
+                x, w = draw(B, D), draw(O, D, scale=D**-0.5)
+                if op == "norm_linear":
+                    return x, draw(D, scale=0.1).add_(1), EPS, w
+                return (x, w, draw(B, O)) if op == "linear_add" else (x, w)
 
             yield Case(
-                "linear",
+                op,
                 f"{name} {D} to {O}, batch {B}",
-                candidates_of(setting, "linear", {"D": D, "O": O}),
+                candidates_of(setting, op, {"D": D, "O": O}),
                 make,
-                num_bytes=es * (B * D + O * D + B * O),
+                num_bytes=es * (B * D + O * D + B * O * (2 if op == "linear_add" else 1)),
                 flops=2 * B * D * O,
             )
 
 
-def add_norm_router(setting: Setting) -> Iterator[Case]:
+def norm_router(setting: Setting) -> Iterator[Case]:
     s, es = setting.shape, setting.dtype.itemsize
     E, D, k = s.experts, s.width, s.top_k
     for B in setting.batch_sizes:
@@ -53,15 +68,14 @@ def add_norm_router(setting: Setting) -> Iterator[Case]:
         def make(copy: int, B: int = B) -> tuple[Any, ...]:
             draw = Draw(setting, copy)
             norm, bias = draw(D, scale=0.1).add_(1), draw(E, scale=0.05, dtype=torch.float32)
-            routing = (draw(E, D, scale=D**-0.5), bias, k, True, ROUTED_SCALE, "sigmoid", 1, 1, 1)
-            return draw(B, D), draw(B, D), norm, EPS, *routing
+            return draw(B, D), norm, EPS, draw(E, D, scale=D**-0.5), bias, k, True, ROUTED_SCALE, "sigmoid", 1, 1, 1
 
         yield Case(
-            "add_norm_router",
+            "norm_router",
             f"{E} experts, batch {B}",
-            candidates_of(setting, "add_norm_router", {"E": E, "D": D, "K": k, "G": 1, "S": 1}),
+            candidates_of(setting, "norm_router", {"E": E, "D": D, "K": k, "G": 1, "S": 1}),
             make,
-            num_bytes=es * (4 * B * D + E * D + D) + 12 * B * (k + 1),
+            num_bytes=es * (2 * B * D + E * D + D) + 12 * B * (k + 1),
             flops=2 * B * D * E,
         )
 
@@ -70,8 +84,8 @@ def experts(setting: Setting) -> Iterator[Case]:
     yield from routed(setting, setting.batch_sizes, "batch", "graph")
 
 
-def experts_add_norm(setting: Setting) -> Iterator[Case]:
-    yield from routed(setting, setting.batch_sizes, "batch", "graph", "experts_add_norm")
+def experts_add(setting: Setting) -> Iterator[Case]:
+    yield from routed(setting, setting.batch_sizes, "batch", "graph", "experts_add")
 
 
 def experts_fp8(setting: Setting) -> Iterator[Case]:
@@ -79,8 +93,8 @@ def experts_fp8(setting: Setting) -> Iterator[Case]:
 
 
 def routed(setting: Setting, sizes: tuple[int, ...], unit: str, timed: Any, op: str = "experts") -> Iterator[Case]:
-    """Cases of op "experts", "experts_add_norm" or "experts_fp8". The copies share one set of weights, and each routes
-    at random in its own way."""
+    """Cases of op "experts", "experts_add" or "experts_fp8". The copies share one set of weights, and each routes at
+    random in its own way."""
     s, es = setting.shape, setting.dtype.itemsize
     E, D, I, k = s.experts, s.width, s.inner, s.top_k
     draw = Draw(setting, 0)
@@ -89,7 +103,6 @@ def routed(setting: Setting, sizes: tuple[int, ...], unit: str, timed: Any, op: 
     if op == "experts_fp8":
         experts = quantize_experts(*experts)
         expert_bytes = 3 * D * I * (1 + 4 / BLOCK**2)
-    norm = draw(D, scale=0.1).add_(1)
     for T in sizes:
 
         def make(copy: int, T: int = T) -> tuple[Any, ...]:
@@ -98,7 +111,7 @@ def routed(setting: Setting, sizes: tuple[int, ...], unit: str, timed: Any, op: 
             weights = torch.rand(T, k, generator=draw.rng, device=device)
             weights = torch.cat([weights, weights.new_ones(T, 1)], 1)
             ids = torch.cat([ids, torch.full_like(ids[:, :1], E)], 1)
-            end = (draw(T, D), norm, EPS) if op == "experts_add_norm" else ()
+            end = (draw(T, D),) if op == "experts_add" else ()
             return draw(T, D), weights, ids, *experts, *end, 1
 
         yield Case(
@@ -215,9 +228,11 @@ def sample(setting: Setting) -> Iterator[Case]:
 
 DECODE: dict[str, Builder] = {
     "linear": linear,
-    "add_norm_router": add_norm_router,
+    "norm_linear": norm_linear,
+    "linear_add": linear_add,
+    "norm_router": norm_router,
     "experts": experts,
-    "experts_add_norm": experts_add_norm,
+    "experts_add": experts_add,
     "experts_fp8": experts_fp8,
     "kda_mixer_decode": kda_mixer,
     "mla_mixer_decode": mla_mixer,

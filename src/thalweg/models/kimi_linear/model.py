@@ -63,11 +63,8 @@ class KimiLinearLayer(nn.Module):
         else:
             self.mlp = SwiGLU(ctx, c.hidden_size, c.intermediate_size, "intermediate_size")
 
-    def forward(
-        self, x_TD: Tensor, residual_TD: Tensor, next_norm: RMSNorm, batch: Batch, cache: LayerCache
-    ) -> tuple[Tensor, Tensor]:
-        """Normed rows and residual to the same, ready for the next layer: a layer ends with that one's norm."""
-        return self.mlp(self.attn(x_TD, batch, cache), residual_TD, self.post_norm, next_norm)
+    def forward(self, x_TD: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
+        return self.mlp(self.attn(x_TD, self.input_norm, batch, cache), self.post_norm)
 
 
 class KimiLinearModel(nn.Module):
@@ -87,8 +84,7 @@ class KimiLinearModel(nn.Module):
         return [layer.attn.cache_spec for layer in self._stack]
 
     def forward(self, batch: Batch, cache: CacheStorage) -> Tensor:
-        norms = [*(layer.input_norm for layer in self._stack), self.norm]
-        x_TD, residual_TD = norms[0](self.embed(batch.token_ids_T))
-        for layer, next_norm, layer_cache in zip(self._stack, norms[1:], cache.layers, strict=True):
-            x_TD, residual_TD = layer(x_TD, residual_TD, next_norm, batch, layer_cache)
-        return self.lm_head(x_TD if batch.logit_rows_R is None else x_TD[batch.logit_rows_R])
+        x_TD: Tensor = self.embed(batch.token_ids_T)
+        for layer, layer_cache in zip(self._stack, cache.layers, strict=True):
+            x_TD = layer(x_TD, batch, layer_cache)
+        return self.lm_head(x_TD if batch.logit_rows_R is None else x_TD[batch.logit_rows_R], self.norm)

@@ -1,5 +1,5 @@
-"""Ops "route", "add_norm_router", "experts" and "experts_add_norm": top-k routing, alone and with all that stands
-between a layer's attention and its experts, and the experts' SwiGLU networks, alone and with the norm that follows.
+"""Ops "route", "norm_router", "experts" and "experts_add": top-k routing, alone and with its norm and projection, and
+the experts' SwiGLU networks, alone and added to the residual.
 """
 
 from __future__ import annotations
@@ -38,11 +38,10 @@ class Route(Protocol):
         """
 
 
-class AddNormRouter(Protocol):
+class NormRouter(Protocol):
     def __call__(
         self,
         x_TD: Tensor,
-        residual_TD: Tensor,
         norm_weight_D: Tensor,
         eps: float,
         w_ED: Tensor,
@@ -54,14 +53,13 @@ class AddNormRouter(Protocol):
         n_group: int = 1,
         topk_group: int = 1,
         num_shared: int = 0,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(normed_TD, r_TD, weights fp32, ids int64), the latter two [T, top_k + num_shared].
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(n_TD, weights fp32, ids int64), the latter two [T, top_k + num_shared]: n is "rms_norm" of x, and the
+        routing "route" of the fp32 logits n @ w_ED.T.
 
-        normed and r are "add_rms_norm" of x and residual, in every bit. The routing is "route" of the fp32 logits
-        n_TD @ w_ED.T, where n is the norm in fp32, not rounded as `normed` is: rounding flips choices. The shared
-        experts follow the chosen ones as ids E .. E + num_shared - 1 with weight 1, so that "experts" can hold them
-        behind the routed ones. The routed order within a token is best first. Neither input is changed. Raises
-        ConfigError as "route".
+        The products are of values converted to fp32: rounding logits would flip choices. The shared experts
+        follow the chosen ones as ids E .. E + num_shared - 1 with weight 1, so that "experts" can hold them
+        behind the routed ones. The routed order within a token is best first. Raises ConfigError as "route".
         """
 
 
@@ -81,11 +79,11 @@ class Experts(Protocol):
         w_gate_up_E2ID [E, 2I, D] holds gate, then up; w_down_EDI [E, D, I]. x and both weights share one
         dtype, which y has too; weights_Tk is fp32 and the sum over experts is in fp32. Cost grows with T * k
         alone. A token's experts differ. num_shared promises that the last num_shared ids of every token are
-        E - num_shared .. E - 1, as "add_norm_router" gives them: kernels then start on those before it is done.
+        E - num_shared .. E - 1, as "norm_router" gives them: kernels then start on those before it is done.
         """
 
 
-class ExpertsAddNorm(Protocol):
+class ExpertsAdd(Protocol):
     def __call__(
         self,
         x_TD: Tensor,
@@ -94,20 +92,19 @@ class ExpertsAddNorm(Protocol):
         w_gate_up_E2ID: Tensor,
         w_down_EDI: Tensor,
         residual_TD: Tensor,
-        norm_weight_D: Tensor,
-        eps: float,
         /,
         num_shared: int = 0,
-    ) -> tuple[Tensor, Tensor]:
-        """(rms_norm(r), r) with r_TD = y + residual of y_TD = "experts" of the rest: "add_rms_norm" of it, in every
-        bit. Neither input is changed.
+    ) -> Tensor:
+        """residual_TD + "experts" of the rest. Whether that is rounded to the dtype before it is added is open.
+
+        No input is changed.
         """
 
 
-def _triton_router(*args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _triton_router(*args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
     from thalweg.ops.moe import triton_router
 
-    return triton_router.add_norm_router(*args, **options)
+    return triton_router.norm_router(*args, **options)
 
 
 def _triton_experts(*args: Any, **options: Any) -> Tensor:
@@ -116,39 +113,35 @@ def _triton_experts(*args: Any, **options: Any) -> Tensor:
     return triton_experts.experts(*args, **options)
 
 
-def _triton_experts_add_norm(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+def _triton_experts_add(*args: Any, **options: Any) -> Tensor:
     from thalweg.ops.moe import triton_experts
 
-    return triton_experts.experts_add_norm(*args, **options)
+    return triton_experts.experts_add(*args, **options)
 
 
-MAX_WIDTH = 16384  # one program holds a token's row in registers
+MAX_WIDTH = 16384  # of a row that is normed
 MAX_ROUTER_EXPERTS = 1024  # one program holds all scores of a token in registers
 
 
 def _router_supports(ctx: OpContext) -> str | None:
     if ctx.dims.get("E", 0) > MAX_ROUTER_EXPERTS:
         return f"needs at most {MAX_ROUTER_EXPERTS} experts, not {ctx.dims['E']}"
-    return _row_supports(ctx)
-
-
-def _row_supports(ctx: OpContext) -> str | None:
     if ctx.dims.get("D", 0) > MAX_WIDTH:
         return f"needs rows of at most {MAX_WIDTH}, not {ctx.dims['D']}"
     return why_not(ctx)
 
 
 _route: Route = reference.route
-_reference_router: AddNormRouter = reference.add_norm_router
-_kernel_router: AddNormRouter = _triton_router
+_reference_router: NormRouter = reference.norm_router
+_kernel_router: NormRouter = _triton_router
 _reference_experts: Experts = reference.experts
 _kernel_experts: Experts = _triton_experts
-_reference_experts_add_norm: ExpertsAddNorm = reference.experts_add_norm
-_kernel_experts_add_norm: ExpertsAddNorm = _triton_experts_add_norm
+_reference_experts_add: ExpertsAdd = reference.experts_add
+_kernel_experts_add: ExpertsAdd = _triton_experts_add
 register("route", "reference", _route)
-register("add_norm_router", "reference", _reference_router)
-register("add_norm_router", "triton", _kernel_router, supports=_router_supports, priority=10)
+register("norm_router", "reference", _reference_router)
+register("norm_router", "triton", _kernel_router, supports=_router_supports, priority=10)
 register("experts", "reference", _reference_experts, capturable=False)
 register("experts", "triton", _kernel_experts, supports=why_not, priority=10)
-register("experts_add_norm", "reference", _reference_experts_add_norm, capturable=False)
-register("experts_add_norm", "triton", _kernel_experts_add_norm, supports=_row_supports, priority=10)
+register("experts_add", "reference", _reference_experts_add, capturable=False)
+register("experts_add", "triton", _kernel_experts_add, supports=why_not, priority=10)

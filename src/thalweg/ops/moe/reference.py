@@ -8,7 +8,7 @@ from torch import Tensor
 
 from thalweg.errors import ConfigError
 from thalweg.ops.activation.reference import silu_and_mul
-from thalweg.ops.norm.reference import add_rms_norm, rms_norm_fp32
+from thalweg.ops.norm.reference import rms_norm
 
 
 def route(
@@ -41,9 +41,8 @@ def route(
     return weights_Tk * scale, ids_Tk
 
 
-def add_norm_router(
+def norm_router(
     x_TD: Tensor,
-    residual_TD: Tensor,
     norm_weight_D: Tensor,
     eps: float,
     w_ED: Tensor,
@@ -55,16 +54,15 @@ def add_norm_router(
     n_group: int = 1,
     topk_group: int = 1,
     num_shared: int = 0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    residual_TD = x_TD + residual_TD
-    normed_TD = rms_norm_fp32(residual_TD, norm_weight_D, eps)
-    logits_TE = F.linear(normed_TD, w_ED.float())
+) -> tuple[Tensor, Tensor, Tensor]:
+    normed_TD = rms_norm(x_TD, norm_weight_D, eps)
+    logits_TE = F.linear(normed_TD.float(), w_ED.float())
     weights_Tk, ids_Tk = route(logits_TE, bias_E, top_k, renormalize, scale, scoring, n_group, topk_group)
     if num_shared:
         T, E = logits_TE.shape
         shared_TS = torch.arange(E, E + num_shared, device=ids_Tk.device).expand(T, -1)
         weights_Tk, ids_Tk = F.pad(weights_Tk, (0, num_shared), value=1.0), torch.cat((ids_Tk, shared_TS), dim=1)
-    return normed_TD.to(x_TD.dtype), residual_TD, weights_Tk, ids_Tk
+    return normed_TD, weights_Tk, ids_Tk
 
 
 def experts(
@@ -95,16 +93,13 @@ def experts(
     return (y_PD.view(T, k, -1) * weights_Tk.float().unsqueeze(-1)).sum(1).to(x_TD.dtype)
 
 
-def experts_add_norm(
+def experts_add(
     x_TD: Tensor,
     weights_Tk: Tensor,
     ids_Tk: Tensor,
     w_gate_up_E2ID: Tensor,
     w_down_EDI: Tensor,
     residual_TD: Tensor,
-    norm_weight_D: Tensor,
-    eps: float,
     num_shared: int = 0,
-) -> tuple[Tensor, Tensor]:
-    y_TD = experts(x_TD, weights_Tk, ids_Tk, w_gate_up_E2ID, w_down_EDI, num_shared)
-    return add_rms_norm(y_TD, residual_TD, norm_weight_D, eps)
+) -> Tensor:
+    return residual_TD + experts(x_TD, weights_Tk, ids_Tk, w_gate_up_E2ID, w_down_EDI, num_shared)

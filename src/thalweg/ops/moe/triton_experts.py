@@ -13,9 +13,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from thalweg.ops.moe import reference
-from thalweg.ops.moe.triton_finish import sum_add_norm, weighted_sum
-from thalweg.ops.norm.triton import add_rms_norm
+from thalweg.ops.moe import reference, triton_grouped
+from thalweg.ops.moe.triton_finish import weighted_sum
 from thalweg.ops.triton_launch import pdl_options
 
 GEMV_TOKENS = 2
@@ -336,27 +335,26 @@ def experts(
     num_shared: int = 0,
 ) -> Tensor:
     T = x_TD.shape[0]
-    if not 0 < T <= MAX_TOKENS or x_TD.stride(1) != 1:
+    if T == 0 or x_TD.stride(1) != 1:
         return reference.experts(x_TD, weights_Tk, ids_Tk, w_gate_up_E2ID, w_down_EDI, num_shared)
+    if T > MAX_TOKENS:
+        return triton_grouped.experts_grouped(x_TD, weights_Tk, ids_Tk, w_gate_up_E2ID, w_down_EDI, num_shared)
     return weighted_sum(_pair_outputs(x_TD, ids_Tk, w_gate_up_E2ID, w_down_EDI, num_shared), weights_Tk, x_TD.dtype)
 
 
-def experts_add_norm(
+def experts_add(
     x_TD: Tensor,
     weights_Tk: Tensor,
     ids_Tk: Tensor,
     w_gate_up_E2ID: Tensor,
     w_down_EDI: Tensor,
     residual_TD: Tensor,
-    norm_weight_D: Tensor,
-    eps: float,
     num_shared: int = 0,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     if not 0 < x_TD.shape[0] <= MAX_TOKENS or x_TD.stride(1) != 1 or residual_TD.stride(1) != 1:
-        y_TD = experts(x_TD, weights_Tk, ids_Tk, w_gate_up_E2ID, w_down_EDI, num_shared)
-        return add_rms_norm(y_TD, residual_TD, norm_weight_D, eps)
+        return residual_TD + experts(x_TD, weights_Tk, ids_Tk, w_gate_up_E2ID, w_down_EDI, num_shared)
     y_PD = _pair_outputs(x_TD, ids_Tk, w_gate_up_E2ID, w_down_EDI, num_shared)
-    return sum_add_norm(y_PD, weights_Tk, residual_TD, norm_weight_D, eps)
+    return weighted_sum(y_PD, weights_Tk, x_TD.dtype, residual_TD)
 
 
 def _pair_outputs(x_TD: Tensor, ids_Tk: Tensor, w_gate_up_E2ID: Tensor, w_down_EDI: Tensor, num_shared: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Ops "experts_fp8" and "experts_fp8_add_norm": the experts over weights in fp8 with one scale a block."""
+"""Ops "experts_fp8" and "experts_fp8_add": the experts over weights in fp8 with one scale a block."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class ExpertsFp8(Protocol):
         """
 
 
-class ExpertsFp8AddNorm(Protocol):
+class ExpertsFp8Add(Protocol):
     def __call__(
         self,
         x_TD: Tensor,
@@ -44,12 +44,10 @@ class ExpertsFp8AddNorm(Protocol):
         q_down_EDI: Tensor,
         s_down: Tensor,
         residual_TD: Tensor,
-        norm_weight_D: Tensor,
-        eps: float,
         /,
         num_shared: int = 0,
-    ) -> tuple[Tensor, Tensor]:
-        """(rms_norm(r), r) with r_TD = y + residual of y_TD = "experts_fp8" of the rest, as "experts_add_norm"."""
+    ) -> Tensor:
+        """residual_TD + "experts_fp8" of the rest, as "experts_add"."""
 
 
 def _triton_experts(*args: Any, **options: Any) -> Tensor:
@@ -58,10 +56,10 @@ def _triton_experts(*args: Any, **options: Any) -> Tensor:
     return triton_experts.experts_fp8(*args, **options)
 
 
-def _triton_experts_add_norm(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+def _triton_experts_add(*args: Any, **options: Any) -> Tensor:
     from thalweg.ops.moe_fp8 import triton_experts
 
-    return triton_experts.experts_fp8_add_norm(*args, **options)
+    return triton_experts.experts_fp8_add(*args, **options)
 
 
 MAX_WIDTH = 16384  # one program holds a token's row in registers
@@ -75,9 +73,9 @@ def _supports(ctx: OpContext) -> str | None:
 
 _reference: ExpertsFp8 = reference.experts_fp8
 _kernel: ExpertsFp8 = _triton_experts
-_reference_add_norm: ExpertsFp8AddNorm = reference.experts_fp8_add_norm
-_kernel_add_norm: ExpertsFp8AddNorm = _triton_experts_add_norm
+_reference_add: ExpertsFp8Add = reference.experts_fp8_add
+_kernel_add: ExpertsFp8Add = _triton_experts_add
 register("experts_fp8", "reference", _reference, capturable=False)
 register("experts_fp8", "triton", _kernel, supports=_supports, priority=10)
-register("experts_fp8_add_norm", "reference", _reference_add_norm, capturable=False)
-register("experts_fp8_add_norm", "triton", _kernel_add_norm, supports=_supports, priority=10)
+register("experts_fp8_add", "reference", _reference_add, capturable=False)
+register("experts_fp8_add", "triton", _kernel_add, supports=_supports, priority=10)

@@ -6,7 +6,6 @@ from torch import Tensor
 
 from thalweg.ops.moe import reference
 from thalweg.ops.moe_fp8.blocks import dequantize
-from thalweg.ops.norm.reference import add_rms_norm
 
 
 def experts_fp8(
@@ -26,7 +25,7 @@ def experts_fp8(
     return reference.experts(x_TD, weights_Tk, ids_Tk, gate_up, down)
 
 
-def experts_fp8_add_norm(
+def experts_fp8_add(
     x_TD: Tensor,
     weights_Tk: Tensor,
     ids_Tk: Tensor,
@@ -35,10 +34,7 @@ def experts_fp8_add_norm(
     q_down_EDI: Tensor,
     s_down: Tensor,
     residual_TD: Tensor,
-    norm_weight_D: Tensor,
-    eps: float,
     num_shared: int = 0,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     quantized = (q_gate_up_E2ID, s_gate_up, q_down_EDI, s_down)
-    y_TD = experts_fp8(x_TD, weights_Tk, ids_Tk, *quantized, num_shared)
-    return add_rms_norm(y_TD, residual_TD, norm_weight_D, eps)
+    return residual_TD + experts_fp8(x_TD, weights_Tk, ids_Tk, *quantized, num_shared)

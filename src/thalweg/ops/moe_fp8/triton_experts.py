@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from thalweg.ops.moe.triton_finish import sum_add_norm, weighted_sum
+from thalweg.ops.moe.triton_finish import weighted_sum
 from thalweg.ops.moe_fp8.triton_pairs import run_down_pairs, run_gate_up_pairs
 from thalweg.ops.moe_fp8.triton_tiles import run_down_tiles, run_gate_up_tiles, run_lists
-from thalweg.ops.norm.triton import add_rms_norm
 
 GEMV_TOKENS = 4
 MAX_TOKENS = 256  # of one pass over the weights; more tokens take several
@@ -31,7 +30,7 @@ def experts_fp8(
     return torch.cat([weighted_sum(_pair_outputs(x, ids, *quantized), w, x.dtype) for x, w, ids in slices])
 
 
-def experts_fp8_add_norm(
+def experts_fp8_add(
     x_TD: Tensor,
     weights_Tk: Tensor,
     ids_Tk: Tensor,
@@ -40,15 +39,12 @@ def experts_fp8_add_norm(
     q_down_EDI: Tensor,
     s_down: Tensor,
     residual_TD: Tensor,
-    norm_weight_D: Tensor,
-    eps: float,
     num_shared: int = 0,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     quantized = (q_gate_up_E2ID, s_gate_up, q_down_EDI, s_down, num_shared)
     if not 0 < x_TD.shape[0] <= MAX_TOKENS or residual_TD.stride(1) != 1:
-        y_TD = experts_fp8(x_TD, weights_Tk, ids_Tk, *quantized)
-        return add_rms_norm(y_TD, residual_TD, norm_weight_D, eps)
-    return sum_add_norm(_pair_outputs(x_TD, ids_Tk, *quantized), weights_Tk, residual_TD, norm_weight_D, eps)
+        return residual_TD + experts_fp8(x_TD, weights_Tk, ids_Tk, *quantized)
+    return weighted_sum(_pair_outputs(x_TD, ids_Tk, *quantized), weights_Tk, x_TD.dtype, residual_TD)
 
 
 def _pair_outputs(

@@ -6,12 +6,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def rms_norm_fp32(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+def _rms_norm_fp32(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x_TD.float(), weight_D.shape, weight_D.float(), eps)
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    return rms_norm_fp32(x_TD, weight_D, eps).to(x_TD.dtype)
+    return _rms_norm_fp32(x_TD, weight_D, eps).to(x_TD.dtype)
 
 
 def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -20,4 +20,4 @@ def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float
 
 
 def gated_rms_norm(o_THV: Tensor, gate_THV: Tensor, weight_V: Tensor, eps: float) -> Tensor:
-    return (rms_norm_fp32(o_THV, weight_V, eps) * gate_THV.float().sigmoid()).to(o_THV.dtype)
+    return (_rms_norm_fp32(o_THV, weight_V, eps) * gate_THV.float().sigmoid()).to(o_THV.dtype)

@@ -12,18 +12,6 @@ from thalweg.ops.triton_launch import pdl_options
 
 
 @triton.jit
-def rms_scale(x, eps, D: tl.constexpr):
-    """What a row in fp32, zero beyond D, is multiplied by. Kernels with row_block's layout agree in every bit of it."""
-    return tl.rsqrt(tl.sum(x * x, 0) / D + eps)
-
-
-def row_block(D: int) -> tuple[int, int]:
-    """(BLOCK_D, num_warps) of a kernel with a program for each row of D elements."""
-    block = triton.next_power_of_2(D)
-    return block, min(8, max(1, block // 512))
-
-
-@triton.jit
 def _rms_norm(
     x_ptr,
     residual_ptr,
@@ -53,7 +41,7 @@ def _rms_norm(
         total = x.to(sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + row * D + d, total, mask=inside)
         x = total.to(tl.float32)
-    y = x * rms_scale(x, eps, D) * weight
+    y = x * tl.rsqrt(tl.sum(x * x, 0) / D + eps) * weight
     tl.store(y_ptr + row * D + d, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -64,7 +52,7 @@ def _launch(x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, eps: flo
     sum_TD = y_TD if residual_TD is None else torch.empty_like(y_TD)
     residual = x if residual_TD is None else residual_TD.reshape(-1, D)
     if y_TD.numel():
-        block, warps = row_block(D)
+        block = triton.next_power_of_2(D)
         _rms_norm[(x.shape[0],)](
             x,
             residual,
@@ -77,7 +65,7 @@ def _launch(x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, eps: flo
             D,
             block,
             residual_TD is not None,
-            num_warps=warps,
+            num_warps=min(8, max(1, block // 512)),
             **pdl_options(x_TD),
         )
     return y_TD, sum_TD

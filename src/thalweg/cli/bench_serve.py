@@ -1,0 +1,283 @@
+"""`thalweg bench serve`: load on any OpenAI-compatible server, and what its clients see."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from thalweg.config import env
+from thalweg.errors import ConfigError, ThalwegError
+
+if TYPE_CHECKING:
+    from thalweg.bench.http import HttpClient
+    from thalweg.bench.serve_data import BenchRequest
+    from thalweg.bench.serve_load import Load, Outcome, Target
+
+DATASETS = ("random", "prefix_repetition", "custom")
+_DATA, _LOAD, _OUT = "Dataset", "Load", "Output"
+
+
+def _option(panel: str, *names: str, **more: Any) -> Any:
+    return typer.Option(*names, rich_help_panel=panel, **more)
+
+
+def serve(
+    base_url: Annotated[str, typer.Option(metavar="URL", help="The server, without /v1.")] = "http://127.0.0.1:8000",
+    endpoint: Annotated[
+        str, typer.Option(metavar="PATH", help="/v1/completions or /v1/chat/completions.")
+    ] = "/v1/completions",
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Name of the model in requests; the server's first if left out.")
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(metavar="KEY", help="The server's key; THALWEG_API_KEY if left out, else none.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        _option(
+            _DATA, metavar="FOLDER", help="Draw random tokens from this tokenizer; the bundled model's if left out."
+        ),
+    ] = None,
+    dataset_name: Annotated[
+        str, _option(_DATA, metavar="NAME", help="random, prefix_repetition, or custom: a file of JSON lines.")
+    ] = "random",
+    dataset_path: Annotated[
+        str | None, _option(_DATA, metavar="FILE", help='For custom: {"prompt": ...} or {"messages": ...} a line.')
+    ] = None,
+    num_prompts: Annotated[int, _option(_DATA, metavar="N", min=1, help="Requests to send.")] = 1000,
+    random_input_len: Annotated[int, _option(_DATA, metavar="TOKENS", min=1, help="Tokens of a prompt.")] = 1024,
+    random_output_len: Annotated[int, _option(_DATA, metavar="TOKENS", min=1, help="Tokens to generate.")] = 128,
+    random_range_ratio: Annotated[
+        float, _option(_DATA, metavar="R", help="Lengths vary by up to this share, both ways; 0 to below 1.")
+    ] = 0.0,
+    prefix_repetition_prefix_len: Annotated[int, _option(_DATA, metavar="TOKENS", min=1)] = 256,
+    prefix_repetition_suffix_len: Annotated[int, _option(_DATA, metavar="TOKENS", min=1)] = 256,
+    prefix_repetition_num_prefixes: Annotated[int, _option(_DATA, metavar="N", min=1)] = 10,
+    prefix_repetition_output_len: Annotated[int, _option(_DATA, metavar="TOKENS", min=1)] = 128,
+    custom_output_len: Annotated[
+        int, _option(_DATA, metavar="TOKENS", min=1, help="Where a line has no output_len.")
+    ] = 256,
+    request_rate: Annotated[
+        float, _option(_LOAD, metavar="R", help="Requests a second, a Poisson process; inf sends all at once.")
+    ] = math.inf,
+    burstiness: Annotated[
+        float, _option(_LOAD, metavar="B", help="Gaps are gamma-distributed: below 1 in bursts, above 1 more even.")
+    ] = 1.0,
+    max_concurrency: Annotated[int | None, _option(_LOAD, metavar="N", min=1, help="Requests under way at most.")] = (
+        None
+    ),
+    ignore_eos: Annotated[bool, _option(_LOAD, "--ignore-eos", help="Every request generates all its tokens.")] = False,
+    temperature: Annotated[float, _option(_LOAD, metavar="T", help="Sampling; 0 is greedy.")] = 0.0,
+    extra_body: Annotated[
+        str | None, _option(_LOAD, metavar="JSON", help='More fields of each request, e.g. {"top_p": 0.9}.')
+    ] = None,
+    request_timeout: Annotated[
+        float, _option(_LOAD, metavar="SECONDS", help="A request that takes longer has failed.")
+    ] = 3600.0,
+    num_warmups: Annotated[
+        int, _option(_LOAD, metavar="N", min=0, help="Requests sent one by one before those that count.")
+    ] = 1,
+    seed: Annotated[int, _option(_LOAD, metavar="S", help="Of prompts, lengths and arrivals.")] = 0,
+    percentile_metrics: Annotated[
+        str, _option(_OUT, metavar="NAME,...", help="Latencies to print: ttft, tpot, itl, e2el.")
+    ] = "ttft,tpot,itl,e2el",
+    metric_percentiles: Annotated[str, _option(_OUT, metavar="P,...", help="Percentiles of each.")] = "99",
+    goodput: Annotated[
+        list[str] | None,
+        _option(_OUT, metavar="NAME:MS", help="Bound that a good request keeps: ttft, tpot or e2el. May be repeated."),
+    ] = None,
+    save_result: Annotated[bool, _option(_OUT, "--save-result", help="Write the figures to a JSON file.")] = False,
+    save_detailed: Annotated[
+        bool, _option(_OUT, "--save-detailed", help="And every request's times and text.")
+    ] = False,
+    result_dir: Annotated[str, _option(_OUT, metavar="FOLDER", help="Folder of that file.")] = ".",
+    result_filename: Annotated[
+        str | None, _option(_OUT, metavar="NAME", help="Its name; made of model, rate and time if left out.")
+    ] = None,
+    plot: Annotated[
+        str | None, _option(_OUT, metavar="FILE.svg", help="Draw latency percentiles and throughput over time.")
+    ] = None,
+) -> None:
+    """Send requests to an OpenAI-compatible server, streamed, and report latencies and throughput.
+
+    Exits with 1 when a request failed.
+    """
+    from thalweg.bench import serve_figures as figures
+    from thalweg.bench.http import HttpClient
+    from thalweg.bench.serve_load import CHAT, COMPLETIONS, Load
+
+    if endpoint not in (CHAT, COMPLETIONS):
+        raise ConfigError(f"--endpoint is {endpoint!r}; expected {COMPLETIONS} or {CHAT}")
+    if not 0 <= random_range_ratio < 1:
+        raise ConfigError(f"--random-range-ratio is {random_range_ratio}; expected 0 or more and below 1")
+    for option, value in (("--request-rate", request_rate), ("--burstiness", burstiness)):
+        if not value > 0:
+            raise ConfigError(f"{option} is {value}; expected a number above 0")
+    if not 0 < request_timeout < math.inf:
+        raise ConfigError(f"--request-timeout is {request_timeout}; expected seconds")
+    if dataset_name not in DATASETS or (dataset_name == "custom") != (dataset_path is not None):
+        raise ConfigError(
+            f"--dataset-name is {dataset_name!r} and --dataset-path {dataset_path!r}; expected one of"
+            f" {', '.join(DATASETS)}, and a path for custom alone"
+        )
+    metrics = [name for name in percentile_metrics.split(",") if name]
+    if not set(metrics) <= set(figures.METRICS):
+        raise ConfigError(f"--percentile-metrics is {percentile_metrics!r}; expected {','.join(figures.METRICS)}")
+    percentiles, bounds = _percentiles(metric_percentiles), figures.read_goodput(goodput or [])
+    options: dict[str, Any] = {"temperature": temperature} | ({"ignore_eos": True} if ignore_eos else {})
+    options |= _object(extra_body)
+    for option, path in (("--result-dir", Path(result_dir) / "x"), ("--plot", Path(plot or "x"))):
+        if not path.expanduser().resolve().parent.is_dir():
+            raise ConfigError(f"{option} is {plot if option == '--plot' else result_dir!r}, a folder that is not there")
+
+    requests: list[BenchRequest]
+    if dataset_path is not None:
+        from thalweg.bench.serve_data import read_requests
+
+        requests = read_requests(dataset_path, num_prompts, custom_output_len)
+    else:
+        from thalweg.bench.serve_data import RandomPrompts
+        from thalweg.config.model_source import model_folder
+        from thalweg.tokenizer.load import load_tokenizer
+
+        folder = model_folder(None) if tokenizer is None else Path(tokenizer).expanduser()
+        prompts = RandomPrompts(load_tokenizer(folder), seed, as_text=endpoint == CHAT)
+        if dataset_name == "random":
+            requests = prompts.random(num_prompts, random_input_len, random_output_len, random_range_ratio)
+        else:
+            requests = prompts.prefix_repetition(
+                num_prompts,
+                prefix_repetition_prefix_len,
+                prefix_repetition_suffix_len,
+                prefix_repetition_num_prefixes,
+                prefix_repetition_output_len,
+            )
+
+    load = Load(request_rate, burstiness, max_concurrency, seed)
+    http = HttpClient(base_url, env.read("THALWEG_API_KEY") if api_key is None else api_key)
+    date = time.strftime("%Y%m%d-%H%M%S")
+    name, outcomes, duration = asyncio.run(
+        _measure(http, endpoint, model, options, request_timeout, requests, load, num_warmups)
+    )
+    found = figures.summarise(outcomes, duration, bounds, percentiles)
+    print(*figures.lines(found, metrics, percentiles), sep="\n")
+    if save_result or save_detailed:
+        settings = {
+            "date": date,
+            "base_url": base_url,
+            "endpoint": endpoint,
+            "model_id": name,
+            "dataset_name": dataset_name,
+            "num_prompts": num_prompts,
+            "request_rate": request_rate if math.isfinite(request_rate) else "inf",
+            "burstiness": burstiness,
+            "max_concurrency": max_concurrency,
+            "seed": seed,
+        }
+        details = {"requests": [asdict(o) for o in outcomes]} if save_detailed else {}
+        file = Path(result_dir).expanduser() / (
+            result_filename or f"{name.replace('/', '-')}-{request_rate}-{date}.json"
+        )
+        _write(file, json.dumps({**settings, **found, **details}, indent=2) + "\n", "--result-dir")
+    if plot is not None:
+        from thalweg.bench.serve_plot import draw
+
+        _write(Path(plot).expanduser(), draw(outcomes, f"{name}, {len(outcomes)} requests, {date}"), "--plot")
+    if found["failed"]:
+        raise typer.Exit(1)
+
+
+async def _measure(
+    http: HttpClient,
+    endpoint: str,
+    model: str | None,
+    options: dict[str, Any],
+    timeout_s: float,
+    requests: list[BenchRequest],
+    load: Load,
+    num_warmups: int,
+) -> tuple[str, list[Outcome], float]:
+    from thalweg.bench.serve_load import Target, run_load
+
+    try:
+        name = model or await _first_model(http)
+        target = Target(http, endpoint, name, options, timeout_s)
+        await _warm_up(target, requests, num_warmups)
+        with _progress(len(requests)) as on_done:
+            outcomes, duration = await run_load(target, requests, load, on_done)
+    finally:
+        http.close()
+    return name, outcomes, duration
+
+
+async def _first_model(http: HttpClient) -> str:
+    listed = await http.json("GET", "/v1/models")
+    try:
+        return str(listed["data"][0]["id"])
+    except (KeyError, IndexError, TypeError):
+        raise ThalwegError("GET /v1/models names no model; name one with --model") from None
+
+
+async def _warm_up(target: Target, requests: list[BenchRequest], count: int) -> None:
+    """A server that cannot answer one request is not worth a thousand."""
+    for i in range(count):
+        outcome = await target.send(requests[i % len(requests)])
+        if outcome.error is not None:
+            raise ThalwegError(f"the first request failed: {outcome.error}")
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[Outcome], object]]:
+    """A bar on stderr: requests done, and how many of them failed."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("requests"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[failed]}"))
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+        task, failed = bar.add_task("", total=total, failed=""), 0
+
+        def done(outcome: Outcome) -> None:
+            nonlocal failed
+            failed += outcome.error is not None
+            bar.update(task, advance=1, failed=f"{failed} failed" if failed else "")
+
+        yield done
+
+
+def _percentiles(text: str) -> list[float]:
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = [-1.0]
+    if not all(0 <= v <= 100 for v in values):
+        raise ConfigError(f"--metric-percentiles is {text!r}; expected numbers from 0 to 100, e.g. 50,99,99.9")
+    return values
+
+
+def _object(text: str | None) -> dict[str, Any]:
+    if text is None:
+        return {}
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise ConfigError(f"--extra-body is {text!r}; expected a JSON object")
+    return value
+
+
+def _write(path: Path, text: str, option: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as e:
+        raise ConfigError(f"{option}: {path} cannot be written: {e.strerror}") from None
+    print(f"wrote {path}")
