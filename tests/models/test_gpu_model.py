@@ -73,7 +73,7 @@ def test_no_step_waits_for_the_device(folder: Path) -> None:
 
     with LLM(str(folder), device="cuda", dtype="bfloat16", max_num_seqs=4, max_num_batched_tokens=900) as llm:
         params = [SamplingParams(max_tokens=6, temperature=t, ignore_eos=True) for t in (0, 1) * 6]
-        asked = [ids * 5 for ids in prompts(12, 1000)]  # cut into chunks, prefilled together, mixed with decode rows
+        asked = [ids * 3 for ids in prompts(12, 1000)]  # cut into chunks, prefilled together, mixed with decode rows
         expected = [o.outputs[0].token_ids for o in llm.generate(asked, params)]
         torch.cuda.set_sync_debug_mode("error")
         try:

@@ -101,7 +101,7 @@ def test_chained_in_a_graph(T: int) -> None:
             if wait:
                 torch.cuda.synchronize()
 
-        x = layers[0].x
+        x = layers[0].x.clone()  # linear_add may add in place
         for case in layers:
             proj = norm_linear(x, case.norm, 1e-5, case.gate_up[0])
             done()

@@ -1,4 +1,4 @@
-"""What a prefill's kernels need to know of its sequences, taken from the host's lists without a wait for the device.
+"""Host values on their way to the device without a wait, and what a prefill's kernels need to know of its sequences.
 
 Kernels are compiled for what their arguments look like. They are told not to look at what changes from step to step,
 counts and where in a table a part of it begins, or they would be compiled again while requests wait.

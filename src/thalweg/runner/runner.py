@@ -166,9 +166,9 @@ class ModelRunner:
             prompt_logprobs[p.slot] = token_logprobs(rows_LV[: len(ids)], ids, self._prompt_logprobs[p.slot])
 
     def _admit(self, plan: StepPlan) -> None:
+        self._sampler.admit(*plan.admissions)
         for a in plan.admissions:
             self._inputs.admit(a)
-            self._sampler.admit(a)
             self._prompt_logits.discard(a.slot)
             self._prompt_logprobs.pop(a.slot, None)
             if a.prompt_logits:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from thalweg.core import Admission, TokenLogprobs
 from thalweg.errors import InvalidRequest
+from thalweg.ops.host_tables import to_device
 from thalweg.sampling.adjust import LogitAdjuster
 from thalweg.sampling.choose import sample_filtered
 from thalweg.sampling.grammars import Grammars
@@ -38,11 +40,10 @@ class Sampler:
         self._sample = sample  # op "sample"
         self.vocab_size, self.eos_token_ids, self.device = vocab_size, eos_token_ids, device
         n = num_slots + 1
-        self._temperature = torch.ones(n, device=device)
-        self._top_p = torch.ones(n, device=device)
-        self._min_p = torch.zeros(n, device=device)
-        self._top_k = torch.zeros(n, dtype=torch.int64, device=device)
-        self._seed = torch.zeros(n, dtype=torch.int64, device=device)
+        self._reals = torch.ones(3, n, device=device)
+        self._integers = torch.zeros(2, n, dtype=torch.int64, device=device)
+        self._temperature, self._top_p, self._min_p = self._reals.unbind(0)
+        self._top_k, self._seed = self._integers.unbind(0)
         self._plain: set[int] = set()
         self._filtered: set[int] = set()
         self._adjusters: dict[int, LogitAdjuster] = {}
@@ -50,11 +51,22 @@ class Sampler:
         self._rejected: dict[int, str] = {}
         self._structured = Structured(grammars, vocab_size)
 
-    def admit(self, a: Admission) -> None:
+    def admit(self, *admissions: Admission) -> None:
+        """Take in a step's admissions; nothing here waits for the device unless a request adjusts its logits."""
+        for a in admissions:
+            self._admit(a)
+        params = [a.params for a in admissions]
+        reals = [[p.temperature for p in params], [p.top_p for p in params], [p.min_p for p in params]]
+        integers = [
+            [max(p.top_k, 0) for p in params],
+            [a.seed - 2**64 if a.seed >= 2**63 else a.seed for a in admissions],
+        ]
+        slots = to_device([a.slot for a in admissions], self.device)
+        self._reals.index_copy_(1, slots, to_device(np.array(reals, dtype=np.float32), self.device))
+        self._integers.index_copy_(1, slots, to_device(np.array(integers, dtype=np.int64), self.device))
+
+    def _admit(self, a: Admission) -> None:
         p, slot = a.params, a.slot
-        self._temperature[slot], self._top_p[slot], self._min_p[slot] = p.temperature, p.top_p, p.min_p
-        self._top_k[slot] = max(p.top_k, 0)
-        self._seed[slot] = a.seed - 2**64 if a.seed >= 2**63 else a.seed
         filtered = p.top_k > 0 or p.top_p < 1 or p.min_p > 0
         _set(self._plain, slot, p.temperature > 0 and not filtered)
         _set(self._filtered, slot, p.temperature > 0 and filtered)
