@@ -68,6 +68,21 @@ def test_kernels_give_the_tokens_of_references_in_float32(folder: Path) -> None:
     assert results[0] == results[1]
 
 
+def test_no_step_waits_for_the_device(folder: Path) -> None:
+    import torch
+
+    with LLM(str(folder), device="cuda", dtype="bfloat16", max_num_seqs=4, max_num_batched_tokens=900) as llm:
+        params = [SamplingParams(max_tokens=6, temperature=t, ignore_eos=True) for t in (0, 1) * 6]
+        asked = [ids * 5 for ids in prompts(12, 1000)]  # cut into chunks, prefilled together, mixed with decode rows
+        expected = [o.outputs[0].token_ids for o in llm.generate(asked, params)]
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            again = [o.outputs[0].token_ids for o in llm.generate(asked, params)]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert [len(ids) for ids in again] == [len(ids) for ids in expected] == [6] * 12
+
+
 def test_oracle_greedy(shared_dir: Path) -> None:
     oracle = shared_dir / "oracles" / "kimi_linear"
     greedy = np.load(oracle / "greedy.npy")

@@ -12,6 +12,8 @@ from torch import Tensor
 @dataclass
 class MoeCase:
     x: Tensor
+    residual: Tensor
+    norm: Tensor
     router_weight: Tensor
     bias: Tensor
     weights: Tensor
@@ -35,6 +37,8 @@ def moe_case(
     weights = torch.rand(T, k, generator=g, device=device)
     return MoeCase(
         draw(T, D),
+        draw(T, D),
+        1 + draw(D, scale=0.2),
         draw(E, D, scale=0.05),
         torch.randn(E, generator=g, device=device) * 0.05,
         torch.cat([weights, torch.ones(T, num_shared, device=device)], 1),
@@ -43,6 +47,14 @@ def moe_case(
         draw(E + num_shared, D, I, scale=I**-0.5),
         num_shared,
     )
+
+
+def router_arguments(
+    case: MoeCase, k: int, renormalize: bool = True, scale: float = 1.0, scoring: str = "sigmoid"
+) -> tuple[object, ...]:
+    """Of "norm_router", without groups."""
+    before = (case.x, case.norm, 1e-5, case.router_weight, case.bias)
+    return (*before, k, renormalize, scale, scoring, 1, 1, case.num_shared)
 
 
 def experts_in_float64(case: MoeCase) -> Tensor:

@@ -34,11 +34,29 @@ def test_few_long_sequences(lens: list[int]) -> None:
     check_mla_mixer(kernel(), mla_mixer_case(lens, **SHAPE, page_size=64, dtype=torch.bfloat16, device="cuda"), 0.005)
 
 
-@pytest.mark.parametrize(("H", "page_size"), [(3, 16), (8, 24), (16, 128), (1, 1)])
+@pytest.mark.parametrize(("H", "page_size"), [(3, 16), (8, 24), (16, 128), (1, 1), (3, 64), (8, 64), (1, 192)])
 def test_other_heads_and_pages(H: int, page_size: int) -> None:
     shape = SHAPE | {"H": H}
     case = mla_mixer_case(ragged(7, 700), **shape, page_size=page_size, dtype=torch.bfloat16, device="cuda")
     check_mla_mixer(kernel(H=H), case, 0.005)
+
+
+@pytest.mark.parametrize("dims", [{"R": 128, "P": 32}, {"R": 256, "V": 64}, {"V": 256}, {"P": 128}, {"V": 32}])
+def test_other_widths(dims: dict[str, int]) -> None:
+    case = mla_mixer_case(ragged(7, 700), **SHAPE | dims, page_size=64, dtype=torch.bfloat16, device="cuda")
+    check_mla_mixer(kernel(**dims), case, 0.005)
+
+
+@pytest.mark.parametrize("length", [0, 1])
+def test_rows_that_share_the_sink(length: int) -> None:
+    op = kernel()
+    case = mla_mixer_case(ragged(8, 700), **SHAPE, page_size=64, dtype=torch.bfloat16, device="cuda")
+    case.pages[0] = 0
+    padded, expected = case.copy(), op(*case.arguments())
+    padded.tables[4:], padded.lens[4:], padded.page_rows[4:] = 0, length, 0
+    out = op(*vars(padded).values())
+    assert torch.equal(out[:4], expected[:4])
+    assert torch.isfinite(out).all()
 
 
 @pytest.mark.parametrize("spread", [1.0, 30.0])

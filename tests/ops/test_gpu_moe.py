@@ -1,12 +1,13 @@
-"""Ops "router" and "experts" on the device."""
+"""Ops "norm_router", "experts" and "experts_add" on the device."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from tests.ops.moe_case import MoeCase, experts_in_float64, moe_case, rmse_ratio
+from tests.ops.moe_case import MoeCase, experts_in_float64, moe_case, rmse_ratio, router_arguments
 from thalweg.ops.moe import reference
+from thalweg.ops.norm.reference import rms_norm
 
 pytestmark = pytest.mark.gpu
 
@@ -38,18 +39,34 @@ def test_experts_all_tokens_on_the_same_few() -> None:
     assert rmse_ratio(run(case), experts_in_float64(case)) < 0.005
 
 
-@pytest.mark.parametrize("T", [1, 17, 512])
-@pytest.mark.parametrize(("D", "E", "k", "shared"), [(2304, 256, 8, 1), (300, 37, 4, 0), (1024, 900, 16, 2)])
-def test_router(T: int, D: int, E: int, k: int, shared: int) -> None:
-    from thalweg.ops.moe.triton_router import router
+@pytest.mark.parametrize("T", [1, 2, 3, 8, 33, 128, 512, 600])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_experts_add(T: int, dtype: torch.dtype) -> None:
+    from thalweg.ops.moe.triton_experts import experts_add
 
-    case = moe_case(T, D, 16, E, k, shared, torch.bfloat16, "cuda", seed=T)
-    weights, ids = router(case.x, case.router_weight, case.bias, k, True, 2.446, num_shared=shared)
+    case = moe_case(T, 256, 64, 32, 8, 1, dtype, "cuda", seed=T)
+    case.x[T // 2] = torch.nan
+    found = experts_add(case.x, case.weights, case.ids, case.gate_up, case.down, case.residual, 1)
+    expected = run(case).float() + case.residual.float()
+    tolerance = 2**-7 if dtype == torch.bfloat16 else 1e-6
+    torch.testing.assert_close(found.float(), expected, rtol=tolerance, atol=tolerance, equal_nan=True)
+    assert found.isnan().any(1).nonzero().tolist() == [[T // 2]]
+
+
+@pytest.mark.parametrize("T", [1, 3, 8, 33, 512, 600])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("D", "E", "k", "shared"), [(2304, 256, 8, 1), (300, 37, 4, 0), (1024, 900, 16, 2)])
+def test_router(T: int, dtype: torch.dtype, D: int, E: int, k: int, shared: int) -> None:
+    from thalweg.ops.moe.triton_router import norm_router
+
+    case = moe_case(T, D, 16, E, k, shared, dtype, "cuda", seed=T)
+    normed, weights, ids = norm_router(*router_arguments(case, k, True, 2.446))
+    tolerance = 2**-7 if dtype == torch.bfloat16 else 2e-6
+    torch.testing.assert_close(normed, rms_norm(case.x, case.norm, 1e-5), rtol=tolerance, atol=1e-6)
     # Scores in float64: where the kernel chose otherwise, the two experts must be as good as equal.
-    scores = (case.x.double() @ case.router_weight.double().T).sigmoid()
+    scores = (normed.double() @ case.router_weight.double().T).sigmoid()
     choice = scores + case.bias.double()
-    expected = choice.topk(k).values
-    torch.testing.assert_close(choice.gather(1, ids[:, :k]), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(choice.gather(1, ids[:, :k]), choice.topk(k).values, rtol=0, atol=1e-5)
     assert all(len(set(row)) == k + shared for row in ids.tolist())
     chosen = scores.gather(1, ids[:, :k])
     torch.testing.assert_close(weights[:, :k].double(), chosen / chosen.sum(1, keepdim=True) * 2.446, rtol=0, atol=1e-5)
@@ -58,35 +75,45 @@ def test_router(T: int, D: int, E: int, k: int, shared: int) -> None:
 
 
 def test_router_keeps_ids_in_range_whatever_comes() -> None:
-    from thalweg.ops.moe.triton_router import router
+    from thalweg.ops.moe.triton_router import norm_router
 
     case = moe_case(4, 256, 16, 64, 8, 1, torch.bfloat16, "cuda")
+    expected = norm_router(*router_arguments(case, 8))
     case.x[0], case.x[1, 3], case.x[2] = torch.nan, torch.inf, 0
-    _, ids = router(case.x, case.router_weight, case.bias, 8, True, 1.0, num_shared=1)
-    for row in ids.tolist():
+    found = norm_router(*router_arguments(case, 8))
+    for row in found[2].tolist():
         assert len(set(row)) == 9
         assert set(row) <= set(range(65))
+    assert all(torch.equal(a[3], b[3]) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("T", [1, 8, 40])
 def test_chained_in_a_graph(T: int) -> None:
     """Each kernel may start before the one ahead is done; replays must still equal a run with nothing in flight."""
-    from thalweg.ops.moe.triton_experts import experts
-    from thalweg.ops.moe.triton_router import router
+    from thalweg.ops.linear.triton import linear_add, norm_linear
+    from thalweg.ops.moe.triton_experts import experts_add
+    from thalweg.ops.moe.triton_router import norm_router
 
     layers = [moe_case(T, 512, 256, 64, 8, 1, torch.bfloat16, "cuda", seed=i) for i in range(10)]
 
     def chain(wait: bool) -> torch.Tensor:
+        def done() -> None:
+            if wait:
+                torch.cuda.synchronize()
+
         x = layers[0].x
         for case in layers:
-            weights, ids = router(x, case.router_weight, case.bias, 8, True, 2.446, num_shared=1)
-            if wait:
-                torch.cuda.synchronize()
-            x = experts(x, weights, ids, case.gate_up, case.down, 1)
-            if wait:
-                torch.cuda.synchronize()
+            proj = norm_linear(x, case.norm, 1e-5, case.gate_up[0])
+            done()
+            x = linear_add(proj, transposed[id(case)], x)
+            done()
+            n, weights, ids = norm_router(x, case.norm, 1e-5, case.router_weight, case.bias, 8, True, 2.4, num_shared=1)
+            done()
+            x = experts_add(n, weights, ids, case.gate_up, case.down, x, 1)
+            done()
         return x
 
+    transposed = {id(case): case.gate_up[1].T.contiguous() for case in layers}
     expected = chain(wait=True).clone()
     assert expected.isfinite().all()
     graph = torch.cuda.CUDAGraph()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.ops.compile_sm90 import compile_sm90
+from tests.ops.compile_sm90 import compile_sm90, descriptor
 from tests.ops.interpreted import run_interpreted
 from tests.ops.mla_mixer_case import check_mla_mixer, mla_mixer_case
 from thalweg.ops.mla_mixer.reference import mla_mixer_decode as reference
@@ -47,23 +47,22 @@ def test_kernels_under_the_interpreter() -> None:
     run_interpreted(check_kernels, check_rows_that_share_the_sink)
 
 
-def test_splits_fill_whole_waves() -> None:
+def test_splits() -> None:
     pytest.importorskip("triton")
     from thalweg.ops.mla_mixer.triton import _splits
 
-    assert [_splits(B, 132) for B in (1, 2, 4, 8, 16, 32, 64, 128, 1000)] == [128, 32, 32, 16, 8, 4, 2, 1, 1]
-    for B in (24, 48, 96):
-        programs = B * _splits(B, 132)
-        assert programs / 132 / -(-programs // 132) >= 0.9
+    assert [_splits(B, 132) for B in (1, 2, 4, 8, 16, 32, 64, 128, 1000)] == [128, 64, 32, 16, 8, 4, 2, 1, 1]
+    assert [_splits(B, 132) for B in (24, 48, 70, 96, 140, 256)] == [5, 2, 3, 1, 4, 1]  # the quickest measured
+    assert _splits(1, 8) == 8
 
 
-POINTERS = ("proj", "norm_weight", "w_uk", "w_uv", "pages", "q_latent", "part", "out")
+POINTERS = ("proj", "norm_weight", "w_uk", "w_uv", "pages", "q", "part", "out")
 TYPES = {
     **{f"{name}_ptr": "*bf16" for name in POINTERS},
     "page_rows_ptr": "*i64",
     "tables_ptr": "*i32",
     "lens_ptr": "*i32",
-    "lse_ptr": "*fp32",
+    "stats_ptr": "*fp32",
     "B": "i32",
     "splits": "i32",
     "proj_stride": "i32",
@@ -74,21 +73,41 @@ TYPES = {
 }
 
 
-@pytest.mark.parametrize("B", [1, 4, 8, 128])
+def check_compiled(kernel: object, constants: dict[str, int], num_warps: int, types: dict[str, str] = TYPES) -> str:
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}  # type: ignore[attr-defined]
+    compiled = compile_sm90(kernel, types, constants, num_warps)
+    assert compiled.spilled_bytes == 0, constants
+    assert compiled.shared_bytes <= 227 * 1024, constants
+    assert "griddepcontrol.wait" in compiled.ptx
+    return compiled.ptx
+
+
+@pytest.mark.parametrize("B", [1, 128])
 def test_kernels_compile_for_hopper_without_spills(B: int) -> None:
     pytest.importorskip("triton")
     from thalweg.ops.mla_mixer import triton as kernels
 
-    shape = {"H": 32, "K": 128, "R": 512, "P": 64, "V": 128, "PAGE": 64}
+    shape = {"H": 32, "K": 128, "R": 512, "P": 64, "V": 128, "PAGE": 64, "PDL": True}
     for launch in kernels.launches(B, 32, 512, 128, 132):
-        constants = {**shape, **launch.constants, "PDL": True}
-        constants = {name: value for name, value in constants.items() if name in launch.kernel.arg_names}
-        compiled = compile_sm90(launch.kernel, TYPES, constants, launch.num_warps)
-        assert compiled.spilled_bytes == 0, launch
-        assert compiled.shared_bytes <= 227 * 1024, launch
-        assert "griddepcontrol.wait" in compiled.ptx
-        if launch.kernel is kernels._attend:
-            assert "wgmma.mma_async" in compiled.ptx
+        ptx = check_compiled(launch.kernel, {**shape, **launch.constants}, launch.num_warps)
+        assert launch.kernel is not kernels._attend or "wgmma.mma_async" in ptx
+
+
+@pytest.mark.parametrize(("H", "splits"), [(32, 128), (8, 5), (1, 1)])
+def test_kernels_in_gluon_compile_for_hopper_without_spills(H: int, splits: int) -> None:
+    pytest.importorskip("triton")
+    from thalweg.ops.mla_mixer import gluon
+
+    block_h, block_s, columns, block_v = gluon.tiles(H, 128, splits)
+    constants = {"H": H, "V": 128, "PAGE": 64, "BLOCK_S": block_s, "BLOCK_N": gluon.BLOCK_N, "PDL": True}
+    queries = {"q_half_desc": descriptor(block_h, 256), "q_shared_desc": descriptor(block_h, 64)}
+    pages = {"half_desc": descriptor(1, 64, 256), "shared_desc": descriptor(1, 64, 64)}
+    types = {**TYPES, **queries, **pages, "part_desc": descriptor(1, block_h, 256)}
+    ptx = check_compiled(gluon.attend, constants, 4, types)
+    assert "wgmma.mma_async" in ptx
+    assert "cp.async.bulk.tensor" in ptx
+    types = {**TYPES, "w_uv_desc": descriptor(1, block_v, 256), "part_desc": descriptor(columns, 1, 256)}
+    assert "wgmma.mma_async" in check_compiled(gluon.combine, constants, block_v // 16, types)
 
 
 @pytest.mark.parametrize(

@@ -7,15 +7,16 @@ import torch
 
 from tests.ops.compile_sm90 import Compiled, compile_sm90
 from tests.ops.interpreted import run_interpreted
-from tests.ops.moe_case import experts_in_float64, moe_case, rmse_ratio
+from tests.ops.moe_case import experts_in_float64, moe_case, rmse_ratio, router_arguments
 from thalweg.ops.moe import reference
+from thalweg.ops.norm.reference import rms_norm
 
 
-def test_reference_router_appends_the_shared_experts() -> None:
+def test_reference_router_norms_and_appends_the_shared_experts() -> None:
     case = moe_case(5, 32, 16, 8, 3, 2, torch.float32)
-    weights, ids = reference.router(case.x, case.router_weight, case.bias, 3, True, 2.5, num_shared=2)
-    logits = case.x @ case.router_weight.T
-    routed_weights, routed_ids = reference.route(logits, case.bias, 3, True, 2.5)
+    normed, weights, ids = reference.norm_router(*router_arguments(case, 3, True, 2.5))
+    assert torch.equal(normed, rms_norm(case.x, case.norm, 1e-5))
+    routed_weights, routed_ids = reference.route(normed @ case.router_weight.T, case.bias, 3, True, 2.5)
     assert ids[:, :3].tolist() == routed_ids.tolist()
     assert ids[:, 3:].tolist() == [[8, 9]] * 5
     torch.testing.assert_close(weights[:, :3], routed_weights)
@@ -29,30 +30,36 @@ def test_reference_experts_with_a_shared_one() -> None:
 
 
 def check_router() -> None:
-    from thalweg.ops.moe.triton_router import router
+    from thalweg.ops.moe.triton_router import norm_router
 
     for T, D, E, k, shared, scoring, renormalize in (
         (1, 300, 37, 4, 1, "sigmoid", True),
         (5, 256, 64, 8, 0, "softmax", False),
         (19, 100, 64, 3, 2, "sigmoid", True),
+        (513, 64, 16, 4, 0, "sigmoid", True),
     ):
         case = moe_case(T, D, 16, E, k, shared, torch.float32)
-        arguments = (case.x, case.router_weight, case.bias, k, renormalize, 2.446, scoring, 1, 1, shared)
-        weights, ids = router(*arguments)
-        expected_weights, expected_ids = reference.router(*arguments)
-        assert ids.tolist() == expected_ids.tolist()
-        torch.testing.assert_close(weights, expected_weights, rtol=1e-5, atol=1e-6)
-    case.x[3] = torch.nan  # an id out of range would read outside the experts' weights
-    _, ids = router(case.x, case.router_weight, case.bias, 3, True, 1.0, num_shared=2)
-    assert ids[3].tolist() == [0, 1, 2, 64, 65]
+        arguments = router_arguments(case, k, renormalize, 2.446, scoring)
+        for found, expected in zip(norm_router(*arguments), reference.norm_router(*arguments), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for T in (8, 19):  # an id out of range would read outside the experts' weights
+        case = moe_case(T, 100, 16, 64, 3, 2, torch.float32)
+        clean = norm_router(*router_arguments(case, 3))
+        case.x[3] = torch.nan
+        poisoned = norm_router(*router_arguments(case, 3))
+        assert poisoned[2][3].tolist() == [0, 1, 2, 64, 65]
+        others = torch.arange(T) != 3
+        assert all(torch.equal(a[others], b[others]) for a, b in zip(clean, poisoned, strict=True))
 
 
 def check_router_falls_back_on_groups() -> None:
-    from thalweg.ops.moe.triton_router import router
+    from thalweg.ops.moe.triton_router import norm_router
 
-    case = moe_case(3, 64, 16, 16, 4, 0, torch.float32)
-    arguments = (case.x, case.router_weight, case.bias, 4, True, 1.0, "sigmoid", 4, 2)
-    assert router(*arguments)[1].tolist() == reference.router(*arguments)[1].tolist()
+    for T, groups in ((3, (4, 2)), (0, (1, 1))):
+        case = moe_case(T, 64, 16, 16, 4, 0, torch.float32)
+        arguments = (*router_arguments(case, 4)[:9], *groups)
+        for found, expected in zip(norm_router(*arguments), reference.norm_router(*arguments), strict=True):
+            assert torch.equal(found, expected)
 
 
 def check_experts() -> None:
@@ -71,9 +78,23 @@ def check_experts() -> None:
         assert y.tolist() == experts(case.x, case.weights, case.ids, case.gate_up, case.down).tolist()
 
 
+def check_experts_add() -> None:
+    from thalweg.ops.moe.triton_experts import experts, experts_add
+
+    for T, D in ((1, 300), (2, 256), (3, 1), (33, 100), (513, 24), (0, 8)):
+        case = moe_case(T, D, 16, 8, 2, 1, torch.float32)
+        arguments = (case.x, case.weights, case.ids, case.gate_up, case.down)
+        total = experts_add(*arguments, case.residual, 1)
+        assert torch.equal(total, experts(*arguments, 1) + case.residual)
+        if T > 2:
+            case.x[1] = torch.nan
+            others = torch.arange(T) != 1
+            assert torch.equal(experts_add(*arguments, case.residual, 1)[others], total[others])
+
+
 def test_kernels_under_the_interpreter() -> None:
     pytest.importorskip("triton")
-    run_interpreted(check_router, check_router_falls_back_on_groups, check_experts)
+    run_interpreted(check_router, check_router_falls_back_on_groups, check_experts, check_experts_add)
 
 
 TYPES = {
@@ -87,7 +108,9 @@ TYPES = {
     "weights_ptr": "*fp32",
     "ids_ptr": "*i64",
     "T": "i32",
+    "residual_ptr": "*bf16",
     "pairs": "i32",
+    "residual_stride": "i32",
     "x_stride": "i32",
     "w_stride": "i32",
     "scale": "fp32",
@@ -105,13 +128,24 @@ def test_router_compiles_for_hopper() -> None:
 
     logits = dict(E=256, D=2304, BLOCK_T=16, BLOCK_E=32, BLOCK_D=256, PDL=True)
     assert compiled(logits_kernel, logits).spilled_bytes == 0
-    choose = dict(SPLITS=9, E=256, K=8, SHARED=1, SOFTMAX=False, RENORMALIZE=True, E2=256, K2=16, PDL=True)
-    assert compiled(choose_kernel, choose, num_warps=1).spilled_bytes == 0
+    choose = dict(E=256, K=8, SHARED=1, SOFTMAX=False, RENORMALIZE=True, E2=256, K2=16, PDL=True)
+    for splits in (1, 9):
+        result = compiled(choose_kernel, choose | dict(SPLITS=splits), num_warps=1)
+        assert result.spilled_bytes == 0
+        assert "redux" in result.ptx
+
+
+def test_finish_compiles_for_hopper() -> None:
+    pytest.importorskip("triton")
+    from thalweg.ops.moe.triton_finish import sum_kernel
+
+    result = compiled(sum_kernel, dict(D=2304, K=9, BLOCK_D=256, ADD=True, PDL=True), num_warps=2)
+    assert result.spilled_bytes == 0
 
 
 def test_pair_kernels_compile_for_hopper() -> None:
     pytest.importorskip("triton")
-    from thalweg.ops.moe.triton_experts import down_pair_kernel, gate_up_pair_kernel, sum_kernel
+    from thalweg.ops.moe.triton_experts import down_pair_kernel, gate_up_pair_kernel
 
     gate_up = dict(E=257, D=2304, I=1024, K=9, SHARED=1, BLOCK_I=2, BLOCK_D=512, PDL=True)
     result = compiled(gate_up_pair_kernel, gate_up)
@@ -121,7 +155,6 @@ def test_pair_kernels_compile_for_hopper() -> None:
     result = compiled(down_pair_kernel, dict(D=2304, I=1024, BLOCK_D=16, BLOCK_I=256, PDL=True))
     assert result.spilled_bytes == 0
     assert result.ptx.split("griddepcontrol.wait")[0].count("ld.global.v4.b32") == 16 // 4 * 4
-    assert compiled(sum_kernel, dict(D=2304, K=9, BLOCK_D=256, PDL=True), num_warps=2).spilled_bytes == 0
 
 
 @pytest.mark.parametrize(("by_pair", "block_p"), [(True, 128), (False, 256)])

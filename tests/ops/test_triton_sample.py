@@ -64,6 +64,14 @@ def test_odd_rows() -> None:
     assert ids[3:] == [7, 20]
 
 
+def test_checked_rows_by_slot() -> None:
+    logits, temperatures, seeds, positions = odd_rows()
+    slots = torch.tensor([3, 1, 0, 2, 4])
+    ids = sample(logits, temperatures[slots], seeds[slots], positions, check=True)
+    assert ids.tolist() == sample(logits, temperatures, seeds, positions, slots, check=True).tolist()
+    assert ids.tolist() == [-1, -1, -1, -1, 20]
+
+
 def check_kernel() -> None:
     from thalweg.ops.sample.triton import sample as kernel
 
@@ -71,6 +79,8 @@ def check_kernel() -> None:
         assert kernel(*rows).tolist() == sample(*rows).tolist()
         in_bf16 = (rows[0].bfloat16(), *rows[1:])
         assert kernel(*in_bf16).tolist() == sample(*in_bf16).tolist()
+        slots = torch.arange(len(rows[0])).flip(0)
+        assert kernel(*rows, slots, check=True).tolist() == sample(*rows, slots, check=True).tolist()
 
 
 def test_kernel_under_the_interpreter() -> None:
@@ -83,7 +93,8 @@ def test_kernels_compile_for_hopper() -> None:
     from thalweg.ops.sample.triton import best_of_blocks_kernel, best_of_rows_kernel
 
     types = {"logits_ptr": "*bf16", "temperatures_ptr": "*fp32", "seeds_ptr": "*i64", "positions_ptr": "*i64"}
-    types |= {"values_ptr": "*fp32", "ids_ptr": "*i32", "V": "i32", "logits_stride": "i32"}
-    assert compile_sm90(best_of_blocks_kernel, types, dict(BLOCK_V=2048, PDL=True)).spilled_bytes == 0
+    types |= {"values_ptr": "*fp32", "ids_ptr": "*i32", "V": "i32", "logits_stride": "i32", "slots_ptr": "*i64"}
+    constants = dict(BLOCK_V=2048, BY_SLOT=True, CHECK=True, PDL=True)
+    assert compile_sm90(best_of_blocks_kernel, types, constants).spilled_bytes == 0
     types = {"values_ptr": "*fp32", "ids_ptr": "*i32", "out_ptr": "*i64", "blocks": "i32"}
     assert compile_sm90(best_of_rows_kernel, types, dict(BLOCKS=128, PDL=True), num_warps=1).spilled_bytes == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,8 +18,10 @@ from thalweg.engine.output import Delta, OutputProcessor
 from thalweg.engine.prompts import check_params, check_token_ids
 from thalweg.errors import EngineDeadError, InvalidRequest, QueueTimeout, RequestTimeout, ThalwegError
 from thalweg.server.app import create_app
+from thalweg.server.parsers.marks import MARK_OF
 from thalweg.server.settings import ServerSettings
-from thalweg.tokenizer.base import Tokenizer, valid_unicode
+from thalweg.tokenizer.base import Tokenizer, literal_pattern, split_literals, valid_unicode
+from thalweg.tokenizer.template import ChatTemplate
 
 EOS = 256
 ANSWER = "Hello, wörld!"
@@ -28,14 +30,18 @@ ANSWER = "Hello, wörld!"
 class ByteTokenizer(Tokenizer):
     """One token a byte, and the special token <eos>."""
 
-    def __init__(self) -> None:
-        self.special_tokens = {"<eos>": EOS}
+    def __init__(self, more_specials: Sequence[str] = ()) -> None:
+        self.special_tokens = {text: EOS + i for i, text in enumerate(["<eos>", *more_specials])}
+        self.added_tokens = self.special_tokens
         self.eos_id = EOS
-        self._special_ids = frozenset({EOS})
-        self._bytes_by_id = [bytes([i]) for i in range(256)] + [b"<eos>"]
+        self._special_ids = frozenset(self.special_tokens.values())
+        self._bytes_by_id = [bytes([i]) for i in range(256)] + [text.encode() for text in self.special_tokens]
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
-        return list(valid_unicode(text).encode())
+        if not allow_special:
+            return list(valid_unicode(text).encode())
+        pieces = split_literals(literal_pattern(self.special_tokens), text)
+        return [i for piece, special in pieces for i in ([self.special_tokens[piece]] if special else piece.encode())]
 
 
 class ClientDouble:
@@ -45,18 +51,29 @@ class ClientDouble:
     tokens. QUEUED: nothing comes at all. REFUSE: the engine does not take it. WAITED, LATE: it waited or took too long.
     """
 
-    def __init__(self, generation: GenerationConfig | None = None) -> None:
-        tokenizer = ByteTokenizer()
+    def __init__(
+        self, generation: GenerationConfig | None = None, answer: str = ANSWER, template: str | None = None
+    ) -> None:
+        """With a chat `template`, `answer` may have the markers of tool calls and reasoning, which are tokens then."""
+        tokenizer = ByteTokenizer(() if template is None else tuple(MARK_OF))
+        self.answer = tokenizer.encode(answer, allow_special=template is not None)
         source = SimpleNamespace(
             name="double", folder=Path("models/double"), generation=generation or GenerationConfig()
         )
 
-        def chat_ids(messages: list[dict[str, Any]], add_generation_prompt: bool = True) -> list[int]:
-            text = "".join(f"{m['role']}:{m['content']}\n" for m in messages)
+        def chat_ids(
+            messages: list[dict[str, Any]], /, tools: Any, add_generation_prompt: bool, style: str = ""
+        ) -> list[int]:
+            text = style + "".join(f"{m['role']}:{m['content']}\n" for m in messages)
             return tokenizer.encode(text + "assistant:" * add_generation_prompt)
 
-        self.front = SimpleNamespace(source=source, tokenizer=tokenizer, chat_ids=chat_ids)
-        self.info = SimpleNamespace(name="double", max_model_len=1000, max_num_seqs=4, vocab_size=260)
+        self.front = SimpleNamespace(source=source, tokenizer=tokenizer, chat_ids=chat_ids, template=None)
+        if template is not None:
+            self.front.template = ChatTemplate(template, tokenizer)
+            self.front.chat_ids = self.front.template.encode_chat
+        self.info = SimpleNamespace(
+            name="double", max_model_len=1000, max_num_seqs=4, vocab_size=max(260, tokenizer.vocab_size)
+        )
         self.stats: SchedulerStats | None = None
         self.dead: EngineDeadError | None = None
         self.seen: list[Request] = []
@@ -71,7 +88,9 @@ class ClientDouble:
     async def close(self) -> None:
         self.closed = True
 
-    async def generate(self, ids: list[int], params: SamplingParams, request_id: str) -> AsyncIterator[Delta]:
+    async def generate(
+        self, ids: list[int], params: SamplingParams, request_id: str, marks: dict[int, str] | None = None
+    ) -> AsyncIterator[Delta]:
         if self.dead is not None:
             raise self.dead
         check_token_ids(ids, self.info.vocab_size)
@@ -79,7 +98,7 @@ class ClientDouble:
         request = Request(id=request_id, prompt_token_ids=ids, params=params)
         self.seen.append(request)
         outputs = OutputProcessor(self.front.tokenizer, frozenset({EOS}))
-        outputs.add(request)
+        outputs.add(request, marks)
         ended = False
         try:
             async for update in self._updates(request):
@@ -116,7 +135,7 @@ class ClientDouble:
         if params.max_tokens == 0:
             yield RequestUpdate(name, [], "length")
             return
-        for n, token in enumerate([*ANSWER.encode(), EOS], start=1):
+        for n, token in enumerate([*self.answer, EOS], start=1):
             await asyncio.sleep(0)
             if n == 3 and b"FAIL" in prompt:
                 yield RequestUpdate(name, [], "error", error="logits are not finite")

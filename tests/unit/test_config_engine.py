@@ -31,6 +31,7 @@ from thalweg.errors import ConfigError
         ("tensor_parallel_size", 0),
         ("tensor_parallel_size", 10**6),
         ("dtype", "int8"),
+        ("state_dtype", "float16"),
         ("device", "gpu"),
         ("device", "cuda:x"),
         ("load_format", "gguf"),
@@ -148,3 +149,10 @@ def test_only_known_environment_variables_are_read(monkeypatch: pytest.MonkeyPat
     assert env.read("THALWEG_API_KEY") is None
     with pytest.raises(KeyError):
         env.read("HOME")
+
+
+@pytest.mark.parametrize(("device", "tokens"), [("cpu", 2048), ("cuda:0", 8192)])
+def test_tokens_of_a_step_follow_the_device(device: str, tokens: int) -> None:
+    arguments = dict(device=device, checkpoint_dtype="bfloat16", context_len=4096)
+    assert EngineConfig().resolve(**arguments).max_num_batched_tokens == tokens
+    assert EngineConfig(max_num_batched_tokens=5).resolve(**arguments).max_num_batched_tokens == 5

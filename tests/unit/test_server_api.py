@@ -258,6 +258,21 @@ def test_developer_messages_are_system_messages() -> None:
     assert bytes(client.seen[0].prompt_token_ids) == b"system:be\nassistant:"
 
 
+def test_template_options_reach_the_template() -> None:
+    body = {**CHAT, "add_generation_prompt": False, "chat_template_kwargs": {"style": "brief "}}
+    client = ClientDouble()
+    post("/v1/chat/completions", body, client)
+    assert bytes(client.seen[0].prompt_token_ids) == b"brief user:hi\n"
+    assert bytes(post("/tokenize", body)["tokens"]) == b"brief user:hi\n"
+
+
+def test_tokenizer_info() -> None:
+    async def work(http: Any, _: ClientDouble) -> Any:
+        return (await http.get("/tokenizer_info")).json()
+
+    assert run(work) == {"bos_token": None, "eos_token": "<eos>", "chat_template": None}
+
+
 def test_models_version_and_health() -> None:
     async def work(http: Any, _: ClientDouble) -> list[Any]:
         paths = ("/v1/models", "/v1/models/double", "/version", "/health")

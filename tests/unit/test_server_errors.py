@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
+import re
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -62,9 +64,13 @@ def post(path: str, **kwargs: Any) -> Any:
         ({**CHAT, "logprobs": True, "top_logprobs": 65}, "logprobs"),
         ({**CHAT, "top_logprobs": 1}, "top_logprobs"),
         ({**CHAT, "stream_options": {"include_usage": True}}, "stream_options"),
+        ({**CHAT, "chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
+        ({**CHAT, "chat_template_kwargs": []}, "chat_template_kwargs"),
         ({**CHAT, "response_format": {"type": "json_object"}}, "response_format"),
         ({**CHAT, "tools": [{"type": "function"}]}, "tools"),
         ({**CHAT, "tools": [{"type": "function"}], "tool_choice": "auto"}, "tools"),
+        ({**CHAT, "tools": {}}, "tools"),
+        ({**CHAT, "tool_choice": "required"}, "tool_choice"),
     ],
 )
 def test_bad_chat_fields_name_themselves(body: dict[str, Any], param: str) -> None:
@@ -111,6 +117,34 @@ def test_bodies_that_are_no_json_object(content: bytes) -> None:
     response = post("/v1/completions", content=content, headers={"content-type": "application/json"})
     assert response.status_code == 400
     error_of(response)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b'{"prompt": "\xff"}', "it is not UTF-8"),
+        (b'{"prompt": ' + b"[" * 100_000, "it nests too deep"),
+        (b'{"prompt": "x", "n": ' + b"9" * 10_000 + b"}", "it holds a number of too many digits"),
+    ],
+)
+def test_bodies_that_cannot_be_read_say_why(content: bytes, reason: str) -> None:
+    error = error_of(post("/v1/completions", content=content, headers={"content-type": "application/json"}))
+    assert error["message"] == f"the body is not valid JSON: {reason}"
+    assert error["code"] == "invalid_json"
+
+
+def test_half_a_surrogate_pair_is_no_accident() -> None:
+    headers = {"content-type": "application/json"}
+    echoed = post("/v1/completions", content=rb'{"prompt": "\ud800", "echo": true}', headers=headers)
+    assert echoed.json()["choices"][0]["text"].startswith("\ufffd")
+    refused = post("/v1/completions", content=rb'{"prompt": "x", "logit_bias": {"\ud800": "x"}}', headers=headers)
+    assert refused.status_code == 400
+    assert error_of(refused)["param"] == "logit_bias"
+
+
+def test_a_conversation_that_is_too_long_names_the_messages() -> None:
+    error = error_of(post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "REFUSE"}]}))
+    assert (error["param"], error["code"]) == ("messages", "context_length_exceeded")
 
 
 def test_a_form_is_no_json() -> None:
@@ -218,6 +252,45 @@ def test_api_key() -> None:
             assert (await http.get("/v1/models", headers=headers)).status_code == 401
             headers = {"authorization": "Bearer sécret".encode()}
             assert (await http.get("/v1/models", headers=headers)).status_code == 200
+
+    asyncio.run(main())
+
+
+def test_api_key_from_a_browser() -> None:
+    async def main() -> None:
+        async with serving(ClientDouble(), ServerSettings(api_key="sécret")) as http:
+            asked = await http.get("/")
+            assert (asked.status_code, asked.headers["www-authenticate"]) == (401, 'Basic realm="API key"')
+            assert (await http.get("/page/chat.js")).headers["www-authenticate"] == "Bearer"
+            headers = {"authorization": "Basic " + base64.b64encode("me:sécret".encode()).decode()}
+            for path in ("/", "/page/chat.js", "/page/chat.css", "/v1/models"):
+                assert (await http.get(path, headers=headers)).status_code == 200
+            # The page itself, then somebody else's page in the same browser.
+            own = headers | {"origin": str(http.base_url)}
+            assert (await http.post("/v1/completions", json=TEXT, headers=own)).status_code == 200
+            for origin in ("http://elsewhere.example", "null", "https://double.example.org:1"):
+                other = headers | {"origin": origin}
+                assert (await http.post("/v1/completions", json=TEXT, headers=other)).status_code == 401
+            for wrong in ("me:secret", "sécret", "sécret:", "me:sécret:"):
+                given = {"authorization": "Basic " + base64.b64encode(wrong.encode()).decode()}
+                assert (await http.get("/", headers=given)).status_code == 401
+            assert (await http.get("/", headers={"authorization": "Basic ?"})).status_code == 401
+
+    asyncio.run(main())
+
+
+def test_the_page_loads_nothing_from_elsewhere() -> None:
+    async def main() -> None:
+        async with serving(ClientDouble()) as http:
+            page = await http.get("/")
+            assert page.headers["content-type"] == "text/html; charset=utf-8"
+            assert "default-src 'none'" in page.headers["content-security-policy"]
+            parts = re.findall(r'(?:src|href)="([^"]*)"', page.text)
+            assert sorted(parts) == ["page/chat.css", "page/chat.js"]
+            for part in parts:
+                assert "http" not in (await http.get(f"/{part}")).text.replace("http-equiv", "")
+            for wrong in ("/page/__init__.py", "/page/..%2fguard.py", "/page/"):
+                assert (await http.get(wrong)).status_code == 404
 
     asyncio.run(main())
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from thalweg.cache.specs import DTYPE_BYTES
 from thalweg.cli.compare import compare
 from thalweg.cli.options import engine_config, takes
 from thalweg.config.engine import EngineConfig, parse_size
@@ -89,6 +90,7 @@ def latency(
     engine = {
         "model": info.name,
         "dtype": info.dtype,
+        "state_dtype": config.state_dtype,
         "device": info.device,
         "tensor_parallel_size": info.tensor_parallel_size,
         "load_format": config.load_format,
@@ -144,16 +146,17 @@ def decode(
     torch.cuda.empty_cache()
     runner, info = build_rank(config, 0, "")
     source = open_source(config)
-    dtype_bytes = 4 if info.dtype == "float32" else 2
+    stored = {"dtype_bytes": DTYPE_BYTES[info.dtype], "state_bytes": DTYPE_BYTES[config.state_dtype]}
     results = []
     for size in sizes:
         step = measure_decode(runner, info, size, length, steps, num_iters, temperature)
-        cost = source.package.decode_cost(source.config, size, length, dtype_bytes=dtype_bytes)
+        cost = source.package.decode_cost(source.config, size, length, **stored)
         results.append((step, 1e3 * ceilings.floor_s(cost.bytes, cost.flops)))
     machine = describe_machine() | ceilings.describe()
     engine = {
         "model": info.name,
         "dtype": info.dtype,
+        "state_dtype": config.state_dtype,
         "layers": len(info.layers),
         "start_s": round(info.load_seconds, 1),
     }

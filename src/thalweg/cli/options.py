@@ -37,6 +37,13 @@ def engine_config(
         str,
         _engine(help="auto, float32, bfloat16 or float16. auto: float32 on a CPU, else the checkpoint's."),
     ] = "auto",
+    state_dtype: Annotated[
+        str,
+        _engine(
+            help="float32, or bfloat16: half the memory and traffic of recurrent states, which are then rounded at"
+            " every token and lose accuracy over long outputs."
+        ),
+    ] = _DEFAULTS.state_dtype,
     device: Annotated[str, _engine(help="auto, cpu, cuda or cuda:N.")] = "auto",
     max_model_len: Annotated[
         str | None,
@@ -47,8 +54,9 @@ def engine_config(
     ] = None,
     max_num_seqs: Annotated[int, _engine(metavar="N", help="Requests that run at once.")] = _DEFAULTS.max_num_seqs,
     max_num_batched_tokens: Annotated[
-        str, _engine(metavar="TOKENS", help="Tokens of one step at most, e.g. 8k.")
-    ] = str(_DEFAULTS.max_num_batched_tokens),
+        str | None,
+        _engine(metavar="TOKENS", help="Tokens of one step at most, e.g. 8k. Default: 2k on a CPU, else 8k."),
+    ] = None,
     block_size: Annotated[int, _engine(metavar="TOKENS", help="Tokens in a page of the cache.")] = _DEFAULTS.block_size,
     cache_memory: Annotated[
         str | None,
@@ -100,10 +108,11 @@ def engine_config(
         model=model,
         tokenizer=tokenizer,
         dtype=dtype,
+        state_dtype=state_dtype,
         device=device,
         max_model_len=_size(max_model_len, "--max-model-len"),
         max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=parse_size(max_num_batched_tokens, "--max-num-batched-tokens"),
+        max_num_batched_tokens=_size(max_num_batched_tokens, "--max-num-batched-tokens"),
         block_size=block_size,
         cache_memory=_size(cache_memory, "--cache-memory"),
         gpu_memory_utilization=gpu_memory_utilization,

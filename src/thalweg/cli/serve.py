@@ -31,6 +31,17 @@ def serve(
         list[str] | None,
         typer.Option(metavar="NAME", help="Name of the model in requests; its folder's if left out. May be repeated."),
     ] = None,
+    tool_call_parser: Annotated[
+        str,
+        typer.Option(
+            metavar="FORMAT",
+            help="How the model writes tool calls: kimi_k2, hermes, qwen3_coder or none; auto: by the template.",
+        ),
+    ] = "auto",
+    reasoning_parser: Annotated[
+        str,
+        typer.Option(metavar="FORMAT", help="How the model marks reasoning: think or none; auto: by the template."),
+    ] = "auto",
     max_queued_requests: Annotated[
         int, _limit(metavar="N", help="Sequences that may wait beyond --max-num-seqs; more are refused with 429.")
     ] = MAX_QUEUED_REQUESTS,
@@ -60,6 +71,8 @@ def serve(
         port=port,
         api_key=env.read("THALWEG_API_KEY") if api_key is None else api_key,
         served_model_name=served_model_name or (),
+        tool_call_parser=tool_call_parser,
+        reasoning_parser=reasoning_parser,
         max_queued_requests=max_queued_requests,
         queue_timeout=queue_timeout,
         request_timeout=request_timeout,

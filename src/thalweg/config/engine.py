@@ -12,6 +12,7 @@ from typing import Any
 from thalweg.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+STATE_DTYPES = ("float32", "bfloat16")
 LOAD_FORMATS = ("auto", "dummy", "safetensors")
 MAX_TENSOR_PARALLEL = 1024
 
@@ -24,6 +25,9 @@ class EngineConfig:
     """Options of one engine. Raises ConfigError, in the command line's spelling, on a value out of range.
 
     `model` is a folder (None: the bundled model) and `tokenizer` another folder to take the tokenizer from.
+    `state_dtype` is what recurrent states are stored in, whatever they are computed in.
+    `max_num_batched_tokens` None means 8192 on an accelerator, where a step that reads all experts anyway should have
+    many tokens, and 2048 on a CPU.
     `max_model_len` None means the model's context length, or what fits in memory. `cache_memory` is in bytes
     and takes the place of `gpu_memory_utilization`, the share of the device's memory that weights and cache
     may fill. `op_preference` maps an op's name, or "*", to the implementation that must serve it.
@@ -32,9 +36,10 @@ class EngineConfig:
     model: str | None = None
     tokenizer: str | None = None
     dtype: str = "auto"
+    state_dtype: str = "float32"
     device: str = "auto"
     max_num_seqs: int = 64
-    max_num_batched_tokens: int = 2048
+    max_num_batched_tokens: int | None = None
     max_model_len: int | None = None
     block_size: int = 64
     cache_memory: int | None = None
@@ -50,7 +55,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         self._integer("max_num_seqs", 1, 65_536)
-        self._integer("max_num_batched_tokens", 1, 2**24)
+        self._integer("max_num_batched_tokens", 1, 2**24, optional=True)
         self._integer("max_model_len", 1, 2**31 - 1, optional=True)
         self._integer("block_size", 1, 65_536)
         self._integer("cache_memory", 1, 2**50, optional=True)
@@ -65,6 +70,7 @@ class EngineConfig:
             "a number in (0, 1]",
         )
         self._need(self.dtype in DTYPES, "dtype", _one_of(DTYPES))
+        self._need(self.state_dtype in STATE_DTYPES, "state_dtype", " or ".join(STATE_DTYPES))
         self._need(self.load_format in LOAD_FORMATS, "load_format", _one_of(LOAD_FORMATS))
         for name, kind in (("model", "a folder"), ("tokenizer", "a folder"), ("config_file", "a config.json")):
             value = getattr(self, name)
@@ -101,7 +107,8 @@ class EngineConfig:
         if dtype == "auto":
             dtype = "float32" if chosen == "cpu" else checkpoint_dtype
         load_format = "auto" if self.load_format == "safetensors" else self.load_format
-        return replace(self, device=chosen, dtype=dtype, load_format=load_format)
+        tokens = self.max_num_batched_tokens or (2048 if chosen == "cpu" else 8192)
+        return replace(self, device=chosen, dtype=dtype, load_format=load_format, max_num_batched_tokens=tokens)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values by option name, for messages; EngineConfig(**d) gives the same config."""

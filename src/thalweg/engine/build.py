@@ -55,6 +55,7 @@ def build_rank(config: EngineConfig, tp_rank: int, rendezvous_file: str) -> tupl
     c = source.config
     device = choose_device(config, tp_rank)
     config = config.resolve(device=str(device), checkpoint_dtype=c.dtype, context_len=c.context_len)
+    assert config.max_num_batched_tokens is not None
     plan = source.package.plan(c, tp_rank, config.tensor_parallel_size)  # refuses what ranks do not divide, early
     if device.type == "cpu":
         _choose_threads(sum(local_elements(plan).values()) * 4, config.tensor_parallel_size)
@@ -69,7 +70,7 @@ def build_rank(config: EngineConfig, tp_rank: int, rendezvous_file: str) -> tupl
     laps.end("device")
     mesh = join_mesh(tp_rank, config.tensor_parallel_size, rendezvous_file, device)
     resolver = Resolver(config.op_preference)
-    model = source.package.build(BuildContext(device, dtype, mesh, resolver), c)
+    model = source.package.build(BuildContext(device, dtype, mesh, resolver, config.state_dtype), c)
     _fill(model, plan, checkpoint, source, config, tp_rank)
     if device.type == "cuda":
         torch.cuda.synchronize()

@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import subprocess
 import sys
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,9 +95,13 @@ class EngineClient:
         raise error
 
     async def generate(
-        self, prompt_token_ids: list[int], params: SamplingParams, request_id: str | None = None
+        self,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        request_id: str | None = None,
+        marks: Mapping[int, str] | None = None,
     ) -> AsyncGenerator[Delta, None]:
-        """Each step's news of one request, to its end. Leaving early aborts it.
+        """Each step's news of one request, to its end. Leaving early aborts it. `marks`: see OutputProcessor.add.
 
         Raises InvalidRequest when the engine refuses it, QueueTimeout or RequestTimeout when it takes too long,
         EngineDeadError when the engine is or gets lost.
@@ -121,7 +125,7 @@ class EngineClient:
             timer = loop.call_later(seconds, self._give_up, request_id, late)
         ended = False
         try:
-            self._outputs.add(request)
+            self._outputs.add(request, marks)
             self._post(m.Add(request))
             while not ended:
                 delta = await queue.get()

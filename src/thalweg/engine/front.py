@@ -30,7 +30,7 @@ class Front:
             raise InvalidRequest(f"{self.source.folder} has no {missing}, which chat needs; use completions instead")
         return self.template
 
-    def chat_ids(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
+    def chat_ids(self, messages: Sequence[Mapping[str, Any]], /, **options: Any) -> list[int]:
         """Token ids of a conversation, ready for the assistant's turn. Raises InvalidRequest."""
         return self.chat_template().encode_chat(messages, **options)
 

@@ -81,8 +81,8 @@ def describe(config: EngineConfig) -> Inspection:
     config = config.resolve(device=str(device), checkpoint_dtype=c.dtype, context_len=c.context_len)
     plan = source.package.plan(c, 0, ranks)
     resolver = Resolver(config.op_preference)
-    model = _build(source, config.dtype, ranks, device, resolver)
-    native = model if config.dtype == c.dtype else _build(source, c.dtype, ranks, device, Resolver())
+    model = _build(source, config, config.dtype, device, resolver)
+    native = model if config.dtype == c.dtype else _build(source, config, c.dtype, device, Resolver())
     cost = _cost(model, config.dtype)
     memory, memory_error = _split(config, model.cache_specs, device, cost.weight_bytes, c.context_len)
     kinds = Counter(f"{type(layer.attn).__name__} + {type(layer.mlp).__name__}" for layer in model.layers)
@@ -106,8 +106,9 @@ def describe(config: EngineConfig) -> Inspection:
     )
 
 
-def _build(source: ModelSource, dtype: str, ranks: int, device: torch.device, resolver: Resolver) -> Any:
-    context = _MetaContext(torch.device("meta"), getattr(torch, dtype), Mesh(0, ranks), resolver, device)
+def _build(source: ModelSource, config: EngineConfig, dtype: str, device: torch.device, resolver: Resolver) -> Any:
+    mesh, meta = Mesh(0, config.tensor_parallel_size), torch.device("meta")
+    context = _MetaContext(meta, getattr(torch, dtype), mesh, resolver, config.state_dtype, device)
     return source.package.build(context, source.config)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +43,8 @@ class OutputProcessor:
         self._tokenizer, self._eos, self._late = tokenizer, eos_token_ids, late
         self._live: dict[str, _Tracked] = {}
 
-    def add(self, request: Request) -> None:
+    def add(self, request: Request, marks: Mapping[int, str] | None = None) -> None:
+        """Begin a request's output. `marks`: tokens to show as characters of their own (IncrementalDetokenizer)."""
         p, detokenizer = request.params, None
         if self._tokenizer is not None:
             detokenizer = IncrementalDetokenizer(
@@ -50,6 +52,7 @@ class OutputProcessor:
                 skip_special_tokens=p.skip_special_tokens,
                 stop=p.stop,
                 include_stop_str_in_output=p.include_stop_str_in_output,
+                marks=marks,
             )
         self._live[request.id] = _Tracked(
             detokenizer, p.include_stop_str_in_output, [] if self._late and not p.stop else None

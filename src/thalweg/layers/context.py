@@ -20,6 +20,7 @@ class BuildContext:
     dtype: torch.dtype
     mesh: Mesh
     resolver: Resolver
+    state_dtype: str  # that recurrent states are stored in
 
     @property
     def dtype_name(self) -> str:

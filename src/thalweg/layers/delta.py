@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from thalweg.cache.specs import StateSpec, StateTensor
 from thalweg.layers.batch import Batch
 from thalweg.layers.context import BuildContext, LayerCache
-from thalweg.layers.linear import Linear
+from thalweg.layers.linear import LinearAdd, NormLinear
+from thalweg.layers.norm import RMSNorm
 
 
 class LowRankUp(nn.Module):
@@ -33,7 +34,7 @@ class ShortConv(nn.Module):
 
 
 class KimiDeltaAttention(nn.Module):
-    """x_TD -> y_TD over this rank's heads. Caches StateSpec(conv [taps - 1, 3*H*K], recurrent [H, V, K]).
+    """x_TD -> x + mixed(norm(x)) over this rank's heads. Caches StateSpec(conv [taps - 1, 3*H*K], recurrent [H, V, K]).
 
     q, k, v, beta, f_a and g_a come from one matrix; f_b and g_b from one batched matrix; q, k and v share one conv.
     """
@@ -43,20 +44,20 @@ class KimiDeltaAttention(nn.Module):
     ) -> None:
         super().__init__()
         H, K = ctx.shard(heads, "linear_attn_config.num_heads"), head_dim
-        self.H, self.K, self.R, self.eps, self.mesh = H, K, rank, eps, ctx.mesh
+        self.H, self.K, self.R, self.eps = H, K, rank, eps
         self.split = [3 * H * K, H, 2 * rank]
-        self.in_proj = Linear(ctx, width, sum(self.split))
+        self.in_proj = NormLinear(ctx, width, sum(self.split))
         self.up_proj = LowRankUp(ctx, rank, H * K)
         self.conv = ShortConv(ctx, 3 * H * K, taps)
         self.A_log = ctx.weight(H, dtype=torch.float32)
         self.dt_bias = ctx.weight(H, K, dtype=torch.float32)
         self.out_norm = nn.Module()
         self.out_norm.weight = ctx.weight(K)
-        self.out_proj = Linear(ctx, H * K, width)
+        self.out_proj = LinearAdd(ctx, H * K, width)
         self.cache_spec = StateSpec(
             (
                 StateTensor("conv", (taps - 1, 3 * H * K), ctx.dtype_name),
-                StateTensor("recurrent", (H, K, K), "float32"),
+                StateTensor("recurrent", (H, K, K), ctx.state_dtype),
             )
         )
         dims = {"H": H, "K": K, "V": K}
@@ -66,15 +67,15 @@ class KimiDeltaAttention(nn.Module):
         self._prefill = ctx.op("kda_prefill", **dims)
         self._gated_norm = ctx.op("gated_rms_norm", H=H, V=K)
 
-    def forward(self, x_TD: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
-        proj_TX = self.in_proj(x_TD)
+    def forward(self, x_TD: Tensor, norm: RMSNorm, batch: Batch, cache: LayerCache) -> Tensor:
+        proj_TX = self.in_proj(x_TD, norm)
         n, parts = batch.num_decodes, []
         if n:
             parts.append(self._mix_decode(proj_TX[:n], batch.slots_B[:n], cache))
         if n < len(proj_TX):
             parts.append(self._mix_prefill(proj_TX[n:], batch.slots_B[n:], batch.prefill_offsets, cache))
         o_TO = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return self.mesh.all_reduce(self.out_proj(o_TO))
+        return self.out_proj(o_TO, x_TD)
 
     def _mix_decode(self, proj_BX: Tensor, slots_B: Tensor, cache: LayerCache) -> Tensor:
         return self._mixer_decode(
@@ -111,7 +112,7 @@ class KimiDeltaAttention(nn.Module):
         return (*first, F.linear(F.linear(x_TD, w_fa), w_fb), F.linear(F.linear(x_TD, w_ga), w_gb))
 
     def fused_projections(self, x_TD: Tensor) -> tuple[Tensor, ...]:
-        """The same six tensors by one matrix product and one batched one, as `forward` computes them."""
+        """The same six tensors by one matrix product and one batched one, as `forward` has them."""
         HK = self.H * self.K
-        qkv, beta, low = self.in_proj(x_TD).split(self.split, dim=-1)
+        qkv, beta, low = F.linear(x_TD, self.in_proj.weight).split(self.split, dim=-1)
         return (*qkv.split(HK, dim=-1), beta, *self.up_proj(low.unflatten(-1, (2, self.R))).unbind(1))

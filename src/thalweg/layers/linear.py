@@ -7,18 +7,35 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from thalweg.layers.context import BuildContext
+from thalweg.layers.norm import RMSNorm
 
 
-class Linear(nn.Module):
-    """y = x W^T with W [out, in] of this rank. The caller reduces where `in` is sharded."""
+class NormLinear(nn.Module):
+    """y = norm(x) W^T with W [out, in] of this rank."""
 
     def __init__(self, ctx: BuildContext, in_features: int, out_features: int) -> None:
         super().__init__()
         self.weight = ctx.weight(out_features, in_features)
-        self._linear = ctx.op("linear", D=in_features, O=out_features)
+        self._norm_linear = ctx.op("norm_linear", D=in_features, O=out_features)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        return self._linear(x_TD, self.weight)
+    def forward(self, x_TD: Tensor, norm: RMSNorm) -> Tensor:
+        return self._norm_linear(x_TD, norm.weight, norm.eps, self.weight)
+
+
+class LinearAdd(nn.Module):
+    """y = residual + x W^T, summed over ranks, with W [out, in]: `in` is this rank's share."""
+
+    def __init__(self, ctx: BuildContext, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.mesh = ctx.mesh
+        self.weight = ctx.weight(out_features, in_features)
+        op = "linear_add" if ctx.mesh.tp_size == 1 else "linear"
+        self._linear = ctx.op(op, D=in_features, O=out_features)
+
+    def forward(self, x_TD: Tensor, residual_TO: Tensor) -> Tensor:
+        if self.mesh.tp_size == 1:
+            return self._linear(x_TD, self.weight, residual_TO)
+        return residual_TO + self.mesh.all_reduce(self._linear(x_TD, self.weight))
 
 
 class VocabEmbedding(nn.Module):
@@ -39,17 +56,13 @@ class VocabEmbedding(nn.Module):
         return self.mesh.all_reduce(torch.where(here_T[:, None], x_TD, 0))
 
 
-class VocabHead(nn.Module):
+class VocabHead(NormLinear):
     """Hidden states to logits [R, vocab_size] in the model's dtype, gathered from all ranks."""
 
     def __init__(self, ctx: BuildContext, vocab_size: int, width: int) -> None:
-        super().__init__()
+        super().__init__(ctx, width, -(-vocab_size // ctx.mesh.tp_size))
         self.mesh = ctx.mesh
         self.vocab_size = vocab_size
-        rows = -(-vocab_size // ctx.mesh.tp_size)
-        self.weight = ctx.weight(rows, width)
-        self._linear = ctx.op("linear", D=width, O=rows)
 
-    def forward(self, x_RD: Tensor) -> Tensor:
-        logits = self.mesh.all_gather_last(self._linear(x_RD, self.weight))
-        return logits[:, : self.vocab_size]
+    def forward(self, x_RD: Tensor, norm: RMSNorm) -> Tensor:
+        return self.mesh.all_gather_last(super().forward(x_RD, norm))[:, : self.vocab_size]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from thalweg.cache.specs import PagedSpec
 from thalweg.layers.batch import Batch
 from thalweg.layers.context import BuildContext, LayerCache
-from thalweg.layers.linear import Linear
+from thalweg.layers.linear import LinearAdd, NormLinear
 from thalweg.layers.norm import RMSNorm
 
 
@@ -24,7 +24,8 @@ class LatentUp(nn.Module):
 
 
 class MultiHeadLatentAttention(nn.Module):
-    """x_TD -> y_TD over this rank's heads. Caches PagedSpec(R + P): the normed latent and the shared "rope" key.
+    """x_TD -> x + attention(norm(x)) over this rank's heads. Caches PagedSpec(R + P): the normed latent and the shared
+    "rope" key.
 
     Decode is absorbed: queries move into latent space and one read of the cache serves all heads. Prefill expands.
     """
@@ -44,32 +45,32 @@ class MultiHeadLatentAttention(nn.Module):
         super().__init__()
         H = ctx.shard(heads, "num_attention_heads")
         self.H, self.nope, self.rope, self.value, self.rank = H, nope, rope, value, rank
-        self.mesh, self.scale = ctx.mesh, (nope + rope) ** -0.5
+        self.scale = (nope + rope) ** -0.5
         self.split = [H * (nope + rope), rank, rope]
-        self.in_proj = Linear(ctx, width, sum(self.split))  # q_proj and kv_a_proj in one
+        self.in_proj = NormLinear(ctx, width, sum(self.split))  # q_proj and kv_a_proj in one
         self.kv_norm = RMSNorm(ctx, rank, eps)
         self.kv_b_proj = LatentUp(ctx, H, nope + value, rank)
-        self.out_proj = Linear(ctx, H * value, width)
+        self.out_proj = LinearAdd(ctx, H * value, width)
         self.cache_spec = PagedSpec(rank + rope, ctx.dtype_name)
         dims = {"H": H, "K": nope, "V": value, "R": rank, "P": rope}
         self._mixer_decode = ctx.op("mla_mixer_decode", **dims)
         self._write = ctx.op("mla_write", R=rank, P=rope)
         self._prefill = ctx.op("mla_prefill", **dims)
 
-    def forward(self, x_TD: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
-        proj_TX, pages = self.in_proj(x_TD), cache["pages"]
+    def forward(self, x_TD: Tensor, norm: RMSNorm, batch: Batch, cache: LayerCache) -> Tensor:
+        proj_TX, pages = self.in_proj(x_TD, norm), cache["pages"]
         w_uk_HKR, w_uv_HVR = self.kv_b_proj.weight.split([self.nope, self.value], dim=1)
         n, parts = batch.num_decodes, []
         if n:
             where = (pages, batch.block_tables_BN[:n], batch.decode_lens_B, batch.page_rows_T[:n])
-            norm = self.kv_norm
-            parts.append(self._mixer_decode(proj_TX[:n], norm.weight, w_uk_HKR, w_uv_HVR, *where, self.scale, norm.eps))
+            weights = (self.kv_norm.weight, w_uk_HKR, w_uv_HVR)
+            parts.append(self._mixer_decode(proj_TX[:n], *weights, *where, self.scale, self.kv_norm.eps))
         if n < len(proj_TX):
             q_TX, c_TR, k_rope_TP = proj_TX[n:].split(self.split, dim=-1)
-            self._write(torch.cat([self.kv_norm(c_TR)[0], k_rope_TP], dim=-1), pages, batch.page_rows_T[n:])
+            self._write(torch.cat([self.kv_norm(c_TR), k_rope_TP], dim=-1), pages, batch.page_rows_T[n:])
             q_THX = q_TX.unflatten(-1, (self.H, self.nope + self.rope))  # t (h x) -> t h x
             spans = (batch.block_tables_BN[n:], batch.prefill_starts, batch.prefill_offsets)
             o_THV = self._prefill(q_THX, pages, *spans, w_uk_HKR, w_uv_HVR, self.scale)
             parts.append(o_THV.flatten(1))  # t h v -> t (h v)
         o_TO = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return self.mesh.all_reduce(self.out_proj(o_TO))
+        return self.out_proj(o_TO, x_TD)

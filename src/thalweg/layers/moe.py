@@ -1,4 +1,4 @@
-"""Feed-forward blocks: dense SwiGLU, and a mixture of SwiGLU experts with shared experts."""
+"""Feed-forward blocks, norm and residual included: dense SwiGLU, and a mixture of SwiGLU experts with shared ones."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import torch
 from torch import Tensor, nn
 
 from thalweg.layers.context import BuildContext
-from thalweg.layers.linear import Linear
+from thalweg.layers.linear import LinearAdd, NormLinear
+from thalweg.layers.norm import RMSNorm
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate x) * up x), its width sharded; `what` names that width in errors."""
+    """x + down(silu(gate n) * up n) with n = norm(x), its width sharded; `what` names that width in errors."""
 
     def __init__(self, ctx: BuildContext, width: int, inner: int, what: str) -> None:
         super().__init__()
         local = ctx.shard(inner, what)
-        self.mesh = ctx.mesh
-        self.gate_up = Linear(ctx, width, 2 * local)
-        self.down = Linear(ctx, local, width)
+        self.gate_up = NormLinear(ctx, width, 2 * local)
+        self.down = LinearAdd(ctx, local, width)
         self._act = ctx.op("silu_and_mul", I=local)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        return self.mesh.all_reduce(self.down(self._act(self.gate_up(x_TD))))
+    def forward(self, x_TD: Tensor, norm: RMSNorm) -> Tensor:
+        return self.down(self._act(self.gate_up(x_TD, norm)), x_TD)
 
 
 class Router(nn.Module):
@@ -44,12 +44,12 @@ class Router(nn.Module):
         self.weight = ctx.weight(experts, width)
         self.bias = ctx.weight(experts, dtype=torch.float32)
         self.options = (top_k, renormalize, scale, "sigmoid", groups, topk_groups, shared)
-        self._router = ctx.op("router", E=experts, D=width, K=top_k, G=groups, S=shared)
+        self._router = ctx.op("norm_router", E=experts, D=width, K=top_k, G=groups, S=shared)
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """(weights float32, expert ids), both [T, top_k + shared]; the shared experts come last, with weight 1."""
-        weights, ids = self._router(x_TD, self.weight, self.bias, *self.options)
-        return weights, ids
+    def forward(self, x_TD: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor, Tensor]:
+        """(norm(x), weights float32, expert ids), the latter two [T, top_k + shared]; the shared experts come last,
+        with weight 1."""
+        return self._router(x_TD, norm.weight, norm.eps, self.weight, self.bias, *self.options)
 
 
 class Experts(nn.Module):
@@ -60,14 +60,19 @@ class Experts(nn.Module):
         self.shared = shared
         self.gate_up = ctx.weight(routed + shared, 2 * inner, width)
         self.down = ctx.weight(routed + shared, width, inner)
-        self._experts = ctx.op("experts", E=routed + shared, D=width, I=inner)
+        self.mesh = ctx.mesh
+        op = "experts_add" if ctx.mesh.tp_size == 1 else "experts"
+        self._experts = ctx.op(op, E=routed + shared, D=width, I=inner)
 
-    def forward(self, x_TD: Tensor, weights_Tk: Tensor, ids_Tk: Tensor) -> Tensor:
-        return self._experts(x_TD, weights_Tk, ids_Tk, self.gate_up, self.down, self.shared)
+    def forward(self, normed_TD: Tensor, weights_Tk: Tensor, ids_Tk: Tensor, residual_TD: Tensor) -> Tensor:
+        experts = (normed_TD, weights_Tk, ids_Tk, self.gate_up, self.down)
+        if self.mesh.tp_size == 1:
+            return self._experts(*experts, residual_TD, num_shared=self.shared)
+        return residual_TD + self.mesh.all_reduce(self._experts(*experts, num_shared=self.shared))
 
 
 class MoE(nn.Module):
-    """Routed experts and, as further experts that every token takes with weight 1, the shared ones."""
+    """x plus its routed experts and, as further experts that every token takes with weight 1, the shared ones."""
 
     def __init__(
         self,
@@ -84,7 +89,6 @@ class MoE(nn.Module):
         topk_groups: int,
     ) -> None:
         super().__init__()
-        self.mesh = ctx.mesh
         self.router = Router(
             ctx,
             width,
@@ -98,5 +102,5 @@ class MoE(nn.Module):
         )
         self.experts = Experts(ctx, width, experts, shared, ctx.shard(inner, "moe_intermediate_size"))
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        return self.mesh.all_reduce(self.experts(x_TD, *self.router(x_TD)))
+    def forward(self, x_TD: Tensor, norm: RMSNorm) -> Tensor:
+        return self.experts(*self.router(x_TD, norm), x_TD)

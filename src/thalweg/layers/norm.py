@@ -1,4 +1,4 @@
-"""RMSNorm, alone and with the residual add that precedes it."""
+"""RMSNorm. Layers that begin with one take it as an argument, so that it may be part of their first kernel."""
 
 from __future__ import annotations
 
@@ -13,10 +13,6 @@ class RMSNorm(nn.Module):
         self.weight = ctx.weight(width)
         self.eps = eps
         self._norm = ctx.op("rms_norm", D=width)
-        self._add_norm = ctx.op("add_rms_norm", D=width)
 
-    def forward(self, x_TD: Tensor, residual_TD: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(norm(x + residual), x + residual); the residual is x itself where none is given."""
-        if residual_TD is None:
-            return self._norm(x_TD, self.weight, self.eps), x_TD
-        return self._add_norm(x_TD, residual_TD, self.weight, self.eps)
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self._norm(x_TD, self.weight, self.eps)

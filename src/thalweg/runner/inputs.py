@@ -9,6 +9,7 @@ import torch
 
 from thalweg.core import Admission, StepPlan
 from thalweg.layers.batch import Batch
+from thalweg.ops.host_tables import to_device
 
 IntArray = np.ndarray
 
@@ -69,19 +70,19 @@ class InputBuilder:
             width = max(width, self._blocks(p.start + p.length))
         slots.append(np.array([p.slot for p in plan.prefills], dtype=np.int64))
         every_slot = np.concatenate(slots)
-        token_ids = self.tensor(np.concatenate(tokens))
-        slots_B = self.tensor(every_slot)
+        token_ids = self._tensor(np.concatenate(tokens))
+        slots_B = self._tensor(every_slot)
         logit_rows = [*range(d), *(d + offsets[i + 1] - 1 for i, p in enumerate(plan.prefills) if p.sample)]
         return Batch(
             token_ids_T=torch.cat([self.last_tokens[slots_B[:d]], token_ids]) if d else token_ids,
             num_decodes=d,
             slots_B=slots_B,
-            block_tables_BN=self.tensor(self.tables[every_slot, :width]),
-            page_rows_T=self.tensor(np.concatenate(page_rows)),
-            decode_lens_B=self.tensor((rows[1] + 1).astype(np.int32)),
+            block_tables_BN=self._tensor(self.tables[every_slot, :width]),
+            page_rows_T=self._tensor(np.concatenate(page_rows)),
+            decode_lens_B=self._tensor((rows[1] + 1).astype(np.int32)),
             prefill_starts=[p.start for p in plan.prefills],
             prefill_offsets=offsets,
-            logit_rows_R=None if every_row else self.tensor(np.array(logit_rows, dtype=np.int64)),
+            logit_rows_R=None if every_row else self._tensor(np.array(logit_rows, dtype=np.int64)),
         )
 
     def _build_decode(self, plan: StepPlan) -> Batch:
@@ -97,13 +98,13 @@ class InputBuilder:
                 self._decode = replace(last, token_ids_T=self.last_tokens[last.slots_B])
                 return self._decode
         rows = self.decode_rows(plan)
-        on_device = self.tensor(rows)
+        on_device = self._tensor(rows)
         self._decode_slots, self._decode_starts = plan.decode_slots, starts
         self._decode = Batch(
             token_ids_T=self.last_tokens[on_device[0]],
             num_decodes=len(starts),
             slots_B=on_device[0],
-            block_tables_BN=self.tensor(self.tables[rows[0], : self._blocks(max(starts) + 1)]),
+            block_tables_BN=self._tensor(self.tables[rows[0], : self._blocks(max(starts) + 1)]),
             page_rows_T=on_device[2],
             decode_lens_B=(on_device[1] + 1).int(),
             prefill_starts=[],
@@ -115,7 +116,5 @@ class InputBuilder:
     def _blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
-    def tensor(self, array: IntArray) -> torch.Tensor:
-        """The array on the device. The host waits where its memory is not pinned."""
-        tensor = torch.from_numpy(array)
-        return tensor if self.device.type == "cpu" else tensor.to(self.device, non_blocking=True)
+    def _tensor(self, array: IntArray) -> torch.Tensor:
+        return to_device(array, self.device)

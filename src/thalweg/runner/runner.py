@@ -6,7 +6,6 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +13,7 @@ from thalweg import tracing
 from thalweg.cache.storage import CacheStorage
 from thalweg.core import Prefill, StepPlan, StepResult, TokenLogprobs
 from thalweg.layers.batch import Batch
+from thalweg.ops.host_tables import to_device
 from thalweg.parallel.mesh import Mesh
 from thalweg.runner.decode_graphs import DecodeGraphs
 from thalweg.runner.inputs import InputBuilder
@@ -108,6 +108,24 @@ class ModelRunner:
         positions = [s + 1 for s in plan.decode_starts] + [p.start + p.length for p in sampling]
         return self._sample(plan, logits, slots, positions, prompt_logprobs, prompt_logits)
 
+    def _finish_simple(
+        self,
+        plan: StepPlan,
+        slots: list[int],
+        ids: Tensor,
+        prompt_logprobs: dict[int, list[TokenLogprobs]],
+        prompt_logits: dict[int, Tensor],
+    ) -> Finish:
+        """Of ids that `Sampler.sample_rows` gave."""
+        read = self._readback(ids)
+
+        def finish() -> StepResult:
+            tokens = read()
+            errors = {s: NON_FINITE for s, t in zip(slots, tokens, strict=True) if t < 0} if min(tokens) < 0 else {}
+            return StepResult(plan.step, tokens, {}, prompt_logprobs, errors, prompt_logits)
+
+        return finish
+
     def _sample(
         self,
         plan: StepPlan,
@@ -117,38 +135,19 @@ class ModelRunner:
         prompt_logprobs: dict[int, list[TokenLogprobs]] | None = None,
         prompt_logits: dict[int, Tensor] | None = None,
     ) -> Finish:
-        slots_R = self._inputs.tensor(np.array(slots, dtype=np.int64))
-        simple = self.waits and self._sampler.simple(slots)
-        with tracing.span("sample"):
-            if simple:  # nothing that waits for the device, so that the next step can be launched behind this one
-                positions_R = self._inputs.tensor(np.array(positions, dtype=np.int64))
-                ids = self._sampler.sample_rows(logits, slots_R, positions_R)
-            else:
-                ids, logprobs, errors = self._sampler(logits, slots, positions)
-        ids = self._mesh.broadcast(ids)
-        self._inputs.last_tokens[slots_R] = ids.clamp(min=0)
-        if simple:
+        device = logits.device
+        if self.waits and self._sampler.simple(slots):  # nothing here waits for the device
+            with tracing.span("sample"):
+                slots_R, positions_R = to_device(slots, device), to_device(positions, device)
+                ids = self._mesh.broadcast(self._sampler.sample_rows(logits, slots_R, positions_R))
+            self._inputs.last_tokens[slots_R] = ids.clamp(min=0)
             return self._finish_simple(plan, slots, ids, prompt_logprobs or {}, prompt_logits or {})
+        with tracing.span("sample"):
+            ids, logprobs, errors = self._sampler(logits, slots, positions)
+        ids = self._mesh.broadcast(ids)
+        self._inputs.last_tokens[to_device(slots, device)] = ids
         read = self._readback(ids)
         return lambda: StepResult(plan.step, read(), logprobs, prompt_logprobs or {}, errors, prompt_logits or {})
-
-    def _finish_simple(
-        self,
-        plan: StepPlan,
-        slots: list[int],
-        ids: Tensor,
-        prompt_logprobs: dict[int, list[TokenLogprobs]],
-        prompt_logits: dict[int, Tensor],
-    ) -> Finish:
-        """Of ids that are -1 where a row had a non-finite logit."""
-        read = self._readback(ids)
-
-        def finish() -> StepResult:
-            tokens = read()
-            errors = {s: NON_FINITE for s, t in zip(slots, tokens, strict=True) if t < 0} if min(tokens) < 0 else {}
-            return StepResult(plan.step, tokens, {}, prompt_logprobs, errors, prompt_logits)
-
-        return finish
 
     def _inspect(
         self,
@@ -175,5 +174,4 @@ class ModelRunner:
                 self._prompt_logits.add(a.slot)
             if a.params.prompt_logprobs is not None:
                 self._prompt_logprobs[a.slot] = a.params.prompt_logprobs
-        slots = torch.tensor([a.slot for a in plan.admissions], device=self._inputs.device)
-        self.cache.reset_slots(slots)
+        self.cache.reset_slots(to_device([a.slot for a in plan.admissions], self._inputs.device))

@@ -29,7 +29,7 @@ class Sampler:
         vocab_size: int,
         eos_token_ids: frozenset[int],
         device: torch.device,
-        sample: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+        sample: Callable[..., Tensor],
     ) -> None:
         self._sample = sample  # op "sample"
         self.vocab_size, self.eos_token_ids, self.device = vocab_size, eos_token_ids, device
@@ -116,8 +116,7 @@ class Sampler:
 
     def sample_rows(self, logits_RV: Tensor, slots_R: Tensor, positions_R: Tensor) -> Tensor:
         """Ids int64 [R] of greedy and plain rows, all on the device; -1 for a row with a non-finite logit."""
-        ids_R = self._sample(logits_RV, self._temperature[slots_R], self._seed[slots_R], positions_R)
-        return torch.where(torch.isfinite(logits_RV.sum(-1, dtype=torch.float64)), ids_R, -1)
+        return self._sample(logits_RV, self._temperature, self._seed, positions_R, slots_R, check=True)
 
     def _choose(self, logits_RV: Tensor, slots: list[int], positions: list[int]) -> Tensor:
         filtered = [r for r, s in enumerate(slots) if s in self._filtered] if self._filtered else []

@@ -12,12 +12,22 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from thalweg.errors import EngineDeadError, InvalidRequest, QueueTimeout, RequestTimeout, ThalwegError
+from thalweg.tokenizer.base import valid_unicode
 
 MAX_MESSAGE_CHARS = 1000
 RETRY_AFTER = "1"  # seconds, as a header
 
 # Messages about a field begin with its name: "temperature is 200; expected 0 to 100".
 _NAMED = re.compile(r"([a-z_]+)[\w.\[\]]* (?:is|has|names|nests)\b")
+
+_TOO_LONG = re.compile(r"the prompt has \d+ tokens; expected at most")
+
+# What the framework's reading of a body fails with, beside bad syntax; it tells the client only that it failed.
+_UNREADABLE: dict[type, str] = {
+    UnicodeDecodeError: "it is not UTF-8",
+    RecursionError: "it nests too deep",
+    ValueError: "it holds a number of too many digits",
+}
 
 
 class ApiError(Exception):
@@ -37,9 +47,9 @@ class ApiError(Exception):
 
     def body(self) -> dict[str, Any]:
         kind = "invalid_request_error" if self.status < 500 else "server_error"
-        # Names out of a request may hold what has no UTF-8 form.
-        message = str(self)[:MAX_MESSAGE_CHARS].encode("utf-8", "replace").decode()
-        return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
+        message = valid_unicode(str(self)[:MAX_MESSAGE_CHARS])
+        param = None if self.param is None else valid_unicode(self.param)
+        return {"error": {"message": message, "type": kind, "param": param, "code": self.code}}
 
     def response(self) -> Response:
         return Response(msgspec.json.encode(self.body()), self.status, self.headers, "application/json")
@@ -56,12 +66,15 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, RequestTimeout):
         return ApiError(504, str(error), code="request_timeout")
     if isinstance(error, InvalidRequest):
-        return ApiError(400, str(error), param=_param_of(str(error)))
+        too_long = "context_length_exceeded" if _TOO_LONG.match(str(error)) else None
+        return ApiError(400, str(error), param=_param_of(str(error)), code=too_long)
     if isinstance(error, ThalwegError):  # the checkpoint's fault, such as a chat template that the sandbox stopped
         return ApiError(500, str(error), code="model_error")
     if isinstance(error, RequestValidationError):
         return _invalid_body(error)
     if isinstance(error, HTTPException):
+        if error.status_code == 400 and (reason := _UNREADABLE.get(type(error.__cause__))) is not None:
+            return ApiError(400, f"the body is not valid JSON: {reason}", code="invalid_json")
         return ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {}))
     return ApiError(500, f"internal error ({type(error).__name__}); the server's log has more", code="internal_error")
 

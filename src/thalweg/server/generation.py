@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -23,12 +23,19 @@ class Job:
     id: str
     prompt_token_ids: list[int]
     params: SamplingParams
+    marks: Mapping[int, str] | None = None  # tokens to show as characters of their own
 
 
-def jobs_of(response_id: str, prompts: list[list[int]], params: SamplingParams, n: int) -> list[Job]:
+def jobs_of(
+    response_id: str,
+    prompts: list[list[int]],
+    params: SamplingParams,
+    n: int,
+    marks: Mapping[int, str] | None = None,
+) -> list[Job]:
     """n jobs a prompt; the job at index i is the answer's choice i."""
     each = [(ids, own) for ids in prompts for own in per_choice(params, n)]
-    return [Job(f"{response_id}-{i}", ids, own) for i, (ids, own) in enumerate(each)]
+    return [Job(f"{response_id}-{i}", ids, own, marks) for i, (ids, own) in enumerate(each)]
 
 
 async def generate(service: Service, jobs: list[Job], arrived: float) -> News:
@@ -79,7 +86,7 @@ async def _merged(service: Service, jobs: list[Job], arrived: float) -> News:
 
 
 async def _run(service: Service, job: Job, arrived: float) -> AsyncGenerator[Delta]:
-    deltas = service.client.generate(job.prompt_token_ids, job.params, job.id)
+    deltas = service.client.generate(job.prompt_token_ids, job.params, job.id, job.marks)
     async with aclosing(service.metrics.observed(deltas, arrived)) as observed:
         async for delta in observed:
             if delta.finish_reason == "error":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import binascii
 import hmac
 
 from starlette.exceptions import HTTPException
@@ -11,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from thalweg.server.errors import ApiError
 
 OPEN_PATHS = frozenset({"/health"})
+PAGE = "/"
 
 
 class Guard:
@@ -18,7 +21,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, api_key: str | None, max_body_bytes: int, body_seconds: float) -> None:
         self._app = app
-        self._expected = None if api_key is None else f"Bearer {api_key}".encode()
+        self._key = None if api_key is None else api_key.encode()
         self._max_body_bytes, self._body_seconds = max_body_bytes, body_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -31,7 +34,8 @@ class Guard:
                 401,
                 "the API key is missing or wrong; expected the header Authorization: Bearer KEY (--api-key)",
                 code="invalid_api_key",
-                headers={"WWW-Authenticate": "Bearer"},
+                # Where the page is, a browser asks for the key, as the password of whatever name.
+                headers={"WWW-Authenticate": 'Basic realm="API key"' if scope["path"] == PAGE else "Bearer"},
             )
             await refused.response()(scope, receive, send)
         elif int(headers.get(b"content-length", b"0")) > self._max_body_bytes:
@@ -40,9 +44,13 @@ class Guard:
             await self._app(scope, self._bounded(receive), send)
 
     def _allowed(self, path: str, headers: dict[bytes, bytes]) -> bool:
-        if self._expected is None or path in OPEN_PATHS:
+        if self._key is None or path in OPEN_PATHS:
             return True
-        return hmac.compare_digest(headers.get(b"authorization", b""), self._expected)
+        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+        if scheme == b"Bearer":
+            return hmac.compare_digest(given, self._key)
+        # A browser sends Basic by itself, so another site's page could have it sent: such a request names its origin.
+        return scheme == b"Basic" and _own_page(headers) and hmac.compare_digest(_password(given), self._key)
 
     def _bounded(self, receive: Receive) -> Receive:
         """`receive`, for bodies that do not say how long they are, and those that never end."""
@@ -70,3 +78,15 @@ class Guard:
 
     def _too_large(self) -> ApiError:
         return ApiError(413, f"the body is larger than {self._max_body_bytes} bytes", code="body_too_large")
+
+
+def _own_page(headers: dict[bytes, bytes]) -> bool:
+    origin = headers.get(b"origin")
+    return origin is None or origin.partition(b"://")[2] == headers.get(b"host")
+
+
+def _password(given: bytes) -> bytes:
+    try:
+        return base64.b64decode(given, validate=True).partition(b":")[2]
+    except binascii.Error:
+        return b""

@@ -25,9 +25,23 @@ class Usage(Struct):
         return cls(prompt, completion, prompt + completion)
 
 
+class FunctionCall(Struct, omit_defaults=True):
+    name: str | None = None  # with the first piece of a streamed call only
+    arguments: str | UnsetType = UNSET  # JSON, or a piece of it
+
+
+class ToolCall(Struct, omit_defaults=True):
+    function: FunctionCall
+    index: int | None = None  # in streams
+    id: str | None = None
+    type: str | None = None
+
+
 class ChatMessage(Struct):
-    content: str
+    content: str | None
     role: str = "assistant"
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[ToolCall] | UnsetType = UNSET
 
 
 class ChatChoice(Struct):
@@ -40,6 +54,8 @@ class ChatChoice(Struct):
 class ChatDelta(Struct, omit_defaults=True):
     role: str | None = None
     content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCall] | None = None
 
 
 class ChatChunkChoice(Struct):

@@ -34,6 +34,8 @@ def serve(
     api_key: str | None = None,
     served_model_name: Sequence[str] = (),
     log_level: str = "warning",
+    tool_call_parser: str = "auto",
+    reasoning_parser: str = "auto",
     max_queued_requests: int = MAX_QUEUED_REQUESTS,
     queue_timeout: float | None = None,
     request_timeout: float | None = None,
@@ -52,7 +54,11 @@ def serve(
     raise_file_limit()
     client = EngineClient(config, RequestLimits(queue_timeout, request_timeout))
     settings = ServerSettings(
-        served_model_names=tuple(served_model_name), api_key=api_key, max_queued_requests=max_queued_requests
+        served_model_names=tuple(served_model_name),
+        api_key=api_key,
+        tool_call_parser=tool_call_parser,
+        reasoning_parser=reasoning_parser,
+        max_queued_requests=max_queued_requests,
     )
     failure: Exception | None = None
 

@@ -15,6 +15,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from thalweg.core import MAX_STOP_STRINGS
+from thalweg.server.errors import ApiError
 from thalweg.server.settings import (
     MAX_CHOICES,
     MAX_LOGIT_BIAS,
@@ -93,13 +94,30 @@ class GenerationBody(Body):
     response_format: dict[str, Any] | None = None
 
 
-class ChatBody(GenerationBody):
+class TemplateOptions(BaseModel):
+    """How the chat template lays out `messages`."""
+
+    add_generation_prompt: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def template_options(self) -> dict[str, Any]:
+        """Keyword arguments for the template. Its own names in chat_template_kwargs are refused with ApiError."""
+        options = dict(self.chat_template_kwargs or {})
+        for name in ("messages", "tools", "add_generation_prompt"):
+            if name in options:
+                reason = f"chat_template_kwargs has {name!r}; expected variables of the template's own"
+                raise ApiError(400, reason, param="chat_template_kwargs")
+        return options | {"add_generation_prompt": self.add_generation_prompt is not False}
+
+
+class ChatBody(GenerationBody, TemplateOptions):
     messages: Messages
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Count | None = None
     tools: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
     tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
 
 
 class CompletionBody(GenerationBody):
@@ -110,12 +128,12 @@ class CompletionBody(GenerationBody):
     suffix: str | None = None
 
 
-class TokenizeBody(Body):
+class TokenizeBody(Body, TemplateOptions):
     """One of the two: a text, or a conversation to be laid out by the chat template."""
 
     prompt: str | None = None
     messages: Messages | None = None
-    add_generation_prompt: bool | None = None
+    tools: list[dict[str, Any]] | None = None
 
 
 class DetokenizeBody(Body):

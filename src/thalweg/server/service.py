@@ -13,6 +13,7 @@ from thalweg.engine.client import EngineClient
 from thalweg.engine.prompts import Prompt, encode_prompt
 from thalweg.server.errors import RETRY_AFTER, ApiError
 from thalweg.server.metrics import Metrics
+from thalweg.server.parsers.formats import OutputFormat
 from thalweg.server.responses import now
 from thalweg.server.settings import LONG_TEXT, ServerSettings
 
@@ -27,6 +28,7 @@ class Service:
         self.client, self.settings = client, settings
         self.metrics = Metrics(client)
         self.suggested = source.generation
+        self.output = OutputFormat.of(client.front, settings.tool_call_parser, settings.reasoning_parser)
         self.names = settings.served_model_names or (source.name,)
         # A client may also use the folder's name or path, whatever the model is served as.
         self._also_names = frozenset({*self.names, source.name, str(source.folder)})
@@ -100,24 +102,24 @@ class Service:
 
         return await _maybe_in_thread(sum(map(len, prompts)), encode)
 
-    async def encode_chat(self, messages: list[dict[str, Any]], **options: Any) -> list[int]:
-        """Token ids of a conversation. Raises InvalidRequest."""
+    async def encode_chat(self, messages: list[dict[str, Any]], /, **options: Any) -> list[int]:
+        """Token ids of a conversation, by the chat template under `options`. Raises InvalidRequest."""
         size = sum(len(content) for m in messages if isinstance(content := m.get("content"), str | list))
-        return await _maybe_in_thread(size, self.client.front.chat_ids, messages, **options)
+        return await _maybe_in_thread(size, lambda: self.client.front.chat_ids(messages, **options))
 
     async def decode(self, token_ids: list[int]) -> str:
         """The text of ids, special tokens included. Raises InvalidRequest on one that no token has."""
         tokenizer = self.client.front.tokenizer
         if tokenizer is None:
             raise ApiError(400, "the model folder has no tokenizer; only token ids go in and out")
-        return await _maybe_in_thread(len(token_ids), tokenizer.decode, token_ids)
+        return await _maybe_in_thread(len(token_ids), lambda: tokenizer.decode(token_ids))
 
 
-async def _maybe_in_thread(size: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """function(*args), off the event loop when `size` says that it takes long enough to hold up other requests."""
+async def _maybe_in_thread(size: int, function: Callable[[], Any]) -> Any:
+    """function(), off the event loop when `size` says that it takes long enough to hold up other requests."""
     if size < LONG_TEXT:
-        return function(*args, **kwargs)
-    return await asyncio.to_thread(function, *args, **kwargs)
+        return function()
+    return await asyncio.to_thread(function)
 
 
 def _service_of(request: Request) -> Service:

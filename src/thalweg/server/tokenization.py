@@ -20,12 +20,26 @@ async def tokenize(body: TokenizeBody, service: ServiceDep) -> Response:
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "prompt and messages are both given or both missing; expected one of them", param="prompt")
     if body.messages is not None:
-        begin = body.add_generation_prompt is not False
-        ids = await service.encode_chat(body.messages, add_generation_prompt=begin)
+        ids = await service.encode_chat(body.messages, tools=body.tools, **body.template_options())
     else:
         assert body.prompt is not None
         ids = (await service.encode_prompts([body.prompt]))[0] if body.prompt else []
     return json_response({"tokens": ids, "count": len(ids), "max_model_len": service.client.info.max_model_len})
+
+
+@router.get("/tokenizer_info")
+async def tokenizer_info(service: ServiceDep) -> Response:
+    """The names of the control tokens and the chat template: what evaluation harnesses need to use /tokenize."""
+    front = service.client.front
+    if (tokenizer := front.tokenizer) is None:
+        raise ApiError(404, "the model folder has no tokenizer; only token ids go in and out")
+    return json_response(
+        {
+            "bos_token": tokenizer.bos_token,
+            "eos_token": tokenizer.eos_token,
+            "chat_template": None if front.template is None else front.template.source,
+        }
+    )
 
 
 @router.post("/detokenize")

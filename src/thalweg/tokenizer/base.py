@@ -14,10 +14,12 @@ class Tokenizer(ABC):
 
     Ids are 0 <= id < vocab_size. `special_tokens` maps the texts that `encode` turns into one id only when
     allow_special is true. Some of them are text to a reader (`<think>`); is_special tells the ones that
-    decode leaves out when asked to.
+    decode leaves out when asked to. `added_tokens` are those and any other text that is one id by being named,
+    not by its bytes.
     """
 
     special_tokens: dict[str, int]
+    added_tokens: dict[str, int]
     bos_id: int | None = None
     eos_id: int | None = None
     # Filled by the subclass: the bytes of every id (b"" where there is no token), the ids decode may leave

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from thalweg.tokenizer.base import Tokenizer
+
+# Characters that stand for tokens in marked text: private-use ones, which no model has a reason to write.
+MARKS = range(0x10FE00, 0x10FE40)
+_NOT_MARKS = dict.fromkeys(MARKS, "�")
 
 
 class IncrementalDetokenizer:
@@ -14,6 +18,9 @@ class IncrementalDetokenizer:
     The stop string that is complete first wins; of several complete at the same character, the longest. The
     work per token goes by its own text, whatever came before. An id beyond the tokenizer's vocabulary (a
     model's output may have rows to spare) gives no text; a negative one raises InvalidRequest.
+
+    `marks` maps token ids to characters of MARKS that take the place of their text, special or not. A mark in the
+    text is then always the token: where the model spells such a character, it becomes U+FFFD.
     """
 
     def __init__(
@@ -22,9 +29,11 @@ class IncrementalDetokenizer:
         skip_special_tokens: bool = True,
         stop: Sequence[str] = (),
         include_stop_str_in_output: bool = False,
+        marks: Mapping[int, str] | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._skip_special = skip_special_tokens
+        self._marks = marks
         self._include_stop = include_stop_str_in_output
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._matcher = _StopMatcher(stop) if stop else None
@@ -42,7 +51,9 @@ class IncrementalDetokenizer:
         """The text that these ids make safe to show, perhaps none; always none after a stop string."""
         if self.finished:
             return ""
-        return self._release(self._utf8.decode(b"".join(map(self._bytes_of, token_ids))))
+        if self._marks is None:
+            return self._release(self._utf8.decode(b"".join(map(self._bytes_of, token_ids))))
+        return self._release("".join([self._marked(i, self._marks) for i in token_ids]))
 
     def flush(self) -> str:
         """What was held back, once no more ids come; an unfinished character becomes U+FFFD. Idempotent."""
@@ -54,6 +65,13 @@ class IncrementalDetokenizer:
             text += self._held
             self._held = ""
         return text
+
+    def _marked(self, token_id: int, marks: Mapping[int, str]) -> str:
+        mark = marks.get(token_id)
+        if mark is None:
+            return self._utf8.decode(self._bytes_of(token_id)).translate(_NOT_MARKS)
+        self._at_start = False
+        return self._utf8.decode(b"", final=True) + mark  # what was half a character ends here
 
     def _bytes_of(self, token_id: int) -> bytes:
         tokenizer = self._tokenizer

@@ -47,6 +47,7 @@ class HFTokenizer(Tokenizer):
 
         added = self._encoder.get_added_tokens_decoder()
         self.special_tokens = {token.content: i for i, token in added.items() if token.special}
+        self.added_tokens = {token.content: i for i, token in added.items()}
         self._special_ids = frozenset(self.special_tokens.values())
         longest = max(map(len, self.special_tokens), default=0)
         if longest > MAX_SPECIAL_CHARS:

@@ -61,7 +61,7 @@ class KimiTokenizer(Tokenizer):
         eos_id: int | None = None,
     ) -> None:
         self._bpe = tiktoken.Encoding("kimi", pat_str=KIMI_PATTERN, mergeable_ranks=ranks, special_tokens={})
-        self.special_tokens = special_tokens
+        self.special_tokens = self.added_tokens = special_tokens
         self._special_pattern = literal_pattern(special_tokens)
         self._special_ids = frozenset(special_tokens.values()) - text_ids
         self._bytes_by_id = [*ranks, *(text.encode() for text in special_tokens)]

@@ -31,6 +31,8 @@ MAX_TEMPLATE_BYTES = 1 << 20
 _PRIVATE_CHARS = range(0x100000, 0x10FFFE)
 _PRIVATE = re.compile("[\U00100000-\U0010fffd]")
 
+_ASKS_FOR_STRING = re.compile(r"arguments\s+is\s+string")
+
 JSONObject = Mapping[str, Any]
 
 
@@ -42,10 +44,12 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, tokenizer: Tokenizer, tool_source: str | None = None) -> None:
+        self.source, self.tool_source = source, source if tool_source is None else tool_source
         self._tokenizer = tokenizer
         self._environment = Sandbox()
         self._template = self._compile(source)
         self._tool_template = self._template if tool_source is None else self._compile(tool_source)
+        self._reads_json = bool(_ASKS_FOR_STRING.search(self.tool_source))
         self._own_private_chars = set(_PRIVATE.findall(source + (tool_source or "")))
         specials = tokenizer.special_tokens
         self._special_pattern = literal_pattern(specials)
@@ -127,8 +131,12 @@ class ChatTemplate:
 
         own = {
             "messages": [
-                _mark(turn, self._risky_in_assistant if turn["role"] == "assistant" else self._risky, stand_ins)
-                for turn in turns
+                _mark(
+                    turn,
+                    self._risky_in_assistant if turn["role"] == "assistant" else self._risky,
+                    stand_ins,
+                )
+                for turn in map(self._with_arguments, turns)
             ],
             "tools": _mark(tool_list, self._risky, stand_ins),
             "add_generation_prompt": add_generation_prompt,
@@ -155,6 +163,24 @@ class ChatTemplate:
         for stand_in in stand_ins.values():
             text = text.replace(json.dumps(stand_in)[1:-1], stand_in)
         return text, stand_ins
+
+    def _with_arguments(self, turn: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a turn's tool calls as objects, where the template does not look for JSON in strings."""
+        calls = turn.get("tool_calls")
+        if not isinstance(calls, list) or self._reads_json:
+            return turn
+        return turn | {"tool_calls": [_with_arguments(call) for call in calls]}
+
+
+def _with_arguments(call: Any) -> Any:
+    match call:
+        case {"function": {"arguments": str(arguments)} as function}:
+            try:
+                value = plain_data(json.loads(arguments), "arguments")
+            except (ValueError, RecursionError):  # the model's own slip, perhaps: shown to it as it was
+                return call
+            return call | {"function": function | {"arguments": value}} if isinstance(value, dict) else call
+    return call
 
 
 def _risky_pattern(specials: Iterable[str]) -> re.Pattern[str]:

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from thalweg.bench.kernels.case import Builder, Case, Draw, Setting, candidates_of
 from thalweg.bench.kernels.shape import distinct_experts
@@ -16,49 +15,64 @@ ROUTED_SCALE = 2.446
 
 
 def linear(setting: Setting) -> Iterator[Case]:
+    yield from _projections(setting, "linear")
+
+
+def norm_linear(setting: Setting) -> Iterator[Case]:
+    yield from _projections(setting, "norm_linear")
+
+
+def linear_add(setting: Setting) -> Iterator[Case]:
+    yield from _projections(setting, "linear_add")
+
+
+def _projections(setting: Setting, op: str) -> Iterator[Case]:
     s, es = setting.shape, setting.dtype.itemsize
     inner = s.heads * s.head_dim
-    shapes = {
+    of_a_norm = {
         "KDA in": (s.width, s.kda_projection),
         "MLA in": (s.width, s.mla_projection),
-        "mixer out": (inner, s.width),
         "dense gate, up": (s.width, 2 * s.dense),
-        "dense down": (s.dense, s.width),
         "head": (s.width, s.vocab),
     }
+    added = {"mixer out": (inner, s.width), "dense down": (s.dense, s.width)}
+    shapes = {"norm_linear": of_a_norm, "linear_add": added}.get(op, of_a_norm | added)
     for name, (D, O) in shapes.items():
         for B in setting.batch_sizes:
 
-            def make(copy: int, B: int = B, D: int = D, O: int = O) -> tuple[Tensor, Tensor]:
+            def make(copy: int, B: int = B, D: int = D, O: int = O) -> tuple[Any, ...]:
                 draw = Draw(setting, copy)
-                return draw(B, D), draw(O, D, scale=D**-0.5)
+                x, w = draw(B, D), draw(O, D, scale=D**-0.5)
+                if op == "norm_linear":
+                    return x, draw(D, scale=0.1).add_(1), EPS, w
+                return (x, w, draw(B, O)) if op == "linear_add" else (x, w)
 
             yield Case(
-                "linear",
+                op,
                 f"{name} {D} to {O}, batch {B}",
-                candidates_of(setting, "linear", {"D": D, "O": O}),
+                candidates_of(setting, op, {"D": D, "O": O}),
                 make,
-                num_bytes=es * (B * D + O * D + B * O),
+                num_bytes=es * (B * D + O * D + B * O * (2 if op == "linear_add" else 1)),
                 flops=2 * B * D * O,
             )
 
 
-def router(setting: Setting) -> Iterator[Case]:
+def norm_router(setting: Setting) -> Iterator[Case]:
     s, es = setting.shape, setting.dtype.itemsize
     E, D, k = s.experts, s.width, s.top_k
     for B in setting.batch_sizes:
 
         def make(copy: int, B: int = B) -> tuple[Any, ...]:
             draw = Draw(setting, copy)
-            bias = draw(E, scale=0.05, dtype=torch.float32)
-            return draw(B, D), draw(E, D, scale=D**-0.5), bias, k, True, ROUTED_SCALE, "sigmoid", 1, 1, 1
+            norm, bias = draw(D, scale=0.1).add_(1), draw(E, scale=0.05, dtype=torch.float32)
+            return draw(B, D), norm, EPS, draw(E, D, scale=D**-0.5), bias, k, True, ROUTED_SCALE, "sigmoid", 1, 1, 1
 
         yield Case(
-            "router",
+            "norm_router",
             f"{E} experts, batch {B}",
-            candidates_of(setting, "router", {"E": E, "D": D, "K": k, "G": 1, "S": 1}),
+            candidates_of(setting, "norm_router", {"E": E, "D": D, "K": k, "G": 1, "S": 1}),
             make,
-            num_bytes=es * (B * D + E * D) + 12 * B * (k + 1),
+            num_bytes=es * (2 * B * D + E * D + D) + 12 * B * (k + 1),
             flops=2 * B * D * E,
         )
 
@@ -67,8 +81,13 @@ def experts(setting: Setting) -> Iterator[Case]:
     yield from routed(setting, setting.batch_sizes, "batch", "graph")
 
 
-def routed(setting: Setting, sizes: tuple[int, ...], unit: str, timed: Any) -> Iterator[Case]:
-    """Cases of op "experts". The copies share one set of weights, and each routes at random in its own way."""
+def experts_add(setting: Setting) -> Iterator[Case]:
+    yield from routed(setting, setting.batch_sizes, "batch", "graph", "experts_add")
+
+
+def routed(setting: Setting, sizes: tuple[int, ...], unit: str, timed: Any, op: str = "experts") -> Iterator[Case]:
+    """Cases of op "experts" or "experts_add". The copies share one set of weights, and each routes at random in
+    its own way."""
     s, es = setting.shape, setting.dtype.itemsize
     E, D, I, k = s.experts, s.width, s.inner, s.top_k
     draw = Draw(setting, 0)
@@ -80,12 +99,14 @@ def routed(setting: Setting, sizes: tuple[int, ...], unit: str, timed: Any) -> I
             ids = torch.rand(T, E, generator=draw.rng, device=device).topk(k).indices
             weights = torch.rand(T, k, generator=draw.rng, device=device)
             weights = torch.cat([weights, weights.new_ones(T, 1)], 1)
-            return draw(T, D), weights, torch.cat([ids, torch.full_like(ids[:, :1], E)], 1), gate_up, down, 1
+            ids = torch.cat([ids, torch.full_like(ids[:, :1], E)], 1)
+            end = (draw(T, D),) if op == "experts_add" else ()
+            return draw(T, D), weights, ids, gate_up, down, *end, 1
 
         yield Case(
-            "experts",
+            op,
             f"{k} of {E} and 1 shared, {unit} {T}",
-            candidates_of(setting, "experts", {"E": E + 1, "D": D, "I": I}),
+            candidates_of(setting, op, {"E": E + 1, "D": D, "I": I}),
             make,
             num_bytes=es * (3 * D * I * (1 + distinct_experts(E, k, T)) + 2 * T * D),
             flops=6 * T * (k + 1) * D * I,
@@ -196,8 +217,11 @@ def sample(setting: Setting) -> Iterator[Case]:
 
 DECODE: dict[str, Builder] = {
     "linear": linear,
-    "router": router,
+    "norm_linear": norm_linear,
+    "linear_add": linear_add,
+    "norm_router": norm_router,
     "experts": experts,
+    "experts_add": experts_add,
     "kda_mixer_decode": kda_mixer,
     "mla_mixer_decode": mla_mixer,
     "rms_norm": rms_norm,

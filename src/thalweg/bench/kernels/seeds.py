@@ -56,7 +56,7 @@ def projections(setting: Setting) -> Iterator[Case]:
 
 def _kda_layer(setting: Setting, heads: int, resolver: Resolver) -> KimiDeltaAttention:
     s = setting.shape
-    ctx = BuildContext(setting.device, setting.dtype, Mesh(), resolver)
+    ctx = BuildContext(setting.device, setting.dtype, Mesh(), resolver, "float32")
     return KimiDeltaAttention(
         ctx, width=s.width, heads=heads, head_dim=s.head_dim, rank=s.head_dim, taps=s.taps, eps=1e-5
     )

@@ -63,12 +63,8 @@ class KimiLinearLayer(nn.Module):
         else:
             self.mlp = SwiGLU(ctx, c.hidden_size, c.intermediate_size, "intermediate_size")
 
-    def forward(
-        self, x_TD: Tensor, residual_TD: Tensor | None, batch: Batch, cache: LayerCache
-    ) -> tuple[Tensor, Tensor]:
-        h_TD, residual_TD = self.input_norm(x_TD, residual_TD)
-        h_TD, residual_TD = self.post_norm(self.attn(h_TD, batch, cache), residual_TD)
-        return self.mlp(h_TD), residual_TD
+    def forward(self, x_TD: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
+        return self.mlp(self.attn(x_TD, self.input_norm, batch, cache), self.post_norm)
 
 
 class KimiLinearModel(nn.Module):
@@ -89,10 +85,6 @@ class KimiLinearModel(nn.Module):
 
     def forward(self, batch: Batch, cache: CacheStorage) -> Tensor:
         x_TD: Tensor = self.embed(batch.token_ids_T)
-        residual_TD: Tensor | None = None
         for layer, layer_cache in zip(self._stack, cache.layers, strict=True):
-            x_TD, residual_TD = layer(x_TD, residual_TD, batch, layer_cache)
-        assert residual_TD is not None
-        if (rows := batch.logit_rows_R) is not None:
-            x_TD, residual_TD = x_TD[rows], residual_TD[rows]
-        return self.lm_head(self.norm(x_TD, residual_TD)[0])
+            x_TD = layer(x_TD, batch, layer_cache)
+        return self.lm_head(x_TD if batch.logit_rows_R is None else x_TD[batch.logit_rows_R], self.norm)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from thalweg.ops.activation import reference
 from thalweg.ops.registry import register
+from thalweg.ops.triton_support import why_not
 
 
 class SiluAndMul(Protocol):
@@ -18,5 +19,13 @@ class SiluAndMul(Protocol):
         """
 
 
+def _triton(x_T2I: Tensor) -> Tensor:
+    from thalweg.ops.activation import triton
+
+    return triton.silu_and_mul(x_T2I)
+
+
 _silu_and_mul: SiluAndMul = reference.silu_and_mul
+_triton_silu_and_mul: SiluAndMul = _triton
 register("silu_and_mul", "reference", _silu_and_mul)
+register("silu_and_mul", "triton", _triton_silu_and_mul, supports=why_not, priority=10)

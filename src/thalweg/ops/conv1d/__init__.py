@@ -16,6 +16,7 @@ from torch import Tensor
 
 from thalweg.ops.conv1d import reference
 from thalweg.ops.registry import register
+from thalweg.ops.triton_support import why_not
 
 
 class Conv1dDecode(Protocol):
@@ -34,7 +35,17 @@ class Conv1dPrefill(Protocol):
         """
 
 
+def _triton_prefill(
+    x_TC: Tensor, state_NWC: Tensor, slots_B: Tensor, offsets: Sequence[int], weight_CW: Tensor
+) -> Tensor:
+    from thalweg.ops.conv1d import triton
+
+    return triton.conv1d_prefill(x_TC, state_NWC, slots_B, offsets, weight_CW)
+
+
 _decode: Conv1dDecode = reference.conv1d_decode
 _prefill: Conv1dPrefill = reference.conv1d_prefill
+_kernel_prefill: Conv1dPrefill = _triton_prefill
 register("conv1d_decode", "reference", _decode)
 register("conv1d_prefill", "reference", _prefill)
+register("conv1d_prefill", "triton", _kernel_prefill, supports=why_not, priority=10)

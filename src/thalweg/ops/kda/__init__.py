@@ -16,12 +16,13 @@ ends with any one of the rows written to it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from thalweg.ops.kda import reference
-from thalweg.ops.registry import register
+from thalweg.ops.registry import OpContext, register
+from thalweg.ops.triton_support import why_not
 
 
 class KdaGate(Protocol):
@@ -63,9 +64,29 @@ class KdaPrefill(Protocol):
         """
 
 
+def _triton_gate(f_THK: Tensor, A_log_H: Tensor, dt_bias_HK: Tensor) -> Tensor:
+    from thalweg.ops.kda import triton_gate
+
+    return triton_gate.kda_gate(f_THK, A_log_H, dt_bias_HK)
+
+
+def _triton_prefill(*args: Any) -> Tensor:
+    from thalweg.ops.kda import triton_prefill
+
+    return triton_prefill.kda_prefill(*args)
+
+
+def _prefill_refuses(ctx: OpContext) -> str | None:
+    K, V = ctx.dims.get("K", 0), ctx.dims.get("V", 0)
+    return why_not(ctx) if 1 <= min(K, V) <= max(K, V) <= 128 else f"needs heads of at most 128, not {K} and {V}"
+
+
 _gate: KdaGate = reference.kda_gate
 _decode: KdaDecode = reference.kda_decode
 _prefill: KdaPrefill = reference.kda_prefill
+_kernel_gate: KdaGate = _triton_gate
 register("kda_gate", "reference", _gate)
 register("kda_decode", "reference", _decode)
 register("kda_prefill", "reference", _prefill)
+register("kda_gate", "triton", _kernel_gate, supports=why_not, priority=10)
+register("kda_prefill", "triton", _triton_prefill, supports=_prefill_refuses, priority=10)

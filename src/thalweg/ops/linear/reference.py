@@ -1,10 +1,21 @@
-"""Linear projection in plain torch."""
+"""Linear projections in plain torch."""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from thalweg.ops.norm.reference import rms_norm
 
 
 def linear(x_TD: Tensor, w_OD: Tensor) -> Tensor:
     return F.linear(x_TD, w_OD)
+
+
+def norm_linear(x_TD: Tensor, norm_weight_D: Tensor, eps: float, w_OD: Tensor) -> Tensor:
+    return F.linear(rms_norm(x_TD, norm_weight_D, eps), w_OD)
+
+
+def linear_add(x_TD: Tensor, w_OD: Tensor, residual_TO: Tensor) -> Tensor:
+    return torch.addmm(residual_TO, x_TD, w_OD.T)

@@ -1,95 +1,39 @@
-"""Linear projection of one or two tokens, bound by streaming the weights once.
+"""Linear projections on a GPU: kernels of our own where few tokens make them faster, the library's beyond.
 
-A program takes a few output rows. Their weights are loaded into registers before the wait for the kernel ahead, so
-that they arrive while it finishes. For more tokens the library's kernels are as fast.
+The library's cannot load weights before the kernel ahead is done, which matters while a projection takes microseconds.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from thalweg.ops.triton_launch import pdl_options
+from thalweg.ops.linear.triton_few import few_tokens
+from thalweg.ops.linear.triton_gemv import gemv, norm_fits
+from thalweg.ops.norm.triton import rms_norm
 
-MAX_TOKENS = 2
-
-
-@triton.jit
-def _columns(ptrs, start: tl.constexpr, cols, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    if start + BLOCK_D <= D:
-        return tl.load(ptrs + start)
-    else:
-        return tl.load(ptrs + start, mask=start + cols[None, :] < D, other=0.0)
+GEMV_TOKENS = 2
+ADD_TOKENS = 16  # of linear_add, whose weights have few rows; with many rows the library is as fast
 
 
-@triton.jit
-def gemv_kernel(
-    x_ptr,
-    w_ptr,
-    y_ptr,
-    O,
-    x_stride,
-    w_stride,
-    D: tl.constexpr,
-    T: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    AHEAD: tl.constexpr,  # chunks of BLOCK_D columns in flight
-    PDL: tl.constexpr,
-):
-    if PDL:
-        gdc_launch_dependents()
-    chunks: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
-    rows = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
-    cols = tl.arange(0, BLOCK_D)
-    w_ptrs = w_ptr + tl.minimum(rows, O - 1).to(tl.int64)[:, None] * w_stride + cols[None, :]
-    # x is read as a tile shaped like w's, so that each thread loads just what it multiplies.
-    x_ptrs = x_ptr + (rows * 0)[:, None] + cols[None, :]
-    tiles = ()
-    for c in tl.static_range(AHEAD):
-        tiles = tiles + (_columns(w_ptrs, c * BLOCK_D, cols, D, BLOCK_D),)
-    if PDL:
-        gdc_wait()
-    sums = ()
-    for _ in tl.static_range(T):
-        sums = sums + (tl.zeros([BLOCK_O, BLOCK_D], tl.float32),)
-    for c in tl.static_range(chunks):
-        if c + AHEAD < chunks:
-            tiles = tiles + (_columns(w_ptrs, (c + AHEAD) * BLOCK_D, cols, D, BLOCK_D),)
-        w = tiles[c].to(tl.float32)
-        added = ()
-        for t in tl.static_range(T):
-            x = _columns(x_ptrs + t * x_stride, c * BLOCK_D, cols, D, BLOCK_D)
-            added = added + (sums[t] + w * x.to(tl.float32),)
-        sums = added
-    for t in tl.static_range(T):
-        tl.store(y_ptr + t * O + rows, tl.sum(sums[t], 1).to(y_ptr.dtype.element_ty), mask=rows < O)
+def _few(most: int, x_TD: Tensor, *others: Tensor) -> bool:
+    return 0 < x_TD.shape[0] <= most and all(t.stride(-1) == 1 for t in (x_TD, *others))
 
 
 def linear(x_TD: Tensor, w_OD: Tensor) -> Tensor:
-    (T, D), O = x_TD.shape, w_OD.shape[0]
-    if not 0 < T <= MAX_TOKENS or x_TD.stride(1) != 1 or w_OD.stride(1) != 1:
-        return F.linear(x_TD, w_OD)
-    y_TO = torch.empty(T, O, dtype=x_TD.dtype, device=x_TD.device)
-    # Long rows: fewer of them in a program, and wider chunks. Measured on an H200.
-    block, warps, depth = (4, 2, 256) if D < 8192 else (2, 4, 1024)
-    gemv_kernel[(triton.cdiv(O, block),)](
-        x_TD,
-        w_OD,
-        y_TO,
-        O,
-        x_TD.stride(0),
-        w_OD.stride(0),
-        D=D,
-        T=T,
-        BLOCK_O=block,
-        BLOCK_D=depth,
-        AHEAD=min(9, triton.cdiv(D, depth)),
-        num_warps=warps,
-        **pdl_options(x_TD),
-    )
-    return y_TO
+    return gemv(x_TD, w_OD) if _few(GEMV_TOKENS, x_TD, w_OD) else F.linear(x_TD, w_OD)
+
+
+def norm_linear(x_TD: Tensor, norm_weight_D: Tensor, eps: float, w_OD: Tensor) -> Tensor:
+    if _few(GEMV_TOKENS, x_TD, w_OD) and norm_fits(x_TD.shape[1]):
+        return gemv(x_TD, w_OD, (norm_weight_D, eps))
+    return linear(rms_norm(x_TD, norm_weight_D, eps), w_OD)
+
+
+def linear_add(x_TD: Tensor, w_OD: Tensor, residual_TO: Tensor) -> Tensor:
+    if _few(GEMV_TOKENS, x_TD, w_OD, residual_TO):
+        return gemv(x_TD, w_OD, residual_TO=residual_TO)
+    if _few(ADD_TOKENS, x_TD, w_OD, residual_TO) and x_TD.dtype == torch.bfloat16 and w_OD.shape[1] <= 4096:
+        return few_tokens(x_TD, w_OD, residual_TO=residual_TO, blocks=1, split=4, ahead=16, maxnreg=128)
+    return torch.addmm(residual_TO, x_TD, w_OD.T)

@@ -10,12 +10,13 @@ outputs have q's dtype.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from thalweg.ops.mla_attention import reference
-from thalweg.ops.registry import register
+from thalweg.ops.registry import OpContext, register
+from thalweg.ops.triton_support import why_not
 
 
 class MlaWrite(Protocol):
@@ -67,9 +68,23 @@ class MlaPrefill(Protocol):
         """
 
 
+def _triton_prefill(*args: Any) -> Tensor:
+    from thalweg.ops.mla_attention import triton
+
+    return triton.mla_prefill(*args)
+
+
+def _prefill_refuses(ctx: OpContext) -> str | None:
+    dims = {name: ctx.dims.get(name, 0) for name in "KVP"}
+    if any(n < 16 or n > 256 or n & (n - 1) for n in dims.values()):
+        return f"needs K, V and P to be powers of two from 16 to 256, not {', '.join(map(str, dims.values()))}"
+    return why_not(ctx) if ctx.dtype == "bfloat16" else f"needs bfloat16, not {ctx.dtype}"
+
+
 _write: MlaWrite = reference.mla_write
 _decode: MlaDecode = reference.mla_decode
 _prefill: MlaPrefill = reference.mla_prefill
 register("mla_write", "reference", _write)
 register("mla_decode", "reference", _decode)
 register("mla_prefill", "reference", _prefill)
+register("mla_prefill", "triton", _triton_prefill, supports=_prefill_refuses, priority=10)

@@ -1,14 +1,17 @@
-"""The decode mixer of an MLA layer as three Triton kernels.
+"""The decode mixer of an MLA layer as three kernels.
 
-1. `_absorb`: queries into latent space, a program per head and slice of the latent; beside them, a program per
-   sequence norms its new latent and writes it to the pages.
+1. `_absorb`: queries into latent space, a program per head and slice of the latent; some programs besides norm the new
+   latents and write them to the pages.
 2. `_attend`: a program per sequence and split of its context. Scores are computed transposed, [tokens, heads], so that
    a tile of 64 tokens fills the matrix unit's rows whatever the number of heads, and one tile in shared memory serves
    as keys and as values.
-3. `_combine`: the splits' results, weighted, and w_uv, a program per head and slice of its values.
+3. `_combine`: w_uv times the results of all splits of some sequences, a product per head; the weighted sum over a
+   sequence's splits comes after it, where little is left to sum.
 
-Lengths and block tables are read before the wait for the kernel ahead: whatever writes them must not let its
-dependents start early (copies and ordinary kernels do not).
+Module gluon has faster forms of the last two, for pages of whole tiles; those here take any page size.
+
+Lengths, block tables and tokens but the newest are read before the wait for the kernel ahead: whatever writes them must
+not let its dependents start early, or an ordinary kernel must lie between (a step begins with some).
 """
 
 from __future__ import annotations
@@ -27,6 +30,11 @@ from thalweg.ops.triton_dot import dot
 from thalweg.ops.triton_launch import pdl_options
 from thalweg.ops.triton_support import multiprocessors
 
+try:
+    from thalweg.ops.mla_mixer import gluon
+except ImportError:  # Gluon is experimental: in another Triton it may be elsewhere
+    gluon = None
+
 BLOCK_N = 64  # tokens per tile
 LOG2_E = 1.4426950408889634
 
@@ -38,7 +46,7 @@ def _absorb(
     w_uk_ptr,
     pages_ptr,
     page_rows_ptr,
-    q_latent_ptr,
+    q_ptr,
     B,
     proj_stride,
     w_stride_h,
@@ -49,38 +57,43 @@ def _absorb(
     P: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    BLOCK_G: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    pid = tl.program_id(0)
     slices: tl.constexpr = R // BLOCK_R
+    pid = tl.program_id(0)
+    h = pid // slices
+    k = tl.arange(0, K)
+    p = tl.arange(0, P)
+    r = tl.arange(0, R)
+    r_slice = pid % slices * BLOCK_R + tl.arange(0, BLOCK_R)
+    b = (tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
+    b_mask = b[:, None] < B
+    q_row_ptrs = proj_ptr + b[:, None] * proj_stride + h * (K + P)
+    out_ptrs = q_ptr + (b[:, None] * H + h) * (R + P)
     if PDL:
         gdc_launch_dependents()
-    if pid < H * slices:
-        h = pid // slices
-        k = tl.arange(0, K)
-        r_slice = pid % slices * BLOCK_R + tl.arange(0, BLOCK_R)
-        w_KR = tl.load(w_uk_ptr + h * w_stride_h + k[:, None] * R + r_slice[None, :])
-        b = (tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
-        if PDL:
-            gdc_wait()
-        q_BK = tl.load(proj_ptr + b[:, None] * proj_stride + h * (K + P) + k[None, :], mask=b[:, None] < B, other=0.0)
-        out = dot(q_BK, w_KR)
-        out_ptrs = q_latent_ptr + (b[:, None] * H + h) * R + r_slice[None, :]
-        tl.store(out_ptrs, out.to(q_latent_ptr.dtype.element_ty), mask=b[:, None] < B)
-    else:
-        row = tl.program_id(1) * BLOCK_B + pid - H * slices
-        r = tl.arange(0, R)
-        p = tl.arange(0, P)
-        weight = tl.load(norm_weight_ptr + r).to(tl.float32)
-        if PDL:
-            gdc_wait()
-        if row < B:
-            c_ptr = proj_ptr + row.to(tl.int64) * proj_stride + H * (K + P)
-            c = tl.load(c_ptr + r).to(tl.float32)
-            c = c * tl.rsqrt(tl.sum(c * c, 0) / R + eps) * weight
-            page_ptr = pages_ptr + tl.load(page_rows_ptr + row) * (R + P)
-            tl.store(page_ptr + r, c.to(pages_ptr.dtype.element_ty))
-            tl.store(page_ptr + R + p, tl.load(c_ptr + R + p).to(pages_ptr.dtype.element_ty))
+    w_KR = tl.load(w_uk_ptr + h * w_stride_h + k[:, None] * R + r_slice[None, :])
+    norm_weight_R = tl.load(norm_weight_ptr + r).to(tl.float32)
+    if PDL:
+        gdc_wait()
+    q_BK = tl.load(q_row_ptrs + k[None, :], mask=b_mask, other=0.0)
+    shared_mask = b_mask & (pid % slices == 0)
+    q_BP = tl.load(q_row_ptrs + K + p[None, :], mask=shared_mask, other=0.0)
+    g = tl.arange(0, BLOCK_G)
+    row_G = tl.program_id(1) * BLOCK_B + pid * BLOCK_G + g
+    own_G = (pid * BLOCK_G + g < BLOCK_B) & (row_G < B)
+    c_ptrs = proj_ptr + row_G.to(tl.int64)[:, None] * proj_stride + H * (K + P)
+    c_GR = tl.load(c_ptrs + r[None, :], mask=own_G[:, None], other=0.0).to(tl.float32)
+    shared_GP = tl.load(c_ptrs + R + p[None, :], mask=own_G[:, None], other=0.0)
+    page_row_G = tl.load(page_rows_ptr + row_G, mask=own_G, other=0)
+    out_BR = dot(q_BK, w_KR)
+    tl.store(out_ptrs + r_slice[None, :], out_BR.to(q_ptr.dtype.element_ty), mask=b_mask)
+    tl.store(out_ptrs + R + p[None, :], q_BP, mask=shared_mask)
+    c_GR = c_GR * tl.rsqrt(tl.sum(c_GR * c_GR, 1) / R + eps)[:, None] * norm_weight_R[None, :]
+    page_ptrs = pages_ptr + page_row_G[:, None] * (R + P)
+    tl.store(page_ptrs + r[None, :], c_GR.to(pages_ptr.dtype.element_ty), mask=own_G[:, None])
+    tl.store(page_ptrs + R + p[None, :], shared_GP.to(pages_ptr.dtype.element_ty), mask=own_G[:, None])
 
 
 @triton.jit
@@ -116,19 +129,16 @@ def _prefetch_tile(table_ptr, base_ptr, PAGE_BYTES: tl.constexpr, TILE_BYTES: tl
 
 @triton.jit
 def _attend(
-    proj_ptr,
-    q_latent_ptr,
+    q_ptr,
     pages_ptr,
     tables_ptr,
     lens_ptr,
     part_ptr,
-    lse_ptr,
-    proj_stride,
+    stats_ptr,
     table_stride,
     scale_log2,
     H: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    K: tl.constexpr,
     R: tl.constexpr,
     P: tl.constexpr,
     PAGE: tl.constexpr,
@@ -162,8 +172,9 @@ def _attend(
     p = tl.arange(0, P)
     i = tl.arange(0, BLOCK_N)
     h_mask = h[:, None] < H
-    q_HR = tl.load(q_latent_ptr + (b * H + h[:, None]) * R + r[None, :], mask=h_mask, other=0.0)
-    q_HP = tl.load(proj_ptr + b * proj_stride + h[:, None] * (K + P) + K + p[None, :], mask=h_mask, other=0.0)
+    q_ptrs = q_ptr + (b * H + h[:, None]) * C
+    q_HR = tl.load(q_ptrs + r[None, :], mask=h_mask, other=0.0)
+    q_HP = tl.load(q_ptrs + R + p[None, :], mask=h_mask, other=0.0)
     m_H = tl.full([BLOCK_H], float("-inf"), tl.float32)
     l_H = tl.zeros([BLOCK_H], tl.float32)
     acc_RH = tl.zeros([R, BLOCK_H], tl.float32)
@@ -194,14 +205,15 @@ def _attend(
     part_ptrs = part_ptr + (part_row + h[None, :]) * R + r[:, None]
     # Splits past the sequence's end have nothing to tell.
     mask = (h < H) & (start < end)
-    tl.store(part_ptrs, (acc_RH / l_H[None, :]).to(part_ptr.dtype.element_ty), mask=mask[None, :])
-    tl.store(lse_ptr + part_row + h, m_H + tl.log2(l_H), mask=mask)
+    tl.store(part_ptrs, acc_RH.to(part_ptr.dtype.element_ty), mask=mask[None, :])
+    tl.store(stats_ptr + 2 * part_row + h, m_H, mask=mask)
+    tl.store(stats_ptr + 2 * part_row + H + h, l_H, mask=mask)
 
 
 @triton.jit(do_not_specialize=["B", "splits"])
 def _combine(
     part_ptr,
-    lse_ptr,
+    stats_ptr,
     lens_ptr,
     w_uv_ptr,
     out_ptr,
@@ -214,61 +226,54 @@ def _combine(
     BLOCK_S: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_B: tl.constexpr,
-    BLOCK_R: tl.constexpr,
     BLOCK_V: tl.constexpr,
     PDL: tl.constexpr,
 ):
     slices: tl.constexpr = V // BLOCK_V
     h = tl.program_id(0) // slices
     v = tl.program_id(0) % slices * BLOCK_V + tl.arange(0, BLOCK_V)
-    r = tl.arange(0, BLOCK_R)
-    s = tl.arange(0, BLOCK_S)
+    r = tl.arange(0, R)
     b = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
-    b_mask = b < B
-    w_ptrs = w_uv_ptr + h * w_stride_h + v[:, None] * R + r[None, :]
+    s = tl.arange(0, BLOCK_S)
     if PDL:
         gdc_launch_dependents()
-    w_VR = tl.load(w_ptrs)
-    tiles_B = tl.cdiv(tl.load(lens_ptr + b, mask=b_mask, other=0), BLOCK_N)
+    w_VR = tl.load(w_uv_ptr + h * w_stride_h + v[:, None] * R + r[None, :])
+    tiles_B = tl.cdiv(tl.load(lens_ptr + b, mask=b < B, other=0), BLOCK_N)
     span_B = tl.maximum(tl.cdiv(tiles_B, splits), 1)
     used_BS = s[None, :] * span_B[:, None] < tiles_B[:, None]
-    row_BS = (b[:, None].to(tl.int64) * splits + s[None, :]) * H + h
+    part_BS = b[:, None].to(tl.int64) * splits + s[None, :]
+    part_ptrs = part_ptr + (tl.reshape(part_BS, [BLOCK_B * BLOCK_S, 1]) * H + h) * R + r[None, :]
+    used = tl.reshape(used_BS, [BLOCK_B * BLOCK_S, 1])
+    stats_ptrs = stats_ptr + part_BS * (2 * H) + h
     if PDL:
         gdc_wait()
-    if BLOCK_B == 1:
-        part_ptrs = part_ptr + tl.reshape(row_BS, [BLOCK_S, 1]) * R + r[None, :]
-        part_mask = tl.reshape(used_BS, [BLOCK_S, 1])
-    else:
-        part_ptrs = part_ptr + row_BS[:, :, None] * R + r[None, None, :]
-        part_mask = used_BS[:, :, None]
-    part = tl.load(part_ptrs, mask=part_mask, other=0.0)
-    lse_BS = tl.load(lse_ptr + row_BS, mask=used_BS, other=float("-inf"))
+    part = tl.load(part_ptrs, mask=used, other=0.0)
+    m_BS = tl.load(stats_ptrs, mask=used_BS, other=float("-inf"))
+    l_BS = tl.load(stats_ptrs + H, mask=used_BS, other=0.0)
     # A finite fill for sequences without tokens, whose weights come out as zeros.
-    weight_BS = tl.exp2(lse_BS - tl.maximum(tl.max(lse_BS, 1), -1e30)[:, None])
-    weight_BS = weight_BS / tl.maximum(tl.sum(weight_BS, 1), 1e-30)[:, None]
-    acc_BV = tl.zeros([BLOCK_B, BLOCK_V], tl.float32)
-    for first in tl.static_range(0, R, BLOCK_R):
-        if first > 0:
-            w_VR = tl.load(w_ptrs + first)
-            part = tl.load(part_ptrs + first, mask=part_mask, other=0.0)
-        if BLOCK_B == 1:
-            o_R = tl.sum(part.to(tl.float32) * tl.reshape(weight_BS, [BLOCK_S, 1]), 0)
-            acc_BV += tl.sum(w_VR.to(tl.float32) * o_R[None, :], 1)[None, :]
-        else:
-            o_BR = tl.sum(part.to(tl.float32) * weight_BS[:, :, None], 1)
-            acc_BV += dot(o_BR.to(w_VR.dtype), tl.trans(w_VR))
-    out_ptrs = out_ptr + (b[:, None].to(tl.int64) * H + h) * V + v[None, :]
-    tl.store(out_ptrs, acc_BV.to(out_ptr.dtype.element_ty), mask=b_mask[:, None])
+    weight_BS = tl.exp2(m_BS - tl.maximum(tl.max(m_BS, 1), -1e30)[:, None])
+    weight_BS = weight_BS / tl.maximum(tl.sum(weight_BS * l_BS, 1), 1e-30)[:, None]
+    # w_uv first, the weighted sum over splits after it: products are cheap, and their results few.
+    out_VBS = tl.reshape(dot(w_VR, tl.trans(part)), [BLOCK_V, BLOCK_B, BLOCK_S])
+    out_VB = tl.sum(out_VBS * weight_BS[None, :, :], 2)
+    out_ptrs = out_ptr + (b[None, :].to(tl.int64) * H + h) * V + v[:, None]
+    tl.store(out_ptrs, out_VB.to(out_ptr.dtype.element_ty), mask=b[None, :] < B)
 
 
 def _splits(B: int, processors: int) -> int:
-    """Parts to split each context into, so that all programs together fill whole waves of multiprocessors."""
-    for waves in range(1, 5):
-        programs = waves * processors
-        if programs // B * B >= 0.9 * programs:
-            break
-    # More of them than the last kernel can weigh at one go would cost it more than they save here.
-    return max(1, min(programs // B, 128 if B == 1 else 32 if B <= 4 else 16))
+    """Parts, at most 128, to split each context into: the fewest that a model of `attend` finds quickest.
+
+    Programs run in waves, one on a multiprocessor. Measured on an H200: three quarters of them take all of the
+    bandwidth, and a wave costs its start and its end besides, as much as four tiles. Lengths are on the device, so that
+    a long context, of 128 tiles, stands for all.
+    """
+
+    def cost(splits: int) -> float:
+        full, rest = divmod(B * splits, processors)
+        last = max(0.75, rest / processors) if rest else 0.0
+        return -(-128 // splits) * (full + last) + 4 * (full + (rest > 0))
+
+    return min(range(1, 129), key=cost)
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,21 +289,19 @@ class Launch:
 
 @cache
 def launches(B: int, H: int, R: int, V: int, processors: int) -> tuple[Launch, Launch, Launch]:
-    """The three launches for B sequences: grids, tiles and warps."""
+    """The three launches of this module's kernels for B sequences: grids, tiles and warps."""
     splits = _splits(B, processors)
     block_b = max(16, min(64, triton.next_power_of_2(B)))  # rows of a matrix unit's tile
-    tile = {"BLOCK_B": block_b, "BLOCK_R": min(R, 64)}
-    grid = (H * (R // tile["BLOCK_R"]) + tile["BLOCK_B"], triton.cdiv(B, tile["BLOCK_B"]))
-    absorb = Launch(_absorb, grid, tile, 4)
+    tile = {"BLOCK_B": block_b, "BLOCK_R": min(R, 128)}
+    programs = H * (R // tile["BLOCK_R"])
+    tile["BLOCK_G"] = triton.next_power_of_2(triton.cdiv(block_b, programs))  # latents that a program norms
+    absorb = Launch(_absorb, (programs, triton.cdiv(B, block_b)), tile, 4)
     tile = {"BLOCK_H": max(16, triton.next_power_of_2(H)), "BLOCK_N": BLOCK_N}
     attend = Launch(_attend, (splits, B), tile, 4)
-    tile = {"BLOCK_S": triton.next_power_of_2(splits), "BLOCK_N": BLOCK_N}
-    if B <= 4:
-        tile |= {"BLOCK_B": 1, "BLOCK_V": min(V, 32 if B == 1 else 64)}
-    else:
-        tile |= {"BLOCK_B": block_b if splits == 1 else 16, "BLOCK_V": min(V, 64)}
-    tile["BLOCK_R"] = min(R, 32768 // (tile["BLOCK_B"] * tile["BLOCK_S"]))
-    combine = Launch(_combine, (H * (V // tile["BLOCK_V"]), triton.cdiv(B, tile["BLOCK_B"])), tile, 8)
+    block_s = triton.next_power_of_2(splits)
+    block_v, warps = (min(V, 128), 8) if block_s <= 64 else (min(V, 64), 4)  # to fit beside the parts
+    tile = {"BLOCK_S": block_s, "BLOCK_N": BLOCK_N, "BLOCK_B": max(1, 64 // block_s), "BLOCK_V": block_v}
+    combine = Launch(_combine, (H * (V // block_v), triton.cdiv(B, tile["BLOCK_B"])), tile, warps)
     return absorb, attend, combine
 
 
@@ -321,16 +324,14 @@ def mla_mixer_decode(
         return o_BO
     absorb, attend, combine = launches(B, H, R, V, multiprocessors(proj_BX.device))
     splits, pdl = attend.grid[0], pdl_options(proj_BX)
-    q_latent_BHR = proj_BX.new_empty(B, H, R)
-    part_BSHR = proj_BX.new_empty(B, splits, H, R)
-    lse_BSH = proj_BX.new_empty(B, splits, H, dtype=torch.float32)
+    q_BHC = proj_BX.new_empty(B, H, R + P)
     absorb(
         proj_BX,
         kv_norm_weight_R,
         w_uk_HKR,
         pages_MSC,
         page_rows_B,
-        q_latent_BHR,
+        q_BHC,
         B,
         proj_BX.stride(0),
         w_uk_HKR.stride(0),
@@ -341,27 +342,17 @@ def mla_mixer_decode(
         P=P,
         **pdl,
     )
-    attend(
-        proj_BX,
-        q_latent_BHR,
-        pages_MSC,
-        block_tables_BN,
-        context_lens_B,
-        part_BSHR,
-        lse_BSH,
-        proj_BX.stride(0),
-        block_tables_BN.stride(0),
-        scale * LOG2_E,
-        H=H,
-        K=K,
-        R=R,
-        P=P,
-        PAGE=page_size,
-        **pdl,
-    )
+    context = (pages_MSC, block_tables_BN, context_lens_B)
+    if gluon is not None and gluon.serves(pages_MSC, R, V):
+        gluon.launch(splits, q_BHC, *context, w_uv_HVR, o_BO, scale * LOG2_E)
+        return o_BO
+    part_BSHR = proj_BX.new_empty(B, splits, H, R)
+    stats_BS2H = proj_BX.new_empty(B, splits, 2, H, dtype=torch.float32)  # maximum and sum of each split's weights
+    strides = (block_tables_BN.stride(0),)
+    attend(q_BHC, *context, part_BSHR, stats_BS2H, *strides, scale * LOG2_E, H=H, R=R, P=P, PAGE=page_size, **pdl)
     combine(
         part_BSHR,
-        lse_BSH,
+        stats_BS2H,
         context_lens_B,
         w_uv_HVR,
         o_BO,

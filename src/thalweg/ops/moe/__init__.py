@@ -1,10 +1,10 @@
-"""Ops "route", "router" and "experts": top-k routing, with and without its projection, and the experts' SwiGLU
-networks.
+"""Ops "route", "norm_router", "experts" and "experts_add": top-k routing, alone and with its norm and projection, and
+the experts' SwiGLU networks, alone and added to the residual.
 """
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
@@ -38,10 +38,12 @@ class Route(Protocol):
         """
 
 
-class Router(Protocol):
+class NormRouter(Protocol):
     def __call__(
         self,
         x_TD: Tensor,
+        norm_weight_D: Tensor,
+        eps: float,
         w_ED: Tensor,
         bias_E: Tensor,
         top_k: int,
@@ -51,8 +53,9 @@ class Router(Protocol):
         n_group: int = 1,
         topk_group: int = 1,
         num_shared: int = 0,
-    ) -> tuple[Tensor, Tensor]:
-        """(weights fp32, ids int64), both [T, top_k + num_shared]: "route" of the fp32 logits x_TD @ w_ED.T.
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(n_TD, weights fp32, ids int64), the latter two [T, top_k + num_shared]: n is "rms_norm" of x, and the
+        routing "route" of the fp32 logits n @ w_ED.T.
 
         The products are of values converted to fp32: rounding logits would flip choices. The shared experts
         follow the chosen ones as ids E .. E + num_shared - 1 with weight 1, so that "experts" can hold them
@@ -76,56 +79,69 @@ class Experts(Protocol):
         w_gate_up_E2ID [E, 2I, D] holds gate, then up; w_down_EDI [E, D, I]. x and both weights share one
         dtype, which y has too; weights_Tk is fp32 and the sum over experts is in fp32. Cost grows with T * k
         alone. A token's experts differ. num_shared promises that the last num_shared ids of every token are
-        E - num_shared .. E - 1, as "router" gives them: kernels then start on those before the router is done.
+        E - num_shared .. E - 1, as "norm_router" gives them: kernels then start on those before it is done.
         """
 
 
-def _triton_router(
-    x_TD: Tensor,
-    w_ED: Tensor,
-    bias_E: Tensor,
-    top_k: int,
-    renormalize: bool,
-    scale: float,
-    scoring: Scoring = "sigmoid",
-    n_group: int = 1,
-    topk_group: int = 1,
-    num_shared: int = 0,
-) -> tuple[Tensor, Tensor]:
+class ExpertsAdd(Protocol):
+    def __call__(
+        self,
+        x_TD: Tensor,
+        weights_Tk: Tensor,
+        ids_Tk: Tensor,
+        w_gate_up_E2ID: Tensor,
+        w_down_EDI: Tensor,
+        residual_TD: Tensor,
+        /,
+        num_shared: int = 0,
+    ) -> Tensor:
+        """residual_TD + "experts" of the rest. Whether that is rounded to the dtype before it is added is open.
+
+        No input is changed.
+        """
+
+
+def _triton_router(*args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
     from thalweg.ops.moe import triton_router
 
-    return triton_router.router(x_TD, w_ED, bias_E, top_k, renormalize, scale, scoring, n_group, topk_group, num_shared)
+    return triton_router.norm_router(*args, **options)
 
 
-def _triton_experts(
-    x_TD: Tensor,
-    weights_Tk: Tensor,
-    ids_Tk: Tensor,
-    w_gate_up_E2ID: Tensor,
-    w_down_EDI: Tensor,
-    num_shared: int = 0,
-) -> Tensor:
+def _triton_experts(*args: Any, **options: Any) -> Tensor:
     from thalweg.ops.moe import triton_experts
 
-    return triton_experts.experts(x_TD, weights_Tk, ids_Tk, w_gate_up_E2ID, w_down_EDI, num_shared)
+    return triton_experts.experts(*args, **options)
 
 
+def _triton_experts_add(*args: Any, **options: Any) -> Tensor:
+    from thalweg.ops.moe import triton_experts
+
+    return triton_experts.experts_add(*args, **options)
+
+
+MAX_WIDTH = 16384  # of a row that is normed
 MAX_ROUTER_EXPERTS = 1024  # one program holds all scores of a token in registers
 
 
 def _router_supports(ctx: OpContext) -> str | None:
     if ctx.dims.get("E", 0) > MAX_ROUTER_EXPERTS:
         return f"needs at most {MAX_ROUTER_EXPERTS} experts, not {ctx.dims['E']}"
+    if ctx.dims.get("D", 0) > MAX_WIDTH:
+        return f"needs rows of at most {MAX_WIDTH}, not {ctx.dims['D']}"
     return why_not(ctx)
 
 
 _route: Route = reference.route
-_reference_router: Router = reference.router
-_kernel_router: Router = _triton_router
+_reference_router: NormRouter = reference.norm_router
+_kernel_router: NormRouter = _triton_router
 _reference_experts: Experts = reference.experts
 _kernel_experts: Experts = _triton_experts
+_reference_experts_add: ExpertsAdd = reference.experts_add
+_kernel_experts_add: ExpertsAdd = _triton_experts_add
 register("route", "reference", _route)
-register("router", "reference", _reference_router)
-register("router", "triton", _kernel_router, supports=_router_supports, priority=10)
+register("norm_router", "reference", _reference_router)
+register("norm_router", "triton", _kernel_router, supports=_router_supports, priority=10)
 register("experts", "reference", _reference_experts, capturable=False)
 register("experts", "triton", _kernel_experts, supports=why_not, priority=10)
+register("experts_add", "reference", _reference_experts_add, capturable=False)
+register("experts_add", "triton", _kernel_experts_add, supports=why_not, priority=10)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from thalweg.errors import ConfigError
 from thalweg.ops.activation.reference import silu_and_mul
+from thalweg.ops.norm.reference import rms_norm
 
 
 def route(
@@ -40,8 +41,10 @@ def route(
     return weights_Tk * scale, ids_Tk
 
 
-def router(
+def norm_router(
     x_TD: Tensor,
+    norm_weight_D: Tensor,
+    eps: float,
     w_ED: Tensor,
     bias_E: Tensor,
     top_k: int,
@@ -51,14 +54,15 @@ def router(
     n_group: int = 1,
     topk_group: int = 1,
     num_shared: int = 0,
-) -> tuple[Tensor, Tensor]:
-    logits_TE = F.linear(x_TD.float(), w_ED.float())
+) -> tuple[Tensor, Tensor, Tensor]:
+    normed_TD = rms_norm(x_TD, norm_weight_D, eps)
+    logits_TE = F.linear(normed_TD.float(), w_ED.float())
     weights_Tk, ids_Tk = route(logits_TE, bias_E, top_k, renormalize, scale, scoring, n_group, topk_group)
-    if num_shared == 0:
-        return weights_Tk, ids_Tk
-    T, E = logits_TE.shape
-    shared_TS = torch.arange(E, E + num_shared, device=ids_Tk.device).expand(T, -1)
-    return F.pad(weights_Tk, (0, num_shared), value=1.0), torch.cat((ids_Tk, shared_TS), dim=1)
+    if num_shared:
+        T, E = logits_TE.shape
+        shared_TS = torch.arange(E, E + num_shared, device=ids_Tk.device).expand(T, -1)
+        weights_Tk, ids_Tk = F.pad(weights_Tk, (0, num_shared), value=1.0), torch.cat((ids_Tk, shared_TS), dim=1)
+    return normed_TD, weights_Tk, ids_Tk
 
 
 def experts(
@@ -87,3 +91,15 @@ def experts(
     y_PD = torch.empty_like(sorted_PD, dtype=torch.float32)
     y_PD[order_P] = sorted_PD.float()
     return (y_PD.view(T, k, -1) * weights_Tk.float().unsqueeze(-1)).sum(1).to(x_TD.dtype)
+
+
+def experts_add(
+    x_TD: Tensor,
+    weights_Tk: Tensor,
+    ids_Tk: Tensor,
+    w_gate_up_E2ID: Tensor,
+    w_down_EDI: Tensor,
+    residual_TD: Tensor,
+    num_shared: int = 0,
+) -> Tensor:
+    return residual_TD + experts(x_TD, weights_Tk, ids_Tk, w_gate_up_E2ID, w_down_EDI, num_shared)

@@ -1,4 +1,4 @@
-"""Routed experts in three launches for decode: gate and up with SiLU, down, and a token's weighted sum.
+"""Routed experts in three launches for decode: gate and up with SiLU, down, and what ends a token (triton_finish.py).
 
 Up to GEMV_TOKENS tokens, one program takes a few rows of one (token, expert) pair. Up to MAX_TOKENS, a program takes a
 block of rows of one expert for all tokens that chose it, which it finds by scanning the ids itself: no sort. The sum
@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from thalweg.ops.moe import reference
+from thalweg.ops.moe import reference, triton_grouped
+from thalweg.ops.moe.triton_finish import weighted_sum
 from thalweg.ops.triton_launch import pdl_options
 
 GEMV_TOKENS = 2
@@ -325,28 +326,6 @@ def down_expert_kernel(
             start += WIDE
 
 
-@triton.jit
-def sum_kernel(
-    y_ptr,  # [T * K, D] fp32
-    weights_ptr,
-    out_ptr,
-    D: tl.constexpr,
-    K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    token = tl.program_id(0)
-    cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    total = tl.zeros([BLOCK_D], tl.float32)
-    for j in tl.static_range(K):
-        y = tl.load(y_ptr + (token * K + j) * D + cols, mask=cols < D, other=0.0)
-        total += tl.load(weights_ptr + token * K + j) * y
-    tl.store(out_ptr + token * D + cols, total.to(out_ptr.dtype.element_ty), mask=cols < D)
-
-
 def experts(
     x_TD: Tensor,
     weights_Tk: Tensor,
@@ -356,15 +335,33 @@ def experts(
     num_shared: int = 0,
 ) -> Tensor:
     T = x_TD.shape[0]
-    if not 0 < T <= MAX_TOKENS or x_TD.stride(1) != 1:
+    if T == 0 or x_TD.stride(1) != 1:
         return reference.experts(x_TD, weights_Tk, ids_Tk, w_gate_up_E2ID, w_down_EDI, num_shared)
-    if T <= GEMV_TOKENS:
-        h_PI = run_gate_up_pairs(x_TD, ids_Tk, w_gate_up_E2ID, num_shared)
-        y_PD = run_down_pairs(h_PI, ids_Tk, w_down_EDI)
-    else:
-        h_PI = run_gate_up_experts(x_TD, ids_Tk, w_gate_up_E2ID)
-        y_PD = run_down_experts(h_PI, ids_Tk, w_down_EDI)
-    return run_sum(y_PD, weights_Tk, x_TD.dtype)
+    if T > MAX_TOKENS:
+        return triton_grouped.experts_grouped(x_TD, weights_Tk, ids_Tk, w_gate_up_E2ID, w_down_EDI, num_shared)
+    return weighted_sum(_pair_outputs(x_TD, ids_Tk, w_gate_up_E2ID, w_down_EDI, num_shared), weights_Tk, x_TD.dtype)
+
+
+def experts_add(
+    x_TD: Tensor,
+    weights_Tk: Tensor,
+    ids_Tk: Tensor,
+    w_gate_up_E2ID: Tensor,
+    w_down_EDI: Tensor,
+    residual_TD: Tensor,
+    num_shared: int = 0,
+) -> Tensor:
+    if not 0 < x_TD.shape[0] <= MAX_TOKENS or x_TD.stride(1) != 1 or residual_TD.stride(1) != 1:
+        return residual_TD + experts(x_TD, weights_Tk, ids_Tk, w_gate_up_E2ID, w_down_EDI, num_shared)
+    y_PD = _pair_outputs(x_TD, ids_Tk, w_gate_up_E2ID, w_down_EDI, num_shared)
+    return weighted_sum(y_PD, weights_Tk, x_TD.dtype, residual_TD)
+
+
+def _pair_outputs(x_TD: Tensor, ids_Tk: Tensor, w_gate_up_E2ID: Tensor, w_down_EDI: Tensor, num_shared: int) -> Tensor:
+    """Every pair's output in fp32 [T * k, D], not yet weighted."""
+    if x_TD.shape[0] <= GEMV_TOKENS:
+        return run_down_pairs(run_gate_up_pairs(x_TD, ids_Tk, w_gate_up_E2ID, num_shared), ids_Tk, w_down_EDI)
+    return run_down_experts(run_gate_up_experts(x_TD, ids_Tk, w_gate_up_E2ID), ids_Tk, w_down_EDI)
 
 
 def run_gate_up_pairs(
@@ -412,15 +409,6 @@ def run_down_pairs(
         **pdl_options(h_PI),
     )
     return y_PD
-
-
-def run_sum(y_PD: Tensor, weights_Tk: Tensor, dtype: torch.dtype, block: int = 256) -> Tensor:
-    (T, K), D = weights_Tk.shape, y_PD.shape[1]
-    y_TD = torch.empty(T, D, dtype=dtype, device=y_PD.device)
-    sum_kernel[(T, triton.cdiv(D, block))](
-        y_PD, weights_Tk, y_TD, D=D, K=K, BLOCK_D=block, num_warps=2, **pdl_options(y_PD)
-    )
-    return y_TD
 
 
 def _grouping(T: int, K: int, E: int) -> tuple[int, dict[str, int | bool]]:

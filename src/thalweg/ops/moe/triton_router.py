@@ -1,5 +1,6 @@
-"""Router in two launches: products split over programs, then one small program a token sums and chooses.
+"""Norm and router: products, then one small program a token sums and chooses.
 
+Up to FEW_TOKENS tokens the norm is part of the kernel that takes the products; beyond, those are split over programs.
 One launch, in which the last program to finish chooses, was slower at every size: its wait is longer than a launch.
 """
 
@@ -11,9 +12,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from thalweg.ops.linear.triton_few import few_tokens, norm_fits
 from thalweg.ops.moe import reference
+from thalweg.ops.norm.triton import rms_norm
 from thalweg.ops.triton_launch import pdl_options
 
+FEW_TOKENS = 8
 MAX_TOKENS = 512
 
 
@@ -71,10 +75,12 @@ def choose_kernel(
 ):
     if PDL:
         gdc_launch_dependents()
-        gdc_wait()
     token = tl.program_id(0)
     columns = tl.arange(0, E2)
     inside = columns < E
+    bias = tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    if PDL:
+        gdc_wait()
     logits = tl.zeros([E2], tl.float32)
     for s in tl.static_range(SPLITS):
         logits += tl.load(partial_ptr + (s * T + token) * E + columns, mask=inside, other=0.0)
@@ -84,18 +90,18 @@ def choose_kernel(
         scores = scores / tl.sum(scores, 0)
     else:
         scores = 1.0 / (1.0 + tl.exp(-logits))
-    choice = scores + tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    choice = scores + bias
     # NaN ranks last and equals rank by index, so that every id is in range and different from the others.
     choice = tl.where(choice == choice, choice, float("-inf"))
     bits = choice.to(tl.int32, bitcast=True)
-    order = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
-    keys = tl.where(inside, (order << 32) | (E2 - 1 - columns), -(2**63))
+    # As integers, in the same order: a warp finds the largest of those in one instruction.
+    order = tl.where(inside, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits), -(2**31))
     slots = tl.arange(0, K2)
     ids = E - K + slots
     for j in tl.static_range(K):
-        best = tl.max(keys, 0)
-        keys = tl.where(keys == best, -(2**63), keys)
-        ids = tl.where(slots == j, E2 - 1 - (best & 0x7FFFFFFF).to(tl.int32), ids)
+        best = tl.min(tl.where(order == tl.max(order, 0), columns, E2), 0)
+        order = tl.where(columns == best, -(2**31), order)
+        ids = tl.where(slots == j, best, ids)
     routed = tl.gather(scores, tl.where(slots < K, ids, 0), 0)
     if RENORMALIZE:
         routed = routed / (tl.sum(tl.where(slots < K, routed, 0.0), 0) + 1e-20)
@@ -104,8 +110,10 @@ def choose_kernel(
     tl.store(ids_ptr + out, ids.to(tl.int64), mask=slots < K + SHARED)
 
 
-def router(
+def norm_router(
     x_TD: Tensor,
+    norm_weight_D: Tensor,
+    eps: float,
     w_ED: Tensor,
     bias_E: Tensor,
     top_k: int,
@@ -115,23 +123,55 @@ def router(
     n_group: int = 1,
     topk_group: int = 1,
     num_shared: int = 0,
-) -> tuple[Tensor, Tensor]:
-    T = x_TD.shape[0]
-    served = 0 < T <= MAX_TOKENS and n_group == 1 and x_TD.dtype == w_ED.dtype and scoring in ("sigmoid", "softmax")
+) -> tuple[Tensor, Tensor, Tensor]:
+    T, E = x_TD.shape[0], w_ED.shape[0]
+    served = T > 0 and n_group == 1 and x_TD.dtype == w_ED.dtype and scoring in ("sigmoid", "softmax")
     if not served or x_TD.stride(1) != 1 or w_ED.stride(1) != 1:
-        return reference.router(x_TD, w_ED, bias_E, top_k, renormalize, scale, scoring, n_group, topk_group, num_shared)
-    D, E = x_TD.shape[1], w_ED.shape[0]
+        routing = (w_ED, bias_E, top_k, renormalize, scale, scoring, n_group, topk_group, num_shared)
+        return reference.norm_router(x_TD, norm_weight_D, eps, *routing)
     k = top_k + num_shared
-    block_t, block_e, block_d = 16, 32, 256
-    splits = triton.cdiv(D, block_d)
-    partial = torch.empty(splits, T, E, dtype=torch.float32, device=x_TD.device)
+    if T <= FEW_TOKENS and x_TD.dtype == torch.bfloat16 and norm_fits(x_TD.shape[1]):
+        normed_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
+        logits_STE = few_tokens(x_TD, w_ED, (norm_weight_D, eps), None, torch.float32, normed_TD, blocks=1)[None]
+    else:
+        normed_TD = rms_norm(x_TD, norm_weight_D, eps)
+        logits_STE = run_logits(normed_TD, w_ED)
     weights_Tk = torch.empty(T, k, dtype=torch.float32, device=x_TD.device)
     ids_Tk = torch.empty(T, k, dtype=torch.int64, device=x_TD.device)
-    pdl = pdl_options(x_TD)
+    choose_kernel[(T,)](
+        logits_STE,
+        bias_E,
+        weights_Tk,
+        ids_Tk,
+        float(scale),
+        T,
+        SPLITS=logits_STE.shape[0],
+        E=E,
+        K=top_k,
+        SHARED=num_shared,
+        SOFTMAX=scoring == "softmax",
+        RENORMALIZE=renormalize,
+        E2=triton.next_power_of_2(E),
+        K2=triton.next_power_of_2(k),
+        num_warps=1 if E <= 256 else 4,
+        **pdl_options(x_TD),
+    )
+    return normed_TD, weights_Tk, ids_Tk
+
+
+def run_logits(x_TD: Tensor, w_ED: Tensor) -> Tensor:
+    """Parts of the logits, fp32 [splits, T, E]."""
+    (T, D), E = x_TD.shape, w_ED.shape[0]
+    if T > MAX_TOKENS:  # enough to fill the device without splitting a product
+        as_fp32 = {} if x_TD.dtype == torch.float32 else {"out_dtype": torch.float32}
+        return torch.mm(x_TD, w_ED.t(), **as_fp32)[None]
+    block_t, block_e, block_d = 16, 32, 256
+    splits = triton.cdiv(D, block_d)
+    partial_STE = torch.empty(splits, T, E, dtype=torch.float32, device=x_TD.device)
     logits_kernel[(triton.cdiv(E, block_e) * splits, triton.cdiv(T, block_t))](
         x_TD,
         w_ED,
-        partial,
+        partial_STE,
         T,
         x_TD.stride(0),
         w_ED.stride(0),
@@ -141,24 +181,6 @@ def router(
         BLOCK_E=block_e,
         BLOCK_D=block_d,
         num_warps=4,
-        **pdl,
+        **pdl_options(x_TD),
     )
-    choose_kernel[(T,)](
-        partial,
-        bias_E,
-        weights_Tk,
-        ids_Tk,
-        float(scale),
-        T,
-        SPLITS=splits,
-        E=E,
-        K=top_k,
-        SHARED=num_shared,
-        SOFTMAX=scoring == "softmax",
-        RENORMALIZE=renormalize,
-        E2=triton.next_power_of_2(E),
-        K2=triton.next_power_of_2(k),
-        num_warps=1 if E <= 256 else 4,
-        **pdl,
-    )
-    return weights_Tk, ids_Tk
+    return partial_STE

@@ -45,9 +45,20 @@ def _triton_add_rms_norm(*args: Any) -> tuple[Tensor, Tensor]:
     return add_rms_norm(*args)
 
 
+def _triton_gated_rms_norm(*args: Any) -> Tensor:
+    from thalweg.ops.norm.triton_gated import gated_rms_norm
+
+    return gated_rms_norm(*args)
+
+
 def _triton_refuses(ctx: OpContext) -> str | None:
     D = ctx.dims.get("D", 0)
     return why_not(ctx) if 1 <= D <= 16384 else f"needs rows of at most 16384, not {D}"
+
+
+def _gated_refuses(ctx: OpContext) -> str | None:
+    V = ctx.dims.get("V", 0)
+    return why_not(ctx) if 1 <= V <= 4096 else f"needs heads of at most 4096, not {V}"
 
 
 _rms_norm: RmsNorm = reference.rms_norm
@@ -58,3 +69,4 @@ register("add_rms_norm", "reference", _add_rms_norm)
 register("gated_rms_norm", "reference", _gated_rms_norm)
 register("rms_norm", "triton", _triton_rms_norm, supports=_triton_refuses, priority=10)
 register("add_rms_norm", "triton", _triton_add_rms_norm, supports=_triton_refuses, priority=10)
+register("gated_rms_norm", "triton", _triton_gated_rms_norm, supports=_gated_refuses, priority=10)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -12,20 +12,32 @@ from thalweg.ops.triton_support import why_not
 
 
 class Sample(Protocol):
-    def __call__(self, logits_RV: Tensor, temperatures_R: Tensor, seeds_R: Tensor, positions_R: Tensor, /) -> Tensor:
+    def __call__(
+        self,
+        logits_RV: Tensor,
+        temperatures_R: Tensor,
+        seeds_R: Tensor,
+        positions_R: Tensor,
+        slots_R: Tensor | None = None,
+        /,
+        *,
+        check: bool = False,
+    ) -> Tensor:
         """ids_R int64: the argmax of a row at temperature 0, otherwise a draw from softmax(logits / temperature).
 
         The draw is argmax(logits / temperature + Gumbel noise), the noise of an entry depending on its row's
         seed and position (int64) and its vocabulary index alone, so that batching cannot change it. Equal values go
-        to the lowest index; NaN logits never win unless all are. logits_RV is fp32 or bf16, the arithmetic
+        to the lowest index; NaN logits never win unless all are. With slots_R (int64), temperatures and seeds are
+        tables [N] from which row r takes entry slots_R[r]. With `check`, a row of which any logit is NaN or infinite
+        gives -1 instead of an id. logits_RV is fp32 or bf16, the arithmetic
         fp32; temperatures_R is fp32 >= 0. Implementations agree up to the rounding of the logarithm.
         """
 
 
-def _triton(logits_RV: Tensor, temperatures_R: Tensor, seeds_R: Tensor, positions_R: Tensor) -> Tensor:
+def _triton(*args: Any, check: bool = False) -> Tensor:
     from thalweg.ops.sample import triton
 
-    return triton.sample(logits_RV, temperatures_R, seeds_R, positions_R)
+    return triton.sample(*args, check=check)
 
 
 _sample: Sample = reference.sample

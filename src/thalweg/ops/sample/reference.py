@@ -35,9 +35,21 @@ def gumbel(seeds_R: Tensor, positions_R: Tensor, vocab: int) -> Tensor:
     return -(-torch.log1p(-uniform_RV)).log()
 
 
-def sample(logits_RV: Tensor, temperatures_R: Tensor, seeds_R: Tensor, positions_R: Tensor) -> Tensor:
+def sample(
+    logits_RV: Tensor,
+    temperatures_R: Tensor,
+    seeds_R: Tensor,
+    positions_R: Tensor,
+    slots_R: Tensor | None = None,
+    *,
+    check: bool = False,
+) -> Tensor:
+    if slots_R is not None:
+        temperatures_R, seeds_R = temperatures_R[slots_R], seeds_R[slots_R]
     logits_RV = logits_RV.float()
+    finite_R = logits_RV.isfinite().all(-1) if check else None
     logits_RV = logits_RV.masked_fill(logits_RV.isnan(), -torch.inf)
     hot_R1 = temperatures_R.float()[:, None]
     drawn_RV = logits_RV / hot_R1.where(hot_R1 > 0, 1.0) + gumbel(seeds_R, positions_R, logits_RV.shape[1])
-    return torch.where(hot_R1 > 0, drawn_RV, logits_RV).argmax(-1)
+    ids_R = torch.where(hot_R1 > 0, drawn_RV, logits_RV).argmax(-1)
+    return ids_R if finite_R is None else ids_R.where(finite_R, -1)

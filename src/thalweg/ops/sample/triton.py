@@ -48,11 +48,14 @@ def best_of_blocks_kernel(
     temperatures_ptr,
     seeds_ptr,
     positions_ptr,
+    slots_ptr,
     values_ptr,
     ids_ptr,
     V,
     logits_stride,
     BLOCK_V: tl.constexpr,
+    BY_SLOT: tl.constexpr,
+    CHECK: tl.constexpr,
     PDL: tl.constexpr,
 ):
     row, block = tl.program_id(1), tl.program_id(0)
@@ -62,15 +65,22 @@ def best_of_blocks_kernel(
     index = block * BLOCK_V + tl.arange(0, BLOCK_V)
     logits_ptrs = logits_ptr + row.to(tl.int64) * logits_stride + index
     value = tl.load(logits_ptrs, mask=index < V, other=float("-inf")).to(tl.float32)
+    if CHECK:
+        bad = tl.sum(((value - value != 0.0) & (index < V)).to(tl.int32), 0)
     value = tl.where(value == value, value, float("-inf"))
-    temperature = tl.load(temperatures_ptr + row).to(tl.float32)
+    entry = tl.load(slots_ptr + row) if BY_SLOT else row
+    temperature = tl.load(temperatures_ptr + entry).to(tl.float32)
     if temperature > 0.0:
-        state = _splitmix64(_splitmix64(tl.load(seeds_ptr + row)) + tl.load(positions_ptr + row))
+        state = _splitmix64(_splitmix64(tl.load(seeds_ptr + entry)) + tl.load(positions_ptr + row))
         value = tl.where(index < V, value / temperature + _gumbel(state + index), float("-inf"))
     best, where = tl.max(value, 0, return_indices=True, return_indices_tie_break_left=True)
+    id = block * BLOCK_V + where
+    if CHECK:  # above any that a row of finite logits has
+        best = tl.where(bad > 0, float("inf"), best)
+        id = tl.where(bad > 0, -1, id)
     out = row * tl.num_programs(0) + block
     tl.store(values_ptr + out, best)
-    tl.store(ids_ptr + out, block * BLOCK_V + where)
+    tl.store(ids_ptr + out, id)
 
 
 @triton.jit
@@ -85,10 +95,18 @@ def best_of_rows_kernel(values_ptr, ids_ptr, out_ptr, blocks, BLOCKS: tl.constex
     tl.store(out_ptr + row, tl.load(ids_ptr + row * blocks + where).to(tl.int64))
 
 
-def sample(logits_RV: Tensor, temperatures_R: Tensor, seeds_R: Tensor, positions_R: Tensor) -> Tensor:
+def sample(
+    logits_RV: Tensor,
+    temperatures_R: Tensor,
+    seeds_R: Tensor,
+    positions_R: Tensor,
+    slots_R: Tensor | None = None,
+    *,
+    check: bool = False,
+) -> Tensor:
     R, V = logits_RV.shape
     if R == 0 or logits_RV.stride(1) != 1:
-        return reference.sample(logits_RV, temperatures_R, seeds_R, positions_R)
+        return reference.sample(logits_RV, temperatures_R, seeds_R, positions_R, slots_R, check=check)
     block = 2048
     blocks = triton.cdiv(V, block)
     device = logits_RV.device
@@ -101,11 +119,14 @@ def sample(logits_RV: Tensor, temperatures_R: Tensor, seeds_R: Tensor, positions
         temperatures_R,
         seeds_R,
         positions_R,
+        positions_R if slots_R is None else slots_R,
         values,
         ids,
         V,
         logits_RV.stride(0),
         BLOCK_V=block,
+        BY_SLOT=slots_R is not None,
+        CHECK=check,
         num_warps=4,
         **pdl,
     )

@@ -1,0 +1,51 @@
+"""What a prefill's kernels need to know of its sequences, taken from the host's lists without a wait for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def to_device(values: np.ndarray | Sequence[int], device: torch.device) -> Tensor:
+    """The values (integers of a list become int64) on `device`. The copy is queued; nobody waits for it."""
+    tensor = torch.from_numpy(np.asarray(values))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+@lru_cache(maxsize=16)
+def table(values: tuple[int, ...], device: torch.device) -> Tensor:
+    """The values as int32 on `device`. The layers of a step ask alike, and get the same tensor."""
+    return to_device(np.array(values, dtype=np.int32), device)
+
+
+class Pieces(NamedTuple):
+    """The tokens of a prefill cut into pieces of at most `size` tokens, none of which spans two sequences."""
+
+    num: int
+    pieces_N2: Tensor  # int32: sequence, its first token here
+    offsets_B1: Tensor  # int32: sequence b owns tokens offsets[b]:offsets[b + 1]
+    firsts_B1: Tensor  # int32: and pieces firsts[b]:firsts[b + 1]
+
+
+def pieces(offsets: Sequence[int], size: int, device: torch.device) -> Pieces:
+    """The pieces of sequences with these offsets. The layers of a step ask alike, and get the same tensors."""
+    return _pieces(tuple(offsets), size, device)
+
+
+@lru_cache(maxsize=8)
+def _pieces(offsets: tuple[int, ...], size: int, device: torch.device) -> Pieces:
+    starts = np.array(offsets, dtype=np.int32)
+    counts = -(-np.diff(starts) // size)
+    firsts = np.concatenate(([0], counts.cumsum()))
+    sequence = np.repeat(np.arange(len(counts)), counts)
+    token = starts[sequence] + (np.arange(len(sequence)) - firsts[sequence]) * size
+    table = np.concatenate((np.stack((sequence, token), 1).ravel(), starts, firsts)).astype(np.int32)
+    on_device = to_device(table, device)
+    N, B1 = len(sequence), len(starts)
+    both, offsets_B1, firsts_B1 = on_device.split([2 * N, B1, B1])
+    return Pieces(N, both.view(N, 2), offsets_B1, firsts_B1)

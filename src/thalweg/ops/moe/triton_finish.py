@@ -1,0 +1,64 @@
+"""The last launch of the experts: a token's weighted sum, and with it the residual.
+
+It takes the fp32 outputs of the (token, expert) pairs, whatever kernels they come from, in one fixed order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from thalweg.ops.triton_launch import pdl_options
+
+
+@triton.jit
+def sum_kernel(
+    y_ptr,  # [T * K, D] fp32
+    weights_ptr,
+    residual_ptr,
+    out_ptr,
+    residual_stride,
+    D: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ADD: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    token = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    total = tl.zeros([BLOCK_D], tl.float32)
+    for j in tl.static_range(K):
+        y = tl.load(y_ptr + (token * K + j) * D + cols, mask=cols < D, other=0.0)
+        total += tl.load(weights_ptr + token * K + j) * y
+    if ADD:
+        total += tl.load(residual_ptr + token * residual_stride + cols, mask=cols < D, other=0.0).to(tl.float32)
+    tl.store(out_ptr + token * D + cols, total.to(out_ptr.dtype.element_ty), mask=cols < D)
+
+
+def weighted_sum(
+    y_PD: Tensor, weights_Tk: Tensor, dtype: torch.dtype, residual_TD: Tensor | None = None, block: int = 256
+) -> Tensor:
+    """[T, D] in `dtype`, rounded once: the fp32 outputs [T * k, D] of all pairs, a token's k in a row, weighted and
+    summed, plus the residual."""
+    (T, K), D = weights_Tk.shape, y_PD.shape[1]
+    out_TD = torch.empty(T, D, dtype=dtype, device=y_PD.device)
+    sum_kernel[(T, triton.cdiv(D, block))](
+        y_PD,
+        weights_Tk,
+        y_PD if residual_TD is None else residual_TD,
+        out_TD,
+        0 if residual_TD is None else residual_TD.stride(0),
+        D=D,
+        K=K,
+        BLOCK_D=block,
+        ADD=residual_TD is not None,
+        num_warps=2,
+        **pdl_options(y_PD),
+    )
+    return out_TD

@@ -1,0 +1,167 @@
+"""A chat completion, whole or in chunks, of what its choices' sequences give."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+from msgspec import UNSET
+
+from thalweg.core import TokenLogprobs
+from thalweg.engine.output import Delta
+from thalweg.server.generation import News
+from thalweg.server.logprobs import chat_logprobs
+from thalweg.server.parsers.events import CallBegin, Content, Event, Reasoning
+from thalweg.server.parsers.reader import Reader
+from thalweg.server.responses import (
+    ChatChoice,
+    ChatChunkChoice,
+    ChatDelta,
+    ChatMessage,
+    Envelope,
+    FunctionCall,
+    ToolCall,
+    Usage,
+    now,
+)
+from thalweg.server.service import Service
+from thalweg.server.tools import ToolUse
+from thalweg.tokenizer.base import Tokenizer
+
+
+class ChatAnswer:
+    """`whole` or `chunks`, once. Both read the output the same way, so what a stream adds up to is the whole."""
+
+    def __init__(self, service: Service, response_id: str, prompt_ids: Sequence[int], use: ToolUse, n: int) -> None:
+        self.id = response_id
+        self._prompt_tokens, self._completion_tokens = len(prompt_ids), 0
+        self._model, self._created = service.names[0], now()
+        self._tokenizer: Tokenizer | None = service.client.front.tokenizer
+        readers = (service.output.reader(prompt_ids, use.tools, _new_call_id) for _ in range(n))
+        self._choices = [_Choice(reader, use.parallel) for reader in readers]
+
+    async def whole(self, news: News) -> Envelope:
+        pieces: list[_Pieces] = [_Pieces() for _ in self._choices]
+        async with aclosing(news):
+            async for index, delta in news:
+                self._completion_tokens += len(delta.token_ids)
+                own = pieces[index]
+                own.add(self._choices[index].events(delta))
+                if delta.logprobs is not None:
+                    own.logprobs.append(delta.logprobs)
+                own.finish_reason = self._choices[index].finish_reason(delta)
+        made = [ChatChoice(i, p.message(), self._logprobs(p.logprobs), p.finish_reason) for i, p in enumerate(pieces)]
+        return self._envelope("chat.completion", made, usage=self._usage())
+
+    async def chunks(self, news: News, include_usage: bool) -> AsyncGenerator[Envelope]:
+        extra = {"usage": None} if include_usage else {}
+        begun = [False] * len(self._choices)
+
+        def chunk(choice: ChatChunkChoice) -> Envelope:
+            return self._envelope("chat.completion.chunk", [choice], **extra)
+
+        async with aclosing(news):
+            async for index, delta in news:
+                if not begun[index]:
+                    begun[index] = True
+                    yield chunk(ChatChunkChoice(index, ChatDelta("assistant", "")))
+                self._completion_tokens += len(delta.token_ids)
+                if (choice := self._chunk_choice(index, delta)) is not None:
+                    yield chunk(choice)
+        if include_usage:
+            yield self._envelope("chat.completion.chunk", [], usage=self._usage())
+
+    def _chunk_choice(self, index: int, delta: Delta) -> ChatChunkChoice | None:
+        """None when there is nothing to say: text may be held back while it could become something else."""
+        events = self._choices[index].events(delta)
+        if not events and delta.logprobs is None and delta.finish_reason is None:
+            return None
+        logprobs = self._logprobs([] if delta.logprobs is None else [delta.logprobs])
+        return ChatChunkChoice(index, _delta(events), logprobs, self._choices[index].finish_reason(delta))
+
+    def _logprobs(self, entries: list[TokenLogprobs]) -> dict[str, Any] | None:
+        return chat_logprobs(self._tokenizer, entries) if entries else None
+
+    def _usage(self) -> Usage:
+        return Usage.of(self._prompt_tokens, self._completion_tokens)
+
+    def _envelope(self, kind: str, choices: list[Any], **more: Any) -> Envelope:
+        return Envelope(id=self.id, object=kind, created=self._created, model=self._model, choices=choices, **more)
+
+
+@dataclass(slots=True)
+class _Choice:
+    reader: Reader | None
+    parallel: bool  # otherwise all calls but the first are left out
+    called: bool = False
+
+    def events(self, delta: Delta) -> list[Event]:
+        if self.reader is None:
+            return [Content(delta.text)] if delta.text else []
+        events = self.reader.feed(delta.text, last=delta.finish_reason is not None)
+        if not self.parallel:
+            events = [e for e in events if isinstance(e, Content | Reasoning) or e.index == 0]
+        self.called = self.called or any(isinstance(e, CallBegin) for e in events)
+        return events
+
+    def finish_reason(self, delta: Delta) -> str | None:
+        return "tool_calls" if self.called and delta.finish_reason == "stop" else delta.finish_reason
+
+
+@dataclass(slots=True)
+class _Pieces:
+    """What came of one choice of a whole answer."""
+
+    content: list[str] = field(default_factory=list)
+    reasoning: list[str] = field(default_factory=list)
+    calls: list[tuple[CallBegin, list[str]]] = field(default_factory=list)  # each with its arguments
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: str | None = None
+
+    def add(self, events: list[Event]) -> None:
+        for event in events:
+            if isinstance(event, Content):
+                self.content.append(event.text)
+            elif isinstance(event, Reasoning):
+                self.reasoning.append(event.text)
+            elif isinstance(event, CallBegin):
+                self.calls.append((event, []))
+            else:
+                self.calls[event.index][1].append(event.text)
+
+    def message(self) -> ChatMessage:
+        calls = [
+            ToolCall(FunctionCall(begin.name, "".join(arguments)), id=begin.id, type="function")
+            for begin, arguments in self.calls
+        ]
+        content = "".join(self.content)
+        return ChatMessage(
+            content if content or not calls else None,
+            reasoning_content="".join(self.reasoning) or UNSET,
+            tool_calls=calls or UNSET,
+        )
+
+
+def _delta(events: list[Event]) -> ChatDelta:
+    """What a chunk has of one step's events."""
+    delta = ChatDelta()
+    calls: dict[int, ToolCall] = {}
+    for event in events:
+        if isinstance(event, Content):
+            delta.content = (delta.content or "") + event.text
+        elif isinstance(event, Reasoning):
+            delta.reasoning_content = (delta.reasoning_content or "") + event.text
+        elif isinstance(event, CallBegin):
+            calls[event.index] = ToolCall(FunctionCall(event.name, ""), event.index, event.id, "function")
+        else:
+            call = calls.setdefault(event.index, ToolCall(FunctionCall(arguments=""), event.index))
+            call.function.arguments = (call.function.arguments or "") + event.text
+    delta.tool_calls = list(calls.values()) or None
+    return delta
+
+
+def _new_call_id() -> str:
+    return f"call_{uuid.uuid4().hex[:24]}"

@@ -1,0 +1,105 @@
+"""Which formats of reasoning and tool calls a model writes, and what reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from thalweg.engine.front import Front
+from thalweg.errors import ConfigError
+from thalweg.server.parsers import hermes, kimi_k2, qwen3_coder, thinking
+from thalweg.server.parsers.calls import CallParser, NewId
+from thalweg.server.parsers.marks import CALL, KIMI_CALL, THINK, THINK_END, marks_by_id
+from thalweg.server.parsers.reader import Reader
+from thalweg.server.parsers.thinking import Thinking
+
+Tools = Sequence[Mapping[str, Any]]  # as requests bring them, checked
+
+
+@dataclass(frozen=True, slots=True)
+class CallFormat:
+    name: str
+    markers: tuple[str, ...]
+    sign: str  # what a chat template of this format has in it
+    parser: Callable[[NewId, Tools], CallParser]
+
+
+def _types(tools: Tools) -> dict[str, dict[str, Any]]:
+    """{function: {parameter: its schema's "type"}}"""
+    types: dict[str, dict[str, Any]] = {}
+    for tool in tools:
+        parameters = tool["function"].get("parameters") or {}
+        properties = parameters.get("properties")
+        if isinstance(properties, dict):
+            known = {key: s.get("type") for key, s in properties.items() if isinstance(s, dict)}
+            types[tool["function"]["name"]] = known
+    return types
+
+
+# In the order in which a template's text is searched for their signs.
+CALL_FORMATS = (
+    CallFormat("kimi_k2", kimi_k2.MARKERS, KIMI_CALL, lambda new_id, tools: kimi_k2.KimiK2(new_id)),
+    CallFormat(
+        "qwen3_coder",
+        qwen3_coder.MARKERS,
+        "<function=",
+        lambda new_id, tools: qwen3_coder.Qwen3Coder(new_id, _types(tools)),
+    ),
+    CallFormat("hermes", hermes.MARKERS, CALL, lambda new_id, tools: hermes.Hermes(new_id)),
+)
+TOOL_CALL_PARSERS = ("auto", "none", *(f.name for f in CALL_FORMATS))
+REASONING_PARSERS = ("auto", "none", "think")
+PROMPT_TAIL = 4  # tokens at the end of a prompt among which a template may begin reasoning
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFormat:
+    """What to look for in a model's chat answers."""
+
+    calls: CallFormat | None
+    thinking: bool
+    added_tokens: Mapping[str, int]
+
+    @classmethod
+    def of(cls, front: Front, tool_call_parser: str, reasoning_parser: str) -> OutputFormat:
+        """By name, or for "auto" by what the chat template writes itself. Raises ConfigError."""
+        for option, value, names in (
+            ("--tool-call-parser", tool_call_parser, TOOL_CALL_PARSERS),
+            ("--reasoning-parser", reasoning_parser, REASONING_PARSERS),
+        ):
+            if value not in names:
+                raise ConfigError(f"{option} is {value!r}; expected one of {', '.join(names)}")
+        template = "" if front.template is None else front.template.tool_source
+        if tool_call_parser == "auto":
+            calls = next((f for f in CALL_FORMATS if f.sign in template), None)
+        else:
+            calls = next((f for f in CALL_FORMATS if f.name == tool_call_parser), None)
+        reasons = THINK_END in template if reasoning_parser == "auto" else reasoning_parser == "think"
+        return cls(calls, reasons, {} if front.tokenizer is None else front.tokenizer.added_tokens)
+
+    def markers(self, with_calls: bool) -> tuple[str, ...]:
+        calls = self.calls.markers if with_calls and self.calls is not None else ()
+        return (*(thinking.MARKERS if self.thinking else ()), *calls)
+
+    def marks(self, with_calls: bool) -> dict[int, str] | None:
+        """For the detokeniser; None where nothing is to be marked."""
+        return marks_by_id(self.markers(with_calls), self.added_tokens) or None
+
+    def reader(self, prompt_ids: Sequence[int], tools: Tools, new_id: NewId) -> Reader | None:
+        """A reader for one choice; calls are looked for where there are tools. None: the text is the content."""
+        calls = self.calls.parser(new_id, tools) if tools and self.calls is not None else None
+        if calls is None and not self.thinking:
+            return None
+        spelled = [marker for marker in self.markers(bool(tools)) if marker not in self.added_tokens]
+        return Reader(Thinking(self.begins_thinking(prompt_ids)) if self.thinking else None, calls, spelled)
+
+    def begins_thinking(self, prompt_ids: Sequence[int]) -> bool:
+        """Whether the prompt ends within reasoning."""
+        begin, end = self.added_tokens.get(THINK), self.added_tokens.get(THINK_END)
+        for token_id in reversed(prompt_ids[-PROMPT_TAIL:]):
+            if token_id == end:
+                return False
+            if token_id == begin:
+                return True
+        return False

@@ -1,0 +1,77 @@
+"""The tools of a chat request: checked, and what the model may do with them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from thalweg.server.errors import ApiError
+from thalweg.server.parsers.formats import OutputFormat
+from thalweg.server.schemas import ChatBody
+from thalweg.server.settings import MAX_TOOLS
+
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+
+
+@dataclass(frozen=True, slots=True)
+class ToolUse:
+    """`tools` go to the template; of them the model may call those in `callable_`, or has to."""
+
+    tools: list[dict[str, Any]]
+    choice: Literal["none", "auto", "required"] = "none"
+    callable_: tuple[dict[str, Any], ...] = ()
+    parallel: bool = True
+
+
+def tool_use(body: ChatBody, output: OutputFormat) -> ToolUse:
+    """What the request says of tools. Raises ApiError that names the field."""
+    tools = body.tools or []
+    choice: Any = body.tool_choice if body.tool_choice is not None else ("auto" if tools else "none")
+    if choice == "none":
+        return ToolUse([])
+    if not tools:
+        raise ApiError(400, "tool_choice is given and tools is not; expected both", param="tool_choice")
+    if output.calls is None:
+        raise ApiError(
+            400,
+            "tools are given, and how this model writes tool calls is not known; expected --tool-call-parser when the"
+            " server starts, or tool_choice none",
+            param="tools",
+            code="unsupported",
+        )
+    names = [_checked_name(tool, i) for i, tool in enumerate(tools)]
+    if len(names) > MAX_TOOLS:
+        raise ApiError(400, f"{len(names)} tools came; expected at most {MAX_TOOLS}", param="tools")
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ApiError(400, f"tools has {twice!r} twice; expected names of their own", param="tools")
+    parallel = body.parallel_tool_calls is not False
+    if choice in ("auto", "required"):
+        return ToolUse(tools, choice, tuple(tools), parallel)
+    name = choice["function"].get("name") if _is_function(choice) else None
+    if name not in names:
+        raise ApiError(
+            400,
+            f"tool_choice is {str(choice)[:80]!r}; expected none, auto, required or a function that tools has",
+            param="tool_choice",
+        )
+    return ToolUse(tools, "required", (tools[names.index(name)],), parallel=False)
+
+
+def _is_function(value: Any) -> bool:
+    return isinstance(value, dict) and value.get("type") == "function" and isinstance(value.get("function"), dict)
+
+
+def _checked_name(tool: dict[str, Any], i: int) -> str:
+    where = f"tools[{i}]"
+    if not _is_function(tool):
+        expected = '{"type": "function", "function": {"name": ..., "parameters": ...}}'
+        raise ApiError(400, f"{where} is no function; expected {expected}", param="tools")
+    name, parameters = tool["function"].get("name"), tool["function"].get("parameters")
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        reason = f"{where}.function.name is {str(name)[:80]!r}; expected 1 to 64 letters, digits, '_', '-' or '.'"
+        raise ApiError(400, reason, param="tools")
+    if not isinstance(parameters, dict | None):
+        kind = type(parameters).__name__
+        raise ApiError(400, f"{where}.function.parameters is a {kind}; expected a JSON schema", param="tools")
+    return name

@@ -1,0 +1,101 @@
+"""Random arguments of prefill ops: several sequences in one call, slots that are named and others that are not."""
+
+from __future__ import annotations
+
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+
+from thalweg.ops.kda.reference import kda_gate, recurrent_kda
+
+
+class KdaCase:
+    """Arguments of kda_prefill for sequences of `lengths`; slots that no sequence has hold NaN."""
+
+    def __init__(
+        self,
+        lengths: tuple[int, ...],
+        H: int,
+        K: int,
+        V: int,
+        dtype: torch.dtype,
+        device: str = "cpu",
+        gate: float | None = None,
+        fresh: bool = False,
+        state_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        rng = torch.Generator().manual_seed(sum(lengths) + H)
+
+        def randn(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=rng)
+
+        self.offsets = list(accumulate(lengths, initial=0))
+        T, B = self.offsets[-1], len(lengths)
+        f = randn(T, H, K) if gate is None else gate * randn(T, H, K).sign()
+        qkv = randn(T, H, 2 * K + V).to(dtype).to(device)
+        self.q, self.k, self.v = qkv.split([K, K, V], dim=-1)
+        self.g = kda_gate(f, randn(H), randn(H, K)).to(device)
+        self.beta = randn(T, H).sigmoid().to(device)
+        self.slots = torch.randperm(2 * B, generator=rng)[:B].to(device)
+        state = torch.full((2 * B, H, V, K), torch.nan)
+        state[self.slots.cpu()] = 0.0 if fresh else randn(B, H, V, K)
+        self.state = state.to(device, state_dtype)
+        self.before = self.state.clone()
+
+    def arguments(self) -> tuple[object, ...]:
+        return self.q, self.k, self.v, self.g, self.beta, self.state, self.slots, self.offsets
+
+    def check(self, o_THV: Tensor, tolerance: float, state_tolerance: float | None = None) -> None:
+        """Against the recurrence in float64, each sequence by itself; nothing else may have changed."""
+        assert o_THV.dtype == self.v.dtype
+        for (start, end), slot in zip(pairwise(self.offsets), self.slots.tolist(), strict=True):
+            after, before = self.state[slot], self.before[slot]
+            if start == end:
+                assert torch.equal(after, before)
+                continue
+            inputs = [x[None, start:end].transpose(1, 2).double() for x in (self.q, self.k, self.v, self.g, self.beta)]
+            o, S = recurrent_kda(*inputs, before[None].transpose(-1, -2).double())
+            assert ratio(o_THV[start:end], o[0].transpose(0, 1)) < tolerance, end - start
+            assert ratio(after, S[0].transpose(-1, -2)) < (state_tolerance or tolerance), end - start
+        others = torch.ones(len(self.state), dtype=torch.bool, device=self.state.device)
+        others[self.slots] = False
+        assert self.state[others].isnan().all()
+
+
+def ratio(out: Tensor, expected: Tensor) -> float:
+    return float((out.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30))
+
+
+def conv_case(
+    lengths: tuple[int, ...], C: int, W: int, dtype: torch.dtype, device: str = "cpu"
+) -> tuple[Tensor, Tensor, Tensor, list[int], Tensor]:
+    """Arguments of conv1d_prefill; x is part of a wider matrix, and slots that no sequence has hold NaN."""
+    rng = torch.Generator().manual_seed(sum(lengths))
+    offsets, B = list(accumulate(lengths, initial=0)), len(lengths)
+    x = torch.randn(offsets[-1], C + 24, generator=rng).to(device, dtype)[:, 8 : 8 + C]
+    slots = torch.randperm(2 * B, generator=rng)[:B]
+    state = torch.full((2 * B, W, C), torch.nan)
+    state[slots] = torch.randn(B, W, C, generator=rng)
+    weight = torch.randn(C, W + 1, generator=rng)
+    return x, state.to(device, dtype), slots.to(device), offsets, weight.to(device, dtype)
+
+
+def mla_case(
+    cached: list[int], new: list[int], dtype: torch.dtype, device: str = "cpu", H: int = 2, K: int = 16, P: int = 16,
+    V: int = 32, R: int = 24, page_size: int = 8,
+) -> tuple[object, ...]:  # fmt: skip
+    """Arguments of mla_prefill; rows of pages that hold no token of theirs are NaN."""
+    rng = torch.Generator().manual_seed(sum(cached) + 7 * sum(new))
+    totals = [a + b for a, b in zip(cached, new, strict=True)]
+    N = max(1, -(-max(totals) // page_size))
+    tables = (torch.randperm(len(new) * N, generator=rng) + 1).view(len(new), N)
+    pages = torch.full((len(new) * N + 1, page_size, R + P), torch.nan)
+    for row, total in zip(tables, totals, strict=True):
+        positions = torch.arange(total)
+        pages[row[positions // page_size], positions % page_size] = torch.randn(total, R + P, generator=rng)
+    offsets = list(accumulate(new, initial=0))
+    q = torch.randn(offsets[-1], H, K + P, generator=rng)
+    w = (torch.randn(H, K + V, R, generator=rng) * R**-0.5).to(device, dtype)
+    on_device = (q.to(device, dtype), pages.to(device, dtype), tables.int().to(device))
+    return *on_device, cached, offsets, w[:, :K], w[:, K:], (K + P) ** -0.5

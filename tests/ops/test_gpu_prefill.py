@@ -1,0 +1,116 @@
+"""Kernels of a prefill on the device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.ops.moe_case import experts_in_float64, moe_case, rmse_ratio
+from tests.ops.prefill_case import KdaCase, conv_case, mla_case, ratio
+
+pytestmark = pytest.mark.gpu
+
+LENGTHS = (0, 1, 15, 16, 17, 63, 64, 65, 1000, 0)
+DTYPES = [(torch.bfloat16, 0.005), (torch.float32, 1e-5)]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+@pytest.mark.parametrize(("H", "K", "V"), [(4, 128, 128), (2, 32, 24)])
+@pytest.mark.parametrize("fresh", [False, True])
+def test_kda_of_mixed_lengths(dtype: torch.dtype, tolerance: float, H: int, K: int, V: int, fresh: bool) -> None:
+    from thalweg.ops.kda.triton_prefill import kda_prefill
+
+    case = KdaCase(LENGTHS, H, K, V, dtype, "cuda", fresh=fresh)
+    case.check(kda_prefill(*case.arguments()), tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+@pytest.mark.parametrize("gate", [-30.0, -8.0, 8.0, 30.0])
+def test_kda_of_extreme_gates(dtype: torch.dtype, tolerance: float, gate: float) -> None:
+    from thalweg.ops.kda.triton_prefill import kda_prefill
+
+    case = KdaCase((130,), 4, 128, 128, dtype, "cuda", gate=gate)
+    case.check(kda_prefill(*case.arguments()), tolerance)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_kda_of_equal_keys(value: float) -> None:
+    from thalweg.ops.kda.triton_prefill import kda_prefill
+
+    case = KdaCase((130,), 4, 128, 128, torch.bfloat16, "cuda", gate=-30.0)
+    case.k = torch.full_like(case.k, value)
+    case.check(kda_prefill(*case.arguments()), 0.01)
+
+
+def test_kda_with_a_bfloat16_state() -> None:
+    from thalweg.ops.kda.triton_prefill import kda_prefill
+
+    case = KdaCase((65, 3), 4, 128, 128, torch.bfloat16, "cuda", state_dtype=torch.bfloat16)
+    case.check(kda_prefill(*case.arguments()), 0.005, state_tolerance=0.007)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_conv1d(dtype: torch.dtype) -> None:
+    from thalweg.ops.conv1d import reference, triton
+
+    x, state, *rest = conv_case((0, 1, 2, 3, 40, 0, 333), 3 * 512, 3, dtype, "cuda")
+    expected_state = state.clone()
+    expected = reference.conv1d_prefill(x, expected_state, *rest)
+    assert ratio(triton.conv1d_prefill(x, state, *rest), expected) < (1e-6 if dtype == torch.float32 else 2e-3)
+    assert torch.equal(state.nan_to_num(7), expected_state.nan_to_num(7))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_gate_norm_and_activation(dtype: torch.dtype) -> None:
+    from thalweg.ops.activation import reference as activation
+    from thalweg.ops.activation.triton import silu_and_mul
+    from thalweg.ops.kda import reference as kda
+    from thalweg.ops.kda.triton_gate import kda_gate
+    from thalweg.ops.norm import reference as norm
+    from thalweg.ops.norm.triton_gated import gated_rms_norm
+
+    bound = 1e-6 if dtype == torch.float32 else 2e-3
+    wide = torch.randn(300, 2, 4, 128, device="cuda").to(dtype)
+    f, gate, A_log, dt_bias = wide[:, 0], wide[:, 1], torch.randn(4).cuda(), torch.randn(4, 128).cuda()
+    assert ratio(kda_gate(f, A_log, dt_bias), kda.kda_gate(f, A_log, dt_bias)) < 1e-6
+    o, weight = torch.randn(300, 4, 128, device="cuda").to(dtype), torch.randn(128, device="cuda").to(dtype)
+    assert ratio(gated_rms_norm(o, gate, weight, 1e-5), norm.gated_rms_norm(o, gate, weight, 1e-5)) < bound
+    x = wide.flatten(1)
+    assert ratio(silu_and_mul(x), activation.silu_and_mul(x)) < bound
+
+
+@pytest.mark.parametrize("most", [16384, 300])
+@pytest.mark.parametrize(("cached", "new"), [([0], [1000]), ([0, 65, 0, 700, 0], [1, 64, 0, 130, 300]), ([1000], [7])])
+def test_mla(most: int, cached: list[int], new: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    from thalweg.ops.mla_attention import reference, triton
+
+    monkeypatch.setattr(triton, "MAX_CONTEXT", most)
+    shape = dict(H=4, K=128, P=64, V=128, R=512, page_size=64)
+    arguments = mla_case(cached, new, torch.bfloat16, "cuda", **shape)
+    assert ratio(triton.mla_prefill(*arguments), reference.mla_prefill(*arguments)) < 0.006
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.005), (torch.float32, 1e-5)])
+@pytest.mark.parametrize(
+    ("D", "I", "E", "k", "shared"), [(256, 128, 32, 4, 1), (300, 72, 40, 3, 0), (256, 64, 4, 2, 1)]
+)
+@pytest.mark.parametrize("T", [520, 2000])
+def test_experts(T: int, dtype: torch.dtype, tolerance: float, D: int, I: int, E: int, k: int, shared: int) -> None:
+    from thalweg.ops.moe.triton_experts import experts
+
+    case = moe_case(T, D, I, E, k, shared, dtype, "cuda", seed=T)
+    y = experts(case.x, case.weights, case.ids, case.gate_up, case.down, shared)
+    assert rmse_ratio(y, experts_in_float64(case)) < tolerance
+    assert torch.equal(y, experts(case.x, case.weights, case.ids, case.gate_up, case.down))
+
+
+@pytest.mark.parametrize(("dtype", "shared"), [(torch.bfloat16, 1), (torch.float32, 0)])
+def test_router_of_many_tokens(dtype: torch.dtype, shared: int) -> None:
+    from thalweg.ops.moe import reference
+    from thalweg.ops.moe.triton_router import router
+
+    case = moe_case(1000, 256, 16, 64, 8, shared, dtype, "cuda")
+    arguments = (case.x, case.router_weight, case.bias, 8, True, 2.446, "sigmoid", 1, 1, shared)
+    (weights, ids), (expected, expected_ids) = router(*arguments), reference.router(*arguments)
+    assert (ids == expected_ids).float().mean() > 0.999
+    assert ratio(weights, expected) < 1e-3

@@ -1,0 +1,172 @@
+"""Kernels of a prefill: under the interpreter against the references, and compiled for Hopper."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.ops.compile_sm90 import Compiled, compile_sm90
+from tests.ops.interpreted import run_interpreted
+from tests.ops.moe_case import experts_in_float64, moe_case, rmse_ratio
+from tests.ops.prefill_case import KdaCase, conv_case, mla_case, ratio
+
+
+def check_conv1d() -> None:
+    from thalweg.ops.conv1d import reference, triton
+
+    for lengths, C, W in (((0, 1, 2, 3, 40, 0, 33), 20, 3), ((5, 64), 300, 1)):
+        x, state, *rest = conv_case(lengths, C, W, torch.float32)
+        expected_state = state.clone()
+        expected = reference.conv1d_prefill(x, expected_state, *rest)
+        torch.testing.assert_close(triton.conv1d_prefill(x, state, *rest), expected, rtol=1e-5, atol=1e-6)
+        assert torch.equal(state.view(torch.int32), expected_state.view(torch.int32))
+
+
+def check_elementwise() -> None:
+    from thalweg.ops.activation import reference as activation
+    from thalweg.ops.activation.triton import silu_and_mul
+    from thalweg.ops.kda import reference as kda
+    from thalweg.ops.kda.triton_gate import kda_gate
+    from thalweg.ops.norm import reference as norm
+    from thalweg.ops.norm.triton_gated import gated_rms_norm
+
+    f, A_log, dt_bias = torch.randn(70, 2, 3, 24)[:, 1] * 20, torch.randn(3), torch.randn(3, 24)
+    torch.testing.assert_close(kda_gate(f, A_log, dt_bias), kda.kda_gate(f, A_log, dt_bias), rtol=2e-6, atol=0)
+    o, gate, weight = torch.randn(70, 3, 24), torch.randn(70, 2, 3, 24)[:, 1], torch.randn(24)
+    torch.testing.assert_close(gated_rms_norm(o, gate, weight, 1e-5), norm.gated_rms_norm(o, gate, weight, 1e-5))
+    x = torch.randn(5, 2, 2600)[:, 1]
+    torch.testing.assert_close(silu_and_mul(x), activation.silu_and_mul(x))
+
+
+def check_kda() -> None:
+    from thalweg.ops.kda.triton_prefill import kda_prefill
+
+    for lengths in ((0, 1, 15, 16, 17, 0), (63, 64, 65), (200,)):
+        case = KdaCase(lengths, 2, 32, 24, torch.float32)
+        case.check(kda_prefill(*case.arguments()), 1e-6)
+    for gate in (-30.0, -8.0, 8.0, 30.0):
+        case = KdaCase((70,), 2, 32, 24, torch.float32, gate=gate)
+        case.check(kda_prefill(*case.arguments()), 1e-6)
+    case = KdaCase((70,), 1, 32, 24, torch.float32, state_dtype=torch.bfloat16)
+    case.check(kda_prefill(*case.arguments()), 1e-6, state_tolerance=2**-7)
+
+
+def check_kda_zero_and_equal_keys() -> None:
+    from thalweg.ops.kda.triton_prefill import kda_prefill
+
+    for value in (0.0, 1.0):
+        case = KdaCase((70,), 2, 32, 24, torch.float32, gate=-30.0)
+        case.k, case.beta = torch.full_like(case.k, value), torch.ones_like(case.beta)
+        case.check(kda_prefill(*case.arguments()), 1e-6)
+
+
+def check_kda_keeps_neighbours_apart() -> None:
+    from thalweg.ops.kda.triton_prefill import kda_prefill
+
+    case = KdaCase((20, 70), 2, 32, 24, torch.float32)
+    case.v[:20] = torch.nan
+    out = kda_prefill(*case.arguments())
+    assert out[:20].isnan().any()
+    assert out[20:].isfinite().all()
+
+
+def check_mla() -> None:
+    from thalweg.ops.mla_attention import reference, triton
+
+    for most in (triton.MAX_CONTEXT, 50):  # sequences together; one by one, and in parts
+        triton.MAX_CONTEXT = most
+        for cached, new in (([0], [130]), ([0, 5, 0, 33, 0], [1, 64, 0, 20, 70]), ([100], [7]), ([3, 0], [0, 200])):
+            arguments = mla_case(cached, new, torch.float32)
+            assert ratio(triton.mla_prefill(*arguments), reference.mla_prefill(*arguments)) < 1e-6
+
+
+def check_experts() -> None:
+    from thalweg.ops.moe import triton_grouped
+
+    for T, D, I, E, k, shared in ((70, 96, 33, 6, 3, 1), (5, 100, 48, 24, 3, 0), (300, 64, 32, 3, 2, 2)):
+        for most in (triton_grouped.SLICE, 64):
+            case = moe_case(T, D, I, E, k, shared, torch.float32)
+            arguments = (case.x, case.weights, case.ids, case.gate_up, case.down)
+            whole = triton_grouped.SLICE
+            triton_grouped.SLICE = most
+            y = triton_grouped.experts_grouped(*arguments, shared)
+            triton_grouped.SLICE = whole
+            assert rmse_ratio(y, experts_in_float64(case)) < 1e-6
+            y = triton_grouped.experts_grouped(*arguments)
+            assert rmse_ratio(y, experts_in_float64(case)) < 1e-6
+
+
+@pytest.mark.slow
+def test_kda_under_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    run_interpreted(check_kda, check_kda_zero_and_equal_keys, check_kda_keeps_neighbours_apart)
+
+
+def test_small_kernels_under_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    run_interpreted(check_conv1d, check_elementwise)
+
+
+def test_mla_and_experts_under_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    run_interpreted(check_mla, check_experts)
+
+
+BF16 = [*"qkvoxwhyupf", "out", "latent", "pages", "q_decayed", "k_decayed", "gate", "weight"]
+FP32 = ["beta", "G", "g", "A_log", "dt_bias", "acc", "most", "total", "weights", "state"]
+INT32 = ["pieces", "offsets", "firsts", "kv_offsets", "spans", "sorted", "blocks", "counts", "ranks", "block_tables"]
+TYPES = {
+    **{f"{name}_ptr": "*bf16" for name in BF16},
+    **{f"{name}_ptr": "*fp32" for name in FP32},
+    **{f"{name}_ptr": "*i32" for name in INT32},
+    "ids_ptr": "*i64",
+    "slots_ptr": "*i64",
+    "scale": "fp32",
+    "eps": "fp32",
+}
+
+
+def compiled(kernel: object, constants: dict[str, object], num_warps: int = 4) -> Compiled:
+    types = {p.name: TYPES.get(p.name, "i32") for p in kernel.params if not p.is_constexpr}  # type: ignore[attr-defined]
+    return compile_sm90(kernel, types, constants, num_warps)
+
+
+def test_kda_compiles_for_hopper() -> None:
+    pytest.importorskip("triton")
+    import triton.language as tl
+
+    from thalweg.ops.kda import triton_prefill
+
+    shape = dict(H=32, K=128, V=128, CHUNK=64)
+    within = compiled(
+        triton_prefill.within_chunks_kernel, shape | dict(BLOCK=32, BLOCK_K=128, UNIT=tl.float16, WIDE=tl.bfloat16), 8
+    )
+    assert within.spilled_bytes == 0
+    across = compiled(
+        triton_prefill.across_chunks_kernel, shape | dict(BLOCK_K=128, BLOCK_V=32, WIDE=tl.bfloat16, STAGES=2)
+    )
+    assert across.spilled_bytes == 0
+
+
+def test_experts_compile_for_hopper() -> None:
+    pytest.importorskip("triton")
+    from thalweg.ops.moe import triton_grouped as grouped
+
+    for rows, warps in ((64, 4), (128, 8)):
+        tile = dict(D=2304, I=1024, ROWS=rows, TAIL=rows // 2, STAGES=4)
+        gate_up = compiled(grouped.gate_up_grouped_kernel, tile | dict(K=9, BLOCK_I=128, BLOCK_D=64), warps)
+        down = compiled(grouped.down_grouped_kernel, tile | dict(BLOCK_D=256, BLOCK_I=64), warps)
+        for kernel in (gate_up, down):
+            assert kernel.spilled_bytes == 0
+            assert "wgmma" in kernel.ptx
+
+
+def test_mla_compiles_for_hopper() -> None:
+    pytest.importorskip("triton")
+    from thalweg.ops.mla_attention.triton import attend_kernel
+
+    shape = dict(H=32, K=128, V=128, R=512, P=64, BLOCK_M=128, BLOCK_N=64, STAGES=3)
+    for part in (False, True):
+        kernel = compiled(attend_kernel, shape | dict(PART=part), 8)
+        assert kernel.spilled_bytes == 0
+        assert "wgmma" in kernel.ptx

@@ -1,0 +1,182 @@
+"""Tool calls and reasoning over HTTP: what a stream adds up to is the whole answer, and the template gets the tools."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from tests.unit.server_double import ANSWER, ClientDouble, serving
+from thalweg.server.parsers.formats import OutputFormat
+from thalweg.server.settings import ServerSettings
+
+TOOLS = [
+    {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {}}}},
+    {"type": "function", "function": {"name": "now"}},
+]
+CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}], "tools": TOOLS}
+TEMPLATE = (
+    "{% if tools %}{{ tools | tojson }};{% endif %}{% for m in messages %}{{ m.role }}:{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}CALL {{ c.function.arguments | tojson }}{% endfor %};{% endfor %}{{ end }}"
+)
+KIMI = TEMPLATE + "{# <|tool_call_begin|> </think> #}"
+HERMES = TEMPLATE + "{# <tool_call> #}"
+KIMI_ANSWER = (
+    "<think>Hm.</think>Look:<|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather:0"
+    '<|tool_call_argument_begin|>{"city": "模"}<|tool_call_end|><|tool_call_begin|>functions.now:1'
+    "<|tool_call_argument_begin|>{}<|tool_call_end|><|tool_calls_section_end|>"
+)
+
+
+def ask(client: ClientDouble, body: dict[str, Any], settings: ServerSettings | None = None) -> Any:
+    async def main() -> Any:
+        async with serving(client, settings) as http:
+            response = await http.post("/v1/chat/completions", json=body)
+            if not body.get("stream"):
+                return response.json()
+            events = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
+            return [json.loads(e) for e in events if e != "[DONE]"]
+
+    return asyncio.run(asyncio.wait_for(main(), 10))
+
+
+def added_up(chunks: list[dict[str, Any]]) -> dict[str, Any]:
+    """The message that a stream's deltas make, as clients add them up."""
+    message: dict[str, Any] = {"content": None}
+    for chunk in chunks:
+        delta = chunk["choices"][0]["delta"]
+        for field in ("content", "reasoning_content"):
+            if delta.get(field):
+                message[field] = (message.get(field) or "") + delta[field]
+        message["role"] = delta.get("role", message.get("role"))
+        for piece in delta.get("tool_calls", []):
+            calls = message.setdefault("tool_calls", [])
+            if piece["index"] == len(calls):
+                calls.append({"id": piece["id"], "type": piece["type"], "function": dict(piece["function"])})
+            else:
+                assert set(piece) == {"index", "function"}
+                assert set(piece["function"]) == {"arguments"}
+                calls[piece["index"]]["function"]["arguments"] += piece["function"]["arguments"]
+    return message
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_kimi_calls_and_reasoning(stream: bool) -> None:
+    got = ask(ClientDouble(answer=KIMI_ANSWER, template=KIMI), {**CHAT, "stream": stream})
+    choice = got[-1]["choices"][0] if stream else got["choices"][0]
+    assert choice["finish_reason"] == "tool_calls"
+    assert (added_up(got) if stream else choice["message"]) == {
+        "role": "assistant",
+        "content": "Look:",
+        "reasoning_content": "Hm.",
+        "tool_calls": [
+            {
+                "id": "functions.get_weather:0",
+                "type": "function",
+                "function": {"name": "get_weather", "arguments": '{"city": "模"}'},
+            },
+            {"id": "functions.now:1", "type": "function", "function": {"name": "now", "arguments": "{}"}},
+        ],
+    }
+
+
+def test_arguments_are_streamed_as_they_come() -> None:
+    got = ask(ClientDouble(answer=KIMI_ANSWER, template=KIMI), {**CHAT, "stream": True})
+    pieces = [c["choices"][0]["delta"].get("tool_calls", []) for c in got]
+    assert len([p for p in pieces if p and p[0]["index"] == 0]) > 10
+
+
+def test_without_parallel_calls_there_is_one() -> None:
+    body = {**CHAT, "parallel_tool_calls": False}
+    [call] = ask(ClientDouble(answer=KIMI_ANSWER, template=KIMI), body)["choices"][0]["message"]["tool_calls"]
+    assert call["function"]["name"] == "get_weather"
+
+
+def test_a_call_cut_short_ends_with_length() -> None:
+    got = ask(ClientDouble(answer=KIMI_ANSWER, template=KIMI), {**CHAT, "max_tokens": 45})["choices"][0]
+    assert got["finish_reason"] == "length"
+    assert got["message"]["tool_calls"][0]["function"]["arguments"].startswith('{"c')
+
+
+def test_hermes_calls_have_ids_of_their_own() -> None:
+    answer = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>' * 2
+    message = ask(ClientDouble(answer=answer, template=HERMES), CHAT)["choices"][0]["message"]
+    assert message["content"] is None
+    assert len({call["id"] for call in message["tool_calls"]}) == 2
+    assert [call["function"] for call in message["tool_calls"]] == [{"name": "now", "arguments": "{}"}] * 2
+
+
+def test_letters_that_spell_a_marker_are_no_call() -> None:
+    client = ClientDouble(answer='<|tool_call_begin|>f<|tool_call_argument_begin|>{"a": 1}', template=KIMI)
+    client.answer = list(b'<|tool_call_begin|>f<|tool_call_argument_begin|>{"a": 1}')
+    message = ask(client, CHAT)["choices"][0]["message"]
+    assert message["content"] == '<|tool_call_begin|>f<|tool_call_argument_begin|>{"a": 1}'
+    assert "tool_calls" not in message
+
+
+@pytest.mark.parametrize("more", [{"tool_choice": "none"}, {"tools": []}, {"tools": None}])
+def test_where_no_call_is_wanted_none_is_looked_for(more: dict[str, Any]) -> None:
+    client = ClientDouble(answer=KIMI_ANSWER, template=KIMI)
+    got = ask(client, {**CHAT, **more})["choices"][0]
+    assert got["finish_reason"] == "stop"
+    assert "tool_calls" not in got["message"]
+    assert "<|" not in got["message"]["content"]
+    assert bytes(client.seen[0].prompt_token_ids) == b"user:hi;"
+
+
+def test_the_template_gets_tools_and_earlier_calls() -> None:
+    client = ClientDouble(template=KIMI)
+    call = {"id": "c", "type": "function", "function": {"name": "now", "arguments": '{"tz": "<eos>"}'}}
+    turns = [
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "content": "12:00"},
+    ]
+    body = {**CHAT, "messages": CHAT["messages"] + turns, "chat_template_kwargs": {"end": "END"}}
+    assert ask(client, body)["choices"][0]["message"]["content"] == ANSWER
+    prompt = bytes(client.seen[0].prompt_token_ids).decode()
+    assert prompt == json.dumps(TOOLS) + ';user:hi;assistant:NoneCALL {"tz": "<eos>"};tool:12:00;END'
+
+
+@pytest.mark.parametrize(
+    ("template", "calls", "thinking"),
+    [
+        (KIMI, "kimi_k2", True),
+        (HERMES, "hermes", False),
+        (HERMES + "{# <function= #}", "qwen3_coder", False),
+        (TEMPLATE, None, False),
+    ],
+)
+def test_the_format_is_the_templates(template: str, calls: str | None, thinking: bool) -> None:
+    output = OutputFormat.of(ClientDouble(template=template).front, "auto", "auto")
+    assert (output.calls and output.calls.name, output.thinking) == (calls, thinking)
+    forced = OutputFormat.of(ClientDouble(template=template).front, "none", "think")
+    assert (forced.calls, forced.thinking) == (None, True)
+
+
+@pytest.mark.parametrize(
+    ("more", "param"),
+    [
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tools": [{"type": "retrieval"}]}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "a", "parameters": []}}]}, "tools"),
+        ({"tools": [TOOLS[1], TOOLS[1]]}, "tools"),
+        ({"tool_choice": "any"}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "function": {"name": "other"}}}, "tool_choice"),
+        ({"tool_choice": 7}, "tool_choice"),
+        ({"tools": None, "tool_choice": "auto"}, "tool_choice"),
+        ({"parallel_tool_calls": "no"}, "parallel_tool_calls"),
+    ],
+)
+def test_what_is_wrong_with_tools_is_said(more: dict[str, Any], param: str) -> None:
+    error = ask(ClientDouble(template=KIMI), {**CHAT, **more})["error"]
+    assert error["param"] == param
+    assert error["type"] == "invalid_request_error"
+
+
+def test_tools_without_a_known_format_name_the_option() -> None:
+    error = ask(ClientDouble(template=TEMPLATE), CHAT)["error"]
+    assert "--tool-call-parser" in error["message"]
+    assert ask(ClientDouble(template=TEMPLATE), CHAT, ServerSettings(tool_call_parser="hermes"))["choices"]
