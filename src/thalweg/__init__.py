@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "SamplingParams", "__version__"]
+__all__ = ["LLM", "Grammar", "SamplingParams", "__version__"]
 
 if TYPE_CHECKING:
-    from thalweg.core import SamplingParams
+    from thalweg.core import Grammar, SamplingParams
     from thalweg.engine.llm import LLM
 
 
@@ -18,8 +18,8 @@ def __getattr__(name: str) -> Any:
         from thalweg.engine.llm import LLM
 
         return LLM
-    if name == "SamplingParams":
-        from thalweg.core import SamplingParams
+    if name in ("Grammar", "SamplingParams"):
+        from thalweg import core
 
-        return SamplingParams
+        return getattr(core, name)
     raise AttributeError(f"module 'thalweg' has no attribute {name!r}")

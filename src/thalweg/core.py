@@ -19,6 +19,30 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 MAX_STOP_STRINGS = 64
 MAX_STOP_LENGTH = 1024
 MAX_LOGPROBS = 64
+MAX_GRAMMAR_CHARS = 128 << 10
+# White space between JSON's parts: what a model that indents wants. With more, a weak one may write nothing else.
+JSON_WHITESPACE = r"( |\n {0,16})?"
+
+
+class Grammar(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What an output must be, from its first token to its end. Raises InvalidRequest on a wrong type or size.
+
+    `text` is a JSON schema, a regular expression (as Rust's regex crate has them, without look-around), or a grammar
+    in llguidance's variant of Lark with a rule `start`. `before` is a Lark expression of what may come before it.
+    """
+
+    kind: Literal["json_schema", "regex", "lark"]
+    text: str
+    before: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("json_schema", "regex", "lark"):
+            raise InvalidRequest(f"the grammar is of kind {self.kind!r:.80}; expected json_schema, regex or lark")
+        if not isinstance(self.text, str) or not isinstance(self.before, str):
+            raise InvalidRequest("the grammar is no text; expected a string")
+        if len(self.text) + len(self.before) > MAX_GRAMMAR_CHARS:
+            size = len(self.text) + len(self.before)
+            raise InvalidRequest(f"the grammar has {size} characters; expected at most {MAX_GRAMMAR_CHARS}")
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -45,6 +69,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     logprobs: int | None = None  # of the chosen token and this many most likely ones
     prompt_logprobs: int | None = None  # the same for every prompt token but the first
     skip_special_tokens: bool = True
+    grammar: Grammar | None = None  # what the output must be
 
     def __post_init__(self) -> None:
         def need(ok: bool, name: str, expected: str) -> None:
@@ -62,6 +87,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
             need(isinstance(getattr(self, name), bool), name, "true or false")
 
+        need(isinstance(self.grammar, Grammar | None), "grammar", "None or a Grammar")
         stop = _sequence((self.stop,) if isinstance(self.stop, str) else self.stop)
         fits = stop is not None and len(stop) <= MAX_STOP_STRINGS
         fits = fits and all(_is_text(s) and 0 < len(s) <= MAX_STOP_LENGTH for s in stop or ())

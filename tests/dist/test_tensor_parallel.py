@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
+from tests.e2e.tiny_model import write_tiny_model
 from tests.models import random_checkpoint as random
-from thalweg import LLM, SamplingParams
-from thalweg.errors import ConfigError, EngineDeadError
+from thalweg import LLM, Grammar, SamplingParams
+from thalweg.errors import ConfigError, EngineDeadError, InvalidRequest
 
 PROMPTS = [[5, 9, 2, 7] * n for n in (1, 7, 20)]
 PARAMS = [
@@ -42,6 +43,20 @@ def test_same_tokens_and_logits_as_one_rank(folder: Path) -> None:
             results.append((outputs, llm.prompt_logits(PROMPTS[2])))
     assert results[0][0] == results[1][0]
     torch.testing.assert_close(results[0][1], results[1][1], atol=2e-4, rtol=0)
+
+
+def test_grammars_over_two_ranks(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path / "tiny")
+    grammar = Grammar("regex", "[a-z]{4,30}!")
+    params = [SamplingParams(max_tokens=40, seed=i, grammar=grammar if i % 2 else None) for i in range(4)]
+    prompts = [[5, 9, 2, 7] * (n + 1) for n in range(4)]
+    results = []
+    for size in (1, 2):
+        with LLM(str(folder), tensor_parallel_size=size, max_num_seqs=3) as llm:
+            results.append([o.outputs[0].token_ids for o in llm.generate(prompts, params)])
+            with pytest.raises(InvalidRequest, match="grammar"):
+                llm.generate(prompts[0], SamplingParams(grammar=Grammar("regex", "(")))
+    assert results[0] == results[1]
 
 
 def test_a_rank_that_dies_ends_the_run_with_an_error(folder: Path) -> None:

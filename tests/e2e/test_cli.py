@@ -148,6 +148,13 @@ def test_inspect_needs_a_config_only(shared_dir: Path, tmp_path: Path, capsys: p
     assert sharded["parameters"] == found["parameters"]
     assert sharded["cost"]["weight_bytes"] < found["cost"]["weight_bytes"] / 3
 
+    assert main(["inspect", str(tmp_path), "--dtype", "bfloat16", "--quantization", "fp8", "--json"]) == 0
+    quantized = json.loads(capsys.readouterr().out)
+    assert quantized["cost"]["quantization"] == "fp8"
+    assert quantized["checkpoint_cost"]["weight_bytes"] == found["cost"]["weight_bytes"]
+    experts = 26 * 257 * 3 * 2304 * 1024  # from two bytes each to one, and a scale in four bytes a block
+    assert found["cost"]["weight_bytes"] - quantized["cost"]["weight_bytes"] == experts - experts // 128**2 * 4
+
 
 def test_inspect_compares_weight_files_with_the_config(
     shared_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

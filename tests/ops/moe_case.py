@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from thalweg.ops.moe_fp8.blocks import dequantize, quantize_experts
+
 
 @dataclass
 class MoeCase:
@@ -68,3 +70,14 @@ def experts_in_float64(case: MoeCase) -> Tensor:
 def rmse_ratio(out: Tensor, expected: Tensor) -> float:
     """||out - expected|| / ||expected|| in float64; NaN, if any, stays NaN and passes no comparison."""
     return ((out.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def moe_case_fp8(
+    T: int, D: int, I: int, E: int, k: int, num_shared: int, dtype: torch.dtype, device: str = "cpu", seed: int = 0
+) -> tuple[MoeCase, tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """A case whose weights are what fp8 holds, and those weights in fp8: gate_up and its scales, down and its."""
+    case = moe_case(T, D, I, E, k, num_shared, dtype, device, seed)
+    quantized = q_gate_up, s_gate_up, q_down, s_down = quantize_experts(case.gate_up, case.down)
+    halves = dequantize(q_gate_up.unflatten(1, (2, -1)), s_gate_up.unflatten(1, (2, -1)), dtype)
+    case.gate_up, case.down = halves.flatten(1, 2), dequantize(q_down, s_down, dtype)
+    return case, quantized

@@ -24,7 +24,7 @@ def test_projections(T: int, D: int, O: int, dtype: torch.dtype, tolerance: floa
     torch.full((T, O), torch.nan, device="cuda", dtype=dtype)  # freed: the output is likely to be made of it
     product = x.double() @ w.double().T
     assert rmse_ratio(linear(x, w), product) < tolerance
-    assert rmse_ratio(linear_add(x, w, residual), product + residual.double()) < tolerance
+    assert rmse_ratio(linear_add(x, w, residual.clone()), product + residual.double()) < tolerance
     normed = rms_norm(x.double(), norm.double(), 1e-5)
     assert rmse_ratio(norm_linear(x, norm, 1e-5, w), normed @ w.double().T) < tolerance
 
@@ -36,10 +36,10 @@ def test_a_row_that_is_not_finite_stays_alone(T: int) -> None:
     x, w = torch.randn(T, 4096, device="cuda").bfloat16(), torch.randn(64, 4096, device="cuda").bfloat16()
     residual = torch.randn(T, 64, device="cuda").bfloat16()
     norm = torch.ones_like(x[0])
-    clean = linear_add(x, w, residual), norm_linear(x, norm, 1e-5, w)
+    clean = linear_add(x, w, residual.clone()), norm_linear(x, norm, 1e-5, w)
     x[1, 7] = torch.nan
     others = torch.arange(T, device="cuda") != 1
-    for a, b in zip(clean, (linear_add(x, w, residual), norm_linear(x, norm, 1e-5, w)), strict=True):
+    for a, b in zip(clean, (linear_add(x, w, residual.clone()), norm_linear(x, norm, 1e-5, w)), strict=True):
         assert torch.equal(a[others], b[others])
         assert b[1].isnan().all()
 
@@ -53,7 +53,7 @@ def test_chained_in_a_graph_reads_what_the_launch_ahead_wrote(T: int) -> None:
     first = torch.randn(T, 2048, device="cuda").bfloat16()
 
     def chain(wait: bool) -> torch.Tensor:
-        x = first
+        x = first.clone()
         for w, v in weights:
             h = norm_linear(x, norm, 1e-5, w)
             if wait:

@@ -62,7 +62,7 @@ class ClientDouble:
         )
 
         def chat_ids(
-            messages: list[dict[str, Any]], /, tools: Any, add_generation_prompt: bool, style: str = ""
+            messages: list[dict[str, Any]], /, tools: Any, add_generation_prompt: bool, style: str = "", **_: Any
         ) -> list[int]:
             text = style + "".join(f"{m['role']}:{m['content']}\n" for m in messages)
             return tokenizer.encode(text + "assistant:" * add_generation_prompt)
@@ -71,9 +71,8 @@ class ClientDouble:
         if template is not None:
             self.front.template = ChatTemplate(template, tokenizer)
             self.front.chat_ids = self.front.template.encode_chat
-        self.info = SimpleNamespace(
-            name="double", max_model_len=1000, max_num_seqs=4, vocab_size=max(260, tokenizer.vocab_size)
-        )
+        vocab_size = max(260, tokenizer.vocab_size)
+        self.info = SimpleNamespace(name="double", max_model_len=1000, max_num_seqs=4, vocab_size=vocab_size)
         self.stats: SchedulerStats | None = None
         self.dead: EngineDeadError | None = None
         self.seen: list[Request] = []

@@ -31,6 +31,8 @@ from thalweg.errors import ConfigError
         ("tensor_parallel_size", 0),
         ("tensor_parallel_size", 10**6),
         ("dtype", "int8"),
+        ("quantization", "int4"),
+        ("quantization", ""),
         ("state_dtype", "float16"),
         ("device", "gpu"),
         ("device", "cuda:x"),

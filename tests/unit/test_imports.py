@@ -31,6 +31,7 @@ RULES = [
     ("os.getenv", "config/env.py"),
     ("triton", "ops/"),
     ("fastapi", "server/"),
+    ("llguidance", "sampling/"),
     ("einops", "bench/kernels/rearrange.py"),  # to be measured, never to be used
     ("pickle", None),
     ("dill", None),

@@ -284,3 +284,17 @@ def test_models_version_and_health() -> None:
     assert one["max_model_len"] == 1000
     assert set(version) == {"version"}
     assert health == {"status": "ok"}
+
+
+def test_the_documentation_page_has_every_field_and_loads_nothing() -> None:
+    async def work(http: Any, _: ClientDouble) -> Any:
+        return (await http.get("/docs")), (await http.get("/openapi.json")).json()
+
+    response, openapi = run(work)
+    assert response.headers["content-type"].startswith("text/html")
+    for schema in openapi["components"]["schemas"].values():
+        if schema.get("title", "").endswith("Body"):
+            assert all(f"<code>{name}</code>" in response.text for name in schema["properties"])
+    assert all(path in response.text for path in openapi["paths"])
+    assert "<script" not in response.text
+    assert "http" not in response.text.replace("https?", "")

@@ -18,6 +18,11 @@ from thalweg.server.settings import MAX_PROMPTS, ServerSettings
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 TEXT = {"prompt": "hi"}
 
+LARGE: dict[str, Any] = {"enum": ["x" * 1000] * 200}
+DEEP: dict[str, Any] = {}
+for _ in range(70):
+    DEEP = {"items": DEEP}
+
 
 def error_of(response: Any) -> dict[str, Any]:
     assert list(response.json()) == ["error"]
@@ -66,7 +71,17 @@ def post(path: str, **kwargs: Any) -> Any:
         ({**CHAT, "stream_options": {"include_usage": True}}, "stream_options"),
         ({**CHAT, "chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
         ({**CHAT, "chat_template_kwargs": []}, "chat_template_kwargs"),
-        ({**CHAT, "response_format": {"type": "json_object"}}, "response_format"),
+        ({**CHAT, "response_format": {"type": "xml"}}, "response_format"),
+        ({**CHAT, "response_format": {"type": "json_schema"}}, "response_format"),
+        ({**CHAT, "response_format": {"type": "json_schema", "json_schema": {"schema": []}}}, "response_format"),
+        ({**CHAT, "response_format": {"type": "json_schema", "json_schema": {"schema": DEEP}}}, "response_format"),
+        ({**CHAT, "response_format": {"type": "json_schema", "json_schema": {"schema": LARGE}}}, "response_format"),
+        ({**CHAT, "response_format": {"type": "json_object"}, "structured_outputs": {}}, "structured_outputs"),
+        ({**CHAT, "structured_outputs": {}}, "structured_outputs"),
+        ({**CHAT, "structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs"),
+        ({**CHAT, "structured_outputs": {"regex": 7}}, "structured_outputs"),
+        ({**CHAT, "structured_outputs": {"choice": [""]}}, "structured_outputs"),
+        ({**CHAT, "structured_outputs": {"grammar": "x" * 200_000}}, "structured_outputs"),
         ({**CHAT, "tools": [{"type": "function"}]}, "tools"),
         ({**CHAT, "tools": [{"type": "function"}], "tool_choice": "auto"}, "tools"),
         ({**CHAT, "tools": {}}, "tools"),

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from tests.fixtures.tokenizer_folders import byte_level_tokenizer, write_hf
 from tests.unit.server_double import ANSWER, ClientDouble, serving
+from thalweg.errors import ConfigError
+from thalweg.server.parsers.events import CallBegin, Content, Reasoning
 from thalweg.server.parsers.formats import OutputFormat
 from thalweg.server.settings import ServerSettings
+from thalweg.tokenizer.detokenizer import IncrementalDetokenizer
+from thalweg.tokenizer.load import load_tokenizer
+from thalweg.tokenizer.template import ChatTemplate
 
 TOOLS = [
     {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {}}}},
@@ -155,6 +163,33 @@ def test_the_format_is_the_templates(template: str, calls: str | None, thinking:
     assert (forced.calls, forced.thinking) == (None, True)
 
 
+QWEN = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\\n{{ m.content }}<|im_end|>\\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\\n{% if brief %}<think>\\n\\n</think>\\n\\n"
+    "{% else %}<think>\\n{% endif %}{% endif %}{# <tool_call> #}"
+)
+
+
+def test_reasoning_that_the_template_begins(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(write_hf(tmp_path, byte_level_tokenizer(), eos_token="<|im_end|>"))
+    template = ChatTemplate(QWEN, tokenizer)
+    output = OutputFormat.of(SimpleNamespace(tokenizer=tokenizer, template=template), "auto", "auto")  # type: ignore[arg-type]
+    messages = [{"role": "user", "content": "Say <think>"}]
+    assert output.thinking
+    assert output.begins_thinking(template.encode_chat(messages))
+    assert not output.begins_thinking(template.encode_chat(messages, brief=True))
+    assert not output.begins_thinking(template.encode_chat(messages, add_generation_prompt=False))
+    # The tokenizer has no token for <tool_call>, so there the letters are the marker.
+    reader = output.reader(template.encode_chat(messages), TOOLS, lambda: "id")
+    assert reader is not None
+    ids = tokenizer.encode('Hm</think>Ok <tool_call>{"name": "now", "arguments": {}}</tool_call>', allow_special=True)
+    detokenizer = IncrementalDetokenizer(tokenizer, marks=output.marks(True))
+    events = [e for i in ids for e in reader.feed(detokenizer.push([i]))] + reader.feed("", last=True)
+    assert "".join(e.text for e in events if isinstance(e, Reasoning)) == "Hm"
+    assert "".join(e.text for e in events if isinstance(e, Content)) == "Ok"
+    assert CallBegin(0, "id", "now") in events
+
+
 @pytest.mark.parametrize(
     ("more", "param"),
     [
@@ -174,6 +209,17 @@ def test_what_is_wrong_with_tools_is_said(more: dict[str, Any], param: str) -> N
     error = ask(ClientDouble(template=KIMI), {**CHAT, **more})["error"]
     assert error["param"] == param
     assert error["type"] == "invalid_request_error"
+
+
+def test_messages_that_the_template_cannot_take_name_themselves() -> None:
+    messages = [{"role": "assistant", "content": "", "tool_calls": [7]}]
+    assert ask(ClientDouble(template=KIMI), {**CHAT, "messages": messages})["error"]["param"] == "messages"
+
+
+@pytest.mark.parametrize("names", [("kimi", "auto"), ("auto", "yes")])
+def test_parsers_that_there_are_not(names: tuple[str, str]) -> None:
+    with pytest.raises(ConfigError, match="expected one of auto, none"):
+        OutputFormat.of(ClientDouble(template=KIMI).front, *names)
 
 
 def test_tools_without_a_known_format_name_the_option() -> None:

@@ -25,8 +25,8 @@ def batch_floor(
     source: ModelSource, info: EngineInfo, ceilings: Ceilings, batch_size: int, input_len: int, output_len: int
 ) -> Floor:
     """Of `batch_size` requests: the step in the middle of the output, and all prompts as one step. One rank."""
-    dtype_bytes = 4 if info.dtype == "float32" else 2
-    step = source.package.decode_cost(source.config, batch_size, input_len + output_len // 2, dtype_bytes=dtype_bytes)
-    prefill = source.package.prefill_cost(source.config, batch_size, input_len, dtype_bytes=dtype_bytes)
+    c, widths = source.config, {"dtype_bytes": 4 if info.dtype == "float32" else 2, "quantization": info.quantization}
+    step = source.package.decode_cost(c, batch_size, input_len + output_len // 2, **widths)
+    prefill = source.package.prefill_cost(c, batch_size, input_len, **widths)
     times = [1e3 * ceilings.floor_s(cost.bytes, cost.flops) for cost in (step, prefill)]
     return Floor(step.bytes, step.flops, times[0], prefill.bytes, prefill.flops, times[1])

@@ -90,6 +90,7 @@ def latency(
     engine = {
         "model": info.name,
         "dtype": info.dtype,
+        "quantization": info.quantization,
         "state_dtype": config.state_dtype,
         "device": info.device,
         "tensor_parallel_size": info.tensor_parallel_size,
@@ -150,12 +151,13 @@ def decode(
     results = []
     for size in sizes:
         step = measure_decode(runner, info, size, length, steps, num_iters, temperature)
-        cost = source.package.decode_cost(source.config, size, length, **stored)
+        cost = source.package.decode_cost(source.config, size, length, quantization=info.quantization, **stored)
         results.append((step, 1e3 * ceilings.floor_s(cost.bytes, cost.flops)))
     machine = describe_machine() | ceilings.describe()
     engine = {
         "model": info.name,
         "dtype": info.dtype,
+        "quantization": info.quantization,
         "state_dtype": config.state_dtype,
         "layers": len(info.layers),
         "start_s": round(info.load_seconds, 1),

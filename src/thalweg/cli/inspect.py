@@ -12,7 +12,7 @@ from thalweg.cli.options import engine_config, takes
 from thalweg.config.engine import EngineConfig
 
 if TYPE_CHECKING:
-    from thalweg.engine.inspect import Inspection
+    from thalweg.engine.inspect import Cost, Inspection
 
 
 @takes(config=engine_config)
@@ -42,7 +42,7 @@ def _print(found: Inspection) -> None:
         "model": found.name,
         "architecture": found.architecture,
         "parameters": f"{found.parameters:,} ({found.parameters / 1e9:.2f} B)",
-        "dtype, device": f"{cost.dtype} on {found.device}, tensor parallel {found.tensor_parallel_size}",
+        "dtype, device": f"{_dtype(cost)} on {found.device}, tensor parallel {found.tensor_parallel_size}",
         "vocabulary": f"{found.vocab_size:,}",
         "context": f"{found.context_len:,} tokens",
         "layers": ", ".join(f"{count} x {kind}" for kind, count in found.layer_kinds.items()),
@@ -52,7 +52,7 @@ def _print(found: Inspection) -> None:
     console.print(facts)
 
     console.print("\n[bold]Bytes[/], on each rank")
-    table = plain_table("", *dict.fromkeys(f"in {c.dtype}" for c in (cost, native)))
+    table = plain_table("", *dict.fromkeys(f"in {_dtype(c)}" for c in (cost, native)))
     both = (cost,) if native == cost else (cost, native)
     table.add_row("weights", *(f"{c.weight_bytes}" for c in both))
     table.add_row("cache a token", *(f"{c.bytes_per_token}" for c in both))
@@ -73,6 +73,10 @@ def _print(found: Inspection) -> None:
         dims = " ".join(f"{name}={size}" for name, size in op.dims.items())
         ops.add_row(op.op, dims, op.chosen, "; ".join(f"{name}: {reason}" for name, reason in op.refused) or "-")
     console.print(ops)
+
+
+def _dtype(cost: Cost) -> str:
+    return cost.dtype if cost.quantization is None else f"{cost.dtype}, experts in {cost.quantization}"
 
 
 def _runs(layers: list[str]) -> Iterator[tuple[int, int, str]]:

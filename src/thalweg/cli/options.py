@@ -37,6 +37,10 @@ def engine_config(
         str,
         _engine(help="auto, float32, bfloat16 or float16. auto: float32 on a CPU, else the checkpoint's."),
     ] = "auto",
+    quantization: Annotated[
+        str | None,
+        _engine(metavar="METHOD", help="fp8: quantize the experts' weights as they are loaded. Default: not at all."),
+    ] = None,
     state_dtype: Annotated[
         str,
         _engine(
@@ -108,6 +112,7 @@ def engine_config(
         model=model,
         tokenizer=tokenizer,
         dtype=dtype,
+        quantization=quantization,
         state_dtype=state_dtype,
         device=device,
         max_model_len=_size(max_model_len, "--max-model-len"),

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any
 
+from thalweg.config.quantization import QUANTIZATIONS
 from thalweg.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -30,12 +31,14 @@ class EngineConfig:
     many tokens, and 2048 on a CPU.
     `max_model_len` None means the model's context length, or what fits in memory. `cache_memory` is in bytes
     and takes the place of `gpu_memory_utilization`, the share of the device's memory that weights and cache
-    may fill. `op_preference` maps an op's name, or "*", to the implementation that must serve it.
+    may fill. `quantization` "fp8" quantizes the experts' weights as they are loaded. `op_preference` maps an
+    op's name, or "*", to the implementation that must serve it.
     """
 
     model: str | None = None
     tokenizer: str | None = None
     dtype: str = "auto"
+    quantization: str | None = None
     state_dtype: str = "float32"
     device: str = "auto"
     max_num_seqs: int = 64
@@ -70,6 +73,11 @@ class EngineConfig:
             "a number in (0, 1]",
         )
         self._need(self.dtype in DTYPES, "dtype", _one_of(DTYPES))
+        self._need(
+            self.quantization is None or self.quantization in QUANTIZATIONS,
+            "quantization",
+            f"{_one_of(QUANTIZATIONS)}, or none at all",
+        )
         self._need(self.state_dtype in STATE_DTYPES, "state_dtype", " or ".join(STATE_DTYPES))
         self._need(self.load_format in LOAD_FORMATS, "load_format", _one_of(LOAD_FORMATS))
         for name, kind in (("model", "a folder"), ("tokenizer", "a folder"), ("config_file", "a config.json")):
@@ -146,4 +154,4 @@ def parse_size(text: str, option: str) -> int:
 
 
 def _one_of(names: tuple[str, ...]) -> str:
-    return f"{', '.join(names[:-1])} or {names[-1]}"
+    return " or ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)

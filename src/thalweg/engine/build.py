@@ -25,11 +25,12 @@ from thalweg.parallel.mesh import Mesh, join_mesh
 from thalweg.runner.decode_graphs import buckets
 from thalweg.runner.inputs import InputBuilder
 from thalweg.runner.runner import ModelRunner
+from thalweg.sampling.grammars import Grammars
 from thalweg.sampling.sampler import Sampler
 from thalweg.weights.checkpoint import Checkpoint
 from thalweg.weights.dummy import fill
 from thalweg.weights.load import bytes_to_load, check, load
-from thalweg.weights.plan import Target, checkpoint_shapes, local_elements
+from thalweg.weights.plan import Target, checkpoint_shapes, local_bytes, local_elements
 from thalweg.weights.progress import progress_bar
 
 THREAD_BYTES = 64 << 20
@@ -48,15 +49,18 @@ class Laps:
         self.seconds[part], self._began = now - self._began, now
 
 
-def build_rank(config: EngineConfig, tp_rank: int, rendezvous_file: str) -> tuple[ModelRunner, EngineInfo]:
-    """Everything one rank needs to execute plans. With several ranks, all of them call this at the same time."""
+def build_rank(
+    config: EngineConfig, tp_rank: int, rendezvous_file: str, grammars: Grammars | None = None
+) -> tuple[ModelRunner, EngineInfo]:
+    """Everything one rank needs to execute plans. With several ranks, all of them call this at the same time; the
+    one whose tokens count gets `grammars`."""
     laps = Laps()
     source = open_source(config)
     c = source.config
     device = choose_device(config, tp_rank)
     config = config.resolve(device=str(device), checkpoint_dtype=c.dtype, context_len=c.context_len)
     assert config.max_num_batched_tokens is not None
-    plan = source.package.plan(c, tp_rank, config.tensor_parallel_size)  # refuses what ranks do not divide, early
+    plan = source.package.plan(c, tp_rank, config.tensor_parallel_size, config.quantization)  # refuses early
     if device.type == "cpu":
         _choose_threads(sum(local_elements(plan).values()) * 4, config.tensor_parallel_size)
     checkpoint = None
@@ -64,13 +68,12 @@ def build_rank(config: EngineConfig, tp_rank: int, rendezvous_file: str) -> tupl
         checkpoint = Checkpoint(source.folder)
         check(plan, checkpoint, source.package.ignored(c))  # before anything is allocated by what config.json says
     dtype = getattr(torch, config.dtype)
-    _check_memory(
-        sum(n * (4 if kind == "float32" else dtype.itemsize) for kind, n in local_elements(plan).items()), device
-    )
+    _check_memory(local_bytes(plan, dtype.itemsize), device)
     laps.end("device")
     mesh = join_mesh(tp_rank, config.tensor_parallel_size, rendezvous_file, device)
     resolver = Resolver(config.op_preference)
-    model = source.package.build(BuildContext(device, dtype, mesh, resolver, config.state_dtype), c)
+    context = BuildContext(device, dtype, mesh, resolver, config.state_dtype, quantization=config.quantization)
+    model = source.package.build(context, c)
     _fill(model, plan, checkpoint, source, config, tp_rank)
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -90,7 +93,7 @@ def build_rank(config: EngineConfig, tp_rank: int, rendezvous_file: str) -> tupl
     inputs = InputBuilder(split.num_slots, split.max_model_len, config.block_size, device)
     eos = source.eos_token_ids
     sample = resolver.resolve("sample", OpContext(device.type, "float32", {"V": c.vocab_size}))
-    sampler = Sampler(split.num_slots, c.vocab_size, frozenset(eos), device, sample)
+    sampler = Sampler(split.num_slots, c.vocab_size, frozenset(eos), device, sample, grammars)
     if unused := resolver.unused_preferences():
         used = ", ".join(sorted({choice.op for choice in resolver.explain()}))
         raise ConfigError(f"op_preference names {unused[0]!r}, which this model does not use; it uses {used}")
@@ -108,6 +111,7 @@ def build_rank(config: EngineConfig, tp_rank: int, rendezvous_file: str) -> tupl
         architecture=type(model).__name__,
         device=device_name(device),
         dtype=config.dtype,
+        quantization=config.quantization,
         tensor_parallel_size=config.tensor_parallel_size,
         vocab_size=c.vocab_size,
         parameters=sum(prod(shape) for shape in checkpoint_shapes(plan).values()),
@@ -179,7 +183,7 @@ def _check_memory(weight_bytes: int, device: torch.device) -> None:
     if weight_bytes > have:
         raise ConfigError(
             f"the weights take {weight_bytes / 2**30:.1f} GiB on this rank and {device} has {have / 2**30:.1f} GiB;"
-            " raise --tensor-parallel-size, or take a smaller --dtype"
+            " raise --tensor-parallel-size, or take a smaller --dtype or --quantization fp8"
         )
 
 

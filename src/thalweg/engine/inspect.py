@@ -30,9 +30,10 @@ WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
 
 
 class Cost(msgspec.Struct, frozen=True):
-    """Bytes on one rank when computed in `dtype`."""
+    """Bytes on one rank when computed in `dtype`, with weights quantized so."""
 
     dtype: str
+    quantization: str | None  # of the experts' weights
     weight_bytes: int
     bytes_per_token: int
     bytes_per_sequence: int
@@ -53,7 +54,7 @@ class Inspection(msgspec.Struct, frozen=True, kw_only=True):
     layers: list[str]  # one line each: what it is and what it caches
     weight_files: str  # what the folder's weight files are, and that they fit
     cost: Cost
-    checkpoint_cost: Cost  # the same in the checkpoint's own dtype, which a CPU does not compute in unless asked to
+    checkpoint_cost: Cost  # the same in the checkpoint's own dtype, which may not be what is computed in here
     memory: MemorySplit | None  # None: it does not fit, for the reason below
     memory_error: str | None
     ops: list[OpChoice]
@@ -79,11 +80,12 @@ def describe(config: EngineConfig) -> Inspection:
     c, ranks = source.config, config.tensor_parallel_size
     device = choose_device(config, 0)
     config = config.resolve(device=str(device), checkpoint_dtype=c.dtype, context_len=c.context_len)
-    plan = source.package.plan(c, 0, ranks)
+    plan = source.package.plan(c, 0, ranks, config.quantization)
     resolver = Resolver(config.op_preference)
-    model = _build(source, config, config.dtype, device, resolver)
-    native = model if config.dtype == c.dtype else _build(source, config, c.dtype, device, Resolver())
-    cost = _cost(model, config.dtype)
+    model = _build(source, config, config.dtype, device, resolver, config.quantization)
+    plain = config.dtype == c.dtype and config.quantization is None
+    native = model if plain else _build(source, config, c.dtype, device, Resolver())
+    cost = _cost(model, config.dtype, config.quantization)
     memory, memory_error = _split(config, model.cache_specs, device, cost.weight_bytes, c.context_len)
     kinds = Counter(f"{type(layer.attn).__name__} + {type(layer.mlp).__name__}" for layer in model.layers)
     return Inspection(
@@ -106,15 +108,25 @@ def describe(config: EngineConfig) -> Inspection:
     )
 
 
-def _build(source: ModelSource, config: EngineConfig, dtype: str, device: torch.device, resolver: Resolver) -> Any:
+def _build(
+    source: ModelSource,
+    config: EngineConfig,
+    dtype: str,
+    device: torch.device,
+    resolver: Resolver,
+    quantization: str | None = None,
+) -> Any:
     mesh, meta = Mesh(0, config.tensor_parallel_size), torch.device("meta")
-    context = _MetaContext(meta, getattr(torch, dtype), mesh, resolver, config.state_dtype, device)
+    context = _MetaContext(
+        meta, getattr(torch, dtype), mesh, resolver, config.state_dtype, device, quantization=quantization
+    )
     return source.package.build(context, source.config)
 
 
-def _cost(model: Any, dtype: str) -> Cost:
+def _cost(model: Any, dtype: str, quantization: str | None = None) -> Cost:
     weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    return Cost(dtype, weight_bytes, bytes_per_token(model.cache_specs), bytes_per_sequence(model.cache_specs))
+    specs = model.cache_specs
+    return Cost(dtype, quantization, weight_bytes, bytes_per_token(specs), bytes_per_sequence(specs))
 
 
 def _split(

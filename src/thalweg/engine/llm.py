@@ -37,6 +37,7 @@ class LLM:
         *,
         tokenizer: str | None = None,
         dtype: str = "auto",
+        quantization: str | None = None,
         state_dtype: str = "float32",
         device: str = "auto",
         max_num_seqs: int = 64,
@@ -58,6 +59,7 @@ class LLM:
             model=None if model is None else str(model),
             tokenizer=tokenizer,
             dtype=dtype,
+            quantization=quantization,
             state_dtype=state_dtype,
             device=device,
             max_num_seqs=max_num_seqs,
@@ -184,6 +186,8 @@ class LLM:
     def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
         ids = encode_prompt(prompt, self.tokenizer, self.info.vocab_size)
         check_params(params, self.tokenizer, self.info.vocab_size)
+        if params.grammar is not None:
+            self._live.grammars.compiled(params.grammar).result()
         return Request(id=self._next_id(), prompt_token_ids=ids, params=params)
 
     def _collect(

@@ -10,14 +10,16 @@ import time
 import zmq
 
 from thalweg.config.engine import EngineConfig
-from thalweg.core import RequestUpdate
+from thalweg.core import Request, RequestUpdate
 from thalweg.engine import messages as m
+from thalweg.engine.gate import GrammarGate
 from thalweg.engine.ranks import end_with_parent
 from thalweg.engine.start import Engine
 from thalweg.errors import InvalidRequest, QueueTimeout, ThalwegError
 
 STATS_INTERVAL_S = 0.5
 IDLE_POLL_MS = 500
+GATE_POLL_MS = 1  # while nothing runs and a grammar is being compiled
 
 
 class EngineProcess:
@@ -26,17 +28,20 @@ class EngineProcess:
     def __init__(self, socket: zmq.Socket[bytes], engine: Engine, queue_timeout_s: float | None = None) -> None:
         self._socket, self._core, self._queue_timeout_s = socket, engine.core, queue_timeout_s
         self._queued: dict[str, float] = {}  # when each must have a slot, in order of arrival; may name ended ones
+        self._gate = GrammarGate(engine.grammars, self._add, lambda i, reason: self._refuse(i, InvalidRequest(reason)))
 
     def run(self) -> None:
         """Until Stop. Raises what ended the engine otherwise."""
         last_sent = time.monotonic()
         while True:
             # With work at hand only what is already there is read; otherwise wait for it, with a look at the ranks.
-            while self._socket.poll(0 if self._core.has_work() else IDLE_POLL_MS):
+            idle_ms = GATE_POLL_MS if self._gate.waiting else IDLE_POLL_MS
+            while self._socket.poll(0 if self._core.has_work() else idle_ms):
                 message = m.decode_to_engine(self._socket.recv())
                 if isinstance(message, m.Stop):
                     return
                 self._take(message)
+            self._gate.poll()
             if self._queued:
                 self._drop_late()
             if not self._core.has_work():
@@ -50,19 +55,10 @@ class EngineProcess:
 
     def _take(self, message: m.ToEngine) -> None:
         if isinstance(message, m.Add):
-            request_id = message.request.id
-            try:
-                self._core.add(message.request)
-            except InvalidRequest as e:
-                self._refuse(request_id, e)
-            except Exception as e:  # noqa: BLE001 -- the others' requests go on
-                sys.excepthook(*sys.exc_info())
-                self._refuse(request_id, ThalwegError(f"the engine could not take the request in: {type(e).__name__}"))
-            else:
-                if self._queue_timeout_s is not None:
-                    self._queued[request_id] = time.monotonic() + self._queue_timeout_s
+            self._gate.take(message.request)
         elif isinstance(message, m.Abort):
             for request_id in message.request_ids:
+                self._gate.abort(request_id)
                 self._core.abort(request_id)
                 self._queued.pop(request_id, None)
             # No update tells of the end of an aborted request, so what it freed is told here.
@@ -89,6 +85,18 @@ class EngineProcess:
 
     def _refuse(self, request_id: str, error: ThalwegError) -> None:
         self._socket.send(m.encode(m.Refused(request_id, type(error).__name__, str(error))))
+
+    def _add(self, request: Request) -> None:
+        try:
+            self._core.add(request)
+        except InvalidRequest as e:
+            self._refuse(request.id, e)
+        except Exception as e:  # noqa: BLE001 -- the others' requests go on
+            sys.excepthook(*sys.exc_info())
+            self._refuse(request.id, ThalwegError(f"the engine could not take the request in: {type(e).__name__}"))
+        else:
+            if self._queue_timeout_s is not None:
+                self._queued[request.id] = time.monotonic() + self._queue_timeout_s
 
 
 def main(address: str) -> int:

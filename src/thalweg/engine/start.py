@@ -5,11 +5,13 @@ from __future__ import annotations
 from thalweg.cache.manager import CacheManager
 from thalweg.config.engine import EngineConfig
 from thalweg.engine.core import EngineCore
+from thalweg.engine.front import load_front
 from thalweg.engine.info import EngineInfo
 from thalweg.engine.pump import Pump
 from thalweg.engine.ranks import OtherRanks
 from thalweg.engine.source import open_source
 from thalweg.runner.executor import Executor, Runner
+from thalweg.sampling.grammars import Grammars, Vocabulary
 from thalweg.scheduler.scheduler import Scheduler
 
 
@@ -22,10 +24,12 @@ class Engine:
             source.package.plan(source.config, 0, config.tensor_parallel_size)  # refuses what ranks do not divide
         self.ranks = OtherRanks(config) if config.tensor_parallel_size > 1 else None
 
+        self.grammars = Grammars(lambda: _vocabulary(config))
+
         def build() -> tuple[Runner, EngineInfo]:
             from thalweg.engine.build import build_rank  # torch comes in on the rank's own thread
 
-            return build_rank(config, 0, self.ranks.rendezvous_file if self.ranks else "")
+            return build_rank(config, 0, self.ranks.rendezvous_file if self.ranks else "", self.grammars)
 
         self._executor: Executor[EngineInfo] = Executor(build, self.ranks.send if self.ranks else None)
         if self.ranks is not None:
@@ -47,7 +51,13 @@ class Engine:
         self.pump = Pump(self.core)
 
     def close(self) -> None:
+        self.grammars.close()
         self._executor.close()
         if self.ranks is not None:
             # A build that failed elsewhere may still be on its way to meet the ranks; it holds on to this object.
             self.ranks.close(keep_folder=self._executor.running)
+
+
+def _vocabulary(config: EngineConfig) -> Vocabulary:
+    front = load_front(config)
+    return front.tokenizer, front.source.config.vocab_size, frozenset(front.source.eos_token_ids)

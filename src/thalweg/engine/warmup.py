@@ -14,7 +14,9 @@ from thalweg.ops.triton_compile import compiled_together
 from thalweg.runner.runner import ModelRunner
 
 # Prompt lengths around the powers of two, by which kernels choose their tiles; beyond, all take the largest.
-LENGTHS = sorted({n + more for n in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512) for more in (0, 1)})
+LENGTHS = sorted({n + more for n in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024) for more in (0, 1)})
+
+LONGEST = 8192
 
 
 def warm_up(runner: ModelRunner, split: MemorySplit, max_num_batched_tokens: int) -> None:
@@ -34,7 +36,7 @@ def warm_up(runner: ModelRunner, split: MemorySplit, max_num_batched_tokens: int
 
 def plans(split: MemorySplit, budget: int) -> Iterator[StepPlan]:
     """Steps of one and two sequences within the memory that `split` gives; none where it holds no two of them."""
-    longest = min(budget, split.max_model_len - 2)
+    longest = min(budget, LONGEST, split.max_model_len - 2)
     if split.num_blocks:
         longest = min(longest, split.num_blocks // 2 * split.block_size - 2)  # two sequences at once
     if longest < 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ class BuildContext:
     mesh: Mesh
     resolver: Resolver
     state_dtype: str  # that recurrent states are stored in
+    quantization: str | None = field(default=None, kw_only=True)  # of the experts' weights
 
     @property
     def dtype_name(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from thalweg.config.quantization import blocks
 from thalweg.layers.context import BuildContext
 from thalweg.layers.linear import LinearAdd, NormLinear
 from thalweg.layers.norm import RMSNorm
@@ -55,20 +56,47 @@ class Router(nn.Module):
 class Experts(nn.Module):
     """Weights of all experts, each `inner` wide on this rank: the routed ones, then the shared ones."""
 
+    op = "experts"
+
     def __init__(self, ctx: BuildContext, width: int, routed: int, shared: int, inner: int) -> None:
         super().__init__()
         self.shared = shared
-        self.gate_up = ctx.weight(routed + shared, 2 * inner, width)
-        self.down = ctx.weight(routed + shared, width, inner)
         self.mesh = ctx.mesh
-        op = "experts_add" if ctx.mesh.tp_size == 1 else "experts"
+        self._make_weights(ctx, routed + shared, width, inner)
+        op = f"{self.op}_add" if ctx.mesh.tp_size == 1 else self.op
         self._experts = ctx.op(op, E=routed + shared, D=width, I=inner)
 
+    def _make_weights(self, ctx: BuildContext, total: int, width: int, inner: int) -> None:
+        self.gate_up = ctx.weight(total, 2 * inner, width)
+        self.down = ctx.weight(total, width, inner)
+
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        """As the op takes them."""
+        return self.gate_up, self.down
+
     def forward(self, normed_TD: Tensor, weights_Tk: Tensor, ids_Tk: Tensor, residual_TD: Tensor) -> Tensor:
-        experts = (normed_TD, weights_Tk, ids_Tk, self.gate_up, self.down)
+        experts = (normed_TD, weights_Tk, ids_Tk, *self.weights)
         if self.mesh.tp_size == 1:
             return self._experts(*experts, residual_TD, num_shared=self.shared)
         return residual_TD + self.mesh.all_reduce(self._experts(*experts, num_shared=self.shared))
+
+
+class Fp8Experts(Experts):
+    """Experts whose weights are float8_e4m3fn, one float32 scale a block; gate and up have blocks of their own."""
+
+    op = "experts_fp8"
+
+    def _make_weights(self, ctx: BuildContext, total: int, width: int, inner: int) -> None:
+        fp8, f32 = torch.float8_e4m3fn, torch.float32
+        self.gate_up = ctx.weight(total, 2 * inner, width, dtype=fp8)
+        self.gate_up_scale = ctx.weight(total, 2 * blocks(inner), blocks(width), dtype=f32)
+        self.down = ctx.weight(total, width, inner, dtype=fp8)
+        self.down_scale = ctx.weight(total, blocks(width), blocks(inner), dtype=f32)
+
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        return self.gate_up, self.gate_up_scale, self.down, self.down_scale
 
 
 class MoE(nn.Module):
@@ -100,7 +128,8 @@ class MoE(nn.Module):
             topk_groups=topk_groups,
             shared=shared,
         )
-        self.experts = Experts(ctx, width, experts, shared, ctx.shard(inner, "moe_intermediate_size"))
+        kind = Experts if ctx.quantization is None else Fp8Experts
+        self.experts = kind(ctx, width, experts, shared, ctx.shard(inner, "moe_intermediate_size"))
 
     def forward(self, x_TD: Tensor, norm: RMSNorm) -> Tensor:
         return self.experts(*self.router(x_TD, norm), x_TD)

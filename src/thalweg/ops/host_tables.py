@@ -1,4 +1,8 @@
-"""What a prefill's kernels need to know of its sequences, taken from the host's lists without a wait for the device."""
+"""What a prefill's kernels need to know of its sequences, taken from the host's lists without a wait for the device.
+
+Kernels are compiled for what their arguments look like. They are told not to look at what changes from step to step,
+counts and where in a table a part of it begins, or they would be compiled again while requests wait.
+"""
 
 from __future__ import annotations
 

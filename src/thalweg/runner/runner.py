@@ -147,6 +147,7 @@ class ModelRunner:
         ids = self._mesh.broadcast(ids)
         self._inputs.last_tokens[to_device(slots, device)] = ids
         read = self._readback(ids)
+        self._sampler.sampled(slots, read)
         return lambda: StepResult(plan.step, read(), logprobs, prompt_logprobs or {}, errors, prompt_logits or {})
 
     def _inspect(

@@ -11,7 +11,9 @@ from thalweg.core import Admission, TokenLogprobs
 from thalweg.errors import InvalidRequest
 from thalweg.sampling.adjust import LogitAdjuster
 from thalweg.sampling.choose import sample_filtered
+from thalweg.sampling.grammars import Grammars
 from thalweg.sampling.logprobs import token_logprobs
+from thalweg.sampling.structured import Structured
 from thalweg.sampling.uniform import uniform
 
 NON_FINITE = "the model gave non-finite logits for this request"
@@ -30,7 +32,9 @@ class Sampler:
         eos_token_ids: frozenset[int],
         device: torch.device,
         sample: Callable[..., Tensor],
+        grammars: Grammars | None = None,
     ) -> None:
+        """`grammars` are for the rank whose tokens count."""
         self._sample = sample  # op "sample"
         self.vocab_size, self.eos_token_ids, self.device = vocab_size, eos_token_ids, device
         n = num_slots + 1
@@ -44,6 +48,7 @@ class Sampler:
         self._adjusters: dict[int, LogitAdjuster] = {}
         self._logprobs: dict[int, int] = {}
         self._rejected: dict[int, str] = {}
+        self._structured = Structured(grammars, vocab_size)
 
     def admit(self, a: Admission) -> None:
         p, slot = a.params, a.slot
@@ -68,6 +73,12 @@ class Sampler:
                 self._rejected[slot] = str(e)
             except Exception as e:  # noqa: BLE001 -- one request's parameters must not end the others'
                 self._rejected[slot] = f"its sampling parameters could not be applied: {type(e).__name__}: {e}"
+        try:
+            self._structured.admit(a)
+        except InvalidRequest as e:
+            self._rejected[slot] = str(e)
+        except Exception as e:  # noqa: BLE001 -- likewise
+            self._rejected[slot] = f"its grammar could not be used: {type(e).__name__}: {e}"
 
     def __call__(
         self, logits_RV: Tensor, slots: list[int], positions: list[int]
@@ -77,6 +88,13 @@ class Sampler:
         `positions` are those of the tokens being chosen. The id of a row with an error means nothing.
         """
         errors = {s: self._rejected[s] for s in slots if s in self._rejected} if self._rejected else {}
+        masks = None
+        if self._structured:  # before anything waits for the logits
+            try:
+                masks = self._structured.masks(slots)
+            except Exception as e:  # noqa: BLE001 -- theirs alone must end
+                broken = f"the grammar could not be applied: {type(e).__name__}: {e}"
+                errors |= {slot: broken for slot in slots if slot in self._structured}
         # A sum is finite only where every term is (float64 cannot overflow on float32 terms), and is one pass.
         if not torch.isfinite(logits_RV.sum(dtype=torch.float64)):
             for row in torch.nonzero(~torch.isfinite(logits_RV).all(-1)).flatten().tolist():
@@ -85,13 +103,16 @@ class Sampler:
 
         raw_RV = logits_RV
         adjusted = [r for r, s in enumerate(slots) if s in self._adjusters] if self._adjusters else []
-        if adjusted:
+        if adjusted or masks is not None:
             logits_RV = logits_RV.clone()
             for r in adjusted:
                 try:
                     self._adjusters[slots[r]].apply(logits_RV[r])
                 except Exception as e:  # noqa: BLE001 -- likewise
                     errors[slots[r]] = f"its logits could not be adjusted: {type(e).__name__}: {e}"
+            if masks is not None:
+                masks.apply(logits_RV)
+                errors |= masks.errors
 
         ids_R = self._choose(logits_RV, slots, positions)
         for r in adjusted:
@@ -109,9 +130,14 @@ class Sampler:
                     )
         return ids_R, logprobs, errors
 
+    def sampled(self, slots: list[int], read: Callable[[], list[int]]) -> None:
+        """Tell where the ids that __call__ gave for `slots` can be read once they count: read() waits for them."""
+        if self._structured:
+            self._structured.sampled(slots, read)
+
     def simple(self, slots: list[int]) -> bool:
         """Whether `sample_rows` alone serves these slots: greedy or plain temperature, nothing to report or refuse."""
-        special = (self._filtered, self._adjusters, self._logprobs, self._rejected)
+        special = (self._filtered, self._adjusters, self._logprobs, self._rejected, self._structured)
         return not any(special) or not any(slot in table for table in special if table for slot in slots)
 
     def sample_rows(self, logits_RV: Tensor, slots_R: Tensor, positions_R: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from fastapi import FastAPI
 
 from thalweg import __version__
 from thalweg.engine.client import EngineClient
-from thalweg.server import chat, completions, errors, health, models, page, tokenization
+from thalweg.server import chat, completions, docs, errors, health, models, page, tokenization
 from thalweg.server.guard import Guard
 from thalweg.server.service import Service, StartListener
 from thalweg.server.settings import ServerSettings
@@ -34,7 +34,7 @@ def create_app(client: EngineClient, settings: ServerSettings, on_started: Start
             await asyncio.gather(starting, return_exceptions=True)
             await client.close()
 
-    # The documentation pages would load scripts from elsewhere; /openapi.json says the same.
+    # The framework's documentation pages would load scripts from elsewhere; docs.py has one that does not.
     app = FastAPI(title="Thalweg", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service = service
     errors.install(app)
@@ -44,6 +44,6 @@ def create_app(client: EngineClient, settings: ServerSettings, on_started: Start
         max_body_bytes=settings.max_body_bytes,
         body_seconds=settings.body_seconds,
     )
-    for room in (chat, completions, models, tokenization, health, page):
+    for room in (chat, completions, docs, models, tokenization, health, page):
         app.include_router(room.router)
     return app

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import time
-from contextlib import aclosing
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from thalweg.errors import InvalidRequest
 from thalweg.server.chat_answer import ChatAnswer
-from thalweg.server.errors import ApiError, as_api_error
-from thalweg.server.generation import News, generate, jobs_of
+from thalweg.server.errors import ApiError
+from thalweg.server.generation import generate, jobs_of, naming_fields
 from thalweg.server.params import refuse_unsupported, sampling_params
 from thalweg.server.responses import new_id
 from thalweg.server.schemas import ChatBody
 from thalweg.server.service import ServiceDep
 from thalweg.server.streaming import stream, whole
+from thalweg.server.structured import held_to, wanted
 from thalweg.server.tools import tool_use
 
 router = APIRouter()
@@ -32,35 +31,25 @@ async def chat_completions(body: ChatBody, request: Request, service: ServiceDep
     arrived = time.perf_counter()
     service.check(body.model)
     _refuse_unsupported(body)
-    use = tool_use(body, service.output)
+    use, text = tool_use(body, service.output), wanted(body)
+    messages = [_message(m) for m in body.messages]
+    prompt_ids = await service.encode_chat(messages, tools=use.tools or None, **body.template_options())
+    held = held_to(service.output, use, text, service.output.begins_thinking(prompt_ids))
     params = sampling_params(
         body,
         service.suggested,
         max_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        grammar=None if held is None else held.grammar,
     )
-    messages = [_message(m) for m in body.messages]
-    prompt_ids = await service.encode_chat(messages, tools=use.tools or None, **body.template_options())
     answer = ChatAnswer(service, new_id("chatcmpl"), prompt_ids, use, body.n or 1)
     jobs = jobs_of(answer.id, [prompt_ids], params, body.n or 1, service.output.marks(bool(use.tools)))
-    news = _from_messages(generate(service, jobs, arrived))
+    fields = {"prompt": "messages", "grammar": "" if held is None else held.field}
+    news = naming_fields(generate(service, jobs, arrived), fields)
     if not body.stream:
         return await whole(request, answer.whole(news))
     usage = body.stream_options is not None and bool(body.stream_options.include_usage)
     return await stream(request, answer.chunks(news, usage))
-
-
-async def _from_messages(news: News) -> News:
-    """`news`, with what is wrong with the prompt laid to the messages that it was made of."""
-    async with aclosing(news):
-        try:
-            async for item in news:
-                yield item
-        except InvalidRequest as e:
-            error = as_api_error(e)
-            if error.param == "prompt":
-                error.param = "messages"
-            raise error from None
 
 
 def _message(message: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from thalweg.core import SamplingParams, TokenLogprobs
 from thalweg.engine.output import Delta
 from thalweg.engine.prompts import Prompt
 from thalweg.server.errors import ApiError
-from thalweg.server.generation import Job, News, generate, jobs_of
+from thalweg.server.generation import Job, News, generate, jobs_of, naming_fields
 from thalweg.server.logprobs import LogprobsBuilder
 from thalweg.server.params import refuse_unsupported, sampling_params
 from thalweg.server.responses import CompletionChoice, CompletionLogprobs, Envelope, Usage, new_id, now
@@ -21,6 +21,7 @@ from thalweg.server.schemas import CompletionBody
 from thalweg.server.service import Service, ServiceDep
 from thalweg.server.settings import MAX_PROMPTS
 from thalweg.server.streaming import stream, whole
+from thalweg.server.structured import wanted
 from thalweg.tokenizer.base import valid_unicode
 
 DEFAULT_MAX_TOKENS = 16
@@ -38,12 +39,14 @@ async def completions(body: CompletionBody, request: Request, service: ServiceDe
     arrived = time.perf_counter()
     service.check(body.model)
     _refuse_unsupported(body)
+    text = wanted(body)
     params = sampling_params(
         body,
         service.suggested,
         max_tokens=DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens,
         logprobs=body.logprobs,
         prompt_logprobs=body.logprobs if body.echo else None,
+        grammar=None if text is None else text.grammar,
     )
     prompts, n = _prompts(body), body.n or 1
     if len(prompts) * n > MAX_PROMPTS:
@@ -58,7 +61,7 @@ async def completions(body: CompletionBody, request: Request, service: ServiceDe
     jobs = jobs_of(response_id, encoded, params, n)
     choices = [_Choice(service, i, job, echoes[i // n]) for i, job in enumerate(jobs)]
     completion = _Completion(service, response_id, sum(map(len, encoded)), choices)
-    news = generate(service, jobs, arrived)
+    news = naming_fields(generate(service, jobs, arrived), {} if text is None else {"grammar": text.field})
     if not body.stream:
         return await whole(request, completion.answer(news))
     usage = body.stream_options is not None and bool(body.stream_options.include_usage)

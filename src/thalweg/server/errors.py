@@ -47,6 +47,7 @@ class ApiError(Exception):
 
     def body(self) -> dict[str, Any]:
         kind = "invalid_request_error" if self.status < 500 else "server_error"
+        # Names out of a request may hold what has no UTF-8 form.
         message = valid_unicode(str(self)[:MAX_MESSAGE_CHARS])
         param = None if self.param is None else valid_unicode(self.param)
         return {"error": {"message": message, "type": kind, "param": param, "code": self.code}}
@@ -88,7 +89,7 @@ def install(app: FastAPI) -> None:
     async def handle_http(request: Request, error: Exception) -> Response:
         api_error = as_api_error(error)
         if api_error.status in (404, 405):
-            message = f"{request.method} {request.url.path[:200]} is not a route of this server; see /openapi.json"
+            message = f"{request.method} {request.url.path[:200]} is not a route of this server; see /docs"
             api_error = ApiError(api_error.status, message, code="unknown_route", headers=api_error.headers)
         return api_error.response()
 
@@ -115,5 +116,9 @@ def _invalid_body(error: RequestValidationError) -> ApiError:
 def _param_of(message: str) -> str | None:
     if message.startswith(("the prompt", "prompt token")):
         return "prompt"
+    if message.startswith("the chat template"):
+        return "messages"
+    if message.startswith("the grammar"):
+        return "grammar"
     named = _NAMED.match(message)
     return named[1] if named else None

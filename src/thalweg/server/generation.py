@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from thalweg.core import SamplingParams
 from thalweg.engine.output import Delta
-from thalweg.server.errors import ApiError
+from thalweg.errors import InvalidRequest
+from thalweg.server.errors import ApiError, as_api_error
 from thalweg.server.params import per_choice
 from thalweg.server.service import Service
 
@@ -83,6 +84,18 @@ async def _merged(service: Service, jobs: list[Job], arrived: float) -> News:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def naming_fields(news: News, fields: Mapping[str, str]) -> News:
+    """`news`, with what is wrong with a prompt or grammar laid to the request's field that it was made of."""
+    async with aclosing(news):
+        try:
+            async for item in news:
+                yield item
+        except InvalidRequest as e:
+            error = as_api_error(e)
+            error.param = fields.get(error.param or "", error.param)
+            raise error from None
 
 
 async def _run(service: Service, job: Job, arrived: float) -> AsyncGenerator[Delta]:

@@ -8,7 +8,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from thalweg.config.hf import GenerationConfig
-from thalweg.core import SamplingParams
+from thalweg.core import Grammar, SamplingParams
 from thalweg.server.errors import ApiError
 from thalweg.server.schemas import GenerationBody
 
@@ -35,6 +35,7 @@ def sampling_params(
     max_tokens: int | None,
     logprobs: int | None,
     prompt_logprobs: int | None = None,
+    grammar: Grammar | None = None,
 ) -> SamplingParams:
     """The request's parameters; where it is silent, what the checkpoint suggests for sampling, then OpenAI's defaults.
 
@@ -53,7 +54,9 @@ def sampling_params(
         values["stop_token_ids"] = tuple(body.stop_token_ids)
     if body.logit_bias is not None:
         values["logit_bias"] = {_token_id(key): bias for key, bias in body.logit_bias.items()}
-    return SamplingParams(max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs, **values)
+    return SamplingParams(
+        max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs, grammar=grammar, **values
+    )
 
 
 def per_choice(params: SamplingParams, n: int) -> list[SamplingParams]:
@@ -69,14 +72,6 @@ def refuse_unsupported(body: GenerationBody) -> None:
     """Raise ApiError for what would change the answer and is not done."""
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options is given and stream is not true; expected both", param="stream_options")
-    kind = (body.response_format or {}).get("type", "text")
-    if kind != "text":
-        raise ApiError(
-            400,
-            f"response_format is of type {str(kind)[:40]!r}; expected text, the only one supported yet",
-            param="response_format",
-            code="unsupported",
-        )
 
 
 def _token_id(key: str) -> int:

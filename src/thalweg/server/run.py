@@ -18,6 +18,7 @@ from thalweg.engine.client import EngineClient, RequestLimits
 from thalweg.errors import ConfigError
 from thalweg.server.app import create_app
 from thalweg.server.connections import PromptProtocol, listen, raise_file_limit
+from thalweg.server.parsers.formats import OutputFormat
 from thalweg.server.settings import MAX_HEADER_BYTES, MAX_QUEUED_REQUESTS, ServerSettings
 
 MAX_QUEUED = 1_000_000
@@ -53,12 +54,13 @@ def serve(
     _check_limits(max_queued_requests, queue_timeout, request_timeout, shutdown_timeout)
     raise_file_limit()
     client = EngineClient(config, RequestLimits(queue_timeout, request_timeout))
+    output = OutputFormat.of(client.front, tool_call_parser, reasoning_parser)  # refuses a name early
     settings = ServerSettings(
         served_model_names=tuple(served_model_name),
         api_key=api_key,
+        max_queued_requests=max_queued_requests,
         tool_call_parser=tool_call_parser,
         reasoning_parser=reasoning_parser,
-        max_queued_requests=max_queued_requests,
     )
     failure: Exception | None = None
 
@@ -72,6 +74,7 @@ def serve(
             f"{info.architecture} on {info.device}, {info.dtype}",
             *info.memory_split,
             f"decode steps    {info.decode_steps}",
+            f"chat answers    {output.describe()}",
         )
         print(*summary, sep="\n  ", file=sys.stderr, flush=True)
         names = ", ".join(settings.served_model_names or (info.name,))

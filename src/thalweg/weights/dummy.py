@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from thalweg.weights.place import put
 from thalweg.weights.plan import Init, Target
 
 STD = 0.02  # of matrices
@@ -37,14 +38,13 @@ def fill(
         if not target.covered:
             param.zero_()
         for source in target.sources:
-            place = param[source.index]
             full = _draw(target.init, source.shape, param.device, _seed_of(seed, source.name))
             if source.shard_dim is not None and source.shard is not None:
                 start, stop = source.shard
                 full = full.narrow(source.shard_dim, start, stop - start)
-            place.copy_(full.reshape(place.shape))
+            filled = put(full, source, target, get_param)
             if progress is not None:
-                progress(place.numel() * place.element_size())
+                progress(filled * param.element_size())
 
 
 def _draw(init: Init, shape: tuple[int, ...], device: torch.device, seed: int) -> Tensor:

@@ -14,13 +14,12 @@ from torch import Tensor
 
 from thalweg.errors import CheckpointError, UnsupportedError
 from thalweg.weights.checkpoint import Checkpoint
+from thalweg.weights.place import GetParam, put
 from thalweg.weights.plan import Source, Target, check_targets, checkpoint_shapes
 from thalweg.weights.safetensors import LOADABLE, unsupported_dtype
 
 MAX_LISTED = 20
 _DEVICE_THREADS = 8  # host-to-device copies wait for pages from disk; several keep the disk busy
-
-GetParam = Callable[[str], Tensor]
 
 
 def load(
@@ -31,7 +30,7 @@ def load(
     ignore: Iterable[str] = (),
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Copy this rank's part of every planned tensor into its parameter, cast to the parameter's dtype.
+    """Copy this rank's part of every planned tensor into its parameter, cast to the parameter's dtype or quantized.
 
     `get_param(name)` gives the parameter, of the target's local shape, on any device. `ignore` are
     shell-style patterns of tensors the checkpoint may hold unread. `progress` is called with the bytes of
@@ -53,8 +52,7 @@ def load(
         for target, source in uses[name]:
             dim, part = source.shard_dim, source.shard or (0, None)
             tensor = checkpoint.read(name, dim, *part)
-            place = params[target.name][source.index]
-            place.copy_(tensor.reshape(place.shape))
+            put(tensor, source, target, params.__getitem__)
             done += tensor.numel() * tensor.element_size()
         return done
 
@@ -117,4 +115,6 @@ def _params(plan: Sequence[Target], get_param: GetParam) -> dict[str, Tensor]:
         if target.dtype == "float32" and param.dtype != torch.float32:
             raise CheckpointError(f"parameter {target.name} is {param.dtype}; the plan says float32")
         params[target.name] = param
+        if target.dtype == "fp8":
+            params[target.scale_name] = get_param(target.scale_name).detach()
     return params

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
+from thalweg.config.quantization import blocks
 from thalweg.errors import ConfigError
 
 Range = tuple[int, int]  # [start, stop)
 Index = int | Range
 Shape = tuple[int, ...]
+Dtype = Literal["model", "float32", "fp8"]
 Init = Literal["normal", "ones", "zeros", "a_log", "dt_bias"]
 
 
@@ -49,25 +51,52 @@ class Source:
         """`into` as a tensor index; an empty one means the whole target."""
         return tuple(i if isinstance(i, int) else slice(*i) for i in self.into) or (slice(None),)
 
+    @property
+    def scale_index(self) -> tuple[int | slice, ...]:
+        """Where the scales of this part stand among a quantized target's.
+
+        A range of rows is one of several equally high parts below one another, each with blocks of its own.
+        """
+        *entries, last = self.into
+        if isinstance(last, int):
+            return (*self.index,)
+        start, stop = last
+        height = blocks(stop - start)
+        first = start // (stop - start) * height
+        return (*(i if isinstance(i, int) else slice(*i) for i in entries), slice(first, first + height))
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
     """One parameter on this rank: its local shape, its dtype ("model" follows --dtype) and what fills it.
 
-    Where the sources leave something uncovered (vocabulary rows past the end on the last rank) it becomes
+    dtype "fp8" is float8_e4m3fn of [E, O, D], quantized as it is filled, with its blocks' scales in a float32 parameter
+    of its own. Where the sources leave something uncovered (vocabulary rows past the end on the last rank) it becomes
     zero. `init` says how dummy weights are drawn.
     """
 
     name: str
     shape: Shape
     sources: tuple[Source, ...]
-    dtype: Literal["model", "float32"] = "model"
+    dtype: Dtype = "model"
     init: Init = "normal"
 
     @property
     def covered(self) -> bool:
         """Whether the sources fill every element."""
         return sum(prod(s.local_shape) for s in self.sources) == prod(self.shape)
+
+    @property
+    def scale_name(self) -> str:
+        """The parameter that holds a quantized target's scales."""
+        return f"{self.name}_scale"
+
+    @property
+    def scale_shape(self) -> Shape:
+        """[E, blocks of rows, blocks of columns]: the parts of an entry one below the other, whole blocks each."""
+        experts, rows, cols = self.shape
+        parts = len(self.sources) // experts
+        return (experts, parts * blocks(rows // parts), blocks(cols))
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,8 +189,16 @@ def check_targets(plan: Sequence[Target]) -> None:
 
 
 def local_elements(plan: Sequence[Target]) -> dict[str, int]:
-    """Elements this rank holds, by target dtype ("model", "float32"): the weights' cost before they load."""
+    """Elements this rank holds, by target dtype ("model", "float32", "fp8"; scales are "float32")."""
     counts: Counter[str] = Counter()
     for target in plan:
         counts[target.dtype] += prod(target.shape)
+        if target.dtype == "fp8":
+            counts["float32"] += prod(target.scale_shape)
     return dict(counts)
+
+
+def local_bytes(plan: Sequence[Target], model_bytes: int) -> int:
+    """What the weights take on this rank, with `model_bytes` to an element of --dtype: known before they load."""
+    sizes = {"model": model_bytes, "float32": 4, "fp8": 1}
+    return sum(count * sizes[dtype] for dtype, count in local_elements(plan).items())

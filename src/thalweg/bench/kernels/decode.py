@@ -6,9 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from thalweg.bench.kernels.case import Builder, Case, Draw, Setting, candidates_of
 from thalweg.bench.kernels.shape import distinct_experts
+from thalweg.config.quantization import BLOCK
+from thalweg.ops.moe_fp8.blocks import quantize_experts
 
 EPS, PAGE_SIZE = 1e-5, 64
 ROUTED_SCALE = 2.446
@@ -85,13 +88,21 @@ def experts_add(setting: Setting) -> Iterator[Case]:
     yield from routed(setting, setting.batch_sizes, "batch", "graph", "experts_add")
 
 
+def experts_fp8(setting: Setting) -> Iterator[Case]:
+    yield from routed(setting, setting.batch_sizes, "batch", "graph", "experts_fp8")
+
+
 def routed(setting: Setting, sizes: tuple[int, ...], unit: str, timed: Any, op: str = "experts") -> Iterator[Case]:
-    """Cases of op "experts" or "experts_add". The copies share one set of weights, and each routes at random in
-    its own way."""
+    """Cases of op "experts", "experts_add" or "experts_fp8". The copies share one set of weights, and each routes at
+    random in its own way."""
     s, es = setting.shape, setting.dtype.itemsize
     E, D, I, k = s.experts, s.width, s.inner, s.top_k
     draw = Draw(setting, 0)
-    gate_up, down = draw(E + 1, 2 * I, D, scale=D**-0.5), draw(E + 1, D, I, scale=I**-0.5)
+    experts: tuple[Tensor, ...] = draw(E + 1, 2 * I, D, scale=D**-0.5), draw(E + 1, D, I, scale=I**-0.5)
+    expert_bytes: float = 3 * D * I * es
+    if op == "experts_fp8":
+        experts = quantize_experts(*experts)
+        expert_bytes = 3 * D * I * (1 + 4 / BLOCK**2)
     for T in sizes:
 
         def make(copy: int, T: int = T) -> tuple[Any, ...]:
@@ -101,14 +112,14 @@ def routed(setting: Setting, sizes: tuple[int, ...], unit: str, timed: Any, op: 
             weights = torch.cat([weights, weights.new_ones(T, 1)], 1)
             ids = torch.cat([ids, torch.full_like(ids[:, :1], E)], 1)
             end = (draw(T, D),) if op == "experts_add" else ()
-            return draw(T, D), weights, ids, gate_up, down, *end, 1
+            return draw(T, D), weights, ids, *experts, *end, 1
 
         yield Case(
             op,
             f"{k} of {E} and 1 shared, {unit} {T}",
             candidates_of(setting, op, {"E": E + 1, "D": D, "I": I}),
             make,
-            num_bytes=es * (3 * D * I * (1 + distinct_experts(E, k, T)) + 2 * T * D),
+            num_bytes=expert_bytes * (1 + distinct_experts(E, k, T)) + es * 2 * T * D,
             flops=6 * T * (k + 1) * D * I,
             timed=timed,
         )
@@ -222,6 +233,7 @@ DECODE: dict[str, Builder] = {
     "norm_router": norm_router,
     "experts": experts,
     "experts_add": experts_add,
+    "experts_fp8": experts_fp8,
     "kda_mixer_decode": kda_mixer,
     "mla_mixer_decode": mla_mixer,
     "rms_norm": rms_norm,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from thalweg.config.quantization import BLOCK
 from thalweg.models.kimi_linear.config import KimiLinearConfig
 
 
@@ -16,7 +17,13 @@ class StepCost:
 
 
 def decode_cost(
-    c: KimiLinearConfig, batch: int, context: int, *, dtype_bytes: int = 2, state_bytes: int = 4
+    c: KimiLinearConfig,
+    batch: int,
+    context: int,
+    *,
+    dtype_bytes: int = 2,
+    state_bytes: int = 4,
+    quantization: str | None = None,
 ) -> StepCost:
     """One step of `batch` sequences with `context` cached tokens each, on one rank.
 
@@ -24,8 +31,9 @@ def decode_cost(
     Activations are left out (they stay in the caches of the chip), as are rows of the embedding table.
     """
     D = c.hidden_size
+    expert_bytes = dtype_bytes if quantization is None else 1 + 4 / BLOCK**2
     fixed = c.vocab_size * D  # parameters every token takes: here the output head
-    expert, distinct, states, pages = 0.0, 0.0, 0.0, 0.0
+    shared, expert, distinct, states, pages = 0.0, 0.0, 0.0, 0.0, 0.0
     flops_token = 0.0
     for n in range(c.num_layers):
         if n in c.kda_layers:
@@ -45,18 +53,21 @@ def decode_cost(
         if n in c.moe_layers:
             assert c.moe is not None
             E, k, size = c.moe.num_experts, c.moe.top_k, 3 * D * c.moe.intermediate_size
-            fixed += E * D + c.moe.num_shared * size
+            fixed += E * D
+            shared += c.moe.num_shared * size
             distinct += E * (1 - (1 - k / E) ** batch) * size
             expert += k * size
         else:
             fixed += 3 * D * c.intermediate_size
     return StepCost(
-        bytes=(fixed + distinct) * dtype_bytes + batch * (states + pages * context),
-        flops=batch * (2 * (fixed + expert) + flops_token),
+        bytes=fixed * dtype_bytes + (shared + distinct) * expert_bytes + batch * (states + pages * context),
+        flops=batch * (2 * (fixed + shared + expert) + flops_token),
     )
 
 
-def prefill_cost(c: KimiLinearConfig, batch: int, length: int, *, dtype_bytes: int = 2) -> StepCost:
+def prefill_cost(
+    c: KimiLinearConfig, batch: int, length: int, *, dtype_bytes: int = 2, quantization: str | None = None
+) -> StepCost:
     """`batch` prompts of `length` tokens from nothing to one row of logits each, all in one step, on one rank.
 
     Every weight is read once (experts as in `decode_cost`, for all tokens at once) and the cache is written once.
@@ -64,7 +75,7 @@ def prefill_cost(c: KimiLinearConfig, batch: int, length: int, *, dtype_bytes: i
     recurrence, which chunked forms exceed.
     """
     tokens = batch * length
-    step = decode_cost(c, tokens, 0, dtype_bytes=dtype_bytes)
+    step = decode_cost(c, tokens, 0, dtype_bytes=dtype_bytes, quantization=quantization)
     head = c.vocab_size * c.hidden_size
     flops, bytes_moved = step.flops - 2 * (tokens - batch) * head, step.bytes
     for n in range(c.num_layers):

@@ -6,8 +6,9 @@ many small ones: six in KDA (q, k, v, beta, f_a, g_a), gate and up in every MLP.
 
 from __future__ import annotations
 
+from thalweg.config.quantization import need_experts
 from thalweg.models.kimi_linear.config import KdaConfig, KimiLinearConfig, MlaConfig, MoeConfig
-from thalweg.weights.plan import Shards, Source, Target, concat, placed, split, whole
+from thalweg.weights.plan import Dtype, Shards, Source, Target, concat, placed, split, whole
 
 # Tensors that checkpoints may carry and nobody needs (shell-style patterns).
 IGNORED = ("*.rotary_emb.inv_freq",)
@@ -18,13 +19,15 @@ def ignored(config: KimiLinearConfig) -> tuple[str, ...]:
     return (*IGNORED, "lm_head.weight") if config.tie_word_embeddings else IGNORED
 
 
-def plan(config: KimiLinearConfig, tp_rank: int = 0, tp_size: int = 1) -> list[Target]:
+def plan(config: KimiLinearConfig, tp_rank: int = 0, tp_size: int = 1, quantization: str | None = None) -> list[Target]:
     """Every parameter of this rank. Raises ConfigError naming --tensor-parallel-size where it does not
-    divide.
+    divide, or --quantization where there are no experts.
 
     Heads and expert widths are split evenly; vocabulary rows in blocks of ceil(V / tp_size), zero past the
     end.
     """
+    need_experts(quantization, bool(config.moe_layers), "KimiLinearForCausalLM")
+    expert_dtype: Dtype = "model" if quantization is None else "fp8"
     shards = Shards(tp_rank, tp_size)
     targets = [
         _vocab_rows("embed.weight", "model.embed_tokens.weight", config, shards),
@@ -51,7 +54,8 @@ def plan(config: KimiLinearConfig, tp_rank: int = 0, tp_size: int = 1) -> list[T
             targets += _mla(f"{ours}.attn", f"{theirs}.self_attn", config.hidden_size, config.mla, shards)
         if n in config.moe_layers:
             assert config.moe is not None
-            targets += _moe(f"{ours}.mlp", f"{theirs}.block_sparse_moe", config.hidden_size, config.moe, shards)
+            moe = f"{theirs}.block_sparse_moe"
+            targets += _moe(f"{ours}.mlp", moe, config.hidden_size, config.moe, shards, expert_dtype)
         else:
             width = config.intermediate_size
             targets += _mlp(f"{ours}.mlp", f"{theirs}.mlp", config.hidden_size, width, "intermediate_size", shards)
@@ -153,7 +157,7 @@ def _mlp(ours: str, theirs: str, D: int, width: int, what: str, shards: Shards) 
     ]
 
 
-def _moe(ours: str, theirs: str, D: int, moe: MoeConfig, shards: Shards) -> list[Target]:
+def _moe(ours: str, theirs: str, D: int, moe: MoeConfig, shards: Shards, dtype: Dtype) -> list[Target]:
     """Experts stacked: gate_up [E + S, 2*I, D] (w1 above w3), down [E + S, D, I] (w2). The router is replicated.
 
     The checkpoint stores the S shared experts as one MLP of width S*I. A sum over its width is a sum over S slices
@@ -178,6 +182,6 @@ def _moe(ours: str, theirs: str, D: int, moe: MoeConfig, shards: Shards) -> list
     return [
         whole(f"{ours}.router.weight", f"{theirs}.gate.weight", (E, D)),
         whole(f"{ours}.router.bias", f"{theirs}.gate.e_score_correction_bias", (E,), dtype="float32", init="zeros"),
-        Target(f"{ours}.experts.gate_up", (total, 2 * local, D), tuple(gate_up)),
-        Target(f"{ours}.experts.down", (total, D, local), tuple(down)),
+        Target(f"{ours}.experts.gate_up", (total, 2 * local, D), tuple(gate_up), dtype),
+        Target(f"{ours}.experts.down", (total, D, local), tuple(down), dtype),
     ]

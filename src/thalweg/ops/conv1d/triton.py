@@ -14,7 +14,7 @@ from thalweg.ops.host_tables import pieces
 PIECE = 16  # tokens of a program
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["offsets_ptr", "slots_ptr"])
 def conv1d_prefill_kernel(
     x_ptr,
     state_ptr,

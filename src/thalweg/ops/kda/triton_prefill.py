@@ -54,7 +54,7 @@ def _once(x):
         return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["offsets_ptr"])
 def running_sums_kernel(g_ptr, G_ptr, pieces_ptr, offsets_ptr, g_stride, HK, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
     """G [chunks, CHUNK, H * K]; past the end of a sequence it stays as it is."""
     chunk = tl.program_id(0)
@@ -138,7 +138,7 @@ def _scales(q_ptr, k_ptr, i, q_stride, k_stride, here, K: tl.constexpr, BLOCK_K:
     return q_scale, k_scale, tl.sum(q * k, 1) * q_scale * k_scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["offsets_ptr"])
 def within_chunks_kernel(
     q_ptr,
     k_ptr,
@@ -258,7 +258,7 @@ def within_chunks_kernel(
         tl.store(u_ptr + at_a + ROWS * V, _dot(T_bb, v, u_b, WIDE).to(u_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["offsets_ptr", "firsts_ptr", "slots_ptr"])
 def across_chunks_kernel(
     q_decayed_ptr,
     k_decayed_ptr,

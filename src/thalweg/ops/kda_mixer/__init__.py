@@ -3,6 +3,10 @@
 From the fused input projection: short convolution with SiLU, the up-projections of decay and output gate, kda_gate,
 sigmoid(beta), the KDA recurrence, and the gated RMSNorm. Convolution and recurrent states are updated in place
 (packages conv1d and kda say how, and what holds for slots that are named twice or not at all).
+
+Implementations may read slot numbers and states while the kernel ahead of them in the stream still runs. Between the
+call and whatever wrote these there must be the start of an ordinary launch, or of a graph: a step begins with one, and
+calls a layer's mixer once.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from thalweg.ops import cuda_build
 from thalweg.ops.kda_mixer import reference
 from thalweg.ops.registry import OpContext, register
 from thalweg.ops.triton_support import why_not
@@ -35,7 +40,7 @@ class KdaMixerDecode(Protocol):
 
         proj_BX is [q, k, v (3 * H * K = C) | beta (H) | decay (R) | gate (R)], raw. conv_weight_CW [C, taps] and
         conv_state_NWC [N, taps - 1, C] are those of conv1d_decode. w_up_2OR stacks the up-projections of decay (0) and
-        gate (1). A_log_H and dt_bias_HK are fp32. slots_B is int64.
+        gate (1). A_log_H and dt_bias_HK are fp32. state_NHVK is fp32 or bf16. slots_B is int64.
         """
 
 
@@ -54,6 +59,22 @@ def _triton_refuses(ctx: OpContext) -> str | None:
     return why_not(ctx)
 
 
+def _cuda(*args: Any) -> Tensor:
+    from thalweg.ops.kda_mixer.cuda import kda_mixer_decode
+
+    return kda_mixer_decode(*args)
+
+
+def _cuda_refuses(ctx: OpContext) -> str | None:
+    H, K, V, R, W = (ctx.dims.get(name, 0) for name in "HKVRW")
+    if (K, V, R, W) != (128, 128, 128, 3) or H % 4:
+        return f"needs K = V = R = 128, W = 3 and a multiple of 4 heads, not {K}, {V}, {R}, {W} and {H}"
+    if ctx.dtype != "bfloat16":
+        return f"needs bfloat16, not {ctx.dtype}"
+    return cuda_build.why_not(ctx)
+
+
 _decode: KdaMixerDecode = reference.kda_mixer_decode
 register("kda_mixer_decode", "reference", _decode)
 register("kda_mixer_decode", "triton", _triton, supports=_triton_refuses, priority=10)
+register("kda_mixer_decode", "cuda", _cuda, supports=_cuda_refuses, priority=20)

@@ -28,7 +28,7 @@ class LinearAdd(Protocol):
     def __call__(self, x_TD: Tensor, w_OD: Tensor, residual_TO: Tensor, /) -> Tensor:
         """y_TO = residual + x @ w.T. Whether the product is rounded to the dtype before it is added is open.
 
-        The residual shares the dtype and is not changed.
+        The residual shares the dtype, and may be overwritten with the result.
         """
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from thalweg.ops.linear.triton_few import few_tokens
-from thalweg.ops.linear.triton_gemv import gemv, norm_fits
+from thalweg.ops.linear.triton_gemv import gemv
 from thalweg.ops.norm.triton import rms_norm
 
 GEMV_TOKENS = 2
@@ -26,14 +26,13 @@ def linear(x_TD: Tensor, w_OD: Tensor) -> Tensor:
 
 
 def norm_linear(x_TD: Tensor, norm_weight_D: Tensor, eps: float, w_OD: Tensor) -> Tensor:
-    if _few(GEMV_TOKENS, x_TD, w_OD) and norm_fits(x_TD.shape[1]):
-        return gemv(x_TD, w_OD, (norm_weight_D, eps))
+    # With the norm in the projection's own kernel, registers hold fewer of the weights: slower at every size.
     return linear(rms_norm(x_TD, norm_weight_D, eps), w_OD)
 
 
 def linear_add(x_TD: Tensor, w_OD: Tensor, residual_TO: Tensor) -> Tensor:
     if _few(GEMV_TOKENS, x_TD, w_OD, residual_TO):
-        return gemv(x_TD, w_OD, residual_TO=residual_TO)
+        return gemv(x_TD, w_OD, residual_TO)
     if _few(ADD_TOKENS, x_TD, w_OD, residual_TO) and x_TD.dtype == torch.bfloat16 and w_OD.shape[1] <= 4096:
         return few_tokens(x_TD, w_OD, residual_TO=residual_TO, blocks=1, split=4, ahead=16, maxnreg=128)
-    return torch.addmm(residual_TO, x_TD, w_OD.T)
+    return residual_TO.addmm_(x_TD, w_OD.T)

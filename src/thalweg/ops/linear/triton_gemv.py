@@ -28,7 +28,6 @@ def _columns(ptrs, start: tl.constexpr, cols, D: tl.constexpr, BLOCK_D: tl.const
 @triton.jit
 def gemv_kernel(
     x_ptr,
-    norm_ptr,
     w_ptr,
     residual_ptr,
     y_ptr,
@@ -36,13 +35,11 @@ def gemv_kernel(
     x_stride,
     w_stride,
     residual_stride,
-    eps,
     D: tl.constexpr,
     T: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_D: tl.constexpr,
     AHEAD: tl.constexpr,  # chunks of BLOCK_D columns in flight
-    NORM: tl.constexpr,
     ADD: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -52,14 +49,11 @@ def gemv_kernel(
     rows = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     cols = tl.arange(0, BLOCK_D)
     w_ptrs = w_ptr + tl.minimum(rows, O - 1).to(tl.int64)[:, None] * w_stride + cols[None, :]
-    # x and the norm's weight are read as tiles shaped like w's, so that each thread loads just what it multiplies.
+    # x is read as a tile shaped like w's, so that each thread loads just what it multiplies.
     x_ptrs = x_ptr + (rows * 0)[:, None] + cols[None, :]
-    norm_ptrs = norm_ptr + (rows * 0)[:, None] + cols[None, :]
-    tiles, norm_weights = (), ()
+    tiles = ()
     for c in tl.static_range(AHEAD):
         tiles = tiles + (_columns(w_ptrs, c * BLOCK_D, cols, D, BLOCK_D),)
-        if NORM:
-            norm_weights = norm_weights + (_columns(norm_ptrs, c * BLOCK_D, cols, D, BLOCK_D),)
     if PDL:
         gdc_wait()
     xs, residuals = (), ()
@@ -71,14 +65,8 @@ def gemv_kernel(
             residuals = residuals + (tl.load(residual_ptr + t * residual_stride + rows, mask=rows < O, other=0.0),)
     if O == 0:  # never, but the assembler does not sink loads over a branch: they would wait for one another
         return
-    scales, sums = (), ()
-    for t in tl.static_range(T):
-        if NORM:
-            tl.static_assert(AHEAD == chunks, "a norm needs all columns at once")
-            squares = tl.zeros([BLOCK_O, BLOCK_D], tl.float32)
-            for c in tl.static_range(chunks):
-                squares += xs[c * T + t].to(tl.float32) * xs[c * T + t].to(tl.float32)
-            scales = scales + (tl.rsqrt(tl.sum(squares, 1) / D + eps)[:, None],)
+    sums = ()
+    for _ in tl.static_range(T):
         sums = sums + (tl.zeros([BLOCK_O, BLOCK_D], tl.float32),)
     for c in tl.static_range(chunks):
         if c + AHEAD < chunks:
@@ -88,10 +76,7 @@ def gemv_kernel(
         w = tiles[c].to(tl.float32)
         added = ()
         for t in tl.static_range(T):
-            x = xs[c * T + t]
-            if NORM:
-                x = (x.to(tl.float32) * scales[t] * norm_weights[c].to(tl.float32)).to(x.dtype)
-            added = added + (sums[t] + w * x.to(tl.float32),)
+            added = added + (sums[t] + w * xs[c * T + t].to(tl.float32),)
         sums = added
     for t in tl.static_range(T):
         y = tl.sum(sums[t], 1)
@@ -105,21 +90,13 @@ def _tiling(D: int) -> tuple[int, int, int]:
     return (4, 256, 2) if D < 8192 else (2, 1024, 4)
 
 
-def norm_fits(D: int) -> bool:
-    return triton.cdiv(D, _tiling(D)[1]) <= AHEAD
-
-
-def gemv(
-    x_TD: Tensor, w_OD: Tensor, norm: tuple[Tensor, float] | None = None, residual_TO: Tensor | None = None
-) -> Tensor:
-    """[T, O]: x, or its RMSNorm of (weight_D, eps) where norm_fits(D), times w, plus the residual, rounded once."""
+def gemv(x_TD: Tensor, w_OD: Tensor, residual_TO: Tensor | None = None) -> Tensor:
+    """[T, O]: x times w, plus the residual, rounded once."""
     (T, D), O = x_TD.shape, w_OD.shape[0]
     y_TO = torch.empty(T, O, dtype=x_TD.dtype, device=x_TD.device)
-    norm_weight_D, eps = norm or (w_OD, 0.0)
     block, depth, warps = _tiling(D)
     gemv_kernel[(triton.cdiv(O, block),)](
         x_TD,
-        norm_weight_D,
         w_OD,
         y_TO if residual_TO is None else residual_TO,
         y_TO,
@@ -127,13 +104,11 @@ def gemv(
         x_TD.stride(0),
         w_OD.stride(0),
         0 if residual_TO is None else residual_TO.stride(0),
-        eps,
         D=D,
         T=T,
         BLOCK_O=block,
         BLOCK_D=depth,
         AHEAD=min(AHEAD, triton.cdiv(D, depth)),
-        NORM=norm is not None,
         ADD=residual_TO is not None,
         num_warps=warps,
         **pdl_options(x_TD),

@@ -23,7 +23,7 @@ GATHERED = 16  # tokens of a program that gathers
 LOG2_E = 1.4426950408889634
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=["offsets_ptr", "block_tables_ptr"])
 def gather_kernel(
     pages_ptr,
     block_tables_ptr,
@@ -103,7 +103,7 @@ def _attend(
     return acc, most, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"], do_not_specialize_on_alignment=["offsets_ptr"])
 def attend_kernel(
     q_ptr,  # [T, H, K + P]
     k_ptr,  # [H, S, K]

@@ -32,13 +32,21 @@ def sum_kernel(
         gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = cols < D
+    ys, weights = (), ()
+    for j in tl.static_range(K):
+        ys = ys + (tl.load(y_ptr + (token * K + j) * D + cols, mask=inside, other=0.0),)
+        weights = weights + (tl.load(weights_ptr + token * K + j),)
+    residual = 0.0
+    if ADD:
+        residual = tl.load(residual_ptr + token * residual_stride + cols, mask=inside, other=0.0).to(tl.float32)
+    if residual_stride < 0:  # never, but the assembler does not sink loads over a branch: see ops/linear
+        return
     total = tl.zeros([BLOCK_D], tl.float32)
     for j in tl.static_range(K):
-        y = tl.load(y_ptr + (token * K + j) * D + cols, mask=cols < D, other=0.0)
-        total += tl.load(weights_ptr + token * K + j) * y
-    if ADD:
-        total += tl.load(residual_ptr + token * residual_stride + cols, mask=cols < D, other=0.0).to(tl.float32)
-    tl.store(out_ptr + token * D + cols, total.to(out_ptr.dtype.element_ty), mask=cols < D)
+        total += weights[j] * ys[j]
+    total += residual
+    tl.store(out_ptr + token * D + cols, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def weighted_sum(

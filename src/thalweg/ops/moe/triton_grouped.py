@@ -15,7 +15,7 @@ from torch import Tensor
 SLICE = 16384  # tokens at a time: what is kept in between is at most this many rows for each expert of a token
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def rank_kernel(ids_ptr, counts_ptr, ranks_ptr, pairs, K: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr):
     """Each pair's number among those of its expert. Every token is with the shared experts, so it is its own number."""
     pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -25,7 +25,7 @@ def rank_kernel(ids_ptr, counts_ptr, ranks_ptr, pairs, K: tl.constexpr, SHARED: 
     tl.store(ranks_ptr + pair, tl.where(shared, pair // K, rank), mask=pair < pairs)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs", "blocks"])
 def place_kernel(
     ids_ptr,
     counts_ptr,

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def gated_rms_norm_kernel(
     o_ptr,
     gate_ptr,

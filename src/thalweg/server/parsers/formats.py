@@ -23,6 +23,7 @@ class CallFormat:
     markers: tuple[str, ...]
     sign: str  # what a chat template of this format has in it
     parser: Callable[[NewId, Tools], CallParser]
+    lark: Callable[[Tools, Mapping[str, int], bool], str]  # rules of a grammar: `calls`, of one call or of several
 
 
 def _types(tools: Tools) -> dict[str, dict[str, Any]]:
@@ -39,18 +40,18 @@ def _types(tools: Tools) -> dict[str, dict[str, Any]]:
 
 # In the order in which a template's text is searched for their signs.
 CALL_FORMATS = (
-    CallFormat("kimi_k2", kimi_k2.MARKERS, KIMI_CALL, lambda new_id, tools: kimi_k2.KimiK2(new_id)),
+    CallFormat("kimi_k2", kimi_k2.MARKERS, KIMI_CALL, lambda new_id, tools: kimi_k2.KimiK2(new_id), kimi_k2.lark),
     CallFormat(
         "qwen3_coder",
         qwen3_coder.MARKERS,
         "<function=",
         lambda new_id, tools: qwen3_coder.Qwen3Coder(new_id, _types(tools)),
+        qwen3_coder.lark,
     ),
-    CallFormat("hermes", hermes.MARKERS, CALL, lambda new_id, tools: hermes.Hermes(new_id)),
+    CallFormat("hermes", hermes.MARKERS, CALL, lambda new_id, tools: hermes.Hermes(new_id), hermes.lark),
 )
 TOOL_CALL_PARSERS = ("auto", "none", *(f.name for f in CALL_FORMATS))
 REASONING_PARSERS = ("auto", "none", "think")
-PROMPT_TAIL = 4  # tokens at the end of a prompt among which a template may begin reasoning
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +79,11 @@ class OutputFormat:
         reasons = THINK_END in template if reasoning_parser == "auto" else reasoning_parser == "think"
         return cls(calls, reasons, {} if front.tokenizer is None else front.tokenizer.added_tokens)
 
+    def describe(self) -> str:
+        """For people, in one line."""
+        calls = "without tool calls" if self.calls is None else f"tool calls as {self.calls.name} writes them"
+        return f"{calls}, reasoning {'between <think> and </think>' if self.thinking else 'not looked for'}"
+
     def markers(self, with_calls: bool) -> tuple[str, ...]:
         calls = self.calls.markers if with_calls and self.calls is not None else ()
         return (*(thinking.MARKERS if self.thinking else ()), *calls)
@@ -94,12 +100,15 @@ class OutputFormat:
         spelled = [marker for marker in self.markers(bool(tools)) if marker not in self.added_tokens]
         return Reader(Thinking(self.begins_thinking(prompt_ids)) if self.thinking else None, calls, spelled)
 
-    def begins_thinking(self, prompt_ids: Sequence[int]) -> bool:
-        """Whether the prompt ends within reasoning."""
+    def reasoning_lark(self, begun: bool) -> str:
+        """What may come before an answer that is held to a grammar: nothing where reasoning is not marked by tokens."""
         begin, end = self.added_tokens.get(THINK), self.added_tokens.get(THINK_END)
-        for token_id in reversed(prompt_ids[-PROMPT_TAIL:]):
-            if token_id == end:
-                return False
-            if token_id == begin:
-                return True
-        return False
+        if not self.thinking or begin is None or end is None:
+            return ""
+        rest = rf"/(.|\n)*/ <[{end}]> /[ \n]{{0,4}}/"
+        return rest if begun else f"(<[{begin}]> {rest})?"
+
+    def begins_thinking(self, prompt_ids: Sequence[int]) -> bool:
+        """Whether the prompt ends within reasoning: of the tokens named by their text, the last one begins it."""
+        begin, added = self.added_tokens.get(THINK), frozenset(self.added_tokens.values())
+        return begin is not None and next((i for i in reversed(prompt_ids) if i in added), None) == begin

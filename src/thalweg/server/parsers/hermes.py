@@ -4,15 +4,30 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from thalweg.server.parsers.calls import CallParser, NewId, ObjectScanner
+from thalweg.server.parsers.lark import arguments_schema, json_lark, literal, marker_lark
 from thalweg.server.parsers.marks import CALL, CALL_END
 
 MARKERS = (CALL, CALL_END)
 MAX_HEAD_CHARS = 1024  # within which the arguments begin, for them to be streamed
 
 _HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)+")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
+
+
+def lark(tools: Sequence[Mapping[str, Any]], added_tokens: Mapping[str, int], parallel: bool) -> str:
+    """Rules of a grammar: `calls` of these tools, as CallFormat has it."""
+    begin, end = (marker_lark(m, added_tokens) for m in MARKERS)
+    names = " | ".join(f"call{i}" for i in range(len(tools)))
+    more = ' ("\\n" call)*' if parallel else ""
+    rules = [f"calls: call{more}", f'call: {begin} "\\n" ({names}) "}}\\n" {end}']
+    for i, tool in enumerate(tools):
+        head = literal(f'{{"name": {json.dumps(tool["function"]["name"])}, "arguments": ')
+        rules.append(f"call{i}: {head} arguments{i}")
+        rules.append(f"arguments{i}: {json_lark(arguments_schema(tool), lenient=True)}")
+    return "\n".join(rules)
 
 
 class Hermes(CallParser):

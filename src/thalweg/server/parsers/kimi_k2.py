@@ -6,8 +6,11 @@ The format is described in the model's own guide to tool calls (Kimi K2, docs/to
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from thalweg.server.parsers.calls import CallParser, NewId, ObjectScanner
+from thalweg.server.parsers.lark import arguments_schema, json_lark, literal, marker_lark
 from thalweg.server.parsers.marks import (
     KIMI_ARGUMENTS,
     KIMI_CALL,
@@ -20,6 +23,18 @@ MARKERS = (KIMI_SECTION, KIMI_SECTION_END, KIMI_CALL, KIMI_ARGUMENTS, KIMI_CALL_
 MAX_NAME_CHARS = 256
 
 _ID = re.compile(r"(?:functions\.)?(?P<name>[A-Za-z0-9_.-]+?)(?::\d+)?")
+
+
+def lark(tools: Sequence[Mapping[str, Any]], added_tokens: Mapping[str, int], parallel: bool) -> str:
+    """Rules of a grammar: `calls` of these tools, as CallFormat has it."""
+    section, section_end, call, arguments, call_end = (marker_lark(m, added_tokens) for m in MARKERS)
+    names = " | ".join(f"call{i}" for i in range(len(tools)))
+    rules = [f"calls: {section} call{'+' if parallel else ''} {section_end}", f"call: {call} ({names}) {call_end}"]
+    for i, tool in enumerate(tools):
+        head = literal(f"functions.{tool['function']['name']}:")
+        rules.append(f"call{i}: {head} CALL_INDEX {arguments} arguments{i}")
+        rules.append(f"arguments{i}: {json_lark(arguments_schema(tool), lenient=True)}")
+    return "\n".join([*rules, "CALL_INDEX: /[0-9]{1,3}/"])
 
 
 class KimiK2(CallParser):

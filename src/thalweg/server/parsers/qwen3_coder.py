@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from thalweg.server.parsers.calls import CallParser, NewId
+from thalweg.server.parsers.lark import arguments_schema, json_lark, literal, marker_lark
 from thalweg.server.parsers.marks import CALL, CALL_END
 
 MARKERS = (CALL, CALL_END)
@@ -19,6 +20,31 @@ MAX_NAME_CHARS = 256
 _FUNCTION = re.compile(r"\s*<function=([^<>\s]+)>")
 _PARAMETER = re.compile(r"\s*<parameter=([^<>\s]+)>")
 _PARAMETER_END, _FUNCTION_END = "</parameter>", "</function>"
+
+
+def lark(tools: Sequence[Mapping[str, Any]], added_tokens: Mapping[str, int], parallel: bool) -> str:
+    """Rules of a grammar: `calls` as CallFormat has it. Strings are free, other values by their schema."""
+    begin, end = (marker_lark(m, added_tokens) for m in MARKERS)
+    names = " | ".join(f"call{i}" for i in range(len(tools)))
+    more = ' ("\\n" call)*' if parallel else ""
+    rules = [f"calls: call{more}", f'call: {begin} "\\n" ({names}) {end}']
+    for i, tool in enumerate(tools):
+        schema = arguments_schema(tool)
+        required = schema.get("required") or []
+        shared: dict[str, Any] = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+        parameters = []
+        for j, (key, own) in enumerate(schema.get("properties", {}).items()):
+            parameters.append(f"value{i}_{j}" + ("" if key in required else "?"))
+            head = literal(f"<parameter={key}>\n")
+            if isinstance(own, dict) and own and own.get("type") != "string":
+                rules.append(f"json{i}_{j}: {json_lark({**shared, **own}, lenient=True)}")
+                value = f'json{i}_{j} "\\n</parameter>\\n"'
+            else:
+                value = "free_text"
+            rules.append(f"value{i}_{j}: {head} {value}")
+        head = literal(f"<function={tool['function']['name']}>\n")
+        rules.append(f'call{i}: {head} {" ".join(parameters)} "</function>\\n"')
+    return "\n".join([*rules, r'free_text[suffix="\n</parameter>\n"]: /(.|\n)*/'])
 
 
 class Qwen3Coder(CallParser):

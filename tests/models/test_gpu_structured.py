@@ -1,0 +1,39 @@
+"""Grammars on a CUDA device: rows held to one, among rows that are not, with graphs and without."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from thalweg import LLM, Grammar, SamplingParams
+from thalweg.config.model_source import model_folder
+
+pytestmark = pytest.mark.gpu
+pytest.importorskip("llguidance")
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 8}, "n": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["name", "n"],
+    "additionalProperties": False,
+}
+QUESTION = "Tom has 3 apples. He buys 4 more apples. How many apples does Tom have now?"
+
+
+@pytest.mark.parametrize("eager", [True, False])
+def test_json_among_plain_rows(eager: bool) -> None:
+    if not (model_folder(None) / "model.safetensors").exists():
+        pytest.skip("the bundled model has no weights in this checkout")
+    grammar = Grammar("json_schema", json.dumps(SCHEMA))
+    plain = SamplingParams(max_tokens=40, temperature=0)
+    held = [SamplingParams(max_tokens=200, temperature=1.2, seed=i, grammar=grammar) for i in range(4)]
+    with LLM(device="cuda", dtype="float32", max_num_seqs=8, enforce_eager=eager) as llm:
+        expected = llm.generate(QUESTION, plain)[0].outputs[0].token_ids
+        outputs = [o.outputs[0] for o in llm.generate([QUESTION] * 8, [p for h in held for p in (plain, h)])]
+        stats = llm._live.core.stats()
+        assert (stats.blocks_used, stats.slots_used) == (0, 0)
+    assert all(o.token_ids == expected for o in outputs[::2])
+    for output in outputs[1::2]:
+        assert output.finish_reason == "stop"
+        assert list(json.loads(output.text)) == ["name", "n"]

@@ -1,0 +1,60 @@
+"""The KDA decode mixer in CUDA C++: compiled for Hopper, when it is chosen. What it computes: test_gpu_kda_mixer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.ops.compile_cuda import compile_cuda
+from thalweg.ops import cuda_build
+from thalweg.ops.kda_mixer.cuda import MAX_ROWS, MAX_STAGES, SOURCE, rows_per_block
+from thalweg.ops.registry import OpContext, Resolver
+
+DIMS = {"H": 32, "K": 128, "V": 128, "R": 128, "W": 3}
+
+
+@pytest.mark.parametrize("bf16_states", [0, 1])
+def test_it_compiles_for_hopper_without_spills(tmp_path: Path, bf16_states: int) -> None:
+    compiled = compile_cuda(SOURCE, tmp_path, STATE_BF16=bf16_states)
+    assert compiled.spilled_bytes == 0
+    assert compiled.static_shared_bytes <= 5 * 1024
+
+
+def test_constants_are_those_of_the_source() -> None:
+    source = SOURCE.read_text()
+    assert "K = 128, WARPS = 8, PASS = 8, MAX_ROWS = 64;" in source
+    assert "STRIDE = K + 4;" in source
+    assert "TILE_BYTES = 4096," in source
+    assert f"full_s[WARPS * {MAX_STAGES}]" in source
+
+
+def test_blocks_go_round_the_multiprocessors_once() -> None:
+    assert [rows_per_block(B, 32, 132) for B in (1, 4, 5, 8, 32, 128)] == [1, 1, 2, 2, 8, 32]
+    assert [rows_per_block(B, 4, 132) for B in (1, 33, 34, 128)] == [1, 1, 2, 4]
+    for B in range(1, 600):
+        for H in (4, 32, 200):
+            rows = rows_per_block(B, H, 132)
+            assert 1 <= rows <= MAX_ROWS
+
+
+@pytest.mark.parametrize(
+    ("dims", "dtype", "reason"),
+    [
+        ({**DIMS, "K": 64, "V": 64}, "bfloat16", "K = V = R = 128"),
+        ({**DIMS, "R": 64}, "bfloat16", "K = V = R = 128"),
+        ({**DIMS, "W": 2}, "bfloat16", "W = 3"),
+        ({**DIMS, "H": 6}, "bfloat16", "a multiple of 4 heads"),
+        (DIMS, "float32", "needs bfloat16, not float32"),
+    ],
+)
+def test_what_it_does_not_serve_it_refuses_with_a_reason(dims: dict[str, int], dtype: str, reason: str) -> None:
+    resolver = Resolver()
+    resolver.resolve("kda_mixer_decode", OpContext("cuda", dtype, dims))
+    assert reason in dict(resolver.explain()[0].refused)["cuda"]
+
+
+def test_without_cuda_bindings_the_others_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_build, "find_spec", lambda name: None)
+    assert cuda_build.why_not(OpContext("cuda", "bfloat16", DIMS)) == "cuda-bindings is not installed"
+    assert cuda_build.why_not(OpContext("cpu", "bfloat16", DIMS)) == "needs cuda, not cpu"

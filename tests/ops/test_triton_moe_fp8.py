@@ -1,0 +1,133 @@
+"""Op "experts_fp8": its reference, the kernels under the interpreter, compiled for Hopper."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.ops.compile_sm90 import Compiled, compile_sm90
+from tests.ops.interpreted import run_interpreted
+from tests.ops.moe_case import experts_in_float64, moe_case_fp8, rmse_ratio
+from thalweg.ops.moe_fp8 import reference
+
+
+@pytest.mark.parametrize(("T", "D", "I", "E", "k", "shared"), [(1, 256, 128, 8, 3, 1), (9, 300, 80, 5, 2, 0)])
+def test_reference_is_experts_of_the_dequantized_weights(T: int, D: int, I: int, E: int, k: int, shared: int) -> None:
+    case, quantized = moe_case_fp8(T, D, I, E, k, shared, torch.float32)
+    y = reference.experts_fp8(case.x, case.weights, case.ids, *quantized, shared)
+    assert rmse_ratio(y, experts_in_float64(case)) < 1e-5
+
+
+def check(T: int, D: int, I: int, E: int, k: int, shared: int) -> None:
+    from thalweg.ops.moe_fp8.triton_experts import experts_fp8
+
+    case, quantized = moe_case_fp8(T, D, I, E, k, shared, torch.float32)
+    y = experts_fp8(case.x, case.weights, case.ids, *quantized, shared)
+    assert rmse_ratio(y, experts_in_float64(case)) < 1e-5
+
+
+def check_one_of_each() -> None:
+    check(1, 140, 20, 4, 2, 1)  # one pair a program
+    check(5, 40, 136, 12, 1, 0)  # a group for each pair
+    check(40, 40, 20, 3, 1, 1)  # a group for each expert, some of them with several tiles of tokens
+    check(257, 36, 20, 3, 1, 0)  # more tokens than one pass takes
+
+
+def check_more_sizes() -> None:
+    check(4, 128, 150, 3, 1, 0)
+    check(6, 144, 136, 12, 2, 1)
+    check(70, 96, 33, 6, 3, 1)
+    check(260, 144, 24, 3, 2, 1)
+
+
+def check_experts_in_bfloat16() -> None:
+    from thalweg.ops.moe_fp8.triton_experts import experts_fp8
+
+    for T, D, I in ((2, 160, 48), (20, 300, 150)):
+        case, quantized = moe_case_fp8(T, D, I, 6, 3, 1, torch.bfloat16)
+        case.x[0] *= 2.0**30  # far beyond fp16, which serves products within
+        case.x[1] *= 2.0**-30
+        y = experts_fp8(case.x, case.weights, case.ids, *quantized, 1)
+        expected = experts_in_float64(case)
+        assert all(rmse_ratio(a, b) < 0.01 for a, b in zip(y, expected, strict=True))
+
+
+def check_add() -> None:
+    from thalweg.ops.moe_fp8.triton_experts import experts_fp8_add
+
+    for T in (2, 6, 257):
+        case, quantized = moe_case_fp8(T, 32, 16, 3, 1, 1, torch.float32)
+        arguments = (case.x, case.weights, case.ids, *quantized, case.x.flip(0), 1)
+        torch.testing.assert_close(
+            experts_fp8_add(*arguments), reference.experts_fp8_add(*arguments), rtol=1e-4, atol=1e-4
+        )
+
+
+def check_nan_stays_in_its_row() -> None:
+    from thalweg.ops.moe_fp8.triton_experts import experts_fp8
+
+    for T in (2, 5):
+        case, quantized = moe_case_fp8(T, 48, 20, 4, 2, 1, torch.float32)
+        case.x[1] = torch.nan
+        y = experts_fp8(case.x, case.weights, case.ids, *quantized, 1)
+        assert y.isnan().all(1).tolist() == [t == 1 for t in range(T)]
+        assert y.isfinite().all(1).tolist() == [t != 1 for t in range(T)]
+
+
+def test_kernels_under_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    run_interpreted(check_one_of_each)
+
+
+@pytest.mark.slow
+def test_kernels_under_the_interpreter_at_more_sizes() -> None:
+    pytest.importorskip("triton")
+    run_interpreted(check_more_sizes, check_experts_in_bfloat16, check_add, check_nan_stays_in_its_row)
+
+
+TYPES = {
+    "q_ptr": "*fp8e4nv",
+    "ids_ptr": "*i64",
+    **dict.fromkeys(("x_ptr", "h_ptr"), "*bf16"),
+    **dict.fromkeys(("s_ptr", "y_ptr", "scale_ptr"), "*fp32"),
+    **dict.fromkeys(("expert_ptr", "count_ptr", "list_ptr"), "*i32"),
+    **dict.fromkeys(("pairs", "tokens", "groups", "x_stride"), "i32"),
+    "half_ptr": "*fp16",
+}
+
+
+def compiled(kernel: object, constants: dict[str, object], num_warps: int = 4, **types: str) -> Compiled:
+    known = TYPES | types
+    types = {p.name: known[p.name] for p in kernel.params if not p.is_constexpr}  # type: ignore[attr-defined]
+    return compile_sm90(kernel, types, constants, num_warps)
+
+
+def test_pair_kernels_compile_for_hopper() -> None:
+    pytest.importorskip("triton")
+    from thalweg.ops.moe_fp8.triton_pairs import down_pair_kernel, gate_up_pair_kernel
+
+    result = compiled(gate_up_pair_kernel, dict(E=257, D=2304, I=1024, K=9, SHARED=1, BLOCK_I=8, PDL=True))
+    assert result.spilled_bytes == 0
+    # "down" reads ids before its wait: "gate_up" must not let it start before its own.
+    assert result.ptx.rindex("griddepcontrol.wait") < result.ptx.index("griddepcontrol.launch_dependents")
+    result = compiled(down_pair_kernel, dict(D=2304, I=1024, BLOCK_D=16, PDL=True), num_warps=2)
+    assert result.spilled_bytes == 0
+    assert result.ptx.split("griddepcontrol.wait")[0].count("ld.global.v4.b32") == 2 * 1024 // 128
+
+
+def test_tile_kernels_compile_for_hopper() -> None:
+    pytest.importorskip("triton")
+    from thalweg.ops.moe_fp8.triton_tiles import down_tile_kernel, gate_up_tile_kernel, list_kernel
+
+    lists = dict(E=257, D=2304, BY_PAIR=False, BLOCK_P=1024, BLOCK_D=4096, PDL=True)
+    assert compiled(list_kernel, lists).spilled_bytes == 0
+    gate_up = dict(D=2304, I=1024, K=9, SCALED=True, BLOCK_T=16, BLOCK_I=128, STAGES=4, PDL=True)
+    result = compiled(gate_up_tile_kernel, gate_up, 8, x_ptr="*fp16")
+    assert result.spilled_bytes == 0
+    assert result.registers <= 128  # two programs a multiprocessor; shared memory allows no more
+    assert 2 * result.shared_bytes <= 227 * 1024
+    assert result.ptx.rindex("griddepcontrol.wait") < result.ptx.index("griddepcontrol.launch_dependents")
+    result = compiled(down_tile_kernel, dict(D=2304, I=1024, BLOCK_T=16, BLOCK_D=256, STAGES=4, PDL=True), 8)
+    assert result.spilled_bytes == 0
+    assert result.registers <= 128
+    assert 2 * result.shared_bytes <= 227 * 1024

@@ -1,0 +1,49 @@
+"""Requests wait for their grammar outside of the engine's steps."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from typing import Any
+
+import pytest
+
+from thalweg.core import Grammar, Request, SamplingParams
+from thalweg.engine import gate as gate_module
+from thalweg.engine.gate import GrammarGate
+from thalweg.errors import InvalidRequest
+
+
+class Compiling:
+    def __init__(self) -> None:
+        self.futures: dict[Grammar, Future[Any]] = {}
+
+    def compiled(self, grammar: Grammar) -> Future[Any]:
+        return self.futures.setdefault(grammar, Future())
+
+
+def request(name: str, pattern: str | None) -> Request:
+    grammar = None if pattern is None else Grammar("regex", pattern)
+    return Request(id=name, prompt_token_ids=[1], params=SamplingParams(grammar=grammar))
+
+
+def test_requests_pass_once_their_grammar_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    grammars, added, refused = Compiling(), [], []
+    gate = GrammarGate(grammars, lambda r: added.append(r.id), lambda *why: refused.append(why))  # type: ignore[arg-type]
+    for name, pattern in (("a", "x"), ("free", None), ("b", "y"), ("c", "x"), ("d", "z"), ("e", "w")):
+        gate.take(request(name, pattern))
+    gate.poll()
+    assert added == ["free"]
+    assert gate.waiting
+    gate.abort("c")
+    grammars.futures[Grammar("regex", "x")].set_result(None)
+    grammars.futures[Grammar("regex", "y")].set_exception(InvalidRequest("the grammar cannot be used: no"))
+    grammars.futures[Grammar("regex", "w")].set_exception(RuntimeError("two\nlines"))
+    gate.poll()
+    assert added == ["free", "a"]
+    gate.take(request("f", "x"))
+    assert added == ["free", "a", "f"]
+    assert refused == [("b", "the grammar cannot be used: no"), ("e", "the grammar cannot be used: RuntimeError")]
+    monkeypatch.setattr(gate_module.time, "monotonic", lambda: 1e12)
+    gate.poll()
+    assert refused[2:] == [("d", "the grammar takes more than 10 seconds to compile")]
+    assert not gate.waiting
