@@ -21,7 +21,6 @@ from typing import Any
 from thalweg import LLM, SamplingParams
 from thalweg.evals.arith_problems import problems
 from thalweg.evals.gsm8k import Example, few_shot_questions, read_examples
-from thalweg.evals.runner import last_number
 
 SHOTS = 3
 NUMBER = r"(-?[0-9]+)"
@@ -112,7 +111,6 @@ def own_figures(prompts: list[str], answers: list[int], choices: list[list[str]]
                 sums.append(sum(entry.logprob for entry in given[len(context) :] if entry is not None))
                 assert len(given) == len(ids)
             best.append(sums.index(max(sums)))
-    assert last_number("#### 1") == 1
     return {
         "thalweg_generate": sum(right) / len(right),
         "thalweg_choose": best.count(0) / len(best),

@@ -39,15 +39,7 @@ class Engine:
         except BaseException:
             self.close()
             raise
-        scheduler = Scheduler(
-            max_num_seqs=info.max_num_seqs,
-            max_num_batched_tokens=info.max_num_batched_tokens,
-            max_model_len=info.max_model_len,
-            cache=CacheManager(info.num_blocks, info.num_slots, info.block_size),
-            eos_token_ids=frozenset(info.eos_token_ids),
-            seed=config.seed,
-        )
-        self.core = EngineCore(scheduler, self._executor, config.step_timeout)
+        self.core = EngineCore(new_scheduler(info, config.seed), self._executor, config.step_timeout)
         self.pump = Pump(self.core)
 
     def close(self) -> None:
@@ -56,6 +48,18 @@ class Engine:
         if self.ranks is not None:
             # A build that failed elsewhere may still be on its way to meet the ranks; it holds on to this object.
             self.ranks.close(keep_folder=self._executor.running)
+
+
+def new_scheduler(info: EngineInfo, seed: int) -> Scheduler:
+    """A scheduler with the limits and the memory of a built engine."""
+    return Scheduler(
+        max_num_seqs=info.max_num_seqs,
+        max_num_batched_tokens=info.max_num_batched_tokens,
+        max_model_len=info.max_model_len,
+        cache=CacheManager(info.num_blocks, info.num_slots, info.block_size),
+        eos_token_ids=frozenset(info.eos_token_ids),
+        seed=seed,
+    )
 
 
 def _vocabulary(config: EngineConfig) -> Vocabulary:

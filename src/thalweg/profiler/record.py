@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from thalweg import tracing
-from thalweg.cache.manager import CacheManager
 from thalweg.config.engine import EngineConfig
 from thalweg.core import Request, SamplingParams
 from thalweg.engine.build import build_rank
@@ -18,11 +17,11 @@ from thalweg.engine.core import EngineCore
 from thalweg.engine.front import load_front
 from thalweg.engine.info import EngineInfo
 from thalweg.engine.output import OutputProcessor
+from thalweg.engine.start import new_scheduler
 from thalweg.errors import ConfigError
 from thalweg.profiler.requests import RequestTimes, write_with_requests
 from thalweg.profiler.window import WindowedRunner, start_profiler
 from thalweg.runner.executor import Executor
-from thalweg.scheduler.scheduler import Scheduler
 
 WARMUP_TOKENS = 4  # of a whole batch before the one that is recorded, and of that one before the window opens
 
@@ -57,15 +56,7 @@ def record_steps(
     executor = Executor(build)
     try:
         info, window = executor.info()
-        scheduler = Scheduler(
-            max_num_seqs=info.max_num_seqs,
-            max_num_batched_tokens=info.max_num_batched_tokens,
-            max_model_len=info.max_model_len,
-            cache=CacheManager(info.num_blocks, info.num_slots, info.block_size),
-            eos_token_ids=frozenset(info.eos_token_ids),
-            seed=config.seed,
-        )
-        core = EngineCore(scheduler, executor)
+        core = EngineCore(new_scheduler(info, config.seed), executor)
         outputs = OutputProcessor(front.tokenizer, frozenset(info.eos_token_ids), late=True)
         rng = random.Random(config.seed)
 

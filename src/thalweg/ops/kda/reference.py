@@ -1,7 +1,4 @@
-"""Kimi Delta Attention in plain torch: the recurrence that defines it, and the chunked form for prefill.
-
-`recurrent_kda` and `chunk_kda` are pure and differentiable; training uses them too.
-"""
+"""Kimi Delta Attention in plain torch: the recurrence that defines it, and the chunked form for prefill."""
 
 from __future__ import annotations
 
