@@ -8,6 +8,7 @@ import torch
 from tests.ops.compile_sm90 import compile_sm90, descriptor
 from tests.ops.interpreted import run_interpreted
 from tests.ops.mla_mixer_case import check_mla_mixer, mla_mixer_case
+from thalweg.ops import triton_support
 from thalweg.ops.mla_mixer.reference import mla_mixer_decode as reference
 from thalweg.ops.registry import OpContext, Resolver
 
@@ -122,3 +123,15 @@ def test_other_shapes_go_to_the_reference_and_say_why(dims: dict[str, int], reas
     resolver = Resolver()
     assert resolver.resolve("mla_mixer_decode", OpContext("cuda", "bfloat16", dims)) is reference
     assert reason in dict(resolver.explain()[0].refused)["triton"]
+
+
+def test_later_gpus_go_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There the compiler gives tiles more shared memory than there is, and Hopper's products end the process."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(triton_support, "_compute_capability_major", lambda: 10)
+    dims = {"H": 32, "K": 128, "R": 512, "P": 64, "V": 128}
+    resolver = Resolver()
+    assert resolver.resolve("mla_mixer_decode", OpContext("cuda", "bfloat16", dims)) is reference
+    assert "(Hopper), not 10.x" in dict(resolver.explain()[0].refused)["triton"]
+    monkeypatch.setattr(triton_support, "_compute_capability_major", lambda: 9)
+    assert Resolver().resolve("mla_mixer_decode", OpContext("cuda", "bfloat16", dims)) is not reference

@@ -24,6 +24,12 @@ def why_not(ctx: OpContext) -> str | None:
     return None
 
 
+def why_not_hopper() -> str | None:
+    """Why kernels cut to Hopper's shared memory, or made of its instructions, cannot serve on this GPU, or None."""
+    major = _compute_capability_major()
+    return None if major == 9 else f"needs compute capability 9 (Hopper), not {major}.x"
+
+
 @cache
 def _compute_capability_major() -> int:
     return torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 0

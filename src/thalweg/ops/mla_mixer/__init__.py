@@ -12,7 +12,7 @@ from torch import Tensor
 
 from thalweg.ops.mla_mixer import reference
 from thalweg.ops.registry import OpContext, register
-from thalweg.ops.triton_support import why_not
+from thalweg.ops.triton_support import why_not, why_not_hopper
 
 
 class MlaMixerDecode(Protocol):
@@ -53,7 +53,7 @@ def _triton_refuses(ctx: OpContext) -> str | None:
         return f"needs a latent of at most 512, not {sizes['R']}"
     if ctx.dtype == "float32":
         return "needs bfloat16, not float32: two tiles of the cache must fit into shared memory"
-    return why_not(ctx)
+    return why_not(ctx) or why_not_hopper()
 
 
 _decode: MlaMixerDecode = reference.mla_mixer_decode
