@@ -49,8 +49,8 @@ def _triton_refuses(ctx: OpContext) -> str | None:
         return f"needs powers of two of 16 or more, not {sizes}"
     if not 1 <= ctx.dims.get("H", 0) <= 32:
         return f"needs at most 32 heads on this rank, not {ctx.dims.get('H', 0)}"
-    if sizes["R"] > 512:
-        return f"needs a latent of at most 512, not {sizes['R']}"
+    if sizes["R"] > 512 or sizes["P"] > 128 or sizes["K"] > 512:  # more do not fit into shared memory
+        return f"needs R of at most 512, P of at most 128 and K of at most 512, not {sizes}"
     if ctx.dtype == "float32":
         return "needs bfloat16, not float32: two tiles of the cache must fit into shared memory"
     return why_not(ctx)

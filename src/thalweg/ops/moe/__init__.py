@@ -126,6 +126,8 @@ MAX_ROUTER_EXPERTS = 1024  # one program holds all scores of a token in register
 def _router_supports(ctx: OpContext) -> str | None:
     if ctx.dims.get("E", 0) > MAX_ROUTER_EXPERTS:
         return f"needs at most {MAX_ROUTER_EXPERTS} experts, not {ctx.dims['E']}"
+    if ctx.dims.get("G", 1) != 1:
+        return f"needs experts in one group, not {ctx.dims['G']}"
     if ctx.dims.get("D", 0) > MAX_WIDTH:
         return f"needs rows of at most {MAX_WIDTH}, not {ctx.dims['D']}"
     return why_not(ctx)

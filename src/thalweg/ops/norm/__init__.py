@@ -16,7 +16,7 @@ from thalweg.ops.triton_support import why_not
 
 class RmsNorm(Protocol):
     def __call__(self, x_TD: Tensor, weight_D: Tensor, eps: float, /) -> Tensor:
-        """y_TD = x / sqrt(mean(x^2) + eps) * weight over the last dimension; x is [..., D]."""
+        """y_TD = x / sqrt(mean(x^2) + eps) * weight over the last dimension; x is [..., D] with unit last stride."""
 
 
 class AddRmsNorm(Protocol):
