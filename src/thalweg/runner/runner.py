@@ -104,7 +104,10 @@ class ModelRunner:
         sampling = [p for p in prefills if p.sample]
         slots = plan.decode_slots + [p.slot for p in sampling]
         if not slots:
-            return lambda: StepResult(plan.step, [], {}, prompt_logprobs, {}, prompt_logits)
+            # Nothing to read, but the step is over when the device is done with it: else a long prompt's chunks would
+            # all be launched at once, and the last would have to answer within --step-timeout for all of them.
+            read = self._readback(self._inputs.last_tokens[:0])
+            return lambda: StepResult(plan.step, read(), {}, prompt_logprobs, {}, prompt_logits)
         positions = [s + 1 for s in plan.decode_starts] + [p.start + p.length for p in sampling]
         return self._sample(plan, logits, slots, positions, prompt_logprobs, prompt_logits)
 
