@@ -2,6 +2,10 @@
 
 From the fused input projection: RMSNorm of the latent, its write into the pages, the absorption of w_uk into the
 queries, attention over the context, and w_uv. Package mla_attention describes the pages.
+
+Implementations may read lengths, block tables and all rows of the pages but the new tokens' while the kernel ahead of
+them in the stream still runs: as for op "kda_mixer_decode", an ordinary launch or the start of a graph must lie between
+the call and whatever wrote these.
 """
 
 from __future__ import annotations
