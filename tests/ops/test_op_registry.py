@@ -13,7 +13,6 @@ CPU = OpContext("cpu", "float32", {"K": 64})
 GPU = OpContext("cuda", "bfloat16", {"K": 128})
 
 OPS = {
-    "add_rms_norm",
     "batched_projection",
     "conv1d_decode",
     "conv1d_prefill",

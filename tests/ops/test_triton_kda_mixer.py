@@ -88,6 +88,7 @@ def test_programs_go_round_the_multiprocessors_once() -> None:
     ("dims", "reason"),
     [
         ({"H": 32, "K": 96, "V": 96, "R": 128, "W": 3}, "powers of two"),
+        ({"H": 32, "K": 256, "V": 256, "R": 256, "W": 3}, "from 16 to 128"),
         ({"H": 32, "K": 128, "V": 64, "R": 128, "W": 3}, "K = V"),
         ({"H": 32, "K": 128, "V": 128, "R": 128, "W": 2}, "W = 3 inputs, not 2"),
     ],

@@ -116,7 +116,8 @@ def test_kernels_in_gluon_compile_for_hopper_without_spills(H: int, splits: int)
     [
         ({"H": 64, "K": 128, "R": 512, "P": 64, "V": 128}, "at most 32 heads on this rank, not 64"),
         ({"H": 32, "K": 96, "R": 512, "P": 64, "V": 128}, "powers of two"),
-        ({"H": 32, "K": 128, "R": 1024, "P": 64, "V": 128}, "latent of at most 512"),
+        ({"H": 32, "K": 128, "R": 1024, "P": 64, "V": 128}, "R of at most 512"),
+        ({"H": 32, "K": 128, "R": 512, "P": 256, "V": 128}, "P of at most 128"),
     ],
 )
 def test_other_shapes_go_to_the_reference_and_say_why(dims: dict[str, int], reason: str) -> None:

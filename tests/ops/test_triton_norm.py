@@ -1,4 +1,4 @@
-"""RMS norm kernels: under the interpreter, compiled for Hopper, and (marked gpu) on a GPU."""
+"""The RMS norm kernel: under the interpreter, compiled for Hopper, and (marked gpu) on a GPU."""
 
 from __future__ import annotations
 
@@ -12,14 +12,11 @@ from thalweg.ops.registry import OpContext, Resolver
 
 
 def check_norms() -> None:
-    from thalweg.ops.norm.triton import add_rms_norm, rms_norm
+    from thalweg.ops.norm.triton import rms_norm
 
     for shape in ((5, 48), (2, 3, 100), (0, 8), (1, 1)):
-        x, residual, weight = torch.randn(shape) * 3, torch.randn(shape), torch.randn(shape[-1])
+        x, weight = torch.randn(shape) * 3, torch.randn(shape[-1])
         torch.testing.assert_close(rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
-        normed, total = add_rms_norm(x, residual, weight, 1e-5)
-        assert torch.equal(total, x + residual)
-        torch.testing.assert_close(normed, reference.rms_norm(total, weight, 1e-5))
     wide = torch.randn(4, 96)
     strided = wide[:, 32:80]
     weight = torch.randn(48)
@@ -31,14 +28,13 @@ def test_norms_under_the_interpreter() -> None:
     run_interpreted(check_norms)
 
 
-@pytest.mark.parametrize("add", [False, True])
-def test_compiles_for_hopper_without_spills(add: bool) -> None:
+def test_compiles_for_hopper_without_spills() -> None:
     pytest.importorskip("triton")
     from thalweg.ops.norm.triton import _rms_norm
 
-    types = {f"{name}_ptr": "*bf16" for name in ("x", "residual", "weight", "y", "sum")}
-    types |= {"x_stride": "i32", "residual_stride": "i32", "eps": "fp32"}
-    compiled = compile_sm90(_rms_norm, types, {"D": 2304, "BLOCK_D": 4096, "ADD": add, "PDL": True}, 8)
+    types = {f"{name}_ptr": "*bf16" for name in ("x", "weight", "y")}
+    types |= {"x_stride": "i32", "eps": "fp32"}
+    compiled = compile_sm90(_rms_norm, types, {"D": 2304, "BLOCK_D": 4096, "PDL": True}, 8)
     assert compiled.spilled_bytes == 0
     assert "griddepcontrol.wait" in compiled.ptx
 
@@ -49,14 +45,9 @@ def test_compiles_for_hopper_without_spills(add: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_on_a_gpu(T: int, D: int, dtype: torch.dtype) -> None:
     context = OpContext("cuda", str(dtype).removeprefix("torch."), {"D": D})
-    resolver = Resolver({"rms_norm": "triton", "add_rms_norm": "triton"})
-    rms_norm, add_rms_norm = (resolver.resolve(op, context) for op in ("rms_norm", "add_rms_norm"))
-    x, residual = (torch.randn(T, D, device="cuda").to(dtype) for _ in range(2))
+    rms_norm = Resolver({"rms_norm": "triton"}).resolve("rms_norm", context)
+    x = torch.randn(T, D, device="cuda").to(dtype)
     weight = torch.randn(D, device="cuda").to(dtype)
     tolerance = 2**-7 if dtype == torch.bfloat16 else 2e-6
     expected = reference.rms_norm(x, weight, 1e-5)
     torch.testing.assert_close(rms_norm(x, weight, 1e-5), expected, rtol=tolerance, atol=1e-6)
-    normed, total = add_rms_norm(x, residual, weight, 1e-5)
-    assert torch.equal(total, x + residual)
-    # The op's promise: the same bits as an addition followed by the norm.
-    assert torch.equal(normed, rms_norm(total, weight, 1e-5))

@@ -9,12 +9,13 @@ from tests.ops.compile_sm90 import Compiled, compile_sm90
 from tests.ops.interpreted import run_interpreted
 from tests.ops.moe_case import experts_in_float64, moe_case, rmse_ratio
 from tests.ops.prefill_case import KdaCase, conv_case, mla_case, ratio
+from thalweg.ops import OpContext, Resolver
 
 
 def check_conv1d() -> None:
     from thalweg.ops.conv1d import reference, triton
 
-    for lengths, C, W in (((0, 1, 2, 3, 40, 0, 33), 20, 3), ((5, 64), 300, 1)):
+    for lengths, C, W in (((0, 1, 2, 3, 40, 0, 33), 20, 3), ((5, 64), 300, 1), ((50,), 8, 16)):
         x, state, *rest = conv_case(lengths, C, W, torch.float32)
         expected_state = state.clone()
         expected = reference.conv1d_prefill(x, expected_state, *rest)
@@ -165,8 +166,25 @@ def test_mla_compiles_for_hopper() -> None:
     pytest.importorskip("triton")
     from thalweg.ops.mla_attention.triton import attend_kernel
 
-    shape = dict(H=32, K=128, V=128, R=512, P=64, BLOCK_M=128, BLOCK_N=64, STAGES=3)
-    for part in (False, True):
-        kernel = compiled(attend_kernel, shape | dict(PART=part), 8)
+    shape = dict(H=32, K=128, V=128, R=512, BLOCK_M=128, BLOCK_N=64, STAGES=3)
+    for part, P in ((False, 64), (True, 64), (True, 128)):
+        kernel = compiled(attend_kernel, shape | dict(PART=part, P=P), 8)
         assert kernel.spilled_bytes == 0
+        assert kernel.shared_bytes <= 227 * 1024
         assert "wgmma" in kernel.ptx
+
+
+@pytest.mark.parametrize(
+    ("op", "dims", "reason"),
+    [
+        ("conv1d_prefill", {"C": 96, "W": 17}, "at most 16 inputs, not 17"),
+        ("mla_prefill", {"H": 8, "K": 256, "V": 128, "R": 512, "P": 64}, "from 16 to 128, not 256, 128, 64"),
+        ("norm_router", {"E": 64, "D": 128, "K": 6, "G": 8, "S": 1}, "experts in one group, not 8"),
+    ],
+)
+def test_other_shapes_go_to_the_reference_and_say_why(op: str, dims: dict[str, int], reason: str) -> None:
+    resolver = Resolver()
+    resolver.resolve(op, OpContext("cuda", "bfloat16", dims))
+    [choice] = resolver.explain()
+    assert choice.chosen == "reference"
+    assert reason in dict(choice.refused)["triton"]

@@ -14,7 +14,7 @@ from thalweg.errors import InvalidRequest
 from thalweg.ops.sample.reference import sample, splitmix64
 from thalweg.sampling.adjust import LogitAdjuster
 from thalweg.sampling.choose import draw, sample_filtered
-from thalweg.sampling.logprobs import token_logprobs
+from thalweg.sampling.logprobs import ROWS, token_logprobs
 from thalweg.sampling.sampler import Sampler
 from thalweg.sampling.uniform import uniform
 
@@ -186,6 +186,15 @@ def test_logprobs_come_from_the_raw_logits() -> None:
 def test_logprobs_of_zero_top_tokens() -> None:
     (entry,) = token_logprobs(rows(1), torch.tensor([4]), 0)
     assert entry.top_ids == []
+
+
+def test_logprobs_of_many_rows_are_those_of_each() -> None:
+    logits, ids = rows(ROWS + 3), torch.arange(ROWS + 3) % V
+    entries = token_logprobs(logits, ids, 2)
+    assert [e.token_id for e in entries] == ids.tolist()
+    for r in (0, ROWS - 1, ROWS, ROWS + 2):
+        assert entries[r] == token_logprobs(logits[r : r + 1], ids[r : r + 1], 2)[0]
+    assert token_logprobs(logits[:0], ids[:0], 2) == []
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

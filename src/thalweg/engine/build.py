@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from math import prod
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from thalweg import ops as _ops  # noqa: F401 -- registers every op's implementations
 from thalweg.cache.manager import MemorySplit, split_memory
@@ -74,6 +75,7 @@ def build_rank(
     resolver = Resolver(config.op_preference)
     context = BuildContext(device, dtype, mesh, resolver, config.state_dtype, quantization=config.quantization)
     model = source.package.build(context, c)
+    sample = resolve_sample(resolver, device, c.vocab_size)
     _fill(model, plan, checkpoint, source, config, tp_rank)
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -92,11 +94,7 @@ def build_rank(
     cache = CacheStorage(specs, split.num_blocks, split.num_slots, config.block_size, device)
     inputs = InputBuilder(split.num_slots, split.max_model_len, config.block_size, device)
     eos = source.eos_token_ids
-    sample = resolver.resolve("sample", OpContext(device.type, "float32", {"V": c.vocab_size}))
     sampler = Sampler(split.num_slots, c.vocab_size, frozenset(eos), device, sample, grammars)
-    if unused := resolver.unused_preferences():
-        used = ", ".join(sorted({choice.op for choice in resolver.explain()}))
-        raise ConfigError(f"op_preference names {unused[0]!r}, which this model does not use; it uses {used}")
     eager = _why_eager(config, device, resolver)
     graph_sizes = [] if eager else buckets(split.num_slots)
     laps.end("cache")
@@ -151,6 +149,15 @@ def choose_device(config: EngineConfig, tp_rank: int) -> torch.device:
         reason = str(e).strip().splitlines()[0].split(". ")[0][:160]
         raise ConfigError(f"--device is {config.device!r}, which this machine or torch does not have: {reason}") from e
     return device
+
+
+def resolve_sample(resolver: Resolver, device: torch.device, vocab_size: int) -> Callable[..., Tensor]:
+    """Op "sample", the last to be resolved. Raises ConfigError where a preference then names an op that nobody uses."""
+    sample = resolver.resolve("sample", OpContext(device.type, "float32", {"V": vocab_size}))
+    if unused := resolver.unused_preferences():
+        used = ", ".join(sorted({choice.op for choice in resolver.explain()}))
+        raise ConfigError(f"--op (op_preference) names {unused[0]!r}, which this model does not use; it uses {used}")
+    return sample
 
 
 def _why_eager(config: EngineConfig, device: torch.device, resolver: Resolver) -> str | None:

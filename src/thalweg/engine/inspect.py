@@ -15,7 +15,7 @@ from thalweg import ops as _ops  # noqa: F401 -- registers every op's implementa
 from thalweg.cache.manager import MemorySplit, split_memory
 from thalweg.cache.specs import LayerSpec, bytes_per_sequence, bytes_per_token
 from thalweg.config.engine import EngineConfig
-from thalweg.engine.build import cache_memory, choose_device, describe_layer, device_name
+from thalweg.engine.build import cache_memory, choose_device, describe_layer, device_name, resolve_sample
 from thalweg.engine.info import OpChoice
 from thalweg.engine.source import ModelSource, open_source
 from thalweg.errors import ConfigError
@@ -83,6 +83,7 @@ def describe(config: EngineConfig) -> Inspection:
     plan = source.package.plan(c, 0, ranks, config.quantization)
     resolver = Resolver(config.op_preference)
     model = _build(source, config, config.dtype, device, resolver, config.quantization)
+    resolve_sample(resolver, device, c.vocab_size)
     plain = config.dtype == c.dtype and config.quantization is None
     native = model if plain else _build(source, config, c.dtype, device, Resolver())
     cost = _cost(model, config.dtype, config.quantization)

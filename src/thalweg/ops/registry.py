@@ -89,7 +89,7 @@ class Resolver:
             names = sorted({i.name for o in ops for i in implementations(o)})
             if name not in names:
                 expected = f"expected {' or '.join(names)}"
-                raise ConfigError(f"op_preference has {name!r} for op {op!r}; {expected}")
+                raise ConfigError(f"--op (op_preference) has {name!r} for op {op!r}; {expected}")
         self._choices: dict[tuple[str, str, str, tuple[tuple[str, int], ...]], Choice] = {}
 
     def resolve(self, op: str, context: OpContext) -> Callable[..., Any]:
@@ -117,7 +117,7 @@ class Resolver:
             return candidate.fn
         detail = "; ".join(f"{n}: {r}" for n, r in refused)
         where = f"{context.device}, {context.dtype}, {dict(context.dims)}"
-        raise ConfigError(f"op {op!r} has no implementation for {where} ({detail}); change op_preference")
+        raise ConfigError(f"op {op!r} has no implementation for {where} ({detail}); change --op (op_preference)")
 
     def explain(self) -> list[Choice]:
         """Every choice made so far, in the order first asked."""

@@ -1,8 +1,9 @@
 """Programmatic dependent launch for Triton kernels: a kernel starts while the one ahead drains, then waits for it.
 
 The rules of a kernel with the constexpr PDL: it executes gdc_wait, always; before that it reads only weights and
-writes nothing. It may read an input earlier only where the kernel ahead, of the same op, lets its dependents start
-after its own wait, and then not from L1.
+writes nothing. It may read an input earlier where the kernel ahead, of the same op, lets its dependents start after
+its own wait, and then not from L1; and where the op's contract says that an ordinary launch, which starts when all
+before it has ended, lies between the call and whatever wrote that input.
 """
 
 from __future__ import annotations

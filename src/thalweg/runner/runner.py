@@ -90,7 +90,7 @@ class ModelRunner:
         with tracing.span("build"):
             batch = self._inputs.build(plan, every_row=bool(inspected))
         with tracing.span("model"):
-            logits = self.model(batch, self.cache).float()
+            logits = self.model(batch, self.cache)
         prompt_logits: dict[int, Tensor] = {}
         prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
         d = batch.num_decodes
@@ -104,9 +104,12 @@ class ModelRunner:
         sampling = [p for p in prefills if p.sample]
         slots = plan.decode_slots + [p.slot for p in sampling]
         if not slots:
-            return lambda: StepResult(plan.step, [], {}, prompt_logprobs, {}, prompt_logits)
+            # Nothing to read, but the step is over when the device is done with it: else a long prompt's chunks would
+            # all be launched at once, and the last would have to answer within --step-timeout for all of them.
+            read = self._readback(self._inputs.last_tokens[:0])
+            return lambda: StepResult(plan.step, read(), {}, prompt_logprobs, {}, prompt_logits)
         positions = [s + 1 for s in plan.decode_starts] + [p.start + p.length for p in sampling]
-        return self._sample(plan, logits, slots, positions, prompt_logprobs, prompt_logits)
+        return self._sample(plan, logits.float(), slots, positions, prompt_logprobs, prompt_logits)
 
     def _finish_simple(
         self,
@@ -158,7 +161,7 @@ class ModelRunner:
         prompt_logprobs: dict[int, list[TokenLogprobs]],
     ) -> None:
         if p.slot in self._prompt_logits:
-            prompt_logits[p.slot] = rows_LV.clone()
+            prompt_logits[p.slot] = rows_LV.to(torch.float32, copy=True)
         if p.slot in self._prompt_logprobs:
             # Of the tokens that follow each row, as far as they are known.
             following = self._inputs.admitted(p.slot)[p.start + 1 : p.start + 1 + len(rows_LV)]

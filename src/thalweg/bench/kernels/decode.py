@@ -194,23 +194,15 @@ def mla_mixer(setting: Setting) -> Iterator[Case]:
 
 
 def rms_norm(setting: Setting) -> Iterator[Case]:
-    yield from _norms(setting, "rms_norm", 1)
-
-
-def add_rms_norm(setting: Setting) -> Iterator[Case]:
-    yield from _norms(setting, "add_rms_norm", 2)
-
-
-def _norms(setting: Setting, op: str, inputs: int) -> Iterator[Case]:
     D, es = setting.shape.width, setting.dtype.itemsize
     for B in setting.batch_sizes:
 
         def make(copy: int, B: int = B) -> tuple[Any, ...]:
             draw = Draw(setting, copy)
-            return *(draw(B, D) for _ in range(inputs)), draw(D, scale=0.1).add_(1), EPS
+            return draw(B, D), draw(D, scale=0.1).add_(1), EPS
 
-        candidates = candidates_of(setting, op, {"D": D})
-        yield Case(op, f"{D} wide, batch {B}", candidates, make, num_bytes=es * D * (2 * inputs * B + 1))
+        candidates = candidates_of(setting, "rms_norm", {"D": D})
+        yield Case("rms_norm", f"{D} wide, batch {B}", candidates, make, num_bytes=es * D * (2 * B + 1))
 
 
 def sample(setting: Setting) -> Iterator[Case]:
@@ -237,6 +229,5 @@ DECODE: dict[str, Builder] = {
     "kda_mixer_decode": kda_mixer,
     "mla_mixer_decode": mla_mixer,
     "rms_norm": rms_norm,
-    "add_rms_norm": add_rms_norm,
     "sample": sample,
 }

@@ -15,8 +15,10 @@ from typing import Protocol
 from torch import Tensor
 
 from thalweg.ops.conv1d import reference
-from thalweg.ops.registry import register
+from thalweg.ops.registry import OpContext, register
 from thalweg.ops.triton_support import why_not
+
+PIECE = 16  # tokens of a sequence that a program of the kernel takes
 
 
 class Conv1dDecode(Protocol):
@@ -43,9 +45,16 @@ def _triton_prefill(
     return triton.conv1d_prefill(x_TC, state_NWC, slots_B, offsets, weight_CW)
 
 
+def _prefill_refuses(ctx: OpContext) -> str | None:
+    W = ctx.dims.get("W", 0)
+    if W > PIECE:  # a piece that is not the sequence's first would reach back to the state, which that one moves on
+        return f"needs a convolution that remembers at most {PIECE} inputs, not {W}"
+    return why_not(ctx)
+
+
 _decode: Conv1dDecode = reference.conv1d_decode
 _prefill: Conv1dPrefill = reference.conv1d_prefill
 _kernel_prefill: Conv1dPrefill = _triton_prefill
 register("conv1d_decode", "reference", _decode)
 register("conv1d_prefill", "reference", _prefill)
-register("conv1d_prefill", "triton", _kernel_prefill, supports=why_not, priority=10)
+register("conv1d_prefill", "triton", _kernel_prefill, supports=_prefill_refuses, priority=10)

@@ -9,9 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from thalweg.ops.conv1d import PIECE
 from thalweg.ops.host_tables import pieces
-
-PIECE = 16  # tokens of a program
 
 
 @triton.jit(do_not_specialize_on_alignment=["offsets_ptr", "slots_ptr"])

@@ -52,8 +52,8 @@ def _triton(*args: Any) -> Tensor:
 
 def _triton_refuses(ctx: OpContext) -> str | None:
     K, V, R, W = (ctx.dims.get(name, 0) for name in "KVRW")
-    if K != V or any(n < 16 or n & (n - 1) for n in (K, R)):
-        return f"needs K = V and R to be powers of two of 16 or more, not {K}, {V} and {R}"
+    if K != V or any(n < 16 or n > 128 or n & (n - 1) for n in (K, R)):
+        return f"needs K = V and R to be powers of two from 16 to 128, not {K}, {V} and {R}"
     if W != 3:
         return f"needs a convolution that remembers W = 3 inputs, not {W}"
     return why_not(ctx)

@@ -7,9 +7,6 @@ convolution states and its head's recurrent states, so nothing is exchanged betw
 Written out, with r_q = K^-0.5 / |q|, r_k = 1 / |k| and D the decayed state: u = beta (v - r_k D k) and
 o = r_q (D q + u (q . k) r_k). So one pass over D gives both products, and the new state D + u (r_k k)^T is written
 without being read again.
-
-Slot numbers are read before the wait for the kernel ahead: whatever writes them must not let its dependents start
-early (copies and ordinary kernels do not).
 """
 
 from __future__ import annotations

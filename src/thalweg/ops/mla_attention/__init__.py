@@ -76,8 +76,8 @@ def _triton_prefill(*args: Any) -> Tensor:
 
 def _prefill_refuses(ctx: OpContext) -> str | None:
     dims = {name: ctx.dims.get(name, 0) for name in "KVP"}
-    if any(n < 16 or n > 256 or n & (n - 1) for n in dims.values()):
-        return f"needs K, V and P to be powers of two from 16 to 256, not {', '.join(map(str, dims.values()))}"
+    if any(n < 16 or n > 128 or n & (n - 1) for n in dims.values()):  # more do not fit into shared memory
+        return f"needs K, V and P to be powers of two from 16 to 128, not {', '.join(map(str, dims.values()))}"
     return why_not(ctx) if ctx.dtype == "bfloat16" else f"needs bfloat16, not {ctx.dtype}"
 
 

@@ -27,10 +27,9 @@ def _split_norms(
 ):
     # The wait of a dependent launch is in the norm, so every program executes it.
     if tl.program_id(1) == 0:
-        _rms_norm(x_ptr, x_ptr, q_weight_ptr, q_ptr, q_ptr, x_stride, x_stride, eps, Q, BLOCK_Q, False, PDL)
+        _rms_norm(x_ptr, q_weight_ptr, q_ptr, x_stride, eps, Q, BLOCK_Q, PDL)
     else:
-        c_ptr = x_ptr + Q
-        _rms_norm(c_ptr, c_ptr, kv_weight_ptr, latent_ptr, latent_ptr, x_stride, x_stride, eps, R, BLOCK_R, False, PDL)
+        _rms_norm(x_ptr + Q, kv_weight_ptr, latent_ptr, x_stride, eps, R, BLOCK_R, PDL)
 
 
 def _num_warps(Q: int, R: int) -> int:
@@ -72,8 +71,8 @@ def split_norms_in_two_launches(
     parts = _empty_parts(x_TX, Q, R)
     if len(x_TX):
         for x, weight, y in ((x_TX[:, :Q], q_weight_Q, parts[0]), (x_TX[:, Q : Q + R], kv_weight_R, parts[1])):
-            D, stride = len(weight), x_TX.stride(0)
+            D = len(weight)
             block = triton.next_power_of_2(D)
             options = dict(num_warps=_num_warps(Q, R), **pdl_options(x_TX))
-            _rms_norm[(len(x_TX),)](x, x, weight, y, y, stride, stride, eps, D, block, False, **options)
+            _rms_norm[(len(x_TX),)](x, weight, y, x.stride(0), eps, D, block, **options)
     return parts

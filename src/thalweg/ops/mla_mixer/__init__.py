@@ -2,6 +2,10 @@
 
 From the fused input projection: RMSNorm of the latent, its write into the pages, the absorption of w_uk into the
 queries, attention over the context, and w_uv. Package mla_attention describes the pages.
+
+Implementations may read lengths, block tables and all rows of the pages but the new tokens' while the kernel ahead of
+them in the stream still runs: as for op "kda_mixer_decode", an ordinary launch or the start of a graph must lie between
+the call and whatever wrote these.
 """
 
 from __future__ import annotations
@@ -49,8 +53,8 @@ def _triton_refuses(ctx: OpContext) -> str | None:
         return f"needs powers of two of 16 or more, not {sizes}"
     if not 1 <= ctx.dims.get("H", 0) <= 32:
         return f"needs at most 32 heads on this rank, not {ctx.dims.get('H', 0)}"
-    if sizes["R"] > 512:
-        return f"needs a latent of at most 512, not {sizes['R']}"
+    if sizes["R"] > 512 or sizes["P"] > 128 or sizes["K"] > 512:  # more do not fit into shared memory
+        return f"needs R of at most 512, P of at most 128 and K of at most 512, not {sizes}"
     if ctx.dtype == "float32":
         return "needs bfloat16, not float32: two tiles of the cache must fit into shared memory"
     return why_not(ctx) or why_not_hopper()

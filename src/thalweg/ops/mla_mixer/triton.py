@@ -9,9 +9,6 @@
    sequence's splits comes after it, where little is left to sum.
 
 Module gluon has faster forms of the last two, for pages of whole tiles; those here take any page size.
-
-Lengths, block tables and tokens but the newest are read before the wait for the kernel ahead: whatever writes them must
-not let its dependents start early, or an ordinary kernel must lie between (a step begins with some).
 """
 
 from __future__ import annotations

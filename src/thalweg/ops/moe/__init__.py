@@ -77,9 +77,10 @@ class Experts(Protocol):
         """y_TD = sum over a token's k experts of weight * (silu(x @ gate.T) * (x @ up.T)) @ down.T.
 
         w_gate_up_E2ID [E, 2I, D] holds gate, then up; w_down_EDI [E, D, I]. x and both weights share one
-        dtype, which y has too; weights_Tk is fp32 and the sum over experts is in fp32. Cost grows with T * k
-        alone. A token's experts differ. num_shared promises that the last num_shared ids of every token are
-        E - num_shared .. E - 1, as "norm_router" gives them: kernels then start on those before it is done.
+        dtype, which y has too; weights_Tk is fp32 and the sum over experts is in fp32. weights_Tk and ids_Tk are
+        contiguous. Cost grows with T * k alone. A token's experts differ. num_shared promises that the last num_shared
+        ids of every token are E - num_shared .. E - 1, as "norm_router" gives them: kernels then start on those before
+        it is done.
         """
 
 
@@ -126,6 +127,8 @@ MAX_ROUTER_EXPERTS = 1024  # one program holds all scores of a token in register
 def _router_supports(ctx: OpContext) -> str | None:
     if ctx.dims.get("E", 0) > MAX_ROUTER_EXPERTS:
         return f"needs at most {MAX_ROUTER_EXPERTS} experts, not {ctx.dims['E']}"
+    if ctx.dims.get("G", 1) != 1:
+        return f"needs experts in one group, not {ctx.dims['G']}"
     if ctx.dims.get("D", 0) > MAX_WIDTH:
         return f"needs rows of at most {MAX_WIDTH}, not {ctx.dims['D']}"
     return why_not(ctx)

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from thalweg.ops.moe import reference, triton_grouped
+from thalweg.ops.moe import triton_grouped
 from thalweg.ops.moe.triton_finish import weighted_sum
 from thalweg.ops.triton_launch import pdl_options
 
@@ -334,10 +334,10 @@ def experts(
     w_down_EDI: Tensor,
     num_shared: int = 0,
 ) -> Tensor:
-    T = x_TD.shape[0]
-    if T == 0 or x_TD.stride(1) != 1:
-        return reference.experts(x_TD, weights_Tk, ids_Tk, w_gate_up_E2ID, w_down_EDI, num_shared)
-    if T > MAX_TOKENS:
+    if x_TD.shape[0] == 0:
+        return torch.empty_like(x_TD)
+    x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
+    if x_TD.shape[0] > MAX_TOKENS:
         return triton_grouped.experts_grouped(x_TD, weights_Tk, ids_Tk, w_gate_up_E2ID, w_down_EDI, num_shared)
     return weighted_sum(_pair_outputs(x_TD, ids_Tk, w_gate_up_E2ID, w_down_EDI, num_shared), weights_Tk, x_TD.dtype)
 

@@ -301,7 +301,6 @@ def sort_pairs(ids_Tk: Tensor, experts: int, num_shared: int, rows: int) -> tupl
     A block is (expert, its first place in sorted_P, how many). There are as many as could be needed; the rest have 0.
     """
     P, K, device = ids_Tk.numel(), ids_Tk.shape[1], ids_Tk.device
-    ids_Tk = ids_Tk.contiguous()
     counts_E = torch.zeros(experts, dtype=torch.int32, device=device)
     ranks_P, sorted_P = (torch.empty(P, dtype=torch.int32, device=device) for _ in range(2))
     blocks = P // rows + min(experts, P)

@@ -26,7 +26,7 @@ def experts_fp8(
     if x_TD.shape[0] == 0:
         return torch.empty_like(x_TD)
     quantized = (q_gate_up_E2ID, s_gate_up, q_down_EDI, s_down, num_shared)
-    slices = zip(*(t.split(MAX_TOKENS) for t in (x_TD, weights_Tk.contiguous(), ids_Tk)), strict=True)
+    slices = zip(*(t.split(MAX_TOKENS) for t in (x_TD, weights_Tk, ids_Tk)), strict=True)
     return torch.cat([weighted_sum(_pair_outputs(x, ids, *quantized), w, x.dtype) for x, w, ids in slices])
 
 
@@ -58,7 +58,6 @@ def _pair_outputs(
 ) -> Tensor:
     """Every pair's output in fp32 [T * k, D], not yet weighted."""
     x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
-    ids_Tk = ids_Tk.contiguous()
     (T, k), E = ids_Tk.shape, len(q_down_EDI)
     if T <= GEMV_TOKENS:
         h_PI = run_gate_up_pairs(x_TD, ids_Tk, q_gate_up_E2ID, s_gate_up, num_shared)

@@ -1,6 +1,6 @@
-"""Ops "rms_norm", "add_rms_norm" and "gated_rms_norm".
+"""Ops "rms_norm" and "gated_rms_norm".
 
-All compute in fp32 and round to the input dtype once, after the weight. Weights may be of another dtype.
+Both compute in fp32 and round to the input dtype once, after the weight. Weights may be of another dtype.
 """
 
 from __future__ import annotations
@@ -16,16 +16,7 @@ from thalweg.ops.triton_support import why_not
 
 class RmsNorm(Protocol):
     def __call__(self, x_TD: Tensor, weight_D: Tensor, eps: float, /) -> Tensor:
-        """y_TD = x / sqrt(mean(x^2) + eps) * weight over the last dimension; x is [..., D]."""
-
-
-class AddRmsNorm(Protocol):
-    def __call__(self, x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float, /) -> tuple[Tensor, Tensor]:
-        """(rms_norm(r), r) with r_TD = x + residual, rounded to the input dtype before it is normalised.
-
-        The rounding point makes the op bit-identical to an addition followed by rms_norm. x and residual
-        share one shape and dtype. Neither input is changed.
-        """
+        """y_TD = x / sqrt(mean(x^2) + eps) * weight over the last dimension; x is [..., D] with unit last stride."""
 
 
 class GatedRmsNorm(Protocol):
@@ -37,12 +28,6 @@ def _triton_rms_norm(*args: Any) -> Tensor:
     from thalweg.ops.norm.triton import rms_norm
 
     return rms_norm(*args)
-
-
-def _triton_add_rms_norm(*args: Any) -> tuple[Tensor, Tensor]:
-    from thalweg.ops.norm.triton import add_rms_norm
-
-    return add_rms_norm(*args)
 
 
 def _triton_gated_rms_norm(*args: Any) -> Tensor:
@@ -62,11 +47,8 @@ def _gated_refuses(ctx: OpContext) -> str | None:
 
 
 _rms_norm: RmsNorm = reference.rms_norm
-_add_rms_norm: AddRmsNorm = reference.add_rms_norm
 _gated_rms_norm: GatedRmsNorm = reference.gated_rms_norm
 register("rms_norm", "reference", _rms_norm)
-register("add_rms_norm", "reference", _add_rms_norm)
 register("gated_rms_norm", "reference", _gated_rms_norm)
 register("rms_norm", "triton", _triton_rms_norm, supports=_triton_refuses, priority=10)
-register("add_rms_norm", "triton", _triton_add_rms_norm, supports=_triton_refuses, priority=10)
 register("gated_rms_norm", "triton", _triton_gated_rms_norm, supports=_gated_refuses, priority=10)

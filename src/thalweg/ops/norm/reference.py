@@ -14,10 +14,5 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return _rms_norm_fp32(x_TD, weight_D, eps).to(x_TD.dtype)
 
 
-def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    residual_TD = x_TD + residual_TD
-    return rms_norm(residual_TD, weight_D, eps), residual_TD
-
-
 def gated_rms_norm(o_THV: Tensor, gate_THV: Tensor, weight_V: Tensor, eps: float) -> Tensor:
     return (_rms_norm_fp32(o_THV, weight_V, eps) * gate_THV.float().sigmoid()).to(o_THV.dtype)

@@ -1,0 +1,73 @@
+"""A rehearsal holds back the launches of its own thread and nobody else's."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+from thalweg.ops.triton_compile import compiled_together
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
+    """(kernel, whether it was only compiled) of every launch, instead of a launch."""
+    pytest.importorskip("triton.runtime._async_compile")
+    from triton.runtime.jit import JITFunction
+
+    seen: list[tuple[str, bool]] = []
+
+    def run(kernel: Any, *args: Any, grid: Any, warmup: bool) -> None:
+        seen.append((kernel, warmup))
+
+    monkeypatch.setattr(JITFunction, "run", run)
+    return seen
+
+
+def launch(kernel: str) -> None:
+    from triton.runtime.jit import JITFunction
+
+    run: Any = JITFunction.run
+    run(kernel, grid=(1,), warmup=False)
+
+
+def in_a_thread(fn: Any, *args: Any) -> None:
+    thread = threading.Thread(target=fn, args=args)
+    thread.start()
+    thread.join()
+
+
+def test_other_threads_launch_while_one_rehearses(launched: list[tuple[str, bool]]) -> None:
+    with compiled_together():
+        launch("mine")
+        in_a_thread(launch, "another's")
+    launch("after")
+    assert launched == [("mine", True), ("another's", False), ("after", False)]
+
+
+def test_rehearsals_that_overlap_end_in_any_order(launched: list[tuple[str, bool]]) -> None:
+    begun, end = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with compiled_together():
+            begun.set()
+            assert end.wait(10)
+            launch("other")
+
+    thread = threading.Thread(target=other)
+    with compiled_together():
+        thread.start()
+        assert begun.wait(10)
+    end.set()
+    thread.join()
+    launch("after")
+    assert launched == [("other", True), ("after", False)]
+
+
+def test_what_a_kernel_would_have_written_is_zeros() -> None:
+    pytest.importorskip("triton.runtime._async_compile")
+    with compiled_together():
+        made = torch.empty(3, dtype=torch.int64), torch.empty_like(torch.ones(3)), torch.ones(1).new_empty(3)
+        assert not any(x.any() for x in made)
