@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import Future
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from thalweg.core import Grammar, Request, SamplingParams
+from thalweg.core import Grammar, Request, SamplingParams, SchedulerStats
 from thalweg.engine import gate as gate_module
+from thalweg.engine import messages as m
 from thalweg.engine.gate import GrammarGate
+from thalweg.engine.process import GATE_POLL_MS, IDLE_POLL_MS, STATS_INTERVAL_S, EngineProcess
 from thalweg.errors import InvalidRequest
 
 
@@ -47,3 +51,22 @@ def test_requests_pass_once_their_grammar_is_there(monkeypatch: pytest.MonkeyPat
     gate.poll()
     assert refused[2:] == [("d", "the grammar takes more than 10 seconds to compile")]
     assert not gate.waiting
+
+
+def test_an_idle_engine_does_not_sleep_over_a_grammar_and_says_that_it_lives() -> None:
+    grammars, polls, sent = Compiling(), [], []
+    inbox: list[m.ToEngine | None] = [m.Add(request("a", "x")), *[None] * 3, m.Stop()]  # None: nothing there yet
+
+    def poll(timeout_ms: int) -> bool:
+        polls.append(timeout_ms)
+        if inbox[0] is None:
+            inbox.pop(0)
+            time.sleep(STATS_INTERVAL_S / 2)
+            return False
+        return True
+
+    socket = SimpleNamespace(poll=poll, recv=lambda: m.encode(inbox.pop(0)), send=sent.append)
+    core = SimpleNamespace(has_work=lambda: False, check=lambda: None, stats=lambda: SchedulerStats(*[0] * 9))
+    EngineProcess(socket, SimpleNamespace(core=core, grammars=grammars)).run()  # type: ignore[arg-type]
+    assert polls == [IDLE_POLL_MS, *[GATE_POLL_MS] * 4]
+    assert isinstance(m.decode_from_engine(sent[0]), m.Updates)
