@@ -265,8 +265,9 @@ def test_api_key() -> None:
             # Headers that name another path change nothing.
             headers = {"x-forwarded-path": "/health", "x-original-url": "/health"}
             assert (await http.get("/v1/models", headers=headers)).status_code == 401
-            headers = {"authorization": "Bearer sécret".encode()}
-            assert (await http.get("/v1/models", headers=headers)).status_code == 200
+            for scheme in ("Bearer", "bearer"):  # schemes have no case (RFC 9110, 11.1)
+                headers = {"authorization": f"{scheme} sécret".encode()}
+                assert (await http.get("/v1/models", headers=headers)).status_code == 200
 
     asyncio.run(main())
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 
 from thalweg.engine.prompts import check_token_ids
 from thalweg.server.errors import ApiError
@@ -14,13 +14,13 @@ router = APIRouter()
 
 
 @router.post("/tokenize")
-async def tokenize(body: TokenizeBody, service: ServiceDep) -> Response:
+async def tokenize(body: TokenizeBody, request: Request, service: ServiceDep) -> Response:
     """The ids that `prompt`, or `messages` by the chat template, would have as a request's prompt."""
     service.check(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "prompt and messages are both given or both missing; expected one of them", param="prompt")
     if body.messages is not None:
-        ids = await service.encode_chat(body.messages, tools=body.tools, **body.template_options())
+        ids = await service.encode_chat(request, body.messages, tools=body.tools, **body.template_options())
     else:
         assert body.prompt is not None
         ids = (await service.encode_prompts([body.prompt]))[0] if body.prompt else []
