@@ -404,3 +404,13 @@ def test_metrics() -> None:
         "thalweg_e2e_request_latency_seconds_count 2.0",
     ):
         assert line in lines, line
+
+
+def test_ids_that_are_no_tokens_name_their_field() -> None:
+    async def work(http: Any, _: ClientDouble) -> None:
+        response = await http.post("/detokenize", json={"tokens": [1, 10**6]})
+        assert response.status_code == 400
+        assert error_of(response)["param"] == "tokens"
+        assert error_of(response)["message"].startswith("token 1 is 1000000")
+
+    run(work)

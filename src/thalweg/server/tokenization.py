@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request, Response
 
 from thalweg.engine.prompts import check_token_ids
+from thalweg.errors import InvalidRequest
 from thalweg.server.errors import ApiError
 from thalweg.server.responses import json_response
 from thalweg.server.schemas import DetokenizeBody, TokenizeBody
@@ -46,5 +47,8 @@ async def tokenizer_info(service: ServiceDep) -> Response:
 async def detokenize(body: DetokenizeBody, service: ServiceDep) -> Response:
     """The text of token ids, special tokens included."""
     service.check(body.model)
-    ids = check_token_ids(body.tokens, service.client.info.vocab_size)
+    try:
+        ids = check_token_ids(body.tokens, service.client.info.vocab_size)
+    except InvalidRequest as error:
+        raise ApiError(400, str(error).removeprefix("prompt "), param="tokens") from None
     return json_response({"prompt": await service.decode(ids)})
