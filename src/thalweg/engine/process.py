@@ -28,7 +28,7 @@ class EngineProcess:
     def __init__(self, socket: zmq.Socket[bytes], engine: Engine, queue_timeout_s: float | None = None) -> None:
         self._socket, self._core, self._queue_timeout_s = socket, engine.core, queue_timeout_s
         self._queued: dict[str, float] = {}  # when each must have a slot, in order of arrival; may name ended ones
-        self._gate = GrammarGate(engine.grammars, self._add, lambda i, reason: self._refuse(i, InvalidRequest(reason)))
+        self._gate = GrammarGate(engine.grammars, self._add, self._refuse)
 
     def run(self) -> None:
         """Until Stop. Raises what ended the engine otherwise."""
