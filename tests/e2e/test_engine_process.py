@@ -271,6 +271,20 @@ def test_an_engine_that_hangs_is_ended(folder: Path) -> None:
     run(folder, body, step_timeout=0.6)
 
 
+def test_an_answer_that_is_read_slowly_is_no_hang(folder: Path, expected: list[list[int]]) -> None:
+    async def body(client: EngineClient) -> None:
+        slow = client.generate(PROMPTS[0], PARAMS)
+        got = (await anext(slow)).token_ids
+        await asyncio.sleep(2)  # the engine was done long ago and has had nothing to say since
+        assert client.dead is None
+        async for delta in slow:
+            got += delta.token_ids
+        assert got == expected[0]
+        assert await tokens(client, PROMPTS[1]) == expected[1]
+
+    run(folder, body, step_timeout=0.6)
+
+
 def test_aborts_in_every_phase_leave_nothing_and_touch_nobody_else(folder: Path, expected: list[list[int]]) -> None:
     """Ids that begin with one another are different requests."""
 

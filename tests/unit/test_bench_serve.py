@@ -266,6 +266,7 @@ def test_chat_sends_messages() -> None:
         (["--goodput", "itl:5"], "--goodput"),
         (["--random-range-ratio", "1"], "--random-range-ratio"),
         (["--request-rate", "0"], "--request-rate"),
+        (["--request-rate", "1", "--burstiness", "inf"], "--burstiness"),
         (["--dataset-name", "sharegpt"], "--dataset-name"),
         (["--dataset-name", "custom"], "--dataset-path"),
         (["--extra-body", "[]"], "--extra-body"),
@@ -280,3 +281,13 @@ def test_bad_options_are_one_line(arguments: list[str], words: str, capsys: pyte
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert words in error
+
+
+def test_a_line_the_endpoint_does_not_take_is_refused_before_anything_is_sent(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "x.jsonl"
+    file.write_text('{"prompt": "a"}\n{"messages": [{"role": "user", "content": "a"}]}\n')
+    options = ["--base-url", "http://127.0.0.1:9", "--model", "m", "--num-warmups", "0", "--num-prompts", "2"]
+    assert main(["bench", "serve", *options, "--dataset-name", "custom", "--dataset-path", str(file)]) == 2
+    assert "expected --endpoint" in capsys.readouterr().err

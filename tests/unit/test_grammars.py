@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import threading
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from tests.fixtures.tokenizer_folders import byte_level_tokenizer, kimi_config, 
 from thalweg.core import Admission, Grammar, SamplingParams
 from thalweg.errors import InvalidRequest
 from thalweg.ops.sample.reference import sample
-from thalweg.sampling.grammars import MAX_COMPILED, Grammars
+from thalweg.sampling.grammars import COMPILE_THREADS, MAX_COMPILED, Grammars
 from thalweg.sampling.sampler import Sampler
 from thalweg.server.parsers.events import CallArguments, CallBegin
 from thalweg.server.parsers.formats import CALL_FORMATS, CallFormat, OutputFormat
@@ -209,6 +210,18 @@ def test_compiled_grammars_are_shared_and_bounded(kimi: Tokenizer) -> None:
         grammars.compiled(Grammar("regex", f"a{{{i + 2}}}")).result()
     assert len(grammars._compiled) == MAX_COMPILED
     assert grammars.compiled(Grammar("regex", "a")) is not first
+
+
+def test_a_grammar_that_is_no_longer_kept_does_not_wait_for_the_threads(kimi: Tokenizer) -> None:
+    grammars, busy = grammars_of(kimi), threading.Event()
+    try:
+        for _ in range(COMPILE_THREADS):
+            grammars._pool.submit(busy.wait)
+        grammars.compiled(Grammar("regex", "b"))
+        for pattern in ("a", "b"):  # not kept, and kept but waiting
+            assert not grammars.matcher(Grammar("regex", pattern)).is_error()
+    finally:
+        busy.set()
 
 
 def test_without_tokenizer_or_end_there_are_no_grammars(kimi: Tokenizer) -> None:

@@ -265,8 +265,9 @@ def test_api_key() -> None:
             # Headers that name another path change nothing.
             headers = {"x-forwarded-path": "/health", "x-original-url": "/health"}
             assert (await http.get("/v1/models", headers=headers)).status_code == 401
-            headers = {"authorization": "Bearer sécret".encode()}
-            assert (await http.get("/v1/models", headers=headers)).status_code == 200
+            for scheme in ("Bearer", "bearer"):  # schemes have no case (RFC 9110, 11.1)
+                headers = {"authorization": f"{scheme} sécret".encode()}
+                assert (await http.get("/v1/models", headers=headers)).status_code == 200
 
     asyncio.run(main())
 
@@ -403,3 +404,13 @@ def test_metrics() -> None:
         "thalweg_e2e_request_latency_seconds_count 2.0",
     ):
         assert line in lines, line
+
+
+def test_ids_that_are_no_tokens_name_their_field() -> None:
+    async def work(http: Any, _: ClientDouble) -> None:
+        response = await http.post("/detokenize", json={"tokens": [1, 10**6]})
+        assert response.status_code == 400
+        assert error_of(response)["param"] == "tokens"
+        assert error_of(response)["message"].startswith("token 1 is 1000000")
+
+    run(work)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 
 from tests.unit.server_double import ClientDouble, run, serving
 from tests.unit.test_server_errors import error_of
-from thalweg.server.settings import ServerSettings
+from thalweg.server.settings import LONG_TEXT, ServerSettings
 
 ROOM = ServerSettings(max_queued_requests=2)  # beyond the double's 4 slots
 
@@ -133,6 +134,8 @@ DEEP = '{"prompt": "x", "response_format": ' + '{"a": ' * 50_000 + "1" + "}" * 5
         '{"prompt": "x", "stop": "' + "x" * 1025 + '"}',
         '{"prompt": "x", "stop": "\\ud800"}',
         '{"prompt": "x", "logit_bias": {"\\ud800": "x"}}',
+        '{"prompt": "x", "structured_outputs": {"regex": "\\ud800"}}',
+        '{"prompt": "x", "structured_outputs": {"choice": ["\\ud800"]}}',
         '{"prompt": "x", "best_of": -1}',
         '{"prompt": "x", "n": 1000000000}',
     ],
@@ -170,6 +173,28 @@ def test_a_million_wrong_elements_hold_nobody_up(element: str) -> None:
         assert time.thread_time() - began < 2
 
     run(work)
+
+
+def test_long_conversations_are_laid_out_beside_the_event_loop_wherever_their_text_is() -> None:
+    long, threads = "x" * LONG_TEXT, []
+
+    async def work(http: Any, client: ClientDouble) -> None:
+        def chat_ids(*_: Any, **__: Any) -> list[int]:
+            threads.append(threading.current_thread() is threading.main_thread())
+            return [1]
+
+        client.front.chat_ids = chat_ids
+        for message in (
+            {"content": "x"},
+            {"content": long},
+            {"content": [{"type": "text", "text": long}]},
+            {"content": "x", "reasoning_content": long},
+        ):
+            for path in ("/v1/chat/completions", "/tokenize"):
+                assert (await http.post(path, json={"messages": [{"role": "user", **message}]})).status_code == 200
+
+    run(work)
+    assert threads == [True] * 2 + [False] * 6
 
 
 def test_a_template_in_a_request_is_not_used() -> None:

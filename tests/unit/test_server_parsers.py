@@ -99,6 +99,12 @@ def test_hermes() -> None:
     ]
 
 
+def test_calls_that_a_model_gave_one_id_have_ids_of_their_own() -> None:
+    written = '<|tool_call_begin|>functions.f:7<|tool_call_argument_begin|>{"a": 1}<|tool_call_end|>'
+    events = read("kimi_k2", [marked(written * 2)])
+    assert [e.id for e in events if isinstance(e, CallBegin)] == ["functions.f:7", "call_0"]
+
+
 def test_qwen3_coder() -> None:
     assert read("qwen3_coder", [marked(CODER)]) == [
         *call(0, "f", '{"a": "12\\n\\nx < y", "b": 12, "c": [1, null]}'),

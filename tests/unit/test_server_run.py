@@ -41,3 +41,15 @@ def test_limits_out_of_range_name_their_option(option: str, value: str, capsys: 
     error = capsys.readouterr().err
     assert error.startswith(f"error: {option} is {value}")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("key", ["", " ", "key\n", " key", "ke\ny"])
+def test_a_key_that_no_header_can_bring_is_refused(
+    key: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["serve", "--api-key", key]) == 2
+    assert capsys.readouterr().err.startswith("error: --api-key")
+    if key:
+        monkeypatch.setenv("THALWEG_API_KEY", key)
+        assert main(["serve"]) == 2
+        assert "THALWEG_API_KEY" in capsys.readouterr().err

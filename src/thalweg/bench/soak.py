@@ -16,6 +16,7 @@ from typing import Any
 from thalweg.bench.http import HttpClient, HttpError
 from thalweg.bench.server_process import ProcessUse, ServerProcess, serving
 from thalweg.bench.soak_clients import Clients, draw_cases, solo
+from thalweg.config import env
 from thalweg.config.engine import EngineConfig
 from thalweg.config.model_source import model_folder
 from thalweg.tokenizer.load import load_tokenizer
@@ -75,7 +76,7 @@ async def soak(
 class _Soak:
     def __init__(self, config: EngineConfig, server: ServerProcess, result: SoakResult, seed: int) -> None:
         self._config, self._server, self._result, self._seed = config, server, result, seed
-        self._http = HttpClient(server.url)
+        self._http = HttpClient(server.url, env.read("THALWEG_API_KEY"))  # which the server reads too
         self._samples: list[dict[str, ProcessUse]] = []
 
     async def run(self, seconds: float, concurrency: int, on_tick: Callable[[float, Clients], object]) -> None:

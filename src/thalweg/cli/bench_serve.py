@@ -120,7 +120,7 @@ def serve(
     if not 0 <= random_range_ratio < 1:
         raise ConfigError(f"--random-range-ratio is {random_range_ratio}; expected 0 or more and below 1")
     for option, value in (("--request-rate", request_rate), ("--burstiness", burstiness)):
-        if not value > 0:
+        if not value > 0 or (value == math.inf and option == "--burstiness"):
             raise ConfigError(f"{option} is {value}; expected a number above 0")
     if not 0 < request_timeout < math.inf:
         raise ConfigError(f"--request-timeout is {request_timeout}; expected seconds")
@@ -211,6 +211,8 @@ async def _measure(
     try:
         name = model or await _first_model(http)
         target = Target(http, endpoint, name, options, timeout_s)
+        for request in requests:
+            target.body(request)  # refuses what the endpoint does not take before anything is sent
         await _warm_up(target, requests, num_warmups)
         with _progress(len(requests)) as on_done:
             outcomes, duration = await run_load(target, requests, load, on_done)

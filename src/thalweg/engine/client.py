@@ -116,7 +116,7 @@ class EngineClient:
         request = Request(id=request_id, prompt_token_ids=prompt_token_ids, params=params)
         queue: asyncio.Queue[Delta | ThalwegError] = asyncio.Queue()
         loop = asyncio.get_running_loop()
-        if not self._queues:
+        if not self._outputs.waiting:
             self._heard = loop.time()
         self._queues[request_id] = queue
         timer = None
@@ -132,11 +132,8 @@ class EngineClient:
                 if isinstance(delta, ThalwegError):
                     ended = True
                     raise delta
-                # A stop string ends the request here; the engine has yet to be told.
-                ended = delta.finish_reason is not None and not isinstance(delta.stop_reason, str)
+                ended = delta.finish_reason is not None
                 yield delta
-                if delta.finish_reason is not None:
-                    return
         finally:
             if timer is not None:
                 timer.cancel()
@@ -175,6 +172,7 @@ class EngineClient:
                 for update in message.updates:
                     self._take(update, message.sent_at)
             elif isinstance(message, m.Refused):
+                self._outputs.discard(message.request_id)
                 queue = self._queues.get(message.request_id)
                 if queue is not None:
                     queue.put_nowait(_same_error(message, InvalidRequest))
@@ -192,6 +190,8 @@ class EngineClient:
             self._give_up(update.request_id, ThalwegError(f"the output could not be decoded: {type(e).__name__}: {e}"))
             return
         if delta is not None:
+            if isinstance(delta.stop_reason, str):
+                self._post(m.Abort([update.request_id]))  # a stop string ends it here; the engine has yet to be told
             delta.sent_at = sent_at
             queue.put_nowait(delta)
             if queue.qsize() > MAX_UNREAD:
@@ -213,7 +213,8 @@ class EngineClient:
         allowed, loop = SILENCE * self.config.step_timeout, asyncio.get_running_loop()
         while True:
             await asyncio.sleep(min(1.0, allowed / 4))
-            if self._queues and loop.time() - self._heard > allowed:
+            # Answers that are done and not yet read are no business of the engine's.
+            if self._outputs.waiting and loop.time() - self._heard > allowed:
                 assert self._process is not None
                 self._lose(EngineDeadError(f"the engine has said nothing for {allowed:g} s; it hangs (--step-timeout)"))
                 self._process.kill()

@@ -8,19 +8,22 @@ from concurrent.futures import Future
 from typing import Any
 
 from thalweg.core import Request
-from thalweg.errors import InvalidRequest
+from thalweg.errors import InvalidRequest, QueueTimeout, ThalwegError
 from thalweg.sampling.grammars import Grammars
 
 COMPILE_SECONDS = 10.0
 
 
 class GrammarGate:
-    """`add` gets a request when it may run, `refuse` the id and reason of one whose grammar cannot be used.
+    """`add` gets a request when it may run, `refuse` the id of one whose grammar cannot be used, and why.
 
     Compilation goes on beside the loop that calls `poll`; a grammar that takes longer than COMPILE_SECONDS is given up.
+    One that had to wait so long for others' is no fault of its own: that is a QueueTimeout.
     """
 
-    def __init__(self, grammars: Grammars, add: Callable[[Request], None], refuse: Callable[[str, str], None]) -> None:
+    def __init__(
+        self, grammars: Grammars, add: Callable[[Request], None], refuse: Callable[[str, ThalwegError], None]
+    ) -> None:
         self._grammars, self._add, self._refuse = grammars, add, refuse
         self._waiting: dict[str, tuple[Request, Future[Any], float]] = {}
 
@@ -51,10 +54,16 @@ class GrammarGate:
                 continue
             del self._waiting[request.id]
             if not future.done():
-                self._refuse(request.id, f"the grammar takes more than {COMPILE_SECONDS:g} seconds to compile")
+                self._refuse(request.id, _late(future))
             elif (error := future.exception()) is None:
                 self._add(request)
             elif isinstance(error, InvalidRequest):
-                self._refuse(request.id, str(error))
+                self._refuse(request.id, error)
             else:
-                self._refuse(request.id, f"the grammar cannot be used: {type(error).__name__}")
+                self._refuse(request.id, InvalidRequest(f"the grammar cannot be used: {type(error).__name__}"))
+
+
+def _late(future: Future[Any]) -> ThalwegError:
+    if future.running():
+        return InvalidRequest(f"the grammar takes more than {COMPILE_SECONDS:g} seconds to compile")
+    return QueueTimeout(f"the grammar waited for {COMPILE_SECONDS:g} seconds while others were compiled; try later")

@@ -58,6 +58,11 @@ class OutputProcessor:
             detokenizer, p.include_stop_str_in_output, [] if self._late and not p.stop else None
         )
 
+    @property
+    def waiting(self) -> bool:
+        """Whether any request has not ended."""
+        return bool(self._live)
+
     def discard(self, request_id: str) -> None:
         self._live.pop(request_id, None)
 

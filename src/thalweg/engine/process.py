@@ -28,15 +28,13 @@ class EngineProcess:
     def __init__(self, socket: zmq.Socket[bytes], engine: Engine, queue_timeout_s: float | None = None) -> None:
         self._socket, self._core, self._queue_timeout_s = socket, engine.core, queue_timeout_s
         self._queued: dict[str, float] = {}  # when each must have a slot, in order of arrival; may name ended ones
-        self._gate = GrammarGate(engine.grammars, self._add, lambda i, reason: self._refuse(i, InvalidRequest(reason)))
+        self._gate = GrammarGate(engine.grammars, self._add, self._refuse)
 
     def run(self) -> None:
         """Until Stop. Raises what ended the engine otherwise."""
         last_sent = time.monotonic()
         while True:
-            # With work at hand only what is already there is read; otherwise wait for it, with a look at the ranks.
-            idle_ms = GATE_POLL_MS if self._gate.waiting else IDLE_POLL_MS
-            while self._socket.poll(0 if self._core.has_work() else idle_ms):
+            while self._socket.poll(self._patience_ms()):
                 message = m.decode_to_engine(self._socket.recv())
                 if isinstance(message, m.Stop):
                     return
@@ -44,14 +42,23 @@ class EngineProcess:
             self._gate.poll()
             if self._queued:
                 self._drop_late()
-            if not self._core.has_work():
+            updates: list[RequestUpdate] = []
+            if self._core.has_work():
+                updates = self._core.step()
+            else:
                 self._core.check()
-                continue
-            updates = self._core.step()
-            # A long prefill gives no updates; its figures should still be seen.
+                if not self._gate.waiting:
+                    continue
+            # A long prefill gives no updates, nor does a grammar; figures should still be seen, and that this lives.
             if updates or time.monotonic() - last_sent > STATS_INTERVAL_S:
                 last_sent = time.monotonic()
                 self._send(updates)
+
+    def _patience_ms(self) -> int:
+        """With work at hand only what is already there is read; otherwise wait for it, with a look at the ranks."""
+        if self._core.has_work():
+            return 0
+        return GATE_POLL_MS if self._gate.waiting else IDLE_POLL_MS
 
     def _take(self, message: m.ToEngine) -> None:
         if isinstance(message, m.Add):

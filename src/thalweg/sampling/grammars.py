@@ -50,8 +50,12 @@ class Grammars:
         return future
 
     def matcher(self, grammar: Grammar) -> llguidance.LLMatcher:
-        """A matcher of one's own. Waits for compilation; raises InvalidRequest."""
-        return self.compiled(grammar).result().deep_copy()
+        """A matcher of one's own; raises InvalidRequest. A grammar that is not kept (any more) is compiled here and
+        now: the caller may be a step, which must not wait for all that the threads have yet to do."""
+        with self._lock:
+            future = self._compiled.get(grammar)
+        matcher = future.result() if future is not None and future.done() else self._compile(grammar)
+        return matcher.deep_copy()
 
     def close(self) -> None:
         """Compile no more. What is being compiled is finished for nobody."""

@@ -33,7 +33,7 @@ async def chat_completions(body: ChatBody, request: Request, service: ServiceDep
     _refuse_unsupported(body)
     use, text = tool_use(body, service.output), wanted(body)
     messages = [_message(m) for m in body.messages]
-    prompt_ids = await service.encode_chat(messages, tools=use.tools or None, **body.template_options())
+    prompt_ids = await service.encode_chat(request, messages, tools=use.tools or None, **body.template_options())
     held = held_to(service.output, use, text, service.output.begins_thinking(prompt_ids))
     params = sampling_params(
         body,

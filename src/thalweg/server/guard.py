@@ -47,10 +47,11 @@ class Guard:
         if self._key is None or path in OPEN_PATHS:
             return True
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
-        if scheme == b"Bearer":
+        scheme = scheme.lower()
+        if scheme == b"bearer":
             return hmac.compare_digest(given, self._key)
         # A browser sends Basic by itself, so another site's page could have it sent: such a request names its origin.
-        return scheme == b"Basic" and _own_page(headers) and hmac.compare_digest(_password(given), self._key)
+        return scheme == b"basic" and _own_page(headers) and hmac.compare_digest(_password(given), self._key)
 
     def _bounded(self, receive: Receive) -> Receive:
         """`receive`, for bodies that do not say how long they are, and those that never end."""

@@ -135,8 +135,12 @@ class _Server(uvicorn.Server):
 def _check(port: int, api_key: str | None, names: Sequence[str], log_level: str) -> None:
     if not 0 <= port <= 65535:
         raise ConfigError(f"--port is {port}; expected 0 to 65535")
-    if api_key is not None and not api_key.strip():
-        raise ConfigError("--api-key is empty; expected a key, or the option left out")
+    # No header can bring another key as it is, so that nobody could send it. (The key itself is not printed.)
+    if api_key is not None and not (api_key == api_key.strip() != "" and api_key.isprintable()):
+        raise ConfigError(
+            "--api-key (or THALWEG_API_KEY) is empty, begins or ends with white space or has control characters;"
+            " expected a key, or the option left out"
+        )
     if isinstance(names, str) or not all(names):
         raise ConfigError(f"--served-model-name is {names!r}; expected one name or more, none of them empty")
     if log_level not in LOG_LEVELS:

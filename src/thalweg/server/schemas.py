@@ -81,7 +81,7 @@ class GenerationBody(Body):
     stream_options: StreamOptions | None = _says("include_usage: a last piece with the token counts")
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = _says("choices of an answer")
     max_tokens: Count | None = _says("generated tokens at most")
-    min_tokens: Count | None = _says("before as many tokens nothing ends the text")
+    min_tokens: Count | None = _says("before as many tokens no token ends the text; stop does")
     temperature: float | None = _says("0 is greedy; at most 100")
     top_p: float | None = _says("in (0, 1]")
     top_k: Annotated[int, Field(ge=-1, le=MAX_INT)] | None = _says("0 or -1: off")

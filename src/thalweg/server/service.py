@@ -102,9 +102,10 @@ class Service:
 
         return await _maybe_in_thread(sum(map(len, prompts)), encode)
 
-    async def encode_chat(self, messages: list[dict[str, Any]], /, **options: Any) -> list[int]:
-        """Token ids of a conversation, by the chat template under `options`. Raises InvalidRequest."""
-        size = sum(len(content) for m in messages if isinstance(content := m.get("content"), str | list))
+    async def encode_chat(self, request: Request, messages: list[dict[str, Any]], /, **options: Any) -> list[int]:
+        """Token ids of the conversation in `request`, by the chat template under `options`. Raises InvalidRequest."""
+        # The body's size, because text may be anywhere in it: in parts of a content, in calls, in tools.
+        size = len(await request.body())
         return await _maybe_in_thread(size, lambda: self.client.front.chat_ids(messages, **options))
 
     async def decode(self, token_ids: list[int]) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 
 from thalweg.engine.prompts import check_token_ids
+from thalweg.errors import InvalidRequest
 from thalweg.server.errors import ApiError
 from thalweg.server.responses import json_response
 from thalweg.server.schemas import DetokenizeBody, TokenizeBody
@@ -14,13 +15,13 @@ router = APIRouter()
 
 
 @router.post("/tokenize")
-async def tokenize(body: TokenizeBody, service: ServiceDep) -> Response:
+async def tokenize(body: TokenizeBody, request: Request, service: ServiceDep) -> Response:
     """The ids that `prompt`, or `messages` by the chat template, would have as a request's prompt."""
     service.check(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "prompt and messages are both given or both missing; expected one of them", param="prompt")
     if body.messages is not None:
-        ids = await service.encode_chat(body.messages, tools=body.tools, **body.template_options())
+        ids = await service.encode_chat(request, body.messages, tools=body.tools, **body.template_options())
     else:
         assert body.prompt is not None
         ids = (await service.encode_prompts([body.prompt]))[0] if body.prompt else []
@@ -46,5 +47,8 @@ async def tokenizer_info(service: ServiceDep) -> Response:
 async def detokenize(body: DetokenizeBody, service: ServiceDep) -> Response:
     """The text of token ids, special tokens included."""
     service.check(body.model)
-    ids = check_token_ids(body.tokens, service.client.info.vocab_size)
+    try:
+        ids = check_token_ids(body.tokens, service.client.info.vocab_size)
+    except InvalidRequest as error:
+        raise ApiError(400, str(error).removeprefix("prompt "), param="tokens") from None
     return json_response({"prompt": await service.decode(ids)})

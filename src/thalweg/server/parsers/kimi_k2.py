@@ -40,6 +40,7 @@ def lark(tools: Sequence[Mapping[str, Any]], added_tokens: Mapping[str, int], pa
 class KimiK2(CallParser):
     def __init__(self, new_id: NewId) -> None:
         super().__init__(new_id)
+        self._ids: set[str] = set()
         self._in_id = False  # between the beginning of a call and that of its arguments
         self._id = ""
         self._pending: tuple[str, str] | None = None  # name and id of a call whose arguments have not begun
@@ -56,7 +57,7 @@ class KimiK2(CallParser):
             name, call_id = self._pending
             self._pending = None
             if text[0] == "{":
-                self._begin(name, call_id)
+                self._call(name, call_id)
                 self._scanner = ObjectScanner()
             else:
                 self._content(call_id)  # no arguments, so no call
@@ -78,12 +79,17 @@ class KimiK2(CallParser):
             return
         if marker == KIMI_CALL_END and self._pending is not None:
             name, call_id = self._pending
-            self._begin(name, call_id)  # a function without parameters
+            self._call(name, call_id)  # a function without parameters
             self._arguments("{}")
             self._pending = None
         self._close()
         if marker == KIMI_CALL:
             self._in_id, self._id = True, ""
+
+    def _call(self, name: str, call_id: str) -> None:
+        # A model may give two calls one id, and whoever answers them could not tell them apart.
+        self._begin(name, None if call_id in self._ids else call_id)
+        self._ids.add(call_id)
 
     def _close(self) -> None:
         if self._in_id:
