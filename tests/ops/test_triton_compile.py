@@ -71,3 +71,21 @@ def test_what_a_kernel_would_have_written_is_zeros() -> None:
     with compiled_together():
         made = torch.empty(3, dtype=torch.int64), torch.empty_like(torch.ones(3)), torch.ones(1).new_empty(3)
         assert not any(x.any() for x in made)
+
+
+def test_a_kernel_is_loaded_where_it_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton.runtime._async_compile")
+    from triton.runtime._async_compile import active_mode
+
+    where: list[str] = []
+
+    class Kernel:
+        @property
+        def run(self) -> None:
+            where.append(threading.current_thread().name)
+
+    with compiled_together():
+        active_mode.get().submit("key", Kernel, lambda kernel: where.append(type(kernel).__name__))
+    compiled, finalized = where
+    assert compiled.startswith("thalweg-compile")
+    assert finalized == "Kernel"

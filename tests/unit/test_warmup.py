@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import pytest
 
 from thalweg import SamplingParams
@@ -45,12 +48,25 @@ def test_plans_stay_within_limits(sizes: dict[str, int], budget: int) -> None:
         assert all(p.length <= budget for p in plan.prefills)
 
 
-def test_a_request_after_it_gives_the_tokens_it_gives_without() -> None:
+def test_a_rehearsal_meets_every_kind_of_layer() -> None:
+    runner, _ = build_rank(EngineConfig(), 0, "")
+    model: Any = runner.model
+    of_each = {(type(model.layers[i].attn), type(model.layers[i].mlp)) for i in model.one_of_each()}
+    assert of_each == {(type(layer.attn), type(layer.mlp)) for layer in model.layers}
+    assert len(of_each) == len(model.one_of_each()) < len(model.layers)
+
+
+def test_a_request_after_them_gives_the_tokens_it_gives_without() -> None:
     def tokens(warm: bool) -> list[int]:
         runner, info = build_rank(EngineConfig(max_num_seqs=2, max_model_len=100), 0, "")
         if warm:
             sizes = dict(num_slots=info.num_slots, num_blocks=info.num_blocks, block_size=info.block_size)
-            warm_up(runner, split(**sizes, max_model_len=info.max_model_len), info.max_num_batched_tokens)
+            memory = split(**sizes, max_model_len=info.max_model_len)
+            model: Any = runner.model
+            steps = plans(memory, info.max_num_batched_tokens)
+            runner.rehearse(partial(model, layers=model.one_of_each()), steps)
+            assert runner.model is model
+            warm_up(runner, memory, info.max_num_batched_tokens)
         params = SamplingParams(temperature=0, max_tokens=None)
         prompt = [5, 6, 7, 8]
         admission = Admission(1, "a", prompt, len(prompt), params, 0, False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from math import prod
 
 import torch
@@ -18,7 +19,7 @@ from thalweg.config import env
 from thalweg.config.engine import EngineConfig
 from thalweg.engine.info import EngineInfo, OpChoice
 from thalweg.engine.source import ModelSource, open_source
-from thalweg.engine.warmup import warm_up
+from thalweg.engine.warmup import make_kernels, warm_up
 from thalweg.errors import ConfigError
 from thalweg.layers.context import BuildContext
 from thalweg.ops.registry import OpContext, Resolver
@@ -99,8 +100,11 @@ def build_rank(
     graph_sizes = [] if eager else buckets(split.num_slots)
     laps.end("cache")
     runner = ModelRunner(model, cache, inputs, sampler, mesh, graph_sizes)
-    laps.end("graphs")
     if device.type == "cuda":
+        make_kernels(runner, partial(model, layers=model.one_of_each()), split, config.max_num_batched_tokens)
+        laps.end("kernels")
+        runner.capture()
+        laps.end("graphs")
         warm_up(runner, split, config.max_num_batched_tokens)
         laps.end("warm-up")
     info = EngineInfo(

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from thalweg.cache.manager import MemorySplit
 from thalweg.core import Admission, Prefill, SamplingParams, StepPlan
 from thalweg.ops.triton_compile import compiled_together
-from thalweg.runner.runner import ModelRunner
+from thalweg.runner.runner import Model, ModelRunner
 
 # Prompt lengths around the powers of two, by which kernels choose their tiles; beyond, all take the largest.
 LENGTHS = sorted({n + more for n in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024) for more in (0, 1)})
@@ -19,16 +19,16 @@ LENGTHS = sorted({n + more for n in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024
 LONGEST = 8192
 
 
-def warm_up(runner: ModelRunner, split: MemorySplit, max_num_batched_tokens: int) -> None:
-    """Run the plans; on a GPU after compiling what they need, many kernels at a time.
+def make_kernels(runner: ModelRunner, one_of_each: Model, split: MemorySplit, max_num_batched_tokens: int) -> None:
+    """Compile what graphs and plans need, many kernels at a time. `one_of_each` is the model with a layer of each kind
+    alone, which is enough to meet every kernel."""
+    with compiled_together():
+        runner.rehearse(one_of_each, plans(split, max_num_batched_tokens))
 
-    What they leave in slots and pages is gone once a request is admitted to them. Every rank calls this, since plans
-    run on all of them.
-    """
-    if runner.waits:
-        with compiled_together():
-            for plan in plans(split, max_num_batched_tokens):
-                runner.launch(plan)
+
+def warm_up(runner: ModelRunner, split: MemorySplit, max_num_batched_tokens: int) -> None:
+    """Run the plans. What they leave in slots and pages is gone once a request is admitted to them. Every rank calls
+    this, since plans run on all of them."""
     finish = [runner.launch(plan) for plan in plans(split, max_num_batched_tokens)]
     for wait in finish:
         wait()

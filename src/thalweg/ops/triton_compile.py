@@ -1,11 +1,12 @@
-"""Compiles the kernels of a rehearsed step many at a time: one after another they are most of a first start."""
+"""Makes the kernels of a rehearsed step ready many at a time: one after another they are most of a first start."""
 
 from __future__ import annotations
 
 import os
+import sys
 import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 MAX_THREADS = 32
+SWITCH_S = 0.0005  # how long a thread that compiles may keep the interpreter from the one that rehearses
 _lock = threading.Lock()
 _under_way: list[Any] = []  # for each rehearsal in this process, what launched before the first of them began
 _EMPTY_TO_ZEROS = {
@@ -24,8 +26,8 @@ _EMPTY_TO_ZEROS = {
 
 @contextmanager
 def compiled_together() -> Iterator[None]:
-    """Inside, Triton kernels of this thread are handed to threads that compile them and are not launched; at the end
-    all are ready. Other threads, as those of another engine, launch theirs as ever.
+    """Inside, Triton kernels of this thread are handed to threads that compile and load them and are not launched; at
+    the end all are ready. Other threads, as those of another engine, launch theirs as ever.
 
     What a kernel would have written is zeros instead, in tensors made by torch.empty and its kin, so that ids taken
     from them stay in range. Without Triton, or with one that compiles on one thread alone, this does nothing.
@@ -37,10 +39,48 @@ def compiled_together() -> Iterator[None]:
         return
     with ExitStack() as stack:
         threads = min(MAX_THREADS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4)
-        stack.enter_context(AsyncCompileMode(stack.enter_context(ThreadPoolExecutor(threads, "thalweg-compile"))))
+        pool = stack.enter_context(ThreadPoolExecutor(threads, "thalweg-compile", _join_device, (_device(),)))
+        stack.enter_context(_switching_often())
+        stack.enter_context(AsyncCompileMode(_Loading(pool)))
         stack.enter_context(_Zeros())
         stack.enter_context(_not_launched())
         yield
+
+
+def _device() -> int | None:
+    return torch.cuda.current_device() if torch.cuda.is_available() else None
+
+
+def _join_device(device: int | None) -> None:
+    if device is not None:
+        torch.cuda.set_device(device)
+
+
+class _Loading(Executor):
+    """What is compiled on `pool` is loaded there too: for each signature Triton has a C compiler make a launcher, which
+    would otherwise happen at every kernel's first launch, one after another."""
+
+    def __init__(self, pool: Executor) -> None:
+        self._pool = pool
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        return self._pool.submit(_loaded, fn, *args, **kwargs)
+
+
+def _loaded(compile_kernel: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    kernel = compile_kernel(*args, **kwargs)
+    _ = kernel.run  # a property that loads
+    return kernel
+
+
+@contextmanager
+def _switching_often() -> Iterator[None]:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_S)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 @contextmanager

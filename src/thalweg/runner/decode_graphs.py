@@ -6,6 +6,7 @@ Token ids in, model, sampling, token ids out, all on the device; the host sends 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,6 @@ from torch import Tensor
 from thalweg.cache.storage import CacheStorage
 from thalweg.core import StepPlan
 from thalweg.layers.batch import Batch
-from thalweg.ops.triton_compile import compiled_together
 from thalweg.parallel.mesh import Mesh
 from thalweg.runner.inputs import InputBuilder, IntArray
 from thalweg.sampling.sampler import Sampler
@@ -36,7 +36,7 @@ def buckets(max_num_seqs: int) -> list[int]:
 class DecodeGraphs:
     """Captured steps, chosen by the number of rows. Rows that pad a bucket use slot 0 and page 0, the sinks.
 
-    With `capture` False the same static step runs eagerly, which tests use where there is no CUDA device.
+    Until capture() the same static step runs eagerly; tests leave it there where there is no CUDA device.
     """
 
     def __init__(
@@ -47,28 +47,33 @@ class DecodeGraphs:
         sampler: Sampler,
         mesh: Mesh,
         sizes: list[int],
-        capture: bool,
     ) -> None:
         self._model, self._cache, self._inputs, self._sampler, self._mesh = model, cache, inputs, sampler, mesh
         self._sizes = sizes
         device, top = inputs.device, sizes[-1]
         self._rows = torch.zeros(4, top, dtype=torch.int64, device=device)  # slot, length, page row, length as int32
-        self._stage = [torch.zeros(4, top, dtype=torch.int64, pin_memory=capture) for _ in range(STAGES)]
+        self._stage = [torch.zeros(4, top, dtype=torch.int64, pin_memory=device.type == "cuda") for _ in range(STAGES)]
         self._turn = 0
         self._tables = torch.zeros(inputs.tables.shape, dtype=torch.int32, device=device)
         self._ids = torch.zeros(top, dtype=torch.int64, device=device)
         self._logits: dict[int, Tensor] = {}
-        self._replay: dict[int, Callable[[], None]] = {}
+        self._replay: dict[int, Callable[[], None]] = {size: partial(self._step, size) for size in sizes}
         self._pool: Any = None
-        if capture:
-            self._rows.copy_(torch.tensor([[0], [1], [0], [1]]).expand(4, top))  # every row on the sinks
-            self._rows[3] = 1 + (1 << 32)  # two int32 ones
-            with compiled_together():
-                for size in sizes:
-                    self._step(size)
-            inputs.last_tokens.zero_()
-        for size in reversed(sizes):  # the largest first: the others fit into its memory
-            self._replay[size] = self._captured(size) if capture else self._eager(size)
+        self._rows[1] = 1
+        self._rows[3] = 1 + (1 << 32)  # two int32 ones: every row on the sinks
+
+    def rehearse(self, model: Model) -> None:
+        """A step of every size on the sinks, through `model` instead of the graphs' own."""
+        whole, self._model = self._model, model
+        try:
+            for size in self._sizes:
+                self._step(size)
+        finally:
+            self._model = whole
+
+    def capture(self) -> None:
+        for size in reversed(self._sizes):  # the largest first: the others fit into its memory
+            self._replay[size] = self._captured(size)
 
     def update_tables(self, plan: StepPlan) -> None:
         """Bring the device's block tables up to every plan, whether or not it runs as a graph."""
@@ -119,9 +124,6 @@ class DecodeGraphs:
         self._logits[size] = logits
         self._ids[:size] = ids
         self._inputs.last_tokens[slots] = ids.clamp(min=0)
-
-    def _eager(self, size: int) -> Callable[[], None]:
-        return lambda: self._step(size)
 
     def _captured(self, size: int) -> Callable[[], None]:
         """Warm up on the sinks, which sets up what the step needs of libraries, then capture."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import Protocol
 
@@ -53,8 +53,26 @@ class ModelRunner:
         self._graphs = None
         if graph_sizes:
             with torch.inference_mode():
-                capture = inputs.device.type == "cuda"
-                self._graphs = DecodeGraphs(model, cache, inputs, sampler, mesh, graph_sizes, capture)
+                self._graphs = DecodeGraphs(model, cache, inputs, sampler, mesh, graph_sizes)
+
+    @torch.inference_mode()
+    def rehearse(self, model: Model, plans: Iterable[StepPlan]) -> None:
+        """The graphs' steps and `plans` through `model`, without reading a result. What they leave in slots, pages and
+        last tokens is gone once a request is admitted to them."""
+        whole, self.model = self.model, model
+        try:
+            if self._graphs is not None:
+                self._graphs.rehearse(model)
+            for plan in plans:
+                self.launch(plan)
+        finally:
+            self.model = whole
+
+    @torch.inference_mode()
+    def capture(self) -> None:
+        """Turn the graphs' steps into CUDA graphs, once their kernels are ready."""
+        if self._graphs is not None:
+            self._graphs.capture()
 
     def execute(self, plan: StepPlan) -> StepResult:
         return self.launch(plan)()

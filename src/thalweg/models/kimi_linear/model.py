@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from thalweg.cache.specs import LayerSpec
@@ -83,8 +85,14 @@ class KimiLinearModel(nn.Module):
     def cache_specs(self) -> list[LayerSpec]:
         return [layer.attn.cache_spec for layer in self._stack]
 
-    def forward(self, batch: Batch, cache: CacheStorage) -> Tensor:
+    def one_of_each(self) -> list[int]:
+        """The first layer of each kind: between them they use every kernel of the stack."""
+        kinds = {(type(layer.attn), type(layer.mlp)): i for i, layer in reversed(list(enumerate(self._stack)))}
+        return sorted(kinds.values())
+
+    def forward(self, batch: Batch, cache: CacheStorage, layers: Sequence[int] | None = None) -> Tensor:
+        """`layers` are those to run, for a rehearsal; None runs all."""
         x_TD: Tensor = self.embed(batch.token_ids_T)
-        for layer, layer_cache in zip(self._stack, cache.layers, strict=True):
-            x_TD = layer(x_TD, batch, layer_cache)
+        for i in range(len(self._stack)) if layers is None else layers:
+            x_TD = self._stack[i](x_TD, batch, cache.layers[i])
         return self.lm_head(x_TD if batch.logit_rows_R is None else x_TD[batch.logit_rows_R], self.norm)
