@@ -74,8 +74,7 @@ class KimiDeltaAttention(nn.Module):
             parts.append(self._mix_decode(proj_TX[:n], batch.slots_B[:n], cache))
         if n < len(proj_TX):
             parts.append(self._mix_prefill(proj_TX[n:], batch.slots_B[n:], batch.prefill_offsets, cache))
-        o_TO = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return self.out_proj(o_TO, x_TD)
+        return self.out_proj.of_parts(parts, x_TD)
 
     def _mix_decode(self, proj_BX: Tensor, slots_B: Tensor, cache: LayerCache) -> Tensor:
         return self._mixer_decode(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,6 +38,19 @@ class LinearAdd(nn.Module):
         if self.mesh.tp_size == 1:
             return self._linear(x_TD, self.weight, residual_TO)
         return residual_TO + self.mesh.all_reduce(self._linear(x_TD, self.weight))
+
+    def of_parts(self, parts: Sequence[Tensor], residual_TO: Tensor) -> Tensor:
+        """`forward` of the rows of all parts in order, without the copy that puts them into one tensor.
+
+        The residual may be overwritten. Rows that decode take the path they take where nothing else runs beside them.
+        """
+        if len(parts) == 1:
+            return self(parts[0], residual_TO)
+        if self.mesh.tp_size > 1:  # one sum over ranks, not one a part
+            return self(torch.cat(list(parts)), residual_TO)
+        for x_TD, rows_TO in zip(parts, residual_TO.split([len(part) for part in parts]), strict=True):
+            rows_TO.copy_(self(x_TD, rows_TO))  # nothing to copy where the op wrote in place
+        return residual_TO
 
 
 class VocabEmbedding(nn.Module):

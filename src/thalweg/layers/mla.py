@@ -72,5 +72,4 @@ class MultiHeadLatentAttention(nn.Module):
             spans = (batch.block_tables_BN[n:], batch.prefill_starts, batch.prefill_offsets)
             o_THV = self._prefill(q_THX, pages, *spans, w_uk_HKR, w_uv_HVR, self.scale)
             parts.append(o_THV.flatten(1))  # t h v -> t (h v)
-        o_TO = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return self.out_proj(o_TO, x_TD)
+        return self.out_proj.of_parts(parts, x_TD)
