@@ -58,8 +58,18 @@ __device__ __forceinline__ bf16 load_bf16(const bf16* p) {
     asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(x) : "l"(p));
     return x;
 }
+// For states. Nothing reads them before the next step, so fp32 ones may be the first to leave L2: up to 2 % faster from
+// 8 sequences on. In bf16 it gained nothing.
 __device__ __forceinline__ void store16(void* p, uint4 x) {
-    *(uint4*)p = x;
+    if (sizeof(State) == 4) {
+        unsigned long long policy;
+        asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+        asm volatile("st.global.L2::cache_hint.v4.u32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(p), "r"(x.x), "r"(x.y),
+                     "r"(x.z), "r"(x.w), "l"(policy)
+                     : "memory");
+    } else {
+        *(uint4*)p = x;
+    }
 }
 
 // To shared memory while the thread goes on; cp.async.wait_all waits for a thread's own.
