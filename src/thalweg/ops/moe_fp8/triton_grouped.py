@@ -2,7 +2,7 @@
 
 A weight takes its scale as it is widened, so that sums run through all columns in one accumulator. What it takes is the
 scale over the largest one of its rows, and the sums take that: so nothing leaves the range of the tiles' type, and what
-falls below it is 2^-32 of the largest weight of the row.
+falls below it is 2^-32 of the largest weight of these blocks.
 """
 
 from __future__ import annotations
