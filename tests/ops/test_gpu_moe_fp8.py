@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from types import ModuleType
+
 import pytest
 import torch
 
 from tests.ops.moe_case import experts_in_float64, moe_case_fp8, rmse_ratio
 
 pytestmark = pytest.mark.gpu
+
+
+def experts_of(implementation: str) -> ModuleType:
+    return import_module(f"thalweg.ops.moe_fp8.{implementation}_experts")
 
 
 @pytest.mark.parametrize("T", [1, 2, 3, 8, 33, 128, 512, 600])
@@ -21,20 +28,43 @@ def test_experts(T: int, dtype: torch.dtype, tolerance: float, D: int, I: int, E
     assert rmse_ratio(y, experts_in_float64(case)) < tolerance
 
 
-@pytest.mark.parametrize("T", [1, 8, 64, 600])
-def test_experts_at_the_published_shape(T: int) -> None:
+@pytest.mark.parametrize("T", [1, 8, 64, 257, 600, 4096, 8192])
+@pytest.mark.parametrize("skewed", [False, True])
+def test_experts_at_the_published_shape(T: int, skewed: bool) -> None:
     from thalweg.ops.moe_fp8 import reference
     from thalweg.ops.moe_fp8.triton_experts import experts_fp8
 
     case, quantized = moe_case_fp8(T, 2304, 1024, 64, 8, 1, torch.bfloat16, "cuda")
+    if skewed:  # half of the tokens with the same experts
+        case.ids[T // 2 :] = case.ids[0]
     expected = reference.experts_fp8(case.x, case.weights, case.ids, *quantized, 1)
     assert rmse_ratio(experts_fp8(case.x, case.weights, case.ids, *quantized, 1), expected) < 0.005
 
 
-@pytest.mark.parametrize("T", [2, 8, 70])
-def test_nan_stays_in_its_row(T: int) -> None:
-    from thalweg.ops.moe_fp8.triton_experts import experts_fp8
+@pytest.mark.parametrize("T", [1, 2, 3, 7, 8, 9, 15, 16, 17])
+@pytest.mark.parametrize(
+    ("D", "I", "E", "k", "shared"), [(256, 128, 32, 4, 1), (1792, 1536, 20, 3, 0), (2304, 1024, 64, 8, 1)]
+)
+def test_experts_in_cuda(T: int, D: int, I: int, E: int, k: int, shared: int) -> None:
+    from thalweg.ops.moe_fp8.cuda_experts import experts_fp8
 
+    case, quantized = moe_case_fp8(T, D, I, E, k, shared, torch.bfloat16, "cuda", seed=T)
+    case.x[0] *= 2.0**30  # far beyond fp16, which serves products within
+    case.x[-1] *= 2.0**-30
+    y = experts_fp8(case.x, case.weights, case.ids, *quantized, shared)
+    expected = experts_in_float64(case)
+    assert all(rmse_ratio(a, b) < 0.01 for a, b in zip(y, expected, strict=True))
+    alone = [
+        experts_fp8(case.x[t : t + 1], case.weights[t : t + 1], case.ids[t : t + 1], *quantized, shared)
+        for t in range(T)
+    ]
+    assert T > 16 or torch.equal(y, torch.cat(alone))
+
+
+@pytest.mark.parametrize("implementation", ["cuda", "triton"])
+@pytest.mark.parametrize("T", [2, 8, 13, 70, 300])
+def test_nan_stays_in_its_row(T: int, implementation: str) -> None:
+    experts_fp8 = experts_of(implementation).experts_fp8
     case, quantized = moe_case_fp8(T, 256, 128, 32, 4, 1, torch.bfloat16, "cuda")
     case.x[1] = torch.nan
     y = experts_fp8(case.x, case.weights, case.ids, *quantized, 1)
@@ -42,11 +72,11 @@ def test_nan_stays_in_its_row(T: int) -> None:
     assert y.isfinite().all(1).tolist() == [t != 1 for t in range(T)]
 
 
-@pytest.mark.parametrize("T", [1, 8, 40])
-def test_chained_in_a_graph(T: int) -> None:
+@pytest.mark.parametrize("implementation", ["cuda", "triton"])
+@pytest.mark.parametrize("T", [1, 8, 12, 40])
+def test_chained_in_a_graph(T: int, implementation: str) -> None:
     """Each kernel may start before the one ahead is done; replays must still equal a run with nothing in flight."""
-    from thalweg.ops.moe_fp8.triton_experts import experts_fp8_add
-
+    experts_fp8_add = experts_of(implementation).experts_fp8_add
     layers = [moe_case_fp8(T, 512, 256, 64, 8, 1, torch.bfloat16, "cuda", seed=i) for i in range(10)]
 
     def chain(wait: bool) -> torch.Tensor:

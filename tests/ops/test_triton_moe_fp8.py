@@ -30,7 +30,7 @@ def check_one_of_each() -> None:
     check(1, 140, 20, 4, 2, 1)  # one pair a program
     check(5, 40, 136, 12, 1, 0)  # a group for each pair
     check(40, 40, 20, 3, 1, 1)  # a group for each expert, some of them with several tiles of tokens
-    check(257, 36, 20, 3, 1, 0)  # more tokens than one pass takes
+    check(257, 36, 20, 3, 1, 0)  # sorted by expert
 
 
 def check_more_sizes() -> None:
@@ -38,6 +38,20 @@ def check_more_sizes() -> None:
     check(6, 144, 136, 12, 2, 1)
     check(70, 96, 33, 6, 3, 1)
     check(260, 144, 24, 3, 2, 1)
+
+
+def check_grouped() -> None:
+    from thalweg.ops.moe_fp8 import triton_grouped
+
+    for T, D, I, E, k, shared in ((70, 96, 33, 6, 3, 1), (5, 140, 48, 24, 3, 0), (300, 144, 150, 3, 2, 2)):
+        case, quantized = moe_case_fp8(T, D, I, E, k, shared, torch.float32)
+        y = triton_grouped.experts_grouped(case.x, case.weights, case.ids, *quantized, shared)
+        assert rmse_ratio(y, experts_in_float64(case)) < 1e-6
+    case, quantized = moe_case_fp8(60, 160, 150, 6, 3, 1, torch.bfloat16)
+    case.x[0] *= 2.0**30  # far beyond fp16, which serves products within
+    case.x[1] *= 2.0**-30
+    y = triton_grouped.experts_grouped(case.x, case.weights, case.ids, *quantized, 1)
+    assert all(rmse_ratio(a, b) < 0.015 for a, b in zip(y, experts_in_float64(case), strict=True))
 
 
 def check_experts_in_bfloat16() -> None:
@@ -82,7 +96,7 @@ def test_kernels_under_the_interpreter() -> None:
 @pytest.mark.slow
 def test_kernels_under_the_interpreter_at_more_sizes() -> None:
     pytest.importorskip("triton")
-    run_interpreted(check_more_sizes, check_experts_in_bfloat16, check_add, check_nan_stays_in_its_row)
+    run_interpreted(check_grouped, check_more_sizes, check_experts_in_bfloat16, check_add, check_nan_stays_in_its_row)
 
 
 TYPES = {
@@ -90,7 +104,7 @@ TYPES = {
     "ids_ptr": "*i64",
     **dict.fromkeys(("x_ptr", "h_ptr"), "*bf16"),
     **dict.fromkeys(("s_ptr", "y_ptr", "scale_ptr"), "*fp32"),
-    **dict.fromkeys(("expert_ptr", "count_ptr", "list_ptr"), "*i32"),
+    **dict.fromkeys(("expert_ptr", "count_ptr", "list_ptr", "sorted_ptr", "blocks_ptr"), "*i32"),
     **dict.fromkeys(("pairs", "tokens", "groups", "x_stride"), "i32"),
     "half_ptr": "*fp16",
 }
@@ -131,3 +145,28 @@ def test_tile_kernels_compile_for_hopper() -> None:
     assert result.spilled_bytes == 0
     assert result.registers <= 128
     assert 2 * result.shared_bytes <= 227 * 1024
+
+
+def test_grouped_kernels_compile_for_hopper() -> None:
+    pytest.importorskip("triton")
+    from thalweg.ops.moe_fp8.triton_grouped import (
+        DOWN_TILES,
+        GATE_UP_TILES,
+        down_grouped_kernel,
+        gate_up_grouped_kernel,
+    )
+
+    for rows in (64, 128):
+        tile = GATE_UP_TILES[rows]
+        constants = dict(D=2304, I=1024, ROWS=rows, TAIL=tile.tail, STAGES=tile.stages)
+        blocks = dict(BLOCK_I=tile.columns, BLOCK_D=tile.depth)
+        result = compiled(gate_up_grouped_kernel, constants | blocks | dict(K=9), tile.warps, x_ptr="*fp16")
+        assert result.spilled_bytes == 0
+        assert "wgmma" in result.ptx
+        assert 2 * result.shared_bytes <= 227 * 1024
+        tile = DOWN_TILES[rows]
+        blocks = dict(BLOCK_D=tile.columns, BLOCK_I=tile.depth)
+        result = compiled(down_grouped_kernel, constants | blocks, tile.warps, y_ptr="*bf16")
+        assert result.spilled_bytes == 0
+        assert "wgmma" in result.ptx
+        assert 2 * result.shared_bytes <= 227 * 1024

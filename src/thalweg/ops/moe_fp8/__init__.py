@@ -6,6 +6,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from thalweg.config.quantization import BLOCK
+from thalweg.ops import cuda_build
 from thalweg.ops.moe_fp8 import reference
 from thalweg.ops.registry import OpContext, register
 from thalweg.ops.triton_support import why_not
@@ -62,6 +64,18 @@ def _triton_experts_add(*args: Any, **options: Any) -> Tensor:
     return triton_experts.experts_fp8_add(*args, **options)
 
 
+def _cuda_experts(*args: Any, **options: Any) -> Tensor:
+    from thalweg.ops.moe_fp8 import cuda_experts
+
+    return cuda_experts.experts_fp8(*args, **options)
+
+
+def _cuda_experts_add(*args: Any, **options: Any) -> Tensor:
+    from thalweg.ops.moe_fp8 import cuda_experts
+
+    return cuda_experts.experts_fp8_add(*args, **options)
+
+
 MAX_WIDTH = 16384  # one program holds a token's row in registers
 
 
@@ -71,11 +85,37 @@ def _supports(ctx: OpContext) -> str | None:
     return why_not(ctx)
 
 
+MAX_EXPERTS = 1024  # a block of the CUDA C++ kernels has all of them in shared memory
+MAX_WARPS = 12
+
+
+def steps_per_warp(columns: int) -> int | None:
+    """Blocks of 128 columns for a warp in CUDA C++, as few as MAX_WARPS allow; None for more than two, or a rest."""
+    blocks, rest = divmod(columns, BLOCK)
+    fitting = [steps for steps in (1, 2) if blocks % steps == 0 and blocks <= steps * MAX_WARPS]
+    return fitting[0] if fitting and blocks and not rest else None
+
+
+def _cuda_supports(ctx: OpContext) -> str | None:
+    E, D, I = (ctx.dims.get(name, 0) for name in "EDI")
+    if E > MAX_EXPERTS:
+        return f"needs at most {MAX_EXPERTS} experts, not {E}"
+    if steps_per_warp(D) is None or steps_per_warp(I) is None:
+        return f"needs D and I of up to 12, or an even number up to 24, times 128, not {D} and {I}"
+    if ctx.dtype != "bfloat16":
+        return f"needs bfloat16, not {ctx.dtype}"
+    return cuda_build.why_not(ctx) or why_not(ctx)  # Triton's for the sum
+
+
 _reference: ExpertsFp8 = reference.experts_fp8
 _kernel: ExpertsFp8 = _triton_experts
+_cuda: ExpertsFp8 = _cuda_experts
 _reference_add: ExpertsFp8Add = reference.experts_fp8_add
 _kernel_add: ExpertsFp8Add = _triton_experts_add
+_cuda_add: ExpertsFp8Add = _cuda_experts_add
 register("experts_fp8", "reference", _reference, capturable=False)
 register("experts_fp8", "triton", _kernel, supports=_supports, priority=10)
+register("experts_fp8", "cuda", _cuda, supports=_cuda_supports, priority=20)
 register("experts_fp8_add", "reference", _reference_add, capturable=False)
 register("experts_fp8_add", "triton", _kernel_add, supports=_supports, priority=10)
+register("experts_fp8_add", "cuda", _cuda_add, supports=_cuda_supports, priority=20)

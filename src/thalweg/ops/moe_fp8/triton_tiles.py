@@ -26,6 +26,19 @@ SMALL_BATCH = 128  # above, an expert's tokens are several tiles one after the o
 
 
 @triton.jit
+def store_half_row(x_ptr, half_ptr, scale_ptr, token, x_stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A row of x in fp16, times a power of two, and the inverse of that."""
+    cols = tl.arange(0, BLOCK_D)
+    x = tl.load(x_ptr + token * x_stride + cols, mask=cols < D, other=0.0).to(tl.float32)
+    # The powers of two are put together from their bits: the largest lands in [2^14, 2^15), and NaN stays NaN.
+    exponent = tl.max(tl.abs(x), 0).to(tl.int32, bitcast=True) >> 23
+    exponent = tl.minimum(tl.maximum(exponent, 15), 253)
+    x *= ((268 - exponent) << 23).to(tl.float32, bitcast=True)
+    tl.store(half_ptr + token * D + cols, x.to(tl.float16), mask=cols < D)
+    tl.store(scale_ptr + token, ((exponent - 14) << 23).to(tl.float32, bitcast=True))
+
+
+@triton.jit
 def list_kernel(
     ids_ptr,
     x_ptr,
@@ -75,15 +88,7 @@ def list_kernel(
         tl.store(count_ptr + group, count)
         tl.store(expert_ptr + group, expert)
     else:
-        token = group - groups
-        cols = tl.arange(0, BLOCK_D)
-        x = tl.load(x_ptr + token * x_stride + cols, mask=cols < D, other=0.0).to(tl.float32)
-        # The powers of two are put together from their bits: the largest lands in [2^14, 2^15), and NaN stays NaN.
-        exponent = tl.max(tl.abs(x), 0).to(tl.int32, bitcast=True) >> 23
-        exponent = tl.minimum(tl.maximum(exponent, 15), 253)
-        x *= ((268 - exponent) << 23).to(tl.float32, bitcast=True)
-        tl.store(half_ptr + token * D + cols, x.to(tl.float16), mask=cols < D)
-        tl.store(scale_ptr + token, ((exponent - 14) << 23).to(tl.float32, bitcast=True))
+        store_half_row(x_ptr, half_ptr, scale_ptr, (group - groups).to(tl.int64), x_stride, D, BLOCK_D)
 
 
 @triton.jit

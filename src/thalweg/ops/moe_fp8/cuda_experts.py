@@ -1,0 +1,102 @@
+"""Experts in fp8 for a few tokens by products in CUDA C++ (experts.cu says how they work); for more, as in Triton."""
+
+from __future__ import annotations
+
+from ctypes import c_int, c_longlong
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from thalweg.config.quantization import BLOCK
+from thalweg.ops.cuda_build import cuda_kernel
+from thalweg.ops.moe.triton_finish import weighted_sum
+from thalweg.ops.moe_fp8 import steps_per_warp, triton_experts
+from thalweg.ops.triton_support import multiprocessors
+
+SOURCE = Path(__file__).with_name("experts.cu")
+MAX_TOKENS = 16
+RING = 27  # steps of a block. More loads in flight are slower: neighbouring lines are then asked for further apart
+STEP_BYTES, TILE, BUFFERS = 16 * BLOCK, 8, 4  # as in the source
+SUM_BYTES = 16 * TILE * 4  # of a warp's part of an item
+
+
+def geometry(columns: int, tokens: int) -> tuple[int, int, dict[str, int]]:
+    """(warps that multiply, bytes of shared memory, macros) of a launch."""
+    steps, tiles = steps_per_warp(columns), -(-tokens // TILE)
+    assert steps is not None
+    warps = columns // (BLOCK * steps)
+    stages = min(RING // warps, 8)
+    shared_bytes = warps * (stages * STEP_BYTES + BUFFERS * tiles * SUM_BYTES)
+    return warps, shared_bytes, {"COLS": columns, "TILES": tiles, "STEPS": steps, "STAGES": stages}
+
+
+def _product(x: Tensor, ids_Tk: Tensor, q: Tensor, scales: Tensor, out: Tensor, gated: bool, num_shared: int) -> None:
+    (T, K), (E, _, columns) = ids_Tk.shape, q.shape
+    warps, shared_bytes, macros = geometry(columns, T)
+    macros |= {"GATED": int(gated), "OUT": out.shape[1], "E": E, "K": K, "SHARED": num_shared}
+    kernel = cuda_kernel(SOURCE, "experts", 32 * (warps + 1), x.device, **macros)
+    blocks = multiprocessors(x.device) * (2 if macros["TILES"] == 1 else 1)
+    kernel.launch((blocks, 1, 1), shared_bytes, x, ids_Tk, q, scales, out, (c_longlong, x.stride(0)), (c_int, T))
+
+
+def run_gate_up(x_TD: Tensor, ids_Tk: Tensor, q_E2ID: Tensor, s_gate_up: Tensor, num_shared: int) -> Tensor:
+    """h [T * k, I] bf16 = silu(gate x) * up x of every pair."""
+    h_PI = torch.empty(ids_Tk.numel(), q_E2ID.shape[1] // 2, dtype=x_TD.dtype, device=x_TD.device)
+    _product(x_TD, ids_Tk, q_E2ID, s_gate_up, h_PI, True, num_shared)
+    return h_PI
+
+
+def run_down(h_PI: Tensor, ids_Tk: Tensor, q_EDI: Tensor, s_down: Tensor) -> Tensor:
+    """y [T * k, D] fp32 = down h of every pair."""
+    y_PD = torch.empty(len(h_PI), q_EDI.shape[1], dtype=torch.float32, device=h_PI.device)
+    _product(h_PI, ids_Tk, q_EDI, s_down, y_PD, False, 0)
+    return y_PD
+
+
+def experts_fp8(
+    x_TD: Tensor,
+    weights_Tk: Tensor,
+    ids_Tk: Tensor,
+    q_gate_up_E2ID: Tensor,
+    s_gate_up: Tensor,
+    q_down_EDI: Tensor,
+    s_down: Tensor,
+    num_shared: int = 0,
+) -> Tensor:
+    quantized = (q_gate_up_E2ID, s_gate_up, q_down_EDI, s_down, num_shared)
+    if not 0 < x_TD.shape[0] <= MAX_TOKENS:
+        return triton_experts.experts_fp8(x_TD, weights_Tk, ids_Tk, *quantized)
+    return weighted_sum(_pair_outputs(x_TD, ids_Tk, *quantized), weights_Tk, x_TD.dtype)
+
+
+def experts_fp8_add(
+    x_TD: Tensor,
+    weights_Tk: Tensor,
+    ids_Tk: Tensor,
+    q_gate_up_E2ID: Tensor,
+    s_gate_up: Tensor,
+    q_down_EDI: Tensor,
+    s_down: Tensor,
+    residual_TD: Tensor,
+    num_shared: int = 0,
+) -> Tensor:
+    quantized = (q_gate_up_E2ID, s_gate_up, q_down_EDI, s_down)
+    if not 0 < x_TD.shape[0] <= MAX_TOKENS or residual_TD.stride(1) != 1:
+        return triton_experts.experts_fp8_add(x_TD, weights_Tk, ids_Tk, *quantized, residual_TD, num_shared)
+    y_PD = _pair_outputs(x_TD, ids_Tk, *quantized, num_shared)
+    return weighted_sum(y_PD, weights_Tk, x_TD.dtype, residual_TD)
+
+
+def _pair_outputs(
+    x_TD: Tensor,
+    ids_Tk: Tensor,
+    q_gate_up_E2ID: Tensor,
+    s_gate_up: Tensor,
+    q_down_EDI: Tensor,
+    s_down: Tensor,
+    num_shared: int,
+) -> Tensor:
+    """Every pair's output in fp32 [T * k, D], not yet weighted."""
+    h_PI = run_gate_up(x_TD.contiguous(), ids_Tk, q_gate_up_E2ID, s_gate_up, num_shared)
+    return run_down(h_PI, ids_Tk, q_down_EDI, s_down)

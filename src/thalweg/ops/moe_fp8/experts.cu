@@ -1,0 +1,338 @@
+// One of the experts' two matrix products over weights in fp8, for a few tokens, on Hopper: gate and up with SiLU
+// (GATED), or down.
+//
+// An item is 16 rows of an expert: 8 of gate and the same 8 of up, or 16 of down. Blocks fill the multiprocessors once
+// and share out the items. Each warp of a block has the same few columns of all of them. So a warp's part of the tokens
+// stays in registers, as the right-hand operand of the matrix unit, and weights stream past it by way of the warp's own
+// ring in shared memory, STAGES steps ahead. The order of columns within a sum is the matrix unit's to choose, so a
+// lane takes 16 weights in a row. What the warps have of an item is added up by one more warp: none waits for another
+// until all buffers of sums are full.
+//
+// Products are in fp16, for which e4m3 has an instruction. A warp's part of a token's row is scaled by a power of two to
+// just below fp16's largest, which loses nothing but what is below 2^-29 of its largest element; it and the weights'
+// scales are applied to sums over 128 columns. All tokens of a tile of 8 are multiplied by every expert that one of
+// them chose, and those that did not choose it are dropped.
+//
+// Macros: GATED; COLS, the columns; OUT, the rows of gate, up or down; E, experts; K, experts a token; SHARED, how many
+// of these are the last experts; TILES of 8 tokens; STEPS of 128 columns that a warp has; STAGES of the ring.
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef unsigned char u8;
+#if GATED
+typedef u16 Out;  // bf16
+#else
+typedef float Out;
+#endif
+constexpr int BLOCK = 128, ROWS = GATED ? 8 : 16, WARPS = COLS / (BLOCK * STEPS), TOKENS = 8 * TILES;
+constexpr int BLOCKS = COLS / BLOCK, ITEMS = OUT / ROWS;  // of an expert
+constexpr int EXPERT_ROWS = GATED ? 2 * OUT : OUT;
+constexpr int UPPER = GATED ? OUT : 8;  // from a row of the item's first eight to its counterpart of the second
+constexpr int STEP_BYTES = 16 * BLOCK;
+constexpr int THREADS = 32 * (WARPS + 1), BUFFERS = 4;
+constexpr int FULL = 1, EMPTY = FULL + BUFFERS;  // barriers of the buffers
+
+__device__ __forceinline__ void wait_at(int barrier) {
+    asm volatile("barrier.cta.sync %0, %1;" ::"r"(barrier), "n"(THREADS) : "memory");
+}
+__device__ __forceinline__ void arrive_at(int barrier) {
+    asm volatile("barrier.cta.arrive %0, %1;" ::"r"(barrier), "n"(THREADS) : "memory");
+}
+__device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
+__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+// Loads keep their place relative to the wait for the kernel ahead, and go by L2.
+__device__ __forceinline__ uint4 load16(const void* p) {
+    uint4 x;
+    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(p));
+    return x;
+}
+__device__ __forceinline__ int load_id(const long long* p) {
+    long long x;
+    asm volatile("ld.global.cg.u64 %0, [%1];" : "=l"(x) : "l"(p));
+    return (int)x;
+}
+
+// To shared memory while the thread goes on. The line beside the one asked for is next, and comes to L2 with it.
+__device__ __forceinline__ void copy16(u32 to, const void* from) {
+    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+__device__ __forceinline__ void copy4(u32 to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+}
+__device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+__device__ __forceinline__ u32 half_pair(float a, float b) {
+    u32 pair;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(b), "f"(a));
+    return pair;
+}
+__device__ __forceinline__ u32 widen(u16 two) {
+    u32 pair;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(pair) : "h"(two));
+    return pair;
+}
+__device__ __forceinline__ u32 larger(u32 a, u32 b) {  // of pairs of bf16
+    u32 c;
+    asm("max.bf16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+    return c;
+}
+__device__ __forceinline__ void store(u16* to, float x) {
+    u16 y;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
+    *to = y;
+}
+__device__ __forceinline__ void store(float* to, float x) { *to = x; }
+
+__device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// Which experts are chosen, in the order of the last token of each, backwards (so the shared ones begin), and by which
+// tokens.
+struct Choices {
+    u32 tokens[E];         // bit t: token t chose it
+    u8 place[E * TOKENS];  // of the expert among the token's
+    u16 expert[E];
+    int count;
+};
+
+// A lane's part of the tokens: of token lane / 4 of each tile, 16 neighbours in every 64 columns of its warp.
+struct Rows {
+    u32 x[TILES][STEPS][2][8];
+    float scale[TILES][2];  // of the two tokens whose sums it gets
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, TILES == 1 ? 2 : 1)
+    experts(const u16* x, const long long* ids, const u8* q, const float* scales, Out* out, long long x_stride, int T) {
+    const int tid = threadIdx.x, lane = tid % 32, quad = lane / 4, pair = lane % 4;
+    const int warp = __shfl_sync(~0u, tid / 32, 0);  // so that the compiler knows it for the same in all lanes
+
+    extern __shared__ __align__(128) u8 shared[];
+    float4* sums = (float4*)(shared + WARPS * STAGES * STEP_BYTES);  // [BUFFERS, TILES, WARPS, 32]
+    __shared__ float scales_s[WARPS * STAGES * 2];
+    __shared__ Choices chosen;
+
+    for (int e = tid; e < E; e += THREADS) chosen.tokens[e] = 0;
+    __syncthreads();
+
+    // Eight lanes copy a line of a row, to where the four lanes that multiply it read.
+    const u32 ring = shared_address(shared) + warp * STAGES * STEP_BYTES;
+    const u32 copy_to = ring + lane % 8 / 4 * 512 + (lane / 8 * 4 + lane % 4) * 16;
+    const u32 scale_ring = shared_address(scales_s) + (warp * STAGES * 2 + lane) * 4;
+    const u8* lane_q = q + lane / 8 * COLS + warp * STEPS * BLOCK + 16 * (lane % 8);
+    auto ask = [&](int stage, int expert, int rows, int step) {  // `rows`: the item's number among the expert's
+        const u8* from = lane_q + (long long)(expert * EXPERT_ROWS + rows * ROWS) * COLS + step * BLOCK;
+        const u32 to = copy_to + stage * STEP_BYTES;
+#pragma unroll
+        for (int i = 0; i < 4; i++)  // 4 rows of the lower or upper 8
+            copy16(to + i / 2 * 1024 + i % 2 * 256, from + (i / 2 * UPPER + i % 2 * 4) * COLS);
+        const int row = expert * (EXPERT_ROWS / BLOCK) + rows * ROWS / BLOCK + lane * (GATED ? UPPER / BLOCK : 0);
+        if (lane < 2) copy4(scale_ring + stage * 8, scales + row * BLOCKS + warp * STEPS + step);
+    };
+
+#if GATED
+    // The shared experts' weights are known before the router is done.
+    const bool early = blockIdx.x < SHARED * ITEMS && warp < WARPS;
+    if (early)
+#pragma unroll
+        for (int step = 0; step < STEPS; step++) ask(step, E - 1 - blockIdx.x / ITEMS, blockIdx.x % ITEMS, step);
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    // Only now may "down" start: it reads ids before its own wait, and they are complete here.
+#else
+    const bool early = false;
+#endif
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+
+    if (warp == 0) {
+        constexpr int ROUNDS = (TOKENS * K + 31) / 32;
+        int expert[ROUNDS], count = 0;
+#pragma unroll
+        for (int i = 0; i < ROUNDS; i++) {
+            const int p = T * K - 1 - 32 * i - lane;
+            expert[i] = p >= 0 ? load_id(ids + p) : -1;
+        }
+#pragma unroll
+        for (int i = 0; i < ROUNDS; i++) {
+            const int p = T * K - 1 - 32 * i - lane;
+            if (p < 0) continue;
+            atomicOr(&chosen.tokens[expert[i]], 1u << p / K);
+            chosen.place[expert[i] * TOKENS + p / K] = p % K;
+        }
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < ROUNDS; i++) {
+            const int p = T * K - 1 - 32 * i - lane;
+            const bool is_last = p >= 0 && chosen.tokens[max(expert[i], 0)] >> p / K == 1;
+            const u32 all = __ballot_sync(~0u, is_last);
+            if (is_last) chosen.expert[count + __popc(all & ((1u << lane) - 1))] = expert[i];
+            count += __popc(all);
+        }
+        if (lane == 0) chosen.count = count;
+    }
+    __syncthreads();
+
+#if GATED  // by turns, so that the first is known early
+    const int total = chosen.count * ITEMS, first = blockIdx.x, stride = gridDim.x;
+    const int count = (total - first + stride - 1) / stride;
+#else  // a run, so that it is of few experts
+    const int total = chosen.count * ITEMS, first = blockIdx.x * total / gridDim.x, stride = 1;
+    const int count = (blockIdx.x + 1) * total / gridDim.x - first;
+#endif
+    if (warp == WARPS) {  // adds up what the others have, item by item
+#pragma unroll 1
+        for (int j = 0; j < count; j++) {
+            const int item = first + j * stride, expert = chosen.expert[item / ITEMS];
+            const u32 tokens = chosen.tokens[expert];
+            const float4* item_sums = sums + j % BUFFERS * TILES * WARPS * 32 + lane;
+            float v[TILES][4] = {};
+            wait_at(FULL + j % BUFFERS);
+#pragma unroll
+            for (int tile = 0; tile < TILES; tile++) {
+                if (TILES > 1 && !(tokens >> 8 * tile & 0xff)) continue;
+#pragma unroll
+                for (int i = 0; i < WARPS; i++) {
+                    const float4 part = item_sums[(tile * WARPS + i) * 32];
+                    v[tile][0] += part.x, v[tile][1] += part.y, v[tile][2] += part.z, v[tile][3] += part.w;
+                }
+            }
+            if (j + BUFFERS < count) arrive_at(EMPTY + j % BUFFERS);
+#if !GATED
+            if (j == 0) asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+            const int row = item % ITEMS * ROWS + quad;
+#pragma unroll
+            for (int i = 0; i < 2 * TILES; i++) {
+                const int t = 8 * (i / 2) + 2 * pair + i % 2;
+                if (!(tokens >> t & 1)) continue;
+                Out* to = out + (long long)(t * K + chosen.place[expert * TOKENS + t]) * OUT + row;
+                const float a = v[i / 2][i % 2], b = v[i / 2][2 + i % 2];
+#if GATED
+                store(to, a / (1.0f + __expf(-a)) * b);
+#else
+                store(to, a);
+                store(to + 8, b);
+#endif
+            }
+        }
+        return;
+    }
+
+    auto ask_next = [&](int stage, int j, int step) {
+        if (j < count) {
+            const int item = first + j * stride;
+            ask(stage, chosen.expert[item / ITEMS], item % ITEMS, step);
+        }
+        commit();
+    };
+    if (early)
+        for (int step = 0; step < STEPS; step++) commit();  // the first holds the copies of all
+#pragma unroll
+    for (int n = 0; n < STAGES; n++)
+        if (!(early && n < STEPS)) ask_next(n, n / STEPS, n % STEPS);
+
+    Rows rows;
+    auto load_rows = [&](int expert) {
+#pragma unroll
+        for (int tile = 0; tile < TILES; tile++) {
+            const int t = 8 * tile + quad;
+#if GATED
+            const bool is = t < T;
+            const u16* from = x + t * x_stride;
+#else
+            const bool is = chosen.tokens[expert] >> t & 1;
+            const u16* from = x + (t * K + (is ? chosen.place[expert * TOKENS + t] : 0)) * x_stride;
+#endif
+            from += warp * STEPS * BLOCK + 16 * pair;
+            u32 largest = 0;
+#pragma unroll
+            for (int step = 0; step < STEPS; step++)
+#pragma unroll
+                for (int c = 0; c < 2; c++) {
+                    const u16* at = from + step * BLOCK + c * 64;
+                    const uint4 a = is ? load16(at) : make_uint4(0, 0, 0, 0);
+                    const uint4 b = is ? load16(at + 8) : make_uint4(0, 0, 0, 0);
+                    const u32 words[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+#pragma unroll
+                    for (int i = 0; i < 8; i++) rows.x[tile][step][c][i] = words[i];
+                }
+#pragma unroll
+            for (int i = 0; i < STEPS * 16; i++)
+                largest = larger(largest, rows.x[tile][i / 16][i / 8 % 2][i % 8] & 0x7fff7fffu);
+            largest = max(largest & 0xffff, largest >> 16);
+            largest = max(largest, __shfl_xor_sync(~0u, largest, 1));
+            largest = max(largest, __shfl_xor_sync(~0u, largest, 2));
+            const int exponent = min(max((int)largest >> 7, 15), 253);
+            const float factor = __int_as_float((268 - exponent) << 23);
+            const float scale = __int_as_float((exponent - 14) << 23);
+            rows.scale[tile][0] = __shfl_sync(~0u, scale, 8 * pair);
+            rows.scale[tile][1] = __shfl_sync(~0u, scale, 8 * pair + 4);
+#pragma unroll
+            for (int i = 0; i < STEPS * 16; i++) {
+                u32& two = rows.x[tile][i / 16][i / 8 % 2][i % 8];
+                two = half_pair(low(two) * factor, high(two) * factor);
+            }
+        }
+    };
+
+#if GATED
+    if (count > 0) load_rows(0);
+#else
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    int held = -1;
+#endif
+    int stage = 0;
+#pragma unroll 1
+    for (int j = 0; j < count; j++) {
+        const int item = first + j * stride, expert = chosen.expert[item / ITEMS];
+        const u32 tokens = chosen.tokens[expert];
+#if !GATED
+        if (expert != held) load_rows(held = expert);
+#endif
+        float sum[TILES][4] = {};
+#pragma unroll
+        for (int step = 0; step < STEPS; step++) {
+            asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 1) : "memory");
+            __syncwarp();
+            const u8* at = shared + (warp * STAGES + stage) * STEP_BYTES + 16 * lane;
+            uint4 w[2][2];
+#pragma unroll
+            for (int i = 0; i < 4; i++) w[i / 2][i % 2] = *(const uint4*)(at + 512 * i);  // [lower or upper, half]
+            const float scale[2] = {scales_s[(warp * STAGES + stage) * 2], scales_s[(warp * STAGES + stage) * 2 + 1]};
+            float c[TILES][2][4] = {};
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                const uint4 l4 = w[0][i / 4], u4 = w[1][i / 4];
+                const u32 l = i % 4 == 0 ? l4.x : i % 4 == 1 ? l4.y : i % 4 == 2 ? l4.z : l4.w;
+                const u32 u = i % 4 == 0 ? u4.x : i % 4 == 1 ? u4.y : i % 4 == 2 ? u4.z : u4.w;
+                const u32 a0 = widen((u16)l), a1 = widen((u16)u), a2 = widen((u16)(l >> 16)), a3 = widen((u16)(u >> 16));
+#pragma unroll
+                for (int tile = 0; tile < TILES; tile++) {
+                    const u32* b = &rows.x[tile][step][i / 4][i % 4 * 2];
+                    if (TILES == 1 || tokens >> 8 * tile & 0xff) mma(c[tile][i / 4], a0, a1, a2, a3, b[0], b[1]);
+                }
+            }
+            __syncwarp();  // all have read
+            ask_next(stage, j + (step + STAGES) / STEPS, (step + STAGES) % STEPS);
+            if (++stage == STAGES) stage = 0;
+#pragma unroll
+            for (int tile = 0; tile < TILES; tile++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) sum[tile][i] += (c[tile][0][i] + c[tile][1][i]) * scale[i / 2];
+        }
+        float4* item_sums = sums + j % BUFFERS * TILES * WARPS * 32 + lane;
+        if (j >= BUFFERS) wait_at(EMPTY + j % BUFFERS);
+#pragma unroll
+        for (int tile = 0; tile < TILES; tile++) {
+            if (TILES > 1 && !(tokens >> 8 * tile & 0xff)) continue;
+            const float a = rows.scale[tile][0], b = rows.scale[tile][1];
+            item_sums[(tile * WARPS + warp) * 32] =
+                make_float4(sum[tile][0] * a, sum[tile][1] * b, sum[tile][2] * a, sum[tile][3] * b);
+        }
+        arrive_at(FULL + j % BUFFERS);
+    }
+}

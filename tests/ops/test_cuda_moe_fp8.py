@@ -1,0 +1,60 @@
+"""Experts in fp8 in CUDA C++: compiled for Hopper, when they are chosen. What they compute: test_gpu_moe_fp8."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.ops.compile_cuda import compile_cuda
+from thalweg.ops.moe_fp8 import steps_per_warp
+from thalweg.ops.registry import OpContext, Resolver
+
+DIMS = {"E": 257, "D": 2304, "I": 1024}
+
+
+@pytest.mark.parametrize("tokens", [8, 16])
+@pytest.mark.parametrize(("gated", "columns", "rows"), [(1, 2304, 1024), (0, 1024, 2304)])
+def test_they_compile_for_hopper(tmp_path: Path, tokens: int, gated: int, columns: int, rows: int) -> None:
+    pytest.importorskip("triton")
+    from thalweg.ops.moe_fp8.cuda_experts import SOURCE, geometry
+
+    warps, shared_bytes, macros = geometry(columns, tokens)
+    compiled = compile_cuda(SOURCE, tmp_path, GATED=gated, OUT=rows, E=257, K=9, SHARED=1, **macros)
+    assert compiled.spilled_bytes == 0
+    blocks = 2 if tokens == 8 else 1
+    # As many fit a multiprocessor, and no more: else the next launch, which starts early, is spread unevenly.
+    per_partition = -(-(warps + 1) * blocks // 4)  # warps of a quarter of a multiprocessor
+    assert per_partition * compiled.registers * 32 <= 16384
+    assert (blocks + 1) * (warps + 1) * 32 * compiled.registers > 65536
+    assert blocks * (shared_bytes + compiled.static_shared_bytes + 1024) <= 228 * 1024
+
+
+def test_constants_are_those_of_the_source() -> None:
+    pytest.importorskip("triton")
+    from thalweg.ops.moe_fp8.cuda_experts import BUFFERS, SOURCE, TILE
+
+    source = SOURCE.read_text()
+    assert "STEP_BYTES = 16 * BLOCK;" in source
+    assert f"BUFFERS = {BUFFERS};" in source
+    assert f"TOKENS = {TILE} * TILES;" in source
+
+
+def test_columns_are_shared_out_whole() -> None:
+    assert [steps_per_warp(128 * n) for n in (1, 8, 12, 14, 18, 24)] == [1, 1, 1, 2, 2, 2]
+    assert [steps_per_warp(n) for n in (0, 64, 128 * 13, 128 * 26, 200)] == [None] * 5
+
+
+@pytest.mark.parametrize(
+    ("dims", "dtype", "reason"),
+    [
+        ({**DIMS, "E": 1025}, "bfloat16", "at most 1024 experts, not 1025"),
+        ({**DIMS, "D": 200}, "bfloat16", "times 128, not 200 and 1024"),
+        ({**DIMS, "I": 13 * 128}, "bfloat16", "times 128, not 2304 and 1664"),
+        (DIMS, "float32", "needs bfloat16, not float32"),
+    ],
+)
+def test_what_they_do_not_serve_they_refuse_with_a_reason(dims: dict[str, int], dtype: str, reason: str) -> None:
+    resolver = Resolver()
+    resolver.resolve("experts_fp8", OpContext("cuda", dtype, dims))
+    assert reason in dict(resolver.explain()[0].refused)["cuda"]
