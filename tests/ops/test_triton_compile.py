@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from thalweg.ops.triton_compile import compiled_together
+from thalweg.ops.triton_compile import compiled_together, rehearsing
 
 
 @pytest.fixture
@@ -64,6 +64,16 @@ def test_rehearsals_that_overlap_end_in_any_order(launched: list[tuple[str, bool
     thread.join()
     launch("after")
     assert launched == [("other", True), ("after", False)]
+
+
+def test_a_thread_knows_whether_it_rehearses() -> None:
+    pytest.importorskip("triton.runtime._async_compile")
+    seen: list[bool] = []
+    with compiled_together():
+        seen.append(rehearsing())
+        in_a_thread(lambda: seen.append(rehearsing()))
+    seen.append(rehearsing())
+    assert seen == [True, False, False]
 
 
 def test_what_a_kernel_would_have_written_is_zeros() -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from thalweg.ops.registry import OpContext
+from thalweg.ops.triton_compile import rehearsing
 
 
 def why_not(ctx: OpContext) -> str | None:
@@ -50,8 +51,10 @@ class CudaKernel:
     def launch(self, grid: tuple[int, int, int], shared_bytes: int, *args: Tensor | tuple[Any, int | float]) -> None:
         """On torch's current stream, starting before the kernel ahead has ended; it must wait by griddepcontrol.wait.
 
-        `args` are tensors, passed by address, and (ctypes type, value) pairs.
+        `args` are tensors, passed by address, and (ctypes type, value) pairs. In a rehearsal nothing is launched.
         """
+        if rehearsing():
+            return
         from cuda.bindings import driver
 
         early = driver.CUlaunchAttribute()

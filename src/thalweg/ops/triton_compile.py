@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 MAX_THREADS = 32
 SWITCH_S = 0.0005  # how long a thread that compiles may keep the interpreter from the one that rehearses
 _lock = threading.Lock()
+_here = threading.local()
 _under_way: list[Any] = []  # for each rehearsal in this process, what launched before the first of them began
 _EMPTY_TO_ZEROS = {
     torch.empty: torch.zeros,
@@ -27,7 +28,8 @@ _EMPTY_TO_ZEROS = {
 @contextmanager
 def compiled_together() -> Iterator[None]:
     """Inside, Triton kernels of this thread are handed to threads that compile and load them and are not launched; at
-    the end all are ready. Other threads, as those of another engine, launch theirs as ever.
+    the end all are ready. Those in CUDA C++ are compiled as they come and not launched either (`rehearsing`). Other
+    threads, as those of another engine, launch theirs as ever.
 
     What a kernel would have written is zeros instead, in tensors made by torch.empty and its kin, so that ids taken
     from them stay in range. Without Triton, or with one that compiles on one thread alone, this does nothing.
@@ -44,7 +46,17 @@ def compiled_together() -> Iterator[None]:
         stack.enter_context(AsyncCompileMode(_Loading(pool)))
         stack.enter_context(_Zeros())
         stack.enter_context(_not_launched())
-        yield
+        _here.rehearsing = True
+        try:
+            yield
+        finally:
+            _here.rehearsing = False
+
+
+def rehearsing() -> bool:
+    """Whether this thread is inside compiled_together(), where tensors that a kernel would have written are zeros: ids
+    that another one takes for different ones are not."""
+    return getattr(_here, "rehearsing", False)
 
 
 def _device() -> int | None:
