@@ -2,37 +2,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from tests.ops.moe_case import rmse_ratio
 from thalweg.ops.norm.reference import rms_norm
+from thalweg.ops.registry import OpContext, Resolver
 
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("T", [1, 2, 3, 8, 16, 33])
-@pytest.mark.parametrize(("D", "O"), [(2304, 6720), (4096, 2304), (9216, 2304), (300, 37)])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.005), (torch.float32, 1e-5)])
-def test_projections(T: int, D: int, O: int, dtype: torch.dtype, tolerance: float) -> None:
-    from thalweg.ops.linear.triton import linear, linear_add, norm_linear
+def op(name: str, implementation: str, D: int, dtype: str = "bfloat16") -> Callable[..., torch.Tensor]:
+    return Resolver({name: implementation}).resolve(name, OpContext("cuda", dtype, {"D": D}))
 
+
+def check(implementation: str, T: int, D: int, O: int, dtype: torch.dtype, tolerance: float, pad: int = 8) -> None:
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device="cuda").to(dtype)
 
-    x, w, norm, residual = draw(T, D + 8)[:, :D], draw(O, D), 1 + draw(D) / 8, draw(T, O)
-    torch.full((T, O), torch.nan, device="cuda", dtype=dtype)  # freed: the output is likely to be made of it
+    name = str(dtype).removeprefix("torch.")
+    x, w, norm = draw(T, D + pad)[:, :D], draw(O, D), 1 + draw(D) / 8
     product = x.double() @ w.double().T
-    assert rmse_ratio(linear(x, w), product) < tolerance
-    assert rmse_ratio(linear_add(x, w, residual.clone()), product + residual.double()) < tolerance
     normed = rms_norm(x.double(), norm.double(), 1e-5)
-    assert rmse_ratio(norm_linear(x, norm, 1e-5, w), normed @ w.double().T) < tolerance
+    torch.full((T, O), torch.nan, device="cuda", dtype=dtype)  # freed: the output is likely to be made of it
+    assert rmse_ratio(op("norm_linear", implementation, D, name)(x, norm, 1e-5, w), normed @ w.double().T) < tolerance
+    for residual in (draw(T, O), draw(T, O + 3)[:, :O]):
+        expected = product + residual.double()
+        assert rmse_ratio(op("linear_add", implementation, D, name)(x, w, residual), expected) < tolerance
+    if implementation == "cuda":
+        assert rmse_ratio(op("linear", "cuda", D, name)(x, w), product) < tolerance
 
 
-@pytest.mark.parametrize("T", [2, 8])
+@pytest.mark.parametrize("T", [1, 2, 3, 8, 9, 15, 16, 17, 33])
+@pytest.mark.parametrize(("D", "O"), [(2304, 12576), (2304, 6720), (4096, 2304), (1024, 2304), (96, 37), (32, 4001)])
+def test_projections(T: int, D: int, O: int) -> None:
+    check("cuda", T, D, O, torch.bfloat16, 0.005)
+
+
+@pytest.mark.parametrize("T", [1, 16])
+def test_rows_that_are_not_aligned(T: int) -> None:
+    check("cuda", T, 2304, 300, torch.bfloat16, 0.005, pad=1)
+
+
+@pytest.mark.parametrize("T", [1, 8, 33])
+@pytest.mark.parametrize(("D", "O"), [(9216, 2304), (300, 37)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.005), (torch.float32, 1e-5)])
+def test_other_shapes_by_the_library(T: int, D: int, O: int, dtype: torch.dtype, tolerance: float) -> None:
+    check("triton", T, D, O, dtype, tolerance)
+
+
+@pytest.mark.parametrize("T", [2, 8, 16])
 def test_a_row_that_is_not_finite_stays_alone(T: int) -> None:
-    from thalweg.ops.linear.triton import linear_add, norm_linear
-
+    linear_add, norm_linear = op("linear_add", "cuda", 4096), op("norm_linear", "cuda", 4096)
     x, w = torch.randn(T, 4096, device="cuda").bfloat16(), torch.randn(64, 4096, device="cuda").bfloat16()
     residual = torch.randn(T, 64, device="cuda").bfloat16()
     norm = torch.ones_like(x[0])
@@ -44,10 +67,9 @@ def test_a_row_that_is_not_finite_stays_alone(T: int) -> None:
         assert b[1].isnan().all()
 
 
-@pytest.mark.parametrize("T", [1, 2, 8])
+@pytest.mark.parametrize("T", [1, 2, 8, 16])
 def test_chained_in_a_graph_reads_what_the_launch_ahead_wrote(T: int) -> None:
-    from thalweg.ops.linear.triton import linear_add, norm_linear
-
+    linear_add, norm_linear = op("linear_add", "cuda", 2048), op("norm_linear", "cuda", 2048)
     weights = torch.randn(20, 2, 2048, 2048, device="cuda").bfloat16() / 45
     norm = torch.ones(2048, device="cuda").bfloat16()
     first = torch.randn(T, 2048, device="cuda").bfloat16()

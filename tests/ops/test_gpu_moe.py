@@ -90,7 +90,7 @@ def test_router_keeps_ids_in_range_whatever_comes() -> None:
 @pytest.mark.parametrize("T", [1, 8, 40])
 def test_chained_in_a_graph(T: int) -> None:
     """Each kernel may start before the one ahead is done; replays must still equal a run with nothing in flight."""
-    from thalweg.ops.linear.triton import linear_add, norm_linear
+    from thalweg.ops.linear.cuda import linear_add, norm_linear
     from thalweg.ops.moe.triton_experts import experts_add
     from thalweg.ops.moe.triton_router import norm_router
 

@@ -1,4 +1,4 @@
-"""Kernels of ops "linear", "norm_linear" and "linear_add" under the interpreter, and compiled for Hopper."""
+"""Kernels beside the library's projections, in Triton: under the interpreter, and compiled for Hopper."""
 
 from __future__ import annotations
 
@@ -13,14 +13,12 @@ from thalweg.ops.registry import OpContext, Resolver
 
 
 def check_ops() -> None:
-    from thalweg.ops.linear.triton import linear, linear_add, norm_linear
+    from thalweg.ops.linear.triton import linear_add, norm_linear
 
     g = torch.Generator().manual_seed(0)
-    # Part of a chunk, some chunks, more chunks than are in flight, and long rows; one kernel, another, the library.
-    for T, D, O in ((0, 64, 37), (1, 64, 37), (2, 300, 40), (1, 2600, 5), (2, 8200, 3), (3, 300, 37), (17, 96, 8)):
+    for T, D, O in ((0, 64, 37), (1, 64, 37), (17, 96, 8)):
         x, w = torch.randn(T, D + 5, generator=g)[:, :D], torch.randn(O, D, generator=g) / D**0.5
         norm, residual = 1 + torch.randn(D, generator=g) / 5, torch.randn(T, O, generator=g)
-        torch.testing.assert_close(linear(x, w), x @ w.T, rtol=1e-5, atol=1e-4)
         expected = reference.norm_linear(x, norm, 1e-5, w)
         torch.testing.assert_close(norm_linear(x, norm, 1e-5, w), expected, rtol=1e-5, atol=1e-4)
         torch.testing.assert_close(linear_add(x, w, residual.clone()), residual + x @ w.T, rtol=1e-5, atol=1e-4)
@@ -53,20 +51,6 @@ def compiled(kernel: object, constants: dict[str, object], num_warps: int) -> Co
     return compile_sm90(kernel, types, constants, num_warps)
 
 
-@pytest.mark.parametrize(("T", "D", "block", "depth"), [(1, 2304, 4, 256), (2, 4096, 4, 256), (1, 9216, 2, 1024)])
-def test_gemv_compiles_for_hopper(T: int, D: int, block: int, depth: int) -> None:
-    pytest.importorskip("triton")
-    from thalweg.ops.linear.triton_gemv import gemv_kernel
-
-    constants = dict(D=D, T=T, BLOCK_O=block, BLOCK_D=depth, AHEAD=9, ADD=True, PDL=True)
-    result = compiled(gemv_kernel, constants, 2 if depth == 256 else 4)
-    assert result.spilled_bytes == 0
-    # The weights are asked for before the wait, 16 bytes a thread, and x after it.
-    before, after = result.ptx.split("griddepcontrol.wait", 1)
-    assert before.count("ld.global.v4.b32") == 9 * 2
-    assert after.count("ld.global.v4.b32") == (D // depth - 9) * 2 + T * D // depth * 2
-
-
 @pytest.mark.parametrize(
     ("D", "ahead", "split", "norm", "registers"), [(4096, 16, 4, False, 128), (2304, 9, 8, True, 255)]
 )
@@ -87,7 +71,7 @@ def test_few_tokens_compiles_for_hopper(D: int, ahead: int, split: int, norm: bo
 
 def test_refuses_with_a_reason() -> None:
     resolver = Resolver()
-    resolver.resolve("linear", OpContext("cpu", "float32", {"D": 64, "O": 64}))
+    resolver.resolve("norm_linear", OpContext("cpu", "float32", {"D": 64, "O": 64}))
     (choice,) = resolver.explain()
     assert choice.chosen == "reference"
-    assert choice.refused[0] == ("triton", "needs cuda, not cpu")
+    assert ("triton", "needs cuda, not cpu") in choice.refused

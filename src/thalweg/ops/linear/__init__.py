@@ -6,9 +6,10 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from thalweg.ops import cuda_build
 from thalweg.ops.linear import reference
-from thalweg.ops.registry import register
-from thalweg.ops.triton_support import why_not
+from thalweg.ops.registry import OpContext, register
+from thalweg.ops.triton_support import why_not, why_not_hopper
 
 
 class Linear(Protocol):
@@ -32,12 +33,6 @@ class LinearAdd(Protocol):
         """
 
 
-def _triton_linear(*args: Any) -> Tensor:
-    from thalweg.ops.linear import triton
-
-    return triton.linear(*args)
-
-
 def _triton_norm_linear(*args: Any) -> Tensor:
     from thalweg.ops.linear import triton
 
@@ -50,15 +45,46 @@ def _triton_linear_add(*args: Any) -> Tensor:
     return triton.linear_add(*args)
 
 
+def _cuda_linear(*args: Any) -> Tensor:
+    from thalweg.ops.linear import cuda
+
+    return cuda.linear(*args)
+
+
+def _cuda_norm_linear(*args: Any) -> Tensor:
+    from thalweg.ops.linear import cuda
+
+    return cuda.norm_linear(*args)
+
+
+def _cuda_linear_add(*args: Any) -> Tensor:
+    from thalweg.ops.linear import cuda
+
+    return cuda.linear_add(*args)
+
+
+def _cuda_refuses(ctx: OpContext) -> str | None:
+    D = ctx.dims.get("D", 0)
+    if D % 32 or not 0 < D <= 4096:
+        return f"needs D to be a multiple of 32 up to 4096, not {D}"
+    if ctx.dtype != "bfloat16":
+        return f"needs bfloat16, not {ctx.dtype}"
+    return why_not(ctx) or cuda_build.why_not(ctx) or why_not_hopper()
+
+
 _linear: Linear = reference.linear
-_kernel_linear: Linear = _triton_linear
+_kernel_linear: Linear = _cuda_linear
 _norm_linear: NormLinear = reference.norm_linear
-_kernel_norm_linear: NormLinear = _triton_norm_linear
+_library_norm_linear: NormLinear = _triton_norm_linear
+_kernel_norm_linear: NormLinear = _cuda_norm_linear
 _linear_add: LinearAdd = reference.linear_add
-_kernel_linear_add: LinearAdd = _triton_linear_add
+_library_linear_add: LinearAdd = _triton_linear_add
+_kernel_linear_add: LinearAdd = _cuda_linear_add
 register("linear", "reference", _linear)
-register("linear", "triton", _kernel_linear, supports=why_not, priority=10)
+register("linear", "cuda", _kernel_linear, supports=_cuda_refuses, priority=20)
 register("norm_linear", "reference", _norm_linear)
-register("norm_linear", "triton", _kernel_norm_linear, supports=why_not, priority=10)
+register("norm_linear", "triton", _library_norm_linear, supports=why_not, priority=10)
+register("norm_linear", "cuda", _kernel_norm_linear, supports=_cuda_refuses, priority=20)
 register("linear_add", "reference", _linear_add)
-register("linear_add", "triton", _kernel_linear_add, supports=why_not, priority=10)
+register("linear_add", "triton", _library_linear_add, supports=why_not, priority=10)
+register("linear_add", "cuda", _kernel_linear_add, supports=_cuda_refuses, priority=20)

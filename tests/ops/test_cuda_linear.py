@@ -1,0 +1,69 @@
+"""Projections of a few tokens in CUDA C++: compiled for Hopper, and when they are chosen. Results: test_gpu_linear."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.ops.compile_cuda import compile_cuda
+from thalweg.ops.registry import OpContext, Resolver
+
+CUDA = pytest.importorskip("thalweg.ops.linear.cuda", exc_type=ImportError)
+HOPPER_SHARED = 227 * 1024  # bytes of shared memory that a block may have
+
+
+@pytest.mark.parametrize(
+    ("D", "O", "norm", "add"), [(2304, 12576, 1, 0), (4096, 2304, 0, 1), (1024, 2304, 0, 0), (96, 37, 1, 1)]
+)
+@pytest.mark.parametrize("tokens", [8, 16])
+def test_it_compiles_for_hopper_without_spills(
+    tmp_path: Path, tokens: int, D: int, O: int, norm: int, add: int
+) -> None:
+    cut = CUDA.tiling(-(-O // 132), D, tokens)
+    compiled = compile_cuda(CUDA.SOURCE, tmp_path, D=D, TOKENS=tokens, ROWS=cut.rows, NORM=norm, ADD=add)
+    assert compiled.spilled_bytes == 0
+    assert compiled.static_shared_bytes + cut.shared_bytes <= HOPPER_SHARED
+
+
+def test_constants_are_those_of_the_source() -> None:
+    source = CUDA.SOURCE.read_text()
+    assert f"WARPS = {CUDA.WARPS}, " in source
+    assert f"MAX_STAGES = {CUDA.MAX_STAGES};" in source
+
+
+def test_rows_stay_in_one_tile_where_they_fit_and_go_through_a_ring_where_not() -> None:
+    assert CUDA.tiling(18, 4096, 16)[:3] == (24, 18, 1)
+    assert CUDA.tiling(96, 2304, 16)[:3] == (8, 8, 5)
+    for D in range(32, 4097, 32):
+        for tokens in (8, 16):
+            for block_rows in (1, 7, 8, 9, 18, 24, 25, 96, 2000):
+                cut = CUDA.tiling(block_rows, D, tokens)
+                assert cut.tile_rows <= cut.rows
+                assert cut.stages >= 2 or block_rows <= cut.tile_rows
+                assert cut.stages <= CUDA.MAX_STAGES
+                assert cut.shared_bytes <= CUDA.SHARED
+
+
+def test_many_tokens_and_rows_that_are_not_aligned_go_to_the_library() -> None:
+    w = torch.zeros(64, 96).bfloat16()
+    many, wide, odd = torch.zeros(17, 96).bfloat16(), torch.zeros(16, 104).bfloat16(), torch.zeros(4, 101).bfloat16()
+    assert CUDA._served(wide[:, :96], w)
+    for x in (many, many[:0], odd[:, :96], wide[:, 1:97], torch.zeros(96, 4).bfloat16().T):
+        assert not CUDA._served(x, w)
+
+
+@pytest.mark.parametrize(
+    ("D", "dtype", "reason"),
+    [
+        (100, "bfloat16", "needs D to be a multiple of 32 up to 4096, not 100"),
+        (9216, "bfloat16", "needs D to be a multiple of 32 up to 4096, not 9216"),
+        (2304, "float32", "needs bfloat16, not float32"),
+    ],
+)
+@pytest.mark.parametrize("op", ["linear", "norm_linear", "linear_add"])
+def test_what_it_does_not_serve_it_refuses_with_a_reason(op: str, D: int, dtype: str, reason: str) -> None:
+    resolver = Resolver()
+    resolver.resolve(op, OpContext("cuda", dtype, {"D": D, "O": 64}))
+    assert dict(resolver.explain()[0].refused)["cuda"] == reason
