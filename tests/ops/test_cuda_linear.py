@@ -14,10 +14,12 @@ CUDA = pytest.importorskip("thalweg.ops.linear.cuda", exc_type=ImportError)
 HOPPER_SHARED = 227 * 1024  # bytes of shared memory that a block may have
 
 
+SHAPES = [(2304, 12576, 1, 0), (4096, 2304, 0, 1), (1024, 2304, 0, 0), (96, 37, 1, 1)]
+
+
 @pytest.mark.parametrize(
-    ("D", "O", "norm", "add"), [(2304, 12576, 1, 0), (4096, 2304, 0, 1), (1024, 2304, 0, 0), (96, 37, 1, 1)]
+    ("tokens", "D", "O", "norm", "add"), [(t, *shape) for t in (8, 16) for shape in SHAPES] + [(32, 2304, 12576, 1, 0)]
 )
-@pytest.mark.parametrize("tokens", [8, 16])
 def test_it_compiles_for_hopper_without_spills(
     tmp_path: Path, tokens: int, D: int, O: int, norm: int, add: int
 ) -> None:
@@ -37,7 +39,7 @@ def test_rows_stay_in_one_tile_where_they_fit_and_go_through_a_ring_where_not() 
     assert CUDA.tiling(18, 4096, 16)[:3] == (24, 18, 1)
     assert CUDA.tiling(96, 2304, 16)[:3] == (8, 8, 5)
     for D in range(32, 4097, 32):
-        for tokens in (8, 16):
+        for tokens in (8, 16, 32):
             for block_rows in (1, 7, 8, 9, 18, 24, 25, 96, 2000):
                 cut = CUDA.tiling(block_rows, D, tokens)
                 assert cut.tile_rows <= cut.rows
@@ -50,6 +52,7 @@ def test_many_tokens_and_rows_that_are_not_aligned_go_to_the_library() -> None:
     w = torch.zeros(64, 96).bfloat16()
     many, wide, odd = torch.zeros(17, 96).bfloat16(), torch.zeros(16, 104).bfloat16(), torch.zeros(4, 101).bfloat16()
     assert CUDA._served(wide[:, :96], w)
+    assert CUDA._served(many, w, most=CUDA.NORM_TOKENS)
     for x in (many, many[:0], odd[:, :96], wide[:, 1:97], torch.zeros(96, 4).bfloat16().T):
         assert not CUDA._served(x, w)
 

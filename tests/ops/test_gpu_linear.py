@@ -35,7 +35,7 @@ def check(implementation: str, T: int, D: int, O: int, dtype: torch.dtype, toler
         assert rmse_ratio(op("linear", "cuda", D, name)(x, w), product) < tolerance
 
 
-@pytest.mark.parametrize("T", [1, 2, 3, 8, 9, 15, 16, 17, 33])
+@pytest.mark.parametrize("T", [1, 2, 3, 8, 9, 15, 16, 17, 24, 32, 33])
 @pytest.mark.parametrize(("D", "O"), [(2304, 12576), (2304, 6720), (4096, 2304), (1024, 2304), (96, 37), (32, 4001)])
 def test_projections(T: int, D: int, O: int) -> None:
     check("cuda", T, D, O, torch.bfloat16, 0.005)
@@ -67,7 +67,7 @@ def test_a_row_that_is_not_finite_stays_alone(T: int) -> None:
         assert b[1].isnan().all()
 
 
-@pytest.mark.parametrize("T", [1, 2, 8, 16])
+@pytest.mark.parametrize("T", [1, 2, 8, 16, 32])
 def test_chained_in_a_graph_reads_what_the_launch_ahead_wrote(T: int) -> None:
     linear_add, norm_linear = op("linear_add", "cuda", 2048), op("norm_linear", "cuda", 2048)
     weights = torch.randn(20, 2, 2048, 2048, device="cuda").bfloat16() / 45

@@ -20,6 +20,7 @@ from thalweg.ops.triton_support import multiprocessors
 SOURCE = Path(__file__).with_name("few.cu")
 WARPS, MAX_STAGES = 8, 16  # as in the source
 MAX_TOKENS, MAX_COLUMNS = 16, 4096  # beyond, x does not fit the registers of a block
+NORM_TOKENS, NORM_COLUMNS = 32, 2304  # nor here; up to 32 tokens a norm inside saves its launch, and no time
 SHARED = 200 * 1024  # bytes of shared memory that a block may have for tiles and sums
 
 
@@ -51,7 +52,8 @@ def linear(x_TD: Tensor, w_OD: Tensor) -> Tensor:
 
 
 def norm_linear(x_TD: Tensor, norm_weight_D: Tensor, eps: float, w_OD: Tensor) -> Tensor:
-    if _served(x_TD, w_OD, norm_weight_D):
+    most = NORM_TOKENS if w_OD.shape[1] <= NORM_COLUMNS else MAX_TOKENS
+    if _served(x_TD, w_OD, norm_weight_D, most=most):
         return few_tokens(x_TD, w_OD, norm=(norm_weight_D, eps))
     return triton.norm_linear(x_TD, norm_weight_D, eps, w_OD)
 
@@ -62,9 +64,9 @@ def linear_add(x_TD: Tensor, w_OD: Tensor, residual_TO: Tensor) -> Tensor:
     return triton.linear_add(x_TD, w_OD, residual_TO)
 
 
-def _served(x_TD: Tensor, *others: Tensor) -> bool:
+def _served(x_TD: Tensor, *others: Tensor, most: int = MAX_TOKENS) -> bool:
     """Whether there are few tokens, and all rows lie where 16 bytes may be read at a time."""
-    few = 0 < x_TD.shape[0] <= MAX_TOKENS
+    few = 0 < x_TD.shape[0] <= most
     return few and all(
         t.data_ptr() % 16 == 0 and t.stride(-1) == 1 and (t.ndim == 1 or t.stride(0) % 8 == 0) for t in (x_TD, *others)
     )
@@ -77,7 +79,7 @@ def few_tokens(
     (T, D), O = x_TD.shape, w_OD.shape[0]
     y_TO = torch.empty(T, O, dtype=x_TD.dtype, device=x_TD.device)
     blocks = min(multiprocessors(x_TD.device), O)
-    tokens = 8 if T <= 8 else 16
+    tokens = next(n for n in (8, 16, 32) if n >= T)
     rows, tile_rows, stages, shared_bytes = tiling(-(-O // blocks), D, tokens)
     norm_weight_D, eps = norm or (w_OD, 0.0)
     macros = dict(D=D, TOKENS=tokens, ROWS=rows, NORM=int(norm is not None), ADD=int(residual_TO is not None))

@@ -7,14 +7,14 @@
 // consecutive columns may stand where the instruction expects others, for x and w alike. Partial sums of the warps meet
 // in shared memory, and are added in their order.
 //
-// Macros: D columns, a multiple of 32; TOKENS at most, 8 or 16; ROWS of a tile at most, a multiple of 8; NORM; ADD.
+// Macros: D columns, a multiple of 32; TOKENS at most, 8, 16 or 32; ROWS of a tile at most, a multiple of 8; NORM; ADD.
 
 typedef unsigned int u32;
 typedef unsigned short bf16;
 constexpr int WARPS = 8, THREADS = 32 * WARPS, MAX_STAGES = 16;
 constexpr int PITCH = D * 2 + (D % 64 ? 0 : 64);  // bytes between rows in shared memory: no bank conflicts
 constexpr int CHUNKS = D / 32, MINE = (CHUNKS + WARPS - 1) / WARPS;  // of 32 columns: all, and a warp's at most
-constexpr int HALVES = TOKENS / 8;                                   // of the 16 tokens that the matrix unit takes
+constexpr int HALVES = TOKENS / 8, GROUPS = (HALVES + 1) / 2;  // of the 16 tokens that the matrix unit takes
 constexpr int TILE = TOKENS * ROWS, EACH = (TILE + THREADS - 1) / THREADS;  // sums of a tile: all, and a thread's
 
 __device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
@@ -173,16 +173,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             }
         wait_full(full + 8 * place, phase);
         const unsigned char* w_s = shared + place * tile_rows * PITCH;
-        float c[ROWS / 8][2][4] = {};  // in two parts each, or products would wait for one another
+        float c[ROWS / 8][GROUPS][2][4] = {};  // in two parts each, or products would wait for one another
 #pragma unroll
         for (int i = 0; i < MINE; i++)
             if (mine(i))
 #pragma unroll
                 for (int o = 0; o < ROWS / 8; o++) {
                     const uint4 b = *(const uint4*)(w_s + min(8 * o + quad, tile_rows - 1) * PITCH + 2 * columns(i));
-                    const uint4 a = v[0][i], z = HALVES == 2 ? v[HALVES - 1][i] : make_uint4(0, 0, 0, 0);
-                    mma(c[o][0], a.x, z.x, a.y, z.y, b.x, b.y);
-                    mma(c[o][1], a.z, z.z, a.w, z.w, b.z, b.w);
+#pragma unroll
+                    for (int g = 0; g < GROUPS; g++) {
+                        const uint4 a = v[2 * g][i], z = HALVES > 1 ? v[(2 * g + 1) % HALVES][i] : make_uint4(0, 0, 0, 0);
+                        mma(c[o][g][0], a.x, z.x, a.y, z.y, b.x, b.y);
+                        mma(c[o][g][1], a.z, z.z, a.w, z.w, b.z, b.w);
+                    }
                 }
         float* partial = partial_s + tile % 2 * WARPS * TILE;
 #pragma unroll
@@ -190,7 +193,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
             for (int h = 0; h < HALVES; h++)
                 *(float2*)(partial + warp * TILE + (8 * h + quad) * ROWS + 8 * o + 2 * pair) =
-                    make_float2(c[o][0][2 * h] + c[o][1][2 * h], c[o][0][2 * h + 1] + c[o][1][2 * h + 1]);
+                    make_float2(c[o][h / 2][0][h % 2 * 2] + c[o][h / 2][1][h % 2 * 2],
+                                c[o][h / 2][0][h % 2 * 2 + 1] + c[o][h / 2][1][h % 2 * 2 + 1]);
         __syncthreads();
         ask(tile + 1 + stages);
 #pragma unroll
