@@ -8,6 +8,7 @@ import torch
 from tests.ops.moe_case import MoeCase, experts_in_float64, moe_case, rmse_ratio, router_arguments
 from thalweg.ops.moe import reference
 from thalweg.ops.norm.reference import rms_norm
+from thalweg.ops.registry import OpContext, Resolver
 
 pytestmark = pytest.mark.gpu
 
@@ -88,12 +89,14 @@ def test_router_keeps_ids_in_range_whatever_comes() -> None:
 
 
 @pytest.mark.parametrize("T", [1, 8, 40])
-def test_chained_in_a_graph(T: int) -> None:
+@pytest.mark.parametrize("router", ["cuda", "triton"])
+def test_chained_in_a_graph(T: int, router: str) -> None:
     """Each kernel may start before the one ahead is done; replays must still equal a run with nothing in flight."""
     from thalweg.ops.linear.cuda import linear_add, norm_linear
     from thalweg.ops.moe.triton_experts import experts_add
-    from thalweg.ops.moe.triton_router import norm_router
 
+    dims = {"E": 64, "D": 512, "K": 8, "G": 1, "S": 1}
+    norm_router = Resolver({"norm_router": router}).resolve("norm_router", OpContext("cuda", "bfloat16", dims))
     layers = [moe_case(T, 512, 256, 64, 8, 1, torch.bfloat16, "cuda", seed=i) for i in range(10)]
 
     def chain(wait: bool) -> torch.Tensor:

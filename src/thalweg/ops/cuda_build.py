@@ -47,6 +47,8 @@ class CudaKernel:
         self.shared_limit -= _check(driver.cuFuncGetAttribute(fixed, self._function))
         """Bytes of shared memory that a launch may ask for."""
         _check(driver.cuFuncSetAttribute(self._function, dynamic, self.shared_limit))
+        larger = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
+        _check(driver.cuFuncSetAttribute(self._function, larger, 1))  # up to 16 blocks, of those who have clusters
 
     def launch(self, grid: tuple[int, int, int], shared_bytes: int, *args: Tensor | tuple[Any, int | float]) -> None:
         """On torch's current stream, starting before the kernel ahead has ended; it must wait by griddepcontrol.wait.

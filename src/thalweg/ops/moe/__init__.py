@@ -8,9 +8,10 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
-from thalweg.ops.moe import reference
+from thalweg.ops import cuda_build
+from thalweg.ops.moe import cuda_router, reference
 from thalweg.ops.registry import OpContext, register
-from thalweg.ops.triton_support import why_not
+from thalweg.ops.triton_support import why_not, why_not_hopper
 
 Scoring = Literal["sigmoid", "softmax"]
 
@@ -134,9 +135,19 @@ def _router_supports(ctx: OpContext) -> str | None:
     return why_not(ctx)
 
 
+def _cuda_router_supports(ctx: OpContext) -> str | None:
+    if ctx.dims.get("G", 1) != 1:
+        return f"needs experts in one group, not {ctx.dims['G']}"
+    if ctx.dtype != "bfloat16":
+        return f"needs bfloat16, not {ctx.dtype}"
+    E, D, K, S = (ctx.dims.get(name, 0) for name in "EDKS")
+    return cuda_router.refusal(E, D, K + S) or cuda_build.why_not(ctx) or why_not_hopper()
+
+
 _route: Route = reference.route
 _reference_router: NormRouter = reference.norm_router
 _kernel_router: NormRouter = _triton_router
+_cluster_router: NormRouter = cuda_router.norm_router
 _reference_experts: Experts = reference.experts
 _kernel_experts: Experts = _triton_experts
 _reference_experts_add: ExpertsAdd = reference.experts_add
@@ -144,6 +155,7 @@ _kernel_experts_add: ExpertsAdd = _triton_experts_add
 register("route", "reference", _route)
 register("norm_router", "reference", _reference_router)
 register("norm_router", "triton", _kernel_router, supports=_router_supports, priority=10)
+register("norm_router", "cuda", _cluster_router, supports=_cuda_router_supports, priority=20)
 register("experts", "reference", _reference_experts, capturable=False)
 register("experts", "triton", _kernel_experts, supports=why_not, priority=10)
 register("experts_add", "reference", _reference_experts_add, capturable=False)

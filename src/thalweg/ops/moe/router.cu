@@ -1,0 +1,302 @@
+// Norm, router and choice in one launch for Hopper, in bf16.
+//
+// A cluster of 16 blocks serves up to TOKENS tokens. Each block has a sixteenth of the columns, of tokens and of all
+// experts' weights. The blocks tell one another their sums of squares, norm their columns, and send what these add to a
+// token's logits to the block that owns the token, all through distributed shared memory. The owner has a thread for
+// each expert: experts are ranked within a warp, then the best of the warps among one another.
+//
+// Above the wait for the kernel ahead stand the loads of weights. What comes of a token does not depend on the others.
+//
+// Macros: E, D and K as in the op's contract; SHARED experts behind the chosen ones; SOFTMAX and RENORMALIZE, 0 or 1;
+// TOKENS of a cluster, 8 or 16.
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef unsigned short bf16;
+constexpr int BLOCKS = 16, WARPS = E / 32;
+constexpr int COLUMNS = D / BLOCKS, VECTORS = COLUMNS / 8, STEPS = COLUMNS / 16;  // of a block; VECTORS have 16 bytes
+constexpr int ROW = COLUMNS + (STEPS % 2 ? 0 : 16);  // between rows in shared memory: no bank conflicts
+constexpr int MINE = (TOKENS + WARPS - 1) / WARPS;   // tokens that a warp norms
+constexpr int TILES = TOKENS / 8;
+constexpr int LIST = (K + 3) / 4 * 4;
+constexpr int LOWEST = -2147483647 - 1;
+
+__device__ __forceinline__ void wait_for_kernel_ahead() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ __forceinline__ void start_kernel_behind() {
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+__device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
+__device__ __forceinline__ u32 pack(float a, float b) {
+    u32 pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(b), "f"(a));
+    return pair;
+}
+__device__ __forceinline__ void unpack(float (&to)[8], uint4 from) {
+    to[0] = low(from.x), to[1] = high(from.x), to[2] = low(from.y), to[3] = high(from.y);
+    to[4] = low(from.z), to[5] = high(from.z), to[6] = low(from.w), to[7] = high(from.w);
+}
+// Keeps its place relative to the wait for the kernel ahead, and goes by L2.
+__device__ __forceinline__ uint4 load16(const void* p) {
+    uint4 x;
+    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(p));
+    return x;
+}
+// From shared memory, and not later than written here.
+__device__ __forceinline__ uint2 load8(const bf16* p) {
+    uint2 x;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(x.x), "=r"(x.y)
+                 : "r"((u32)__cvta_generic_to_shared(p))
+                 : "memory");
+    return x;
+}
+__device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+// A barrier that opens once, when so many bytes have come; publish_barriers then lets copies and other blocks see it.
+__device__ __forceinline__ void expect(u64* barrier, u32 bytes) {
+    const u32 at = shared_address(barrier);
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(at) : "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void publish_barriers() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+__device__ __forceinline__ void wait_for(u64* barrier) {
+    asm volatile(
+        "{\n.reg .pred done;\n"
+        "AGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], 0;\n@!done bra AGAIN;\n}" ::"r"(
+            shared_address(barrier))
+        : "memory");
+}
+__device__ __forceinline__ void copy(bf16* to, const bf16* from, u32 bytes, u64* barrier) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+            shared_address(to)),
+        "l"(from), "r"(bytes), "r"(shared_address(barrier))
+        : "memory");
+}
+
+__device__ __forceinline__ void cluster_arrive() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+// Where in another block of the cluster p is in this one.
+__device__ __forceinline__ u32 in_block(int block, const void* p) {
+    u32 there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(p)), "r"(block));
+    return there;
+}
+// Stores in another block, whose barrier counts the bytes.
+__device__ __forceinline__ void send(int block, u64* barrier, float* to, float x) {
+    asm volatile(
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(in_block(block, to)),
+        "f"(x), "r"(in_block(block, barrier))
+        : "memory");
+}
+__device__ __forceinline__ void send4(int block, u64* barrier, float* to, float4 x) {
+    asm volatile(
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+            in_block(block, to)),
+        "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w), "r"(in_block(block, barrier))
+        : "memory");
+}
+
+// Floats as integers in the same order. NaN is as low as -infinity, and that above LOWEST.
+__device__ __forceinline__ int order(float x) {
+    const int bits = x == x ? __float_as_int(x) : (int)0xff800000;
+    return bits < 0 ? bits ^ 0x7fffffff : bits;
+}
+
+extern "C" __global__ void __cluster_dims__(BLOCKS) __launch_bounds__(E)
+    norm_router(const bf16* x, const bf16* norm_weight, const bf16* w, const float* bias, bf16* normed, float* weights,
+                long long* ids, long long x_stride, int T, float eps, float scale) {
+    const int tid = threadIdx.x, lane = tid % 32, quad = lane / 4, pair = lane % 4;
+    const int warp = __shfl_sync(~0u, tid / 32, 0);  // so that the compiler knows it for the same in all lanes
+    const int rank = blockIdx.x % BLOCKS, first = blockIdx.x / BLOCKS * TOKENS, n = min(TOKENS, T - first);
+
+    extern __shared__ __align__(128) unsigned char shared[];
+    float* logits = (float*)shared;            // [BLOCKS, E], what each block adds to them
+    bf16* n_s = (bf16*)(logits + BLOCKS * E);  // [TOKENS, ROW]
+    bf16* w_s = n_s + TOKENS * ROW;            // [E, ROW]
+    __shared__ __align__(16) float squares[TOKENS][BLOCKS];
+    __shared__ __align__(16) int keys[E], list_key[WARPS][LIST];
+    __shared__ int list_id[WARPS][LIST], chosen_id[K];
+    __shared__ float list_score[WARPS][LIST], chosen_score[K];
+    __shared__ u64 squares_here, logits_here, weights_here[WARPS];
+
+    if (tid == 0) {
+        expect(&squares_here, 4 * BLOCKS * n);
+        expect(&logits_here, 4 * BLOCKS * E);
+        publish_barriers();
+    }
+    cluster_arrive();
+    // A warp takes the products of 32 experts. Its matrix instructions give a lane 4 rows: those are 4 neighbours among
+    // the experts, so that their logits go out at once, and so row i of shared memory is not expert i.
+    if (lane == 0) {
+        expect(weights_here + warp, 32 * 2 * COLUMNS);
+        publish_barriers();
+    }
+    __syncwarp();
+    const int row = 32 * warp + lane / 4 + lane % 2 * 8 + lane / 2 % 2 * 16;
+    copy(w_s + row * ROW, w + (long long)tid * D + rank * COLUMNS, 2 * COLUMNS, weights_here + warp);
+    const bool norms = lane < VECTORS;
+    const int column = rank * COLUMNS + 8 * lane;
+    const uint4 none = make_uint4(0, 0, 0, 0), norm_weight8 = norms ? load16(norm_weight + column) : none;
+    const float shift = bias[tid];
+
+    wait_for_kernel_ahead();
+    // Not earlier: experts then ask for the shared ones' weights, and all that is above came behind those.
+    start_kernel_behind();
+
+    // The norm. A warp takes tokens warp, warp + WARPS and so on.
+    uint4 x8[MINE];
+#pragma unroll
+    for (int i = 0; i < MINE; i++) {
+        const int t = warp + i * WARPS;
+        x8[i] = norms && t < n ? load16(x + (first + t) * x_stride + column) : none;
+    }
+    cluster_wait();  // for all blocks' barriers
+#pragma unroll
+    for (int i = 0; i < MINE; i++) {
+        const int t = warp + i * WARPS;
+        float y[8], square = 0;
+        unpack(y, x8[i]);
+#pragma unroll
+        for (int e = 0; e < 8; e++) square += y[e] * y[e];
+#pragma unroll
+        for (int m = 1; m < 32; m *= 2) square += __shfl_xor_sync(~0u, square, m);
+        if (t < n && lane < BLOCKS) send(lane, &squares_here, &squares[t][rank], square);
+    }
+    // Operands of the products, while the squares are on their way.
+    wait_for(weights_here + warp);
+    uint2 a[STEPS][4];
+#pragma unroll
+    for (int c = 0; c < STEPS; c++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) a[c][j] = load8(w_s + (32 * warp + 8 * j + quad) * ROW + 16 * c + 4 * pair);
+    wait_for(&squares_here);
+#pragma unroll
+    for (int i = 0; i < MINE; i++) {
+        const int t = warp + i * WARPS;
+        if (t >= n) break;
+        float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll
+        for (int b = 0; b < BLOCKS; b += 4) {
+            const float4 four = *(float4*)&squares[t][b];
+            sum.x += four.x, sum.y += four.y, sum.z += four.z, sum.w += four.w;
+        }
+        const float r = rsqrtf(((sum.x + sum.y) + (sum.z + sum.w)) * (1.0f / D) + eps);
+        float y[8], weight[8];
+        unpack(y, x8[i]);
+        unpack(weight, norm_weight8);
+#pragma unroll
+        for (int e = 0; e < 8; e++) y[e] = y[e] * r * weight[e];
+        if (norms) {
+            const uint4 n8 = make_uint4(pack(y[0], y[1]), pack(y[2], y[3]), pack(y[4], y[5]), pack(y[6], y[7]));
+            *(uint4*)(n_s + t * ROW + 8 * lane) = n8;
+            *(uint4*)(normed + (long long)(first + t) * D + column) = n8;
+        }
+    }
+    __syncthreads();
+
+    // Products. A lane's 4 neighbours among the columns stand for two pairs of one product: their order is the matrix
+    // unit's to choose, as long as weights and tokens share it. What is no token repeats the last one.
+    float acc[2][TILES][2][4] = {};  // even and odd steps: a matrix instruction does not wait for the last
+#pragma unroll
+    for (int c = 0; c < STEPS; c++)
+#pragma unroll
+        for (int t = 0; t < TILES; t++) {
+            const uint2 b = *(uint2*)(n_s + min(8 * t + quad, n - 1) * ROW + 16 * c + 4 * pair);
+            mma(acc[c % 2][t][0], a[c][0].x, a[c][1].x, a[c][0].y, a[c][1].y, b.x, b.y);
+            mma(acc[c % 2][t][1], a[c][2].x, a[c][3].x, a[c][2].y, a[c][3].y, b.x, b.y);
+        }
+#pragma unroll
+    for (int t = 0; t < TILES; t++)
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            auto sum = [&](int j) { return acc[0][t][j / 2][j % 2 * 2 + e] + acc[1][t][j / 2][j % 2 * 2 + e]; };
+            const int owner = 8 * t + 2 * pair + e;
+            const float4 four = make_float4(sum(0), sum(1), sum(2), sum(3));
+            if (owner < n) send4(owner, &logits_here, logits + rank * E + 32 * warp + 4 * quad, four);
+        }
+    if (rank >= n) return;
+
+    // The choice of token `rank`.
+    wait_for(&logits_here);
+    float sum[4] = {};
+#pragma unroll
+    for (int b = 0; b < BLOCKS; b++) sum[b % 4] += logits[b * E + tid];
+    const float logit = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    float score = 1.0f / (1.0f + __expf(-logit));
+    if (SOFTMAX) {
+        float most = logit, total = 0;
+        logits[tid] = logit;  // only this thread has read it
+        __syncthreads();
+        for (int i = lane; i < E; i += 32) most = fmaxf(most, logits[i]);
+#pragma unroll
+        for (int m = 1; m < 32; m *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, m));
+        for (int i = lane; i < E; i += 32) total += __expf(logits[i] - most);
+#pragma unroll
+        for (int m = 1; m < 32; m *= 2) total += __shfl_xor_sync(~0u, total, m);
+        score = __expf(logit - most) / total;
+    }
+    // The place among the warp's. Of equals the lower id comes first.
+    const int key = order(score + shift);
+    keys[tid] = key;
+    __syncwarp();
+    int above[4] = {};
+#pragma unroll
+    for (int i = 0; i < 32; i += 4) {
+        const int4 four = *(int4*)&keys[32 * warp + i];
+        above[0] += four.x > key, above[1] += four.y > key, above[2] += four.z > key, above[3] += four.w > key;
+    }
+    int place = (above[0] + above[1]) + (above[2] + above[3]);
+    if (__reduce_add_sync(~0u, place) != 31 * 16)  // less than 0 + 1 + ... + 31: some are equal
+#pragma unroll 1
+        for (int i = 0; i < lane; i++) place += keys[32 * warp + i] == key;
+    if (place < K) list_key[warp][place] = key, list_score[warp][place] = score, list_id[warp][place] = tid;
+    if (lane < LIST - K) list_key[warp][K + lane] = LOWEST;
+    __syncthreads();
+    // The place among all, which 4 lanes find together.
+#pragma unroll
+    for (int i = 0; i < WARPS * K; i += 8 * WARPS) {
+        const int c = i + tid / 4, list = min(c / K, WARPS - 1), at = c % K, mine = list_key[list][at];
+        int place = 0;
+#pragma unroll
+        for (int j = 0; j < WARPS; j += 4) {
+            const int other = j + tid % 4;
+            if (other >= WARPS) break;
+            const int least = mine - (other < list);
+            int above[4] = {};
+#pragma unroll
+            for (int k = 0; k < LIST; k += 4) {
+                const int4 four = *(int4*)&list_key[other][k];
+                above[0] += four.x > least, above[1] += four.y > least;
+                above[2] += four.z > least, above[3] += four.w > least;
+            }
+            place += other == list ? at : (above[0] + above[1]) + (above[2] + above[3]);
+        }
+        place += __shfl_xor_sync(~0u, place, 1);
+        place += __shfl_xor_sync(~0u, place, 2);
+        if (tid % 4 == 0 && c < WARPS * K && place < K)
+            chosen_id[place] = list_id[list][at], chosen_score[place] = list_score[list][at];
+    }
+    __syncthreads();
+    if (tid < K + SHARED) {
+        float total = 0;
+#pragma unroll
+        for (int j = 0; j < K; j++) total += chosen_score[j];
+        const float divisor = RENORMALIZE ? total + 1e-20f : 1.0f;
+        const long long out = (long long)(first + rank) * (K + SHARED) + tid;
+        weights[out] = tid < K ? chosen_score[tid] / divisor * scale : 1.0f;
+        ids[out] = tid < K ? chosen_id[tid] : E - K + tid;
+    }
+}

@@ -1,0 +1,63 @@
+"""Norm, router and choice in CUDA C++: compiled for Hopper, when it is chosen. What it computes: test_gpu_router."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.ops.compile_cuda import compile_cuda
+from thalweg.ops.moe.cuda_router import BLOCKS, MAX_TOKENS, SOURCE, refusal, shared_bytes, tokens_per_cluster
+from thalweg.ops.registry import OpContext, Resolver
+
+DIMS = {"E": 256, "D": 2304, "K": 8, "G": 1, "S": 1}
+SHARED_OF_TWO = 227 * 1024 // 2 - 1024  # of which two blocks find room on a multiprocessor; each costs 1 KB more
+
+
+@pytest.mark.parametrize("tokens", [8, 16])
+@pytest.mark.parametrize(("E", "D", "K", "softmax"), [(256, 2304, 8, 0), (64, 1024, 6, 1), (512, 2304, 30, 0)])
+def test_it_compiles_for_hopper_without_spills(
+    tmp_path: Path, tokens: int, E: int, D: int, K: int, softmax: int
+) -> None:
+    macros = {"E": E, "D": D, "K": K, "SHARED": 1, "SOFTMAX": softmax, "RENORMALIZE": 1, "TOKENS": tokens}
+    compiled = compile_cuda(SOURCE, tmp_path, **macros)
+    assert compiled.spilled_bytes == 0
+    if E == 256:  # two blocks a multiprocessor, so that 16 clusters of 8 or 16 tokens find room beside each other
+        assert compiled.registers <= 128
+        assert shared_bytes(E, D, tokens) + compiled.static_shared_bytes <= SHARED_OF_TWO
+
+
+def test_constants_are_those_of_the_source() -> None:
+    assert f"BLOCKS = {BLOCKS}, WARPS = E / 32;" in SOURCE.read_text()
+    assert shared_bytes(256, 2304, 8) == 4 * 16 * 256 + 2 * 144 * (8 + 256)
+    assert shared_bytes(64, 512, 16) == 4 * 16 * 64 + 2 * (32 + 16) * (16 + 64)  # rows that would meet in their banks
+    assert {tokens_per_cluster(T) for T in range(1, MAX_TOKENS + 1)} == {8, 16}
+
+
+def test_it_starts_the_kernel_behind_after_its_own_wait() -> None:
+    """The experts' first kernel reads ids after its own wait, and their second before, once the first let it start."""
+    kernel = SOURCE.read_text().split('extern "C"')[1]
+    assert kernel.index("wait_for_kernel_ahead()") < kernel.index("start_kernel_behind()")
+
+
+@pytest.mark.parametrize(
+    ("dims", "dtype", "reason"),
+    [
+        ({**DIMS, "D": 2303}, "bfloat16", "rows of a multiple of 256 up to 4096"),
+        ({**DIMS, "D": 7168, "E": 384}, "bfloat16", "rows of a multiple of 256 up to 4096"),
+        ({**DIMS, "E": 1024}, "bfloat16", "a multiple of 32 experts up to 512"),
+        ({**DIMS, "E": 40}, "bfloat16", "a multiple of 32 experts up to 512"),
+        ({**DIMS, "K": 32}, "bfloat16", "at most 32 of them a token, not 2304, 256 and 33"),
+        ({**DIMS, "D": 4096, "E": 512}, "bfloat16", "a sixteenth of the weights in shared memory, not 512 x 4096"),
+        ({**DIMS, "G": 8}, "bfloat16", "experts in one group, not 8"),
+        (DIMS, "float32", "needs bfloat16, not float32"),
+    ],
+)
+def test_what_it_does_not_serve_it_refuses_with_a_reason(dims: dict[str, int], dtype: str, reason: str) -> None:
+    resolver = Resolver()
+    resolver.resolve("norm_router", OpContext("cuda", dtype, dims))
+    assert reason in dict(resolver.explain()[0].refused)["cuda"]
+
+
+def test_it_serves_the_published_shape_and_smaller_ones() -> None:
+    assert all(refusal(E, D, 9) is None for E, D in ((256, 2304), (64, 1024), (512, 2304), (32, 256), (256, 4096)))
