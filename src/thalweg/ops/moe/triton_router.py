@@ -1,7 +1,5 @@
-"""Norm and router: products, then one small program a token sums and chooses.
-
-Up to FEW_TOKENS tokens the norm is part of the kernel that takes the products; beyond, those are split over programs.
-One launch, in which the last program to finish chooses, was slower at every size: its wait is longer than a launch.
+"""Norm and router where cuda_router.py does not serve: norm, products split over programs, then one small program a
+token sums and chooses. One launch, in which the last program to finish chooses, was slower at every size: its wait is longer than a launch.
 """
 
 from __future__ import annotations
@@ -12,12 +10,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from thalweg.ops.linear.triton_few import few_tokens, norm_fits
 from thalweg.ops.moe import reference
 from thalweg.ops.norm.triton import rms_norm
 from thalweg.ops.triton_launch import pdl_options
 
-FEW_TOKENS = 8
 MAX_TOKENS = 512
 
 
@@ -130,12 +126,8 @@ def norm_router(
         routing = (w_ED, bias_E, top_k, renormalize, scale, scoring, n_group, topk_group, num_shared)
         return reference.norm_router(x_TD, norm_weight_D, eps, *routing)
     k = top_k + num_shared
-    if T <= FEW_TOKENS and x_TD.dtype == torch.bfloat16 and norm_fits(x_TD.shape[1]):
-        normed_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
-        logits_STE = few_tokens(x_TD, w_ED, (norm_weight_D, eps), None, torch.float32, normed_TD, blocks=1)[None]
-    else:
-        normed_TD = rms_norm(x_TD, norm_weight_D, eps)
-        logits_STE = run_logits(normed_TD, w_ED)
+    normed_TD = rms_norm(x_TD, norm_weight_D, eps)
+    logits_STE = run_logits(normed_TD, w_ED)
     weights_Tk = torch.empty(T, k, dtype=torch.float32, device=x_TD.device)
     ids_Tk = torch.empty(T, k, dtype=torch.int64, device=x_TD.device)
     choose_kernel[(T,)](
