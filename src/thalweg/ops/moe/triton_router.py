@@ -1,5 +1,7 @@
 """Norm and router where cuda_router.py does not serve: norm, products split over programs, then one small program a
-token sums and chooses. One launch, in which the last program to finish chooses, was slower at every size: its wait is longer than a launch.
+token sums and chooses.
+
+One launch, in which the last program to finish chooses, was slower at every size: its wait is longer than a launch.
 """
 
 from __future__ import annotations
