@@ -83,19 +83,44 @@ def test_what_a_kernel_would_have_written_is_zeros() -> None:
         assert not any(x.any() for x in made)
 
 
-def test_a_kernel_is_loaded_where_it_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_are_loaded_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton.runtime._async_compile")
     from triton.runtime._async_compile import active_mode
 
-    where: list[str] = []
+    threads: list[str] = []
 
     class Kernel:
         @property
         def run(self) -> None:
-            where.append(threading.current_thread().name)
+            threads.append(threading.current_thread().name)
 
+    kernels: list[Any] = []
     with compiled_together():
-        active_mode.get().submit("key", Kernel, lambda kernel: where.append(type(kernel).__name__))
-    compiled, finalized = where
-    assert compiled.startswith("thalweg-compile")
-    assert finalized == "Kernel"
+        for key in range(20):
+            active_mode.get().submit(key, Kernel, kernels.append)
+    assert [type(kernel) for kernel in kernels] == [Kernel] * 20
+    assert len(threads) == 20
+    assert set(threads) == {"thalweg-load_0"}
+
+
+@pytest.mark.parametrize("at", ["compile", "load"])
+def test_a_kernel_that_fails_ends_the_rehearsal_with_its_error(at: str) -> None:
+    pytest.importorskip("triton.runtime._async_compile")
+    from triton.runtime._async_compile import active_mode
+
+    class Kernel:
+        def __init__(self) -> None:
+            if at == "compile":
+                raise RuntimeError("compile")
+
+        @property
+        def run(self) -> None:
+            raise RuntimeError("load")
+
+    def rehearse() -> None:
+        with compiled_together():
+            active_mode.get().submit("key", Kernel, lambda kernel: None)
+
+    with pytest.raises(RuntimeError, match=at):
+        rehearse()
+    assert not rehearsing()

@@ -35,7 +35,7 @@ def compiled_together() -> Iterator[None]:
     from them stay in range. Without Triton, or with one that compiles on one thread alone, this does nothing.
     """
     try:
-        from triton.runtime._async_compile import AsyncCompileMode
+        from triton.runtime._async_compile import AsyncCompileMode, active_mode
     except ImportError:
         yield
         return
@@ -43,7 +43,9 @@ def compiled_together() -> Iterator[None]:
         threads = min(MAX_THREADS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4)
         pool = stack.enter_context(ThreadPoolExecutor(threads, "thalweg-compile", _join_device, (_device(),)))
         stack.enter_context(_switching_often())
-        stack.enter_context(AsyncCompileMode(_Loading(pool)))
+        loader = stack.enter_context(ThreadPoolExecutor(1, "thalweg-load", _join_device, (_device(),)))
+        stack.callback(active_mode.set, active_mode.get())  # which it leaves as it is when a kernel fails
+        stack.enter_context(AsyncCompileMode(_Loading(pool, loader)))
         stack.enter_context(_Zeros())
         stack.enter_context(_not_launched())
         _here.rehearsing = True
@@ -69,20 +71,34 @@ def _join_device(device: int | None) -> None:
 
 
 class _Loading(Executor):
-    """What is compiled on `pool` is loaded there too: for each signature Triton has a C compiler make a launcher, which
-    would otherwise happen at every kernel's first launch, one after another."""
+    """What is compiled on `pool` is then loaded on `loader`, while others compile: for each signature Triton has a C
+    compiler make a launcher, which would otherwise happen at a kernel's first launch.
 
-    def __init__(self, pool: Executor) -> None:
-        self._pool = pool
+    The loader has one thread. When two make the launcher of one signature at once, the second replaces the file that
+    the first is loading; CPython, which tells extension modules apart by inode, may then take the next one for this.
+    """
+
+    def __init__(self, pool: Executor, loader: Executor) -> None:
+        self._pool, self._loader = pool, loader
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        return self._pool.submit(_loaded, fn, *args, **kwargs)
+        done: Future[Any] = Future()
 
+        def load(kernel: Any) -> None:
+            try:
+                _ = kernel.run  # a property that loads
+                done.set_result(kernel)
+            except BaseException as e:  # noqa: BLE001 -- whoever waits for the kernel raises it
+                done.set_exception(e)
 
-def _loaded(compile_kernel: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    kernel = compile_kernel(*args, **kwargs)
-    _ = kernel.run  # a property that loads
-    return kernel
+        def compile_it() -> None:
+            try:
+                self._loader.submit(load, fn(*args, **kwargs))
+            except BaseException as e:  # noqa: BLE001 -- whoever waits for the kernel raises it
+                done.set_exception(e)
+
+        self._pool.submit(compile_it)
+        return done
 
 
 @contextmanager
