@@ -1,12 +1,14 @@
 """CUDA C++ kernels, compiled on first use by NVRTC and launched through the driver.
 
 Both come with torch's CUDA builds for Linux (packages nvidia-cuda-nvrtc and cuda-bindings), so neither a compiler nor
-CUDA's headers need be installed; a source of a few hundred lines without includes takes about a second.
+CUDA's headers need be installed; a source of a few hundred lines without includes takes up to a second. What is
+compiled lies in Triton's kernel cache beside Triton's own kernels.
 """
 
 from __future__ import annotations
 
 import ctypes
+import hashlib
 from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
@@ -37,7 +39,7 @@ class CudaKernel:
         from cuda.bindings import driver
 
         major, minor = torch.cuda.get_device_capability()
-        module = _check(driver.cuModuleLoadData(compile_cubin(source, f"sm_{major}{minor}", **macros)))
+        module = _check(driver.cuModuleLoadData(cached_cubin(source, f"sm_{major}{minor}", **macros)))
         self._function = _check(driver.cuModuleGetFunction(module, name.encode()))
         self._threads = threads
         limit = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
@@ -80,11 +82,38 @@ def cuda_kernel(source: Path, name: str, threads: int, device: torch.device, **m
         return CudaKernel(source, name, threads, **macros)
 
 
+def cached_cubin(source: Path, arch: str, **macros: int) -> bytes:
+    """What compile_cubin gives, from Triton's cache if it is there; it is put there otherwise."""
+    try:
+        from triton.runtime.cache import get_cache_manager
+    except ImportError:
+        return compile_cubin(source, arch, **macros)
+    key = hashlib.sha256(source.read_bytes())
+    key.update(repr((_compiler_version(), _options(arch, macros))).encode())
+    cache, name = get_cache_manager(key.hexdigest()), f"{source.stem}.cubin"
+    if (path := cache.get_file(name)) is None:
+        path = cache.put(compile_cubin(source, arch, **macros), name, binary=True)
+    return Path(path).read_bytes()
+
+
+def _compiler_version() -> tuple[int, int]:
+    from cuda.bindings import nvrtc
+
+    status, *version = nvrtc.nvrtcVersion()
+    _check((status,))
+    major, minor = version
+    return major, minor
+
+
+def _options(arch: str, macros: dict[str, int]) -> list[str]:
+    return [f"--gpu-architecture={arch}", "--use_fast_math", *(f"-D{key}={value}" for key, value in macros.items())]
+
+
 def compile_cubin(source: Path, arch: str, **macros: int) -> bytes:
     """Machine code of a source file for `arch`, such as "sm_90". Raises RuntimeError with the compiler's words."""
     from cuda.bindings import nvrtc
 
-    options = [f"--gpu-architecture={arch}", "--use_fast_math", *(f"-D{key}={value}" for key, value in macros.items())]
+    options = _options(arch, macros)
     program = _check(nvrtc.nvrtcCreateProgram(source.read_bytes(), source.name.encode(), 0, [], []))
     try:
         (result,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
