@@ -19,8 +19,8 @@ from thalweg.ops.triton_support import multiprocessors
 
 SOURCE = Path(__file__).with_name("few.cu")
 WARPS, MAX_STAGES = 8, 16  # as in the source
-MAX_TOKENS, MAX_COLUMNS = 16, 4096  # beyond, x does not fit the registers of a block
-NORM_TOKENS, NORM_COLUMNS = 32, 2304  # nor here; up to 32 tokens a norm inside saves its launch, and no time
+MAX_TOKENS = 16  # beyond, x does not fit the registers of a block
+NORM_TOKENS, NORM_COLUMNS = 32, 2304  # so many columns do; there a norm inside saves its launch, and no time
 SHARED = 200 * 1024  # bytes of shared memory that a block may have for tiles and sums
 
 
