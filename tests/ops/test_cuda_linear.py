@@ -18,7 +18,8 @@ SHAPES = [(2304, 12576, 1, 0), (4096, 2304, 0, 1), (1024, 2304, 0, 0), (96, 37, 
 
 
 @pytest.mark.parametrize(
-    ("tokens", "D", "O", "norm", "add"), [(t, *shape) for t in (8, 16) for shape in SHAPES] + [(32, 2304, 12576, 1, 0)]
+    ("tokens", "D", "O", "norm", "add"),
+    [(t, *shape) for t in (8, 16) for shape in SHAPES] + [(32, 2304, 12576, 1, 0), (32, 2304, 2304, 1, 0)],
 )
 def test_it_compiles_for_hopper_without_spills(
     tmp_path: Path, tokens: int, D: int, O: int, norm: int, add: int
@@ -38,6 +39,7 @@ def test_constants_are_those_of_the_source() -> None:
 def test_rows_stay_in_one_tile_where_they_fit_and_go_through_a_ring_where_not() -> None:
     assert CUDA.tiling(18, 4096, 16)[:3] == (24, 18, 1)
     assert CUDA.tiling(96, 2304, 16)[:3] == (8, 8, 5)
+    assert CUDA.tiling(18, 2304, 32)[:3] == (8, 8, 3)  # larger tiles would not fit the registers
     for D in range(32, 4097, 32):
         for tokens in (8, 16, 32):
             for block_rows in (1, 7, 8, 9, 18, 24, 25, 96, 2000):

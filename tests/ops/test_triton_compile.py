@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from typing import Any
 
@@ -49,6 +50,7 @@ def test_other_threads_launch_while_one_rehearses(launched: list[tuple[str, bool
 
 def test_rehearsals_that_overlap_end_in_any_order(launched: list[tuple[str, bool]]) -> None:
     begun, end = threading.Event(), threading.Event()
+    interval = sys.getswitchinterval()
 
     def other() -> None:
         with compiled_together():
@@ -64,6 +66,7 @@ def test_rehearsals_that_overlap_end_in_any_order(launched: list[tuple[str, bool
     thread.join()
     launch("after")
     assert launched == [("other", True), ("after", False)]
+    assert sys.getswitchinterval() == interval
 
 
 def test_a_thread_knows_whether_it_rehearses() -> None:
@@ -124,3 +127,4 @@ def test_a_kernel_that_fails_ends_the_rehearsal_with_its_error(at: str) -> None:
     with pytest.raises(RuntimeError, match=at):
         rehearse()
     assert not rehearsing()
+    assert active_mode.get() is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,10 @@ import torch
 
 from tests.models import random_checkpoint as random
 from thalweg import LLM, SamplingParams
+from thalweg.cache.manager import MemorySplit
+from thalweg.config.engine import EngineConfig
+from thalweg.engine.build import build_rank
+from thalweg.engine.warmup import plans
 from thalweg.runner import runner as runner_module
 from thalweg.runner.decode_graphs import MAX_ROWS, DecodeGraphs, buckets
 
@@ -66,3 +71,26 @@ def test_static_steps_give_the_tokens_of_eager_ones(folder: Path, monkeypatch: p
     assert generate(folder) == expected
     assert len(calls) > 20
     assert len(set(calls)) > 2
+
+
+def test_a_rehearsal_is_the_given_models_alone_and_capture_begins_on_the_sinks(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, info = build_rank(EngineConfig(max_num_seqs=3, max_model_len=100), 0, "")
+    whole: Any = runner.model
+    parts = (runner.cache, runner._inputs, runner._sampler, runner._mesh)
+    rows: list[list[list[int]]] = []
+
+    class Captured(DecodeGraphs):
+        def _captured(self, size: int) -> Any:
+            lengths = self._rows[3].view(torch.int32)[:size]
+            rows.append([*self._rows[:3, :size].tolist(), lengths.tolist()])
+
+    def refuse(*_: Any) -> torch.Tensor:
+        raise AssertionError("the whole model")
+
+    monkeypatch.setattr(runner_module, "DecodeGraphs", Captured)
+    runner = runner_module.ModelRunner(refuse, *parts, graph_sizes=[1, 3])
+    memory = MemorySplit(info.num_slots, info.num_blocks, info.block_size, 100, 0, 0, 0)
+    runner.rehearse(partial(whole, layers=whole.one_of_each()), plans(memory, 64))
+    assert runner.model is refuse
+    runner.capture()
+    assert rows == [[[0] * n, [1] * n, [0] * n, [1] * n] for n in (3, 1)]

@@ -17,7 +17,10 @@ MAX_THREADS = 32
 SWITCH_S = 0.0005  # how long a thread that compiles may keep the interpreter from the one that rehearses
 _lock = threading.Lock()
 _here = threading.local()
-_under_way: list[Any] = []  # for each rehearsal in this process, what launched before the first of them began
+# For each rehearsal in this process, what was there before the first of them began: they may overlap, and the last to
+# end puts it back.
+_under_way: list[Any] = []
+_switch_intervals: list[float] = []
 _EMPTY_TO_ZEROS = {
     torch.empty: torch.zeros,
     torch.empty_like: torch.zeros_like,
@@ -103,12 +106,17 @@ class _Loading(Executor):
 
 @contextmanager
 def _switching_often() -> Iterator[None]:
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(SWITCH_S)
+    with _lock:
+        before = _switch_intervals[0] if _switch_intervals else sys.getswitchinterval()
+        _switch_intervals.append(before)
+        sys.setswitchinterval(SWITCH_S)
     try:
         yield
     finally:
-        sys.setswitchinterval(before)
+        with _lock:
+            _switch_intervals.pop()
+            if not _switch_intervals:
+                sys.setswitchinterval(before)
 
 
 @contextmanager
@@ -130,7 +138,7 @@ def _not_launched() -> Iterator[None]:
     finally:
         with _lock:
             _under_way.pop()
-            if not _under_way:  # the last puts it back: rehearsals of two engines may overlap
+            if not _under_way:
                 JITFunction.run = launch
 
 

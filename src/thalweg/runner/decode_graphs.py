@@ -48,7 +48,7 @@ class DecodeGraphs:
         mesh: Mesh,
         sizes: list[int],
     ) -> None:
-        self._model, self._cache, self._inputs, self._sampler, self._mesh = model, cache, inputs, sampler, mesh
+        self.model, self._cache, self._inputs, self._sampler, self._mesh = model, cache, inputs, sampler, mesh
         self._sizes = sizes
         device, top = inputs.device, sizes[-1]
         self._rows = torch.zeros(4, top, dtype=torch.int64, device=device)  # slot, length, page row, length as int32
@@ -59,19 +59,15 @@ class DecodeGraphs:
         self._logits: dict[int, Tensor] = {}
         self._replay: dict[int, Callable[[], None]] = {size: partial(self._step, size) for size in sizes}
         self._pool: Any = None
-        self._rows[1] = 1
-        self._rows[3] = 1 + (1 << 32)  # two int32 ones: every row on the sinks
 
-    def rehearse(self, model: Model) -> None:
-        """A step of every size on the sinks, through `model` instead of the graphs' own."""
-        whole, self._model = self._model, model
-        try:
-            for size in self._sizes:
-                self._step(size)
-        finally:
-            self._model = whole
+    def rehearse(self) -> None:
+        """A step of every size on the sinks."""
+        self._rest()
+        for size in self._sizes:
+            self._step(size)
 
     def capture(self) -> None:
+        self._rest()
         for size in reversed(self._sizes):  # the largest first: the others fit into its memory
             self._replay[size] = self._captured(size)
 
@@ -106,6 +102,12 @@ class DecodeGraphs:
         self._replay[size]()
         return self._logits[size][:d], self._ids[:d]
 
+    def _rest(self) -> None:
+        """Every row on the sinks, with one token."""
+        self._rows.zero_()
+        self._rows[1] = 1
+        self._rows[3] = 1 + (1 << 32)  # two int32 ones
+
     def _step(self, size: int) -> None:
         slots, positions, page_rows, _ = self._rows[:, :size].unbind(0)
         batch = Batch(
@@ -119,7 +121,7 @@ class DecodeGraphs:
             prefill_offsets=[0],
             logit_rows_R=None,
         )
-        logits = self._model(batch, self._cache)
+        logits = self.model(batch, self._cache)
         ids = self._mesh.broadcast(self._sampler.sample_rows(logits, slots, positions))
         self._logits[size] = logits
         self._ids[:size] = ids

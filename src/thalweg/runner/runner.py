@@ -59,14 +59,15 @@ class ModelRunner:
     def rehearse(self, model: Model, plans: Iterable[StepPlan]) -> None:
         """The graphs' steps and `plans` through `model`, without reading a result. What they leave in slots, pages and
         last tokens is gone once a request is admitted to them."""
-        whole, self.model = self.model, model
+        whole = self.model
         try:
+            self._use(model)
             if self._graphs is not None:
-                self._graphs.rehearse(model)
+                self._graphs.rehearse()
             for plan in plans:
                 self.launch(plan)
         finally:
-            self.model = whole
+            self._use(whole)
 
     @torch.inference_mode()
     def capture(self) -> None:
@@ -91,6 +92,11 @@ class ModelRunner:
 
     def close(self) -> None:
         self._mesh.close()
+
+    def _use(self, model: Model) -> None:
+        self.model = model
+        if self._graphs is not None:
+            self._graphs.model = model
 
     def _launch_graph(self, graphs: DecodeGraphs, plan: StepPlan) -> Finish:
         slots = plan.decode_slots

@@ -25,7 +25,6 @@ def projections(setting: Setting) -> Iterator[Case]:
     """The projections of a KDA layer as eight products, and as one and one batched; one rank's share of the heads."""
     s, es = setting.shape, setting.dtype.itemsize
     D, R = s.width, s.head_dim
-    own_linear = any(c.name != "reference" and not c.refusal for c in candidates_of(setting, "linear", {"D": D}))
     for tp_size in TP_SIZES:
         H = max(1, s.heads // tp_size)
         HK = H * s.head_dim
@@ -33,30 +32,29 @@ def projections(setting: Setting) -> Iterator[Case]:
 
             def make(copy: int, H: int = H, HK: int = HK, T: int = T) -> tuple[Any, ...]:
                 draw = Draw(setting, copy)
-                layers = [_kda_layer(setting, H, Resolver({"linear": "reference"})), _kda_layer(setting, H, Resolver())]
+                layer = _kda_layer(setting, H)
                 w_in = nn.Parameter(draw(3 * HK + H + 2 * R, D, scale=D**-0.5), requires_grad=False)
                 w_up = nn.Parameter(draw(2, HK, R, scale=R**-0.5), requires_grad=False)
-                for layer in layers:
-                    layer.in_proj.weight, layer.up_proj.weight = w_in, w_up
-                return *layers, draw(T, D)
+                layer.in_proj.weight, layer.up_proj.weight = w_in, w_up
+                return layer, draw(T, D)
 
             weights = (3 * HK + H + 2 * R) * D + 2 * HK * R
-            fused = [Candidate("1 + 1 batched", lambda layer, _, x: layer.fused_projections(x))]
-            if own_linear:
-                fused.append(Candidate("1 + 1 batched, own linear", lambda _, layer, x: layer.fused_projections(x)))
             yield Case(
                 "projections",
                 f"KDA, TP{tp_size}: {H} heads, {T} tokens",
-                (Candidate("8 products", lambda layer, _, x: layer.unfused_projections(x)), *fused),
+                (
+                    Candidate("8 products", lambda layer, x: layer.unfused_projections(x)),
+                    Candidate("1 + 1 batched", lambda layer, x: layer.fused_projections(x)),
+                ),
                 make,
                 num_bytes=es * (weights + T * (D + 5 * HK + H)),
                 flops=2 * T * weights,
             )
 
 
-def _kda_layer(setting: Setting, heads: int, resolver: Resolver) -> KimiDeltaAttention:
+def _kda_layer(setting: Setting, heads: int) -> KimiDeltaAttention:
     s = setting.shape
-    ctx = BuildContext(setting.device, setting.dtype, Mesh(), resolver, "float32")
+    ctx = BuildContext(setting.device, setting.dtype, Mesh(), Resolver(), "float32")
     return KimiDeltaAttention(
         ctx, width=s.width, heads=heads, head_dim=s.head_dim, rank=s.head_dim, taps=s.taps, eps=1e-5
     )

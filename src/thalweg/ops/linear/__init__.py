@@ -63,10 +63,13 @@ def _cuda_linear_add(*args: Any) -> Tensor:
     return cuda.linear_add(*args)
 
 
+MAX_COLUMNS = 4096  # of 16 tokens are what the registers of a block hold
+
+
 def _cuda_refuses(ctx: OpContext) -> str | None:
     D = ctx.dims.get("D", 0)
-    if D % 32 or not 0 < D <= 4096:
-        return f"needs D to be a multiple of 32 up to 4096, not {D}"
+    if D % 32 or not 0 < D <= MAX_COLUMNS:
+        return f"needs D to be a multiple of 32 up to {MAX_COLUMNS}, not {D}"
     if ctx.dtype != "bfloat16":
         return f"needs bfloat16, not {ctx.dtype}"
     return why_not(ctx) or cuda_build.why_not(ctx) or why_not_hopper()

@@ -19,8 +19,8 @@ from thalweg.ops.triton_support import multiprocessors
 
 SOURCE = Path(__file__).with_name("few.cu")
 WARPS, MAX_STAGES = 8, 16  # as in the source
-MAX_TOKENS, MAX_COLUMNS = 16, 4096  # beyond, x does not fit the registers of a block
-NORM_TOKENS, NORM_COLUMNS = 32, 2304  # nor here; up to 32 tokens a norm inside saves its launch, and no time
+MAX_TOKENS = 16  # beyond, x does not fit the registers of a block
+NORM_TOKENS, NORM_COLUMNS = 32, 2304  # so many columns do; there a norm inside saves its launch, and no time
 SHARED = 200 * 1024  # bytes of shared memory that a block may have for tiles and sums
 
 
@@ -34,14 +34,14 @@ class Tiling(NamedTuple):
 
 
 def tiling(block_rows: int, D: int, tokens: int) -> Tiling:
-    """For blocks of at most `block_rows` rows: all of them in one tile where it fits, or else a ring of tiles of 8."""
+    """For blocks of at most `block_rows` rows: all in one tile where registers and memory allow, or else tiles of 8."""
     pitch = 2 * D + (0 if D % 64 else 64)
 
     def fitting(rows: int) -> int:  # rows of D columns beside the partial sums of two tiles
         return (SHARED - 2 * WARPS * tokens * rows * 4) // pitch
 
     rows = -(-block_rows // 8) * 8
-    if rows <= 24 and block_rows <= fitting(rows):
+    if rows <= 24 and tokens <= MAX_TOKENS and block_rows <= fitting(rows):
         return Tiling(rows, block_rows, 1, block_rows * pitch + 2 * WARPS * tokens * rows * 4)
     stages = min(-(-block_rows // 8), fitting(8) // 8, MAX_STAGES)
     return Tiling(8, 8, stages, 8 * stages * pitch + 2 * WARPS * tokens * 8 * 4)

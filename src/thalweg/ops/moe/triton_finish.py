@@ -40,7 +40,7 @@ def sum_kernel(
     residual = 0.0
     if ADD:
         residual = tl.load(residual_ptr + token * residual_stride + cols, mask=inside, other=0.0).to(tl.float32)
-    if residual_stride < 0:  # never, but the assembler does not sink loads over a branch: see ops/linear
+    if residual_stride < 0:  # never, but the assembler does not sink loads over a branch
         return
     total = tl.zeros([BLOCK_D], tl.float32)
     for j in tl.static_range(K):
