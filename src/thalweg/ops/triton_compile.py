@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 MAX_THREADS = 32
 SWITCH_S = 0.0005  # how long a thread that compiles may keep the interpreter from the one that rehearses
 _lock = threading.Lock()
+_loading = threading.Lock()
 _here = threading.local()
 # For each rehearsal in this process, what was there before the first of them began: they may overlap, and the last to
 # end puts it back.
@@ -77,8 +78,8 @@ class _Loading(Executor):
     """What is compiled on `pool` is then loaded on `loader`, while others compile: for each signature Triton has a C
     compiler make a launcher, which would otherwise happen at a kernel's first launch.
 
-    The loader has one thread. When two make the launcher of one signature at once, the second replaces the file that
-    the first is loading; CPython, which tells extension modules apart by inode, may then take the next one for this.
+    One at a time: when two make the launcher of one signature at once, the second replaces the file that the first is
+    loading; CPython, which tells extension modules apart by inode, may then take the next one for this.
     """
 
     def __init__(self, pool: Executor, loader: Executor) -> None:
@@ -89,7 +90,8 @@ class _Loading(Executor):
 
         def load(kernel: Any) -> None:
             try:
-                _ = kernel.run  # a property that loads
+                with _loading:
+                    _ = kernel.run  # a property that loads
                 done.set_result(kernel)
             except BaseException as e:  # noqa: BLE001 -- whoever waits for the kernel raises it
                 done.set_exception(e)
