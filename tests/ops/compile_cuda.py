@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from thalweg.ops.cuda_build import HEADER
+
 
 @dataclass(frozen=True)
 class CompiledCuda:
@@ -24,6 +26,7 @@ def compile_cuda(source: Path, folder: Path, **macros: int) -> CompiledCuda:
     if nvcc is None:
         pytest.skip("nvcc is not installed")
     command = [nvcc, "-cubin", "-arch=sm_90", "-use_fast_math", "--ptxas-options=-v", str(source)]
+    command += ["-I", str(HEADER.parent)]
     command += ["-o", f"{folder}/k.cubin", *(f"-D{key}={value}" for key, value in macros.items())]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr

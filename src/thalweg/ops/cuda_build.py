@@ -1,8 +1,8 @@
 """CUDA C++ kernels, compiled on first use by NVRTC and launched through the driver.
 
 Both come with torch's CUDA builds for Linux (packages nvidia-cuda-nvrtc and cuda-bindings), so neither a compiler nor
-CUDA's headers need be installed; a source of a few hundred lines without includes takes up to a second. What is
-compiled lies in Triton's kernel cache beside Triton's own kernels.
+CUDA's headers need be installed; a source of a few hundred lines, which includes hopper.cuh alone, takes 0.1 to 0.3 s.
+What is compiled lies in Triton's kernel cache beside Triton's own kernels.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from torch import Tensor
 
 from thalweg.ops.registry import OpContext
 from thalweg.ops.triton_compile import rehearsing
+
+HEADER = Path(__file__).with_name("hopper.cuh")
 
 
 def why_not(ctx: OpContext) -> str | None:
@@ -88,7 +90,7 @@ def cached_cubin(source: Path, arch: str, **macros: int) -> bytes:
         from triton.runtime.cache import get_cache_manager
     except ImportError:
         return compile_cubin(source, arch, **macros)
-    key = hashlib.sha256(source.read_bytes())
+    key = hashlib.sha256(HEADER.read_bytes() + source.read_bytes())
     key.update(repr((_compiler_version(), _options(arch, macros))).encode())
     cache, name = get_cache_manager(key.hexdigest()), f"{source.stem}.cubin"
     if (path := cache.get_file(name)) is None:
@@ -114,7 +116,8 @@ def compile_cubin(source: Path, arch: str, **macros: int) -> bytes:
     from cuda.bindings import nvrtc
 
     options = _options(arch, macros)
-    program = _check(nvrtc.nvrtcCreateProgram(source.read_bytes(), source.name.encode(), 0, [], []))
+    headers = ([HEADER.read_bytes()], [HEADER.name.encode()])
+    program = _check(nvrtc.nvrtcCreateProgram(source.read_bytes(), source.name.encode(), 1, *headers))
     try:
         (result,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
         if result:

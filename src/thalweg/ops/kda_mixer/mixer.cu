@@ -13,8 +13,8 @@
 //
 // Macro: STATE_BF16, 1 for states stored in bf16, 0 for fp32.
 
-typedef unsigned int u32;
-typedef unsigned short bf16;
+#include "hopper.cuh"
+
 constexpr int K = 128, WARPS = 8, PASS = 8, MAX_ROWS = 64;
 constexpr int STRIDE = K + 4;  // floats between the rows of an input in shared memory: no bank conflicts
 #if STATE_BF16
@@ -27,22 +27,8 @@ constexpr int TILE_BYTES = 4096, WARP_ROWS = K / WARPS, TILE_ROWS = TILE_BYTES /
 constexpr int TILES = WARP_ROWS / TILE_ROWS;  // of a warp's share of a state
 constexpr int STEPS = TILE_ROWS / 4;          // a warp takes 4 rows at a time, 8 lanes to a row
 
-__device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
-__device__ __forceinline__ u32 pack(float a, float b) {
-    u32 pair;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(b), "f"(a));
-    return pair;
-}
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + __expf(-x)); }
-__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
-// Loads keep their place relative to the wait for the kernel ahead, and go by L2.
-__device__ __forceinline__ uint4 load16(const void* p) {
-    uint4 x;
-    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(p));
-    return x;
-}
+// As load16.
 __device__ __forceinline__ uint2 load8(const void* p) {
     uint2 x;
     asm volatile("ld.global.cg.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "l"(p));
@@ -51,11 +37,6 @@ __device__ __forceinline__ uint2 load8(const void* p) {
 __device__ __forceinline__ float load_float(const float* p) {
     float x;
     asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(x) : "l"(p));
-    return x;
-}
-__device__ __forceinline__ bf16 load_bf16(const bf16* p) {
-    bf16 x;
-    asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(x) : "l"(p));
     return x;
 }
 // For states. Nothing reads them before the next step, so fp32 ones may be the first to leave L2: up to 2 % faster from
@@ -91,27 +72,6 @@ __device__ __forceinline__ void write(State* to, const float* x) {
     for (int w = 0; w < 4; w++)
         bits[w] = VEC == 4 ? __float_as_uint(x[w]) : pack(x[2 * w % VEC], x[(2 * w + 1) % VEC]);
     store16(to, make_uint4(bits[0], bits[1], bits[2], bits[3]));
-}
-
-__device__ __forceinline__ void copy_tile(u32 tile, const State* from, u32 full) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(full), "r"(TILE_BYTES) : "memory");
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-            "r"(tile), "l"(from), "r"(TILE_BYTES), "r"(full)
-        : "memory");
-}
-__device__ __forceinline__ void wait_full(u32 full, u32 phase) {
-    asm volatile(
-        "{\n.reg .pred done;\n"
-        "AGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra AGAIN;\n}" ::"r"(full), "r"(phase)
-        : "memory");
-}
-
-__device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
 // 32 outputs of an up-projection for 8 sequences. A lane's 8 neighbours of R stand for two pairs of two products: the
@@ -157,7 +117,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     __shared__ float beta_s[PASS], qk_s[PASS];
     __shared__ unsigned long long full_s[WARPS * 16];
 
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    start_kernel_behind();
 
     // Half the warps project up the decay, half the gate, 32 outputs each.
     const int quad = lane / 4, pair = lane % 4;
@@ -185,7 +145,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     auto slot_of = [&](int i) { return (long long)__shfl_sync(~0u, i < 32 ? slot_low : slot_high, i % 32); };
     auto warp_state = [&](int i) { return state + ((slot_of(i) * H + h) * K + warp * WARP_ROWS) * K; };
     if (lane < stages) {
-        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(full + 8 * lane) : "memory");
+        init_barrier(full + 8 * lane);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     }
@@ -193,7 +153,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     int asked = 0;
     auto ask = [&](int place) {
         const State* from = warp_state(asked / TILES) + asked % TILES * TILE_ROWS * K;
-        if (lane == 0) copy_tile(ring + place * TILE_BYTES, from, full + 8 * place);
+        if (lane == 0) {
+            expect_bytes(full + 8 * place, TILE_BYTES);
+            copy_bytes(ring + place * TILE_BYTES, from, TILE_BYTES, full + 8 * place);
+        }
         asked++;
     };
 
@@ -226,7 +189,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     load_remembered(0);
     ask(0);
 
-    asm volatile("griddepcontrol.wait;" ::: "memory");
+    wait_for_kernel_ahead();
 
     load_newest(0);
 #pragma unroll 1
@@ -327,7 +290,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
             float* v_o = v_s + i * STRIDE + warp * WARP_ROWS + row_of_4;
 #pragma unroll 1
             for (int t = 0; t < TILES; t++) {
-                wait_full(full + 8 * place, phase);
+                wait_at_barrier(full + 8 * place, phase);
                 const unsigned char* tile = shared + (warp * stages + place) * TILE_BYTES;
 #pragma unroll 2
                 for (int s = 0; s < STEPS; s++) {

@@ -9,57 +9,13 @@
 //
 // Macros: D columns, a multiple of 32; TOKENS at most, 8, 16 or 32; ROWS of a tile at most, a multiple of 8; NORM; ADD.
 
-typedef unsigned int u32;
-typedef unsigned short bf16;
+#include "hopper.cuh"
+
 constexpr int WARPS = 8, THREADS = 32 * WARPS, MAX_STAGES = 16;
 constexpr int PITCH = D * 2 + (D % 64 ? 0 : 64);  // bytes between rows in shared memory: no bank conflicts
 constexpr int CHUNKS = D / 32, MINE = (CHUNKS + WARPS - 1) / WARPS;  // of 32 columns: all, and a warp's at most
 constexpr int HALVES = TOKENS / 8, GROUPS = (HALVES + 1) / 2;  // of the 16 tokens that the matrix unit takes
 constexpr int TILE = TOKENS * ROWS, EACH = (TILE + THREADS - 1) / THREADS;  // sums of a tile: all, and a thread's
-
-__device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
-__device__ __forceinline__ u32 pack(float a, float b) {
-    u32 pair;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(b), "f"(a));
-    return pair;
-}
-__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
-// Loads keep their place relative to the wait for the kernel ahead, and go by L2.
-__device__ __forceinline__ uint4 load16(const void* p) {
-    uint4 x;
-    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(p));
-    return x;
-}
-__device__ __forceinline__ float load_bf16(const bf16* p) {
-    bf16 x;
-    asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(x) : "l"(p));
-    return low(x);
-}
-
-__device__ __forceinline__ void expect(u32 full, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(full), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void copy_row(u32 to, const bf16* from, u32 full) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-            "r"(to), "l"(from), "r"(D * 2), "r"(full)
-        : "memory");
-}
-__device__ __forceinline__ void wait_full(u32 full, u32 phase) {
-    asm volatile(
-        "{\n.reg .pred done;\n"
-        "AGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra AGAIN;\n}" ::"r"(full), "r"(phase)
-        : "memory");
-}
-
-__device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     few_tokens(const bf16* x, const bf16* norm_weight, const bf16* w, const bf16* residual, bf16* y,
@@ -78,7 +34,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 
     const u32 full = shared_address(full_s);
     if (tid < stages) {
-        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(full + 8 * tid) : "memory");
+        init_barrier(full + 8 * tid);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     }
@@ -92,11 +48,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 const int place = asked % stages, rows = min(tile_rows, count - asked * tile_rows);
                 const u32 to = shared_address(shared) + place * tile_rows * PITCH, barrier = full + 8 * place;
                 const bf16* from = w + (first + asked * tile_rows) * w_stride;
-                if (lane == 0) expect(barrier, rows * D * 2);
+                if (lane == 0) expect_bytes(barrier, rows * D * 2);
                 __syncwarp();
-                if (lane < rows) copy_row(to + lane * PITCH, from + lane * w_stride, barrier);
+                if (lane < rows) copy_bytes(to + lane * PITCH, from + lane * w_stride, D * 2, barrier);
             }
-        if (asked == tiles) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+        if (asked == tiles) start_kernel_behind();
     };
     auto columns = [&](int i) { return 32 * (warp + WARPS * i) + 8 * pair; };  // of this thread's chunk i
     auto mine = [&](int i) { return WARPS * (i + 1) <= CHUNKS || warp + WARPS * i < CHUNKS; };
@@ -109,7 +65,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     ask(max(1, stages - 1));
     __syncthreads();
 
-    asm volatile("griddepcontrol.wait;" ::: "memory");
+    wait_for_kernel_ahead();
 
     uint4 v[HALVES][MINE];
 #pragma unroll
@@ -169,9 +125,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
             for (int j = 0; j < EACH; j++) {
                 const int e = tid + j * THREADS;
-                if (there(e)) added[j] = load_bf16(residual + e / ROWS * residual_stride + from + e % ROWS);
+                if (there(e)) added[j] = low(load_bf16(residual + e / ROWS * residual_stride + from + e % ROWS));
             }
-        wait_full(full + 8 * place, phase);
+        wait_at_barrier(full + 8 * place, phase);
         const unsigned char* w_s = shared + place * tile_rows * PITCH;
         float c[ROWS / 8][GROUPS][2][4] = {};  // in two parts each, or products would wait for one another
 #pragma unroll

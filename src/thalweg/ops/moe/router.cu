@@ -10,9 +10,8 @@
 // Macros: E, D and K as in the op's contract; SHARED experts behind the chosen ones; SOFTMAX and RENORMALIZE, 0 or 1;
 // TOKENS of a cluster, 8 or 16.
 
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef unsigned short bf16;
+#include "hopper.cuh"
+
 constexpr int BLOCKS = 16, WARPS = E / 32;
 constexpr int COLUMNS = D / BLOCKS, VECTORS = COLUMNS / 8, STEPS = COLUMNS / 16;  // of a block; VECTORS have 16 bytes
 constexpr int ROW = COLUMNS + (STEPS % 2 ? 0 : 16);  // between rows in shared memory: no bank conflicts
@@ -21,54 +20,29 @@ constexpr int TILES = TOKENS / 8;
 constexpr int LIST = (K + 3) / 4 * 4;
 constexpr int LOWEST = -2147483647 - 1;
 
-__device__ __forceinline__ void wait_for_kernel_ahead() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-__device__ __forceinline__ void start_kernel_behind() {
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-}
-
-__device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
-__device__ __forceinline__ u32 pack(float a, float b) {
-    u32 pair;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(b), "f"(a));
-    return pair;
-}
 __device__ __forceinline__ void unpack(float (&to)[8], uint4 from) {
     to[0] = low(from.x), to[1] = high(from.x), to[2] = low(from.y), to[3] = high(from.y);
     to[4] = low(from.z), to[5] = high(from.z), to[6] = low(from.w), to[7] = high(from.w);
-}
-// Keeps its place relative to the wait for the kernel ahead, and goes by L2.
-__device__ __forceinline__ uint4 load16(const void* p) {
-    uint4 x;
-    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(p));
-    return x;
 }
 // From shared memory, and not later than written here.
 __device__ __forceinline__ uint2 load8(const bf16* p) {
     uint2 x;
     asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
                  : "=r"(x.x), "=r"(x.y)
-                 : "r"((u32)__cvta_generic_to_shared(p))
+                 : "r"(shared_address(p))
                  : "memory");
     return x;
 }
-__device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-// A barrier that opens once, when so many bytes have come; publish_barriers then lets copies and other blocks see it.
+// A barrier that opens once; publish_barriers then lets copies and other blocks see it.
 __device__ __forceinline__ void expect(u64* barrier, u32 bytes) {
     const u32 at = shared_address(barrier);
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(at) : "memory");
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
+    init_barrier(at);
+    expect_bytes(at, bytes);
 }
 __device__ __forceinline__ void publish_barriers() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
+// As wait_at_barrier, with the phase known.
 __device__ __forceinline__ void wait_for(u64* barrier) {
     asm volatile(
         "{\n.reg .pred done;\n"
@@ -76,12 +50,9 @@ __device__ __forceinline__ void wait_for(u64* barrier) {
             shared_address(barrier))
         : "memory");
 }
+
 __device__ __forceinline__ void copy(bf16* to, const bf16* from, u32 bytes, u64* barrier) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-            shared_address(to)),
-        "l"(from), "r"(bytes), "r"(shared_address(barrier))
-        : "memory");
+    copy_bytes(shared_address(to), from, bytes, shared_address(barrier));
 }
 
 __device__ __forceinline__ void cluster_arrive() {

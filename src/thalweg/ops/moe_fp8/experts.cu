@@ -16,9 +16,8 @@
 // Macros: GATED; COLS, the columns; OUT, the rows of gate, up or down; E, experts; K, experts a token; SHARED, how many
 // of these are the last experts; TILES of 8 tokens; STEPS of 128 columns that a warp has; STAGES of the ring.
 
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned char u8;
+#include "hopper.cuh"
+
 #if GATED
 typedef u16 Out;  // bf16
 #else
@@ -38,16 +37,7 @@ __device__ __forceinline__ void wait_at(int barrier) {
 __device__ __forceinline__ void arrive_at(int barrier) {
     asm volatile("barrier.cta.arrive %0, %1;" ::"r"(barrier), "n"(THREADS) : "memory");
 }
-__device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
-__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
-// Loads keep their place relative to the wait for the kernel ahead, and go by L2.
-__device__ __forceinline__ uint4 load16(const void* p) {
-    uint4 x;
-    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(p));
-    return x;
-}
+// As load16.
 __device__ __forceinline__ int load_id(const long long* p) {
     long long x;
     asm volatile("ld.global.cg.u64 %0, [%1];" : "=l"(x) : "l"(p));
@@ -85,7 +75,8 @@ __device__ __forceinline__ void store(u16* to, float x) {
 }
 __device__ __forceinline__ void store(float* to, float x) { *to = x; }
 
-__device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+// In fp16.
+__device__ __forceinline__ void mma_half(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
@@ -141,12 +132,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, TILES == 1 ? 2 : 1)
     if (early)
 #pragma unroll
         for (int step = 0; step < STEPS; step++) ask(step, E - 1 - blockIdx.x / ITEMS, blockIdx.x % ITEMS, step);
-    asm volatile("griddepcontrol.wait;" ::: "memory");
+    wait_for_kernel_ahead();
     // Only now may "down" start: it reads ids before its own wait, and they are complete here.
 #else
     const bool early = false;
 #endif
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    start_kernel_behind();
 
     if (warp == 0) {
         constexpr int ROUNDS = (TOKENS * K + 31) / 32;
@@ -202,7 +193,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, TILES == 1 ? 2 : 1)
             }
             if (j + BUFFERS < count) arrive_at(EMPTY + j % BUFFERS);
 #if !GATED
-            if (j == 0) asm volatile("griddepcontrol.wait;" ::: "memory");
+            if (j == 0) wait_for_kernel_ahead();
 #endif
             const int row = item % ITEMS * ROWS + quad;
 #pragma unroll
@@ -282,7 +273,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, TILES == 1 ? 2 : 1)
 #if GATED
     if (count > 0) load_rows(0);
 #else
-    asm volatile("griddepcontrol.wait;" ::: "memory");
+    wait_for_kernel_ahead();
     int held = -1;
 #endif
     int stage = 0;
@@ -313,7 +304,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, TILES == 1 ? 2 : 1)
 #pragma unroll
                 for (int tile = 0; tile < TILES; tile++) {
                     const u32* b = &rows.x[tile][step][i / 4][i % 4 * 2];
-                    if (TILES == 1 || tokens >> 8 * tile & 0xff) mma(c[tile][i / 4], a0, a1, a2, a3, b[0], b[1]);
+                    if (TILES == 1 || tokens >> 8 * tile & 0xff) mma_half(c[tile][i / 4], a0, a1, a2, a3, b[0], b[1]);
                 }
             }
             __syncwarp();  // all have read
