@@ -6,6 +6,7 @@ In a process of its own, since what another test compiled would be found in memo
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,14 +16,21 @@ def main(folder: str) -> None:
     import triton
 
     from thalweg import LLM, SamplingParams
+    from thalweg.ops import cuda_build
 
     compiled: list[str] = []
 
     def note(*, repr: str, **_: Any) -> None:
         compiled.append(repr)
 
+    class NotedKernel(cuda_build.CudaKernel):
+        def __init__(self, source: Path, name: str, threads: int, **macros: int) -> None:
+            super().__init__(source, name, threads, **macros)
+            compiled.append(f"{source.name} {macros}")
+
     with LLM(folder, device="cuda", dtype="bfloat16", max_num_seqs=6, max_num_batched_tokens=1000) as llm:
         triton.knobs.runtime.jit_post_compile_hook = note
+        cuda_build.CudaKernel = NotedKernel  # type: ignore[misc]
         rng = np.random.default_rng(1)
         vocab = llm.info.vocab_size
         for lengths in (

@@ -91,7 +91,7 @@ class _Loading(Executor):
         def load(kernel: Any) -> None:
             try:
                 with _loading:
-                    _ = kernel.run  # a property that loads
+                    getattr(kernel, "run", None)  # a property that loads
                 done.set_result(kernel)
             except BaseException as e:  # noqa: BLE001 -- whoever waits for the kernel raises it
                 done.set_exception(e)
