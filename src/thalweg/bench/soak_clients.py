@@ -43,7 +43,7 @@ def draw_cases(tokenizer: Tokenizer, count: int, max_model_len: int, seed: int) 
         long = i % 4 == 0
         prompt_len = draw.randint(max_model_len // 8, max_model_len // 3) if long else draw.randint(1, 48)
         # Answers far longer than their prompts are what outgrows the cache and is preempted.
-        output_len = max_model_len // 6 if i % 8 == 1 else draw.randint(1, min(128, max_model_len // 4))
+        output_len = max_model_len // 6 if i % 4 == 1 else draw.randint(1, min(128, max_model_len // 4))
         chat = i % 5 == 4 and not long
         [request] = (texts if chat else ids).random(1, prompt_len, output_len, 0.0)
         options: dict[str, Any] = {"temperature": 0} if i % 3 else {"temperature": 0.8, "top_p": 0.9, "seed": i}
