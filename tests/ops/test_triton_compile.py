@@ -86,7 +86,7 @@ def test_what_a_kernel_would_have_written_is_zeros() -> None:
         assert not any(x.any() for x in made)
 
 
-def test_kernels_are_loaded_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_are_loaded_one_at_a_time() -> None:
     pytest.importorskip("triton.runtime._async_compile")
     from triton.runtime._async_compile import active_mode
 
