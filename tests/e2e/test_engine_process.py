@@ -18,8 +18,7 @@ from tests.models import random_checkpoint as random
 from thalweg import LLM, SamplingParams
 from thalweg.config.engine import EngineConfig
 from thalweg.core import RequestUpdate
-from thalweg.engine.client import EngineClient, RequestLimits
-from thalweg.engine.output import Delta
+from thalweg.engine.processes.client import EngineClient, RequestLimits
 from thalweg.errors import (
     CheckpointError,
     ConfigError,
@@ -29,6 +28,7 @@ from thalweg.errors import (
     RequestTimeout,
     ThalwegError,
 )
+from thalweg.text.output import Delta
 
 PROMPTS = [[3 + i, 7, 11 * i % 100, 5] * (2 + 3 * i) for i in range(6)]
 PARAMS = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)
@@ -169,7 +169,7 @@ def test_an_engine_does_not_outlive_its_parent(folder: Path) -> None:
     script = f"""
 import asyncio, sys, time
 from thalweg.config.engine import EngineConfig
-from thalweg.engine.client import EngineClient
+from thalweg.engine.processes.client import EngineClient
 async def main():
     client = EngineClient(EngineConfig({str(folder)!r}, tensor_parallel_size=2, max_num_seqs=2))
     await client.start()
@@ -231,7 +231,7 @@ def test_a_request_that_takes_too_long_ends_in_every_phase(folder: Path, expecte
 
 
 def test_what_nobody_reads_is_given_up(folder: Path, expected: list[list[int]], monkeypatch: Any) -> None:
-    monkeypatch.setattr("thalweg.engine.client.MAX_UNREAD", 30)
+    monkeypatch.setattr("thalweg.engine.processes.client.MAX_UNREAD", 30)
 
     async def body(client: EngineClient) -> None:
         deltas = client.generate(PROMPTS[0], LONG)

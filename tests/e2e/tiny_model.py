@@ -42,7 +42,9 @@ class ServerProcess:
 
     def engine_pid(self) -> int:
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        [pid] = [int(c) for c in children if b"thalweg.engine.process" in Path(f"/proc/{c}/cmdline").read_bytes()]
+        [pid] = [
+            int(c) for c in children if b"thalweg.engine.processes.main" in Path(f"/proc/{c}/cmdline").read_bytes()
+        ]
         return pid
 
     def errors(self) -> str:

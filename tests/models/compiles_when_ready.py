@@ -16,7 +16,7 @@ def main(folder: str) -> None:
     import triton
 
     from thalweg import LLM, SamplingParams
-    from thalweg.ops import cuda_build
+    from thalweg.ops.toolchain import cuda_build
 
     compiled: list[str] = []
 

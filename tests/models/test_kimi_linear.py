@@ -80,8 +80,8 @@ def test_long_prompt_against_float64(tmp_path: Path) -> None:
 def test_fused_projections_equal_the_eight_separate_ones(tmp_path: Path) -> None:
     import torch
 
+    from thalweg.build.rank import build_rank
     from thalweg.config.engine import EngineConfig
-    from thalweg.engine.build import build_rank
 
     c = random.config()
     w = random.weights(c)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from thalweg.ops.cuda_build import HEADER
+from thalweg.ops.toolchain.cuda_build import HEADER
 
 
 @dataclass(frozen=True)

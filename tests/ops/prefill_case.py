@@ -7,7 +7,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from thalweg.ops.kda.reference import kda_gate, recurrent_kda
+from thalweg.ops.delta.kda.reference import kda_gate, recurrent_kda
 
 
 class KdaCase:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from thalweg.ops import cuda_build
+from thalweg.ops.toolchain import cuda_build
 
 
 def test_a_source_is_compiled_once_for_all_it_depends_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

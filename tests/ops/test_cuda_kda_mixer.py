@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.ops.compile_cuda import compile_cuda
-from thalweg.ops import cuda_build
-from thalweg.ops.kda_mixer.cuda import MAX_ROWS, MAX_STAGES, SOURCE, rows_per_block
+from thalweg.ops.delta.kda_mixer.cuda import MAX_ROWS, MAX_STAGES, SOURCE, rows_per_block
 from thalweg.ops.registry import OpContext, Resolver
+from thalweg.ops.toolchain import cuda_build
 
 DIMS = {"H": 32, "K": 128, "V": 128, "R": 128, "W": 3}
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from thalweg.ops.triton_compile import compiled_together
+from thalweg.ops.toolchain.triton_compile import compiled_together
 
 pytestmark = pytest.mark.gpu
 

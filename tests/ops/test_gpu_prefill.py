@@ -18,7 +18,7 @@ DTYPES = [(torch.bfloat16, 0.005), (torch.float32, 1e-5)]
 @pytest.mark.parametrize(("H", "K", "V"), [(4, 128, 128), (2, 32, 24)])
 @pytest.mark.parametrize("fresh", [False, True])
 def test_kda_of_mixed_lengths(dtype: torch.dtype, tolerance: float, H: int, K: int, V: int, fresh: bool) -> None:
-    from thalweg.ops.kda.triton_prefill import kda_prefill
+    from thalweg.ops.delta.kda.triton_prefill import kda_prefill
 
     case = KdaCase(LENGTHS, H, K, V, dtype, "cuda", fresh=fresh)
     case.check(kda_prefill(*case.arguments()), tolerance)
@@ -27,7 +27,7 @@ def test_kda_of_mixed_lengths(dtype: torch.dtype, tolerance: float, H: int, K: i
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
 @pytest.mark.parametrize("gate", [-30.0, -8.0, 8.0, 30.0])
 def test_kda_of_extreme_gates(dtype: torch.dtype, tolerance: float, gate: float) -> None:
-    from thalweg.ops.kda.triton_prefill import kda_prefill
+    from thalweg.ops.delta.kda.triton_prefill import kda_prefill
 
     case = KdaCase((130,), 4, 128, 128, dtype, "cuda", gate=gate)
     case.check(kda_prefill(*case.arguments()), tolerance)
@@ -35,7 +35,7 @@ def test_kda_of_extreme_gates(dtype: torch.dtype, tolerance: float, gate: float)
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_kda_of_equal_keys(value: float) -> None:
-    from thalweg.ops.kda.triton_prefill import kda_prefill
+    from thalweg.ops.delta.kda.triton_prefill import kda_prefill
 
     case = KdaCase((130,), 4, 128, 128, torch.bfloat16, "cuda", gate=-30.0)
     case.k = torch.full_like(case.k, value)
@@ -43,7 +43,7 @@ def test_kda_of_equal_keys(value: float) -> None:
 
 
 def test_kda_with_a_bfloat16_state() -> None:
-    from thalweg.ops.kda.triton_prefill import kda_prefill
+    from thalweg.ops.delta.kda.triton_prefill import kda_prefill
 
     case = KdaCase((65, 3), 4, 128, 128, torch.bfloat16, "cuda", state_dtype=torch.bfloat16)
     case.check(kda_prefill(*case.arguments()), 0.005, state_tolerance=0.007)
@@ -51,7 +51,7 @@ def test_kda_with_a_bfloat16_state() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_conv1d(dtype: torch.dtype) -> None:
-    from thalweg.ops.conv1d import reference, triton
+    from thalweg.ops.delta.conv1d import reference, triton
 
     x, state, *rest = conv_case((0, 1, 2, 3, 40, 0, 333), 3 * 512, 3, dtype, "cuda")
     expected_state = state.clone()
@@ -64,8 +64,8 @@ def test_conv1d(dtype: torch.dtype) -> None:
 def test_gate_norm_and_activation(dtype: torch.dtype) -> None:
     from thalweg.ops.activation import reference as activation
     from thalweg.ops.activation.triton import silu_and_mul
-    from thalweg.ops.kda import reference as kda
-    from thalweg.ops.kda.triton_gate import kda_gate
+    from thalweg.ops.delta.kda import reference as kda
+    from thalweg.ops.delta.kda.triton_gate import kda_gate
     from thalweg.ops.norm import reference as norm
     from thalweg.ops.norm.triton_gated import gated_rms_norm
 
@@ -82,7 +82,7 @@ def test_gate_norm_and_activation(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("most", [16384, 300])
 @pytest.mark.parametrize(("cached", "new"), [([0], [1000]), ([0, 65, 0, 700, 0], [1, 64, 0, 130, 300]), ([1000], [7])])
 def test_mla(most: int, cached: list[int], new: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    from thalweg.ops.mla_attention import reference, triton
+    from thalweg.ops.attention.mla import reference, triton
 
     monkeypatch.setattr(triton, "MAX_CONTEXT", most)
     shape = dict(H=4, K=128, P=64, V=128, R=512, page_size=64)

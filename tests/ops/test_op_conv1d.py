@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from thalweg.ops.conv1d.reference import conv1d_decode, conv1d_prefill
+from thalweg.ops.delta.conv1d.reference import conv1d_decode, conv1d_prefill
 
 C, TAPS = 6, 4
 W = TAPS - 1

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from thalweg.ops.kda import reference
-from thalweg.ops.kda.reference import chunk_kda, kda_decode, kda_gate, kda_prefill, recurrent_kda
+from thalweg.ops.delta.kda import reference
+from thalweg.ops.delta.kda.reference import chunk_kda, kda_decode, kda_gate, kda_prefill, recurrent_kda
 
 LENGTHS = (1, 15, 16, 17, 63, 64, 65, 1000)
 H, K, V = 2, 32, 24

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from thalweg.ops.mla_attention import reference
-from thalweg.ops.mla_attention.reference import mla_decode, mla_prefill, mla_write
+from thalweg.ops.attention.mla import reference
+from thalweg.ops.attention.mla.reference import mla_decode, mla_prefill, mla_write
 
 H, K, P, R, V, PAGE = 3, 8, 4, 12, 10, 4
 C = R + P

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from thalweg.ops.triton_compile import compiled_together, rehearsing
+from thalweg.ops.toolchain.triton_compile import compiled_together, rehearsing
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import torch
 from tests.ops.compile_sm90 import compile_sm90
 from tests.ops.interpreted import run_interpreted
 from tests.ops.kda_mixer_case import check_kda_mixer, kda_mixer_case
-from thalweg.ops.kda_mixer.reference import kda_mixer_decode as reference
+from thalweg.ops.delta.kda_mixer.reference import kda_mixer_decode as reference
 from thalweg.ops.registry import OpContext, Resolver
 
 
@@ -22,7 +22,7 @@ def test_reference_in_bf16() -> None:
 
 
 def check_kernel() -> None:
-    from thalweg.ops.kda_mixer.triton import kda_mixer_decode
+    from thalweg.ops.delta.kda_mixer.triton import kda_mixer_decode
 
     for B, H, K, R, gate in ((3, 3, 16, 32, 1.0), (1, 2, 64, 16, 30.0), (13, 1, 16, 16, 1.0)):
         check_kda_mixer(kda_mixer_decode, kda_mixer_case(B, H, K, R, torch.float32, gate=gate), 1e-5, 1e-5)
@@ -30,7 +30,7 @@ def check_kernel() -> None:
 
 
 def check_zero_keys_and_rows_that_share_the_sink() -> None:
-    from thalweg.ops.kda_mixer.triton import kda_mixer_decode
+    from thalweg.ops.delta.kda_mixer.triton import kda_mixer_decode
 
     case = kda_mixer_case(4, 2, 16, 16, torch.float32)
     case.proj[0] = 0
@@ -69,7 +69,7 @@ TYPES = {
 @pytest.mark.parametrize("chunk", [32, 64])
 def test_kernel_compiles_for_hopper_without_spills(chunk: int) -> None:
     pytest.importorskip("triton")
-    from thalweg.ops.kda_mixer.triton import _kda_mixer
+    from thalweg.ops.delta.kda_mixer.triton import _kda_mixer
 
     constants = {"H": 32, "K": 128, "R": 128, "CHUNK": chunk, "PDL": True}
     compiled = compile_sm90(_kda_mixer, TYPES, constants, 8)
@@ -79,7 +79,7 @@ def test_kernel_compiles_for_hopper_without_spills(chunk: int) -> None:
 
 def test_programs_go_round_the_multiprocessors_once() -> None:
     pytest.importorskip("triton")
-    from thalweg.ops.kda_mixer.triton import rows_per_program
+    from thalweg.ops.delta.kda_mixer.triton import rows_per_program
 
     assert [rows_per_program(B, 32, 132) for B in (1, 4, 8, 16, 24, 64, 128)] == [1, 1, 2, 4, 6, 16, 16]
 

@@ -13,7 +13,7 @@ from thalweg.ops import OpContext, Resolver
 
 
 def check_conv1d() -> None:
-    from thalweg.ops.conv1d import reference, triton
+    from thalweg.ops.delta.conv1d import reference, triton
 
     for lengths, C, W in (((0, 1, 2, 3, 40, 0, 33), 20, 3), ((5, 64), 300, 1), ((50,), 8, 16)):
         x, state, *rest = conv_case(lengths, C, W, torch.float32)
@@ -26,8 +26,8 @@ def check_conv1d() -> None:
 def check_elementwise() -> None:
     from thalweg.ops.activation import reference as activation
     from thalweg.ops.activation.triton import silu_and_mul
-    from thalweg.ops.kda import reference as kda
-    from thalweg.ops.kda.triton_gate import kda_gate
+    from thalweg.ops.delta.kda import reference as kda
+    from thalweg.ops.delta.kda.triton_gate import kda_gate
     from thalweg.ops.norm import reference as norm
     from thalweg.ops.norm.triton_gated import gated_rms_norm
 
@@ -40,7 +40,7 @@ def check_elementwise() -> None:
 
 
 def check_kda() -> None:
-    from thalweg.ops.kda.triton_prefill import kda_prefill
+    from thalweg.ops.delta.kda.triton_prefill import kda_prefill
 
     for lengths in ((0, 1, 15, 16, 17, 0), (63, 64, 65), (200,)):
         case = KdaCase(lengths, 2, 32, 24, torch.float32)
@@ -53,7 +53,7 @@ def check_kda() -> None:
 
 
 def check_kda_zero_and_equal_keys() -> None:
-    from thalweg.ops.kda.triton_prefill import kda_prefill
+    from thalweg.ops.delta.kda.triton_prefill import kda_prefill
 
     for value in (0.0, 1.0):
         case = KdaCase((70,), 2, 32, 24, torch.float32, gate=-30.0)
@@ -62,7 +62,7 @@ def check_kda_zero_and_equal_keys() -> None:
 
 
 def check_kda_keeps_neighbours_apart() -> None:
-    from thalweg.ops.kda.triton_prefill import kda_prefill
+    from thalweg.ops.delta.kda.triton_prefill import kda_prefill
 
     case = KdaCase((20, 70), 2, 32, 24, torch.float32)
     case.v[:20] = torch.nan
@@ -72,7 +72,7 @@ def check_kda_keeps_neighbours_apart() -> None:
 
 
 def check_mla() -> None:
-    from thalweg.ops.mla_attention import reference, triton
+    from thalweg.ops.attention.mla import reference, triton
 
     for most in (triton.MAX_CONTEXT, 50):  # sequences together; one by one, and in parts
         triton.MAX_CONTEXT = most
@@ -136,7 +136,7 @@ def test_kda_compiles_for_hopper() -> None:
     pytest.importorskip("triton")
     import triton.language as tl
 
-    from thalweg.ops.kda import triton_prefill
+    from thalweg.ops.delta.kda import triton_prefill
 
     shape = dict(H=32, K=128, V=128, CHUNK=64)
     within = compiled(
@@ -164,7 +164,7 @@ def test_experts_compile_for_hopper() -> None:
 
 def test_mla_compiles_for_hopper() -> None:
     pytest.importorskip("triton")
-    from thalweg.ops.mla_attention.triton import attend_kernel
+    from thalweg.ops.attention.mla.triton import attend_kernel
 
     shape = dict(H=32, K=128, V=128, R=512, BLOCK_M=128, BLOCK_N=64, STAGES=3)
     for part, P in ((False, 64), (True, 64), (True, 128)):

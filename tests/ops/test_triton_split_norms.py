@@ -7,7 +7,7 @@ import torch
 
 from tests.ops.compile_sm90 import compile_sm90
 from tests.ops.interpreted import run_interpreted
-from thalweg.ops.mla_down_norms import reference
+from thalweg.ops.attention.mla_down_norms import reference
 from thalweg.ops.registry import OpContext, Resolver
 
 
@@ -30,7 +30,7 @@ def test_reference_against_float64() -> None:
 
 
 def check_split_norms() -> None:
-    from thalweg.ops.mla_down_norms.triton import split_norms, split_norms_in_two_launches
+    from thalweg.ops.attention.mla_down_norms.triton import split_norms, split_norms_in_two_launches
 
     for T, Q, R, P in ((5, 48, 20, 8), (3, 20, 48, 1), (0, 16, 16, 4), (1, 1, 1, 0)):
         x, q_weight, kv_weight = inputs(T, Q, R, P, torch.float32)
@@ -47,7 +47,7 @@ def test_under_the_interpreter() -> None:
 
 def test_compiles_for_hopper_without_spills() -> None:
     pytest.importorskip("triton")
-    from thalweg.ops.mla_down_norms.triton import _split_norms
+    from thalweg.ops.attention.mla_down_norms.triton import _split_norms
 
     types = {f"{name}_ptr": "*bf16" for name in ("x", "q_weight", "kv_weight", "q", "latent")}
     types |= {"x_stride": "i32", "eps": "fp32"}
@@ -71,7 +71,7 @@ def test_refuses_parts_that_one_program_cannot_hold(Q: int, R: int) -> None:
 @pytest.mark.parametrize(("Q", "R", "P"), [(1536, 512, 64), (100, 300, 7)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_on_a_gpu(T: int, Q: int, R: int, P: int, dtype: torch.dtype) -> None:
-    from thalweg.ops.mla_down_norms.triton import split_norms, split_norms_in_two_launches
+    from thalweg.ops.attention.mla_down_norms.triton import split_norms, split_norms_in_two_launches
 
     arguments = (*inputs(T, Q, R, P, dtype, "cuda"), 1e-6)
     for n in (Q, R):

@@ -14,12 +14,12 @@ import httpx
 
 from thalweg.config.hf import GenerationConfig
 from thalweg.core import Request, RequestUpdate, SamplingParams, SchedulerStats, TokenLogprobs
-from thalweg.engine.output import Delta, OutputProcessor
-from thalweg.engine.prompts import check_params, check_token_ids
 from thalweg.errors import EngineDeadError, InvalidRequest, QueueTimeout, RequestTimeout, ThalwegError
 from thalweg.server.app import create_app
 from thalweg.server.parsers.marks import MARK_OF
 from thalweg.server.settings import ServerSettings
+from thalweg.text.output import Delta, OutputProcessor
+from thalweg.text.prompts import check_params, check_token_ids
 from thalweg.tokenizer.base import Tokenizer, literal_pattern, split_literals, valid_unicode
 from thalweg.tokenizer.template import ChatTemplate
 
@@ -67,10 +67,10 @@ class ClientDouble:
             text = style + "".join(f"{m['role']}:{m['content']}\n" for m in messages)
             return tokenizer.encode(text + "assistant:" * add_generation_prompt)
 
-        self.front = SimpleNamespace(source=source, tokenizer=tokenizer, chat_ids=chat_ids, template=None)
+        self.codec = SimpleNamespace(source=source, tokenizer=tokenizer, chat_ids=chat_ids, template=None)
         if template is not None:
-            self.front.template = ChatTemplate(template, tokenizer)
-            self.front.chat_ids = self.front.template.encode_chat
+            self.codec.template = ChatTemplate(template, tokenizer)
+            self.codec.chat_ids = self.codec.template.encode_chat
         vocab_size = max(260, tokenizer.vocab_size)
         self.info = SimpleNamespace(name="double", max_model_len=1000, max_num_seqs=4, vocab_size=vocab_size)
         self.stats: SchedulerStats | None = None
@@ -93,10 +93,10 @@ class ClientDouble:
         if self.dead is not None:
             raise self.dead
         check_token_ids(ids, self.info.vocab_size)
-        check_params(params, self.front.tokenizer, self.info.vocab_size)
+        check_params(params, self.codec.tokenizer, self.info.vocab_size)
         request = Request(id=request_id, prompt_token_ids=ids, params=params)
         self.seen.append(request)
-        outputs = OutputProcessor(self.front.tokenizer, frozenset({EOS}))
+        outputs = OutputProcessor(self.codec.tokenizer, frozenset({EOS}))
         outputs.add(request, marks)
         ended = False
         try:

@@ -12,10 +12,10 @@ import torch
 
 from tests.models import random_checkpoint as random
 from thalweg import LLM, SamplingParams
+from thalweg.build.rank import build_rank
+from thalweg.build.warmup import plans
 from thalweg.cache.manager import MemorySplit
 from thalweg.config.engine import EngineConfig
-from thalweg.engine.build import build_rank
-from thalweg.engine.warmup import plans
 from thalweg.runner import runner as runner_module
 from thalweg.runner.decode_graphs import MAX_ROWS, DecodeGraphs, buckets
 

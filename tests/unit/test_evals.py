@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from thalweg.core import SamplingParams
-from thalweg.engine.results import CompletionOutput, RequestMetrics, RequestOutput
 from thalweg.errors import ConfigError
 from thalweg.evals.arith import evaluate_arith
 from thalweg.evals.arith_problems import problems
 from thalweg.evals.gsm8k import evaluate_gsm8k, few_shot_questions, read_examples
 from thalweg.evals.runner import Question, last_number, score_questions
+from thalweg.text.results import CompletionOutput, RequestMetrics, RequestOutput
 
 
 class EchoLLM:
@@ -24,7 +24,7 @@ class EchoLLM:
 
     def __init__(self, answer: Any) -> None:
         self._answer, self.prompts, self.params = answer, [], None
-        self.front = SimpleNamespace(chat_ids=lambda messages: [messages])
+        self.codec = SimpleNamespace(chat_ids=lambda messages: [messages])
 
     def generate(self, prompts: list[Any], params: SamplingParams, on_finished: Any) -> list[RequestOutput]:
         self.prompts, self.params = prompts, params

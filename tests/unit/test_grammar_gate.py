@@ -11,9 +11,9 @@ import pytest
 
 from thalweg.core import Grammar, Request, SamplingParams, SchedulerStats
 from thalweg.engine import gate as gate_module
-from thalweg.engine import messages as m
 from thalweg.engine.gate import GrammarGate
-from thalweg.engine.process import GATE_POLL_MS, IDLE_POLL_MS, STATS_INTERVAL_S, EngineProcess
+from thalweg.engine.processes import messages as m
+from thalweg.engine.processes.main import GATE_POLL_MS, IDLE_POLL_MS, STATS_INTERVAL_S, EngineProcess
 from thalweg.errors import InvalidRequest, QueueTimeout
 
 

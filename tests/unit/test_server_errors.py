@@ -228,7 +228,7 @@ def test_a_dead_engine_is_503_everywhere_but_metrics() -> None:
 
 def test_unforeseen_errors_say_nothing_of_the_inside() -> None:
     async def work(http: Any, client: ClientDouble) -> None:
-        client.front.chat_ids = None
+        client.codec.chat_ids = None
         response = await http.post("/v1/chat/completions", json=CHAT)
         assert response.status_code == 500
         assert "NoneType" not in error_of(response)["message"]

@@ -183,7 +183,7 @@ def test_long_conversations_are_laid_out_beside_the_event_loop_wherever_their_te
             threads.append(threading.current_thread() is threading.main_thread())
             return [1]
 
-        client.front.chat_ids = chat_ids
+        client.codec.chat_ids = chat_ids
         for message in (
             {"content": "x"},
             {"content": long},

@@ -157,9 +157,9 @@ def test_the_template_gets_tools_and_earlier_calls() -> None:
     ],
 )
 def test_the_format_is_the_templates(template: str, calls: str | None, thinking: bool) -> None:
-    output = OutputFormat.of(ClientDouble(template=template).front, "auto", "auto")
+    output = OutputFormat.of(ClientDouble(template=template).codec, "auto", "auto")
     assert (output.calls and output.calls.name, output.thinking) == (calls, thinking)
-    forced = OutputFormat.of(ClientDouble(template=template).front, "none", "think")
+    forced = OutputFormat.of(ClientDouble(template=template).codec, "none", "think")
     assert (forced.calls, forced.thinking) == (None, True)
 
 
@@ -219,7 +219,7 @@ def test_messages_that_the_template_cannot_take_name_themselves() -> None:
 @pytest.mark.parametrize("names", [("kimi", "auto"), ("auto", "yes")])
 def test_parsers_that_there_are_not(names: tuple[str, str]) -> None:
     with pytest.raises(ConfigError, match="expected one of auto, none"):
-        OutputFormat.of(ClientDouble(template=KIMI).front, *names)
+        OutputFormat.of(ClientDouble(template=KIMI).codec, *names)
 
 
 def test_tools_without_a_known_format_name_the_option() -> None:

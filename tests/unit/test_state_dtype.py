@@ -11,9 +11,9 @@ from torch import Tensor
 
 from tests.models import random_checkpoint as random
 from thalweg import LLM
+from thalweg.build.inspect import describe
+from thalweg.build.source import open_source
 from thalweg.config.engine import EngineConfig
-from thalweg.engine.inspect import describe
-from thalweg.engine.source import open_source
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_the_floor_of_a_step_counts_it(folder: Path) -> None:
 
 
 def test_other_ops_take_such_states_too() -> None:
-    from thalweg.ops.kda.reference import kda_decode, kda_prefill
+    from thalweg.ops.delta.kda.reference import kda_decode, kda_prefill
 
     T, H, K = 20, 2, 16
     q, k, v, g, beta = (torch.randn(T, H, *s) for s in ((K,), (K,), (K,), (K,), ()))

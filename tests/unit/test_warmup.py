@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from thalweg import SamplingParams
+from thalweg.build.rank import build_rank
+from thalweg.build.warmup import plans, warm_up
 from thalweg.cache.manager import MemorySplit
 from thalweg.config.engine import EngineConfig
 from thalweg.core import Admission, Prefill, StepPlan
-from thalweg.engine.build import build_rank
-from thalweg.engine.warmup import plans, warm_up
 
 
 def split(**sizes: int) -> MemorySplit:

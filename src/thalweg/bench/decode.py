@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from thalweg.bench.spread import Spread
+from thalweg.build.info import EngineInfo
 from thalweg.core import Admission, SamplingParams, StepPlan, StepResult
-from thalweg.engine.info import EngineInfo
 from thalweg.errors import ConfigError
 from thalweg.runner.runner import ModelRunner
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from thalweg.bench.ceilings import Ceilings
-from thalweg.engine.info import EngineInfo
-from thalweg.engine.source import ModelSource
+from thalweg.build.info import EngineInfo
+from thalweg.build.source import ModelSource
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,6 @@ from thalweg.cache.manager import CacheManager
 from thalweg.cache.storage import CacheStorage
 from thalweg.core import Request, SamplingParams, StepPlan, StepResult
 from thalweg.engine.core import EngineCore
-from thalweg.engine.output import OutputProcessor
 from thalweg.layers.batch import Batch
 from thalweg.ops.sample.reference import sample
 from thalweg.parallel.mesh import Mesh
@@ -27,6 +26,7 @@ from thalweg.runner.inputs import InputBuilder
 from thalweg.runner.runner import ModelRunner
 from thalweg.sampling.sampler import Sampler
 from thalweg.scheduler.scheduler import Scheduler
+from thalweg.text.output import OutputProcessor
 from thalweg.tokenizer.base import Tokenizer
 
 PROMPT_LEN, BLOCK_SIZE = 16, 64

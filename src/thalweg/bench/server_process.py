@@ -37,7 +37,7 @@ class ServerProcess:
 
     def __init__(self, process: asyncio.subprocess.Process, url: str, log: Path) -> None:
         self.process, self.url, self.log = process, url, log
-        [self.engine_pid] = [pid for pid in _children(process.pid) if b"thalweg.engine.process" in _command(pid)]
+        [self.engine_pid] = [pid for pid in _children(process.pid) if b"thalweg.engine.processes.main" in _command(pid)]
         address = _command(self.engine_pid).split(b"\0")[-2].decode()
         self.socket_folder = Path(address.removeprefix("ipc://")).parent
 
@@ -47,7 +47,7 @@ class ServerProcess:
 
     def leftovers(self) -> list[str]:
         """What should be gone once the process has ended, and is not."""
-        left = [f"process {self.engine_pid}"] if b"thalweg.engine.process" in _command(self.engine_pid) else []
+        left = [f"process {self.engine_pid}"] if b"thalweg.engine.processes.main" in _command(self.engine_pid) else []
         return left + ([str(self.socket_folder)] if self.socket_folder.exists() else [])
 
 

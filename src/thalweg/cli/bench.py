@@ -57,8 +57,8 @@ def latency(
     _check_writable(output_json)
     import torch  # here, since the profiler wants to be used on the thread that brings torch in
 
+    from thalweg.build.source import open_source
     from thalweg.engine.llm import LLM
-    from thalweg.engine.source import open_source
 
     results = []
     with LLM(**replace(config, max_num_seqs=max(sizes)).to_dict()) as llm:
@@ -137,8 +137,8 @@ def decode(
     from thalweg.bench.ceilings import measure_ceilings
     from thalweg.bench.decode import WARMUP_STEPS, measure_decode
     from thalweg.bench.machine import describe_machine
-    from thalweg.engine.build import build_rank, choose_device
-    from thalweg.engine.source import open_source
+    from thalweg.build.rank import build_rank, choose_device
+    from thalweg.build.source import open_source
 
     config = replace(config, max_num_seqs=max(sizes))
     if config.max_model_len is None:

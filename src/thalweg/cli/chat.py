@@ -37,7 +37,7 @@ def chat(
             import readline  # noqa: F401
     start = [] if system is None else [{"role": "system", "content": system}]
     with LLM(**config.to_dict()) as llm:
-        llm.front.chat_template()  # refuses a model that cannot chat before the first line is typed
+        llm.codec.chat_template()  # refuses a model that cannot chat before the first line is typed
         messages = list(start)
         if interactive:
             notes.print(f"{llm.info.name} on {llm.info.device}; /reset, /exit", style="dim")
@@ -61,7 +61,7 @@ def chat(
 
 
 def _answer(llm: LLM, messages: list[dict[str, str]], params: SamplingParams) -> Answer:
-    answer = stream_answer(llm, llm.front.chat_ids(messages), params, lambda text: print(text, end="", flush=True))
+    answer = stream_answer(llm, llm.codec.chat_ids(messages), params, lambda text: print(text, end="", flush=True))
     print(flush=True)
     return answer
 

@@ -26,11 +26,11 @@ def generate(
 ) -> None:
     """Continue a prompt: the text goes to stdout as it comes, its figures to stderr."""
     from thalweg.engine.llm import LLM
-    from thalweg.engine.prompts import encode_prompt
+    from thalweg.text.prompts import encode_prompt
 
     with LLM(**config.to_dict()) as llm:
         if chat:
-            ids = llm.front.chat_ids([{"role": "user", "content": prompt}])
+            ids = llm.codec.chat_ids([{"role": "user", "content": prompt}])
         else:
             ids = encode_prompt(prompt, llm.tokenizer, llm.info.vocab_size)
         if as_json:

@@ -12,7 +12,7 @@ from thalweg.cli.options import engine_config, takes
 from thalweg.config.engine import EngineConfig
 
 if TYPE_CHECKING:
-    from thalweg.engine.inspect import Cost, Inspection
+    from thalweg.build.inspect import Cost, Inspection
 
 
 @takes(config=engine_config)
@@ -21,7 +21,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show a model's architecture, memory and ops. Needs config.json only; weight files are checked, not loaded."""
-    from thalweg.engine.inspect import describe
+    from thalweg.build.inspect import describe
 
     found = describe(config)
     if as_json:

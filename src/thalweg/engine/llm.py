@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, SupportsIndex, cast
 from thalweg import tracing
 from thalweg.config.engine import EngineConfig
 from thalweg.core import Request, RequestUpdate, SamplingParams
-from thalweg.engine.front import load_front
-from thalweg.engine.output import Delta, OutputProcessor
-from thalweg.engine.prompts import Prompt, check_params, check_token_ids, encode_prompt
-from thalweg.engine.results import CompletionOutput, RequestMetrics, RequestOutput
 from thalweg.engine.start import Engine
 from thalweg.errors import EngineDeadError, InvalidRequest
+from thalweg.text.codec import load_codec
+from thalweg.text.output import Delta, OutputProcessor
+from thalweg.text.prompts import Prompt, check_params, check_token_ids, encode_prompt
+from thalweg.text.results import CompletionOutput, RequestMetrics, RequestOutput
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,8 +78,8 @@ class LLM:
             op_preference=op_preference or {},
         )
         self._engine: Engine | None = None
-        self.front = load_front(self.config)
-        self.tokenizer = self.front.tokenizer
+        self.codec = load_codec(self.config)
+        self.tokenizer = self.codec.tokenizer
         self._engine = Engine(self.config)
         self.info = self._engine.info
         self._ids = itertools.count()
@@ -120,7 +120,7 @@ class LLM:
             raise InvalidRequest(f"messages are {messages!r:.40}; expected a list with one message or more")
         one = isinstance(messages[0], Mapping)
         many = cast(Sequence[Messages], [messages] if one else messages)
-        prompts = [self.front.chat_ids(conversation, **template_options) for conversation in many]
+        prompts = [self.codec.chat_ids(conversation, **template_options) for conversation in many]
         params = sampling_params or SamplingParams(temperature=0, max_tokens=None)
         return self._collect([self._request(p, params) for p in prompts], prompts)
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from thalweg.build.info import EngineInfo
+from thalweg.build.source import open_source
 from thalweg.cache.manager import CacheManager
 from thalweg.config.engine import EngineConfig
 from thalweg.engine.core import EngineCore
-from thalweg.engine.front import load_front
-from thalweg.engine.info import EngineInfo
+from thalweg.engine.processes.ranks import OtherRanks
 from thalweg.engine.pump import Pump
-from thalweg.engine.ranks import OtherRanks
-from thalweg.engine.source import open_source
 from thalweg.runner.executor import Executor, Runner
 from thalweg.sampling.grammars import Grammars, Vocabulary
 from thalweg.scheduler.scheduler import Scheduler
+from thalweg.text.codec import load_codec
 
 
 class Engine:
@@ -27,7 +27,7 @@ class Engine:
         self.grammars = Grammars(lambda: _vocabulary(config))
 
         def build() -> tuple[Runner, EngineInfo]:
-            from thalweg.engine.build import build_rank  # torch comes in on the rank's own thread
+            from thalweg.build.rank import build_rank  # torch comes in on the rank's own thread
 
             return build_rank(config, 0, self.ranks.rendezvous_file if self.ranks else "", self.grammars)
 
@@ -63,5 +63,5 @@ def new_scheduler(info: EngineInfo, seed: int) -> Scheduler:
 
 
 def _vocabulary(config: EngineConfig) -> Vocabulary:
-    front = load_front(config)
-    return front.tokenizer, front.source.config.vocab_size, frozenset(front.source.eos_token_ids)
+    codec = load_codec(config)
+    return codec.tokenizer, codec.source.config.vocab_size, frozenset(codec.source.eos_token_ids)

@@ -18,7 +18,7 @@ def evaluate_arith(
 ) -> Score:
     """Greedy answers to `num_questions` problems of the evaluation split, through the model's chat template."""
     questions = [
-        Question(llm.front.chat_ids([{"role": "user", "content": problem.question}]), problem.answer)
+        Question(llm.codec.chat_ids([{"role": "user", "content": problem.question}]), problem.answer)
         for problem in problems("eval", seed, num_questions)
     ]
     params = SamplingParams(temperature=0, max_tokens=max_new_tokens)

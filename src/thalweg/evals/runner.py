@@ -13,7 +13,7 @@ from thalweg.core import SamplingParams
 
 if TYPE_CHECKING:
     from thalweg.engine.llm import LLM
-    from thalweg.engine.results import RequestOutput
+    from thalweg.text.results import RequestOutput
 
 _FINAL = re.compile(r"####\s*\$?\s*(-?\d[\d,]*(?:\.\d+)?)")
 # A minus counts where nothing stands before it that could be subtracted from: "5-3" holds 5 and 3.

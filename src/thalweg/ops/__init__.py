@@ -5,22 +5,9 @@ Importing this package registers all implementations; `thalweg.ops.registry` cho
 
 from __future__ import annotations
 
-from thalweg.ops import (
-    activation,
-    conv1d,
-    kda,
-    kda_mixer,
-    linear,
-    mla_attention,
-    mla_down_norms,
-    mla_mixer,
-    moe,
-    moe_fp8,
-    norm,
-    projection,
-    residual,
-    sample,
-)
+from thalweg.ops import activation, linear, moe, moe_fp8, norm, projection, residual, sample
+from thalweg.ops.attention import mla, mla_down_norms, mla_mixer
+from thalweg.ops.delta import conv1d, kda, kda_mixer
 from thalweg.ops.registry import Choice, OpContext, Resolver
 
 __all__ = [
@@ -32,7 +19,7 @@ __all__ = [
     "kda",
     "kda_mixer",
     "linear",
-    "mla_attention",
+    "mla",
     "mla_down_norms",
     "mla_mixer",
     "moe",

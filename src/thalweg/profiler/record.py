@@ -10,18 +10,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from thalweg import tracing
+from thalweg.build.info import EngineInfo
+from thalweg.build.rank import build_rank
 from thalweg.config.engine import EngineConfig
 from thalweg.core import Request, SamplingParams
-from thalweg.engine.build import build_rank
 from thalweg.engine.core import EngineCore
-from thalweg.engine.front import load_front
-from thalweg.engine.info import EngineInfo
-from thalweg.engine.output import OutputProcessor
 from thalweg.engine.start import new_scheduler
 from thalweg.errors import ConfigError
 from thalweg.profiler.requests import RequestTimes, write_with_requests
 from thalweg.profiler.window import WindowedRunner, start_profiler
 from thalweg.runner.executor import Executor
+from thalweg.text.codec import load_codec
+from thalweg.text.output import OutputProcessor
 
 WARMUP_TOKENS = 4  # of a whole batch before the one that is recorded, and of that one before the window opens
 
@@ -45,7 +45,7 @@ def record_steps(
     if config.tensor_parallel_size != 1:
         raise ConfigError("--tensor-parallel-size does not go with profile, which records one rank; leave it out")
     config = replace(config, max_num_seqs=batch_size)
-    front = load_front(config)
+    codec = load_codec(config)
     start_profiler()
 
     def build() -> tuple[WindowedRunner, tuple[EngineInfo, WindowedRunner]]:
@@ -57,7 +57,7 @@ def record_steps(
     try:
         info, window = executor.info()
         core = EngineCore(new_scheduler(info, config.seed), executor)
-        outputs = OutputProcessor(front.tokenizer, frozenset(info.eos_token_ids), late=True)
+        outputs = OutputProcessor(codec.tokenizer, frozenset(info.eos_token_ids), late=True)
         rng = random.Random(config.seed)
 
         def batch(name: str, max_tokens: int | None) -> list[Request]:

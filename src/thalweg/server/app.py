@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 from thalweg import __version__
-from thalweg.engine.client import EngineClient
+from thalweg.engine.processes.client import EngineClient
 from thalweg.server import chat, completions, docs, errors, health, models, page, tokenization
 from thalweg.server.guard import Guard
 from thalweg.server.service import Service, StartListener

@@ -11,7 +11,6 @@ from typing import Any
 from msgspec import UNSET
 
 from thalweg.core import TokenLogprobs
-from thalweg.engine.output import Delta
 from thalweg.server.generation import News
 from thalweg.server.logprobs import chat_logprobs
 from thalweg.server.parsers.events import CallBegin, Content, Event, Reasoning
@@ -29,6 +28,7 @@ from thalweg.server.responses import (
 )
 from thalweg.server.service import Service
 from thalweg.server.tools import ToolUse
+from thalweg.text.output import Delta
 from thalweg.tokenizer.base import Tokenizer
 
 
@@ -39,7 +39,7 @@ class ChatAnswer:
         self.id = response_id
         self._prompt_tokens, self._completion_tokens = len(prompt_ids), 0
         self._model, self._created = service.names[0], now()
-        self._tokenizer: Tokenizer | None = service.client.front.tokenizer
+        self._tokenizer: Tokenizer | None = service.client.codec.tokenizer
         readers = (service.output.reader(prompt_ids, use.tools, _new_call_id) for _ in range(n))
         self._choices = [_Choice(reader, use.parallel) for reader in readers]
 

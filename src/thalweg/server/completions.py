@@ -10,8 +10,6 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from thalweg.core import SamplingParams, TokenLogprobs
-from thalweg.engine.output import Delta
-from thalweg.engine.prompts import Prompt
 from thalweg.server.errors import ApiError
 from thalweg.server.generation import Job, News, generate, jobs_of, naming_fields
 from thalweg.server.logprobs import LogprobsBuilder
@@ -22,6 +20,8 @@ from thalweg.server.service import Service, ServiceDep
 from thalweg.server.settings import MAX_PROMPTS
 from thalweg.server.streaming import stream, whole
 from thalweg.server.structured import wanted
+from thalweg.text.output import Delta
+from thalweg.text.prompts import Prompt
 from thalweg.tokenizer.base import valid_unicode
 
 DEFAULT_MAX_TOKENS = 16
@@ -78,7 +78,7 @@ class _Choice:
         self._prompt_logprobs: list[TokenLogprobs | None] = [None]  # the first token has none
         self._builder = None
         if job.params.logprobs is not None:
-            self._builder = LogprobsBuilder(service.client.front.tokenizer)
+            self._builder = LogprobsBuilder(service.client.codec.tokenizer)
 
     def take(self, delta: Delta) -> CompletionChoice | None:
         """What `delta` adds to the choice, None when that is nothing."""

@@ -8,11 +8,11 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from thalweg.core import SamplingParams
-from thalweg.engine.output import Delta
 from thalweg.errors import InvalidRequest
 from thalweg.server.errors import ApiError, as_api_error
 from thalweg.server.params import per_choice
 from thalweg.server.service import Service
+from thalweg.text.output import Delta
 
 News = AsyncGenerator[tuple[int, Delta]]  # (choice index, what came of it)
 

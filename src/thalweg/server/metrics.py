@@ -12,9 +12,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from thalweg.engine.client import EngineClient
-from thalweg.engine.output import Delta
+from thalweg.engine.processes.client import EngineClient
 from thalweg.errors import QueueTimeout, RequestTimeout
+from thalweg.text.output import Delta
 
 PREFIX = "thalweg_"
 REJECTIONS = ("queue_full", "queue_timeout", "request_timeout")

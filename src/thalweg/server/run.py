@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 import uvicorn
 
 from thalweg.config.engine import EngineConfig
-from thalweg.engine.client import EngineClient, RequestLimits
+from thalweg.engine.processes.client import EngineClient, RequestLimits
 from thalweg.errors import ConfigError
 from thalweg.server.app import create_app
 from thalweg.server.connections import PromptProtocol, listen, raise_file_limit
@@ -54,7 +54,7 @@ def serve(
     _check_limits(max_queued_requests, queue_timeout, request_timeout, shutdown_timeout)
     raise_file_limit()
     client = EngineClient(config, RequestLimits(queue_timeout, request_timeout))
-    output = OutputFormat.of(client.front, tool_call_parser, reasoning_parser)  # refuses a name early
+    output = OutputFormat.of(client.codec, tool_call_parser, reasoning_parser)  # refuses a name early
     settings = ServerSettings(
         served_model_names=tuple(served_model_name),
         api_key=api_key,

@@ -9,13 +9,13 @@ from typing import Annotated, Any
 
 from fastapi import Depends, Request
 
-from thalweg.engine.client import EngineClient
-from thalweg.engine.prompts import Prompt, encode_prompt
+from thalweg.engine.processes.client import EngineClient
 from thalweg.server.errors import RETRY_AFTER, ApiError
 from thalweg.server.metrics import Metrics
 from thalweg.server.parsers.formats import OutputFormat
 from thalweg.server.responses import now
 from thalweg.server.settings import LONG_TEXT, ServerSettings
+from thalweg.text.prompts import Prompt, encode_prompt
 
 StartListener = Callable[[Exception | None], None]
 
@@ -24,11 +24,11 @@ class Service:
     """One engine behind one HTTP application. It answers 503 until `start` is done and after the engine died."""
 
     def __init__(self, client: EngineClient, settings: ServerSettings) -> None:
-        source = client.front.source
+        source = client.codec.source
         self.client, self.settings = client, settings
         self.metrics = Metrics(client)
         self.suggested = source.generation
-        self.output = OutputFormat.of(client.front, settings.tool_call_parser, settings.reasoning_parser)
+        self.output = OutputFormat.of(client.codec, settings.tool_call_parser, settings.reasoning_parser)
         self.names = settings.served_model_names or (source.name,)
         # A client may also use the folder's name or path, whatever the model is served as.
         self._also_names = frozenset({*self.names, source.name, str(source.folder)})
@@ -95,7 +95,7 @@ class Service:
 
     async def encode_prompts(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Token ids of each text or list of ids, checked. Raises InvalidRequest."""
-        tokenizer, vocab_size = self.client.front.tokenizer, self.client.info.vocab_size
+        tokenizer, vocab_size = self.client.codec.tokenizer, self.client.info.vocab_size
 
         def encode() -> list[list[int]]:
             return [encode_prompt(prompt, tokenizer, vocab_size) for prompt in prompts]
@@ -106,11 +106,11 @@ class Service:
         """Token ids of the conversation in `request`, by the chat template under `options`. Raises InvalidRequest."""
         # The body's size, because text may be anywhere in it: in parts of a content, in calls, in tools.
         size = len(await request.body())
-        return await _maybe_in_thread(size, lambda: self.client.front.chat_ids(messages, **options))
+        return await _maybe_in_thread(size, lambda: self.client.codec.chat_ids(messages, **options))
 
     async def decode(self, token_ids: list[int]) -> str:
         """The text of ids, special tokens included. Raises InvalidRequest on one that no token has."""
-        tokenizer = self.client.front.tokenizer
+        tokenizer = self.client.codec.tokenizer
         if tokenizer is None:
             raise ApiError(400, "the model folder has no tokenizer; only token ids go in and out")
         return await _maybe_in_thread(len(token_ids), lambda: tokenizer.decode(token_ids))

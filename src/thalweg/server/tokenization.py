@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
 
-from thalweg.engine.prompts import check_token_ids
 from thalweg.errors import InvalidRequest
 from thalweg.server.errors import ApiError
 from thalweg.server.responses import json_response
 from thalweg.server.schemas import DetokenizeBody, TokenizeBody
 from thalweg.server.service import ServiceDep
+from thalweg.text.prompts import check_token_ids
 
 router = APIRouter()
 
@@ -31,7 +31,7 @@ async def tokenize(body: TokenizeBody, request: Request, service: ServiceDep) ->
 @router.get("/tokenizer_info")
 async def tokenizer_info(service: ServiceDep) -> Response:
     """The names of the control tokens and the chat template: what evaluation harnesses need to use /tokenize."""
-    front = service.client.front
+    front = service.client.codec
     if (tokenizer := front.tokenizer) is None:
         raise ApiError(404, "the model folder has no tokenizer; only token ids go in and out")
     return json_response(

@@ -91,7 +91,7 @@ def _two_torch_norms(x: Tensor, q_weight: Tensor, kv_weight: Tensor, eps: float)
 
 
 def _two_norm_kernels(*args: Any) -> Any:
-    from thalweg.ops.mla_down_norms.triton import split_norms_in_two_launches
+    from thalweg.ops.attention.mla_down_norms.triton import split_norms_in_two_launches
 
     return split_norms_in_two_launches(*args)
 

@@ -6,10 +6,10 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from thalweg.ops import cuda_build
 from thalweg.ops.linear import reference
 from thalweg.ops.registry import OpContext, register
-from thalweg.ops.triton_support import why_not, why_not_hopper
+from thalweg.ops.toolchain import cuda_build
+from thalweg.ops.toolchain.triton_support import why_not, why_not_hopper
 
 
 class Linear(Protocol):

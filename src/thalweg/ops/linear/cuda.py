@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from thalweg.ops.cuda_build import cuda_kernel
 from thalweg.ops.linear import triton
-from thalweg.ops.triton_support import multiprocessors
+from thalweg.ops.toolchain.cuda_build import cuda_kernel
+from thalweg.ops.toolchain.triton_support import multiprocessors
 
 SOURCE = Path(__file__).with_name("few.cu")
 WARPS, MAX_STAGES = 8, 16  # as in the source

@@ -8,10 +8,10 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
-from thalweg.ops import cuda_build
 from thalweg.ops.moe import cuda_router, reference
 from thalweg.ops.registry import OpContext, register
-from thalweg.ops.triton_support import why_not, why_not_hopper
+from thalweg.ops.toolchain import cuda_build
+from thalweg.ops.toolchain.triton_support import why_not, why_not_hopper
 
 Scoring = Literal["sigmoid", "softmax"]
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thalweg.ops.cuda_build import cuda_kernel
+from thalweg.ops.toolchain.cuda_build import cuda_kernel
 
 SOURCE = Path(__file__).with_name("router.cu")
 BLOCKS = 16  # of a cluster, as in the source

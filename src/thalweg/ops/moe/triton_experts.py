@@ -15,7 +15,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from thalweg.ops.moe import triton_grouped
 from thalweg.ops.moe.triton_finish import weighted_sum
-from thalweg.ops.triton_launch import pdl_options
+from thalweg.ops.toolchain.triton_launch import pdl_options
 
 GEMV_TOKENS = 2
 WIDE = tl.constexpr(64)  # tokens of a tile where more than the usual 16 chose an expert

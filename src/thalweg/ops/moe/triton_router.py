@@ -14,7 +14,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from thalweg.ops.moe import reference
 from thalweg.ops.norm.triton import rms_norm
-from thalweg.ops.triton_launch import pdl_options
+from thalweg.ops.toolchain.triton_launch import pdl_options
 
 MAX_TOKENS = 512
 

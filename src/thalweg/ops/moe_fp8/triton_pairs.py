@@ -14,7 +14,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from thalweg.config.quantization import BLOCK as _BLOCK
 from thalweg.ops.moe.triton_experts import _load_row_tiles
-from thalweg.ops.triton_launch import pdl_options
+from thalweg.ops.toolchain.triton_launch import pdl_options
 
 BLOCK = tl.constexpr(_BLOCK)
 

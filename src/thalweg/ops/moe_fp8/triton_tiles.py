@@ -17,8 +17,8 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from thalweg.config.quantization import BLOCK as _BLOCK
-from thalweg.ops.triton_dot import dot
-from thalweg.ops.triton_launch import pdl_options
+from thalweg.ops.toolchain.triton_dot import dot
+from thalweg.ops.toolchain.triton_launch import pdl_options
 
 BLOCK = tl.constexpr(_BLOCK)
 TOKENS = 16  # of a tile

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from thalweg.ops.norm import reference
 from thalweg.ops.registry import OpContext, register
-from thalweg.ops.triton_support import why_not
+from thalweg.ops.toolchain.triton_support import why_not
 
 
 class RmsNorm(Protocol):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from thalweg.ops.registry import register
 from thalweg.ops.residual import reference
-from thalweg.ops.triton_support import why_not
+from thalweg.ops.toolchain.triton_support import why_not
 
 
 class ScaledResidualAdd(Protocol):

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from thalweg.ops.triton_launch import pdl_options
+from thalweg.ops.toolchain.triton_launch import pdl_options
 
 BLOCK = 1024  # 16 bytes of bf16 for each of 128 threads
 

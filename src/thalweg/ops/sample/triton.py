@@ -11,7 +11,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from thalweg.ops.sample import reference
-from thalweg.ops.triton_launch import pdl_options
+from thalweg.ops.toolchain.triton_launch import pdl_options
 
 GOLDEN = tl.constexpr(reference.GOLDEN)
 MIX_1 = tl.constexpr(reference.MIX_1)

@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from thalweg.engine.front import Front
 from thalweg.errors import ConfigError
 from thalweg.server.parsers import hermes, kimi_k2, qwen3_coder, thinking
 from thalweg.server.parsers.calls import CallParser, NewId
 from thalweg.server.parsers.marks import CALL, KIMI_CALL, THINK, THINK_END, marks_by_id
 from thalweg.server.parsers.reader import Reader
 from thalweg.server.parsers.thinking import Thinking
+from thalweg.text.codec import TextCodec
 
 Tools = Sequence[Mapping[str, Any]]  # as requests bring them, checked
 
@@ -63,7 +63,7 @@ class OutputFormat:
     added_tokens: Mapping[str, int]
 
     @classmethod
-    def of(cls, front: Front, tool_call_parser: str, reasoning_parser: str) -> OutputFormat:
+    def of(cls, codec: TextCodec, tool_call_parser: str, reasoning_parser: str) -> OutputFormat:
         """By name, or for "auto" by what the chat template writes itself. Raises ConfigError."""
         for option, value, names in (
             ("--tool-call-parser", tool_call_parser, TOOL_CALL_PARSERS),
@@ -71,13 +71,13 @@ class OutputFormat:
         ):
             if value not in names:
                 raise ConfigError(f"{option} is {value!r}; expected one of {', '.join(names)}")
-        template = "" if front.template is None else front.template.tool_source
+        template = "" if codec.template is None else codec.template.tool_source
         if tool_call_parser == "auto":
             calls = next((f for f in CALL_FORMATS if f.sign in template), None)
         else:
             calls = next((f for f in CALL_FORMATS if f.name == tool_call_parser), None)
         reasons = THINK_END in template if reasoning_parser == "auto" else reasoning_parser == "think"
-        return cls(calls, reasons, {} if front.tokenizer is None else front.tokenizer.added_tokens)
+        return cls(calls, reasons, {} if codec.tokenizer is None else codec.tokenizer.added_tokens)
 
     def describe(self) -> str:
         """For people, in one line."""

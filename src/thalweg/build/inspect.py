@@ -1,0 +1,163 @@
+"""What a model would be here, without its weights: built on torch's meta device, from config.json and headers alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import msgspec
+import torch
+
+from thalweg import ops as _ops  # noqa: F401 -- registers every op's implementations
+from thalweg.build.info import OpChoice
+from thalweg.build.rank import cache_memory, choose_device, describe_layer, device_name, resolve_sample
+from thalweg.build.source import ModelSource, open_source
+from thalweg.cache.manager import MemorySplit, split_memory
+from thalweg.cache.specs import LayerSpec, bytes_per_sequence, bytes_per_token
+from thalweg.config.engine import EngineConfig
+from thalweg.errors import ConfigError
+from thalweg.layers.context import BuildContext
+from thalweg.ops.registry import OpContext, Resolver
+from thalweg.parallel.mesh import Mesh
+from thalweg.weights.checkpoint import Checkpoint
+from thalweg.weights.load import check
+from thalweg.weights.plan import Target, checkpoint_shapes
+
+WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
+
+
+class Cost(msgspec.Struct, frozen=True):
+    """Bytes on one rank when computed in `dtype`, with weights quantized so."""
+
+    dtype: str
+    quantization: str | None  # of the experts' weights
+    weight_bytes: int
+    bytes_per_token: int
+    bytes_per_sequence: int
+
+
+class Inspection(msgspec.Struct, frozen=True, kw_only=True):
+    """Plain data about a model under an engine's options."""
+
+    name: str
+    folder: str
+    architecture: str
+    device: str
+    tensor_parallel_size: int
+    vocab_size: int
+    context_len: int  # tokens, the model's own
+    parameters: int  # over all ranks, as the checkpoint counts them
+    layer_kinds: dict[str, int]
+    layers: list[str]  # one line each: what it is and what it caches
+    weight_files: str  # what the folder's weight files are, and that they fit
+    cost: Cost
+    checkpoint_cost: Cost  # the same in the checkpoint's own dtype, which may not be what is computed in here
+    memory: MemorySplit | None  # None: it does not fit, for the reason below
+    memory_error: str | None
+    ops: list[OpChoice]
+
+
+@dataclass(frozen=True, slots=True)
+class _MetaContext(BuildContext):
+    """Parameters on the meta device, ops as they would be resolved on `target`."""
+
+    target: torch.device
+
+    def op(self, name: str, **dims: int) -> Callable[..., Any]:
+        return self.resolver.resolve(name, OpContext(self.target.type, self.dtype_name, dims))
+
+
+def describe(config: EngineConfig) -> Inspection:
+    """Look at the model that `config` names, for the device it names. No weight is read or allocated.
+
+    Weight files are compared with config.json by their headers, where there are any. Limits that do not fit in memory
+    are told, not raised. Raises ConfigError, CheckpointError or UnsupportedError as starting the engine would.
+    """
+    source = open_source(config)
+    c, ranks = source.config, config.tensor_parallel_size
+    device = choose_device(config, 0)
+    config = config.resolve(device=str(device), checkpoint_dtype=c.dtype, context_len=c.context_len)
+    plan = source.package.plan(c, 0, ranks, config.quantization)
+    resolver = Resolver(config.op_preference)
+    model = _build(source, config, config.dtype, device, resolver, config.quantization)
+    resolve_sample(resolver, device, c.vocab_size)
+    plain = config.dtype == c.dtype and config.quantization is None
+    native = model if plain else _build(source, config, c.dtype, device, Resolver())
+    cost = _cost(model, config.dtype, config.quantization)
+    memory, memory_error = _split(config, model.cache_specs, device, cost.weight_bytes, c.context_len)
+    kinds = Counter(f"{type(layer.attn).__name__} + {type(layer.mlp).__name__}" for layer in model.layers)
+    return Inspection(
+        name=source.name,
+        folder=str(source.folder),
+        architecture=type(model).__name__,
+        device=device_name(device),
+        tensor_parallel_size=ranks,
+        vocab_size=c.vocab_size,
+        context_len=c.context_len,
+        parameters=sum(prod(shape) for shape in checkpoint_shapes(plan).values()),
+        layer_kinds=dict(kinds),
+        layers=[describe_layer(*x) for x in zip(model.layers, model.cache_specs, strict=True)],
+        weight_files=_describe_weights(source, plan),
+        cost=cost,
+        checkpoint_cost=_cost(native, c.dtype),
+        memory=memory,
+        memory_error=memory_error,
+        ops=[OpChoice(o.op, dict(o.context.dims), o.chosen, list(o.refused)) for o in resolver.explain()],
+    )
+
+
+def _build(
+    source: ModelSource,
+    config: EngineConfig,
+    dtype: str,
+    device: torch.device,
+    resolver: Resolver,
+    quantization: str | None = None,
+) -> Any:
+    mesh, meta = Mesh(0, config.tensor_parallel_size), torch.device("meta")
+    context = _MetaContext(
+        meta, getattr(torch, dtype), mesh, resolver, config.state_dtype, device, quantization=quantization
+    )
+    return source.package.build(context, source.config)
+
+
+def _cost(model: Any, dtype: str, quantization: str | None = None) -> Cost:
+    weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    specs = model.cache_specs
+    return Cost(dtype, quantization, weight_bytes, bytes_per_token(specs), bytes_per_sequence(specs))
+
+
+def _split(
+    config: EngineConfig, specs: list[LayerSpec], device: torch.device, weight_bytes: int, context_len: int
+) -> tuple[MemorySplit | None, str | None]:
+    """The split under the given limits, or why they do not fit."""
+    try:
+        memory = cache_memory(config, device, Mesh())
+        if device.type == "cuda" and config.cache_memory is None:
+            memory -= weight_bytes  # an engine measures what is left once they are there
+        split = split_memory(
+            specs,
+            block_size=config.block_size,
+            memory_bytes=memory,
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=config.max_model_len,
+            model_max_len=context_len,
+        )
+    except ConfigError as e:
+        return None, str(e)
+    return split, None
+
+
+def _describe_weights(source: ModelSource, plan: list[Target]) -> str:
+    """One line about the weight files; raises what loading would for files that are damaged or do not fit."""
+    if not any(path.suffix in WEIGHT_SUFFIXES for path in source.folder.iterdir()):
+        return "no weight files in the folder; only --load-format dummy can run it"
+    checkpoint = Checkpoint(source.folder)
+    check(plan, checkpoint, source.package.ignored(source.config))
+    tensors = checkpoint.tensors
+    files = len({checkpoint.path_of(name) for name in tensors})
+    dtypes = ", ".join(sorted({t.dtype for t in tensors.values()}))
+    return f"{len(tensors):,} tensors in {files} file{'s' if files != 1 else ''} ({dtypes}), all fit config.json"

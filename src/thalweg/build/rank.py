@@ -1,0 +1,249 @@
+"""Builds one rank: model, weights, cache, runner. Where "auto" options are decided and memory is split."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from thalweg import ops as _ops  # noqa: F401 -- registers every op's implementations
+from thalweg.build.info import EngineInfo, OpChoice
+from thalweg.build.source import ModelSource, open_source
+from thalweg.build.warmup import make_kernels, warm_up
+from thalweg.cache.manager import MemorySplit, split_memory
+from thalweg.cache.specs import LayerSpec, PagedSpec, bytes_per_sequence, bytes_per_token
+from thalweg.cache.storage import CacheStorage
+from thalweg.config import env
+from thalweg.config.engine import EngineConfig
+from thalweg.errors import ConfigError
+from thalweg.layers.context import BuildContext
+from thalweg.ops.registry import OpContext, Resolver
+from thalweg.parallel.mesh import Mesh, join_mesh
+from thalweg.runner.decode_graphs import buckets
+from thalweg.runner.inputs import InputBuilder
+from thalweg.runner.runner import ModelRunner
+from thalweg.sampling.grammars import Grammars
+from thalweg.sampling.sampler import Sampler
+from thalweg.weights.checkpoint import Checkpoint
+from thalweg.weights.dummy import fill
+from thalweg.weights.load import bytes_to_load, check, load
+from thalweg.weights.plan import Target, checkpoint_shapes, local_bytes, local_elements
+from thalweg.weights.progress import progress_bar
+
+THREAD_BYTES = 64 << 20
+CPU_CACHE_MEMORY = 4 << 30  # default on a CPU, where pages cost memory only once they are written
+
+
+class Laps:
+    """Seconds by part, each from the end of the one before."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    def end(self, part: str) -> None:
+        now = time.perf_counter()
+        self.seconds[part], self._began = now - self._began, now
+
+
+def build_rank(
+    config: EngineConfig, tp_rank: int, rendezvous_file: str, grammars: Grammars | None = None
+) -> tuple[ModelRunner, EngineInfo]:
+    """Everything one rank needs to execute plans. With several ranks, all of them call this at the same time; the
+    one whose tokens count gets `grammars`."""
+    laps = Laps()
+    source = open_source(config)
+    c = source.config
+    device = choose_device(config, tp_rank)
+    config = config.resolve(device=str(device), checkpoint_dtype=c.dtype, context_len=c.context_len)
+    assert config.max_num_batched_tokens is not None
+    plan = source.package.plan(c, tp_rank, config.tensor_parallel_size, config.quantization)  # refuses early
+    if device.type == "cpu":
+        _choose_threads(sum(local_elements(plan).values()) * 4, config.tensor_parallel_size)
+    checkpoint = None
+    if config.load_format != "dummy":
+        checkpoint = Checkpoint(source.folder)
+        check(plan, checkpoint, source.package.ignored(c))  # before anything is allocated by what config.json says
+    dtype = getattr(torch, config.dtype)
+    _check_memory(local_bytes(plan, dtype.itemsize), device)
+    laps.end("device")
+    mesh = join_mesh(tp_rank, config.tensor_parallel_size, rendezvous_file, device)
+    resolver = Resolver(config.op_preference)
+    context = BuildContext(device, dtype, mesh, resolver, config.state_dtype, quantization=config.quantization)
+    model = source.package.build(context, c)
+    sample = resolve_sample(resolver, device, c.vocab_size)
+    _fill(model, plan, checkpoint, source, config, tp_rank)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    laps.end("weights")
+
+    specs: list[LayerSpec] = model.cache_specs
+    weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    split = split_memory(
+        specs,
+        block_size=config.block_size,
+        memory_bytes=cache_memory(config, device, mesh),
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=config.max_model_len,
+        model_max_len=c.context_len,
+    )
+    cache = CacheStorage(specs, split.num_blocks, split.num_slots, config.block_size, device)
+    inputs = InputBuilder(split.num_slots, split.max_model_len, config.block_size, device)
+    eos = source.eos_token_ids
+    sampler = Sampler(split.num_slots, c.vocab_size, frozenset(eos), device, sample, grammars)
+    eager = _why_eager(config, device, resolver)
+    graph_sizes = [] if eager else buckets(split.num_slots)
+    laps.end("cache")
+    runner = ModelRunner(model, cache, inputs, sampler, mesh, graph_sizes)
+    if device.type == "cuda":
+        make_kernels(runner, partial(model, layers=model.one_of_each()), split, config.max_num_batched_tokens)
+        laps.end("kernels")
+        runner.capture()
+        laps.end("graphs")
+        warm_up(runner, split, config.max_num_batched_tokens)
+        laps.end("warm-up")
+    info = EngineInfo(
+        name=source.name,
+        folder=str(source.folder),
+        architecture=type(model).__name__,
+        device=device_name(device),
+        dtype=config.dtype,
+        quantization=config.quantization,
+        tensor_parallel_size=config.tensor_parallel_size,
+        vocab_size=c.vocab_size,
+        parameters=sum(prod(shape) for shape in checkpoint_shapes(plan).values()),
+        max_model_len=split.max_model_len,
+        max_num_seqs=split.num_slots,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        block_size=config.block_size,
+        num_blocks=split.num_blocks,
+        num_slots=split.num_slots,
+        bytes_per_token=bytes_per_token(specs),
+        bytes_per_sequence=bytes_per_sequence(specs),
+        weight_bytes=weight_bytes,
+        memory_split=_describe(weight_bytes, split),
+        layers=[describe_layer(layer, spec) for layer, spec in zip(model.layers, specs, strict=True)],
+        eos_token_ids=list(eos),
+        decode_steps=f"eager: {eager}" if eager else f"CUDA graphs of {', '.join(map(str, graph_sizes))} rows",
+        ops=[OpChoice(o.op, dict(o.context.dims), o.chosen, list(o.refused)) for o in resolver.explain()],
+        start_seconds=laps.seconds,
+    )
+    return runner, info
+
+
+def choose_device(config: EngineConfig, tp_rank: int) -> torch.device:
+    """This rank's device. Ranks take CUDA devices 0, 1, ... unless --device names one. Raises ConfigError."""
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda":
+            if not torch.cuda.is_available():
+                raise RuntimeError("torch sees no CUDA device")
+            device = torch.device("cuda", tp_rank if device.index is None else device.index + tp_rank)
+            torch.cuda.set_device(device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        reason = str(e).strip().splitlines()[0].split(". ")[0][:160]
+        raise ConfigError(f"--device is {config.device!r}, which this machine or torch does not have: {reason}") from e
+    return device
+
+
+def resolve_sample(resolver: Resolver, device: torch.device, vocab_size: int) -> Callable[..., Tensor]:
+    """Op "sample", the last to be resolved. Raises ConfigError where a preference then names an op that nobody uses."""
+    sample = resolver.resolve("sample", OpContext(device.type, "float32", {"V": vocab_size}))
+    if unused := resolver.unused_preferences():
+        used = ", ".join(sorted({choice.op for choice in resolver.explain()}))
+        raise ConfigError(f"--op (op_preference) names {unused[0]!r}, which this model does not use; it uses {used}")
+    return sample
+
+
+def _why_eager(config: EngineConfig, device: torch.device, resolver: Resolver) -> str | None:
+    """Why decode steps cannot run as CUDA graphs; None where they can."""
+    if device.type != "cuda":
+        return f"{device.type} has no CUDA graphs"
+    if config.enforce_eager:
+        return "--enforce-eager"
+    waiting = next((choice for choice in resolver.explain() if not choice.capturable), None)
+    return f"op {waiting.op} is served by {waiting.chosen!r}, which waits for the device" if waiting else None
+
+
+def _choose_threads(weight_bytes: int, ranks: int) -> None:
+    """Torch threads of this rank, unless OMP_NUM_THREADS says how many.
+
+    Threads that meet after every op of a small model wait longer than they work, and far longer on a machine with
+    anything else to do (docs/experiments.md): one more thread for every THREAD_BYTES of weights.
+    """
+    if env.read("OMP_NUM_THREADS") is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, min(cores // ranks, weight_bytes // THREAD_BYTES)))
+
+
+def _check_memory(weight_bytes: int, device: torch.device) -> None:
+    """Raises ConfigError where the weights alone are more than the device has: it would swap, or die late."""
+    if device.type == "cuda":
+        have = torch.cuda.mem_get_info(device)[1]
+    else:
+        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if weight_bytes > have:
+        raise ConfigError(
+            f"the weights take {weight_bytes / 2**30:.1f} GiB on this rank and {device} has {have / 2**30:.1f} GiB;"
+            " raise --tensor-parallel-size, or take a smaller --dtype or --quantization fp8"
+        )
+
+
+def _fill(
+    model: nn.Module,
+    plan: list[Target],
+    checkpoint: Checkpoint | None,
+    source: ModelSource,
+    config: EngineConfig,
+    tp_rank: int,
+) -> None:
+    params = dict(model.named_parameters())
+    show = None if tp_rank == 0 else False
+    if checkpoint is None:
+        total = sum(p.numel() * p.element_size() for p in params.values())
+        with progress_bar(f"drawing {source.name}", total, show=show) as advance:
+            fill(plan, params.__getitem__, config.seed, advance)
+        return
+    with progress_bar(f"loading {source.name}", bytes_to_load(plan, checkpoint), show=show) as advance:
+        load(plan, checkpoint, params.__getitem__, ignore=source.package.ignored(source.config), progress=advance)
+
+
+def cache_memory(config: EngineConfig, device: torch.device, mesh: Mesh) -> int:
+    """Bytes for the cache on this rank; the same number on every rank."""
+    if config.cache_memory is not None:
+        return config.cache_memory
+    if device.type != "cuda":
+        return min(CPU_CACHE_MEMORY, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
+    free, total = torch.cuda.mem_get_info(device)
+    memory = int(config.gpu_memory_utilization * total) - (total - free)
+    memory = mesh.minimum(memory, device)
+    if memory <= 0:
+        raise ConfigError(
+            f"--gpu-memory-utilization {config.gpu_memory_utilization} leaves nothing for the cache:"
+            f" {(total - free) >> 20} MiB of {total >> 20} MiB are taken; raise it or use more ranks"
+        )
+    return memory
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _describe(weight_bytes: int, split: MemorySplit) -> list[str]:
+    return [f"weights         {weight_bytes / 2**20:.2f} MiB", *split.describe()]
+
+
+def describe_layer(layer: nn.Module, spec: LayerSpec) -> str:
+    parts = f"{type(layer.attn).__name__} + {type(layer.mlp).__name__}"
+    if isinstance(spec, PagedSpec):
+        return f"{parts}: {spec.bytes_per_token} B a token"
+    return f"{parts}: {spec.bytes_per_sequence} B a sequence"

@@ -1,0 +1,142 @@
+"""The engine process: `python -m thalweg.engine.processes.main ADDRESS`. Messages in, updates out."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+
+import zmq
+
+from thalweg.config.engine import EngineConfig
+from thalweg.core import Request, RequestUpdate
+from thalweg.engine.gate import GrammarGate
+from thalweg.engine.processes import messages as m
+from thalweg.engine.processes.ranks import end_with_parent
+from thalweg.engine.start import Engine
+from thalweg.errors import InvalidRequest, QueueTimeout, ThalwegError
+
+STATS_INTERVAL_S = 0.5
+IDLE_POLL_MS = 500
+GATE_POLL_MS = 1  # while nothing runs and a grammar is being compiled
+
+
+class EngineProcess:
+    """Drives an engine from a socket. One bad message or request is answered; only a dead engine ends the loop."""
+
+    def __init__(self, socket: zmq.Socket[bytes], engine: Engine, queue_timeout_s: float | None = None) -> None:
+        self._socket, self._core, self._queue_timeout_s = socket, engine.core, queue_timeout_s
+        self._queued: dict[str, float] = {}  # when each must have a slot, in order of arrival; may name ended ones
+        self._gate = GrammarGate(engine.grammars, self._add, self._refuse)
+
+    def run(self) -> None:
+        """Until Stop. Raises what ended the engine otherwise."""
+        last_sent = time.monotonic()
+        while True:
+            while self._socket.poll(self._patience_ms()):
+                message = m.decode_to_engine(self._socket.recv())
+                if isinstance(message, m.Stop):
+                    return
+                self._take(message)
+            self._gate.poll()
+            if self._queued:
+                self._drop_late()
+            updates: list[RequestUpdate] = []
+            if self._core.has_work():
+                updates = self._core.step()
+            else:
+                self._core.check()
+                if not self._gate.waiting:
+                    continue
+            # A long prefill gives no updates, nor does a grammar; figures should still be seen, and that this lives.
+            if updates or time.monotonic() - last_sent > STATS_INTERVAL_S:
+                last_sent = time.monotonic()
+                self._send(updates)
+
+    def _patience_ms(self) -> int:
+        """With work at hand only what is already there is read; otherwise wait for it, with a look at the ranks."""
+        if self._core.has_work():
+            return 0
+        return GATE_POLL_MS if self._gate.waiting else IDLE_POLL_MS
+
+    def _take(self, message: m.ToEngine) -> None:
+        if isinstance(message, m.Add):
+            self._gate.take(message.request)
+        elif isinstance(message, m.Abort):
+            for request_id in message.request_ids:
+                self._gate.abort(request_id)
+                self._core.abort(request_id)
+                self._queued.pop(request_id, None)
+            # No update tells of the end of an aborted request, so what it freed is told here.
+            self._send([])
+
+    def _drop_late(self) -> None:
+        """Refuse what has waited too long. The queue is first in, first out, so its head is the one to look at."""
+        now, dropped = time.monotonic(), False
+        while self._queued:
+            request_id, deadline = next(iter(self._queued.items()))
+            if self._core.is_queued(request_id):
+                if now < deadline:
+                    break
+                self._core.abort(request_id)
+                reason = f"the request waited for {self._queue_timeout_s:g} s and was not begun (--queue-timeout)"
+                self._refuse(request_id, QueueTimeout(reason))
+                dropped = True
+            del self._queued[request_id]
+        if dropped:
+            self._send([])
+
+    def _send(self, updates: list[RequestUpdate]) -> None:
+        self._socket.send(m.encode(m.Updates(updates, self._core.stats(), time.monotonic())))
+
+    def _refuse(self, request_id: str, error: ThalwegError) -> None:
+        self._socket.send(m.encode(m.Refused(request_id, type(error).__name__, str(error))))
+
+    def _add(self, request: Request) -> None:
+        try:
+            self._core.add(request)
+        except InvalidRequest as e:
+            self._refuse(request.id, e)
+        except Exception as e:  # noqa: BLE001 -- the others' requests go on
+            sys.excepthook(*sys.exc_info())
+            self._refuse(request.id, ThalwegError(f"the engine could not take the request in: {type(e).__name__}"))
+        else:
+            if self._queue_timeout_s is not None:
+                self._queued[request.id] = time.monotonic() + self._queue_timeout_s
+
+
+def main(address: str) -> int:
+    end_with_parent()
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
+    socket.setsockopt(zmq.LINGER, 2000)
+    socket.setsockopt(zmq.RCVHWM, 0)
+    socket.setsockopt(zmq.SNDHWM, 0)
+    socket.bind(address)
+    engine = None
+    try:
+        start = m.decode_to_engine(socket.recv())
+        if not isinstance(start, m.Start):
+            raise ThalwegError(f"the first message is {type(start).__name__}; expected Start")
+        engine = Engine(EngineConfig(**start.config))
+        socket.send(m.encode(m.Ready(engine.info)))
+        EngineProcess(socket, engine, start.queue_timeout).run()
+    except Exception as e:  # noqa: BLE001 -- the front end must hear of whatever it was
+        kind = type(e).__name__
+        with contextlib.suppress(zmq.ZMQError):
+            socket.send(m.encode(m.Dead(kind, str(e) if isinstance(e, ThalwegError) else f"{kind}: {e}")))
+        if not isinstance(e, ThalwegError):
+            sys.excepthook(*sys.exc_info())
+        return 2
+    finally:
+        if engine is not None:
+            engine.close()
+        socket.close()
+        zmq.Context.instance().term()
+    return 0
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1])
+    sys.stderr.flush()
+    os._exit(code)  # a thread stuck in a collective must not keep the process

@@ -1,0 +1,1 @@
+"""Ops of layers that attend to all cached tokens."""

@@ -1,0 +1,361 @@
+"""Two of the MLA decode mixer's three kernels in Gluon, for Hopper: bulk copies into shared memory, wgmma out of it.
+
+`attend`: a program walks its split of a context in tiles of 64 tokens. A tile is two halves of the latent, [64, R / 2]
+each, which serve as keys and as values, and the shared key part, [64, P]. Shared memory holds two tiles, and the place
+of a half is filled again as soon as the last product with it is done: copies stay under way while products and softmax
+run.
+
+The last tile of a context is copied from the 64 rows before the context's end: those before its page are out of bounds,
+which the copy fills with zeros, and rows that hold no token are never read. Its tokens are then the tile's last.
+
+The first two tiles, unless one has the newest token, are copied before the wait for the kernel ahead.
+
+`combine`: w_uv times the results of all splits of some sequences, a product per head; the sum over a sequence's splits,
+weighted, comes after it, where little is left to sum.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from thalweg.ops.toolchain.triton_launch import pdl_options
+
+BLOCK_N = 64  # tokens per tile: the rows of a matrix unit's tile
+
+
+@gluon.jit
+def _gdc_wait():
+    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _gdc_launch_dependents():
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def _copy(desc, i, j, column, bar, target, pred):
+    """desc's block that starts at [i, j, column], into target [rows, columns]; `bar` counts its bytes."""
+    block = target._reinterpret(desc.dtype, desc.block_type.shape, desc.layout)
+    tma.async_copy_global_to_shared(desc, [i, j, column], bar, block, pred)
+
+
+@gluon.jit
+def _first_row(first, length, PAGE: gl.constexpr, BLOCK_N: gl.constexpr):
+    """Where in its page the copy of the tile of token `first` starts: earlier, even below 0, where the context ends."""
+    return first % PAGE + gl.minimum(length - first, BLOCK_N) - BLOCK_N
+
+
+@gluon.jit
+def _copy_tile(half_desc, shared_desc, half0, half1, shared, page, row, bar):
+    WIDTH: gl.constexpr = half_desc.block_type.shape[2]
+    mbarrier.expect(bar, 2 * half_desc.block_type.nbytes + shared_desc.block_type.nbytes)
+    _copy(half_desc, page, row, 0, bar, half0, True)
+    _copy(half_desc, page, row, WIDTH, bar, half1, True)
+    _copy(shared_desc, page, row, 2 * WIDTH, bar, shared, True)
+
+
+@gluon.jit
+def attend(
+    q_half_desc,
+    q_shared_desc,
+    half_desc,
+    shared_desc,
+    part_desc,
+    tables_ptr,
+    lens_ptr,
+    stats_ptr,
+    table_stride,
+    scale_log2,
+    H: gl.constexpr,
+    BLOCK_S: gl.constexpr,
+    PAGE: gl.constexpr,
+    PDL: gl.constexpr,
+):
+    dtype: gl.constexpr = half_desc.dtype
+    BLOCK_N: gl.constexpr = half_desc.block_type.shape[1]
+    WIDTH: gl.constexpr = half_desc.block_type.shape[2]
+    P: gl.constexpr = shared_desc.block_type.shape[2]
+    BLOCK_H: gl.constexpr = q_half_desc.block_type.shape[0]
+    R: gl.constexpr = 2 * WIDTH
+    tile_bytes: gl.constexpr = 2 * half_desc.block_type.nbytes + shared_desc.block_type.nbytes
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_H, 16])
+    per_head: gl.constexpr = gl.SliceLayout(0, mma)
+    half_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, WIDTH], dtype)
+    shared_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, P], dtype)
+    p_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_H], dtype)
+
+    split = gl.program_id(0)
+    splits = gl.num_programs(0)
+    b = gl.program_id(1)
+    if PDL:
+        _gdc_launch_dependents()
+
+    kv0 = gl.allocate_shared_memory(dtype, [2, BLOCK_N, WIDTH], half_layout)
+    kv1 = gl.allocate_shared_memory(dtype, [2, BLOCK_N, WIDTH], half_layout)
+    k = gl.allocate_shared_memory(dtype, [2, BLOCK_N, P], shared_layout)
+    q_halves = gl.allocate_shared_memory(dtype, [2, BLOCK_H, WIDTH], q_half_desc.layout)
+    q_shared = gl.allocate_shared_memory(dtype, [BLOCK_H, P], q_shared_desc.layout)
+    p_smem = gl.allocate_shared_memory(dtype, [BLOCK_N, BLOCK_H], p_layout)
+    bars = gl.allocate_shared_memory(gl.int64, [3, 1], mbarrier.MBarrierLayout())
+    q_bar = bars.index(2)
+    for j in gl.static_range(3):
+        mbarrier.init(bars.index(j), count=1)
+    fence_async_shared()
+
+    length = gl.load(lens_ptr + b)
+    span = gl.cdiv(gl.cdiv(length, BLOCK_N), splits)  # tiles
+    start = split * span * BLOCK_N
+    n = gl.minimum(span, gl.cdiv(gl.maximum(length - start, 0), BLOCK_N))
+    table_ptr = tables_ptr + b.to(gl.int64) * table_stride
+    # Of a tile that does not exist, the first page of all.
+    page0 = gl.load(table_ptr + gl.where(n > 0, start, 0) // PAGE)
+    page1 = gl.load(table_ptr + gl.where(n > 1, start + BLOCK_N, 0) // PAGE)
+    later_page = gl.load(table_ptr + gl.where(n > 2, start + 2 * BLOCK_N, 0) // PAGE)
+    # The kernel ahead writes the newest token: its tile, the context's last, has to wait for it.
+    newest = (length - 1 - start) // BLOCK_N
+    for j in gl.static_range(2):
+        if (j < n) & (j != newest):
+            row = _first_row(start + j * BLOCK_N, length, PAGE, BLOCK_N)
+            page = page0 if j == 0 else page1
+            _copy_tile(half_desc, shared_desc, kv0.index(j), kv1.index(j), k.index(j), page, row, bars.index(j))
+    if PDL:
+        _gdc_wait()
+    if n > 0:
+        mbarrier.expect(q_bar, 2 * q_half_desc.block_type.nbytes + q_shared_desc.block_type.nbytes)
+        for j in gl.static_range(2):
+            tma.async_copy_global_to_shared(q_half_desc, [b * H, j * WIDTH], q_bar, q_halves.index(j))
+        tma.async_copy_global_to_shared(q_shared_desc, [b * H, R], q_bar, q_shared)
+        if newest < gl.minimum(n, 2):
+            slot = newest % 2
+            row = _first_row(start + newest * BLOCK_N, length, PAGE, BLOCK_N)
+            page = gl.where(newest == 0, page0, page1)
+            bar = bars.index(slot)
+            _copy_tile(half_desc, shared_desc, kv0.index(slot), kv1.index(slot), k.index(slot), page, row, bar)
+
+        i = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, mma))
+        m_H = gl.full([BLOCK_H], float("-inf"), gl.float32, layout=per_head)
+        l_NH = gl.zeros([BLOCK_N, BLOCK_H], gl.float32, layout=mma)
+        acc0_RH = gl.zeros([WIDTH, BLOCK_H], gl.float32, layout=mma)
+        acc1_RH = gl.zeros([WIDTH, BLOCK_H], gl.float32, layout=mma)
+        mbarrier.wait(q_bar, 0)
+        for t in range(n):
+            slot, later = t % 2, t + 2
+            kv0_NR, kv1_NR, k_NP, bar = kv0.index(slot), kv1.index(slot), k.index(slot), bars.index(slot)
+            page_after = gl.load(table_ptr + gl.where(later + 1 < n, start + (later + 1) * BLOCK_N, 0) // PAGE)
+            mbarrier.wait(bar, t // 2 % 2)
+            scores_NH = gl.zeros([BLOCK_N, BLOCK_H], gl.float32, layout=mma)
+            scores_NH = warpgroup_mma(
+                kv0_NR, q_halves.index(0).permute((1, 0)), scores_NH, use_acc=False, is_async=True
+            )
+            scores_NH = warpgroup_mma(kv1_NR, q_halves.index(1).permute((1, 0)), scores_NH, is_async=True)
+            scores_NH = warpgroup_mma(k_NP, q_shared.permute((1, 0)), scores_NH, is_async=True)
+            scores_NH = warpgroup_mma_wait(0, deps=(scores_NH,))
+            seen = i >= start + (t + 1) * BLOCK_N - length
+            scores_NH = gl.where(seen[:, None], scores_NH * scale_log2, float("-inf"))
+            new_m_H = gl.maximum(m_H, gl.max(scores_NH, 0))
+            p_NH = gl.exp2(scores_NH - new_m_H[None, :])
+            keep_H = gl.exp2(m_H - new_m_H)
+            m_H = new_m_H
+            l_NH = l_NH * keep_H[None, :] + p_NH
+            mbarrier.expect(bar, tile_bytes, pred=later < n)
+            p_smem.store(p_NH.to(dtype))
+            fence_async_shared()
+            acc0_RH = warpgroup_mma(kv0_NR.permute((1, 0)), p_smem, acc0_RH * keep_H[None, :], is_async=True)
+            acc1_RH = warpgroup_mma(kv1_NR.permute((1, 0)), p_smem, acc1_RH * keep_H[None, :], is_async=True)
+            # The place of what every warp is done with is filled again at once.
+            row = _first_row(start + later * BLOCK_N, length, PAGE, BLOCK_N)
+            acc0_RH, acc1_RH = warpgroup_mma_wait(1, deps=(acc0_RH, acc1_RH))
+            gl.thread_barrier()
+            _copy(half_desc, later_page, row, 0, bar, kv0_NR, later < n)
+            acc0_RH, acc1_RH = warpgroup_mma_wait(0, deps=(acc0_RH, acc1_RH))
+            gl.thread_barrier()
+            _copy(half_desc, later_page, row, WIDTH, bar, kv1_NR, later < n)
+            _copy(shared_desc, later_page, row, R, bar, k_NP, later < n)
+            later_page = page_after
+
+        # Through shared memory, where the queries were, so that whole rows go out.
+        row = b * BLOCK_S + split
+        q_halves.index(0).store(gl.permute(acc0_RH, (1, 0)).to(dtype))
+        q_halves.index(1).store(gl.permute(acc1_RH, (1, 0)).to(dtype))
+        fence_async_shared()
+        gl.thread_barrier()
+        for j in gl.static_range(2):
+            part = q_halves.index(j)._reinterpret(dtype, part_desc.block_type.shape, part_desc.layout)
+            tma.async_copy_shared_to_global(part_desc, [row, 0, j * WIDTH], part)
+        stats_ptrs = stats_ptr + row.to(gl.int64) * (2 * H) + gl.arange(0, BLOCK_H, layout=per_head)
+        own = gl.arange(0, BLOCK_H, layout=per_head) < H
+        gl.store(stats_ptrs, m_H, mask=own)
+        gl.store(stats_ptrs + H, gl.sum(l_NH, 0), mask=own)
+        tma.store_wait(0)
+
+
+@gluon.jit
+def combine(
+    part_desc,
+    w_uv_desc,
+    lens_ptr,
+    stats_ptr,
+    out_ptr,
+    B,
+    splits,
+    H: gl.constexpr,
+    V: gl.constexpr,
+    BLOCK_S: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    PDL: gl.constexpr,
+):
+    dtype: gl.constexpr = part_desc.dtype
+    COLUMNS: gl.constexpr = part_desc.block_type.shape[0]  # (sequence, split)
+    BLOCK_V: gl.constexpr = w_uv_desc.block_type.shape[1]
+    WIDTH: gl.constexpr = w_uv_desc.block_type.shape[2]
+    BLOCK_B: gl.constexpr = COLUMNS // BLOCK_S
+    WARPS: gl.constexpr = gl.num_warps()
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, COLUMNS, 16])
+    LANES: gl.constexpr = min(BLOCK_S, 32)
+    groups: gl.constexpr = gl.BlockedLayout([1, 1], [32 // LANES, LANES], [WARPS, 1], [1, 0])
+    rows: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [WARPS, 1], [1, 0])
+    w_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_V, WIDTH], dtype)
+    part_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([COLUMNS, WIDTH], dtype)
+
+    slices: gl.constexpr = V // BLOCK_V
+    h = gl.program_id(0) // slices
+    first_v = gl.program_id(0) % slices * BLOCK_V
+    first_b = gl.program_id(1) * BLOCK_B
+    if PDL:
+        _gdc_launch_dependents()
+    w_smem = gl.allocate_shared_memory(dtype, [2, BLOCK_V, WIDTH], w_layout)
+    part_smem = gl.allocate_shared_memory(dtype, [2, COLUMNS, WIDTH], part_layout)
+    bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for j in gl.static_range(2):
+        mbarrier.init(bars.index(j), count=1)
+    fence_async_shared()
+    for j in gl.static_range(2):
+        bar = bars.index(j)
+        mbarrier.expect(bar, w_uv_desc.block_type.nbytes + part_desc.block_type.nbytes)
+        _copy(w_uv_desc, h, first_v, j * WIDTH, bar, w_smem.index(j), True)
+    b = first_b + gl.arange(0, BLOCK_B, layout=gl.SliceLayout(1, groups))
+    s = gl.arange(0, BLOCK_S, layout=gl.SliceLayout(0, groups))
+    tiles_B = gl.cdiv(gl.load(lens_ptr + b, mask=b < B, other=0), BLOCK_N)
+    span_B = gl.maximum(gl.cdiv(tiles_B, splits), 1)
+    used_BS = s[None, :] * span_B[:, None] < tiles_B[:, None]
+    stats_ptrs = stats_ptr + (b.to(gl.int64)[:, None] * BLOCK_S + s[None, :]) * (2 * H) + h
+    if PDL:
+        _gdc_wait()
+    for j in gl.static_range(2):
+        _copy(part_desc, first_b * BLOCK_S, h, j * WIDTH, bars.index(j), part_smem.index(j), True)
+    m_BS = gl.load(stats_ptrs, mask=used_BS, other=float("-inf"))
+    l_BS = gl.load(stats_ptrs + H, mask=used_BS, other=0.0)
+    # A finite fill for sequences without tokens, whose weights come out as zeros.
+    weight_BS = gl.exp2(m_BS - gl.maximum(gl.max(m_BS, 1), -1e30)[:, None])
+    weight_BS = weight_BS / gl.maximum(gl.sum(weight_BS * l_BS, 1), 1e-30)[:, None]
+    weight_N = gl.convert_layout(gl.reshape(weight_BS, [COLUMNS]), gl.SliceLayout(0, mma))
+    out_VN = gl.zeros([BLOCK_V, COLUMNS], gl.float32, layout=mma)
+    for j in gl.static_range(2):
+        mbarrier.wait(bars.index(j), 0)
+        out_VN = warpgroup_mma(
+            w_smem.index(j), part_smem.index(j).permute((1, 0)), out_VN, use_acc=j > 0, is_async=True
+        )
+    out_VN = warpgroup_mma_wait(0, deps=(out_VN,))
+    # Columns of unused splits hold whatever was there, NaN included.
+    out_VN = gl.where((weight_N > 0)[None, :], out_VN * weight_N[None, :], 0.0)
+    out_VB = gl.sum(gl.reshape(out_VN, [BLOCK_V, BLOCK_B, BLOCK_S]), 2)
+    out_BV = gl.convert_layout(gl.permute(out_VB, (1, 0)), rows)
+    b = first_b + gl.arange(0, BLOCK_B, layout=gl.SliceLayout(1, rows))
+    v = first_v + gl.arange(0, BLOCK_V, layout=gl.SliceLayout(0, rows))
+    out_ptrs = out_ptr + (b.to(gl.int64)[:, None] * H + h) * V + v[None, :]
+    gl.store(out_ptrs, out_BV.to(dtype), mask=b[:, None] < B)
+
+
+def serves(pages_MSC: Tensor, rank: int, value: int) -> bool:
+    """Whether `launch` can take these sizes: whole tiles, and such as fit into shared memory."""
+    page_size, C = pages_MSC.shape[1:]
+    fits = rank % 128 == 0 and rank <= 512 and C - rank <= 64 and value % 64 == 0
+    return pages_MSC.is_cuda and page_size % BLOCK_N == 0 and fits
+
+
+def tiles(H: int, V: int, splits: int) -> tuple[int, int, int, int]:
+    """(heads of `attend`; splits, columns (sequence and split) and values of `combine`) that a program works on."""
+    block_s = triton.next_power_of_2(splits)
+    columns = 32 if block_s == 1 else max(64, block_s)
+    # w_uv has to fit into shared memory beside the columns.
+    return max(16, triton.next_power_of_2(H)), block_s, columns, min(V, 128 if columns <= 64 else 64)
+
+
+def launch(
+    splits: int,
+    q_BHC: Tensor,
+    pages_MSC: Tensor,
+    block_tables_BN: Tensor,
+    context_lens_B: Tensor,
+    w_uv_HVR: Tensor,
+    o_BO: Tensor,
+    scale_log2: float,
+) -> None:
+    """o_BO from the absorbed queries, each context in `splits` (at most 128) parts."""
+    (B, H, C), (_, V, R) = q_BHC.shape, w_uv_HVR.shape
+    block_h, block_s, columns, block_v = tiles(H, V, splits)
+    part_NHR = q_BHC.new_empty(B * block_s, H, R)
+    stats_N2H = q_BHC.new_empty(B * block_s, 2, H, dtype=torch.float32)  # maximum and sum of each split's weights
+    q, half = q_BHC.flatten(0, 1), R // 2
+    pdl = pdl_options(q_BHC)
+    attend[(splits, B)](
+        _descriptor(q, [block_h, half]),
+        _descriptor(q, [block_h, C - R]),
+        _descriptor(pages_MSC, [1, BLOCK_N, half]),
+        _descriptor(pages_MSC, [1, BLOCK_N, C - R]),
+        _descriptor(part_NHR, [1, block_h, half]),
+        block_tables_BN,
+        context_lens_B,
+        stats_N2H,
+        block_tables_BN.stride(0),
+        scale_log2,
+        H=H,
+        BLOCK_S=block_s,
+        PAGE=pages_MSC.shape[1],
+        num_warps=4,
+        **pdl,
+    )
+    combine[(H * (V // block_v), triton.cdiv(B * block_s, columns))](
+        _descriptor(part_NHR, [columns, 1, half]),
+        _descriptor(w_uv_HVR, [1, block_v, half]),
+        context_lens_B,
+        stats_N2H,
+        o_BO,
+        B,
+        splits,
+        H=H,
+        V=V,
+        BLOCK_S=block_s,
+        BLOCK_N=BLOCK_N,
+        num_warps=block_v // 16,
+        **pdl,
+    )
+
+
+def _descriptor(tensor: Tensor, block: list[int]) -> TensorDescriptor:
+    return TensorDescriptor.from_tensor(tensor, block, _layout(*block))
+
+
+@functools.cache
+def _layout(*block: int) -> gl.NVMMASharedLayout:
+    """In shared memory, of a block whose rows are all dimensions but the last."""
+    layout = gl.NVMMASharedLayout.get_default_for([max(block[:-1]), block[-1]], gl.bfloat16)
+    return dataclasses.replace(layout, rank=len(block))

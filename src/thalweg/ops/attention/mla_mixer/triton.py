@@ -1,0 +1,364 @@
+"""The decode mixer of an MLA layer as three kernels.
+
+1. `_absorb`: queries into latent space, a program per head and slice of the latent; some programs besides norm the new
+   latents and write them to the pages.
+2. `_attend`: a program per sequence and split of its context. Scores are computed transposed, [tokens, heads], so that
+   a tile of 64 tokens fills the matrix unit's rows whatever the number of heads, and one tile in shared memory serves
+   as keys and as values.
+3. `_combine`: w_uv times the results of all splits of some sequences, a product per head; the weighted sum over a
+   sequence's splits comes after it, where little is left to sum.
+
+Module gluon has faster forms of the last two, for pages of whole tiles; those here take any page size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from thalweg.ops.toolchain.triton_dot import dot
+from thalweg.ops.toolchain.triton_launch import pdl_options
+from thalweg.ops.toolchain.triton_support import multiprocessors
+
+try:
+    from thalweg.ops.attention.mla_mixer import gluon
+except ImportError:  # Gluon is experimental: in another Triton it may be elsewhere
+    gluon = None
+
+BLOCK_N = 64  # tokens per tile
+LOG2_E = 1.4426950408889634
+
+
+@triton.jit(do_not_specialize=["B"])
+def _absorb(
+    proj_ptr,
+    norm_weight_ptr,
+    w_uk_ptr,
+    pages_ptr,
+    page_rows_ptr,
+    q_ptr,
+    B,
+    proj_stride,
+    w_stride_h,
+    eps,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    slices: tl.constexpr = R // BLOCK_R
+    pid = tl.program_id(0)
+    h = pid // slices
+    k = tl.arange(0, K)
+    p = tl.arange(0, P)
+    r = tl.arange(0, R)
+    r_slice = pid % slices * BLOCK_R + tl.arange(0, BLOCK_R)
+    b = (tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
+    b_mask = b[:, None] < B
+    q_row_ptrs = proj_ptr + b[:, None] * proj_stride + h * (K + P)
+    out_ptrs = q_ptr + (b[:, None] * H + h) * (R + P)
+    if PDL:
+        gdc_launch_dependents()
+    w_KR = tl.load(w_uk_ptr + h * w_stride_h + k[:, None] * R + r_slice[None, :])
+    norm_weight_R = tl.load(norm_weight_ptr + r).to(tl.float32)
+    if PDL:
+        gdc_wait()
+    q_BK = tl.load(q_row_ptrs + k[None, :], mask=b_mask, other=0.0)
+    shared_mask = b_mask & (pid % slices == 0)
+    q_BP = tl.load(q_row_ptrs + K + p[None, :], mask=shared_mask, other=0.0)
+    g = tl.arange(0, BLOCK_G)
+    row_G = tl.program_id(1) * BLOCK_B + pid * BLOCK_G + g
+    own_G = (pid * BLOCK_G + g < BLOCK_B) & (row_G < B)
+    c_ptrs = proj_ptr + row_G.to(tl.int64)[:, None] * proj_stride + H * (K + P)
+    c_GR = tl.load(c_ptrs + r[None, :], mask=own_G[:, None], other=0.0).to(tl.float32)
+    shared_GP = tl.load(c_ptrs + R + p[None, :], mask=own_G[:, None], other=0.0)
+    page_row_G = tl.load(page_rows_ptr + row_G, mask=own_G, other=0)
+    out_BR = dot(q_BK, w_KR)
+    tl.store(out_ptrs + r_slice[None, :], out_BR.to(q_ptr.dtype.element_ty), mask=b_mask)
+    tl.store(out_ptrs + R + p[None, :], q_BP, mask=shared_mask)
+    c_GR = c_GR * tl.rsqrt(tl.sum(c_GR * c_GR, 1) / R + eps)[:, None] * norm_weight_R[None, :]
+    page_ptrs = pages_ptr + page_row_G[:, None] * (R + P)
+    tl.store(page_ptrs + r[None, :], c_GR.to(pages_ptr.dtype.element_ty), mask=own_G[:, None])
+    tl.store(page_ptrs + R + p[None, :], shared_GP.to(pages_ptr.dtype.element_ty), mask=own_G[:, None])
+
+
+@triton.jit
+def _prefetch_tile(table_ptr, base_ptr, PAGE_BYTES: tl.constexpr, TILE_BYTES: tl.constexpr):
+    """Ask for the tile at base_ptr + page * PAGE_BYTES to be brought into L2, with the page in table_ptr[0].
+
+    One thread looks the page up and asks; the others hold no registers for it.
+    """
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred p;
+        .reg .u32 t;
+        .reg .u64 a;
+        mov.u32 t, %tid.x;
+        setp.eq.u32 p, t, 0;
+        @p ld.global.u32 t, [$1];
+        @p mad.wide.u32 a, t, $3, $2;
+        @p cp.async.bulk.prefetch.L2.global [a], $4;
+        mov.u32 $0, 0;
+        }""",
+        "=r,l,l,r,r",
+        [
+            table_ptr.to(tl.int64),
+            base_ptr.to(tl.int64),
+            tl.full([], PAGE_BYTES, tl.int32),
+            tl.full([], TILE_BYTES, tl.int32),
+        ],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def _attend(
+    q_ptr,
+    pages_ptr,
+    tables_ptr,
+    lens_ptr,
+    part_ptr,
+    stats_ptr,
+    table_stride,
+    scale_log2,
+    H: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    R: tl.constexpr,
+    P: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    C: tl.constexpr = R + P
+    ITEM: tl.constexpr = pages_ptr.dtype.element_ty.primitive_bitwidth // 8
+    split = tl.program_id(0)
+    splits = tl.num_programs(0)
+    b = tl.program_id(1).to(tl.int64)
+    if PDL:
+        gdc_launch_dependents()
+    length = tl.load(lens_ptr + b)
+    span = tl.cdiv(tl.cdiv(length, BLOCK_N), splits) * BLOCK_N
+    start = split * span
+    end = tl.minimum(start + span, length)
+    table_ptr = tables_ptr + b * table_stride
+    last = tl.maximum(end - 1, 0) // BLOCK_N * BLOCK_N
+    if PDL:
+        if PAGE % BLOCK_N == 0:
+            for j in tl.static_range(2):
+                ahead = tl.minimum(start + j * BLOCK_N, last)
+                _prefetch_tile(
+                    table_ptr + ahead // PAGE, pages_ptr + ahead % PAGE * C, PAGE * C * ITEM, BLOCK_N * C * ITEM
+                )
+        gdc_wait()
+
+    h = tl.arange(0, BLOCK_H)
+    r = tl.arange(0, R)
+    p = tl.arange(0, P)
+    i = tl.arange(0, BLOCK_N)
+    h_mask = h[:, None] < H
+    q_ptrs = q_ptr + (b * H + h[:, None]) * C
+    q_HR = tl.load(q_ptrs + r[None, :], mask=h_mask, other=0.0)
+    q_HP = tl.load(q_ptrs + R + p[None, :], mask=h_mask, other=0.0)
+    m_H = tl.full([BLOCK_H], float("-inf"), tl.float32)
+    l_H = tl.zeros([BLOCK_H], tl.float32)
+    acc_RH = tl.zeros([R, BLOCK_H], tl.float32)
+    for first in tl.range(start, end, BLOCK_N, num_stages=2):
+        if PDL and PAGE % BLOCK_N == 0:
+            # Shared memory holds no third tile, so the tile after the next is fetched as far as L2.
+            ahead = tl.minimum(first + 2 * BLOCK_N, last)
+            _prefetch_tile(table_ptr + ahead // PAGE, pages_ptr + ahead % PAGE * C, PAGE * C * ITEM, BLOCK_N * C * ITEM)
+        seen = first + i < end
+        if PAGE % BLOCK_N == 0:
+            page = tl.load(table_ptr + first // PAGE).to(tl.int64)
+            row_ptrs = pages_ptr + (page * PAGE + first % PAGE) * C + i[:, None] * C
+        else:
+            page_N = tl.load(table_ptr + (first + i) // PAGE, mask=seen, other=0).to(tl.int64)
+            row_ptrs = pages_ptr + (page_N * PAGE + (first + i) % PAGE)[:, None] * C
+        # Zeros where nothing was written: a stale row may hold NaN, and 0 * NaN is NaN.
+        kv_NR = tl.load(row_ptrs + r[None, :], mask=seen[:, None], other=0.0)
+        k_NP = tl.load(row_ptrs + R + p[None, :], mask=seen[:, None], other=0.0)
+        scores_NH = dot(kv_NR, tl.trans(q_HR)) + dot(k_NP, tl.trans(q_HP))
+        scores_NH = tl.where(seen[:, None], scores_NH * scale_log2, float("-inf"))
+        new_m_H = tl.maximum(m_H, tl.max(scores_NH, 0))
+        p_NH = tl.exp2(scores_NH - new_m_H[None, :])
+        keep_H = tl.exp2(m_H - new_m_H)
+        l_H = l_H * keep_H + tl.sum(p_NH, 0)
+        acc_RH = acc_RH * keep_H[None, :] + dot(tl.trans(kv_NR), p_NH.to(kv_NR.dtype))
+        m_H = new_m_H
+    part_row = (b * splits + split) * H
+    part_ptrs = part_ptr + (part_row + h[None, :]) * R + r[:, None]
+    # Splits past the sequence's end have nothing to tell.
+    mask = (h < H) & (start < end)
+    tl.store(part_ptrs, acc_RH.to(part_ptr.dtype.element_ty), mask=mask[None, :])
+    tl.store(stats_ptr + 2 * part_row + h, m_H, mask=mask)
+    tl.store(stats_ptr + 2 * part_row + H + h, l_H, mask=mask)
+
+
+@triton.jit(do_not_specialize=["B", "splits"])
+def _combine(
+    part_ptr,
+    stats_ptr,
+    lens_ptr,
+    w_uv_ptr,
+    out_ptr,
+    B,
+    splits,
+    w_stride_h,
+    H: tl.constexpr,
+    R: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    slices: tl.constexpr = V // BLOCK_V
+    h = tl.program_id(0) // slices
+    v = tl.program_id(0) % slices * BLOCK_V + tl.arange(0, BLOCK_V)
+    r = tl.arange(0, R)
+    b = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
+    s = tl.arange(0, BLOCK_S)
+    if PDL:
+        gdc_launch_dependents()
+    w_VR = tl.load(w_uv_ptr + h * w_stride_h + v[:, None] * R + r[None, :])
+    tiles_B = tl.cdiv(tl.load(lens_ptr + b, mask=b < B, other=0), BLOCK_N)
+    span_B = tl.maximum(tl.cdiv(tiles_B, splits), 1)
+    used_BS = s[None, :] * span_B[:, None] < tiles_B[:, None]
+    part_BS = b[:, None].to(tl.int64) * splits + s[None, :]
+    part_ptrs = part_ptr + (tl.reshape(part_BS, [BLOCK_B * BLOCK_S, 1]) * H + h) * R + r[None, :]
+    used = tl.reshape(used_BS, [BLOCK_B * BLOCK_S, 1])
+    stats_ptrs = stats_ptr + part_BS * (2 * H) + h
+    if PDL:
+        gdc_wait()
+    part = tl.load(part_ptrs, mask=used, other=0.0)
+    m_BS = tl.load(stats_ptrs, mask=used_BS, other=float("-inf"))
+    l_BS = tl.load(stats_ptrs + H, mask=used_BS, other=0.0)
+    # A finite fill for sequences without tokens, whose weights come out as zeros.
+    weight_BS = tl.exp2(m_BS - tl.maximum(tl.max(m_BS, 1), -1e30)[:, None])
+    weight_BS = weight_BS / tl.maximum(tl.sum(weight_BS * l_BS, 1), 1e-30)[:, None]
+    # w_uv first, the weighted sum over splits after it: products are cheap, and their results few.
+    out_VBS = tl.reshape(dot(w_VR, tl.trans(part)), [BLOCK_V, BLOCK_B, BLOCK_S])
+    out_VB = tl.sum(out_VBS * weight_BS[None, :, :], 2)
+    out_ptrs = out_ptr + (b[None, :].to(tl.int64) * H + h) * V + v[:, None]
+    tl.store(out_ptrs, out_VB.to(out_ptr.dtype.element_ty), mask=b[None, :] < B)
+
+
+def _splits(B: int, processors: int) -> int:
+    """Parts, at most 128, to split each context into: the fewest that a model of `attend` finds quickest.
+
+    Programs run in waves, one on a multiprocessor. Measured on an H200: three quarters of them take all of the
+    bandwidth, and a wave costs its start and its end besides, as much as four tiles. Lengths are on the device, so that
+    a long context, of 128 tiles, stands for all.
+    """
+
+    def cost(splits: int) -> float:
+        full, rest = divmod(B * splits, processors)
+        last = max(0.75, rest / processors) if rest else 0.0
+        return -(-128 // splits) * (full + last) + 4 * (full + (rest > 0))
+
+    return min(range(1, 129), key=cost)
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    kernel: Any
+    grid: tuple[int, int]
+    constants: dict[str, int]
+    num_warps: int
+
+    def __call__(self, *args: Any, **constants: Any) -> None:
+        self.kernel[self.grid](*args, **self.constants, **constants, num_warps=self.num_warps)
+
+
+@cache
+def launches(B: int, H: int, R: int, V: int, processors: int) -> tuple[Launch, Launch, Launch]:
+    """The three launches of this module's kernels for B sequences: grids, tiles and warps."""
+    splits = _splits(B, processors)
+    block_b = max(16, min(64, triton.next_power_of_2(B)))  # rows of a matrix unit's tile
+    tile = {"BLOCK_B": block_b, "BLOCK_R": min(R, 128)}
+    programs = H * (R // tile["BLOCK_R"])
+    tile["BLOCK_G"] = triton.next_power_of_2(triton.cdiv(block_b, programs))  # latents that a program norms
+    absorb = Launch(_absorb, (programs, triton.cdiv(B, block_b)), tile, 4)
+    tile = {"BLOCK_H": max(16, triton.next_power_of_2(H)), "BLOCK_N": BLOCK_N}
+    attend = Launch(_attend, (splits, B), tile, 4)
+    block_s = triton.next_power_of_2(splits)
+    block_v, warps = (min(V, 128), 8) if block_s <= 64 else (min(V, 64), 4)  # to fit beside the parts
+    tile = {"BLOCK_S": block_s, "BLOCK_N": BLOCK_N, "BLOCK_B": max(1, 64 // block_s), "BLOCK_V": block_v}
+    combine = Launch(_combine, (H * (V // block_v), triton.cdiv(B, tile["BLOCK_B"])), tile, warps)
+    return absorb, attend, combine
+
+
+def mla_mixer_decode(
+    proj_BX: Tensor,
+    kv_norm_weight_R: Tensor,
+    w_uk_HKR: Tensor,
+    w_uv_HVR: Tensor,
+    pages_MSC: Tensor,
+    block_tables_BN: Tensor,
+    context_lens_B: Tensor,
+    page_rows_B: Tensor,
+    scale: float,
+    eps: float,
+) -> Tensor:
+    B, (H, K, R), V = proj_BX.shape[0], w_uk_HKR.shape, w_uv_HVR.shape[1]
+    page_size, P = pages_MSC.shape[1], pages_MSC.shape[2] - R
+    o_BO = proj_BX.new_empty(B, H * V)
+    if B == 0:
+        return o_BO
+    absorb, attend, combine = launches(B, H, R, V, multiprocessors(proj_BX.device))
+    splits, pdl = attend.grid[0], pdl_options(proj_BX)
+    q_BHC = proj_BX.new_empty(B, H, R + P)
+    absorb(
+        proj_BX,
+        kv_norm_weight_R,
+        w_uk_HKR,
+        pages_MSC,
+        page_rows_B,
+        q_BHC,
+        B,
+        proj_BX.stride(0),
+        w_uk_HKR.stride(0),
+        eps,
+        H=H,
+        K=K,
+        R=R,
+        P=P,
+        **pdl,
+    )
+    context = (pages_MSC, block_tables_BN, context_lens_B)
+    if gluon is not None and gluon.serves(pages_MSC, R, V):
+        gluon.launch(splits, q_BHC, *context, w_uv_HVR, o_BO, scale * LOG2_E)
+        return o_BO
+    part_BSHR = proj_BX.new_empty(B, splits, H, R)
+    stats_BS2H = proj_BX.new_empty(B, splits, 2, H, dtype=torch.float32)  # maximum and sum of each split's weights
+    strides = (block_tables_BN.stride(0),)
+    attend(q_BHC, *context, part_BSHR, stats_BS2H, *strides, scale * LOG2_E, H=H, R=R, P=P, PAGE=page_size, **pdl)
+    combine(
+        part_BSHR,
+        stats_BS2H,
+        context_lens_B,
+        w_uv_HVR,
+        o_BO,
+        B,
+        splits,
+        w_uv_HVR.stride(0),
+        H=H,
+        R=R,
+        V=V,
+        **pdl,
+    )
+    return o_BO

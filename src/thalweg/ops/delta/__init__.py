@@ -1,0 +1,1 @@
+"""Ops of layers with recurrent state: gated delta rules and the short convolutions ahead of them."""

@@ -1,0 +1,1 @@
+"""What kernels are built and launched with: NVRTC, Triton, rehearsal of compilation, dependent launches."""

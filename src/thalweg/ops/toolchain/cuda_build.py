@@ -1,0 +1,139 @@
+"""CUDA C++ kernels, compiled on first use by NVRTC and launched through the driver.
+
+Both come with torch's CUDA builds for Linux (packages nvidia-cuda-nvrtc and cuda-bindings), so neither a compiler nor
+CUDA's headers need be installed; a source of a few hundred lines, which includes hopper.cuh alone, takes 0.1 to 0.3 s.
+What is compiled lies in Triton's kernel cache beside Triton's own kernels.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thalweg.ops.registry import OpContext
+from thalweg.ops.toolchain.triton_compile import rehearsing
+
+HEADER = Path(__file__).with_name("hopper.cuh")
+
+
+def why_not(ctx: OpContext) -> str | None:
+    """Why CUDA C++ kernels cannot serve `ctx`, or None. They need a Hopper GPU or later, as the Triton kernels do."""
+    if ctx.device != "cuda":
+        return f"needs cuda, not {ctx.device}"
+    if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
+        return "cuda-bindings is not installed"
+    major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
+    return None if major >= 9 else f"needs compute capability 9.0 or later, not {major}.{minor}"
+
+
+class CudaKernel:
+    """One `extern "C"` kernel of a source file, compiled for the current device with the given macros."""
+
+    def __init__(self, source: Path, name: str, threads: int, **macros: int) -> None:
+        from cuda.bindings import driver
+
+        major, minor = torch.cuda.get_device_capability()
+        module = _check(driver.cuModuleLoadData(cached_cubin(source, f"sm_{major}{minor}", **macros)))
+        self._function = _check(driver.cuModuleGetFunction(module, name.encode()))
+        self._threads = threads
+        limit = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+        fixed = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES
+        dynamic = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        self.shared_limit: int = _check(driver.cuDeviceGetAttribute(limit, torch.cuda.current_device()))
+        self.shared_limit -= _check(driver.cuFuncGetAttribute(fixed, self._function))
+        """Bytes of shared memory that a launch may ask for."""
+        _check(driver.cuFuncSetAttribute(self._function, dynamic, self.shared_limit))
+        larger = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
+        _check(driver.cuFuncSetAttribute(self._function, larger, 1))  # up to 16 blocks, of those who have clusters
+
+    def launch(self, grid: tuple[int, int, int], shared_bytes: int, *args: Tensor | tuple[Any, int | float]) -> None:
+        """On torch's current stream, starting before the kernel ahead has ended; it must wait by griddepcontrol.wait.
+
+        `args` are tensors, passed by address, and (ctypes type, value) pairs. In a rehearsal nothing is launched.
+        """
+        if rehearsing():
+            return
+        from cuda.bindings import driver
+
+        early = driver.CUlaunchAttribute()
+        early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        early.value.programmaticStreamSerializationAllowed = 1
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid
+        config.blockDimX, config.blockDimY, config.blockDimZ = self._threads, 1, 1
+        config.sharedMemBytes = shared_bytes
+        config.hStream = driver.CUstream(torch.cuda.current_stream().cuda_stream)
+        config.attrs, config.numAttrs = [early], 1
+        pairs = [(ctypes.c_void_p, a.data_ptr()) if isinstance(a, Tensor) else a for a in args]
+        values, types = tuple(v for _, v in pairs), tuple(t for t, _ in pairs)
+        _check(driver.cuLaunchKernelEx(config, self._function, (values, types), 0))
+
+
+@cache
+def cuda_kernel(source: Path, name: str, threads: int, device: torch.device, **macros: int) -> CudaKernel:
+    """A kernel for `device`, compiled once a process for every set of macros."""
+    with torch.cuda.device(device):
+        return CudaKernel(source, name, threads, **macros)
+
+
+def cached_cubin(source: Path, arch: str, **macros: int) -> bytes:
+    """What compile_cubin gives, from Triton's cache if it is there; it is put there otherwise."""
+    try:
+        from triton.runtime.cache import get_cache_manager
+    except ImportError:
+        return compile_cubin(source, arch, **macros)
+    key = hashlib.sha256(HEADER.read_bytes() + source.read_bytes())
+    key.update(repr((_compiler_version(), _options(arch, macros))).encode())
+    cache, name = get_cache_manager(key.hexdigest()), f"{source.stem}.cubin"
+    if (path := cache.get_file(name)) is None:
+        path = cache.put(compile_cubin(source, arch, **macros), name, binary=True)
+    return Path(path).read_bytes()
+
+
+def _compiler_version() -> tuple[int, int]:
+    from cuda.bindings import nvrtc
+
+    status, *version = nvrtc.nvrtcVersion()
+    _check((status,))
+    major, minor = version
+    return major, minor
+
+
+def _options(arch: str, macros: dict[str, int]) -> list[str]:
+    return [f"--gpu-architecture={arch}", "--use_fast_math", *(f"-D{key}={value}" for key, value in macros.items())]
+
+
+def compile_cubin(source: Path, arch: str, **macros: int) -> bytes:
+    """Machine code of a source file for `arch`, such as "sm_90". Raises RuntimeError with the compiler's words."""
+    from cuda.bindings import nvrtc
+
+    options = _options(arch, macros)
+    headers = ([HEADER.read_bytes()], [HEADER.name.encode()])
+    program = _check(nvrtc.nvrtcCreateProgram(source.read_bytes(), source.name.encode(), 1, *headers))
+    try:
+        (result,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+        if result:
+            log = b" " * _check(nvrtc.nvrtcGetProgramLogSize(program))
+            _check(nvrtc.nvrtcGetProgramLog(program, log))
+            raise RuntimeError(f"{source.name} does not compile for {arch} with {macros}:\n{log.decode()}")
+        cubin = b" " * _check(nvrtc.nvrtcGetCUBINSize(program))
+        _check(nvrtc.nvrtcGetCUBIN(program, cubin))
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+    return cubin
+
+
+def _check(result: Sequence[Any]) -> Any:
+    """What a call gave beside its status. Raises RuntimeError where the status is not success."""
+    status, *values = result
+    if status:
+        raise RuntimeError(f"{type(status).__name__}: {status.name}")
+    return values[0] if values else None
