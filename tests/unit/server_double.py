@@ -48,7 +48,8 @@ class ClientDouble:
     """Answers ANSWER and <eos>, whatever the prompt is, but for prompts that hold one of these words.
 
     FAIL: the request fails after two tokens. DIE: the engine is lost after two tokens. HANG: nothing comes after two
-    tokens. QUEUED: nothing comes at all. REFUSE: the engine does not take it. WAITED, LATE: it waited or took too long.
+    tokens. STUCK: its grammar gives up after two tokens. QUEUED: nothing comes at all. REFUSE: the engine does not
+    take it. WAITED, LATE: it waited or took too long.
     """
 
     def __init__(
@@ -138,6 +139,9 @@ class ClientDouble:
             await asyncio.sleep(0)
             if n == 3 and b"FAIL" in prompt:
                 yield RequestUpdate(name, [], "error", error="logits are not finite")
+                return
+            if n == 3 and b"STUCK" in prompt:
+                yield RequestUpdate(name, [], "error", error="the grammar cannot go on: too many items")
                 return
             if n == 3 and b"DIE" in prompt:
                 raise EngineDeadError("the engine process ended with exit code -9")

@@ -20,6 +20,8 @@ from thalweg.server.parsers.events import CallArguments, CallBegin
 from thalweg.server.parsers.formats import CALL_FORMATS, CallFormat, OutputFormat
 from thalweg.server.parsers.marks import KIMI_CALL, KIMI_CALL_END, MARK_OF, marks_by_id
 from thalweg.server.parsers.reader import Reader
+from thalweg.server.schemas import CompletionBody
+from thalweg.server.structured import wanted
 from thalweg.tokenizer.base import Tokenizer
 from thalweg.tokenizer.detokenizer import IncrementalDetokenizer
 from thalweg.tokenizer.load import load_tokenizer
@@ -148,6 +150,22 @@ def test_a_token_that_the_grammar_does_not_have_ends_the_request_alone(kimi: Tok
     assert list(errors) == [2]
     assert "grammar" in errors[2]
     assert int(ids[0]) in (ord("a"), kimi.eos_id)
+
+
+LABELS = [f'label "{i * 7919}" / \\ é' for i in range(3000)]
+MANY: dict[str, Any] = {"type": "object", "properties": {f"p{i}": {"type": "boolean"} for i in range(600)}}
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_thousands_of_choices_and_hundreds_of_optional_properties(kimi: Tokenizer, seed: int) -> None:
+    asked = wanted(CompletionBody(prompt="x", structured_outputs={"choice": LABELS}))
+    assert asked is not None
+    assert kimi.decode(generated(kimi, asked.grammar, seed)) in LABELS
+    in_enum = generated(kimi, Grammar("json_schema", json.dumps({"enum": LABELS})), seed)
+    assert json.loads(kimi.decode(in_enum)) in LABELS
+    closed = json.dumps(MANY | {"additionalProperties": False})
+    value = json.loads(kimi.decode(generated(kimi, Grammar("json_schema", closed), seed, limit=20_000)))
+    assert value.keys() <= MANY["properties"].keys()
 
 
 NESTED = json.dumps({"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"})

@@ -212,6 +212,61 @@ def test_a_failing_request_is_an_error_in_either_form(word: str, status: int) ->
     run(work)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_grammar_that_gives_up_is_the_callers_mistake(stream: bool) -> None:
+    async def work(http: Any, _: ClientDouble) -> tuple[Any, str]:
+        body = {"prompt": "STUCK", "stream": stream, "structured_outputs": {"regex": "a+"}}
+        return await http.post("/v1/completions", json=body), (await http.get("/metrics")).text
+
+    response, metrics = run(work)
+    assert response.status_code == (200 if stream else 400)
+    error = json.loads(response.text.rstrip().split("\n\n")[-1][6:])["error"] if stream else error_of(response)
+    assert (error["type"], error["param"]) == ("invalid_request_error", "structured_outputs")
+    assert (error["code"], error["message"]) == ("invalid_grammar", "the grammar cannot go on: too many items")
+    assert 'request_refused_total{reason="invalid_grammar"} 1.0' in metrics
+    assert 'request_success_total{finished_reason="error"} 0.0' in metrics
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "body", "reason"),
+    [
+        ("completions", {"prompt": "REFUSE"}, "context_length_exceeded"),
+        ("completions", {"prompt": ["REFUSE", "REFUSE"]}, "context_length_exceeded"),
+        ("chat/completions", {"messages": [{"role": "user", "content": "REFUSE"}]}, "context_length_exceeded"),
+        ("completions", {"prompt": "x", "logit_bias": {"260": 1}}, "invalid_value"),
+        ("completions", {"prompt": "x", "temperature": -1}, "invalid_value"),
+        ("completions", {"prompt": "x", "temperature": "hot"}, "invalid_value"),
+        ("completions", {"prompt": "x", "suffix": "y"}, "unsupported"),
+        ("completions", {"prompt": "x", "model": "gpt"}, "model_not_found"),
+        ("nothing", {}, "unknown_route"),
+    ],
+)
+def test_a_callers_mistake_is_counted_once_and_is_no_failure(
+    path: str, body: dict[str, Any], reason: str, stream: bool
+) -> None:
+    async def work(http: Any, _: ClientDouble) -> str:
+        response = await http.post(f"/v1/{path}", json={**body, "stream": stream})
+        assert 400 <= response.status_code < 500
+        return (await http.get("/metrics")).text
+
+    metrics = run(work)
+    counts = dict(re.findall(r'^thalweg_request_refused_total{reason="(\w+)"} (\S+)', metrics, re.MULTILINE))
+    assert {name for name, count in counts.items() if count != "0.0"} == {reason}
+    assert counts[reason] == "1.0"
+    assert 'request_success_total{finished_reason="error"} 0.0' in metrics
+
+
+def test_a_failure_of_the_engines_is_counted_as_one() -> None:
+    async def work(http: Any, _: ClientDouble) -> str:
+        assert (await http.post("/v1/completions", json={"prompt": "FAIL"})).status_code == 500
+        return (await http.get("/metrics")).text
+
+    metrics = run(work)
+    assert 'request_success_total{finished_reason="error"} 1.0' in metrics
+    assert not re.search(r"request_refused_total{.*} [1-9]", metrics)
+
+
 def test_a_dead_engine_is_503_everywhere_but_metrics() -> None:
     async def work(http: Any, client: ClientDouble) -> None:
         from thalweg.errors import EngineDeadError

@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # imported where the first grammar is: most engines never see
 
 MAX_COMPILED = 32  # each may come to hold MAX_LEXER_STATES of 1 to 2 KB
 MAX_LEXER_STATES = 20_000
+MAX_ROW_ITEMS = 20_000  # an object takes 4 for each property that may come next; all of a step come to 50,000
 COMPILE_THREADS = 2
 
 Vocabulary = tuple[Tokenizer | None, int, frozenset[int]]  # tokenizer, rows of the logits, ids that end an output
@@ -65,6 +66,7 @@ class Grammars:
         import llguidance
 
         limits = llguidance.LLParserLimits(
+            max_items_in_row=MAX_ROW_ITEMS,
             initial_lexer_fuel=1_000_000,
             step_lexer_fuel=200_000,
             step_max_items=50_000,

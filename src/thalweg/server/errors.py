@@ -67,8 +67,9 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, RequestTimeout):
         return ApiError(504, str(error), code="request_timeout")
     if isinstance(error, InvalidRequest):
-        too_long = "context_length_exceeded" if _TOO_LONG.match(str(error)) else None
-        return ApiError(400, str(error), param=_param_of(str(error)), code=too_long)
+        param = _param_of(str(error))
+        code = "context_length_exceeded" if _TOO_LONG.match(str(error)) else None
+        return ApiError(400, str(error), param=param, code="invalid_grammar" if param == "grammar" else code)
     if isinstance(error, ThalwegError):  # the checkpoint's fault, such as a chat template that the sandbox stopped
         return ApiError(500, str(error), code="model_error")
     if isinstance(error, RequestValidationError):
@@ -80,18 +81,26 @@ def as_api_error(error: Exception) -> ApiError:
     return ApiError(500, f"internal error ({type(error).__name__}); the server's log has more", code="internal_error")
 
 
+def told(request: Request, error: Exception) -> ApiError:
+    """as_api_error of what ends `request`; a caller's mistake is counted as one, so call it once for each request."""
+    api_error = as_api_error(error)
+    if api_error.status in (400, 404):
+        request.app.state.service.metrics.refused(api_error.code)
+    return api_error
+
+
 def install(app: FastAPI) -> None:
     """Have every failed request of `app` answered in this shape."""
 
     async def handle(request: Request, error: Exception) -> Response:
-        return as_api_error(error).response()
+        return told(request, error).response()
 
     async def handle_http(request: Request, error: Exception) -> Response:
-        api_error = as_api_error(error)
-        if api_error.status in (404, 405):
+        if isinstance(error, HTTPException) and error.status_code in (404, 405):
             message = f"{request.method} {request.url.path[:200]} is not a route of this server; see /docs"
-            api_error = ApiError(api_error.status, message, code="unknown_route", headers=api_error.headers)
-        return api_error.response()
+            headers = dict(error.headers or {})
+            error = ApiError(error.status_code, message, code="unknown_route", headers=headers)
+        return told(request, error).response()
 
     for kind in (ApiError, ThalwegError, RequestValidationError, Exception):
         app.add_exception_handler(kind, handle)

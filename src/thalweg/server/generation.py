@@ -99,9 +99,19 @@ async def naming_fields(news: News, fields: Mapping[str, str]) -> News:
 
 
 async def _run(service: Service, job: Job, arrived: float) -> AsyncGenerator[Delta]:
-    deltas = service.client.generate(job.prompt_token_ids, job.params, job.id, job.marks)
+    deltas = _failing(service.client.generate(job.prompt_token_ids, job.params, job.id, job.marks))
     async with aclosing(service.metrics.observed(deltas, arrived)) as observed:
         async for delta in observed:
+            yield delta
+
+
+async def _failing(deltas: AsyncGenerator[Delta]) -> AsyncGenerator[Delta]:
+    """`deltas`, the last of which is raised if it is an error: InvalidRequest if the request's grammar is to blame."""
+    async with aclosing(deltas):
+        async for delta in deltas:
             if delta.finish_reason == "error":
-                raise ApiError(500, f"the request failed while running: {delta.error}", code="request_failed")
+                reason = delta.error or ""
+                if reason.startswith("the grammar"):
+                    raise InvalidRequest(reason)
+                raise ApiError(500, f"the request failed while running: {reason}", code="request_failed")
             yield delta

@@ -13,11 +13,21 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from thalweg.engine.processes.client import EngineClient
-from thalweg.errors import QueueTimeout, RequestTimeout
+from thalweg.errors import InvalidRequest, QueueTimeout, RequestTimeout
 from thalweg.text.output import Delta
 
 PREFIX = "thalweg_"
 REJECTIONS = ("queue_full", "queue_timeout", "request_timeout")
+# A caller's mistakes, by the code of the answer; those without one are of the last kind.
+REFUSALS = (
+    "context_length_exceeded",
+    "invalid_grammar",
+    "invalid_json",
+    "model_not_found",
+    "unknown_route",
+    "unsupported",
+    "invalid_value",
+)
 
 _TTFT_BUCKETS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.3, 0.6, 1.2, 2.5, 5, 10, 20, 40, 80, 160)
 _TOKEN_BUCKETS = (0.001, 0.002, 0.004, 0.006, 0.01, 0.015, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
@@ -65,13 +75,27 @@ class Metrics:
         for reason in REJECTIONS:
             self._rejected.labels(reason)
 
+        self._refused = Counter(
+            PREFIX + "request_refused",
+            "Requests answered with 400 or 404, by what was wrong with them.",
+            ["reason"],
+            registry=self._registry,
+        )
+        for reason in REFUSALS:
+            self._refused.labels(reason)
+
     def rejected(self, reason: str) -> None:
         """Count a rejection; `reason` is one of REJECTIONS."""
         self._rejected.labels(reason).inc()
 
+    def refused(self, code: str | None) -> None:
+        """Count a request that was answered with 400 or 404, by its error's code."""
+        self._refused.labels(code if code in REFUSALS else REFUSALS[-1]).inc()
+
     async def observed(self, deltas: AsyncGenerator[Delta], arrived: float) -> AsyncGenerator[Delta]:
         """`deltas` as they are, with their times taken; `arrived` is on time.perf_counter's clock."""
-        reason, last = "abort", None
+        reason: str | None = "abort"  # None: it is the caller's mistake, which `refused` counts
+        last = None
         async with aclosing(deltas):
             try:
                 async for delta in deltas:
@@ -88,12 +112,13 @@ class Metrics:
                         reason = delta.finish_reason
                     yield delta
             except Exception as error:
-                reason = "error"
+                reason = None if isinstance(error, InvalidRequest) else "error"
                 if isinstance(error, QueueTimeout | RequestTimeout):
                     self.rejected("queue_timeout" if isinstance(error, QueueTimeout) else "request_timeout")
                 raise
             finally:
-                self._ended.labels(reason).inc()
+                if reason is not None:
+                    self._ended.labels(reason).inc()
                 if reason in ("stop", "length"):
                     self._e2e.observe(time.perf_counter() - arrived)
 

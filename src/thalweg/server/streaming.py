@@ -13,7 +13,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Send
 
 from thalweg.errors import ThalwegError
-from thalweg.server.errors import ApiError, as_api_error
+from thalweg.server.errors import ApiError, told
 from thalweg.server.responses import encode, json_response
 
 _log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ async def stream(request: Request, chunks: AsyncGenerator[Any]) -> Response:
     except ClientGone:
         await chunks.aclose()
         return Response(status_code=_CLIENT_GONE)
-    return _EventStream(_events(first, chunks))
+    return _EventStream(_events(request, first, chunks))
 
 
 async def whole(request: Request, body: Awaitable[Any]) -> Response:
@@ -67,7 +67,7 @@ class _EventStream(StreamingResponse):
             await super().stream_response(send)
 
 
-async def _events(first: Any, rest: AsyncGenerator[Any]) -> AsyncGenerator[bytes]:
+async def _events(request: Request, first: Any, rest: AsyncGenerator[Any]) -> AsyncGenerator[bytes]:
     async with aclosing(rest):
         try:
             yield event(first)
@@ -76,7 +76,7 @@ async def _events(first: Any, rest: AsyncGenerator[Any]) -> AsyncGenerator[bytes
         except Exception as error:  # noqa: BLE001 -- the status is sent; an event is what is left to say it with
             if not isinstance(error, (ApiError, ThalwegError)):
                 _log.exception("a stream broke off")
-            yield event(as_api_error(error).body())
+            yield event(told(request, error).body())
         else:
             yield DONE
 

@@ -10,7 +10,7 @@ from thalweg.core import Grammar
 from thalweg.errors import InvalidRequest
 from thalweg.server.errors import ApiError
 from thalweg.server.parsers.formats import OutputFormat
-from thalweg.server.parsers.lark import json_lark, literal
+from thalweg.server.parsers.lark import json_lark, one_of
 from thalweg.server.schemas import GenerationBody
 from thalweg.server.tools import ToolUse
 from thalweg.tokenizer.messages import plain_data
@@ -88,7 +88,7 @@ def _structured(value: dict[str, Any]) -> Wanted:
     if kind == "json" and isinstance(what, dict):
         return _made(field, "json_schema", json.dumps(what))
     if kind == "choice" and isinstance(what, list) and what and all(isinstance(c, str) and c for c in what):
-        return _made(field, "lark", f"start: {' | '.join(map(literal, what))}")
+        return _made(field, "lark", f"start: CHOICE\n{one_of('CHOICE', what)}")
     if kind not in ("json", "choice") and isinstance(what, str):
         return _made(field, "regex" if kind == "regex" else "lark", what)
     expected = {"json": "a JSON schema", "choice": "a list of texts, none of them empty"}.get(kind, "a string")
