@@ -10,7 +10,6 @@ from thalweg.cache.specs import StateSpec, StateTensor
 from thalweg.layers.batch import Batch
 from thalweg.layers.context import BuildContext, LayerCache
 from thalweg.layers.linear import LinearAdd, NormLinear
-from thalweg.layers.norm import RMSNorm
 
 
 class LowRankUp(nn.Module):
@@ -46,7 +45,7 @@ class KimiDeltaAttention(nn.Module):
         H, K = ctx.shard(heads, "linear_attn_config.num_heads"), head_dim
         self.H, self.K, self.R, self.eps = H, K, rank, eps
         self.split = [3 * H * K, H, 2 * rank]
-        self.in_proj = NormLinear(ctx, width, sum(self.split))
+        self.in_proj = NormLinear(ctx, width, sum(self.split), eps)
         self.up_proj = LowRankUp(ctx, rank, H * K)
         self.conv = ShortConv(ctx, 3 * H * K, taps)
         self.A_log = ctx.weight(H, dtype=torch.float32)
@@ -67,8 +66,8 @@ class KimiDeltaAttention(nn.Module):
         self._prefill = ctx.op("kda_prefill", **dims)
         self._gated_norm = ctx.op("gated_rms_norm", H=H, V=K)
 
-    def forward(self, x_TD: Tensor, norm: RMSNorm, batch: Batch, cache: LayerCache) -> Tensor:
-        proj_TX = self.in_proj(x_TD, norm)
+    def forward(self, x_TD: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
+        proj_TX = self.in_proj(x_TD)
         n, parts = batch.num_decodes, []
         if n:
             parts.append(self._mix_decode(proj_TX[:n], batch.slots_B[:n], cache))

@@ -9,19 +9,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from thalweg.layers.context import BuildContext
-from thalweg.layers.norm import RMSNorm
+from thalweg.layers.norm import NormWeight
 
 
 class NormLinear(nn.Module):
     """y = norm(x) W^T with W [out, in] of this rank."""
 
-    def __init__(self, ctx: BuildContext, in_features: int, out_features: int) -> None:
+    def __init__(self, ctx: BuildContext, in_features: int, out_features: int, eps: float) -> None:
         super().__init__()
+        self.norm = NormWeight(ctx, in_features, eps)
         self.weight = ctx.weight(out_features, in_features)
         self._norm_linear = ctx.op("norm_linear", D=in_features, O=out_features)
 
-    def forward(self, x_TD: Tensor, norm: RMSNorm) -> Tensor:
-        return self._norm_linear(x_TD, norm.weight, norm.eps, self.weight)
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self._norm_linear(x_TD, self.norm.weight, self.norm.eps, self.weight)
 
 
 class LinearAdd(nn.Module):
@@ -72,12 +73,12 @@ class VocabEmbedding(nn.Module):
 
 
 class VocabHead(NormLinear):
-    """Hidden states to logits [R, vocab_size] in the model's dtype, gathered from all ranks."""
+    """Hidden states, through the last norm, to logits [R, vocab_size] in the model's dtype, gathered from all ranks."""
 
-    def __init__(self, ctx: BuildContext, vocab_size: int, width: int) -> None:
-        super().__init__(ctx, width, -(-vocab_size // ctx.mesh.tp_size))
+    def __init__(self, ctx: BuildContext, vocab_size: int, width: int, eps: float) -> None:
+        super().__init__(ctx, width, -(-vocab_size // ctx.mesh.tp_size), eps)
         self.mesh = ctx.mesh
         self.vocab_size = vocab_size
 
-    def forward(self, x_RD: Tensor, norm: RMSNorm) -> Tensor:
-        return self.mesh.all_gather_last(super().forward(x_RD, norm))[:, : self.vocab_size]
+    def forward(self, x_RD: Tensor) -> Tensor:
+        return self.mesh.all_gather_last(super().forward(x_RD))[:, : self.vocab_size]

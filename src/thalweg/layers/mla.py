@@ -47,7 +47,7 @@ class MultiHeadLatentAttention(nn.Module):
         self.H, self.nope, self.rope, self.value, self.rank = H, nope, rope, value, rank
         self.scale = (nope + rope) ** -0.5
         self.split = [H * (nope + rope), rank, rope]
-        self.in_proj = NormLinear(ctx, width, sum(self.split))  # q_proj and kv_a_proj in one
+        self.in_proj = NormLinear(ctx, width, sum(self.split), eps)  # q_proj and kv_a_proj in one
         self.kv_norm = RMSNorm(ctx, rank, eps)
         self.kv_b_proj = LatentUp(ctx, H, nope + value, rank)
         self.out_proj = LinearAdd(ctx, H * value, width)
@@ -57,8 +57,8 @@ class MultiHeadLatentAttention(nn.Module):
         self._write = ctx.op("mla_write", R=rank, P=rope)
         self._prefill = ctx.op("mla_prefill", **dims)
 
-    def forward(self, x_TD: Tensor, norm: RMSNorm, batch: Batch, cache: LayerCache) -> Tensor:
-        proj_TX, pages = self.in_proj(x_TD, norm), cache["pages"]
+    def forward(self, x_TD: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
+        proj_TX, pages = self.in_proj(x_TD), cache["pages"]
         w_uk_HKR, w_uv_HVR = self.kv_b_proj.weight.split([self.nope, self.value], dim=1)
         n, parts = batch.num_decodes, []
         if n:

@@ -8,21 +8,21 @@ from torch import Tensor, nn
 from thalweg.config.quantization import blocks
 from thalweg.layers.context import BuildContext
 from thalweg.layers.linear import LinearAdd, NormLinear
-from thalweg.layers.norm import RMSNorm
+from thalweg.layers.norm import NormWeight
 
 
 class SwiGLU(nn.Module):
     """x + down(silu(gate n) * up n) with n = norm(x), its width sharded; `what` names that width in errors."""
 
-    def __init__(self, ctx: BuildContext, width: int, inner: int, what: str) -> None:
+    def __init__(self, ctx: BuildContext, width: int, inner: int, eps: float, what: str) -> None:
         super().__init__()
         local = ctx.shard(inner, what)
-        self.gate_up = NormLinear(ctx, width, 2 * local)
+        self.gate_up = NormLinear(ctx, width, 2 * local, eps)
         self.down = LinearAdd(ctx, local, width)
         self._act = ctx.op("silu_and_mul", I=local)
 
-    def forward(self, x_TD: Tensor, norm: RMSNorm) -> Tensor:
-        return self.down(self._act(self.gate_up(x_TD, norm)), x_TD)
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.down(self._act(self.gate_up(x_TD)), x_TD)
 
 
 class Router(nn.Module):
@@ -33,6 +33,7 @@ class Router(nn.Module):
         ctx: BuildContext,
         width: int,
         experts: int,
+        eps: float,
         *,
         top_k: int,
         renormalize: bool,
@@ -42,15 +43,16 @@ class Router(nn.Module):
         shared: int,
     ) -> None:
         super().__init__()
+        self.norm = NormWeight(ctx, width, eps)
         self.weight = ctx.weight(experts, width)
         self.bias = ctx.weight(experts, dtype=torch.float32)
         self.options = (top_k, renormalize, scale, "sigmoid", groups, topk_groups, shared)
         self._router = ctx.op("norm_router", E=experts, D=width, K=top_k, G=groups, S=shared)
 
-    def forward(self, x_TD: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(norm(x), weights float32, expert ids), the latter two [T, top_k + shared]; the shared experts come last,
         with weight 1."""
-        return self._router(x_TD, norm.weight, norm.eps, self.weight, self.bias, *self.options)
+        return self._router(x_TD, self.norm.weight, self.norm.eps, self.weight, self.bias, *self.options)
 
 
 class Experts(nn.Module):
@@ -107,6 +109,7 @@ class MoE(nn.Module):
         ctx: BuildContext,
         *,
         width: int,
+        eps: float,
         experts: int,
         inner: int,
         shared: int,
@@ -121,6 +124,7 @@ class MoE(nn.Module):
             ctx,
             width,
             experts,
+            eps,
             top_k=top_k,
             renormalize=renormalize,
             scale=scale,
@@ -131,5 +135,5 @@ class MoE(nn.Module):
         kind = Experts if ctx.quantization is None else Fp8Experts
         self.experts = kind(ctx, width, experts, shared, ctx.shard(inner, "moe_intermediate_size"))
 
-    def forward(self, x_TD: Tensor, norm: RMSNorm) -> Tensor:
-        return self.experts(*self.router(x_TD, norm), x_TD)
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.experts(*self.router(x_TD), x_TD)

@@ -1,4 +1,4 @@
-"""RMSNorm. Layers that begin with one take it as an argument, so that it may be part of their first kernel."""
+"""RMSNorm, by itself or as the weight that a layer's first kernel takes."""
 
 from __future__ import annotations
 
@@ -7,11 +7,20 @@ from torch import Tensor, nn
 from thalweg.layers.context import BuildContext
 
 
-class RMSNorm(nn.Module):
+class NormWeight(nn.Module):
+    """Weight [width] and epsilon of a norm that its owner computes inside an op of its own."""
+
     def __init__(self, ctx: BuildContext, width: int, eps: float) -> None:
         super().__init__()
         self.weight = ctx.weight(width)
         self.eps = eps
+
+
+class RMSNorm(NormWeight):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in x's dtype."""
+
+    def __init__(self, ctx: BuildContext, width: int, eps: float) -> None:
+        super().__init__(ctx, width, eps)
         self._norm = ctx.op("rms_norm", D=width)
 
     def forward(self, x_TD: Tensor) -> Tensor:

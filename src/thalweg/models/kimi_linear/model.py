@@ -14,14 +14,12 @@ from thalweg.layers.delta import KimiDeltaAttention
 from thalweg.layers.linear import VocabEmbedding, VocabHead
 from thalweg.layers.mla import MultiHeadLatentAttention
 from thalweg.layers.moe import MoE, SwiGLU
-from thalweg.layers.norm import RMSNorm
 from thalweg.models.kimi_linear.config import KimiLinearConfig
 
 
 class KimiLinearLayer(nn.Module):
     def __init__(self, ctx: BuildContext, c: KimiLinearConfig, index: int) -> None:
         super().__init__()
-        self.input_norm = RMSNorm(ctx, c.hidden_size, c.rms_norm_eps)
         self.attn: KimiDeltaAttention | MultiHeadLatentAttention
         if index in c.kda_layers:
             assert c.kda is not None
@@ -46,13 +44,13 @@ class KimiLinearLayer(nn.Module):
                 rank=c.mla.kv_lora_rank,
                 eps=c.rms_norm_eps,
             )
-        self.post_norm = RMSNorm(ctx, c.hidden_size, c.rms_norm_eps)
         self.mlp: MoE | SwiGLU
         if index in c.moe_layers:
             assert c.moe is not None
             self.mlp = MoE(
                 ctx,
                 width=c.hidden_size,
+                eps=c.rms_norm_eps,
                 experts=c.moe.num_experts,
                 inner=c.moe.intermediate_size,
                 shared=c.moe.num_shared,
@@ -63,10 +61,10 @@ class KimiLinearLayer(nn.Module):
                 topk_groups=c.moe.top_groups,
             )
         else:
-            self.mlp = SwiGLU(ctx, c.hidden_size, c.intermediate_size, "intermediate_size")
+            self.mlp = SwiGLU(ctx, c.hidden_size, c.intermediate_size, c.rms_norm_eps, "intermediate_size")
 
     def forward(self, x_TD: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
-        return self.mlp(self.attn(x_TD, self.input_norm, batch, cache), self.post_norm)
+        return self.mlp(self.attn(x_TD, batch, cache))
 
 
 class KimiLinearModel(nn.Module):
@@ -78,8 +76,7 @@ class KimiLinearModel(nn.Module):
         self.embed = VocabEmbedding(ctx, config.vocab_size, config.hidden_size)
         self._stack = [KimiLinearLayer(ctx, config, i) for i in range(config.num_layers)]
         self.layers = nn.ModuleList(self._stack)
-        self.norm = RMSNorm(ctx, config.hidden_size, config.rms_norm_eps)
-        self.lm_head = VocabHead(ctx, config.vocab_size, config.hidden_size)
+        self.lm_head = VocabHead(ctx, config.vocab_size, config.hidden_size, config.rms_norm_eps)
 
     @property
     def cache_specs(self) -> list[LayerSpec]:
@@ -95,4 +92,4 @@ class KimiLinearModel(nn.Module):
         x_TD: Tensor = self.embed(batch.token_ids_T)
         for i in range(len(self._stack)) if layers is None else layers:
             x_TD = self._stack[i](x_TD, batch, cache.layers[i])
-        return self.lm_head(x_TD if batch.logit_rows_R is None else x_TD[batch.logit_rows_R], self.norm)
+        return self.lm_head(x_TD if batch.logit_rows_R is None else x_TD[batch.logit_rows_R])

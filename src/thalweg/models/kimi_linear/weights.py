@@ -37,14 +37,14 @@ def plan(config: KimiLinearConfig, tp_rank: int = 0, tp_size: int = 1, quantizat
             config,
             shards,
         ),
-        whole("norm.weight", "model.norm.weight", (config.hidden_size,), init="ones"),
+        whole("lm_head.norm.weight", "model.norm.weight", (config.hidden_size,), init="ones"),
     ]
     for n in range(config.num_layers):
         ours, theirs = f"layers.{n}", f"model.layers.{n}"
-        norm = (config.hidden_size,)
+        norm, first = (config.hidden_size,), "router" if n in config.moe_layers else "gate_up"
         targets += [
-            whole(f"{ours}.input_norm.weight", f"{theirs}.input_layernorm.weight", norm, init="ones"),
-            whole(f"{ours}.post_norm.weight", f"{theirs}.post_attention_layernorm.weight", norm, init="ones"),
+            whole(f"{ours}.attn.in_proj.norm.weight", f"{theirs}.input_layernorm.weight", norm, init="ones"),
+            whole(f"{ours}.mlp.{first}.norm.weight", f"{theirs}.post_attention_layernorm.weight", norm, init="ones"),
         ]
         if n in config.kda_layers:
             assert config.kda is not None
