@@ -11,6 +11,8 @@ from torch import Tensor
 
 from tests.models import random_checkpoint as random
 from thalweg import LLM
+from thalweg.bench.ceilings import Ceilings
+from thalweg.bench.floor import batch_floor, step_floor_ms
 from thalweg.build.inspect import describe
 from thalweg.build.source import open_source
 from thalweg.config.engine import EngineConfig
@@ -41,10 +43,19 @@ def test_inspect_counts_it(folder: Path) -> None:
     assert whole - half == 3 * 2 * 4 * 8 * 8
 
 
-def test_the_floor_of_a_step_counts_it(folder: Path) -> None:
+def test_floors_of_latency_and_decode_count_it_alike(folder: Path) -> None:
     source = open_source(EngineConfig(str(folder)))
-    whole, half = (source.package.decode_cost(source.config, 5, 100, state_bytes=n).bytes for n in (4, 2))
-    assert whole - half == 5 * 2 * 3 * 2 * 4 * 8 * 8  # sequences, read and written
+    ceilings = Ceilings(bytes_per_s=1e6, flops_per_s=1e30)  # a byte takes a microsecond, arithmetic nothing
+    floors, steps = [], []
+    for state_dtype in ("float32", "bfloat16"):
+        with LLM(str(folder), state_dtype=state_dtype) as llm:
+            floors.append(batch_floor(source, llm.info, ceilings, 5, 90, 20))
+            steps.append(step_floor_ms(source, llm.info, ceilings, 5, 100))
+    saved = 5 * 3 * 2 * 4 * 8 * 8  # sequences, layers, bytes saved, heads, V, K
+    assert floors[0].step_bytes - floors[1].step_bytes == 2 * saved  # read and written
+    assert floors[0].prefill_bytes - floors[1].prefill_bytes == saved
+    assert steps == [floor.step_ms for floor in floors]
+    assert steps[0] - steps[1] == pytest.approx(1e3 * 2 * saved / 1e6)
 
 
 def test_other_ops_take_such_states_too() -> None:

@@ -20,6 +20,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     architecture: str
     device: str
     dtype: str
+    state_dtype: str  # that recurrent states are stored in
     quantization: str | None  # of the experts' weights
     tensor_parallel_size: int
     vocab_size: int

@@ -113,6 +113,7 @@ def build_rank(
         architecture=type(model).__name__,
         device=device_name(device),
         dtype=config.dtype,
+        state_dtype=config.state_dtype,
         quantization=config.quantization,
         tensor_parallel_size=config.tensor_parallel_size,
         vocab_size=c.vocab_size,

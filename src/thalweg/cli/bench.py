@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from thalweg.cache.specs import DTYPE_BYTES
 from thalweg.cli.compare import compare
 from thalweg.cli.options import engine_config, takes
 from thalweg.config.engine import EngineConfig, parse_size
@@ -91,7 +90,7 @@ def latency(
         "model": info.name,
         "dtype": info.dtype,
         "quantization": info.quantization,
-        "state_dtype": config.state_dtype,
+        "state_dtype": info.state_dtype,
         "device": info.device,
         "tensor_parallel_size": info.tensor_parallel_size,
         "load_format": config.load_format,
@@ -136,6 +135,7 @@ def decode(
 
     from thalweg.bench.ceilings import measure_ceilings
     from thalweg.bench.decode import WARMUP_STEPS, measure_decode
+    from thalweg.bench.floor import step_floor_ms
     from thalweg.bench.machine import describe_machine
     from thalweg.build.rank import build_rank, choose_device
     from thalweg.build.source import open_source
@@ -147,18 +147,16 @@ def decode(
     torch.cuda.empty_cache()
     runner, info = build_rank(config, 0, "")
     source = open_source(config)
-    stored = {"dtype_bytes": DTYPE_BYTES[info.dtype], "state_bytes": DTYPE_BYTES[config.state_dtype]}
     results = []
     for size in sizes:
         step = measure_decode(runner, info, size, length, steps, num_iters, temperature)
-        cost = source.package.decode_cost(source.config, size, length, quantization=info.quantization, **stored)
-        results.append((step, 1e3 * ceilings.floor_s(cost.bytes, cost.flops)))
+        results.append((step, step_floor_ms(source, info, ceilings, size, length)))
     machine = describe_machine() | ceilings.describe()
     engine = {
         "model": info.name,
         "dtype": info.dtype,
         "quantization": info.quantization,
-        "state_dtype": config.state_dtype,
+        "state_dtype": info.state_dtype,
         "layers": len(info.layers),
         "start_s": round(info.load_seconds, 1),
     }

@@ -66,7 +66,13 @@ def decode_cost(
 
 
 def prefill_cost(
-    c: KimiLinearConfig, batch: int, length: int, *, dtype_bytes: int = 2, quantization: str | None = None
+    c: KimiLinearConfig,
+    batch: int,
+    length: int,
+    *,
+    dtype_bytes: int = 2,
+    state_bytes: int = 4,
+    quantization: str | None = None,
 ) -> StepCost:
     """`batch` prompts of `length` tokens from nothing to one row of logits each, all in one step, on one rank.
 
@@ -75,7 +81,7 @@ def prefill_cost(
     recurrence, which chunked forms exceed.
     """
     tokens = batch * length
-    step = decode_cost(c, tokens, 0, dtype_bytes=dtype_bytes, quantization=quantization)
+    step = decode_cost(c, tokens, 0, dtype_bytes=dtype_bytes, state_bytes=state_bytes, quantization=quantization)
     head = c.vocab_size * c.hidden_size
     flops, bytes_moved = step.flops - 2 * (tokens - batch) * head, step.bytes
     for n in range(c.num_layers):
@@ -83,7 +89,7 @@ def prefill_cost(
             assert c.kda is not None
             HK = c.kda.num_heads * c.kda.head_dim
             # decode_cost reads and writes a state for every token; a prompt writes one.
-            state = HK * c.kda.head_dim * 4 + 3 * HK * (c.kda.conv_kernel - 1) * dtype_bytes
+            state = HK * c.kda.head_dim * state_bytes + 3 * HK * (c.kda.conv_kernel - 1) * dtype_bytes
             bytes_moved -= (2 * tokens - batch) * state
         else:
             assert c.mla is not None
