@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from thalweg.cache.manager import MemorySplit, split_memory
+from thalweg.cache.manager import MemorySplit, default_num_seqs, split_memory
 from thalweg.cache.specs import LayerSpec, PagedSpec, StateSpec, StateTensor
 from thalweg.errors import ConfigError
 
@@ -107,6 +107,7 @@ def test_describe() -> None:
         "state slots     65.00 KiB = 64 sequences + 1 sink x 1.00 KiB",
         "pages           3.87 MiB = 54 blocks + 1 sink x 72.00 KiB; 3456 tokens in blocks of 64",
         "max model len   3456 tokens",
+        "max num seqs    64: --max-num-seqs",
     ]
 
 
@@ -145,3 +146,40 @@ def test_a_split_fits_and_wastes_nothing(
         assert s.num_blocks == seqs * full or s.unused_bytes < s.bytes_per_block
     else:
         assert s.num_blocks == 0
+
+
+def default(
+    cache: float, device: float, specs: list[LayerSpec] = KIMI, max_model_len: int | None = None
+) -> tuple[int, str]:
+    """Of `cache` and `device` GiB."""
+    memory = {"memory_bytes": int(cache * GIB), "device_bytes": int(device * GIB)}
+    return default_num_seqs(specs, block_size=64, max_model_len=max_model_len, most=512, **memory)
+
+
+@pytest.mark.parametrize(
+    ("cache", "device", "seqs", "because"),
+    [
+        (34, 139.8, 256, "states fill a third of the cache"),  # the published model in bfloat16 on one H200
+        (79, 139.8, 512, "at most 512"),  # in float8
+        (34, 31.5, 192, "one for each 128 MiB of the device"),
+        (4, 24, 24, "states fill a third of the cache"),
+        (0.3, 24, 1, "states fill a third of the cache"),
+    ],
+)
+def test_sequences_by_default_fit_the_device(cache: float, device: float, seqs: int, because: str) -> None:
+    n, reason = default(cache, device)
+    assert n == seqs
+    assert because in reason
+    s = split(memory_bytes=int(cache * GIB), max_num_seqs=n)
+    assert n == 1 or s.state_bytes <= s.memory_bytes / 3
+
+
+def test_sequences_by_default_leave_room_for_the_length_that_was_asked_for() -> None:
+    n, reason = default(10, 139.8, max_model_len=1_048_576)
+    assert (n, default(10, 139.8)[0]) == (48, 64)
+    assert "1048576 tokens" in reason
+    assert split(memory_bytes=10 * GIB, max_num_seqs=n, max_model_len=1_048_576).max_model_len == 1_048_576
+
+
+def test_sequences_by_default_without_states() -> None:
+    assert default(1, 24, [PAGED] * 7)[0] == 192

@@ -13,9 +13,9 @@ import torch
 
 from thalweg import ops as _ops  # noqa: F401 -- registers every op's implementations
 from thalweg.build.info import OpChoice
-from thalweg.build.rank import cache_memory, choose_device, describe_layer, device_name, resolve_sample
+from thalweg.build.rank import cache_memory, choose_device, describe_layer, device_name, resolve_sample, split_cache
 from thalweg.build.source import ModelSource, open_source
-from thalweg.cache.manager import MemorySplit, split_memory
+from thalweg.cache.manager import MemorySplit
 from thalweg.cache.specs import LayerSpec, bytes_per_sequence, bytes_per_token
 from thalweg.config.engine import EngineConfig
 from thalweg.errors import ConfigError
@@ -138,17 +138,9 @@ def _split(
         memory = cache_memory(config, device, Mesh())
         if device.type == "cuda" and config.cache_memory is None:
             memory -= weight_bytes  # an engine measures what is left once they are there
-        split = split_memory(
-            specs,
-            block_size=config.block_size,
-            memory_bytes=memory,
-            max_num_seqs=config.max_num_seqs,
-            max_model_len=config.max_model_len,
-            model_max_len=context_len,
-        )
+        return split_cache(config, specs, memory, device, Mesh(), context_len), None
     except ConfigError as e:
         return None, str(e)
-    return split, None
 
 
 def _describe_weights(source: ModelSource, plan: list[Target]) -> str:

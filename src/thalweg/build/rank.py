@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from math import prod
 
@@ -15,7 +16,7 @@ from thalweg import ops as _ops  # noqa: F401 -- registers every op's implementa
 from thalweg.build.info import EngineInfo, OpChoice
 from thalweg.build.source import ModelSource, open_source
 from thalweg.build.warmup import make_kernels, warm_up
-from thalweg.cache.manager import MemorySplit, split_memory
+from thalweg.cache.manager import MemorySplit, default_num_seqs, split_memory
 from thalweg.cache.specs import LayerSpec, PagedSpec, bytes_per_sequence, bytes_per_token
 from thalweg.cache.storage import CacheStorage
 from thalweg.config import env
@@ -24,7 +25,7 @@ from thalweg.errors import ConfigError
 from thalweg.layers.context import BuildContext
 from thalweg.ops.registry import OpContext, Resolver
 from thalweg.parallel.mesh import Mesh, join_mesh
-from thalweg.runner.decode_graphs import buckets
+from thalweg.runner.decode_graphs import MAX_ROWS, buckets
 from thalweg.runner.inputs import InputBuilder
 from thalweg.runner.runner import ModelRunner
 from thalweg.sampling.grammars import Grammars
@@ -36,6 +37,7 @@ from thalweg.weights.plan import Target, checkpoint_shapes, local_bytes, local_e
 from thalweg.weights.progress import progress_bar
 
 THREAD_BYTES = 64 << 20
+CPU_NUM_SEQS = 64
 CPU_CACHE_MEMORY = 4 << 30  # default on a CPU, where pages cost memory only once they are written
 
 
@@ -84,14 +86,7 @@ def build_rank(
 
     specs: list[LayerSpec] = model.cache_specs
     weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    split = split_memory(
-        specs,
-        block_size=config.block_size,
-        memory_bytes=cache_memory(config, device, mesh),
-        max_num_seqs=config.max_num_seqs,
-        max_model_len=config.max_model_len,
-        model_max_len=c.context_len,
-    )
+    split = split_cache(config, specs, cache_memory(config, device, mesh), device, mesh, c.context_len)
     cache = CacheStorage(specs, split.num_blocks, split.num_slots, config.block_size, device)
     inputs = InputBuilder(split.num_slots, split.max_model_len, config.block_size, device)
     eos = source.eos_token_ids
@@ -233,6 +228,34 @@ def cache_memory(config: EngineConfig, device: torch.device, mesh: Mesh) -> int:
             f" {(total - free) >> 20} MiB of {total >> 20} MiB are taken; raise it or use more ranks"
         )
     return memory
+
+
+def split_cache(
+    config: EngineConfig, specs: list[LayerSpec], memory: int, device: torch.device, mesh: Mesh, context_len: int
+) -> MemorySplit:
+    """`memory` bytes, the same on every rank, divided by the config's limits, or by what the device allows for those
+    left open. Raises ConfigError when the limits do not fit."""
+    seqs, reason = config.max_num_seqs, "--max-num-seqs"
+    if seqs is None and device.type != "cuda":
+        seqs, reason = CPU_NUM_SEQS, "the default on a CPU"
+    elif seqs is None:
+        seqs, reason = default_num_seqs(
+            specs,
+            block_size=config.block_size,
+            memory_bytes=memory,
+            device_bytes=mesh.minimum(torch.cuda.mem_get_info(device)[1], device),
+            max_model_len=config.max_model_len,
+            most=MAX_ROWS,
+        )
+    split = split_memory(
+        specs,
+        block_size=config.block_size,
+        memory_bytes=memory,
+        max_num_seqs=seqs,
+        max_model_len=config.max_model_len,
+        model_max_len=context_len,
+    )
+    return replace(split, num_slots_from=reason)
 
 
 def device_name(device: torch.device) -> str:

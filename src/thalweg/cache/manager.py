@@ -10,6 +10,11 @@ from thalweg.cache.slots import SlotPool
 from thalweg.cache.specs import LayerSpec, bytes_per_sequence, bytes_per_token
 from thalweg.errors import ConfigError
 
+# Of the default --max-num-seqs on a GPU. A row of a step also costs memory outside the cache, logits that decode graphs
+# keep and activations, so that small devices run fewer; and pages, not states, are what long sequences need.
+DEVICE_MIB_PER_SEQUENCE = 128
+STATE_SHARE = 3
+
 
 class CacheManager:
     """Accounts for the blocks and the slot of every running sequence, which a caller names by any string.
@@ -108,6 +113,7 @@ class MemorySplit:
     bytes_per_slot: int
     bytes_per_block: int
     memory_bytes: int  # what the cache was offered
+    num_slots_from: str = "--max-num-seqs"  # what decided how many sequences run at once
 
     @property
     def state_bytes(self) -> int:
@@ -140,7 +146,37 @@ class MemorySplit:
         else:
             lines.append("pages           none, no layer caches by token")
         lines.append(f"max model len   {self.max_model_len} tokens")
+        lines.append(f"max num seqs    {self.num_slots}: {self.num_slots_from}")
         return lines
+
+
+def default_num_seqs(
+    specs: list[LayerSpec],
+    *,
+    block_size: int,
+    memory_bytes: int,
+    device_bytes: int,
+    max_model_len: int | None,
+    most: int,
+) -> tuple[int, str]:
+    """Sequences that run at once on a GPU unless --max-num-seqs says how many, and the rule that bound: the least of
+    `most`, one for each 128 MiB of the device, and as many as leave two thirds of the cache, and enough for a sequence
+    of max_model_len, to pages.
+
+    Rounded down to a multiple of 8 (of 64 from 64 on); 1 at least.
+    """
+    limits = [
+        (most, f"at most {most} by default"),
+        (device_bytes // (DEVICE_MIB_PER_SEQUENCE << 20), f"one for each {DEVICE_MIB_PER_SEQUENCE} MiB of the device"),
+    ]
+    if slot := bytes_per_sequence(specs):
+        limits.append((memory_bytes // STATE_SHARE // slot - 1, "states fill a third of the cache at most"))
+        if max_model_len is not None:
+            pages = (1 + -(-max_model_len // block_size)) * bytes_per_token(specs) * block_size
+            limits.append(((memory_bytes - pages) // slot - 1, f"one sequence of {max_model_len} tokens has to fit"))
+    fit, rule = min(limits)
+    step = 64 if fit >= 64 else 8 if fit >= 8 else 1
+    return max(1, fit // step * step), f"{rule} (--max-num-seqs takes another number)"
 
 
 def split_memory(

@@ -56,7 +56,10 @@ def engine_config(
             help="Prompt and output of one request at most, e.g. 32k. Default: the model's, or what fits.",
         ),
     ] = None,
-    max_num_seqs: Annotated[int, _engine(metavar="N", help="Requests that run at once.")] = _DEFAULTS.max_num_seqs,
+    max_num_seqs: Annotated[
+        int | None,
+        _engine(metavar="N", help="Requests that run at once. Default: 64 on a CPU, else what memory allows, to 512."),
+    ] = None,
     max_num_batched_tokens: Annotated[
         str | None,
         _engine(metavar="TOKENS", help="Tokens of one step at most, e.g. 8k. Default: 2k on a CPU, else 8k."),

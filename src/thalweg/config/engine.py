@@ -27,6 +27,7 @@ class EngineConfig:
 
     `model` is a folder (None: the bundled model) and `tokenizer` another folder to take the tokenizer from.
     `state_dtype` is what recurrent states are stored in, whatever they are computed in.
+    `max_num_seqs` None means 64 on a CPU; on a GPU what its memory allows (cache.manager.default_num_seqs).
     `max_num_batched_tokens` None means 8192 on an accelerator, where a step that reads all experts anyway should have
     many tokens, and 2048 on a CPU.
     `max_model_len` None means the model's context length, or what fits in memory. `cache_memory` is in bytes
@@ -41,7 +42,7 @@ class EngineConfig:
     quantization: str | None = None
     state_dtype: str = "float32"
     device: str = "auto"
-    max_num_seqs: int = 64
+    max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     max_model_len: int | None = None
     block_size: int = 64
@@ -57,7 +58,7 @@ class EngineConfig:
     op_preference: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._integer("max_num_seqs", 1, 65_536)
+        self._integer("max_num_seqs", 1, 65_536, optional=True)
         self._integer("max_num_batched_tokens", 1, 2**24, optional=True)
         self._integer("max_model_len", 1, 2**31 - 1, optional=True)
         self._integer("block_size", 1, 65_536)
@@ -100,7 +101,8 @@ class EngineConfig:
         object.__setattr__(self, "op_preference", MappingProxyType(dict(prefer)))
 
     def resolve(self, *, device: str, checkpoint_dtype: str, context_len: int) -> EngineConfig:
-        """The same options with every "auto" decided, given what the machine and the checkpoint are.
+        """The same options with every "auto" decided, given what the machine and the checkpoint are. `max_num_seqs`
+        stays open, since it waits for what the weights leave of the memory.
 
         `device` is what "auto" stands for here. dtype "auto" is the checkpoint's own on an accelerator; on a
         CPU it is float32, since bfloat16 is slow there and less exact. Raises ConfigError when

@@ -40,7 +40,7 @@ class LLM:
         quantization: str | None = None,
         state_dtype: str = "float32",
         device: str = "auto",
-        max_num_seqs: int = 64,
+        max_num_seqs: int | None = None,
         max_num_batched_tokens: int | None = None,
         max_model_len: int | None = None,
         block_size: int = 64,
