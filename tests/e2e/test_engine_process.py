@@ -335,7 +335,7 @@ def test_the_sockets_folder_is_for_this_user_alone_and_goes_with_the_engine(fold
     folders: list[Path] = []
 
     async def body(client: EngineClient) -> None:
-        folders.append(Path(client._folder.name))
+        folders.append(client._folder.path)
         assert folders[0].stat().st_mode & 0o077 == 0
 
     run(folder, body)

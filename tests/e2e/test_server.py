@@ -233,28 +233,6 @@ def test_the_log_has_no_traceback(server: ServerProcess) -> None:
 needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the engine process by /proc")
 
 
-@needs_proc
-def test_a_killed_engine_ends_streams_with_an_error_and_health_with_503(folder: Path, tmp_path: Path) -> None:
-    settings = {"api_key": "k", "served_model_name": ("a", "b")}
-    with (
-        server_process(tmp_path / "log", {"model": str(folder), **LIMITS}, settings) as server,
-        httpx.Client(base_url=server.url, headers={"authorization": "Bearer k"}, timeout=20) as http,
-    ):
-        assert httpx.get(f"{server.url}/v1/models").status_code == 401
-        assert [m["id"] for m in http.get("/v1/models").json()["data"]] == ["a", "b"]
-        body = {"prompt": ["a"] * 4, "max_tokens": CONTEXT, "ignore_eos": True, "stream": True}
-        with http.stream("POST", "/v1/completions", json=body) as response:
-            lines = response.iter_lines()
-            next(lines)
-            os.kill(server.engine_pid(), signal.SIGKILL)
-            last = [line for line in lines if line][-1]
-        assert "exit code -9" in last
-        assert '"error"' in last
-        health = httpx.get(f"{server.url}/health")
-        assert (health.status_code, health.json()["error"]["code"]) == (503, "engine_dead")
-        assert http.post("/v1/completions", json={"prompt": "x"}).status_code == 503
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_requests_finish(folder: Path, tmp_path: Path, number: int) -> None:
     with server_process(tmp_path / "log", {"model": str(folder), **LIMITS}) as server:

@@ -78,16 +78,41 @@ def start_server(log: Path, engine: dict[str, Any], server: dict[str, Any] | Non
 
 
 @contextmanager
+def command_line_server(log: Path, *arguments: str, code: int, tmp: Path) -> Iterator[ServerProcess]:
+    """`thalweg serve` as a user starts it, with `tmp` for temporary files. It must end by itself, or be ended within
+    the context, with exit code `code`."""
+    with log.open("w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "thalweg", "serve", "--port", "0", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(tmp)},
+        )
+    try:
+        yield _ready(process, log)
+        assert process.wait(20) == code
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _ready(process: subprocess.Popen[str], log: Path) -> ServerProcess:
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    found = re.search(r"http://\S+(?=/v1)", line)
+    assert found, f"said {line!r}, then {log.read_text()}"
+    return ServerProcess(process, found[0], log.open())
+
+
+@contextmanager
 def server_process(log: Path, engine: dict[str, Any], server: dict[str, Any] | None = None) -> Iterator[ServerProcess]:
     """A server that is ready; ended by SIGTERM, which it must obey cleanly."""
     process = start_server(log, engine, server)
     try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        found = re.search(r"http://\S+(?=/v1)", line)
-        assert found, f"said {line!r}, then {log.read_text()}"
-        with log.open() as stderr:
-            yield ServerProcess(process, found[0], stderr)
+        server = _ready(process, log)
+        with server.stderr:
+            yield server
         process.terminate()
         assert process.wait(20) == 0
     finally:

@@ -1,4 +1,4 @@
-"""The command's verbs, and how each ends: with 0, or with one line on stderr and exit code 2."""
+"""The command's verbs, and how each ends: with 0, or with one line on stderr and exit code 2 (3: the engine died)."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from thalweg.cli.inspect import inspect
 from thalweg.cli.profile import profile
 from thalweg.cli.serve import serve
 from thalweg.cli.trace import trace
-from thalweg.errors import ThalwegError
+from thalweg.errors import EngineDeadError, ThalwegError
 
-ERROR, INTERRUPTED = 2, 130
+ERROR, ENGINE_DIED, INTERRUPTED = 2, 3, 130
 
 # The class of every complaint about the command line itself. typer does not export it under one name in all versions.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -69,7 +69,8 @@ def _root(
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run one command line (None: this process's). Returns the exit code; mistakes are one line on stderr and 2."""
+    """Run one command line (None: this process's). Returns the exit code: 2 after a mistake, which is one line on
+    stderr, 3 if the engine died."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal may lack characters that a model has
     try:
@@ -77,6 +78,9 @@ def main(args: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except _UsageError as e:
         return _fail(e.format_message(), e)  # type: ignore[attr-defined]
+    except EngineDeadError as e:
+        _fail(str(e))
+        return ENGINE_DIED
     except ThalwegError as e:
         return _fail(str(e))
     except (KeyboardInterrupt, typer.Abort):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from thalweg.build.info import EngineInfo
 from thalweg.build.source import open_source
 from thalweg.cache.manager import CacheManager
@@ -16,13 +18,16 @@ from thalweg.text.codec import load_codec
 
 
 class Engine:
-    """An EngineCore with what it stands on; `info` is known once this returns. Raises what building raised."""
+    """An EngineCore with what it stands on; `info` is known once this returns. Raises what building raised.
 
-    def __init__(self, config: EngineConfig) -> None:
+    `folder` is for the sockets of its ranks (see OtherRanks).
+    """
+
+    def __init__(self, config: EngineConfig, folder: Path | None = None) -> None:
         if config.tensor_parallel_size > 1:
             source = open_source(config)
             source.package.plan(source.config, 0, config.tensor_parallel_size)  # refuses what ranks do not divide
-        self.ranks = OtherRanks(config) if config.tensor_parallel_size > 1 else None
+        self.ranks = OtherRanks(config, folder) if config.tensor_parallel_size > 1 else None
 
         self.grammars = Grammars(lambda: _vocabulary(config))
 

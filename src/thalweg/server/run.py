@@ -25,6 +25,7 @@ MAX_QUEUED = 1_000_000
 LOG_LEVELS = ("critical", "error", "warning", "info", "debug")
 SHUTDOWN_SECONDS = 30.0
 _LAST_WORDS_SECONDS = 5  # for the answers of requests that were ended, before connections are cut
+_DEAD_SECONDS = 2.0  # from the engine's death to the server's: what asks meanwhile hears of it, probes too
 
 
 def serve(
@@ -47,8 +48,8 @@ def serve(
 
     `queue_timeout` and `request_timeout` are the seconds a request may wait for its slot and take in all; more than
     `max_queued_requests` waiting sequences are refused. Port 0 takes a free one. Where it listens is printed once
-    requests can be served; "info" logs each request. Raises ConfigError for an option that cannot be honoured, and
-    whatever kept the engine from starting.
+    requests can be served; "info" logs each request. Raises ConfigError for an option that cannot be honoured,
+    whatever kept the engine from starting, and EngineDeadError if the engine died later, once its requests were told.
     """
     _check(port, api_key, served_model_name, log_level)
     _check_limits(max_queued_requests, queue_timeout, request_timeout, shutdown_timeout)
@@ -98,17 +99,26 @@ def serve(
             shutdown_timeout,
         )
         server.run(sockets=[listener])
-    if failure is not None:
-        raise failure
+    if (error := failure or client.died) is not None:
+        raise error
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, but a signal that ended it cleanly is not raised again, so that the exit code is 0, and what
-    has not ended in time is told so before its connection is cut."""
+    """uvicorn's server, but a signal that ended it cleanly is not raised again, so that the exit code is 0, what has
+    not ended in time is told so before its connection is cut, and it ends when the engine is dead."""
 
     def __init__(self, config: uvicorn.Config, client: EngineClient, shutdown_timeout: float) -> None:
         super().__init__(config)
         self._client, self._shutdown_timeout = client, shutdown_timeout
+        self._ticks_dead = 0
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called ten times a second."""
+        if self._client.died is not None:
+            self._ticks_dead += 1
+            if self._ticks_dead > 10 * _DEAD_SECONDS:
+                self.should_exit = True
+        return await super().on_tick(counter)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -124,6 +134,8 @@ class _Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._client.died is not None:  # nothing is left to wait for but readers of last events
+            self.config.timeout_graceful_shutdown = _LAST_WORDS_SECONDS
         reason = f"the server shuts down; the request had not ended after {self._shutdown_timeout:g} s"
         end = asyncio.get_running_loop().call_later(self._shutdown_timeout, self._client.end_requests, reason)
         await super().shutdown(sockets)

@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import zmq
 import zmq.asyncio
 
@@ -19,7 +20,7 @@ from thalweg.build.info import EngineInfo
 from thalweg.config.engine import EngineConfig
 from thalweg.core import Request, RequestUpdate, SamplingParams, SchedulerStats
 from thalweg.engine.processes import messages as m
-from thalweg.engine.processes.ipc import socket_folder
+from thalweg.engine.processes.ipc import SocketFolder, address, tell_to_leave
 from thalweg.errors import EngineDeadError, InvalidRequest, RequestTimeout, ThalwegError
 from thalweg.text.codec import TextCodec, load_codec
 from thalweg.text.output import Delta, OutputProcessor
@@ -49,7 +50,8 @@ class EngineClient:
         self.codec: TextCodec = load_codec(config)  # refuses a bad folder before a process is started
         self.info: EngineInfo
         self.stats: SchedulerStats | None = None
-        self.dead: EngineDeadError | None = None
+        self.dead: EngineDeadError | None = None  # why no request is served any more
+        self.died: EngineDeadError | None = None  # the same, if that was not asked for
         self._queues: dict[str, asyncio.Queue[Delta | ThalwegError]] = {}
         self._ids = itertools.count()
         self._heard = 0.0  # when the engine last said something, or was given work while it had none
@@ -59,16 +61,16 @@ class EngineClient:
 
     async def start(self) -> None:
         """Start the process and wait until it is ready. Raises what the engine could not start for."""
-        self._folder = socket_folder()
-        address = f"ipc://{self._folder.name}/engine"
+        self._folder = SocketFolder()
+        where = address(self._folder.path, "engine")
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.PAIR)
         for option, value in ((zmq.LINGER, 0), (zmq.SNDHWM, 0), (zmq.RCVHWM, 0)):
             self._socket.setsockopt(option, value)
         # The engine binds and this side connects: what is sent before the engine is there waits, and nobody for it.
-        self._socket.connect(address)
+        self._socket.connect(where)
         # stdin stays open as long as this process lives: its end tells the engine to leave.
-        command = [sys.executable, "-m", "thalweg.engine.processes.main", address]
+        command = [sys.executable, "-m", "thalweg.engine.processes.main", where]
         # A session of its own: Ctrl-C in a terminal is for this process, which then ends the engine.
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
         self._exit = asyncio.ensure_future(asyncio.to_thread(self._process.wait))
@@ -150,7 +152,7 @@ class EngineClient:
         if self._tasks:
             self._post(m.Stop())
         else:
-            self._end_input(self._process)
+            tell_to_leave(self._process)
         self._lose(EngineDeadError("the engine was closed"))
         for task in self._tasks:
             task.cancel()
@@ -168,7 +170,8 @@ class EngineClient:
             message = m.decode_from_engine(await self._socket.recv())
             self._heard = asyncio.get_running_loop().time()
             if isinstance(message, m.Updates):
-                self.stats = message.stats
+                if self.died is None:
+                    self.stats = message.stats
                 for update in message.updates:
                     self._take(update, message.sent_at)
             elif isinstance(message, m.Refused):
@@ -177,7 +180,7 @@ class EngineClient:
                 if queue is not None:
                     queue.put_nowait(_same_error(message, InvalidRequest))
             elif isinstance(message, m.Dead):
-                self._lose(EngineDeadError(f"the engine died: {message.reason}"))
+                self._die(f"the engine died: {message.reason}")
 
     def _take(self, update: RequestUpdate, sent_at: float) -> None:
         queue = self._queues.get(update.request_id)
@@ -216,14 +219,21 @@ class EngineClient:
             # Answers that are done and not yet read are no business of the engine's.
             if self._outputs.waiting and loop.time() - self._heard > allowed:
                 assert self._process is not None
-                self._lose(EngineDeadError(f"the engine has said nothing for {allowed:g} s; it hangs (--step-timeout)"))
+                self._die(f"the engine has said nothing for {allowed:g} s; it hangs (--step-timeout)")
                 self._process.kill()
                 return
 
     async def _watch_process(self) -> None:
         code = await asyncio.shield(self._exit)
         await asyncio.sleep(0.1)  # its last message, which says more, goes first
-        self._lose(EngineDeadError(f"the engine process ended with exit code {code}"))
+        self._die(f"the engine process ended with exit code {code}")
+
+    def _die(self, reason: str) -> None:
+        """The engine is gone, and what it held with it."""
+        self.died = self.died or EngineDeadError(reason)
+        if self.stats is not None:
+            self.stats = msgspec.structs.replace(self.stats, num_running=0, num_waiting=0, blocks_used=0, slots_used=0)
+        self._lose(self.died)
 
     def _lose(self, error: EngineDeadError) -> None:
         self.dead = self.dead or error
@@ -238,16 +248,10 @@ class EngineClient:
         except TimeoutError:
             process.kill()
             await self._exit
-        self._end_input(process)
+        tell_to_leave(process)
         self._socket.close()
         self._context.term()
         self._folder.cleanup()
-
-    @staticmethod
-    def _end_input(process: subprocess.Popen[bytes]) -> None:
-        """Has a process that is still there leave at once, whatever it is doing."""
-        assert process.stdin is not None
-        process.stdin.close()
 
 
 def _same_error(message: m.Dead | m.Refused, otherwise: type[ThalwegError]) -> ThalwegError:

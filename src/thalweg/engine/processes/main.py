@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 import time
+from pathlib import Path
 
 import zmq
 
@@ -13,7 +14,7 @@ from thalweg.config.engine import EngineConfig
 from thalweg.core import Request, RequestUpdate
 from thalweg.engine.gate import GrammarGate
 from thalweg.engine.processes import messages as m
-from thalweg.engine.processes.ranks import end_with_parent
+from thalweg.engine.processes.ipc import end_with_parent
 from thalweg.engine.start import Engine
 from thalweg.errors import InvalidRequest, QueueTimeout, ThalwegError
 
@@ -107,7 +108,7 @@ class EngineProcess:
 
 
 def main(address: str) -> int:
-    end_with_parent()
+    end_with_parent(address)
     socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
     socket.setsockopt(zmq.LINGER, 2000)
     socket.setsockopt(zmq.RCVHWM, 0)
@@ -118,7 +119,7 @@ def main(address: str) -> int:
         start = m.decode_to_engine(socket.recv())
         if not isinstance(start, m.Start):
             raise ThalwegError(f"the first message is {type(start).__name__}; expected Start")
-        engine = Engine(EngineConfig(**start.config))
+        engine = Engine(EngineConfig(**start.config), Path(address.removeprefix("ipc://")).parent)
         socket.send(m.encode(m.Ready(engine.info)))
         EngineProcess(socket, engine, start.queue_timeout).run()
     except Exception as e:  # noqa: BLE001 -- the front end must hear of whatever it was

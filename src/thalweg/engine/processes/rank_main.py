@@ -10,12 +10,13 @@ import zmq
 
 from thalweg.config.engine import EngineConfig
 from thalweg.core import StepPlan
-from thalweg.engine.processes.ranks import RankStart, end_with_parent
+from thalweg.engine.processes.ipc import end_with_parent
+from thalweg.engine.processes.ranks import RankStart
 from thalweg.errors import ThalwegError
 
 
 def main(address: str) -> int:
-    end_with_parent()
+    end_with_parent(address)
     socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PULL)
     socket.bind(address)
     start = msgspec.msgpack.decode(socket.recv(), type=RankStart)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import subprocess
 import sys
 import threading
@@ -16,7 +15,7 @@ import zmq
 
 from thalweg.config.engine import EngineConfig
 from thalweg.core import StepPlan
-from thalweg.engine.processes.ipc import socket_folder
+from thalweg.engine.processes.ipc import SocketFolder, address, tell_to_leave
 from thalweg.errors import EngineDeadError
 
 
@@ -35,24 +34,26 @@ OnDeath = Callable[[EngineDeadError], object]
 class OtherRanks:
     """Ranks 1 to tp_size - 1, each a process with a ZeroMQ pipe for its plans. Rank 0 is the process that starts them.
 
-    `on_death(error)` is called, from a watching thread, when one ends before `close`.
+    `on_death(error)` is called, from a watching thread, when one ends before `close`. Sockets lie in `folder`, which
+    whoever made it removes; without one, in a folder of their own.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
-        self._folder = socket_folder()
-        self.rendezvous_file = str(Path(self._folder.name) / "rendezvous")
+    def __init__(self, config: EngineConfig, folder: Path | None = None) -> None:
+        self._own_folder = SocketFolder() if folder is None else None
+        folder = folder or self._own_folder.path  # type: ignore[union-attr]
+        self.rendezvous_file = str(folder / "rendezvous")
         self._context = zmq.Context()
         self._closing = False
         self._processes: list[subprocess.Popen[bytes]] = []
         self._sockets: list[zmq.Socket[bytes]] = []
         for rank in range(1, config.tensor_parallel_size):
-            address = f"ipc://{self._folder.name}/rank-{rank}"
+            where = address(folder, f"rank-{rank}")
             socket = self._context.socket(zmq.PUSH)
             socket.setsockopt(zmq.LINGER, 0)
             # The rank binds and this side connects: what is sent before the rank is there waits, and nobody for it.
-            socket.connect(address)
+            socket.connect(where)
             # stdin stays open as long as this process lives: its end tells the rank that nobody needs it any more.
-            command = [sys.executable, "-m", "thalweg.engine.processes.rank_main", address]
+            command = [sys.executable, "-m", "thalweg.engine.processes.rank_main", where]
             self._processes.append(subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True))
             self._sockets.append(socket)
             socket.send(_encode(RankStart(config.to_dict(), rank, self.rendezvous_file)))
@@ -81,14 +82,12 @@ class OtherRanks:
         return [p.pid for p in self._processes]
 
     def close(self, *, keep_folder: bool = False, timeout_s: float = 5.0) -> None:
-        """End the ranks. With `keep_folder` the rendezvous file's folder goes with this object instead of at once:
+        """End the ranks. With `keep_folder` a folder of their own goes with this object instead of at once:
         torch looks for a file in a folder that is gone for minutes, and lets no other thread run meanwhile.
         """
         self._closing = True
         for process in self._processes:
-            with contextlib.suppress(OSError):
-                assert process.stdin is not None
-                process.stdin.close()
+            tell_to_leave(process)
         for process in self._processes:
             try:
                 process.wait(timeout_s)
@@ -98,17 +97,5 @@ class OtherRanks:
         for socket in self._sockets:
             socket.close()
         self._context.term()
-        if not keep_folder:
-            self._folder.cleanup()
-
-
-def end_with_parent() -> None:
-    """Leave at once when standard input ends, which the parent holds open: no orphan keeps memory or a device."""
-
-    def wait() -> None:
-        with contextlib.suppress(OSError):
-            while os.read(0, 4096):
-                pass
-        os._exit(0)
-
-    threading.Thread(target=wait, name="thalweg-parent-watch", daemon=True).start()
+        if self._own_folder is not None and not keep_folder:
+            self._own_folder.cleanup()
