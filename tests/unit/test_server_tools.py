@@ -144,7 +144,7 @@ def test_the_template_gets_tools_and_earlier_calls() -> None:
     body = {**CHAT, "messages": CHAT["messages"] + turns, "chat_template_kwargs": {"end": "END"}}
     assert ask(client, body)["choices"][0]["message"]["content"] == ANSWER
     prompt = bytes(client.seen[0].prompt_token_ids).decode()
-    assert prompt == json.dumps(TOOLS) + ';user:hi;assistant:NoneCALL {"tz": "<eos>"};tool:12:00;END'
+    assert prompt == json.dumps(TOOLS) + ';user:hi;assistant:CALL {"tz": "<eos>"};tool:12:00;END'
 
 
 @pytest.mark.parametrize(

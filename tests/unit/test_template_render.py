@@ -123,7 +123,89 @@ def test_content_may_be_text_null_or_parts(tokenizer: Tokenizer) -> None:
         {"role": "user", "content": []},
         {"role": "assistant"},
     ]
-    assert render(tokenizer, source, messages) == "[one two][None][][][]"
+    assert render(tokenizer, source, messages) == "[one two][][][][]"
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("{{ m.content }}|{{ m['content'] ~ '' }}|{{ m.content + '!' }}", "||!"),
+        ("{{ '</think>' in m.content }}{{ m.content.split('</think>')[-1] }}{{ m.content | trim | length }}", "False0"),
+        ("{% if m.content is string %}text{% endif %}{% for part in m.content %}{{ part }}{% endfor %}", "text"),
+        ("{{ m.content | tojson }}{{ m.content or 'nothing' }}{{ m.content == '' }}", '""nothingTrue'),
+        # Templates with a branch of their own for calls without content take it.
+        ("{% if m.content is none %}call{% endif %}{% if m.content is not none %}text{% endif %}", "call"),
+        ("{{ m.content == none }}{{ m.content != none }}{{ none == m.content }}", "TrueFalseTrue"),
+        ("{{ [m] | selectattr('content', 'none') | list | length }}", "1"),
+    ],
+)
+@pytest.mark.parametrize("null", [{"content": None}, {}])
+def test_content_that_is_null_or_missing_is_the_empty_string(
+    tokenizer: Tokenizer, source: str, text: str, null: dict[str, Any]
+) -> None:
+    message = {"role": "assistant", "tool_calls": [{"id": "1"}], **null}
+    assert render(tokenizer, "{% set m = messages[1] %}" + source, [*USER, message]) == text
+
+
+TRIMMING = "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}</>\n{% endfor %}"
+VERBATIM = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>\n{% endfor %}"
+SPLITTING = (
+    "{% for m in messages %}<{{ m.role }}>{% if '</think>' in m.content %}[{{ m.content.split('</think>')[0] }}]"
+    "{{ m.content.split('</think>')[-1].lstrip() }}{% else %}{{ m.content }}{% endif %}</>{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("source", "content", "text"),
+    [
+        (VERBATIM, "It is", "<user>hello</>\n<assistant>It is"),
+        (VERBATIM, "It is \n ", "<user>hello</>\n<assistant>It is \n "),
+        (TRIMMING, "It is \n ", "<user>hello</>\n<assistant>It is"),
+        (TRIMMING, " It is", "<user>hello</>\n<assistant>It is"),
+        (TRIMMING, "", "<user>hello</>\n<assistant>"),
+        (TRIMMING, " ", "<user>hello</>\n<assistant>"),
+        (VERBATIM, None, "<user>hello</>\n<assistant>"),
+        (VERBATIM, "a <", "<user>hello</>\n<assistant>a <"),
+        (VERBATIM, [{"type": "text", "text": "It is"}], "<user>hello</>\n<assistant>It is"),
+        (SPLITTING, "why</think> It ", "<user>hello</><assistant>[why]It "),
+        (SPLITTING, "It </think>", "<user>hello</><assistant>[It ]"),
+    ],
+)
+def test_a_final_message_is_left_open(tokenizer: Tokenizer, source: str, content: Any, text: str) -> None:
+    template = ChatTemplate(source, tokenizer)
+    messages = [*USER, {"role": "assistant", "content": content}]
+    options = {"add_generation_prompt": False, "continue_final_message": True}
+    assert template.render(messages, **options) == text
+    assert tokenizer.decode(template.encode_chat(messages, **options)) == text
+
+
+def test_what_cannot_be_continued_is_refused(tokenizer: Tokenizer) -> None:
+    def continued(messages: list[Any], source: str = VERBATIM, **options: Any) -> str:
+        options = {"add_generation_prompt": False, "continue_final_message": True} | options
+        return render(tokenizer, source, messages, **options)
+
+    answer = {"role": "assistant", "content": "It is"}
+    with pytest.raises(InvalidRequest, match="the last message's role is 'user'; expected 'assistant'"):
+        continued([answer, *USER])
+    with pytest.raises(InvalidRequest, match="the last message has tool_calls; expected content alone"):
+        continued([*USER, answer | {"tool_calls": [{"id": "1"}]}])
+    with pytest.raises(InvalidRequest, match="both true; expected one of them"):
+        continued([*USER, answer], add_generation_prompt=True)
+    with pytest.raises(InvalidRequest, match="leaves the last message's content out"):
+        continued([*USER, answer], "{{ messages | length }}")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for m in messages %}{{ m.content.replace('/think', '').strip() }}{% endfor %}",
+        "{% for m in messages %}{{ ''.join(['hel', 'lo']) }}{% endfor %}",
+        "{% block b scoped %}{{ messages[0].content.replace('/think', '') }}{% endblock %}",
+        "{% macro m(t) %}{{ t.replace('/', '') }}{% endmacro %}{% for x in messages %}{{ m(x.content) }}{% endfor %}",
+    ],
+)
+def test_methods_of_texts_work_within_loops_and_blocks(tokenizer: Tokenizer, source: str) -> None:
+    assert render(tokenizer, source) == "hello"
 
 
 @pytest.mark.parametrize(

@@ -7,15 +7,35 @@ from typing import Any
 
 from thalweg.errors import InvalidRequest
 
+
+class NoContent(str):
+    """The content of a message that has none: the empty string, which compares equal to None as well.
+
+    Most templates treat content as text without asking (`'</think>' in content`, `content + eos`), and fail on
+    None or print the word. Some have a branch of their own for a tool call without content
+    (`content is none`, `content == none`): the sandbox's test `none` and comparisons hold for this value too.
+    """
+
+    __slots__ = ()
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return other is None or str.__eq__(self, other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+
+NO_CONTENT = NoContent()
 MAX_DEPTH = 64
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 
 def plain_messages(messages: Any) -> list[dict[str, Any]]:
-    """Copies of the messages, each with a role of ROLES and, if any, a content that is a string or None.
+    """Copies of the messages, each with a role of ROLES and a content that is a string.
 
-    A content given as [{"type": "text", "text": ...}, ...] becomes one string. Other keys are copied as
-    they are. Raises InvalidRequest on anything else.
+    Content that is null or missing becomes NO_CONTENT; a content given as [{"type": "text", "text": ...}, ...]
+    becomes one string. Other keys are copied as they are. Raises InvalidRequest on anything else.
     """
     plain = plain_list(messages, "messages")
     for i, message in enumerate(plain):
@@ -28,7 +48,9 @@ def plain_messages(messages: Any) -> list[dict[str, Any]]:
         content = message.get("content")
         if isinstance(content, list):
             message["content"] = "".join(_part_text(part, f"{where}.content[{j}]") for j, part in enumerate(content))
-        elif content is not None and not isinstance(content, str):
+        elif content is None:
+            message["content"] = NO_CONTENT
+        elif not isinstance(content, str):
             kind = type(content).__name__
             raise InvalidRequest(f"{where}.content is a {kind}; expected a string, null or a list of text parts")
     return plain

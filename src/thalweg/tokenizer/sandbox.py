@@ -18,6 +18,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from jinja2.visitor import NodeTransformer
 
 from thalweg.tokenizer import template_limits as limited
+from thalweg.tokenizer.messages import NoContent
 
 MAX_INT_BITS = 256
 
@@ -75,6 +76,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.filters = {name: standard[name] for name in _STANDARD_FILTERS.split()}
         self.filters |= {name: limited.on_text(standard[name]) for name in _TEXT_FILTERS.split()}
         self.filters |= _LIMITED_FILTERS
+        self.tests = self.tests | {"none": lambda value: value is None or isinstance(value, NoContent)}
         self.globals = {name: self.globals[name] for name in ("range", "dict", "namespace")}
         self.globals |= {"raise_exception": limited.raise_exception, "strftime_now": limited.strftime_now}
 
@@ -105,6 +107,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if __obj is _loop_pass:
             return None
         if isinstance(__obj, BuiltinMethodType) and isinstance(__obj.__self__, str):
+            for own in ("_loop_vars", "_block_vars"):  # Jinja's compiler adds these to every call inside a block
+                kwargs.pop(own, None)
             limited.allow_chars(len(__obj.__self__))
             if __obj.__name__ == "replace":
                 return limited.replace(__obj.__self__, *args, **kwargs)

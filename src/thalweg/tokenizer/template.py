@@ -1,17 +1,15 @@
 """Chat templates: messages to the ids a model was trained on, with no text in them able to pass for a token.
 
-A special token counts only where the template itself writes it. Before rendering, in every string that
-comes with the request, the first character of whatever could begin a special token's text is exchanged for
-a stand-in, a private-use character that occurs nowhere else. Lengths, trims, slices and joins in the
-template work as ever; after rendering, the stretches that hold stand-ins get their characters back and are
-encoded as plain text.
+A special token counts only where the template itself writes it. The strings of a request are rendered with
+stand-ins (thalweg.tokenizer.stand_ins) in them; after rendering, the stretches that hold stand-ins get their
+characters back and are encoded as plain text.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +19,13 @@ from jinja2.sandbox import SecurityError
 from thalweg.errors import CheckpointError, InvalidRequest
 from thalweg.tokenizer.base import Tokenizer, literal_pattern, split_literals
 from thalweg.tokenizer.files import TOKENIZER_CONFIG, read_text, read_tokenizer_config
-from thalweg.tokenizer.messages import plain_data, plain_list, plain_messages, strings_in
+from thalweg.tokenizer.messages import plain_data, plain_list, plain_messages
 from thalweg.tokenizer.sandbox import Sandbox
+from thalweg.tokenizer.stand_ins import free_chars, mark, private_chars, restore, risky_pattern
 from thalweg.tokenizer.template_limits import RefusedError, limits
 
 TEMPLATE_FILE = "chat_template.jinja"
 MAX_TEMPLATE_BYTES = 1 << 20
-
-_PRIVATE_CHARS = range(0x100000, 0x10FFFE)
-_PRIVATE = re.compile("[\U00100000-\U0010fffd]")
 
 _ASKS_FOR_STRING = re.compile(r"arguments\s+is\s+string")
 
@@ -50,13 +46,13 @@ class ChatTemplate:
         self._template = self._compile(source)
         self._tool_template = self._template if tool_source is None else self._compile(tool_source)
         self._reads_json = bool(_ASKS_FOR_STRING.search(self.tool_source))
-        self._own_private_chars = set(_PRIVATE.findall(source + (tool_source or "")))
+        self._own_private_chars = private_chars(source + (tool_source or ""))
         specials = tokenizer.special_tokens
         self._special_pattern = literal_pattern(specials)
         self._first_chars = sorted({text[0] for text in specials})
-        self._risky = _risky_pattern(specials)
+        self._risky = risky_pattern(specials)
         # A model writes tokens such as <think> into its own turns as text, so there they stay tokens.
-        self._risky_in_assistant = _risky_pattern(s for s, i in specials.items() if tokenizer.is_special(i))
+        self._risky_in_assistant = risky_pattern(s for s, i in specials.items() if tokenizer.is_special(i))
 
     def render(
         self,
@@ -64,17 +60,20 @@ class ChatTemplate:
         /,
         tools: Sequence[JSONObject] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         **template_kwargs: Any,
     ) -> str:
         """The prompt as text, for people; encode_chat gives what the model reads.
 
-        messages: see thalweg.tokenizer.messages.plain_messages. template_kwargs are further variables for
+        messages: see thalweg.tokenizer.messages.plain_messages. With continue_final_message, which needs
+        add_generation_prompt to be false, the last message is the assistant's, and the prompt ends exactly
+        where its content does, for the model to go on from there. template_kwargs are further variables for
         the template, such as enable_thinking. Raises InvalidRequest when the messages are not of that form,
         when the template refuses them or goes over a limit, and CheckpointError when it tries what the
         sandbox forbids.
         """
-        text, stand_ins = self._render(messages, tools, add_generation_prompt, template_kwargs)
-        return _restore(text, stand_ins)
+        text, stand_ins = self._render(messages, tools, add_generation_prompt, continue_final_message, template_kwargs)
+        return restore(text, stand_ins)
 
     def encode_chat(
         self,
@@ -82,10 +81,11 @@ class ChatTemplate:
         /,
         tools: Sequence[JSONObject] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         **template_kwargs: Any,
     ) -> list[int]:
         """The prompt's ids, special tokens by the template alone. Arguments and errors are render's."""
-        text, stand_ins = self._render(messages, tools, add_generation_prompt, template_kwargs)
+        text, stand_ins = self._render(messages, tools, add_generation_prompt, continue_final_message, template_kwargs)
         encode = self._tokenizer.encode
         marked = literal_pattern(stand_ins.values())
         if not marked.search(text):
@@ -97,7 +97,7 @@ class ChatTemplate:
                 trusted += piece
             else:
                 ids += encode(trusted, allow_special=True)
-                ids += encode(_restore(piece, stand_ins))
+                ids += encode(restore(piece, stand_ins))
                 trusted = ""
         return ids + encode(trusted, allow_special=True)
 
@@ -116,6 +116,7 @@ class ChatTemplate:
         messages: Sequence[JSONObject],
         tools: Sequence[JSONObject] | None,
         add_generation_prompt: bool,
+        continue_final_message: bool,
         template_kwargs: JSONObject,
     ) -> tuple[str, dict[str, str]]:
         """The rendered text with stand-ins in it, and {character: the stand-in for it}."""
@@ -123,22 +124,22 @@ class ChatTemplate:
         tool_list = plain_list(tools, "tools") if tools else None
         extra = plain_data(template_kwargs, "chat_template_kwargs")
 
-        used = set(self._own_private_chars)
-        for text in strings_in([turns, tool_list, extra]):
-            used.update(_PRIVATE.findall(text))
-        free = (chr(code) for code in _PRIVATE_CHARS if chr(code) not in used)
+        free = free_chars(self._own_private_chars, [turns, tool_list, extra])
         stand_ins = dict(zip(self._first_chars, free, strict=False))
 
+        marked = [
+            mark(turn, self._risky_in_assistant if turn["role"] == "assistant" else self._risky, stand_ins)
+            for turn in map(self._with_arguments, turns)
+        ]
+        final = _FinalMessage(marked, next(free)) if continue_final_message else None
+        if final is not None and add_generation_prompt:
+            raise InvalidRequest(
+                "add_generation_prompt and continue_final_message are both true; expected one of them: the"
+                " assistant's turn is either begun or continued"
+            )
         own = {
-            "messages": [
-                _mark(
-                    turn,
-                    self._risky_in_assistant if turn["role"] == "assistant" else self._risky,
-                    stand_ins,
-                )
-                for turn in map(self._with_arguments, turns)
-            ],
-            "tools": _mark(tool_list, self._risky, stand_ins),
+            "messages": marked,
+            "tools": mark(tool_list, self._risky, stand_ins),
             "add_generation_prompt": add_generation_prompt,
             "bos_token": self._tokenizer.bos_token,
             "eos_token": self._tokenizer.eos_token,
@@ -146,7 +147,7 @@ class ChatTemplate:
         for name in extra:
             if name in own or name in self._environment.globals:
                 raise InvalidRequest(f"chat_template_kwargs has {name!r}; expected variables of the template's own")
-        variables = _mark(extra, self._risky, stand_ins) | {
+        variables = mark(extra, self._risky, stand_ins) | {
             k: v for k, v in own.items() if v is not None or k == "tools"
         }
         template = self._tool_template if tool_list else self._template
@@ -162,7 +163,7 @@ class ChatTemplate:
         # A template that asks for ASCII JSON has the stand-ins written as escapes.
         for stand_in in stand_ins.values():
             text = text.replace(json.dumps(stand_in)[1:-1], stand_in)
-        return text, stand_ins
+        return text if final is None else final.cut(text), stand_ins
 
     def _with_arguments(self, turn: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a turn's tool calls as objects, where the template does not look for JSON in strings."""
@@ -170,6 +171,41 @@ class ChatTemplate:
         if not isinstance(calls, list) or self._reads_json:
             return turn
         return turn | {"tool_calls": [_with_arguments(call) for call in calls]}
+
+
+class _FinalMessage:
+    """The assistant's message that is to be continued: `end` marks where its content ends, also once rendered.
+
+    A space follows the mark, by whose absence it shows that the template trims the content. The content then
+    loses the space at its own end, as it would without a mark.
+    """
+
+    def __init__(self, turns: list[dict[str, Any]], end: str) -> None:
+        last = turns[-1] if turns else {}
+        if last.get("role") != "assistant":
+            raise InvalidRequest(
+                f"continue_final_message is true and the last message's role is {str(last.get('role'))!r};"
+                " expected 'assistant'"
+            )
+        if last.get("tool_calls"):
+            raise InvalidRequest(
+                "continue_final_message is true and the last message has tool_calls; expected content alone"
+            )
+        content = last["content"]
+        # Of a content that is nothing but space, a template that trims leaves nothing in front of the mark.
+        self._end, self._space = end, content[len(content.rstrip()) :] if content.strip() else ""
+        last["content"] = f"{content}{end} "
+
+    def cut(self, text: str) -> str:
+        """The rendered text up to the end of the content. Raises InvalidRequest when the content is not in it."""
+        head, end, rest = text.rpartition(self._end)
+        if not end:
+            raise InvalidRequest(
+                "continue_final_message is true, and the chat template leaves the last message's content out"
+            )
+        if not rest.startswith(" "):
+            head = head.removesuffix(self._space)
+        return head.replace(self._end, "")
 
 
 def _with_arguments(call: Any) -> Any:
@@ -183,40 +219,9 @@ def _with_arguments(call: Any) -> Any:
     return call
 
 
-def _risky_pattern(specials: Iterable[str]) -> re.Pattern[str]:
-    """Matches the first character of a special token where its second follows, or but space to the end.
-
-    Two characters, because a template may cut the rest out of a longer string; one at the end, because
-    another string may be put there.
-    """
-    seconds: dict[str, set[str]] = {}
-    for text in specials:
-        seconds.setdefault(text[0], set()).add(text[1:2])
-    branches = []
-    for first, after in seconds.items():
-        following = "|".join([*map(re.escape, sorted(after)), r"\s*\Z"])
-        branches.append(f"{re.escape(first)}(?={following})")
-    return re.compile("|".join(branches) or r"(?!)")
-
-
-def _mark(value: Any, risky: re.Pattern[str], stand_ins: dict[str, str]) -> Any:
-    """A copy of plain data with what `risky` matches in its strings exchanged for stand-ins, in keys too."""
-    if isinstance(value, str):
-        return risky.sub(lambda match: stand_ins[match.group()], value)
-    if isinstance(value, dict):
-        return {_mark(k, risky, stand_ins): _mark(v, risky, stand_ins) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_mark(item, risky, stand_ins) for item in value]
-    return value
-
-
-def _restore(text: str, stand_ins: dict[str, str]) -> str:
-    return text.translate({ord(stand_in): char for char, stand_in in stand_ins.items()})
-
-
 def _one_line(error: Exception, stand_ins: dict[str, str] | None = None) -> str:
     text = " ".join((str(error) or type(error).__name__).split())[:300]
-    return _restore(text, stand_ins or {})
+    return restore(text, stand_ins or {})
 
 
 def load_template(folder: str | Path, tokenizer: Tokenizer) -> ChatTemplate | None:
