@@ -174,7 +174,7 @@ def _choose_threads(weight_bytes: int, ranks: int) -> None:
     """Torch threads of this rank, unless OMP_NUM_THREADS says how many.
 
     Threads that meet after every op of a small model wait longer than they work, and far longer on a machine with
-    anything else to do (docs/experiments.md): one more thread for every THREAD_BYTES of weights.
+    anything else to do (docs/experiments/host-loop.md): one more thread for every THREAD_BYTES of weights.
     """
     if env.read("OMP_NUM_THREADS") is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
