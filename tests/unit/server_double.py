@@ -18,7 +18,7 @@ from thalweg.errors import EngineDeadError, InvalidRequest, QueueTimeout, Reques
 from thalweg.server.app import create_app
 from thalweg.server.parsers.marks import MARK_OF
 from thalweg.server.settings import ServerSettings
-from thalweg.text.output import Delta, OutputProcessor
+from thalweg.text.output import Delta, OutputProcessor, TextReader
 from thalweg.text.prompts import check_params, check_token_ids
 from thalweg.tokenizer.base import Tokenizer, literal_pattern, split_literals, valid_unicode
 from thalweg.tokenizer.template import ChatTemplate
@@ -89,7 +89,7 @@ class ClientDouble:
         self.closed = True
 
     async def generate(
-        self, ids: list[int], params: SamplingParams, request_id: str, marks: dict[int, str] | None = None
+        self, ids: list[int], params: SamplingParams, request_id: str, reader: TextReader | None = None
     ) -> AsyncIterator[Delta]:
         if self.dead is not None:
             raise self.dead
@@ -98,7 +98,7 @@ class ClientDouble:
         request = Request(id=request_id, prompt_token_ids=ids, params=params)
         self.seen.append(request)
         outputs = OutputProcessor(self.codec.tokenizer, frozenset({EOS}))
-        outputs.add(request, marks)
+        outputs.add(request, reader)
         ended = False
         try:
             async for update in self._updates(request):

@@ -262,7 +262,7 @@ TOOLS = [
 
 @pytest.mark.parametrize("begun", [True, False])
 def test_reasoning_comes_before_the_grammar(kimi: Tokenizer, begun: bool) -> None:
-    output = OutputFormat(None, True, kimi.added_tokens)
+    output = OutputFormat(None, True, kimi)
     grammar = Grammar("regex", "a{5}", output.reasoning_lark(begun))
     begin, end = kimi.added_tokens["<think>"], kimi.added_tokens["</think>"]
     seen = set()

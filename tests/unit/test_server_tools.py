@@ -12,6 +12,7 @@ import pytest
 
 from tests.fixtures.tokenizer_folders import byte_level_tokenizer, write_hf
 from tests.unit.server_double import ANSWER, ClientDouble, serving
+from thalweg.core import SamplingParams
 from thalweg.errors import ConfigError
 from thalweg.server.parsers.events import CallBegin, Content, Reasoning
 from thalweg.server.parsers.formats import OutputFormat
@@ -125,9 +126,10 @@ def test_letters_that_spell_a_marker_are_no_call() -> None:
 
 
 @pytest.mark.parametrize("more", [{"tool_choice": "none"}, {"tools": []}, {"tools": None}])
-def test_where_no_call_is_wanted_none_is_looked_for(more: dict[str, Any]) -> None:
+@pytest.mark.parametrize("choice", [{}, {"tool_choice": "auto"}, {"tool_choice": "none"}])
+def test_where_no_call_is_wanted_none_is_looked_for(more: dict[str, Any], choice: dict[str, Any]) -> None:
     client = ClientDouble(answer=KIMI_ANSWER, template=KIMI)
-    got = ask(client, {**CHAT, **more})["choices"][0]
+    got = ask(client, {**CHAT, **choice, **more})["choices"][0]
     assert got["finish_reason"] == "stop"
     assert "tool_calls" not in got["message"]
     assert "<|" not in got["message"]["content"]
@@ -180,14 +182,69 @@ def test_reasoning_that_the_template_begins(tmp_path: Path) -> None:
     assert not output.begins_thinking(template.encode_chat(messages, brief=True))
     assert not output.begins_thinking(template.encode_chat(messages, add_generation_prompt=False))
     # The tokenizer has no token for <tool_call>, so there the letters are the marker.
-    reader = output.reader(template.encode_chat(messages), TOOLS, lambda: "id")
+    reader = output.reader(template.encode_chat(messages), TOOLS, SamplingParams(), lambda: "id")
     assert reader is not None
     ids = tokenizer.encode('Hm</think>Ok <tool_call>{"name": "now", "arguments": {}}</tool_call>', allow_special=True)
-    detokenizer = IncrementalDetokenizer(tokenizer, marks=output.marks(True))
+    detokenizer = IncrementalDetokenizer(tokenizer, marks=reader.marks)
     events = [e for i in ids for e in reader.feed(detokenizer.push([i]))] + reader.feed("", last=True)
     assert "".join(e.text for e in events if isinstance(e, Reasoning)) == "Hm"
     assert "".join(e.text for e in events if isinstance(e, Content)) == "Ok"
     assert CallBegin(0, "id", "now") in events
+
+
+THOUGHTS = "<think>One.\n\nTwo.</think>\n\nFirst.\n\nSecond."
+CALL_AFTER = 'Look.<|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>{"a": "x.y"}<|tool_call_end|>'
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("answer", "stop", "reasoning", "content", "finish"),
+    [
+        (THOUGHTS, "\n\n", "One.\n\nTwo.", "First.", "stop"),
+        (THOUGHTS, ["Two"], "One.\n\nTwo.", "First.\n\nSecond.", "stop"),
+        (THOUGHTS, ["Sec", "First.\n\nS"], "One.\n\nTwo.", "", "stop"),
+        (CALL_AFTER, ".y", None, "Look.", "tool_calls"),
+        (CALL_AFTER, "k.", None, "Loo", "stop"),
+        ("<think>" + CALL_AFTER + "More.</think>Done. Really.", ".", "Look.More.", "Done", "tool_calls"),
+    ],
+)
+def test_stop_strings_are_about_the_content(
+    stream: bool, answer: str, stop: Any, reasoning: str | None, content: str, finish: str
+) -> None:
+    client = ClientDouble(answer=answer, template=KIMI)
+    got = ask(client, {**CHAT, "stop": stop, "stream": stream})
+    choice = got[-1]["choices"][0] if stream else got["choices"][0]
+    message = added_up(got) if stream else choice["message"]
+    assert (message.get("reasoning_content"), message["content"] or "") == (reasoning, content)
+    assert choice["finish_reason"] == finish
+    assert ("tool_calls" in message) == (finish == "tool_calls")
+
+
+def test_a_stop_string_is_shown_where_that_is_asked_for_and_ends_the_request() -> None:
+    client = ClientDouble(answer=THOUGHTS, template=KIMI)
+    got = ask(client, {**CHAT, "stop": "\n\n", "include_stop_str_in_output": True})
+    assert got["choices"][0]["message"]["content"] == "First.\n\n"
+    assert got["usage"]["completion_tokens"] == len(client.answer) - len("Second.")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("spelled", [False, True])
+def test_reasoning_whose_mark_is_in_the_prompt_only(stream: bool, spelled: bool) -> None:
+    template = TEMPLATE + "{% if enable_thinking is not false %}<think>\n{% else %}<think>\n\n</think>\n\n{% endif %}"
+    client = ClientDouble(answer="first I add.</think>It is 4.", template=template)
+    if spelled:  # a tokenizer that has no tokens for the marks
+        client.codec.tokenizer.special_tokens.clear()
+        client.answer = list(b"first I add.</think>It is 4.")
+    for more, reasoning, content in (
+        ({}, "first I add.", "It is 4."),
+        ({"max_tokens": 8}, "first I", ""),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, None, None),
+    ):
+        got = ask(client, {"messages": CHAT["messages"], "stream": stream, **more})
+        message = added_up(got) if stream else got["choices"][0]["message"]
+        assert message.get("reasoning_content") == reasoning
+        if content is not None:
+            assert (message["content"] or "") == content
 
 
 @pytest.mark.parametrize(
@@ -201,7 +258,9 @@ def test_reasoning_that_the_template_begins(tmp_path: Path) -> None:
         ({"tool_choice": "any"}, "tool_choice"),
         ({"tool_choice": {"type": "function", "function": {"name": "other"}}}, "tool_choice"),
         ({"tool_choice": 7}, "tool_choice"),
-        ({"tools": None, "tool_choice": "auto"}, "tool_choice"),
+        ({"tools": None, "tool_choice": "required"}, "tool_choice"),
+        ({"tools": [], "tool_choice": "required"}, "tool_choice"),
+        ({"tools": [], "tool_choice": {"type": "function", "function": {"name": "now"}}}, "tool_choice"),
         ({"parallel_tool_calls": "no"}, "parallel_tool_calls"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -42,8 +43,9 @@ async def chat_completions(body: ChatBody, request: Request, service: ServiceDep
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         grammar=None if held is None else held.grammar,
     )
-    answer = ChatAnswer(service, new_id("chatcmpl"), prompt_ids, use, body.n or 1)
-    jobs = jobs_of(answer.id, [prompt_ids], params, body.n or 1, service.output.marks(bool(use.tools)))
+    answer = ChatAnswer(service, new_id("chatcmpl"), len(prompt_ids), use, body.n or 1)
+    reader = partial(service.output.reader, prompt_ids, use.tools, params)
+    jobs = jobs_of(answer.id, [prompt_ids], params, body.n or 1, reader)
     fields = {"prompt": "messages", "grammar": "" if held is None else held.field}
     news = naming_fields(generate(service, jobs, arrived), fields)
     if not body.stream:

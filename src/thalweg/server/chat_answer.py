@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +13,6 @@ from thalweg.core import TokenLogprobs
 from thalweg.server.generation import News
 from thalweg.server.logprobs import chat_logprobs
 from thalweg.server.parsers.events import CallBegin, Content, Event, Reasoning
-from thalweg.server.parsers.reader import Reader
 from thalweg.server.responses import (
     ChatChoice,
     ChatChunkChoice,
@@ -35,13 +33,12 @@ from thalweg.tokenizer.base import Tokenizer
 class ChatAnswer:
     """`whole` or `chunks`, once. Both read the output the same way, so what a stream adds up to is the whole."""
 
-    def __init__(self, service: Service, response_id: str, prompt_ids: Sequence[int], use: ToolUse, n: int) -> None:
+    def __init__(self, service: Service, response_id: str, prompt_tokens: int, use: ToolUse, n: int) -> None:
         self.id = response_id
-        self._prompt_tokens, self._completion_tokens = len(prompt_ids), 0
+        self._prompt_tokens, self._completion_tokens = prompt_tokens, 0
         self._model, self._created = service.names[0], now()
         self._tokenizer: Tokenizer | None = service.client.codec.tokenizer
-        readers = (service.output.reader(prompt_ids, use.tools, _new_call_id) for _ in range(n))
-        self._choices = [_Choice(reader, use.parallel) for reader in readers]
+        self._choices = [_Choice(use.parallel) for _ in range(n)]
 
     async def whole(self, news: News) -> Envelope:
         pieces: list[_Pieces] = [_Pieces() for _ in self._choices]
@@ -94,14 +91,13 @@ class ChatAnswer:
 
 @dataclass(slots=True)
 class _Choice:
-    reader: Reader | None
     parallel: bool  # otherwise all calls but the first are left out
     called: bool = False
 
     def events(self, delta: Delta) -> list[Event]:
-        if self.reader is None:
+        events = delta.events
+        if events is None:
             return [Content(delta.text)] if delta.text else []
-        events = self.reader.feed(delta.text, last=delta.finish_reason is not None)
         if not self.parallel:
             events = [e for e in events if isinstance(e, Content | Reasoning) or e.index == 0]
         self.called = self.called or any(isinstance(e, CallBegin) for e in events)
@@ -161,7 +157,3 @@ def _delta(events: list[Event]) -> ChatDelta:
             call.function.arguments = (call.function.arguments or "") + event.text
     delta.tool_calls = list(calls.values()) or None
     return delta
-
-
-def _new_call_id() -> str:
-    return f"call_{uuid.uuid4().hex[:24]}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from thalweg.errors import InvalidRequest
 from thalweg.server.errors import ApiError, as_api_error
 from thalweg.server.params import per_choice
 from thalweg.server.service import Service
-from thalweg.text.output import Delta
+from thalweg.text.output import Delta, TextReader
 
 News = AsyncGenerator[tuple[int, Delta]]  # (choice index, what came of it)
 
@@ -24,7 +24,7 @@ class Job:
     id: str
     prompt_token_ids: list[int]
     params: SamplingParams
-    marks: Mapping[int, str] | None = None  # tokens to show as characters of their own
+    reader: TextReader | None = None  # each job has one of its own
 
 
 def jobs_of(
@@ -32,11 +32,11 @@ def jobs_of(
     prompts: list[list[int]],
     params: SamplingParams,
     n: int,
-    marks: Mapping[int, str] | None = None,
+    reader: Callable[[], TextReader | None] = lambda: None,
 ) -> list[Job]:
-    """n jobs a prompt; the job at index i is the answer's choice i."""
+    """n jobs per prompt, each with a new `reader`; the job at index i is the answer's choice i."""
     each = [(ids, own) for ids in prompts for own in per_choice(params, n)]
-    return [Job(f"{response_id}-{i}", ids, own, marks) for i, (ids, own) in enumerate(each)]
+    return [Job(f"{response_id}-{i}", ids, own, reader()) for i, (ids, own) in enumerate(each)]
 
 
 async def generate(service: Service, jobs: list[Job], arrived: float) -> News:
@@ -99,7 +99,7 @@ async def naming_fields(news: News, fields: Mapping[str, str]) -> News:
 
 
 async def _run(service: Service, job: Job, arrived: float) -> AsyncGenerator[Delta]:
-    deltas = _failing(service.client.generate(job.prompt_token_ids, job.params, job.id, job.marks))
+    deltas = _failing(service.client.generate(job.prompt_token_ids, job.params, job.id, job.reader))
     async with aclosing(service.metrics.observed(deltas, arrived)) as observed:
         async for delta in observed:
             yield delta

@@ -27,11 +27,15 @@ class ToolUse:
 def tool_use(body: ChatBody, output: OutputFormat) -> ToolUse:
     """What the request says of tools. Raises ApiError that names the field."""
     tools = body.tools or []
-    choice: Any = body.tool_choice if body.tool_choice is not None else ("auto" if tools else "none")
-    if choice == "none":
+    choice: Any = body.tool_choice if body.tool_choice is not None else "auto"
+    if choice == "none" or (choice == "auto" and not tools):
         return ToolUse([])
     if not tools:
-        raise ApiError(400, "tool_choice is given and tools is not; expected both", param="tool_choice")
+        raise ApiError(
+            400,
+            f"tool_choice is {str(choice)[:80]!r} and there are no tools; expected tools, or tool_choice auto or none",
+            param="tool_choice",
+        )
     if output.calls is None:
         raise ApiError(
             400,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from thalweg.core import FinishReason, Request, RequestUpdate, TokenLogprobs
 from thalweg.tokenizer.base import Tokenizer
@@ -24,12 +24,29 @@ class Delta:
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
     prompt_logits: Any = None
+    events: list[Any] | None = None  # what the request's TextReader made of the text; None without one
     sent_at: float | None = None  # when another process sent it, on time.monotonic's clock
+
+
+class TextReader(Protocol):
+    """Takes one request's text apart, and finds the request's stop strings in the part that they are about."""
+
+    @property
+    def marks(self) -> Mapping[int, str]:
+        """Tokens that it sees as characters of their own (IncrementalDetokenizer)."""
+
+    @property
+    def matched_stop(self) -> str | None:
+        """The stop string that ended the text."""
+
+    def feed(self, text: str, *, last: bool = False) -> list[Any]:
+        """What came of more text. `last`: nothing more comes, so that what was held back comes too."""
 
 
 @dataclass(slots=True)
 class _Tracked:
     detokenizer: IncrementalDetokenizer | None
+    reader: TextReader | None
     include_stop: bool
     held: list[int] | None  # ids whose text comes at the end; None: text comes with each update
 
@@ -43,20 +60,19 @@ class OutputProcessor:
         self._tokenizer, self._eos, self._late = tokenizer, eos_token_ids, late
         self._live: dict[str, _Tracked] = {}
 
-    def add(self, request: Request, marks: Mapping[int, str] | None = None) -> None:
-        """Begin a request's output. `marks`: tokens to show as characters of their own (IncrementalDetokenizer)."""
+    def add(self, request: Request, reader: TextReader | None = None) -> None:
+        """Begin a request's output. With a `reader`, stop strings are left to it, and deltas have its events."""
         p, detokenizer = request.params, None
         if self._tokenizer is not None:
             detokenizer = IncrementalDetokenizer(
                 self._tokenizer,
                 skip_special_tokens=p.skip_special_tokens,
-                stop=p.stop,
+                stop=p.stop if reader is None else (),
                 include_stop_str_in_output=p.include_stop_str_in_output,
-                marks=marks,
+                marks=None if reader is None else reader.marks,
             )
-        self._live[request.id] = _Tracked(
-            detokenizer, p.include_stop_str_in_output, [] if self._late and not p.stop else None
-        )
+        held: list[int] | None = [] if self._late and not p.stop else None
+        self._live[request.id] = _Tracked(detokenizer, reader, p.include_stop_str_in_output, held)
 
     @property
     def waiting(self) -> bool:
@@ -96,8 +112,12 @@ class OutputProcessor:
             delta.text = detokenizer.push(ids)
             if detokenizer.matched_stop is None and update.finish_reason is not None:
                 delta.text += detokenizer.flush()
-            if detokenizer.matched_stop is not None and update.finish_reason != "error":
-                delta.finish_reason, delta.stop_reason = "stop", detokenizer.matched_stop
+            matched = detokenizer.matched_stop
+            if (reader := tracked.reader) is not None:
+                delta.events = reader.feed(delta.text, last=update.finish_reason is not None)
+                matched = reader.matched_stop
+            if matched is not None and update.finish_reason != "error":
+                delta.finish_reason, delta.stop_reason = "stop", matched
         if delta.finish_reason is not None:
             del self._live[update.request_id]
         return delta

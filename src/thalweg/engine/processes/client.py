@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import subprocess
 import sys
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from thalweg.engine.processes import messages as m
 from thalweg.engine.processes.ipc import SocketFolder, address, tell_to_leave
 from thalweg.errors import EngineDeadError, InvalidRequest, RequestTimeout, ThalwegError
 from thalweg.text.codec import TextCodec, load_codec
-from thalweg.text.output import Delta, OutputProcessor
+from thalweg.text.output import Delta, OutputProcessor, TextReader
 from thalweg.text.prompts import check_params, check_token_ids
 
 MAX_UNREAD = 16_384  # updates that may wait for whoever asked for them
@@ -101,9 +101,9 @@ class EngineClient:
         prompt_token_ids: list[int],
         params: SamplingParams,
         request_id: str | None = None,
-        marks: Mapping[int, str] | None = None,
+        reader: TextReader | None = None,
     ) -> AsyncGenerator[Delta, None]:
-        """Each step's news of one request, to its end. Leaving early aborts it. `marks`: see OutputProcessor.add.
+        """Each step's news of one request, to its end. Leaving early aborts it. `reader`: see OutputProcessor.add.
 
         Raises InvalidRequest when the engine refuses it, QueueTimeout or RequestTimeout when it takes too long,
         EngineDeadError when the engine is or gets lost.
@@ -127,7 +127,7 @@ class EngineClient:
             timer = loop.call_later(seconds, self._give_up, request_id, late)
         ended = False
         try:
-            self._outputs.add(request, marks)
+            self._outputs.add(request, reader)
             self._post(m.Add(request))
             while not ended:
                 delta = await queue.get()

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 from thalweg.server.parsers.events import CallArguments, CallBegin, Content, Event
-from thalweg.server.parsers.marks import pieces
+from thalweg.server.parsers.marks import THINK, THINK_END, pieces
 
 NewId = Callable[[], str]
+
+
+def new_call_id() -> str:
+    return f"call_{uuid.uuid4().hex[:24]}"
 
 
 class CallParser(ABC):
     """Marked text in, in pieces of any size; content and tool calls out. The same whatever the pieces are.
 
-    It never raises: what does not parse is content. Markers never are. White space next to a call belongs to it.
+    It never raises: what does not parse is content. Markers never are.
     `new_id` names calls in formats whose calls have no id of their own.
     """
 
@@ -22,22 +27,20 @@ class CallParser(ABC):
         self._new_id = new_id
         self._events: list[Event] = []
         self._num_calls = 0
-        self._space = ""  # it is content only where more follows, or where there are no calls
 
     def feed(self, marked: str) -> list[Event]:
         for text, marker in pieces(marked):
-            if marker:
-                self._marker(marker)
-            else:
+            if not marker:
                 self._text(text)
+            elif marker not in (THINK, THINK_END):
+                self._marker(marker)
+            elif not self._in_arguments():
+                self._close()
         return self._taken()
 
     def end(self) -> list[Event]:
         """What was held back, once nothing more comes."""
         self._close()
-        if not self._num_calls and self._space:
-            self._events.append(Content(self._space))
-        self._space = ""
         return self._taken()
 
     @abstractmethod
@@ -47,20 +50,20 @@ class CallParser(ABC):
     def _marker(self, marker: str) -> None: ...
 
     @abstractmethod
+    def _in_arguments(self) -> bool:
+        """Whether arguments have begun and not ended: there a mark of reasoning is left out, and ends no call."""
+
+    @abstractmethod
     def _close(self) -> None:
         """The output ends, wherever it is."""
 
     def _content(self, text: str) -> None:
-        body = text.rstrip()
-        if body:
-            self._events.append(Content(self._space + body))
-            self._space = ""
-        self._space += text[len(body) :]
+        if text:
+            self._events.append(Content(text))
 
     def _begin(self, name: str, call_id: str | None = None) -> None:
         self._events.append(CallBegin(self._num_calls, call_id or self._new_id(), name))
         self._num_calls += 1
-        self._space = ""
 
     def _arguments(self, text: str) -> None:
         """More arguments of the call begun last."""

@@ -6,13 +6,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from thalweg.core import SamplingParams
 from thalweg.errors import ConfigError
 from thalweg.server.parsers import hermes, kimi_k2, qwen3_coder, thinking
-from thalweg.server.parsers.calls import CallParser, NewId
+from thalweg.server.parsers.calls import CallParser, NewId, new_call_id
 from thalweg.server.parsers.marks import CALL, KIMI_CALL, THINK, THINK_END, marks_by_id
 from thalweg.server.parsers.reader import Reader
 from thalweg.server.parsers.thinking import Thinking
 from thalweg.text.codec import TextCodec
+from thalweg.tokenizer.base import Tokenizer
+
+_THINK_TOKENS = 2 * len(THINK)  # of a prompt's end hold "<think>" and white space after it
 
 Tools = Sequence[Mapping[str, Any]]  # as requests bring them, checked
 
@@ -60,7 +64,7 @@ class OutputFormat:
 
     calls: CallFormat | None
     thinking: bool
-    added_tokens: Mapping[str, int]
+    tokenizer: Tokenizer | None
 
     @classmethod
     def of(cls, codec: TextCodec, tool_call_parser: str, reasoning_parser: str) -> OutputFormat:
@@ -77,28 +81,33 @@ class OutputFormat:
         else:
             calls = next((f for f in CALL_FORMATS if f.name == tool_call_parser), None)
         reasons = THINK_END in template if reasoning_parser == "auto" else reasoning_parser == "think"
-        return cls(calls, reasons, {} if codec.tokenizer is None else codec.tokenizer.added_tokens)
+        return cls(calls, reasons, codec.tokenizer)
+
+    @property
+    def added_tokens(self) -> Mapping[str, int]:
+        return {} if self.tokenizer is None else self.tokenizer.added_tokens
 
     def describe(self) -> str:
         """For people, in one line."""
         calls = "without tool calls" if self.calls is None else f"tool calls as {self.calls.name} writes them"
         return f"{calls}, reasoning {'between <think> and </think>' if self.thinking else 'not looked for'}"
 
-    def markers(self, with_calls: bool) -> tuple[str, ...]:
-        calls = self.calls.markers if with_calls and self.calls is not None else ()
-        return (*(thinking.MARKERS if self.thinking else ()), *calls)
-
-    def marks(self, with_calls: bool) -> dict[int, str] | None:
-        """For the detokeniser; None where nothing is to be marked."""
-        return marks_by_id(self.markers(with_calls), self.added_tokens) or None
-
-    def reader(self, prompt_ids: Sequence[int], tools: Tools, new_id: NewId) -> Reader | None:
+    def reader(
+        self, prompt_ids: Sequence[int], tools: Tools, params: SamplingParams, new_id: NewId = new_call_id
+    ) -> Reader | None:
         """A reader for one choice; calls are looked for where there are tools. None: the text is the content."""
-        calls = self.calls.parser(new_id, tools) if tools and self.calls is not None else None
+        calls = self.calls if tools else None
         if calls is None and not self.thinking:
             return None
-        spelled = [marker for marker in self.markers(bool(tools)) if marker not in self.added_tokens]
-        return Reader(Thinking(self.begins_thinking(prompt_ids)) if self.thinking else None, calls, spelled)
+        markers = (*(thinking.MARKERS if self.thinking else ()), *(calls.markers if calls is not None else ()))
+        return Reader(
+            Thinking(self.begins_thinking(prompt_ids)) if self.thinking else None,
+            None if calls is None else calls.parser(new_id, tools),
+            marks_by_id(markers, self.added_tokens),
+            [marker for marker in markers if marker not in self.added_tokens],
+            params.stop,
+            params.include_stop_str_in_output,
+        )
 
     def reasoning_lark(self, begun: bool) -> str:
         """What may come before an answer that is held to a grammar: nothing where reasoning is not marked by tokens."""
@@ -109,6 +118,14 @@ class OutputFormat:
         return rest if begun else f"(<[{begin}]> {rest})?"
 
     def begins_thinking(self, prompt_ids: Sequence[int]) -> bool:
-        """Whether the prompt ends within reasoning: of the tokens named by their text, the last one begins it."""
+        """Whether the prompt ends within reasoning: of the tokens named by their text, the last one begins it.
+
+        Where <think> is no token, the prompt ends with its letters.
+        """
         begin, added = self.added_tokens.get(THINK), frozenset(self.added_tokens.values())
-        return begin is not None and next((i for i in reversed(prompt_ids) if i in added), None) == begin
+        if begin is not None:
+            return next((i for i in reversed(prompt_ids) if i in added), None) == begin
+        if self.tokenizer is None:
+            return False
+        end = [i for i in prompt_ids[-_THINK_TOKENS:] if i < self.tokenizer.vocab_size]
+        return self.tokenizer.decode(end).rstrip().endswith(THINK)

@@ -66,6 +66,9 @@ class Hermes(CallParser):
         if marker == CALL:
             self._call = ""
 
+    def _in_arguments(self) -> bool:
+        return self._scanner is not None
+
     def _close(self) -> None:
         call, self._call, self._scanner, self._in_tail = self._call, None, None, False
         if call is None:

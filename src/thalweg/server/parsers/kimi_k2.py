@@ -91,6 +91,9 @@ class KimiK2(CallParser):
         self._begin(name, None if call_id in self._ids else call_id)
         self._ids.add(call_id)
 
+    def _in_arguments(self) -> bool:
+        return self._scanner is not None and not self._scanner.done
+
     def _close(self) -> None:
         if self._in_id:
             self._content(self._id)

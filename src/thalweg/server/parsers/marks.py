@@ -15,6 +15,8 @@ THINK, THINK_END = "<think>", "</think>"
 CALL, CALL_END = "<tool_call>", "</tool_call>"
 KIMI_SECTION, KIMI_SECTION_END = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
 KIMI_CALL, KIMI_ARGUMENTS, KIMI_CALL_END = "<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>"
+CALL_BEGINS = frozenset((CALL, KIMI_SECTION, KIMI_CALL))
+CALL_ENDS = frozenset((CALL_END, KIMI_CALL_END, KIMI_SECTION_END))
 
 _MARKERS = (
     *(THINK, THINK_END, CALL, CALL_END),

@@ -120,6 +120,9 @@ class Qwen3Coder(CallParser):
         self._arguments("}" if self._keys else "{}")
         self._buffer, self._name, self._key, self._keys = None, None, None, set()
 
+    def _in_arguments(self) -> bool:
+        return self._key is not None
+
     def _close(self) -> None:
         if self._buffer is not None and self._key is None:
             self._content(self._buffer)
