@@ -156,6 +156,40 @@ def test_inspect_needs_a_config_only(shared_dir: Path, tmp_path: Path, capsys: p
     assert found["cost"]["weight_bytes"] - quantized["cost"]["weight_bytes"] == experts - experts // 128**2 * 4
 
 
+def test_inspect_takes_a_config_alone(shared_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "any-name.json"
+    shutil.copy(shared_dir / "configs" / "kimi_linear_48b_a3b.json", path)
+    (tmp_path / "model.safetensors").write_bytes(b"not looked at")
+    for line in (["--config", str(path)], ["--config-file", str(path), "--load-format", "dummy"]):
+        assert main(["inspect", *line, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert (found["parameters"], found["weight_files"]) == (49_122_681_728, "not looked at (--config)")
+    assert main(["inspect", "--config", str(path), "--num-layers", "4"]) == 0
+    assert "max num seqs    64: the default on a CPU" in capsys.readouterr().out
+    assert main(["generate", "--config", str(path), "--prompt", "x"]) == 2  # to run it, random weights must be meant
+    assert "needs --load-format dummy" in capsys.readouterr().err
+
+
+def test_a_config_key_can_be_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Path(shutil.copytree(model_folder(None), tmp_path / "model"))
+    raw = json.loads((folder / "config.json").read_text())
+    raw |= {"sliding_window": None, "use_sliding_window": False, "layer_scales": [], "extra": {"on": False}}
+    (folder / "config.json").write_text(json.dumps(raw))
+    args = ["generate", str(folder), "--prompt", "x", "--max-tokens", "1", "--json"]
+    assert main(args) == 0
+    text = json.loads(capsys.readouterr().out)["text"]
+    (folder / "config.json").write_text(json.dumps(raw | {"sliding_window": 4096}))
+    assert main(args) == 2
+    assert "unknown key sliding_window, not supported; if it does not change the model, " in (
+        error := capsys.readouterr().err
+    )
+    assert "--ignore-config-key sliding_window" in error
+    assert main([*args, "--ignore-config-key", "sliding_window"]) == 0
+    assert json.loads(capsys.readouterr().out)["text"] == text
+    assert main([*args, "--ignore-config-key", "sliding_window", "--ignore-config-key", "slide"]) == 2
+    assert "--ignore-config-key is 'slide', which " in capsys.readouterr().err
+
+
 def test_inspect_compares_weight_files_with_the_config(
     shared_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

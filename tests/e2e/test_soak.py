@@ -72,10 +72,11 @@ def test_the_command_line_makes_the_same_config() -> None:
     from thalweg.cli.options import engine_config
 
     options = {"max_num_seqs": 3, "cache_memory": 10 << 20, "enforce_eager": True, "seed": random.randrange(100)}
-    config = EngineConfig(model="bundled", op_preference={"*": "reference"}, **options)
+    config = EngineConfig(model="bundled", op_preference={"*": "reference"}, ignore_config_key=["a", "b"], **options)
     arguments = engine_options(config)
     assert arguments[0] == "bundled"
     assert "--enforce-eager" in arguments
     assert arguments[arguments.index("--op") + 1] == "*=reference"
+    assert " ".join(arguments).count("--ignore-config-key a --ignore-config-key b") == 1
     made = engine_config("bundled", max_num_seqs=3, cache_memory=arguments[arguments.index("--cache-memory") + 1])
     assert (made.max_num_seqs, made.cache_memory) == (3, 10 << 20)

@@ -40,6 +40,8 @@ from thalweg.errors import ConfigError
         ("seed", 2**64),
         ("model", ""),
         ("tokenizer", 3),
+        ("ignore_config_key", "sliding_window"),
+        ("ignore_config_key", [""]),
         ("op_preference", ["*"]),
         ("op_preference", {"*": 1}),
     ],
@@ -74,7 +76,7 @@ def test_op_preference_does_not_follow_the_callers_dict() -> None:
 
 
 def test_to_dict_gives_the_same_config_back() -> None:
-    config = EngineConfig(model="m", op_preference={"kda_decode": "triton"}, seed=7)
+    config = EngineConfig(model="m", op_preference={"kda_decode": "triton"}, seed=7, ignore_config_key=["a", "b.c"])
     assert EngineConfig(**config.to_dict()) == config
     assert type(config.to_dict()["op_preference"]) is dict
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from thalweg.config.bounded_json import MAX_FILE_BYTES, parse_object
-from thalweg.config.hf import ConfigReader, checkpoint_dtype, read_config, read_generation_config
+from thalweg.config.hf import ConfigReader, checkpoint_dtype, read_config, read_generation_config, without_keys
 from thalweg.errors import CheckpointError, ConfigError, ThalwegError, UnsupportedError
 from thalweg.models import FAMILIES, family
 
@@ -78,7 +78,10 @@ def test_getters_give_typed_values_and_defaults() -> None:
         (lambda: reader(n=0).only("n", False), "n is 0; only false is supported"),
         (lambda: reader().only("nope", True, default=False), "nope is false; only true is supported"),
         (lambda: reader(n=3).agree("n", 4), "n is 3; expected 4 from the other keys"),
-        (lambda: reader(a=1, b=2, c=3).finish({"b"}), "unknown keys a, c;"),
+        (
+            lambda: reader(a=1, b=2, c=3).finish({"b"}),
+            "unknown keys a, c, not supported; if it does not change the model, --ignore-config-key a passes",
+        ),
         (lambda: reader(s="x\ny" * 100).get_int("s"), "expected an integer"),
     ],
 )
@@ -95,8 +98,36 @@ def test_errors_are_one_line_with_key_value_and_expectation(call: Any, message: 
 def test_a_nested_reader_names_where_it_is() -> None:
     section = reader(linear_attn_config={"gate_lower_bound": -5}).get_section("linear_attn_config")
     assert section is not None
-    with pytest.raises(ConfigError, match=r"config\.json: linear_attn_config: unknown key gate_lower_bound"):
+    with pytest.raises(ConfigError, match=r"config\.json: linear_attn_config: unknown key gate_lower_bound") as caught:
         section.finish()
+    assert "--ignore-config-key linear_attn_config.gate_lower_bound" in str(caught.value)
+
+
+NOTHING: list[Any] = [None, False, "", [], {}, {"enabled": False, "layers": [], "inner": {"window": None}}]
+SOMETHING: list[Any] = [True, 0, 0.0, 1, 4096, "swa", [0], [None], {"enabled": True}, {"window": 0}]
+
+
+@pytest.mark.parametrize("value", NOTHING)
+def test_an_unknown_key_that_says_nothing_is_passed_over(value: Any) -> None:
+    reader(sliding_window=value).finish()
+    reader(quantization_config=value).only("quantization_config", None)
+
+
+@pytest.mark.parametrize("value", SOMETHING)
+def test_an_unknown_key_that_says_something_is_refused(value: Any) -> None:
+    with pytest.raises(ConfigError, match="unknown key sliding_window"):
+        reader(sliding_window=value).finish()
+    with pytest.raises(ConfigError, match="only null is supported"):
+        reader(quantization_config=value).only("quantization_config", None)
+
+
+def test_keys_can_be_passed_over_by_name() -> None:
+    raw = {"a": 1, "b": {"c": 2, "d": 3}, "e.f": 4}
+    assert without_keys(raw, ["a", "b.c", "e.f"]) == {"b": {"d": 3}}
+    assert raw["b"] == {"c": 2, "d": 3}
+    for absent in ("x", "b.x", "a.c", "b.c.d", "", "."):
+        with pytest.raises(ConfigError, match=r"--ignore-config-key is .*, which config\.json does not have"):
+            without_keys(raw, [absent])
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,7 @@ def test_header_lengths_are_bounded_before_anything_is_read(tmp_path: Path, leng
 def test_short_and_missing_files(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     refused(path, "cannot be read")
-    for size in (0, 7):
+    for size in (1, 7):
         path.write_bytes(b"\0" * size)
         refused(path, f"has {size} bytes")
 

@@ -91,6 +91,8 @@ def engine_options(config: EngineConfig) -> list[str]:
             arguments.append(value)
         elif name == "op_preference":
             arguments += [part for op, choice in value.items() for part in ("--op", f"{op}={choice}")]
+        elif name == "ignore_config_key":
+            arguments += [part for key in value for part in (option, key)]
         else:
             arguments += [option] if value is True else [option, str(value)]
     return arguments

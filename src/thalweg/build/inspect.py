@@ -100,7 +100,7 @@ def describe(config: EngineConfig) -> Inspection:
         parameters=sum(prod(shape) for shape in checkpoint_shapes(plan).values()),
         layer_kinds=dict(kinds),
         layers=[describe_layer(*x) for x in zip(model.layers, model.cache_specs, strict=True)],
-        weight_files=_describe_weights(source, plan),
+        weight_files=_describe_weights(source, plan, config),
         cost=cost,
         checkpoint_cost=_cost(native, c.dtype),
         memory=memory,
@@ -143,8 +143,10 @@ def _split(
         return None, str(e)
 
 
-def _describe_weights(source: ModelSource, plan: list[Target]) -> str:
+def _describe_weights(source: ModelSource, plan: list[Target], config: EngineConfig) -> str:
     """One line about the weight files; raises what loading would for files that are damaged or do not fit."""
+    if config.config_file is not None or config.num_layers is not None:
+        return f"not looked at ({'--config' if config.config_file else '--num-layers'})"
     if not any(path.suffix in WEIGHT_SUFFIXES for path in source.folder.iterdir()):
         return "no weight files in the folder; only --load-format dummy can run it"
     checkpoint = Checkpoint(source.folder)

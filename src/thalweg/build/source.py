@@ -9,7 +9,7 @@ from typing import Any
 
 from thalweg.config.bounded_json import read_object
 from thalweg.config.engine import EngineConfig
-from thalweg.config.hf import GenerationConfig, read_config, read_generation_config
+from thalweg.config.hf import GenerationConfig, read_config, read_generation_config, without_keys
 from thalweg.config.model_source import model_folder
 from thalweg.models import family
 
@@ -45,6 +45,7 @@ def open_source(config: EngineConfig) -> ModelSource:
     else:
         path = model_folder(config.model) / "config.json"
         folder, raw = path.parent, read_config(path.parent)
+    raw = without_keys(raw, config.ignore_config_key, str(path))
     package = importlib.import_module(family(raw, str(path)))
     if config.num_layers is not None:
         raw = package.cut(raw, config.num_layers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
     from thalweg.build.inspect import Cost, Inspection
 
 
-@takes(config=engine_config)
+# No weight is drawn, so a shape alone needs no --load-format dummy.
+@takes(config=partial(engine_config, load_format="dummy"))
 def inspect(
     config: EngineConfig,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,

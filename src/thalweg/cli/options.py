@@ -96,6 +96,14 @@ def engine_config(
     num_layers: Annotated[
         int | None, _engine(metavar="N", help="Run the first N layers only, with --load-format dummy.")
     ] = None,
+    ignore_config_key: Annotated[
+        list[str] | None,
+        _engine(
+            "--ignore-config-key",
+            metavar="KEY",
+            help="Read config.json as though it had no KEY, e.g. sliding_window or section.key. May be repeated.",
+        ),
+    ] = None,
     op: Annotated[
         list[str] | None,
         _engine(
@@ -131,6 +139,7 @@ def engine_config(
         step_timeout=step_timeout,
         config_file=config_file,
         num_layers=num_layers,
+        ignore_config_key=ignore_config_key or (),
         op_preference=_preferences(op or []),
     )
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from thalweg.config.unfetched import HEAD_BYTES, why_unfetched
 from thalweg.errors import CheckpointError
 
 MAX_FILE_BYTES = 8 << 20
@@ -28,6 +29,8 @@ def read_object(folder: Path, name: str, *, max_bytes: int = MAX_FILE_BYTES) -> 
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     if len(data) > max_bytes:
         raise CheckpointError(f"{path} is larger than {max_bytes} bytes; expected a small JSON file")
+    if reason := why_unfetched(data[:HEAD_BYTES]):
+        raise CheckpointError(f"{path} {reason}")
     return parse_object(data, str(path))
 
 

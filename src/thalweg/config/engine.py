@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any
@@ -32,7 +32,8 @@ class EngineConfig:
     many tokens, and 2048 on a CPU.
     `max_model_len` None means the model's context length, or what fits in memory. `cache_memory` is in bytes
     and takes the place of `gpu_memory_utilization`, the share of the device's memory that weights and cache
-    may fill. `quantization` "fp8" quantizes the experts' weights as they are loaded. `op_preference` maps an
+    may fill. `quantization` "fp8" quantizes the experts' weights as they are loaded. config.json is read as though
+    the keys in `ignore_config_key` were not in it. `op_preference` maps an
     op's name, or "*", to the implementation that must serve it.
     """
 
@@ -55,6 +56,7 @@ class EngineConfig:
     step_timeout: float = 300.0
     config_file: str | None = None
     num_layers: int | None = None
+    ignore_config_key: Sequence[str] = ()
     op_preference: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -94,6 +96,10 @@ class EngineConfig:
         self._need(isinstance(self.enforce_eager, bool), "enforce_eager", "true or false")
         device = self.device
         self._need(isinstance(device, str) and bool(_DEVICE.fullmatch(device)), "device", "auto, cpu, cuda or cuda:N")
+        keys = self.ignore_config_key
+        keys_ok = isinstance(keys, (list, tuple)) and all(isinstance(key, str) and key for key in keys)
+        self._need(keys_ok, "ignore_config_key", "names of keys in config.json")
+        object.__setattr__(self, "ignore_config_key", tuple(keys))
         prefer = self.op_preference
         pairs_ok = isinstance(prefer, Mapping) and all(isinstance(x, str) and x for kv in prefer.items() for x in kv)
         self._need(pairs_ok, "op_preference", "a mapping of op names to implementation names")
@@ -123,7 +129,11 @@ class EngineConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values by option name, for messages; EngineConfig(**d) gives the same config."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {**values, "op_preference": dict(self.op_preference)}
+        return {
+            **values,
+            "ignore_config_key": list(self.ignore_config_key),
+            "op_preference": dict(self.op_preference),
+        }
 
     def _integer(self, name: str, low: int, high: int, *, optional: bool = False) -> None:
         value = getattr(self, name)

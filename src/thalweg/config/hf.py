@@ -93,9 +93,10 @@ class ConfigReader:
     explicit null counts as missing.
     """
 
-    def __init__(self, raw: Mapping[str, Any], where: str) -> None:
+    def __init__(self, raw: Mapping[str, Any], where: str, path: str = "") -> None:
         self._raw = raw
         self.where = where
+        self._path = path  # of this object in the file, "linear_attn_config." for a section
         self._read: set[str] = set()
 
     def get_int(self, key: str, default: Any = _REQUIRED, *, low: int = 0, high: int = MAX_INT) -> int:
@@ -154,14 +155,17 @@ class ConfigReader:
     def get_section(self, key: str) -> ConfigReader | None:
         """A reader of the nested object; None when the key is missing. Call its finish() too."""
         value = self._typed(key, None, dict, "an object")
-        return None if value is None else ConfigReader(value, f"{self.where}: {key}")
+        return None if value is None else ConfigReader(value, f"{self.where}: {key}", f"{self._path}{key}.")
 
     def only(self, key: str, supported: Any, *, default: Any = _REQUIRED) -> None:
         """Refuse any value of a key but the one that is supported; the key changes the maths.
 
-        A missing key counts as `default`, or as supported where none is given.
+        A missing key counts as `default`, or as supported where none is given. If null is supported, so is any value
+        that says nothing.
         """
         value = self._get(key, supported if default is _REQUIRED else default, "")
+        if supported is None and says_nothing(value):
+            return
         if type(value) is not type(supported) or value != supported:
             raise ConfigError(f"{self.where}: {key} is {_show(value)}; only {_show(supported)} is supported")
 
@@ -180,13 +184,14 @@ class ConfigReader:
         return ConfigError(f"{self.where}: {key} is {_show(self._raw.get(key))}; expected {expected}")
 
     def finish(self, ignored: Iterable[str] = ()) -> None:
-        """Raise ConfigError naming every key that was neither read nor listed as ignored."""
+        """Raise ConfigError naming every key that was neither read nor listed as ignored and says something."""
         unknown = sorted(set(self._raw) - self._read - set(ignored))
+        unknown = [key for key in unknown if not says_nothing(self._raw[key])]
         if unknown:
             names = ", ".join(_clip(k) for k in unknown[:20]) + (" ..." if len(unknown) > 20 else "")
             raise ConfigError(
-                f"{self.where}: unknown {'keys' if len(unknown) > 1 else 'key'} {names}; "
-                "remove what does not change the model, the rest is not supported"
+                f"{self.where}: unknown {'keys' if len(unknown) > 1 else 'key'} {names}, not supported; if it does not"
+                f" change the model, --ignore-config-key {_clip(self._path + unknown[0])} passes it over"
             )
 
     def _get(self, key: str, default: Any, expected: str) -> Any:
@@ -206,6 +211,28 @@ class ConfigReader:
 
     def _wrong(self, key: str, value: Any, expected: str) -> ConfigError:
         return ConfigError(f"{self.where}: {key} is {_show(value)} ({type(value).__name__}); expected {expected}")
+
+
+def says_nothing(value: Any) -> bool:
+    """Whether a key with this value is as good as left out: null, false, empty, or an object of nothing else."""
+    if isinstance(value, dict):
+        return all(says_nothing(v) for v in value.values())
+    return value is None or value is False or value in ("", [])
+
+
+def without_keys(raw: Mapping[str, Any], keys: Iterable[str], where: str = "config.json") -> dict[str, Any]:
+    """`raw` as though the named keys were not in it; "section.key" is one of a nested object. Raises ConfigError for a
+    key that is not there, which is spelled wrongly or belongs to another model."""
+    kept = dict(raw)
+    for key in keys:
+        section, _, name = key.rpartition(".")
+        if key in kept:
+            del kept[key]
+        elif isinstance(kept.get(section), dict) and name in kept[section]:
+            kept[section] = {k: v for k, v in kept[section].items() if k != name}
+        else:
+            raise ConfigError(f"--ignore-config-key is {_clip(key)!r}, which {where} does not have; leave it out")
+    return kept
 
 
 @dataclass(frozen=True, slots=True)

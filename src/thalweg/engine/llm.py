@@ -53,6 +53,7 @@ class LLM:
         step_timeout: float = 300.0,
         config_file: str | None = None,
         num_layers: int | None = None,
+        ignore_config_key: Sequence[str] = (),
         op_preference: Mapping[str, str] | None = None,
     ) -> None:
         self.config = EngineConfig(
@@ -75,6 +76,7 @@ class LLM:
             step_timeout=step_timeout,
             config_file=config_file,
             num_layers=num_layers,
+            ignore_config_key=ignore_config_key,
             op_preference=op_preference or {},
         )
         self._engine: Engine | None = None

@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from thalweg.config.unfetched import HEAD_BYTES, why_unfetched
 from thalweg.errors import CheckpointError
 
 
 def read_bounded(path: Path, max_bytes: int) -> bytes:
-    """The file's bytes. Raises CheckpointError when it cannot be read or is larger than max_bytes."""
+    """The file's bytes. Raises CheckpointError when it cannot be read, is larger than max_bytes or was not fetched."""
     try:
         with path.open("rb") as file:
             data = file.read(max_bytes + 1)
@@ -18,6 +19,8 @@ def read_bounded(path: Path, max_bytes: int) -> bytes:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); expected a regular file") from None
     if len(data) > max_bytes:
         raise CheckpointError(f"{path}: larger than {max_bytes} bytes, the most expected of such a file")
+    if reason := why_unfetched(data[:HEAD_BYTES]):
+        raise CheckpointError(f"{path} {reason}")
     return data
 
 

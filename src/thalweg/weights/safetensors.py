@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from thalweg.config.bounded_json import parse_object
+from thalweg.config.unfetched import HEAD_BYTES, why_unfetched
 from thalweg.errors import CheckpointError, UnsupportedError
 
 MAX_HEADER_BYTES = 100_000_000
@@ -103,12 +104,20 @@ def unsupported_dtype(info: TensorInfo, path: Path) -> str:
 
 def _read_header(file: BinaryIO, size: int, path: Path) -> dict[str, TensorInfo]:
     """The checked header. `size` is the file's real size in bytes."""
+    head = file.read(HEAD_BYTES)
+    if reason := why_unfetched(head):
+        raise CheckpointError(f"{path} {reason}")
+    file.seek(8)
     if size < 8:
         raise CheckpointError(f"{path} has {size} bytes; expected a safetensors file, which begins with 8")
-    length = int.from_bytes(file.read(8), "little")
+    length = int.from_bytes(head[:8], "little")
     if length > min(MAX_HEADER_BYTES, size - 8):
         limit = min(MAX_HEADER_BYTES, size - 8)
-        raise CheckpointError(f"{path}: header length is {length}; expected at most {limit} (file of {size} bytes)")
+        shown = head[:40].decode("latin-1")  # what servers answer in place of a file is text
+        text = f", which begins with {shown!r}" if shown.isascii() and shown.isprintable() else ""
+        raise CheckpointError(
+            f"{path}: header length is {length}; expected at most {limit} (file of {size} bytes{text})"
+        )
     header = file.read(length)
     if not header.startswith(b"{"):
         raise CheckpointError(f"{path}: the header begins with {header[:8]!r}; expected a JSON object")
