@@ -1,4 +1,4 @@
-"""How cache memory is divided between state slots and pages."""
+"""How cache memory is divided between state slots and blocks."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from thalweg.cache.manager import MemorySplit, default_num_seqs, split_memory
-from thalweg.cache.specs import LayerSpec, PagedSpec, StateSpec, StateTensor
+from thalweg.cache.specs import LayerSpecs, PagedSpec, StateSpec, bytes_per_sequence, bytes_per_token
 from thalweg.errors import ConfigError
 
 GIB = 2**30
-PAGED = PagedSpec(576, "bfloat16")  # 1152 bytes a token
-STATE = StateSpec((StateTensor("recurrent", (32, 128, 128), "float32"), StateTensor("conv", (3, 12288), "bfloat16")))
-KIMI: list[LayerSpec] = [STATE] * 20 + [PAGED] * 7
+PAGED: LayerSpecs = {"latent": PagedSpec((576,), "bfloat16")}  # 1152 bytes per token
+STATE: LayerSpecs = {
+    "recurrent": StateSpec((32, 128, 128), "float32"),
+    "conv": StateSpec((3, 12288), "bfloat16"),
+}
+KIMI = [STATE] * 20 + [PAGED] * 7
 
 
-def split(specs: list[LayerSpec] = KIMI, **options: object) -> MemorySplit:
+def split(specs: list[LayerSpecs] = KIMI, **options: object) -> MemorySplit:
     defaults = {"block_size": 64, "memory_bytes": 20 * GIB, "max_num_seqs": 64, "max_model_len": None}
     return split_memory(specs, **{**defaults, "model_max_len": 1_048_576, **options})  # type: ignore[arg-type]
 
@@ -29,13 +32,26 @@ def test_the_published_model() -> None:
     assert s.num_blocks == (20 * GIB - 65 * s.bytes_per_slot) // (64 * 8064) - 1
     assert s.max_model_len == 1_048_576
     assert 0 <= s.unused_bytes < s.bytes_per_block
-    assert s.state_bytes + s.page_bytes + s.unused_bytes == 20 * GIB
+    assert s.state_bytes + s.blocks_bytes + s.unused_bytes == 20 * GIB
 
 
-def test_no_more_pages_than_the_sequences_can_fill() -> None:
+def test_no_more_blocks_than_the_sequences_can_fill() -> None:
     s = split(max_num_seqs=4, max_model_len=1000)
     assert s.num_blocks == 4 * 16
     assert s.unused_bytes > 19 * GIB
+
+
+def test_a_layer_may_keep_several_parts_of_both_kinds() -> None:
+    keys = PagedSpec((2, 128), "float8_e4m3fn")
+    scales = PagedSpec((2,), "float32")
+    layer: LayerSpecs = {"keys": keys, "values": keys, "scales": scales, "state": StateSpec((4, 3), "int8")}
+    assert (bytes_per_token([layer]), bytes_per_sequence([layer])) == (2 * 256 + 8, 12)
+    assert split([layer, STATE]).bytes_per_block == 64 * (2 * 256 + 8)
+
+
+def test_a_dtype_that_the_cache_cannot_store() -> None:
+    with pytest.raises(ValueError, match="'float64'; expected one of float32, bfloat16, float16, float8_e4m3fn, int8"):
+        StateSpec((3,), "float64")
 
 
 def refusal(**options: object) -> str:
@@ -57,14 +73,14 @@ def test_max_model_len_is_lowered_only_if_it_was_not_asked_for() -> None:
 def test_slots_that_do_not_fit() -> None:
     assert refusal(memory_bytes=GIB) == (
         "the cache has 1.00 GiB; --max-num-seqs 64 needs 2.63 GiB of state and one sequence of any length"
-        " 1008.00 KiB of pages; raise --cache-memory / --gpu-memory-utilization or lower --max-num-seqs to 23"
+        " 1008.00 KiB of blocks; raise --cache-memory / --gpu-memory-utilization or lower --max-num-seqs to 23"
     )
     assert split(memory_bytes=GIB, max_num_seqs=23).num_slots == 23
     assert refusal(memory_bytes=GIB, max_num_seqs=24)
     assert refusal(memory_bytes=2**26, max_num_seqs=1).endswith("raise --cache-memory / --gpu-memory-utilization")
 
 
-def test_slots_fit_and_no_page_does() -> None:
+def test_slots_fit_and_no_block_does() -> None:
     slots = 65 * split().bytes_per_slot
     assert "lower --max-num-seqs to 63" in refusal(memory_bytes=slots + 2 * 64 * 8064 - 1)
     assert split(memory_bytes=slots + 2 * 64 * 8064).num_blocks == 1
@@ -72,8 +88,8 @@ def test_slots_fit_and_no_page_does() -> None:
 
 def test_without_paged_layers() -> None:
     s = split([STATE], memory_bytes=GIB)
-    assert (s.num_blocks, s.page_bytes, s.max_model_len) == (0, 0, 1_048_576)
-    assert "pages           none, no layer caches by token" in s.describe()
+    assert (s.num_blocks, s.blocks_bytes, s.max_model_len) == (0, 0, 1_048_576)
+    assert "blocks          none, no layer caches by token" in s.describe()
 
 
 def test_without_state_layers() -> None:
@@ -101,11 +117,11 @@ def test_options_out_of_range(options: dict[str, int], option: str) -> None:
 
 
 def test_describe() -> None:
-    lines = split([StateSpec((StateTensor("s", (256,), "float32"),)), PAGED], memory_bytes=2**22).describe()
+    lines = split([{"s": StateSpec((256,), "float32")}, PAGED], memory_bytes=2**22).describe()
     assert lines == [
         "cache memory    4.00 MiB, of which 71.00 KiB stay unused",
         "state slots     65.00 KiB = 64 sequences + 1 sink x 1.00 KiB",
-        "pages           3.87 MiB = 54 blocks + 1 sink x 72.00 KiB; 3456 tokens in blocks of 64",
+        "blocks          3.87 MiB = 54 blocks + 1 sink x 72.00 KiB; 3456 tokens in blocks of 64",
         "max model len   3456 tokens",
         "max num seqs    64: --max-num-seqs",
     ]
@@ -123,8 +139,8 @@ def test_describe() -> None:
 def test_a_split_fits_and_wastes_nothing(
     block_size: int, memory: int, seqs: int, length: int | None, state: int, values: int
 ) -> None:
-    specs: list[LayerSpec] = [StateSpec((StateTensor("s", (state,), "float32"),))] if state else []
-    specs += [PagedSpec(values, "float32")] if values else []
+    specs: list[LayerSpecs] = [{"s": StateSpec((state,), "float32")}] if state else []
+    specs += [{"v": PagedSpec((values,), "float32")}] if values else []
     try:
         s = split_memory(
             specs,
@@ -149,7 +165,7 @@ def test_a_split_fits_and_wastes_nothing(
 
 
 def default(
-    cache: float, device: float, specs: list[LayerSpec] = KIMI, max_model_len: int | None = None
+    cache: float, device: float, specs: list[LayerSpecs] = KIMI, max_model_len: int | None = None
 ) -> tuple[int, str]:
     """Of `cache` and `device` GiB."""
     memory = {"memory_bytes": int(cache * GIB), "device_bytes": int(device * GIB)}

@@ -68,10 +68,14 @@ def measure_decode(
 
 @torch.inference_mode()
 def fill_cache(runner: ModelRunner) -> None:
-    """Random values in every page and state: zeros would be quicker than what a run has."""
+    """Random values in every block and state: zeros would be quicker than what a run has."""
     for layer in runner.cache.layers:
         for tensor in layer.values():
-            tensor.normal_(0, 0.1)
+            if tensor.itemsize > 1:
+                tensor.normal_(0, 0.1)
+            else:  # torch draws none of one byte; every block or slot gets the same
+                scale = 0.1 if tensor.is_floating_point() else 32
+                tensor.copy_(torch.randn(tensor.shape[1:], device=tensor.device) * scale)
 
 
 def _plans(

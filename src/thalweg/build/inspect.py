@@ -16,7 +16,7 @@ from thalweg.build.info import OpChoice
 from thalweg.build.rank import cache_memory, choose_device, describe_layer, device_name, resolve_sample, split_cache
 from thalweg.build.source import ModelSource, open_source
 from thalweg.cache.manager import MemorySplit
-from thalweg.cache.specs import LayerSpec, bytes_per_sequence, bytes_per_token
+from thalweg.cache.specs import LayerSpecs, bytes_per_sequence, bytes_per_token
 from thalweg.config.engine import EngineConfig
 from thalweg.errors import ConfigError
 from thalweg.layers.context import BuildContext
@@ -131,7 +131,7 @@ def _cost(model: Any, dtype: str, quantization: str | None = None) -> Cost:
 
 
 def _split(
-    config: EngineConfig, specs: list[LayerSpec], device: torch.device, weight_bytes: int, context_len: int
+    config: EngineConfig, specs: list[LayerSpecs], device: torch.device, weight_bytes: int, context_len: int
 ) -> tuple[MemorySplit | None, str | None]:
     """The split under the given limits, or why they do not fit."""
     try:

@@ -17,7 +17,7 @@ from thalweg.build.info import EngineInfo, OpChoice
 from thalweg.build.source import ModelSource, open_source
 from thalweg.build.warmup import make_kernels, warm_up
 from thalweg.cache.manager import MemorySplit, default_num_seqs, split_memory
-from thalweg.cache.specs import LayerSpec, PagedSpec, bytes_per_sequence, bytes_per_token
+from thalweg.cache.specs import LayerSpecs, bytes_per_sequence, bytes_per_token
 from thalweg.cache.storage import CacheStorage
 from thalweg.config import env
 from thalweg.config.engine import EngineConfig
@@ -38,7 +38,7 @@ from thalweg.weights.progress import progress_bar
 
 THREAD_BYTES = 64 << 20
 CPU_NUM_SEQS = 64
-CPU_CACHE_MEMORY = 4 << 30  # default on a CPU, where pages cost memory only once they are written
+CPU_CACHE_MEMORY = 4 << 30  # default on a CPU, where blocks cost memory only once they are written
 
 
 class Laps:
@@ -84,7 +84,7 @@ def build_rank(
         torch.cuda.synchronize()
     laps.end("weights")
 
-    specs: list[LayerSpec] = model.cache_specs
+    specs: list[LayerSpecs] = model.cache_specs
     weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     split = split_cache(config, specs, cache_memory(config, device, mesh), device, mesh, c.context_len)
     cache = CacheStorage(specs, split.num_blocks, split.num_slots, config.block_size, device)
@@ -231,7 +231,7 @@ def cache_memory(config: EngineConfig, device: torch.device, mesh: Mesh) -> int:
 
 
 def split_cache(
-    config: EngineConfig, specs: list[LayerSpec], memory: int, device: torch.device, mesh: Mesh, context_len: int
+    config: EngineConfig, specs: list[LayerSpecs], memory: int, device: torch.device, mesh: Mesh, context_len: int
 ) -> MemorySplit:
     """`memory` bytes, the same on every rank, divided by the config's limits, or by what the device allows for those
     left open. Raises ConfigError when the limits do not fit."""
@@ -266,8 +266,8 @@ def _describe(weight_bytes: int, split: MemorySplit) -> list[str]:
     return [f"weights         {weight_bytes / 2**20:.2f} MiB", *split.describe()]
 
 
-def describe_layer(layer: nn.Module, spec: LayerSpec) -> str:
+def describe_layer(layer: nn.Module, specs: LayerSpecs) -> str:
     parts = f"{type(layer.attn).__name__} + {type(layer.mlp).__name__}"
-    if isinstance(spec, PagedSpec):
-        return f"{parts}: {spec.bytes_per_token} B a token"
-    return f"{parts}: {spec.bytes_per_sequence} B a sequence"
+    token, sequence = bytes_per_token([specs]), bytes_per_sequence([specs])
+    costs = [f"{cost} B per {unit}" for cost, unit in ((token, "token"), (sequence, "sequence")) if cost]
+    return f"{parts}: {' and '.join(costs) or 'caches nothing'}"

@@ -1,4 +1,4 @@
-"""Numbered places of the cache, and which of them are free: pages here, state slots in slots.py."""
+"""Numbered places of the cache, and which of them are free: blocks here, state slots in slots.py."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Pool:
 
 
 class BlockPool(Pool):
-    """Pages of the paged cache, numbered 1 to num_blocks."""
+    """Blocks of the paged cache, numbered 1 to num_blocks."""
 
     kind = "block"
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from thalweg.cache.blocks import BlockPool, CacheAccountingError
 from thalweg.cache.slots import SlotPool
-from thalweg.cache.specs import LayerSpec, bytes_per_sequence, bytes_per_token
+from thalweg.cache.specs import LayerSpecs, bytes_per_sequence, bytes_per_token
 from thalweg.errors import ConfigError
 
 # Of the default --max-num-seqs on a GPU. A row of a step also costs memory outside the cache, logits that decode graphs
-# keep and activations, so that small devices run fewer; and pages, not states, are what long sequences need.
+# keep and activations, so that small devices run fewer; and blocks, not states, are what long sequences need.
 DEVICE_MIB_PER_SEQUENCE = 128
 STATE_SHARE = 3
 
@@ -120,12 +121,12 @@ class MemorySplit:
         return (self.num_slots + 1) * self.bytes_per_slot
 
     @property
-    def page_bytes(self) -> int:
+    def blocks_bytes(self) -> int:
         return (self.num_blocks + 1) * self.bytes_per_block
 
     @property
     def unused_bytes(self) -> int:
-        return self.memory_bytes - self.state_bytes - self.page_bytes
+        return self.memory_bytes - self.state_bytes - self.blocks_bytes
 
     def describe(self) -> list[str]:
         """The split in a few lines, for the log at start and `inspect`."""
@@ -139,19 +140,19 @@ class MemorySplit:
             lines.append(f"state slots     {self.num_slots} sequences, no state kept")
         if self.bytes_per_block:
             lines.append(
-                f"pages           {_size(self.page_bytes)} = {self.num_blocks} blocks + 1 sink"
+                f"blocks          {_size(self.blocks_bytes)} = {self.num_blocks} blocks + 1 sink"
                 f" x {_size(self.bytes_per_block)}; {self.num_blocks * self.block_size} tokens"
                 f" in blocks of {self.block_size}"
             )
         else:
-            lines.append("pages           none, no layer caches by token")
+            lines.append("blocks          none, no layer caches by token")
         lines.append(f"max model len   {self.max_model_len} tokens")
         lines.append(f"max num seqs    {self.num_slots}: {self.num_slots_from}")
         return lines
 
 
 def default_num_seqs(
-    specs: list[LayerSpec],
+    specs: Sequence[LayerSpecs],
     *,
     block_size: int,
     memory_bytes: int,
@@ -161,7 +162,7 @@ def default_num_seqs(
 ) -> tuple[int, str]:
     """Sequences that run at once on a GPU unless --max-num-seqs says how many, and the rule that bound: the least of
     `most`, one for each 128 MiB of the device, and as many as leave two thirds of the cache, and enough for a sequence
-    of max_model_len, to pages.
+    of max_model_len, to blocks.
 
     Rounded down to a multiple of 8 (of 64 from 64 on); 1 at least.
     """
@@ -172,15 +173,15 @@ def default_num_seqs(
     if slot := bytes_per_sequence(specs):
         limits.append((memory_bytes // STATE_SHARE // slot - 1, "states fill a third of the cache at most"))
         if max_model_len is not None:
-            pages = (1 + -(-max_model_len // block_size)) * bytes_per_token(specs) * block_size
-            limits.append(((memory_bytes - pages) // slot - 1, f"one sequence of {max_model_len} tokens has to fit"))
+            blocks = (1 + -(-max_model_len // block_size)) * bytes_per_token(specs) * block_size
+            limits.append(((memory_bytes - blocks) // slot - 1, f"one sequence of {max_model_len} tokens has to fit"))
     fit, rule = min(limits)
     step = 64 if fit >= 64 else 8 if fit >= 8 else 1
     return max(1, fit // step * step), f"{rule} (--max-num-seqs takes another number)"
 
 
 def split_memory(
-    specs: list[LayerSpec],
+    specs: Sequence[LayerSpecs],
     *,
     block_size: int,
     memory_bytes: int,
@@ -188,11 +189,11 @@ def split_memory(
     max_model_len: int | None,
     model_max_len: int,
 ) -> MemorySplit:
-    """Divides memory_bytes: state slots first, which cost the same whatever is run, then pages from the rest.
+    """Divides memory_bytes: state slots first, which cost the same whatever is run, then blocks from the rest.
 
-    No more pages are taken than max_num_seqs sequences of full length fill. max_model_len None means
+    No more blocks are taken than max_num_seqs sequences of full length fill. max_model_len None means
     model_max_len (tokens, from the model's config), lowered to what one sequence can cache.
-    Raises ConfigError when the slots, or the pages of one sequence of max_model_len, do not fit.
+    Raises ConfigError when the slots, or the blocks of one sequence of max_model_len, do not fit.
     """
     for option, value in (("--block-size", block_size), ("--max-num-seqs", max_num_seqs)):
         if value < 1:
@@ -218,7 +219,7 @@ def split_memory(
         raise ConfigError(
             f"the cache has {_size(memory_bytes)}; --max-num-seqs {max_num_seqs} needs"
             f" {_size((max_num_seqs + 1) * slot)} of state and one sequence of"
-            f" {f'--max-model-len {length}' if max_model_len else 'any length'} {_size(least)} of pages;"
+            f" {f'--max-model-len {length}' if max_model_len else 'any length'} {_size(least)} of blocks;"
             f" {' or '.join(ways)}"
         )
     num_blocks = 0

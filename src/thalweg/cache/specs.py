@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "int8": 1}
 
 
 @dataclass(frozen=True, slots=True)
-class PagedSpec:
-    """Values kept for every token, in pages of block_size tokens: an MLA latent, or keys and values."""
-
-    values_per_token: int
-    dtype: str
-
-    @property
-    def bytes_per_token(self) -> int:
-        return self.values_per_token * DTYPE_BYTES[self.dtype]
-
-
-@dataclass(frozen=True, slots=True)
-class StateTensor:
-    """One fixed-size tensor per sequence, e.g. ("recurrent", (H, V, K), "float32")."""
-
-    name: str
+class _Spec:
     shape: tuple[int, ...]
-    dtype: str
+    dtype: str  # a key of DTYPE_BYTES
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a dtype that the cache cannot store."""
+        if self.dtype not in DTYPE_BYTES:
+            raise ValueError(f"a cache of dtype {self.dtype!r}; expected one of {', '.join(DTYPE_BYTES)}")
 
     @property
     def bytes(self) -> int:
@@ -34,24 +25,25 @@ class StateTensor:
 
 
 @dataclass(frozen=True, slots=True)
-class StateSpec:
-    """Fixed-size recurrent and convolution state kept for every sequence, whatever its length."""
-
-    tensors: tuple[StateTensor, ...]
-
-    @property
-    def bytes_per_sequence(self) -> int:
-        return sum(t.bytes for t in self.tensors)
+class PagedSpec(_Spec):
+    """Values of `shape` kept for every token, in blocks of block_size tokens: a latent (576,), or keys (heads, dim)."""
 
 
-LayerSpec = PagedSpec | StateSpec
+@dataclass(frozen=True, slots=True)
+class StateSpec(_Spec):
+    """A tensor of `shape` kept for every sequence, whatever its length: a recurrent state (H, V, K)."""
 
 
-def bytes_per_token(specs: list[LayerSpec]) -> int:
-    """Bytes of paged cache one more token costs, over all layers."""
-    return sum(s.bytes_per_token for s in specs if isinstance(s, PagedSpec))
+Spec = PagedSpec | StateSpec
+LayerSpecs = Mapping[str, Spec]
+"""What one layer caches, by names of its own, e.g. {"conv": StateSpec(...), "recurrent": StateSpec(...)}."""
 
 
-def bytes_per_sequence(specs: list[LayerSpec]) -> int:
-    """Bytes of state one more sequence costs, over all layers, whatever its length."""
-    return sum(s.bytes_per_sequence for s in specs if isinstance(s, StateSpec))
+def bytes_per_token(layers: Iterable[LayerSpecs]) -> int:
+    """Bytes of paged cache that one more token costs, over all layers."""
+    return sum(s.bytes for layer in layers for s in layer.values() if isinstance(s, PagedSpec))
+
+
+def bytes_per_sequence(layers: Iterable[LayerSpecs]) -> int:
+    """Bytes of state that one more sequence costs, over all layers, whatever its length."""
+    return sum(s.bytes for layer in layers for s in layer.values() if isinstance(s, StateSpec))

@@ -1,48 +1,65 @@
-"""The tensors behind the cache: pages for layers that keep values per token, slots for layers that keep state."""
+"""The tensors behind the cache: blocks for what layers keep per token, slots for what they keep per sequence."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
+from math import prod
 
 import torch
 from torch import Tensor
 
-from thalweg.cache.specs import LayerSpec, PagedSpec
+from thalweg.cache.specs import DTYPE_BYTES, LayerSpecs, PagedSpec, StateSpec
+
+ALIGNMENT = 256  # bytes that the tensor of every layer begins at a multiple of, as one of its own would
 
 
 class CacheStorage:
-    """One entry a layer: {"pages": [num_blocks + 1, block_size, C]} or {name: [num_slots + 1, *shape]}.
+    """`layers` has the tensors of each layer by the names of its specs, zeros at first:
+    [num_blocks + 1, block_size, *shape] of a PagedSpec, [num_slots + 1, *shape] of a StateSpec.
 
-    Page 0 and slot 0 are the sink that padding rows write to; nobody reads them.
+    Block 0 and slot 0 are the sinks that padding rows write to; nobody reads them.
     """
 
     def __init__(
         self,
-        specs: Sequence[LayerSpec],
+        specs: Sequence[LayerSpecs],
         num_blocks: int,
         num_slots: int,
         block_size: int,
         device: torch.device,
     ) -> None:
-        self.block_size = block_size
-        self.layers: list[dict[str, Tensor]] = []
-        for spec in specs:
-            if isinstance(spec, PagedSpec):
-                shape = (num_blocks + 1, block_size, spec.values_per_token)
-                self.layers.append({"pages": torch.zeros(shape, dtype=_dtype(spec.dtype), device=device)})
-            else:
-                self.layers.append(
-                    {
-                        t.name: torch.zeros((num_slots + 1, *t.shape), dtype=_dtype(t.dtype), device=device)
-                        for t in spec.tensors
-                    }
-                )
-        self._states = [t for layer in self.layers for name, t in layer.items() if name != "pages"]
+        self.num_slots, self.block_size, self.device = num_slots, block_size, device
+        self.layers: list[dict[str, Tensor]] = [{} for _ in specs]
+        alike: dict[StateSpec, list[tuple[int, str]]] = defaultdict(list)
+        for i, layer in enumerate(specs):
+            for name, spec in layer.items():
+                if isinstance(spec, PagedSpec):
+                    shape = (num_blocks + 1, block_size, *spec.shape)
+                    self.layers[i][name] = torch.zeros(shape, dtype=_dtype(spec.dtype), device=device)
+                else:
+                    alike[spec].append((i, name))
+        # States of one shape and dtype lie in one tensor [owners, num_slots + 1, *shape], so that one launch resets
+        # slots in all of them.
+        self._states: list[Tensor] = []
+        for spec, owners in alike.items():
+            states = _aligned(len(owners), (num_slots + 1, *spec.shape), spec.dtype, device)
+            self._states.append(states.view(torch.int8) if states.itemsize == 1 else states)
+            for (i, name), state in zip(owners, states, strict=True):
+                self.layers[i][name] = state
 
     def reset_slots(self, slots: Tensor) -> None:
-        """Zero the state of slots (int64 [n]) that begin a sequence, so that nothing of an earlier one shows."""
-        for state in self._states:
-            state.index_fill_(0, slots, 0)
+        """Zero the states of slots (int64 [n]) that begin a sequence, so that nothing of an earlier one shows."""
+        for states in self._states:
+            states.index_fill_(1, slots, 0)
+
+
+def _aligned(count: int, shape: tuple[int, ...], dtype: str, device: torch.device) -> Tensor:
+    """Zeros [count, *shape], each of the `count` parts contiguous and aligned."""
+    unit = ALIGNMENT // DTYPE_BYTES[dtype]
+    size = prod(shape)
+    rows = torch.zeros(count, -(-size // unit) * unit, dtype=_dtype(dtype), device=device)
+    return rows[:, :size].unflatten(1, shape)
 
 
 def _dtype(name: str) -> torch.dtype:

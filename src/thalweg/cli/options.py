@@ -64,12 +64,12 @@ def engine_config(
         str | None,
         _engine(metavar="TOKENS", help="Tokens of one step at most, e.g. 8k. Default: 2k on a CPU, else 8k."),
     ] = None,
-    block_size: Annotated[int, _engine(metavar="TOKENS", help="Tokens in a page of the cache.")] = _DEFAULTS.block_size,
+    block_size: Annotated[int, _engine(metavar="TOKENS", help="Tokens per block of the cache.")] = _DEFAULTS.block_size,
     cache_memory: Annotated[
         str | None,
         _engine(
             metavar="SIZE",
-            help="Memory for pages and state, e.g. 4GiB; takes the place of --gpu-memory-utilization.",
+            help="Memory for blocks and state, e.g. 4GiB; takes the place of --gpu-memory-utilization.",
         ),
     ] = None,
     gpu_memory_utilization: Annotated[

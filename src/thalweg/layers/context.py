@@ -43,4 +43,4 @@ class BuildContext:
 
 
 LayerCache = Mapping[str, torch.Tensor]
-"""One layer's cache tensors by name: "pages" [M, S, C], or the names of its StateSpec with [slots, ...] each."""
+"""One layer's cache tensors by the names of its specs: [M, S, ...] of a PagedSpec, [slots, ...] of a StateSpec."""

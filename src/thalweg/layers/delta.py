@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thalweg.cache.specs import StateSpec, StateTensor
+from thalweg.cache.specs import StateSpec
 from thalweg.layers.batch import Batch
 from thalweg.layers.context import BuildContext, LayerCache
 from thalweg.layers.linear import LinearAdd, NormLinear
@@ -33,7 +33,8 @@ class ShortConv(nn.Module):
 
 
 class KimiDeltaAttention(nn.Module):
-    """x_TD -> x + mixed(norm(x)) over this rank's heads. Caches StateSpec(conv [taps - 1, 3*H*K], recurrent [H, V, K]).
+    """x_TD -> x + mixed(norm(x)) over this rank's heads. Caches StateSpecs "conv" (taps - 1, 3*H*K) and
+    "recurrent" (H, V, K).
 
     q, k, v, beta, f_a and g_a come from one matrix; f_b and g_b from one batched matrix; q, k and v share one conv.
     """
@@ -53,12 +54,10 @@ class KimiDeltaAttention(nn.Module):
         self.out_norm = nn.Module()
         self.out_norm.weight = ctx.weight(K)
         self.out_proj = LinearAdd(ctx, H * K, width)
-        self.cache_spec = StateSpec(
-            (
-                StateTensor("conv", (taps - 1, 3 * H * K), ctx.dtype_name),
-                StateTensor("recurrent", (H, K, K), ctx.state_dtype),
-            )
-        )
+        self.cache_specs = {
+            "conv": StateSpec((taps - 1, 3 * H * K), ctx.dtype_name),
+            "recurrent": StateSpec((H, K, K), ctx.state_dtype),
+        }
         dims = {"H": H, "K": K, "V": K}
         self._mixer_decode = ctx.op("kda_mixer_decode", **dims, R=rank, W=taps - 1)
         self._conv = ctx.op("conv1d_prefill", C=3 * H * K, W=taps - 1)

@@ -33,7 +33,7 @@ def decode_cost(
     D = c.hidden_size
     expert_bytes = dtype_bytes if quantization is None else 1 + 4 / BLOCK**2
     fixed = c.vocab_size * D  # parameters every token takes: here the output head
-    shared, expert, distinct, states, pages = 0.0, 0.0, 0.0, 0.0, 0.0
+    shared, expert, distinct, states, latents = 0.0, 0.0, 0.0, 0.0, 0.0
     flops_token = 0.0
     for n in range(c.num_layers):
         if n in c.kda_layers:
@@ -48,7 +48,7 @@ def decode_cost(
             H, C = c.mla.num_heads, c.mla.latent_dim
             fixed += D * (H * c.mla.qk_head_dim + C + H * c.mla.v_head_dim)
             fixed += H * (c.mla.qk_nope_head_dim + c.mla.v_head_dim) * c.mla.kv_lora_rank
-            pages += C * dtype_bytes
+            latents += C * dtype_bytes
             flops_token += 2 * H * (C + c.mla.kv_lora_rank) * context
         if n in c.moe_layers:
             assert c.moe is not None
@@ -60,7 +60,7 @@ def decode_cost(
         else:
             fixed += 3 * D * c.intermediate_size
     return StepCost(
-        bytes=fixed * dtype_bytes + (shared + distinct) * expert_bytes + batch * (states + pages * context),
+        bytes=fixed * dtype_bytes + (shared + distinct) * expert_bytes + batch * (states + latents * context),
         flops=batch * (2 * (fixed + shared + expert) + flops_token),
     )
 

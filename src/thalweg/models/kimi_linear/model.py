@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from thalweg.cache.specs import LayerSpec
+from thalweg.cache.specs import LayerSpecs
 from thalweg.cache.storage import CacheStorage
 from thalweg.layers.batch import Batch
 from thalweg.layers.context import BuildContext, LayerCache
@@ -79,8 +79,8 @@ class KimiLinearModel(nn.Module):
         self.lm_head = VocabHead(ctx, config.vocab_size, config.hidden_size, config.rms_norm_eps)
 
     @property
-    def cache_specs(self) -> list[LayerSpec]:
-        return [layer.attn.cache_spec for layer in self._stack]
+    def cache_specs(self) -> list[LayerSpecs]:
+        return [layer.attn.cache_specs for layer in self._stack]
 
     def one_of_each(self) -> list[int]:
         """The first layer of each kind: between them they use every kernel of the stack."""

@@ -1,0 +1,63 @@
+"""The cache's tensors: their shapes by kind, and slots that begin from zero."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from thalweg.cache.specs import DTYPE_BYTES, LayerSpecs, PagedSpec, StateSpec
+from thalweg.cache.storage import ALIGNMENT, CacheStorage
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("dtype", DTYPE_BYTES)
+def test_a_layer_gets_its_tensors_by_name(dtype: str) -> None:
+    layers: list[LayerSpecs] = [
+        {"keys": PagedSpec((2, 8), dtype), "values": PagedSpec((2, 4), dtype)},
+        {},
+        {"conv": StateSpec((3, 5), dtype), "recurrent": StateSpec((2, 4, 4), dtype)},
+    ]
+    cache = CacheStorage(layers, num_blocks=6, num_slots=4, block_size=16, device=CPU)
+    shapes = [{name: tuple(t.shape) for name, t in layer.items()} for layer in cache.layers]
+    assert shapes == [
+        {"keys": (7, 16, 2, 8), "values": (7, 16, 2, 4)},
+        {},
+        {"conv": (5, 3, 5), "recurrent": (5, 2, 4, 4)},
+    ]
+    for layer, specs in zip(cache.layers, layers, strict=True):
+        for name, tensor in layer.items():
+            assert str(tensor.dtype) == f"torch.{dtype}"
+            assert tensor.nbytes == len(tensor) * specs[name].bytes * (16 if "conv" not in layer else 1)
+            assert not tensor.float().any()
+
+
+@pytest.mark.parametrize("dtype", DTYPE_BYTES)
+def test_resetting_slots_zeroes_the_states_of_these_alone(dtype: str) -> None:
+    layer: LayerSpecs = {
+        "state": StateSpec((3, 7), dtype),
+        "other": StateSpec((5,), "float32"),
+        "latent": PagedSpec((9,), dtype),
+    }
+    cache = CacheStorage([layer] * 3, num_blocks=4, num_slots=4, block_size=2, device=CPU)
+    for tensors in cache.layers:
+        for tensor in tensors.values():
+            tensor.copy_(torch.ones(tensor.shape))
+    cache.reset_slots(torch.tensor([3, 1]))
+    for tensors in cache.layers:
+        assert bool((tensors["latent"].float() == 1).all())
+        for name in ("state", "other"):
+            assert tensors[name].float().flatten(1).amin(1).tolist() == [1, 0, 1, 0, 1]
+            assert tensors[name].float().flatten(1).amax(1).tolist() == [1, 0, 1, 0, 1]
+
+
+def test_states_are_contiguous_aligned_and_reset_by_one_launch_per_shape() -> None:
+    layer: LayerSpecs = {"conv": StateSpec((3, 5), "bfloat16"), "recurrent": StateSpec((3, 3, 3), "float32")}
+    cache = CacheStorage([layer] * 20, num_blocks=0, num_slots=6, block_size=64, device=CPU)
+    for name, tensor in ((n, t) for tensors in cache.layers for n, t in tensors.items()):
+        first = cache.layers[0][name]
+        assert tensor.is_contiguous()
+        assert (tensor.data_ptr() - first.data_ptr()) % ALIGNMENT == 0
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        cache.reset_slots(torch.tensor([2]))
+    assert sum(e.count for e in profile.key_averages() if e.key == "aten::index_fill_") == 2
