@@ -27,8 +27,9 @@ JSON_WHITESPACE = r"( |\n {0,16})?"
 class Grammar(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What an output must be, from its first token to its end. Raises InvalidRequest on a wrong type or size.
 
-    `text` is a JSON schema, a regular expression (as Rust's regex crate has them, without look-around), or a grammar
-    in llguidance's variant of Lark with a rule `start`. `before` is a Lark expression of what may come before it.
+    `text` is a JSON schema, a regular expression (as Rust's regex crate has them, without look-around), or, as "lark",
+    a grammar in llguidance's variant of Lark with a rule `start`, or in llama.cpp's GBNF with a rule `root`. `before`
+    is a Lark expression of what may come before it.
     """
 
     kind: Literal["json_schema", "regex", "lark"]

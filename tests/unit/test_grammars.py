@@ -104,6 +104,35 @@ def test_other_kinds(kimi: Tokenizer, grammar: Grammar, expected: str) -> None:
     assert kimi.decode(generated(kimi, grammar, 0)) == expected
 
 
+JSON_GBNF = r"""
+root ::= object  # as llama.cpp's own files have it
+value ::= object | string | number | ("true" | "false" | "null") ws
+object ::= "{" ws ( string ":" ws value ("," ws string ":" ws value)* )? "}" ws
+string ::= "\"" ([^"\\\x7F\x00-\x1F] | "\\" (["\\bfnrt] | "u" [0-9a-fA-F]{4}))* "\"" ws
+number ::= "-"? ([0-9] | [1-9] [0-9]{0,15}) ("." [0-9]+)? ws
+ws ::= | " " | "\n" [ \t]{0,20}
+"""
+
+
+def test_gbnf(kimi: Tokenizer) -> None:
+    values = [json.loads(kimi.decode(generated(kimi, Grammar("lark", JSON_GBNF), seed))) for seed in range(6)]
+    assert all(isinstance(value, dict) for value in values)
+    assert any(values)
+    text = 'root ::= my-rule{2} Other "\\u00e9\\n"\nmy-rule ::= "a" | "b"\nOther ::= [ぁ-ぃ]'
+    dashes = Grammar("lark", text)
+    assert kimi.decode(generated(kimi, dashes, 0))[-2:] == "é\n"
+
+
+@pytest.mark.parametrize(
+    "text", ["root ::= nothing", 'root ::= ("a"', "root ::= " + "(" * 50_000, 'root ::= "\\ud800"'], ids=range(4)
+)
+def test_gbnf_that_cannot_be_used_is_said_without_another_grammar(kimi: Tokenizer, text: str) -> None:
+    with pytest.raises(InvalidRequest, match="the grammar") as error:
+        grammars_of(kimi).matcher(Grammar("lark", text))
+    assert "start:" not in str(error.value)
+    assert "%llguidance" not in str(error.value)
+
+
 def test_no_token_named_by_its_text_is_text(kimi: Tokenizer) -> None:
     ids = generated(kimi, Grammar("regex", "(.|\n){20,40}"), 1)
     assert not set(ids) & set(kimi.added_tokens.values())

@@ -117,6 +117,75 @@ def test_hermes_calls_have_ids_of_their_own() -> None:
     assert [call["function"] for call in message["tool_calls"]] == [{"name": "now", "arguments": "{}"}] * 2
 
 
+NOW_AND_WEATHER = [tool["function"] for tool in TOOLS]
+OLDER: dict[str, Any] = {"messages": CHAT["messages"], "functions": NOW_AND_WEATHER}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_functions_are_called_as_they_once_were(stream: bool) -> None:
+    client = ClientDouble(answer=KIMI_ANSWER, template=KIMI)
+    got = ask(client, {**OLDER, "stream": stream})
+    choice = got[-1]["choices"][0] if stream else got["choices"][0]
+    assert choice["finish_reason"] == "function_call"
+    if stream:
+        deltas = [c["choices"][0]["delta"] for c in got]
+        assert not any("tool_calls" in d for d in deltas)
+        calls = [d["function_call"] for d in deltas if "function_call" in d]
+        call = {"name": calls[0].pop("name"), "arguments": "".join(c["arguments"] for c in calls)}
+        assert not any("name" in c for c in calls)
+    else:
+        call = choice["message"]["function_call"]
+        assert choice["message"]["content"] == "Look:"
+        assert "tool_calls" not in choice["message"]
+    assert call == {"name": "get_weather", "arguments": '{"city": "模"}'}
+    assert bytes(client.seen[0].prompt_token_ids).decode().startswith(json.dumps(TOOLS))
+
+
+@pytest.mark.parametrize(("choice", "required"), [("none", False), ("auto", False), ({"name": "now"}, True)])
+def test_function_call_chooses(choice: Any, required: bool) -> None:
+    client = ClientDouble(template=KIMI)
+    answer = ask(client, {**OLDER, "function_call": choice})
+    assert answer["choices"][0]["message"] == {"role": "assistant", "content": ANSWER}
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    grammar = client.seen[0].params.grammar
+    assert (grammar is not None and "functions.now:" in grammar.text) == required
+    assert (b"get_weather" in bytes(client.seen[0].prompt_token_ids)) == (choice != "none")
+
+
+def test_function_calls_and_results_of_a_conversation_are_those_of_tools() -> None:
+    client = ClientDouble(template=KIMI)
+    turns = [
+        {"role": "assistant", "content": None, "function_call": {"name": "now", "arguments": '{"tz": "CET"}'}},
+        {"role": "function", "name": "now", "content": "12:00"},
+    ]
+    ask(client, {"messages": CHAT["messages"] + turns})
+    older = client.seen[0].prompt_token_ids
+    assert 'CALL {"tz": "CET"};tool:12:00;' in bytes(older).decode()
+
+
+@pytest.mark.parametrize(
+    ("more", "param"),
+    [
+        ({"functions": [{"name": "a b"}]}, "functions"),
+        ({"functions": [{"name": "a", "parameters": []}]}, "functions"),
+        ({"functions": [NOW_AND_WEATHER[0]] * 2}, "functions"),
+        ({"tools": TOOLS}, "functions"),
+        ({"function_call": "any"}, "function_call"),
+        ({"function_call": {"name": "other"}}, "function_call"),
+        ({"tool_choice": "none", "function_call": "none"}, "function_call"),
+    ],
+)
+def test_what_is_wrong_with_functions_is_said_of_functions(more: dict[str, Any], param: str) -> None:
+    error = ask(ClientDouble(template=KIMI), {**OLDER, **more})["error"]
+    assert error["param"] == param
+    if "tools" not in more and "tool_choice" not in more:
+        assert "tool" not in error["message"]
+
+
+def test_functions_without_a_known_format_name_the_field() -> None:
+    assert ask(ClientDouble(template=TEMPLATE), OLDER)["error"]["param"] == "functions"
+
+
 def test_letters_that_spell_a_marker_are_no_call() -> None:
     client = ClientDouble(answer='<|tool_call_begin|>f<|tool_call_argument_begin|>{"a": 1}', template=KIMI)
     client.answer = list(b'<|tool_call_begin|>f<|tool_call_argument_begin|>{"a": 1}')

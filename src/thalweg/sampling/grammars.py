@@ -7,6 +7,7 @@ can cost is bounded before it is known what the schema says.
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -24,6 +25,11 @@ MAX_COMPILED = 32  # each may come to hold MAX_LEXER_STATES of 1 to 2 KB
 MAX_LEXER_STATES = 20_000
 MAX_ROW_ITEMS = 20_000  # an object takes 4 for each property that may come next; all of a step come to 50,000
 COMPILE_THREADS = 2
+
+_GBNF = re.compile(r"^[ \t]*root[ \t]*::=", re.MULTILINE)
+_UNICODE_ESCAPE = re.compile(r"(?<!\\)((?:\\\\)*)\\u([0-9a-fA-F]{4})")
+# Lines of a grammar with their numbers, or an expression that was made of a schema.
+_LISTING = re.compile(r"^\s*\d+ \||: +\((?:And|Or|Not|Concat|Regex|SearchRegex)\b", re.MULTILINE)
 
 Vocabulary = tuple[Tokenizer | None, int, frozenset[int]]  # tokenizer, rows of the logits, ids that end an output
 
@@ -82,8 +88,7 @@ class Grammars:
             if not first.is_error():
                 return matcher
             matcher = first
-        reason = " ".join(matcher.get_error().split())[:300].removesuffix(" <non-verbose/>")
-        raise InvalidRequest(f"the grammar cannot be used: {reason}")
+        raise InvalidRequest(f"the grammar cannot be used: {_reason(matcher.get_error())}")
 
     def _vocabulary(self) -> llguidance.LLTokenizer:
         with self._loading:
@@ -110,12 +115,37 @@ def _guidance(grammar: Grammar) -> str:
     elif grammar.kind == "regex":
         text = llguidance.LLMatcher.grammar_from_regex(grammar.text)
     else:
-        text = json.dumps({"grammars": [{"lark_grammar": grammar.text}]})
+        text = json.dumps({"grammars": [{"lark_grammar": _lark(grammar.text)}]})
     if grammar.before:
         [body] = json.loads(text)["grammars"]
         start = {"lark_grammar": f"start: {grammar.before} @body"}
         text = json.dumps({"grammars": [start, body | {"name": "body"}]})
     return text
+
+
+def _lark(text: str) -> str:
+    """`text` in llguidance's Lark, if it is GBNF as llama.cpp has it."""
+    if not _GBNF.search(text):
+        return text
+    from llguidance.gbnf_to_lark import gbnf_to_lark
+
+    try:
+        return gbnf_to_lark(_UNICODE_ESCAPE.sub(_character, text))
+    except Exception as error:  # noqa: BLE001 -- it raises whatever parsing comes upon
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InvalidRequest(f"the grammar is no GBNF: {reason}") from None
+
+
+def _character(escape: re.Match[str]) -> str:
+    """A character for its \\uXXXX, which gbnf_to_lark does not pass on, if it needs no escape."""
+    char = chr(int(escape[2], 16))
+    return escape[1] + char if char.isprintable() and char not in '"\\[]/^-' else escape[0]
+
+
+def _reason(error: str) -> str:
+    """What went wrong in one line, without the listing of a grammar that may be none of the caller's."""
+    said = _LISTING.split(error, maxsplit=1)[0]
+    return " ".join(said.split())[:300].removesuffix(" <non-verbose/>")
 
 
 class _Words:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,14 +11,15 @@ from fastapi import APIRouter, Request, Response
 
 from thalweg.server.chat_answer import ChatAnswer
 from thalweg.server.errors import ApiError
+from thalweg.server.functions import as_tools, in_older_words, newer_messages
 from thalweg.server.generation import generate, jobs_of, naming_fields
-from thalweg.server.params import refuse_unsupported, sampling_params
+from thalweg.server.params import refuse_unsupported, sampling_params, truncated
 from thalweg.server.responses import new_id
 from thalweg.server.schemas import ChatBody
-from thalweg.server.service import ServiceDep
+from thalweg.server.service import Service, ServiceDep
 from thalweg.server.streaming import stream, whole
 from thalweg.server.structured import held_to, wanted
-from thalweg.server.tools import tool_use
+from thalweg.server.tools import ToolUse, tool_use
 
 router = APIRouter()
 
@@ -31,22 +33,25 @@ async def chat_completions(body: ChatBody, request: Request, service: ServiceDep
     """
     arrived = time.perf_counter()
     service.check(body.model)
-    _refuse_unsupported(body)
-    use, text = tool_use(body, service.output), wanted(body)
-    messages = [_message(m) for m in body.messages]
+    _refuse_unsupported(body, service)
+    use, text = _tool_use(body, service), wanted(body)
+    messages = newer_messages([_message(m) for m in body.messages])
+    max_tokens = body.limit(None)
     prompt_ids = await service.encode_chat(request, messages, tools=use.tools or None, **body.template_options())
+    prompt_ids = truncated(prompt_ids, body, service.client.info.max_model_len, max_tokens)
     held = held_to(service.output, use, text, service.output.begins_thinking(prompt_ids))
     params = sampling_params(
         body,
         service.suggested,
-        max_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
+        max_tokens=max_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         grammar=None if held is None else held.grammar,
     )
     answer = ChatAnswer(service, new_id("chatcmpl"), len(prompt_ids), use, body.n or 1)
     reader = partial(service.output.reader, prompt_ids, use.tools, params)
     jobs = jobs_of(answer.id, [prompt_ids], params, body.n or 1, reader)
-    fields = {"prompt": "messages", "grammar": "" if held is None else held.field}
+    grammar_of = "" if held is None else "functions" if use.functions and held.field == "tools" else held.field
+    fields = body.spelled() | {"prompt": "messages", "grammar": grammar_of}
     news = naming_fields(generate(service, jobs, arrived), fields)
     if not body.stream:
         return await whole(request, answer.whole(news))
@@ -54,12 +59,21 @@ async def chat_completions(body: ChatBody, request: Request, service: ServiceDep
     return await stream(request, answer.chunks(news, usage))
 
 
+def _tool_use(body: ChatBody, service: Service) -> ToolUse:
+    if body.functions is None and body.function_call is None:
+        return tool_use(body, service.output)
+    try:
+        return replace(tool_use(as_tools(body), service.output), functions=True)
+    except ApiError as error:
+        raise in_older_words(error) from None
+
+
 def _message(message: dict[str, Any]) -> dict[str, Any]:
     # "developer" is OpenAI's newer word for the same role; templates mostly know only the older one.
     return {**message, "role": "system"} if message.get("role") == "developer" else message
 
 
-def _refuse_unsupported(body: ChatBody) -> None:
-    refuse_unsupported(body)
+def _refuse_unsupported(body: ChatBody, service: Service) -> None:
+    refuse_unsupported(body, service.client.codec.tokenizer)
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs is given and logprobs is not true; expected both", param="top_logprobs")

@@ -38,7 +38,8 @@ class ChatAnswer:
         self._prompt_tokens, self._completion_tokens = prompt_tokens, 0
         self._model, self._created = service.names[0], now()
         self._tokenizer: Tokenizer | None = service.client.codec.tokenizer
-        self._choices = [_Choice(use.parallel) for _ in range(n)]
+        self._choices = [_Choice(use.parallel, use.functions) for _ in range(n)]
+        self._functions = use.functions
 
     async def whole(self, news: News) -> Envelope:
         pieces: list[_Pieces] = [_Pieces() for _ in self._choices]
@@ -50,7 +51,10 @@ class ChatAnswer:
                 if delta.logprobs is not None:
                     own.logprobs.append(delta.logprobs)
                 own.finish_reason = self._choices[index].finish_reason(delta)
-        made = [ChatChoice(i, p.message(), self._logprobs(p.logprobs), p.finish_reason) for i, p in enumerate(pieces)]
+        made = [
+            ChatChoice(i, p.message(self._functions), self._logprobs(p.logprobs), p.finish_reason)
+            for i, p in enumerate(pieces)
+        ]
         return self._envelope("chat.completion", made, usage=self._usage())
 
     async def chunks(self, news: News, include_usage: bool) -> AsyncGenerator[Envelope]:
@@ -77,7 +81,9 @@ class ChatAnswer:
         if not events and delta.logprobs is None and delta.finish_reason is None:
             return None
         logprobs = self._logprobs([] if delta.logprobs is None else [delta.logprobs])
-        return ChatChunkChoice(index, _delta(events), logprobs, self._choices[index].finish_reason(delta))
+        return ChatChunkChoice(
+            index, _delta(events, self._functions), logprobs, self._choices[index].finish_reason(delta)
+        )
 
     def _logprobs(self, entries: list[TokenLogprobs]) -> dict[str, Any] | None:
         return chat_logprobs(self._tokenizer, entries) if entries else None
@@ -92,6 +98,7 @@ class ChatAnswer:
 @dataclass(slots=True)
 class _Choice:
     parallel: bool  # otherwise all calls but the first are left out
+    functions: bool
     called: bool = False
 
     def events(self, delta: Delta) -> list[Event]:
@@ -104,7 +111,9 @@ class _Choice:
         return events
 
     def finish_reason(self, delta: Delta) -> str | None:
-        return "tool_calls" if self.called and delta.finish_reason == "stop" else delta.finish_reason
+        if not self.called or delta.finish_reason != "stop":
+            return delta.finish_reason
+        return "function_call" if self.functions else "tool_calls"
 
 
 @dataclass(slots=True)
@@ -128,7 +137,7 @@ class _Pieces:
             else:
                 self.calls[event.index][1].append(event.text)
 
-    def message(self) -> ChatMessage:
+    def message(self, functions: bool) -> ChatMessage:
         calls = [
             ToolCall(FunctionCall(begin.name, "".join(arguments)), id=begin.id, type="function")
             for begin, arguments in self.calls
@@ -137,11 +146,12 @@ class _Pieces:
         return ChatMessage(
             content if content or not calls else None,
             reasoning_content="".join(self.reasoning) or UNSET,
-            tool_calls=calls or UNSET,
+            tool_calls=calls if calls and not functions else UNSET,
+            function_call=calls[0].function if calls and functions else UNSET,
         )
 
 
-def _delta(events: list[Event]) -> ChatDelta:
+def _delta(events: list[Event], functions: bool) -> ChatDelta:
     """What a chunk has of one step's events."""
     delta = ChatDelta()
     calls: dict[int, ToolCall] = {}
@@ -155,5 +165,8 @@ def _delta(events: list[Event]) -> ChatDelta:
         else:
             call = calls.setdefault(event.index, ToolCall(FunctionCall(arguments=""), event.index))
             call.function.arguments = (call.function.arguments or "") + event.text
-    delta.tool_calls = list(calls.values()) or None
+    if calls and functions:
+        delta.function_call = next(iter(calls.values())).function
+    else:
+        delta.tool_calls = list(calls.values()) or None
     return delta

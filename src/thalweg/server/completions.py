@@ -13,7 +13,7 @@ from thalweg.core import SamplingParams, TokenLogprobs
 from thalweg.server.errors import ApiError
 from thalweg.server.generation import Job, News, generate, jobs_of, naming_fields
 from thalweg.server.logprobs import LogprobsBuilder
-from thalweg.server.params import refuse_unsupported, sampling_params
+from thalweg.server.params import refuse_unsupported, sampling_params, truncated
 from thalweg.server.responses import CompletionChoice, CompletionLogprobs, Envelope, Usage, new_id, now
 from thalweg.server.schemas import CompletionBody
 from thalweg.server.service import Service, ServiceDep
@@ -38,12 +38,12 @@ async def completions(body: CompletionBody, request: Request, service: ServiceDe
     """
     arrived = time.perf_counter()
     service.check(body.model)
-    _refuse_unsupported(body)
-    text = wanted(body)
+    _refuse_unsupported(body, service)
+    text, max_tokens = wanted(body), body.limit(DEFAULT_MAX_TOKENS)
     params = sampling_params(
         body,
         service.suggested,
-        max_tokens=DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens,
+        max_tokens=max_tokens,
         logprobs=body.logprobs,
         prompt_logprobs=body.logprobs if body.echo else None,
         grammar=None if text is None else text.grammar,
@@ -54,6 +54,9 @@ async def completions(body: CompletionBody, request: Request, service: ServiceDe
             400, f"{len(prompts)} prompts with n {n} came; expected at most {MAX_PROMPTS} choices", param="n"
         )
     encoded = await service.encode_prompts(prompts)
+    if body.truncate_prompt_tokens is not None:
+        encoded = [truncated(ids, body, service.client.info.max_model_len, max_tokens) for ids in encoded]
+        prompts = list(encoded)
     echoes: list[str | None] = [None] * len(prompts)
     if body.echo:
         echoes = [await _text(service, *pair) for pair in zip(prompts, encoded, strict=True)]
@@ -61,7 +64,8 @@ async def completions(body: CompletionBody, request: Request, service: ServiceDe
     jobs = jobs_of(response_id, encoded, params, n)
     choices = [_Choice(service, i, job, echoes[i // n]) for i, job in enumerate(jobs)]
     completion = _Completion(service, response_id, sum(map(len, encoded)), choices)
-    news = naming_fields(generate(service, jobs, arrived), {} if text is None else {"grammar": text.field})
+    fields = body.spelled() | ({} if text is None else {"grammar": text.field})
+    news = naming_fields(generate(service, jobs, arrived), fields)
     if not body.stream:
         return await whole(request, completion.answer(news))
     usage = body.stream_options is not None and bool(body.stream_options.include_usage)
@@ -172,11 +176,7 @@ async def _text(service: Service, prompt: Prompt, ids: list[int]) -> str:
     return valid_unicode(prompt) if isinstance(prompt, str) else await service.decode(ids)
 
 
-def _refuse_unsupported(body: CompletionBody) -> None:
-    refuse_unsupported(body)
-    if body.best_of is not None and body.best_of != (body.n or 1):
-        raise ApiError(
-            400, f"best_of is {body.best_of}; expected it left out or equal to n", param="best_of", code="unsupported"
-        )
+def _refuse_unsupported(body: CompletionBody, service: Service) -> None:
+    refuse_unsupported(body, service.client.codec.tokenizer)
     if body.suffix:
         raise ApiError(400, "suffix is not supported; expected it left out", param="suffix", code="unsupported")

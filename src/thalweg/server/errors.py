@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -79,6 +80,17 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(400, f"the body is not valid JSON: {reason}", code="invalid_json")
         return ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {}))
     return ApiError(500, f"internal error ({type(error).__name__}); the server's log has more", code="internal_error")
+
+
+def respelled(error: Exception, names: Mapping[str, str]) -> ApiError:
+    """`error` as an ApiError with what it says of one of our names said of the request's name for it."""
+    api_error = as_api_error(error)
+    ours, message = api_error.param or "", str(api_error)
+    if (theirs := names.get(ours)) is None:
+        return api_error
+    if message.startswith(ours):
+        message = theirs + message.removeprefix(ours)
+    return ApiError(api_error.status, message, param=theirs, code=api_error.code, headers=api_error.headers)
 
 
 def told(request: Request, error: Exception) -> ApiError:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from thalweg.core import SamplingParams
 from thalweg.errors import InvalidRequest
-from thalweg.server.errors import ApiError, as_api_error
+from thalweg.server.errors import ApiError, respelled
 from thalweg.server.params import per_choice
 from thalweg.server.service import Service
 from thalweg.text.output import Delta, TextReader
@@ -87,15 +87,13 @@ async def _merged(service: Service, jobs: list[Job], arrived: float) -> News:
 
 
 async def naming_fields(news: News, fields: Mapping[str, str]) -> News:
-    """`news`, with what is wrong with a prompt or grammar laid to the request's field that it was made of."""
+    """`news`, with errors laid to the request's field that the prompt, grammar or parameter was made of."""
     async with aclosing(news):
         try:
             async for item in news:
                 yield item
         except InvalidRequest as e:
-            error = as_api_error(e)
-            error.param = fields.get(error.param or "", error.param)
-            raise error from None
+            raise respelled(e, fields) from None
 
 
 async def _run(service: Service, job: Job, arrived: float) -> AsyncGenerator[Delta]:

@@ -9,8 +9,11 @@ from msgspec.structs import replace
 
 from thalweg.config.hf import GenerationConfig
 from thalweg.core import Grammar, SamplingParams
-from thalweg.server.errors import ApiError
+from thalweg.errors import InvalidRequest
+from thalweg.server import dialects
+from thalweg.server.errors import ApiError, respelled
 from thalweg.server.schemas import GenerationBody
+from thalweg.tokenizer.base import Tokenizer
 
 _SAME_NAME = (
     "min_tokens",
@@ -54,9 +57,12 @@ def sampling_params(
         values["stop_token_ids"] = tuple(body.stop_token_ids)
     if body.logit_bias is not None:
         values["logit_bias"] = {_token_id(key): bias for key, bias in body.logit_bias.items()}
-    return SamplingParams(
-        max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs, grammar=grammar, **values
-    )
+    try:
+        return SamplingParams(
+            max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs, grammar=grammar, **values
+        )
+    except InvalidRequest as error:
+        raise respelled(error, body.spelled()) from None
 
 
 def per_choice(params: SamplingParams, n: int) -> list[SamplingParams]:
@@ -68,10 +74,37 @@ def per_choice(params: SamplingParams, n: int) -> list[SamplingParams]:
     return [replace(params, seed=seed) for seed in seeds]
 
 
-def refuse_unsupported(body: GenerationBody) -> None:
-    """Raise ApiError for what would change the answer and is not done."""
+def truncated(prompt_ids: list[int], body: GenerationBody, max_model_len: int, max_tokens: int | None) -> list[int]:
+    """The end of the prompt that truncate_prompt_tokens leaves."""
+    keep = body.truncate_prompt_tokens
+    if keep is None:
+        return prompt_ids
+    if keep < 0:
+        keep = max(1, max_model_len - (1 if max_tokens is None else max_tokens))
+    if keep == 0:
+        raise ApiError(400, "truncate_prompt_tokens is 0; expected -1, or 1 or more", param="truncate_prompt_tokens")
+    return prompt_ids[-keep:]
+
+
+def refuse_unsupported(body: GenerationBody, tokenizer: Tokenizer | None) -> None:
+    """Raise ApiError for what would change the answer, depends on other fields or the model, and is not done."""
+    if body.best_of is not None and body.best_of != (body.n or 1):
+        reason = f"best_of is {body.best_of}; expected it left out or equal to n"
+        raise ApiError(400, reason, param="best_of", code="unsupported")
+    penalised = body.presence_penalty or body.frequency_penalty or body.repetition_penalty not in (None, 1)
+    if penalised and body.repeat_last_n not in (None, -1):
+        raise dialects.unsupported("repeat_last_n", body.repeat_last_n, (-1,))
+    if penalised and body.penalize_nl is False:
+        raise dialects.unsupported("penalize_nl", body.penalize_nl, (True,))
+    refuse_special_tokens(body.add_special_tokens, tokenizer)
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options is given and stream is not true; expected both", param="stream_options")
+
+
+def refuse_special_tokens(add: bool | None, tokenizer: Tokenizer | None) -> None:
+    """Raise ApiError if special tokens are asked for around a text and there are any; none are ever added."""
+    if add and tokenizer is not None and tokenizer.surrounds:
+        raise dialects.unsupported("add_special_tokens", add, (False,))
 
 
 def _token_id(key: str) -> int:

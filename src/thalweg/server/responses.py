@@ -42,6 +42,7 @@ class ChatMessage(Struct):
     role: str = "assistant"
     reasoning_content: str | UnsetType = UNSET
     tool_calls: list[ToolCall] | UnsetType = UNSET
+    function_call: FunctionCall | UnsetType = UNSET
 
 
 class ChatChoice(Struct):
@@ -56,6 +57,7 @@ class ChatDelta(Struct, omit_defaults=True):
     content: str | None = None
     reasoning_content: str | None = None
     tool_calls: list[ToolCall] | None = None
+    function_call: FunctionCall | None = None
 
 
 class ChatChunkChoice(Struct):

@@ -1,8 +1,8 @@
-"""Request bodies. Types are strict and unknown fields are ignored; a field that is null has its default."""
+"""Request bodies. Types are strict; a field that is null has its default; dialects.py has what is no field here."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import (
     BaseModel,
@@ -11,10 +11,12 @@ from pydantic import (
     ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
+    model_validator,
 )
 from pydantic_core import PydanticCustomError
 
 from thalweg.core import MAX_STOP_STRINGS
+from thalweg.server import dialects
 from thalweg.server.errors import ApiError
 from thalweg.server.settings import (
     MAX_CHOICES,
@@ -56,6 +58,7 @@ Prompt = Annotated[
 ]
 Messages = Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MAX_MESSAGES)]
 Tools = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
+Schema = Annotated[dict[str, Any] | str, _expecting("a JSON schema")]
 
 
 def _says(description: str, *, required: bool = False) -> Any:
@@ -74,13 +77,78 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = None
 
 
-class GenerationBody(Body):
+class Grammars(BaseModel):
+    """What the text must be, in every dialect; one of them at most (structured.py)."""
+
+    response_format: dict[str, Any] | None = _says(
+        'what the text must be: {"type": "json_object"}, or "json_schema" with {"json_schema": {"schema": ...}}'
+    )
+    structured_outputs: dict[str, Any] | None = _says(
+        "the same by one of: json (a schema), regex, choice (a list of texts), grammar (Lark or GBNF), json_object"
+    )
+    guided_json: Schema | None = _says("structured_outputs.json, as vLLM once had it")
+    guided_regex: str | None = _says("structured_outputs.regex, as vLLM once had it")
+    guided_choice: list[str] | None = _says("structured_outputs.choice, as vLLM once had it")
+    guided_grammar: str | None = _says("structured_outputs.grammar, as vLLM once had it")
+    json_schema: Schema | None = _says("structured_outputs.json, as llama.cpp and SGLang have it")
+    regex: str | None = _says("structured_outputs.regex, as SGLang has it")
+    ebnf: str | None = _says("structured_outputs.grammar, as SGLang has it")
+    grammar: str | None = _says("structured_outputs.grammar, as llama.cpp has it")
+
+
+class Synonyms(BaseModel):
+    """Fields of ours by the names that they have elsewhere."""
+
+    SYNONYMS: ClassVar[dict[str, str]] = {
+        "n_predict": "max_tokens",
+        "max_new_tokens": "max_tokens",
+        "min_new_tokens": "min_tokens",
+        "repeat_penalty": "repetition_penalty",
+        "stop_sequences": "stop",
+        "no_stop_trim": "include_stop_str_in_output",
+        "sampling_seed": "seed",
+        "random_seed": "seed",
+        "truncate": "truncate_prompt_tokens",
+    }
+
+    n_predict: Annotated[int, Field(ge=-2, le=MAX_INT)] | None = _says(
+        "llama.cpp's max_tokens; -1 and -2: as many as the context has room for"
+    )
+    max_new_tokens: Count | None = _says("max_tokens, as TGI has it")
+    min_new_tokens: Count | None = _says("min_tokens, as SGLang has it")
+    repeat_penalty: float | None = _says("repetition_penalty, as llama.cpp has it")
+    stop_sequences: Stop | None = _says("stop, as TGI has it")
+    no_stop_trim: bool | None = _says("include_stop_str_in_output, as SGLang has it")
+    sampling_seed: int | None = _says("seed, as SGLang has it")
+    random_seed: int | None = _says("seed, as Mistral has it")
+    truncate: Annotated[int, Field(ge=1, le=MAX_INT)] | None = _says("truncate_prompt_tokens, as TGI has it")
+
+    def spelled(self) -> dict[str, str]:
+        """{name of ours: the one that the request has for it}"""
+        return {ours: name for name, ours in self.SYNONYMS.items() if getattr(self, name) is not None}
+
+    @model_validator(mode="after")
+    def _take_synonyms(self) -> Self:
+        for name, ours in self.SYNONYMS.items():
+            value, other = getattr(self, name), getattr(self, ours)
+            if value is None or (name == "n_predict" and value < 0 and other is None):
+                continue
+            if other is not None and other != value:
+                raise ApiError(400, f"{name} and {ours} are both given; expected one of them", param=name)
+            setattr(self, ours, value)
+        return self
+
+
+class GenerationBody(Body, Grammars, Synonyms):
     """What chat and completions have in common. Ranges are core.SamplingParams's; only sizes are bounded here."""
+
+    ELSEWHERE: ClassVar[dict[str, str]] = {}  # fields of the other kind of request, and its route
 
     stream: bool | None = _says("send pieces as server-sent events, [DONE] at the end")
     stream_options: StreamOptions | None = _says("include_usage: a last piece with the token counts")
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = _says("choices of an answer")
-    max_tokens: Count | None = _says("generated tokens at most")
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_INT)] | None = _says("generated tokens at most")
+    max_completion_tokens: Count | None = _says("the newer name of max_tokens")
     min_tokens: Count | None = _says("before as many tokens no token ends the text; stop does")
     temperature: float | None = _says("0 is greedy; at most 100")
     top_p: float | None = _says("in (0, 1]")
@@ -100,46 +168,84 @@ class GenerationBody(Body):
     ignore_eos: bool | None = _says("go on after an end-of-sequence token")
     include_stop_str_in_output: bool | None = _says("leave what stopped it in the text")
     skip_special_tokens: bool | None = _says("leave control tokens out of the text; true if not given")
-    response_format: dict[str, Any] | None = _says(
-        'what the text must be: {"type": "json_object"}, or "json_schema" with {"json_schema": {"schema": ...}}'
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=MAX_INT)] | None = _says(
+        "keep so many of the prompt's last tokens; -1: as many as leave room for max_tokens"
     )
-    structured_outputs: dict[str, Any] | None = _says(
-        "the same by one of: json (a schema), regex, choice (a list of texts), grammar (Lark)"
-    )
+    add_special_tokens: bool | None = _says("true is taken if the tokenizer adds none to a text")
+    best_of: int | None = _says("taken if it equals n")
+    repeat_last_n: int | None = _says("taken if it is -1, all of the text, or no penalty is asked for")
+    penalize_nl: bool | None = _says("taken if it is true, or no penalty is asked for")
+
+    def limit(self, default: int | None) -> int | None:
+        """How many tokens may be generated; None: as many as the context has room for."""
+        if self.max_completion_tokens is not None:
+            return self.max_completion_tokens
+        if self.max_tokens is not None:
+            return self.max_tokens
+        return default if self.n_predict is None else None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_dialect(cls, body: Any) -> Any:
+        if isinstance(body, dict):
+            dialects.check(body, cls.model_fields, cls.ELSEWHERE)
+        return body
 
 
 class TemplateOptions(BaseModel):
     """How the chat template lays out `messages`."""
 
     add_generation_prompt: bool | None = _says("begin the assistant's turn; true if not given")
+    continue_final_message: bool | None = _says("let the answer go on where the last message ends")
     chat_template_kwargs: dict[str, Any] | None = _says("variables for the chat template")
+    reasoning_effort: str | None = _says("a variable of the chat template")
+    enable_thinking: bool | None = _says("a variable of the chat template")
+    documents: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = _says("a variable of the chat template")
 
     def template_options(self) -> dict[str, Any]:
         """Keyword arguments for the template. Its own names in chat_template_kwargs are refused with ApiError."""
         options = dict(self.chat_template_kwargs or {})
-        for name in ("messages", "tools", "add_generation_prompt"):
+        for name in ("messages", "tools", "add_generation_prompt", "continue_final_message"):
             if name in options:
                 reason = f"chat_template_kwargs has {name!r}; expected variables of the template's own"
                 raise ApiError(400, reason, param="chat_template_kwargs")
+        for name in ("reasoning_effort", "enable_thinking", "documents"):
+            if (value := getattr(self, name)) is not None:
+                options.setdefault(name, value)
+        if self.continue_final_message:
+            if self.add_generation_prompt:
+                reason = "continue_final_message and add_generation_prompt are both true; expected one of them"
+                raise ApiError(400, reason, param="continue_final_message")
+            return options | {"add_generation_prompt": False, "continue_final_message": True}
         return options | {"add_generation_prompt": self.add_generation_prompt is not False}
 
 
 class ChatBody(GenerationBody, TemplateOptions):
     messages: Messages = _says("the conversation: objects with role and content", required=True)
-    max_completion_tokens: Count | None = _says("the newer name of max_tokens")
     logprobs: bool | None = _says("give the log-probability of each token")
     top_logprobs: Count | None = _says("and of so many most likely ones")
     tools: Tools | None = _says("functions that the model may call")
     tool_choice: Any = _says("none, auto, required, or a function by name")
     parallel_tool_calls: bool | None = _says("false: one call at most")
+    functions: Tools | None = _says("tools, as OpenAI once had them; calls come back as function_call")
+    function_call: Any = _says('none, auto, or {"name": ...}; tool_choice to functions')
 
 
 class CompletionBody(GenerationBody):
     prompt: Prompt = _says("a text, token ids, or a list of either", required=True)
     echo: bool | None = _says("begin the text with the prompt")
     logprobs: Count | None = _says("give log-probabilities, of so many likely tokens too; with echo, the prompt's")
-    best_of: int | None = _says("taken where it equals n")
-    suffix: str | None = _says("not supported")
+    suffix: str | None = _says("taken if it is empty")
+
+
+# What else the other kind has says nothing here.
+CompletionBody.ELSEWHERE = dict.fromkeys(
+    ChatBody.model_fields.keys()
+    - CompletionBody.model_fields.keys()
+    - {"add_generation_prompt", "parallel_tool_calls", "reasoning_effort"},
+    "/v1/chat/completions",
+)
+ChatBody.ELSEWHERE = dict.fromkeys(CompletionBody.model_fields.keys() - ChatBody.model_fields.keys(), "/v1/completions")
 
 
 class TokenizeBody(Body, TemplateOptions):
@@ -148,6 +254,15 @@ class TokenizeBody(Body, TemplateOptions):
     prompt: str | None = None
     messages: Messages | None = None
     tools: Tools | None = _says("functions, as in a chat request")
+    add_special_tokens: bool | None = _says("true is taken if the tokenizer adds none to a text")
+    return_token_strs: bool | None = _says("give the text of each token too, as token_strs")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_dialect(cls, body: Any) -> Any:
+        if isinstance(body, dict):
+            dialects.check(body, cls.model_fields, {})
+        return body
 
 
 class DetokenizeBody(Body):

@@ -6,6 +6,7 @@ from fastapi import APIRouter, Request, Response
 
 from thalweg.errors import InvalidRequest
 from thalweg.server.errors import ApiError
+from thalweg.server.params import refuse_special_tokens
 from thalweg.server.responses import json_response
 from thalweg.server.schemas import DetokenizeBody, TokenizeBody
 from thalweg.server.service import ServiceDep
@@ -20,12 +21,17 @@ async def tokenize(body: TokenizeBody, request: Request, service: ServiceDep) ->
     service.check(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "prompt and messages are both given or both missing; expected one of them", param="prompt")
+    tokenizer = service.client.codec.tokenizer
+    refuse_special_tokens(body.add_special_tokens, tokenizer)
     if body.messages is not None:
         ids = await service.encode_chat(request, body.messages, tools=body.tools, **body.template_options())
     else:
         assert body.prompt is not None
         ids = (await service.encode_prompts([body.prompt]))[0] if body.prompt else []
-    return json_response({"tokens": ids, "count": len(ids), "max_model_len": service.client.info.max_model_len})
+    answer = {"tokens": ids, "count": len(ids), "max_model_len": service.client.info.max_model_len}
+    if body.return_token_strs and tokenizer is not None:
+        answer["token_strs"] = [tokenizer.decode([i]) for i in ids]
+    return json_response(answer)
 
 
 @router.get("/tokenizer_info")

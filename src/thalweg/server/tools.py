@@ -22,6 +22,7 @@ class ToolUse:
     choice: Literal["none", "auto", "required"] = "none"
     callable_: tuple[dict[str, Any], ...] = ()
     parallel: bool = True
+    functions: bool = False  # calls are told as function_call, the older form
 
 
 def tool_use(body: ChatBody, output: OutputFormat) -> ToolUse:

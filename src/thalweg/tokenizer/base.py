@@ -20,6 +20,7 @@ class Tokenizer(ABC):
 
     special_tokens: dict[str, int]
     added_tokens: dict[str, int]
+    surrounds: bool = False  # whether the format would put tokens around a text; `encode` never does
     bos_id: int | None = None
     eos_id: int | None = None
     # Filled by the subclass: the bytes of every id (b"" where there is no token), the ids decode may leave

@@ -34,6 +34,7 @@ class HFTokenizer(Tokenizer):
         # Two encoders, because whether special tokens are recognised is a mutable setting of one.
         self._encoder, self._plain_encoder = _encoder(text, path), _encoder(text, path)
         self._plain_encoder.encode_special_tokens = True
+        self.surrounds = self._encoder.num_special_tokens_to_add(is_pair=False) > 0
         self._decoding = _Decoding(data.get("decoder"), path)
 
         self.ids_by_text: dict[str, int] = self._encoder.get_vocab(with_added_tokens=True)
