@@ -11,10 +11,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tests.models.plans import plan, read
 from thalweg.config.hf import read_config
 from thalweg.errors import CheckpointError, ConfigError
-from thalweg.models.kimi_linear.config import KimiLinearConfig
-from thalweg.models.kimi_linear.weights import ignored, plan
+from thalweg.models.family import DecoderConfig
+from thalweg.models.kimi_linear.family import KimiLinear
+from thalweg.models.parts.kda import KdaDims
+from thalweg.models.parts.mla import MlaDims
+from thalweg.models.parts.mlp import MlpDims
+from thalweg.models.parts.moe import MoeDims
+from thalweg.quant.scheme import tensor_index
 from thalweg.weights.checkpoint import Checkpoint
 from thalweg.weights.load import check, load
 from thalweg.weights.plan import Target, checkpoint_shapes, local_elements
@@ -52,15 +58,25 @@ def raw_config(**changes: Any) -> dict[str, Any]:
     return {**raw, **changes}
 
 
-def config(**changes: Any) -> KimiLinearConfig:
-    return KimiLinearConfig.from_dict(raw_config(**changes))
+def config(**changes: Any) -> DecoderConfig:
+    return read(raw_config(**changes))
+
+
+def layers_of(c: DecoderConfig, kind: type) -> set[int]:
+    """The layers whose mixer or feed-forward block is of a kind."""
+    return {i for i, layer in enumerate(c.layers) if kind in (type(layer.mixer), type(layer.mlp))}
+
+
+def part_of(c: DecoderConfig, kind: type) -> Any:
+    """The dimensions of the first such part."""
+    return next(p for layer in c.layers for p in (layer.mixer, layer.mlp) if type(p) is kind)
 
 
 def params_of(targets: list[Target]) -> dict[str, Tensor]:
     return {t.name: torch.full(t.shape, float("nan")) for t in targets}
 
 
-def write_checkpoint(folder: Path, c: KimiLinearConfig) -> dict[str, Tensor]:
+def write_checkpoint(folder: Path, c: DecoderConfig) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     tensors = {n: torch.randn(s, generator=generator) for n, s in checkpoint_shapes(plan(c)).items()}
     save_file(tensors, folder / "model.safetensors")
@@ -69,22 +85,15 @@ def write_checkpoint(folder: Path, c: KimiLinearConfig) -> dict[str, Tensor]:
 
 def test_the_published_config(shared_dir: Path) -> None:
     raw = json.loads((shared_dir / "configs/kimi_linear_48b_a3b.json").read_text())
-    c = KimiLinearConfig.from_dict(raw)
-    assert (c.num_layers, c.context_len, c.vocab_size, c.dtype) == (27, 1 << 20, 163840, "bfloat16")
-    assert sorted(set(range(27)) - c.kda_layers) == [3, 7, 11, 15, 19, 23, 26]
-    assert c.moe_layers == frozenset(range(1, 27))
+    c = read(raw)
+    assert (len(c.layers), c.context_len, c.vocab_size, c.dtype) == (27, 1 << 20, 163840, "bfloat16")
+    assert sorted(layers_of(c, MlaDims)) == [3, 7, 11, 15, 19, 23, 26]
+    assert layers_of(c, MoeDims) == set(range(1, 27))
     assert c.eos_token_ids == (163586,)
-    assert c.kda is not None
-    assert c.mla is not None
-    assert c.moe is not None
-    assert (c.kda.num_heads, c.kda.head_dim, c.kda.conv_kernel, c.kda.gate_rank) == (32, 128, 4, 128)
-    assert (c.mla.qk_head_dim, c.mla.latent_dim, c.mla.scale) == (192, 576, 192**-0.5)
-    assert (c.moe.num_experts, c.moe.top_k, c.moe.scale, c.moe.shared_intermediate_size) == (
-        256,
-        8,
-        2.446,
-        1024,
-    )
+    assert part_of(c, KdaDims) == KdaDims(heads=32, head_dim=128, taps=4, rank=128)
+    mla, moe = part_of(c, MlaDims), part_of(c, MoeDims)
+    assert (mla.head_dim, mla.latent) == (192, 576)
+    assert (moe.experts, moe.top_k, moe.scale, moe.shared, moe.inner) == (256, 8, 2.446, 1, 1024)
     targets = plan(c)
     assert round(sum(local_elements(targets).values()) / 1e9, 2) == 49.12
     shapes = {t.name: t.shape for t in targets}
@@ -98,11 +107,11 @@ def test_the_published_config(shared_dir: Path) -> None:
 
 def test_the_oracle_is_covered_exactly_and_lands_where_it_should(shared_dir: Path) -> None:
     folder = shared_dir / "oracles/kimi_linear"
-    c = KimiLinearConfig.from_dict(read_config(folder))
+    c = read(read_config(folder))
     targets, checkpoint = plan(c), Checkpoint(folder)
     assert set(checkpoint_shapes(targets)) == set(checkpoint.tensors)
     params = params_of(targets)
-    load(targets, checkpoint, params.__getitem__, ignore=ignored(c))
+    load(targets, checkpoint, params.__getitem__, ignore=KimiLinear().ignored(c))
     raw = load_file(folder / "model.safetensors")
     assert not any(p.isnan().any() for p in params.values())
 
@@ -142,7 +151,7 @@ def test_a_resharded_copy_of_the_oracle_loads_the_same(shared_dir: Path, tmp_pat
         save_file(part, tmp_path / f"model-{i + 1:05}-of-00003.safetensors")
         weight_map.update(dict.fromkeys(part, f"model-{i + 1:05}-of-00003.safetensors"))
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    c = KimiLinearConfig.from_dict(read_config(folder))
+    c = read(read_config(folder))
     one, many = params_of(plan(c)), params_of(plan(c))
     load(plan(c), Checkpoint(folder), one.__getitem__)
     load(plan(c), Checkpoint(tmp_path), many.__getitem__)
@@ -156,29 +165,29 @@ def test_every_parameter_element_is_filled_once(tied: bool) -> None:
         for target in plan(c, rank, 2):
             count = torch.zeros(target.shape, dtype=torch.int32)
             for source in target.sources:
-                place = count[source.index]
+                place = count[tensor_index(source.into)]
                 assert place.numel() == torch.empty(source.local_shape, device="meta").numel()
-                count[source.index] += 1
+                count[tensor_index(source.into)] += 1
             last = c.vocab_size - 389 if rank == 1 and target.name in ("embed.weight", "lm_head.weight") else None
             assert bool((count[:last] == 1).all())
             assert last is None or not count[last:].any()
 
 
-def merged(name: str, ranks: list[dict[str, Tensor]], c: KimiLinearConfig) -> Tensor:
+def merged(name: str, ranks: list[dict[str, Tensor]], c: DecoderConfig) -> Tensor:
     """The whole parameter from two ranks' halves, by what each of its dimensions means."""
     a, b = (r[name] for r in ranks)
     kind = name.split(".", 2)[-1] if name.startswith("layers.") else name
     if kind in ("embed.weight", "lm_head.weight"):
         return torch.cat([a, b])[: c.vocab_size]
-    if kind == "attn.in_proj.weight" and int(name.split(".")[1]) not in c.kda_layers:
-        assert c.mla is not None
-        n = c.mla.num_heads // 2 * c.mla.qk_head_dim
+    if kind == "attn.in_proj.weight" and int(name.split(".")[1]) in layers_of(c, MlaDims):
+        mla = part_of(c, MlaDims)
+        n = mla.heads // 2 * mla.head_dim
         assert torch.equal(a[n:], b[n:])
         return torch.cat([a[:n], b])
     if kind == "attn.in_proj.weight":
-        assert c.kda is not None
-        n, h = c.kda.num_heads * c.kda.head_dim // 2, c.kda.num_heads // 2
-        pieces = [(x.split([n, n, n, h, 2 * c.kda.gate_rank])) for x in (a, b)]
+        kda = part_of(c, KdaDims)
+        n, h = kda.heads * kda.head_dim // 2, kda.heads // 2
+        pieces = [(x.split([n, n, n, h, 2 * kda.rank])) for x in (a, b)]
         assert torch.equal(pieces[0][4], pieces[1][4])
         return torch.cat([*[torch.cat([x, y]) for x, y in zip(*pieces, strict=True)][:4], pieces[0][4]])
     if kind == "attn.conv.weight":
@@ -211,15 +220,14 @@ def test_two_ranks_reassemble_to_the_whole(tmp_path: Path) -> None:
         assert torch.equal(merged(name, ranks, c), value), name
 
 
-def test_tied_embeddings_fill_both_and_an_extra_head_is_allowed(tmp_path: Path) -> None:
+def test_tied_embeddings_are_one_parameter_and_an_extra_head_is_allowed(tmp_path: Path) -> None:
     c = config(tie_word_embeddings=True)
+    ignored = KimiLinear().ignored(c)
     assert "lm_head.weight" not in checkpoint_shapes(plan(c))
+    assert "lm_head.weight" not in {target.name for target in plan(c)}
     tensors = write_checkpoint(tmp_path, c)
-    params = params_of(plan(c))
-    load(plan(c), Checkpoint(tmp_path), params.__getitem__, ignore=ignored(c))
-    assert torch.equal(params["lm_head.weight"], params["embed.weight"])
     save_file({**tensors, "lm_head.weight": torch.ones(777, 48)}, tmp_path / "model.safetensors")
-    check(plan(c), Checkpoint(tmp_path), ignored(c))
+    check(plan(c), Checkpoint(tmp_path), ignored)
     with pytest.raises(CheckpointError, match=r"1 unexpected: lm_head\.weight"):
         check(plan(c), Checkpoint(tmp_path))
 
@@ -229,7 +237,7 @@ def test_tied_embeddings_fill_both_and_an_extra_head_is_allowed(tmp_path: Path) 
     [
         (
             {"linear_attn_config": {**LINEAR, "num_heads": 3, "short_conv_kernel_size": 4}},
-            "num_heads, which is 3",
+            "the number of KDA heads, which is 3",
         ),
         ({"num_attention_heads": 3}, "num_attention_heads, which is 3"),
         ({"intermediate_size": 41}, "intermediate_size, which is 41"),
@@ -246,11 +254,11 @@ def test_what_two_ranks_cannot_share_is_named(changes: dict[str, Any], message: 
 
 def test_layer_kinds() -> None:
     c = config(moe_layer_freq=2, first_k_dense_replace=1)
-    assert c.moe_layers == {2, 4, 6}
-    assert c.kda_layers == {0, 1, 3, 4, 5}
+    assert layers_of(c, MoeDims) == {2, 4, 6}
+    assert layers_of(c, KdaDims) == {0, 1, 3, 4, 5}
     all_dense = config(num_experts=None, num_experts_per_token=None)
-    assert (all_dense.moe, all_dense.moe_layers) == (None, frozenset())
-    assert config(first_k_dense_replace=0, intermediate_size=None).intermediate_size == 0
+    assert layers_of(all_dense, MlpDims) == set(range(7))
+    assert layers_of(config(first_k_dense_replace=0, intermediate_size=None), MoeDims) == set(range(7))
     everything = list(range(1, 8))
     kda_only = config(
         linear_attn_config={
@@ -260,9 +268,9 @@ def test_layer_kinds() -> None:
             "short_conv_kernel_size": 4,
         }
     )
-    assert kda_only.mla is None
+    assert layers_of(kda_only, KdaDims) == set(range(7))
     mla_only = config(linear_attn_config={**LINEAR, "kda_layers": [], "full_attn_layers": everything})
-    assert (mla_only.kda, mla_only.kda_layers) == (None, frozenset())
+    assert layers_of(mla_only, MlaDims) == set(range(7))
     assert config(linear_attn_config=None) == mla_only
     for c in (all_dense, kda_only, mla_only):
         assert len(plan(c)) > 0

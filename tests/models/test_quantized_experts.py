@@ -14,10 +14,13 @@ from torch import Tensor
 
 from tests.models import naive_kimi_linear as naive
 from tests.models import random_checkpoint as random
+from tests.models.plans import plan, read
 from thalweg import LLM, SamplingParams
 from thalweg.errors import ConfigError
-from thalweg.models import kimi_linear
-from thalweg.ops.moe_fp8.blocks import dequantize, quantize
+from thalweg.models.family import step_costs
+from thalweg.models.parts.part import Step
+from thalweg.quant import scheme_named
+from thalweg.quant.fp8_blocks import dequantize, quantize
 from thalweg.weights.checkpoint import Checkpoint
 from thalweg.weights.load import load
 from thalweg.weights.plan import Target, local_bytes
@@ -53,9 +56,10 @@ def test_logits_are_those_of_the_dequantized_experts(folder: Path, size: int) ->
 
 
 def filled(targets: list[Target], checkpoint: Checkpoint) -> dict[str, Tensor]:
-    dtypes = {"model": torch.float32, "float32": torch.float32, "fp8": torch.float8_e4m3fn}
-    params = {t.name: torch.zeros(t.shape).to(dtypes[t.dtype]) for t in targets}
-    params |= {t.scale_name: torch.full(t.scale_shape, torch.nan) for t in targets if t.dtype == "fp8"}
+    dtypes = {"model": torch.float32, "float32": torch.float32, "float8_e4m3fn": torch.float8_e4m3fn}
+    params = {
+        t.name + s.suffix: torch.full(s.shape, torch.nan).to(dtypes[s.dtype]) for t in targets for s in t.parameters
+    }
     load(targets, checkpoint, params.__getitem__)
     assert not any(p.float().isnan().any() for p in params.values())
     return params
@@ -69,9 +73,9 @@ def test_shards_of_a_checkpoint_and_of_ranks_hold_the_same_values(folder: Path, 
         save_file(part, tmp_path / f"model-{i + 1:05}-of-00003.safetensors")
         weight_map.update(dict.fromkeys(part, f"model-{i + 1:05}-of-00003.safetensors"))
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    c = kimi_linear.Config.from_dict(random.config(**ODD))
-    plan = kimi_linear.plan(c, 0, 1, "fp8")
-    one, many = filled(plan, Checkpoint(folder)), filled(plan, Checkpoint(tmp_path))
+    c = read(random.config(**ODD))
+    targets = plan(c, 0, 1, "fp8")
+    one, many = filled(targets, Checkpoint(folder)), filled(targets, Checkpoint(tmp_path))
     assert all(torch.equal(one[name].float(), many[name].float()) for name in one)
 
     def experts(params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -80,7 +84,7 @@ def test_shards_of_a_checkpoint_and_of_ranks_hold_the_same_values(folder: Path, 
         down = dequantize(params[f"{name}.down"], params[f"{name}.down_scale"], torch.float32)
         return dequantize(gate_up, scales.unflatten(1, (2, -1)), torch.float32), down
 
-    ranks = [experts(filled(kimi_linear.plan(c, rank, 2, "fp8"), Checkpoint(folder))) for rank in range(2)]
+    ranks = [experts(filled(plan(c, rank, 2, "fp8"), Checkpoint(folder))) for rank in range(2)]
     whole = experts(one)
     assert torch.equal(torch.cat([gate_up for gate_up, _ in ranks], 2), whole[0])
     assert torch.equal(torch.cat([down for _, down in ranks], 2), whole[1])
@@ -91,9 +95,9 @@ def test_dummy_weights_are_quantized_and_counted(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(c))
     source: dict[str, Any] = dict(load_format="dummy", config_file=str(tmp_path / "config.json"), max_num_seqs=2)
     with LLM(**source, quantization="fp8") as llm:
-        config = kimi_linear.Config.from_dict(c)
-        assert llm.info.weight_bytes == local_bytes(kimi_linear.plan(config, 0, 1, "fp8"), 4)
-        assert llm.info.weight_bytes < 0.5 * local_bytes(kimi_linear.plan(config), 4)
+        config = read(c)
+        assert llm.info.weight_bytes == local_bytes(plan(config, 0, 1, "fp8"), 4)
+        assert llm.info.weight_bytes < 0.5 * local_bytes(plan(config), 4)
         assert llm.info.quantization == "fp8"
         assert llm.prompt_logits([1, 2, 3]).isfinite().all()
 
@@ -107,8 +111,8 @@ def test_a_model_without_experts_is_refused(tmp_path: Path) -> None:
 
 def test_the_cost_of_a_step_counts_a_byte_an_element(shared_dir: Path) -> None:
     raw = json.loads((shared_dir / "configs/kimi_linear_48b_a3b.json").read_text())
-    c = kimi_linear.Config.from_dict(raw)
-    full, fp8 = (kimi_linear.decode_cost(c, 1, 4000, quantization=q) for q in (None, "fp8"))
-    saved = 26 * 9 * 3 * 2304 * 1024 * (1 - 4 / 128**2)  # 26 layers of 8 experts and a shared one, a byte an element
-    assert full.bytes - fp8.bytes == pytest.approx(saved, rel=1e-6)
-    assert full.flops == fp8.flops
+    c = read(raw)
+    full, fp8 = (step_costs(c, Step(1, cached=4000, scheme=scheme_named(q))) for q in (None, "fp8"))
+    saved = 26 * 9 * 3 * 2304 * 1024 * (1 - 4 / 128**2)  # 26 layers of 8 experts and a shared one, a byte per element
+    assert sum(x.bytes for x in full) - sum(x.bytes for x in fp8) == pytest.approx(saved, rel=1e-6)
+    assert sum(x.flops for x in full) == sum(x.flops for x in fp8)

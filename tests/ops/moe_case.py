@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from thalweg.ops.moe_fp8.blocks import dequantize, quantize_experts
+from thalweg.quant.fp8_blocks import dequantize, quantize_experts
 
 
 @dataclass

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from thalweg.ops.moe_fp8.blocks import dequantize, quantize
+from thalweg.quant.fp8_blocks import dequantize, quantize
 
 
 @settings(max_examples=30, derandomize=True, deadline=None)

@@ -12,10 +12,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from thalweg.errors import CheckpointError, ConfigError, UnsupportedError
+from thalweg.parallel.shards import Shards
 from thalweg.weights import dummy
 from thalweg.weights.checkpoint import Checkpoint
 from thalweg.weights.load import bytes_to_load, check, load
-from thalweg.weights.plan import Shards, Source, Target, concat, local_elements, placed, split, whole
+from thalweg.weights.plan import Source, Target, concat, local_elements, placed, split, whole
 from thalweg.weights.progress import progress_bar
 
 V, D, H, K, E, WIDTH = 7, 4, 4, 3, 2, 6

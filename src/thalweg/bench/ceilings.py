@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from statistics import median
 
 import torch
+
+from thalweg.models.parts.part import Cost
 
 REPEATS = 9
 
@@ -19,9 +21,9 @@ class Ceilings:
     bytes_per_s: float
     flops_per_s: float
 
-    def floor_s(self, num_bytes: float, flops: float) -> float:
-        """The time that neither traffic nor arithmetic can go below."""
-        return max(num_bytes / self.bytes_per_s, flops / self.flops_per_s)
+    def floor_s(self, costs: Iterable[Cost]) -> float:
+        """The time that neither traffic nor arithmetic of one operation after another can go below."""
+        return sum(max(c.bytes / self.bytes_per_s, c.flops / self.flops_per_s) for c in costs)
 
     def describe(self) -> dict[str, str | int]:
         """Plain values for a table and a results file."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -20,8 +20,10 @@ from thalweg.cache.specs import LayerSpecs, bytes_per_sequence, bytes_per_token
 from thalweg.config.engine import EngineConfig
 from thalweg.errors import ConfigError
 from thalweg.layers.context import BuildContext
+from thalweg.models.decoder import Decoder
 from thalweg.ops.registry import OpContext, Resolver
 from thalweg.parallel.mesh import Mesh
+from thalweg.quant import scheme_named
 from thalweg.weights.checkpoint import Checkpoint
 from thalweg.weights.load import check
 from thalweg.weights.plan import Target, checkpoint_shapes
@@ -64,7 +66,7 @@ class Inspection(msgspec.Struct, frozen=True, kw_only=True):
 class _MetaContext(BuildContext):
     """Parameters on the meta device, ops as they would be resolved on `target`."""
 
-    target: torch.device
+    target: torch.device = field(kw_only=True)
 
     def op(self, name: str, **dims: int) -> Callable[..., Any]:
         return self.resolver.resolve(name, OpContext(self.target.type, self.dtype_name, dims))
@@ -80,7 +82,7 @@ def describe(config: EngineConfig) -> Inspection:
     c, ranks = source.config, config.tensor_parallel_size
     device = choose_device(config, 0)
     config = config.resolve(device=str(device), checkpoint_dtype=c.dtype, context_len=c.context_len)
-    plan = source.package.plan(c, 0, ranks, config.quantization)
+    plan = source.plan(0, ranks, config.quantization)
     resolver = Resolver(config.op_preference)
     model = _build(source, config, config.dtype, device, resolver, config.quantization)
     resolve_sample(resolver, device, c.vocab_size)
@@ -92,7 +94,7 @@ def describe(config: EngineConfig) -> Inspection:
     return Inspection(
         name=source.name,
         folder=str(source.folder),
-        architecture=type(model).__name__,
+        architecture=source.architecture,
         device=device_name(device),
         tensor_parallel_size=ranks,
         vocab_size=c.vocab_size,
@@ -119,9 +121,15 @@ def _build(
 ) -> Any:
     mesh, meta = Mesh(0, config.tensor_parallel_size), torch.device("meta")
     context = _MetaContext(
-        meta, getattr(torch, dtype), mesh, resolver, config.state_dtype, device, quantization=quantization
+        meta,
+        getattr(torch, dtype),
+        mesh,
+        resolver,
+        config.state_dtype,
+        scheme_named(quantization),
+        target=device,
     )
-    return source.package.build(context, source.config)
+    return Decoder(context, source.config)
 
 
 def _cost(model: Any, dtype: str, quantization: str | None = None) -> Cost:
@@ -150,7 +158,7 @@ def _describe_weights(source: ModelSource, plan: list[Target], config: EngineCon
     if not any(path.suffix in WEIGHT_SUFFIXES for path in source.folder.iterdir()):
         return "no weight files in the folder; only --load-format dummy can run it"
     checkpoint = Checkpoint(source.folder)
-    check(plan, checkpoint, source.package.ignored(source.config))
+    check(plan, checkpoint, source.ignored)
     tensors = checkpoint.tensors
     files = len({checkpoint.path_of(name) for name in tensors})
     dtypes = ", ".join(sorted({t.dtype for t in tensors.values()}))

@@ -23,8 +23,10 @@ from thalweg.config import env
 from thalweg.config.engine import EngineConfig
 from thalweg.errors import ConfigError
 from thalweg.layers.context import BuildContext
+from thalweg.models.decoder import Decoder
 from thalweg.ops.registry import OpContext, Resolver
 from thalweg.parallel.mesh import Mesh, join_mesh
+from thalweg.quant import scheme_named
 from thalweg.runner.decode_graphs import MAX_ROWS, buckets
 from thalweg.runner.inputs import InputBuilder
 from thalweg.runner.runner import ModelRunner
@@ -64,20 +66,20 @@ def build_rank(
     device = choose_device(config, tp_rank)
     config = config.resolve(device=str(device), checkpoint_dtype=c.dtype, context_len=c.context_len)
     assert config.max_num_batched_tokens is not None
-    plan = source.package.plan(c, tp_rank, config.tensor_parallel_size, config.quantization)  # refuses early
+    plan = source.plan(tp_rank, config.tensor_parallel_size, config.quantization)  # refuses early
     if device.type == "cpu":
         _choose_threads(sum(local_elements(plan).values()) * 4, config.tensor_parallel_size)
     checkpoint = None
     if config.load_format != "dummy":
         checkpoint = Checkpoint(source.folder)
-        check(plan, checkpoint, source.package.ignored(c))  # before anything is allocated by what config.json says
+        check(plan, checkpoint, source.ignored)  # before anything is allocated by what config.json says
     dtype = getattr(torch, config.dtype)
     _check_memory(local_bytes(plan, dtype.itemsize), device)
     laps.end("device")
     mesh = join_mesh(tp_rank, config.tensor_parallel_size, rendezvous_file, device)
     resolver = Resolver(config.op_preference)
-    context = BuildContext(device, dtype, mesh, resolver, config.state_dtype, quantization=config.quantization)
-    model = source.package.build(context, c)
+    context = BuildContext(device, dtype, mesh, resolver, config.state_dtype, scheme_named(config.quantization))
+    model = Decoder(context, c)
     sample = resolve_sample(resolver, device, c.vocab_size)
     _fill(model, plan, checkpoint, source, config, tp_rank)
     if device.type == "cuda":
@@ -105,7 +107,7 @@ def build_rank(
     info = EngineInfo(
         name=source.name,
         folder=str(source.folder),
-        architecture=type(model).__name__,
+        architecture=source.architecture,
         device=device_name(device),
         dtype=config.dtype,
         state_dtype=config.state_dtype,
@@ -210,7 +212,7 @@ def _fill(
             fill(plan, params.__getitem__, config.seed, advance)
         return
     with progress_bar(f"loading {source.name}", bytes_to_load(plan, checkpoint), show=show) as advance:
-        load(plan, checkpoint, params.__getitem__, ignore=source.package.ignored(source.config), progress=advance)
+        load(plan, checkpoint, params.__getitem__, ignore=source.ignored, progress=advance)
 
 
 def cache_memory(config: EngineConfig, device: torch.device, mesh: Mesh) -> int:

@@ -2,30 +2,46 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from thalweg.config.bounded_json import read_object
 from thalweg.config.engine import EngineConfig
 from thalweg.config.hf import GenerationConfig, read_config, read_generation_config, without_keys
 from thalweg.config.model_source import model_folder
-from thalweg.models import family
+from thalweg.models import family_of
+from thalweg.models.family import DecoderConfig, Family, weight_plan
+from thalweg.parallel.shards import Shards
+from thalweg.quant import scheme_named
+from thalweg.weights.plan import Target
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """A model folder whose config.json was read and understood. `package` is its family's."""
+    """A model folder whose config.json was read and understood."""
 
     folder: Path
-    package: Any
-    config: Any
+    family: Family
+    config: DecoderConfig
     generation: GenerationConfig
 
     @property
     def name(self) -> str:
         return self.folder.resolve().name
+
+    @property
+    def architecture(self) -> str:
+        """As the family's config.json files name it."""
+        return self.family.architectures[0]
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """Patterns of tensors that may lie in the folder unread."""
+        return self.family.ignored(self.config)
+
+    def plan(self, tp_rank: int = 0, tp_size: int = 1, quantization: str | None = None) -> list[Target]:
+        """The weights of one rank. Raises ConfigError if ranks or --quantization do not suit the model."""
+        return weight_plan(self.family, self.config, Shards(tp_rank, tp_size), scheme_named(quantization))
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -46,7 +62,7 @@ def open_source(config: EngineConfig) -> ModelSource:
         path = model_folder(config.model) / "config.json"
         folder, raw = path.parent, read_config(path.parent)
     raw = without_keys(raw, config.ignore_config_key, str(path))
-    package = importlib.import_module(family(raw, str(path)))
+    family = family_of(raw, str(path))
     if config.num_layers is not None:
-        raw = package.cut(raw, config.num_layers)
-    return ModelSource(folder, package, package.Config.from_dict(raw, str(path)), read_generation_config(folder))
+        raw = family.cut(raw, config.num_layers)
+    return ModelSource(folder, family, family.read(raw, str(path)), read_generation_config(folder))

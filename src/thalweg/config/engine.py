@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any
 
-from thalweg.config.quantization import QUANTIZATIONS
 from thalweg.errors import ConfigError
+from thalweg.quant import QUANTIZATIONS
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 STATE_DTYPES = ("float32", "bfloat16")

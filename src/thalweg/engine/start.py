@@ -26,7 +26,7 @@ class Engine:
     def __init__(self, config: EngineConfig, folder: Path | None = None) -> None:
         if config.tensor_parallel_size > 1:
             source = open_source(config)
-            source.package.plan(source.config, 0, config.tensor_parallel_size)  # refuses what ranks do not divide
+            source.plan(0, config.tensor_parallel_size)  # refuses what ranks do not divide
         self.ranks = OtherRanks(config, folder) if config.tensor_parallel_size > 1 else None
 
         self.grammars = Grammars(lambda: _vocabulary(config))

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from thalweg.errors import ConfigError
 from thalweg.ops.registry import OpContext, Resolver
 from thalweg.parallel.mesh import Mesh
+from thalweg.parallel.shards import Shards
+from thalweg.quant import PLAIN, Scheme
+from thalweg.quant.scheme import Shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +23,7 @@ class BuildContext:
     mesh: Mesh
     resolver: Resolver
     state_dtype: str  # that recurrent states are stored in
-    quantization: str | None = field(default=None, kw_only=True)  # of the experts' weights
+    scheme: Scheme = PLAIN  # of the experts' weights
 
     @property
     def dtype_name(self) -> str:
@@ -35,11 +37,17 @@ class BuildContext:
         """The implementation that serves op `name` for these dimensions here."""
         return self.resolver.resolve(name, OpContext(self.device.type, self.dtype_name, dims))
 
-    def shard(self, size: int, what: str) -> int:
-        """This rank's share of a dimension of `size`. Raises ConfigError where ranks do not divide it."""
-        if size % self.mesh.tp_size:
-            raise ConfigError(f"{what} is {size}, which --tensor-parallel-size {self.mesh.tp_size} does not divide")
-        return size // self.mesh.tp_size
+    def stored(self, shape: Shape, parts: int = 1) -> dict[str, nn.Parameter]:
+        """Uninitialised parameters of an expert weight of `shape`, by suffix, as the scheme stores it."""
+        return {
+            s.suffix: self.weight(*s.shape, dtype=None if s.dtype == "model" else getattr(torch, s.dtype))
+            for s in self.scheme.stored(shape, parts)
+        }
+
+    @property
+    def shards(self) -> Shards:
+        """This rank's share of dimensions."""
+        return Shards(self.mesh.tp_rank, self.mesh.tp_size)
 
 
 LayerCache = Mapping[str, torch.Tensor]

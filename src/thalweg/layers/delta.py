@@ -43,7 +43,7 @@ class KimiDeltaAttention(nn.Module):
         self, ctx: BuildContext, *, width: int, heads: int, head_dim: int, rank: int, taps: int, eps: float
     ) -> None:
         super().__init__()
-        H, K = ctx.shard(heads, "linear_attn_config.num_heads"), head_dim
+        H, K = ctx.shards.count(heads, "the number of KDA heads"), head_dim
         self.H, self.K, self.R, self.eps = H, K, rank, eps
         self.split = [3 * H * K, H, 2 * rank]
         self.in_proj = NormLinear(ctx, width, sum(self.split), eps)

@@ -43,7 +43,7 @@ class MultiHeadLatentAttention(nn.Module):
         eps: float,
     ) -> None:
         super().__init__()
-        H = ctx.shard(heads, "num_attention_heads")
+        H = ctx.shards.count(heads, "num_attention_heads")
         self.H, self.nope, self.rope, self.value, self.rank = H, nope, rope, value, rank
         self.scale = (nope + rope) ** -0.5
         self.split = [H * (nope + rope), rank, rope]

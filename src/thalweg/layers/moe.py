@@ -5,18 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from thalweg.config.quantization import blocks
 from thalweg.layers.context import BuildContext
 from thalweg.layers.linear import LinearAdd, NormLinear
 from thalweg.layers.norm import NormWeight
+from thalweg.quant import PLAIN
 
 
 class SwiGLU(nn.Module):
-    """x + down(silu(gate n) * up n) with n = norm(x), its width sharded; `what` names that width in errors."""
+    """x + down(silu(gate n) * up n) with n = norm(x), its width sharded."""
 
-    def __init__(self, ctx: BuildContext, width: int, inner: int, eps: float, what: str) -> None:
+    def __init__(self, ctx: BuildContext, width: int, inner: int, eps: float) -> None:
         super().__init__()
-        local = ctx.shard(inner, what)
+        local = ctx.shards.count(inner, "intermediate_size")
         self.gate_up = NormLinear(ctx, width, 2 * local, eps)
         self.down = LinearAdd(ctx, local, width)
         self._act = ctx.op("silu_and_mul", I=local)
@@ -56,49 +56,33 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """Weights of all experts, each `inner` wide on this rank: the routed ones, then the shared ones."""
-
-    op = "experts"
+    """Weights of all experts, each `inner` wide on this rank, stored as the scheme says: the routed ones, then the
+    shared ones."""
 
     def __init__(self, ctx: BuildContext, width: int, routed: int, shared: int, inner: int) -> None:
         super().__init__()
-        self.shared = shared
-        self.mesh = ctx.mesh
-        self._make_weights(ctx, routed + shared, width, inner)
-        op = f"{self.op}_add" if ctx.mesh.tp_size == 1 else self.op
-        self._experts = ctx.op(op, E=routed + shared, D=width, I=inner)
-
-    def _make_weights(self, ctx: BuildContext, total: int, width: int, inner: int) -> None:
-        self.gate_up = ctx.weight(total, 2 * inner, width)
-        self.down = ctx.weight(total, width, inner)
+        self.shared, self.mesh = shared, ctx.mesh
+        total = routed + shared
+        stored = {
+            **{f"gate_up{suffix}": w for suffix, w in ctx.stored((total, 2 * inner, width), parts=2).items()},
+            **{f"down{suffix}": w for suffix, w in ctx.stored((total, width, inner)).items()},
+        }
+        for name, weight in stored.items():
+            self.register_parameter(name, weight)
+        self._names = tuple(stored)
+        op = "experts" if ctx.scheme is PLAIN else f"experts_{ctx.scheme.name}"
+        self._experts = ctx.op(f"{op}_add" if ctx.mesh.tp_size == 1 else op, E=total, D=width, I=inner)
 
     @property
     def weights(self) -> tuple[Tensor, ...]:
         """As the op takes them."""
-        return self.gate_up, self.down
+        return tuple(getattr(self, name) for name in self._names)
 
     def forward(self, normed_TD: Tensor, weights_Tk: Tensor, ids_Tk: Tensor, residual_TD: Tensor) -> Tensor:
         experts = (normed_TD, weights_Tk, ids_Tk, *self.weights)
         if self.mesh.tp_size == 1:
             return self._experts(*experts, residual_TD, num_shared=self.shared)
         return residual_TD + self.mesh.all_reduce(self._experts(*experts, num_shared=self.shared))
-
-
-class Fp8Experts(Experts):
-    """Experts whose weights are float8_e4m3fn, one float32 scale a block; gate and up have blocks of their own."""
-
-    op = "experts_fp8"
-
-    def _make_weights(self, ctx: BuildContext, total: int, width: int, inner: int) -> None:
-        fp8, f32 = torch.float8_e4m3fn, torch.float32
-        self.gate_up = ctx.weight(total, 2 * inner, width, dtype=fp8)
-        self.gate_up_scale = ctx.weight(total, 2 * blocks(inner), blocks(width), dtype=f32)
-        self.down = ctx.weight(total, width, inner, dtype=fp8)
-        self.down_scale = ctx.weight(total, blocks(width), blocks(inner), dtype=f32)
-
-    @property
-    def weights(self) -> tuple[Tensor, ...]:
-        return self.gate_up, self.gate_up_scale, self.down, self.down_scale
 
 
 class MoE(nn.Module):
@@ -132,8 +116,7 @@ class MoE(nn.Module):
             topk_groups=topk_groups,
             shared=shared,
         )
-        kind = Experts if ctx.quantization is None else Fp8Experts
-        self.experts = kind(ctx, width, experts, shared, ctx.shard(inner, "moe_intermediate_size"))
+        self.experts = Experts(ctx, width, experts, shared, ctx.shards.count(inner, "moe_intermediate_size"))
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return self.experts(*self.router(x_TD), x_TD)

@@ -1,4 +1,4 @@
-"""The model families, each a package with config.py, model.py and weights.py, looked up by name."""
+"""The model families, looked up by what config.json calls them. Importing this needs no torch."""
 
 from __future__ import annotations
 
@@ -7,25 +7,26 @@ from typing import Any
 
 from thalweg.config.hf import ConfigReader
 from thalweg.errors import UnsupportedError
+from thalweg.models.family import Family
+from thalweg.models.kimi_linear.family import KimiLinear
 
-# model_type in config.json -> package
-FAMILIES = {"kimi_linear": "thalweg.models.kimi_linear"}
-
-# architectures[0] in config.json -> model_type, for a config that gives no model_type
-ARCHITECTURES = {"KimiLinearForCausalLM": "kimi_linear"}
+FAMILIES: tuple[Family, ...] = (KimiLinear(),)
 
 
-def family(raw: Mapping[str, Any], where: str = "config.json") -> str:
-    """The package of the family that config.json names by model_type, or else by architectures.
+def family_of(raw: Mapping[str, Any], where: str = "config.json") -> Family:
+    """The family that config.json names by model_type, or else by architectures.
 
-    Raises UnsupportedError naming the known families.
+    Raises UnsupportedError naming the known model types.
     """
+    by_type = {name: family for family in FAMILIES for name in family.model_types}
+    by_architecture = {name: family for family in FAMILIES for name in family.architectures}
     reader = ConfigReader(raw, where)
     name = reader.get_str("model_type", None)
-    key = "model_type" if name is not None else "architectures"
+    if name is not None and name in by_type:
+        return by_type[name]
     if name is None:
-        architectures = reader.get_str_list("architectures", [])
-        name = next((ARCHITECTURES[a] for a in architectures if a in ARCHITECTURES), None)
-    if name not in FAMILIES:
-        raise UnsupportedError(f"{reader.error(key, 'one of ' + ', '.join(sorted(FAMILIES)))}")
-    return FAMILIES[name]
+        for architecture in reader.get_str_list("architectures", []):
+            if architecture in by_architecture:
+                return by_architecture[architecture]
+    key = "model_type" if name is not None else "architectures"
+    raise UnsupportedError(f"{reader.error(key, 'one of ' + ', '.join(sorted(by_type)))}")

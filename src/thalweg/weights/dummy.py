@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from thalweg.weights.place import put
+from thalweg.weights.fill import put
 from thalweg.weights.plan import Init, Target
 
 STD = 0.02  # of matrices

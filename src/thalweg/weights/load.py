@@ -14,7 +14,7 @@ from torch import Tensor
 
 from thalweg.errors import CheckpointError, UnsupportedError
 from thalweg.weights.checkpoint import Checkpoint
-from thalweg.weights.place import GetParam, put
+from thalweg.weights.fill import GetParam, put
 from thalweg.weights.plan import Source, Target, check_targets, checkpoint_shapes
 from thalweg.weights.safetensors import LOADABLE, unsupported_dtype
 
@@ -104,17 +104,14 @@ def check(plan: Sequence[Target], checkpoint: Checkpoint, ignore: Iterable[str] 
 
 
 def _params(plan: Sequence[Target], get_param: GetParam) -> dict[str, Tensor]:
-    """Every target's parameter, detached, its shape and dtype checked against the plan."""
+    """Every target's parameters, detached, their shapes and dtypes checked against the plan."""
     params = {}
     for target in plan:
-        param = get_param(target.name).detach()
-        if tuple(param.shape) != target.shape:
-            raise CheckpointError(
-                f"parameter {target.name} is {list(param.shape)}; the plan fills {list(target.shape)}"
-            )
-        if target.dtype == "float32" and param.dtype != torch.float32:
-            raise CheckpointError(f"parameter {target.name} is {param.dtype}; the plan says float32")
-        params[target.name] = param
-        if target.dtype == "fp8":
-            params[target.scale_name] = get_param(target.scale_name).detach()
+        for stored in target.parameters:
+            name = target.name + stored.suffix
+            param = params[name] = get_param(name).detach()
+            if tuple(param.shape) != stored.shape:
+                raise CheckpointError(f"parameter {name} is {list(param.shape)}; the plan fills {list(stored.shape)}")
+            if stored.dtype != "model" and param.dtype != getattr(torch, stored.dtype):
+                raise CheckpointError(f"parameter {name} is {param.dtype}; the plan says {stored.dtype}")
     return params

@@ -12,13 +12,10 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
-from thalweg.config.quantization import blocks
 from thalweg.errors import ConfigError
+from thalweg.quant.scheme import DTYPE_BYTES, PLAIN, Index, Range, Scheme, Shape, Stored
 
-Range = tuple[int, int]  # [start, stop)
-Index = int | Range
-Shape = tuple[int, ...]
-Dtype = Literal["model", "float32", "fp8"]
+Dtype = Literal["model", "float32"]
 Init = Literal["normal", "ones", "zeros", "a_log", "dt_bias"]
 
 
@@ -46,33 +43,13 @@ class Source:
         start, stop = self.shard
         return (*self.shape[: self.shard_dim], stop - start, *self.shape[self.shard_dim + 1 :])
 
-    @property
-    def index(self) -> tuple[int | slice, ...]:
-        """`into` as a tensor index; an empty one means the whole target."""
-        return tuple(i if isinstance(i, int) else slice(*i) for i in self.into) or (slice(None),)
-
-    @property
-    def scale_index(self) -> tuple[int | slice, ...]:
-        """Where the scales of this part stand among a quantized target's.
-
-        A range of rows is one of several equally high parts below one another, each with blocks of its own.
-        """
-        *entries, last = self.into
-        if isinstance(last, int):
-            return (*self.index,)
-        start, stop = last
-        height = blocks(stop - start)
-        first = start // (stop - start) * height
-        return (*(i if isinstance(i, int) else slice(*i) for i in entries), slice(first, first + height))
-
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One parameter on this rank: its local shape, its dtype ("model" follows --dtype) and what fills it.
+    """One weight on this rank: its local shape, its dtype ("model" follows --dtype), its scheme, and what fills it.
 
-    dtype "fp8" is float8_e4m3fn of [E, O, D], quantized as it is filled, with its blocks' scales in a float32 parameter
-    of its own. Where the sources leave something uncovered (vocabulary rows past the end on the last rank) it becomes
-    zero. `init` says how dummy weights are drawn.
+    It is one parameter, or several where its scheme stores it so. Where the sources leave something uncovered
+    (vocabulary rows past the end on the last rank) it becomes zero. `init` says how dummy weights are drawn.
     """
 
     name: str
@@ -80,6 +57,7 @@ class Target:
     sources: tuple[Source, ...]
     dtype: Dtype = "model"
     init: Init = "normal"
+    scheme: Scheme = PLAIN
 
     @property
     def covered(self) -> bool:
@@ -87,45 +65,12 @@ class Target:
         return sum(prod(s.local_shape) for s in self.sources) == prod(self.shape)
 
     @property
-    def scale_name(self) -> str:
-        """The parameter that holds a quantized target's scales."""
-        return f"{self.name}_scale"
-
-    @property
-    def scale_shape(self) -> Shape:
-        """[E, blocks of rows, blocks of columns]: the parts of an entry one below the other, whole blocks each."""
-        experts, rows, cols = self.shape
-        parts = len(self.sources) // experts
-        return (experts, parts * blocks(rows // parts), blocks(cols))
-
-
-@dataclass(frozen=True, slots=True)
-class Shards:
-    """This rank's share of dimensions under tensor parallelism."""
-
-    rank: int = 0
-    size: int = 1
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.rank < self.size:
-            raise ConfigError(f"tensor-parallel rank is {self.rank}; expected 0 to {self.size - 1}")
-
-    def count(self, total: int, what: str) -> int:
-        """total / size. Raises ConfigError when that is not whole; `what` names the dimension."""
-        if total % self.size:
-            raise ConfigError(f"--tensor-parallel-size is {self.size}; it must divide {what}, which is {total}")
-        return total // self.size
-
-    def even(self, total: int, what: str, unit: int = 1) -> Range:
-        """This rank's range of total * unit rows, cut between units (heads). Raises as count() does."""
-        n = self.count(total, what) * unit
-        return self.rank * n, (self.rank + 1) * n
-
-    def padded(self, total: int) -> tuple[int, Range]:
-        """Rows allocated on every rank, ceil(total / size), and the range of real rows here (may be
-        empty)."""
-        rows = -(-total // self.size)
-        return rows, (min(self.rank * rows, total), min((self.rank + 1) * rows, total))
+    def parameters(self) -> tuple[Stored, ...]:
+        """The parameters that hold it: `suffix` is added to the name, a dtype "model" is --dtype."""
+        if self.dtype != "model":
+            return (Stored("", self.shape, self.dtype),)
+        parts = max(1, len(self.sources) // self.shape[0]) if len(self.shape) == 3 else 1
+        return self.scheme.stored(self.shape, parts)
 
 
 def whole(
@@ -189,16 +134,15 @@ def check_targets(plan: Sequence[Target]) -> None:
 
 
 def local_elements(plan: Sequence[Target]) -> dict[str, int]:
-    """Elements this rank holds, by target dtype ("model", "float32", "fp8"; scales are "float32")."""
+    """Elements this rank holds, by stored dtype ("model", "float32", ...), scales included."""
     counts: Counter[str] = Counter()
     for target in plan:
-        counts[target.dtype] += prod(target.shape)
-        if target.dtype == "fp8":
-            counts["float32"] += prod(target.scale_shape)
+        for stored in target.parameters:
+            counts[stored.dtype] += prod(stored.shape)
     return dict(counts)
 
 
 def local_bytes(plan: Sequence[Target], model_bytes: int) -> int:
     """What the weights take on this rank, with `model_bytes` to an element of --dtype: known before they load."""
-    sizes = {"model": model_bytes, "float32": 4, "fp8": 1}
+    sizes = {"model": model_bytes, **DTYPE_BYTES}
     return sum(count * sizes[dtype] for dtype, count in local_elements(plan).items())

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from thalweg.bench.kernels.case import Builder, Case, Draw, Setting, candidates_of
 from thalweg.bench.kernels.shape import distinct_experts
-from thalweg.config.quantization import BLOCK
-from thalweg.ops.moe_fp8.blocks import quantize_experts
+from thalweg.quant.fp8 import BLOCK
+from thalweg.quant.fp8_blocks import quantize_experts
 
 EPS, PAGE_SIZE = 1e-5, 64
 ROUTED_SCALE = 2.446

@@ -79,7 +79,7 @@ def measure_case(case: Case, setting: Setting, ceilings: Ceilings) -> Iterator[M
 
 
 def _floor(case: Case, ceilings: Ceilings) -> dict[str, Any]:
-    bytes_s, flops_s = ceilings.floor_s(case.num_bytes, 0), ceilings.floor_s(0, case.flops)
+    bytes_s, flops_s = case.num_bytes / ceilings.bytes_per_s, case.flops / ceilings.flops_per_s
     return {
         "num_bytes": case.num_bytes,
         "flops": case.flops,

@@ -6,11 +6,11 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from thalweg.config.quantization import BLOCK
 from thalweg.ops.moe_fp8 import reference
 from thalweg.ops.registry import OpContext, register
 from thalweg.ops.toolchain import cuda_build
 from thalweg.ops.toolchain.triton_support import why_not
+from thalweg.quant.fp8 import BLOCK
 
 
 class ExpertsFp8(Protocol):

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from thalweg.config.quantization import BLOCK
 from thalweg.ops.moe.triton_finish import weighted_sum
 from thalweg.ops.moe_fp8 import steps_per_warp, triton_experts
 from thalweg.ops.toolchain.cuda_build import cuda_kernel
 from thalweg.ops.toolchain.triton_support import multiprocessors
+from thalweg.quant.fp8 import BLOCK
 
 SOURCE = Path(__file__).with_name("experts.cu")
 MAX_TOKENS = 16

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from thalweg.ops.moe import reference
-from thalweg.ops.moe_fp8.blocks import dequantize
+from thalweg.quant.fp8_blocks import dequantize
 
 
 def experts_fp8(

@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from thalweg.config.quantization import BLOCK as _BLOCK
 from thalweg.ops.moe.triton_grouped import SLICE, rows_per_block, sort_pairs, weighted_sum_kernel
 from thalweg.ops.moe_fp8.triton_tiles import store_half_row
 from thalweg.ops.toolchain.triton_dot import INTERPRETED, dot
+from thalweg.quant.fp8 import BLOCK as _BLOCK
 
 BLOCK = tl.constexpr(_BLOCK)
 LARGEST_SCALE = tl.constexpr(2.0**126)  # of which the inverse is a normal number

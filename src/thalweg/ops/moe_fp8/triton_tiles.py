@@ -16,9 +16,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from thalweg.config.quantization import BLOCK as _BLOCK
 from thalweg.ops.toolchain.triton_dot import dot
 from thalweg.ops.toolchain.triton_launch import pdl_options
+from thalweg.quant.fp8 import BLOCK as _BLOCK
 
 BLOCK = tl.constexpr(_BLOCK)
 TOKENS = 16  # of a tile

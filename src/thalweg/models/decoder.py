@@ -1,0 +1,100 @@
+"""The stack of every family: embedding, layers of a mixer and a feed-forward block, norm and head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from thalweg.cache.specs import LayerSpecs
+from thalweg.cache.storage import CacheStorage
+from thalweg.layers.batch import Batch
+from thalweg.layers.context import BuildContext, LayerCache
+from thalweg.layers.delta import KimiDeltaAttention
+from thalweg.layers.linear import VocabEmbedding, VocabHead
+from thalweg.layers.mla import MultiHeadLatentAttention
+from thalweg.layers.moe import MoE, SwiGLU
+from thalweg.models.family import DecoderConfig, FeedForward, LayerConfig, Mixer
+from thalweg.models.parts.kda import KdaDims
+from thalweg.models.parts.mlp import MlpDims
+
+MixerModule = KimiDeltaAttention | MultiHeadLatentAttention
+
+
+def _mixer(ctx: BuildContext, dims: Mixer, width: int, eps: float) -> MixerModule:
+    if isinstance(dims, KdaDims):
+        return KimiDeltaAttention(
+            ctx, width=width, eps=eps, heads=dims.heads, head_dim=dims.head_dim, rank=dims.rank, taps=dims.taps
+        )
+    return MultiHeadLatentAttention(
+        ctx,
+        width=width,
+        eps=eps,
+        heads=dims.heads,
+        rank=dims.rank,
+        nope=dims.nope,
+        rope=dims.rope,
+        value=dims.value,
+    )
+
+
+def _feed_forward(ctx: BuildContext, dims: FeedForward, width: int, eps: float) -> SwiGLU | MoE:
+    if isinstance(dims, MlpDims):
+        return SwiGLU(ctx, width, dims.inner, eps)
+    return MoE(
+        ctx,
+        width=width,
+        eps=eps,
+        experts=dims.experts,
+        inner=dims.inner,
+        shared=dims.shared,
+        top_k=dims.top_k,
+        renormalize=dims.renormalize,
+        scale=dims.scale,
+        groups=dims.groups,
+        topk_groups=dims.top_groups,
+    )
+
+
+class DecoderLayer(nn.Module):
+    """x_TD -> mlp(attn(x)); both add to the residual stream themselves."""
+
+    def __init__(self, ctx: BuildContext, layer: LayerConfig, width: int, eps: float) -> None:
+        super().__init__()
+        self.attn = _mixer(ctx, layer.mixer, width, eps)
+        self.mlp = _feed_forward(ctx, layer.mlp, width, eps)
+
+    def forward(self, x_TD: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
+        out_TD: Tensor = self.mlp(self.attn(x_TD, batch, cache))
+        return out_TD
+
+
+class Decoder(nn.Module):
+    """forward(batch, cache) -> logits [R, V] of the rows the batch names; the cache is updated in place."""
+
+    def __init__(self, ctx: BuildContext, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = VocabEmbedding(ctx, config.vocab.size, config.width)
+        self._stack = [DecoderLayer(ctx, layer, config.width, config.eps) for layer in config.layers]
+        self.layers = nn.ModuleList(self._stack)
+        self.lm_head = VocabHead(ctx, config.vocab.size, config.width, config.eps)
+        if config.vocab.tied:
+            self.lm_head.weight = self.embed.weight
+
+    @property
+    def cache_specs(self) -> list[LayerSpecs]:
+        return [layer.attn.cache_specs for layer in self._stack]
+
+    def one_of_each(self) -> list[int]:
+        """The first layer of each kind: between them they use every kernel of the stack."""
+        kinds = {layer: i for i, layer in reversed(list(enumerate(self.config.layers)))}
+        return sorted(kinds.values())
+
+    def forward(self, batch: Batch, cache: CacheStorage, layers: Sequence[int] | None = None) -> Tensor:
+        """`layers` are those to run, for a rehearsal; None runs all."""
+        x_TD: Tensor = self.embed(batch.token_ids_T)
+        for i in range(len(self._stack)) if layers is None else layers:
+            x_TD = self._stack[i](x_TD, batch, cache.layers[i])
+        logits_RV: Tensor = self.lm_head(x_TD if batch.logit_rows_R is None else x_TD[batch.logit_rows_R])
+        return logits_RV

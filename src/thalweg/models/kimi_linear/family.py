@@ -1,0 +1,67 @@
+"""Kimi-Linear's checkpoints: how they are recognised and what their tensors are called."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from thalweg.models.family import DecoderConfig
+from thalweg.models.kimi_linear.config import cut, read
+from thalweg.models.parts.kda import KdaDims
+from thalweg.models.parts.moe import MoeDims
+from thalweg.models.parts.part import Names
+
+_KDA = {
+    **{x: f"{x}_proj.weight" for x in ("q", "k", "v", "f_a", "g_a", "f_b", "g_b")},
+    **{f"{x}_conv": f"{x}_conv1d.weight" for x in "qkv"},
+    "beta": "b_proj.weight",
+    "A_log": "A_log",
+    "dt_bias": "dt_bias",
+    "out_norm": "o_norm.weight",
+    "out": "o_proj.weight",
+}
+_MLA = {
+    "q": "q_proj.weight",
+    "kv_a": "kv_a_proj_with_mqa.weight",
+    "kv_norm": "kv_a_layernorm.weight",
+    "kv_b": "kv_b_proj.weight",
+    "out": "o_proj.weight",
+}
+_MLP = {x: f"mlp.{x}_proj.weight" for x in ("gate", "up", "down")}
+_MOE = {
+    "router": "block_sparse_moe.gate.weight",
+    "bias": "block_sparse_moe.gate.e_score_correction_bias",
+    "gate": "block_sparse_moe.experts.{e}.w1.weight",
+    "up": "block_sparse_moe.experts.{e}.w3.weight",
+    "down": "block_sparse_moe.experts.{e}.w2.weight",
+    **{f"shared_{x}": f"block_sparse_moe.shared_experts.{x}_proj.weight" for x in ("gate", "up", "down")},
+}
+
+
+class KimiLinear:
+    """The family of Kimi-Linear-48B-A3B."""
+
+    model_types = ("kimi_linear",)
+    architectures = ("KimiLinearForCausalLM",)
+
+    def read(self, raw: Mapping[str, Any], where: str = "config.json") -> DecoderConfig:
+        return read(raw, where)
+
+    def cut(self, raw: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
+        return cut(raw, num_layers)
+
+    def vocab_names(self, config: DecoderConfig) -> Names:
+        return {"embed": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"}
+
+    def mixer_names(self, config: DecoderConfig, layer: int) -> Names:
+        at = f"model.layers.{layer}"
+        names = _KDA if isinstance(config.layers[layer].mixer, KdaDims) else _MLA
+        return {"norm": f"{at}.input_layernorm.weight", **{x: f"{at}.self_attn.{name}" for x, name in names.items()}}
+
+    def mlp_names(self, config: DecoderConfig, layer: int) -> Names:
+        at = f"model.layers.{layer}"
+        names = _MOE if isinstance(config.layers[layer].mlp, MoeDims) else _MLP
+        return {"norm": f"{at}.post_attention_layernorm.weight", **{x: f"{at}.{name}" for x, name in names.items()}}
+
+    def ignored(self, config: DecoderConfig) -> tuple[str, ...]:
+        return ("*.rotary_emb.inv_freq", *(("lm_head.weight",) if config.vocab.tied else ()))

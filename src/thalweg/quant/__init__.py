@@ -1,0 +1,19 @@
+"""How weights are stored when not in the model's dtype. One object per scheme; layers, weight plans, cost and `inspect`
+ask it, and nobody else knows a scheme by name. Importing this needs no torch."""
+
+from __future__ import annotations
+
+from thalweg.quant.fp8 import Fp8Blocks
+from thalweg.quant.scheme import PLAIN, Scheme
+
+__all__ = ["PLAIN", "QUANTIZATIONS", "Scheme", "scheme_named"]
+
+_SCHEMES: tuple[Scheme, ...] = (Fp8Blocks(),)
+
+QUANTIZATIONS = tuple(scheme.name for scheme in _SCHEMES)
+"""What --quantization takes."""
+
+
+def scheme_named(name: str | None) -> Scheme:
+    """The scheme of --quantization `name`; None is the model's own dtype. Raises KeyError for another name."""
+    return PLAIN if name is None else {scheme.name: scheme for scheme in _SCHEMES}[name]

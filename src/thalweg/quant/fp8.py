@@ -1,0 +1,54 @@
+"""Scheme "fp8": float8_e4m3fn with one float32 scale for each block of 128 x 128, quantized as weights are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from thalweg.quant.scheme import Index, Shape, Stored, tensor_index
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BLOCK = 128
+
+
+def blocks(size: int) -> int:
+    """How many blocks a dimension of `size` has; the last may be partial."""
+    return -(-size // BLOCK)
+
+
+class Fp8Blocks:
+    """Weights [E, O, D] of experts. Every part (gate, up) has blocks of its own, counted from its first row."""
+
+    name = "fp8"
+
+    def bytes_per_weight(self, model_bytes: int) -> float:
+        return 1 + 4 / BLOCK**2
+
+    def stored(self, shape: Shape, parts: int) -> tuple[Stored, ...]:
+        experts, rows, cols = shape
+        scales = (experts, parts * blocks(rows // parts), blocks(cols))
+        return Stored("", shape, "float8_e4m3fn"), Stored("_scale", scales, "float32")
+
+    def put(self, part: Tensor, into: tuple[Index, ...], stored: Sequence[Tensor]) -> None:
+        """The part is moved first and quantized where it is stored: no more than one part at a time is there in
+        another precision."""
+        from thalweg.quant.fp8_blocks import quantize
+
+        weight, scales = stored
+        place = weight[tensor_index(into)]
+        q, s = quantize(part.reshape(place.shape).to(place.device))
+        place.copy_(q)
+        scales[tensor_index(_scales_into(into))].copy_(s)
+
+
+def _scales_into(into: tuple[Index, ...]) -> tuple[Index, ...]:
+    """Where the scales of a part stand: a range of rows is one of several equally high parts below one another."""
+    *entries, last = into
+    if isinstance(last, int):
+        return into
+    start, stop = last
+    height = blocks(stop - start)
+    first = start // (stop - start) * height
+    return (*entries, (first, first + height))

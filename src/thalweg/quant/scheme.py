@@ -1,0 +1,67 @@
+"""What a scheme says of itself, and the scheme that stores weights as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Range = tuple[int, int]  # [start, stop)
+Index = int | Range
+Shape = tuple[int, ...]
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One tensor that a stored weight consists of: the parameter's name ends in `suffix`."""
+
+    suffix: str
+    shape: Shape
+    dtype: str  # "model" follows --dtype
+
+
+class Scheme(Protocol):
+    """How the elements of a weight [..., O, D] are stored. Its parts lie one below the other along O, equally high."""
+
+    @property
+    def name(self) -> str:
+        """As --quantization and op dims have it; "none" for weights in the model's dtype."""
+
+    def bytes_per_weight(self, model_bytes: int) -> float:
+        """Bytes that an element takes, scales included; `model_bytes` is what one of --dtype takes."""
+
+    def stored(self, shape: Shape, parts: int) -> tuple[Stored, ...]:
+        """The tensors of a weight of `shape` made of `parts` parts, in the order in which ops take them."""
+
+    def put(self, part: Tensor, into: tuple[Index, ...], stored: Sequence[Tensor]) -> None:
+        """Store a part in the model's or the checkpoint's dtype, in place. `into` indexes the leading dimensions of
+        the weight, an int picks an entry and a range keeps the dimension; () is all of it."""
+
+
+class Plain:
+    """Weights in the model's dtype: one tensor, no scales."""
+
+    name = "none"
+
+    def bytes_per_weight(self, model_bytes: int) -> float:
+        return float(model_bytes)
+
+    def stored(self, shape: Shape, parts: int) -> tuple[Stored, ...]:
+        return (Stored("", shape, "model"),)
+
+    def put(self, part: Tensor, into: tuple[Index, ...], stored: Sequence[Tensor]) -> None:
+        place = stored[0][tensor_index(into)]
+        place.copy_(part.reshape(place.shape))
+
+
+PLAIN = Plain()
+
+
+def tensor_index(into: tuple[Index, ...]) -> tuple[int | slice, ...]:
+    """`into` as a tensor takes it; an empty one means the whole."""
+    return tuple(i if isinstance(i, int) else slice(*i) for i in into) or (slice(None),)
