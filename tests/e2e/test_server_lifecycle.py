@@ -108,7 +108,8 @@ def test_a_client_that_does_not_read_does_not_keep_a_server_without_an_engine(
         command_line_server(tmp_path / "log", str(folder), code=ENGINE_DIED, tmp=tmp) as server,
         httpx.stream("POST", f"{server.url}/v1/completions", json=LONG, timeout=30) as response,
     ):
-        next(response.iter_lines())
+        lines = response.iter_lines()  # whose end would be the connection's
+        next(lines)
         os.kill(server.engine_pid(), signal.SIGKILL)
         server.process.wait(20)
 

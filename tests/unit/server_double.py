@@ -48,8 +48,8 @@ class ClientDouble:
     """Answers ANSWER and <eos>, whatever the prompt is, but for prompts that hold one of these words.
 
     FAIL: the request fails after two tokens. DIE: the engine is lost after two tokens. HANG: nothing comes after two
-    tokens. STUCK: its grammar gives up after two tokens. QUEUED: nothing comes at all. REFUSE: the engine does not
-    take it. WAITED, LATE: it waited or took too long.
+    tokens. STUCK: its grammar gives up after two tokens. QUEUED: nothing comes once it is taken in. REFUSE: the
+    engine does not take it. WAITED, LATE: it waited or took too long.
     """
 
     def __init__(
@@ -118,6 +118,7 @@ class ClientDouble:
         prompt, params, name = bytes(i for i in request.prompt_token_ids if i < 256), request.params, request.id
         if b"REFUSE" in prompt:
             raise InvalidRequest("the prompt has 9 tokens; expected at most 8 in all (--max-model-len)")
+        yield RequestUpdate(name, [])
         if b"WAITED" in prompt:
             raise QueueTimeout("the request waited for 1 s and was not begun (--queue-timeout)")
         if b"LATE" in prompt:

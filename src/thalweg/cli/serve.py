@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
+import msgspec
 import typer
 
 from thalweg.cli.options import engine_config, takes
 from thalweg.config import env
 from thalweg.config.engine import EngineConfig
-from thalweg.server.settings import MAX_QUEUED_REQUESTS
+from thalweg.errors import ConfigError
+from thalweg.server.settings import KEEP_ALIVE_SECONDS, MAX_QUEUED_REQUESTS, PING_SECONDS, Cors
 
 
 def _limit(**options: Any) -> Any:
     return typer.Option(rich_help_panel="Limits", **options)
+
+
+def _cors(**options: Any) -> Any:
+    return typer.Option(rich_help_panel="Pages of other sites (CORS); options may be repeated", **options)
 
 
 @takes(config=engine_config)
@@ -54,6 +60,21 @@ def serve(
     shutdown_timeout: Annotated[
         float, _limit(metavar="SECONDS", help="After SIGTERM or SIGINT, how long requests under way may finish.")
     ] = 30.0,
+    keep_alive_timeout: Annotated[
+        int, _limit(metavar="SECONDS", help="How long a connection may be idle; longer than a proxy keeps its own.")
+    ] = KEEP_ALIVE_SECONDS,
+    sse_ping_interval: Annotated[
+        float, _limit(metavar="SECONDS", help="How often a stream with nothing to say sends a comment; 0: never.")
+    ] = PING_SECONDS,
+    allowed_origins: Annotated[
+        list[str] | None,
+        _cors(metavar="ORIGIN", help="Sites whose pages may use the server, as https://HOST, or * for all. None else."),
+    ] = None,
+    allowed_methods: Annotated[list[str] | None, _cors(metavar="METHOD", help="Methods they may use; all.")] = None,
+    allowed_headers: Annotated[list[str] | None, _cors(metavar="HEADER", help="Headers they may send; all.")] = None,
+    allow_credentials: Annotated[
+        bool, _cors(help="Let their visitors' browsers send passwords by themselves; not with *.")
+    ] = False,
     log_level: Annotated[
         str | None,
         typer.Option(
@@ -77,5 +98,29 @@ def serve(
         queue_timeout=queue_timeout,
         request_timeout=request_timeout,
         shutdown_timeout=shutdown_timeout,
+        keep_alive_timeout=keep_alive_timeout,
+        sse_ping_interval=sse_ping_interval,
+        cors=Cors(
+            _listed("--allowed-origins", allowed_origins, ()),
+            _listed("--allowed-methods", allowed_methods, ("*",)),
+            _listed("--allowed-headers", allowed_headers, ("*",)),
+            allow_credentials,
+        ),
         log_level=log_level or env.read("THALWEG_LOG_LEVEL") or "warning",
     )
+
+
+def _listed(option: str, values: list[str] | None, default: tuple[str, ...]) -> tuple[str, ...]:
+    """Each value of an option is a name, names with commas between them, or a JSON list, as elsewhere."""
+    if values is None:
+        return default
+    names: list[str] = []
+    for value in values:
+        if value.lstrip().startswith("["):
+            try:
+                names += msgspec.json.decode(value, type=list[str])
+            except msgspec.DecodeError as e:
+                raise ConfigError(f"{option} is {value!r}; expected a JSON list of strings ({e})") from None
+        else:
+            names += [name.strip() for name in value.split(",")]
+    return tuple(name for name in names if name)

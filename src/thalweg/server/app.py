@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
 
 from thalweg import __version__
 from thalweg.engine.processes.client import EngineClient
 from thalweg.server import chat, completions, docs, errors, health, models, page, tokenization
 from thalweg.server.guard import Guard
+from thalweg.server.manners import REQUEST_ID, Manners
 from thalweg.server.service import Service, StartListener
-from thalweg.server.settings import ServerSettings
+from thalweg.server.settings import Cors, ServerSettings
 
 
 def create_app(client: EngineClient, settings: ServerSettings, on_started: StartListener | None = None) -> FastAPI:
@@ -35,7 +39,7 @@ def create_app(client: EngineClient, settings: ServerSettings, on_started: Start
             await client.close()
 
     # The framework's documentation pages would load scripts from elsewhere; docs.py has one that does not.
-    app = FastAPI(title="Thalweg", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = _App(settings.cors, title="Thalweg", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service = service
     errors.install(app)
     app.add_middleware(
@@ -47,3 +51,24 @@ def create_app(client: EngineClient, settings: ServerSettings, on_started: Start
     for room in (chat, completions, docs, models, tokenization, health, page):
         app.include_router(room.router)
     return app
+
+
+class _App(FastAPI):
+    """FastAPI, with what every answer has around all of it, so that answers to unforeseen errors have it too."""
+
+    def __init__(self, cors: Cors, **options: Any) -> None:
+        super().__init__(**options)
+        self._cors = cors
+
+    def build_middleware_stack(self) -> ASGIApp:
+        stack = super().build_middleware_stack()
+        if self._cors.origins:
+            stack = CORSMiddleware(
+                stack,
+                allow_origins=self._cors.origins,
+                allow_methods=self._cors.methods,
+                allow_headers=self._cors.headers,
+                allow_credentials=self._cors.credentials,
+                expose_headers=(REQUEST_ID.decode(), "Retry-After"),
+            )
+        return Manners(stack)

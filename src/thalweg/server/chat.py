@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import replace
 from functools import partial
@@ -52,11 +53,12 @@ async def chat_completions(body: ChatBody, request: Request, service: ServiceDep
     jobs = jobs_of(answer.id, [prompt_ids], params, body.n or 1, reader)
     grammar_of = "" if held is None else "functions" if use.functions and held.field == "tools" else held.field
     fields = body.spelled() | {"prompt": "messages", "grammar": grammar_of}
-    news = naming_fields(generate(service, jobs, arrived), fields)
+    taken = asyncio.Event()
+    news = naming_fields(generate(service, jobs, arrived, taken), fields)
     if not body.stream:
         return await whole(request, answer.whole(news))
     usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-    return await stream(request, answer.chunks(news, usage))
+    return await stream(request, answer.chunks(news, usage), taken, service.settings.ping_seconds)
 
 
 def _tool_use(body: ChatBody, service: Service) -> ToolUse:

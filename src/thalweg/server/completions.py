@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -65,11 +66,12 @@ async def completions(body: CompletionBody, request: Request, service: ServiceDe
     choices = [_Choice(service, i, job, echoes[i // n]) for i, job in enumerate(jobs)]
     completion = _Completion(service, response_id, sum(map(len, encoded)), choices)
     fields = body.spelled() | ({} if text is None else {"grammar": text.field})
-    news = naming_fields(generate(service, jobs, arrived), fields)
+    taken = asyncio.Event()
+    news = naming_fields(generate(service, jobs, arrived, taken), fields)
     if not body.stream:
         return await whole(request, completion.answer(news))
     usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-    return await stream(request, completion.chunks(news, usage))
+    return await stream(request, completion.chunks(news, usage), taken, service.settings.ping_seconds)
 
 
 class _Choice:

@@ -1,17 +1,12 @@
-"""Sockets that do not wait for ever: where the server listens, and when a connection counts as given up."""
+"""The socket that the server listens on, and when a connection counts as given up."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import socket
-from typing import Any
-
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from thalweg.errors import ConfigError
 
-HEADER_SECONDS = 30.0
 STALLED_SECONDS = 60
 MAX_FILES = 65_536
 _BACKLOG = 2048
@@ -53,32 +48,3 @@ def raise_file_limit() -> None:
         wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(MAX_FILES, hard)
         if soft != resource.RLIM_INFINITY and soft < wanted:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-class PromptProtocol(H11Protocol):
-    """uvicorn's HTTP, but a connection on which no request comes together within HEADER_SECONDS is closed."""
-
-    header_seconds = HEADER_SECONDS
-    _waiting: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
-        self._wait()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        if self._waiting is not None:
-            self._waiting.cancel()
-        super().connection_lost(exc)
-
-    def on_response_complete(self) -> None:
-        super().on_response_complete()
-        self._wait()
-
-    def _wait(self) -> None:
-        if self._waiting is not None:
-            self._waiting.cancel()
-        self._waiting = self.loop.call_later(self.header_seconds, self._close_unless_asked)
-
-    def _close_unless_asked(self) -> None:
-        if (self.cycle is None or self.cycle.response_complete) and not self.transport.is_closing():
-            self.transport.close()

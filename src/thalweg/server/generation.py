@@ -39,30 +39,42 @@ def jobs_of(
     return [Job(f"{response_id}-{i}", ids, own, reader()) for i, (ids, own) in enumerate(each)]
 
 
-async def generate(service: Service, jobs: list[Job], arrived: float) -> News:
-    """Every job's deltas as they come. Closing it, or the first error, ends all the jobs.
+async def generate(service: Service, jobs: list[Job], arrived: float, taken: asyncio.Event) -> News:
+    """Every job's deltas as they come. Closing it, or the first error, ends all the jobs. `taken` is set once the
+    engine has taken in all of them, from when on nothing of the request can be wrong.
 
     Raises ThalwegError, ApiError 429 when the queue is full, or ApiError 500 when a job failed while running.
     """
+    outside = len(jobs)
+
+    def begin(job: Job) -> AsyncGenerator[Delta]:
+        return _run(service, job, arrived, took)
+
+    def took() -> None:
+        nonlocal outside
+        outside -= 1
+        if not outside:
+            taken.set()
+
     with service.room_for(len(jobs)):
         if len(jobs) == 1:
-            async with aclosing(_run(service, jobs[0], arrived)) as deltas:
+            async with aclosing(begin(jobs[0])) as deltas:
                 async for delta in deltas:
                     yield 0, delta
         else:
-            async with aclosing(_merged(service, jobs, arrived)) as news:
+            async with aclosing(_merged(jobs, begin)) as news:
                 async for item in news:
                     yield item
 
 
-async def _merged(service: Service, jobs: list[Job], arrived: float) -> News:
+async def _merged(jobs: list[Job], begin: Callable[[Job], AsyncGenerator[Delta]]) -> News:
     # Bounded, so that what a slow client does not read piles up in one place, which gives up on it.
     queue: asyncio.Queue[tuple[int, Delta | Exception | None]] = asyncio.Queue(len(jobs))
 
     async def pump(index: int, job: Job) -> None:
         end: Exception | None = None
         try:
-            async with aclosing(_run(service, job, arrived)) as deltas:
+            async with aclosing(begin(job)) as deltas:
                 async for delta in deltas:
                     await queue.put((index, delta))
         except Exception as error:  # noqa: BLE001 -- raised again where the stream is read
@@ -96,11 +108,17 @@ async def naming_fields(news: News, fields: Mapping[str, str]) -> News:
             raise respelled(e, fields) from None
 
 
-async def _run(service: Service, job: Job, arrived: float) -> AsyncGenerator[Delta]:
+async def _run(service: Service, job: Job, arrived: float, took: Callable[[], None]) -> AsyncGenerator[Delta]:
+    """The deltas that have something to say; the first of all only says that the engine took the job in."""
     deltas = _failing(service.client.generate(job.prompt_token_ids, job.params, job.id, job.reader))
+    first = True
     async with aclosing(service.metrics.observed(deltas, arrived)) as observed:
         async for delta in observed:
-            yield delta
+            if first:
+                first = False
+                took()
+            if delta.token_ids or delta.finish_reason is not None or delta.prompt_logprobs is not None:
+                yield delta
 
 
 async def _failing(deltas: AsyncGenerator[Delta]) -> AsyncGenerator[Delta]:

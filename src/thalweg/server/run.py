@@ -17,9 +17,11 @@ from thalweg.config.engine import EngineConfig
 from thalweg.engine.processes.client import EngineClient, RequestLimits
 from thalweg.errors import ConfigError
 from thalweg.server.app import create_app
-from thalweg.server.connections import PromptProtocol, listen, raise_file_limit
+from thalweg.server.connections import listen, raise_file_limit
+from thalweg.server.manners import log_config
 from thalweg.server.parsers.formats import OutputFormat
-from thalweg.server.settings import MAX_HEADER_BYTES, MAX_QUEUED_REQUESTS, ServerSettings
+from thalweg.server.protocol import PromptProtocol
+from thalweg.server.settings import KEEP_ALIVE_SECONDS, MAX_QUEUED_REQUESTS, PING_SECONDS, Cors, ServerSettings
 
 MAX_QUEUED = 1_000_000
 LOG_LEVELS = ("critical", "error", "warning", "info", "debug")
@@ -42,17 +44,24 @@ def serve(
     queue_timeout: float | None = None,
     request_timeout: float | None = None,
     shutdown_timeout: float = SHUTDOWN_SECONDS,
+    keep_alive_timeout: int = KEEP_ALIVE_SECONDS,
+    sse_ping_interval: float = PING_SECONDS,
+    cors: Cors | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT, then let requests under way finish for up to `shutdown_timeout` seconds, end the
     others with an error, and return.
 
     `queue_timeout` and `request_timeout` are the seconds a request may wait for its slot and take in all; more than
-    `max_queued_requests` waiting sequences are refused. Port 0 takes a free one. Where it listens is printed once
-    requests can be served; "info" logs each request. Raises ConfigError for an option that cannot be honoured,
-    whatever kept the engine from starting, and EngineDeadError if the engine died later, once its requests were told.
+    `max_queued_requests` waiting sequences are refused. A connection may be idle for `keep_alive_timeout` seconds; a
+    stream with nothing to say sends a comment every `sse_ping_interval` seconds (0: never). Port 0 takes a free one.
+    Where it listens is printed once requests can be served; "info" logs each request.
+
+    Raises ConfigError for an option that cannot be honoured, whatever kept the engine from starting, and
+    EngineDeadError if the engine died later, once its requests were told.
     """
     _check(port, api_key, served_model_name, log_level)
     _check_limits(max_queued_requests, queue_timeout, request_timeout, shutdown_timeout)
+    _check_idle(keep_alive_timeout, sse_ping_interval)
     raise_file_limit()
     client = EngineClient(config, RequestLimits(queue_timeout, request_timeout))
     output = OutputFormat.of(client.codec, tool_call_parser, reasoning_parser)  # refuses a name early
@@ -62,6 +71,8 @@ def serve(
         max_queued_requests=max_queued_requests,
         tool_call_parser=tool_call_parser,
         reasoning_parser=reasoning_parser,
+        ping_seconds=sse_ping_interval,
+        cors=cors or Cors(),
     )
     failure: Exception | None = None
 
@@ -89,8 +100,9 @@ def serve(
             uvicorn.Config(
                 create_app(client, settings, on_started),
                 log_level=log_level,
+                log_config=log_config(log_level),
                 http=PromptProtocol,
-                h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+                timeout_keep_alive=keep_alive_timeout,
                 ws="none",
                 server_header=False,
                 timeout_graceful_shutdown=math.ceil(shutdown_timeout) + _LAST_WORDS_SECONDS,
@@ -167,6 +179,13 @@ def _check_limits(queued: int, queue: float | None, request: float | None, shutd
             raise ConfigError(f"--{option}-timeout is {seconds}; expected seconds above 0")
     if not 0 <= shutdown <= 1e6:
         raise ConfigError(f"--shutdown-timeout is {shutdown}; expected seconds, 0 or more")
+
+
+def _check_idle(keep_alive: int, ping: float) -> None:
+    if not 1 <= keep_alive <= 86_400:
+        raise ConfigError(f"--keep-alive-timeout is {keep_alive}; expected 1 to 86400 seconds")
+    if not (ping == 0 or 0.1 <= ping <= 1e6):
+        raise ConfigError(f"--sse-ping-interval is {ping}; expected seconds, 0.1 or more, or 0 for none")
 
 
 def _url(host: str, port: int) -> str:

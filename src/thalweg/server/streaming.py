@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable
-from contextlib import aclosing
 from typing import Any
 
 from fastapi import Request
 from starlette.responses import Response, StreamingResponse
-from starlette.types import Send
+from starlette.types import Message, Send
 
 from thalweg.errors import ThalwegError
 from thalweg.server.errors import ApiError, told
@@ -19,6 +18,7 @@ from thalweg.server.responses import encode, json_response
 _log = logging.getLogger(__name__)
 
 DONE = b"data: [DONE]\n\n"
+PING = b": keep-alive\n\n"  # a comment, which clients pass over
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 _CLIENT_GONE = 499  # nobody reads it; access logs do
 
@@ -28,18 +28,29 @@ def event(data: Any) -> bytes:
     return b"data: " + encode(data) + b"\n\n"
 
 
-async def stream(request: Request, chunks: AsyncGenerator[Any]) -> Response:
+async def stream(request: Request, chunks: AsyncGenerator[Any], taken: asyncio.Event, ping_seconds: float) -> Response:
     """`chunks` as events, [DONE] at the end.
 
-    The response begins with the first chunk, so what fails before it has a status of its own. A later error is the
-    last event. When the client leaves, `chunks` is closed.
+    The response begins once the request is `taken` in, so what is wrong with it has a status of its own; after
+    `ping_seconds` it begins in any case. A later error is the last event. Whenever there was nothing to say for
+    `ping_seconds` (0: never), a comment goes out, so that proxies do not take the connection for dead. When the client
+    leaves, `chunks` is closed.
     """
+    first = asyncio.ensure_future(anext(chunks))
+    begun, gone = asyncio.ensure_future(taken.wait()), asyncio.ensure_future(_disconnected(request))
+    keep = False
     try:
-        first = await _unless_gone(request, anext(chunks))
-    except ClientGone:
-        await chunks.aclose()
-        return Response(status_code=_CLIENT_GONE)
-    return _EventStream(_events(request, first, chunks))
+        await asyncio.wait([first, begun, gone], timeout=ping_seconds or None, return_when=asyncio.FIRST_COMPLETED)
+        if gone.done() and not first.done():
+            return Response(status_code=_CLIENT_GONE)
+        if first.done():
+            first.result()  # raises what has a status of its own
+        keep = True
+    finally:
+        await _end(begun, gone, *(() if keep else (first,)))
+        if not keep:
+            await chunks.aclose()
+    return _EventStream(request, first, chunks, ping_seconds)
 
 
 async def whole(request: Request, body: Awaitable[Any]) -> Response:
@@ -58,20 +69,44 @@ class _EventStream(StreamingResponse):
     """Closes its generator when the response ends, however it ends; left to the garbage collector, sequences would
     go on decoding for nobody."""
 
-    def __init__(self, events: AsyncGenerator[bytes]) -> None:
-        super().__init__(events, headers=_HEADERS, media_type="text/event-stream")
-        self._events = events
+    def __init__(
+        self, request: Request, first: asyncio.Future[Any], rest: AsyncGenerator[Any], ping_seconds: float
+    ) -> None:
+        super().__init__(self._events(request), headers=_HEADERS, media_type="text/event-stream")
+        self._first, self._rest, self._ping_seconds = first, rest, ping_seconds
 
     async def stream_response(self, send: Send) -> None:
-        async with aclosing(self._events):
-            await super().stream_response(send)
+        loop = asyncio.get_running_loop()
+        pings: asyncio.Task[None] | None = None
+        last = loop.time()
 
+        async def timed(message: Message) -> None:
+            nonlocal last
+            last = loop.time()
+            if pings is not None and not message.get("more_body", True):
+                pings.cancel()  # nothing may follow
+            await send(message)
 
-async def _events(request: Request, first: Any, rest: AsyncGenerator[Any]) -> AsyncGenerator[bytes]:
-    async with aclosing(rest):
+        async def ping() -> None:
+            while True:
+                await asyncio.sleep(last + self._ping_seconds - loop.time())
+                if loop.time() - last >= self._ping_seconds:
+                    await timed({"type": "http.response.body", "body": PING, "more_body": True})
+
+        if self._ping_seconds:
+            pings = asyncio.create_task(ping())
         try:
-            yield event(first)
-            async for chunk in rest:
+            await super().stream_response(timed)
+        finally:
+            if pings is not None:
+                pings.cancel()
+            if not self._first.cancel():  # which, while it runs, ends the generator with it
+                await self._rest.aclose()
+
+    async def _events(self, request: Request) -> AsyncGenerator[bytes]:
+        try:
+            yield event(await self._first)
+            async for chunk in self._rest:
                 yield event(chunk)
         except Exception as error:  # noqa: BLE001 -- the status is sent; an event is what is left to say it with
             if not isinstance(error, (ApiError, ThalwegError)):
@@ -79,6 +114,12 @@ async def _events(request: Request, first: Any, rest: AsyncGenerator[Any]) -> As
             yield event(told(request, error).body())
         else:
             yield DONE
+
+
+async def _end(*tasks: asyncio.Future[Any]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _unless_gone(request: Request, work: Awaitable[Any]) -> Any:
@@ -90,9 +131,7 @@ async def _unless_gone(request: Request, work: Awaitable[Any]) -> Any:
             raise ClientGone
         return task.result()
     finally:
-        for each in (task, gone):
-            each.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
+        await _end(task, gone)
 
 
 async def _disconnected(request: Request) -> None:

@@ -103,7 +103,8 @@ class EngineClient:
         request_id: str | None = None,
         reader: TextReader | None = None,
     ) -> AsyncGenerator[Delta, None]:
-        """Each step's news of one request, to its end. Leaving early aborts it. `reader`: see OutputProcessor.add.
+        """Each step's news of one request, to its end; the first has nothing but that the engine took it in. Leaving
+        early aborts it. `reader`: see OutputProcessor.add.
 
         Raises InvalidRequest when the engine refuses it, QueueTimeout or RequestTimeout when it takes too long,
         EngineDeadError when the engine is or gets lost.

@@ -103,6 +103,7 @@ class EngineProcess:
             sys.excepthook(*sys.exc_info())
             self._refuse(request.id, ThalwegError(f"the engine could not take the request in: {type(e).__name__}"))
         else:
+            self._send([RequestUpdate(request.id, [])])  # it is taken in, and can wait
             if self._queue_timeout_s is not None:
                 self._queued[request.id] = time.monotonic() + self._queue_timeout_s
 
