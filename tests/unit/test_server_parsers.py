@@ -17,7 +17,7 @@ from thalweg.server.parsers.marks import MARK_OF, Spelled
 from thalweg.server.parsers.reader import Reader
 from thalweg.server.parsers.thinking import Thinking
 
-TYPES = {"f": {"a": "string", "b": "integer"}}
+SCHEMAS = {"f": {"properties": {"a": {"type": "string"}, "b": {"type": "integer"}}}}
 
 
 def ids() -> Callable[[], str]:
@@ -28,7 +28,7 @@ def ids() -> Callable[[], str]:
 PARSERS: dict[str, Callable[[], CallParser]] = {
     "kimi_k2": lambda: kimi_k2.KimiK2(ids()),
     "hermes": lambda: hermes.Hermes(ids()),
-    "qwen3_coder": lambda: qwen3_coder.Qwen3Coder(ids(), TYPES),
+    "qwen3_coder": lambda: qwen3_coder.Qwen3Coder(ids(), SCHEMAS),
 }
 
 
@@ -58,6 +58,14 @@ def read(name: str, pieces: list[str], begun: bool = False) -> list[Event]:
 
 def call(index: int, name: str, arguments: str, call_id: str | None = None) -> list[Event]:
     return [CallBegin(index, call_id or f"call_{index}", name), CallArguments(index, arguments)]
+
+
+def arguments_of(events: list[Event]) -> list[str]:
+    """Of each call in order."""
+    begun = [e.index for e in events if isinstance(e, CallBegin)]
+    assert begun == list(range(len(begun)))
+    pieces = [(e.index, e.text) for e in events if isinstance(e, CallArguments)]
+    return ["".join(text for index, text in pieces if index == i) for i in begun]
 
 
 KIMI = (
@@ -102,7 +110,7 @@ def test_hermes() -> None:
 def test_calls_that_a_model_gave_one_id_have_ids_of_their_own() -> None:
     written = '<|tool_call_begin|>functions.f:7<|tool_call_argument_begin|>{"a": 1}<|tool_call_end|>'
     events = read("kimi_k2", [marked(written * 2)])
-    assert [e.id for e in events if isinstance(e, CallBegin)] == ["functions.f:7", "call_0"]
+    assert [e.id for e in events if isinstance(e, CallBegin)] == ["functions.f:7", "functions.f:8"]
 
 
 def test_qwen3_coder() -> None:
@@ -115,16 +123,19 @@ def test_qwen3_coder() -> None:
 @pytest.mark.parametrize(
     ("name", "text", "content"),
     [
-        ("kimi_k2", "<|tool_call_begin|>functions.f:0<|tool_call_end|> b", "functions.f:0 b"),
+        ("kimi_k2", "<|tool_call_begin|>f<|tool_call_end|> b", "f b"),
+        ("kimi_k2", "<|tool_calls_section_begin|> Hello.<|tool_calls_section_end|>", " Hello."),
         ("kimi_k2", '<|tool_call_begin|>two words<|tool_call_argument_begin|>{"a": 1}', 'two words{"a": 1}'),
         ("kimi_k2", "<|tool_call_begin|>f<|tool_call_argument_begin|>[1]<|tool_call_end|>", "f[1]"),
         ("kimi_k2", "<|tool_call_begin|>functions.f", "functions.f"),
         ("kimi_k2", "a<|tool_calls_section_end|><|tool_call_end|>b </think>", "ab "),
         ("hermes", "<tool_call>not JSON</tool_call>", "not JSON"),
+        ("hermes", '<tool_call>{"name": "get_wea', '{"name": "get_wea'),
         ("hermes", '<tool_call>{"name": 3, "arguments": {}}</tool_call>', '{"name": 3, "arguments": {}}'),
         ("hermes", '<tool_call>{"name": "f", "arguments": [1]}', '{"name": "f", "arguments": [1]}'),
         ("hermes", "<tool_call>" + "[" * 10_000 + "</tool_call>", "[" * 10_000),
         ("qwen3_coder", "<tool_call>\nf(1)\n</tool_call>", "\nf(1)"),
+        ("qwen3_coder", "<tool_call>a</function><parameter=x>b</tool_call>", "a</function><parameter=x>b"),
         ("hermes", " a \n", " a \n"),
     ],
 )
@@ -139,7 +150,7 @@ def test_reasoning_that_the_prompt_began() -> None:
     cut = read(
         "kimi_k2", [marked("so <|tool_calls_section_begin|><|tool_call_begin|>f<|tool_call_argument_begin|>{")], True
     )
-    assert cut == [Reasoning("so"), *call(0, "f", "{", "f")]
+    assert cut == [Reasoning("so"), *call(0, "f", "{}", "functions.f:0")]
 
 
 FRAGMENTS = [*MARK_OF.values(), *'{}[]"\\:, \n', "functions.f:0", '{"name": "f", "arguments": ', '{"a": 1}', "é模"]
@@ -162,6 +173,8 @@ def test_any_split_gives_the_same_and_no_marker_leaks(name: str, text: str, begu
     for event in whole:
         shown = event.name + event.id if isinstance(event, CallBegin) else event.text
         assert not set(shown) & set(MARK_OF.values())
+    for arguments in arguments_of(whole):
+        assert isinstance(json.loads(arguments), dict)
 
 
 JSON = st.recursive(

@@ -1,4 +1,4 @@
-"""What parsers of tool calls have in common: the text around calls, and where a JSON object ends."""
+"""What parsers of tool calls have in common."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from thalweg.server.parsers.events import CallArguments, CallBegin, Content, Event
 from thalweg.server.parsers.marks import THINK, THINK_END, pieces
+from thalweg.server.parsers.objects import ObjectWriter
 
 NewId = Callable[[], str]
 
@@ -19,7 +20,8 @@ def new_call_id() -> str:
 class CallParser(ABC):
     """Marked text in, in pieces of any size; content and tool calls out. The same whatever the pieces are.
 
-    It never raises: what does not parse is content. Markers never are.
+    It never raises: what cannot be read as a call is content; markers never are. A call's arguments are an object of
+    JSON, whatever the model wrote and wherever the output ended.
     `new_id` names calls in formats whose calls have no id of their own.
     """
 
@@ -27,6 +29,7 @@ class CallParser(ABC):
         self._new_id = new_id
         self._events: list[Event] = []
         self._num_calls = 0
+        self._writer: ObjectWriter | None = None  # of arguments that are coming
 
     def feed(self, marked: str) -> list[Event]:
         for text, marker in pieces(marked):
@@ -49,9 +52,9 @@ class CallParser(ABC):
     @abstractmethod
     def _marker(self, marker: str) -> None: ...
 
-    @abstractmethod
     def _in_arguments(self) -> bool:
         """Whether arguments have begun and not ended: there a mark of reasoning is left out, and ends no call."""
+        return self._writer is not None
 
     @abstractmethod
     def _close(self) -> None:
@@ -70,36 +73,21 @@ class CallParser(ABC):
         if text:
             self._events.append(CallArguments(self._num_calls - 1, text))
 
+    def _write(self, text: str) -> str:
+        """Text of the arguments that are coming, the first of which begins with "{"; what stands behind them."""
+        if self._writer is None:
+            return text
+        out, end = self._writer.feed(text)
+        self._arguments(out)
+        if self._writer.done:
+            self._writer = None
+        return text[end:]
+
+    def _end_arguments(self) -> None:
+        if self._writer is not None:
+            self._arguments(self._writer.end())
+            self._writer = None
+
     def _taken(self) -> list[Event]:
         taken, self._events = self._events, []
         return taken
-
-
-class ObjectScanner:
-    """Finds the end of a JSON object in a text that comes in pieces. It looks at brackets and strings alone."""
-
-    def __init__(self) -> None:
-        self._depth = 0
-        self._in_string = self._escaped = False
-        self.done = False
-
-    def feed(self, text: str) -> int:
-        """How many characters of `text` belong to the object, which begins with the first one fed."""
-        for i, char in enumerate(text):
-            if self._in_string:
-                if self._escaped:
-                    self._escaped = False
-                elif char == "\\":
-                    self._escaped = True
-                elif char == '"':
-                    self._in_string = False
-            elif char == '"':
-                self._in_string = True
-            elif char in "{[":
-                self._depth += 1
-            elif char in "}]":
-                self._depth -= 1
-                if self._depth <= 0:
-                    self.done = True
-                    return i + 1
-        return len(text)

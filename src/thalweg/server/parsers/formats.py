@@ -25,35 +25,29 @@ Tools = Sequence[Mapping[str, Any]]  # as requests bring them, checked
 class CallFormat:
     name: str
     markers: tuple[str, ...]
-    sign: str  # what a chat template of this format has in it
+    signs: tuple[str, ...]  # all of which a chat template of this format has in it
     parser: Callable[[NewId, Tools], CallParser]
     lark: Callable[[Tools, Mapping[str, int], bool], str]  # rules of a grammar: `calls`, of one call or of several
 
 
-def _types(tools: Tools) -> dict[str, dict[str, Any]]:
-    """{function: {parameter: its schema's "type"}}"""
-    types: dict[str, dict[str, Any]] = {}
-    for tool in tools:
-        parameters = tool["function"].get("parameters") or {}
-        properties = parameters.get("properties")
-        if isinstance(properties, dict):
-            known = {key: s.get("type") for key, s in properties.items() if isinstance(s, dict)}
-            types[tool["function"]["name"]] = known
-    return types
+def _parameters(tools: Tools) -> dict[str, Mapping[str, Any]]:
+    """{function: the schema of its parameters}"""
+    return {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools}
 
 
 # In the order in which a template's text is searched for their signs.
 CALL_FORMATS = (
-    CallFormat("kimi_k2", kimi_k2.MARKERS, KIMI_CALL, lambda new_id, tools: kimi_k2.KimiK2(new_id), kimi_k2.lark),
+    CallFormat("kimi_k2", kimi_k2.MARKERS, (KIMI_CALL,), lambda new_id, tools: kimi_k2.KimiK2(new_id), kimi_k2.lark),
     CallFormat(
         "qwen3_coder",
         qwen3_coder.MARKERS,
-        "<function=",
-        lambda new_id, tools: qwen3_coder.Qwen3Coder(new_id, _types(tools)),
+        (CALL, "<function="),
+        lambda new_id, tools: qwen3_coder.Qwen3Coder(new_id, _parameters(tools)),
         qwen3_coder.lark,
     ),
-    CallFormat("hermes", hermes.MARKERS, CALL, lambda new_id, tools: hermes.Hermes(new_id), hermes.lark),
+    CallFormat("hermes", hermes.MARKERS, (CALL,), lambda new_id, tools: hermes.Hermes(new_id), hermes.lark),
 )
+_OTHER_FORMATS = ("<arg_key>",)  # signs of formats that share markers with these and are not read here
 TOOL_CALL_PARSERS = ("auto", "none", *(f.name for f in CALL_FORMATS))
 REASONING_PARSERS = ("auto", "none", "think")
 
@@ -77,7 +71,8 @@ class OutputFormat:
                 raise ConfigError(f"{option} is {value!r}; expected one of {', '.join(names)}")
         template = "" if codec.template is None else codec.template.tool_source
         if tool_call_parser == "auto":
-            calls = next((f for f in CALL_FORMATS if f.sign in template), None)
+            known = () if any(sign in template for sign in _OTHER_FORMATS) else CALL_FORMATS
+            calls = next((f for f in known if all(sign in template for sign in f.signs)), None)
         else:
             calls = next((f for f in CALL_FORMATS if f.name == tool_call_parser), None)
         reasons = THINK_END in template if reasoning_parser == "auto" else reasoning_parser == "think"

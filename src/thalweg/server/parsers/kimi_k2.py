@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from thalweg.server.parsers.calls import CallParser, NewId, ObjectScanner
+from thalweg.server.parsers.calls import CallParser, NewId
 from thalweg.server.parsers.lark import arguments_schema, json_lark, literal, marker_lark
 from thalweg.server.parsers.marks import (
     KIMI_ARGUMENTS,
@@ -18,11 +18,12 @@ from thalweg.server.parsers.marks import (
     KIMI_SECTION,
     KIMI_SECTION_END,
 )
+from thalweg.server.parsers.objects import ObjectWriter, object_in
 
 MARKERS = (KIMI_SECTION, KIMI_SECTION_END, KIMI_CALL, KIMI_ARGUMENTS, KIMI_CALL_END)
 MAX_NAME_CHARS = 256
 
-_ID = re.compile(r"(?:functions\.)?(?P<name>[A-Za-z0-9_.-]+?)(?::\d+)?")
+_ID = re.compile(r"(?P<prefix>functions\.)?(?P<name>[A-Za-z0-9_.-]+?)\s*(?::\s*(?P<index>[0-9]{1,9}))?")
 
 
 def lark(tools: Sequence[Mapping[str, Any]], added_tokens: Mapping[str, int], parallel: bool) -> str:
@@ -38,65 +39,95 @@ def lark(tools: Sequence[Mapping[str, Any]], added_tokens: Mapping[str, int], pa
 
 
 class KimiK2(CallParser):
+    """Ids come out as `functions.NAME:INDEX`, which the model's template expects back, with an index of their own.
+
+    Whatever is missing of the markers: text within a section, or after the beginning of a call, is an id.
+    """
+
     def __init__(self, new_id: NewId) -> None:
         super().__init__(new_id)
         self._ids: set[str] = set()
-        self._in_id = False  # between the beginning of a call and that of its arguments
-        self._id = ""
-        self._pending: tuple[str, str] | None = None  # name and id of a call whose arguments have not begun
-        self._scanner: ObjectScanner | None = None  # of the arguments
+        self._in_section = False
+        self._id: str | None = None  # what came of an id; None where none is expected
+        self._match: re.Match[str] | None = None  # the id of a call whose arguments are expected
+        self._strange: list[str] = []  # what came instead of an object
+        self._in_tail = False  # behind the arguments, where brackets may be left over
 
     def _text(self, text: str) -> None:
-        if self._in_id:
-            self._id += text
+        if self._id is not None:
+            self._id_text(text)
             return
-        if self._pending is not None:
-            text = text.lstrip()
+        if self._match is not None:
+            if not self._strange:
+                text = text.lstrip()
+            if self._strange or text[:1] not in ("", "{"):
+                self._strange.append(text)
+                return
             if not text:
                 return
-            name, call_id = self._pending
-            self._pending = None
-            if text[0] == "{":
-                self._call(name, call_id)
-                self._scanner = ObjectScanner()
-            else:
-                self._content(call_id)  # no arguments, so no call
-        if self._scanner is not None and not self._scanner.done:
-            end = self._scanner.feed(text)
-            self._arguments(text[:end])
-            text = text[end:]
+            self._open(self._match)
+        in_arguments = self._writer is not None
+        text = self._write(text)
+        self._in_tail |= in_arguments and self._writer is None
+        if self._in_tail:
+            text = text.lstrip("}], \t\r\n")
+            self._in_tail = not text
         self._content(text)
 
-    def _marker(self, marker: str) -> None:
-        if marker == KIMI_ARGUMENTS and self._in_id:
-            self._in_id = False
-            call_id = self._id.strip()
-            match = _ID.fullmatch(call_id) if len(call_id) <= MAX_NAME_CHARS else None
-            if match is None:
-                self._content(self._id)
-            else:
-                self._pending = match["name"], call_id
+    def _id_text(self, text: str) -> None:
+        assert self._id is not None
+        self._id += text
+        brace = self._id.find("{")
+        if brace < 0 and len(self._id) <= MAX_NAME_CHARS:
             return
-        if marker == KIMI_CALL_END and self._pending is not None:
-            name, call_id = self._pending
-            self._call(name, call_id)  # a function without parameters
-            self._arguments("{}")
-            self._pending = None
+        seen, self._id = self._id, None
+        match = _matched(seen[:brace]) if brace >= 0 else None
+        if match is None:
+            self._content(seen)
+        else:  # the marker of the arguments is missing
+            self._match = match
+            self._text(seen[brace:])
+
+    def _marker(self, marker: str) -> None:
+        if marker == KIMI_ARGUMENTS and self._id is not None and (match := _matched(self._id)) is not None:
+            self._match, self._id = match, None
+            return
+        if self._id is not None and (match := _matched(self._id)) is not None and (match["prefix"] or match["index"]):
+            self._match, self._id = match, None  # a whole id without arguments
         self._close()
-        if marker == KIMI_CALL:
-            self._in_id, self._id = True, ""
+        if marker == KIMI_SECTION:
+            self._in_section = True
+        elif marker == KIMI_SECTION_END:
+            self._in_section = False
+        if marker == KIMI_CALL or self._in_section:
+            self._id = ""
 
-    def _call(self, name: str, call_id: str) -> None:
+    def _open(self, match: re.Match[str]) -> None:
         # A model may give two calls one id, and whoever answers them could not tell them apart.
-        self._begin(name, None if call_id in self._ids else call_id)
+        index = self._num_calls if match["index"] is None else int(match["index"])
+        while (call_id := f"functions.{match['name']}:{index}") in self._ids:
+            index += 1
         self._ids.add(call_id)
-
-    def _in_arguments(self) -> bool:
-        return self._scanner is not None and not self._scanner.done
+        self._begin(match["name"], call_id)
+        self._match, self._writer = None, ObjectWriter()
 
     def _close(self) -> None:
-        if self._in_id:
-            self._content(self._id)
-        if self._pending is not None:
-            self._content(self._pending[1])
-        self._in_id, self._pending, self._scanner = False, None, None
+        self._end_arguments()
+        self._in_tail = False
+        seen, self._id = self._id, None
+        self._content(seen or "")
+        strange, self._strange = "".join(self._strange), []
+        if self._match is not None:
+            arguments = object_in(strange)
+            if arguments is None:
+                self._content(self._match[0] + strange)
+                self._match = None
+            else:
+                self._open(self._match)
+                self._write(arguments)
+                self._end_arguments()
+
+
+def _matched(text: str) -> re.Match[str] | None:
+    text = text.strip()
+    return _ID.fullmatch(text) if len(text) <= MAX_NAME_CHARS else None

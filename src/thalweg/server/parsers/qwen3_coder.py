@@ -5,21 +5,25 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from thalweg.server.parsers.calls import CallParser, NewId
+from thalweg.server.parsers.coerce import coerce
 from thalweg.server.parsers.lark import arguments_schema, json_lark, literal, marker_lark
 from thalweg.server.parsers.marks import CALL, CALL_END
+from thalweg.server.parsers.objects import to_json
 
 MARKERS = (CALL, CALL_END)
 MAX_NAME_CHARS = 256
 
-_FUNCTION = re.compile(r"\s*<function=([^<>\s]+)>")
-_PARAMETER = re.compile(r"\s*<parameter=([^<>\s]+)>")
-_PARAMETER_END, _FUNCTION_END = "</parameter>", "</function>"
+MAX_TAG_CHARS = MAX_NAME_CHARS + len("<parameter=>")
+
+_FUNCTION_END = "</function>"
+_NAME = rf"[^<>\s]{{1,{MAX_NAME_CHARS}}}"
+_TAG = re.compile(rf"<function=(?P<function>{_NAME})>|<parameter=(?P<parameter>{_NAME})>|</parameter>|</function>")
+_CUT_TAG = re.compile(rf"<(?:(?:function|parameter)=(?:{_NAME})?|/?[a-z]*)")
 
 
 def lark(tools: Sequence[Mapping[str, Any]], added_tokens: Mapping[str, int], parallel: bool) -> str:
@@ -50,93 +54,98 @@ def lark(tools: Sequence[Mapping[str, Any]], added_tokens: Mapping[str, int], pa
 class Qwen3Coder(CallParser):
     """Arguments come one parameter at a time, as JSON of the type that the tool's schema gives the parameter.
 
-    `types`: {function: {parameter: its schema's "type"}}.
+    A value ends where the next tag begins, so that missing ends do no harm. `parameters`: {function: the schema of
+    its parameters}.
     """
 
-    def __init__(self, new_id: NewId, types: Mapping[str, Mapping[str, Any]]) -> None:
+    def __init__(self, new_id: NewId, parameters: Mapping[str, Mapping[str, Any]]) -> None:
         super().__init__(new_id)
-        self._types = types
-        self._buffer: str | None = None  # what came of a call and was not used yet; None outside of calls
-        self._name: str | None = None  # of the function, once it is known
+        self._schemas = parameters
+        self._in_block = False
+        self._before: list[str] = []  # text since the last tag
+        self._buffer = ""  # its end, which may be the beginning of a tag
+        self._beside: list[str] = []  # what came in the block before its first call
+        self._called = False  # in this block
+        self._name: str | None = None  # of the function, until its end
         self._key: str | None = None  # of the parameter whose value is coming
         self._keys: set[str] = set()
-        self._searched = 0  # in the buffer there is no end of the value before here
 
     def _text(self, text: str) -> None:
-        if self._buffer is None:
+        if not self._in_block:
             self._content(text)
             return
         self._buffer += text
-        while self._step():
-            pass
+        seen = 0
+        for tag in _TAG.finditer(self._buffer):
+            self._before.append(self._buffer[seen : tag.start()])
+            self._tag(tag)
+            seen = tag.end()
+        cut = self._buffer.rfind("<", max(seen, len(self._buffer) - MAX_TAG_CHARS))
+        cut = len(self._buffer) if cut < 0 else cut
+        self._before.append(self._buffer[seen:cut])
+        self._buffer = self._buffer[cut:]
 
-    def _step(self) -> bool:
-        """Use up the next part of the buffer; False when it is not whole yet."""
-        assert self._buffer is not None
-        if self._name is None:
-            match = _FUNCTION.match(self._buffer[:MAX_NAME_CHARS])
-            if match is not None:
-                self._name = match[1]
-                self._begin(self._name)
-        elif self._key is not None:
-            end = self._buffer.find(_PARAMETER_END, self._searched)
-            if end < 0:
-                self._searched = max(0, len(self._buffer) - len(_PARAMETER_END))
-                return False
-            self._parameter(self._name, self._key, self._buffer[:end])
-            self._buffer, self._key = self._buffer[end + len(_PARAMETER_END) :], None
-            return True
-        elif self._buffer.lstrip().startswith(_FUNCTION_END):
-            rest = self._buffer.lstrip().removeprefix(_FUNCTION_END)
-            self._finish()
-            self._content(rest)
-            return False
-        else:
-            match = _PARAMETER.match(self._buffer[:MAX_NAME_CHARS])
-            if match is not None:
-                self._key, self._searched = match[1], 0
-        if match is None:
-            return False
-        self._buffer = self._buffer[match.end() :]
-        return True
+    def _tag(self, tag: re.Match[str]) -> None:
+        text, self._before = "".join(self._before), []
+        in_value = self._key is not None
+        self._end_value(text)
+        if not in_value:
+            self._prose(text)
+        if tag["function"]:
+            self._end_call()
+            prose, self._beside = "".join(self._beside), []
+            self._called = True
+            self._prose(prose)
+            self._name = tag["function"]
+            self._begin(self._name)
+        elif self._name is None:
+            if not self._called:
+                self._beside.append(tag[0])
+        elif tag["parameter"]:
+            self._key = tag["parameter"]
+        elif tag[0] == _FUNCTION_END:
+            self._end_call()
 
-    def _parameter(self, function: str, key: str, text: str) -> None:
-        text = text.removeprefix("\n").removesuffix("\n")
-        kind = self._types.get(function, {}).get(key)
-        value = text if kind == "string" else _value(text)
-        if key not in self._keys:
+    def _end_value(self, text: str) -> None:
+        if self._name is None or self._key is None:
+            return
+        text, schema = text.removeprefix("\n").removesuffix("\n"), self._schemas.get(self._name, {})
+        properties = schema.get("properties")
+        own = properties.get(self._key) if isinstance(properties, dict) else None
+        if self._key not in self._keys:
             comma = ", " if self._keys else "{"
-            self._arguments(f"{comma}{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}")
-            self._keys.add(key)
+            self._arguments(f"{comma}{to_json(self._key)}: {to_json(coerce(text, own, schema))}")
+            self._keys.add(self._key)
+        self._key = None
+
+    def _end_call(self) -> None:
+        if self._name is not None:
+            self._arguments("}" if self._keys else "{}")
+        self._name, self._key, self._keys = None, None, set()
+
+    def _prose(self, text: str) -> None:
+        """What stands in the block beside calls; it is shown as it is if there are none."""
+        if not self._called:
+            self._beside.append(text)
+        elif text.strip():
+            self._content(text)
 
     def _marker(self, marker: str) -> None:
-        if marker == CALL_END and self._name is not None and self._key is None and not (self._buffer or "").strip():
-            self._finish()  # the function's own end is missing and nothing else
         self._close()
-        if marker == CALL:
-            self._buffer = ""
-
-    def _finish(self) -> None:
-        self._arguments("}" if self._keys else "{}")
-        self._buffer, self._name, self._key, self._keys = None, None, None, set()
+        self._in_block = marker == CALL
 
     def _in_arguments(self) -> bool:
         return self._key is not None
 
     def _close(self) -> None:
-        if self._buffer is not None and self._key is None:
-            self._content(self._buffer)
-        self._buffer, self._name, self._key, self._keys = None, None, None, set()
-
-
-def _value(text: str) -> Any:
-    try:
-        value = json.loads(text, parse_constant=_refuse)
-        json.dumps(value)
-    except (ValueError, RecursionError):
-        return text
-    return value
-
-
-def _refuse(constant: str) -> Any:
-    raise ValueError(constant)  # NaN and Infinity are no JSON
+        rest = self._buffer
+        if self._name is not None and _CUT_TAG.fullmatch(rest):
+            rest = ""
+        text, self._before, self._buffer = "".join(self._before) + rest, [], ""
+        if self._key is not None:
+            self._end_value(text)
+        else:
+            self._prose(text)
+        self._end_call()
+        self._content("".join(self._beside))
+        self._beside, self._called, self._in_block = [], False, False
