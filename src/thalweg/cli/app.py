@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -22,9 +21,10 @@ from thalweg.cli.inspect import inspect
 from thalweg.cli.profile import profile
 from thalweg.cli.serve import serve
 from thalweg.cli.trace import trace
+from thalweg.config.streams import forgo_stdout, hold_closed_streams, say, why_unwritable
 from thalweg.errors import EngineDeadError, ThalwegError
 
-ERROR, ENGINE_DIED, INTERRUPTED = 2, 3, 130
+READER_GONE, ERROR, ENGINE_DIED, INTERRUPTED = 1, 2, 3, 130
 
 # The class of every complaint about the command line itself. typer does not export it under one name in all versions.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -69,13 +69,30 @@ def _root(
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run one command line (None: this process's). Returns the exit code: 2 after a mistake, which is one line on
-    stderr, 3 if the engine died."""
+    """Run one command line (None: this process's). Returns the exit code: 2 after a mistake, or if the output cannot be
+    written, each of which is one line on stderr; 3 if the engine died; 1, without a word, if the reader of the output
+    has seen enough (`| head`)."""
+    hold_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal may lack characters that a model has
     try:
-        code = app(args=None if args is None else list(args), prog_name="thalweg", standalone_mode=False)
+        code = _run(args)
         sys.stdout.flush()
+    except OSError as e:
+        reason = why_unwritable(e)
+        if reason is None:
+            raise
+        forgo_stdout()
+        code = READER_GONE if isinstance(e, BrokenPipeError) else _fail(f"the output cannot be written: {reason}")
+    except SystemExit:  # how click and rich leave when the reader has gone
+        forgo_stdout()
+        code = READER_GONE
+    return code
+
+
+def _run(args: Sequence[str] | None) -> int:
+    try:
+        code = app(args=None if args is None else list(args), prog_name="thalweg", standalone_mode=False)
     except _UsageError as e:
         return _fail(e.format_message(), e)  # type: ignore[attr-defined]
     except EngineDeadError as e:
@@ -84,12 +101,8 @@ def main(args: Sequence[str] | None = None) -> int:
     except ThalwegError as e:
         return _fail(str(e))
     except (KeyboardInterrupt, typer.Abort):
-        print(file=sys.stderr)
+        say("", error=True)
         return INTERRUPTED
-    except BrokenPipeError:
-        # The reader has gone (`| head`); what is still buffered must not complain at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     return code if isinstance(code, int) else 0
 
 
@@ -97,5 +110,5 @@ def _fail(message: str, usage: Exception | None = None) -> int:
     line = " ".join(message.split())
     context = getattr(usage, "ctx", None)
     hint = f" (see `{context.command_path} --help`)" if context is not None else ""
-    print(f"error: {line}{hint}", file=sys.stderr)
+    say(f"error: {line}{hint}", error=True)
     return ERROR

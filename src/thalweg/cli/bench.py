@@ -99,7 +99,6 @@ def latency(
         "decode_steps": info.decode_steps.split(" of ")[0],
         "start_s": round(start_s, 1),
     }
-    _print_latency(results, {**engine, **machine}, info.start_seconds)
     _write(
         output_json,
         {
@@ -109,6 +108,7 @@ def latency(
             "results": [r.to_dict() for r in results],
         },
     )
+    _print_latency(results, {**engine, **machine}, info.start_seconds)
 
 
 @bench.command()
@@ -160,9 +160,9 @@ def decode(
         "layers": len(info.layers),
         "start_s": round(info.load_seconds, 1),
     }
-    _print_decode(results, {**engine, **machine})
     figures = [asdict(step) | {"floor_ms": floor} for step, floor in results]
     _write(output_json, {"engine": engine, "machine": machine, "results": figures})
+    _print_decode(results, {**engine, **machine})
 
 
 @bench.command()
@@ -188,8 +188,8 @@ def host(
     tokenizer = load_tokenizer(model_folder(None))
     results = [measure_host(tokenizer, num_seqs, steps, count) for count in counts]
     machine = describe_machine()
-    _print_host(results, machine)
     _write(output_json, {"machine": machine, "results": [asdict(r) for r in results]})
+    _print_host(results, machine)
 
 
 def _print_latency(results: list[BatchLatency], measured_on: dict[str, Any], start_seconds: dict[str, float]) -> None:

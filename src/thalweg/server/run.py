@@ -7,13 +7,13 @@ import contextlib
 import math
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 
 import uvicorn
 
 from thalweg.config.engine import EngineConfig
+from thalweg.config.streams import say
 from thalweg.engine.processes.client import EngineClient, RequestLimits
 from thalweg.errors import ConfigError
 from thalweg.server.app import create_app
@@ -88,14 +88,14 @@ def serve(
             f"decode steps    {info.decode_steps}",
             f"chat answers    {output.describe()}",
         )
-        print(*summary, sep="\n  ", file=sys.stderr, flush=True)
+        say(*summary, error=True)
         names = ", ".join(settings.served_model_names or (info.name,))
-        print(f"{names} is served on {url}/v1", flush=True)
+        say(f"{names} is served on {url}/v1")
 
     with listen(host, port) as listener:
         url = _url(host, listener.getsockname()[1])
         if api_key is None and not _is_loopback(host):
-            print(f"anybody who reaches {url} can use it; --api-key asks for a key", file=sys.stderr, flush=True)
+            say(f"anybody who reaches {url} can use it; --api-key asks for a key", error=True)
         server = _Server(
             uvicorn.Config(
                 create_app(client, settings, on_started),
