@@ -1,13 +1,14 @@
 """A Jinja for templates nobody vouches for: rules for attributes, and bounds on time, steps and text.
 
-Jinja's own sandbox bounds `range` alone. Here every loop pass and call counts, operators and joins are
-measured, and the filters, globals and methods that chat templates have no use for are absent.
+What Jinja's own sandbox renders, this one renders, to the same text; but that one bounds `range` alone. Here every
+loop pass, call and filter counts, operators, comparisons, joins and formats are measured, and what reads other
+templates is absent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from types import BuiltinMethodType
+from collections.abc import Callable, Iterable
+from types import BuiltinMethodType, MethodType
 from typing import Any, NoReturn
 
 import jinja2
@@ -17,39 +18,24 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from jinja2.visitor import NodeTransformer
 
+from thalweg.tokenizer import template_filters, template_text
 from thalweg.tokenizer import template_limits as limited
-from thalweg.tokenizer.messages import NoContent
 
 MAX_INT_BITS = 256
 
-_STANDARD_FILTERS = (
-    "abs count d default dictsort first float groupby int last length map max min"
-    " reject rejectattr reverse select selectattr sort unique"
-)
-_TEXT_FILTERS = "capitalize lower title upper"
-_LIMITED_FILTERS = {
-    "indent": limited.indent,
-    "items": limited.items,
-    "join": limited.join,
-    "list": limited.to_list,
-    "replace": limited.replace,
-    "safe": limited.text_of,
-    "string": limited.text_of,
-    "tojson": limited.tojson,
-    "trim": limited.trim,
-}
 _STR_METHODS = (
-    "capitalize count endswith find index isalnum isalpha isdecimal isdigit islower isnumeric isspace"
-    " istitle isupper join lower lstrip partition removeprefix removesuffix replace rfind rindex rpartition"
-    " rsplit rstrip split splitlines startswith strip title upper"
+    "capitalize casefold center count endswith expandtabs find index isalnum isalpha isascii isdecimal isdigit"
+    " isidentifier islower isnumeric isprintable isspace istitle isupper join ljust lower lstrip maketrans partition"
+    " removeprefix removesuffix replace rfind rindex rjust rpartition rsplit rstrip split splitlines startswith strip"
+    " striptags swapcase title translate unescape upper zfill"
 )
 _METHODS: list[tuple[type, frozenset[str]]] = [
     (str, frozenset(_STR_METHODS.split())),
     (dict, frozenset(("copy", "get", "items", "keys", "values"))),
     (list, frozenset(("copy", "count", "index"))),
     (tuple, frozenset(("count", "index"))),
-    (float, frozenset(("is_integer",))),
-    (int, frozenset()),
+    (float, frozenset(("as_integer_ratio", "conjugate", "hex", "imag", "is_integer", "real"))),
+    (int, frozenset(("as_integer_ratio", "bit_length", "conjugate", "denominator", "imag", "numerator", "real"))),
     (type, frozenset()),
 ]
 
@@ -62,7 +48,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     """The environment chat templates are compiled in. Render within template_limits.limits()."""
 
     loop_pass = staticmethod(_loop_pass)
-    intercepted_binops = frozenset(("+", "*", "**", "%"))
+    intercepted_binops = frozenset(("+", "-", "*", "/", "//", "**", "%"))
 
     def __init__(self) -> None:
         super().__init__(
@@ -72,13 +58,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
             finalize=limited.text_of,
             optimized=False,
         )
-        standard = self.filters
-        self.filters = {name: standard[name] for name in _STANDARD_FILTERS.split()}
-        self.filters |= {name: limited.on_text(standard[name]) for name in _TEXT_FILTERS.split()}
-        self.filters |= _LIMITED_FILTERS
-        self.tests = self.tests | {"none": lambda value: value is None or isinstance(value, NoContent)}
-        self.globals = {name: self.globals[name] for name in ("range", "dict", "namespace")}
-        self.globals |= {"raise_exception": limited.raise_exception, "strftime_now": limited.strftime_now}
+        self.filters = template_filters.filters()
+        self.tests.update(template_filters.tests())
+        self.globals |= template_filters.globals_() | {"range": self.globals["range"]}
 
     def compile_template(self, source: str) -> jinja2.Template:
         """Raises jinja2.TemplateError on a template that does not parse or asks for what is not here."""
@@ -106,20 +88,18 @@ class Sandbox(ImmutableSandboxedEnvironment):
         limited.count_step()
         if __obj is _loop_pass:
             return None
-        if isinstance(__obj, BuiltinMethodType) and isinstance(__obj.__self__, str):
-            for own in ("_loop_vars", "_block_vars"):  # Jinja's compiler adds these to every call inside a block
-                kwargs.pop(own, None)
-            limited.allow_chars(len(__obj.__self__))
-            if __obj.__name__ == "replace":
-                return limited.replace(__obj.__self__, *args, **kwargs)
-            if __obj.__name__ == "join":
-                (pieces,) = args
-                return limited.concat(pieces, __obj.__self__)
+        owner = __obj.__self__ if isinstance(__obj, (BuiltinMethodType, MethodType)) else None
+        if isinstance(owner, str):
+            args, kwargs = template_text.measured_method(owner, __obj.__name__, args, kwargs)
+        elif owner is not None or __obj is dict:  # what compares or hashes its arguments
+            limited.comparable(args)
+            if getattr(__obj, "__name__", "") == "copy":
+                limited.sliceable(owner)
         return super().call(__context, __obj, *args, **kwargs)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         if operator == "%" and isinstance(left, str):
-            raise SecurityError("'%' on a text is not available; '~' joins texts")
+            return template_text.percent(left, right)
         sized = [side for side in (left, right) if isinstance(side, (str, list, tuple))]
         if sized:
             size = sum(map(len, sized))
@@ -142,9 +122,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
                 return attr in allowed
         return super().is_safe_attribute(obj, attr, value)
 
-    def wrap_str_format(self, value: Any) -> None:
-        if super().wrap_str_format(value) is not None:
-            raise SecurityError("str.format is not available; '~' joins texts")
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        if super().wrap_str_format(value) is None:
+            return None
+        return template_text.formatting(self, value.__self__, from_mapping=value.__name__ == "format_map")
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:
         # Jinja's own gives a value that prints as nothing; a template that tries this is not worth going on
@@ -163,7 +144,7 @@ class _GenerationTag(jinja2.ext.Extension):
 
 
 class _Limited(NodeTransformer):
-    """Makes every loop pass a call, and sends `~` through the measured concatenation."""
+    """Makes every loop pass a call, and has measured what is concatenated, compared, sliced or a key."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
@@ -174,6 +155,38 @@ class _Limited(NodeTransformer):
         self.generic_visit(node)
         return _call("concat_values", node.nodes).set_lineno(node.lineno)
 
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:  # noqa: N802
+        self.generic_visit(node)
+        node.expr = _through("_comparable", node.expr)
+        for operand in node.ops:
+            operand.expr = _through("_comparable", operand.expr)
+        return node
+
+    def visit_Pair(self, node: nodes.Pair) -> nodes.Node:  # noqa: N802
+        self.generic_visit(node)
+        node.key = _through("_comparable", node.key)
+        return node
+
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:  # noqa: N802
+        self.generic_visit(node)
+        if isinstance(node.arg, nodes.Slice):
+            node.node = _through("_sliceable", node.node)
+        else:
+            node.arg = _through("_comparable", node.arg)
+        return node
+
+    def visit_Filter(self, node: nodes.Filter) -> nodes.Node:  # noqa: N802
+        self.generic_visit(node)
+        if node.name == "attr" and any(isinstance(arg, nodes.Const) and str(arg.value)[:1] == "_" for arg in node.args):
+            raise jinja2.TemplateSyntaxError("attributes with an underscore are not available", node.lineno)
+        return node
+
 
 def _call(name: str, args: list[nodes.Expr]) -> nodes.Node:
     return nodes.Call(nodes.EnvironmentAttribute(name), args, [], None, None)
+
+
+def _through(name: str, value: nodes.Expr) -> nodes.Expr:
+    if isinstance(value, nodes.Const):
+        return value
+    return nodes.Filter(value, name, [], [], None, None, lineno=value.lineno)

@@ -1,20 +1,17 @@
-"""The bounds on one render of a chat template, and the filters that keep to them.
+"""The bounds on one render of a chat template.
 
 Whatever can make a long text or list out of short ones is measured before it is made, and charged to a
-budget.
+budget. Every loop pass, call and filter is a step, at which the clock is looked at.
 """
 
 from __future__ import annotations
 
-import json
-import re
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sized
+from collections.abc import Collection, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from datetime import datetime
-from typing import Any, NoReturn
+from typing import Any
 
 import jinja2
 from jinja2.utils import Namespace
@@ -22,9 +19,8 @@ from jinja2.utils import Namespace
 MAX_CHARS = 8_000_000  # of any one text, and so of the output
 MAX_ITEMS = 1_000_000  # of any one list, and of a value that is written out
 MAX_WORK = 500_000_000  # characters and items made in one render
-MAX_STEPS = 1_000_000  # loop passes and calls of one render
+MAX_STEPS = 1_000_000  # loop passes, calls and filters of one render
 MAX_SECONDS = 5.0
-MAX_MARGIN = 16  # columns of one indentation
 
 
 class LimitError(jinja2.TemplateError):
@@ -73,7 +69,7 @@ def allow(size: float, limit: int, what: str) -> None:
         raise LimitError(f"it makes more than {limit} {what}")
     budget = _budget.get()  # None while Jinja folds constants
     if budget is not None:
-        budget.work -= size
+        budget.work -= max(size, 0)
         if budget.work < 0:
             raise LimitError(f"it makes more than {MAX_WORK} characters and items in all")
 
@@ -85,6 +81,7 @@ def allow_chars(size: float) -> None:
 _CONTAINERS: tuple[type[Collection[Any]], ...] = (
     list,
     tuple,
+    dict,
     set,
     frozenset,
     type({}.items()),
@@ -93,29 +90,62 @@ _CONTAINERS: tuple[type[Collection[Any]], ...] = (
 )
 
 
-def text_of(value: Any) -> str:
-    """str(value), measured first: a few lists inside each other can stand for more text than memory holds."""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, (dict, Namespace, *_CONTAINERS)):
-        return str(value)
-    items = chars = 0
-    todo = [value]
+@dataclass(slots=True)
+class Extent:
+    """What a value stands for when it is written out or compared; parts it shares count as often as they occur."""
+
+    items: int = 0
+    chars: int = 0
+    depth: int = 0
+
+
+def extent(value: Any) -> Extent:
+    """Measure a value and charge it. A few lists inside each other can stand for more than memory holds.
+
+    Raises LimitError for more than MAX_ITEMS items or MAX_CHARS characters.
+    """
+    found = Extent()
+    todo = [(value, 0)]
     while todo:
-        item = todo.pop()
+        item, depth = todo.pop()
         if isinstance(item, str):
-            chars += len(item)
+            found.chars += len(item)
         elif isinstance(item, dict):
-            todo.extend(item.keys())
-            todo.extend(item.values())
+            todo.extend((part, depth + 1) for pair in item.items() for part in pair)
         elif isinstance(item, _CONTAINERS):
-            todo.extend(item)
+            todo.extend((part, depth + 1) for part in item)
         elif isinstance(item, Namespace):
             raise LimitError("it writes out a namespace")
-        items += 1
-        if items + len(todo) > MAX_ITEMS or chars > MAX_CHARS:
-            raise LimitError(f"it writes out a value of more than {MAX_ITEMS} items or {MAX_CHARS} characters")
-    allow(items + chars, MAX_CHARS + MAX_ITEMS, "items")
+        elif isinstance(item, int):
+            found.chars += item.bit_length() // 3
+        found.items += 1
+        found.depth = max(found.depth, depth)
+        if found.items + len(todo) > MAX_ITEMS or found.chars > MAX_CHARS:
+            raise LimitError(f"it needs the whole of a value of more than {MAX_ITEMS} items or {MAX_CHARS} characters")
+    allow(found.items + found.chars, MAX_CHARS + MAX_ITEMS, "items")
+    return found
+
+
+def comparable(value: Any) -> Any:
+    """The value, once it is known to be small enough to be compared or hashed: Python does so part by part."""
+    if isinstance(value, _CONTAINERS):
+        extent(value)
+    return value
+
+
+def sliceable(value: Any) -> Any:
+    """The value, once a copy of it is charged."""
+    if isinstance(value, Sized):
+        allow(len(value), MAX_CHARS if isinstance(value, str) else MAX_ITEMS, "items")
+    return value
+
+
+def text_of(value: Any) -> str:
+    """str(value), measured first."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, (Namespace, *_CONTAINERS)):
+        extent(value)
     return str(value)
 
 
@@ -129,81 +159,18 @@ def concat(pieces: Iterable[Any], separator: str = "") -> str:
         if chars > MAX_CHARS:
             break
     allow_chars(chars)
-    return separator.join(texts)
+    return str(separator).join(texts)
 
 
-def replace(value: Any, old: Any, new: Any, count: int | None = None) -> str:
-    text, old, new = text_of(value), text_of(old), text_of(new)
-    found = text.count(old) if count is None or count < 0 else min(count, text.count(old))
-    allow_chars(len(text) + found * max(0, len(new) - len(old)))
-    return text.replace(old, new, found)
+def counted(values: Iterable[Any]) -> Iterator[Any]:
+    """The same values, each of them a step."""
+    for value in values:
+        count_step()
+        yield value
 
 
-@jinja2.pass_environment
-def join(environment: jinja2.Environment, value: Iterable[Any], d: Any = "", attribute: str | int | None = None) -> str:
-    if attribute is not None:
-        value = [environment.getitem(item, attribute) for item in value]
-    return concat(value, text_of(d))
-
-
-def indent(value: Any, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
-    text, margin = text_of(value), _margin(width)
-    allow_chars(len(text) + len(margin) * (text.count("\n") + 1))
-    return "\n".join(
-        margin + line if (first or i) and (blank or line) else line for i, line in enumerate(text.split("\n"))
-    )
-
-
-def _margin(width: int | str | None) -> str:
-    if isinstance(width, int):
-        width = " " * min(width, MAX_MARGIN + 1)
-    if len(width or "") > MAX_MARGIN:
-        raise LimitError(f"it indents by more than {MAX_MARGIN} columns")
-    return width or ""
-
-
-def tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | str | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """JSON as chat templates expect it: no HTML escapes, and characters as they are."""
-    for margin in (indent, *(separators or ())):
-        _margin(margin)
-    text_of(value)
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def items(value: Any) -> Iterable[tuple[Any, Any]]:
-    """Key and value pairs of an object, or of its JSON: tool call arguments come as either."""
-    if isinstance(value, str):
-        value = json.loads(value)
-    return [] if isinstance(value, jinja2.Undefined) else value.items()
-
-
-def to_list(value: Any) -> list[Any]:
+def to_list(value: Iterable[Any]) -> list[Any]:
     if isinstance(value, Sized):
-        allow(len(value), MAX_ITEMS, "items")
-    return list(value)
-
-
-def trim(value: Any, chars: str | None = None) -> str:
-    return text_of(value).strip(chars)
-
-
-def on_text(apply: Callable[[str], Any]) -> Callable[[Any], Any]:
-    """A filter of one text that measures a value which is not one."""
-    return lambda value: apply(text_of(value))
-
-
-def raise_exception(message: Any) -> NoReturn:
-    raise RefusedError(text_of(message))
-
-
-def strftime_now(format: str) -> str:
-    # The C library honours widths: "%1000000000d" would be a text of that length.
-    if len(format) > 256 or re.search(r"%(?!-?[A-Za-z%])", format):
-        raise LimitError(f"it asks for the date as {format[:40]!r}")
-    return datetime.now().strftime(format)
+        allow(len(value), MAX_ITEMS, "items in a list")
+        return list(value)
+    return list(counted(value))
