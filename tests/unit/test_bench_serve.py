@@ -96,6 +96,27 @@ def test_a_stream_is_timed_and_counted_by_the_servers_usage() -> None:
     assert server.bodies[0]["stream_options"] == {"include_usage": True}
 
 
+def test_a_token_counts_when_it_comes_and_not_when_it_is_text() -> None:
+    def piece(text: str, ids: list[int]) -> bytes:
+        choice = {"index": 0, "text": text, "token_ids": ids}
+        return b"data: " + json.dumps({"choices": [choice]}).encode() + b"\n\n"
+
+    pieces = [piece("", [7]), piece("", [8]), piece("ab", [9, 10]), piece("c", []), DONE]
+    [outcome], server = send(OK + chunked(*pieces))
+    assert server.bodies[0]["return_token_ids"] is True
+    assert (outcome.error, outcome.text, outcome.output_tokens) == (None, "abc", 4)
+    assert len(outcome.itls) == 2
+
+
+def test_a_server_that_refuses_to_give_token_ids_is_asked_for_text() -> None:
+    body = b'{"error": {"message": "Unrecognized request argument supplied: return_token_ids"}}'
+    refusal = b"HTTP/1.1 400 X\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+    answer = OK + chunked(event("a"), event("b"), DONE)
+    outcomes, server = send(refusal, answer, answer, count=2)
+    assert [(o.error, o.output_tokens) for o in outcomes] == [(None, 2)] * 2
+    assert ["return_token_ids" in body for body in server.bodies] == [True, False, False]
+
+
 def test_events_may_come_in_any_pieces() -> None:
     stream = event("a") + b": comment\n\n" + event("b").replace(b"\n", b"\r\n") + USAGE + DONE
     for size in (1, 7, 64):

@@ -15,6 +15,7 @@ from thalweg.bench.http import HttpClient, HttpError, error_message
 from thalweg.bench.serve_data import BenchRequest
 from thalweg.errors import ConfigError
 
+_IDS = "return_token_ids"  # asks for an event per token, whether it has text or not
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
 
@@ -22,8 +23,9 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 class Outcome:
     """What became of one request. Times in seconds; `start` is on time.perf_counter's clock.
 
-    `ttft` is from sending it to its first text, `itls` the times between one piece of text and the next, `latency`
-    from sending it to its last token. `error` is None for a request that was answered to its end.
+    `ttft` is from sending it to its first token, `itls` the times between one piece with tokens and the next, `latency`
+    from sending it to its last token. With a server that does not say which tokens a piece has, pieces of text count.
+    `error` is None for a request that was answered to its end.
     """
 
     start: float
@@ -70,7 +72,13 @@ class Target:
         self, http: HttpClient, endpoint: str, model: str, options: dict[str, Any], timeout_s: float | None = None
     ) -> None:
         self.http, self.endpoint, self._timeout_s = http, endpoint, timeout_s
-        self._options = {"model": model, **options, "stream": True, "stream_options": {"include_usage": True}}
+        self._options = {
+            "model": model,
+            **options,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            _IDS: True,
+        }
 
     def body(self, request: BenchRequest) -> dict[str, Any]:
         """The JSON of a request."""
@@ -95,11 +103,15 @@ class Target:
             outcome.error = f"no end within {self._timeout_s:g} s"
         except HttpError as e:
             outcome.error = str(e)
+        if _IDS in body and _IDS in (outcome.error or ""):  # refused by a server that takes only what it knows
+            self._options.pop(_IDS, None)
+            return await self.send(request)
         return outcome
 
     async def _stream(self, body: dict[str, Any], outcome: Outcome) -> None:
         last: float | None = None
         pieces: list[str] = []
+        tokens = 0
         usage: dict[str, Any] = {}
         done = False
         async with self.http.request("POST", self.endpoint, body) as answer:
@@ -119,17 +131,18 @@ class Target:
                     now = time.perf_counter()
                     if chunk.get("choices"):
                         outcome.latency = now - outcome.start
-                    if text := _text(chunk):
+                    text = _text(chunk)
+                    pieces.append(text)
+                    if new := _tokens(chunk, text):
                         if last is None:
                             outcome.ttft = now - outcome.start
                         else:
                             outcome.itls.append(now - last)
                         last = now
-                        pieces.append(text)
+                        tokens += new
         outcome.text = "".join(pieces)
         outcome.input_tokens = usage.get("prompt_tokens", 0)
-        # A server that does not count is taken to send one token in each piece.
-        outcome.output_tokens = usage.get("completion_tokens", len(pieces))
+        outcome.output_tokens = usage.get("completion_tokens", tokens)
         if last is None:
             outcome.ttft = outcome.latency
         if not done:
@@ -175,3 +188,10 @@ def _text(chunk: dict[str, Any]) -> str:
         return ""
     delta = choices[0].get("delta") or {}
     return choices[0].get("text") or delta.get("content") or delta.get("reasoning_content") or ""
+
+
+def _tokens(chunk: dict[str, Any], text: str) -> int:
+    """How many tokens a chunk brings. A server that does not say is taken to send one with each piece of text."""
+    choices = chunk.get("choices")
+    ids = choices[0].get("token_ids") if choices else None
+    return len(ids) if isinstance(ids, list) else int(bool(text))

@@ -48,7 +48,7 @@ async def chat_completions(body: ChatBody, request: Request, service: ServiceDep
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         grammar=None if held is None else held.grammar,
     )
-    answer = ChatAnswer(service, new_id("chatcmpl"), len(prompt_ids), use, body.n or 1)
+    answer = ChatAnswer(service, new_id("chatcmpl"), prompt_ids, use, body.n or 1, bool(body.return_token_ids))
     reader = partial(service.output.reader, prompt_ids, use.tools, params)
     jobs = jobs_of(answer.id, [prompt_ids], params, body.n or 1, reader)
     grammar_of = "" if held is None else "functions" if use.functions and held.field == "tools" else held.field

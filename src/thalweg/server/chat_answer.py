@@ -7,7 +7,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
 from thalweg.core import TokenLogprobs
 from thalweg.server.generation import News
@@ -31,11 +31,18 @@ from thalweg.tokenizer.base import Tokenizer
 
 
 class ChatAnswer:
-    """`whole` or `chunks`, once. Both read the output the same way, so what a stream adds up to is the whole."""
+    """`whole` or `chunks`, once. Both read the output the same way, so what a stream adds up to is the whole.
 
-    def __init__(self, service: Service, response_id: str, prompt_tokens: int, use: ToolUse, n: int) -> None:
+    With `with_ids` the answer has its tokens and the prompt's, and a stream a chunk for each step's tokens, even if
+    they have no text yet.
+    """
+
+    def __init__(
+        self, service: Service, response_id: str, prompt_ids: list[int], use: ToolUse, n: int, with_ids: bool = False
+    ) -> None:
         self.id = response_id
-        self._prompt_tokens, self._completion_tokens = prompt_tokens, 0
+        self._prompt_tokens, self._completion_tokens = len(prompt_ids), 0
+        self._prompt_ids, self._with_ids = prompt_ids, with_ids
         self._model, self._created = service.names[0], now()
         self._tokenizer: Tokenizer | None = service.client.codec.tokenizer
         self._choices = [_Choice(use.parallel, use.functions) for _ in range(n)]
@@ -48,27 +55,32 @@ class ChatAnswer:
                 self._completion_tokens += len(delta.token_ids)
                 own = pieces[index]
                 own.add(self._choices[index].events(delta))
+                own.token_ids += delta.token_ids
                 if delta.logprobs is not None:
                     own.logprobs.append(delta.logprobs)
                 own.finish_reason = self._choices[index].finish_reason(delta)
         made = [
-            ChatChoice(i, p.message(self._functions), self._logprobs(p.logprobs), p.finish_reason)
+            ChatChoice(
+                i, p.message(self._functions), self._logprobs(p.logprobs), p.finish_reason, self._ids(p.token_ids)
+            )
             for i, p in enumerate(pieces)
         ]
-        return self._envelope("chat.completion", made, usage=self._usage())
+        prompt_ids = self._ids(self._prompt_ids)
+        return self._envelope("chat.completion", made, usage=self._usage(), prompt_token_ids=prompt_ids)
 
     async def chunks(self, news: News, include_usage: bool) -> AsyncGenerator[Envelope]:
         extra = {"usage": None} if include_usage else {}
         begun = [False] * len(self._choices)
 
-        def chunk(choice: ChatChunkChoice) -> Envelope:
-            return self._envelope("chat.completion.chunk", [choice], **extra)
+        def chunk(choice: ChatChunkChoice, **more: Any) -> Envelope:
+            return self._envelope("chat.completion.chunk", [choice], **extra, **more)
 
         async with aclosing(news):
             async for index, delta in news:
                 if not begun[index]:
+                    prompt_ids = UNSET if any(begun) else self._ids(self._prompt_ids)
                     begun[index] = True
-                    yield chunk(ChatChunkChoice(index, ChatDelta("assistant", "")))
+                    yield chunk(ChatChunkChoice(index, ChatDelta("assistant", "")), prompt_token_ids=prompt_ids)
                 self._completion_tokens += len(delta.token_ids)
                 if (choice := self._chunk_choice(index, delta)) is not None:
                     yield chunk(choice)
@@ -78,12 +90,16 @@ class ChatAnswer:
     def _chunk_choice(self, index: int, delta: Delta) -> ChatChunkChoice | None:
         """None when there is nothing to say: text may be held back while it could become something else."""
         events = self._choices[index].events(delta)
-        if not events and delta.logprobs is None and delta.finish_reason is None:
+        if not events and delta.logprobs is None and delta.finish_reason is None and not self._with_ids:
             return None
         logprobs = self._logprobs([] if delta.logprobs is None else [delta.logprobs])
+        finish_reason = self._choices[index].finish_reason(delta)
         return ChatChunkChoice(
-            index, _delta(events, self._functions), logprobs, self._choices[index].finish_reason(delta)
+            index, _delta(events, self._functions), logprobs, finish_reason, self._ids(delta.token_ids)
         )
+
+    def _ids(self, ids: list[int]) -> list[int] | UnsetType:
+        return ids if self._with_ids else UNSET
 
     def _logprobs(self, entries: list[TokenLogprobs]) -> dict[str, Any] | None:
         return chat_logprobs(self._tokenizer, entries) if entries else None
@@ -124,6 +140,7 @@ class _Pieces:
     reasoning: list[str] = field(default_factory=list)
     calls: list[tuple[CallBegin, list[str]]] = field(default_factory=list)  # each with its arguments
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
 
     def add(self, events: list[Event]) -> None:

@@ -9,6 +9,7 @@ from contextlib import aclosing
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
+from msgspec import UNSET
 
 from thalweg.core import SamplingParams, TokenLogprobs
 from thalweg.server.errors import ApiError
@@ -63,7 +64,8 @@ async def completions(body: CompletionBody, request: Request, service: ServiceDe
         echoes = [await _text(service, *pair) for pair in zip(prompts, encoded, strict=True)]
     response_id = new_id("cmpl")
     jobs = jobs_of(response_id, encoded, params, n)
-    choices = [_Choice(service, i, job, echoes[i // n]) for i, job in enumerate(jobs)]
+    with_ids = bool(body.return_token_ids)
+    choices = [_Choice(service, i, job, echoes[i // n], with_ids) for i, job in enumerate(jobs)]
     completion = _Completion(service, response_id, sum(map(len, encoded)), choices)
     fields = body.spelled() | ({} if text is None else {"grammar": text.field})
     taken = asyncio.Event()
@@ -75,10 +77,14 @@ async def completions(body: CompletionBody, request: Request, service: ServiceDe
 
 
 class _Choice:
-    """One sequence's text and logprobs, in pieces as they become known. `echo`: the prompt's text, to begin with."""
+    """One sequence's text and logprobs, in pieces as they become known. `echo`: the prompt's text, to begin with.
 
-    def __init__(self, service: Service, index: int, job: Job, echo: str | None) -> None:
-        self._index, self._echo = index, echo
+    With `with_ids` a piece comes for each step's tokens, even if they have no text yet.
+    """
+
+    def __init__(self, service: Service, index: int, job: Job, echo: str | None, with_ids: bool) -> None:
+        self._index, self._echo, self._with_ids = index, echo, with_ids
+        self._begun = False
         self._prompt_ids = job.prompt_token_ids
         self._params: SamplingParams = job.params
         self._prompt_logprobs: list[TokenLogprobs | None] = [None]  # the first token has none
@@ -101,6 +107,10 @@ class _Choice:
             for token_id in delta.token_ids:
                 builder.add(token_id, delta.logprobs, skip_special=self._params.skip_special_tokens)
         logprobs = None if builder is None else builder.take()
+        if self._with_ids:
+            prompt_ids = UNSET if self._begun else self._prompt_ids
+            self._begun = True
+            return CompletionChoice(self._index, text, logprobs, delta.finish_reason, delta.token_ids, prompt_ids)
         if not text and delta.finish_reason is None and (logprobs is None or not logprobs.tokens):
             return None
         return CompletionChoice(self._index, text, logprobs, delta.finish_reason)
@@ -163,7 +173,11 @@ def _joined(pieces: list[CompletionChoice]) -> CompletionChoice:
                 logprobs.tokens += own.tokens
                 logprobs.token_logprobs += own.token_logprobs
                 logprobs.top_logprobs += own.top_logprobs
-    return CompletionChoice(last.index, "".join(p.text for p in pieces), logprobs, last.finish_reason)
+    joined = CompletionChoice(last.index, "".join(p.text for p in pieces), logprobs, last.finish_reason)
+    if last.token_ids is not UNSET:
+        joined.token_ids = [i for p in pieces if p.token_ids is not UNSET for i in p.token_ids]
+        joined.prompt_token_ids = pieces[0].prompt_token_ids
+    return joined
 
 
 def _prompts(body: CompletionBody) -> list[Prompt]:

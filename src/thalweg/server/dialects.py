@@ -114,7 +114,6 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "reasoning_format": ("auto", "deepseek"),
     "thinking_forced_open": (),
     "prompt_logprobs": (),
-    "return_token_ids": (),
     "return_tokens_as_token_ids": (),
     "return_tokens": (),
     "return_full_text": (),

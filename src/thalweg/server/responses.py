@@ -50,6 +50,7 @@ class ChatChoice(Struct):
     message: ChatMessage
     logprobs: dict[str, Any] | None
     finish_reason: str | None
+    token_ids: list[int] | UnsetType = UNSET
 
 
 class ChatDelta(Struct, omit_defaults=True):
@@ -65,6 +66,7 @@ class ChatChunkChoice(Struct):
     delta: ChatDelta
     logprobs: dict[str, Any] | None = None
     finish_reason: str | None = None
+    token_ids: list[int] | UnsetType = UNSET
 
 
 class CompletionLogprobs(Struct):
@@ -81,6 +83,8 @@ class CompletionChoice(Struct):
     text: str
     logprobs: CompletionLogprobs | None = None
     finish_reason: str | None = None
+    token_ids: list[int] | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET  # in streams, with the first piece only
 
 
 class Envelope(Struct, kw_only=True):
@@ -92,6 +96,7 @@ class Envelope(Struct, kw_only=True):
     model: str
     choices: list[Any]
     usage: Usage | UnsetType | None = UNSET  # unset: not in the JSON at all
+    prompt_token_ids: list[int] | UnsetType = UNSET  # of a chat; in streams, with the first chunk only
 
 
 def new_id(prefix: str) -> str:
