@@ -12,8 +12,8 @@ import pytest
 from tests.e2e.tiny_model import write_tiny_model
 from thalweg import LLM, Grammar, SamplingParams
 from thalweg.errors import InvalidRequest
-from thalweg.runner import runner as runner_module
-from thalweg.sampling.structured import Structured
+from thalweg.runner import step as step_module
+from thalweg.sampling.structured import GrammarState, Masker, Masks
 
 SCHEMA = {
     "type": "object",
@@ -67,18 +67,18 @@ def test_preempted_and_resumed(folder: Path, solo: list[list[int]]) -> None:
 
 
 def test_static_steps(folder: Path, solo: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
-    original = runner_module.ModelRunner.__init__
+    original = step_module.ModelRunner.__init__
 
     def with_static_steps(self: Any, *args: Any) -> None:
-        original(self, *args[:5], graph_sizes=[1, 2, 4, 6])
+        original(self, *args[:4], graph_sizes=[1, 2, 4, 6])
 
-    monkeypatch.setattr(runner_module.ModelRunner, "__init__", with_static_steps)
+    monkeypatch.setattr(step_module.ModelRunner, "__init__", with_static_steps)
     with LLM(str(folder), max_num_seqs=6) as llm:
         assert [o.outputs[0].token_ids for o in llm.generate(PROMPTS, PARAMS)] == solo
 
 
 def test_without_grammars_there_are_no_masks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Structured, "masks", None)
+    monkeypatch.setattr(Masker, "masks", None)
     with LLM(str(folder), max_num_seqs=4) as llm:
         free = [p for p in PARAMS if p.grammar is None]
         assert len(llm.generate(PROMPTS[: len(free)], free)) == len(free)
@@ -96,17 +96,17 @@ def test_a_grammar_that_cannot_be_used_is_refused_before_anything_runs(folder: P
 def test_a_matcher_that_fails_ends_its_request_alone(
     folder: Path, solo: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = Structured.masks
+    original = Masker.masks
 
-    def failing(self: Structured, slots: list[int]) -> Any:
-        masks = original(self, slots)
+    def failing(self: Masker, grammars: list[tuple[int, GrammarState]]) -> Masks | None:
+        masks = original(self, grammars)
         if masks is not None and masks.rows and failing.calls > 4:  # type: ignore[attr-defined]
-            masks.errors[slots[masks.rows[0]]] = "the grammar cannot go on: a test"
+            masks.errors[masks.rows[0]] = "the grammar cannot go on: a test"
         failing.calls += 1  # type: ignore[attr-defined]
         return masks
 
     failing.calls = 0  # type: ignore[attr-defined]
-    monkeypatch.setattr(Structured, "masks", failing)
+    monkeypatch.setattr(Masker, "masks", failing)
     with LLM(str(folder), max_num_seqs=6) as llm:
         outputs = llm.generate(PROMPTS[:2], PARAMS[:2])
     assert outputs[0].outputs[0].finish_reason == "error"

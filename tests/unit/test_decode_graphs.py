@@ -16,8 +16,8 @@ from thalweg.build.rank import build_rank
 from thalweg.build.warmup import plans
 from thalweg.cache.manager import MemorySplit
 from thalweg.config.engine import EngineConfig
-from thalweg.runner import runner as runner_module
-from thalweg.runner.decode_graphs import MAX_ROWS, DecodeGraphs, buckets
+from thalweg.runner import step as step_module
+from thalweg.runner.graphs import MAX_ROWS, DecodeGraphs, buckets
 
 
 def test_buckets_end_at_the_most_and_rise() -> None:
@@ -57,17 +57,17 @@ def test_static_steps_give_the_tokens_of_eager_ones(folder: Path, monkeypatch: p
     calls: list[int] = []
 
     class Uncaptured(DecodeGraphs):
-        def run(self, rows: Any) -> tuple[torch.Tensor, torch.Tensor]:
-            calls.append(rows.shape[1])
-            return super().run(rows)
+        def run(self, stage: torch.Tensor, d: int) -> tuple[torch.Tensor, torch.Tensor]:
+            calls.append(d)
+            return super().run(stage, d)
 
-    original = runner_module.ModelRunner.__init__
+    original = step_module.ModelRunner.__init__
 
     def with_static_steps(self: Any, *args: Any) -> None:
-        original(self, *args[:5], graph_sizes=[1, 2, 4, 5])
+        original(self, *args[:4], graph_sizes=[1, 2, 4, 5])
 
-    monkeypatch.setattr(runner_module, "DecodeGraphs", Uncaptured)
-    monkeypatch.setattr(runner_module.ModelRunner, "__init__", with_static_steps)
+    monkeypatch.setattr(step_module, "DecodeGraphs", Uncaptured)
+    monkeypatch.setattr(step_module.ModelRunner, "__init__", with_static_steps)
     assert generate(folder) == expected
     assert len(calls) > 20
     assert len(set(calls)) > 2
@@ -76,21 +76,21 @@ def test_static_steps_give_the_tokens_of_eager_ones(folder: Path, monkeypatch: p
 def test_a_rehearsal_is_the_given_models_alone_and_capture_begins_on_the_sinks(monkeypatch: pytest.MonkeyPatch) -> None:
     runner, info = build_rank(EngineConfig(max_num_seqs=3, max_model_len=100), 0, "")
     whole: Any = runner.model
-    parts = (runner.cache, runner._inputs, runner._sampler, runner._mesh)
+    parts = (runner.slots, runner._sampler, runner._mesh)
     rows: list[list[list[int]]] = []
 
     class Captured(DecodeGraphs):
         def _captured(self, size: int) -> Any:
-            lengths = self._rows[3].view(torch.int32)[:size]
-            rows.append([*self._rows[:3, :size].tolist(), lengths.tolist()])
+            lengths = self._rows[4].view(torch.int32)[:size]
+            rows.append([*self._rows[:4, :size].tolist(), lengths.tolist()])
 
     def refuse(*_: Any) -> torch.Tensor:
         raise AssertionError("the whole model")
 
-    monkeypatch.setattr(runner_module, "DecodeGraphs", Captured)
-    runner = runner_module.ModelRunner(refuse, *parts, graph_sizes=[1, 3])
+    monkeypatch.setattr(step_module, "DecodeGraphs", Captured)
+    runner = step_module.ModelRunner(refuse, *parts, graph_sizes=[1, 3])
     memory = MemorySplit(info.num_slots, info.num_blocks, info.block_size, 100, 0, 0, 0)
     runner.rehearse(partial(whole, layers=whole.one_of_each()), plans(memory, 64))
     assert runner.model is refuse
     runner.capture()
-    assert rows == [[[0] * n, [1] * n, [0] * n, [1] * n] for n in (3, 1)]
+    assert rows == [[[0] * n, [0] * n, [0] * n, [1] * n, [1] * n] for n in (3, 1)]

@@ -16,6 +16,7 @@ from thalweg.errors import InvalidRequest
 from thalweg.ops.sample.reference import sample
 from thalweg.sampling.grammars import COMPILE_THREADS, MAX_COMPILED, Grammars
 from thalweg.sampling.sampler import Sampler
+from thalweg.sampling.table import SamplingTable
 from thalweg.server.parsers.events import CallArguments, CallBegin
 from thalweg.server.parsers.formats import CALL_FORMATS, CallFormat, OutputFormat
 from thalweg.server.parsers.marks import KIMI_CALL, KIMI_CALL_END, MARK_OF, marks_by_id
@@ -56,17 +57,25 @@ def grammars_of(tokenizer: Tokenizer) -> Grammars:
 
 def sampler_of(tokenizer: Tokenizer) -> Sampler:
     ends = frozenset({tokenizer.eos_id or 0})
-    return Sampler(4, tokenizer.vocab_size + 3, ends, torch.device("cpu"), sample, grammars_of(tokenizer))
+    table = SamplingTable(
+        4,
+        tokenizer.vocab_size + 3,
+        device=torch.device("cpu"),
+        eos_token_ids=ends,
+        grammars=grammars_of(tokenizer),
+    )
+    return Sampler(table, sample)
 
 
-def admission(slot: int, params: SamplingParams, output: list[int] | None = None) -> Admission:
-    return Admission(slot, f"r{slot}", [1, 2, *(output or [])], 2, params, slot, False)
+def admit(sampler: Sampler, slot: int, params: SamplingParams, output: list[int] | None = None) -> None:
+    a = Admission(slot, f"r{slot}", [1, 2, *(output or [])], 2, params, slot, False)
+    sampler.table.admit([a], torch.tensor([slot]))
 
 
 def generated(tokenizer: Tokenizer, grammar: Grammar, seed: int, limit: int = 400, **params: Any) -> list[int]:
     """What random logits give under a grammar, up to its end or the limit."""
     sampler, generator = sampler_of(tokenizer), torch.Generator().manual_seed(seed)
-    sampler.admit(admission(1, SamplingParams(temperature=1.0, grammar=grammar, **params)))
+    admit(sampler, 1, SamplingParams(temperature=1.0, grammar=grammar, **params))
     ids: list[int] = []
     while len(ids) < limit:
         logits = torch.randn(1, tokenizer.vocab_size + 3, generator=generator)
@@ -147,11 +156,11 @@ def test_neighbours_are_not_touched(kimi: Tokenizer, order: list[int]) -> None:
     logits = torch.randn(2, kimi.vocab_size + 3, generator=torch.Generator().manual_seed(0))
     free = SamplingParams(temperature=0.8)
     alone, together = sampler_of(kimi), sampler_of(kimi)
-    alone.admit(admission(1, free))
+    admit(alone, 1, free)
     expected, _, _ = alone(logits[:1], [1], [5])
     before = logits.clone()
-    together.admit(admission(1, free))
-    together.admit(admission(2, SamplingParams(grammar=Grammar("regex", "z+"))))
+    admit(together, 1, free)
+    admit(together, 2, SamplingParams(grammar=Grammar("regex", "z+")))
     ids, _, errors = together(logits[[0, 1] if order == [1, 2] else [1, 0]], order, [5, 5])
     assert not errors
     assert ids[order.index(1)] == expected[0]
@@ -163,17 +172,17 @@ def test_neighbours_are_not_touched(kimi: Tokenizer, order: list[int]) -> None:
 
 def test_a_resumed_request_goes_on_within_its_grammar(kimi: Tokenizer) -> None:
     sampler = sampler_of(kimi)
-    sampler.admit(admission(3, SamplingParams(grammar=Grammar("regex", "abc")), kimi.encode("ab")))
+    admit(sampler, 3, SamplingParams(grammar=Grammar("regex", "abc")), kimi.encode("ab"))
     ids, _, _ = sampler(torch.zeros(1, kimi.vocab_size + 3), [3], [9])
     assert kimi.decode(ids.tolist()) == "c"
-    sampler.admit(admission(3, SamplingParams(temperature=0)))  # the slot's next request has no grammar
+    admit(sampler, 3, SamplingParams(temperature=0))  # the slot's next request has no grammar
     assert sampler.simple([3])
 
 
 def test_a_token_that_the_grammar_does_not_have_ends_the_request_alone(kimi: Tokenizer) -> None:
     sampler = sampler_of(kimi)
     for slot in (1, 2):
-        sampler.admit(admission(slot, SamplingParams(grammar=Grammar("regex", "a+"))))
+        admit(sampler, slot, SamplingParams(grammar=Grammar("regex", "a+")))
     sampler.sampled([1, 2], lambda: [ord("a"), ord("b")])
     ids, _, errors = sampler(torch.zeros(2, kimi.vocab_size + 3), [1, 2], [0, 0])
     assert list(errors) == [2]

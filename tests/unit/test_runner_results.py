@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.models import random_checkpoint as random
 from thalweg import LLM, SamplingParams
-from thalweg.runner import runner as runner_module
+from thalweg.runner import step as step_module
 from thalweg.runner.readback import Readback
 
 
@@ -27,7 +27,7 @@ def test_a_chunk_without_a_token_is_waited_for_too(tmp_path: Path, monkeypatch: 
 
             return counted
 
-    monkeypatch.setattr(runner_module, "Readback", Counting)
+    monkeypatch.setattr(step_module, "Readback", Counting)
     c = random.config(vocab=128, context=300)
     folder = random.write(tmp_path / "model", c, random.weights(c))
     with LLM(str(folder), max_num_seqs=2, max_num_batched_tokens=8, block_size=8) as llm:

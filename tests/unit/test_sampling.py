@@ -16,6 +16,7 @@ from thalweg.sampling.adjust import LogitAdjuster
 from thalweg.sampling.choose import draw, sample_filtered
 from thalweg.sampling.logprobs import ROWS, token_logprobs
 from thalweg.sampling.sampler import Sampler
+from thalweg.sampling.table import SamplingTable
 from thalweg.sampling.uniform import uniform
 
 V = 50
@@ -24,10 +25,15 @@ CPU = torch.device("cpu")
 
 def sampler(*requests: tuple[SamplingParams, list[int], int], slots: int = 8) -> Sampler:
     """A sampler with requests (params, token ids, prompt length) admitted to slots 1, 2, ..."""
-    s = Sampler(slots, V, frozenset({1}), CPU, sample)
+    s = Sampler(SamplingTable(slots, V, device=CPU, eos_token_ids=frozenset({1})), sample)
     for slot, (params, ids, num_prompt) in enumerate(requests, start=1):
-        s.admit(Admission(slot, f"r{slot}", ids, num_prompt, params, params.seed or 0, False))
+        admit(s, slot, params, ids, num_prompt)
     return s
+
+
+def admit(s: Sampler, slot: int, params: SamplingParams, ids: list[int], num_prompt: int = 1) -> None:
+    a = Admission(slot, f"r{slot}", ids, num_prompt, params, params.seed or 0, False)
+    s.table.admit([a], torch.tensor([slot]))
 
 
 def rows(n: int, seed: int = 0) -> torch.Tensor:
@@ -225,7 +231,7 @@ def test_parameters_that_break_end_their_request_alone(method: str, monkeypatch:
 
 def test_a_reused_slot_forgets_the_last_request() -> None:
     s = sampler((SamplingParams(seed=1, top_k=3, logit_bias={5: 50.0}, logprobs=1), [3], 1))
-    s.admit(Admission(1, "next", [3], 1, SamplingParams(temperature=0), 0, False))
+    admit(s, 1, SamplingParams(temperature=0), [3])
     logits = rows(1)
     ids, logprobs, _ = s(logits.clone(), [1], [1])
     assert int(ids[0]) == int(logits.argmax())
@@ -258,7 +264,7 @@ def test_rows_on_the_device_alone_choose_the_same() -> None:
     assert s.sample_rows(logits, torch.tensor([1, 2, 3]), torch.tensor([4, 5, 6])).tolist() == expected.tolist()
     logits[1, 3] = math.nan
     assert s.sample_rows(logits, torch.tensor([1, 2, 3]), torch.tensor([4, 5, 6])).tolist()[1] == -1
-    s.admit(Admission(2, "x", [3], 1, SamplingParams(top_k=3), 0, False))
+    admit(s, 2, SamplingParams(top_k=3), [3])
     assert not s.simple([1, 2, 3])
     assert s.simple([1, 3])
 

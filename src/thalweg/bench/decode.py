@@ -18,7 +18,7 @@ from thalweg.bench.spread import Spread
 from thalweg.build.info import EngineInfo
 from thalweg.core import Admission, SamplingParams, StepPlan, StepResult
 from thalweg.errors import ConfigError
-from thalweg.runner.runner import ModelRunner
+from thalweg.runner.step import ModelRunner
 
 WARMUP_STEPS = 4
 
@@ -69,7 +69,7 @@ def measure_decode(
 @torch.inference_mode()
 def fill_cache(runner: ModelRunner) -> None:
     """Random values in every block and state: zeros would be quicker than what a run has."""
-    for layer in runner.cache.layers:
+    for layer in runner.slots.cache.layers:
         for tensor in layer.values():
             if tensor.itemsize > 1:
                 tensor.normal_(0, 0.1)

@@ -22,9 +22,10 @@ from thalweg.engine.core import EngineCore
 from thalweg.layers.batch import Batch
 from thalweg.ops.sample.reference import sample
 from thalweg.parallel.mesh import Mesh
-from thalweg.runner.inputs import InputBuilder
-from thalweg.runner.runner import ModelRunner
+from thalweg.runner.slots import SlotTable
+from thalweg.runner.step import ModelRunner
 from thalweg.sampling.sampler import Sampler
+from thalweg.sampling.table import SamplingTable
 from thalweg.scheduler.scheduler import Scheduler
 from thalweg.text.output import OutputProcessor
 from thalweg.tokenizer.base import Tokenizer
@@ -81,13 +82,9 @@ def measure_host(tokenizer: Tokenizer, num_seqs: int, steps: int, num_finished: 
     max_len = PROMPT_LEN + output_len
     blocks = num_seqs * -(-max_len // BLOCK_SIZE)
     vocab, cpu = tokenizer.vocab_size, torch.device("cpu")
-    runner = ModelRunner(
-        _FixedLogits(num_seqs, vocab),
-        CacheStorage([], blocks, num_seqs, BLOCK_SIZE, cpu),
-        InputBuilder(num_seqs, max_len, BLOCK_SIZE, cpu),
-        Sampler(num_seqs, vocab, frozenset(), cpu, sample),
-        Mesh(),
-    )
+    cache, sampling = CacheStorage([], blocks, num_seqs, BLOCK_SIZE, cpu), SamplingTable(num_seqs, vocab, device=cpu)
+    slots = SlotTable(cache, sampling, max_len)
+    runner = ModelRunner(_FixedLogits(num_seqs, vocab), slots, Sampler(sampling, sample), Mesh())
     scheduler = Scheduler(
         max_num_seqs=num_seqs,
         max_num_batched_tokens=num_seqs * PROMPT_LEN,

@@ -27,11 +27,12 @@ from thalweg.models.decoder import Decoder
 from thalweg.ops.registry import OpContext, Resolver
 from thalweg.parallel.mesh import Mesh, join_mesh
 from thalweg.quant import scheme_named
-from thalweg.runner.decode_graphs import MAX_ROWS, buckets
-from thalweg.runner.inputs import InputBuilder
-from thalweg.runner.runner import ModelRunner
+from thalweg.runner.graphs import MAX_ROWS, buckets
+from thalweg.runner.slots import SlotTable
+from thalweg.runner.step import ModelRunner
 from thalweg.sampling.grammars import Grammars
 from thalweg.sampling.sampler import Sampler
+from thalweg.sampling.table import SamplingTable
 from thalweg.weights.checkpoint import Checkpoint
 from thalweg.weights.dummy import fill
 from thalweg.weights.load import bytes_to_load, check, load
@@ -90,13 +91,15 @@ def build_rank(
     weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     split = split_cache(config, specs, cache_memory(config, device, mesh), device, mesh, c.context_len)
     cache = CacheStorage(specs, split.num_blocks, split.num_slots, config.block_size, device)
-    inputs = InputBuilder(split.num_slots, split.max_model_len, config.block_size, device)
     eos = source.eos_token_ids
-    sampler = Sampler(split.num_slots, c.vocab_size, frozenset(eos), device, sample, grammars)
+    sampling = SamplingTable(
+        split.num_slots, c.vocab_size, device=device, eos_token_ids=frozenset(eos), grammars=grammars
+    )
+    slots = SlotTable(cache, sampling, split.max_model_len)
     eager = _why_eager(config, device, resolver)
     graph_sizes = [] if eager else buckets(split.num_slots)
     laps.end("cache")
-    runner = ModelRunner(model, cache, inputs, sampler, mesh, graph_sizes)
+    runner = ModelRunner(model, slots, Sampler(sampling, sample), mesh, graph_sizes)
     if device.type == "cuda":
         make_kernels(runner, partial(model, layers=model.one_of_each()), split, config.max_num_batched_tokens)
         laps.end("kernels")

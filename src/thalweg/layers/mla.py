@@ -62,14 +62,14 @@ class MultiHeadLatentAttention(nn.Module):
         w_uk_HKR, w_uv_HVR = self.kv_b_proj.weight.split([self.nope, self.value], dim=1)
         n, parts = batch.num_decodes, []
         if n:
-            where = (latent_MSC, batch.block_tables_BN[:n], batch.decode_lens_B, batch.page_rows_T[:n])
+            where = (latent_MSC, batch.block_tables_BN[:n], batch.context_lens_B, batch.block_rows_T[:n])
             weights = (self.kv_norm.weight, w_uk_HKR, w_uv_HVR)
             parts.append(self._mixer_decode(proj_TX[:n], *weights, *where, self.scale, self.kv_norm.eps))
         if n < len(proj_TX):
             q_TX, c_TR, k_rope_TP = proj_TX[n:].split(self.split, dim=-1)
-            self._write(torch.cat([self.kv_norm(c_TR), k_rope_TP], dim=-1), latent_MSC, batch.page_rows_T[n:])
+            self._write(torch.cat([self.kv_norm(c_TR), k_rope_TP], dim=-1), latent_MSC, batch.block_rows_T[n:])
             q_THX = q_TX.unflatten(-1, (self.H, self.nope + self.rope))  # t (h x) -> t h x
-            spans = (batch.block_tables_BN[n:], batch.prefill_starts, batch.prefill_offsets)
+            spans = (batch.block_tables_BN[n:], batch.starts, batch.prefill_offsets)
             o_THV = self._prefill(q_THX, latent_MSC, *spans, w_uk_HKR, w_uv_HVR, self.scale)
             parts.append(o_THV.flatten(1))  # t h v -> t (h v)
         return self.out_proj.of_parts(parts, x_TD)

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from thalweg import tracing
 from thalweg.core import StepPlan, StepResult
 from thalweg.profiler.summary import STEP
-from thalweg.runner.runner import ModelRunner
+from thalweg.runner.step import ModelRunner
 
 
 def start_profiler() -> None:

@@ -1,16 +1,13 @@
-"""Rows whose tokens a grammar has to allow: a matcher a slot, and the masks that go over their logits."""
+"""Rows whose tokens a grammar has to allow: a matcher per slot, and the masks that go over their logits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-
-from thalweg.core import Admission
-from thalweg.sampling.grammars import Grammars
 
 if TYPE_CHECKING:
     import llguidance
@@ -20,7 +17,7 @@ Read = Callable[[], list[int]]  # the ids of a step, once they are known on the 
 
 @dataclass(frozen=True, slots=True)
 class Masks:
-    """int32 [rows, words] of bits, lowest first, for some rows of a step; `errors` by slot where a grammar gave up."""
+    """int32 [rows, words] of bits, lowest first, for some rows of a step; `errors` by row if a grammar gave up."""
 
     rows: list[int]
     bits_RW: Tensor
@@ -32,53 +29,48 @@ class Masks:
         logits_RV[index] = _masked(logits_RV[index], self.bits_RW.to(logits_RV.device))
 
 
-class Structured:
-    """Matchers by slot. A row's mask follows from its last token, which is asked for when the next step's model is on
-    the device already, so that the device has work while the host waits and the grammar thinks.
+class GrammarState:
+    """How far one request is in its grammar. Without a matcher (before `begin`, or on a rank whose tokens do not
+    count) nothing is masked."""
 
-    Without `grammars` slots are remembered and not masked: another rank's tokens count.
+    def __init__(self) -> None:
+        self.matcher: llguidance.LLMatcher | None = None
+        self._last: tuple[Read, int] | None = None
+
+    def begin(self, matcher: llguidance.LLMatcher, output: Sequence[int]) -> None:
+        """Mask by `matcher` from now on, which is the request's own; `output` is what it has generated so far."""
+        for token in output:
+            _consume(matcher, token)
+        self.matcher = matcher
+
+    def sampled(self, read: Read, i: int) -> None:
+        """Take note of where the token just chosen will be: read()[i]."""
+        self._last = read, i
+
+    def catch_up(self) -> None:
+        """Take in the token noted last; waits until it is known."""
+        if self.matcher is not None and self._last is not None:
+            read, i = self._last
+            self._last = None
+            _consume(self.matcher, read()[i])
+
+
+class Masker:
+    """Makes the masks of a step's rows. A row's mask follows from its last token, which is asked for when the next
+    step's model is on the device already, so that the device has work while the host waits and the grammar thinks.
     """
 
-    def __init__(self, grammars: Grammars | None, vocab_size: int) -> None:
-        self._grammars, self._vocab_size = grammars, vocab_size
-        self._matchers: dict[int, llguidance.LLMatcher | None] = {}
-        self._last: dict[int, tuple[Read, int]] = {}  # where a slot's token of the last step will be
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
         self._executor: llguidance.LLExecutor | None = None
 
-    def __contains__(self, slot: int) -> bool:
-        return slot in self._matchers
-
-    def __bool__(self) -> bool:
-        return bool(self._matchers)
-
-    def admit(self, a: Admission) -> None:
-        """Forget the slot's last request and take in this one. Raises InvalidRequest, the slot being known then."""
-        self._matchers.pop(a.slot, None)
-        self._last.pop(a.slot, None)
-        if a.params.grammar is None:
-            return
-        self._matchers[a.slot] = None
-        if self._grammars is not None:
-            matcher = self._grammars.matcher(a.params.grammar)
-            for token in a.token_ids[a.num_prompt :]:
-                _consume(matcher, token)
-            self._matchers[a.slot] = matcher
-
-    def sampled(self, slots: list[int], read: Read) -> None:
-        """Take note of where the step's tokens will be: read()[i] is slot slots[i]'s."""
-        for i, slot in enumerate(slots):
-            if slot in self._matchers:
-                self._last[slot] = read, i
-
-    def masks(self, slots: list[int]) -> Masks | None:
-        """What the grammars of `slots` allow next; None where none of them has one."""
-        rows = [(r, m) for r, s in enumerate(slots) if (m := self._matchers.get(s)) is not None]
+    def masks(self, grammars: Sequence[tuple[int, GrammarState]]) -> Masks | None:
+        """What the grammars (row, state) allow next; None if none of them has a matcher."""
+        rows = [(r, grammar.matcher) for r, grammar in grammars if grammar.matcher is not None]
         if not rows:
             return None
-        for r, matcher in rows:
-            if (last := self._last.pop(slots[r], None)) is not None:
-                read, i = last
-                _consume(matcher, read()[i])
+        for _, grammar in grammars:
+            grammar.catch_up()
         masks_RW = torch.zeros(len(rows), -(-self._vocab_size // 32), dtype=torch.int32)
         if self._executor is None:
             import llguidance
@@ -93,7 +85,7 @@ class Structured:
         errors: dict[int, str] = {}
         for i, (r, matcher) in enumerate(rows):
             if matcher.is_error():
-                errors[slots[r]] = f"the grammar cannot go on: {' '.join(matcher.get_error().split())[:200]}"
+                errors[r] = f"the grammar cannot go on: {' '.join(matcher.get_error().split())[:200]}"
                 masks_RW[i] = -1
         return Masks([r for r, _ in rows], masks_RW, errors)
 

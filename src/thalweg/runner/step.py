@@ -15,9 +15,10 @@ from thalweg.core import Prefill, StepPlan, StepResult, TokenLogprobs
 from thalweg.layers.batch import Batch
 from thalweg.ops.host_tables import to_device
 from thalweg.parallel.mesh import Mesh
-from thalweg.runner.decode_graphs import DecodeGraphs
-from thalweg.runner.inputs import InputBuilder
+from thalweg.runner.batch import BatchBuilder
+from thalweg.runner.graphs import DecodeGraphs
 from thalweg.runner.readback import Readback
+from thalweg.runner.slots import SlotTable
 from thalweg.sampling.logprobs import token_logprobs
 from thalweg.sampling.sampler import NON_FINITE, Sampler
 
@@ -32,33 +33,27 @@ Finish = Callable[[], StepResult]
 class ModelRunner:
     """launch(plan) puts a step on the device and returns what waits for its result; plans come in order.
 
-    Every rank runs the same plans; rank 0's tokens count. Steps of decode rows alone run as graphs where there are
-    any; all others run eagerly.
+    Every rank runs the same plans; rank 0's tokens count. Steps of decode rows alone run as graphs if there are any;
+    all others run eagerly.
     """
 
     def __init__(
-        self,
-        model: Model,
-        cache: CacheStorage,
-        inputs: InputBuilder,
-        sampler: Sampler,
-        mesh: Mesh,
-        graph_sizes: list[int] | None = None,
+        self, model: Model, slots: SlotTable, sampler: Sampler, mesh: Mesh, graph_sizes: list[int] | None = None
     ) -> None:
-        self.model, self.cache, self._inputs, self._sampler, self._mesh = model, cache, inputs, sampler, mesh
-        self._prompt_logits: set[int] = set()
-        self._prompt_logprobs: dict[int, int] = {}
-        self.waits = inputs.device.type == "cuda"
-        self._readback = Readback(inputs.device)
+        """`sampler` reads `slots.sampling`."""
+        self.model, self.slots, self._sampler, self._mesh = model, slots, sampler, mesh
+        self._batches = BatchBuilder(slots)
+        self.waits = slots.device.type == "cuda"
+        self._readback = Readback(slots.device)
         self._graphs = None
         if graph_sizes:
             with torch.inference_mode():
-                self._graphs = DecodeGraphs(model, cache, inputs, sampler, mesh, graph_sizes)
+                self._graphs = DecodeGraphs(model, self._batches, sampler, mesh, graph_sizes)
 
     @torch.inference_mode()
     def rehearse(self, model: Model, plans: Iterable[StepPlan]) -> None:
-        """The graphs' steps and `plans` through `model`, without reading a result. What they leave in slots, pages and
-        last tokens is gone once a request is admitted to them."""
+        """The graphs' steps and `plans` through `model`, without reading a result. What they leave in slots and
+        blocks is gone once a request is admitted to them."""
         whole = self.model
         try:
             self._use(model)
@@ -82,12 +77,11 @@ class ModelRunner:
     def launch(self, plan: StepPlan) -> Finish:
         """Run the step as far as the device allows without waiting; the returned call waits and gives the result."""
         if plan.admissions:
-            self._admit(plan)
-        self._inputs.apply_blocks(plan)
-        if self._graphs is not None:
-            self._graphs.update_tables(plan)
-            if self._graphs.serves(plan):
-                return self._launch_graph(self._graphs, plan)
+            self.slots.admit(plan.admissions)
+        if plan.new_blocks:
+            self.slots.add_blocks(plan.new_blocks)
+        if self._graphs is not None and self._graphs.serves(plan):
+            return self._launch_graph(self._graphs, plan)
         return self._launch_eager(plan)
 
     def close(self) -> None:
@@ -101,20 +95,20 @@ class ModelRunner:
     def _launch_graph(self, graphs: DecodeGraphs, plan: StepPlan) -> Finish:
         slots = plan.decode_slots
         with tracing.span("build"):
-            rows = self._inputs.decode_rows(plan)
+            stage = graphs.stage(plan)
         with tracing.span("model"):
-            logits, ids = graphs.run(rows)
+            logits, ids = graphs.run(stage, len(slots))
         if self._sampler.simple(slots):
             return self._finish_simple(plan, slots, ids, {}, {})
         return self._sample(plan, logits.float(), slots, [s + 1 for s in plan.decode_starts])
 
     def _launch_eager(self, plan: StepPlan) -> Finish:
         prefills = plan.prefills
-        inspected = [p for p in prefills if p.slot in self._prompt_logits or p.slot in self._prompt_logprobs]
+        inspected = any(self.slots[p.slot].inspected for p in prefills)
         with tracing.span("build"):
-            batch = self._inputs.build(plan, every_row=bool(inspected))
+            batch = self._batches.build(plan, every_row=inspected)
         with tracing.span("model"):
-            logits = self.model(batch, self.cache)
+            logits = self.model(batch, self.slots.cache)
         prompt_logits: dict[int, Tensor] = {}
         prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
         d = batch.num_decodes
@@ -130,7 +124,7 @@ class ModelRunner:
         if not slots:
             # Nothing to read, but the step is over when the device is done with it: else a long prompt's chunks would
             # all be launched at once, and the last would have to answer within --step-timeout for all of them.
-            read = self._readback(self._inputs.last_tokens[:0])
+            read = self._readback(self.slots.last_tokens[:0])
             return lambda: StepResult(plan.step, read(), {}, prompt_logprobs, {}, prompt_logits)
         positions = [s + 1 for s in plan.decode_starts] + [p.start + p.length for p in sampling]
         return self._sample(plan, logits.float(), slots, positions, prompt_logprobs, prompt_logits)
@@ -167,12 +161,12 @@ class ModelRunner:
             with tracing.span("sample"):
                 slots_R, positions_R = to_device(slots, device), to_device(positions, device)
                 ids = self._mesh.broadcast(self._sampler.sample_rows(logits, slots_R, positions_R))
-            self._inputs.last_tokens[slots_R] = ids.clamp(min=0)
+            self.slots.last_tokens[slots_R] = ids.clamp(min=0)
             return self._finish_simple(plan, slots, ids, prompt_logprobs or {}, prompt_logits or {})
         with tracing.span("sample"):
             ids, logprobs, errors = self._sampler(logits, slots, positions)
         ids = self._mesh.broadcast(ids)
-        self._inputs.last_tokens[to_device(slots, device)] = ids
+        self.slots.last_tokens[to_device(slots, device)] = ids
         read = self._readback(ids)
         self._sampler.sampled(slots, read)
         return lambda: StepResult(plan.step, read(), logprobs, prompt_logprobs or {}, errors, prompt_logits or {})
@@ -184,22 +178,11 @@ class ModelRunner:
         prompt_logits: dict[int, Tensor],
         prompt_logprobs: dict[int, list[TokenLogprobs]],
     ) -> None:
-        if p.slot in self._prompt_logits:
+        admitted = self.slots[p.slot]
+        if admitted.prompt_logits:
             prompt_logits[p.slot] = rows_LV.to(torch.float32, copy=True)
-        if p.slot in self._prompt_logprobs:
+        if admitted.prompt_logprobs is not None:
             # Of the tokens that follow each row, as far as they are known.
-            following = self._inputs.admitted(p.slot)[p.start + 1 : p.start + 1 + len(rows_LV)]
+            following = admitted.token_ids[p.start + 1 : p.start + 1 + len(rows_LV)]
             ids = torch.from_numpy(following).to(rows_LV.device)
-            prompt_logprobs[p.slot] = token_logprobs(rows_LV[: len(ids)], ids, self._prompt_logprobs[p.slot])
-
-    def _admit(self, plan: StepPlan) -> None:
-        self._sampler.admit(*plan.admissions)
-        for a in plan.admissions:
-            self._inputs.admit(a)
-            self._prompt_logits.discard(a.slot)
-            self._prompt_logprobs.pop(a.slot, None)
-            if a.prompt_logits:
-                self._prompt_logits.add(a.slot)
-            if a.params.prompt_logprobs is not None:
-                self._prompt_logprobs[a.slot] = a.params.prompt_logprobs
-        self.cache.reset_slots(to_device([a.slot for a in plan.admissions], self._inputs.device))
+            prompt_logprobs[p.slot] = token_logprobs(rows_LV[: len(ids)], ids, admitted.prompt_logprobs)

@@ -1,0 +1,151 @@
+"""From a StepPlan and the slot table to the Batch of a forward pass, for eager steps and for graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from thalweg.core import StepPlan
+from thalweg.layers.batch import Batch
+from thalweg.ops.host_tables import to_device
+from thalweg.runner.slots import IntArray, SlotTable
+
+# What the host stages of decode rows, int64 [DECODE_ROWS, n], so that one copy takes all of it to the device: slots,
+# positions of the new tokens, rows of the flattened blocks that these fill, positions of the tokens to be chosen, and
+# context lengths, which are int32 and take half of their row.
+DECODE_ROWS = 5
+SINK = np.array([[0], [0], [0], [1], [1]])
+ONE_ON = [[0], [1], [1], [1], [1 + (1 << 32)]]  # what one more token within a block adds; to two lengths at once
+
+
+class BatchBuilder:
+    """Builds the Batch of a step. Kept apart from the model so that its cost can be measured. Plans come in order."""
+
+    def __init__(self, slots: SlotTable) -> None:
+        self.slots = slots
+        self._block_size, self._device = slots.cache.block_size, slots.device
+        self._one_on = torch.tensor(ONE_ON, device=slots.device)
+        self._last: tuple[Batch, Tensor] | None = None  # of the last step, if it had decode rows alone
+        self._last_slots: list[int] = []
+        self._last_starts: list[int] = []
+
+    def build(self, plan: StepPlan, every_row: bool = False) -> Batch:
+        """The step's Batch, valid until the next. Logits are wanted of rows that sample; of all with `every_row`."""
+        if plan.prefills:
+            self._last = None
+            return self._with_prefills(plan, every_row)
+        if self._last is not None and self._moved_on(plan):
+            batch, rows = self._last
+            rows.add_(self._one_on)
+            torch.index_select(self.slots.last_tokens, 0, batch.slots_B, out=batch.token_ids_T)
+        else:
+            d = len(plan.decode_slots)
+            host = np.empty((DECODE_ROWS, even(d)), dtype=np.int64)
+            self.write_decodes(plan, host)
+            rows = to_device(host, self._device)
+            batch = self.of_decodes(rows[:, :d], self._blocks(max(plan.decode_starts) + 1))
+            self._last = batch, rows
+        self._last_slots, self._last_starts = plan.decode_slots, plan.decode_starts
+        return batch
+
+    def write_decodes(self, plan: StepPlan, out: IntArray) -> None:
+        """The plan's decode rows into `out` int64 [DECODE_ROWS, n], of which those past the plan's go to the sinks."""
+        d, n = len(plan.decode_slots), out.shape[1]
+        out[:, d:] = SINK
+        slots, positions, block_rows, ends, _ = out[:, :d]
+        slots[:], positions[:] = plan.decode_slots, plan.decode_starts
+        block, place = np.divmod(positions, self._block_size)
+        np.multiply(self.slots.host_blocks[slots, block], self._block_size, out=block_rows, dtype=np.int64)
+        block_rows += place
+        np.add(positions, 1, out=ends)
+        out[4].view(np.int32)[:n] = out[3]
+
+    def of_decodes(self, rows: Tensor, num_blocks: int) -> Batch:
+        """Batch of decode rows alone, whose tensors are or follow from `rows` int64 [DECODE_ROWS, n] on the device, as
+        write_decodes gives them. Nothing here depends on the plan but n and the width of the block tables."""
+        slots_B, positions_B, block_rows_B, _, lens = rows.unbind(0)
+        n = len(slots_B)
+        return Batch(
+            token_ids_T=self.slots.last_tokens[slots_B],
+            positions_T=positions_B,
+            num_decodes=n,
+            query_lens=[1] * n,
+            starts=[],
+            slots_B=slots_B,
+            block_tables_BN=self._tables(slots_B, num_blocks),
+            block_rows_T=block_rows_B,
+            context_lens_B=lens.view(torch.int32)[:n],
+            logit_rows_R=None,
+        )
+
+    def _with_prefills(self, plan: StepPlan, every_row: bool) -> Batch:
+        d = len(plan.decode_slots)
+        decodes = np.empty((DECODE_ROWS, d), dtype=np.int64)
+        self.write_decodes(plan, decodes)
+        longest = max(plan.decode_starts, default=-1) + 1
+        tokens, positions, block_rows, logit_rows = [], [decodes[1]], [decodes[2]], list(range(d))
+        end = d
+        for p in plan.prefills:
+            new = np.arange(p.start, p.start + p.length)
+            block, place = np.divmod(new, self._block_size)
+            tokens.append(self.slots[p.slot].token_ids[p.start : p.start + p.length])
+            positions.append(new)
+            block_rows.append(self.slots.host_blocks[p.slot, block] * np.int64(self._block_size) + place)
+            end += p.length
+            longest = max(longest, p.start + p.length)
+            if p.sample:
+                logit_rows.append(end - 1)
+        parts = [
+            np.array(plan.decode_slots + [p.slot for p in plan.prefills], dtype=np.int64),
+            np.concatenate(tokens),
+            np.concatenate(positions),
+            np.concatenate(block_rows),
+            decodes[4],
+            np.array([] if every_row else logit_rows, dtype=np.int64),
+        ]
+        slots_B, token_ids, positions_T, block_rows_T, lens, logit_rows_R = _in_one_copy(parts, self._device)
+        return Batch(
+            token_ids_T=torch.cat([self.slots.last_tokens[slots_B[:d]], token_ids]) if d else token_ids,
+            positions_T=positions_T,
+            num_decodes=d,
+            query_lens=[1] * d + [p.length for p in plan.prefills],
+            starts=[p.start for p in plan.prefills],
+            slots_B=slots_B,
+            block_tables_BN=self._tables(slots_B, self._blocks(longest)),
+            block_rows_T=block_rows_T,
+            context_lens_B=lens.view(torch.int32)[:d],
+            logit_rows_R=None if every_row else logit_rows_R,
+        )
+
+    def _moved_on(self, plan: StepPlan) -> bool:
+        """Whether the step is the last one moved on by a token, within the same blocks: most steps of most runs. A
+        step's host time is mostly that of making its tensors, which are then the last one's moved on."""
+        if plan.new_blocks or plan.decode_slots != self._last_slots:
+            return False
+        starts = plan.decode_starts
+        moved = all(start == before + 1 for start, before in zip(starts, self._last_starts, strict=True))
+        return moved and all(start % self._block_size for start in starts)
+
+    def _tables(self, slots_B: Tensor, num_blocks: int) -> Tensor:
+        return self.slots.blocks[:, :num_blocks][slots_B]
+
+    def _blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._block_size)
+
+
+def even(n: int) -> int:
+    """n int64 or one more: what comes after them begins at a multiple of 16 bytes, as kernels are compiled for."""
+    return n + n % 2
+
+
+def _in_one_copy(parts: Sequence[IntArray], device: torch.device) -> list[Tensor]:
+    """Each of the parts, int64 [n], on the device."""
+    sizes = [even(len(part)) for part in parts]
+    flat = np.zeros(sum(sizes), dtype=np.int64)
+    for part, section in zip(parts, np.split(flat, np.cumsum(sizes)[:-1]), strict=True):
+        section[: len(part)] = part
+    on_device = to_device(flat, device).split(sizes)
+    return [section[: len(part)] for part, section in zip(parts, on_device, strict=True)]

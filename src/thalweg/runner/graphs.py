@@ -1,0 +1,115 @@
+"""Steps of decode rows alone as CUDA graphs: one graph for each bucket of batch sizes, the whole step inside it.
+
+Token ids in, model, sampling, token ids out, all on the device; the host sends a few integers per row and launches
+once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thalweg.cache.storage import CacheStorage
+from thalweg.core import StepPlan
+from thalweg.layers.batch import Batch
+from thalweg.parallel.mesh import Mesh
+from thalweg.runner.batch import DECODE_ROWS, SINK, BatchBuilder, even
+from thalweg.sampling.sampler import Sampler
+
+MAX_ROWS = 512  # beyond, a step is long enough that launching it costs little, and kernels for few rows give up
+STAGES = 4  # host buffers in turn: a copy to the device may still be reading one when the next step is staged
+Model = Callable[[Batch, CacheStorage], Tensor]
+
+
+def buckets(max_num_seqs: int) -> list[int]:
+    """Batch sizes to capture: fine steps where a row more costs most, coarse ones above, up to max_num_seqs or
+    MAX_ROWS, whichever is less. Larger steps run eagerly."""
+    max_num_seqs = min(max_num_seqs, MAX_ROWS)
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 32), *range(256, max_num_seqs + 128, 128)]
+    return [s for s in sizes if s < max_num_seqs] + [max_num_seqs]
+
+
+class DecodeGraphs:
+    """Captured steps, chosen by the number of rows. Rows that pad a bucket use slot 0 and block 0, the sinks.
+
+    Until capture() the same static step runs eagerly; tests leave it there if there is no CUDA device.
+    """
+
+    def __init__(self, model: Model, batches: BatchBuilder, sampler: Sampler, mesh: Mesh, sizes: list[int]) -> None:
+        self.model, self._batches, self._sampler, self._mesh = model, batches, sampler, mesh
+        self._slots = batches.slots
+        self._sizes = sizes
+        device, shape = self._slots.device, (DECODE_ROWS, even(sizes[-1]))
+        self._rows = torch.zeros(shape, dtype=torch.int64, device=device)
+        self._stage = [torch.zeros(shape, dtype=torch.int64, pin_memory=device.type == "cuda") for _ in range(STAGES)]
+        self._turn = 0
+        self._ids = torch.zeros(sizes[-1], dtype=torch.int64, device=device)
+        self._logits: dict[int, Tensor] = {}
+        self._replay: dict[int, Callable[[], None]] = {size: partial(self._step, size) for size in sizes}
+        self._pool: Any = None
+
+    def rehearse(self) -> None:
+        """A step of every size on the sinks."""
+        self._rest()
+        for size in self._sizes:
+            self._step(size)
+
+    def capture(self) -> None:
+        self._rest()
+        for size in reversed(self._sizes):  # the largest first: the others fit into its memory
+            self._replay[size] = self._captured(size)
+
+    def serves(self, plan: StepPlan) -> bool:
+        return not plan.prefills and len(plan.decode_slots) <= self._sizes[-1]
+
+    def stage(self, plan: StepPlan) -> Tensor:
+        """Write the rows of a step that `serves` said yes to into a host buffer, which is returned."""
+        stage = self._stage[self._turn]
+        self._turn = (self._turn + 1) % STAGES
+        self._batches.write_decodes(plan, stage.numpy()[:, : self._size(len(plan.decode_slots))])
+        return stage
+
+    def run(self, stage: Tensor, d: int) -> tuple[Tensor, Tensor]:
+        """Launch the step of d rows that was staged.
+
+        Returns logits [d, V] and ids [d] (-1 if a logit was not finite) of buffers that the next step overwrites.
+        """
+        size = self._size(d)
+        self._rows.copy_(stage, non_blocking=True)
+        self._replay[size]()
+        return self._logits[size][:d], self._ids[:d]
+
+    def _size(self, d: int) -> int:
+        return next(size for size in self._sizes if size >= d)
+
+    def _rest(self) -> None:
+        """Every row on the sinks, with one token."""
+        self._rows.copy_(torch.from_numpy(SINK))
+        self._rows[-1] = 1 + (1 << 32)  # two int32 ones
+
+    def _step(self, size: int) -> None:
+        rows = self._rows[:, :size]
+        batch = self._batches.of_decodes(rows, self._slots.max_blocks)
+        logits = self.model(batch, self._slots.cache)
+        ids = self._mesh.broadcast(self._sampler.sample_rows(logits, batch.slots_B, rows[3]))
+        self._logits[size] = logits
+        self._ids[:size] = ids
+        self._slots.last_tokens[batch.slots_B] = ids.clamp(min=0)
+
+    def _captured(self, size: int) -> Callable[[], None]:
+        """Warm up on the sinks, which sets up what the step needs of libraries, then capture."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self._step(size)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            self._step(size)
+        self._pool = self._pool or graph.pool()
+        return graph.replay

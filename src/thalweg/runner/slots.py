@@ -1,0 +1,70 @@
+"""What a rank keeps for the sequence in each slot, from its admission until the next one: the one table of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from thalweg.cache.storage import CacheStorage
+from thalweg.core import Admission
+from thalweg.ops.host_tables import to_device
+from thalweg.sampling.table import SamplingTable
+
+IntArray = np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """What a sequence was admitted with, as far as prefills ask for it."""
+
+    token_ids: IntArray  # int64 [n]
+    prompt_logits: bool  # to be reported: the prompt's logits,
+    prompt_logprobs: int | None  # and log-probabilities of its tokens, with this many most likely ones
+
+    @property
+    def inspected(self) -> bool:
+        """Whether something is reported of every row of its prompt."""
+        return self.prompt_logits or self.prompt_logprobs is not None
+
+
+class SlotTable:
+    """Tables by slot; row 0 is the sink's. Written by admissions and new blocks in the order of the plans; everything
+    else of a step reads from here.
+
+    `blocks` int32 [num_slots + 1, N] on the device, and `host_blocks`, the same on the host: block tables.
+    `last_tokens` int64 [num_slots + 1] on the device: the token last sampled, a decode row's input.
+    `sampling`: how tokens are chosen. `cache`: the states, which an admission zeroes.
+    """
+
+    def __init__(self, cache: CacheStorage, sampling: SamplingTable, max_model_len: int) -> None:
+        self.cache, self.sampling, self.device = cache, sampling, cache.device
+        rows = cache.num_slots + 1
+        self.max_blocks = max(1, -(-max_model_len // cache.block_size))
+        self.blocks = torch.zeros(rows, self.max_blocks, dtype=torch.int32, device=self.device)
+        self.host_blocks: IntArray = self.blocks.cpu().numpy()  # on a CPU the same memory
+        self.last_tokens = torch.zeros(rows, dtype=torch.int64, device=self.device)
+        self._admitted: dict[int, Admitted] = {}
+
+    def __getitem__(self, slot: int) -> Admitted:
+        """What the slot's sequence was admitted with. Raises KeyError if there was none."""
+        return self._admitted[slot]
+
+    def admit(self, admissions: Sequence[Admission]) -> None:
+        """Sequences begin in their slots: nothing of an earlier one shows."""
+        slots = to_device([a.slot for a in admissions], self.device)
+        self.cache.reset_slots(slots)
+        self.sampling.admit(admissions, slots)
+        for a in admissions:
+            ids = np.asarray(a.token_ids, dtype=np.int64)
+            self._admitted[a.slot] = Admitted(ids, a.prompt_logits, a.params.prompt_logprobs)
+
+    def add_blocks(self, new_blocks: Sequence[tuple[int, int, int]]) -> None:
+        """Take in (slot, index in its block table, block) of a plan, before its rows are built."""
+        slot, index, block = np.array(new_blocks, dtype=np.int64).T
+        self.host_blocks[slot, index] = block
+        if self.device.type != "cpu":
+            places, blocks = to_device(np.stack((slot * self.max_blocks + index, block)), self.device)
+            self.blocks.view(-1).index_copy_(0, places, blocks.int())
