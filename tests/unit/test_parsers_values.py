@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -50,6 +51,7 @@ SCRAPS = [
     "-1.",
     "e5",
     "NaN",
+    "1e999",
     "é模",
     '"a": ',
     "\x00",
@@ -89,13 +91,32 @@ def test_any_text_becomes_an_object_the_same_in_any_pieces(text: str, data: st.D
         ('{"a": 1, "b": -', {"a": 1}),
         ('{"a": 1, "b', {"a": 1}),
         ('{"a": 1, "b": "c\\', {"a": 1, "b": "c"}),
-        ('{"a": ' + "9" * 5000 + "}", {"a": "9" * 5000}),
+        ('{"a": ' + "9" * 5000 + ', "b": 1e999}', {"a": "9" * 5000, "b": "1e999"}),
         ('{"a": ' + "[" * (MAX_DEPTH + 5), None),
     ],
 )
 def test_what_is_nearly_json_is_mended(text: str, value: Any) -> None:
     got = json.loads(written(text))
     assert value is None or got == value
+
+
+@pytest.mark.parametrize(
+    ("head", "flood"), [('{"a": ', " "), ('{"a": ""', "\n"), ('{"a": ', "x"), ("{", " "), ('{"a', "x")]
+)
+def test_a_model_that_repeats_itself_costs_the_same_for_each_character(head: str, flood: str) -> None:
+    writer = ObjectWriter()
+    writer.feed(head)
+
+    def seconds(count: int) -> float:
+        began = time.perf_counter()
+        for _ in range(count):
+            writer.feed(flood)
+        return time.perf_counter() - began
+
+    early = min(seconds(2000) for _ in range(5))
+    seconds(300_000)
+    late = min(seconds(2000) for _ in range(5))
+    assert late < 3 * early + 0.01
 
 
 def test_objects_that_follow_one_another_are_read_in_linear_time() -> None:

@@ -53,6 +53,8 @@ def test_reasoning_whose_mark_is_in_the_prompt_only(stream: bool, spelled: bool)
     if spelled:  # a tokenizer that has no tokens for the marks
         client.codec.tokenizer.special_tokens.clear()
         client.answer = list(b"first I add.</think>It is 4.")
+    only_begun = ClientDouble(answer="first I add.</think>It is 4.", template=TEMPLATE + "<think>\n")
+    assert ask(only_begun, CHAT | {"tools": []})["choices"][0]["message"]["reasoning_content"] == "first I add."
     for more, reasoning, content in (
         ({}, "first I add.", "It is 4."),
         ({"max_tokens": 8}, "first I", ""),

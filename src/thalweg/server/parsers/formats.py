@@ -75,7 +75,9 @@ class OutputFormat:
             calls = next((f for f in known if all(sign in template for sign in f.signs)), None)
         else:
             calls = next((f for f in CALL_FORMATS if f.name == tool_call_parser), None)
-        reasons = THINK_END in template if reasoning_parser == "auto" else reasoning_parser == "think"
+        reasons = reasoning_parser == "think"
+        if reasoning_parser == "auto":  # some templates begin reasoning in the prompt, and know nothing of its end
+            reasons = THINK in template or THINK_END in template
         return cls(calls, reasons, codec.tokenizer)
 
     @property

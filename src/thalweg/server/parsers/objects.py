@@ -8,11 +8,12 @@ brackets.
 from __future__ import annotations
 
 import json
+import math
 import re
 from typing import Any
 
 MAX_DEPTH = 64  # deeper brackets are text
-MAX_NUMBER_CHARS = 300  # longer numbers are text: readers of JSON refuse them
+MAX_NUMBER_CHARS = 300  # longer numbers are text, as are those beyond float64: readers of JSON refuse them
 
 _SPACE = " \t\n\r"
 _PLAIN = re.compile(r"""[^"'\\\x00-\x1f]+""")
@@ -37,10 +38,11 @@ class ObjectWriter:
         self._out: list[str] = []
         self._stack: list[str] = []  # open brackets
         self._state = self._value
-        self._held = ""  # commas, space and a key, to come with the value that follows
+        self._held: list[str] = []  # commas, space and a key, to come with the value that follows
         self._in_key = False  # whether the string or bare word is a key
         self._quote = ""  # that began the string
-        self._part = ""  # of an escape, of a bare word, or the space after what may be a string's end
+        self._part = ""  # of an escape
+        self._parts: list[str] = []  # of a bare word, or the space after what may be a string's end
         self._high = ""  # the escape of a surrogate that waits for the one which completes it
         self.done = False  # the object's end came
 
@@ -57,7 +59,7 @@ class ObjectWriter:
         if self._state in (self._string, self._string_end) and not self._in_key:
             self._surrogate("")
             self._out.append('"')
-        elif self._state == self._bare and not self._in_key and not _may_go_on(self._part.strip(_SPACE)):
+        elif self._state == self._bare and not self._in_key and not _may_go_on("".join(self._parts).strip(_SPACE)):
             self._bare_ends()
         self._out += ["}" if bracket == "{" else "]" for bracket in reversed(self._stack)]
         self.done = True
@@ -68,8 +70,8 @@ class ObjectWriter:
         return taken
 
     def _emit(self, text: str) -> None:
-        self._out += (self._held, text)
-        self._held = ""
+        self._out += (*self._held, text)
+        self._held = []
 
     # The states: each takes text at a position, and gives the position behind what it used.
 
@@ -77,7 +79,7 @@ class ObjectWriter:
         char = text[at]
         in_array = bool(self._stack) and self._stack[-1] == "["
         if char in _SPACE:
-            self._held += char
+            self._held.append(char)
         elif char in "{[" and len(self._stack) < MAX_DEPTH:
             self._emit(char)
             self._stack.append(char)
@@ -92,29 +94,29 @@ class ObjectWriter:
             self._state = self._after
             return at
         elif char != ":":
-            self._part, self._in_key, self._state = "", False, self._bare
+            self._in_key, self._state = False, self._bare
             return at
         return at + 1
 
     def _key(self, text: str, at: int) -> int:
         char = text[at]
         if char in _SPACE:
-            self._held += char
+            self._held.append(char)
         elif char in "\"'":
-            self._held += '"'
+            self._held.append('"')
             self._begin_string(char, in_key=True)
         elif char in "}]":
             return self._bracket(char, at)
         elif char not in ",:{[":
-            self._part, self._in_key, self._state = "", True, self._bare
+            self._in_key, self._state = True, self._bare
             return at
         return at + 1
 
     def _colon(self, text: str, at: int) -> int:
         if text[at] in _SPACE:
-            self._held += text[at]
+            self._held.append(text[at])
             return at + 1
-        self._held += ":"
+        self._held.append(":")
         self._state = self._value
         return at + (text[at] == ":")
 
@@ -124,14 +126,14 @@ class ObjectWriter:
         if char in "}]":
             return self._bracket(char, at)
         if char in _SPACE:
-            self._held += char
+            self._held.append(char)
             return at + 1
-        self._held += "," if char == "," else ", "
+        self._held.append("," if char == "," else ", ")
         self._state = self._key if self._stack[-1] == "{" else self._value
         return at + (char == ",")
 
     def _begin_string(self, quote: str, in_key: bool) -> None:
-        self._quote, self._in_key, self._part, self._state = quote, in_key, "", self._string
+        self._quote, self._in_key, self._state = quote, in_key, self._string
 
     def _string(self, text: str, at: int) -> int:
         if self._part:
@@ -169,20 +171,20 @@ class ObjectWriter:
         """Behind a quote, which ends the string if what follows can follow a string."""
         char = text[at]
         if char in _SPACE:
-            self._part += char
+            self._parts.append(char)
             return at + 1
-        if char in (":,}" if self._in_key else ",}]") or (not self._in_key and "\n" in self._part and char in "\"'"):
+        space, self._parts = "".join(self._parts), []
+        if char in (":,}" if self._in_key else ",}]") or (not self._in_key and "\n" in space and char in "\"'"):
             self._surrogate("")
             if self._in_key:
-                self._held += '"'
+                self._held.append('"')
             else:
                 self._out.append('"')
-            self._held += self._part
+            self._held.append(space)
             self._state = self._colon if self._in_key else self._after
         else:
-            self._put("".join(map(_escaped, self._quote + self._part)))
+            self._put("".join(map(_escaped, self._quote + space)))
             self._state = self._string
-        self._part = ""
         return at
 
     def _put(self, text: str) -> None:
@@ -190,7 +192,7 @@ class ObjectWriter:
         if self._high:
             text, self._high = _UNKNOWN + text, ""
         if self._in_key:
-            self._held += text
+            self._held.append(text)
         else:
             self._out.append(text)
 
@@ -210,21 +212,22 @@ class ObjectWriter:
     def _bare(self, text: str, at: int) -> int:
         more = (_BARE_KEY if self._in_key else _BARE_VALUE).match(text, at)
         assert more is not None
-        self._part += more.group()
+        self._parts.append(more.group())
         if more.end() < len(text):
             self._bare_ends()
         return more.end()
 
     def _bare_ends(self) -> None:
-        word = self._part.rstrip(_SPACE)
-        space, self._part = self._part[len(word) :], ""
+        text, self._parts = "".join(self._parts), []
+        word = text.rstrip(_SPACE)
+        space = text[len(word) :]
         if self._in_key:
-            self._held += json.dumps(word) + space
+            self._held.append(json.dumps(word) + space)
             self._state = self._colon
             return
-        number = _NUMBER.fullmatch(word) and len(word) <= MAX_NUMBER_CHARS
+        number = _NUMBER.fullmatch(word) and len(word) <= MAX_NUMBER_CHARS and math.isfinite(float(word))
         self._emit(word if number else _CONSTANTS.get(word) or json.dumps(word, ensure_ascii=False))
-        self._held += space
+        self._held.append(space)
         self._state = self._after
 
     def _bracket(self, char: str, at: int) -> int:
@@ -232,7 +235,7 @@ class ObjectWriter:
         opening = "{" if char == "}" else "["
         if opening not in self._stack:
             return at + 1
-        self._held = self._held.replace(",", "")
+        self._held = ["".join(self._held).replace(",", "")]
         while True:
             top = self._stack.pop()
             self._emit("}" if top == "{" else "]")

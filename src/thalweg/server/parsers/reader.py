@@ -33,7 +33,7 @@ class Reader:
         markers = tuple(spelled)
         self._spelled = Spelled(markers) if markers else None
         self._stops = StopStrings(stop, include_stop)
-        self._space = ""  # content if more content follows, or if there are no calls
+        self._space: list[str] = []  # content if more content follows, or if there are no calls
         self._called = False
         self._events: list[Event] = []
 
@@ -60,7 +60,7 @@ class Reader:
         if last:
             self._content(self._stops.end())
         if (last or self.matched_stop is not None) and self._space and not self._called:
-            self._events.append(Content(self._space))
+            self._events.append(Content("".join(self._space)))
         events, self._events = self._events, []
         return _merged(events)
 
@@ -73,15 +73,16 @@ class Reader:
                 continue
             self._content(self._stops.end())  # what is not content comes between, and no stop string spans that
             if isinstance(event, CallBegin):
-                self._space, self._called = "", True
+                self._space, self._called = [], True
             self._events.append(Reasoning(event.text) if isinstance(event, Content) else event)
 
     def _content(self, text: str) -> None:
         body = text if self._calls is None else text.rstrip()
         if body:
-            self._events.append(Content(self._space + body))
-            self._space = ""
-        self._space += text[len(body) :]
+            self._events.append(Content("".join(self._space) + body))
+            self._space = []
+        if space := text[len(body) :]:
+            self._space.append(space)
 
 
 def _merged(events: list[Event]) -> list[Event]:

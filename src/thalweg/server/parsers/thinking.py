@@ -26,7 +26,7 @@ class Thinking:
     def __init__(self, begun: bool) -> None:
         self._thinking = self._at_start = begun  # at the start of a stretch, whose leading space is dropped
         self._in_call = False
-        self._space = ""
+        self._space: list[str] = []
 
     @property
     def part(self) -> Part:
@@ -48,9 +48,10 @@ class Thinking:
                 continue
             body = text.rstrip()
             if body:
-                yield Part.REASONING, self._space + body
-                self._space = ""
-            self._space += text[len(body) :]
+                yield Part.REASONING, "".join(self._space) + body
+                self._space = []
+            if space := text[len(body) :]:
+                self._space.append(space)
 
     def _see(self, marker: str) -> None:
         if marker in CALL_BEGINS:
@@ -58,7 +59,7 @@ class Thinking:
         elif marker in CALL_ENDS:
             self._in_call = False
         elif marker == THINK_END:
-            self._thinking, self._space = False, ""
+            self._thinking, self._space = False, []
             self._at_start = not self._in_call
         elif marker == THINK and not self._in_call:
             self._thinking = self._at_start = True
