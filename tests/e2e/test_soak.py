@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from tests.e2e.tiny_model import server_process, write_tiny_model
-from thalweg.bench.http import HttpClient
 from thalweg.bench.server_process import engine_options
 from thalweg.bench.soak_clients import Case, Clients, draw_cases, solo
 from thalweg.cli import main
 from thalweg.config.engine import EngineConfig
 from thalweg.config.model_source import model_folder
+from thalweg.http_client import HttpClient
 from thalweg.tokenizer.load import load_tokenizer
 
 KINDS = ("streamed", "whole", "together", "left a stream", "left before the answer", "bad", "broke off", "refused")

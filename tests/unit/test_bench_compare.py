@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from thalweg.bench.accuracy import Accuracy
 from thalweg.bench.compare import Change, compare_files
 from thalweg.bench.spread import Spread
 from thalweg.cli import main
@@ -128,3 +129,63 @@ def test_bad_arguments(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> No
     assert main(["bench", "compare", good, str(tmp_path / "none.json")]) == 2
     assert main(["bench", "compare", good, good, "--fail-if-slower", "-1"]) == 2
     assert capsys.readouterr().err.count("\n") == 2
+
+
+def eval_row(right: list[bool] | None, accuracy: float, count: int) -> dict[str, Any]:
+    answers = [] if right is None else [{"question": f"q{i // 2}", "correct": r} for i, r in enumerate(right)]
+    return {"eval": "gsm8k", "num_questions": count, "accuracy": accuracy, "answers": answers, "seed": 1}
+
+
+def test_accuracies_of_the_same_questions_are_paired(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    before = [True] * 60 + [False] * 40
+    after = [False] * 2 + [True] * 58 + [True] * 12 + [False] * 28
+    files = pair(tmp_path, [eval_row(before, 0.6, 100)], [eval_row(after, 0.7, 100)])
+    [change] = compare_files(*files).changes
+    assert isinstance(change.a, Accuracy)
+    assert isinstance(change.b, Accuracy)
+    difference = change.a.to(change.b)
+    assert (difference.only_a, difference.only_b) == (2, 12)
+    assert difference.delta == pytest.approx(0.1)
+    assert difference.error == pytest.approx(((14 - 100 / 100) / 100**2) ** 0.5)
+    assert difference.p_value == pytest.approx(2 * (1 + 14 + 91) / 2**14)
+    assert change.moved is True
+    assert not change.slower_by(0)
+    assert main(["bench", "compare", *files, "--fail-if-slower", "0"]) == 0
+    text = capsys.readouterr().out
+    assert ["accuracy", "0.600", "(+-0.049)", "0.700", "(+-0.046)", "1.167", "better"] in [
+        line.split() for line in text.splitlines()
+    ]
+    assert "changed by +0.1000, standard error 0.0361, paired: 2 right in A alone and 12 in B alone" in text
+    assert "McNemar's exact test p = 0.0129" in text
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "verdict"),
+    [
+        ((0.60, 200), (0.64, 200), "within its error"),  # the standard error is 0.0484
+        ((0.60, 200), (0.66, 200), "better"),
+        ((0.60, 200), (0.54, 200), "worse"),
+        ((0.0, 200), (0.5, 200), "better"),  # and no ratio
+        ((1.0, 200), (1.0, 200), "within its error"),
+    ],
+)
+def test_accuracies_without_answers_are_held_against_the_error_of_both(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, a: tuple[float, int], b: tuple[float, int], verdict: str
+) -> None:
+    assert main(["bench", "compare", *pair(tmp_path, [eval_row(None, *a)], [eval_row(None, *b)])]) == 0
+    text = capsys.readouterr().out
+    assert verdict in text
+    assert "paired" not in text
+
+
+def test_many_changed_answers_are_tested_in_a_moment() -> None:
+    one = Accuracy(0.5, 200_000, {("q", i): i % 2 == 0 for i in range(200_000)})
+    other = Accuracy(0.5, 200_000, {("q", i): i % 2 == 1 for i in range(200_000)})
+    assert one.to(other).p_value == pytest.approx(1.0)
+    assert one.to(one).p_value == 1.0
+
+
+def test_answers_to_other_questions_are_not_paired() -> None:
+    one = Accuracy(0.5, 2, {("q", 0): True, ("q", 1): False})
+    other = Accuracy(0.5, 2, {("q", 0): True, ("r", 0): False})
+    assert one.to(other).p_value is None

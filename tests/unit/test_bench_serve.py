@@ -11,7 +11,6 @@ from xml.etree import ElementTree
 
 import pytest
 
-from thalweg.bench.http import HttpClient, HttpError
 from thalweg.bench.serve_data import BenchRequest, RandomPrompts, read_requests
 from thalweg.bench.serve_figures import lines, read_goodput, summarise, tokens_per_second
 from thalweg.bench.serve_load import CHAT, COMPLETIONS, Load, Outcome, Target, run_load
@@ -19,6 +18,7 @@ from thalweg.bench.serve_plot import draw
 from thalweg.cli import main
 from thalweg.config.model_source import model_folder
 from thalweg.errors import ConfigError
+from thalweg.http_client import HttpClient, HttpError
 from thalweg.tokenizer.load import load_tokenizer
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"

@@ -12,10 +12,11 @@ import pytest
 
 from thalweg.core import SamplingParams
 from thalweg.errors import ConfigError
-from thalweg.evals.arith import evaluate_arith
+from thalweg.evals.arith import arith_task
 from thalweg.evals.arith_problems import problems
-from thalweg.evals.gsm8k import evaluate_gsm8k, few_shot_questions, read_examples
-from thalweg.evals.runner import Question, last_number, score_questions
+from thalweg.evals.gsm8k import few_shot_questions, gsm8k_task, read_examples
+from thalweg.evals.offline import evaluate_offline
+from thalweg.evals.runner import Question, Task, last_number
 from thalweg.text.results import CompletionOutput, RequestMetrics, RequestOutput
 
 
@@ -64,23 +65,32 @@ def test_last_number(text: str, number: str | None) -> None:
 def test_score_counts_right_invalid_and_failed() -> None:
     answers = {"a": "it is 1", "b": "it is 3", "c": "nothing", "d": "ERROR"}
     ended: list[int] = []
-    questions = [Question(p, Decimal(1)) for p in answers]
-    score = score_questions(EchoLLM(answers.get), questions, SamplingParams(), last_number, lambda: ended.append(1))
+    task = Task([Question(p, p, Decimal(1)) for p in answers], last_number, 8)
+    score = evaluate_offline(EchoLLM(answers.get), task, lambda: ended.append(1))
     assert (score.num_questions, score.accuracy, score.invalid, score.errors) == (4, 0.25, 0.5, 1)
+    assert score.accuracy_error == pytest.approx((0.25 * 0.75 / 4) ** 0.5)
     assert score.output_tokens == 12
     assert score.output_throughput == pytest.approx(12 / score.latency_s)
+    assert [(r.question, r.given, r.correct) for r in score.results] == [
+        ("a", "1", True),
+        ("b", "3", False),
+        ("c", None, False),
+        ("d", None, False),
+    ]
+    assert score.results[3].error == "broken"
     assert len(ended) == 4
 
 
 def test_arith_asks_held_out_problems_in_the_chat_layout() -> None:
     expected = {p.question: p for p in problems("eval", 3, 20)}
     llm = EchoLLM(lambda ids: expected[ids[0][0]["content"]].answer_text)
-    score = evaluate_arith(llm, 20, 3, 64)
+    task = arith_task(20, 3, 64)
+    score = evaluate_offline(llm, task)
     assert (score.accuracy, score.invalid) == (1.0, 0.0)
     assert llm.params.temperature == 0
     assert llm.params.max_tokens == 64
-    assert evaluate_arith(EchoLLM(lambda _: "#### 0"), 20, 3, 64).accuracy == 0
-    assert evaluate_arith(EchoLLM(lambda _: "17"), 20, 3, 64).invalid == 1
+    assert evaluate_offline(EchoLLM(lambda _: "#### 0"), task).accuracy == 0
+    assert evaluate_offline(EchoLLM(lambda _: "17"), task).invalid == 1
 
 
 def write_lines(path: Path, count: int) -> str:
@@ -100,10 +110,10 @@ def test_gsm8k_shots_come_first_and_are_never_asked(tmp_path: Path) -> None:
         "Question: What is 2 + 1?\nAnswer:"
     )
     llm = EchoLLM(lambda prompt: str(int(prompt.rsplit("What is ", 1)[1].split()[0]) + 1))
-    assert evaluate_gsm8k(llm, examples, 2, 32).accuracy == 1
+    assert evaluate_offline(llm, gsm8k_task(examples, 2, 32)).accuracy == 1
     assert llm.params.stop == ("Question",)
     with pytest.raises(ConfigError, match="--num-shots"):
-        evaluate_gsm8k(llm, examples, 6, 32)
+        gsm8k_task(examples, 6, 32)
 
 
 @pytest.mark.parametrize(

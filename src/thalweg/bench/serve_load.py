@@ -11,9 +11,9 @@ from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-from thalweg.bench.http import HttpClient, HttpError, error_message
 from thalweg.bench.serve_data import BenchRequest
 from thalweg.errors import ConfigError
+from thalweg.http_client import HttpClient, HttpError, error_message
 
 _IDS = "return_token_ids"  # asks for an event per token, whether it has text or not
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"

@@ -13,12 +13,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from thalweg.bench.http import HttpClient, HttpError
 from thalweg.bench.server_process import ProcessUse, ServerProcess, serving
 from thalweg.bench.soak_clients import Clients, draw_cases, solo
 from thalweg.config import env
 from thalweg.config.engine import EngineConfig
 from thalweg.config.model_source import model_folder
+from thalweg.http_client import HttpClient, HttpError
 from thalweg.tokenizer.load import load_tokenizer
 
 NUM_CASES = 40

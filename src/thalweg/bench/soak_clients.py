@@ -11,10 +11,10 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from thalweg.bench.http import Answer, HttpClient, HttpError, error_message
 from thalweg.bench.serve_data import BenchRequest, RandomPrompts
 from thalweg.bench.serve_load import CHAT, COMPLETIONS, Target
 from thalweg.errors import ThalwegError
+from thalweg.http_client import Answer, HttpClient, HttpError, error_message
 from thalweg.tokenizer.base import Tokenizer
 
 WAIT_SECONDS = 300.0  # for one answer

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from thalweg.cli.compare import compare
 from thalweg.cli.options import engine_config, takes
+from thalweg.cli.results_file import check_writable, write_json
 from thalweg.config.engine import EngineConfig, parse_size
 from thalweg.errors import ConfigError
 
@@ -53,7 +52,7 @@ def latency(
     from thalweg.bench.latency import check_lengths, measure_latency
 
     check_lengths(sizes, input_len, output_len)
-    _check_writable(output_json)
+    check_writable(output_json)
     import torch  # here, since the profiler wants to be used on the thread that brings torch in
 
     from thalweg.build.source import open_source
@@ -99,7 +98,7 @@ def latency(
         "decode_steps": info.decode_steps.split(" of ")[0],
         "start_s": round(start_s, 1),
     }
-    _write(
+    write_json(
         output_json,
         {
             "engine": engine,
@@ -130,7 +129,7 @@ def decode(
     sizes, length = _integers(batch_size, "--batch-size"), parse_size(context, "--context")
     if config.tensor_parallel_size != 1:
         raise ConfigError("--tensor-parallel-size does not go with bench decode, which drives one rank; leave it out")
-    _check_writable(output_json)
+    check_writable(output_json)
     import torch
 
     from thalweg.bench.ceilings import measure_ceilings
@@ -161,7 +160,7 @@ def decode(
         "start_s": round(info.load_seconds, 1),
     }
     figures = [asdict(step) | {"floor_ms": floor} for step, floor in results]
-    _write(output_json, {"engine": engine, "machine": machine, "results": figures})
+    write_json(output_json, {"engine": engine, "machine": machine, "results": figures})
     _print_decode(results, {**engine, **machine})
 
 
@@ -179,7 +178,7 @@ def host(
     The cost must not grow with the number of requests that have ended.
     """
     counts = _integers(finished, "--finished")
-    _check_writable(output_json)
+    check_writable(output_json)
     from thalweg.bench.host import measure_host
     from thalweg.bench.machine import describe_machine
     from thalweg.config.model_source import model_folder
@@ -188,7 +187,7 @@ def host(
     tokenizer = load_tokenizer(model_folder(None))
     results = [measure_host(tokenizer, num_seqs, steps, count) for count in counts]
     machine = describe_machine()
-    _write(output_json, {"machine": machine, "results": [asdict(r) for r in results]})
+    write_json(output_json, {"machine": machine, "results": [asdict(r) for r in results]})
     _print_host(results, machine)
 
 
@@ -269,18 +268,3 @@ def _integers(text: str, option: str) -> list[int]:
     if not all(part.isascii() and part.isdigit() and len(part) < 10 for part in parts):
         raise ConfigError(f"{option} is {text!r}; expected integers with commas between them, e.g. 1,8")
     return [int(part) for part in parts]
-
-
-def _check_writable(path: str | None) -> None:
-    """Fail before a long run rather than after it."""
-    if path is not None and not Path(path).expanduser().resolve().parent.is_dir():
-        raise ConfigError(f"--output-json is {path!r}, whose folder does not exist; expected a file in an existing one")
-
-
-def _write(path: str | None, figures: dict[str, Any]) -> None:
-    if path is None:
-        return
-    try:
-        Path(path).expanduser().write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    except OSError as e:
-        raise ConfigError(f"--output-json is {path!r}, which cannot be written: {e.strerror}") from None

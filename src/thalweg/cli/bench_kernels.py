@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from thalweg.cli.bench import OutputJson, _check_writable, _facts, _integers, _write
+from thalweg.cli.bench import OutputJson, _facts, _integers
+from thalweg.cli.results_file import check_writable, write_json
 from thalweg.config.engine import EngineConfig, parse_size
 from thalweg.errors import ConfigError
 
@@ -54,7 +55,7 @@ def kernels(
         if least is not None and least < 1:
             raise ConfigError(f"{option} is {given!r}; expected 1 or more")
     config = EngineConfig(device=device, dtype=dtype)  # refuses unknown names
-    _check_writable(output_json)
+    check_writable(output_json)
     import torch
 
     from thalweg.bench.ceilings import measure_ceilings
@@ -87,7 +88,7 @@ def kernels(
     }
     measured = {"suite": suite, "device": str(where), "dtype": name, "scale": divisor, "context": setting.context}
     results = _print(run_suite(builders, setting, ceilings), measured | machine)
-    _write(output_json, {"engine": measured, "machine": machine, "results": [r.to_dict() for r in results]})
+    write_json(output_json, {"engine": measured, "machine": machine, "results": [r.to_dict() for r in results]})
 
 
 def _print(results: Iterator[Measurement], measured_on: dict[str, Any]) -> list[Measurement]:

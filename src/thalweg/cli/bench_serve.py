@@ -18,9 +18,9 @@ from thalweg.config import env
 from thalweg.errors import ConfigError, ThalwegError
 
 if TYPE_CHECKING:
-    from thalweg.bench.http import HttpClient
     from thalweg.bench.serve_data import BenchRequest
     from thalweg.bench.serve_load import Load, Outcome, Target
+    from thalweg.http_client import HttpClient
 
 DATASETS = ("random", "prefix_repetition", "custom")
 _DATA, _LOAD, _OUT = "Dataset", "Load", "Output"
@@ -112,8 +112,8 @@ def serve(
     Exits with 1 when a request failed.
     """
     from thalweg.bench import serve_figures as figures
-    from thalweg.bench.http import HttpClient
     from thalweg.bench.serve_load import CHAT, COMPLETIONS, Load
+    from thalweg.http_client import HttpClient
 
     if endpoint not in (CHAT, COMPLETIONS):
         raise ConfigError(f"--endpoint is {endpoint!r}; expected {COMPLETIONS} or {CHAT}")
@@ -209,7 +209,7 @@ async def _measure(
     from thalweg.bench.serve_load import Target, run_load
 
     try:
-        name = model or await _first_model(http)
+        name = model or await http.first_model()
         target = Target(http, endpoint, name, options, timeout_s)
         for request in requests:
             target.body(request)  # refuses what the endpoint does not take before anything is sent
@@ -219,14 +219,6 @@ async def _measure(
     finally:
         http.close()
     return name, outcomes, duration
-
-
-async def _first_model(http: HttpClient) -> str:
-    listed = await http.json("GET", "/v1/models")
-    try:
-        return str(listed["data"][0]["id"])
-    except (KeyError, IndexError, TypeError):
-        raise ThalwegError("GET /v1/models names no model; name one with --model") from None
 
 
 async def _warm_up(target: Target, requests: list[BenchRequest], count: int) -> None:

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from thalweg.core import SamplingParams
 from thalweg.errors import ConfigError
-from thalweg.evals.runner import Question, Score, last_number, score_questions
-
-if TYPE_CHECKING:
-    from thalweg.engine.llm import LLM
+from thalweg.evals.runner import Question, Task, last_number
 
 STOP = ("Question",)
 MAX_LINE_BYTES = 1 << 20
@@ -65,21 +60,15 @@ def _read_example(line: bytes, where: str) -> Example:
 def few_shot_questions(examples: Sequence[Example], num_shots: int) -> list[Question]:
     """The examples after the first `num_shots`, each behind those solved ones."""
     shots = "".join(f"Question: {e.question}\nAnswer: {e.worked}\n\n" for e in examples[:num_shots])
-    return [Question(f"{shots}Question: {e.question}\nAnswer:", e.answer) for e in examples[num_shots:]]
+    asked = examples[num_shots:]
+    return [Question(e.question, f"{shots}Question: {e.question}\nAnswer:", e.answer) for e in asked]
 
 
-def evaluate_gsm8k(
-    llm: LLM,
-    examples: Sequence[Example],
-    num_shots: int,
-    max_new_tokens: int,
-    advance: Callable[[], object] = lambda: None,
-) -> Score:
-    """Greedy answers to every example after the first `num_shots`. Raises ConfigError when there is none."""
+def gsm8k_task(examples: Sequence[Example], num_shots: int, max_new_tokens: int) -> Task:
+    """Every example after the first `num_shots`, as a text to complete. Raises ConfigError when there is none."""
     questions = few_shot_questions(examples, num_shots)
     if not questions:
         raise ConfigError(
             f"--data-path has {len(examples)} examples and --num-shots {num_shots} takes them all; expected fewer shots"
         )
-    params = SamplingParams(temperature=0, max_tokens=max_new_tokens, stop=STOP)
-    return score_questions(llm, questions, params, last_number, advance)
+    return Task(questions, last_number, max_new_tokens, STOP)

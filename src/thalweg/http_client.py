@@ -87,6 +87,14 @@ class HttpClient:
         except ValueError:
             raise HttpError(f"{method} {path} answered what is not JSON: {content[:80]!r}") from None
 
+    async def first_model(self) -> str:
+        """The first name that /v1/models lists. Raises HttpError."""
+        listed = await self.json("GET", "/v1/models")
+        try:
+            return str(listed["data"][0]["id"])
+        except (KeyError, IndexError, TypeError):
+            raise HttpError("GET /v1/models names no model; name one with --model") from None
+
     def close(self) -> None:
         for connection in self._idle:
             connection.close()
@@ -112,11 +120,17 @@ class HttpClient:
 
 
 class Answer:
-    """Status, and the body as it comes."""
+    """Status and headers, and the body as it comes."""
 
     def __init__(self, connection: _Connection, head: h11.Response) -> None:
         self.status = head.status_code
+        self._headers = head.headers
         self._connection = connection
+
+    def header(self, name: str) -> str | None:
+        """The first header of that name, whatever its capitals."""
+        wanted = name.lower().encode()
+        return next((value.decode("latin-1") for key, value in self._headers if key == wanted), None)
 
     async def read(self) -> bytes:
         """The whole body."""
