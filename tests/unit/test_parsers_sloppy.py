@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.unit.server_double import ClientDouble
 from tests.unit.test_server_parsers import PARSERS, arguments_of, call, marked, read
 from tests.unit.test_server_tools import KIMI, added_up, ask
-from thalweg.server.parsers.events import CallBegin, Content, Event, Reasoning
+from thalweg.server.parsers.events import CallArguments, CallBegin, Content, Event, Reasoning
 from thalweg.server.parsers.marks import MARK_OF
 
 F, G = '{"name": "f", "arguments": {"a": "x"}}', '{"name": "g", "arguments": {}}'
@@ -73,11 +73,24 @@ THREE = call(0, "f", '{"b": 3}')
         (f"<tool_call>{F1}</parameter></parameter>{G1}{G1}</tool_call>", THREE),
         (f"<tool_call>{F1}</parameter><parameter=b>4</parameter>{G1}</tool_call>", THREE),
         ("<tool_call><function=f><parameter=a>1 < 2</b></parameter>", call(0, "f", '{"a": "1 < 2</b>"}')),
+        ("<tool_call><function=f><parameter=a>1 <b", call(0, "f", '{"a": "1 <b"}')),
         (f"<tool_call>So:\n{F1}{G1}</tool_call>", [Content("So:"), *THREE]),
     ],
 )
 def test_qwen3_coder(text: str, events: list[Event]) -> None:
     assert read("qwen3_coder", [marked(text)]) == read("qwen3_coder", list(marked(text))) == events
+
+
+def test_qwen3_coder_streams_strings_as_they_come() -> None:
+    parser = PARSERS["qwen3_coder"]()
+    parser.feed(marked("<tool_call><function=f><parameter=a>"))
+    pieces = ["\n", "\n", 'one "', "\n", "\n", "<", "b>", "\n", "</param"]
+    given = ["".join(e.text for e in parser.feed(piece) if isinstance(e, CallArguments)) for piece in pieces]
+    assert given == ["", "", '\\none \\"', "", "\\n", "", "\\n<b>", "", ""]
+    assert [e for e in parser.feed("eter></function>") if isinstance(e, CallArguments)] == [
+        CallArguments(0, '"'),
+        CallArguments(0, "}"),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from thalweg.server.parsers.calls import CallParser, NewId
-from thalweg.server.parsers.coerce import coerce
+from thalweg.server.parsers.coerce import coerce, json_types
 from thalweg.server.parsers.lark import arguments_schema, json_lark, literal, marker_lark
 from thalweg.server.parsers.marks import CALL, CALL_END
 from thalweg.server.parsers.objects import to_json
@@ -20,10 +20,10 @@ MAX_NAME_CHARS = 256
 
 MAX_TAG_CHARS = MAX_NAME_CHARS + len("<parameter=>")
 
-_FUNCTION_END = "</function>"
+_PARAMETER_END, _FUNCTION_END = "</parameter>", "</function>"
 _NAME = rf"[^<>\s]{{1,{MAX_NAME_CHARS}}}"
 _TAG = re.compile(rf"<function=(?P<function>{_NAME})>|<parameter=(?P<parameter>{_NAME})>|</parameter>|</function>")
-_CUT_TAG = re.compile(rf"<(?:(?:function|parameter)=(?:{_NAME})?|/?[a-z]*)")
+_BEGUN_TAG = re.compile(rf"<(?:function|parameter)=(?:{_NAME})?")
 
 
 def lark(tools: Sequence[Mapping[str, Any]], added_tokens: Mapping[str, int], parallel: bool) -> str:
@@ -52,7 +52,8 @@ def lark(tools: Sequence[Mapping[str, Any]], added_tokens: Mapping[str, int], pa
 
 
 class Qwen3Coder(CallParser):
-    """Arguments come one parameter at a time, as JSON of the type that the tool's schema gives the parameter.
+    """Arguments come one parameter at a time, as JSON of the type that the tool's schema gives the parameter; strings
+    come as they are written.
 
     A value ends where the next tag begins, so that missing ends do no harm. `parameters`: {function: the schema of
     its parameters}.
@@ -68,6 +69,8 @@ class Qwen3Coder(CallParser):
         self._called = False  # in this block
         self._name: str | None = None  # of the function, until its end
         self._key: str | None = None  # of the parameter whose value is coming
+        self._streamed = False  # that value is a string, of which a part was given
+        self._at_start = False  # of that string, whose first line break belongs to the tag
         self._keys: set[str] = set()
 
     def _text(self, text: str) -> None:
@@ -81,9 +84,12 @@ class Qwen3Coder(CallParser):
             self._tag(tag)
             seen = tag.end()
         cut = self._buffer.rfind("<", max(seen, len(self._buffer) - MAX_TAG_CHARS))
-        cut = len(self._buffer) if cut < 0 else cut
+        if cut < 0 or not _may_become_tag(self._buffer[cut:]):
+            cut = len(self._buffer)
         self._before.append(self._buffer[seen:cut])
         self._buffer = self._buffer[cut:]
+        if self._streamed:
+            self._before = [self._more_of_string("".join(self._before))]
 
     def _tag(self, tag: re.Match[str]) -> None:
         text, self._before = "".join(self._before), []
@@ -102,21 +108,44 @@ class Qwen3Coder(CallParser):
             if not self._called:
                 self._beside.append(tag[0])
         elif tag["parameter"]:
-            self._key = tag["parameter"]
+            self._begin_value(tag["parameter"])
         elif tag[0] == _FUNCTION_END:
             self._end_call()
 
+    def _begin_value(self, key: str) -> None:
+        self._key = key
+        if key not in self._keys and json_types(*self._schema(key)) == {"string"}:
+            self._begin_argument(key, '"')
+            self._streamed = self._at_start = True
+
+    def _more_of_string(self, text: str) -> str:
+        """Give more of a streamed string, but for a line break at its end, which may belong to the tag."""
+        if self._at_start and text:
+            text, self._at_start = text.removeprefix("\n"), False
+        kept = text.removesuffix("\n")
+        self._arguments(to_json(kept)[1:-1])
+        return text[len(kept) :]
+
     def _end_value(self, text: str) -> None:
-        if self._name is None or self._key is None:
-            return
-        text, schema = text.removeprefix("\n").removesuffix("\n"), self._schemas.get(self._name, {})
+        key, self._key = self._key, None
+        if self._streamed:
+            self._more_of_string(text)
+            self._arguments('"')
+        elif key is not None and key not in self._keys:
+            text = text.removeprefix("\n").removesuffix("\n")
+            self._begin_argument(key, to_json(coerce(text, *self._schema(key))))
+        self._streamed = False
+
+    def _begin_argument(self, key: str, value: str) -> None:
+        comma = ", " if self._keys else "{"
+        self._arguments(f"{comma}{to_json(key)}: {value}")
+        self._keys.add(key)
+
+    def _schema(self, key: str) -> tuple[Any, Mapping[str, Any]]:
+        """A parameter's own schema, and that of all parameters."""
+        schema = self._schemas.get(self._name or "", {})
         properties = schema.get("properties")
-        own = properties.get(self._key) if isinstance(properties, dict) else None
-        if self._key not in self._keys:
-            comma = ", " if self._keys else "{"
-            self._arguments(f"{comma}{to_json(self._key)}: {to_json(coerce(text, own, schema))}")
-            self._keys.add(self._key)
-        self._key = None
+        return properties.get(key) if isinstance(properties, dict) else None, schema
 
     def _end_call(self) -> None:
         if self._name is not None:
@@ -138,9 +167,7 @@ class Qwen3Coder(CallParser):
         return self._key is not None
 
     def _close(self) -> None:
-        rest = self._buffer
-        if self._name is not None and _CUT_TAG.fullmatch(rest):
-            rest = ""
+        rest = self._buffer if self._name is None else ""  # in a call, the beginning of a tag is no text
         text, self._before, self._buffer = "".join(self._before) + rest, [], ""
         if self._key is not None:
             self._end_value(text)
@@ -149,3 +176,8 @@ class Qwen3Coder(CallParser):
         self._end_call()
         self._content("".join(self._beside))
         self._beside, self._called, self._in_block = [], False, False
+
+
+def _may_become_tag(text: str) -> bool:
+    ends = ("<function=", "<parameter=", _PARAMETER_END, _FUNCTION_END)
+    return any(tag.startswith(text) for tag in ends) or _BEGUN_TAG.fullmatch(text) is not None
