@@ -72,6 +72,9 @@ def test_decode_rows_and_prefills_in_one_batch(every_row: bool, monkeypatch: pyt
     assert batch.block_tables_BN.tolist() == [[9, 8, 7], [11, 0, 0], [9, 8, 7], [5, 3, 0], [6, 0, 0]]
     assert (batch.block_tables_BN.dtype, batch.context_lens_B.dtype) == (torch.int32, torch.int32)
     assert len(copies) == 1  # whatever a step needs of the host goes over at once
+    parts = (batch.positions_T, batch.block_rows_T, batch.context_lens_B, batch.logit_rows_R)
+    distances = [t.data_ptr() - batch.slots_B.data_ptr() for t in parts if t is not None]
+    assert all(distance % 16 == 0 for distance in distances)  # as kernels are compiled for
 
 
 def test_prefills_alone_that_sample_nothing() -> None:

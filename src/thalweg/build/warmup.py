@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from thalweg.cache.manager import MemorySplit
 from thalweg.core import Admission, Prefill, SamplingParams, StepPlan
 from thalweg.ops.toolchain.triton_compile import compiled_together
-from thalweg.runner.step import Model, ModelRunner
+from thalweg.runner.graphs import Model
+from thalweg.runner.step import ModelRunner
 
 # Prompt lengths around the powers of two, by which kernels choose their tiles; beyond, all take the largest.
 LENGTHS = sorted({n + more for n in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024) for more in (0, 1)})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ class BatchBuilder:
     def __init__(self, slots: SlotTable) -> None:
         self.slots = slots
         self._block_size, self._device = slots.cache.block_size, slots.device
+        self._in_block = np.arange(self._block_size)
         self._one_on = torch.tensor(ONE_ON, device=slots.device)
         self._last: tuple[Batch, Tensor] | None = None  # of the last step, if it had decode rows alone
         self._last_slots: list[int] = []
@@ -83,42 +84,49 @@ class BatchBuilder:
 
     def _with_prefills(self, plan: StepPlan, every_row: bool) -> Batch:
         d = len(plan.decode_slots)
-        decodes = np.empty((DECODE_ROWS, d), dtype=np.int64)
-        self.write_decodes(plan, decodes)
-        longest = max(plan.decode_starts, default=-1) + 1
-        tokens, positions, block_rows, logit_rows = [], [decodes[1]], [decodes[2]], list(range(d))
-        end = d
-        for p in plan.prefills:
-            new = np.arange(p.start, p.start + p.length)
-            block, place = np.divmod(new, self._block_size)
-            tokens.append(self.slots[p.slot].token_ids[p.start : p.start + p.length])
-            positions.append(new)
-            block_rows.append(self.slots.host_blocks[p.slot, block] * np.int64(self._block_size) + place)
-            end += p.length
-            longest = max(longest, p.start + p.length)
-            if p.sample:
-                logit_rows.append(end - 1)
-        parts = [
-            np.array(plan.decode_slots + [p.slot for p in plan.prefills], dtype=np.int64),
-            np.concatenate(tokens),
-            np.concatenate(positions),
-            np.concatenate(block_rows),
-            decodes[4],
-            np.array([] if every_row else logit_rows, dtype=np.int64),
-        ]
-        slots_B, token_ids, positions_T, block_rows_T, lens, logit_rows_R = _in_one_copy(parts, self._device)
+        query_lens = [1] * d + [p.length for p in plan.prefills]
+        ends = list(accumulate(query_lens))
+        logit_rows: list[int] = []
+        if not every_row:
+            logit_rows += range(d)
+            logit_rows += [end - 1 for p, end in zip(plan.prefills, ends[d:], strict=True) if p.sample]
+        places = _places(len(query_lens), ends[-1], ends[-1], ends[-1] - d, d, len(logit_rows))
+        host = np.empty(places[-1].stop, dtype=np.int64)
+        slots, positions, block_rows, tokens, lens, rows = (host[place] for place in places)
+        slots[:], rows[:] = plan.decode_slots + [p.slot for p in plan.prefills], logit_rows
+        if d:
+            decodes = np.empty((DECODE_ROWS, d), dtype=np.int64)
+            self.write_decodes(plan, decodes)
+            positions[:d], block_rows[:d], lens[:] = decodes[1], decodes[2], decodes[4]
+        for p, end in zip(plan.prefills, ends[d:], strict=True):
+            new, stop = slice(end - p.length, end), p.start + p.length
+            positions[new] = np.arange(p.start, stop)
+            block_rows[new] = self._block_rows(p.slot, p.start, stop)
+            tokens[end - p.length - d : end - d] = self.slots[p.slot].token_ids[p.start : stop]
+
+        on_device = to_device(host, self._device)
+        slots_B, positions_T, block_rows_T, tokens_P, lens_B, logit_rows_R = (on_device[place] for place in places)
+        longest = max([start + 1 for start in plan.decode_starts] + [p.start + p.length for p in plan.prefills])
         return Batch(
-            token_ids_T=torch.cat([self.slots.last_tokens[slots_B[:d]], token_ids]) if d else token_ids,
+            token_ids_T=torch.cat([self.slots.last_tokens[slots_B[:d]], tokens_P]) if d else tokens_P,
             positions_T=positions_T,
             num_decodes=d,
-            query_lens=[1] * d + [p.length for p in plan.prefills],
+            query_lens=query_lens,
             starts=[p.start for p in plan.prefills],
             slots_B=slots_B,
             block_tables_BN=self._tables(slots_B, self._blocks(longest)),
             block_rows_T=block_rows_T,
-            context_lens_B=lens.view(torch.int32)[:d],
+            context_lens_B=lens_B.view(torch.int32)[:d],
             logit_rows_R=None if every_row else logit_rows_R,
         )
+
+    def _block_rows(self, slot: int, start: int, stop: int) -> IntArray:
+        """int64 [stop - start]: rows of the flattened blocks of tokens `start` to `stop` of a slot."""
+        first = start // self._block_size
+        blocks = self.slots.host_blocks[slot, first : self._blocks(stop)]
+        rows = np.add.outer(np.multiply(blocks, self._block_size, dtype=np.int64), self._in_block).reshape(-1)
+        begin = first * self._block_size
+        return rows[start - begin : stop - begin]
 
     def _moved_on(self, plan: StepPlan) -> bool:
         """Whether the step is the last one moved on by a token, within the same blocks: most steps of most runs. A
@@ -141,11 +149,7 @@ def even(n: int) -> int:
     return n + n % 2
 
 
-def _in_one_copy(parts: Sequence[IntArray], device: torch.device) -> list[Tensor]:
-    """Each of the parts, int64 [n], on the device."""
-    sizes = [even(len(part)) for part in parts]
-    flat = np.zeros(sum(sizes), dtype=np.int64)
-    for part, section in zip(parts, np.split(flat, np.cumsum(sizes)[:-1]), strict=True):
-        section[: len(part)] = part
-    on_device = to_device(flat, device).split(sizes)
-    return [section[: len(part)] for part, section in zip(parts, on_device, strict=True)]
+def _places(*sizes: int) -> list[slice]:
+    """Where parts of these sizes lie in one array of int64, so that one copy takes them all to the device."""
+    starts = accumulate((even(size) for size in sizes), initial=0)
+    return [slice(start, start + size) for start, size in zip(starts, sizes, strict=False)]

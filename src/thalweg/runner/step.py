@@ -4,28 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from itertools import pairwise
-from typing import Protocol
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from thalweg import tracing
-from thalweg.cache.storage import CacheStorage
-from thalweg.core import Prefill, StepPlan, StepResult, TokenLogprobs
-from thalweg.layers.batch import Batch
+from thalweg.core import Prefill, StepPlan, StepResult
 from thalweg.ops.host_tables import to_device
 from thalweg.parallel.mesh import Mesh
 from thalweg.runner.batch import BatchBuilder
-from thalweg.runner.graphs import DecodeGraphs
+from thalweg.runner.graphs import DecodeGraphs, Model
 from thalweg.runner.readback import Readback
 from thalweg.runner.slots import SlotTable
 from thalweg.sampling.logprobs import token_logprobs
 from thalweg.sampling.sampler import NON_FINITE, Sampler
-
-
-class Model(Protocol):
-    def __call__(self, batch: Batch, cache: CacheStorage) -> Tensor: ...
-
 
 Finish = Callable[[], StepResult]
 
@@ -99,8 +92,8 @@ class ModelRunner:
         with tracing.span("model"):
             logits, ids = graphs.run(stage, len(slots))
         if self._sampler.simple(slots):
-            return self._finish_simple(plan, slots, ids, {}, {})
-        return self._sample(plan, logits.float(), slots, [s + 1 for s in plan.decode_starts])
+            return self._finish_simple(StepResult(plan.step, []), slots, ids)
+        return self._sample(StepResult(plan.step, []), logits.float(), slots, [s + 1 for s in plan.decode_starts])
 
     def _launch_eager(self, plan: StepPlan) -> Finish:
         prefills = plan.prefills
@@ -109,13 +102,11 @@ class ModelRunner:
             batch = self._batches.build(plan, every_row=inspected)
         with tracing.span("model"):
             logits = self.model(batch, self.slots.cache)
-        prompt_logits: dict[int, Tensor] = {}
-        prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
-        d = batch.num_decodes
+        result, d = StepResult(plan.step, []), batch.num_decodes
         if inspected:
             ends = []
             for p, (start, end) in zip(prefills, pairwise(batch.prefill_offsets), strict=True):
-                self._inspect(p, logits[d + start : d + end], prompt_logits, prompt_logprobs)
+                self._inspect(p, logits[d + start : d + end], result)
                 if p.sample:
                     ends.append(d + end - 1)
             logits = logits[[*range(d), *ends]]
@@ -125,64 +116,45 @@ class ModelRunner:
             # Nothing to read, but the step is over when the device is done with it: else a long prompt's chunks would
             # all be launched at once, and the last would have to answer within --step-timeout for all of them.
             read = self._readback(self.slots.last_tokens[:0])
-            return lambda: StepResult(plan.step, read(), {}, prompt_logprobs, {}, prompt_logits)
+            return lambda: replace(result, token_ids=read())
         positions = [s + 1 for s in plan.decode_starts] + [p.start + p.length for p in sampling]
-        return self._sample(plan, logits.float(), slots, positions, prompt_logprobs, prompt_logits)
+        return self._sample(result, logits.float(), slots, positions)
 
-    def _finish_simple(
-        self,
-        plan: StepPlan,
-        slots: list[int],
-        ids: Tensor,
-        prompt_logprobs: dict[int, list[TokenLogprobs]],
-        prompt_logits: dict[int, Tensor],
-    ) -> Finish:
-        """Of ids that `Sampler.sample_rows` gave."""
+    def _finish_simple(self, result: StepResult, slots: list[int], ids: Tensor) -> Finish:
+        """`result` with ids that `Sampler.sample_rows` gave."""
         read = self._readback(ids)
 
         def finish() -> StepResult:
             tokens = read()
             errors = {s: NON_FINITE for s, t in zip(slots, tokens, strict=True) if t < 0} if min(tokens) < 0 else {}
-            return StepResult(plan.step, tokens, {}, prompt_logprobs, errors, prompt_logits)
+            return replace(result, token_ids=tokens, errors=errors)
 
         return finish
 
-    def _sample(
-        self,
-        plan: StepPlan,
-        logits: Tensor,
-        slots: list[int],
-        positions: list[int],
-        prompt_logprobs: dict[int, list[TokenLogprobs]] | None = None,
-        prompt_logits: dict[int, Tensor] | None = None,
-    ) -> Finish:
+    def _sample(self, result: StepResult, logits: Tensor, slots: list[int], positions: list[int]) -> Finish:
+        """`result` with tokens chosen from logits [R, V] for `slots`, at their positions."""
         device = logits.device
         if self.waits and self._sampler.simple(slots):  # nothing here waits for the device
             with tracing.span("sample"):
                 slots_R, positions_R = to_device(slots, device), to_device(positions, device)
                 ids = self._mesh.broadcast(self._sampler.sample_rows(logits, slots_R, positions_R))
             self.slots.last_tokens[slots_R] = ids.clamp(min=0)
-            return self._finish_simple(plan, slots, ids, prompt_logprobs or {}, prompt_logits or {})
+            return self._finish_simple(result, slots, ids)
         with tracing.span("sample"):
             ids, logprobs, errors = self._sampler(logits, slots, positions)
         ids = self._mesh.broadcast(ids)
         self.slots.last_tokens[to_device(slots, device)] = ids
         read = self._readback(ids)
         self._sampler.sampled(slots, read)
-        return lambda: StepResult(plan.step, read(), logprobs, prompt_logprobs or {}, errors, prompt_logits or {})
+        return lambda: replace(result, token_ids=read(), logprobs=logprobs, errors=errors)
 
-    def _inspect(
-        self,
-        p: Prefill,
-        rows_LV: Tensor,
-        prompt_logits: dict[int, Tensor],
-        prompt_logprobs: dict[int, list[TokenLogprobs]],
-    ) -> None:
+    def _inspect(self, p: Prefill, rows_LV: Tensor, result: StepResult) -> None:
+        """Put into `result` what is reported of the prompt's rows."""
         admitted = self.slots[p.slot]
         if admitted.prompt_logits:
-            prompt_logits[p.slot] = rows_LV.to(torch.float32, copy=True)
+            result.prompt_logits[p.slot] = rows_LV.to(torch.float32, copy=True)
         if admitted.prompt_logprobs is not None:
             # Of the tokens that follow each row, as far as they are known.
             following = admitted.token_ids[p.start + 1 : p.start + 1 + len(rows_LV)]
             ids = torch.from_numpy(following).to(rows_LV.device)
-            prompt_logprobs[p.slot] = token_logprobs(rows_LV[: len(ids)], ids, admitted.prompt_logprobs)
+            result.prompt_logprobs[p.slot] = token_logprobs(rows_LV[: len(ids)], ids, admitted.prompt_logprobs)
