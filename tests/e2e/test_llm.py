@@ -263,8 +263,8 @@ def test_no_thread_outlives_the_engine(folder: Path) -> None:
         ({"cache_memory": 1000}, "--max-num-seqs"),
         ({"max_model_len": 10_000}, "--max-model-len"),
         ({"tensor_parallel_size": 3}, "--tensor-parallel-size"),
-        ({"op_preference": {"kda_decode": "magic"}}, "magic"),
-        ({"op_preference": {"kda_decode": "reference"}}, "does not use"),
+        ({"op_preference": {"kda_prefill": "magic"}}, "magic"),
+        ({"op_preference": {"split_norms": "reference"}}, "does not use"),
     ],
 )
 def test_an_engine_that_cannot_start_says_why(folder: Path, options: dict, says: str) -> None:

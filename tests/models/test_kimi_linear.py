@@ -77,21 +77,26 @@ def test_long_prompt_against_float64(tmp_path: Path) -> None:
             np.testing.assert_allclose(llm.prompt_logits(ids).numpy(), expected, atol=ATOL, rtol=0)
 
 
-def test_fused_projections_equal_the_eight_separate_ones(tmp_path: Path) -> None:
-    import torch
+FORMS = [
+    {"norm_linear": "separate", "batched_projection": "separate"},  # the projections as the checkpoint has them
+    {"split_heads": "einops", "merge_heads": "einops"},
+]
 
-    from thalweg.build.rank import build_rank
-    from thalweg.config.engine import EngineConfig
 
+@pytest.mark.parametrize("forms", FORMS, ids=["separate", "einops"])
+def test_forms_that_an_op_preference_asks_for_give_the_same(tmp_path: Path, forms: dict[str, str]) -> None:
+    if "einops" in forms.values():
+        pytest.importorskip("einops")
     c = random.config()
     w = random.weights(c)
     folder = random.write(tmp_path / "model", c, w)
-    runner, _ = build_rank(EngineConfig(str(folder), max_num_seqs=1), 0, "")
-    attn = runner.model.layers[0].attn
-    x = torch.randn(9, c["hidden_size"], generator=torch.Generator().manual_seed(0))
-    p = "model.layers.0.self_attn."
-    expected = [x @ w[f"{p}{n}_proj.weight"].T for n in ("q", "k", "v", "b")]
-    expected += [x @ w[f"{p}{n}_a_proj.weight"].T @ w[f"{p}{n}_b_proj.weight"].T for n in "fg"]
-    for fused, unfused, truth in zip(attn.fused_projections(x), attn.unfused_projections(x), expected, strict=True):
-        torch.testing.assert_close(fused, truth, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(unfused, truth, atol=1e-5, rtol=1e-5)
+    ids = np.random.default_rng(2).integers(0, c["vocab_size"], 40).tolist()
+    found = []
+    for op_preference in ({}, forms):
+        with LLM(str(folder), max_num_seqs=2, op_preference=op_preference) as llm:
+            (output,) = llm.generate([ids], GREEDY)
+            found.append((llm.prompt_logits(ids), output.outputs[0].token_ids, llm.info.ops))
+    (logits, tokens, _), (other_logits, other_tokens, ops) = found
+    np.testing.assert_allclose(other_logits.numpy(), logits.numpy(), atol=1e-5, rtol=0)
+    assert other_tokens == tokens
+    assert {choice.op for choice in ops if choice.table[0].implementation == next(iter(forms.values()))} == set(forms)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,9 +25,20 @@ class KdaMixerCase:
     state: Tensor
     slots: Tensor
 
-    def arguments(self) -> tuple[Tensor | float, ...]:
-        """For the op, in its order, with states of their own."""
-        return tuple(vars(self.copy()).values())
+    def run(self, op: Callable[..., Tensor]) -> Tensor:
+        """What `op` gives; it moves these states on."""
+        return op(
+            self.proj,
+            conv_weight_CW=self.conv_weight,
+            conv_state_NWC=self.conv_state,
+            w_up_2OR=self.w_up,
+            A_log_H=self.A_log,
+            dt_bias_HK=self.dt_bias,
+            norm_weight_V=self.norm_weight,
+            eps=self.eps,
+            state_NHVK=self.state,
+            slots_B=self.slots,
+        )
 
     def copy(self) -> KdaMixerCase:
         return replace(self, conv_state=self.conv_state.clone(), state=self.state.clone())
@@ -80,10 +92,10 @@ def error(out: Tensor, truth: Tensor) -> float:
     return float((out.double() - truth).norm() / truth.norm())
 
 
-def check_kda_mixer(op: object, case: KdaMixerCase, tolerance: float, state_tolerance: float) -> None:
+def check_kda_mixer(op: Callable[..., Tensor], case: KdaMixerCase, tolerance: float, state_tolerance: float) -> None:
     o, state, conv_state = kda_mixer_fp64(case)
     after = case.copy()
-    out = op(*vars(after).values())  # type: ignore[operator]
+    out = after.run(op)
     assert out.dtype == case.proj.dtype
     assert error(out, o) < tolerance
     assert error(after.state[case.slots], state) < state_tolerance

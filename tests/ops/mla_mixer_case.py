@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,9 +29,20 @@ class MlaMixerCase:
     def copy(self) -> MlaMixerCase:
         return replace(self, pages=self.pages.clone())
 
-    def arguments(self) -> tuple[Tensor | float, ...]:
-        """For the op, in its order, with pages of their own."""
-        return tuple(vars(self.copy()).values())
+    def run(self, op: Callable[..., Tensor]) -> Tensor:
+        """What `op` gives; it writes into these pages."""
+        return op(
+            self.proj,
+            kv_norm_weight_R=self.norm_weight,
+            w_uk_HKR=self.w_uk,
+            w_uv_HVR=self.w_uv,
+            pages_MSC=self.pages,
+            block_tables_BN=self.tables,
+            context_lens_B=self.lens,
+            page_rows_B=self.page_rows,
+            scale=self.scale,
+            eps=self.eps,
+        )
 
     def rows(self, b: int) -> Tensor:
         """Rows of the flattened pages that hold sequence b's tokens, in order."""
@@ -100,10 +112,10 @@ def mla_mixer_fp64(case: MlaMixerCase) -> tuple[Tensor, Tensor]:
     return torch.stack(out), new
 
 
-def check_mla_mixer(op: object, case: MlaMixerCase, tolerance: float) -> None:
+def check_mla_mixer(op: Callable[..., Tensor], case: MlaMixerCase, tolerance: float) -> None:
     o, new = mla_mixer_fp64(case)
     after = case.copy()
-    out = op(*vars(after).values())  # type: ignore[operator]
+    out = after.run(op)
     assert out.dtype == case.proj.dtype
     assert error(out, o) < tolerance
     flat, before = (x.pages.flatten(0, 1) for x in (after, case))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from thalweg.ops.moe import ExpertsDims
+from thalweg.ops.registry import Where, implementations
 from thalweg.quant.fp8_blocks import dequantize, quantize_experts
 
 
@@ -51,12 +55,27 @@ def moe_case(
     )
 
 
-def router_arguments(
-    case: MoeCase, k: int, renormalize: bool = True, scale: float = 1.0, scoring: str = "sigmoid"
-) -> tuple[object, ...]:
-    """Of "norm_router", without groups."""
-    before = (case.x, case.norm, 1e-5, case.router_weight, case.bias)
-    return (*before, k, renormalize, scale, scoring, 1, 1, case.num_shared)
+def routed(
+    norm_router: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    case: MoeCase,
+    k: int,
+    renormalize: bool = True,
+    scale: float = 1.0,
+    scoring: str = "sigmoid",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What "norm_router" gives, without groups."""
+    routing: dict[str, Any] = dict(top_k=k, renormalize=renormalize, scale=scale, scoring=scoring)
+    arguments = (case.x, case.norm, 1e-5, case.router_weight, case.bias)
+    return norm_router(*arguments, **routing, num_shared=case.num_shared)
+
+
+def triton_experts(op: str, tokens: int) -> Callable[..., Tensor]:
+    """The best implementation of the experts in Triton for as many tokens, wherever this runs."""
+    dims = ExpertsDims(E=1, D=1, I=1)
+    names = ("pairs", "tiles", "grouped")
+    best = next(i for i in implementations(op) if i.name in names and tokens in i.tokens(dims))
+    built: Callable[..., Tensor] = best.build(Where("cuda", "float32"), dims)
+    return built
 
 
 def experts_in_float64(case: MoeCase) -> Tensor:

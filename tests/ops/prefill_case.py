@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,8 +45,10 @@ class KdaCase:
         self.state = state.to(device, state_dtype)
         self.before = self.state.clone()
 
-    def arguments(self) -> tuple[object, ...]:
-        return self.q, self.k, self.v, self.g, self.beta, self.state, self.slots, self.offsets
+    def run(self, op: Callable[..., Tensor]) -> Tensor:
+        """What `op` gives; it moves the states on."""
+        inputs = (self.q, self.k, self.v, self.g, self.beta)
+        return op(*inputs, state_NHVK=self.state, slots_B=self.slots, offsets=self.offsets)
 
     def check(self, o_THV: Tensor, tolerance: float, state_tolerance: float | None = None) -> None:
         """Against the recurrence in float64, each sequence by itself; nothing else may have changed."""
@@ -84,8 +88,8 @@ def conv_case(
 def mla_case(
     cached: list[int], new: list[int], dtype: torch.dtype, device: str = "cpu", H: int = 2, K: int = 16, P: int = 16,
     V: int = 32, R: int = 24, page_size: int = 8,
-) -> tuple[object, ...]:  # fmt: skip
-    """Arguments of mla_prefill; rows of pages that hold no token of theirs are NaN."""
+) -> dict[str, Any]:  # fmt: skip
+    """Arguments of mla_prefill by name; rows of pages that hold no token of theirs are NaN."""
     rng = torch.Generator().manual_seed(sum(cached) + 7 * sum(new))
     totals = [a + b for a, b in zip(cached, new, strict=True)]
     N = max(1, -(-max(totals) // page_size))
@@ -97,5 +101,13 @@ def mla_case(
     offsets = list(accumulate(new, initial=0))
     q = torch.randn(offsets[-1], H, K + P, generator=rng)
     w = (torch.randn(H, K + V, R, generator=rng) * R**-0.5).to(device, dtype)
-    on_device = (q.to(device, dtype), pages.to(device, dtype), tables.int().to(device))
-    return *on_device, cached, offsets, w[:, :K], w[:, K:], (K + P) ** -0.5
+    return dict(
+        q_THX=q.to(device, dtype),
+        pages_MSC=pages.to(device, dtype),
+        block_tables_BN=tables.int().to(device),
+        context_lens=cached,
+        offsets=offsets,
+        w_uk_HKR=w[:, :K],
+        w_uv_HVR=w[:, K:],
+        scale=(K + P) ** -0.5,
+    )

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.ops.compile_cuda import compile_cuda
+from thalweg.ops.delta.kda_mixer import KDA_MIXER_DECODE, KdaMixerDims
 from thalweg.ops.delta.kda_mixer.cuda import MAX_ROWS, MAX_STAGES, SOURCE, rows_per_block
-from thalweg.ops.registry import OpContext, Resolver
+from thalweg.ops.registry import Resolver, Where
 from thalweg.ops.toolchain import cuda_build
 
 DIMS = {"H": 32, "K": 128, "V": 128, "R": 128, "W": 3}
@@ -50,11 +51,11 @@ def test_blocks_go_round_the_multiprocessors_once() -> None:
 )
 def test_what_it_does_not_serve_it_refuses_with_a_reason(dims: dict[str, int], dtype: str, reason: str) -> None:
     resolver = Resolver()
-    resolver.resolve("kda_mixer_decode", OpContext("cuda", dtype, dims))
+    resolver.resolve(KDA_MIXER_DECODE, Where("cuda", dtype), KdaMixerDims(**dims))
     assert reason in dict(resolver.explain()[0].refused)["cuda"]
 
 
 def test_without_cuda_bindings_the_others_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_build, "find_spec", lambda name: None)
-    assert cuda_build.why_not(OpContext("cuda", "bfloat16", DIMS)) == "cuda-bindings is not installed"
-    assert cuda_build.why_not(OpContext("cpu", "bfloat16", DIMS)) == "needs cuda, not cpu"
+    assert cuda_build.why_not(Where("cuda", "bfloat16")) == "cuda-bindings is not installed"
+    assert cuda_build.why_not(Where("cpu", "bfloat16")) == "needs cuda, not cpu"

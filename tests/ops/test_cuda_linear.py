@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tests.ops.compile_cuda import compile_cuda
-from thalweg.ops.registry import OpContext, Resolver
+from thalweg.ops.linear import LINEAR, LINEAR_ADD, NORM_LINEAR, LinearDims, NormLinearDims
+from thalweg.ops.registry import Op, Resolver, Where
+from thalweg.ops.toolchain import cuda_build, triton_support
 
 CUDA = pytest.importorskip("thalweg.ops.linear.cuda", exc_type=ImportError)
 HOPPER_SHARED = 227 * 1024  # bytes of shared memory that a block may have
@@ -50,13 +53,34 @@ def test_rows_stay_in_one_tile_where_they_fit_and_go_through_a_ring_where_not() 
                 assert cut.shared_bytes <= CUDA.SHARED
 
 
-def test_many_tokens_and_rows_that_are_not_aligned_go_to_the_library() -> None:
-    w = torch.zeros(64, 96).bfloat16()
-    many, wide, odd = torch.zeros(17, 96).bfloat16(), torch.zeros(16, 104).bfloat16(), torch.zeros(4, 101).bfloat16()
-    assert CUDA._served(wide[:, :96], w)
-    assert CUDA._served(many, w, most=CUDA.NORM_TOKENS)
-    for x in (many, many[:0], odd[:, :96], wide[:, 1:97], torch.zeros(96, 4).bfloat16().T):
-        assert not CUDA._served(x, w)
+def test_rows_that_are_not_aligned_are_copied() -> None:
+    wide, odd = torch.randn(16, 104).bfloat16(), torch.randn(4, 101).bfloat16()
+    assert cuda_build.aligned_rows(wide[:, :96]).data_ptr() == wide.data_ptr()
+    for x in (odd[:, :96], wide[:, 1:97]):
+        copy = cuda_build.aligned_rows(x)
+        assert torch.equal(copy, x)
+        assert copy.is_contiguous()
+        assert copy.data_ptr() % 16 == 0
+
+
+@pytest.mark.parametrize(
+    ("op", "dims", "table"),
+    [
+        (LINEAR, LinearDims(D=2304, O=64), {"1-16": "cuda", "17-": "reference"}),
+        (LINEAR_ADD, LinearDims(D=2304, O=64), {"1-16": "cuda", "17-": "in_place"}),
+        (NORM_LINEAR, NormLinearDims(D=2304, parts=(64,)), {"1-32": "cuda", "33-": "triton"}),
+        (NORM_LINEAR, NormLinearDims(D=2336, parts=(64,)), {"1-16": "cuda", "17-": "triton"}),
+    ],
+)
+def test_many_tokens_go_to_the_library(
+    op: Op[Any, Any], dims: object, table: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(triton_support, "_compute_capability_major", lambda: 9)
+    monkeypatch.setattr(cuda_build, "why_not", lambda where: None)
+    resolver = Resolver()
+    resolver.resolve(op, Where("cuda", "bfloat16"), dims)
+    assert {str(span.tokens): span.name for span in resolver.explain()[0].table} == table
 
 
 @pytest.mark.parametrize(
@@ -67,8 +91,9 @@ def test_many_tokens_and_rows_that_are_not_aligned_go_to_the_library() -> None:
         (2304, "float32", "needs bfloat16, not float32"),
     ],
 )
-@pytest.mark.parametrize("op", ["linear", "norm_linear", "linear_add"])
-def test_what_it_does_not_serve_it_refuses_with_a_reason(op: str, D: int, dtype: str, reason: str) -> None:
+@pytest.mark.parametrize("op", [LINEAR, NORM_LINEAR, LINEAR_ADD], ids=lambda op: op.name)
+def test_what_it_does_not_serve_it_refuses_with_a_reason(op: Op[Any, Any], D: int, dtype: str, reason: str) -> None:
     resolver = Resolver()
-    resolver.resolve(op, OpContext("cuda", dtype, {"D": D, "O": 64}))
+    dims = NormLinearDims(D=D, parts=(64,)) if op is NORM_LINEAR else LinearDims(D=D, O=64)
+    resolver.resolve(op, Where("cuda", dtype), dims)
     assert dict(resolver.explain()[0].refused)["cuda"] == reason

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.ops.compile_cuda import compile_cuda
-from thalweg.ops.moe_fp8 import steps_per_warp
-from thalweg.ops.registry import OpContext, Resolver
+from thalweg.ops.moe import ExpertsDims
+from thalweg.ops.moe_fp8 import EXPERTS_FP8, steps_per_warp
+from thalweg.ops.registry import Resolver, Where
 
 DIMS = {"E": 257, "D": 2304, "I": 1024}
 
@@ -56,5 +57,5 @@ def test_columns_are_shared_out_whole() -> None:
 )
 def test_what_they_do_not_serve_they_refuse_with_a_reason(dims: dict[str, int], dtype: str, reason: str) -> None:
     resolver = Resolver()
-    resolver.resolve("experts_fp8", OpContext("cuda", dtype, dims))
+    resolver.resolve(EXPERTS_FP8, Where("cuda", dtype), ExpertsDims(**dims))
     assert reason in dict(resolver.explain()[0].refused)["cuda"]

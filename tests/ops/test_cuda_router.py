@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.ops.compile_cuda import compile_cuda
-from thalweg.ops.moe.cuda_router import BLOCKS, MAX_TOKENS, SOURCE, refusal, shared_bytes, tokens_per_cluster
-from thalweg.ops.registry import OpContext, Resolver
+from thalweg.ops.moe import NORM_ROUTER, NormRouterDims
+from thalweg.ops.moe.cuda_router import BLOCKS, SOURCE, refusal, shared_bytes, tokens_per_cluster
+from thalweg.ops.registry import Resolver, Where
 
 DIMS = {"E": 256, "D": 2304, "K": 8, "G": 1, "S": 1}
 SHARED_OF_TWO = 227 * 1024 // 2 - 1024  # of which two blocks find room on a multiprocessor; each costs 1 KB more
@@ -31,7 +32,7 @@ def test_constants_are_those_of_the_source() -> None:
     assert f"BLOCKS = {BLOCKS}, WARPS = E / 32;" in SOURCE.read_text()
     assert shared_bytes(256, 2304, 8) == 4 * 16 * 256 + 2 * 144 * (8 + 256)
     assert shared_bytes(64, 512, 16) == 4 * 16 * 64 + 2 * (32 + 16) * (16 + 64)  # rows that would meet in their banks
-    assert {tokens_per_cluster(T) for T in range(1, MAX_TOKENS + 1)} == {8, 16}
+    assert {tokens_per_cluster(T) for T in range(1, 129)} == {8, 16}
 
 
 def test_it_starts_the_kernel_behind_after_its_own_wait() -> None:
@@ -55,7 +56,7 @@ def test_it_starts_the_kernel_behind_after_its_own_wait() -> None:
 )
 def test_what_it_does_not_serve_it_refuses_with_a_reason(dims: dict[str, int], dtype: str, reason: str) -> None:
     resolver = Resolver()
-    resolver.resolve("norm_router", OpContext("cuda", dtype, dims))
+    resolver.resolve(NORM_ROUTER, Where("cuda", dtype), NormRouterDims(**dims))
     assert reason in dict(resolver.explain()[0].refused)["cuda"]
 
 

@@ -8,14 +8,21 @@ import pytest
 import torch
 
 from tests.ops.moe_case import rmse_ratio
+from thalweg.ops.linear import LINEAR, LINEAR_ADD, NORM_LINEAR, LinearDims, NormLinearDims
 from thalweg.ops.norm.reference import rms_norm
-from thalweg.ops.registry import OpContext, Resolver
+from thalweg.ops.registry import Resolver, Where
 
 pytestmark = pytest.mark.gpu
 
 
 def op(name: str, implementation: str, D: int, dtype: str = "bfloat16") -> Callable[..., torch.Tensor]:
-    return Resolver({name: implementation}).resolve(name, OpContext("cuda", dtype, {"D": D}))
+    """It serves its range of tokens; other implementations serve the rest, as in a model."""
+    resolver, where = Resolver({name: implementation}), Where("cuda", dtype)
+    if name == "norm_linear":
+        return resolver.resolve(NORM_LINEAR, where, NormLinearDims(D=D, parts=(1,)))
+    if name == "linear_add":
+        return resolver.resolve(LINEAR_ADD, where, LinearDims(D=D, O=1))
+    return resolver.resolve(LINEAR, where, LinearDims(D=D, O=1))
 
 
 def check(implementation: str, T: int, D: int, O: int, dtype: torch.dtype, tolerance: float, pad: int = 8) -> None:
@@ -28,9 +35,10 @@ def check(implementation: str, T: int, D: int, O: int, dtype: torch.dtype, toler
     normed = rms_norm(x.double(), norm.double(), 1e-5)
     torch.full((T, O), torch.nan, device="cuda", dtype=dtype)  # freed: the output is likely to be made of it
     assert rmse_ratio(op("norm_linear", implementation, D, name)(x, norm, 1e-5, w), normed @ w.double().T) < tolerance
+    added = "in_place" if implementation == "triton" else implementation
     for residual in (draw(T, O), draw(T, O + 3)[:, :O]):
         expected = product + residual.double()
-        assert rmse_ratio(op("linear_add", implementation, D, name)(x, w, residual), expected) < tolerance
+        assert rmse_ratio(op("linear_add", added, D, name)(x, w, residual), expected) < tolerance
     if implementation == "cuda":
         assert rmse_ratio(op("linear", "cuda", D, name)(x, w), product) < tolerance
 

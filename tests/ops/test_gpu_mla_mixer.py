@@ -6,16 +6,17 @@ import pytest
 import torch
 
 from tests.ops.mla_mixer_case import check_mla_mixer, mla_mixer_case
-from thalweg.ops.registry import OpContext, Resolver
+from thalweg.ops.attention.mla_mixer import MLA_MIXER_DECODE, MlaMixerDecode, MlaMixerDims
+from thalweg.ops.registry import Resolver, Where
 
 pytestmark = pytest.mark.gpu
 
 SHAPE = {"H": 32, "K": 128, "R": 512, "P": 64, "V": 128}
 
 
-def kernel(**dims: int) -> object:
-    resolver = Resolver({"mla_mixer_decode": "triton"})
-    return resolver.resolve("mla_mixer_decode", OpContext("cuda", "bfloat16", SHAPE | dims))
+def kernel(name: str = "gluon", page_size: int = 64, **dims: int) -> MlaMixerDecode:
+    resolver = Resolver({"mla_mixer_decode": name})
+    return resolver.resolve(MLA_MIXER_DECODE, Where("cuda", "bfloat16"), MlaMixerDims(**SHAPE | dims, S=page_size))
 
 
 def ragged(B: int, longest: int) -> list[int]:
@@ -38,13 +39,24 @@ def test_few_long_sequences(lens: list[int]) -> None:
 def test_other_heads_and_pages(H: int, page_size: int) -> None:
     shape = SHAPE | {"H": H}
     case = mla_mixer_case(ragged(7, 700), **shape, page_size=page_size, dtype=torch.bfloat16, device="cuda")
-    check_mla_mixer(kernel(H=H), case, 0.005)
+    name = "triton" if page_size % 64 else "gluon"
+    check_mla_mixer(kernel(name, page_size, H=H), case, 0.005)
+    check_mla_mixer(kernel("triton", page_size, H=H), case, 0.005)
 
 
-@pytest.mark.parametrize("dims", [{"R": 128, "P": 32}, {"R": 256, "V": 64}, {"V": 256}, {"P": 128}, {"V": 32}])
-def test_other_widths(dims: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    ("name", "dims"),
+    [
+        ("gluon", {"R": 128, "P": 32}),
+        ("gluon", {"R": 256, "V": 64}),
+        ("gluon", {"V": 256}),
+        ("triton", {"P": 128}),
+        ("triton", {"V": 32}),
+    ],
+)
+def test_other_widths(name: str, dims: dict[str, int]) -> None:
     case = mla_mixer_case(ragged(7, 700), **SHAPE | dims, page_size=64, dtype=torch.bfloat16, device="cuda")
-    check_mla_mixer(kernel(**dims), case, 0.005)
+    check_mla_mixer(kernel(name, **dims), case, 0.005)
 
 
 @pytest.mark.parametrize("length", [0, 1])
@@ -52,9 +64,9 @@ def test_rows_that_share_the_sink(length: int) -> None:
     op = kernel()
     case = mla_mixer_case(ragged(8, 700), **SHAPE, page_size=64, dtype=torch.bfloat16, device="cuda")
     case.pages[0] = 0
-    padded, expected = case.copy(), op(*case.arguments())
+    padded, expected = case.copy(), case.copy().run(op)
     padded.tables[4:], padded.lens[4:], padded.page_rows[4:] = 0, length, 0
-    out = op(*vars(padded).values())
+    out = padded.run(op)
     assert torch.equal(out[:4], expected[:4])
     assert torch.isfinite(out).all()
 
@@ -69,11 +81,11 @@ def test_replays_under_load() -> None:
     """Kernels that overlap their neighbours give the same bits every time."""
     op = kernel()
     case = mla_mixer_case(ragged(8, 3000), **SHAPE, page_size=64, dtype=torch.bfloat16, device="cuda")
-    expected = op(*case.arguments())
+    expected = case.copy().run(op)
     after = case.copy()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        outs = [op(*vars(after).values()) for _ in range(10)]
+        outs = [after.run(op) for _ in range(10)]
     for _ in range(20):
         for out in outs:
             out.fill_(torch.nan)

@@ -1,22 +1,27 @@
-"""Ops "norm_router", "experts" and "experts_add" on the device."""
+"""Ops "norm_router" and "experts" on the device."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from tests.ops.moe_case import MoeCase, experts_in_float64, moe_case, rmse_ratio, router_arguments
-from thalweg.ops.moe import reference
+from tests.ops.moe_case import MoeCase, experts_in_float64, moe_case, rmse_ratio, routed
+from thalweg.ops.moe import EXPERTS, NORM_ROUTER, Experts, ExpertsDims, NormRouterDims, reference
 from thalweg.ops.norm.reference import rms_norm
-from thalweg.ops.registry import OpContext, Resolver
+from thalweg.ops.registry import Resolver, Where
 
 pytestmark = pytest.mark.gpu
 
 
-def run(case: MoeCase) -> torch.Tensor:
-    from thalweg.ops.moe.triton_experts import experts
+def experts_of(case: MoeCase) -> Experts:
+    E, D, I = case.down.shape
+    where = Where("cuda", str(case.x.dtype).removeprefix("torch."))
+    return Resolver().resolve(EXPERTS, where, ExpertsDims(E=E, D=D, I=I))
 
-    return experts(case.x, case.weights, case.ids, case.gate_up, case.down, case.num_shared)
+
+def run(case: MoeCase) -> torch.Tensor:
+    experts = experts_of(case)
+    return experts(case.x, case.weights, case.ids, case.gate_up, case.down, num_shared=case.num_shared)
 
 
 @pytest.mark.parametrize("T", [1, 2, 3, 8, 100, 257])
@@ -43,11 +48,10 @@ def test_experts_all_tokens_on_the_same_few() -> None:
 @pytest.mark.parametrize("T", [1, 2, 3, 8, 33, 128, 512, 600])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_experts_add(T: int, dtype: torch.dtype) -> None:
-    from thalweg.ops.moe.triton_experts import experts_add
-
     case = moe_case(T, 256, 64, 32, 8, 1, dtype, "cuda", seed=T)
     case.x[T // 2] = torch.nan
-    found = experts_add(case.x, case.weights, case.ids, case.gate_up, case.down, case.residual, 1)
+    arguments = (case.x, case.weights, case.ids, case.gate_up, case.down)
+    found = experts_of(case)(*arguments, residual_TD=case.residual, num_shared=1)
     expected = run(case).float() + case.residual.float()
     tolerance = 2**-7 if dtype == torch.bfloat16 else 1e-6
     torch.testing.assert_close(found.float(), expected, rtol=tolerance, atol=tolerance, equal_nan=True)
@@ -58,10 +62,10 @@ def test_experts_add(T: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(("D", "E", "k", "shared"), [(2304, 256, 8, 1), (300, 37, 4, 0), (1024, 900, 16, 2)])
 def test_router(T: int, dtype: torch.dtype, D: int, E: int, k: int, shared: int) -> None:
-    from thalweg.ops.moe.triton_router import norm_router
-
+    where, dims = Where("cuda", str(dtype).removeprefix("torch.")), NormRouterDims(E=E, D=D, K=k, G=1, S=shared)
+    norm_router = Resolver({"norm_router": "triton"}).resolve(NORM_ROUTER, where, dims)  # many tokens: "library"
     case = moe_case(T, D, 16, E, k, shared, dtype, "cuda", seed=T)
-    normed, weights, ids = norm_router(*router_arguments(case, k, True, 2.446))
+    normed, weights, ids = routed(norm_router, case, k, True, 2.446)
     tolerance = 2**-7 if dtype == torch.bfloat16 else 2e-6
     torch.testing.assert_close(normed, rms_norm(case.x, case.norm, 1e-5), rtol=tolerance, atol=1e-6)
     # Scores in float64: where the kernel chose otherwise, the two experts must be as good as equal.
@@ -79,9 +83,9 @@ def test_router_keeps_ids_in_range_whatever_comes() -> None:
     from thalweg.ops.moe.triton_router import norm_router
 
     case = moe_case(4, 256, 16, 64, 8, 1, torch.bfloat16, "cuda")
-    expected = norm_router(*router_arguments(case, 8))
+    expected = routed(norm_router, case, 8)
     case.x[0], case.x[1, 3], case.x[2] = torch.nan, torch.inf, 0
-    found = norm_router(*router_arguments(case, 8))
+    found = routed(norm_router, case, 8)
     for row in found[2].tolist():
         assert len(set(row)) == 9
         assert set(row) <= set(range(65))
@@ -93,10 +97,9 @@ def test_router_keeps_ids_in_range_whatever_comes() -> None:
 def test_chained_in_a_graph(T: int, router: str) -> None:
     """Each kernel may start before the one ahead is done; replays must still equal a run with nothing in flight."""
     from thalweg.ops.linear.cuda import linear_add, norm_linear
-    from thalweg.ops.moe.triton_experts import experts_add
 
-    dims = {"E": 64, "D": 512, "K": 8, "G": 1, "S": 1}
-    norm_router = Resolver({"norm_router": router}).resolve("norm_router", OpContext("cuda", "bfloat16", dims))
+    where, dims = Where("cuda", "bfloat16"), NormRouterDims(E=64, D=512, K=8, G=1, S=1)
+    norm_router = Resolver({"norm_router": router}).resolve(NORM_ROUTER, where, dims)
     layers = [moe_case(T, 512, 256, 64, 8, 1, torch.bfloat16, "cuda", seed=i) for i in range(10)]
 
     def chain(wait: bool) -> torch.Tensor:
@@ -104,18 +107,20 @@ def test_chained_in_a_graph(T: int, router: str) -> None:
             if wait:
                 torch.cuda.synchronize()
 
-        x = layers[0].x.clone()  # linear_add may add in place
+        x = first.clone()  # linear_add may add in place
         for case in layers:
             proj = norm_linear(x, case.norm, 1e-5, case.gate_up[0])
             done()
             x = linear_add(proj, transposed[id(case)], x)
             done()
-            n, weights, ids = norm_router(x, case.norm, 1e-5, case.router_weight, case.bias, 8, True, 2.4, num_shared=1)
+            case.x = x
+            n, weights, ids = routed(norm_router, case, 8, True, 2.4)
             done()
-            x = experts_add(n, weights, ids, case.gate_up, case.down, x, 1)
+            x = experts(n, weights, ids, case.gate_up, case.down, residual_TD=x, num_shared=1)
             done()
         return x
 
+    first, experts = layers[0].x, experts_of(layers[0])
     transposed = {id(case): case.gate_up[1].T.contiguous() for case in layers}
     expected = chain(wait=True).clone()
     assert expected.isfinite().all()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.ops.moe_case import experts_in_float64, moe_case, rmse_ratio
+from tests.ops.moe_case import experts_in_float64, moe_case, rmse_ratio, routed
 from tests.ops.prefill_case import KdaCase, conv_case, mla_case, ratio
 
 pytestmark = pytest.mark.gpu
@@ -21,7 +21,7 @@ def test_kda_of_mixed_lengths(dtype: torch.dtype, tolerance: float, H: int, K: i
     from thalweg.ops.delta.kda.triton_prefill import kda_prefill
 
     case = KdaCase(LENGTHS, H, K, V, dtype, "cuda", fresh=fresh)
-    case.check(kda_prefill(*case.arguments()), tolerance)
+    case.check(case.run(kda_prefill), tolerance)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
@@ -30,7 +30,7 @@ def test_kda_of_extreme_gates(dtype: torch.dtype, tolerance: float, gate: float)
     from thalweg.ops.delta.kda.triton_prefill import kda_prefill
 
     case = KdaCase((130,), 4, 128, 128, dtype, "cuda", gate=gate)
-    case.check(kda_prefill(*case.arguments()), tolerance)
+    case.check(case.run(kda_prefill), tolerance)
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
@@ -39,14 +39,14 @@ def test_kda_of_equal_keys(value: float) -> None:
 
     case = KdaCase((130,), 4, 128, 128, torch.bfloat16, "cuda", gate=-30.0)
     case.k = torch.full_like(case.k, value)
-    case.check(kda_prefill(*case.arguments()), 0.01)
+    case.check(case.run(kda_prefill), 0.01)
 
 
 def test_kda_with_a_bfloat16_state() -> None:
     from thalweg.ops.delta.kda.triton_prefill import kda_prefill
 
     case = KdaCase((65, 3), 4, 128, 128, torch.bfloat16, "cuda", state_dtype=torch.bfloat16)
-    case.check(kda_prefill(*case.arguments()), 0.005, state_tolerance=0.007)
+    case.check(case.run(kda_prefill), 0.005, state_tolerance=0.007)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -87,7 +87,7 @@ def test_mla(most: int, cached: list[int], new: list[int], monkeypatch: pytest.M
     monkeypatch.setattr(triton, "MAX_CONTEXT", most)
     shape = dict(H=4, K=128, P=64, V=128, R=512, page_size=64)
     arguments = mla_case(cached, new, torch.bfloat16, "cuda", **shape)
-    assert ratio(triton.mla_prefill(*arguments), reference.mla_prefill(*arguments)) < 0.006
+    assert ratio(triton.mla_prefill(**arguments), reference.mla_prefill(**arguments)) < 0.006
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.005), (torch.float32, 1e-5)])
@@ -96,10 +96,10 @@ def test_mla(most: int, cached: list[int], new: list[int], monkeypatch: pytest.M
 )
 @pytest.mark.parametrize("T", [520, 2000])
 def test_experts(T: int, dtype: torch.dtype, tolerance: float, D: int, I: int, E: int, k: int, shared: int) -> None:
-    from thalweg.ops.moe.triton_experts import experts
+    from thalweg.ops.moe.triton_grouped import experts_grouped as experts
 
     case = moe_case(T, D, I, E, k, shared, dtype, "cuda", seed=T)
-    y = experts(case.x, case.weights, case.ids, case.gate_up, case.down, shared)
+    y = experts(case.x, case.weights, case.ids, case.gate_up, case.down, num_shared=shared)
     assert rmse_ratio(y, experts_in_float64(case)) < tolerance
     assert torch.equal(y, experts(case.x, case.weights, case.ids, case.gate_up, case.down))
 
@@ -107,12 +107,11 @@ def test_experts(T: int, dtype: torch.dtype, tolerance: float, D: int, I: int, E
 @pytest.mark.parametrize(("dtype", "shared"), [(torch.bfloat16, 1), (torch.float32, 0)])
 def test_router_of_many_tokens(dtype: torch.dtype, shared: int) -> None:
     from thalweg.ops.moe import reference
-    from thalweg.ops.moe.triton_router import norm_router
+    from thalweg.ops.moe.triton_router import norm_router_by_library
     from thalweg.ops.norm.reference import rms_norm
 
     case = moe_case(1000, 256, 16, 64, 8, shared, dtype, "cuda")
-    routing = (case.router_weight, case.bias, 8, True, 2.446, "sigmoid", 1, 1, shared)
-    normed, weights, ids = norm_router(case.x, case.norm, 1e-5, *routing)
+    normed, weights, ids = routed(norm_router_by_library, case, 8, True, 2.446)
     assert ratio(normed, rms_norm(case.x, case.norm, 1e-5)) < 1e-2
     # Of the rows as they were normed, so that a last bit of a norm does not pass for another choice.
     plain = torch.nn.functional.linear(normed.float(), case.router_weight.float())

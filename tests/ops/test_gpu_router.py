@@ -6,16 +6,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.ops.moe_case import MoeCase, moe_case, router_arguments
+from tests.ops.moe_case import MoeCase, moe_case, routed
+from thalweg.ops.moe import NORM_ROUTER, NormRouterDims
 from thalweg.ops.moe.cuda_router import norm_router
 from thalweg.ops.norm.reference import rms_norm
+from thalweg.ops.registry import Resolver, Where
 
 pytestmark = pytest.mark.gpu
 
 
 def check(case: MoeCase, k: int, renormalize: bool = True, scale: float = 2.446, scoring: str = "sigmoid") -> None:
-    normed, weights, ids = norm_router(*router_arguments(case, k, renormalize, scale, scoring))
-    (T, _), E, shared = case.x.shape, case.router_weight.shape[0], case.num_shared
+    (T, D), E, shared = case.x.shape, case.router_weight.shape[0], case.num_shared
+    dims = NormRouterDims(E=E, D=D, K=k, G=1, S=shared)
+    op = Resolver().resolve(NORM_ROUTER, Where("cuda", "bfloat16"), dims)  # many tokens: others
+    normed, weights, ids = routed(op, case, k, renormalize, scale, scoring)
     torch.testing.assert_close(normed, rms_norm(case.x, case.norm, 1e-5), rtol=2**-7, atol=1e-6)
     # Of the rows as they were normed. Where it chose otherwise, the two experts must be as good as equal.
     logits = normed.double() @ case.router_weight.double().T
@@ -59,21 +63,20 @@ def test_of_equals_the_lower_id_comes_first(T: int) -> None:
     case.router_weight[1:32:2], case.bias[1:32:2] = case.router_weight[0:32:2], case.bias[0:32:2]
     case.router_weight[32:], case.bias[32:] = case.router_weight[:32], case.bias[:32]
     check(case, 8)
-    for row in norm_router(*router_arguments(case, 8))[2].tolist():
+    for row in routed(norm_router, case, 8)[2].tolist():
         assert [e % 32 // 2 for e in row[:8]] == [row[0] // 2] * 4 + [row[4] // 2] * 4
         assert row[:4] == sorted(row[:4])
         assert row[4:8] == sorted(row[4:8])
     case.router_weight[:], case.bias[:] = case.router_weight[0].clone(), 0
-    assert norm_router(*router_arguments(case, 8))[2].tolist() == [[*range(8), 64]] * T
+    assert routed(norm_router, case, 8)[2].tolist() == [[*range(8), 64]] * T
 
 
 @pytest.mark.parametrize("scoring", ["sigmoid", "softmax"])
 def test_it_keeps_ids_in_range_whatever_comes(scoring: str) -> None:
     case = moe_case(12, 256, 16, 64, 8, 1, torch.bfloat16, "cuda")
-    arguments = router_arguments(case, 8, scoring=scoring)
-    expected = norm_router(*arguments)
+    expected = routed(norm_router, case, 8, scoring=scoring)
     case.x[0], case.x[1, 3], case.x[2], case.x[9] = torch.nan, torch.inf, 0, torch.nan
-    found = norm_router(*arguments)
+    found = routed(norm_router, case, 8, scoring=scoring)
     assert [found[2][t].tolist() for t in (0, 1, 9)] == [[*range(8), 64]] * 3
     for row in found[2].tolist():
         assert len(set(row)) == 9
@@ -81,29 +84,29 @@ def test_it_keeps_ids_in_range_whatever_comes(scoring: str) -> None:
     clean = [3, 4, 5, 6, 7, 8, 10, 11]
     assert all(torch.equal(a[clean], b[clean]) for a, b in zip(found, expected, strict=True))
     case.bias[5] = torch.nan
-    assert (norm_router(*arguments)[2][clean] != 5).all()
+    assert (routed(norm_router, case, 8, scoring=scoring)[2][clean] != 5).all()
 
 
 def test_a_token_does_not_depend_on_the_others() -> None:
     case = moe_case(128, 2304, 16, 256, 8, 1, torch.bfloat16, "cuda")
-    whole, x = norm_router(*router_arguments(case, 8)), case.x
+    whole, x = routed(norm_router, case, 8), case.x
     for first, last in ((0, 1), (37, 38), (3, 11), (60, 92), (20, 120)):
         case.x = x[first:last]
-        for part, all_of_it in zip(norm_router(*router_arguments(case, 8)), whole, strict=True):
+        for part, all_of_it in zip(routed(norm_router, case, 8), whole, strict=True):
             assert torch.equal(part, all_of_it[first:last])
 
 
 def test_rows_with_a_stride() -> None:
     case = moe_case(9, 2304, 16, 256, 8, 1, torch.bfloat16, "cuda")
-    expected = norm_router(*router_arguments(case, 8))
+    expected = routed(norm_router, case, 8)
     case.x = torch.cat([case.x, torch.full_like(case.x, torch.nan)], 1)[:, :2304]
-    assert all(torch.equal(a, b) for a, b in zip(norm_router(*router_arguments(case, 8)), expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(routed(norm_router, case, 8), expected, strict=True))
 
 
-def test_what_the_kernel_cannot_take_others_serve() -> None:
-    case = moe_case(3, 300, 16, 40, 4, 1, torch.bfloat16, "cuda")
-    case.x = torch.cat([case.x, case.x[:, :1]], 1)[:, 1:]  # rows that begin at an odd address
-    case.bias = case.bias.bfloat16()
+@pytest.mark.parametrize(("D", "E"), [(512, 64), (300, 40)])
+def test_rows_that_begin_at_an_odd_address(D: int, E: int) -> None:
+    case = moe_case(3, D, 16, E, 4, 1, torch.bfloat16, "cuda")
+    case.x = torch.cat([case.x, case.x[:, :1]], 1)[:, 1:]
     check(case, 4)
 
 
@@ -116,7 +119,7 @@ def test_in_a_graph_under_load(T: int) -> None:
         found, x = [], cases[0].x
         for case in cases:
             case.x = x
-            found.append(norm_router(*router_arguments(case, 8)))
+            found.append(routed(norm_router, case, 8))
             x = found[-1][0]  # reads what the kernel ahead writes last
             if wait:
                 torch.cuda.synchronize()

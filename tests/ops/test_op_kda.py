@@ -68,7 +68,7 @@ def test_prefill_of_mixed_lengths_in_one_call(dtype: torch.dtype, with_state: bo
     state = torch.full((2 * len(lengths), H, V, K), torch.nan)
     state[slots] = torch.randn(len(lengths), H, V, K) if with_state else 0.0
     before = state.clone()
-    out = kda_prefill(*inputs, state, slots, offsets)
+    out = kda_prefill(*inputs, state_NHVK=state, slots_B=slots, offsets=offsets)
     assert out.dtype == dtype
     for b, n in enumerate(lengths):
         span = slice(offsets[b], offsets[b + 1])
@@ -124,7 +124,7 @@ def test_zero_keys_only_decay_the_state() -> None:
     q, k, v, g, beta = make_inputs(20)
     state = torch.randn(1, H, V, K)
     expected = (state[0].double() * g.double().sum(0).exp()[:, None, :]).float()
-    kda_prefill(q, torch.zeros_like(k), v, g, beta, state, torch.tensor([0]), [0, 20])
+    kda_prefill(q, torch.zeros_like(k), v, g, beta, state_NHVK=state, slots_B=torch.tensor([0]), offsets=[0, 20])
     torch.testing.assert_close(state[0], expected, rtol=1e-5, atol=1e-7)
 
 
@@ -152,7 +152,7 @@ def test_bf16_state_storage_is_rounded_once_per_call() -> None:
     narrow = torch.randn(2, H, V, K, generator=torch.Generator().manual_seed(4)).bfloat16()
     wide, slots = narrow.float(), torch.tensor([1])
     calls = (
-        lambda state: kda_prefill(*inputs, state, slots, [0, 40]),
+        lambda state: kda_prefill(*inputs, state_NHVK=state, slots_B=slots, offsets=[0, 40]),
         lambda state: kda_decode(*(x[:1] for x in inputs), state, slots),
     )
     for call in calls:
@@ -186,10 +186,10 @@ def test_batched_prefill_equals_each_alone(lengths: list[int], seed: int) -> Non
     inputs = make_inputs(offsets[-1], seed=seed)
     state = torch.randn(len(lengths), H, V, K, generator=torch.Generator().manual_seed(seed))
     alone = state.clone()
-    out = kda_prefill(*inputs, state, torch.arange(len(lengths)), offsets)
+    out = kda_prefill(*inputs, state_NHVK=state, slots_B=torch.arange(len(lengths)), offsets=offsets)
     for b, n in enumerate(lengths):
         span = slice(offsets[b], offsets[b + 1])
-        single = kda_prefill(*(x[span] for x in inputs), alone, torch.tensor([b]), [0, n])
+        single = kda_prefill(*(x[span] for x in inputs), state_NHVK=alone, slots_B=torch.tensor([b]), offsets=[0, n])
         torch.testing.assert_close(out[span], single, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(state, alone, rtol=1e-5, atol=1e-6)
 
@@ -198,8 +198,8 @@ def test_prefill_then_decode_equals_prefill() -> None:
     inputs = make_inputs(40)
     whole, split = torch.zeros(1, H, V, K), torch.zeros(1, H, V, K)
     slot = torch.tensor([0])
-    out = kda_prefill(*inputs, whole, slot, [0, 40])
-    pieces = [kda_prefill(*(x[:33] for x in inputs), split, slot, [0, 33])]
+    out = kda_prefill(*inputs, state_NHVK=whole, slots_B=slot, offsets=[0, 40])
+    pieces = [kda_prefill(*(x[:33] for x in inputs), state_NHVK=split, slots_B=slot, offsets=[0, 33])]
     pieces += [kda_decode(*(x[t : t + 1] for x in inputs), split, slot) for t in range(33, 40)]
     torch.testing.assert_close(torch.cat(pieces), out, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(split, whole, rtol=1e-5, atol=1e-6)
@@ -209,7 +209,7 @@ def test_a_poisoned_sequence_does_not_reach_its_neighbours() -> None:
     inputs = make_inputs(40)
     inputs[2][:20] = torch.nan
     state = torch.zeros(2, H, V, K)
-    out = kda_prefill(*inputs, state, torch.tensor([0, 1]), [0, 20, 40])
+    out = kda_prefill(*inputs, state_NHVK=state, slots_B=torch.tensor([0, 1]), offsets=[0, 20, 40])
     assert torch.isnan(out[:20]).any()
     assert torch.isfinite(out[20:]).all()
     assert torch.isfinite(state[1]).all()
@@ -250,7 +250,7 @@ def test_inputs_are_left_alone() -> None:
     inputs = make_inputs(18)
     copies = [x.clone() for x in inputs]
     state = torch.zeros(1, H, V, K)
-    kda_prefill(*inputs, state, torch.tensor([0]), [0, 18])
+    kda_prefill(*inputs, state_NHVK=state, slots_B=torch.tensor([0]), offsets=[0, 18])
     kda_decode(*(x[:1] for x in inputs), state, torch.tensor([0]))
     assert all(torch.equal(a, b) for a, b in zip(inputs, copies, strict=True))
 
@@ -266,5 +266,5 @@ def test_groups_do_not_pad_across_chunk_counts(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(reference, "chunk_kda", spy)
     lengths = [300] + [5] * 20
     offsets = [sum(lengths[:b]) for b in range(len(lengths) + 1)]
-    kda_prefill(*make_inputs(400), torch.zeros(21, H, V, K), torch.arange(21), offsets)
+    kda_prefill(*make_inputs(400), state_NHVK=torch.zeros(21, H, V, K), slots_B=torch.arange(21), offsets=offsets)
     assert sum(tokens) == 400

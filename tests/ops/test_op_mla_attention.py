@@ -62,7 +62,12 @@ def prefill(s: Sequences, new: list[int]) -> tuple[Tensor, Tensor, list[int]]:
     offsets = [sum(new[:b]) for b in range(len(new) + 1)]
     q = s.q(offsets[-1])
     prefixes = [len(latent) - n for latent, n in zip(s.latents, new, strict=True)]
-    return q, mla_prefill(q, s.pages, s.tables, prefixes, offsets, s.w_uk, s.w_uv, SCALE), offsets
+    return q, attend(s, q, prefixes, offsets), offsets
+
+
+def attend(s: Sequences, q: Tensor, prefixes: list[int], offsets: list[int]) -> Tensor:
+    where = dict(block_tables_BN=s.tables, context_lens=prefixes, offsets=offsets)
+    return mla_prefill(q, s.pages, **where, w_uk_HKR=s.w_uk, w_uv_HVR=s.w_uv, scale=SCALE)
 
 
 def check_prefill(s: Sequences, new: list[int], tolerance: float = 1e-5) -> None:
@@ -137,7 +142,7 @@ def test_prefill_in_pieces_equals_whole() -> None:
     s = Sequences([23])
     q, whole, _ = prefill(s, [23])
     cuts = [0, 1, 9, 16, 23]
-    pieces = [mla_prefill(q[a:b], s.pages, s.tables, [a], [0, b - a], s.w_uk, s.w_uv, SCALE) for a, b in pairwise(cuts)]
+    pieces = [attend(s, q[a:b], [a], [0, b - a]) for a, b in pairwise(cuts)]
     torch.testing.assert_close(torch.cat(pieces), whole, rtol=1e-5, atol=1e-6)
 
 

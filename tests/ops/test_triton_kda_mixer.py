@@ -8,8 +8,9 @@ import torch
 from tests.ops.compile_sm90 import compile_sm90
 from tests.ops.interpreted import run_interpreted
 from tests.ops.kda_mixer_case import check_kda_mixer, kda_mixer_case
+from thalweg.ops.delta.kda_mixer import KDA_MIXER_DECODE, KdaMixerDims
 from thalweg.ops.delta.kda_mixer.reference import kda_mixer_decode as reference
-from thalweg.ops.registry import OpContext, Resolver
+from thalweg.ops.registry import Resolver, Where
 
 
 @pytest.mark.parametrize("gate", [1.0, 30.0])
@@ -26,7 +27,7 @@ def check_kernel() -> None:
 
     for B, H, K, R, gate in ((3, 3, 16, 32, 1.0), (1, 2, 64, 16, 30.0), (13, 1, 16, 16, 1.0)):
         check_kda_mixer(kda_mixer_decode, kda_mixer_case(B, H, K, R, torch.float32, gate=gate), 1e-5, 1e-5)
-    assert kda_mixer_decode(*kda_mixer_case(0, 2, 16, 16, torch.float32).arguments()).shape == (0, 32)
+    assert kda_mixer_case(0, 2, 16, 16, torch.float32).run(kda_mixer_decode).shape == (0, 32)
 
 
 def check_zero_keys_and_rows_that_share_the_sink() -> None:
@@ -38,7 +39,7 @@ def check_zero_keys_and_rows_that_share_the_sink() -> None:
     check_kda_mixer(kda_mixer_decode, case, 1e-5, 1e-5)
     padded = case.copy()
     padded.slots[2:] = 0
-    out, expected = kda_mixer_decode(*padded.arguments()), reference(*case.arguments())
+    out, expected = padded.run(kda_mixer_decode), case.run(reference)
     torch.testing.assert_close(out[:2], expected[:2], rtol=1e-5, atol=1e-5)
     assert torch.isfinite(out).all()
 
@@ -95,5 +96,5 @@ def test_programs_go_round_the_multiprocessors_once() -> None:
 )
 def test_other_shapes_go_to_the_reference_and_say_why(dims: dict[str, int], reason: str) -> None:
     resolver = Resolver()
-    assert resolver.resolve("kda_mixer_decode", OpContext("cuda", "bfloat16", dims)) is reference
+    assert resolver.resolve(KDA_MIXER_DECODE, Where("cuda", "bfloat16"), KdaMixerDims(**dims)) is reference
     assert reason in dict(resolver.explain()[0].refused)["triton"]

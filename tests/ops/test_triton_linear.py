@@ -6,20 +6,19 @@ import pytest
 import torch
 
 from tests.ops.interpreted import run_interpreted
-from thalweg.ops.linear import reference
-from thalweg.ops.registry import OpContext, Resolver
+from thalweg.ops.linear import NORM_LINEAR, NormLinearDims, reference
+from thalweg.ops.registry import Resolver, Where
 
 
 def check_ops() -> None:
-    from thalweg.ops.linear.triton import linear_add, norm_linear
+    from thalweg.ops.linear.triton import norm_linear
 
     g = torch.Generator().manual_seed(0)
     for T, D, O in ((0, 64, 37), (1, 64, 37), (17, 96, 8)):
         x, w = torch.randn(T, D + 5, generator=g)[:, :D], torch.randn(O, D, generator=g) / D**0.5
-        norm, residual = 1 + torch.randn(D, generator=g) / 5, torch.randn(T, O, generator=g)
+        norm = 1 + torch.randn(D, generator=g) / 5
         expected = reference.norm_linear(x, norm, 1e-5, w)
         torch.testing.assert_close(norm_linear(x, norm, 1e-5, w), expected, rtol=1e-5, atol=1e-4)
-        torch.testing.assert_close(linear_add(x, w, residual.clone()), residual + x @ w.T, rtol=1e-5, atol=1e-4)
 
 
 def test_kernels_under_the_interpreter() -> None:
@@ -29,7 +28,7 @@ def test_kernels_under_the_interpreter() -> None:
 
 def test_refuses_with_a_reason() -> None:
     resolver = Resolver()
-    resolver.resolve("norm_linear", OpContext("cpu", "float32", {"D": 64, "O": 64}))
+    resolver.resolve(NORM_LINEAR, Where("cpu", "float32"), NormLinearDims(D=64, parts=(48, 16)))
     (choice,) = resolver.explain()
-    assert choice.chosen == "reference"
+    assert [span.name for span in choice.table] == ["reference"]
     assert ("triton", "needs cuda, not cpu") in choice.refused

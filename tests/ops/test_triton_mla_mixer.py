@@ -8,8 +8,9 @@ import torch
 from tests.ops.compile_sm90 import compile_sm90, descriptor
 from tests.ops.interpreted import run_interpreted
 from tests.ops.mla_mixer_case import check_mla_mixer, mla_mixer_case
+from thalweg.ops.attention.mla_mixer import MLA_MIXER_DECODE, MlaMixerDims
 from thalweg.ops.attention.mla_mixer.reference import mla_mixer_decode as reference
-from thalweg.ops.registry import OpContext, Resolver
+from thalweg.ops.registry import Resolver, Where
 from thalweg.ops.toolchain import triton_support
 
 
@@ -37,10 +38,10 @@ def check_rows_that_share_the_sink() -> None:
     case = mla_mixer_case([40, 70, 3, 9], 2, 16, 32, 16, 16, 16, torch.float32)
     padded = case.copy()
     padded.tables[2:], padded.lens[2:], padded.page_rows[2:] = 0, 1, 0
-    out, expected = mla_mixer_decode(*padded.arguments()), reference(*case.arguments())
+    out, expected = padded.copy().run(mla_mixer_decode), case.run(reference)
     torch.testing.assert_close(out[:2], expected[:2], rtol=1e-5, atol=1e-5)
     padded.lens[2:] = 0
-    assert torch.isfinite(mla_mixer_decode(*padded.arguments())).all()
+    assert torch.isfinite(padded.run(mla_mixer_decode)).all()
 
 
 def test_kernels_under_the_interpreter() -> None:
@@ -114,15 +115,15 @@ def test_kernels_in_gluon_compile_for_hopper_without_spills(H: int, splits: int)
 @pytest.mark.parametrize(
     ("dims", "reason"),
     [
-        ({"H": 64, "K": 128, "R": 512, "P": 64, "V": 128}, "at most 32 heads on this rank, not 64"),
-        ({"H": 32, "K": 96, "R": 512, "P": 64, "V": 128}, "powers of two"),
-        ({"H": 32, "K": 128, "R": 1024, "P": 64, "V": 128}, "R of at most 512"),
-        ({"H": 32, "K": 128, "R": 512, "P": 256, "V": 128}, "P of at most 128"),
+        ({"H": 64, "K": 128, "R": 512, "P": 64, "V": 128, "S": 64}, "at most 32 heads on this rank, not 64"),
+        ({"H": 32, "K": 96, "R": 512, "P": 64, "V": 128, "S": 64}, "powers of two"),
+        ({"H": 32, "K": 128, "R": 1024, "P": 64, "V": 128, "S": 64}, "R of at most 512"),
+        ({"H": 32, "K": 128, "R": 512, "P": 256, "V": 128, "S": 64}, "P of at most 128"),
     ],
 )
 def test_other_shapes_go_to_the_reference_and_say_why(dims: dict[str, int], reason: str) -> None:
     resolver = Resolver()
-    assert resolver.resolve("mla_mixer_decode", OpContext("cuda", "bfloat16", dims)) is reference
+    assert resolver.resolve(MLA_MIXER_DECODE, Where("cuda", "bfloat16"), MlaMixerDims(**dims)) is reference
     assert reason in dict(resolver.explain()[0].refused)["triton"]
 
 
@@ -130,9 +131,9 @@ def test_later_gpus_go_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None
     """There the compiler gives tiles more shared memory than there is, and Hopper's products end the process."""
     pytest.importorskip("triton")
     monkeypatch.setattr(triton_support, "_compute_capability_major", lambda: 10)
-    dims = {"H": 32, "K": 128, "R": 512, "P": 64, "V": 128}
+    dims = {"H": 32, "K": 128, "R": 512, "P": 64, "V": 128, "S": 64}
     resolver = Resolver()
-    assert resolver.resolve("mla_mixer_decode", OpContext("cuda", "bfloat16", dims)) is reference
+    assert resolver.resolve(MLA_MIXER_DECODE, Where("cuda", "bfloat16"), MlaMixerDims(**dims)) is reference
     assert "(Hopper), not 10.x" in dict(resolver.explain()[0].refused)["triton"]
     monkeypatch.setattr(triton_support, "_compute_capability_major", lambda: 9)
-    assert Resolver().resolve("mla_mixer_decode", OpContext("cuda", "bfloat16", dims)) is not reference
+    assert Resolver().resolve(MLA_MIXER_DECODE, Where("cuda", "bfloat16"), MlaMixerDims(**dims)) is not reference

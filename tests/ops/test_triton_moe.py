@@ -7,14 +7,15 @@ import torch
 
 from tests.ops.compile_sm90 import Compiled, compile_sm90
 from tests.ops.interpreted import run_interpreted
-from tests.ops.moe_case import experts_in_float64, moe_case, rmse_ratio, router_arguments
+from tests.ops.moe_case import experts_in_float64, moe_case, rmse_ratio, routed, triton_experts
+from thalweg.errors import ConfigError
 from thalweg.ops.moe import reference
 from thalweg.ops.norm.reference import rms_norm
 
 
 def test_reference_router_norms_and_appends_the_shared_experts() -> None:
     case = moe_case(5, 32, 16, 8, 3, 2, torch.float32)
-    normed, weights, ids = reference.norm_router(*router_arguments(case, 3, True, 2.5))
+    normed, weights, ids = routed(reference.norm_router, case, 3, True, 2.5)
     assert torch.equal(normed, rms_norm(case.x, case.norm, 1e-5))
     routed_weights, routed_ids = reference.route(normed @ case.router_weight.T, case.bias, 3, True, 2.5)
     assert ids[:, :3].tolist() == routed_ids.tolist()
@@ -25,46 +26,37 @@ def test_reference_router_norms_and_appends_the_shared_experts() -> None:
 
 def test_reference_experts_with_a_shared_one() -> None:
     case = moe_case(5, 32, 16, 8, 3, 1, torch.float32)
-    y = reference.experts(case.x, case.weights, case.ids, case.gate_up, case.down, 1)
+    y = reference.experts(case.x, case.weights, case.ids, case.gate_up, case.down, num_shared=1)
     assert rmse_ratio(y, experts_in_float64(case)) < 1e-5
 
 
 def check_router() -> None:
-    from thalweg.ops.moe.triton_router import norm_router
+    from thalweg.ops.moe.triton_router import norm_router, norm_router_by_library
 
-    for T, D, E, k, shared, scoring, renormalize in (
-        (1, 300, 37, 4, 1, "sigmoid", True),
-        (5, 256, 64, 8, 0, "softmax", False),
-        (19, 100, 64, 3, 2, "sigmoid", True),
-        (513, 64, 16, 4, 0, "sigmoid", True),
-    ):
-        case = moe_case(T, D, 16, E, k, shared, torch.float32)
-        arguments = router_arguments(case, k, renormalize, 2.446, scoring)
-        for found, expected in zip(norm_router(*arguments), reference.norm_router(*arguments), strict=True):
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for op in (norm_router, norm_router_by_library):
+        for T, D, E, k, shared, scoring, renormalize in (
+            (0, 300, 37, 4, 1, "sigmoid", True),
+            (1, 300, 37, 4, 1, "sigmoid", True),
+            (5, 256, 64, 8, 0, "softmax", False),
+            (19, 100, 64, 3, 2, "sigmoid", True),
+        ):
+            case = moe_case(T, D, 16, E, k, shared, torch.float32)
+            both = (routed(f, case, k, renormalize, 2.446, scoring) for f in (op, reference.norm_router))
+            for found, expected in zip(*both, strict=True):
+                torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        with pytest.raises(ConfigError, match="router scoring is 'relu'"):
+            routed(op, case, k, scoring="relu")
     for T in (8, 19):  # an id out of range would read outside the experts' weights
         case = moe_case(T, 100, 16, 64, 3, 2, torch.float32)
-        clean = norm_router(*router_arguments(case, 3))
+        clean = routed(norm_router, case, 3)
         case.x[3] = torch.nan
-        poisoned = norm_router(*router_arguments(case, 3))
+        poisoned = routed(norm_router, case, 3)
         assert poisoned[2][3].tolist() == [0, 1, 2, 64, 65]
         others = torch.arange(T) != 3
         assert all(torch.equal(a[others], b[others]) for a, b in zip(clean, poisoned, strict=True))
 
 
-def check_router_falls_back_on_groups() -> None:
-    from thalweg.ops.moe.triton_router import norm_router
-
-    for T, groups in ((3, (4, 2)), (0, (1, 1))):
-        case = moe_case(T, 64, 16, 16, 4, 0, torch.float32)
-        arguments = (*router_arguments(case, 4)[:9], *groups)
-        for found, expected in zip(norm_router(*arguments), reference.norm_router(*arguments), strict=True):
-            assert torch.equal(found, expected)
-
-
 def check_experts() -> None:
-    from thalweg.ops.moe.triton_experts import experts
-
     # One pair a program; a group for each pair; a group for each expert, some of them with several blocks of tokens.
     for T, D, I, E, k, shared in (
         (1, 300, 37, 4, 2, 1),
@@ -73,28 +65,28 @@ def check_experts() -> None:
         (70, 96, 33, 6, 3, 1),
     ):
         case = moe_case(T, D, I, E, k, shared, torch.float32)
-        y = experts(case.x, case.weights, case.ids, case.gate_up, case.down, shared)
+        experts = triton_experts("experts", T)
+        y = experts(case.x, case.weights, case.ids, case.gate_up, case.down, num_shared=shared)
         assert rmse_ratio(y, experts_in_float64(case)) < 1e-5
         assert y.tolist() == experts(case.x, case.weights, case.ids, case.gate_up, case.down).tolist()
 
 
 def check_experts_add() -> None:
-    from thalweg.ops.moe.triton_experts import experts, experts_add
-
     for T, D in ((1, 300), (2, 256), (3, 1), (33, 100), (513, 24), (0, 8)):
         case = moe_case(T, D, 16, 8, 2, 1, torch.float32)
         arguments = (case.x, case.weights, case.ids, case.gate_up, case.down)
-        total = experts_add(*arguments, case.residual, 1)
-        assert torch.equal(total, experts(*arguments, 1) + case.residual)
+        experts = triton_experts("experts", T)
+        total = experts(*arguments, residual_TD=case.residual, num_shared=1)
+        assert torch.equal(total, experts(*arguments, num_shared=1) + case.residual)
         if T > 2:
             case.x[1] = torch.nan
             others = torch.arange(T) != 1
-            assert torch.equal(experts_add(*arguments, case.residual, 1)[others], total[others])
+            assert torch.equal(experts(*arguments, residual_TD=case.residual, num_shared=1)[others], total[others])
 
 
 def test_kernels_under_the_interpreter() -> None:
     pytest.importorskip("triton")
-    run_interpreted(check_router, check_router_falls_back_on_groups, check_experts, check_experts_add)
+    run_interpreted(check_router, check_experts, check_experts_add)
 
 
 TYPES = {

@@ -7,22 +7,20 @@ import torch
 
 from tests.ops.compile_sm90 import Compiled, compile_sm90
 from tests.ops.interpreted import run_interpreted
-from tests.ops.moe_case import experts_in_float64, moe_case_fp8, rmse_ratio
+from tests.ops.moe_case import experts_in_float64, moe_case_fp8, rmse_ratio, triton_experts
 from thalweg.ops.moe_fp8 import reference
 
 
 @pytest.mark.parametrize(("T", "D", "I", "E", "k", "shared"), [(1, 256, 128, 8, 3, 1), (9, 300, 80, 5, 2, 0)])
 def test_reference_is_experts_of_the_dequantized_weights(T: int, D: int, I: int, E: int, k: int, shared: int) -> None:
     case, quantized = moe_case_fp8(T, D, I, E, k, shared, torch.float32)
-    y = reference.experts_fp8(case.x, case.weights, case.ids, *quantized, shared)
+    y = reference.experts_fp8(case.x, case.weights, case.ids, *quantized, num_shared=shared)
     assert rmse_ratio(y, experts_in_float64(case)) < 1e-5
 
 
 def check(T: int, D: int, I: int, E: int, k: int, shared: int) -> None:
-    from thalweg.ops.moe_fp8.triton_experts import experts_fp8
-
     case, quantized = moe_case_fp8(T, D, I, E, k, shared, torch.float32)
-    y = experts_fp8(case.x, case.weights, case.ids, *quantized, shared)
+    y = triton_experts("experts_fp8", T)(case.x, case.weights, case.ids, *quantized, num_shared=shared)
     assert rmse_ratio(y, experts_in_float64(case)) < 1e-5
 
 
@@ -45,45 +43,39 @@ def check_grouped() -> None:
 
     for T, D, I, E, k, shared in ((70, 96, 33, 6, 3, 1), (5, 140, 48, 24, 3, 0), (300, 144, 150, 3, 2, 2)):
         case, quantized = moe_case_fp8(T, D, I, E, k, shared, torch.float32)
-        y = triton_grouped.experts_grouped(case.x, case.weights, case.ids, *quantized, shared)
+        y = triton_grouped.experts_grouped(case.x, case.weights, case.ids, *quantized, num_shared=shared)
         assert rmse_ratio(y, experts_in_float64(case)) < 1e-6
     case, quantized = moe_case_fp8(60, 160, 150, 6, 3, 1, torch.bfloat16)
     case.x[0] *= 2.0**30  # far beyond fp16, which serves products within
     case.x[1] *= 2.0**-30
-    y = triton_grouped.experts_grouped(case.x, case.weights, case.ids, *quantized, 1)
+    y = triton_grouped.experts_grouped(case.x, case.weights, case.ids, *quantized, num_shared=1)
     assert all(rmse_ratio(a, b) < 0.015 for a, b in zip(y, experts_in_float64(case), strict=True))
 
 
 def check_experts_in_bfloat16() -> None:
-    from thalweg.ops.moe_fp8.triton_experts import experts_fp8
-
     for T, D, I in ((2, 160, 48), (20, 300, 150)):
         case, quantized = moe_case_fp8(T, D, I, 6, 3, 1, torch.bfloat16)
         case.x[0] *= 2.0**30  # far beyond fp16, which serves products within
         case.x[1] *= 2.0**-30
-        y = experts_fp8(case.x, case.weights, case.ids, *quantized, 1)
+        y = triton_experts("experts_fp8", T)(case.x, case.weights, case.ids, *quantized, num_shared=1)
         expected = experts_in_float64(case)
         assert all(rmse_ratio(a, b) < 0.01 for a, b in zip(y, expected, strict=True))
 
 
 def check_add() -> None:
-    from thalweg.ops.moe_fp8.triton_experts import experts_fp8_add
-
     for T in (2, 6, 257):
         case, quantized = moe_case_fp8(T, 32, 16, 3, 1, 1, torch.float32)
-        arguments = (case.x, case.weights, case.ids, *quantized, case.x.flip(0), 1)
-        torch.testing.assert_close(
-            experts_fp8_add(*arguments), reference.experts_fp8_add(*arguments), rtol=1e-4, atol=1e-4
-        )
+        arguments, residual = (case.x, case.weights, case.ids, *quantized), case.x.flip(0)
+        found = triton_experts("experts_fp8", T)(*arguments, residual_TD=residual, num_shared=1)
+        expected = reference.experts_fp8(*arguments, residual_TD=residual, num_shared=1)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def check_nan_stays_in_its_row() -> None:
-    from thalweg.ops.moe_fp8.triton_experts import experts_fp8
-
     for T in (2, 5):
         case, quantized = moe_case_fp8(T, 48, 20, 4, 2, 1, torch.float32)
         case.x[1] = torch.nan
-        y = experts_fp8(case.x, case.weights, case.ids, *quantized, 1)
+        y = triton_experts("experts_fp8", T)(case.x, case.weights, case.ids, *quantized, num_shared=1)
         assert y.isnan().all(1).tolist() == [t == 1 for t in range(T)]
         assert y.isfinite().all(1).tolist() == [t != 1 for t in range(T)]
 

@@ -7,8 +7,8 @@ import torch
 
 from tests.ops.compile_sm90 import compile_sm90
 from tests.ops.interpreted import run_interpreted
-from thalweg.ops.norm import reference
-from thalweg.ops.registry import OpContext, Resolver
+from thalweg.ops.norm import RMS_NORM, RmsNormDims, reference
+from thalweg.ops.registry import Resolver, Where
 
 
 def check_norms() -> None:
@@ -44,8 +44,8 @@ def test_compiles_for_hopper_without_spills() -> None:
 @pytest.mark.parametrize("D", [2304, 512, 100])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_on_a_gpu(T: int, D: int, dtype: torch.dtype) -> None:
-    context = OpContext("cuda", str(dtype).removeprefix("torch."), {"D": D})
-    rms_norm = Resolver({"rms_norm": "triton"}).resolve("rms_norm", context)
+    where = Where("cuda", str(dtype).removeprefix("torch."))
+    rms_norm = Resolver({"rms_norm": "triton"}).resolve(RMS_NORM, where, RmsNormDims(D=D))
     x = torch.randn(T, D, device="cuda").to(dtype)
     weight = torch.randn(D, device="cuda").to(dtype)
     tolerance = 2**-7 if dtype == torch.bfloat16 else 2e-6

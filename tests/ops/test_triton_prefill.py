@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -9,7 +11,10 @@ from tests.ops.compile_sm90 import Compiled, compile_sm90
 from tests.ops.interpreted import run_interpreted
 from tests.ops.moe_case import experts_in_float64, moe_case, rmse_ratio
 from tests.ops.prefill_case import KdaCase, conv_case, mla_case, ratio
-from thalweg.ops import OpContext, Resolver
+from thalweg.ops import Op, Resolver, Where
+from thalweg.ops.attention.mla import MLA_PREFILL, MlaPrefillDims
+from thalweg.ops.delta.conv1d import CONV1D_PREFILL, Conv1dDims
+from thalweg.ops.moe import NORM_ROUTER, NormRouterDims
 
 
 def check_conv1d() -> None:
@@ -44,12 +49,12 @@ def check_kda() -> None:
 
     for lengths in ((0, 1, 15, 16, 17, 0), (63, 64, 65), (200,)):
         case = KdaCase(lengths, 2, 32, 24, torch.float32)
-        case.check(kda_prefill(*case.arguments()), 1e-6)
+        case.check(case.run(kda_prefill), 1e-6)
     for gate in (-30.0, -8.0, 8.0, 30.0):
         case = KdaCase((70,), 2, 32, 24, torch.float32, gate=gate)
-        case.check(kda_prefill(*case.arguments()), 1e-6)
+        case.check(case.run(kda_prefill), 1e-6)
     case = KdaCase((70,), 1, 32, 24, torch.float32, state_dtype=torch.bfloat16)
-    case.check(kda_prefill(*case.arguments()), 1e-6, state_tolerance=2**-7)
+    case.check(case.run(kda_prefill), 1e-6, state_tolerance=2**-7)
 
 
 def check_kda_zero_and_equal_keys() -> None:
@@ -58,7 +63,7 @@ def check_kda_zero_and_equal_keys() -> None:
     for value in (0.0, 1.0):
         case = KdaCase((70,), 2, 32, 24, torch.float32, gate=-30.0)
         case.k, case.beta = torch.full_like(case.k, value), torch.ones_like(case.beta)
-        case.check(kda_prefill(*case.arguments()), 1e-6)
+        case.check(case.run(kda_prefill), 1e-6)
 
 
 def check_kda_keeps_neighbours_apart() -> None:
@@ -66,7 +71,7 @@ def check_kda_keeps_neighbours_apart() -> None:
 
     case = KdaCase((20, 70), 2, 32, 24, torch.float32)
     case.v[:20] = torch.nan
-    out = kda_prefill(*case.arguments())
+    out = case.run(kda_prefill)
     assert out[:20].isnan().any()
     assert out[20:].isfinite().all()
 
@@ -78,7 +83,7 @@ def check_mla() -> None:
         triton.MAX_CONTEXT = most
         for cached, new in (([0], [130]), ([0, 5, 0, 33, 0], [1, 64, 0, 20, 70]), ([100], [7]), ([3, 0], [0, 200])):
             arguments = mla_case(cached, new, torch.float32)
-            assert ratio(triton.mla_prefill(*arguments), reference.mla_prefill(*arguments)) < 1e-6
+            assert ratio(triton.mla_prefill(**arguments), reference.mla_prefill(**arguments)) < 1e-6
 
 
 def check_experts() -> None:
@@ -90,7 +95,7 @@ def check_experts() -> None:
             arguments = (case.x, case.weights, case.ids, case.gate_up, case.down)
             whole = triton_grouped.SLICE
             triton_grouped.SLICE = most
-            y = triton_grouped.experts_grouped(*arguments, shared)
+            y = triton_grouped.experts_grouped(*arguments, num_shared=shared)
             triton_grouped.SLICE = whole
             assert rmse_ratio(y, experts_in_float64(case)) < 1e-6
             y = triton_grouped.experts_grouped(*arguments)
@@ -177,14 +182,15 @@ def test_mla_compiles_for_hopper() -> None:
 @pytest.mark.parametrize(
     ("op", "dims", "reason"),
     [
-        ("conv1d_prefill", {"C": 96, "W": 17}, "at most 16 inputs, not 17"),
-        ("mla_prefill", {"H": 8, "K": 256, "V": 128, "R": 512, "P": 64}, "from 16 to 128, not 256, 128, 64"),
-        ("norm_router", {"E": 64, "D": 128, "K": 6, "G": 8, "S": 1}, "experts in one group, not 8"),
+        (CONV1D_PREFILL, Conv1dDims(C=96, W=17), "at most 16 inputs, not 17"),
+        (MLA_PREFILL, MlaPrefillDims(H=8, K=256, V=128, R=512, P=64), "from 16 to 128, not 256, 128, 64"),
+        (NORM_ROUTER, NormRouterDims(E=64, D=128, K=6, G=8, S=1), "experts in one group, not 8"),
     ],
+    ids=lambda value: value.name if isinstance(value, Op) else None,
 )
-def test_other_shapes_go_to_the_reference_and_say_why(op: str, dims: dict[str, int], reason: str) -> None:
+def test_other_shapes_go_to_the_reference_and_say_why(op: Op[Any, Any], dims: object, reason: str) -> None:
     resolver = Resolver()
-    resolver.resolve(op, OpContext("cuda", "bfloat16", dims))
+    resolver.resolve(op, Where("cuda", "bfloat16"), dims)
     [choice] = resolver.explain()
-    assert choice.chosen == "reference"
+    assert [span.name for span in choice.table] == ["reference"]
     assert reason in dict(choice.refused)["triton"]

@@ -7,8 +7,8 @@ import torch
 
 from tests.ops.compile_sm90 import compile_sm90
 from tests.ops.interpreted import run_interpreted
-from thalweg.ops.registry import OpContext, Resolver
-from thalweg.ops.residual import reference
+from thalweg.ops.registry import Resolver, Where
+from thalweg.ops.residual import SCALED_RESIDUAL_ADD, ScaledResidualAddDims, reference
 
 SCALE = 2.827  # Kimi-K2's
 
@@ -61,8 +61,8 @@ def test_compiles_for_hopper() -> None:
 @pytest.mark.parametrize("D", [7168, 2304, 37])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_on_a_gpu_bit_for_bit(T: int, D: int, dtype: torch.dtype) -> None:
-    context = OpContext("cuda", str(dtype).removeprefix("torch."), {"D": D})
-    op = Resolver({"scaled_residual_add": "triton"}).resolve("scaled_residual_add", context)
+    where, dims = Where("cuda", str(dtype).removeprefix("torch.")), ScaledResidualAddDims(D=D)
+    op = Resolver({"scaled_residual_add": "triton"}).resolve(SCALED_RESIDUAL_ADD, where, dims)
     residual, a, b = inputs((T, D), dtype, "cuda")
     torch.full((T, D), torch.nan, device="cuda", dtype=dtype)  # freed: the output is likely to be made of it
     assert torch.equal(op(residual, a, b, SCALE), reference.scaled_residual_add(residual, a, b, SCALE))

@@ -7,8 +7,9 @@ import torch
 
 from tests.ops.compile_sm90 import compile_sm90
 from tests.ops.interpreted import run_interpreted
-from thalweg.ops.attention.mla_down_norms import reference
-from thalweg.ops.registry import OpContext, Resolver
+from thalweg.ops.attention.mla_down_norms import SPLIT_NORMS, SplitNormsDims, reference
+from thalweg.ops.norm import RMS_NORM, RmsNormDims
+from thalweg.ops.registry import Resolver, Where
 
 
 def inputs(T: int, Q: int, R: int, P: int, dtype: torch.dtype, device: str = "cpu") -> tuple[torch.Tensor, ...]:
@@ -60,9 +61,9 @@ def test_compiles_for_hopper_without_spills() -> None:
 @pytest.mark.parametrize(("Q", "R"), [(16385, 512), (512, 0)])
 def test_refuses_parts_that_one_program_cannot_hold(Q: int, R: int) -> None:
     resolver = Resolver()
-    resolver.resolve("split_norms", OpContext("cuda", "bfloat16", {"Q": Q, "R": R}))
+    resolver.resolve(SPLIT_NORMS, Where("cuda", "bfloat16"), SplitNormsDims(Q=Q, R=R))
     (choice,) = resolver.explain()
-    assert choice.chosen == "reference"
+    assert [span.name for span in choice.table] == ["reference"]
     assert str(max(Q, R)) in choice.refused[0][1]
 
 
@@ -82,6 +83,6 @@ def test_on_a_gpu(T: int, Q: int, R: int, P: int, dtype: torch.dtype) -> None:
         torch.testing.assert_close(y, expected, rtol=tolerance, atol=1e-6)
     assert all(map(torch.equal, fused, split_norms_in_two_launches(*arguments)))
     # Where a part takes as many warps by itself, the model's own norm gives these bits too.
-    rms_norm = Resolver({"rms_norm": "triton"}).resolve("rms_norm", OpContext("cuda", "bfloat16", {"D": Q}))
+    rms_norm = Resolver({"rms_norm": "triton"}).resolve(RMS_NORM, Where("cuda", "bfloat16"), RmsNormDims(D=Q))
     if Q > R:
         assert torch.equal(fused[0], rms_norm(arguments[0][:, :Q], arguments[1], 1e-6))

@@ -12,7 +12,7 @@ import torch
 
 from thalweg.bench.ceilings import Ceilings
 from thalweg.bench.kernels import measure, rearrange, timing
-from thalweg.bench.kernels.case import Candidate, Case, Setting
+from thalweg.bench.kernels.case import Arguments, Candidate, Case, Setting
 from thalweg.bench.kernels.measure import Measurement, measure_case
 from thalweg.bench.kernels.shape import Shape, distinct_experts
 from thalweg.bench.kernels.suites import SUITES, choose_ops, run_suite
@@ -36,7 +36,12 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def measured(*candidates: Candidate, **options: Any) -> list[Measurement]:
     """Of candidates that take (x [4], state [4]) and may change the state."""
     case = Case(
-        "toy", "4", candidates, lambda copy: (torch.arange(4.0), torch.ones(4)), changed=lambda a: (a[1],), **options
+        "toy",
+        "4",
+        candidates,
+        lambda copy: Arguments(torch.arange(4.0), torch.ones(4)),
+        changed=lambda a: (a.args[1],),
+        **options,
     )
     return list(measure_case(case, setting(), CEILINGS))
 
@@ -127,12 +132,12 @@ def test_suites_run_on_a_cpu_and_nothing_in_them_is_wrong(suite: str) -> None:
 def test_bytes_of_a_projection_are_its_tensors() -> None:
     s = setting()
     case = next(iter(SUITES["decode"]["linear"](s)))
-    x, w = case.make(0)
+    x, w = case.make(0).args
     y = case.candidates[0].fn(x, w)
     assert case.num_bytes == sum(t.numel() * 4 for t in (x, w, y))
     assert case.flops == 2 * y.numel() * x.shape[1]
-    assert torch.equal(case.make(0)[1], w)
-    assert not torch.equal(case.make(1)[1], w)
+    assert torch.equal(case.make(0).args[1], w)
+    assert not torch.equal(case.make(1).args[1], w)
 
 
 def test_projections_are_counted_at_the_real_shape() -> None:
@@ -217,4 +222,4 @@ def test_suites_on_a_gpu(suite: str) -> None:
         assert "triton" in {m.implementation for m in results if m.us and m.timed == "graph"}
     if suite == "seeds":
         fused = [m for m in results if m.op in ("split_norms", "scaled_residual_add") and m.times_faster]
-        assert all(m.equal_bits for m in fused if m.implementation == "one kernel")
+        assert all(m.equal_bits for m in fused if m.implementation == "triton")

@@ -67,8 +67,8 @@ def test_other_ops_take_such_states_too() -> None:
     stepped, exact = state.clone(), state.float()
     beta = beta.sigmoid()
     steps = [kda_decode(*(x[t : t + 1] for x in (q, k, v, -g.abs(), beta)), stepped, slots) for t in range(T)]
-    o = kda_prefill(q, k, v, -g.abs(), beta, state, slots, [0, T])
-    kda_prefill(q, k, v, -g.abs(), beta, exact, slots, [0, T])
+    o = kda_prefill(q, k, v, -g.abs(), beta, state_NHVK=state, slots_B=slots, offsets=[0, T])
+    kda_prefill(q, k, v, -g.abs(), beta, state_NHVK=exact, slots_B=slots, offsets=[0, T])
     assert state.dtype == torch.bfloat16
     assert torch.equal(state, exact.bfloat16())  # rounded once, at the end
     assert (torch.cat(steps) - o).norm() < 0.05 * o.norm()  # decode rounds at every token

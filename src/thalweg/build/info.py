@@ -5,12 +5,24 @@ from __future__ import annotations
 import msgspec
 
 
+class OpSpan(msgspec.Struct, frozen=True):
+    """Who serves an op for `first` to `last` tokens; None: no end."""
+
+    first: int
+    last: int | None
+    implementation: str
+
+    def __str__(self) -> str:
+        tokens = f"{self.first}-{self.last or ''}" if self.last != self.first else f"{self.first}"
+        return self.implementation if tokens == "1-" else f"{tokens}: {self.implementation}"
+
+
 class OpChoice(msgspec.Struct, frozen=True):
-    """Which implementation serves an op, for which dimensions, and why each other one does not."""
+    """What serves an op, for which dimensions, by the number of tokens, and why each other one serves none."""
 
     op: str
-    dims: dict[str, int]
-    chosen: str
+    dims: dict[str, int | tuple[int, ...]]
+    table: list[OpSpan]  # in ascending order, without gaps
     refused: list[tuple[str, str]]
 
 

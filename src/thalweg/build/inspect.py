@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -13,7 +12,15 @@ import torch
 
 from thalweg import ops as _ops  # noqa: F401 -- registers every op's implementations
 from thalweg.build.info import OpChoice
-from thalweg.build.rank import cache_memory, choose_device, describe_layer, device_name, resolve_sample, split_cache
+from thalweg.build.rank import (
+    cache_memory,
+    choose_device,
+    describe_layer,
+    device_name,
+    op_choices,
+    resolve_sample,
+    split_cache,
+)
 from thalweg.build.source import ModelSource, open_source
 from thalweg.cache.manager import MemorySplit
 from thalweg.cache.specs import LayerSpecs, bytes_per_sequence, bytes_per_token
@@ -21,7 +28,7 @@ from thalweg.config.engine import EngineConfig
 from thalweg.errors import ConfigError
 from thalweg.layers.context import BuildContext
 from thalweg.models.decoder import Decoder
-from thalweg.ops.registry import OpContext, Resolver
+from thalweg.ops.registry import Resolver, Where
 from thalweg.parallel.mesh import Mesh
 from thalweg.quant import scheme_named
 from thalweg.weights.checkpoint import Checkpoint
@@ -68,8 +75,9 @@ class _MetaContext(BuildContext):
 
     target: torch.device = field(kw_only=True)
 
-    def op(self, name: str, **dims: int) -> Callable[..., Any]:
-        return self.resolver.resolve(name, OpContext(self.target.type, self.dtype_name, dims))
+    @property
+    def where(self) -> Where:
+        return Where(self.target.type, self.dtype_name)
 
 
 def describe(config: EngineConfig) -> Inspection:
@@ -107,7 +115,7 @@ def describe(config: EngineConfig) -> Inspection:
         checkpoint_cost=_cost(native, c.dtype),
         memory=memory,
         memory_error=memory_error,
-        ops=[OpChoice(o.op, dict(o.context.dims), o.chosen, list(o.refused)) for o in resolver.explain()],
+        ops=op_choices(resolver),
     )
 
 
@@ -127,6 +135,7 @@ def _build(
         resolver,
         config.state_dtype,
         scheme_named(quantization),
+        block_size=config.block_size,
         target=device,
     )
     return Decoder(context, source.config)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from math import prod
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from thalweg import ops as _ops  # noqa: F401 -- registers every op's implementations
-from thalweg.build.info import EngineInfo, OpChoice
+from thalweg.build.info import EngineInfo, OpChoice, OpSpan
 from thalweg.build.source import ModelSource, open_source
 from thalweg.build.warmup import make_kernels, warm_up
 from thalweg.cache.manager import MemorySplit, default_num_seqs, split_memory
@@ -24,7 +23,8 @@ from thalweg.config.engine import EngineConfig
 from thalweg.errors import ConfigError
 from thalweg.layers.context import BuildContext
 from thalweg.models.decoder import Decoder
-from thalweg.ops.registry import OpContext, Resolver
+from thalweg.ops.registry import Resolver, Where, dims_of
+from thalweg.ops.sample import SAMPLE, Sample, SampleDims
 from thalweg.parallel.mesh import Mesh, join_mesh
 from thalweg.quant import scheme_named
 from thalweg.runner.graphs import MAX_ROWS, buckets
@@ -79,7 +79,8 @@ def build_rank(
     laps.end("device")
     mesh = join_mesh(tp_rank, config.tensor_parallel_size, rendezvous_file, device)
     resolver = Resolver(config.op_preference)
-    context = BuildContext(device, dtype, mesh, resolver, config.state_dtype, scheme_named(config.quantization))
+    scheme = scheme_named(config.quantization)
+    context = BuildContext(device, dtype, mesh, resolver, config.state_dtype, scheme, block_size=config.block_size)
     model = Decoder(context, c)
     sample = resolve_sample(resolver, device, c.vocab_size)
     _fill(model, plan, checkpoint, source, config, tp_rank)
@@ -96,8 +97,9 @@ def build_rank(
         split.num_slots, c.vocab_size, device=device, eos_token_ids=frozenset(eos), grammars=grammars
     )
     slots = SlotTable(cache, sampling, split.max_model_len)
-    eager = _why_eager(config, device, resolver)
-    graph_sizes = [] if eager else buckets(split.num_slots)
+    graph_sizes = buckets(split.num_slots)
+    eager = _why_eager(config, device, resolver, graph_sizes[-1])
+    graph_sizes = [] if eager else graph_sizes
     laps.end("cache")
     runner = ModelRunner(model, slots, Sampler(sampling, sample), mesh, graph_sizes)
     if device.type == "cuda":
@@ -131,7 +133,7 @@ def build_rank(
         layers=[describe_layer(layer, spec) for layer, spec in zip(model.layers, specs, strict=True)],
         eos_token_ids=list(eos),
         decode_steps=f"eager: {eager}" if eager else f"CUDA graphs of {', '.join(map(str, graph_sizes))} rows",
-        ops=[OpChoice(o.op, dict(o.context.dims), o.chosen, list(o.refused)) for o in resolver.explain()],
+        ops=op_choices(resolver),
         start_seconds=laps.seconds,
     )
     return runner, info
@@ -156,23 +158,38 @@ def choose_device(config: EngineConfig, tp_rank: int) -> torch.device:
     return device
 
 
-def resolve_sample(resolver: Resolver, device: torch.device, vocab_size: int) -> Callable[..., Tensor]:
+def resolve_sample(resolver: Resolver, device: torch.device, vocab_size: int) -> Sample:
     """Op "sample", the last to be resolved. Raises ConfigError where a preference then names an op that nobody uses."""
-    sample = resolver.resolve("sample", OpContext(device.type, "float32", {"V": vocab_size}))
+    sample = resolver.resolve(SAMPLE, Where(device.type, "float32"), SampleDims(V=vocab_size))
     if unused := resolver.unused_preferences():
         used = ", ".join(sorted({choice.op for choice in resolver.explain()}))
         raise ConfigError(f"--op (op_preference) names {unused[0]!r}, which this model does not use; it uses {used}")
     return sample
 
 
-def _why_eager(config: EngineConfig, device: torch.device, resolver: Resolver) -> str | None:
-    """Why decode steps cannot run as CUDA graphs; None where they can."""
+def op_choices(resolver: Resolver) -> list[OpChoice]:
+    return [
+        OpChoice(
+            choice.op,
+            dims_of(choice.dims),
+            [OpSpan(span.tokens.first, span.tokens.last, span.name) for span in choice.table],
+            list(choice.refused),
+        )
+        for choice in resolver.explain()
+    ]
+
+
+def _why_eager(config: EngineConfig, device: torch.device, resolver: Resolver, most_rows: int) -> str | None:
+    """Why steps of up to `most_rows` decode rows cannot run as CUDA graphs; None where they can."""
     if device.type != "cuda":
         return f"{device.type} has no CUDA graphs"
     if config.enforce_eager:
         return "--enforce-eager"
-    waiting = next((choice for choice in resolver.explain() if not choice.capturable), None)
-    return f"op {waiting.op} is served by {waiting.chosen!r}, which waits for the device" if waiting else None
+    for choice in resolver.explain():
+        for span in choice.table:
+            if span.tokens.first <= most_rows and not span.capturable:
+                return f"op {choice.op} is served by {span.name!r}, which waits for the device"
+    return None
 
 
 def _choose_threads(weight_bytes: int, ranks: int) -> None:

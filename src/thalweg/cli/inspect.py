@@ -70,11 +70,16 @@ def _print(found: Inspection) -> None:
         console.print(f"{f'{first}-{last}' if last > first else first:>7}  {layer}", markup=False)
 
     console.print("\n[bold]Ops[/]")
-    ops = plain_table("op", "dimensions", "served by", "not by")
+    ops = plain_table("op", "dimensions", "tokens: served by", "not by")
     for op in found.ops:
-        dims = " ".join(f"{name}={size}" for name, size in op.dims.items())
-        ops.add_row(op.op, dims, op.chosen, "; ".join(f"{name}: {reason}" for name, reason in op.refused) or "-")
+        dims = " ".join(f"{name}={_size(size)}" for name, size in op.dims.items())
+        refused = "; ".join(f"{name}: {reason}" for name, reason in op.refused) or "-"
+        ops.add_row(op.op, dims, "\n".join(map(str, op.table)), refused)
     console.print(ops)
+
+
+def _size(size: int | tuple[int, ...]) -> str:
+    return str(size) if isinstance(size, int) else "+".join(map(str, size))
 
 
 def _dtype(cost: Cost) -> str:

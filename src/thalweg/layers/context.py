@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import nn
 
-from thalweg.ops.registry import OpContext, Resolver
+from thalweg.ops.registry import Op, Resolver, Where
 from thalweg.parallel.mesh import Mesh
 from thalweg.parallel.shards import Shards
 from thalweg.quant import PLAIN, Scheme
 from thalweg.quant.scheme import Shape
+
+D = TypeVar("D")
+F = TypeVar("F")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +27,7 @@ class BuildContext:
     resolver: Resolver
     state_dtype: str  # that recurrent states are stored in
     scheme: Scheme = PLAIN  # of the experts' weights
+    block_size: int = field(kw_only=True)  # tokens in a block of the cache
 
     @property
     def dtype_name(self) -> str:
@@ -33,9 +37,14 @@ class BuildContext:
         """An uninitialised parameter; weights/ fills it."""
         return nn.Parameter(torch.empty(shape, device=self.device, dtype=dtype or self.dtype), requires_grad=False)
 
-    def op(self, name: str, **dims: int) -> Callable[..., Any]:
-        """The implementation that serves op `name` for these dimensions here."""
-        return self.resolver.resolve(name, OpContext(self.device.type, self.dtype_name, dims))
+    @property
+    def where(self) -> Where:
+        """On what ops will run."""
+        return Where(self.device.type, self.dtype_name)
+
+    def op(self, op: Op[D, F], dims: D) -> F:
+        """What serves `op` for these dimensions here."""
+        return self.resolver.resolve(op, self.where, dims)
 
     def stored(self, shape: Shape, parts: int = 1) -> dict[str, nn.Parameter]:
         """Uninitialised parameters of an expert weight of `shape`, by suffix, as the scheme stores it."""

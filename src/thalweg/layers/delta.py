@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from thalweg.cache.specs import StateSpec
 from thalweg.layers.batch import Batch
 from thalweg.layers.context import BuildContext, LayerCache
 from thalweg.layers.linear import LinearAdd, NormLinear
+from thalweg.layers.norm import NormWeight
+from thalweg.ops.delta.conv1d import CONV1D_PREFILL, Conv1dDims
+from thalweg.ops.delta.kda import KDA_GATE, KDA_PREFILL, KdaDims
+from thalweg.ops.delta.kda_mixer import KDA_MIXER_DECODE, KdaMixerDims
+from thalweg.ops.heads import MERGE_HEADS, SPLIT_HEADS, HeadsDims
+from thalweg.ops.norm import GATED_RMS_NORM, GatedRmsNormDims
+from thalweg.ops.projection import BATCHED_PROJECTION, BatchedProjectionDims
 
 
 class LowRankUp(nn.Module):
@@ -18,7 +24,7 @@ class LowRankUp(nn.Module):
     def __init__(self, ctx: BuildContext, rank: int, out_features: int) -> None:
         super().__init__()
         self.weight = ctx.weight(2, out_features, rank)
-        self._op = ctx.op("batched_projection", R=rank, O=out_features)
+        self._op = ctx.op(BATCHED_PROJECTION, BatchedProjectionDims(R=rank, O=out_features))
 
     def forward(self, x_T2R: Tensor) -> Tensor:
         return self._op(x_T2R, self.weight)
@@ -44,26 +50,26 @@ class KimiDeltaAttention(nn.Module):
     ) -> None:
         super().__init__()
         H, K = ctx.shards.count(heads, "the number of KDA heads"), head_dim
-        self.H, self.K, self.R, self.eps = H, K, rank, eps
+        self.R = rank
         self.split = [3 * H * K, H, 2 * rank]
-        self.in_proj = NormLinear(ctx, width, sum(self.split), eps)
+        self.in_proj = NormLinear(ctx, width, [H * K, H * K, H * K, H, rank, rank], eps)
         self.up_proj = LowRankUp(ctx, rank, H * K)
         self.conv = ShortConv(ctx, 3 * H * K, taps)
         self.A_log = ctx.weight(H, dtype=torch.float32)
         self.dt_bias = ctx.weight(H, K, dtype=torch.float32)
-        self.out_norm = nn.Module()
-        self.out_norm.weight = ctx.weight(K)
+        self.out_norm = NormWeight(ctx, K, eps)
         self.out_proj = LinearAdd(ctx, H * K, width)
         self.cache_specs = {
             "conv": StateSpec((taps - 1, 3 * H * K), ctx.dtype_name),
             "recurrent": StateSpec((H, K, K), ctx.state_dtype),
         }
-        dims = {"H": H, "K": K, "V": K}
-        self._mixer_decode = ctx.op("kda_mixer_decode", **dims, R=rank, W=taps - 1)
-        self._conv = ctx.op("conv1d_prefill", C=3 * H * K, W=taps - 1)
-        self._gate = ctx.op("kda_gate", **dims)
-        self._prefill = ctx.op("kda_prefill", **dims)
-        self._gated_norm = ctx.op("gated_rms_norm", H=H, V=K)
+        self._mixer_decode = ctx.op(KDA_MIXER_DECODE, KdaMixerDims(H=H, K=K, V=K, R=rank, W=taps - 1))
+        self._conv = ctx.op(CONV1D_PREFILL, Conv1dDims(C=3 * H * K, W=taps - 1))
+        self._gate = ctx.op(KDA_GATE, KdaDims(H=H, K=K, V=K))
+        self._prefill = ctx.op(KDA_PREFILL, KdaDims(H=H, K=K, V=K))
+        self._gated_norm = ctx.op(GATED_RMS_NORM, GatedRmsNormDims(H=H, V=K))
+        self._split_heads = ctx.op(SPLIT_HEADS, HeadsDims(X=K))
+        self._merge_heads = ctx.op(MERGE_HEADS, HeadsDims(X=K))
 
     def forward(self, x_TD: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
         proj_TX = self.in_proj(x_TD)
@@ -77,39 +83,24 @@ class KimiDeltaAttention(nn.Module):
     def _mix_decode(self, proj_BX: Tensor, slots_B: Tensor, cache: LayerCache) -> Tensor:
         return self._mixer_decode(
             proj_BX,
-            self.conv.weight,
-            cache["conv"],
-            self.up_proj.weight,
-            self.A_log,
-            self.dt_bias,
-            self.out_norm.weight,
-            self.eps,
-            cache["recurrent"],
-            slots_B,
+            conv_weight_CW=self.conv.weight,
+            conv_state_NWC=cache["conv"],
+            w_up_2OR=self.up_proj.weight,
+            A_log_H=self.A_log,
+            dt_bias_HK=self.dt_bias,
+            norm_weight_V=self.out_norm.weight,
+            eps=self.out_norm.eps,
+            state_NHVK=cache["recurrent"],
+            slots_B=slots_B,
         )
 
     def _mix_prefill(self, proj_TX: Tensor, slots_B: Tensor, offsets: list[int], cache: LayerCache) -> Tensor:
-        H, K, R = self.H, self.K, self.R
         qkv_TC, beta_TH, low_T2R = proj_TX.split(self.split, dim=-1)
-        up_T2O = self.up_proj(low_T2R.unflatten(-1, (2, R)))  # t (two r) -> t two r
-        g_THK = self._gate(up_T2O[:, 0].unflatten(-1, (H, K)), self.A_log, self.dt_bias)
+        up_T2O = self.up_proj(low_T2R.unflatten(-1, (2, self.R)))  # t (two r) -> t two r
+        g_THK = self._gate(self._split_heads(up_T2O[:, 0]), self.A_log, self.dt_bias)
         qkv_TC = self._conv(qkv_TC, cache["conv"], slots_B, offsets, self.conv.weight)
-        q, k, v = qkv_TC.unflatten(-1, (3, H, K)).unbind(1)  # t (three h k) -> three of t h k
-        o_THV = self._prefill(q, k, v, g_THK, beta_TH.float().sigmoid(), cache["recurrent"], slots_B, offsets)
-        o_THV = self._gated_norm(o_THV, up_T2O[:, 1].unflatten(-1, (H, K)), self.out_norm.weight, self.eps)
-        return o_THV.flatten(1)  # t h v -> t (h v)
-
-    def unfused_projections(self, x_TD: Tensor) -> tuple[Tensor, ...]:
-        """q, k, v, beta, f, g by eight matrix products, as the checkpoint has them: the reference that the fused form
-        is tested and timed against. Shapes [T, H*K] x 3, [T, H], [T, H*K] x 2."""
-        HK, R = self.H * self.K, self.R
-        w_q, w_k, w_v, w_beta, w_fa, w_ga = self.in_proj.weight.split([HK, HK, HK, self.H, R, R])
-        w_fb, w_gb = self.up_proj.weight.unbind(0)
-        first = tuple(F.linear(x_TD, w) for w in (w_q, w_k, w_v, w_beta))
-        return (*first, F.linear(F.linear(x_TD, w_fa), w_fb), F.linear(F.linear(x_TD, w_ga), w_gb))
-
-    def fused_projections(self, x_TD: Tensor) -> tuple[Tensor, ...]:
-        """The same six tensors by one matrix product and one batched one, as `forward` has them."""
-        HK = self.H * self.K
-        qkv, beta, low = F.linear(x_TD, self.in_proj.weight).split(self.split, dim=-1)
-        return (*qkv.split(HK, dim=-1), beta, *self.up_proj(low.unflatten(-1, (2, self.R))).unbind(1))
+        q, k, v = self._split_heads(qkv_TC).chunk(3, dim=1)
+        beta_TH = beta_TH.float().sigmoid()
+        o_THV = self._prefill(q, k, v, g_THK, beta_TH, state_NHVK=cache["recurrent"], slots_B=slots_B, offsets=offsets)
+        o_THV = self._gated_norm(o_THV, self._split_heads(up_T2O[:, 1]), self.out_norm.weight, self.out_norm.eps)
+        return self._merge_heads(o_THV)

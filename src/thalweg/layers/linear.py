@@ -10,16 +10,17 @@ from torch import Tensor, nn
 
 from thalweg.layers.context import BuildContext
 from thalweg.layers.norm import NormWeight
+from thalweg.ops.linear import LINEAR, LINEAR_ADD, NORM_LINEAR, LinearDims, NormLinearDims
 
 
 class NormLinear(nn.Module):
-    """y = norm(x) W^T with W [out, in] of this rank."""
+    """y = norm(x) W^T with W [out, in] of this rank: matrices of as many rows as `parts` says, one after another."""
 
-    def __init__(self, ctx: BuildContext, in_features: int, out_features: int, eps: float) -> None:
+    def __init__(self, ctx: BuildContext, in_features: int, parts: Sequence[int], eps: float) -> None:
         super().__init__()
         self.norm = NormWeight(ctx, in_features, eps)
-        self.weight = ctx.weight(out_features, in_features)
-        self._norm_linear = ctx.op("norm_linear", D=in_features, O=out_features)
+        self.weight = ctx.weight(sum(parts), in_features)
+        self._norm_linear = ctx.op(NORM_LINEAR, NormLinearDims(D=in_features, parts=tuple(parts)))
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return self._norm_linear(x_TD, self.norm.weight, self.norm.eps, self.weight)
@@ -32,12 +33,15 @@ class LinearAdd(nn.Module):
         super().__init__()
         self.mesh = ctx.mesh
         self.weight = ctx.weight(out_features, in_features)
-        op = "linear_add" if ctx.mesh.tp_size == 1 else "linear"
-        self._linear = ctx.op(op, D=in_features, O=out_features)
+        dims = LinearDims(D=in_features, O=out_features)
+        if ctx.mesh.tp_size == 1:
+            self._linear_add = ctx.op(LINEAR_ADD, dims)
+        else:
+            self._linear = ctx.op(LINEAR, dims)
 
     def forward(self, x_TD: Tensor, residual_TO: Tensor) -> Tensor:
         if self.mesh.tp_size == 1:
-            return self._linear(x_TD, self.weight, residual_TO)
+            return self._linear_add(x_TD, self.weight, residual_TO)
         return residual_TO + self.mesh.all_reduce(self._linear(x_TD, self.weight))
 
     def of_parts(self, parts: Sequence[Tensor], residual_TO: Tensor) -> Tensor:
@@ -76,7 +80,7 @@ class VocabHead(NormLinear):
     """Hidden states, through the last norm, to logits [R, vocab_size] in the model's dtype, gathered from all ranks."""
 
     def __init__(self, ctx: BuildContext, vocab_size: int, width: int, eps: float) -> None:
-        super().__init__(ctx, width, -(-vocab_size // ctx.mesh.tp_size), eps)
+        super().__init__(ctx, width, [-(-vocab_size // ctx.mesh.tp_size)], eps)
         self.mesh = ctx.mesh
         self.vocab_size = vocab_size
 

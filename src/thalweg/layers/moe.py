@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from thalweg.layers.context import BuildContext
 from thalweg.layers.linear import LinearAdd, NormLinear
 from thalweg.layers.norm import NormWeight
+from thalweg.ops.activation import SILU_AND_MUL, SiluAndMulDims
+from thalweg.ops.moe import EXPERTS, NORM_ROUTER, ExpertsDims, NormRouterDims
+from thalweg.ops.moe_fp8 import EXPERTS_FP8
+from thalweg.ops.registry import Op
 from thalweg.quant import PLAIN
 
 
@@ -17,9 +23,9 @@ class SwiGLU(nn.Module):
     def __init__(self, ctx: BuildContext, width: int, inner: int, eps: float) -> None:
         super().__init__()
         local = ctx.shards.count(inner, "intermediate_size")
-        self.gate_up = NormLinear(ctx, width, 2 * local, eps)
+        self.gate_up = NormLinear(ctx, width, [local, local], eps)
         self.down = LinearAdd(ctx, local, width)
-        self._act = ctx.op("silu_and_mul", I=local)
+        self._act = ctx.op(SILU_AND_MUL, SiluAndMulDims(I=local))
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return self.down(self._act(self.gate_up(x_TD)), x_TD)
@@ -46,13 +52,31 @@ class Router(nn.Module):
         self.norm = NormWeight(ctx, width, eps)
         self.weight = ctx.weight(experts, width)
         self.bias = ctx.weight(experts, dtype=torch.float32)
-        self.options = (top_k, renormalize, scale, "sigmoid", groups, topk_groups, shared)
-        self._router = ctx.op("norm_router", E=experts, D=width, K=top_k, G=groups, S=shared)
+        self.top_k, self.renormalize, self.scale = top_k, renormalize, scale
+        self.groups, self.topk_groups, self.shared = groups, topk_groups, shared
+        self._router = ctx.op(NORM_ROUTER, NormRouterDims(E=experts, D=width, K=top_k, G=groups, S=shared))
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(norm(x), weights float32, expert ids), the latter two [T, top_k + shared]; the shared experts come last,
         with weight 1."""
-        return self._router(x_TD, self.norm.weight, self.norm.eps, self.weight, self.bias, *self.options)
+        return self._router(
+            x_TD,
+            self.norm.weight,
+            self.norm.eps,
+            self.weight,
+            self.bias,
+            top_k=self.top_k,
+            renormalize=self.renormalize,
+            scale=self.scale,
+            scoring="sigmoid",
+            n_group=self.groups,
+            topk_group=self.topk_groups,
+            num_shared=self.shared,
+        )
+
+
+EXPERTS_IN: dict[str, Op[ExpertsDims, Any]] = {PLAIN.name: EXPERTS, "fp8": EXPERTS_FP8}
+"""The op that takes weights of a scheme, by its name."""
 
 
 class Experts(nn.Module):
@@ -70,8 +94,7 @@ class Experts(nn.Module):
         for name, weight in stored.items():
             self.register_parameter(name, weight)
         self._names = tuple(stored)
-        op = "experts" if ctx.scheme is PLAIN else f"experts_{ctx.scheme.name}"
-        self._experts = ctx.op(f"{op}_add" if ctx.mesh.tp_size == 1 else op, E=total, D=width, I=inner)
+        self._experts = ctx.op(EXPERTS_IN[ctx.scheme.name], ExpertsDims(E=total, D=width, I=inner))
 
     @property
     def weights(self) -> tuple[Tensor, ...]:
@@ -81,7 +104,7 @@ class Experts(nn.Module):
     def forward(self, normed_TD: Tensor, weights_Tk: Tensor, ids_Tk: Tensor, residual_TD: Tensor) -> Tensor:
         experts = (normed_TD, weights_Tk, ids_Tk, *self.weights)
         if self.mesh.tp_size == 1:
-            return self._experts(*experts, residual_TD, num_shared=self.shared)
+            return self._experts(*experts, residual_TD=residual_TD, num_shared=self.shared)
         return residual_TD + self.mesh.all_reduce(self._experts(*experts, num_shared=self.shared))
 
 

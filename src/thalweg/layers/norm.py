@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from thalweg.layers.context import BuildContext
+from thalweg.ops.norm import RMS_NORM, RmsNormDims
 
 
 class NormWeight(nn.Module):
@@ -21,7 +22,7 @@ class RMSNorm(NormWeight):
 
     def __init__(self, ctx: BuildContext, width: int, eps: float) -> None:
         super().__init__(ctx, width, eps)
-        self._norm = ctx.op("rms_norm", D=width)
+        self._norm = ctx.op(RMS_NORM, RmsNormDims(D=width))
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return self._norm(x_TD, self.weight, self.eps)

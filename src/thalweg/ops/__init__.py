@@ -5,17 +5,20 @@ Importing this package registers all implementations; `thalweg.ops.registry` cho
 
 from __future__ import annotations
 
-from thalweg.ops import activation, linear, moe, moe_fp8, norm, projection, residual, sample
+from thalweg.ops import activation, heads, linear, moe, moe_fp8, norm, projection, residual, sample
 from thalweg.ops.attention import mla, mla_down_norms, mla_mixer
 from thalweg.ops.delta import conv1d, kda, kda_mixer
-from thalweg.ops.registry import Choice, OpContext, Resolver
+from thalweg.ops.registry import Choice, Op, Resolver, Tokens, Where
 
 __all__ = [
     "Choice",
-    "OpContext",
+    "Op",
     "Resolver",
+    "Tokens",
+    "Where",
     "activation",
     "conv1d",
+    "heads",
     "kda",
     "kda_mixer",
     "linear",

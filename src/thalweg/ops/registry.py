@@ -1,47 +1,91 @@
-"""Who serves each op. Implementations register with a predicate that says yes (None) or gives a reason; a
-layer resolves once, when it is built, and calls the function it got. `explain()` tells the whole story
-afterwards.
+"""Who serves each op: typed keys, implementations with the token ranges that they serve, and the resolver.
+
+An implementation registers with a predicate that says yes (None) or gives a reason, and with the range of tokens that
+it serves. A layer resolves an op once, when it is built, and calls what it got: the best implementation for each number
+of tokens. Nothing chooses behind that table, so `explain()` says what really runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Generic, TypeVar, cast
 
 from thalweg.errors import ConfigError
 
-
-@dataclass(frozen=True, slots=True)
-class OpContext:
-    """Where and on what an op will run: "cpu", "cuda"; "float32", "bfloat16"; and named dimensions."""
-
-    device: str
-    dtype: str
-    dims: Mapping[str, int] = field(default_factory=dict)
-
+D = TypeVar("D")  # dims of an op
+F = TypeVar("F")  # its Protocol
 
 Refusal = str | None  # None: can serve; otherwise the reason why not
 
 
 @dataclass(frozen=True, slots=True)
-class Implementation:
-    op: str
+class Op(Generic[D, F]):
+    """The key of an op: its name in --op, `inspect` and `bench`, and the dataclass of its dimensions.
+
+    F is the Protocol of the functions that serve it: mypy holds implementations and callers to it.
+    """
+
     name: str
-    fn: Callable[..., Any]
-    supports: Callable[[OpContext], Refusal]
-    priority: int  # higher is tried first; the reference has 0 and never refuses
+    dims: type[D]
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """On what an op will run: "cpu", "cuda"; "float32", "bfloat16"."""
+
+    device: str
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """A range of tokens, the rows of an op's first argument; last=None: no end. Whoever serves 1 serves 0 as well."""
+
+    first: int = 1
+    last: int | None = None
+
+    def __str__(self) -> str:
+        if self.last is None:
+            return "any" if self.first == 1 else f"{self.first}-"
+        return f"{self.first}-{self.last}" if self.last > self.first else f"{self.first}"
+
+    def __contains__(self, tokens: int) -> bool:
+        return self.first <= max(1, tokens) and (self.last is None or tokens <= self.last)
+
+
+ANY = Tokens()
+
+
+@dataclass(frozen=True, slots=True)
+class Implementation:
+    op: Op[Any, Any]
+    name: str
+    build: Callable[[Where, Any], Any]
+    supports: Callable[[Where, Any], Refusal]
+    tokens: Callable[[Any], Tokens]
+    priority: int  # higher is tried first; the reference has 0 and serves everywhere, so below 0 only --op chooses
     capturable: bool  # False for what waits for the device, and so cannot be part of a CUDA graph
 
 
 @dataclass(frozen=True, slots=True)
+class Span:
+    """One line of a table: who serves these tokens."""
+
+    tokens: Tokens
+    name: str
+    capturable: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Choice:
-    """One resolve(): what was asked, who serves, and why each other one does not."""
+    """One resolve(): what was asked, who serves how many tokens, and why each other one serves none."""
 
     op: str
-    context: OpContext
-    chosen: str
-    capturable: bool
+    where: Where
+    dims: Any
+    table: tuple[Span, ...]  # in ascending order, without gaps
     refused: tuple[tuple[str, str], ...]
 
 
@@ -49,75 +93,100 @@ _implementations: dict[str, list[Implementation]] = {}
 
 
 def register(
-    op: str,
+    op: Op[D, F],
     name: str,
-    fn: Callable[..., Any],
+    build: Callable[[Where, D], F],
     *,
-    supports: Callable[[OpContext], Refusal] = lambda _: None,
+    supports: Callable[[Where, D], Refusal] = lambda _where, _dims: None,
+    tokens: Tokens | Callable[[D], Tokens] = ANY,
     priority: int = 0,
     capturable: bool = True,
 ) -> None:
     """Add an implementation of `op`. Called at import time by the op's package.
 
-    An op of decode rows whose implementation reads values back from the device says capturable=False.
+    `build` gives the function, once the implementation is chosen: it may import what not every machine has. A negative
+    priority is for what serves only if --op asks for it. An op of decode rows whose implementation reads values back
+    from the device says capturable=False.
     """
-    found = _implementations.setdefault(op, [])
+    found = _implementations.setdefault(op.name, [])
     if any(i.name == name for i in found):
-        raise ConfigError(f"op {op!r} already has an implementation named {name!r}")
-    found.append(Implementation(op, name, fn, supports, priority, capturable))
+        raise ConfigError(f"op {op.name!r} already has an implementation named {name!r}")
+    span = tokens if callable(tokens) else lambda _: tokens
+    found.append(Implementation(op, name, build, supports, span, priority, capturable))
     found.sort(key=lambda i: -i.priority)
 
 
+def ops() -> list[str]:
+    """The names of all ops."""
+    return sorted(_implementations)
+
+
 def implementations(op: str) -> list[Implementation]:
-    """Every implementation of `op`, best first. Raises ConfigError for an unknown op."""
+    """Every implementation of the op of that name, best first. Raises ConfigError for an unknown op."""
     if op not in _implementations:
-        raise ConfigError(f"unknown op {op!r}; known: {', '.join(sorted(_implementations))}")
+        raise ConfigError(f"unknown op {op!r}; known: {', '.join(ops())}")
     return list(_implementations[op])
+
+
+def dims_of(dims: Any) -> dict[str, int | tuple[int, ...]]:
+    """The dimensions of an op by name."""
+    return asdict(dims)
 
 
 class Resolver:
     """Resolves ops for one model and remembers the choices.
 
-    `prefer` (the engine option op_preference) maps an op, or "*" for all others, to the name of the
-    implementation that must serve it. Raises ConfigError when it names what does not exist.
+    `prefer` (the engine option op_preference) maps an op, or "*" for all others, to the name of the implementation that
+    must serve it as far as its token range goes. Raises ConfigError when it names what does not exist.
     """
 
     def __init__(self, prefer: Mapping[str, str] | None = None) -> None:
         self._prefer = dict(prefer or {})
         for op, name in self._prefer.items():
-            ops = sorted(_implementations) if op == "*" else [op]
-            names = sorted({i.name for o in ops for i in implementations(o)})
+            names = sorted({i.name for o in (ops() if op == "*" else [op]) for i in implementations(o)})
             if name not in names:
                 expected = f"expected {' or '.join(names)}"
                 raise ConfigError(f"--op (op_preference) has {name!r} for op {op!r}; {expected}")
-        self._choices: dict[tuple[str, str, str, tuple[tuple[str, int], ...]], Choice] = {}
+        self._choices: dict[tuple[str, Where, Any], Choice] = {}
 
-    def resolve(self, op: str, context: OpContext) -> Callable[..., Any]:
-        """The function that serves `op` in `context`.
+    def resolve(self, op: Op[D, F], where: Where, dims: D) -> F:
+        """What serves `op` there: the function itself if one serves any number of tokens, or else one that picks by
+        the rows of its first argument.
 
         Raises ConfigError when nobody can, or when the preferred implementation cannot.
         """
-        wanted = self._prefer.get(op, self._prefer.get("*"))
-        refused: list[tuple[str, str]] = []
-        for candidate in implementations(op):
-            if wanted is not None and candidate.name != wanted:
-                refused.append((candidate.name, f"{wanted!r} was asked for"))
-                continue
-            reason = candidate.supports(context)
-            if reason is not None:
-                refused.append((candidate.name, reason))
-                continue
-            lower = [
-                (i.name, f"{candidate.name!r} comes first")
-                for i in implementations(op)
-                if i.name not in {candidate.name, *(n for n, _ in refused)}
-            ]
-            key = (op, context.device, context.dtype, tuple(sorted(context.dims.items())))
-            self._choices[key] = Choice(op, context, candidate.name, candidate.capturable, (*refused, *lower))
-            return candidate.fn
-        detail = "; ".join(f"{n}: {r}" for n, r in refused)
-        where = f"{context.device}, {context.dtype}, {dict(context.dims)}"
-        raise ConfigError(f"op {op!r} has no implementation for {where} ({detail}); change --op (op_preference)")
+        if type(dims) is not op.dims:
+            raise TypeError(f"op {op.name!r} takes {op.dims.__name__}, not {type(dims).__name__}")
+        wanted = self._prefer.get(op.name, self._prefer.get("*"))
+        able: list[Implementation] = []
+        refused: dict[str, str] = {}
+        for i in implementations(op.name):
+            reason = i.supports(where, dims)
+            if reason is None and i.priority < 0 and i.name != wanted:
+                reason = "serves only if --op asks for it"
+            if reason is None:
+                able.append(i)
+            else:
+                refused[i.name] = reason
+        if wanted is not None:
+            able.sort(key=lambda i: i.name != wanted)
+        table = _table([(i, i.tokens(dims)) for i in able])
+        if not table or (wanted is not None and able[0].name != wanted):
+            by = f"cannot be served by {wanted!r}" if wanted is not None else "has no implementation"
+            detail = "; ".join(f"{n}: {r}" for n, r in refused.items() if wanted in (None, n)) or "there is none"
+            raise ConfigError(
+                f"op {op.name!r} {by} for {where.device}, {where.dtype}, {dims_of(dims)} ({detail});"
+                " change --op (op_preference)"
+            )
+        serving = {i.name for _, i in table}
+        for i in able:
+            if i.name not in serving:
+                refused[i.name] = _outdone(i.tokens(dims), table, wanted)
+        spans = tuple(Span(tokens, i.name, i.capturable) for tokens, i in table)
+        in_order = tuple((i.name, refused[i.name]) for i in implementations(op.name) if i.name in refused)
+        self._choices[(op.name, where, dims)] = Choice(op.name, where, dims, spans, in_order)
+        functions = {i.name: i.build(where, dims) for _, i in table}
+        return cast(F, _by_tokens([(tokens, functions[i.name]) for tokens, i in table]))
 
     def explain(self) -> list[Choice]:
         """Every choice made so far, in the order first asked."""
@@ -126,3 +195,38 @@ class Resolver:
     def unused_preferences(self) -> list[str]:
         """Ops with a preference of their own that nobody resolved: the model does not use them."""
         return [op for op in self._prefer if op != "*" and not any(c.op == op for c in self._choices.values())]
+
+
+def _table(able: list[tuple[Implementation, Tokens]]) -> list[tuple[Tokens, Implementation]]:
+    """For every number of tokens the first that serves it; empty if some number is served by none."""
+    starts = sorted({1, *(t.first for _, t in able), *(t.last + 1 for _, t in able if t.last is not None)})
+    table: list[tuple[Tokens, Implementation]] = []
+    for first, after in zip(starts, [*starts[1:], None], strict=True):
+        best = next((i for i, tokens in able if first in tokens), None)
+        if best is None:
+            return []
+        if table and table[-1][1] is best:
+            first = table.pop()[0].first
+        table.append((Tokens(first, None if after is None else after - 1), best))
+    return table
+
+
+def _outdone(tokens: Tokens, table: Iterable[tuple[Tokens, Implementation]], wanted: str | None) -> str:
+    """Why an implementation that can serve these tokens serves none of them."""
+    ahead = [i.name for span, i in table if span.first in tokens or tokens.first in span]
+    if ahead == [wanted]:
+        return f"{wanted!r} was asked for"
+    names = ", ".join(repr(name) for name in dict.fromkeys(ahead))
+    return f"{names} {'come' if len(set(ahead)) > 1 else 'comes'} first"
+
+
+def _by_tokens(table: list[tuple[Tokens, Callable[..., Any]]]) -> Callable[..., Any]:
+    functions = [function for _, function in table]
+    if len(functions) == 1:
+        return functions[0]
+    lasts = [tokens.last for tokens, _ in table[:-1]]
+
+    def serve(first: Any, /, *args: Any, **options: Any) -> Any:
+        return functions[bisect_left(lasts, len(first))](first, *args, **options)  # type: ignore[type-var]
+
+    return serve

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from thalweg.bench.kernels.shape import Shape
-from thalweg.ops.registry import OpContext, implementations
+from thalweg.ops.registry import Op, Where, implementations
+
+D = TypeVar("D")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +30,10 @@ class Setting:
     def dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
 
+    @property
+    def where(self) -> Where:
+        return Where(self.device.type, self.dtype_name)
+
 
 class Draw:
     """Normal random tensors for one copy of a case's arguments; the same copy is drawn alike again."""
@@ -41,6 +48,17 @@ class Draw:
     def order(self, n: int) -> Tensor:
         """The integers 1 .. n, shuffled: slots or pages, of which 0 belongs to nobody. int64 [n]."""
         return torch.randperm(n, generator=self.rng, device=self.setting.device) + 1
+
+
+class Arguments:
+    """Of a call: positional ones, and those by name."""
+
+    def __init__(self, *args: Any, **named: Any) -> None:
+        self.args, self.named = args, named
+
+    def of(self, fn: Callable[..., Any]) -> Callable[[], Any]:
+        """The call of `fn` with these."""
+        return partial(fn, *self.args, **self.named)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +85,10 @@ class Case:
     op: str
     label: str
     candidates: tuple[Candidate, ...]
-    make: Callable[[int], tuple[Any, ...]]
+    make: Callable[[int], Arguments]
     num_bytes: float = 0.0
     flops: float = 0.0
-    changed: Callable[[tuple[Any, ...]], tuple[Tensor, ...]] = lambda _: ()
+    changed: Callable[[Arguments], tuple[Tensor, ...]] = lambda _: ()
     same_bits_as: str | None = None
     timed: Literal["graph", "eager", "host"] = "graph"
 
@@ -79,7 +97,18 @@ Builder = Callable[[Setting], Iterator[Case]]
 """The cases of one op, made one at a time: each holds its tensors only as long as it is looked at."""
 
 
-def candidates_of(setting: Setting, op: str, dims: Mapping[str, int]) -> tuple[Candidate, ...]:
+def candidates_of(setting: Setting, op: Op[D, Any], dims: D, tokens: int) -> tuple[Candidate, ...]:
     """The registered implementations of `op`, the reference first, with their reasons where they refuse."""
-    context = OpContext(setting.device.type, setting.dtype_name, dims)
-    return tuple(Candidate(i.name, i.fn, i.supports(context), i.capturable) for i in reversed(implementations(op)))
+    found = sorted(implementations(op.name), key=lambda i: (i.name != "reference", i.priority))
+    candidates = []
+    for i in found:
+        refusal, serves = i.supports(setting.where, dims), i.tokens(dims)
+        if refusal is None and tokens not in serves:
+            refusal = f"serves {serves} tokens, not {tokens}"
+        fn = i.build(setting.where, dims) if refusal is None else _refused
+        candidates.append(Candidate(i.name, fn, refusal, i.capturable))
+    return tuple(candidates)
+
+
+def _refused(*_: Any, **__: Any) -> Any:
+    raise AssertionError("a candidate that refuses was called")

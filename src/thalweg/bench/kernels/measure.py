@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from thalweg.bench.ceilings import Ceilings
-from thalweg.bench.kernels.case import Candidate, Case, Setting
+from thalweg.bench.kernels.case import Arguments, Candidate, Case, Setting
 from thalweg.bench.kernels.timing import time_eager, time_graph, time_host
 from thalweg.bench.spread import Spread
 
@@ -54,7 +54,7 @@ def measure_case(case: Case, setting: Setting, ceilings: Ceilings) -> Iterator[M
     """A Measurement for each candidate, in their order."""
     floor = _floor(case, ceilings) if case.num_bytes or case.flops else {}
     outputs: dict[str, list[Tensor]] = {}
-    copies: list[tuple[Any, ...]] = []
+    copies: list[Arguments] = []
     first_us: float | None = None
     for candidate in case.candidates:
         timed = _how(case, candidate, setting.device)
@@ -97,7 +97,7 @@ def _how(case: Case, candidate: Candidate, device: torch.device) -> str:
 def _outputs(case: Case, candidate: Candidate) -> list[Tensor]:
     """What the candidate returns and changes, given arguments of its own."""
     arguments = case.make(0)
-    returned = candidate.fn(*arguments)
+    returned = arguments.of(candidate.fn)()
     returned = returned if isinstance(returned, tuple) else (returned,)
     return [*returned, *case.changed(arguments)]
 
@@ -158,8 +158,8 @@ def _num_copies(case: Case, device: torch.device) -> int:
     return max(1, min(MOST_COPIES, int(cold / max(case.num_bytes, 1)) + 1))
 
 
-def _time(candidate: Candidate, copies: Sequence[tuple[Any, ...]], timed: str, device: torch.device) -> Spread:
-    calls = [functools.partial(candidate.fn, *arguments) for arguments in copies]
+def _time(candidate: Candidate, copies: Sequence[Arguments], timed: str, device: torch.device) -> Spread:
+    calls = [arguments.of(candidate.fn) for arguments in copies]
     if timed == "host":
         return time_host(calls[0])
     return time_graph(calls, device) if timed == "graph" else time_eager(calls, device)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from thalweg.bench.kernels.case import Builder, Case, Draw, Setting, candidates_of
+from thalweg.bench.kernels.case import Arguments, Builder, Case, Draw, Setting, candidates_of
 from thalweg.bench.kernels.decode import PAGE_SIZE, routed
+from thalweg.ops.attention.mla import MLA_PREFILL, MlaPrefillDims
+from thalweg.ops.delta.conv1d import CONV1D_PREFILL, Conv1dDims
+from thalweg.ops.delta.kda import KDA_GATE, KDA_PREFILL, KdaDims
 
 
 def _prompts(setting: Setting) -> Iterator[tuple[int, int, list[int], str]]:
@@ -23,18 +25,18 @@ def conv1d(setting: Setting) -> Iterator[Case]:
     C, W, es = setting.shape.conv_channels, setting.shape.taps - 1, setting.dtype.itemsize
     for B, T, offsets, label in _prompts(setting):
 
-        def make(copy: int, B: int = B, T: int = T, offsets: list[int] = offsets) -> tuple[Any, ...]:
+        def make(copy: int, B: int = B, T: int = T, offsets: list[int] = offsets) -> Arguments:
             draw = Draw(setting, copy)
-            return draw(T, C), draw(B + 1, W, C), draw.order(B), offsets, draw(C, W + 1, scale=0.5)
+            return Arguments(draw(T, C), draw(B + 1, W, C), draw.order(B), offsets, draw(C, W + 1, scale=0.5))
 
         yield Case(
             "conv1d_prefill",
             f"{C} channels, {label}",
-            candidates_of(setting, "conv1d_prefill", {"C": C, "W": W}),
+            candidates_of(setting, CONV1D_PREFILL, Conv1dDims(C=C, W=W), T),
             make,
             num_bytes=es * C * (2 * T + 2 * B * W + W + 1),
             flops=2 * T * C * (W + 1),
-            changed=lambda a: (a[1],),
+            changed=lambda a: (a.args[1],),
             timed="eager",
         )
 
@@ -43,14 +45,14 @@ def kda_gate(setting: Setting) -> Iterator[Case]:
     H, K = setting.shape.heads, setting.shape.head_dim
     for _, T, _, label in _prompts(setting):
 
-        def make(copy: int, T: int = T) -> tuple[Any, ...]:
+        def make(copy: int, T: int = T) -> Arguments:
             draw = Draw(setting, copy)
-            return draw(T, H, K), draw(H, dtype=torch.float32), draw(H, K, dtype=torch.float32)
+            return Arguments(draw(T, H, K), draw(H, dtype=torch.float32), draw(H, K, dtype=torch.float32))
 
         yield Case(
             "kda_gate",
             f"{H} heads, {label}",
-            candidates_of(setting, "kda_gate", {"H": H, "K": K, "V": K}),
+            candidates_of(setting, KDA_GATE, KdaDims(H=H, K=K, V=K), T),
             make,
             num_bytes=T * H * K * (setting.dtype.itemsize + 4),
             timed="eager",
@@ -61,20 +63,21 @@ def kda(setting: Setting) -> Iterator[Case]:
     H, K, f32 = setting.shape.heads, setting.shape.head_dim, torch.float32
     for B, T, offsets, label in _prompts(setting):
 
-        def make(copy: int, B: int = B, T: int = T, offsets: list[int] = offsets) -> tuple[Any, ...]:
+        def make(copy: int, B: int = B, T: int = T, offsets: list[int] = offsets) -> Arguments:
             draw = Draw(setting, copy)
             q, k, v = (draw(T, H, K) for _ in range(3))
             g, beta = -F.softplus(draw(T, H, K, dtype=f32)), draw(T, H, dtype=f32).sigmoid_()
-            return q, k, v, g, beta, draw(B + 1, H, K, K, scale=0.1, dtype=f32), draw.order(B), offsets
+            state = draw(B + 1, H, K, K, scale=0.1, dtype=f32)
+            return Arguments(q, k, v, g, beta, state_NHVK=state, slots_B=draw.order(B), offsets=offsets)
 
         yield Case(
             "kda_prefill",
             f"{H} heads, {label}",
-            candidates_of(setting, "kda_prefill", {"H": H, "K": K, "V": K}),
+            candidates_of(setting, KDA_PREFILL, KdaDims(H=H, K=K, V=K), T),
             make,
             num_bytes=T * H * K * (4 * setting.dtype.itemsize + 4) + 4 * T * H + 8 * B * H * K * K,
             flops=6 * T * H * K * K,  # of the recurrence; a chunked form does more, on faster units
-            changed=lambda a: (a[5],),
+            changed=lambda a: (a.named["state_NHVK"],),
             timed="eager",
         )
 
@@ -85,17 +88,26 @@ def mla(setting: Setting) -> Iterator[Case]:
     pages_each = -(-L // PAGE_SIZE)
     for B, T, offsets, label in _prompts(setting):
 
-        def make(copy: int, B: int = B, T: int = T, offsets: list[int] = offsets) -> tuple[Any, ...]:
+        def make(copy: int, B: int = B, T: int = T, offsets: list[int] = offsets) -> Arguments:
             draw = Draw(setting, copy)
             tables = draw.order(B * pages_each).view(B, pages_each).int()
             pages = draw(B * pages_each + 1, PAGE_SIZE, R + P)
             w = draw(H, 2 * K, R, scale=R**-0.5)
-            return draw(T, H, K + P), pages, tables, [0] * B, offsets, w[:, :K], w[:, K:], (K + P) ** -0.5
+            return Arguments(
+                draw(T, H, K + P),
+                pages,
+                block_tables_BN=tables,
+                context_lens=[0] * B,
+                offsets=offsets,
+                w_uk_HKR=w[:, :K],
+                w_uv_HVR=w[:, K:],
+                scale=(K + P) ** -0.5,
+            )
 
         yield Case(
             "mla_prefill",
             f"{H} heads, {label}",
-            candidates_of(setting, "mla_prefill", {"H": H, "K": K, "V": K, "R": R, "P": P}),
+            candidates_of(setting, MLA_PREFILL, MlaPrefillDims(H=H, K=K, V=K, R=R, P=P), T),
             make,
             num_bytes=es * (T * (H * (2 * K + P) + R + P) + 2 * H * K * R),
             flops=B * L * (L + 1) * H * (2 * K + P) + 4 * T * R * H * K,

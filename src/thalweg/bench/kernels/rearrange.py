@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from thalweg.bench.kernels.case import Candidate, Case, Draw, Setting
+from thalweg.bench.kernels.case import Arguments, Candidate, Case, Draw, Setting
 
 try:
     from einops import rearrange
@@ -87,8 +87,8 @@ def rearranges(setting: Setting) -> Iterator[Case]:
     T = max(setting.batch_sizes)
     for site in SITES:
 
-        def make(copy: int, site: Site = site) -> tuple[Tensor]:
-            return (Draw(setting, copy)(*([T] if site.tokens else []), *site.shape),)
+        def make(copy: int, site: Site = site) -> Arguments:
+            return Arguments(Draw(setting, copy)(*([T] if site.tokens else []), *site.shape))
 
         def einops(x: Tensor, site: Site = site) -> Any:
             return rearrange(x, site.pattern, **site.sizes)

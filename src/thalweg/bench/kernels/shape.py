@@ -30,13 +30,21 @@ class Shape:
         return 3 * self.heads * self.head_dim
 
     @property
-    def kda_projection(self) -> int:
+    def kda_parts(self) -> tuple[int, ...]:
         """q, k, v, beta and both low-rank parts, whose rank is the head size."""
-        return self.conv_channels + self.heads + 2 * self.head_dim
+        return (*[self.heads * self.head_dim] * 3, self.heads, self.head_dim, self.head_dim)
+
+    @property
+    def kda_projection(self) -> int:
+        return sum(self.kda_parts)
+
+    @property
+    def mla_parts(self) -> tuple[int, ...]:
+        return self.heads * (self.head_dim + self.rope), self.latent + self.rope
 
     @property
     def mla_projection(self) -> int:
-        return self.heads * (self.head_dim + self.rope) + self.latent + self.rope
+        return sum(self.mla_parts)
 
     def divided(self, by: int) -> Shape:
         """Widths and counts divided, head sizes and top-k kept. Raises ConfigError on other divisors than SCALES."""

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
 from thalweg.ops.activation import reference
-from thalweg.ops.registry import register
+from thalweg.ops.registry import Op, Where, register
 from thalweg.ops.toolchain.triton_support import why_not
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiluAndMulDims:
+    I: int  # columns of y
 
 
 class SiluAndMul(Protocol):
@@ -19,13 +25,14 @@ class SiluAndMul(Protocol):
         """
 
 
-def _triton(x_T2I: Tensor) -> Tensor:
+SILU_AND_MUL: Op[SiluAndMulDims, SiluAndMul] = Op("silu_and_mul", SiluAndMulDims)
+
+
+def _triton(where: Where, dims: SiluAndMulDims) -> SiluAndMul:
     from thalweg.ops.activation import triton
 
-    return triton.silu_and_mul(x_T2I)
+    return triton.silu_and_mul
 
 
-_silu_and_mul: SiluAndMul = reference.silu_and_mul
-_triton_silu_and_mul: SiluAndMul = _triton
-register("silu_and_mul", "reference", _silu_and_mul)
-register("silu_and_mul", "triton", _triton_silu_and_mul, supports=why_not, priority=10)
+register(SILU_AND_MUL, "reference", lambda *_: reference.silu_and_mul)
+register(SILU_AND_MUL, "triton", _triton, supports=why_not, priority=10)

@@ -1,22 +1,40 @@
-"""Ops "linear", "norm_linear" and "linear_add": x @ w.T without bias, alone, of a norm, and added to the residual."""
+"""Ops "linear", "norm_linear" and "linear_add": x @ w.T without bias, alone, of a norm, and added to the residual.
+
+Weights are contiguous, as parameters are. x and a residual have a unit last stride and any row stride.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 from torch import Tensor
 
-from thalweg.ops.linear import reference
-from thalweg.ops.registry import OpContext, register
+from thalweg.ops.linear import reference, separate
+from thalweg.ops.norm import RMS_NORM, RmsNormDims
+from thalweg.ops.registry import Op, Refusal, Resolver, Tokens, Where, register
 from thalweg.ops.toolchain import cuda_build
 from thalweg.ops.toolchain.triton_support import why_not, why_not_hopper
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearDims:
+    D: int  # columns of x
+    O: int  # columns of y
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NormLinearDims:
+    D: int  # columns of x
+    parts: tuple[int, ...]  # columns of y: the rows of each matrix that was fused into w
 
 
 class Linear(Protocol):
     def __call__(self, x_TD: Tensor, w_OD: Tensor, /) -> Tensor:
         """y_TO = x_TD @ w_OD.T, accumulated in fp32 and rounded once to the dtype that x and w share.
 
-        x and w have a unit last stride; y is contiguous. T may be 0.
+        y is contiguous. T may be 0.
         """
 
 
@@ -33,61 +51,68 @@ class LinearAdd(Protocol):
         """
 
 
-def _triton_norm_linear(*args: Any) -> Tensor:
-    from thalweg.ops.linear import triton
-
-    return triton.norm_linear(*args)
-
-
-def _triton_linear_add(*args: Any) -> Tensor:
-    from thalweg.ops.linear import triton
-
-    return triton.linear_add(*args)
-
-
-def _cuda_linear(*args: Any) -> Tensor:
-    from thalweg.ops.linear import cuda
-
-    return cuda.linear(*args)
-
-
-def _cuda_norm_linear(*args: Any) -> Tensor:
-    from thalweg.ops.linear import cuda
-
-    return cuda.norm_linear(*args)
-
-
-def _cuda_linear_add(*args: Any) -> Tensor:
-    from thalweg.ops.linear import cuda
-
-    return cuda.linear_add(*args)
-
+LINEAR: Op[LinearDims, Linear] = Op("linear", LinearDims)
+NORM_LINEAR: Op[NormLinearDims, NormLinear] = Op("norm_linear", NormLinearDims)
+LINEAR_ADD: Op[LinearDims, LinearAdd] = Op("linear_add", LinearDims)
 
 MAX_COLUMNS = 4096  # of 16 tokens are what the registers of a block hold
+FEW = Tokens(last=16)  # beyond, x does not fit the registers of a block
+NORM_COLUMNS, NORM_FEW = 2304, Tokens(last=32)  # so many columns do; there a norm inside saves its launch, and no time
 
 
-def _cuda_refuses(ctx: OpContext) -> str | None:
-    D = ctx.dims.get("D", 0)
-    if D % 32 or not 0 < D <= MAX_COLUMNS:
-        return f"needs D to be a multiple of 32 up to {MAX_COLUMNS}, not {D}"
-    if ctx.dtype != "bfloat16":
-        return f"needs bfloat16, not {ctx.dtype}"
-    return why_not(ctx) or cuda_build.why_not(ctx) or why_not_hopper()
+def _cuda_refuses(where: Where, dims: LinearDims | NormLinearDims) -> Refusal:
+    if dims.D % 32 or not 0 < dims.D <= MAX_COLUMNS:
+        return f"needs D to be a multiple of 32 up to {MAX_COLUMNS}, not {dims.D}"
+    if where.dtype != "bfloat16":
+        return f"needs bfloat16, not {where.dtype}"
+    return why_not(where) or cuda_build.why_not(where) or why_not_hopper()
 
 
-_linear: Linear = reference.linear
-_kernel_linear: Linear = _cuda_linear
-_norm_linear: NormLinear = reference.norm_linear
-_library_norm_linear: NormLinear = _triton_norm_linear
-_kernel_norm_linear: NormLinear = _cuda_norm_linear
-_linear_add: LinearAdd = reference.linear_add
-_library_linear_add: LinearAdd = _triton_linear_add
-_kernel_linear_add: LinearAdd = _cuda_linear_add
-register("linear", "reference", _linear)
-register("linear", "cuda", _kernel_linear, supports=_cuda_refuses, priority=20)
-register("norm_linear", "reference", _norm_linear)
-register("norm_linear", "triton", _library_norm_linear, supports=why_not, priority=10)
-register("norm_linear", "cuda", _kernel_norm_linear, supports=_cuda_refuses, priority=20)
-register("linear_add", "reference", _linear_add)
-register("linear_add", "triton", _library_linear_add, supports=why_not, priority=10)
-register("linear_add", "cuda", _kernel_linear_add, supports=_cuda_refuses, priority=20)
+def _in_place_refuses(where: Where, dims: LinearDims) -> Refusal:
+    return None if where.device == "cuda" else f"saves a launch on cuda, and nothing on {where.device}"
+
+
+def _separate(where: Where, dims: NormLinearDims) -> NormLinear:
+    norm = Resolver().resolve(RMS_NORM, where, RmsNormDims(D=dims.D))
+    return partial(separate.norm_linear, norm=norm, parts=dims.parts)
+
+
+def _norm_few(dims: NormLinearDims) -> Tokens:
+    return NORM_FEW if dims.D <= NORM_COLUMNS else FEW
+
+
+def _cuda_linear(where: Where, dims: LinearDims) -> Linear:
+    from thalweg.ops.linear import cuda
+
+    return cuda.linear
+
+
+def _cuda_norm_linear(where: Where, dims: NormLinearDims) -> NormLinear:
+    from thalweg.ops.linear import cuda
+
+    return cuda.norm_linear
+
+
+def _cuda_linear_add(where: Where, dims: LinearDims) -> LinearAdd:
+    from thalweg.ops.linear import cuda
+
+    return cuda.linear_add
+
+
+def _triton_norm_linear(where: Where, dims: NormLinearDims) -> NormLinear:
+    from thalweg.ops.linear import triton
+
+    return triton.norm_linear
+
+
+register(LINEAR, "reference", lambda *_: reference.linear)
+register(LINEAR, "cuda", _cuda_linear, supports=_cuda_refuses, tokens=FEW, priority=20)
+
+register(NORM_LINEAR, "reference", lambda *_: reference.norm_linear)
+register(NORM_LINEAR, "separate", _separate, priority=-10)
+register(NORM_LINEAR, "triton", _triton_norm_linear, supports=why_not, priority=10)
+register(NORM_LINEAR, "cuda", _cuda_norm_linear, supports=_cuda_refuses, tokens=_norm_few, priority=20)
+
+register(LINEAR_ADD, "reference", lambda *_: reference.linear_add)
+register(LINEAR_ADD, "in_place", lambda *_: reference.linear_add_in_place, supports=_in_place_refuses, priority=10)
+register(LINEAR_ADD, "cuda", _cuda_linear_add, supports=_cuda_refuses, tokens=FEW, priority=20)

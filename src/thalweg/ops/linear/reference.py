@@ -19,3 +19,7 @@ def norm_linear(x_TD: Tensor, norm_weight_D: Tensor, eps: float, w_OD: Tensor) -
 
 def linear_add(x_TD: Tensor, w_OD: Tensor, residual_TO: Tensor) -> Tensor:
     return torch.addmm(residual_TO, x_TD, w_OD.T)
+
+
+def linear_add_in_place(x_TD: Tensor, w_OD: Tensor, residual_TO: Tensor) -> Tensor:
+    return residual_TO.addmm_(x_TD, w_OD.T)  # no copy of the residual first

@@ -1,4 +1,4 @@
-"""Linear projections by the library, the norm ahead by a kernel of our own."""
+"""A linear projection by the library, the norm ahead by a kernel of our own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,3 @@ from thalweg.ops.norm.triton import rms_norm
 
 def norm_linear(x_TD: Tensor, norm_weight_D: Tensor, eps: float, w_OD: Tensor) -> Tensor:
     return F.linear(rms_norm(x_TD, norm_weight_D, eps), w_OD)
-
-
-def linear_add(x_TD: Tensor, w_OD: Tensor, residual_TO: Tensor) -> Tensor:
-    return residual_TO.addmm_(x_TD, w_OD.T)  # in place: no copy of the residual first

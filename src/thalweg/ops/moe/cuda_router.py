@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from ctypes import c_float, c_int, c_longlong
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from thalweg.ops.toolchain.cuda_build import cuda_kernel
+from thalweg.ops.moe.reference import is_softmax
+from thalweg.ops.toolchain.cuda_build import aligned_rows, cuda_kernel
 
 SOURCE = Path(__file__).with_name("router.cu")
 BLOCKS = 16  # of a cluster, as in the source
 MAX_WIDTH, MAX_EXPERTS, MAX_SLOTS = 4096, 512, 32
 MAX_SHARED_BYTES = 220 * 1024  # the rest of a multiprocessor's 227 KB is for what is not counted in shared_bytes
-MAX_TOKENS = 128  # beyond, clusters take turns, and products of many tokens at once are quicker
 
 
 def tokens_per_cluster(T: int) -> int:
@@ -48,6 +47,7 @@ def norm_router(
     eps: float,
     w_ED: Tensor,
     bias_E: Tensor,
+    *,
     top_k: int,
     renormalize: bool,
     scale: float,
@@ -56,19 +56,14 @@ def norm_router(
     topk_group: int = 1,
     num_shared: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    (T, D), E, k = x_TD.shape, w_ED.shape[0], top_k + num_shared
-    served = 0 < T <= MAX_TOKENS and n_group == 1 and scoring in ("sigmoid", "softmax")
-    if not served or not _fit(x_TD, norm_weight_D, w_ED, bias_E):
-        from thalweg.ops.moe import triton_router
-
-        routing: tuple[Any, ...] = (top_k, renormalize, scale, scoring, n_group, topk_group, num_shared)
-        return triton_router.norm_router(x_TD, norm_weight_D, eps, w_ED, bias_E, *routing)
-    device = x_TD.device
+    (T, D), E, k, device = x_TD.shape, w_ED.shape[0], top_k + num_shared, x_TD.device
     normed_TD = torch.empty(T, D, dtype=x_TD.dtype, device=device)
     weights_Tk = torch.empty(T, k, dtype=torch.float32, device=device)
     ids_Tk = torch.empty(T, k, dtype=torch.int64, device=device)
-    tokens = tokens_per_cluster(T)
-    choice = {"K": top_k, "SHARED": num_shared, "SOFTMAX": scoring == "softmax", "RENORMALIZE": renormalize}
+    choice = {"K": top_k, "SHARED": num_shared, "SOFTMAX": is_softmax(scoring), "RENORMALIZE": renormalize}
+    if T == 0:
+        return normed_TD, weights_Tk, ids_Tk
+    x_TD, tokens = aligned_rows(x_TD), tokens_per_cluster(T)
     macros = {name: int(value) for name, value in choice.items()}
     kernel = cuda_kernel(SOURCE, "norm_router", E, device, E=E, D=D, TOKENS=tokens, **macros)
     kernel.launch(
@@ -87,12 +82,3 @@ def norm_router(
         (c_float, scale),
     )
     return normed_TD, weights_Tk, ids_Tk
-
-
-def _fit(x_TD: Tensor, norm_weight_D: Tensor, w_ED: Tensor, bias_E: Tensor) -> bool:
-    """Whether dtypes are those of the source, and rows begin where copies of 16 bytes may."""
-    halves, weights = (x_TD, norm_weight_D, w_ED), (norm_weight_D, w_ED, bias_E)
-    if any(t.dtype != torch.bfloat16 for t in halves) or bias_E.dtype != torch.float32:
-        return False
-    rows = x_TD.stride(1) == 1 and x_TD.stride(0) % 8 == 0
-    return rows and all(t.is_contiguous() for t in weights) and all(t.data_ptr() % 16 == 0 for t in halves)

@@ -11,6 +11,13 @@ from thalweg.ops.activation.reference import silu_and_mul
 from thalweg.ops.norm.reference import rms_norm
 
 
+def is_softmax(scoring: str) -> bool:
+    """Whether scores are softmax, not sigmoid. Raises ConfigError on an unknown `scoring`."""
+    if scoring not in ("sigmoid", "softmax"):
+        raise ConfigError(f"router scoring is {scoring!r}; expected 'sigmoid' or 'softmax'")
+    return scoring == "softmax"
+
+
 def route(
     logits_TE: Tensor,
     bias_E: Tensor,
@@ -21,12 +28,16 @@ def route(
     n_group: int = 1,
     topk_group: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    if scoring == "sigmoid":
-        scores_TE = logits_TE.float().sigmoid()
-    elif scoring == "softmax":
-        scores_TE = logits_TE.float().softmax(-1)
-    else:
-        raise ConfigError(f"router scoring is {scoring!r}; expected 'sigmoid' or 'softmax'")
+    """(weights_Tk fp32, ids_Tk int64): the top_k experts of each token and what their outputs count.
+
+    Scores are sigmoid or softmax of fp32 logits_TE. The experts are those with the largest score +
+    bias_E; the bias serves this choice only, a weight is the unbiased score. renormalize divides the
+    weights of a token by their sum + 1e-20; `scale` multiplies them last. With n_group > 1 the experts
+    form n_group equal groups in order, and only the topk_group groups with the largest sum of their two
+    best biased scores compete (DeepSeek-V3). Experts come best first. Raises ConfigError on an unknown
+    `scoring`.
+    """
+    scores_TE = logits_TE.float().softmax(-1) if is_softmax(scoring) else logits_TE.float().sigmoid()
     choice_TE = scores_TE + bias_E.float()
     if n_group > 1:
         groups_TGE = choice_TE.unflatten(-1, (n_group, -1))
@@ -47,6 +58,7 @@ def norm_router(
     eps: float,
     w_ED: Tensor,
     bias_E: Tensor,
+    *,
     top_k: int,
     renormalize: bool,
     scale: float,
@@ -71,6 +83,8 @@ def experts(
     ids_Tk: Tensor,
     w_gate_up_E2ID: Tensor,
     w_down_EDI: Tensor,
+    *,
+    residual_TD: Tensor | None = None,
     num_shared: int = 0,  # a promise this definition has no need of
 ) -> Tensor:
     T, k = ids_Tk.shape
@@ -90,16 +104,5 @@ def experts(
     # Back to token order rather than index_add: the sum then has one fixed order on every device.
     y_PD = torch.empty_like(sorted_PD, dtype=torch.float32)
     y_PD[order_P] = sorted_PD.float()
-    return (y_PD.view(T, k, -1) * weights_Tk.float().unsqueeze(-1)).sum(1).to(x_TD.dtype)
-
-
-def experts_add(
-    x_TD: Tensor,
-    weights_Tk: Tensor,
-    ids_Tk: Tensor,
-    w_gate_up_E2ID: Tensor,
-    w_down_EDI: Tensor,
-    residual_TD: Tensor,
-    num_shared: int = 0,
-) -> Tensor:
-    return residual_TD + experts(x_TD, weights_Tk, ids_Tk, w_gate_up_E2ID, w_down_EDI, num_shared)
+    y_TD = (y_PD.view(T, k, -1) * weights_Tk.float().unsqueeze(-1)).sum(1).to(x_TD.dtype)
+    return y_TD if residual_TD is None else residual_TD + y_TD

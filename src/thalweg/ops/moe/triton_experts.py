@@ -1,8 +1,8 @@
 """Routed experts in three launches for decode: gate and up with SiLU, down, and what ends a token (triton_finish.py).
 
-Up to GEMV_TOKENS tokens, one program takes a few rows of one (token, expert) pair. Up to MAX_TOKENS, a program takes a
-block of rows of one expert for all tokens that chose it, which it finds by scanning the ids itself: no sort. The sum
-has one fixed order, in a launch of its own: leaving it to the last program of a token to finish took longer.
+Pairs, for a token or two: one program takes a few rows of one (token, expert) pair. Tiles: a program takes a block of
+rows of one expert for all tokens that chose it, which it finds by scanning the ids itself: no sort. The sum has one
+fixed order, in a launch of its own: leaving it to the last program of a token to finish took longer.
 """
 
 from __future__ import annotations
@@ -13,13 +13,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from thalweg.ops.moe import triton_grouped
 from thalweg.ops.moe.triton_finish import weighted_sum
 from thalweg.ops.toolchain.triton_launch import pdl_options
 
-GEMV_TOKENS = 2
 WIDE = tl.constexpr(64)  # tokens of a tile where more than the usual 16 chose an expert
-MAX_TOKENS = 512
 
 
 @triton.jit
@@ -326,42 +323,36 @@ def down_expert_kernel(
             start += WIDE
 
 
-def experts(
+def experts_of_pairs(
     x_TD: Tensor,
     weights_Tk: Tensor,
     ids_Tk: Tensor,
     w_gate_up_E2ID: Tensor,
     w_down_EDI: Tensor,
+    *,
+    residual_TD: Tensor | None = None,
     num_shared: int = 0,
 ) -> Tensor:
-    if x_TD.shape[0] == 0:
+    if len(x_TD) == 0:
         return torch.empty_like(x_TD)
-    x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
-    if x_TD.shape[0] > MAX_TOKENS:
-        return triton_grouped.experts_grouped(x_TD, weights_Tk, ids_Tk, w_gate_up_E2ID, w_down_EDI, num_shared)
-    return weighted_sum(_pair_outputs(x_TD, ids_Tk, w_gate_up_E2ID, w_down_EDI, num_shared), weights_Tk, x_TD.dtype)
-
-
-def experts_add(
-    x_TD: Tensor,
-    weights_Tk: Tensor,
-    ids_Tk: Tensor,
-    w_gate_up_E2ID: Tensor,
-    w_down_EDI: Tensor,
-    residual_TD: Tensor,
-    num_shared: int = 0,
-) -> Tensor:
-    if not 0 < x_TD.shape[0] <= MAX_TOKENS or x_TD.stride(1) != 1 or residual_TD.stride(1) != 1:
-        return residual_TD + experts(x_TD, weights_Tk, ids_Tk, w_gate_up_E2ID, w_down_EDI, num_shared)
-    y_PD = _pair_outputs(x_TD, ids_Tk, w_gate_up_E2ID, w_down_EDI, num_shared)
+    y_PD = run_down_pairs(run_gate_up_pairs(x_TD, ids_Tk, w_gate_up_E2ID, num_shared), ids_Tk, w_down_EDI)
     return weighted_sum(y_PD, weights_Tk, x_TD.dtype, residual_TD)
 
 
-def _pair_outputs(x_TD: Tensor, ids_Tk: Tensor, w_gate_up_E2ID: Tensor, w_down_EDI: Tensor, num_shared: int) -> Tensor:
-    """Every pair's output in fp32 [T * k, D], not yet weighted."""
-    if x_TD.shape[0] <= GEMV_TOKENS:
-        return run_down_pairs(run_gate_up_pairs(x_TD, ids_Tk, w_gate_up_E2ID, num_shared), ids_Tk, w_down_EDI)
-    return run_down_experts(run_gate_up_experts(x_TD, ids_Tk, w_gate_up_E2ID), ids_Tk, w_down_EDI)
+def experts_of_tiles(
+    x_TD: Tensor,
+    weights_Tk: Tensor,
+    ids_Tk: Tensor,
+    w_gate_up_E2ID: Tensor,
+    w_down_EDI: Tensor,
+    *,
+    residual_TD: Tensor | None = None,
+    num_shared: int = 0,
+) -> Tensor:
+    if len(x_TD) == 0:
+        return torch.empty_like(x_TD)
+    y_PD = run_down_experts(run_gate_up_experts(x_TD, ids_Tk, w_gate_up_E2ID), ids_Tk, w_down_EDI)
+    return weighted_sum(y_PD, weights_Tk, x_TD.dtype, residual_TD)
 
 
 def run_gate_up_pairs(

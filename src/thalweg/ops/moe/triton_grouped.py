@@ -222,14 +222,16 @@ def experts_grouped(
     ids_Tk: Tensor,
     w_gate_up_E2ID: Tensor,
     w_down_EDI: Tensor,
+    *,
+    residual_TD: Tensor | None = None,
     num_shared: int = 0,
 ) -> Tensor:
-    """Op "experts" for any T; x may have any row stride. A pair's output is rounded to x's dtype before the sum."""
+    """Op "experts" for any T. A pair's output is rounded to x's dtype before the sum."""
     y_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
     for start in range(0, x_TD.shape[0], SLICE):
         span = slice(start, start + SLICE)
         _experts(x_TD[span], weights_Tk[span], ids_Tk[span], w_gate_up_E2ID, w_down_EDI, num_shared, y_TD[span])
-    return y_TD
+    return y_TD if residual_TD is None else residual_TD + y_TD
 
 
 def _experts(

@@ -1,5 +1,5 @@
-"""Norm and router where cuda_router.py does not serve: norm, products split over programs, then one small program a
-token sums and chooses.
+"""Norm and router where cuda_router.py does not serve: norm, products split over programs, or whole ones of the library
+for many tokens, then one small program per token sums and chooses.
 
 One launch, in which the last program to finish chooses, was slower at every size: its wait is longer than a launch.
 """
@@ -12,11 +12,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from thalweg.ops.moe import reference
+from thalweg.ops.moe.reference import is_softmax
 from thalweg.ops.norm.triton import rms_norm
 from thalweg.ops.toolchain.triton_launch import pdl_options
-
-MAX_TOKENS = 512
 
 
 @triton.jit
@@ -114,6 +112,7 @@ def norm_router(
     eps: float,
     w_ED: Tensor,
     bias_E: Tensor,
+    *,
     top_k: int,
     renormalize: bool,
     scale: float,
@@ -122,59 +121,89 @@ def norm_router(
     topk_group: int = 1,
     num_shared: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    T, E = x_TD.shape[0], w_ED.shape[0]
-    served = T > 0 and n_group == 1 and x_TD.dtype == w_ED.dtype and scoring in ("sigmoid", "softmax")
-    if not served or x_TD.stride(1) != 1 or w_ED.stride(1) != 1:
-        routing = (w_ED, bias_E, top_k, renormalize, scale, scoring, n_group, topk_group, num_shared)
-        return reference.norm_router(x_TD, norm_weight_D, eps, *routing)
-    k = top_k + num_shared
     normed_TD = rms_norm(x_TD, norm_weight_D, eps)
     logits_STE = run_logits(normed_TD, w_ED)
-    weights_Tk = torch.empty(T, k, dtype=torch.float32, device=x_TD.device)
-    ids_Tk = torch.empty(T, k, dtype=torch.int64, device=x_TD.device)
-    choose_kernel[(T,)](
-        logits_STE,
-        bias_E,
-        weights_Tk,
-        ids_Tk,
-        float(scale),
-        T,
-        SPLITS=logits_STE.shape[0],
-        E=E,
-        K=top_k,
-        SHARED=num_shared,
-        SOFTMAX=scoring == "softmax",
-        RENORMALIZE=renormalize,
-        E2=triton.next_power_of_2(E),
-        K2=triton.next_power_of_2(k),
-        num_warps=1 if E <= 256 else 4,
-        **pdl_options(x_TD),
-    )
-    return normed_TD, weights_Tk, ids_Tk
+    return normed_TD, *run_choose(logits_STE, bias_E, top_k, renormalize, scale, scoring, num_shared)
+
+
+def norm_router_by_library(
+    x_TD: Tensor,
+    norm_weight_D: Tensor,
+    eps: float,
+    w_ED: Tensor,
+    bias_E: Tensor,
+    *,
+    top_k: int,
+    renormalize: bool,
+    scale: float,
+    scoring: str = "sigmoid",
+    n_group: int = 1,
+    topk_group: int = 1,
+    num_shared: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As norm_router, of a product that the library has whole."""
+    normed_TD = rms_norm(x_TD, norm_weight_D, eps)
+    as_fp32 = {} if x_TD.dtype == torch.float32 else {"out_dtype": torch.float32}
+    logits_STE = torch.mm(normed_TD, w_ED.t(), **as_fp32)[None]
+    return normed_TD, *run_choose(logits_STE, bias_E, top_k, renormalize, scale, scoring, num_shared)
+
+
+def run_choose(
+    logits_STE: Tensor,
+    bias_E: Tensor,
+    top_k: int,
+    renormalize: bool,
+    scale: float,
+    scoring: str,
+    num_shared: int,
+) -> tuple[Tensor, Tensor]:
+    """(weights fp32, ids int64), both [T, top_k + num_shared], of parts of the logits."""
+    (S, T, E), k, device = logits_STE.shape, top_k + num_shared, logits_STE.device
+    weights_Tk = torch.empty(T, k, dtype=torch.float32, device=device)
+    ids_Tk = torch.empty(T, k, dtype=torch.int64, device=device)
+    softmax = is_softmax(scoring)
+    if T:
+        choose_kernel[(T,)](
+            logits_STE,
+            bias_E,
+            weights_Tk,
+            ids_Tk,
+            float(scale),
+            T,
+            SPLITS=S,
+            E=E,
+            K=top_k,
+            SHARED=num_shared,
+            SOFTMAX=softmax,
+            RENORMALIZE=renormalize,
+            E2=triton.next_power_of_2(E),
+            K2=triton.next_power_of_2(k),
+            num_warps=1 if E <= 256 else 4,
+            **pdl_options(logits_STE),
+        )
+    return weights_Tk, ids_Tk
 
 
 def run_logits(x_TD: Tensor, w_ED: Tensor) -> Tensor:
     """Parts of the logits, fp32 [splits, T, E]."""
     (T, D), E = x_TD.shape, w_ED.shape[0]
-    if T > MAX_TOKENS:  # enough to fill the device without splitting a product
-        as_fp32 = {} if x_TD.dtype == torch.float32 else {"out_dtype": torch.float32}
-        return torch.mm(x_TD, w_ED.t(), **as_fp32)[None]
     block_t, block_e, block_d = 16, 32, 256
     splits = triton.cdiv(D, block_d)
     partial_STE = torch.empty(splits, T, E, dtype=torch.float32, device=x_TD.device)
-    logits_kernel[(triton.cdiv(E, block_e) * splits, triton.cdiv(T, block_t))](
-        x_TD,
-        w_ED,
-        partial_STE,
-        T,
-        x_TD.stride(0),
-        w_ED.stride(0),
-        D=D,
-        E=E,
-        BLOCK_T=block_t,
-        BLOCK_E=block_e,
-        BLOCK_D=block_d,
-        num_warps=4,
-        **pdl_options(x_TD),
-    )
+    if T:
+        logits_kernel[(triton.cdiv(E, block_e) * splits, triton.cdiv(T, block_t))](
+            x_TD,
+            w_ED,
+            partial_STE,
+            T,
+            x_TD.stride(0),
+            w_ED.stride(0),
+            D=D,
+            E=E,
+            BLOCK_T=block_t,
+            BLOCK_E=block_e,
+            BLOCK_D=block_d,
+            num_warps=4,
+            **pdl_options(x_TD),
+        )
     return partial_STE

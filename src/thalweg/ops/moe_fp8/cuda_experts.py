@@ -1,4 +1,4 @@
-"""Experts in fp8 for a few tokens by products in CUDA C++ (experts.cu says how they work); for more, as in Triton."""
+"""Experts in fp8 for a few tokens by products in CUDA C++ (experts.cu says how they work)."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from thalweg.ops.moe.triton_finish import weighted_sum
-from thalweg.ops.moe_fp8 import steps_per_warp, triton_experts
+from thalweg.ops.moe_fp8 import steps_per_warp
 from thalweg.ops.toolchain.cuda_build import cuda_kernel
 from thalweg.ops.toolchain.triton_support import multiprocessors
 from thalweg.quant.fp8 import BLOCK
 
 SOURCE = Path(__file__).with_name("experts.cu")
-MAX_TOKENS = 16
 RING = 27  # steps of a block. More loads in flight are slower: neighbouring lines are then asked for further apart
 STEP_BYTES, TILE, BUFFERS = 16 * BLOCK, 8, 4  # as in the source
 SUM_BYTES = 16 * TILE * 4  # of a warp's part of an item
@@ -62,41 +61,12 @@ def experts_fp8(
     s_gate_up: Tensor,
     q_down_EDI: Tensor,
     s_down: Tensor,
+    *,
+    residual_TD: Tensor | None = None,
     num_shared: int = 0,
 ) -> Tensor:
-    quantized = (q_gate_up_E2ID, s_gate_up, q_down_EDI, s_down, num_shared)
-    if not 0 < x_TD.shape[0] <= MAX_TOKENS:
-        return triton_experts.experts_fp8(x_TD, weights_Tk, ids_Tk, *quantized)
-    return weighted_sum(_pair_outputs(x_TD, ids_Tk, *quantized), weights_Tk, x_TD.dtype)
-
-
-def experts_fp8_add(
-    x_TD: Tensor,
-    weights_Tk: Tensor,
-    ids_Tk: Tensor,
-    q_gate_up_E2ID: Tensor,
-    s_gate_up: Tensor,
-    q_down_EDI: Tensor,
-    s_down: Tensor,
-    residual_TD: Tensor,
-    num_shared: int = 0,
-) -> Tensor:
-    quantized = (q_gate_up_E2ID, s_gate_up, q_down_EDI, s_down)
-    if not 0 < x_TD.shape[0] <= MAX_TOKENS or residual_TD.stride(1) != 1:
-        return triton_experts.experts_fp8_add(x_TD, weights_Tk, ids_Tk, *quantized, residual_TD, num_shared)
-    y_PD = _pair_outputs(x_TD, ids_Tk, *quantized, num_shared)
-    return weighted_sum(y_PD, weights_Tk, x_TD.dtype, residual_TD)
-
-
-def _pair_outputs(
-    x_TD: Tensor,
-    ids_Tk: Tensor,
-    q_gate_up_E2ID: Tensor,
-    s_gate_up: Tensor,
-    q_down_EDI: Tensor,
-    s_down: Tensor,
-    num_shared: int,
-) -> Tensor:
-    """Every pair's output in fp32 [T * k, D], not yet weighted."""
+    if len(x_TD) == 0:
+        return torch.empty_like(x_TD)
     h_PI = run_gate_up(x_TD.contiguous(), ids_Tk, q_gate_up_E2ID, s_gate_up, num_shared)
-    return run_down(h_PI, ids_Tk, q_down_EDI, s_down)
+    y_PD = run_down(h_PI, ids_Tk, q_down_EDI, s_down)
+    return weighted_sum(y_PD, weights_Tk, x_TD.dtype, residual_TD)

@@ -16,25 +16,12 @@ def experts_fp8(
     s_gate_up: Tensor,
     q_down_EDI: Tensor,
     s_down: Tensor,
+    *,
+    residual_TD: Tensor | None = None,
     num_shared: int = 0,  # a promise this definition has no need of
 ) -> Tensor:
     used, ids_Tk = ids_Tk.unique(return_inverse=True)
     halves = q_gate_up_E2ID[used].unflatten(1, (2, -1))
     gate_up = dequantize(halves, s_gate_up[used].unflatten(1, (2, -1)), x_TD.dtype).flatten(1, 2)
     down = dequantize(q_down_EDI[used], s_down[used], x_TD.dtype)
-    return reference.experts(x_TD, weights_Tk, ids_Tk, gate_up, down)
-
-
-def experts_fp8_add(
-    x_TD: Tensor,
-    weights_Tk: Tensor,
-    ids_Tk: Tensor,
-    q_gate_up_E2ID: Tensor,
-    s_gate_up: Tensor,
-    q_down_EDI: Tensor,
-    s_down: Tensor,
-    residual_TD: Tensor,
-    num_shared: int = 0,
-) -> Tensor:
-    quantized = (q_gate_up_E2ID, s_gate_up, q_down_EDI, s_down)
-    return residual_TD + experts_fp8(x_TD, weights_Tk, ids_Tk, *quantized, num_shared)
+    return reference.experts(x_TD, weights_Tk, ids_Tk, gate_up, down, residual_TD=residual_TD)

@@ -360,9 +360,11 @@ def experts_grouped(
     s_gate_up: Tensor,
     q_down_EDI: Tensor,
     s_down: Tensor,
+    *,
+    residual_TD: Tensor | None = None,
     num_shared: int = 0,
 ) -> Tensor:
-    """Op "experts_fp8" for any T; x may have any row stride. A pair's output is rounded to x's dtype before the sum."""
+    """Op "experts_fp8" for any T. A pair's output is rounded to x's dtype before the sum."""
     y_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
     (_, D), K = x_TD.shape, ids_Tk.shape[1]
     block = min(1024, triton.next_power_of_2(D))
@@ -373,4 +375,4 @@ def experts_grouped(
         h_PI = run_gate_up(x, groups, K, q_gate_up_E2ID, s_gate_up)
         y_PD = run_down(h_PI, groups, q_down_EDI, s_down)
         weighted_sum_kernel[(len(x), triton.cdiv(D, block))](y_PD, weights, y, D, K, block, num_warps=4)
-    return y_TD
+    return y_TD if residual_TD is None else residual_TD + y_TD

@@ -5,13 +5,25 @@ Both compute in fp32 and round to the input dtype once, after the weight. Weight
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
 from thalweg.ops.norm import reference
-from thalweg.ops.registry import OpContext, register
+from thalweg.ops.registry import Op, Refusal, Where, register
 from thalweg.ops.toolchain.triton_support import why_not
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RmsNormDims:
+    D: int  # width of a row
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatedRmsNormDims:
+    H: int
+    V: int  # width of a head
 
 
 class RmsNorm(Protocol):
@@ -24,31 +36,31 @@ class GatedRmsNorm(Protocol):
         """y_THV = rms_norm(o) * sigmoid(gate), normalised over the last dimension (each head by itself)."""
 
 
-def _triton_rms_norm(*args: Any) -> Tensor:
+RMS_NORM: Op[RmsNormDims, RmsNorm] = Op("rms_norm", RmsNormDims)
+GATED_RMS_NORM: Op[GatedRmsNormDims, GatedRmsNorm] = Op("gated_rms_norm", GatedRmsNormDims)
+
+
+def _triton_rms_norm(where: Where, dims: RmsNormDims) -> RmsNorm:
     from thalweg.ops.norm.triton import rms_norm
 
-    return rms_norm(*args)
+    return rms_norm
 
 
-def _triton_gated_rms_norm(*args: Any) -> Tensor:
+def _triton_gated_rms_norm(where: Where, dims: GatedRmsNormDims) -> GatedRmsNorm:
     from thalweg.ops.norm.triton_gated import gated_rms_norm
 
-    return gated_rms_norm(*args)
+    return gated_rms_norm
 
 
-def _triton_refuses(ctx: OpContext) -> str | None:
-    D = ctx.dims.get("D", 0)
-    return why_not(ctx) if 1 <= D <= 16384 else f"needs rows of at most 16384, not {D}"
+def _triton_refuses(where: Where, dims: RmsNormDims) -> Refusal:
+    return why_not(where) if 1 <= dims.D <= 16384 else f"needs rows of at most 16384, not {dims.D}"
 
 
-def _gated_refuses(ctx: OpContext) -> str | None:
-    V = ctx.dims.get("V", 0)
-    return why_not(ctx) if 1 <= V <= 4096 else f"needs heads of at most 4096, not {V}"
+def _gated_refuses(where: Where, dims: GatedRmsNormDims) -> Refusal:
+    return why_not(where) if 1 <= dims.V <= 4096 else f"needs heads of at most 4096, not {dims.V}"
 
 
-_rms_norm: RmsNorm = reference.rms_norm
-_gated_rms_norm: GatedRmsNorm = reference.gated_rms_norm
-register("rms_norm", "reference", _rms_norm)
-register("gated_rms_norm", "reference", _gated_rms_norm)
-register("rms_norm", "triton", _triton_rms_norm, supports=_triton_refuses, priority=10)
-register("gated_rms_norm", "triton", _triton_gated_rms_norm, supports=_gated_refuses, priority=10)
+register(RMS_NORM, "reference", lambda *_: reference.rms_norm)
+register(RMS_NORM, "triton", _triton_rms_norm, supports=_triton_refuses, priority=10)
+register(GATED_RMS_NORM, "reference", lambda *_: reference.gated_rms_norm)
+register(GATED_RMS_NORM, "triton", _triton_gated_rms_norm, supports=_gated_refuses, priority=10)

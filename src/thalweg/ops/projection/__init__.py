@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
+from thalweg.ops.linear import separate
 from thalweg.ops.projection import reference
-from thalweg.ops.registry import register
+from thalweg.ops.registry import Op, register
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchedProjectionDims:
+    R: int  # columns of each x
+    O: int  # columns of each y
 
 
 class BatchedProjection(Protocol):
@@ -19,5 +27,7 @@ class BatchedProjection(Protocol):
         """
 
 
-_batched_projection: BatchedProjection = reference.batched_projection
-register("batched_projection", "reference", _batched_projection)
+BATCHED_PROJECTION: Op[BatchedProjectionDims, BatchedProjection] = Op("batched_projection", BatchedProjectionDims)
+
+register(BATCHED_PROJECTION, "reference", lambda *_: reference.batched_projection)
+register(BATCHED_PROJECTION, "separate", lambda *_: separate.batched_projection, priority=-10)

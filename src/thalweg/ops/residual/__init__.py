@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
-from thalweg.ops.registry import register
+from thalweg.ops.registry import Op, Where, register
 from thalweg.ops.residual import reference
 from thalweg.ops.toolchain.triton_support import why_not
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScaledResidualAddDims:
+    D: int
 
 
 class ScaledResidualAdd(Protocol):
@@ -20,13 +26,15 @@ class ScaledResidualAdd(Protocol):
         """
 
 
-def _triton(*args: Any) -> Tensor:
+SCALED_RESIDUAL_ADD: Op[ScaledResidualAddDims, ScaledResidualAdd] = Op("scaled_residual_add", ScaledResidualAddDims)
+
+
+def _triton(where: Where, dims: ScaledResidualAddDims) -> ScaledResidualAdd:
     from thalweg.ops.residual.triton import scaled_residual_add
 
-    return scaled_residual_add(*args)
+    return scaled_residual_add
 
 
-_add: ScaledResidualAdd = reference.scaled_residual_add
-_kernel: ScaledResidualAdd = _triton
-register("scaled_residual_add", "reference", _add)
-register("scaled_residual_add", "triton", _kernel, supports=why_not, priority=10)
+register(SCALED_RESIDUAL_ADD, "reference", lambda *_: reference.scaled_residual_add)
+register(SCALED_RESIDUAL_ADD, "separate", lambda *_: reference.two_additions, priority=-10)
+register(SCALED_RESIDUAL_ADD, "triton", _triton, supports=why_not, priority=10)

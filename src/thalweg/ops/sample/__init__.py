@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
-from thalweg.ops.registry import register
+from thalweg.ops.registry import Op, Where, register
 from thalweg.ops.sample import reference
 from thalweg.ops.toolchain.triton_support import why_not
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleDims:
+    V: int  # size of the vocabulary
 
 
 class Sample(Protocol):
@@ -29,18 +35,19 @@ class Sample(Protocol):
         seed and position (int64) and its vocabulary index alone, so that batching cannot change it. Equal values go
         to the lowest index; NaN logits never win unless all are. With slots_R (int64), temperatures and seeds are
         tables [N] from which row r takes entry slots_R[r]. With `check`, a row of which any logit is NaN or infinite
-        gives -1 instead of an id. logits_RV is fp32 or bf16, the arithmetic
-        fp32; temperatures_R is fp32 >= 0. Implementations agree up to the rounding of the logarithm.
+        gives -1 instead of an id. logits_RV is fp32 or bf16 with a unit last stride, the arithmetic fp32;
+        temperatures_R is fp32 >= 0. Implementations agree up to the rounding of the logarithm.
         """
 
 
-def _triton(*args: Any, check: bool = False) -> Tensor:
+SAMPLE: Op[SampleDims, Sample] = Op("sample", SampleDims)
+
+
+def _triton(where: Where, dims: SampleDims) -> Sample:
     from thalweg.ops.sample import triton
 
-    return triton.sample(*args, check=check)
+    return triton.sample
 
 
-_sample: Sample = reference.sample
-_triton_sample: Sample = _triton
-register("sample", "reference", _sample)
-register("sample", "triton", _triton_sample, supports=why_not, priority=10)
+register(SAMPLE, "reference", lambda *_: reference.sample)
+register(SAMPLE, "triton", _triton, supports=why_not, priority=10)

@@ -105,14 +105,14 @@ def sample(
     check: bool = False,
 ) -> Tensor:
     R, V = logits_RV.shape
-    if R == 0 or logits_RV.stride(1) != 1:
-        return reference.sample(logits_RV, temperatures_R, seeds_R, positions_R, slots_R, check=check)
     block = 2048
     blocks = triton.cdiv(V, block)
     device = logits_RV.device
     values = torch.empty(R, blocks, dtype=torch.float32, device=device)
     ids = torch.empty(R, blocks, dtype=torch.int32, device=device)
     out_R = torch.empty(R, dtype=torch.int64, device=device)
+    if R == 0:
+        return out_R
     pdl = pdl_options(logits_RV)
     best_of_blocks_kernel[(blocks, R)](
         logits_RV,

@@ -18,16 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thalweg.ops.registry import OpContext
+from thalweg.ops.registry import Refusal, Where
 from thalweg.ops.toolchain.triton_compile import rehearsing
 
 HEADER = Path(__file__).with_name("hopper.cuh")
 
 
-def why_not(ctx: OpContext) -> str | None:
-    """Why CUDA C++ kernels cannot serve `ctx`, or None. They need a Hopper GPU or later, as the Triton kernels do."""
-    if ctx.device != "cuda":
-        return f"needs cuda, not {ctx.device}"
+def why_not(where: Where) -> Refusal:
+    """Why CUDA C++ kernels cannot serve there, or None. They need a Hopper GPU or later, as the Triton kernels do."""
+    if where.device != "cuda":
+        return f"needs cuda, not {where.device}"
     if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
         return "cuda-bindings is not installed"
     major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
@@ -75,6 +75,13 @@ class CudaKernel:
         pairs = [(ctypes.c_void_p, a.data_ptr()) if isinstance(a, Tensor) else a for a in args]
         values, types = tuple(v for _, v in pairs), tuple(t for t, _ in pairs)
         _check(driver.cuLaunchKernelEx(config, self._function, (values, types), 0))
+
+
+def aligned_rows(x_TD: Tensor) -> Tensor:
+    """x_TD, or a copy of it if its rows do not begin where 16 bytes may be read at a time. Its last stride is 1."""
+    if x_TD.data_ptr() % 16 == 0 and x_TD.stride(0) * x_TD.element_size() % 16 == 0:
+        return x_TD
+    return x_TD.clone(memory_format=torch.contiguous_format)
 
 
 @cache

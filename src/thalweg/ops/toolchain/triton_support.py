@@ -7,24 +7,24 @@ from importlib.util import find_spec
 
 import torch
 
-from thalweg.ops.registry import OpContext
+from thalweg.ops.registry import Refusal, Where
 
 
-def why_not(ctx: OpContext) -> str | None:
-    """Why Triton kernels cannot serve `ctx`, or None. They need a Hopper GPU or later, for dependent launch."""
-    if ctx.device != "cuda":
-        return f"needs cuda, not {ctx.device}"
+def why_not(where: Where, dims: object = None) -> Refusal:
+    """Why Triton kernels cannot serve there, or None. They need a Hopper GPU or later, for dependent launch."""
+    if where.device != "cuda":
+        return f"needs cuda, not {where.device}"
     if find_spec("triton") is None:
         return "triton is not installed"
     major = _compute_capability_major()
     if major < 9:
         return f"needs compute capability 9.0 or later, not {major}.x"
-    if ctx.dtype not in ("bfloat16", "float32"):
-        return f"needs bfloat16 or float32, not {ctx.dtype}"
+    if where.dtype not in ("bfloat16", "float32"):
+        return f"needs bfloat16 or float32, not {where.dtype}"
     return None
 
 
-def why_not_hopper() -> str | None:
+def why_not_hopper() -> Refusal:
     """Why kernels cut to Hopper's shared memory, or made of its instructions, cannot serve on this GPU, or None."""
     major = _compute_capability_major()
     return None if major == 9 else f"needs compute capability 9 (Hopper), not {major}.x"

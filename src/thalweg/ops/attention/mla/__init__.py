@@ -1,4 +1,5 @@
-"""Ops "mla_write", "mla_decode" and "mla_prefill": multi-head latent attention over a paged latent cache.
+"""Ops "mla_write" and "mla_prefill": multi-head latent attention over a paged latent cache; `reference.mla_decode` is
+attention of one token of each sequence, as op "mla_mixer_decode" has it.
 
 pages_MSC [pages, page size, C] holds one row per token: the latent of rank R, then P channels that all heads
 share as keys only (the "rope" part, rotated or not before it gets here), C = R + P. block_tables_BN int32
@@ -10,13 +11,29 @@ outputs have q's dtype.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
 from thalweg.ops.attention.mla import reference
-from thalweg.ops.registry import OpContext, register
+from thalweg.ops.registry import Op, Refusal, Where, register
 from thalweg.ops.toolchain.triton_support import why_not
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MlaWriteDims:
+    R: int  # rank of the latent
+    P: int  # shared key part
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MlaPrefillDims:
+    H: int
+    K: int  # of a head's key, without the shared part
+    V: int
+    R: int  # rank of the latent
+    P: int  # shared key part
 
 
 class MlaWrite(Protocol):
@@ -27,64 +44,45 @@ class MlaWrite(Protocol):
         """
 
 
-class MlaDecode(Protocol):
-    def __call__(
-        self,
-        q_BHC: Tensor,
-        pages_MSC: Tensor,
-        block_tables_BN: Tensor,
-        context_lens_B: Tensor,
-        scale: float,
-        rank: int,
-        /,
-    ) -> Tensor:
-        """o_BHR: absorbed attention of one new token per sequence over its whole context.
-
-        q_BHC is [q_nope @ w_uk (R), q_rope (P)]. context_lens_B (int32) counts the tokens in the
-        pages, the new one included; 0 gives zeros. Values are the first `rank` channels; the caller applies w_uv to
-        the result.
-        """
-
-
 class MlaPrefill(Protocol):
     def __call__(
         self,
         q_THX: Tensor,
         pages_MSC: Tensor,
+        *,
         block_tables_BN: Tensor,
         context_lens: Sequence[int],
         offsets: Sequence[int],
         w_uk_HKR: Tensor,
         w_uv_HVR: Tensor,
         scale: float,
-        /,
     ) -> Tensor:
         """o_THV: causal attention of each sequence's new tokens over its cached prefix and themselves.
 
-        q_THX is [nope (K), rope (P)] per head. Sequence b owns tokens offsets[b]:offsets[b + 1] and has
-        context_lens[b] tokens before them; the latents of all of them are in the pages already. Keys and
-        values are expanded from the latents (k = [latent @ w_uk.T, shared part], v = latent @ w_uv.T), in
-        blocks: working memory does not grow with the context.
+        q_THX is [nope (K), rope (P)] per head and may have any strides. Sequence b owns tokens
+        offsets[b]:offsets[b + 1] and has context_lens[b] tokens before them; the latents of all of them are in the
+        pages already. Keys and values are expanded from the latents (k = [latent @ w_uk.T, shared part], v = latent @
+        w_uv.T), in blocks: working memory does not grow with the context.
         """
 
 
-def _triton_prefill(*args: Any) -> Tensor:
+MLA_WRITE: Op[MlaWriteDims, MlaWrite] = Op("mla_write", MlaWriteDims)
+MLA_PREFILL: Op[MlaPrefillDims, MlaPrefill] = Op("mla_prefill", MlaPrefillDims)
+
+
+def _triton_prefill(where: Where, dims: MlaPrefillDims) -> MlaPrefill:
     from thalweg.ops.attention.mla import triton
 
-    return triton.mla_prefill(*args)
+    return triton.mla_prefill
 
 
-def _prefill_refuses(ctx: OpContext) -> str | None:
-    dims = {name: ctx.dims.get(name, 0) for name in "KVP"}
-    if any(n < 16 or n > 128 or n & (n - 1) for n in dims.values()):  # more do not fit into shared memory
-        return f"needs K, V and P to be powers of two from 16 to 128, not {', '.join(map(str, dims.values()))}"
-    return why_not(ctx) if ctx.dtype == "bfloat16" else f"needs bfloat16, not {ctx.dtype}"
+def _prefill_refuses(where: Where, dims: MlaPrefillDims) -> Refusal:
+    sizes = (dims.K, dims.V, dims.P)
+    if any(n < 16 or n > 128 or n & (n - 1) for n in sizes):  # more do not fit into shared memory
+        return f"needs K, V and P to be powers of two from 16 to 128, not {', '.join(map(str, sizes))}"
+    return why_not(where) if where.dtype == "bfloat16" else f"needs bfloat16, not {where.dtype}"
 
 
-_write: MlaWrite = reference.mla_write
-_decode: MlaDecode = reference.mla_decode
-_prefill: MlaPrefill = reference.mla_prefill
-register("mla_write", "reference", _write)
-register("mla_decode", "reference", _decode)
-register("mla_prefill", "reference", _prefill)
-register("mla_prefill", "triton", _triton_prefill, supports=_prefill_refuses, priority=10)
+register(MLA_WRITE, "reference", lambda *_: reference.mla_write)
+register(MLA_PREFILL, "reference", lambda *_: reference.mla_prefill)
+register(MLA_PREFILL, "triton", _triton_prefill, supports=_prefill_refuses, priority=10)

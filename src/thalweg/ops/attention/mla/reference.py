@@ -24,6 +24,11 @@ def mla_decode(
     scale: float,
     rank: int,
 ) -> Tensor:
+    """o_BHR: absorbed attention of one new token per sequence over its whole context.
+
+    q_BHC is [q_nope @ w_uk (R), q_rope (P)]. context_lens_B (int32) counts the tokens in the pages, the new one
+    included; 0 gives zeros. Values are the first `rank` channels; the caller applies w_uv to the result.
+    """
     B, (page_size, C) = len(context_lens_B), pages_MSC.shape[1:]
     num_pages = max(1, -(-max(context_lens_B.tolist(), default=0) // page_size))
     if B > 1 and B * num_pages * page_size * C > MAX_ELEMENTS:
@@ -44,6 +49,7 @@ def mla_decode(
 def mla_prefill(
     q_THX: Tensor,
     pages_MSC: Tensor,
+    *,
     block_tables_BN: Tensor,
     context_lens: Sequence[int],
     offsets: Sequence[int],

@@ -226,6 +226,7 @@ def attend_kernel(
 def mla_prefill(
     q_THX: Tensor,
     pages_MSC: Tensor,
+    *,
     block_tables_BN: Tensor,
     context_lens: Sequence[int],
     offsets: Sequence[int],

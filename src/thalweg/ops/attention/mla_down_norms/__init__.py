@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
 from thalweg.ops.attention.mla_down_norms import reference
-from thalweg.ops.registry import OpContext, register
+from thalweg.ops.registry import Op, Refusal, Where, register
 from thalweg.ops.toolchain.triton_support import why_not
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitNormsDims:
+    Q: int  # rank of the queries
+    R: int  # rank of the latent
 
 
 class SplitNorms(Protocol):
@@ -22,20 +29,27 @@ class SplitNorms(Protocol):
         """
 
 
-def _triton(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from thalweg.ops.attention.mla_down_norms.triton import split_norms
-
-    return split_norms(*args)
+SPLIT_NORMS: Op[SplitNormsDims, SplitNorms] = Op("split_norms", SplitNormsDims)
 
 
-def _triton_refuses(ctx: OpContext) -> str | None:
-    Q, R = ctx.dims.get("Q", 0), ctx.dims.get("R", 0)
-    if not (1 <= Q <= 16384 and 1 <= R <= 16384):
-        return f"needs parts of at most 16384, not {Q} and {R}"
-    return why_not(ctx)
+def _triton(where: Where, dims: SplitNormsDims) -> SplitNorms:
+    from thalweg.ops.attention.mla_down_norms import triton
+
+    return triton.split_norms
 
 
-_split_norms: SplitNorms = reference.split_norms
-_kernel: SplitNorms = _triton
-register("split_norms", "reference", _split_norms)
-register("split_norms", "triton", _kernel, supports=_triton_refuses, priority=10)
+def _separate(where: Where, dims: SplitNormsDims) -> SplitNorms:
+    from thalweg.ops.attention.mla_down_norms import triton
+
+    return triton.split_norms_in_two_launches
+
+
+def _triton_refuses(where: Where, dims: SplitNormsDims) -> Refusal:
+    if not (1 <= dims.Q <= 16384 and 1 <= dims.R <= 16384):
+        return f"needs parts of at most 16384, not {dims.Q} and {dims.R}"
+    return why_not(where)
+
+
+register(SPLIT_NORMS, "reference", lambda *_: reference.split_norms)
+register(SPLIT_NORMS, "separate", _separate, supports=_triton_refuses, priority=-10)
+register(SPLIT_NORMS, "triton", _triton, supports=_triton_refuses, priority=10)

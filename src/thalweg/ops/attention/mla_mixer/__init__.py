@@ -1,7 +1,7 @@
 """Op "mla_mixer_decode": everything between the input and the output projection of an MLA layer, for one token.
 
 From the fused input projection: RMSNorm of the latent, its write into the pages, the absorption of w_uk into the
-queries, attention over the context, and w_uv. Package mla_attention describes the pages.
+queries, attention over the context, and w_uv. Package attention/mla describes the pages.
 
 Implementations may read lengths, block tables and all rows of the pages but the new tokens' while the kernel ahead of
 them in the stream still runs: as for op "kda_mixer_decode", an ordinary launch or the start of a graph must lie between
@@ -10,19 +10,31 @@ the call and whatever wrote these.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
 from thalweg.ops.attention.mla_mixer import reference
-from thalweg.ops.registry import OpContext, register
+from thalweg.ops.registry import Op, Refusal, Where, register
 from thalweg.ops.toolchain.triton_support import why_not, why_not_hopper
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MlaMixerDims:
+    H: int
+    K: int  # of a head's key, without the shared part
+    V: int
+    R: int  # rank of the latent
+    P: int  # shared key part
+    S: int  # tokens in a page
 
 
 class MlaMixerDecode(Protocol):
     def __call__(
         self,
         proj_BX: Tensor,
+        *,
         kv_norm_weight_R: Tensor,
         w_uk_HKR: Tensor,
         w_uv_HVR: Tensor,
@@ -32,34 +44,62 @@ class MlaMixerDecode(Protocol):
         page_rows_B: Tensor,
         scale: float,
         eps: float,
-        /,
     ) -> Tensor:
         """o_BO in proj's dtype, O = H * V.
 
-        proj_BX is [q (H * (K + P)), latent (R), shared key part (P)], raw; positions are not rotated. page_rows_B int64
-        is the row of the flattened pages that each new token fills. context_lens_B int32 counts the new token.
+        proj_BX is [q (H * (K + P)), latent (R), shared key part (P)], raw, with a unit last stride; positions are not
+        rotated. page_rows_B int64 is the row of the flattened pages that each new token fills. context_lens_B int32
+        counts the new token. Block tables have a unit last stride; a head of the weights is contiguous.
         """
 
 
-def _triton(*args: Any) -> Tensor:
-    from thalweg.ops.attention.mla_mixer.triton import mla_mixer_decode
+MLA_MIXER_DECODE: Op[MlaMixerDims, MlaMixerDecode] = Op("mla_mixer_decode", MlaMixerDims)
 
-    return mla_mixer_decode(*args)
+TILE = 64  # tokens of the context in a tile of the kernels in Gluon
 
 
-def _triton_refuses(ctx: OpContext) -> str | None:
-    sizes = {name: ctx.dims.get(name, 0) for name in "KRPV"}
+def _triton(where: Where, dims: MlaMixerDims) -> MlaMixerDecode:
+    from thalweg.ops.attention.mla_mixer import triton
+
+    return triton.mla_mixer_decode
+
+
+def _gluon(where: Where, dims: MlaMixerDims) -> MlaMixerDecode:
+    from thalweg.ops.attention.mla_mixer import gluon
+
+    return gluon.mla_mixer_decode
+
+
+def _triton_refuses(where: Where, dims: MlaMixerDims) -> Refusal:
+    sizes = {name: getattr(dims, name) for name in "KRPV"}
     if any(n < 16 or n & (n - 1) for n in sizes.values()):
         return f"needs powers of two of 16 or more, not {sizes}"
-    if not 1 <= ctx.dims.get("H", 0) <= 32:
-        return f"needs at most 32 heads on this rank, not {ctx.dims.get('H', 0)}"
-    if sizes["R"] > 512 or sizes["P"] > 128 or sizes["K"] > 512:  # more do not fit into shared memory
+    if not 1 <= dims.H <= 32:
+        return f"needs at most 32 heads on this rank, not {dims.H}"
+    if dims.R > 512 or dims.P > 128 or dims.K > 512:  # more do not fit into shared memory
         return f"needs R of at most 512, P of at most 128 and K of at most 512, not {sizes}"
-    if ctx.dtype == "float32":
+    if where.dtype == "float32":
         return "needs bfloat16, not float32: two tiles of the cache must fit into shared memory"
-    return why_not(ctx) or why_not_hopper()
+    return why_not(where) or why_not_hopper()
 
 
-_decode: MlaMixerDecode = reference.mla_mixer_decode
-register("mla_mixer_decode", "reference", _decode, capturable=False)
-register("mla_mixer_decode", "triton", _triton, supports=_triton_refuses, priority=10)
+def _gluon_refuses(where: Where, dims: MlaMixerDims) -> Refusal:
+    if dims.S % TILE:
+        return f"needs pages of a multiple of {TILE} tokens, not {dims.S}"
+    if dims.R % 128 or dims.P > 64 or dims.V % 64:
+        sizes = f"{dims.R}, {dims.P} and {dims.V}"
+        return f"needs R to be a multiple of 128, P of at most 64 and V to be a multiple of 64, not {sizes}"
+    return _triton_refuses(where, dims) or _why_not_gluon()
+
+
+def _why_not_gluon() -> Refusal:
+    try:
+        from thalweg.ops.attention.mla_mixer import gluon  # noqa: F401
+    except ImportError as e:  # Gluon is experimental: in another Triton it may be elsewhere
+        return f"needs the Gluon of another Triton: {e}"
+    return None
+
+
+register(MLA_MIXER_DECODE, "reference", lambda *_: reference.mla_mixer_decode, capturable=False)
+register(MLA_MIXER_DECODE, "triton", _triton, supports=_triton_refuses, priority=10)
+register(MLA_MIXER_DECODE, "gluon", _gluon, supports=_gluon_refuses, priority=20)

@@ -1,4 +1,5 @@
-"""Two of the MLA decode mixer's three kernels in Gluon, for Hopper: bulk copies into shared memory, wgmma out of it.
+"""The decode mixer of an MLA layer with two of its three kernels in Gluon, for Hopper: bulk copies into shared memory,
+wgmma out of it. The first kernel, which absorbs, is module triton's.
 
 `attend`: a program walks its split of a context in tiles of 64 tokens. A tile is two halves of the latent, [64, R / 2]
 each, which serve as keys and as values, and the shared key part, [64, P]. Shared memory holds two tiles, and the place
@@ -33,9 +34,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from thalweg.ops.attention.mla_mixer import TILE
+from thalweg.ops.attention.mla_mixer.triton import LOG2_E, launches, run_absorb
 from thalweg.ops.toolchain.triton_launch import pdl_options
+from thalweg.ops.toolchain.triton_support import multiprocessors
 
-BLOCK_N = 64  # tokens per tile: the rows of a matrix unit's tile
+BLOCK_N = TILE  # tokens per tile: the rows of a matrix unit's tile
 
 
 @gluon.jit
@@ -284,19 +288,36 @@ def combine(
     gl.store(out_ptrs, out_BV.to(dtype), mask=b[:, None] < B)
 
 
-def serves(pages_MSC: Tensor, rank: int, value: int) -> bool:
-    """Whether `launch` can take these sizes: whole tiles, and such as fit into shared memory."""
-    page_size, C = pages_MSC.shape[1:]
-    fits = rank % 128 == 0 and rank <= 512 and C - rank <= 64 and value % 64 == 0
-    return pages_MSC.is_cuda and page_size % BLOCK_N == 0 and fits
-
-
 def tiles(H: int, V: int, splits: int) -> tuple[int, int, int, int]:
     """(heads of `attend`; splits, columns (sequence and split) and values of `combine`) that a program works on."""
     block_s = triton.next_power_of_2(splits)
     columns = 32 if block_s == 1 else max(64, block_s)
     # w_uv has to fit into shared memory beside the columns.
     return max(16, triton.next_power_of_2(H)), block_s, columns, min(V, 128 if columns <= 64 else 64)
+
+
+def mla_mixer_decode(
+    proj_BX: Tensor,
+    *,
+    kv_norm_weight_R: Tensor,
+    w_uk_HKR: Tensor,
+    w_uv_HVR: Tensor,
+    pages_MSC: Tensor,
+    block_tables_BN: Tensor,
+    context_lens_B: Tensor,
+    page_rows_B: Tensor,
+    scale: float,
+    eps: float,
+) -> Tensor:
+    B, (H, V, R) = proj_BX.shape[0], w_uv_HVR.shape
+    o_BO = proj_BX.new_empty(B, H * V)
+    if B == 0:
+        return o_BO
+    absorb, attend, _ = launches(B, H, R, V, multiprocessors(proj_BX.device))
+    q_BHC = run_absorb(proj_BX, kv_norm_weight_R, w_uk_HKR, pages_MSC, page_rows_B, eps, absorb)
+    context = (pages_MSC, block_tables_BN, context_lens_B)
+    launch(attend.grid[0], q_BHC, *context, w_uv_HVR, o_BO, scale * LOG2_E)
+    return o_BO
 
 
 def launch(

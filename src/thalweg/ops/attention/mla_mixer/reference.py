@@ -11,6 +11,7 @@ from thalweg.ops.norm.reference import rms_norm
 
 def mla_mixer_decode(
     proj_BX: Tensor,
+    *,
     kv_norm_weight_R: Tensor,
     w_uk_HKR: Tensor,
     w_uv_HVR: Tensor,

@@ -27,11 +27,6 @@ from thalweg.ops.toolchain.triton_dot import dot
 from thalweg.ops.toolchain.triton_launch import pdl_options
 from thalweg.ops.toolchain.triton_support import multiprocessors
 
-try:
-    from thalweg.ops.attention.mla_mixer import gluon
-except ImportError:  # Gluon is experimental: in another Triton it may be elsewhere
-    gluon = None
-
 BLOCK_N = 64  # tokens per tile
 LOG2_E = 1.4426950408889634
 
@@ -302,25 +297,17 @@ def launches(B: int, H: int, R: int, V: int, processors: int) -> tuple[Launch, L
     return absorb, attend, combine
 
 
-def mla_mixer_decode(
+def run_absorb(
     proj_BX: Tensor,
     kv_norm_weight_R: Tensor,
     w_uk_HKR: Tensor,
-    w_uv_HVR: Tensor,
     pages_MSC: Tensor,
-    block_tables_BN: Tensor,
-    context_lens_B: Tensor,
     page_rows_B: Tensor,
-    scale: float,
     eps: float,
+    absorb: Launch,
 ) -> Tensor:
-    B, (H, K, R), V = proj_BX.shape[0], w_uk_HKR.shape, w_uv_HVR.shape[1]
-    page_size, P = pages_MSC.shape[1], pages_MSC.shape[2] - R
-    o_BO = proj_BX.new_empty(B, H * V)
-    if B == 0:
-        return o_BO
-    absorb, attend, combine = launches(B, H, R, V, multiprocessors(proj_BX.device))
-    splits, pdl = attend.grid[0], pdl_options(proj_BX)
+    """Queries in latent space [B, H, R + P]; the new latents are in their pages afterwards."""
+    B, (H, K, R), P = proj_BX.shape[0], w_uk_HKR.shape, pages_MSC.shape[2] - w_uk_HKR.shape[2]
     q_BHC = proj_BX.new_empty(B, H, R + P)
     absorb(
         proj_BX,
@@ -337,16 +324,49 @@ def mla_mixer_decode(
         K=K,
         R=R,
         P=P,
-        **pdl,
+        **pdl_options(proj_BX),
     )
-    context = (pages_MSC, block_tables_BN, context_lens_B)
-    if gluon is not None and gluon.serves(pages_MSC, R, V):
-        gluon.launch(splits, q_BHC, *context, w_uv_HVR, o_BO, scale * LOG2_E)
+    return q_BHC
+
+
+def mla_mixer_decode(
+    proj_BX: Tensor,
+    *,
+    kv_norm_weight_R: Tensor,
+    w_uk_HKR: Tensor,
+    w_uv_HVR: Tensor,
+    pages_MSC: Tensor,
+    block_tables_BN: Tensor,
+    context_lens_B: Tensor,
+    page_rows_B: Tensor,
+    scale: float,
+    eps: float,
+) -> Tensor:
+    B, (H, V, R) = proj_BX.shape[0], w_uv_HVR.shape
+    page_size, P = pages_MSC.shape[1], pages_MSC.shape[2] - R
+    o_BO = proj_BX.new_empty(B, H * V)
+    if B == 0:
         return o_BO
+    absorb, attend, combine = launches(B, H, R, V, multiprocessors(proj_BX.device))
+    splits, pdl = attend.grid[0], pdl_options(proj_BX)
+    q_BHC = run_absorb(proj_BX, kv_norm_weight_R, w_uk_HKR, pages_MSC, page_rows_B, eps, absorb)
     part_BSHR = proj_BX.new_empty(B, splits, H, R)
     stats_BS2H = proj_BX.new_empty(B, splits, 2, H, dtype=torch.float32)  # maximum and sum of each split's weights
-    strides = (block_tables_BN.stride(0),)
-    attend(q_BHC, *context, part_BSHR, stats_BS2H, *strides, scale * LOG2_E, H=H, R=R, P=P, PAGE=page_size, **pdl)
+    attend(
+        q_BHC,
+        pages_MSC,
+        block_tables_BN,
+        context_lens_B,
+        part_BSHR,
+        stats_BS2H,
+        block_tables_BN.stride(0),
+        scale * LOG2_E,
+        H=H,
+        R=R,
+        P=P,
+        PAGE=page_size,
+        **pdl,
+    )
     combine(
         part_BSHR,
         stats_BS2H,

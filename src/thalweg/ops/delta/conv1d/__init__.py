@@ -1,4 +1,5 @@
-"""Ops "conv1d_decode" and "conv1d_prefill": causal depthwise convolution with SiLU and a rolling state.
+"""Op "conv1d_prefill": causal depthwise convolution with SiLU and a rolling state; `reference.conv1d_decode` is the
+same for one token of each sequence, as op "kda_mixer_decode" has it.
 
 weight_CW [C, W + 1] has one row of taps per channel; the last tap multiplies the current input, the one
 before it the previous input, and so on (a checkpoint's [C, 1, W + 1] squeezed). state_NWC [N, W, C] holds
@@ -10,20 +11,22 @@ in one call (padding rows share a sink slot) ends with any one of the rows writt
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
 from thalweg.ops.delta.conv1d import reference
-from thalweg.ops.registry import OpContext, register
+from thalweg.ops.registry import Op, Refusal, Where, register
 from thalweg.ops.toolchain.triton_support import why_not
 
 PIECE = 16  # tokens of a sequence that a program of the kernel takes
 
 
-class Conv1dDecode(Protocol):
-    def __call__(self, x_BC: Tensor, state_NWC: Tensor, slots_B: Tensor, weight_CW: Tensor, /) -> Tensor:
-        """y_BC for one new token x_BC of each sequence; the state of its slot moves on by one, in place."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conv1dDims:
+    C: int  # channels
+    W: int  # inputs that a state remembers
 
 
 class Conv1dPrefill(Protocol):
@@ -33,28 +36,24 @@ class Conv1dPrefill(Protocol):
         """y_TC for sequences of any length: sequence b owns tokens offsets[b]:offsets[b + 1].
 
         The state of its slot is read first and moves on by its length, in place: a sequence shorter than W
-        shifts it, one of length 0 leaves it bit-identical.
+        shifts it, one of length 0 leaves it bit-identical. x may have any strides.
         """
 
 
-def _triton_prefill(
-    x_TC: Tensor, state_NWC: Tensor, slots_B: Tensor, offsets: Sequence[int], weight_CW: Tensor
-) -> Tensor:
+CONV1D_PREFILL: Op[Conv1dDims, Conv1dPrefill] = Op("conv1d_prefill", Conv1dDims)
+
+
+def _triton(where: Where, dims: Conv1dDims) -> Conv1dPrefill:
     from thalweg.ops.delta.conv1d import triton
 
-    return triton.conv1d_prefill(x_TC, state_NWC, slots_B, offsets, weight_CW)
+    return triton.conv1d_prefill
 
 
-def _prefill_refuses(ctx: OpContext) -> str | None:
-    W = ctx.dims.get("W", 0)
-    if W > PIECE:  # a piece that is not the sequence's first would reach back to the state, which that one moves on
-        return f"needs a convolution that remembers at most {PIECE} inputs, not {W}"
-    return why_not(ctx)
+def _triton_refuses(where: Where, dims: Conv1dDims) -> Refusal:
+    if dims.W > PIECE:  # a later piece would reach back to the state, which the sequence's first one moves on
+        return f"needs a convolution that remembers at most {PIECE} inputs, not {dims.W}"
+    return why_not(where)
 
 
-_decode: Conv1dDecode = reference.conv1d_decode
-_prefill: Conv1dPrefill = reference.conv1d_prefill
-_kernel_prefill: Conv1dPrefill = _triton_prefill
-register("conv1d_decode", "reference", _decode)
-register("conv1d_prefill", "reference", _prefill)
-register("conv1d_prefill", "triton", _kernel_prefill, supports=_prefill_refuses, priority=10)
+register(CONV1D_PREFILL, "reference", lambda *_: reference.conv1d_prefill)
+register(CONV1D_PREFILL, "triton", _triton, supports=_triton_refuses, priority=10)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 
 def conv1d_decode(x_BC: Tensor, state_NWC: Tensor, slots_B: Tensor, weight_CW: Tensor) -> Tensor:
+    """y_BC for one new token x_BC of each sequence; the state of its slot moves on by one, in place."""
     window_BWC = torch.cat((state_NWC[slots_B], x_BC.unsqueeze(1)), dim=1)
     state_NWC[slots_B] = window_BWC[:, 1:].to(state_NWC.dtype)
     y_BC = (window_BWC.float() * weight_CW.float().t()).sum(1)

@@ -1,4 +1,5 @@
-"""Ops "kda_gate", "kda_decode" and "kda_prefill": Kimi Delta Attention.
+"""Ops "kda_gate" and "kda_prefill": Kimi Delta Attention; `reference.kda_decode` is the same for one token of each
+sequence, as op "kda_mixer_decode" has it.
 
 For one head with state S [V, K] (kept as [N, H, V, K] over all slots, key dim contiguous), per token:
 
@@ -16,33 +17,26 @@ ends with any one of the rows written to it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
 from thalweg.ops.delta.kda import reference
-from thalweg.ops.registry import OpContext, register
+from thalweg.ops.registry import Op, Refusal, Where, register
 from thalweg.ops.toolchain.triton_support import why_not
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KdaDims:
+    H: int
+    K: int
+    V: int
 
 
 class KdaGate(Protocol):
     def __call__(self, f_THK: Tensor, A_log_H: Tensor, dt_bias_HK: Tensor, /) -> Tensor:
         """g_THK fp32 = -exp(A_log) * softplus(f + dt_bias): the log decay, <= 0 and unbounded below."""
-
-
-class KdaDecode(Protocol):
-    def __call__(
-        self,
-        q_BHK: Tensor,
-        k_BHK: Tensor,
-        v_BHV: Tensor,
-        g_BHK: Tensor,
-        beta_BH: Tensor,
-        state_NHVK: Tensor,
-        slots_B: Tensor,
-        /,
-    ) -> Tensor:
-        """o_BHV for one new token of each sequence; the state of its slot is updated in place."""
 
 
 class KdaPrefill(Protocol):
@@ -53,40 +47,41 @@ class KdaPrefill(Protocol):
         v_THV: Tensor,
         g_THK: Tensor,
         beta_TH: Tensor,
+        *,
         state_NHVK: Tensor,
         slots_B: Tensor,
         offsets: Sequence[int],
-        /,
     ) -> Tensor:
         """o_THV for sequences of any length: sequence b owns tokens offsets[b]:offsets[b + 1].
 
-        It starts from the state of its slot, which is updated in place; length 0 leaves it bit-identical.
+        It starts from the state of its slot, which is updated in place; length 0 leaves it bit-identical. Inputs of
+        tokens may have any strides.
         """
 
 
-def _triton_gate(f_THK: Tensor, A_log_H: Tensor, dt_bias_HK: Tensor) -> Tensor:
+KDA_GATE: Op[KdaDims, KdaGate] = Op("kda_gate", KdaDims)
+KDA_PREFILL: Op[KdaDims, KdaPrefill] = Op("kda_prefill", KdaDims)
+
+
+def _triton_gate(where: Where, dims: KdaDims) -> KdaGate:
     from thalweg.ops.delta.kda import triton_gate
 
-    return triton_gate.kda_gate(f_THK, A_log_H, dt_bias_HK)
+    return triton_gate.kda_gate
 
 
-def _triton_prefill(*args: Any) -> Tensor:
+def _triton_prefill(where: Where, dims: KdaDims) -> KdaPrefill:
     from thalweg.ops.delta.kda import triton_prefill
 
-    return triton_prefill.kda_prefill(*args)
+    return triton_prefill.kda_prefill
 
 
-def _prefill_refuses(ctx: OpContext) -> str | None:
-    K, V = ctx.dims.get("K", 0), ctx.dims.get("V", 0)
-    return why_not(ctx) if 1 <= min(K, V) <= max(K, V) <= 128 else f"needs heads of at most 128, not {K} and {V}"
+def _prefill_refuses(where: Where, dims: KdaDims) -> Refusal:
+    if not 1 <= min(dims.K, dims.V) <= max(dims.K, dims.V) <= 128:
+        return f"needs heads of at most 128, not {dims.K} and {dims.V}"
+    return why_not(where)
 
 
-_gate: KdaGate = reference.kda_gate
-_decode: KdaDecode = reference.kda_decode
-_prefill: KdaPrefill = reference.kda_prefill
-_kernel_gate: KdaGate = _triton_gate
-register("kda_gate", "reference", _gate)
-register("kda_decode", "reference", _decode)
-register("kda_prefill", "reference", _prefill)
-register("kda_gate", "triton", _kernel_gate, supports=why_not, priority=10)
-register("kda_prefill", "triton", _triton_prefill, supports=_prefill_refuses, priority=10)
+register(KDA_GATE, "reference", lambda *_: reference.kda_gate)
+register(KDA_GATE, "triton", _triton_gate, supports=why_not, priority=10)
+register(KDA_PREFILL, "reference", lambda *_: reference.kda_prefill)
+register(KDA_PREFILL, "triton", _triton_prefill, supports=_prefill_refuses, priority=10)

@@ -26,6 +26,7 @@ def kda_decode(
     state_NHVK: Tensor,
     slots_B: Tensor,
 ) -> Tensor:
+    """o_BHV for one new token of each sequence; the state of its slot is updated in place."""
     q_BHK, k_BHK = _normalise(q_BHK.float(), k_BHK.float())
     q_BH1K, k_BH1K = q_BHK.unsqueeze(-2), k_BHK.unsqueeze(-2)
     S_BHVK = state_NHVK.index_select(0, slots_B).float() * g_BHK.float().exp().unsqueeze(-2)
@@ -43,6 +44,7 @@ def kda_prefill(
     v_THV: Tensor,
     g_THK: Tensor,
     beta_TH: Tensor,
+    *,
     state_NHVK: Tensor,
     slots_B: Tensor,
     offsets: Sequence[int],

@@ -325,6 +325,7 @@ def kda_prefill(
     v_THV: Tensor,
     g_THK: Tensor,
     beta_TH: Tensor,
+    *,
     state_NHVK: Tensor,
     slots_B: Tensor,
     offsets: Sequence[int],

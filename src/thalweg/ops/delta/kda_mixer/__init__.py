@@ -11,20 +11,31 @@ calls a layer's mixer once.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
 from thalweg.ops.delta.kda_mixer import reference
-from thalweg.ops.registry import OpContext, register
+from thalweg.ops.registry import Op, Refusal, Where, register
 from thalweg.ops.toolchain import cuda_build
 from thalweg.ops.toolchain.triton_support import why_not
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KdaMixerDims:
+    H: int
+    K: int
+    V: int
+    R: int  # rank of decay and gate
+    W: int  # inputs that a convolution's state remembers
 
 
 class KdaMixerDecode(Protocol):
     def __call__(
         self,
         proj_BX: Tensor,
+        *,
         conv_weight_CW: Tensor,
         conv_state_NWC: Tensor,
         w_up_2OR: Tensor,
@@ -34,47 +45,49 @@ class KdaMixerDecode(Protocol):
         eps: float,
         state_NHVK: Tensor,
         slots_B: Tensor,
-        /,
     ) -> Tensor:
         """o_BO in proj's dtype, O = H * V with K = V.
 
-        proj_BX is [q, k, v (3 * H * K = C) | beta (H) | decay (R) | gate (R)], raw. conv_weight_CW [C, taps] and
-        conv_state_NWC [N, taps - 1, C] are those of conv1d_decode. w_up_2OR stacks the up-projections of decay (0) and
-        gate (1). A_log_H and dt_bias_HK are fp32. state_NHVK is fp32 or bf16. slots_B is int64.
+        proj_BX is [q, k, v (3 * H * K = C) | beta (H) | decay (R) | gate (R)], raw, with a unit last stride.
+        conv_weight_CW [C, taps] and conv_state_NWC [N, taps - 1, C] are those of op "conv1d_prefill". w_up_2OR stacks
+        the up-projections of decay (0) and gate (1). A_log_H and dt_bias_HK are fp32. state_NHVK is fp32 or bf16.
+        slots_B is int64. Weights and states are contiguous.
         """
 
 
-def _triton(*args: Any) -> Tensor:
-    from thalweg.ops.delta.kda_mixer.triton import kda_mixer_decode
-
-    return kda_mixer_decode(*args)
+KDA_MIXER_DECODE: Op[KdaMixerDims, KdaMixerDecode] = Op("kda_mixer_decode", KdaMixerDims)
 
 
-def _triton_refuses(ctx: OpContext) -> str | None:
-    K, V, R, W = (ctx.dims.get(name, 0) for name in "KVRW")
+def _triton(where: Where, dims: KdaMixerDims) -> KdaMixerDecode:
+    from thalweg.ops.delta.kda_mixer import triton
+
+    return triton.kda_mixer_decode
+
+
+def _triton_refuses(where: Where, dims: KdaMixerDims) -> Refusal:
+    K, V, R = dims.K, dims.V, dims.R
     if K != V or any(n < 16 or n > 128 or n & (n - 1) for n in (K, R)):
         return f"needs K = V and R to be powers of two from 16 to 128, not {K}, {V} and {R}"
-    if W != 3:
-        return f"needs a convolution that remembers W = 3 inputs, not {W}"
-    return why_not(ctx)
+    if dims.W != 3:
+        return f"needs a convolution that remembers W = 3 inputs, not {dims.W}"
+    return why_not(where)
 
 
-def _cuda(*args: Any) -> Tensor:
-    from thalweg.ops.delta.kda_mixer.cuda import kda_mixer_decode
+def _cuda(where: Where, dims: KdaMixerDims) -> KdaMixerDecode:
+    from thalweg.ops.delta.kda_mixer import cuda
 
-    return kda_mixer_decode(*args)
+    return cuda.kda_mixer_decode
 
 
-def _cuda_refuses(ctx: OpContext) -> str | None:
-    H, K, V, R, W = (ctx.dims.get(name, 0) for name in "HKVRW")
+def _cuda_refuses(where: Where, dims: KdaMixerDims) -> Refusal:
+    H, K, V, R, W = dims.H, dims.K, dims.V, dims.R, dims.W
     if (K, V, R, W) != (128, 128, 128, 3) or H % 4:
         return f"needs K = V = R = 128, W = 3 and a multiple of 4 heads, not {K}, {V}, {R}, {W} and {H}"
-    if ctx.dtype != "bfloat16":
-        return f"needs bfloat16, not {ctx.dtype}"
-    return cuda_build.why_not(ctx)
+    if where.dtype != "bfloat16":
+        return f"needs bfloat16, not {where.dtype}"
+    return cuda_build.why_not(where)
 
 
-_decode: KdaMixerDecode = reference.kda_mixer_decode
-register("kda_mixer_decode", "reference", _decode)
-register("kda_mixer_decode", "triton", _triton, supports=_triton_refuses, priority=10)
-register("kda_mixer_decode", "cuda", _cuda, supports=_cuda_refuses, priority=20)
+register(KDA_MIXER_DECODE, "reference", lambda *_: reference.kda_mixer_decode)
+register(KDA_MIXER_DECODE, "triton", _triton, supports=_triton_refuses, priority=10)
+register(KDA_MIXER_DECODE, "cuda", _cuda, supports=_cuda_refuses, priority=20)

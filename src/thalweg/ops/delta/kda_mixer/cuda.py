@@ -24,6 +24,7 @@ def rows_per_block(B: int, H: int, processors: int) -> int:
 
 def kda_mixer_decode(
     proj_BX: Tensor,
+    *,
     conv_weight_CW: Tensor,
     conv_state_NWC: Tensor,
     w_up_2OR: Tensor,

@@ -12,6 +12,7 @@ from thalweg.ops.projection.reference import batched_projection
 
 def kda_mixer_decode(
     proj_BX: Tensor,
+    *,
     conv_weight_CW: Tensor,
     conv_state_NWC: Tensor,
     w_up_2OR: Tensor,
