@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -114,87 +113,6 @@ def test_the_language(tokenizer: Tokenizer, source: str, text: str) -> None:
     assert render(tokenizer, source) == text
 
 
-def test_content_may_be_text_null_or_parts(tokenizer: Tokenizer) -> None:
-    source = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
-    messages = [
-        {"role": "user", "content": [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]},
-        {"role": "assistant", "content": None, "tool_calls": []},
-        {"role": "tool", "content": ""},
-        {"role": "user", "content": []},
-        {"role": "assistant"},
-    ]
-    assert render(tokenizer, source, messages) == "[one two][][][][]"
-
-
-@pytest.mark.parametrize(
-    ("source", "text"),
-    [
-        ("{{ m.content }}|{{ m['content'] ~ '' }}|{{ m.content + '!' }}", "||!"),
-        ("{{ '</think>' in m.content }}{{ m.content.split('</think>')[-1] }}{{ m.content | trim | length }}", "False0"),
-        ("{% if m.content is string %}text{% endif %}{% for part in m.content %}{{ part }}{% endfor %}", "text"),
-        ("{{ m.content | tojson }}{{ m.content or 'nothing' }}{{ m.content == '' }}", '""nothingTrue'),
-        # Templates with a branch of their own for calls without content take it.
-        ("{% if m.content is none %}call{% endif %}{% if m.content is not none %}text{% endif %}", "call"),
-        ("{{ m.content == none }}{{ m.content != none }}{{ none == m.content }}", "TrueFalseTrue"),
-        ("{{ [m] | selectattr('content', 'none') | list | length }}", "1"),
-    ],
-)
-@pytest.mark.parametrize("null", [{"content": None}, {}])
-def test_content_that_is_null_or_missing_is_the_empty_string(
-    tokenizer: Tokenizer, source: str, text: str, null: dict[str, Any]
-) -> None:
-    message = {"role": "assistant", "tool_calls": [{"id": "1"}], **null}
-    assert render(tokenizer, "{% set m = messages[1] %}" + source, [*USER, message]) == text
-
-
-TRIMMING = "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}</>\n{% endfor %}"
-VERBATIM = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>\n{% endfor %}"
-SPLITTING = (
-    "{% for m in messages %}<{{ m.role }}>{% if '</think>' in m.content %}[{{ m.content.split('</think>')[0] }}]"
-    "{{ m.content.split('</think>')[-1].lstrip() }}{% else %}{{ m.content }}{% endif %}</>{% endfor %}"
-)
-
-
-@pytest.mark.parametrize(
-    ("source", "content", "text"),
-    [
-        (VERBATIM, "It is", "<user>hello</>\n<assistant>It is"),
-        (VERBATIM, "It is \n ", "<user>hello</>\n<assistant>It is \n "),
-        (TRIMMING, "It is \n ", "<user>hello</>\n<assistant>It is"),
-        (TRIMMING, " It is", "<user>hello</>\n<assistant>It is"),
-        (TRIMMING, "", "<user>hello</>\n<assistant>"),
-        (TRIMMING, " ", "<user>hello</>\n<assistant>"),
-        (VERBATIM, None, "<user>hello</>\n<assistant>"),
-        (VERBATIM, "a <", "<user>hello</>\n<assistant>a <"),
-        (VERBATIM, [{"type": "text", "text": "It is"}], "<user>hello</>\n<assistant>It is"),
-        (SPLITTING, "why</think> It ", "<user>hello</><assistant>[why]It "),
-        (SPLITTING, "It </think>", "<user>hello</><assistant>[It ]"),
-    ],
-)
-def test_a_final_message_is_left_open(tokenizer: Tokenizer, source: str, content: Any, text: str) -> None:
-    template = ChatTemplate(source, tokenizer)
-    messages = [*USER, {"role": "assistant", "content": content}]
-    options = {"add_generation_prompt": False, "continue_final_message": True}
-    assert template.render(messages, **options) == text
-    assert tokenizer.decode(template.encode_chat(messages, **options)) == text
-
-
-def test_what_cannot_be_continued_is_refused(tokenizer: Tokenizer) -> None:
-    def continued(messages: list[Any], source: str = VERBATIM, **options: Any) -> str:
-        options = {"add_generation_prompt": False, "continue_final_message": True} | options
-        return render(tokenizer, source, messages, **options)
-
-    answer = {"role": "assistant", "content": "It is"}
-    with pytest.raises(InvalidRequest, match="the last message's role is 'user'; expected 'assistant'"):
-        continued([answer, *USER])
-    with pytest.raises(InvalidRequest, match="the last message has tool_calls; expected content alone"):
-        continued([*USER, answer | {"tool_calls": [{"id": "1"}]}])
-    with pytest.raises(InvalidRequest, match="both true; expected one of them"):
-        continued([*USER, answer], add_generation_prompt=True)
-    with pytest.raises(InvalidRequest, match="leaves the last message's content out"):
-        continued([*USER, answer], "{{ messages | length }}")
-
-
 @pytest.mark.parametrize(
     "source",
     [
@@ -206,28 +124,6 @@ def test_what_cannot_be_continued_is_refused(tokenizer: Tokenizer) -> None:
 )
 def test_methods_of_texts_work_within_loops_and_blocks(tokenizer: Tokenizer, source: str) -> None:
     assert render(tokenizer, source) == "hello"
-
-
-@pytest.mark.parametrize(
-    ("messages", "message"),
-    [
-        ("hi", "messages is a str; expected a list"),
-        (["hi"], r"messages\[0\] is a str; expected an object"),
-        ([{"content": "x"}], r"messages\[0\]\.role is 'None'; expected one of system"),
-        ([*USER, {"role": "im_end|><|im_system", "content": "x"}], r"messages\[1\]\.role is"),
-        ([{"role": ["user"]}], r"messages\[0\]\.role is"),
-        ([{"role": "user", "content": 3}], r"messages\[0\]\.content is a int; expected a string, null or"),
-        ([{"role": "user", "content": [{"type": "image_url"}]}], r"content\[0\] is of type 'image_url'; expected text"),
-        ([{"role": "user", "content": ["x"]}], r"content\[0\] is of type 'str'"),
-        ([{"role": "user", "content": [{"type": "text", "text": 1}]}], r"content\[0\] has no text"),
-        ([{"role": "user", "content": "x", "extra": object()}], "holds a object; expected JSON values"),
-        ([{"role": "user", "content": "x", "deep": json.loads("[" * 70 + "]" * 70)}], "nests more than 64 deep"),
-    ],
-)
-def test_bad_messages_are_refused(tokenizer: Tokenizer, messages: Any, message: str) -> None:
-    with pytest.raises(InvalidRequest, match=message) as caught:
-        render(tokenizer, "{{ messages }}", messages)
-    assert "\n" not in str(caught.value)
 
 
 def test_errors_of_the_template_are_one_line(tokenizer: Tokenizer) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from thalweg.errors import InvalidRequest
+from thalweg.tokenizer.template_forms import Form
 
 
 class NoContent(str):
@@ -31,11 +32,15 @@ MAX_DEPTH = 64
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 
-def plain_messages(messages: Any) -> list[dict[str, Any]]:
-    """Copies of the messages, each with a role of ROLES and a content that is a string.
+def plain_messages(messages: Any, form: Form = "text") -> list[dict[str, Any]]:
+    """Copies of the messages, each with a role of ROLES and a content in the form that the template takes.
 
-    Content that is null or missing becomes NO_CONTENT; a content given as [{"type": "text", "text": ...}, ...]
-    becomes one string. Other keys are copied as they are. Raises InvalidRequest on anything else.
+    Content comes as a string, as null, as [{"type": "text", "text": ...}, ...], or not at all. As `text` it
+    becomes one string, its parts a line each. As `parts` it becomes a list of parts. With `either` a list stays
+    one. Null and missing content become NO_CONTENT, or no parts. Any other key that is null is left out, and so
+    is an empty list of tool_calls: clients send back what a server or library put there for "none", and
+    templates ask no more than whether a key is there. `reasoning`, by which some servers name it, is
+    reasoning_content too. Other keys are copied as they are. Raises InvalidRequest on anything else.
     """
     plain = plain_list(messages, "messages")
     for i, message in enumerate(plain):
@@ -45,15 +50,25 @@ def plain_messages(messages: Any) -> list[dict[str, Any]]:
         if message.get("role") not in ROLES:
             role = str(message.get("role"))[:40]
             raise InvalidRequest(f"{where}.role is {role!r}; expected one of {', '.join(ROLES)}")
-        content = message.get("content")
-        if isinstance(content, list):
-            message["content"] = "".join(_part_text(part, f"{where}.content[{j}]") for j, part in enumerate(content))
-        elif content is None:
-            message["content"] = NO_CONTENT
-        elif not isinstance(content, str):
-            kind = type(content).__name__
-            raise InvalidRequest(f"{where}.content is a {kind}; expected a string, null or a list of text parts")
+        content = _content(message.get("content"), f"{where}.content", form)
+        kept = {
+            key: value for key, value in message.items() if value is not None and (key, value) != ("tool_calls", [])
+        }
+        if isinstance(kept.get("reasoning"), str):
+            kept.setdefault("reasoning_content", kept["reasoning"])
+        plain[i] = kept | {"content": content}
     return plain
+
+
+def _content(given: Any, where: str, form: Form) -> str | list[dict[str, Any]]:
+    if isinstance(given, list):
+        texts = [_part_text(part, f"{where}[{i}]") for i, part in enumerate(given)]
+        return "\n".join(texts) if form == "text" else given
+    if given is not None and not isinstance(given, str):
+        raise InvalidRequest(f"{where} is a {type(given).__name__}; expected a string, null or a list of text parts")
+    if form == "parts":
+        return [{"type": "text", "text": given}] if given else []
+    return NO_CONTENT if given is None else given
 
 
 def _part_text(part: Any, where: str) -> str:

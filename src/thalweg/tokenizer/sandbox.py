@@ -20,6 +20,7 @@ from jinja2.visitor import NodeTransformer
 
 from thalweg.tokenizer import template_filters, template_text
 from thalweg.tokenizer import template_limits as limited
+from thalweg.tokenizer.tool_arguments import Arguments
 
 MAX_INT_BITS = 256
 
@@ -29,9 +30,11 @@ _STR_METHODS = (
     " removeprefix removesuffix replace rfind rindex rjust rpartition rsplit rstrip split splitlines startswith strip"
     " striptags swapcase title translate unescape upper zfill"
 )
+_DICT_METHODS = ("copy", "get", "items", "keys", "values")
 _METHODS: list[tuple[type, frozenset[str]]] = [
     (str, frozenset(_STR_METHODS.split())),
-    (dict, frozenset(("copy", "get", "items", "keys", "values"))),
+    (Arguments, frozenset((*_DICT_METHODS, *_STR_METHODS.split()))),
+    (dict, frozenset(_DICT_METHODS)),
     (list, frozenset(("copy", "count", "index"))),
     (tuple, frozenset(("count", "index"))),
     (float, frozenset(("as_integer_ratio", "conjugate", "hex", "imag", "is_integer", "real"))),
@@ -98,6 +101,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return super().call(__context, __obj, *args, **kwargs)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        if operator == "+" and isinstance(left, str) and isinstance(right, Arguments):
+            right = str(right)
+        elif operator == "+" and isinstance(left, Arguments) and isinstance(right, str):
+            left = str(left)
         if operator == "%" and isinstance(left, str):
             return template_text.percent(left, right)
         sized = [side for side in (left, right) if isinstance(side, (str, list, tuple))]

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from thalweg.tokenizer.messages import NoContent, strings_in
+from thalweg.tokenizer.tool_arguments import Arguments
 
 _PRIVATE_CHARS = range(0x100000, 0x10FFFE)
 _PRIVATE = re.compile("[\U00100000-\U0010fffd]")
@@ -50,6 +51,8 @@ def mark(value: Any, risky: re.Pattern[str], stand_ins: dict[str, str]) -> Any:
         return value
     if isinstance(value, str):
         return risky.sub(lambda match: stand_ins[match.group()], value)
+    if isinstance(value, Arguments):
+        return Arguments(mark({**value}, risky, stand_ins), mark(str(value), risky, stand_ins))
     if isinstance(value, dict):
         return {mark(k, risky, stand_ins): mark(v, risky, stand_ins) for k, v in value.items()}
     if isinstance(value, list):

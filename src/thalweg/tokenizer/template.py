@@ -8,8 +8,8 @@ characters back and are encoded as plain text.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,25 @@ from jinja2.sandbox import SecurityError
 from thalweg.errors import CheckpointError, InvalidRequest
 from thalweg.tokenizer.base import Tokenizer, literal_pattern, split_literals
 from thalweg.tokenizer.files import TOKENIZER_CONFIG, read_text, read_tokenizer_config
+from thalweg.tokenizer.final_message import FinalMessage
 from thalweg.tokenizer.messages import plain_data, plain_list, plain_messages
 from thalweg.tokenizer.sandbox import Sandbox
 from thalweg.tokenizer.stand_ins import free_chars, mark, private_chars, restore, risky_pattern
+from thalweg.tokenizer.template_forms import Form, content_form, prints_arguments
 from thalweg.tokenizer.template_limits import RefusedError, limits
+from thalweg.tokenizer.tool_arguments import with_arguments
 
 TEMPLATE_FILE = "chat_template.jinja"
 MAX_TEMPLATE_BYTES = 1 << 20
 
-_ASKS_FOR_STRING = re.compile(r"arguments\s+is\s+string")
-
 JSONObject = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Compiled:
+    jinja: jinja2.Template
+    form: Form
+    prints_arguments: bool
 
 
 class ChatTemplate:
@@ -45,7 +53,6 @@ class ChatTemplate:
         self._environment = Sandbox()
         self._template = self._compile(source)
         self._tool_template = self._template if tool_source is None else self._compile(tool_source)
-        self._reads_json = bool(_ASKS_FOR_STRING.search(self.tool_source))
         self._own_private_chars = private_chars(source + (tool_source or ""))
         specials = tokenizer.special_tokens
         self._special_pattern = literal_pattern(specials)
@@ -101,9 +108,11 @@ class ChatTemplate:
                 trusted = ""
         return ids + encode(trusted, allow_special=True)
 
-    def _compile(self, source: str) -> jinja2.Template:
+    def _compile(self, source: str) -> _Compiled:
         try:
-            return self._environment.compile_template(source)
+            tree = self._environment.parse(source)
+            compiled = self._environment.compile_template(source)
+            return _Compiled(compiled, content_form(tree), prints_arguments(tree))
         except jinja2.TemplateError as error:
             line = f" at line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
             raise CheckpointError(f"the chat template does not compile{line}: {_one_line(error)}") from None
@@ -120,8 +129,9 @@ class ChatTemplate:
         template_kwargs: JSONObject,
     ) -> tuple[str, dict[str, str]]:
         """The rendered text with stand-ins in it, and {character: the stand-in for it}."""
-        turns = plain_messages(messages)
         tool_list = plain_list(tools, "tools") if tools else None
+        template = self._tool_template if tool_list else self._template
+        turns = [with_arguments(turn, template.prints_arguments) for turn in plain_messages(messages, template.form)]
         extra = plain_data(template_kwargs, "chat_template_kwargs")
 
         free = free_chars(self._own_private_chars, [turns, tool_list, extra])
@@ -129,9 +139,9 @@ class ChatTemplate:
 
         marked = [
             mark(turn, self._risky_in_assistant if turn["role"] == "assistant" else self._risky, stand_ins)
-            for turn in map(self._with_arguments, turns)
+            for turn in turns
         ]
-        final = _FinalMessage(marked, next(free)) if continue_final_message else None
+        final = FinalMessage(marked, next(free)) if continue_final_message else None
         if final is not None and add_generation_prompt:
             raise InvalidRequest(
                 "add_generation_prompt and continue_final_message are both true; expected one of them: the"
@@ -147,13 +157,12 @@ class ChatTemplate:
         for name in extra:
             if name in own or name in self._environment.globals:
                 raise InvalidRequest(f"chat_template_kwargs has {name!r}; expected variables of the template's own")
-        variables = mark(extra, self._risky, stand_ins) | {
-            k: v for k, v in own.items() if v is not None or k == "tools"
-        }
-        template = self._tool_template if tool_list else self._template
+        variables: dict[str, Any] = {"documents": None}  # as transformers has it; given in chat_template_kwargs
+        variables |= mark(extra, self._risky, stand_ins)
+        variables |= {name: value for name, value in own.items() if value is not None or name == "tools"}
         try:
             with limits():
-                text = self._environment.concat(template.root_render_func(template.new_context(variables)))
+                text = self._environment.concat(template.jinja.root_render_func(template.jinja.new_context(variables)))
         except RefusedError as error:
             raise InvalidRequest(f"the chat template refused: {_one_line(error, stand_ins)}") from None
         except SecurityError as error:
@@ -164,59 +173,6 @@ class ChatTemplate:
         for stand_in in stand_ins.values():
             text = text.replace(json.dumps(stand_in)[1:-1], stand_in)
         return text if final is None else final.cut(text), stand_ins
-
-    def _with_arguments(self, turn: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of a turn's tool calls as objects, where the template does not look for JSON in strings."""
-        calls = turn.get("tool_calls")
-        if not isinstance(calls, list) or self._reads_json:
-            return turn
-        return turn | {"tool_calls": [_with_arguments(call) for call in calls]}
-
-
-class _FinalMessage:
-    """The assistant's message that is to be continued: `end` marks where its content ends, also once rendered.
-
-    A space follows the mark, by whose absence it shows that the template trims the content. The content then
-    loses the space at its own end, as it would without a mark.
-    """
-
-    def __init__(self, turns: list[dict[str, Any]], end: str) -> None:
-        last = turns[-1] if turns else {}
-        if last.get("role") != "assistant":
-            raise InvalidRequest(
-                f"continue_final_message is true and the last message's role is {str(last.get('role'))!r};"
-                " expected 'assistant'"
-            )
-        if last.get("tool_calls"):
-            raise InvalidRequest(
-                "continue_final_message is true and the last message has tool_calls; expected content alone"
-            )
-        content = last["content"]
-        # Of a content that is nothing but space, a template that trims leaves nothing in front of the mark.
-        self._end, self._space = end, content[len(content.rstrip()) :] if content.strip() else ""
-        last["content"] = f"{content}{end} "
-
-    def cut(self, text: str) -> str:
-        """The rendered text up to the end of the content. Raises InvalidRequest when the content is not in it."""
-        head, end, rest = text.rpartition(self._end)
-        if not end:
-            raise InvalidRequest(
-                "continue_final_message is true, and the chat template leaves the last message's content out"
-            )
-        if not rest.startswith(" "):
-            head = head.removesuffix(self._space)
-        return head.replace(self._end, "")
-
-
-def _with_arguments(call: Any) -> Any:
-    match call:
-        case {"function": {"arguments": str(arguments)} as function}:
-            try:
-                value = plain_data(json.loads(arguments), "arguments")
-            except (ValueError, RecursionError):  # the model's own slip, perhaps: shown to it as it was
-                return call
-            return call | {"function": function | {"arguments": value}} if isinstance(value, dict) else call
-    return call
 
 
 def _one_line(error: Exception, stand_ins: dict[str, str] | None = None) -> str:
