@@ -170,13 +170,8 @@ def test_neighbours_of_structured_requests_are_as_alone(client: openai.OpenAI) -
         ({"structured_outputs": {"regex": "("}}, "structured_outputs"),
         ({"structured_outputs": {"grammar": "start: " + "(" * 20_000}}, "structured_outputs"),
         ({"tools": TOOLS, "tool_choice": "required", "max_tokens": 0, "n": 40}, "n"),
-        (
-            {
-                "tools": [{"type": "function", "function": {"name": "f", "parameters": {"$ref": "#"}}}],
-                "tool_choice": "required",
-            },
-            "tools",
-        ),
+        ({"guided_json": {"properties": {"a": {"pattern": "^(?!x)"}}}}, "guided_json"),
+        ({"grammar": "root ::= nothing"}, "grammar"),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
@@ -187,6 +182,80 @@ def test_grammars_that_cannot_be_used_are_400(
     assert response.status_code == 400, response.text
     assert response.json()["error"]["param"] == param
     assert httpx.get(f"{server.url}/health").status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_thousands_of_choices(server: ServerProcess, stream: bool) -> None:
+    labels = [f"label number {i}" for i in range(3000)]
+    for more in (
+        {"structured_outputs": {"choice": labels}},
+        {"guided_choice": labels},
+        {"guided_json": {"enum": labels}},
+    ):
+        body = {"messages": MESSAGES, "max_tokens": 30, "temperature": 1, "seed": 3, "stream": stream, **more}
+        response = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
+        assert response.status_code == 200, response.text
+        if stream:
+            chunks = [json.loads(e[6:]) for e in response.text.split("\n\n") if e and e != "data: [DONE]"]
+            text = "".join(c["choices"][0]["delta"].get("content", "") for c in chunks)
+        else:
+            text = response.json()["choices"][0]["message"]["content"]
+        assert (json.loads(text) if "guided_json" in more else text) in labels
+
+
+def test_hundreds_of_optional_properties(server: ServerProcess) -> None:
+    schema = {"type": "object", "properties": {f"p{i}": {"type": "boolean"} for i in range(600)}}
+    body = {"messages": MESSAGES, "max_tokens": 40, "guided_json": schema | {"additionalProperties": False}}
+    response = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
+    assert response.status_code == 200, response.text
+
+
+ODD_PARAMETERS: Any = [
+    {
+        "type": "object",
+        "properties": {"n": {"type": "string", "pattern": "^(?!x)[0-9]+$", "maxLength": 8}},
+        "required": ["n"],
+    },
+    {"$ref": "#"},
+    {"type": "object", "properties": {"n": {"type": "any"}}, "maxProperties": 1},
+]
+
+
+@pytest.mark.parametrize("parameters", ODD_PARAMETERS)
+def test_tools_pass_over_what_cannot_be_compiled(client: openai.OpenAI, parameters: Any) -> None:
+    tools: Any = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+    ask: Any = {"model": "thalweg-tiny", "messages": MESSAGES, "tools": tools, "tool_choice": "required", "seed": 1}
+    choice = client.chat.completions.create(**ask, max_tokens=200).choices[0]
+    assert choice.message.tool_calls is not None
+    assert choice.message.tool_calls[0].function.name == "f"
+    if parameters is ODD_PARAMETERS[0]:
+        assert list(json.loads(choice.message.tool_calls[0].function.arguments)) == ["n"]
+
+
+class Palette(pydantic.BaseModel):
+    colours: set[Literal["red", "green", "blue"]]
+    secret: pydantic.SecretStr = pydantic.Field(max_length=4)
+    first: Literal["x"] | None = None
+
+
+def test_a_generated_schema_with_a_set_and_a_secret(client: openai.OpenAI) -> None:
+    schema = Palette.model_json_schema() | {"additionalProperties": False}
+    form: Any = {"type": "json_schema", "json_schema": {"name": "palette", "schema": schema}}
+    for seed in range(3):
+        ask: Any = {"model": "thalweg-tiny", "messages": MESSAGES, "temperature": 1.5, "seed": seed, "max_tokens": 300}
+        text = client.chat.completions.create(**ask, response_format=form).choices[0].message.content or ""
+        Palette.model_validate_json(text)
+        colours = json.loads(text)["colours"]
+        assert len(set(colours)) == len(colours)
+
+
+def test_a_functions_older_form(client: openai.OpenAI) -> None:
+    functions: Any = [{"name": "count", "parameters": SCHEMA}]
+    ask: Any = {"model": "thalweg-tiny", "messages": MESSAGES, "functions": functions, "max_tokens": 300, "seed": 5}
+    choice = client.chat.completions.create(**ask, function_call={"name": "count"}).choices[0]
+    assert choice.finish_reason == "function_call"
+    assert choice.message.function_call is not None
+    check(choice.message.function_call.arguments)
 
 
 def test_the_log_has_no_traceback(server: ServerProcess) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import threading
@@ -196,7 +197,7 @@ MANY: dict[str, Any] = {"type": "object", "properties": {f"p{i}": {"type": "bool
 
 @pytest.mark.parametrize("seed", range(2))
 def test_thousands_of_choices_and_hundreds_of_optional_properties(kimi: Tokenizer, seed: int) -> None:
-    asked = wanted(CompletionBody(prompt="x", structured_outputs={"choice": LABELS}))
+    asked = asyncio.run(wanted(CompletionBody(prompt="x", structured_outputs={"choice": LABELS})))
     assert asked is not None
     assert kimi.decode(generated(kimi, asked.grammar, seed)) in LABELS
     in_enum = generated(kimi, Grammar("json_schema", json.dumps({"enum": LABELS})), seed)
@@ -256,6 +257,21 @@ def test_what_explodes_elsewhere_runs_or_ends_its_request(kimi: Tokenizer, gramm
         if matcher.is_error() or matcher.is_stopped():
             break
         matcher.consume_token(choice.choice([i for i in range(kimi.vocab_size) if mask >> i & 1]))
+
+
+DEFS = {f"d{i}": {"type": "object", "properties": {"a": {"$ref": f"#/$defs/d{i + 1}"}}} for i in range(1500)}
+LONG_CHAINS = [
+    Grammar("json_schema", json.dumps({"$defs": DEFS | {"d1500": {}}, "$ref": "#/$defs/d0"})),
+    Grammar("lark", "start: r0\n" + "\n".join(f'r{i}: "a" r{i + 1}' for i in range(6000)) + '\nr6000: "b"'),
+]
+
+
+@pytest.mark.parametrize("grammar", LONG_CHAINS, ids=["references", "rules"])
+def test_rules_that_lead_to_rules_by_the_thousand_do_not_end_the_process(kimi: Tokenizer, grammar: Grammar) -> None:
+    grammars = grammars_of(kimi)
+    assert not grammars.matcher(grammar).is_error()  # compiled here and now
+    assert not grammars.compiled(grammar).result().is_error()
+    grammars.close()
 
 
 def test_compiled_grammars_are_shared_and_bounded(kimi: Tokenizer) -> None:

@@ -216,6 +216,23 @@ def test_grammars_that_cannot_be_asked_for_name_their_field(more: dict[str, Any]
         assert (status, answer["error"]["param"]) == (400, param), answer
 
 
+def test_a_schema_that_cannot_be_kept_is_refused_with_keyword_and_path() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "string", "pattern": "^(?!x)[0-9]+$"}}}
+    for more, where in (
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}}, ".json_schema.schema"),
+        ({"response_format": {"type": "json_object", "schema": schema}}, ".schema"),
+        ({"structured_outputs": {"json": schema}}, ".json"),
+        ({"guided_json": json.dumps(schema)}, ""),
+    ):
+        for kind in BODIES:
+            status, answer, _ = ask(kind, more)
+            field = next(iter(more))
+            assert (status, answer["error"]["param"], answer["error"]["code"]) == (400, field, "invalid_grammar")
+            assert answer["error"]["message"].startswith(
+                f"{field}{where}.properties.a.pattern: '^(?!x)[0-9]+$' cannot be"
+            )
+
+
 def test_truncated_prompts_keep_their_end() -> None:
     for more, expected in (
         ({"truncate_prompt_tokens": 3}, "2 3"),

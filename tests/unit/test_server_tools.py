@@ -119,6 +119,25 @@ def test_hermes_calls_have_ids_of_their_own() -> None:
     assert [call["function"] for call in message["tool_calls"]] == [{"name": "now", "arguments": "{}"}] * 2
 
 
+@pytest.mark.parametrize("template", [KIMI, HERMES, HERMES + "{# <function= #}"])
+def test_tools_pass_over_what_cannot_be_compiled(template: str) -> None:
+    parameters = {
+        "type": "object",
+        "properties": {"n": {"type": "integer", "maximum": 9}, "s": {"type": "string", "pattern": "^(?!x)[0-9]+$"}},
+    }
+    tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+    for more in (
+        {"tools": tools, "tool_choice": "required"},
+        {"functions": [tools[0]["function"]], "function_call": {"name": "f"}},
+    ):
+        client = ClientDouble(template=template)
+        assert "choices" in ask(client, {"messages": CHAT["messages"], **more})
+        grammar = client.seen[0].params.grammar
+        assert grammar is not None
+        assert "(?!x)" not in grammar.text
+        assert '"maximum": 9' in grammar.text
+
+
 NOW_AND_WEATHER = [tool["function"] for tool in TOOLS]
 OLDER: dict[str, Any] = {"messages": CHAT["messages"], "functions": NOW_AND_WEATHER}
 

@@ -10,9 +10,10 @@ import json
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from thalweg.core import JSON_WHITESPACE, Grammar
 from thalweg.errors import InvalidRequest
@@ -21,6 +22,7 @@ from thalweg.tokenizer.base import Tokenizer
 if TYPE_CHECKING:  # imported where the first grammar is: most engines never see one
     import llguidance
 
+STACK_BYTES = 512 << 20  # of address space; a rule takes up to 32 KB, if one comes to be compiled within another
 MAX_COMPILED = 32  # each may come to hold MAX_LEXER_STATES of 1 to 2 KB
 MAX_LEXER_STATES = 20_000
 MAX_ROW_ITEMS = 20_000  # an object takes 4 for each property that may come next; all of a step come to 50,000
@@ -32,6 +34,10 @@ _UNICODE_ESCAPE = re.compile(r"(?<!\\)((?:\\\\)*)\\u([0-9a-fA-F]{4})")
 _LISTING = re.compile(r"^\s*\d+ \||: +\((?:And|Or|Not|Concat|Regex|SearchRegex)\b", re.MULTILINE)
 
 Vocabulary = tuple[Tokenizer | None, int, frozenset[int]]  # tokenizer, rows of the logits, ids that end an output
+
+
+_stack_size = threading.Lock()
+T = TypeVar("T")
 
 
 class Grammars:
@@ -50,7 +56,9 @@ class Grammars:
         with self._lock:
             future = self._compiled.get(grammar)
             if future is None:
-                future = self._compiled[grammar] = self._pool.submit(self._compile, grammar)
+                with _deep_stacks():
+                    future = self._pool.submit(self._compile, grammar)
+                self._compiled[grammar] = future
             self._compiled.move_to_end(grammar)
             while len(self._compiled) > MAX_COMPILED:
                 self._compiled.popitem(last=False)
@@ -61,8 +69,9 @@ class Grammars:
         now: the caller may be a step, which must not wait for all that the threads have yet to do."""
         with self._lock:
             future = self._compiled.get(grammar)
-        matcher = future.result() if future is not None and future.done() else self._compile(grammar)
-        return matcher.deep_copy()
+        if future is None or not future.done():
+            return on_a_deep_stack(lambda: self._compile(grammar)).deep_copy()
+        return future.result().deep_copy()
 
     def close(self) -> None:
         """Compile no more. What is being compiled is finished for nobody."""
@@ -95,6 +104,25 @@ class Grammars:
             if self._tokenizer is None:
                 self._tokenizer = _vocabulary(*self._load())
         return self._tokenizer
+
+
+@contextmanager
+def _deep_stacks() -> Iterator[None]:
+    """Threads begun meanwhile have room for grammars whose rules lead to rules by the thousand."""
+    with _stack_size:
+        before = threading.stack_size(STACK_BYTES)
+        try:
+            yield
+        finally:
+            threading.stack_size(before)
+
+
+def on_a_deep_stack(function: Callable[[], T]) -> T:
+    """function(), where llguidance may go as deep as a grammar leads it, which elsewhere may end the process."""
+    with ThreadPoolExecutor(1, thread_name_prefix="thalweg-grammar") as pool:
+        with _deep_stacks():
+            future = pool.submit(function)
+        return future.result()
 
 
 def _guidance(grammar: Grammar) -> str:

@@ -35,12 +35,12 @@ async def chat_completions(body: ChatBody, request: Request, service: ServiceDep
     arrived = time.perf_counter()
     service.check(body.model)
     _refuse_unsupported(body, service)
-    use, text = _tool_use(body, service), wanted(body)
+    use, text = _tool_use(body, service), await wanted(body)
     messages = newer_messages([_message(m) for m in body.messages])
     max_tokens = body.limit(None)
     prompt_ids = await service.encode_chat(request, messages, tools=use.tools or None, **body.template_options())
     prompt_ids = truncated(prompt_ids, body, service.client.info.max_model_len, max_tokens)
-    held = held_to(service.output, use, text, service.output.begins_thinking(prompt_ids))
+    held = await held_to(service.output, use, text, service.output.begins_thinking(prompt_ids))
     params = sampling_params(
         body,
         service.suggested,

@@ -41,7 +41,7 @@ async def completions(body: CompletionBody, request: Request, service: ServiceDe
     arrived = time.perf_counter()
     service.check(body.model)
     _refuse_unsupported(body, service)
-    text, max_tokens = wanted(body), body.limit(DEFAULT_MAX_TOKENS)
+    text, max_tokens = await wanted(body), body.limit(DEFAULT_MAX_TOKENS)
     params = sampling_params(
         body,
         service.suggested,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from dataclasses import dataclass
 from typing import Any
 
 from thalweg.core import MAX_GRAMMAR_CHARS, Grammar
 from thalweg.errors import InvalidRequest
-from thalweg.server import dialects
+from thalweg.server import dialects, json_schema
 from thalweg.server.errors import ApiError
 from thalweg.server.parsers.formats import OutputFormat
 from thalweg.server.parsers.lark import json_lark, one_of
@@ -37,14 +38,17 @@ class Wanted:
     grammar: Grammar
 
 
-def wanted(body: GenerationBody) -> Wanted | None:
+async def wanted(body: GenerationBody) -> Wanted | None:
     """What the request says its text must be; None if it says nothing. Raises what names the field."""
     asked = [(name, value) for name in Grammars.model_fields if not _says_nothing(name, value := getattr(body, name))]
+    # A schema may be long to go through, and the first one loads a library.
+    return await asyncio.to_thread(_wanted, asked) if asked else None
+
+
+def _wanted(asked: list[tuple[str, Any]]) -> Wanted:
     if len(asked) > 1:
         first, second = asked[0][0], asked[1][0]
         raise ApiError(400, f"{second} and {first} are both given; expected one of them", param=second)
-    if not asked:
-        return None
     [(field, value)] = asked
     value = plain_data(value, field)  # bounds its depth
     if field == "response_format":
@@ -60,11 +64,17 @@ def _says_nothing(field: str, value: Any) -> bool:
     return value is None or value == ""
 
 
-def held_to(output: OutputFormat, use: ToolUse, text: Wanted | None, begun: bool) -> Wanted | None:
+async def held_to(output: OutputFormat, use: ToolUse, text: Wanted | None, begun: bool) -> Wanted | None:
     """What all of a chat answer must be: tool calls where they are required, `text`, or either where both may be.
 
     Reasoning may come first; `begun`: the prompt ends within it.
     """
+    if text is None and use.choice != "required":
+        return None
+    return await asyncio.to_thread(_held_to, output, use, text, begun)
+
+
+def _held_to(output: OutputFormat, use: ToolUse, text: Wanted | None, begun: bool) -> Wanted | None:
     before = output.reasoning_lark(begun)
     if use.choice != "none" and output.calls is not None:
         calls = output.calls.lark(use.callable_, output.added_tokens, use.parallel)
@@ -122,7 +132,10 @@ def _of_kind(field: str, where: str, kind: str, what: Any) -> Wanted:
     if kind == "json" and isinstance(what, str):
         what = _parsed(field, where, what)
     if kind == "json" and isinstance(what, dict):
-        return _made(field, "json_schema", json.dumps(what))
+        try:
+            return _made(field, "json_schema", json.dumps(json_schema.strict(what, where)))
+        except json_schema.RefusedError as error:
+            raise ApiError(400, str(error), param=field, code="invalid_grammar") from None
     if kind == "choice" and isinstance(what, list) and what and all(isinstance(c, str) and c for c in what):
         return _made(field, "lark", f"start: CHOICE\n{one_of('CHOICE', what)}")
     if kind not in ("json", "choice") and isinstance(what, str):

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from thalweg.core import JSON_WHITESPACE
+from thalweg.server import json_schema
 
 _NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 # Where these are said, `properties` are not all there are.
@@ -35,9 +36,10 @@ def json_lark(schema: Mapping[str, Any], *, lenient: bool = False) -> str:
 
 
 def arguments_schema(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """What a tool's arguments must be: an object of the parameters that it names, unless its schema says more."""
+    """What a tool's arguments must be: an object of the parameters that it names, unless its schema says more. What of
+    the schema cannot be compiled is dropped."""
     parameters = tool["function"].get("parameters")
     if not parameters:
         return _NO_PARAMETERS
     closed = {} if _MORE_PROPERTIES & parameters.keys() else {"additionalProperties": False}
-    return {"type": "object", **closed, **parameters}
+    return json_schema.lenient({"type": "object", **closed, **parameters})

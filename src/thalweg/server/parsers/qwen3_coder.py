@@ -38,6 +38,8 @@ def lark(tools: Sequence[Mapping[str, Any]], added_tokens: Mapping[str, int], pa
         shared: dict[str, Any] = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
         parameters = []
         for j, (key, own) in enumerate(schema.get("properties", {}).items()):
+            if own is False:
+                continue
             parameters.append(f"value{i}_{j}" + ("" if key in required else "?"))
             head = literal(f"<parameter={key}>\n")
             if isinstance(own, dict) and own and own.get("type") != "string":
