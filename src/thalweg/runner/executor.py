@@ -25,7 +25,7 @@ class Runner(Protocol):
 
 class Executor(Generic[Info]):
     """Builds a rank on its thread, then launches plans there, in order; results come as futures in the same order.
-    Where results have to be waited for, a second thread waits, and the next plan is launched meanwhile.
+    If results have to be waited for, a second thread waits, and the next plan is launched meanwhile.
 
     After an exception, or after `fail`, every future fails: the cache may be half written, so no later step can be
     trusted. `build` gives the runner and whatever should be known about it. The thread is a daemon: a rank stuck in

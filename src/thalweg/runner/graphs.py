@@ -26,7 +26,7 @@ Model = Callable[[Batch, CacheStorage], Tensor]
 
 
 def buckets(max_num_seqs: int) -> list[int]:
-    """Batch sizes to capture: fine steps where a row more costs most, coarse ones above, up to max_num_seqs or
+    """Batch sizes to capture: fine steps while one more row costs most, coarse ones above, up to max_num_seqs or
     MAX_ROWS, whichever is less. Larger steps run eagerly."""
     max_num_seqs = min(max_num_seqs, MAX_ROWS)
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 32), *range(256, max_num_seqs + 128, 128)]

@@ -1,4 +1,4 @@
-"""Tokens under top-k, top-p and min-p: sort, cut, and one draw a row by inverting what is left."""
+"""Tokens under top-k, top-p and min-p: sort, cut, and one draw per row by inverting what is left."""
 
 from __future__ import annotations
 

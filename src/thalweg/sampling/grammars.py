@@ -1,6 +1,6 @@
 """Grammars compiled for a vocabulary: on threads of their own, under limits, those used last kept.
 
-llguidance compiles lazily and within budgets of its own (symbols, lexer states, work a step), so that what a schema
+llguidance compiles lazily and within budgets of its own (symbols, lexer states, work per step), so that what a schema
 can cost is bounded before it is known what the schema says.
 """
 

@@ -91,7 +91,7 @@ class Masker:
 
 
 def _masked(logits_RV: Tensor, masks_RW: Tensor) -> Tensor:
-    """-inf where the bit of a column (32 in a word, lowest first) is 0. A row that has nothing left, as where
+    """-inf where the bit of a column (32 per word, lowest first) is 0. A row that has nothing left, e.g. because
     min_tokens forbids the only token allowed, goes by its mask alone."""
     bits_RW32 = masks_RW[:, :, None] >> torch.arange(32, dtype=torch.int32, device=masks_RW.device) & 1
     allowed_RV = bits_RW32.flatten(1)[:, : logits_RV.shape[1]].bool()
