@@ -13,40 +13,40 @@ from tests.ops.kda_mixer_case import error
 
 @dataclass
 class MlaMixerCase:
-    """Shuffled pages; page 0 is a sink; every row that holds no token of a sequence is NaN."""
+    """Shuffled blocks; block 0 is a sink; every row that holds no token of a sequence is NaN."""
 
     proj: Tensor
     norm_weight: Tensor
     w_uk: Tensor
     w_uv: Tensor
-    pages: Tensor
+    blocks: Tensor
     tables: Tensor
     lens: Tensor
-    page_rows: Tensor
+    block_rows: Tensor
     scale: float
     eps: float
 
     def copy(self) -> MlaMixerCase:
-        return replace(self, pages=self.pages.clone())
+        return replace(self, blocks=self.blocks.clone())
 
     def run(self, op: Callable[..., Tensor]) -> Tensor:
-        """What `op` gives; it writes into these pages."""
+        """What `op` gives; it writes into these blocks."""
         return op(
             self.proj,
             kv_norm_weight_R=self.norm_weight,
             w_uk_HKR=self.w_uk,
             w_uv_HVR=self.w_uv,
-            pages_MSC=self.pages,
+            blocks_MSC=self.blocks,
             block_tables_BN=self.tables,
             context_lens_B=self.lens,
-            page_rows_B=self.page_rows,
+            block_rows_B=self.block_rows,
             scale=self.scale,
             eps=self.eps,
         )
 
     def rows(self, b: int) -> Tensor:
-        """Rows of the flattened pages that hold sequence b's tokens, in order."""
-        size = self.pages.shape[1]
+        """Rows of the flattened blocks that hold sequence b's tokens, in order."""
+        size = self.blocks.shape[1]
         t = torch.arange(int(self.lens[b]), device=self.tables.device)
         return self.tables[b, t // size].long() * size + t % size
 
@@ -58,7 +58,7 @@ def mla_mixer_case(
     R: int,
     P: int,
     V: int,
-    page_size: int,
+    block_size: int,
     dtype: torch.dtype,
     device: str = "cpu",
     seed: int = 0,
@@ -66,7 +66,7 @@ def mla_mixer_case(
 ) -> MlaMixerCase:
     """`spread` is the magnitude of the queries: at 30 one token takes nearly all the weight."""
     rng = torch.Generator(device).manual_seed(seed)
-    B, N = len(lens), max(-(-n // page_size) for n in lens) + 1
+    B, N = len(lens), max(-(-n // block_size) for n in lens) + 1
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=rng, device=device)
@@ -80,28 +80,28 @@ def mla_mixer_case(
         norm_weight=(1 + 0.1 * randn(R)).to(dtype),
         w_uk=w[:, :K],
         w_uv=w[:, K:],
-        pages=torch.full((B * N + 1, page_size, R + P), torch.nan, dtype=dtype, device=device),
+        blocks=torch.full((B * N + 1, block_size, R + P), torch.nan, dtype=dtype, device=device),
         tables=tables,
         lens=torch.tensor(lens, dtype=torch.int32, device=device),
-        page_rows=torch.empty(B, dtype=torch.int64, device=device),
+        block_rows=torch.empty(B, dtype=torch.int64, device=device),
         scale=(K + P) ** -0.5,
         eps=1e-5,
     )
-    flat = case.pages.view(-1, R + P)
+    flat = case.blocks.view(-1, R + P)
     for b in range(B):
         rows = case.rows(b)
-        case.page_rows[b] = rows[-1]
+        case.block_rows[b] = rows[-1]
         flat[rows[:-1]] = randn(len(rows) - 1, R + P).to(dtype)
     return case
 
 
 def mla_mixer_fp64(case: MlaMixerCase) -> tuple[Tensor, Tensor]:
-    """(o_BO, the row of the pages that each sequence's new token gets)."""
-    (H, K, R), P = case.w_uk.shape, case.pages.shape[-1] - case.w_uk.shape[-1]
+    """(o_BO, the row of the blocks that each sequence's new token gets)."""
+    (H, K, R), P = case.w_uk.shape, case.blocks.shape[-1] - case.w_uk.shape[-1]
     q, c, shared = case.proj.double().split([H * (K + P), R, P], dim=-1)
     c = c * (c.square().mean(-1, keepdim=True) + case.eps).rsqrt() * case.norm_weight.double()
     new = torch.cat((c, shared), dim=-1)
-    flat, out = case.pages.view(-1, R + P), []
+    flat, out = case.blocks.view(-1, R + P), []
     for b in range(len(q)):
         # What a token's latent was rounded to when it was stored is what every later step reads.
         latent = torch.cat((flat[case.rows(b)[:-1]], new[b : b + 1].to(flat.dtype))).double()
@@ -118,8 +118,8 @@ def check_mla_mixer(op: Callable[..., Tensor], case: MlaMixerCase, tolerance: fl
     out = after.run(op)
     assert out.dtype == case.proj.dtype
     assert error(out, o) < tolerance
-    flat, before = (x.pages.flatten(0, 1) for x in (after, case))
-    torch.testing.assert_close(flat[case.page_rows].double(), new, rtol=tolerance, atol=tolerance)
+    flat, before = (x.blocks.flatten(0, 1) for x in (after, case))
+    torch.testing.assert_close(flat[case.block_rows].double(), new, rtol=tolerance, atol=tolerance)
     others = torch.ones(len(flat), dtype=torch.bool, device=flat.device)
-    others[case.page_rows] = False
+    others[case.block_rows] = False
     torch.testing.assert_close(flat[others], before[others], rtol=0, atol=0, equal_nan=True)

@@ -87,23 +87,23 @@ def conv_case(
 
 def mla_case(
     cached: list[int], new: list[int], dtype: torch.dtype, device: str = "cpu", H: int = 2, K: int = 16, P: int = 16,
-    V: int = 32, R: int = 24, page_size: int = 8,
+    V: int = 32, R: int = 24, block_size: int = 8,
 ) -> dict[str, Any]:  # fmt: skip
-    """Arguments of mla_prefill by name; rows of pages that hold no token of theirs are NaN."""
+    """Arguments of mla_prefill by name; rows of blocks that hold no token of theirs are NaN."""
     rng = torch.Generator().manual_seed(sum(cached) + 7 * sum(new))
     totals = [a + b for a, b in zip(cached, new, strict=True)]
-    N = max(1, -(-max(totals) // page_size))
+    N = max(1, -(-max(totals) // block_size))
     tables = (torch.randperm(len(new) * N, generator=rng) + 1).view(len(new), N)
-    pages = torch.full((len(new) * N + 1, page_size, R + P), torch.nan)
+    blocks = torch.full((len(new) * N + 1, block_size, R + P), torch.nan)
     for row, total in zip(tables, totals, strict=True):
         positions = torch.arange(total)
-        pages[row[positions // page_size], positions % page_size] = torch.randn(total, R + P, generator=rng)
+        blocks[row[positions // block_size], positions % block_size] = torch.randn(total, R + P, generator=rng)
     offsets = list(accumulate(new, initial=0))
     q = torch.randn(offsets[-1], H, K + P, generator=rng)
     w = (torch.randn(H, K + V, R, generator=rng) * R**-0.5).to(device, dtype)
     return dict(
         q_THX=q.to(device, dtype),
-        pages_MSC=pages.to(device, dtype),
+        blocks_MSC=blocks.to(device, dtype),
         block_tables_BN=tables.int().to(device),
         context_lens=cached,
         offsets=offsets,

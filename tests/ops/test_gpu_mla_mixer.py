@@ -14,9 +14,9 @@ pytestmark = pytest.mark.gpu
 SHAPE = {"H": 32, "K": 128, "R": 512, "P": 64, "V": 128}
 
 
-def kernel(name: str = "gluon", page_size: int = 64, **dims: int) -> MlaMixerDecode:
+def kernel(name: str = "gluon", block_size: int = 64, **dims: int) -> MlaMixerDecode:
     resolver = Resolver({"mla_mixer_decode": name})
-    return resolver.resolve(MLA_MIXER_DECODE, Where("cuda", "bfloat16"), MlaMixerDims(**SHAPE | dims, S=page_size))
+    return resolver.resolve(MLA_MIXER_DECODE, Where("cuda", "bfloat16"), MlaMixerDims(**SHAPE | dims, S=block_size))
 
 
 def ragged(B: int, longest: int) -> list[int]:
@@ -26,22 +26,22 @@ def ragged(B: int, longest: int) -> list[int]:
 
 @pytest.mark.parametrize("B", [1, 2, 4, 5, 8, 24, 32, 70, 140])
 def test_ragged_batches(B: int) -> None:
-    case = mla_mixer_case(ragged(B, 4500), **SHAPE, page_size=64, dtype=torch.bfloat16, device="cuda", seed=B)
+    case = mla_mixer_case(ragged(B, 4500), **SHAPE, block_size=64, dtype=torch.bfloat16, device="cuda", seed=B)
     check_mla_mixer(kernel(), case, 0.005)
 
 
 @pytest.mark.parametrize("lens", [[4500], [64], [9000, 1], [70_000]])
 def test_few_long_sequences(lens: list[int]) -> None:
-    check_mla_mixer(kernel(), mla_mixer_case(lens, **SHAPE, page_size=64, dtype=torch.bfloat16, device="cuda"), 0.005)
+    check_mla_mixer(kernel(), mla_mixer_case(lens, **SHAPE, block_size=64, dtype=torch.bfloat16, device="cuda"), 0.005)
 
 
-@pytest.mark.parametrize(("H", "page_size"), [(3, 16), (8, 24), (16, 128), (1, 1), (3, 64), (8, 64), (1, 192)])
-def test_other_heads_and_pages(H: int, page_size: int) -> None:
+@pytest.mark.parametrize(("H", "block_size"), [(3, 16), (8, 24), (16, 128), (1, 1), (3, 64), (8, 64), (1, 192)])
+def test_other_heads_and_blocks(H: int, block_size: int) -> None:
     shape = SHAPE | {"H": H}
-    case = mla_mixer_case(ragged(7, 700), **shape, page_size=page_size, dtype=torch.bfloat16, device="cuda")
-    name = "triton" if page_size % 64 else "gluon"
-    check_mla_mixer(kernel(name, page_size, H=H), case, 0.005)
-    check_mla_mixer(kernel("triton", page_size, H=H), case, 0.005)
+    case = mla_mixer_case(ragged(7, 700), **shape, block_size=block_size, dtype=torch.bfloat16, device="cuda")
+    name = "triton" if block_size % 64 else "gluon"
+    check_mla_mixer(kernel(name, block_size, H=H), case, 0.005)
+    check_mla_mixer(kernel("triton", block_size, H=H), case, 0.005)
 
 
 @pytest.mark.parametrize(
@@ -55,17 +55,17 @@ def test_other_heads_and_pages(H: int, page_size: int) -> None:
     ],
 )
 def test_other_widths(name: str, dims: dict[str, int]) -> None:
-    case = mla_mixer_case(ragged(7, 700), **SHAPE | dims, page_size=64, dtype=torch.bfloat16, device="cuda")
+    case = mla_mixer_case(ragged(7, 700), **SHAPE | dims, block_size=64, dtype=torch.bfloat16, device="cuda")
     check_mla_mixer(kernel(name, **dims), case, 0.005)
 
 
 @pytest.mark.parametrize("length", [0, 1])
 def test_rows_that_share_the_sink(length: int) -> None:
     op = kernel()
-    case = mla_mixer_case(ragged(8, 700), **SHAPE, page_size=64, dtype=torch.bfloat16, device="cuda")
-    case.pages[0] = 0
+    case = mla_mixer_case(ragged(8, 700), **SHAPE, block_size=64, dtype=torch.bfloat16, device="cuda")
+    case.blocks[0] = 0
     padded, expected = case.copy(), case.copy().run(op)
-    padded.tables[4:], padded.lens[4:], padded.page_rows[4:] = 0, length, 0
+    padded.tables[4:], padded.lens[4:], padded.block_rows[4:] = 0, length, 0
     out = padded.run(op)
     assert torch.equal(out[:4], expected[:4])
     assert torch.isfinite(out).all()
@@ -73,14 +73,14 @@ def test_rows_that_share_the_sink(length: int) -> None:
 
 @pytest.mark.parametrize("spread", [1.0, 30.0])
 def test_peaked_scores(spread: float) -> None:
-    case = mla_mixer_case(ragged(8, 3000), **SHAPE, page_size=64, dtype=torch.bfloat16, device="cuda", spread=spread)
+    case = mla_mixer_case(ragged(8, 3000), **SHAPE, block_size=64, dtype=torch.bfloat16, device="cuda", spread=spread)
     check_mla_mixer(kernel(), case, 0.02)
 
 
 def test_replays_under_load() -> None:
     """Kernels that overlap their neighbours give the same bits every time."""
     op = kernel()
-    case = mla_mixer_case(ragged(8, 3000), **SHAPE, page_size=64, dtype=torch.bfloat16, device="cuda")
+    case = mla_mixer_case(ragged(8, 3000), **SHAPE, block_size=64, dtype=torch.bfloat16, device="cuda")
     expected = case.copy().run(op)
     after = case.copy()
     graph = torch.cuda.CUDAGraph()

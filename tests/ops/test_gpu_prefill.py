@@ -85,7 +85,7 @@ def test_mla(most: int, cached: list[int], new: list[int], monkeypatch: pytest.M
     from thalweg.ops.attention.mla import reference, triton
 
     monkeypatch.setattr(triton, "MAX_CONTEXT", most)
-    shape = dict(H=4, K=128, P=64, V=128, R=512, page_size=64)
+    shape = dict(H=4, K=128, P=64, V=128, R=512, block_size=64)
     arguments = mla_case(cached, new, torch.bfloat16, "cuda", **shape)
     assert ratio(triton.mla_prefill(**arguments), reference.mla_prefill(**arguments)) < 0.006
 

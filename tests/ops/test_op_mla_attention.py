@@ -1,4 +1,4 @@
-"""Latent attention over pages, against per-query float64 attention on the plain list of latents."""
+"""Latent attention over blocks, against per-query float64 attention on the plain list of latents."""
 
 from __future__ import annotations
 
@@ -13,35 +13,37 @@ from torch import Tensor
 from thalweg.ops.attention.mla import reference
 from thalweg.ops.attention.mla.reference import mla_decode, mla_prefill, mla_write
 
-H, K, P, R, V, PAGE = 3, 8, 4, 12, 10, 4
+H, K, P, R, V, BLOCK_SIZE = 3, 8, 4, 12, 10, 4
 C = R + P
 SCALE = (K + P) ** -0.5
 
 
 class Sequences:
-    """Random latents of some sequences in shuffled pages; every row that is not theirs holds NaN or inf."""
+    """Random latents of some sequences in shuffled blocks; every row that is not theirs holds NaN or inf."""
 
     def __init__(self, lengths: list[int], seed: int = 0, dtype: torch.dtype = torch.float32) -> None:
         rng = torch.Generator().manual_seed(seed)
         self.latents = [torch.randn(n, C, generator=rng).to(dtype) for n in lengths]
         self.w_uk = torch.randn(H, K, R, generator=rng).to(dtype)
         self.w_uv = torch.randn(H, V, R, generator=rng).to(dtype)
-        counts = [-(-n // PAGE) for n in lengths]
+        counts = [-(-n // BLOCK_SIZE) for n in lengths]
         width = max(1, *counts) + 1
         free = torch.randperm(sum(counts) + 2, generator=rng).tolist()
-        self.pages = torch.full((len(free), PAGE, C), torch.nan, dtype=dtype)
-        self.pages[:, 1::2] = torch.inf
+        self.blocks = torch.full((len(free), BLOCK_SIZE, C), torch.nan, dtype=dtype)
+        self.blocks[:, 1::2] = torch.inf
         self.tables = torch.zeros(len(lengths), width, dtype=torch.int32)
         for b, latent in enumerate(self.latents):
-            self.tables[b] = free[-1]  # entries past the end: any valid page, here a stale one
+            self.tables[b] = free[-1]  # entries past the end: any valid block, here a stale one
             for i in range(counts[b]):
                 self.tables[b, i] = free.pop(0)
-            rows = torch.tensor([int(self.tables[b, t // PAGE]) * PAGE + t % PAGE for t in range(len(latent))])
-            mla_write(latent, self.pages, rows.long())
+            rows = torch.tensor(
+                [int(self.tables[b, t // BLOCK_SIZE]) * BLOCK_SIZE + t % BLOCK_SIZE for t in range(len(latent))]
+            )
+            mla_write(latent, self.blocks, rows.long())
 
     def q(self, T: int, seed: int = 1) -> Tensor:
         q = torch.randn(T, H, K + P, generator=torch.Generator().manual_seed(seed))
-        return q.to(self.pages.dtype)
+        return q.to(self.blocks.dtype)
 
     def absorbed(self, q_THX: Tensor) -> Tensor:
         nope, rope = q_THX.double().split((K, P), dim=-1)
@@ -67,7 +69,7 @@ def prefill(s: Sequences, new: list[int]) -> tuple[Tensor, Tensor, list[int]]:
 
 def attend(s: Sequences, q: Tensor, prefixes: list[int], offsets: list[int]) -> Tensor:
     where = dict(block_tables_BN=s.tables, context_lens=prefixes, offsets=offsets)
-    return mla_prefill(q, s.pages, **where, w_uk_HKR=s.w_uk, w_uv_HVR=s.w_uv, scale=SCALE)
+    return mla_prefill(q, s.blocks, **where, w_uk_HKR=s.w_uk, w_uv_HVR=s.w_uv, scale=SCALE)
 
 
 def check_prefill(s: Sequences, new: list[int], tolerance: float = 1e-5) -> None:
@@ -85,7 +87,7 @@ def check_prefill(s: Sequences, new: list[int], tolerance: float = 1e-5) -> None
 def test_decode_of_any_contexts(lengths: list[int], seed: int) -> None:
     s = Sequences(lengths, seed)
     q = s.q(len(lengths))
-    out = mla_decode(s.absorbed(q).float(), s.pages, s.tables, torch.tensor(lengths, dtype=torch.int32), SCALE, R)
+    out = mla_decode(s.absorbed(q).float(), s.blocks, s.tables, torch.tensor(lengths, dtype=torch.int32), SCALE, R)
     assert out.shape == (len(lengths), H, R)
     for b, n in enumerate(lengths):
         values = torch.einsum("hr,hvr->hv", out[b].double(), s.w_uv.double())
@@ -96,10 +98,10 @@ def test_decode_in_parts_when_contexts_are_long(monkeypatch: pytest.MonkeyPatch)
     s = Sequences([9, 3, 19, 1, 8])
     q = s.absorbed(s.q(5)).float()
     lengths = [len(latent) for latent in s.latents]
-    whole = mla_decode(q, s.pages, s.tables, torch.tensor(lengths, dtype=torch.int32), SCALE, R)
+    whole = mla_decode(q, s.blocks, s.tables, torch.tensor(lengths, dtype=torch.int32), SCALE, R)
     monkeypatch.setattr(reference, "MAX_ELEMENTS", 200)
     torch.testing.assert_close(
-        mla_decode(q, s.pages, s.tables, torch.tensor(lengths, dtype=torch.int32), SCALE, R),
+        mla_decode(q, s.blocks, s.tables, torch.tensor(lengths, dtype=torch.int32), SCALE, R),
         whole,
         rtol=1e-5,
         atol=1e-6,
@@ -108,7 +110,7 @@ def test_decode_in_parts_when_contexts_are_long(monkeypatch: pytest.MonkeyPatch)
 
 def test_decode_of_an_empty_context_gives_zeros() -> None:
     s = Sequences([5, 0])
-    out = mla_decode(s.absorbed(s.q(2)).float(), s.pages, s.tables, torch.tensor([5, 0], dtype=torch.int32), SCALE, R)
+    out = mla_decode(s.absorbed(s.q(2)).float(), s.blocks, s.tables, torch.tensor([5, 0], dtype=torch.int32), SCALE, R)
     assert torch.isfinite(out).all()
     assert torch.equal(out[1], torch.zeros(H, R))
 
@@ -132,9 +134,9 @@ def test_running_softmax_survives_scores_far_apart(monkeypatch: pytest.MonkeyPat
     """Later keys outscore earlier ones by hundreds: earlier blocks must be scaled away without overflow."""
     monkeypatch.setattr(reference, "MAX_ELEMENTS", 1)
     s = Sequences([24])
-    rows = torch.tensor([int(s.tables[0, t // PAGE]) * PAGE + t % PAGE for t in range(24)])
+    rows = torch.tensor([int(s.tables[0, t // BLOCK_SIZE]) * BLOCK_SIZE + t % BLOCK_SIZE for t in range(24)])
     s.latents[0] = s.latents[0] * torch.linspace(1, 60, 24)[:, None]
-    mla_write(s.latents[0], s.pages, rows)
+    mla_write(s.latents[0], s.blocks, rows)
     check_prefill(s, [24], tolerance=1e-4)
 
 
@@ -154,9 +156,9 @@ def test_bf16_rounds_once_at_the_end() -> None:
 
 
 def test_write_touches_only_its_rows_and_converts() -> None:
-    pages = torch.full((3, PAGE, C), torch.nan, dtype=torch.bfloat16)
+    blocks = torch.full((3, BLOCK_SIZE, C), torch.nan, dtype=torch.bfloat16)
     latent = torch.randn(2, C)
-    mla_write(latent, pages, torch.tensor([9, 2]))
-    flat = pages.view(-1, C)
+    mla_write(latent, blocks, torch.tensor([9, 2]))
+    flat = blocks.view(-1, C)
     assert torch.equal(flat[[9, 2]], latent.bfloat16())
     assert torch.isnan(flat[[i for i in range(12) if i not in (9, 2)]]).all()

@@ -23,12 +23,12 @@ def test_reference(spread: float) -> None:
 def check_kernels() -> None:
     from thalweg.ops.attention.mla_mixer.triton import mla_mixer_decode
 
-    for lens, page_size, spread in (
+    for lens, block_size, spread in (
         ([150, 1, 70], 16, 1.0),
         ([5, 64, 65, 200, 1, 129], 24, 1.0),  # more than four sequences: the tiled form of the last kernel
         ([300], 64, 30.0),
     ):
-        case = mla_mixer_case(lens, 3, 16, 32, 16, 16, page_size, torch.float32, spread=spread)
+        case = mla_mixer_case(lens, 3, 16, 32, 16, 16, block_size, torch.float32, spread=spread)
         check_mla_mixer(mla_mixer_decode, case, 2e-5)
 
 
@@ -37,7 +37,7 @@ def check_rows_that_share_the_sink() -> None:
 
     case = mla_mixer_case([40, 70, 3, 9], 2, 16, 32, 16, 16, 16, torch.float32)
     padded = case.copy()
-    padded.tables[2:], padded.lens[2:], padded.page_rows[2:] = 0, 1, 0
+    padded.tables[2:], padded.lens[2:], padded.block_rows[2:] = 0, 1, 0
     out, expected = padded.copy().run(mla_mixer_decode), case.run(reference)
     torch.testing.assert_close(out[:2], expected[:2], rtol=1e-5, atol=1e-5)
     padded.lens[2:] = 0
@@ -58,10 +58,10 @@ def test_splits() -> None:
     assert _splits(1, 8) == 8
 
 
-POINTERS = ("proj", "norm_weight", "w_uk", "w_uv", "pages", "q", "part", "out")
+POINTERS = ("proj", "norm_weight", "w_uk", "w_uv", "blocks", "q", "part", "out")
 TYPES = {
     **{f"{name}_ptr": "*bf16" for name in POINTERS},
-    "page_rows_ptr": "*i64",
+    "block_rows_ptr": "*i64",
     "tables_ptr": "*i32",
     "lens_ptr": "*i32",
     "stats_ptr": "*fp32",
@@ -89,7 +89,7 @@ def test_kernels_compile_for_hopper_without_spills(B: int) -> None:
     pytest.importorskip("triton")
     from thalweg.ops.attention.mla_mixer import triton as kernels
 
-    shape = {"H": 32, "K": 128, "R": 512, "P": 64, "V": 128, "PAGE": 64, "PDL": True}
+    shape = {"H": 32, "K": 128, "R": 512, "P": 64, "V": 128, "BLOCK_SIZE": 64, "PDL": True}
     for launch in kernels.launches(B, 32, 512, 128, 132):
         ptx = check_compiled(launch.kernel, {**shape, **launch.constants}, launch.num_warps)
         assert launch.kernel is not kernels._attend or "wgmma.mma_async" in ptx
@@ -101,10 +101,10 @@ def test_kernels_in_gluon_compile_for_hopper_without_spills(H: int, splits: int)
     from thalweg.ops.attention.mla_mixer import gluon
 
     block_h, block_s, columns, block_v = gluon.tiles(H, 128, splits)
-    constants = {"H": H, "V": 128, "PAGE": 64, "BLOCK_S": block_s, "BLOCK_N": gluon.BLOCK_N, "PDL": True}
+    constants = {"H": H, "V": 128, "BLOCK_SIZE": 64, "BLOCK_S": block_s, "BLOCK_N": gluon.BLOCK_N, "PDL": True}
     queries = {"q_half_desc": descriptor(block_h, 256), "q_shared_desc": descriptor(block_h, 64)}
-    pages = {"half_desc": descriptor(1, 64, 256), "shared_desc": descriptor(1, 64, 64)}
-    types = {**TYPES, **queries, **pages, "part_desc": descriptor(1, block_h, 256)}
+    blocks = {"half_desc": descriptor(1, 64, 256), "shared_desc": descriptor(1, 64, 64)}
+    types = {**TYPES, **queries, **blocks, "part_desc": descriptor(1, block_h, 256)}
     ptx = check_compiled(gluon.attend, constants, 4, types)
     assert "wgmma.mma_async" in ptx
     assert "cp.async.bulk.tensor" in ptx

@@ -118,7 +118,7 @@ def test_mla_and_experts_under_the_interpreter() -> None:
     run_interpreted(check_mla, check_experts)
 
 
-BF16 = [*"qkvoxwhyupf", "out", "latent", "pages", "q_decayed", "k_decayed", "gate", "weight"]
+BF16 = [*"qkvoxwhyupf", "out", "latent", "blocks", "q_decayed", "k_decayed", "gate", "weight"]
 FP32 = ["beta", "G", "g", "A_log", "dt_bias", "acc", "most", "total", "weights", "state"]
 INT32 = ["pieces", "offsets", "firsts", "kv_offsets", "spans", "sorted", "blocks", "counts", "ranks", "block_tables"]
 TYPES = {

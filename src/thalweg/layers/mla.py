@@ -73,10 +73,10 @@ class MultiHeadLatentAttention(nn.Module):
                     kv_norm_weight_R=self.kv_norm.weight,
                     w_uk_HKR=w_uk_HKR,
                     w_uv_HVR=w_uv_HVR,
-                    pages_MSC=latent_MSC,
+                    blocks_MSC=latent_MSC,
                     block_tables_BN=batch.block_tables_BN[:n],
                     context_lens_B=batch.context_lens_B,
-                    page_rows_B=batch.block_rows_T[:n],
+                    block_rows_B=batch.block_rows_T[:n],
                     scale=self.scale,
                     eps=self.kv_norm.eps,
                 )

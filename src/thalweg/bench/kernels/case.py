@@ -46,7 +46,7 @@ class Draw:
         return torch.randn(shape, generator=self.rng, device=device, dtype=dtype).mul_(scale)
 
     def order(self, n: int) -> Tensor:
-        """The integers 1 .. n, shuffled: slots or pages, of which 0 belongs to nobody. int64 [n]."""
+        """The integers 1 .. n, shuffled: slots or blocks, of which 0 belongs to nobody. int64 [n]."""
         return torch.randperm(n, generator=self.rng, device=self.setting.device) + 1
 
 

@@ -20,7 +20,7 @@ from thalweg.ops.sample import SAMPLE, SampleDims
 from thalweg.quant.fp8 import BLOCK
 from thalweg.quant.fp8_blocks import quantize_experts
 
-EPS, PAGE_SIZE = 1e-5, 64
+EPS, BLOCK_SIZE = 1e-5, 64
 ROUTED_SCALE = 2.446
 
 
@@ -175,23 +175,23 @@ def mla_mixer(setting: Setting) -> Iterator[Case]:
     s, es = setting.shape, setting.dtype.itemsize
     H, K, R, P = s.heads, s.head_dim, s.latent, s.rope
     context = setting.context
-    pages_each = -(-context // PAGE_SIZE)
+    blocks_each = -(-context // BLOCK_SIZE)
     for B in setting.batch_sizes:
 
         def make(copy: int, B: int = B) -> Arguments:
             draw, device = Draw(setting, copy), setting.device
-            tables = draw.order(B * pages_each).view(B, pages_each)
-            last = tables[:, (context - 1) // PAGE_SIZE] * PAGE_SIZE + (context - 1) % PAGE_SIZE
+            tables = draw.order(B * blocks_each).view(B, blocks_each)
+            last = tables[:, (context - 1) // BLOCK_SIZE] * BLOCK_SIZE + (context - 1) % BLOCK_SIZE
             w = draw(H, 2 * K, R, scale=R**-0.5)
             return Arguments(
                 draw(B, s.mla_projection),
                 kv_norm_weight_R=draw(R, scale=0.1).add_(1),
                 w_uk_HKR=w[:, :K],
                 w_uv_HVR=w[:, K:],
-                pages_MSC=draw(B * pages_each + 1, PAGE_SIZE, R + P),
+                blocks_MSC=draw(B * blocks_each + 1, BLOCK_SIZE, R + P),
                 block_tables_BN=tables.int(),
                 context_lens_B=torch.full((B,), context, dtype=torch.int32, device=device),
-                page_rows_B=last,
+                block_rows_B=last,
                 scale=(K + P) ** -0.5,
                 eps=EPS,
             )
@@ -199,11 +199,11 @@ def mla_mixer(setting: Setting) -> Iterator[Case]:
         yield Case(
             "mla_mixer_decode",
             f"{H} heads, context {context}, batch {B}",
-            candidates_of(setting, MLA_MIXER_DECODE, MlaMixerDims(H=H, K=K, V=K, R=R, P=P, S=PAGE_SIZE), B),
+            candidates_of(setting, MLA_MIXER_DECODE, MlaMixerDims(H=H, K=K, V=K, R=R, P=P, S=BLOCK_SIZE), B),
             make,
             num_bytes=es * (B * context * (R + P) + 2 * H * K * R + B * (s.mla_projection + H * K)),
             flops=2 * B * H * (context * (2 * R + P) + 2 * K * R),
-            changed=lambda a: (a.named["pages_MSC"].flatten(0, 1)[a.named["page_rows_B"]],),  # the new tokens' rows
+            changed=lambda a: (a.named["blocks_MSC"].flatten(0, 1)[a.named["block_rows_B"]],),  # the new tokens' rows
         )
 
 

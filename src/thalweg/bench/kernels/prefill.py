@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from thalweg.bench.kernels.case import Arguments, Builder, Case, Draw, Setting, candidates_of
-from thalweg.bench.kernels.decode import PAGE_SIZE, routed
+from thalweg.bench.kernels.decode import BLOCK_SIZE, routed
 from thalweg.ops.attention.mla import MLA_PREFILL, MlaPrefillDims
 from thalweg.ops.delta.conv1d import CONV1D_PREFILL, Conv1dDims
 from thalweg.ops.delta.kda import KDA_GATE, KDA_PREFILL, KdaDims
@@ -85,17 +85,17 @@ def kda(setting: Setting) -> Iterator[Case]:
 def mla(setting: Setting) -> Iterator[Case]:
     s, es = setting.shape, setting.dtype.itemsize
     H, K, R, P, L = s.heads, s.head_dim, s.latent, s.rope, setting.context
-    pages_each = -(-L // PAGE_SIZE)
+    blocks_each = -(-L // BLOCK_SIZE)
     for B, T, offsets, label in _prompts(setting):
 
         def make(copy: int, B: int = B, T: int = T, offsets: list[int] = offsets) -> Arguments:
             draw = Draw(setting, copy)
-            tables = draw.order(B * pages_each).view(B, pages_each).int()
-            pages = draw(B * pages_each + 1, PAGE_SIZE, R + P)
+            tables = draw.order(B * blocks_each).view(B, blocks_each).int()
+            blocks = draw(B * blocks_each + 1, BLOCK_SIZE, R + P)
             w = draw(H, 2 * K, R, scale=R**-0.5)
             return Arguments(
                 draw(T, H, K + P),
-                pages,
+                blocks,
                 block_tables_BN=tables,
                 context_lens=[0] * B,
                 offsets=offsets,

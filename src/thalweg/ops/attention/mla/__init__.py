@@ -1,9 +1,9 @@
 """Ops "mla_write" and "mla_prefill": multi-head latent attention over a paged latent cache; `reference.mla_decode` is
 attention of one token of each sequence, as op "mla_mixer_decode" has it.
 
-pages_MSC [pages, page size, C] holds one row per token: the latent of rank R, then P channels that all heads
+blocks_MSC [blocks, block size, C] holds one row per token: the latent of rank R, then P channels that all heads
 share as keys only (the "rope" part, rotated or not before it gets here), C = R + P. block_tables_BN int32
-[B, N] lists the pages of each sequence in order; entries past its end are any valid page. Rows beyond a
+[B, N] lists the blocks of each sequence in order; entries past its end are any valid block. Rows beyond a
 sequence's tokens are never used, whatever they hold (NaN included). Scores, softmax and sums are in fp32;
 outputs have q's dtype.
 """
@@ -37,10 +37,10 @@ class MlaPrefillDims:
 
 
 class MlaWrite(Protocol):
-    def __call__(self, latent_TC: Tensor, pages_MSC: Tensor, page_rows_T: Tensor, /) -> None:
-        """Store latent_TC[t] in row page_rows_T[t] of the flattened pages.
+    def __call__(self, latent_TC: Tensor, blocks_MSC: Tensor, block_rows_T: Tensor, /) -> None:
+        """Store latent_TC[t] in row block_rows_T[t] of the flattened blocks.
 
-        Rows are int64, page * page size + place in the page. Values are converted to the pages' dtype.
+        Rows are int64, block * block size + place in the block. Values are converted to the blocks' dtype.
         """
 
 
@@ -48,7 +48,7 @@ class MlaPrefill(Protocol):
     def __call__(
         self,
         q_THX: Tensor,
-        pages_MSC: Tensor,
+        blocks_MSC: Tensor,
         *,
         block_tables_BN: Tensor,
         context_lens: Sequence[int],
@@ -61,8 +61,8 @@ class MlaPrefill(Protocol):
 
         q_THX is [nope (K), rope (P)] per head and may have any strides. Sequence b owns tokens
         offsets[b]:offsets[b + 1] and has context_lens[b] tokens before them; the latents of all of them are in the
-        pages already. Keys and values are expanded from the latents (k = [latent @ w_uk.T, shared part], v = latent @
-        w_uv.T), in blocks: working memory does not grow with the context.
+        blocks already. Keys and values are expanded from the latents (k = [latent @ w_uk.T, shared part], v = latent @
+        w_uv.T), in chunks: working memory does not grow with the context.
         """
 
 

@@ -1,4 +1,4 @@
-"""Multi-head latent attention over pages in plain torch."""
+"""Multi-head latent attention over blocks in plain torch."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 MAX_ELEMENTS = 2**24
 
 
-def mla_write(latent_TC: Tensor, pages_MSC: Tensor, page_rows_T: Tensor) -> None:
-    pages_MSC.view(-1, pages_MSC.shape[-1])[page_rows_T] = latent_TC.to(pages_MSC.dtype)
+def mla_write(latent_TC: Tensor, blocks_MSC: Tensor, block_rows_T: Tensor) -> None:
+    blocks_MSC.view(-1, blocks_MSC.shape[-1])[block_rows_T] = latent_TC.to(blocks_MSC.dtype)
 
 
 def mla_decode(
     q_BHC: Tensor,
-    pages_MSC: Tensor,
+    blocks_MSC: Tensor,
     block_tables_BN: Tensor,
     context_lens_B: Tensor,
     scale: float,
@@ -26,17 +26,17 @@ def mla_decode(
 ) -> Tensor:
     """o_BHR: absorbed attention of one new token per sequence over its whole context.
 
-    q_BHC is [q_nope @ w_uk (R), q_rope (P)]. context_lens_B (int32) counts the tokens in the pages, the new one
+    q_BHC is [q_nope @ w_uk (R), q_rope (P)]. context_lens_B (int32) counts the tokens in the blocks, the new one
     included; 0 gives zeros. Values are the first `rank` channels; the caller applies w_uv to the result.
     """
-    B, (page_size, C) = len(context_lens_B), pages_MSC.shape[1:]
-    num_pages = max(1, -(-max(context_lens_B.tolist(), default=0) // page_size))
-    if B > 1 and B * num_pages * page_size * C > MAX_ELEMENTS:
+    B, (block_size, C) = len(context_lens_B), blocks_MSC.shape[1:]
+    num_blocks = max(1, -(-max(context_lens_B.tolist(), default=0) // block_size))
+    if B > 1 and B * num_blocks * block_size * C > MAX_ELEMENTS:
         halves = (slice(0, B // 2), slice(B // 2, B))
-        args = [(q_BHC[h], pages_MSC, block_tables_BN[h], context_lens_B[h], scale, rank) for h in halves]
+        args = [(q_BHC[h], blocks_MSC, block_tables_BN[h], context_lens_B[h], scale, rank) for h in halves]
         return torch.cat([mla_decode(*a) for a in args])
-    latent_MSC = pages_MSC.index_select(0, block_tables_BN[:, :num_pages].flatten())
-    latent_BSC = latent_MSC.view(B, num_pages * page_size, C).float()
+    latent_MSC = blocks_MSC.index_select(0, block_tables_BN[:, :num_blocks].flatten())
+    latent_BSC = latent_MSC.view(B, num_blocks * block_size, C).float()
     beyond_BS = torch.arange(latent_BSC.shape[1], device=q_BHC.device) >= context_lens_B.unsqueeze(1)
     # Zeroed, not only masked in the softmax: a stale row may hold NaN, and 0 * NaN is NaN.
     latent_BSC.masked_fill_(beyond_BS.unsqueeze(-1), 0.0)
@@ -48,7 +48,7 @@ def mla_decode(
 
 def mla_prefill(
     q_THX: Tensor,
-    pages_MSC: Tensor,
+    blocks_MSC: Tensor,
     *,
     block_tables_BN: Tensor,
     context_lens: Sequence[int],
@@ -62,31 +62,31 @@ def mla_prefill(
     for b, (start, end) in enumerate(pairwise(offsets)):
         if end > start:
             q_HLX = q_THX[start:end].transpose(0, 1).float() * scale
-            o_HLV = _attend(q_HLX, pages_MSC, block_tables_BN[b], context_lens[b], w_uk_HRK, w_uv_HRV)
+            o_HLV = _attend(q_HLX, blocks_MSC, block_tables_BN[b], context_lens[b], w_uk_HRK, w_uv_HRV)
             o_THV[start:end] = o_HLV.transpose(0, 1)
     return o_THV
 
 
 def _attend(
-    q_HLX: Tensor, pages_MSC: Tensor, block_table_N: Tensor, prefix: int, w_uk_HRK: Tensor, w_uv_HRV: Tensor
+    q_HLX: Tensor, blocks_MSC: Tensor, block_table_N: Tensor, prefix: int, w_uk_HRK: Tensor, w_uv_HRV: Tensor
 ) -> Tensor:
-    """o_HLV fp32 of one sequence, its keys and values expanded block by block with a running softmax."""
-    (H, L, X), page_size, (R, V) = q_HLX.shape, pages_MSC.shape[1], w_uv_HRV.shape[1:]
+    """o_HLV fp32 of one sequence, its keys and values expanded chunk by chunk with a running softmax."""
+    (H, L, X), block_size, (R, V) = q_HLX.shape, blocks_MSC.shape[1], w_uv_HRV.shape[1:]
     total = prefix + L
-    pages_per_block = max(1, MAX_ELEMENTS // (H * max(L, X + V) * page_size))
+    blocks_per_chunk = max(1, MAX_ELEMENTS // (H * max(L, X + V) * block_size))
     position_L1 = torch.arange(prefix, total, device=q_HLX.device).unsqueeze(1)
     max_HL1 = q_HLX.new_full((H, L, 1), -torch.inf)
     sum_HL1 = q_HLX.new_zeros(H, L, 1)
     o_HLV = q_HLX.new_zeros(H, L, V)
-    for page in range(0, -(-total // page_size), pages_per_block):
-        first = page * page_size
-        latent_MSC = pages_MSC.index_select(0, block_table_N[page : page + pages_per_block])
+    for block in range(0, -(-total // block_size), blocks_per_chunk):
+        first = block * block_size
+        latent_MSC = blocks_MSC.index_select(0, block_table_N[block : block + blocks_per_chunk])
         latent_SC = latent_MSC.flatten(0, 1)[: total - first].float()
         S = latent_SC.shape[0]
         latent_SR, shared_SP = latent_SC[:, :R], latent_SC[:, R:]
         k_HSX = torch.cat((latent_SR @ w_uk_HRK, shared_SP.expand(H, -1, -1)), dim=-1)
         v_HSV = latent_SR @ w_uv_HRV
-        # Queries before this block's first key see none of it; every other one sees that first key at least.
+        # Queries before this chunk's first key see none of it; every other one sees that first key at least.
         seen = slice(max(0, first - prefix), L)
         scores_HLS = q_HLX[:, seen] @ k_HSX.transpose(1, 2)
         if first + S - 1 > prefix:

@@ -1,4 +1,4 @@
-"""mla_prefill as Triton kernels: latents gathered from the pages, expanded by two batched products, then attention with
+"""mla_prefill as Triton kernels: latents gathered from the blocks, expanded by two batched products, and attention by
 a running softmax (FlashAttention, arXiv:2205.14135), a program for BLOCK_M queries of a head.
 
 Contexts are expanded MAX_CONTEXT tokens at a time: several sequences together, or a part of a longer one, whose sums
@@ -25,14 +25,14 @@ LOG2_E = 1.4426950408889634
 
 @triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=["offsets_ptr", "block_tables_ptr"])
 def gather_kernel(
-    pages_ptr,
+    blocks_ptr,
     block_tables_ptr,
     latent_ptr,  # [S, C]
     pieces_ptr,
     offsets_ptr,
     spans_ptr,
     table_stride,
-    page_size,
+    block_size,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
     GATHERED: tl.constexpr,
@@ -42,11 +42,11 @@ def gather_kernel(
     start = tl.load(offsets_ptr + sequence)
     inside = row < tl.load(offsets_ptr + sequence + 1)
     position = tl.load(spans_ptr + 3 * sequence) + row - start
-    page = tl.load(block_tables_ptr + sequence * table_stride + position // page_size, mask=inside, other=0)
-    source = page.to(tl.int64) * page_size + position % page_size
+    block = tl.load(block_tables_ptr + sequence * table_stride + position // block_size, mask=inside, other=0)
+    source = block.to(tl.int64) * block_size + position % block_size
     c = tl.arange(0, BLOCK_C)
     mask = inside[:, None] & (c < C)[None, :]
-    values = tl.load(pages_ptr + source[:, None] * C + c[None, :], mask=mask, other=0.0)
+    values = tl.load(blocks_ptr + source[:, None] * C + c[None, :], mask=mask, other=0.0)
     tl.store(latent_ptr + row.to(tl.int64)[:, None] * C + c[None, :], values, mask=mask)
 
 
@@ -225,7 +225,7 @@ def attend_kernel(
 
 def mla_prefill(
     q_THX: Tensor,
-    pages_MSC: Tensor,
+    blocks_MSC: Tensor,
     *,
     block_tables_BN: Tensor,
     context_lens: Sequence[int],
@@ -252,7 +252,7 @@ def mla_prefill(
             sums = (acc_LHV, acc_LHV.new_full((L, H), -torch.inf), acc_LHV.new_zeros(L, H))
         for lo in [0] if whole else range(0, totals[b], MAX_CONTEXT):
             spans = [(lo, min(n, lo + MAX_CONTEXT), context_lens[b + i]) for i, n in enumerate(totals[b:end])]
-            latent_SC = _gather(pages_MSC, block_tables_BN[b:end], spans)
+            latent_SC = _gather(blocks_MSC, block_tables_BN[b:end], spans)
             latent_SR = latent_SC[:, : w_uk_HRK.shape[1]]
             keys, values = torch.matmul(latent_SR, w_uk_HRK), torch.matmul(latent_SR, w_uv_HRV)
             local = [n - offsets[b] for n in offsets[b : end + 1]]
@@ -279,19 +279,19 @@ def _kv_offsets(spans: list[tuple[int, int, int]]) -> list[int]:
     return list(accumulate((hi - lo for lo, hi, _ in spans), initial=0))
 
 
-def _gather(pages_MSC: Tensor, block_tables_BN: Tensor, spans: list[tuple[int, int, int]]) -> Tensor:
-    offsets, (_, page_size, C) = _kv_offsets(spans), pages_MSC.shape
-    latent_SC = torch.empty(offsets[-1], C, dtype=pages_MSC.dtype, device=pages_MSC.device)
-    cut = pieces(offsets, GATHERED, pages_MSC.device)
+def _gather(blocks_MSC: Tensor, block_tables_BN: Tensor, spans: list[tuple[int, int, int]]) -> Tensor:
+    offsets, (_, block_size, C) = _kv_offsets(spans), blocks_MSC.shape
+    latent_SC = torch.empty(offsets[-1], C, dtype=blocks_MSC.dtype, device=blocks_MSC.device)
+    cut = pieces(offsets, GATHERED, blocks_MSC.device)
     gather_kernel[(cut.num,)](
-        pages_MSC,
+        blocks_MSC,
         block_tables_BN,
         latent_SC,
         cut.pieces_N2,
         cut.offsets_B1,
-        table(tuple(n for span in spans for n in span), pages_MSC.device),
+        table(tuple(n for span in spans for n in span), blocks_MSC.device),
         block_tables_BN.stride(0),
-        page_size,
+        block_size,
         C,
         triton.next_power_of_2(C),
         GATHERED,

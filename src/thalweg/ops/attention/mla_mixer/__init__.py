@@ -1,9 +1,9 @@
 """Op "mla_mixer_decode": everything between the input and the output projection of an MLA layer, for one token.
 
-From the fused input projection: RMSNorm of the latent, its write into the pages, the absorption of w_uk into the
-queries, attention over the context, and w_uv. Package attention/mla describes the pages.
+From the fused input projection: RMSNorm of the latent, its write into the blocks, the absorption of w_uk into the
+queries, attention over the context, and w_uv. Package attention/mla describes the blocks.
 
-Implementations may read lengths, block tables and all rows of the pages but the new tokens' while the kernel ahead of
+Implementations may read lengths, block tables and all rows of the blocks but the new tokens' while the kernel ahead of
 them in the stream still runs: as for op "kda_mixer_decode", an ordinary launch or the start of a graph must lie between
 the call and whatever wrote these.
 """
@@ -27,7 +27,7 @@ class MlaMixerDims:
     V: int
     R: int  # rank of the latent
     P: int  # shared key part
-    S: int  # tokens in a page
+    S: int  # tokens in a block
 
 
 class MlaMixerDecode(Protocol):
@@ -38,17 +38,17 @@ class MlaMixerDecode(Protocol):
         kv_norm_weight_R: Tensor,
         w_uk_HKR: Tensor,
         w_uv_HVR: Tensor,
-        pages_MSC: Tensor,
+        blocks_MSC: Tensor,
         block_tables_BN: Tensor,
         context_lens_B: Tensor,
-        page_rows_B: Tensor,
+        block_rows_B: Tensor,
         scale: float,
         eps: float,
     ) -> Tensor:
         """o_BO in proj's dtype, O = H * V.
 
         proj_BX is [q (H * (K + P)), latent (R), shared key part (P)], raw, with a unit last stride; positions are not
-        rotated. page_rows_B int64 is the row of the flattened pages that each new token fills. context_lens_B int32
+        rotated. block_rows_B int64 is the row of the flattened blocks that each new token fills. context_lens_B int32
         counts the new token. Block tables have a unit last stride; a head of the weights is contiguous.
         """
 
@@ -85,7 +85,7 @@ def _triton_refuses(where: Where, dims: MlaMixerDims) -> Refusal:
 
 def _gluon_refuses(where: Where, dims: MlaMixerDims) -> Refusal:
     if dims.S % TILE:
-        return f"needs pages of a multiple of {TILE} tokens, not {dims.S}"
+        return f"needs blocks of a multiple of {TILE} tokens, not {dims.S}"
     if dims.R % 128 or dims.P > 64 or dims.V % 64:
         sizes = f"{dims.R}, {dims.P} and {dims.V}"
         return f"needs R to be a multiple of 128, P of at most 64 and V to be a multiple of 64, not {sizes}"

@@ -6,7 +6,7 @@ each, which serve as keys and as values, and the shared key part, [64, P]. Share
 of a half is filled again as soon as the last product with it is done: copies stay under way while products and softmax
 run.
 
-The last tile of a context is copied from the 64 rows before the context's end: those before its page are out of bounds,
+The last tile of a context comes from the 64 rows before the context's end: those before the block are out of bounds,
 which the copy fills with zeros, and rows that hold no token are never read. Its tokens are then the tile's last.
 
 The first two tiles, unless one has the newest token, are copied before the wait for the kernel ahead.
@@ -56,24 +56,24 @@ def _gdc_launch_dependents():
 
 @gluon.jit
 def _copy(desc, i, j, column, bar, target, pred):
-    """desc's block that starts at [i, j, column], into target [rows, columns]; `bar` counts its bytes."""
-    block = target._reinterpret(desc.dtype, desc.block_type.shape, desc.layout)
-    tma.async_copy_global_to_shared(desc, [i, j, column], bar, block, pred)
+    """desc's box that starts at [i, j, column], into target [rows, columns]; `bar` counts its bytes."""
+    box = target._reinterpret(desc.dtype, desc.block_type.shape, desc.layout)
+    tma.async_copy_global_to_shared(desc, [i, j, column], bar, box, pred)
 
 
 @gluon.jit
-def _first_row(first, length, PAGE: gl.constexpr, BLOCK_N: gl.constexpr):
-    """Where in its page the copy of the tile of token `first` starts: earlier, even below 0, where the context ends."""
-    return first % PAGE + gl.minimum(length - first, BLOCK_N) - BLOCK_N
+def _first_row(first, length, BLOCK_SIZE: gl.constexpr, BLOCK_N: gl.constexpr):
+    """Where in its block the copy of the tile of token `first` starts: earlier, even below 0, at the context end."""
+    return first % BLOCK_SIZE + gl.minimum(length - first, BLOCK_N) - BLOCK_N
 
 
 @gluon.jit
-def _copy_tile(half_desc, shared_desc, half0, half1, shared, page, row, bar):
+def _copy_tile(half_desc, shared_desc, half0, half1, shared, block, row, bar):
     WIDTH: gl.constexpr = half_desc.block_type.shape[2]
     mbarrier.expect(bar, 2 * half_desc.block_type.nbytes + shared_desc.block_type.nbytes)
-    _copy(half_desc, page, row, 0, bar, half0, True)
-    _copy(half_desc, page, row, WIDTH, bar, half1, True)
-    _copy(shared_desc, page, row, 2 * WIDTH, bar, shared, True)
+    _copy(half_desc, block, row, 0, bar, half0, True)
+    _copy(half_desc, block, row, WIDTH, bar, half1, True)
+    _copy(shared_desc, block, row, 2 * WIDTH, bar, shared, True)
 
 
 @gluon.jit
@@ -90,7 +90,7 @@ def attend(
     scale_log2,
     H: gl.constexpr,
     BLOCK_S: gl.constexpr,
-    PAGE: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr,
     PDL: gl.constexpr,
 ):
     dtype: gl.constexpr = half_desc.dtype
@@ -129,17 +129,17 @@ def attend(
     start = split * span * BLOCK_N
     n = gl.minimum(span, gl.cdiv(gl.maximum(length - start, 0), BLOCK_N))
     table_ptr = tables_ptr + b.to(gl.int64) * table_stride
-    # Of a tile that does not exist, the first page of all.
-    page0 = gl.load(table_ptr + gl.where(n > 0, start, 0) // PAGE)
-    page1 = gl.load(table_ptr + gl.where(n > 1, start + BLOCK_N, 0) // PAGE)
-    later_page = gl.load(table_ptr + gl.where(n > 2, start + 2 * BLOCK_N, 0) // PAGE)
+    # Of a tile that does not exist, the first block of all.
+    block0 = gl.load(table_ptr + gl.where(n > 0, start, 0) // BLOCK_SIZE)
+    block1 = gl.load(table_ptr + gl.where(n > 1, start + BLOCK_N, 0) // BLOCK_SIZE)
+    later_block = gl.load(table_ptr + gl.where(n > 2, start + 2 * BLOCK_N, 0) // BLOCK_SIZE)
     # The kernel ahead writes the newest token: its tile, the context's last, has to wait for it.
     newest = (length - 1 - start) // BLOCK_N
     for j in gl.static_range(2):
         if (j < n) & (j != newest):
-            row = _first_row(start + j * BLOCK_N, length, PAGE, BLOCK_N)
-            page = page0 if j == 0 else page1
-            _copy_tile(half_desc, shared_desc, kv0.index(j), kv1.index(j), k.index(j), page, row, bars.index(j))
+            row = _first_row(start + j * BLOCK_N, length, BLOCK_SIZE, BLOCK_N)
+            block = block0 if j == 0 else block1
+            _copy_tile(half_desc, shared_desc, kv0.index(j), kv1.index(j), k.index(j), block, row, bars.index(j))
     if PDL:
         _gdc_wait()
     if n > 0:
@@ -149,10 +149,10 @@ def attend(
         tma.async_copy_global_to_shared(q_shared_desc, [b * H, R], q_bar, q_shared)
         if newest < gl.minimum(n, 2):
             slot = newest % 2
-            row = _first_row(start + newest * BLOCK_N, length, PAGE, BLOCK_N)
-            page = gl.where(newest == 0, page0, page1)
+            row = _first_row(start + newest * BLOCK_N, length, BLOCK_SIZE, BLOCK_N)
+            block = gl.where(newest == 0, block0, block1)
             bar = bars.index(slot)
-            _copy_tile(half_desc, shared_desc, kv0.index(slot), kv1.index(slot), k.index(slot), page, row, bar)
+            _copy_tile(half_desc, shared_desc, kv0.index(slot), kv1.index(slot), k.index(slot), block, row, bar)
 
         i = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, mma))
         m_H = gl.full([BLOCK_H], float("-inf"), gl.float32, layout=per_head)
@@ -163,7 +163,7 @@ def attend(
         for t in range(n):
             slot, later = t % 2, t + 2
             kv0_NR, kv1_NR, k_NP, bar = kv0.index(slot), kv1.index(slot), k.index(slot), bars.index(slot)
-            page_after = gl.load(table_ptr + gl.where(later + 1 < n, start + (later + 1) * BLOCK_N, 0) // PAGE)
+            block_after = gl.load(table_ptr + gl.where(later + 1 < n, start + (later + 1) * BLOCK_N, 0) // BLOCK_SIZE)
             mbarrier.wait(bar, t // 2 % 2)
             scores_NH = gl.zeros([BLOCK_N, BLOCK_H], gl.float32, layout=mma)
             scores_NH = warpgroup_mma(
@@ -185,15 +185,15 @@ def attend(
             acc0_RH = warpgroup_mma(kv0_NR.permute((1, 0)), p_smem, acc0_RH * keep_H[None, :], is_async=True)
             acc1_RH = warpgroup_mma(kv1_NR.permute((1, 0)), p_smem, acc1_RH * keep_H[None, :], is_async=True)
             # The place of what every warp is done with is filled again at once.
-            row = _first_row(start + later * BLOCK_N, length, PAGE, BLOCK_N)
+            row = _first_row(start + later * BLOCK_N, length, BLOCK_SIZE, BLOCK_N)
             acc0_RH, acc1_RH = warpgroup_mma_wait(1, deps=(acc0_RH, acc1_RH))
             gl.thread_barrier()
-            _copy(half_desc, later_page, row, 0, bar, kv0_NR, later < n)
+            _copy(half_desc, later_block, row, 0, bar, kv0_NR, later < n)
             acc0_RH, acc1_RH = warpgroup_mma_wait(0, deps=(acc0_RH, acc1_RH))
             gl.thread_barrier()
-            _copy(half_desc, later_page, row, WIDTH, bar, kv1_NR, later < n)
-            _copy(shared_desc, later_page, row, R, bar, k_NP, later < n)
-            later_page = page_after
+            _copy(half_desc, later_block, row, WIDTH, bar, kv1_NR, later < n)
+            _copy(shared_desc, later_block, row, R, bar, k_NP, later < n)
+            later_block = block_after
 
         # Through shared memory, where the queries were, so that whole rows go out.
         row = b * BLOCK_S + split
@@ -302,10 +302,10 @@ def mla_mixer_decode(
     kv_norm_weight_R: Tensor,
     w_uk_HKR: Tensor,
     w_uv_HVR: Tensor,
-    pages_MSC: Tensor,
+    blocks_MSC: Tensor,
     block_tables_BN: Tensor,
     context_lens_B: Tensor,
-    page_rows_B: Tensor,
+    block_rows_B: Tensor,
     scale: float,
     eps: float,
 ) -> Tensor:
@@ -314,8 +314,8 @@ def mla_mixer_decode(
     if B == 0:
         return o_BO
     absorb, attend, _ = launches(B, H, R, V, multiprocessors(proj_BX.device))
-    q_BHC = run_absorb(proj_BX, kv_norm_weight_R, w_uk_HKR, pages_MSC, page_rows_B, eps, absorb)
-    context = (pages_MSC, block_tables_BN, context_lens_B)
+    q_BHC = run_absorb(proj_BX, kv_norm_weight_R, w_uk_HKR, blocks_MSC, block_rows_B, eps, absorb)
+    context = (blocks_MSC, block_tables_BN, context_lens_B)
     launch(attend.grid[0], q_BHC, *context, w_uv_HVR, o_BO, scale * LOG2_E)
     return o_BO
 
@@ -323,7 +323,7 @@ def mla_mixer_decode(
 def launch(
     splits: int,
     q_BHC: Tensor,
-    pages_MSC: Tensor,
+    blocks_MSC: Tensor,
     block_tables_BN: Tensor,
     context_lens_B: Tensor,
     w_uv_HVR: Tensor,
@@ -340,8 +340,8 @@ def launch(
     attend[(splits, B)](
         _descriptor(q, [block_h, half]),
         _descriptor(q, [block_h, C - R]),
-        _descriptor(pages_MSC, [1, BLOCK_N, half]),
-        _descriptor(pages_MSC, [1, BLOCK_N, C - R]),
+        _descriptor(blocks_MSC, [1, BLOCK_N, half]),
+        _descriptor(blocks_MSC, [1, BLOCK_N, C - R]),
         _descriptor(part_NHR, [1, block_h, half]),
         block_tables_BN,
         context_lens_B,
@@ -350,7 +350,7 @@ def launch(
         scale_log2,
         H=H,
         BLOCK_S=block_s,
-        PAGE=pages_MSC.shape[1],
+        BLOCK_SIZE=blocks_MSC.shape[1],
         num_warps=4,
         **pdl,
     )
@@ -371,12 +371,12 @@ def launch(
     )
 
 
-def _descriptor(tensor: Tensor, block: list[int]) -> TensorDescriptor:
-    return TensorDescriptor.from_tensor(tensor, block, _layout(*block))
+def _descriptor(tensor: Tensor, box: list[int]) -> TensorDescriptor:
+    return TensorDescriptor.from_tensor(tensor, box, _layout(*box))
 
 
 @functools.cache
-def _layout(*block: int) -> gl.NVMMASharedLayout:
-    """In shared memory, of a block whose rows are all dimensions but the last."""
-    layout = gl.NVMMASharedLayout.get_default_for([max(block[:-1]), block[-1]], gl.bfloat16)
-    return dataclasses.replace(layout, rank=len(block))
+def _layout(*box: int) -> gl.NVMMASharedLayout:
+    """In shared memory, of a box whose rows are all dimensions but the last."""
+    layout = gl.NVMMASharedLayout.get_default_for([max(box[:-1]), box[-1]], gl.bfloat16)
+    return dataclasses.replace(layout, rank=len(box))

@@ -15,18 +15,18 @@ def mla_mixer_decode(
     kv_norm_weight_R: Tensor,
     w_uk_HKR: Tensor,
     w_uv_HVR: Tensor,
-    pages_MSC: Tensor,
+    blocks_MSC: Tensor,
     block_tables_BN: Tensor,
     context_lens_B: Tensor,
-    page_rows_B: Tensor,
+    block_rows_B: Tensor,
     scale: float,
     eps: float,
 ) -> Tensor:
-    (H, K, R), P = w_uk_HKR.shape, pages_MSC.shape[-1] - w_uk_HKR.shape[-1]
+    (H, K, R), P = w_uk_HKR.shape, blocks_MSC.shape[-1] - w_uk_HKR.shape[-1]
     q_BX, c_BR, shared_BP = proj_BX.split([H * (K + P), R, P], dim=-1)
-    mla_write(torch.cat((rms_norm(c_BR, kv_norm_weight_R, eps), shared_BP), dim=-1), pages_MSC, page_rows_B)
+    mla_write(torch.cat((rms_norm(c_BR, kv_norm_weight_R, eps), shared_BP), dim=-1), blocks_MSC, block_rows_B)
     q_nope_BHK, q_shared_BHP = q_BX.unflatten(-1, (H, K + P)).split([K, P], dim=-1)
     q_latent_BHR = torch.bmm(q_nope_BHK.transpose(0, 1), w_uk_HKR).transpose(0, 1)
     q_BHC = torch.cat((q_latent_BHR, q_shared_BHP), dim=-1)
-    o_BHR = mla_decode(q_BHC, pages_MSC, block_tables_BN, context_lens_B, scale, R)
+    o_BHR = mla_decode(q_BHC, blocks_MSC, block_tables_BN, context_lens_B, scale, R)
     return torch.bmm(o_BHR.transpose(0, 1), w_uv_HVR.transpose(1, 2)).transpose(0, 1).flatten(1)

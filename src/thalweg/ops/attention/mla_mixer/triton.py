@@ -1,14 +1,14 @@
 """The decode mixer of an MLA layer as three kernels.
 
 1. `_absorb`: queries into latent space, a program per head and slice of the latent; some programs besides norm the new
-   latents and write them to the pages.
+   latents and write them to the blocks.
 2. `_attend`: a program per sequence and split of its context. Scores are computed transposed, [tokens, heads], so that
    a tile of 64 tokens fills the matrix unit's rows whatever the number of heads, and one tile in shared memory serves
    as keys and as values.
 3. `_combine`: w_uv times the results of all splits of some sequences, a product per head; the weighted sum over a
    sequence's splits comes after it, where little is left to sum.
 
-Module gluon has faster forms of the last two, for pages of whole tiles; those here take any page size.
+Module gluon has faster forms of the last two, for blocks of whole tiles; those here take any block size.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def _absorb(
     proj_ptr,
     norm_weight_ptr,
     w_uk_ptr,
-    pages_ptr,
-    page_rows_ptr,
+    blocks_ptr,
+    block_rows_ptr,
     q_ptr,
     B,
     proj_stride,
@@ -78,21 +78,21 @@ def _absorb(
     c_ptrs = proj_ptr + row_G.to(tl.int64)[:, None] * proj_stride + H * (K + P)
     c_GR = tl.load(c_ptrs + r[None, :], mask=own_G[:, None], other=0.0).to(tl.float32)
     shared_GP = tl.load(c_ptrs + R + p[None, :], mask=own_G[:, None], other=0.0)
-    page_row_G = tl.load(page_rows_ptr + row_G, mask=own_G, other=0)
+    block_row_G = tl.load(block_rows_ptr + row_G, mask=own_G, other=0)
     out_BR = dot(q_BK, w_KR)
     tl.store(out_ptrs + r_slice[None, :], out_BR.to(q_ptr.dtype.element_ty), mask=b_mask)
     tl.store(out_ptrs + R + p[None, :], q_BP, mask=shared_mask)
     c_GR = c_GR * tl.rsqrt(tl.sum(c_GR * c_GR, 1) / R + eps)[:, None] * norm_weight_R[None, :]
-    page_ptrs = pages_ptr + page_row_G[:, None] * (R + P)
-    tl.store(page_ptrs + r[None, :], c_GR.to(pages_ptr.dtype.element_ty), mask=own_G[:, None])
-    tl.store(page_ptrs + R + p[None, :], shared_GP.to(pages_ptr.dtype.element_ty), mask=own_G[:, None])
+    block_ptrs = blocks_ptr + block_row_G[:, None] * (R + P)
+    tl.store(block_ptrs + r[None, :], c_GR.to(blocks_ptr.dtype.element_ty), mask=own_G[:, None])
+    tl.store(block_ptrs + R + p[None, :], shared_GP.to(blocks_ptr.dtype.element_ty), mask=own_G[:, None])
 
 
 @triton.jit
-def _prefetch_tile(table_ptr, base_ptr, PAGE_BYTES: tl.constexpr, TILE_BYTES: tl.constexpr):
-    """Ask for the tile at base_ptr + page * PAGE_BYTES to be brought into L2, with the page in table_ptr[0].
+def _prefetch_tile(table_ptr, base_ptr, BLOCK_BYTES: tl.constexpr, TILE_BYTES: tl.constexpr):
+    """Ask for the tile at base_ptr + block * BLOCK_BYTES to be brought into L2, with the block in table_ptr[0].
 
-    One thread looks the page up and asks; the others hold no registers for it.
+    One thread looks the block up and asks; the others hold no registers for it.
     """
     tl.inline_asm_elementwise(
         """{
@@ -110,7 +110,7 @@ def _prefetch_tile(table_ptr, base_ptr, PAGE_BYTES: tl.constexpr, TILE_BYTES: tl
         [
             table_ptr.to(tl.int64),
             base_ptr.to(tl.int64),
-            tl.full([], PAGE_BYTES, tl.int32),
+            tl.full([], BLOCK_BYTES, tl.int32),
             tl.full([], TILE_BYTES, tl.int32),
         ],
         dtype=tl.int32,
@@ -122,7 +122,7 @@ def _prefetch_tile(table_ptr, base_ptr, PAGE_BYTES: tl.constexpr, TILE_BYTES: tl
 @triton.jit
 def _attend(
     q_ptr,
-    pages_ptr,
+    blocks_ptr,
     tables_ptr,
     lens_ptr,
     part_ptr,
@@ -133,12 +133,12 @@ def _attend(
     BLOCK_H: tl.constexpr,
     R: tl.constexpr,
     P: tl.constexpr,
-    PAGE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PDL: tl.constexpr,
 ):
     C: tl.constexpr = R + P
-    ITEM: tl.constexpr = pages_ptr.dtype.element_ty.primitive_bitwidth // 8
+    ITEM: tl.constexpr = blocks_ptr.dtype.element_ty.primitive_bitwidth // 8
     split = tl.program_id(0)
     splits = tl.num_programs(0)
     b = tl.program_id(1).to(tl.int64)
@@ -151,11 +151,14 @@ def _attend(
     table_ptr = tables_ptr + b * table_stride
     last = tl.maximum(end - 1, 0) // BLOCK_N * BLOCK_N
     if PDL:
-        if PAGE % BLOCK_N == 0:
+        if BLOCK_SIZE % BLOCK_N == 0:
             for j in tl.static_range(2):
                 ahead = tl.minimum(start + j * BLOCK_N, last)
                 _prefetch_tile(
-                    table_ptr + ahead // PAGE, pages_ptr + ahead % PAGE * C, PAGE * C * ITEM, BLOCK_N * C * ITEM
+                    table_ptr + ahead // BLOCK_SIZE,
+                    blocks_ptr + ahead % BLOCK_SIZE * C,
+                    BLOCK_SIZE * C * ITEM,
+                    BLOCK_N * C * ITEM,
                 )
         gdc_wait()
 
@@ -171,17 +174,22 @@ def _attend(
     l_H = tl.zeros([BLOCK_H], tl.float32)
     acc_RH = tl.zeros([R, BLOCK_H], tl.float32)
     for first in tl.range(start, end, BLOCK_N, num_stages=2):
-        if PDL and PAGE % BLOCK_N == 0:
+        if PDL and BLOCK_SIZE % BLOCK_N == 0:
             # Shared memory holds no third tile, so the tile after the next is fetched as far as L2.
             ahead = tl.minimum(first + 2 * BLOCK_N, last)
-            _prefetch_tile(table_ptr + ahead // PAGE, pages_ptr + ahead % PAGE * C, PAGE * C * ITEM, BLOCK_N * C * ITEM)
+            _prefetch_tile(
+                table_ptr + ahead // BLOCK_SIZE,
+                blocks_ptr + ahead % BLOCK_SIZE * C,
+                BLOCK_SIZE * C * ITEM,
+                BLOCK_N * C * ITEM,
+            )
         seen = first + i < end
-        if PAGE % BLOCK_N == 0:
-            page = tl.load(table_ptr + first // PAGE).to(tl.int64)
-            row_ptrs = pages_ptr + (page * PAGE + first % PAGE) * C + i[:, None] * C
+        if BLOCK_SIZE % BLOCK_N == 0:
+            block = tl.load(table_ptr + first // BLOCK_SIZE).to(tl.int64)
+            row_ptrs = blocks_ptr + (block * BLOCK_SIZE + first % BLOCK_SIZE) * C + i[:, None] * C
         else:
-            page_N = tl.load(table_ptr + (first + i) // PAGE, mask=seen, other=0).to(tl.int64)
-            row_ptrs = pages_ptr + (page_N * PAGE + (first + i) % PAGE)[:, None] * C
+            block_of_N = tl.load(table_ptr + (first + i) // BLOCK_SIZE, mask=seen, other=0).to(tl.int64)
+            row_ptrs = blocks_ptr + (block_of_N * BLOCK_SIZE + (first + i) % BLOCK_SIZE)[:, None] * C
         # Zeros where nothing was written: a stale row may hold NaN, and 0 * NaN is NaN.
         kv_NR = tl.load(row_ptrs + r[None, :], mask=seen[:, None], other=0.0)
         k_NP = tl.load(row_ptrs + R + p[None, :], mask=seen[:, None], other=0.0)
@@ -301,20 +309,20 @@ def run_absorb(
     proj_BX: Tensor,
     kv_norm_weight_R: Tensor,
     w_uk_HKR: Tensor,
-    pages_MSC: Tensor,
-    page_rows_B: Tensor,
+    blocks_MSC: Tensor,
+    block_rows_B: Tensor,
     eps: float,
     absorb: Launch,
 ) -> Tensor:
-    """Queries in latent space [B, H, R + P]; the new latents are in their pages afterwards."""
-    B, (H, K, R), P = proj_BX.shape[0], w_uk_HKR.shape, pages_MSC.shape[2] - w_uk_HKR.shape[2]
+    """Queries in latent space [B, H, R + P]; the new latents are in their blocks afterwards."""
+    B, (H, K, R), P = proj_BX.shape[0], w_uk_HKR.shape, blocks_MSC.shape[2] - w_uk_HKR.shape[2]
     q_BHC = proj_BX.new_empty(B, H, R + P)
     absorb(
         proj_BX,
         kv_norm_weight_R,
         w_uk_HKR,
-        pages_MSC,
-        page_rows_B,
+        blocks_MSC,
+        block_rows_B,
         q_BHC,
         B,
         proj_BX.stride(0),
@@ -335,26 +343,26 @@ def mla_mixer_decode(
     kv_norm_weight_R: Tensor,
     w_uk_HKR: Tensor,
     w_uv_HVR: Tensor,
-    pages_MSC: Tensor,
+    blocks_MSC: Tensor,
     block_tables_BN: Tensor,
     context_lens_B: Tensor,
-    page_rows_B: Tensor,
+    block_rows_B: Tensor,
     scale: float,
     eps: float,
 ) -> Tensor:
     B, (H, V, R) = proj_BX.shape[0], w_uv_HVR.shape
-    page_size, P = pages_MSC.shape[1], pages_MSC.shape[2] - R
+    block_size, P = blocks_MSC.shape[1], blocks_MSC.shape[2] - R
     o_BO = proj_BX.new_empty(B, H * V)
     if B == 0:
         return o_BO
     absorb, attend, combine = launches(B, H, R, V, multiprocessors(proj_BX.device))
     splits, pdl = attend.grid[0], pdl_options(proj_BX)
-    q_BHC = run_absorb(proj_BX, kv_norm_weight_R, w_uk_HKR, pages_MSC, page_rows_B, eps, absorb)
+    q_BHC = run_absorb(proj_BX, kv_norm_weight_R, w_uk_HKR, blocks_MSC, block_rows_B, eps, absorb)
     part_BSHR = proj_BX.new_empty(B, splits, H, R)
     stats_BS2H = proj_BX.new_empty(B, splits, 2, H, dtype=torch.float32)  # maximum and sum of each split's weights
     attend(
         q_BHC,
-        pages_MSC,
+        blocks_MSC,
         block_tables_BN,
         context_lens_B,
         part_BSHR,
@@ -364,7 +372,7 @@ def mla_mixer_decode(
         H=H,
         R=R,
         P=P,
-        PAGE=page_size,
+        BLOCK_SIZE=block_size,
         **pdl,
     )
     combine(
