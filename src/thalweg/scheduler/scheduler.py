@@ -14,6 +14,7 @@ from thalweg.core import (
     Prefill,
     Request,
     RequestUpdate,
+    SamplingParams,
     SchedulerStats,
     StepPlan,
     StepResult,
@@ -65,11 +66,7 @@ class Scheduler:
             raise InvalidRequest(f"request id {request.id!r} is in use; expected a new one")
         if num_prompt == 0:
             raise InvalidRequest("the prompt has no tokens; expected at least one")
-        if num_prompt > most - (params.max_tokens != 0):
-            room = ", one of them to generate" if params.max_tokens != 0 else ""
-            raise InvalidRequest(
-                f"the prompt has {num_prompt} tokens; expected at most {most} in all{room} (--max-model-len)"
-            )
+        check_prompt_length(num_prompt, params, most)
         if num_prompt > self.cache.max_tokens:
             raise InvalidRequest(
                 f"the prompt has {num_prompt} tokens; expected at most {self.cache.max_tokens},"
@@ -239,3 +236,12 @@ class Scheduler:
         for update in updates:
             self._generation_tokens += len(update.token_ids)
         return updates
+
+
+def check_prompt_length(num_prompt: int, params: SamplingParams, max_model_len: int) -> None:
+    """Raises InvalidRequest if a prompt leaves no room in `max_model_len` tokens."""
+    if num_prompt > max_model_len - (params.max_tokens != 0):
+        room = ", one of them to generate" if params.max_tokens != 0 else ""
+        raise InvalidRequest(
+            f"the prompt has {num_prompt} tokens; expected at most {max_model_len} in all{room} (--max-model-len)"
+        )

@@ -10,6 +10,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from thalweg.server.bodies import BodyRoute
 from thalweg.server.chat_answer import ChatAnswer
 from thalweg.server.errors import ApiError
 from thalweg.server.functions import as_tools, in_older_words, newer_messages
@@ -22,7 +23,7 @@ from thalweg.server.streaming import stream, whole
 from thalweg.server.structured import held_to, wanted
 from thalweg.server.tools import ToolUse, tool_use
 
-router = APIRouter()
+router = APIRouter(route_class=BodyRoute)
 
 
 @router.post("/v1/chat/completions")

@@ -12,6 +12,7 @@ from fastapi import APIRouter, Request, Response
 from msgspec import UNSET
 
 from thalweg.core import SamplingParams, TokenLogprobs
+from thalweg.server.bodies import BodyRoute
 from thalweg.server.errors import ApiError
 from thalweg.server.generation import Job, News, generate, jobs_of, naming_fields
 from thalweg.server.logprobs import LogprobsBuilder
@@ -28,7 +29,7 @@ from thalweg.tokenizer.base import valid_unicode
 
 DEFAULT_MAX_TOKENS = 16
 
-router = APIRouter()
+router = APIRouter(route_class=BodyRoute)
 
 
 @router.post("/v1/completions")

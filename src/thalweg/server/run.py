@@ -7,6 +7,7 @@ import contextlib
 import math
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 
@@ -26,6 +27,7 @@ from thalweg.server.settings import KEEP_ALIVE_SECONDS, MAX_QUEUED_REQUESTS, PIN
 MAX_QUEUED = 1_000_000
 LOG_LEVELS = ("critical", "error", "warning", "info", "debug")
 SHUTDOWN_SECONDS = 30.0
+SWITCH_SECONDS = 0.001  # how long a thread with a long text may keep the event loop waiting, at a time
 _LAST_WORDS_SECONDS = 5  # for the answers of requests that were ended, before connections are cut
 _DEAD_SECONDS = 2.0  # from the engine's death to the server's: what asks meanwhile hears of it, probes too
 
@@ -63,6 +65,7 @@ def serve(
     _check_limits(max_queued_requests, queue_timeout, request_timeout, shutdown_timeout)
     _check_idle(keep_alive_timeout, sse_ping_interval)
     raise_file_limit()
+    sys.setswitchinterval(SWITCH_SECONDS)
     client = EngineClient(config, RequestLimits(queue_timeout, request_timeout))
     output = OutputFormat.of(client.codec, tool_call_parser, reasoning_parser)  # refuses a name early
     settings = ServerSettings(

@@ -15,7 +15,7 @@ from thalweg.server.metrics import Metrics
 from thalweg.server.parsers.formats import OutputFormat
 from thalweg.server.responses import now
 from thalweg.server.settings import LONG_TEXT, ServerSettings
-from thalweg.text.prompts import Prompt, encode_prompt
+from thalweg.text.prompts import Prompt, check_token_ids, encode_prompt
 
 StartListener = Callable[[Exception | None], None]
 
@@ -100,23 +100,23 @@ class Service:
         def encode() -> list[list[int]]:
             return [encode_prompt(prompt, tokenizer, vocab_size) for prompt in prompts]
 
-        return await _maybe_in_thread(sum(map(len, prompts)), encode)
+        return await maybe_in_thread(sum(map(len, prompts)), encode)
 
     async def encode_chat(self, request: Request, messages: list[dict[str, Any]], /, **options: Any) -> list[int]:
         """Token ids of the conversation in `request`, by the chat template under `options`. Raises InvalidRequest."""
         # The body's size, because text may be anywhere in it: in parts of a content, in calls, in tools.
         size = len(await request.body())
-        return await _maybe_in_thread(size, lambda: self.client.codec.chat_ids(messages, **options))
+        return await maybe_in_thread(size, lambda: self.client.codec.chat_ids(messages, **options))
 
     async def decode(self, token_ids: list[int]) -> str:
         """The text of ids, special tokens included. Raises InvalidRequest on one that no token has."""
-        tokenizer = self.client.codec.tokenizer
+        tokenizer, vocab_size = self.client.codec.tokenizer, self.client.info.vocab_size
         if tokenizer is None:
             raise ApiError(400, "the model folder has no tokenizer; only token ids go in and out")
-        return await _maybe_in_thread(len(token_ids), lambda: tokenizer.decode(token_ids))
+        return await maybe_in_thread(len(token_ids), lambda: tokenizer.decode(check_token_ids(token_ids, vocab_size)))
 
 
-async def _maybe_in_thread(size: int, function: Callable[[], Any]) -> Any:
+async def maybe_in_thread(size: int, function: Callable[[], Any]) -> Any:
     """function(), off the event loop when `size` says that it takes long enough to hold up other requests."""
     if size < LONG_TEXT:
         return function()

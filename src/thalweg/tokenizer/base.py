@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 
 from thalweg.errors import InvalidRequest
 
+_PART = 32_768
+
 
 class Tokenizer(ABC):
     """A vocabulary of byte strings and an encoder.
@@ -53,10 +55,18 @@ class Tokenizer(ABC):
 
     def decode_bytes(self, ids: Iterable[int], skip_special: bool = False) -> bytes:
         """The bytes of a whole sequence. Raises InvalidRequest on an id outside the vocabulary."""
-        kept = [i for i in ids if not (skip_special and i in self._special_ids)]
+        kept = [i for i in ids if i not in self._special_ids] if skip_special else list(ids)
         if not kept:
             return b""
-        return self.first_token_bytes(kept[0]) + b"".join(map(self.token_bytes, kept[1:]))
+        return self.first_token_bytes(kept[0]) + b"".join(
+            self._bytes_of(kept[begin : begin + _PART]) for begin in range(1, len(kept), _PART)
+        )
+
+    def _bytes_of(self, ids: list[int]) -> bytes:
+        """Of a few thousand ids, so that other threads have their turn between such parts of a long text."""
+        if min(ids) < 0 or max(ids) >= len(self._bytes_by_id):
+            return b"".join(map(self.token_bytes, ids))  # which says what is wrong
+        return b"".join(map(self._bytes_by_id.__getitem__, ids))
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""

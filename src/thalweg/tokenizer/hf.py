@@ -16,6 +16,7 @@ TOKENIZER_FILE = "tokenizer.json"
 MAX_TOKENIZER_BYTES = 256 << 20
 MAX_IDS = 1 << 22
 MAX_SPECIAL_CHARS = 128
+BATCH_CHARS = 4096
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9a-fA-F]{2})>")
 
@@ -57,8 +58,11 @@ class HFTokenizer(Tokenizer):
             )
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
-        encoder = self._encoder if allow_special else self._plain_encoder
-        return list(encoder.encode(valid_unicode(text), add_special_tokens=False).ids)
+        encoder, text = self._encoder if allow_special else self._plain_encoder, valid_unicode(text)
+        if len(text) < BATCH_CHARS:
+            return list(encoder.encode(text, add_special_tokens=False).ids)
+        # The library lets other threads run while it encodes a batch only; one text is one, too.
+        return list(encoder.encode_batch_fast([text], add_special_tokens=False)[0].ids)
 
     def first_token_bytes(self, token_id: int) -> bytes:
         plain = self.token_bytes(token_id)

@@ -83,7 +83,10 @@ class KimiTokenizer(Tokenizer):
     def _encode_plain(self, text: str) -> list[int]:
         if len(text) <= MAX_RUN_CHARS:
             return self._bpe.encode_ordinary(text)
-        return [i for piece in _pieces(text) for i in self._bpe.encode_ordinary(piece)]
+        ids: list[int] = []
+        for piece in _pieces(text):
+            ids += self._bpe.encode_ordinary(piece)
+        return ids
 
 
 def _pieces(text: str) -> Iterator[str]:

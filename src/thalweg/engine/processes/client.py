@@ -22,6 +22,7 @@ from thalweg.core import Request, RequestUpdate, SamplingParams, SchedulerStats
 from thalweg.engine.processes import messages as m
 from thalweg.engine.processes.ipc import SocketFolder, address, tell_to_leave
 from thalweg.errors import EngineDeadError, InvalidRequest, RequestTimeout, ThalwegError
+from thalweg.scheduler.scheduler import check_prompt_length
 from thalweg.text.codec import TextCodec, load_codec
 from thalweg.text.output import Delta, OutputProcessor, TextReader
 from thalweg.text.prompts import check_params, check_token_ids
@@ -111,6 +112,8 @@ class EngineClient:
         """
         if self.dead is not None:
             raise self.dead
+        # Here too, so that a prompt that is far too long does not hold up the engine.
+        check_prompt_length(len(prompt_token_ids), params, self.info.max_model_len)
         check_token_ids(prompt_token_ids, self.info.vocab_size)
         check_params(params, self.codec.tokenizer, self.info.vocab_size)
         request_id = f"{next(self._ids)}" if request_id is None else request_id
