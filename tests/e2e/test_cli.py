@@ -163,7 +163,10 @@ def test_inspect_takes_a_config_alone(shared_dir: Path, tmp_path: Path, capsys: 
     for line in (["--config", str(path)], ["--config-file", str(path), "--load-format", "dummy"]):
         assert main(["inspect", *line, "--json"]) == 0
         found = json.loads(capsys.readouterr().out)
-        assert (found["parameters"], found["weight_files"]) == (49_122_681_728, "not looked at (--config)")
+        assert (found["parameters"], found["weight_files"]) == (
+            49_122_681_728,
+            "not looked at (--config)",
+        )
     assert main(["inspect", "--config", str(path), "--num-layers", "4"]) == 0
     assert "max num seqs    64: the default on a CPU" in capsys.readouterr().out
     assert main(["generate", "--config", str(path), "--prompt", "x"]) == 2  # to run it, random weights must be meant

@@ -111,7 +111,7 @@ def test_the_oracle_is_covered_exactly_and_lands_where_it_should(shared_dir: Pat
     targets, checkpoint = plan(c), Checkpoint(folder)
     assert set(checkpoint_shapes(targets)) == set(checkpoint.tensors)
     params = params_of(targets)
-    load(targets, checkpoint, params.__getitem__, ignore=KimiLinear().ignored(c))
+    load(targets, checkpoint, params.__getitem__, ignore=KimiLinear().layout(c).ignored)
     raw = load_file(folder / "model.safetensors")
     assert not any(p.isnan().any() for p in params.values())
 
@@ -222,7 +222,7 @@ def test_two_ranks_reassemble_to_the_whole(tmp_path: Path) -> None:
 
 def test_tied_embeddings_are_one_parameter_and_an_extra_head_is_allowed(tmp_path: Path) -> None:
     c = config(tie_word_embeddings=True)
-    ignored = KimiLinear().ignored(c)
+    ignored = KimiLinear().layout(c).ignored
     assert "lm_head.weight" not in checkpoint_shapes(plan(c))
     assert "lm_head.weight" not in {target.name for target in plan(c)}
     tensors = write_checkpoint(tmp_path, c)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.models import random_qwen
 from thalweg.build.inspect import describe
 from thalweg.config.engine import EngineConfig
 from thalweg.errors import ConfigError
@@ -73,8 +74,14 @@ def test_every_op_has_a_reference_that_serves_anywhere() -> None:
 NO_LAYER_YET = {"split_norms", "scaled_residual_add"}  # of Kimi-K2
 
 
-def test_every_op_is_resolved_by_a_layer_of_some_family() -> None:
-    options: list[dict[str, Any]] = [{}, {"tensor_parallel_size": 2}, {"quantization": "fp8"}]
+def test_every_op_is_resolved_by_a_layer_of_some_family(tmp_path: Path) -> None:
+    (tmp_path / "qwen.json").write_text(json.dumps(random_qwen.config()))
+    options: list[dict[str, Any]] = [
+        {},
+        {"tensor_parallel_size": 2},
+        {"quantization": "fp8"},
+        {"load_format": "dummy", "config_file": str(tmp_path / "qwen.json")},
+    ]
     resolved = {choice.op for o in options for choice in describe(EngineConfig(device="cpu", **o)).ops}
     assert set(ops()) - resolved == NO_LAYER_YET
     assert not resolved - set(ops())

@@ -87,6 +87,8 @@ def describe(config: EngineConfig) -> Inspection:
     are told, not raised. Raises ConfigError, CheckpointError or UnsupportedError as starting the engine would.
     """
     source = open_source(config)
+    checkpoint = _open_checkpoint(source, config)
+    source = source.fitted(checkpoint)
     c, ranks = source.config, config.tensor_parallel_size
     device = choose_device(config, 0)
     config = config.resolve(device=str(device), checkpoint_dtype=c.dtype, context_len=c.context_len)
@@ -110,7 +112,7 @@ def describe(config: EngineConfig) -> Inspection:
         parameters=sum(prod(shape) for shape in checkpoint_shapes(plan).values()),
         layer_kinds=dict(kinds),
         layers=[describe_layer(*x) for x in zip(model.layers, model.cache_specs, strict=True)],
-        weight_files=_describe_weights(source, plan, config),
+        weight_files=_describe_weights(source, plan, checkpoint, config),
         cost=cost,
         checkpoint_cost=_cost(native, c.dtype),
         memory=memory,
@@ -160,13 +162,21 @@ def _split(
         return None, str(e)
 
 
-def _describe_weights(source: ModelSource, plan: list[Target], config: EngineConfig) -> str:
-    """One line about the weight files; raises what loading would for files that are damaged or do not fit."""
+def _open_checkpoint(source: ModelSource, config: EngineConfig) -> Checkpoint | None:
+    """The weight files' headers; None if the folder has none, or other layers are asked for than it has."""
     if config.config_file is not None or config.num_layers is not None:
+        return None
+    return Checkpoint(source.folder) if any(p.suffix in WEIGHT_SUFFIXES for p in source.folder.iterdir()) else None
+
+
+def _describe_weights(
+    source: ModelSource, plan: list[Target], checkpoint: Checkpoint | None, config: EngineConfig
+) -> str:
+    """One line about the weight files; raises what loading would for files that are damaged or do not fit."""
+    if checkpoint is None and (config.config_file is not None or config.num_layers is not None):
         return f"not looked at ({'--config' if config.config_file else '--num-layers'})"
-    if not any(path.suffix in WEIGHT_SUFFIXES for path in source.folder.iterdir()):
+    if checkpoint is None:
         return "no weight files in the folder; only --load-format dummy can run it"
-    checkpoint = Checkpoint(source.folder)
     check(plan, checkpoint, source.ignored)
     tensors = checkpoint.tensors
     files = len({checkpoint.path_of(name) for name in tensors})

@@ -67,12 +67,13 @@ def build_rank(
     device = choose_device(config, tp_rank)
     config = config.resolve(device=str(device), checkpoint_dtype=c.dtype, context_len=c.context_len)
     assert config.max_num_batched_tokens is not None
+    checkpoint = Checkpoint(source.folder) if config.load_format != "dummy" else None
+    source = source.fitted(checkpoint)
+    c = source.config
     plan = source.plan(tp_rank, config.tensor_parallel_size, config.quantization)  # refuses early
     if device.type == "cpu":
         _choose_threads(sum(local_elements(plan).values()) * 4, config.tensor_parallel_size)
-    checkpoint = None
-    if config.load_format != "dummy":
-        checkpoint = Checkpoint(source.folder)
+    if checkpoint is not None:
         check(plan, checkpoint, source.ignored)  # before anything is allocated by what config.json says
     dtype = getattr(torch, config.dtype)
     _check_memory(local_bytes(plan, dtype.itemsize), device)

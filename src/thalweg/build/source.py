@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from thalweg.config.bounded_json import read_object
 from thalweg.config.engine import EngineConfig
@@ -15,6 +16,9 @@ from thalweg.parallel.shards import Shards
 from thalweg.quant import scheme_named
 from thalweg.weights.plan import Target
 
+if TYPE_CHECKING:
+    from thalweg.weights.checkpoint import Checkpoint
+
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
@@ -24,24 +28,27 @@ class ModelSource:
     family: Family
     config: DecoderConfig
     generation: GenerationConfig
+    architecture: str  # as config.json names it
+    tensors: frozenset[str] = frozenset()  # names in the checkpoint, once it is open
 
     @property
     def name(self) -> str:
         return self.folder.resolve().name
 
-    @property
-    def architecture(self) -> str:
-        """As the family's config.json files name it."""
-        return self.family.architectures[0]
+    def fitted(self, checkpoint: Checkpoint | None) -> ModelSource:
+        """With what the checkpoint's tensors say and config.json does not."""
+        tensors = frozenset(checkpoint.tensors) if checkpoint is not None else frozenset()
+        return replace(self, config=self.family.fitted(self.config, tensors), tensors=tensors)
 
     @property
     def ignored(self) -> tuple[str, ...]:
         """Patterns of tensors that may lie in the folder unread."""
-        return self.family.ignored(self.config)
+        return self.family.layout(self.config, self.tensors).ignored
 
     def plan(self, tp_rank: int = 0, tp_size: int = 1, quantization: str | None = None) -> list[Target]:
         """The weights of one rank. Raises ConfigError if ranks or --quantization do not suit the model."""
-        return weight_plan(self.family, self.config, Shards(tp_rank, tp_size), scheme_named(quantization))
+        shards, scheme = Shards(tp_rank, tp_size), scheme_named(quantization)
+        return weight_plan(self.family, self.config, shards, scheme, self.tensors)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -65,4 +72,6 @@ def open_source(config: EngineConfig) -> ModelSource:
     family = family_of(raw, str(path))
     if config.num_layers is not None:
         raw = family.cut(raw, config.num_layers)
-    return ModelSource(folder, family, family.read(raw, str(path)), read_generation_config(folder))
+    named = [name for name in family.architectures if name in (raw.get("architectures") or [])]
+    architecture = (named or family.architectures)[0]
+    return ModelSource(folder, family, family.read(raw, str(path)), read_generation_config(folder), architecture)

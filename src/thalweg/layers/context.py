@@ -28,6 +28,7 @@ class BuildContext:
     state_dtype: str  # that recurrent states are stored in
     scheme: Scheme = PLAIN  # of the experts' weights
     block_size: int = field(kw_only=True)  # tokens in a block of the cache
+    norm_fp32: bool = field(default=False, kw_only=True)  # whether the weights of RMSNorms are kept in float32
 
     @property
     def dtype_name(self) -> str:

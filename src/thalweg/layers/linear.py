@@ -20,10 +20,24 @@ class NormLinear(nn.Module):
         super().__init__()
         self.norm = NormWeight(ctx, in_features, eps)
         self.weight = ctx.weight(sum(parts), in_features)
-        self._norm_linear = ctx.op(NORM_LINEAR, NormLinearDims(D=in_features, parts=tuple(parts)))
+        self._norm_linear = ctx.op(
+            NORM_LINEAR, NormLinearDims(D=in_features, parts=tuple(parts), norm_fp32=ctx.norm_fp32)
+        )
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return self._norm_linear(x_TD, self.norm.weight, self.norm.eps, self.weight)
+
+
+class Linear(nn.Module):
+    """y = x W^T with W [out, in] of this rank."""
+
+    def __init__(self, ctx: BuildContext, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = ctx.weight(out_features, in_features)
+        self._linear = ctx.op(LINEAR, LinearDims(D=in_features, O=out_features))
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self._linear(x_TD, self.weight)
 
 
 class LinearAdd(nn.Module):

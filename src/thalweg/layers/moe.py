@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from thalweg.layers.context import BuildContext
-from thalweg.layers.linear import LinearAdd, NormLinear
+from thalweg.layers.linear import Linear, LinearAdd, NormLinear
 from thalweg.layers.norm import NormWeight
 from thalweg.ops.activation import SILU_AND_MUL, SiluAndMulDims
-from thalweg.ops.moe import EXPERTS, NORM_ROUTER, ExpertsDims, NormRouterDims
+from thalweg.ops.moe import EXPERTS, NORM_ROUTER, ExpertsDims, NormRouterDims, Scoring
 from thalweg.ops.moe_fp8 import EXPERTS_FP8
 from thalweg.ops.registry import Op
 from thalweg.quant import PLAIN
@@ -32,7 +32,8 @@ class SwiGLU(nn.Module):
 
 
 class Router(nn.Module):
-    """Sigmoid scores; the bias steers the choice only (auxiliary-loss-free balancing, arXiv:2408.15664)."""
+    """Scores of experts and the choice of top_k: sigmoids, with a bias that steers the choice only (auxiliary-loss-free
+    balancing, arXiv:2408.15664), or a softmax without one."""
 
     def __init__(
         self,
@@ -46,15 +47,21 @@ class Router(nn.Module):
         scale: float,
         groups: int,
         topk_groups: int,
+        scoring: Scoring,
         shared: int,
     ) -> None:
         super().__init__()
         self.norm = NormWeight(ctx, width, eps)
         self.weight = ctx.weight(experts, width)
-        self.bias = ctx.weight(experts, dtype=torch.float32)
+        if scoring == "sigmoid":
+            self.bias = ctx.weight(experts, dtype=torch.float32)
+        else:
+            self.register_buffer("bias", torch.zeros(experts, device=ctx.device))
+        self.scoring = scoring
         self.top_k, self.renormalize, self.scale = top_k, renormalize, scale
         self.groups, self.topk_groups, self.shared = groups, topk_groups, shared
-        self._router = ctx.op(NORM_ROUTER, NormRouterDims(E=experts, D=width, K=top_k, G=groups, S=shared))
+        dims = NormRouterDims(E=experts, D=width, K=top_k, G=groups, S=shared, norm_fp32=ctx.norm_fp32)
+        self._router = ctx.op(NORM_ROUTER, dims)
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(norm(x), weights float32, expert ids), the latter two [T, top_k + shared]; the shared experts come last,
@@ -68,7 +75,7 @@ class Router(nn.Module):
             top_k=self.top_k,
             renormalize=self.renormalize,
             scale=self.scale,
-            scoring="sigmoid",
+            scoring=self.scoring,
             n_group=self.groups,
             topk_group=self.topk_groups,
             num_shared=self.shared,
@@ -101,15 +108,33 @@ class Experts(nn.Module):
         """As the op takes them."""
         return tuple(getattr(self, name) for name in self._names)
 
-    def forward(self, normed_TD: Tensor, weights_Tk: Tensor, ids_Tk: Tensor, residual_TD: Tensor) -> Tensor:
+    def forward(self, normed_TD: Tensor, weights_Tk: Tensor, ids_Tk: Tensor, residual_TD: Tensor | None) -> Tensor:
+        """The experts' sum over this rank's width, plus the residual if there is one."""
         experts = (normed_TD, weights_Tk, ids_Tk, *self.weights)
-        if self.mesh.tp_size == 1:
-            return self._experts(*experts, residual_TD=residual_TD, num_shared=self.shared)
-        return residual_TD + self.mesh.all_reduce(self._experts(*experts, num_shared=self.shared))
+        y_TD: Tensor = self._experts(*experts, residual_TD=residual_TD, num_shared=self.shared)
+        return y_TD
+
+
+class GatedSharedExpert(nn.Module):
+    """sigmoid(g n) * down(silu(gate n) * up n), its width sharded: an expert that every token takes, with a gate g."""
+
+    def __init__(self, ctx: BuildContext, width: int, inner: int) -> None:
+        super().__init__()
+        local = ctx.shards.count(inner, "shared_expert_intermediate_size")
+        self.split = [2 * local, 1]
+        self.in_proj = Linear(ctx, width, sum(self.split))
+        self.down = Linear(ctx, local, width)
+        self._act = ctx.op(SILU_AND_MUL, SiluAndMulDims(I=local))
+
+    def forward(self, normed_TD: Tensor) -> Tensor:
+        gate_up_T2I, gate_T1 = self.in_proj(normed_TD).split(self.split, dim=-1)
+        y_TD: Tensor = self.down(self._act(gate_up_T2I)) * gate_T1.sigmoid()
+        return y_TD
 
 
 class MoE(nn.Module):
-    """x plus its routed experts and, as further experts that every token takes with weight 1, the shared ones."""
+    """x plus its routed experts and the shared ones: as further experts that every token takes with weight 1, or one of
+    its own width behind a gate."""
 
     def __init__(
         self,
@@ -125,8 +150,11 @@ class MoE(nn.Module):
         scale: float,
         groups: int,
         topk_groups: int,
+        scoring: Scoring,
+        gated_shared: int,
     ) -> None:
         super().__init__()
+        self.mesh = ctx.mesh
         self.router = Router(
             ctx,
             width,
@@ -137,9 +165,18 @@ class MoE(nn.Module):
             scale=scale,
             groups=groups,
             topk_groups=topk_groups,
+            scoring=scoring,
             shared=shared,
         )
         self.experts = Experts(ctx, width, experts, shared, ctx.shards.count(inner, "moe_intermediate_size"))
+        self.shared = GatedSharedExpert(ctx, width, gated_shared) if gated_shared else None
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.experts(*self.router(x_TD), x_TD)
+        normed_TD, weights_Tk, ids_Tk = self.router(x_TD)
+        one_rank = self.mesh.tp_size == 1
+        added_TD = x_TD if one_rank else None
+        if self.shared is not None:
+            shared_TD = self.shared(normed_TD)
+            added_TD = shared_TD if added_TD is None else added_TD + shared_TD
+        y_TD = self.experts(normed_TD, weights_Tk, ids_Tk, added_TD)
+        return y_TD if one_rank else x_TD + self.mesh.all_reduce(y_TD)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from thalweg.layers.context import BuildContext
@@ -11,9 +12,9 @@ from thalweg.ops.norm import RMS_NORM, RmsNormDims
 class NormWeight(nn.Module):
     """Weight [width] and epsilon of a norm that its owner computes inside an op of its own."""
 
-    def __init__(self, ctx: BuildContext, width: int, eps: float) -> None:
+    def __init__(self, ctx: BuildContext, width: int, eps: float, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.weight = ctx.weight(width)
+        self.weight = ctx.weight(width, dtype=dtype or (torch.float32 if ctx.norm_fp32 else None))
         self.eps = eps
 
 

@@ -9,8 +9,9 @@ from thalweg.config.hf import ConfigReader
 from thalweg.errors import UnsupportedError
 from thalweg.models.family import Family
 from thalweg.models.kimi_linear.family import KimiLinear
+from thalweg.models.qwen.family import Qwen3Next, Qwen35
 
-FAMILIES: tuple[Family, ...] = (KimiLinear(),)
+FAMILIES: tuple[Family, ...] = (KimiLinear(), Qwen3Next(), Qwen35())
 
 
 def family_of(raw: Mapping[str, Any], where: str = "config.json") -> Family:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor, nn
 
@@ -11,14 +12,18 @@ from thalweg.cache.storage import CacheStorage
 from thalweg.layers.batch import Batch
 from thalweg.layers.context import BuildContext, LayerCache
 from thalweg.layers.delta import KimiDeltaAttention
+from thalweg.layers.gdn import GatedDeltaNet
+from thalweg.layers.gqa import GatedAttention
 from thalweg.layers.linear import VocabEmbedding, VocabHead
 from thalweg.layers.mla import MultiHeadLatentAttention
 from thalweg.layers.moe import MoE, SwiGLU
 from thalweg.models.family import DecoderConfig, FeedForward, LayerConfig, Mixer
+from thalweg.models.parts.gdn import GdnDims
 from thalweg.models.parts.kda import KdaDims
+from thalweg.models.parts.mla import MlaDims
 from thalweg.models.parts.mlp import MlpDims
 
-MixerModule = KimiDeltaAttention | MultiHeadLatentAttention
+MixerModule = KimiDeltaAttention | MultiHeadLatentAttention | GatedDeltaNet | GatedAttention
 
 
 def _mixer(ctx: BuildContext, dims: Mixer, width: int, eps: float) -> MixerModule:
@@ -26,15 +31,37 @@ def _mixer(ctx: BuildContext, dims: Mixer, width: int, eps: float) -> MixerModul
         return KimiDeltaAttention(
             ctx, width=width, eps=eps, heads=dims.heads, head_dim=dims.head_dim, rank=dims.rank, taps=dims.taps
         )
-    return MultiHeadLatentAttention(
+    if isinstance(dims, MlaDims):
+        return MultiHeadLatentAttention(
+            ctx,
+            width=width,
+            eps=eps,
+            heads=dims.heads,
+            rank=dims.rank,
+            nope=dims.nope,
+            rope=dims.rope,
+            value=dims.value,
+        )
+    if isinstance(dims, GdnDims):
+        return GatedDeltaNet(
+            ctx,
+            width=width,
+            eps=eps,
+            key_heads=dims.key_heads,
+            value_heads=dims.value_heads,
+            key_dim=dims.key_dim,
+            value_dim=dims.value_dim,
+            taps=dims.taps,
+        )
+    return GatedAttention(
         ctx,
         width=width,
         eps=eps,
         heads=dims.heads,
-        rank=dims.rank,
-        nope=dims.nope,
-        rope=dims.rope,
-        value=dims.value,
+        kv_heads=dims.kv_heads,
+        head_dim=dims.head_dim,
+        frequencies=dims.rope.frequencies,
+        rope_scale=dims.rope.scale,
     )
 
 
@@ -53,6 +80,8 @@ def _feed_forward(ctx: BuildContext, dims: FeedForward, width: int, eps: float) 
         scale=dims.scale,
         groups=dims.groups,
         topk_groups=dims.top_groups,
+        scoring=dims.scoring,
+        gated_shared=dims.gated_shared,
     )
 
 
@@ -74,6 +103,7 @@ class Decoder(nn.Module):
 
     def __init__(self, ctx: BuildContext, config: DecoderConfig) -> None:
         super().__init__()
+        ctx = replace(ctx, norm_fp32=config.shifted_norms)
         self.config = config
         self.embed = VocabEmbedding(ctx, config.vocab.size, config.width)
         self._stack = [DecoderLayer(ctx, layer, config.width, config.eps) for layer in config.layers]

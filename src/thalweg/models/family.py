@@ -5,22 +5,24 @@ A family reads its own config keys into a DecoderConfig and gives its checkpoint
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from thalweg.errors import ConfigError
+from thalweg.models.parts.gdn import GdnDims
+from thalweg.models.parts.gqa import GqaDims
 from thalweg.models.parts.kda import KdaDims
 from thalweg.models.parts.mla import MlaDims
 from thalweg.models.parts.mlp import MlpDims
 from thalweg.models.parts.moe import MoeDims
-from thalweg.models.parts.part import WHOLE, Cost, Names, Step
+from thalweg.models.parts.part import WHOLE, Cost, Names, PlanContext, Step
 from thalweg.models.parts.vocab import VocabDims
 from thalweg.parallel.shards import Shards
 from thalweg.quant import PLAIN, Scheme
 from thalweg.weights.plan import Target
 
-Mixer = KdaDims | MlaDims
+Mixer = KdaDims | MlaDims | GdnDims | GqaDims
 FeedForward = MlpDims | MoeDims
 
 
@@ -43,6 +45,7 @@ class DecoderConfig:
     context_len: int  # tokens
     dtype: str  # of the checkpoint
     eos_token_ids: tuple[int, ...]
+    shifted_norms: bool = False  # checkpoints store the weights of RMSNorms less one
 
     @property
     def vocab_size(self) -> int:
@@ -70,21 +73,39 @@ class Family(Protocol):
     def cut(self, raw: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
         """config.json's object with the first `num_layers` layers only. Raises ConfigError when it has fewer."""
 
-    def vocab_names(self, config: DecoderConfig) -> Names:
-        """Tensor names of the embedding, the last norm and the head, as VocabDims.targets takes them."""
+    def fitted(self, config: DecoderConfig, tensors: Collection[str]) -> DecoderConfig:
+        """The config, with what a checkpoint's tensors say and config.json does not."""
 
-    def mixer_names(self, config: DecoderConfig, layer: int) -> Names:
-        """Tensor names of a layer's mixer, as its part's `targets` takes them."""
-
-    def mlp_names(self, config: DecoderConfig, layer: int) -> Names:
-        """Tensor names of a layer's feed-forward block, likewise."""
-
-    def ignored(self, config: DecoderConfig) -> tuple[str, ...]:
-        """Patterns (shell style) of tensors that may be in a checkpoint without being read."""
+    def layout(self, config: DecoderConfig, tensors: Collection[str] = ()) -> Layout:
+        """The names in a checkpoint that has `tensors`; without any, in the published ones."""
 
 
-def weight_plan(family: Family, config: DecoderConfig, shards: Shards = WHOLE, scheme: Scheme = PLAIN) -> list[Target]:
-    """Every parameter of this rank, the experts' stored as `scheme` says.
+class Layout(Protocol):
+    """Tensor names of one checkpoint."""
+
+    @property
+    def vocab(self) -> Names:
+        """Of the embedding, the last norm and the head, as VocabDims.targets takes them."""
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """Patterns (shell style) of tensors that may be there without being read."""
+
+    def mixer(self, layer: int) -> Names:
+        """Of a layer's mixer, as its part's `targets` takes them."""
+
+    def mlp(self, layer: int) -> Names:
+        """Of a layer's feed-forward block, likewise."""
+
+
+def weight_plan(
+    family: Family,
+    config: DecoderConfig,
+    shards: Shards = WHOLE,
+    scheme: Scheme = PLAIN,
+    tensors: Collection[str] = (),
+) -> list[Target]:
+    """Every parameter of this rank, the experts' stored as `scheme` says, from a checkpoint that has `tensors`.
 
     Raises ConfigError naming --tensor-parallel-size if it does not divide a dimension, or --quantization if there are
     no experts.
@@ -92,11 +113,12 @@ def weight_plan(family: Family, config: DecoderConfig, shards: Shards = WHOLE, s
     if scheme is not PLAIN and not any(isinstance(layer.mlp, MoeDims) for layer in config.layers):
         what = f"--quantization is {scheme.name!r}, which quantizes experts"
         raise ConfigError(f"{what}, and this {family.architectures[0]} has none; leave it out")
-    targets = config.vocab.targets(family.vocab_names(config), config.width, shards)
+    layout = family.layout(config, tensors)
+    ctx = PlanContext(config.width, shards, scheme, config.shifted_norms)
+    targets = config.vocab.targets(layout.vocab, ctx)
     for n, layer in enumerate(config.layers):
-        mixer, mlp = family.mixer_names(config, n), family.mlp_names(config, n)
-        targets += layer.mixer.targets(f"layers.{n}.attn", mixer, config.width, shards, scheme)
-        targets += layer.mlp.targets(f"layers.{n}.mlp", mlp, config.width, shards, scheme)
+        targets += layer.mixer.targets(f"layers.{n}.attn", layout.mixer(n), ctx)
+        targets += layer.mlp.targets(f"layers.{n}.mlp", layout.mlp(n), ctx)
     return targets
 
 

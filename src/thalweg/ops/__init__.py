@@ -6,8 +6,8 @@ Importing this package registers all implementations; `thalweg.ops.registry` cho
 from __future__ import annotations
 
 from thalweg.ops import activation, heads, linear, moe, moe_fp8, norm, projection, residual, sample
-from thalweg.ops.attention import mla, mla_down_norms, mla_mixer
-from thalweg.ops.delta import conv1d, kda, kda_mixer
+from thalweg.ops.attention import gqa, mla, mla_down_norms, mla_mixer
+from thalweg.ops.delta import conv1d, gdn, kda, kda_mixer
 from thalweg.ops.registry import Choice, Op, Resolver, Tokens, Where
 
 __all__ = [
@@ -18,6 +18,8 @@ __all__ = [
     "Where",
     "activation",
     "conv1d",
+    "gdn",
+    "gqa",
     "heads",
     "kda",
     "kda_mixer",

@@ -37,6 +37,11 @@ class Fp8Blocks:
         from thalweg.quant.fp8_blocks import quantize
 
         weight, scales = stored
+        if into and isinstance(into[0], tuple):  # a stack of experts
+            first, last = into[0]
+            for e in range(first, last):
+                self.put(part[e - first], (e, *into[1:]), stored)
+            return
         place = weight[tensor_index(into)]
         q, s = quantize(part.reshape(place.shape).to(place.device))
         place.copy_(q)

@@ -13,5 +13,7 @@ GetParam = Callable[[str], Tensor]
 
 def put(part: Tensor, source: Source, target: Target, get_param: GetParam) -> int:
     """Fill `source`'s place in its target from `part`, in place; returns the elements filled."""
+    if target.add:
+        part = part.float() + target.add
     target.scheme.put(part, source.into, [get_param(target.name + s.suffix).detach() for s in target.parameters])
     return part.numel()

@@ -48,8 +48,9 @@ class Source:
 class Target:
     """One weight on this rank: its local shape, its dtype ("model" follows --dtype), its scheme, and what fills it.
 
-    It is one parameter, or several where its scheme stores it so. Where the sources leave something uncovered
-    (vocabulary rows past the end on the last rank) it becomes zero. `init` says how dummy weights are drawn.
+    It is one parameter, or several where its scheme stores it so; an expert's matrix has `parts` parts of rows. `add`
+    is added to what the checkpoint holds. Where the sources leave something uncovered (vocabulary rows past the end on
+    the last rank) it becomes zero. `init` says how dummy weights are drawn.
     """
 
     name: str
@@ -58,6 +59,8 @@ class Target:
     dtype: Dtype = "model"
     init: Init = "normal"
     scheme: Scheme = PLAIN
+    add: float = 0.0
+    parts: int = 1
 
     @property
     def covered(self) -> bool:
@@ -69,8 +72,7 @@ class Target:
         """The parameters that hold it: `suffix` is added to the name, a dtype "model" is --dtype."""
         if self.dtype != "model":
             return (Stored("", self.shape, self.dtype),)
-        parts = max(1, len(self.sources) // self.shape[0]) if len(self.shape) == 3 else 1
-        return self.scheme.stored(self.shape, parts)
+        return self.scheme.stored(self.shape, self.parts)
 
 
 def whole(
@@ -78,11 +80,12 @@ def whole(
     source: str,
     shape: Shape,
     *,
-    dtype: Literal["model", "float32"] = "model",
+    dtype: Dtype = "model",
     init: Init = "normal",
+    add: float = 0.0,
 ) -> Target:
-    """A replicated parameter, as it stands in the checkpoint."""
-    return Target(name, shape, (Source(source, shape),), dtype, init)
+    """A replicated parameter, as it stands in the checkpoint but for `add`."""
+    return Target(name, shape, (Source(source, shape),), dtype, init, add=add)
 
 
 def split(
@@ -93,7 +96,7 @@ def split(
     part: Range,
     *,
     local: Shape | None = None,
-    dtype: Literal["model", "float32"] = "model",
+    dtype: Dtype = "model",
     init: Init = "normal",
 ) -> Target:
     """A parameter split along `dim` of the checkpoint's shape; `local` is its shape here if reshaped too."""

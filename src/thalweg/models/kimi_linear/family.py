@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from thalweg.models.family import DecoderConfig
 from thalweg.models.kimi_linear.config import cut, read
 from thalweg.models.parts.kda import KdaDims
 from thalweg.models.parts.moe import MoeDims
-from thalweg.models.parts.part import Names
+from thalweg.models.parts.part import Names, prefixed
 
 _KDA = {
     **{x: f"{x}_proj.weight" for x in ("q", "k", "v", "f_a", "g_a", "f_b", "g_b")},
@@ -50,18 +50,27 @@ class KimiLinear:
     def cut(self, raw: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
         return cut(raw, num_layers)
 
-    def vocab_names(self, config: DecoderConfig) -> Names:
-        return {"embed": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"}
+    def fitted(self, config: DecoderConfig, tensors: Collection[str]) -> DecoderConfig:
+        return config
 
-    def mixer_names(self, config: DecoderConfig, layer: int) -> Names:
+    def layout(self, config: DecoderConfig, tensors: Collection[str] = ()) -> KimiLinearLayout:
+        return KimiLinearLayout(config)
+
+
+class KimiLinearLayout:
+    """The published checkpoints' names; there is no other layout."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        self._config = config
+        self.vocab = {"embed": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"}
+        self.ignored = ("*.rotary_emb.inv_freq", *(("lm_head.weight",) if config.vocab.tied else ()))
+
+    def mixer(self, layer: int) -> Names:
+        names = _KDA if isinstance(self._config.layers[layer].mixer, KdaDims) else _MLA
         at = f"model.layers.{layer}"
-        names = _KDA if isinstance(config.layers[layer].mixer, KdaDims) else _MLA
-        return {"norm": f"{at}.input_layernorm.weight", **{x: f"{at}.self_attn.{name}" for x, name in names.items()}}
+        return {"norm": f"{at}.input_layernorm.weight", **prefixed(f"{at}.self_attn.", names)}
 
-    def mlp_names(self, config: DecoderConfig, layer: int) -> Names:
+    def mlp(self, layer: int) -> Names:
+        names = _MOE if isinstance(self._config.layers[layer].mlp, MoeDims) else _MLP
         at = f"model.layers.{layer}"
-        names = _MOE if isinstance(config.layers[layer].mlp, MoeDims) else _MLP
-        return {"norm": f"{at}.post_attention_layernorm.weight", **{x: f"{at}.{name}" for x, name in names.items()}}
-
-    def ignored(self, config: DecoderConfig) -> tuple[str, ...]:
-        return ("*.rotary_emb.inv_freq", *(("lm_head.weight",) if config.vocab.tied else ()))
+        return {"norm": f"{at}.post_attention_layernorm.weight", **prefixed(f"{at}.", names)}

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from thalweg.models.parts.part import Cost, Names, Step, all_reduce, product
-from thalweg.parallel.shards import Shards
-from thalweg.quant import Scheme
+from thalweg.models.parts.part import Cost, Names, PlanContext, Step, all_reduce, product
 from thalweg.weights.plan import Source, Target, concat, placed, split, whole
 
 HEADS = "the number of KDA heads"
@@ -22,12 +20,12 @@ class KdaDims:
     taps: int
     rank: int
 
-    def targets(self, ours: str, names: Names, width: int, shards: Shards, scheme: Scheme) -> list[Target]:
+    def targets(self, ours: str, names: Names, ctx: PlanContext) -> list[Target]:
         """in_proj [3*H*K + H + 2*rank, D] has rows q, k, v, beta, f_a, g_a; up_proj [2, H*K, rank] f_b, g_b.
 
         Names: norm, q, k, v, beta, f_a, g_a, f_b, g_b, q_conv, k_conv, v_conv, A_log, dt_bias, out_norm, out.
         """
-        H, K, D, taps = self.heads, self.head_dim, width, self.taps
+        H, K, D, taps, shards = self.heads, self.head_dim, ctx.width, self.taps, ctx.shards
         heads, channels = shards.even(H, HEADS), shards.even(H, HEADS, K)
         local_H = shards.count(H, HEADS)
         qkv = [Source(names[x], (H * K, D), 0, channels) for x in "qkv"]
@@ -35,7 +33,7 @@ class KdaDims:
         convs = [Source(names[f"{x}_conv"], (H * K, 1, taps), 0, channels) for x in "qkv"]
         ups = [placed(names[x], (H * K, self.rank), (i,), 0, channels) for i, x in enumerate(("f_b", "g_b"))]
         return [
-            whole(f"{ours}.in_proj.norm.weight", names["norm"], (D,), init="ones"),
+            ctx.norm(f"{ours}.in_proj.norm.weight", names["norm"], ctx.width),
             concat(f"{ours}.in_proj.weight", [*qkv, Source(names["beta"], (H, D), 0, heads), *low_rank]),
             Target(f"{ours}.up_proj.weight", (2, local_H * K, self.rank), tuple(ups)),
             concat(f"{ours}.conv.weight", convs, (3 * local_H * K, taps)),

@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from thalweg.config.hf import ConfigReader
-from thalweg.models.parts.part import MAX_DIM, Cost, Names, Step, all_reduce, product
-from thalweg.parallel.shards import Shards
-from thalweg.quant import Scheme
-from thalweg.weights.plan import Source, Target, concat, split, whole
+from thalweg.models.parts.part import MAX_DIM, Cost, Names, PlanContext, Step, all_reduce, product
+from thalweg.weights.plan import Source, Target, concat, split
 
 HEADS = "num_attention_heads"
 _KEYS = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
@@ -34,13 +32,13 @@ class MlaDims:
         """Values cached per token: the latent and the shared part of the key."""
         return self.rank + self.rope
 
-    def targets(self, ours: str, names: Names, width: int, shards: Shards, scheme: Scheme) -> list[Target]:
+    def targets(self, ours: str, names: Names, ctx: PlanContext) -> list[Target]:
         """in_proj has rows q, then latent and shared key; kv_b_proj is [H, nope + value, rank], a matrix per head whose
         halves go into queries and outputs apart.
 
         Names: norm, q, kv_a, kv_norm, kv_b, out.
         """
-        H, D, up = self.heads, width, self.nope + self.value
+        H, D, up, shards = self.heads, ctx.width, self.nope + self.value, ctx.shards
 
         def heads(dims: int) -> tuple[int, int]:
             return shards.even(H, HEADS, dims)
@@ -48,9 +46,9 @@ class MlaDims:
         local = (shards.count(H, HEADS), up, self.rank)
         query = Source(names["q"], (H * self.head_dim, D), 0, heads(self.head_dim))
         return [
-            whole(f"{ours}.in_proj.norm.weight", names["norm"], (D,), init="ones"),
+            ctx.norm(f"{ours}.in_proj.norm.weight", names["norm"], ctx.width),
             concat(f"{ours}.in_proj.weight", [query, Source(names["kv_a"], (self.latent, D))]),
-            whole(f"{ours}.kv_norm.weight", names["kv_norm"], (self.rank,), init="ones"),
+            ctx.norm(f"{ours}.kv_norm.weight", names["kv_norm"], self.rank),
             split(f"{ours}.kv_b_proj.weight", names["kv_b"], (H * up, self.rank), 0, heads(up), local=local),
             split(f"{ours}.out_proj.weight", names["out"], (D, H * self.value), 1, heads(self.value)),
         ]

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from thalweg.models.parts.part import Cost, Names, Step, all_reduce, product
-from thalweg.parallel.shards import Shards
-from thalweg.quant import Scheme
-from thalweg.weights.plan import Source, Target, concat, split, whole
+from thalweg.models.parts.part import Cost, Names, PlanContext, Step, all_reduce, product
+from thalweg.weights.plan import Source, Target, concat, split
 
 WIDTH = "intermediate_size"
 
@@ -18,12 +16,12 @@ class MlpDims:
 
     inner: int
 
-    def targets(self, ours: str, names: Names, width: int, shards: Shards, scheme: Scheme) -> list[Target]:
+    def targets(self, ours: str, names: Names, ctx: PlanContext) -> list[Target]:
         """gate_up [2*I, D], gate rows first; down [D, I]. Names: norm, gate, up, down."""
-        part = shards.even(self.inner, WIDTH)
+        part, width = ctx.shards.even(self.inner, WIDTH), ctx.width
         gate_up = [Source(names[x], (self.inner, width), 0, part) for x in ("gate", "up")]
         return [
-            whole(f"{ours}.gate_up.norm.weight", names["norm"], (width,), init="ones"),
+            ctx.norm(f"{ours}.gate_up.norm.weight", names["norm"], ctx.width),
             concat(f"{ours}.gate_up.weight", gate_up),
             split(f"{ours}.down.weight", names["down"], (width, self.inner), 1, part),
         ]

@@ -3,62 +3,94 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from thalweg.config.hf import ConfigReader
-from thalweg.models.parts.part import MAX_DIM, MAX_EXPERTS, Cost, Names, Step, all_reduce, product
-from thalweg.parallel.shards import Shards
-from thalweg.quant import Scheme
-from thalweg.weights.plan import Source, Target, placed, whole
+from thalweg.models.parts.part import MAX_DIM, MAX_EXPERTS, Cost, Names, PlanContext, Step, all_reduce, product
+from thalweg.weights.plan import Range, Source, Target, concat, placed, split, whole
 
-WIDTH = "moe_intermediate_size"
+WIDTH, SHARED_WIDTH = "moe_intermediate_size", "shared_expert_intermediate_size"
 
 
 @dataclass(frozen=True, slots=True)
 class MoeDims:
     """`experts` routed experts, each `inner` wide, of which a token takes `top_k`, and `shared` ones of that width.
 
-    Scores are sigmoids with a correction bias for the choice only; they are renormalised over the chosen if
-    `renormalize` and multiplied by `scale`. Experts compete in `top_groups` of `groups` groups (DeepSeek-V3).
+    Scores are sigmoids with a correction bias for the choice only, or a softmax over all experts; they are renormalised
+    over the chosen if `renormalize` and multiplied by `scale`. Experts compete in `top_groups` of `groups` groups
+    (DeepSeek-V3). A shared expert of another kind is `gated_shared` wide, its output times a sigmoid per token (Qwen).
     """
 
     experts: int
     top_k: int
     inner: int
-    shared: int
-    renormalize: bool
-    scale: float
+    shared: int = 0
+    renormalize: bool = True
+    scale: float = 1.0
     groups: int = 1
     top_groups: int = 1
+    scoring: Literal["sigmoid", "softmax"] = "sigmoid"
+    gated_shared: int = 0
 
-    def targets(self, ours: str, names: Names, width: int, shards: Shards, scheme: Scheme) -> list[Target]:
+    def targets(self, ours: str, names: Names, ctx: PlanContext) -> list[Target]:
         """Experts stacked: gate_up [E + S, 2*I, D] (gate above up), down [E + S, D, I]. The router is replicated.
 
         Checkpoints store the S shared experts as one MLP of width S*I. A sum over its width is a sum over S slices of
         it, so each slice is one more expert behind the routed ones, and one kernel serves all.
-        Names: norm, router, bias; gate, up, down with {e} for the expert's number; shared_gate, shared_up, shared_down.
+        Names: norm, router, bias (sigmoid only); gate, up, down with {e} for the expert's number, or stacked_gate_up
+        and stacked_down; shared_gate, shared_up, shared_down; shared_scale for the gate of a gated shared expert.
         """
-        E, D, inner = self.experts, width, self.inner
-        start, stop = part = shards.even(inner, WIDTH)
-        local, total, both = stop - start, E + self.shared, self.shared * inner
-        gate_up: list[Source] = []
-        down: list[Source] = []
-        for e in range(E):
-            for half, x in enumerate(("gate", "up")):
-                rows = (half * local, (half + 1) * local)
-                gate_up.append(placed(names[x].format(e=e), (inner, D), (e, rows), 0, part))
-            down.append(placed(names["down"].format(e=e), (D, inner), (e,), 1, part))
+        E, D = self.experts, ctx.width
+        start, stop = ctx.shards.even(self.inner, WIDTH)
+        local, total = stop - start, E + self.shared
+        gate_up, down = self._stacked(names, D, (start, stop)) if "stacked_down" in names else ([], [])
+        if not gate_up:
+            for e in range(E):
+                one = {x: names[x].format(e=e) for x in ("gate", "up", "down")}
+                self._expert(one, e, (start, stop), self.inner, D, gate_up, down)
+        shared = {x: names[f"shared_{x}"] for x in ("gate", "up", "down") if self.shared}
         for i in range(self.shared):
-            piece = (i * inner + start, i * inner + stop)
-            for half, x in enumerate(("shared_gate", "shared_up")):
-                rows = (half * local, (half + 1) * local)
-                gate_up.append(placed(names[x], (both, D), (E + i, rows), 0, piece))
-            down.append(placed(names["shared_down"], (D, both), (E + i,), 1, piece))
-        return [
-            whole(f"{ours}.router.norm.weight", names["norm"], (D,), init="ones"),
+            part = (i * self.inner + start, i * self.inner + stop)
+            self._expert(shared, E + i, part, self.shared * self.inner, D, gate_up, down)
+        scheme = ctx.scheme
+        targets = [
+            ctx.norm(f"{ours}.router.norm.weight", names["norm"], D),
             whole(f"{ours}.router.weight", names["router"], (E, D)),
-            whole(f"{ours}.router.bias", names["bias"], (E,), dtype="float32", init="zeros"),
-            Target(f"{ours}.experts.gate_up", (total, 2 * local, D), tuple(gate_up), scheme=scheme),
+            Target(f"{ours}.experts.gate_up", (total, 2 * local, D), tuple(gate_up), scheme=scheme, parts=2),
             Target(f"{ours}.experts.down", (total, D, local), tuple(down), scheme=scheme),
+        ]
+        if self.scoring == "sigmoid":
+            targets.append(whole(f"{ours}.router.bias", names["bias"], (E,), dtype="float32", init="zeros"))
+        return targets + (self._gated_shared(f"{ours}.shared", names, ctx) if self.gated_shared else [])
+
+    @staticmethod
+    def _expert(
+        names: Names, e: int, part: Range, inner: int, D: int, gate_up: list[Source], down: list[Source]
+    ) -> None:
+        """Expert `e` of ours is the `part` of an MLP of width `inner`."""
+        local = part[1] - part[0]
+        gate_up.append(placed(names["gate"], (inner, D), (e, (0, local)), 0, part))
+        gate_up.append(placed(names["up"], (inner, D), (e, (local, 2 * local)), 0, part))
+        down.append(placed(names["down"], (D, inner), (e,), 1, part))
+
+    def _stacked(self, names: Names, D: int, part: Range) -> tuple[list[Source], list[Source]]:
+        """From one tensor of all experts [E, 2*I, D], gate above up, and one [E, D, I]."""
+        E, inner, (start, stop) = self.experts, self.inner, part
+        local, shape = stop - start, (E, 2 * inner, D)
+        up = (inner + start, inner + stop)
+        return [
+            placed(names["stacked_gate_up"], shape, ((0, E), (0, local)), 1, part),
+            placed(names["stacked_gate_up"], shape, ((0, E), (local, 2 * local)), 1, up),
+        ], [placed(names["stacked_down"], (E, D, inner), ((0, E),), 2, part)]
+
+    def _gated_shared(self, ours: str, names: Names, ctx: PlanContext) -> list[Target]:
+        """in_proj [2*I + 1, D] has rows gate, up and, on every rank, the one of the output's gate."""
+        inner, D = self.gated_shared, ctx.width
+        part = ctx.shards.even(inner, SHARED_WIDTH)
+        gate_up = [Source(names[f"shared_{x}"], (inner, D), 0, part) for x in ("gate", "up")]
+        return [
+            concat(f"{ours}.in_proj.weight", [*gate_up, Source(names["shared_scale"], (1, D))]),
+            split(f"{ours}.down.weight", names["shared_down"], (D, inner), 1, part),
         ]
 
     def costs(self, width: int, step: Step) -> list[Cost]:
@@ -67,9 +99,14 @@ class MoeDims:
         expert = 3 * width * step.shards.count(self.inner, WIDTH)
         touched = self.shared + E * (1 - (1 - k / E) ** T)
         weight_bytes = step.scheme.bytes_per_weight(step.dtype_bytes)
+        gated = []
+        if self.gated_shared:
+            inner = step.shards.count(self.gated_shared, SHARED_WIDTH)
+            gated = [product("shared expert", width * (3 * inner + 1), step)]
         return [
             product("router", E * width, step),
             Cost("experts", touched * expert * weight_bytes, 2.0 * T * (k + self.shared) * expert),
+            *gated,
             *all_reduce("experts' sum over ranks", width, step),
         ]
 

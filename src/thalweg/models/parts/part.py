@@ -8,10 +8,16 @@ from typing import Protocol
 
 from thalweg.parallel.shards import Shards
 from thalweg.quant import PLAIN, Scheme
-from thalweg.weights.plan import Target
+from thalweg.weights.plan import Target, whole
 
 Names = Mapping[str, str]
 """A part's pieces ("q", "out", ...) to the names that a family's checkpoints give them."""
+
+
+def prefixed(prefix: str, names: Names) -> Names:
+    """The names with `prefix` before each."""
+    return {piece: prefix + name for piece, name in names.items()}
+
 
 # Bounds keep a hostile config from costing memory before its checkpoint is looked at.
 MAX_LAYERS = 1_000
@@ -67,12 +73,29 @@ def all_reduce(what: str, width: int, step: Step) -> list[Cost]:
     return [Cost(what, sent=2 * (n - 1) / n * step.tokens * width * step.dtype_bytes)] if n > 1 else []
 
 
+@dataclass(frozen=True, slots=True)
+class PlanContext:
+    """What every part's weights depend on: the model's width, this rank's share, how experts are stored, and whether
+    checkpoints store norm weights less one."""
+
+    width: int
+    shards: Shards = WHOLE
+    scheme: Scheme = PLAIN
+    shifted_norms: bool = False
+
+    def norm(self, ours: str, theirs: str, size: int) -> Target:
+        """The weight [size] of an RMSNorm. Where one is added to it, it is kept in float32, which loses nothing."""
+        if self.shifted_norms:
+            return whole(ours, theirs, (size,), dtype="float32", init="zeros", add=1.0)
+        return whole(ours, theirs, (size,), init="ones")
+
+
 class Part(Protocol):
     """Dimensions of a mixer or a feed-forward block: the whole model's, not a rank's. `width` is the model's."""
 
-    def targets(self, ours: str, names: Names, width: int, shards: Shards, scheme: Scheme) -> list[Target]:
+    def targets(self, ours: str, names: Names, ctx: PlanContext) -> list[Target]:
         """The weights below parameter `ours` on this rank, its norm included. Raises ConfigError naming
-        --tensor-parallel-size if the ranks cannot share a dimension. `scheme` is that of experts' weights."""
+        --tensor-parallel-size if the ranks cannot share a dimension."""
 
     def costs(self, width: int, step: Step) -> list[Cost]:
         """Every operation of the part in one step of one rank."""

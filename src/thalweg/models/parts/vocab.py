@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from thalweg.models.parts.part import Cost, Names, Step, all_reduce, product
-from thalweg.parallel.shards import Shards
-from thalweg.weights.plan import Target, placed, whole
+from thalweg.models.parts.part import Cost, Names, PlanContext, Step, all_reduce, product
+from thalweg.weights.plan import Target, placed
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,16 +15,17 @@ class VocabDims:
     size: int
     tied: bool
 
-    def targets(self, names: Names, width: int, shards: Shards) -> list[Target]:
+    def targets(self, names: Names, ctx: PlanContext) -> list[Target]:
         """Rows are blocks of ceil(V / ranks), zero past the end. Names: embed, norm, head."""
-        rows, (start, stop) = shards.padded(self.size)
+        rows, (start, stop) = ctx.shards.padded(self.size)
+        width = ctx.width
 
         def matrix(ours: str, theirs: str) -> Target:
             piece = placed(theirs, (self.size, width), ((0, stop - start),), 0, (start, stop))
             return Target(ours, (rows, width), (piece,))
 
         head = [] if self.tied else [matrix("lm_head.weight", names["head"])]
-        norm = whole("lm_head.norm.weight", names["norm"], (width,), init="ones")
+        norm = ctx.norm("lm_head.norm.weight", names["norm"], ctx.width)
         return [matrix("embed.weight", names["embed"]), *head, norm]
 
     def costs(self, width: int, step: Step) -> list[Cost]:

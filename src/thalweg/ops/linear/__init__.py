@@ -28,6 +28,7 @@ class LinearDims:
 class NormLinearDims:
     D: int  # columns of x
     parts: tuple[int, ...]  # columns of y: the rows of each matrix that was fused into w
+    norm_fp32: bool = False  # whether the norm's weight is fp32 whatever x is
 
 
 class Linear(Protocol):
@@ -66,6 +67,10 @@ def _cuda_refuses(where: Where, dims: LinearDims | NormLinearDims) -> Refusal:
     if where.dtype != "bfloat16":
         return f"needs bfloat16, not {where.dtype}"
     return why_not(where) or cuda_build.why_not(where) or why_not_hopper()
+
+
+def _cuda_norm_refuses(where: Where, dims: NormLinearDims) -> Refusal:
+    return "needs the norm's weight in bfloat16, not float32" if dims.norm_fp32 else _cuda_refuses(where, dims)
 
 
 def _in_place_refuses(where: Where, dims: LinearDims) -> Refusal:
@@ -111,7 +116,7 @@ register(LINEAR, "cuda", _cuda_linear, supports=_cuda_refuses, tokens=FEW, prior
 register(NORM_LINEAR, "reference", lambda *_: reference.norm_linear)
 register(NORM_LINEAR, "separate", _separate, priority=-10)
 register(NORM_LINEAR, "triton", _triton_norm_linear, supports=why_not, priority=10)
-register(NORM_LINEAR, "cuda", _cuda_norm_linear, supports=_cuda_refuses, tokens=_norm_few, priority=20)
+register(NORM_LINEAR, "cuda", _cuda_norm_linear, supports=_cuda_norm_refuses, tokens=_norm_few, priority=20)
 
 register(LINEAR_ADD, "reference", lambda *_: reference.linear_add)
 register(LINEAR_ADD, "in_place", lambda *_: reference.linear_add_in_place, supports=_in_place_refuses, priority=10)

@@ -24,6 +24,7 @@ class NormRouterDims:
     K: int  # experts per token
     G: int  # groups of experts
     S: int  # shared experts, appended to those chosen
+    norm_fp32: bool = False  # whether the norm's weight is fp32 whatever x is
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,8 +58,8 @@ class NormRouter(Protocol):
         follow the chosen ones as ids E .. E + num_shared - 1 with weight 1, so that "experts" can hold them
         behind the routed ones. The routed order within a token is best first. Raises ConfigError as `route`.
 
-        x has a unit last stride and any row stride. It shares its dtype with both weights, which are contiguous;
-        bias_E is fp32.
+        x has a unit last stride and any row stride. It shares its dtype with both weights, which are contiguous, unless
+        the norm's is fp32; bias_E is fp32.
         """
 
 
@@ -108,6 +109,8 @@ def _cuda_router_refuses(where: Where, dims: NormRouterDims) -> Refusal:
         return f"needs experts in one group, not {dims.G}"
     if where.dtype != "bfloat16":
         return f"needs bfloat16, not {where.dtype}"
+    if dims.norm_fp32:
+        return "needs the norm's weight in bfloat16, not float32"
     return cuda_router.refusal(dims.E, dims.D, dims.K + dims.S) or cuda_build.why_not(where) or why_not_hopper()
 
 

@@ -32,8 +32,11 @@ class RmsNorm(Protocol):
 
 
 class GatedRmsNorm(Protocol):
-    def __call__(self, o_THV: Tensor, gate_THV: Tensor, weight_V: Tensor, eps: float, /) -> Tensor:
-        """y_THV = rms_norm(o) * sigmoid(gate), normalised over the last dimension (each head by itself)."""
+    def __call__(
+        self, o_THV: Tensor, gate_THV: Tensor, weight_V: Tensor, eps: float, /, *, silu: bool = False
+    ) -> Tensor:
+        """y_THV = rms_norm(o) * sigmoid(gate), or with `silu` SiLU(gate), normalised over the last dimension (each head
+        by itself)."""
 
 
 RMS_NORM: Op[RmsNormDims, RmsNorm] = Op("rms_norm", RmsNormDims)

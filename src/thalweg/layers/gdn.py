@@ -1,0 +1,103 @@
+"""Gated DeltaNet (arXiv:2412.06464): a gated delta rule with one decay per head, as Qwen3-Next and Qwen3.5 have it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from thalweg.cache.specs import StateSpec
+from thalweg.layers.batch import Batch
+from thalweg.layers.context import BuildContext, LayerCache
+from thalweg.layers.delta import ShortConv
+from thalweg.layers.linear import LinearAdd, NormLinear
+from thalweg.layers.norm import NormWeight
+from thalweg.ops.delta.conv1d import CONV1D_PREFILL, Conv1dDims
+from thalweg.ops.delta.gdn import GDN_MIXER_DECODE, GDN_PREFILL, GdnDims
+from thalweg.ops.heads import MERGE_HEADS, SPLIT_HEADS, HeadsDims
+from thalweg.ops.norm import GATED_RMS_NORM, GatedRmsNormDims
+
+
+class GatedDeltaNet(nn.Module):
+    """x_TD -> x + mixed(norm(x)) over this rank's heads. Caches StateSpecs "conv" (taps - 1, C) and "recurrent"
+    (H, V, K), C = 2 * G * K + H * V.
+
+    q, k, v, z, b and a come from one matrix; q, k and v share one convolution.
+    """
+
+    def __init__(
+        self,
+        ctx: BuildContext,
+        *,
+        width: int,
+        key_heads: int,
+        value_heads: int,
+        key_dim: int,
+        value_dim: int,
+        taps: int,
+        eps: float,
+    ) -> None:
+        super().__init__()
+        G = ctx.shards.shared_count(key_heads, "linear_num_key_heads")
+        H = ctx.shards.count(value_heads, "linear_num_value_heads")
+        K, V, W = key_dim, value_dim, taps - 1
+        C = 2 * G * K + H * V
+        self.split, self.split_qkv = [C, H * V, H, H], [G * K, G * K, H * V]
+        self.in_proj = NormLinear(ctx, width, [G * K, G * K, H * V, H * V, H, H], eps)
+        self.conv = ShortConv(ctx, C, taps)
+        self.A_log = ctx.weight(H, dtype=torch.float32)
+        self.dt_bias = ctx.weight(H, dtype=torch.float32)
+        self.out_norm = NormWeight(ctx, V, eps, torch.float32)
+        self.out_proj = LinearAdd(ctx, H * V, width)
+        self.cache_specs = {
+            "conv": StateSpec((W, C), ctx.dtype_name),
+            "recurrent": StateSpec((H, V, K), ctx.state_dtype),
+        }
+        dims = GdnDims(G=G, H=H, K=K, V=V, W=W)
+        self._mixer_decode = ctx.op(GDN_MIXER_DECODE, dims)
+        self._prefill = ctx.op(GDN_PREFILL, dims)
+        self._conv = ctx.op(CONV1D_PREFILL, Conv1dDims(C=C, W=W))
+        self._gated_norm = ctx.op(GATED_RMS_NORM, GatedRmsNormDims(H=H, V=V))
+        self._split_keys = ctx.op(SPLIT_HEADS, HeadsDims(X=K))
+        self._split_values = ctx.op(SPLIT_HEADS, HeadsDims(X=V))
+        self._merge_heads = ctx.op(MERGE_HEADS, HeadsDims(X=V))
+
+    def forward(self, x_TD: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
+        proj_TX = self.in_proj(x_TD)
+        n, parts = batch.num_decodes, []
+        if n:
+            parts.append(self._mix_decode(proj_TX[:n], batch.slots_B[:n], cache))
+        if n < len(proj_TX):
+            parts.append(self._mix_prefill(proj_TX[n:], batch.slots_B[n:], batch.prefill_offsets, cache))
+        return self.out_proj.of_parts(parts, x_TD)
+
+    def _mix_decode(self, proj_BX: Tensor, slots_B: Tensor, cache: LayerCache) -> Tensor:
+        return self._mixer_decode(
+            proj_BX,
+            conv_weight_CW=self.conv.weight,
+            conv_state_NWC=cache["conv"],
+            A_log_H=self.A_log,
+            dt_bias_H=self.dt_bias,
+            norm_weight_V=self.out_norm.weight,
+            eps=self.out_norm.eps,
+            state_NHVK=cache["recurrent"],
+            slots_B=slots_B,
+        )
+
+    def _mix_prefill(self, proj_TX: Tensor, slots_B: Tensor, offsets: list[int], cache: LayerCache) -> Tensor:
+        qkv_TC, z_TO, b_TH, a_TH = proj_TX.split(self.split, dim=-1)
+        qkv_TC = self._conv(qkv_TC, cache["conv"], slots_B, offsets, self.conv.weight)
+        q_TO, k_TO, v_TO = qkv_TC.split(self.split_qkv, dim=-1)
+        o_THV = self._prefill(
+            self._split_keys(q_TO),  # t (g k) -> t g k
+            self._split_keys(k_TO),
+            self._split_values(v_TO),  # t (h v) -> t h v
+            a_TH,
+            b_TH,
+            A_log_H=self.A_log,
+            dt_bias_H=self.dt_bias,
+            state_NHVK=cache["recurrent"],
+            slots_B=slots_B,
+            offsets=offsets,
+        )
+        o_THV = self._gated_norm(o_THV, self._split_values(z_TO), self.out_norm.weight, self.out_norm.eps, silu=True)
+        return self._merge_heads(o_THV)  # t h v -> t (h v)

@@ -1,0 +1,93 @@
+"""Rotary positions (arXiv:2104.09864), by themselves or stretched by YaRN (arXiv:2309.00071): plain numbers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from thalweg.config.hf import ConfigReader
+
+
+@dataclass(frozen=True, slots=True)
+class Yarn:
+    """A context stretched `factor` times beyond the `original` one; frequencies between the two betas are blended."""
+
+    factor: float
+    original: int  # tokens
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None  # of cosines and sines; None: 0.1 ln(factor) + 1
+
+
+@dataclass(frozen=True, slots=True)
+class RopeDims:
+    """The first `dims` of a head are rotated, in pairs (i, i + dims / 2), by position * theta^(-2 i / dims)."""
+
+    dims: int
+    theta: float
+    yarn: Yarn | None = None
+
+    @property
+    def frequencies(self) -> list[float]:
+        """Angle per position of each of the dims / 2 pairs."""
+        exponents = [2 * i / self.dims for i in range(self.dims // 2)]
+        plain = [self.theta**-e for e in exponents]
+        if self.yarn is None:
+            return plain
+        low, high = (self._pair_of(beta, self.yarn.original) for beta in (self.yarn.beta_fast, self.yarn.beta_slow))
+        low, high = max(math.floor(low), 0), min(math.ceil(high), self.dims - 1)
+        blended = []
+        for i, frequency in enumerate(plain):
+            ramp = min(max((i - low) / max(high - low, 1e-3), 0.0), 1.0)
+            blended.append(frequency * (1 - ramp) + frequency / self.yarn.factor * ramp)
+        return blended
+
+    @property
+    def scale(self) -> float:
+        """What cosines and sines are multiplied with."""
+        if self.yarn is None:
+            return 1.0
+        given = self.yarn.attention_factor
+        return 0.1 * math.log(self.yarn.factor) + 1 if given is None else given
+
+    def _pair_of(self, turns: float, context: int) -> float:
+        """The pair, as a real number, that turns so often within `context` tokens."""
+        return self.dims * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
+
+
+def read_rope(reader: ConfigReader, head_dim: int) -> RopeDims:
+    """From `rope_parameters`, or from the older flat keys. Sections for several axes are accepted: text has equal
+    positions on each, which is plain rotation. Raises ConfigError."""
+    section = reader.get_section("rope_parameters")
+    flat_share = reader.get_float("partial_rotary_factor", None, low=0, high=1)
+    flat_theta = reader.get_float("rope_theta", None, low=1)
+    if section is None:
+        reader.only("rope_scaling", None)
+        share, theta, yarn = flat_share or 1.0, flat_theta or 10_000.0, None
+    else:
+        share = section.get_float("partial_rotary_factor", flat_share or 1.0, low=0, high=1)
+        theta = section.get_float("rope_theta", flat_theta or 10_000.0, low=1)
+        section.get_int_list("mrope_section", None)
+        section.get_bool("mrope_interleaved", True)
+        yarn = _read_yarn(section)
+        section.finish()
+        reader.skip("rope_scaling")
+    dims = int(head_dim * share)
+    if dims < 2 or dims % 2:
+        raise reader.error("partial_rotary_factor", f"a share that rotates an even number of the {head_dim} dims")
+    return RopeDims(dims, theta, yarn)
+
+
+def _read_yarn(section: ConfigReader) -> Yarn | None:
+    kind = section.get_str("rope_type", "default")
+    if kind == "default":
+        return None
+    if kind != "yarn":
+        raise section.error("rope_type", "'default' or 'yarn'")
+    return Yarn(
+        factor=section.get_float("factor", low=1),
+        original=section.get_int("original_max_position_embeddings", low=1),
+        beta_fast=section.get_float("beta_fast", 32.0, low=0),
+        beta_slow=section.get_float("beta_slow", 1.0, low=0),
+        attention_factor=section.get_float("attention_factor", None, low=0),
+    )

@@ -1,0 +1,131 @@
+"""Ops "gqa_prepare", "gqa_decode" and "gqa_prefill": gated attention of grouped heads over keys and values in blocks.
+
+keys_MSGK and values_MSGK [blocks, block size, G, K] hold one row per token. block_tables_BN int32 [B, N] lists the
+blocks of each sequence in order; entries past its end are any valid block. Rows beyond a sequence's tokens are never
+used, whatever they hold (NaN included). H query heads share G key heads, H / G neighbours each. Scores, softmax and
+sums are in fp32; outputs have the projection's dtype.
+
+A projection proj_TX is [q (K) | gate (K) for each of H heads | k (G * K) | v (G * K)], raw, with a unit last stride.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from thalweg.ops.attention.gqa import reference
+from thalweg.ops.registry import Op, Refusal, Where, register
+from thalweg.ops.toolchain.triton_support import why_not
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GqaDims:
+    H: int  # query heads
+    G: int  # key and value heads
+    K: int  # dims of a head
+    R: int  # of them, the first, rotated
+    S: int  # tokens in a block
+
+
+class GqaPrepare(Protocol):
+    def __call__(
+        self,
+        proj_TX: Tensor,
+        *,
+        q_norm_weight_K: Tensor,
+        k_norm_weight_K: Tensor,
+        eps: float,
+        frequencies_F: Tensor,
+        rope_scale: float,
+        positions_T: Tensor,
+        keys_MSGK: Tensor,
+        values_MSGK: Tensor,
+        block_rows_T: Tensor,
+    ) -> Tensor:
+        """q_THK, contiguous: the queries, normed per head and rotated. Keys, normed and rotated likewise, and values
+        are written into rows block_rows_T (int64, of the flattened blocks), in place.
+
+        The norm is "rms_norm" over K with an fp32 or model-dtype weight. Rotation turns the pairs (i, i + R / 2) of the
+        first R dims by position * frequencies_F[i] (fp32 [R / 2]); cosines and sines, in fp32, are multiplied with
+        rope_scale. Nothing is rounded between norm and rotation. positions_T is int64.
+        """
+
+
+class GqaDecode(Protocol):
+    def __call__(
+        self,
+        q_BHK: Tensor,
+        proj_BX: Tensor,
+        *,
+        keys_MSGK: Tensor,
+        values_MSGK: Tensor,
+        block_tables_BN: Tensor,
+        context_lens_B: Tensor,
+    ) -> Tensor:
+        """o_BO, O = H * K: softmax(q k / sqrt(K)) v of one new token of each sequence, times sigmoid of its gate.
+
+        q is what "gqa_prepare" gave for proj. context_lens_B (int32) counts the tokens in the blocks, the new one
+        included; at 0 the result is any finite value.
+        """
+
+
+class GqaPrefill(Protocol):
+    def __call__(
+        self,
+        q_THK: Tensor,
+        proj_TX: Tensor,
+        *,
+        keys_MSGK: Tensor,
+        values_MSGK: Tensor,
+        block_tables_BN: Tensor,
+        starts: Sequence[int],
+        offsets: Sequence[int],
+    ) -> Tensor:
+        """o_TO of sequences of any length: sequence b owns tokens offsets[b]:offsets[b + 1], which follow starts[b]
+        tokens that the blocks have already, and attends causally; the result is gated as in "gqa_decode"."""
+
+
+GQA_PREPARE: Op[GqaDims, GqaPrepare] = Op("gqa_prepare", GqaDims)
+GQA_DECODE: Op[GqaDims, GqaDecode] = Op("gqa_decode", GqaDims)
+GQA_PREFILL: Op[GqaDims, GqaPrefill] = Op("gqa_prefill", GqaDims)
+
+
+def _triton_refuses(where: Where, dims: GqaDims) -> Refusal:
+    if dims.K < 16 or dims.K > 256 or dims.K & (dims.K - 1):
+        return f"needs heads whose dims are a power of two from 16 to 256, not {dims.K}"
+    if dims.S & (dims.S - 1):
+        return f"needs blocks of a power of two, not {dims.S}"
+    return why_not(where)
+
+
+def _triton_prepare(where: Where, dims: GqaDims) -> GqaPrepare:
+    from thalweg.ops.attention.gqa import triton
+
+    return triton.gqa_prepare
+
+
+def _triton_decode(where: Where, dims: GqaDims) -> GqaDecode:
+    from thalweg.ops.attention.gqa import triton
+
+    return triton.gqa_decode
+
+
+def _library_prefill(where: Where, dims: GqaDims) -> GqaPrefill:
+    from thalweg.ops.attention.gqa import library
+
+    return library.gqa_prefill
+
+
+def _library_refuses(where: Where, dims: GqaDims) -> Refusal:
+    return None if where.device == "cuda" else f"torch's attention with a cached prefix is for cuda, not {where.device}"
+
+
+register(GQA_PREPARE, "reference", lambda *_: reference.gqa_prepare)
+register(GQA_PREPARE, "triton", _triton_prepare, supports=_triton_refuses, priority=10)
+register(GQA_DECODE, "reference", lambda *_: reference.gqa_decode, capturable=False)
+register(GQA_DECODE, "triton", _triton_decode, supports=_triton_refuses, priority=10)
+register(GQA_PREFILL, "reference", lambda *_: reference.gqa_prefill)
+register(GQA_PREFILL, "library", _library_prefill, supports=_library_refuses, priority=10)

@@ -1,0 +1,251 @@
+"""Gated attention of grouped heads: what stands ahead of attention in one launch, decode in two.
+
+Decode splits a sequence's context over programs, as many as fill the device, each for all query heads of a key head; a
+second launch joins the parts and applies the gate.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from thalweg.ops.toolchain.triton_support import multiprocessors
+
+MAX_SPLITS = 64
+
+
+@triton.jit
+def prepare_kernel(
+    proj_ptr,  # [T, 2 * H * K + 2 * G * K]
+    q_norm_ptr,
+    k_norm_ptr,
+    frequencies_ptr,  # fp32 [R / 2]
+    positions_ptr,
+    rows_ptr,
+    q_ptr,  # [T, H, K]
+    keys_ptr,  # [rows, G, K]
+    values_ptr,
+    proj_stride,
+    eps,
+    rope_scale,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    K: tl.constexpr,
+    HALF: tl.constexpr,  # pairs that are rotated
+):
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)  # the queries', then the keys', then the values'
+    dims = tl.arange(0, K)
+    row = tl.load(rows_ptr + token)
+    if head >= H + G:
+        g = head - H - G
+        v = tl.load(proj_ptr + token * proj_stride + (2 * H + G + g) * K + dims)
+        tl.store(values_ptr + (row * G + g) * K + dims, v.to(values_ptr.dtype.element_ty))
+        return
+    is_query = head < H
+    start = tl.where(is_query, 2 * head, H + head) * K
+    x_ptr = proj_ptr + token * proj_stride + start
+    w_ptr = q_norm_ptr if is_query else k_norm_ptr
+    # The other dim of the pair, and whether it comes second.
+    rotated = dims < 2 * HALF
+    other = tl.where(dims < HALF, dims + HALF, dims - HALF)
+    other = tl.where(rotated, other, dims)
+    x = tl.load(x_ptr + dims).to(tl.float32)
+    y = tl.load(x_ptr + other).to(tl.float32)
+    inverse = 1.0 / tl.sqrt(tl.sum(x * x, 0) / K + eps)
+    x = x * inverse * tl.load(w_ptr + dims).to(tl.float32)
+    y = y * inverse * tl.load(w_ptr + other).to(tl.float32)
+    pair = tl.where(dims < HALF, dims, dims - HALF)
+    frequency = tl.load(frequencies_ptr + tl.where(rotated, pair, 0))
+    angle = tl.load(positions_ptr + token).to(tl.float32) * frequency
+    turned = x * (tl.cos(angle) * rope_scale) + tl.where(dims < HALF, -y, y) * (tl.sin(angle) * rope_scale)
+    result = tl.where(rotated, turned, x)
+    if is_query:
+        tl.store(q_ptr + (token * H + head) * K + dims, result.to(q_ptr.dtype.element_ty))
+    else:
+        tl.store(keys_ptr + (row * G + head - H) * K + dims, result.to(keys_ptr.dtype.element_ty))
+
+
+def gqa_prepare(
+    proj_TX: Tensor,
+    *,
+    q_norm_weight_K: Tensor,
+    k_norm_weight_K: Tensor,
+    eps: float,
+    frequencies_F: Tensor,
+    rope_scale: float,
+    positions_T: Tensor,
+    keys_MSGK: Tensor,
+    values_MSGK: Tensor,
+    block_rows_T: Tensor,
+) -> Tensor:
+    (T, X), (G, K) = proj_TX.shape, keys_MSGK.shape[2:]
+    H = (X - 2 * G * K) // (2 * K)
+    q_THK = torch.empty(T, H, K, dtype=proj_TX.dtype, device=proj_TX.device)
+    if T:
+        prepare_kernel[(T, H + 2 * G)](
+            proj_TX,
+            q_norm_weight_K,
+            k_norm_weight_K,
+            frequencies_F,
+            positions_T,
+            block_rows_T,
+            q_THK,
+            keys_MSGK,
+            values_MSGK,
+            proj_TX.stride(0),
+            eps,
+            rope_scale,
+            H=H,
+            G=G,
+            K=K,
+            HALF=len(frequencies_F),
+            num_warps=1 if K <= 128 else 2,
+        )
+    return q_THK
+
+
+@triton.jit
+def attend_kernel(
+    q_ptr,  # [B, H, K]
+    keys_ptr,  # [blocks, S, G, K]
+    values_ptr,
+    tables_ptr,  # [B, N]
+    lens_ptr,
+    parts_ptr,  # fp32 [B, H, splits, K]: sums of values, weighted by exp(score - the largest one)
+    sums_ptr,  # fp32 [B, H, splits, 2]: that largest score, and the weights' sum
+    table_stride,
+    splits,
+    scale,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    K: tl.constexpr,
+    S: tl.constexpr,
+    HEADS: tl.constexpr,  # query heads of a key head, filled up to what a product needs
+    TILE: tl.constexpr,  # tokens
+):
+    b = tl.program_id(0)
+    g = tl.program_id(1)
+    split = tl.program_id(2)
+    ratio: tl.constexpr = H // G
+    n = tl.load(lens_ptr + b)
+    tiles = (n + TILE - 1) // TILE
+    each = (tiles + splits - 1) // splits
+    first = split * each
+    last = tl.minimum(first + each, tiles)
+    heads = tl.arange(0, HEADS)
+    dims = tl.arange(0, K)
+    inside = heads < ratio
+    q_rows = (b * H + g * ratio + heads) * K
+    q = tl.load(q_ptr + q_rows[:, None] + dims[None, :], mask=inside[:, None], other=0.0)
+    best = tl.full([HEADS], -float("inf"), tl.float32)
+    total = tl.zeros([HEADS], tl.float32)
+    acc = tl.zeros([HEADS, K], tl.float32)
+    for tile in range(first, last):
+        tokens = tile * TILE + tl.arange(0, TILE)
+        here = tokens < n
+        block = tl.load(tables_ptr + b * table_stride + tokens // S, mask=here, other=0).to(tl.int64)
+        rows = ((block * S + tokens % S) * G + g) * K
+        k = tl.load(keys_ptr + rows[None, :] + dims[:, None], mask=here[None, :], other=0.0)
+        scores = tl.dot(q, k.to(q.dtype), input_precision="ieee") * scale
+        scores = tl.where(here[None, :], scores, -float("inf"))
+        largest = tl.maximum(best, tl.max(scores, 1))
+        weights = tl.exp(scores - largest[:, None])
+        kept = tl.exp(best - largest)
+        v = tl.load(values_ptr + rows[:, None] + dims[None, :], mask=here[:, None], other=0.0)
+        acc = acc * kept[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        total = total * kept + tl.sum(weights, 1)
+        best = largest
+    part = (b * H + g * ratio + heads) * splits + split
+    tl.store(parts_ptr + part[:, None] * K + dims[None, :], acc, mask=inside[:, None])
+    tl.store(sums_ptr + part * 2, best, mask=inside)
+    tl.store(sums_ptr + part * 2 + 1, total, mask=inside)
+
+
+@triton.jit
+def join_kernel(
+    parts_ptr,
+    sums_ptr,
+    proj_ptr,
+    o_ptr,  # [B, H * K]
+    proj_stride,
+    splits,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    SPLITS: tl.constexpr,  # a power of two, splits or more
+):
+    b = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    dims = tl.arange(0, K)
+    split = tl.arange(0, SPLITS)
+    inside = split < splits
+    part = (b * H + head) * splits + split
+    best = tl.load(sums_ptr + part * 2, mask=inside, other=-float("inf"))
+    total = tl.load(sums_ptr + part * 2 + 1, mask=inside, other=0.0)
+    largest = tl.max(best, 0)
+    # Parts without a token have -inf and no weight; a sequence without tokens has only such parts.
+    weights = tl.where(best > -float("inf"), tl.exp(best - largest), 0.0)
+    parts = tl.load(parts_ptr + part[:, None] * K + dims[None, :], mask=inside[:, None], other=0.0)
+    o = tl.sum(parts * weights[:, None], 0) / tl.maximum(tl.sum(weights * total, 0), 1e-30)
+    gate = tl.load(proj_ptr + b * proj_stride + (2 * head + 1) * K + dims).to(tl.float32)
+    o = o / (1.0 + tl.exp(-gate))
+    tl.store(o_ptr + (b * H + head) * K + dims, o.to(o_ptr.dtype.element_ty))
+
+
+def splits_for(B: int, G: int, processors: int) -> int:
+    """Parts of a context: as many as give each multiprocessor two programs."""
+    return max(1, min(MAX_SPLITS, 2 * processors // (B * G)))
+
+
+def gqa_decode(
+    q_BHK: Tensor,
+    proj_BX: Tensor,
+    *,
+    keys_MSGK: Tensor,
+    values_MSGK: Tensor,
+    block_tables_BN: Tensor,
+    context_lens_B: Tensor,
+) -> Tensor:
+    (B, H, K), (S, G) = q_BHK.shape, keys_MSGK.shape[1:3]
+    o_BO = torch.empty(B, H * K, dtype=proj_BX.dtype, device=q_BHK.device)
+    if B == 0:
+        return o_BO
+    splits = splits_for(B, G, multiprocessors(q_BHK.device))
+    parts = torch.empty(B, H, splits, K, dtype=torch.float32, device=q_BHK.device)
+    sums = torch.empty(B, H, splits, 2, dtype=torch.float32, device=q_BHK.device)
+    tile = 32 if q_BHK.dtype == torch.float32 else 64
+    attend_kernel[(B, G, splits)](
+        q_BHK,
+        keys_MSGK,
+        values_MSGK,
+        block_tables_BN,
+        context_lens_B,
+        parts,
+        sums,
+        block_tables_BN.stride(0),
+        splits,
+        K**-0.5,
+        H=H,
+        G=G,
+        K=K,
+        S=S,
+        HEADS=max(16, triton.next_power_of_2(H // G)),
+        TILE=tile,
+        num_warps=4,
+        num_stages=2,
+    )
+    join_kernel[(B, H)](
+        parts,
+        sums,
+        proj_BX,
+        o_BO,
+        proj_BX.stride(0),
+        splits,
+        H=H,
+        K=K,
+        SPLITS=triton.next_power_of_2(splits),
+        num_warps=2,
+    )
+    return o_BO
