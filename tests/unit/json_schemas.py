@@ -129,6 +129,30 @@ KEPT: dict[str, Any] = {
     "oneOf by type": {"oneOf": [STRING, NUMBER, {"type": "null"}]},
     "oneOf by range": {"type": "integer", "oneOf": [{"maximum": 2, "minimum": 0}, {"minimum": 3, "maximum": 4}]},
     "oneOf by what is required": closed({"a": NUMBER, "b": NUMBER}, oneOf=[{"required": ["a"]}, {"required": ["b"]}]),
+    "oneOf by what allOf has": {
+        "$defs": {"Base": {"type": "object", "properties": {"t": {"type": "string"}}, "required": ["t"]}},
+        "oneOf": [
+            {"allOf": [{"$ref": "#/$defs/Base"}, closed({"t": {"const": "a"}, "n": NUMBER})]},
+            {"allOf": [{"$ref": "#/$defs/Base"}, closed({"t": {"const": "b"}})]},
+            {"allOf": [STRING]},
+        ],
+    },
+    "several conditions": closed(
+        {"t": {"enum": ["a", "b", "c"]}, "v": True},
+        required=["t", "v"],
+        allOf=[
+            {"if": {"properties": {"t": {"const": tag}}}, "then": {"properties": {"v": then}}}
+            for tag, then in (("a", NUMBER), ("b", STRING), ("c", {"type": "null"}))
+        ],
+    ),
+    "a required name that is not listed": {
+        "type": "object",
+        "properties": {"a": NUMBER},
+        "required": ["z"],
+        "additionalProperties": NUMBER,
+        "maxProperties": 2,
+    },
+    "escapes in a pattern": {"type": "string", "pattern": r"^\/\-\.\u00e9[\u0041-\u0043]\x41$"},
     "oneOf by what is closed": {
         "oneOf": [closed({"a": NUMBER}, required=["a"]), closed({"b": NUMBER}, required=["b"])]
     },

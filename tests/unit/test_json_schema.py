@@ -47,7 +47,7 @@ def drawn(grammars: Grammars, tokenizer: Tokenizer, schema: Any, seed: int, limi
     return None
 
 
-@pytest.mark.filterwarnings("ignore:Possible set:FutureWarning")  # Python's, of a class for JavaScript
+@pytest.mark.filterwarnings("ignore:Possible :FutureWarning")  # Python's, of a class for JavaScript
 @pytest.mark.parametrize("schema", KEPT.values(), ids=KEPT)
 def test_what_is_kept_allows_nothing_else(grammars: Grammars, tokenizer: Tokenizer, schema: dict[str, Any]) -> None:
     prepared = strict(schema, "response_format.json_schema.schema")

@@ -20,6 +20,8 @@ def choices(walk: Walk, schema: dict[str, Any], path: Path, made: dict[str, Any]
         if not isinstance(branches, list) or not branches:
             walk.give_up((*path, keyword), "is no list of schemas")
             continue
+        if keyword == "allOf":
+            branches = [_with_known(branch, schema) for branch in branches]
         own = [walk.walk(b, (*path, keyword, str(i))) for i, b in enumerate(branches)]
         if keyword == "allOf":
             for branch in own:
@@ -35,6 +37,15 @@ def choices(walk: Walk, schema: dict[str, Any], path: Path, made: dict[str, Any]
             made["anyOf"] = own
         else:
             walk.also(made, {"anyOf": own} if own else False)
+
+
+def _with_known(branch: Any, schema: dict[str, Any]) -> Any:
+    """A branch of the allOf of `schema` that has a condition, with what `schema` says of the properties it is on."""
+    condition = branch.get("if") if isinstance(branch, dict) and "properties" not in branch else None
+    asked, known = condition.get("properties") if isinstance(condition, dict) else None, schema.get("properties")
+    if not isinstance(asked, dict) or not isinstance(known, dict):
+        return branch
+    return {"properties": {name: known[name] for name in asked if name in known}, **branch}
 
 
 def _exclusive(walk: Walk, schema: dict[str, Any], raw: list[Any], own: list[Any], path: Path) -> list[Any]:

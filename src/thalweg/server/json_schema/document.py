@@ -144,20 +144,35 @@ def _kind(value: Any) -> str:
 
 def disjoint(document: Document, a: Any, b: Any, of: frozenset[str] = frozenset(TYPES), depth: int = 4) -> bool:
     """Whether it is plain to see that no instance of `a` that has a type among `of` is one of `b`."""
-    a, b = document.resolved(a), document.resolved(b)
-    common = kinds(a) & kinds(b) & of
+    mine, theirs = _parts(document, a), _parts(document, b)
+    common = of.intersection(*(kinds(part) for part in (*mine, *theirs)))
     if not common:
         return True
-    if depth == 0 or not isinstance(a, dict) or not isinstance(b, dict):
-        return False
-    mine, theirs = finite(a), finite(b)
-    if mine is not None and theirs is not None:
-        return not {same(v) for v in mine} & {same(v) for v in theirs}
-    if common <= {"integer", "number"}:
-        return _beyond(a, b) or _beyond(b, a)
-    if common == {"object"}:
-        return _objects_disjoint(document, a, b, depth)
-    return False
+    for one in mine:
+        for other in theirs:
+            values, others = finite(one), finite(other)
+            if values is not None and others is not None and not {same(v) for v in values} & {same(v) for v in others}:
+                return True
+            if common <= {"integer", "number"} and (_beyond(one, other) or _beyond(other, one)):
+                return True
+    return common == {"object"} and depth > 0 and _objects_disjoint(document, mine, theirs, depth)
+
+
+def _parts(document: Document, schema: Any) -> list[dict[str, Any]]:
+    """Schemas that all hold of an instance: `schema` itself, what it refers to, and those in allOf; a few of them."""
+    pending: list[Any] = [schema]
+    parts: list[dict[str, Any]] = []
+    while pending and len(parts) < MAX_HOPS:
+        part = pending.pop()
+        if part is False:
+            part = {"enum": []}
+        if not isinstance(part, dict):
+            continue
+        parts.append(part)
+        if (target := document.target(part)) is not None:
+            pending.append(document.at(target))
+        pending += part["allOf"] if isinstance(part.get("allOf"), list) else []
+    return parts
 
 
 def _beyond(a: dict[str, Any], b: dict[str, Any]) -> bool:
@@ -171,24 +186,29 @@ def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _objects_disjoint(document: Document, a: dict[str, Any], b: dict[str, Any], depth: int) -> bool:
+def _objects_disjoint(document: Document, mine: list[dict[str, Any]], theirs: list[dict[str, Any]], depth: int) -> bool:
     """By a property that both have and that differs, or that one must have and the other must not."""
-    (mine, my_required), (theirs, their_required) = _properties(a), _properties(b)
-    for key in my_required & their_required & mine.keys() & theirs.keys():
-        if disjoint(document, mine[key], theirs[key], depth=depth - 1):
+    my_required, their_required = (frozenset().union(*map(_required, parts)) for parts in (mine, theirs))
+    for key in my_required & their_required:
+        own = [p[key] for p in map(_properties, mine) if key in p]
+        other = [p[key] for p in map(_properties, theirs) if key in p]
+        if any(disjoint(document, a, b, depth=depth - 1) for a in own for b in other):
             return True
-    return _lacks(a, b) or _lacks(b, a)
+    return any(_lacks(a, their_required) for a in mine) or any(_lacks(b, my_required) for b in theirs)
 
 
-def _properties(schema: dict[str, Any]) -> tuple[dict[str, Any], frozenset[str]]:
-    """(properties, names of those required)"""
-    properties, required = schema.get("properties"), schema.get("required")
-    names = [name for name in required if isinstance(name, str)] if isinstance(required, list) else []
-    return properties if isinstance(properties, dict) else {}, frozenset(names)
+def _properties(schema: dict[str, Any]) -> dict[str, Any]:
+    properties = schema.get("properties")
+    return properties if isinstance(properties, dict) else {}
 
 
-def _lacks(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    """Whether `a` has not, or forbids, a property that `b` requires."""
-    properties, required = _properties(a)[0], _properties(b)[1]
-    closed = a.get("additionalProperties") is False and not a.get("patternProperties")
+def _required(schema: dict[str, Any]) -> frozenset[str]:
+    required = schema.get("required")
+    return frozenset(name for name in required if isinstance(name, str)) if isinstance(required, list) else frozenset()
+
+
+def _lacks(schema: dict[str, Any], required: frozenset[str]) -> bool:
+    """Whether `schema` has not, or forbids, a property among `required`."""
+    properties = _properties(schema)
+    closed = schema.get("additionalProperties") is False and not schema.get("patternProperties")
     return any(properties[key] is False if key in properties else closed for key in required)

@@ -164,6 +164,8 @@ def _counts(
             walk.give_up((*path, "maxProperties"), f"is {most} and {len(required)} properties are required")
         elif len(optional) > room or rest is not False or patterns:
             properties.update(dict.fromkeys(optional[room:], False))
+            for name in required:  # where no pattern and not the rest will tell any more what they are
+                properties.setdefault(name, {"allOf": [*patterns.values(), rest]} if patterns else rest)
             patterns, rest = {}, False
         most = None
     if len(required) >= least:
