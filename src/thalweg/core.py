@@ -175,7 +175,7 @@ class Prefill(msgspec.Struct, frozen=True, array_like=True):
     sample: bool
 
 
-class StepPlan(msgspec.Struct, frozen=True, array_like=True):
+class StepPlan(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     """One forward pass, as plain data. A log of plans replays a run.
 
     Rows run in this order: decodes, then prefills. A decode row's input token is the last one sampled for its slot,

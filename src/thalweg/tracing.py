@@ -11,6 +11,7 @@ from types import TracebackType
 
 Clock = Callable[[], int]
 MakeSpan = Callable[[str], AbstractContextManager[object]]
+STEP = "step"  # the span around one launch of a recorded runner
 MAX_SPANS = 100_000  # kept of each name, the latest
 
 

@@ -55,7 +55,7 @@ def test_overlapping_kernels_are_neighbours(tmp_path: Path) -> None:
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 20), st.integers(0, 1)), max_size=30))
 def test_a_parent_encloses_its_child(spans: list[tuple[int, int, int]]) -> None:
     events = [chrome._Event(ph="X", name=str(i), ts=ts, dur=dur, tid=tid) for i, (ts, dur, tid) in enumerate(spans)]
-    slices = chrome._nest("t", events, {})
+    slices = chrome._nest("t", events, {}, {})
     assert [s.id for s in slices] == list(range(len(spans)))
     assert sorted((s.ts, s.dur, s.track[-1]) for s in slices) == sorted(
         (1000 * ts, 1000 * dur, str(tid)) for ts, dur, tid in spans

@@ -80,7 +80,7 @@ ids = st.integers(0, 40)
 @settings(max_examples=15, derandomize=True, deadline=None)
 @given(st.lists(st.tuples(ids, ids), min_size=1, max_size=12))
 def test_ancestors_and_descendants_are_the_transitive_parents(spans: list[tuple[int, int]]) -> None:
-    slices = chrome._nest("t", [chrome._Event(ph="X", name="x", ts=a, dur=b) for a, b in spans], {})
+    slices = chrome._nest("t", [chrome._Event(ph="X", name="x", ts=a, dur=b) for a, b in spans], {}, {})
 
     def above(s: Slice) -> set[int]:
         return set() if s.parent_id < 0 else {s.parent_id} | above(slices[s.parent_id])

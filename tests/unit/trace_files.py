@@ -25,6 +25,6 @@ def annotation(name: str, ts: float, dur: float) -> dict:
     return slice_(name, ts, dur, "user_annotation")
 
 
-def write(path: Path, events: list[dict]) -> str:
-    path.write_text(json.dumps({"schemaVersion": 1, "displayTimeUnit": "ms", "traceEvents": events}))
+def write(path: Path, events: list[dict], **more: Any) -> str:
+    path.write_text(json.dumps({"schemaVersion": 1, "displayTimeUnit": "ms", "traceEvents": events} | more))
     return str(path)

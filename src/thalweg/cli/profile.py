@@ -12,7 +12,7 @@ from thalweg.config.engine import EngineConfig
 from thalweg.errors import ConfigError
 
 
-@takes(config=engine_config, leave_out=("max_num_seqs", "tensor_parallel_size"))
+@takes(config=engine_config, leave_out=("max_num_seqs",))
 def profile(
     config: EngineConfig,
     output: Annotated[
@@ -25,7 +25,10 @@ def profile(
         bool, typer.Option("--prefill", help="Record from the prompts on, rather than once all requests decode.")
     ] = False,
 ) -> None:
-    """Record steps of the engine with torch's profiler, after a warm-up, for Perfetto and `thalweg trace`."""
+    """Record steps of the engine with torch's profiler, after a warm-up, for Perfetto and `thalweg trace`.
+
+    With -tp every rank is recorded, each as a process of the trace.
+    """
     file = Path(output).expanduser()
     if not output.endswith((".json", ".json.gz")):
         raise ConfigError(f"--output is {output!r}; expected a file name that ends in .json or .json.gz")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,7 +23,8 @@ def trace(
     top: Annotated[int, typer.Option(metavar="N", min=1, help="Kernels and gaps to show.")] = 20,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show a trace's kernels by total time, launches a step and a layer, idle gaps and host time by module.
+    """Show a trace's kernels by total time, launches a step and a layer, idle gaps and host time by module, for each
+    rank that it has.
 
     --sql has the table slice (id, parent_id, ts, dur, name, depth, track, category, correlation, args; times in ns) and
     the table functions ancestor_slice(id) and descendant_slice(id).
@@ -36,14 +37,23 @@ def trace(
 
         _print_answer(query(slices, sql), as_json)
         return
-    from thalweg.profiler.summary import summarize
+    from thalweg.profiler.summary import by_rank, summarize
 
-    found = summarize(slices)
+    ranks = {name: summarize(mine) for name, mine in by_rank(slices).items()}
+    if len(ranks) < 2:
+        ranks = {"": summarize(slices)}
     if as_json:
-        devices = [asdict(d) | {"share": d.share} for d in found.devices]
-        print(json.dumps(asdict(found) | {"devices": devices}))
-    else:
-        _print_summary(found, top)
+        found = {name: _as_dict(summary) for name, summary in ranks.items()}
+        print(json.dumps(found.get("", {"ranks": found})))
+        return
+    for name, summary in ranks.items():
+        if name:
+            print(f"==== {name} ====")
+        _print_summary(summary, top)
+
+
+def _as_dict(found: Summary) -> dict[str, Any]:
+    return asdict(found) | {"devices": [asdict(d) | {"share": d.share} for d in found.devices]}
 
 
 def _print_answer(answer: Answer, as_json: bool) -> None:

@@ -11,6 +11,7 @@ from thalweg.config.engine import EngineConfig
 from thalweg.engine.core import EngineCore
 from thalweg.engine.processes.ranks import OtherRanks
 from thalweg.engine.pump import Pump
+from thalweg.engine.recording import Recording
 from thalweg.runner.executor import Executor, Runner
 from thalweg.sampling.grammars import Grammars, Vocabulary
 from thalweg.scheduler.scheduler import Scheduler
@@ -33,8 +34,10 @@ class Engine:
 
         def build() -> tuple[Runner, EngineInfo]:
             from thalweg.build.rank import build_rank  # torch comes in on the rank's own thread
+            from thalweg.recorder.window import RecordedRunner
 
-            return build_rank(config, 0, self.ranks.rendezvous_file if self.ranks else "", self.grammars)
+            runner, info = build_rank(config, 0, self.ranks.rendezvous_file if self.ranks else "", self.grammars)
+            return RecordedRunner(runner), info
 
         self._executor: Executor[EngineInfo] = Executor(build, self.ranks.send if self.ranks else None)
         if self.ranks is not None:
@@ -44,7 +47,9 @@ class Engine:
         except BaseException:
             self.close()
             raise
-        self.core = EngineCore(new_scheduler(info, config.seed), self._executor, config.step_timeout)
+        self.recording = Recording(self._executor, config.tensor_parallel_size)
+        scheduler = new_scheduler(info, config.seed)
+        self.core = EngineCore(scheduler, self._executor, config.step_timeout, self.recording.submit)
         self.pump = Pump(self.core)
 
     def close(self) -> None:

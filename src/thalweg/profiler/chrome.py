@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import re
 import zlib
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ MAX_BYTES = 512 << 20  # once unpacked
 MAX_SLICES = 2_000_000
 MAX_DEPTH = 512
 MAX_TIME_US = 2.0**52
+_RANK = re.compile(r"rank \d{1,4}")
 DEVICE_WORK = frozenset({"kernel", "gpu_memcpy", "gpu_memset"})  # categories of what a device does
 
 
@@ -26,7 +28,7 @@ class Slice(msgspec.Struct, gc=False):
     """A span of time on one track. Times in nanoseconds; `id` counts in order of `ts`, outer slices first.
 
     parent_id is -1 and depth 0 where nothing on the track encloses it. `correlation` is what a kernel has in common
-    with the host's call that launched it, else -1. `args` is JSON text.
+    with the host's call that launched it, else -1. `args` is JSON text. `process` is "rank N" for a rank.
     """
 
     id: int
@@ -80,11 +82,11 @@ def read_trace(path: str) -> list[Slice]:
             events = msgspec.json.decode(data, type=list[_Event])
         else:
             events = msgspec.json.decode(data, type=_File).traceEvents
-        names = _track_names(events)
+        names, processes = _track_names(events), _ranks(events)
         complete = [e for e in events if e.ph == "X"]
         if len(complete) > MAX_SLICES:
             raise ConfigError(f"{path} has {len(complete)} slices; expected at most {MAX_SLICES}: record fewer steps")
-        return _nest(path, complete, names)
+        return _nest(path, complete, names, processes)
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as e:
         raise ConfigError(f"{path} is not a Chrome trace: {str(e).splitlines()[0][:160]}") from None
 
@@ -115,7 +117,23 @@ def _track_names(events: list[_Event]) -> dict[tuple[int | str, int | str], str]
     return found
 
 
-def _nest(path: str, events: list[_Event], names: dict[tuple[int | str, int | str], str]) -> list[Slice]:
+def _ranks(events: list[_Event]) -> dict[int | str, str]:
+    """The processes that are ranks, as `thalweg profile` names them. Other names, such as "python", say nothing."""
+    found = {}
+    for e in events:
+        if e.ph == "M" and e.name == "process_name" and (args := _decode_args(e.args or b"null")):
+            name = str(args.name)
+            if _RANK.fullmatch(name):
+                found[e.pid] = name
+    return found
+
+
+def _nest(
+    path: str,
+    events: list[_Event],
+    names: dict[tuple[int | str, int | str], str],
+    processes: dict[int | str, str],
+) -> list[Slice]:
     """Slices by time, each under the innermost slice of its track that encloses it whole."""
     for e in events:
         if not (abs(e.ts) <= MAX_TIME_US and 0 <= e.dur <= MAX_TIME_US):  # false for NaN as well
@@ -147,9 +165,9 @@ def _nest(path: str, events: list[_Event], names: dict[tuple[int | str, int | st
             dur=end - ts,
             name=interned.setdefault(e.name, e.name),
             depth=len(stack),
-            track=f"{e.pid}: {names.get((e.pid, e.tid), e.tid)}",
+            track=f"{processes.get(e.pid, e.pid)}: {names.get((e.pid, e.tid), e.tid)}",
             category=interned.setdefault(e.cat, e.cat),
-            process=str(e.pid),
+            process=processes.get(e.pid, str(e.pid)),
             correlation=correlation if 0 <= correlation < 1 << 62 else -1,
             args=bytes(e.args).decode(),
         )

@@ -8,9 +8,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from thalweg.profiler.chrome import DEVICE_WORK, Slice
+from msgspec.structs import replace
 
-STEP = "step"  # the span around one launch of the runner
+from thalweg.profiler.chrome import DEVICE_WORK, Slice
+from thalweg.tracing import STEP
+
 LARGEST_GAPS = 10
 _MODULE = re.compile(r"nn\.Module: (.+?)(?:_\d+)?")
 
@@ -83,6 +85,17 @@ class Summary:
     devices: list[DeviceIdle]
     modules: list[ModuleTime]
     spans: list[OpTime]
+
+
+def by_rank(slices: Sequence[Slice]) -> dict[str, list[Slice]]:
+    """The slices of each rank by its name, as if it were a trace of its own; empty for a trace without ranks."""
+    ranks = {s.process for s in slices if s.process.startswith("rank ")}
+    found: dict[str, list[Slice]] = {}
+    for rank in sorted(ranks, key=lambda name: int(name.split()[1])):
+        mine = [s for s in slices if s.process == rank]
+        ids = {s.id: i for i, s in enumerate(mine)} | {-1: -1}
+        found[rank] = [replace(s, id=i, parent_id=ids[s.parent_id]) for i, s in enumerate(mine)]
+    return found
 
 
 def summarize(slices: Sequence[Slice]) -> Summary:

@@ -20,6 +20,8 @@ class Runner(Protocol):
 
     def launch(self, plan: StepPlan) -> Callable[[], StepResult]: ...
 
+    def obey(self, order: Any) -> Any: ...
+
     def close(self) -> None: ...
 
 
@@ -28,15 +30,13 @@ class Executor(Generic[Info]):
     If results have to be waited for, a second thread waits, and the next plan is launched meanwhile.
 
     After an exception, or after `fail`, every future fails: the cache may be half written, so no later step can be
-    trusted. `build` gives the runner and whatever should be known about it. The thread is a daemon: a rank stuck in
-    a collective does not keep the process alive.
+    trusted. `build` gives the runner and whatever should be known about it; `before` is called with each plan and
+    order first. The thread is a daemon: a rank stuck in a collective does not keep the process alive.
     """
 
-    def __init__(
-        self, build: Callable[[], tuple[Runner, Info]], before: Callable[[StepPlan], None] | None = None
-    ) -> None:
+    def __init__(self, build: Callable[[], tuple[Runner, Info]], before: Callable[[Any], None] | None = None) -> None:
         self._build, self._before = build, before
-        self._work: queue.SimpleQueue[tuple[StepPlan | None, Future[Any]]] = queue.SimpleQueue()
+        self._work: queue.SimpleQueue[tuple[Any, Future[Any]]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._open: set[Future[Any]] = set()
         self._failure: BaseException | None = None
@@ -51,6 +51,12 @@ class Executor(Generic[Info]):
     def submit(self, plan: StepPlan) -> Future[StepResult]:
         future: Future[StepResult] = self._track(Future())
         self._work.put((plan, future))
+        return future
+
+    def order(self, order: Any) -> Future[Any]:
+        """Have the runner obey something between two plans; what it gives comes as a future. It may fail alone."""
+        future: Future[Any] = self._track(Future())
+        self._work.put((order, future))
         return future
 
     def fail(self, error: BaseException) -> None:
@@ -110,6 +116,9 @@ class Executor(Generic[Info]):
                 break
             if self._failure is not None:
                 continue
+            if not isinstance(plan, StepPlan):
+                self._obey(runner, plan, future)
+                continue
             try:
                 if self._before is not None:
                     self._before(plan)
@@ -124,6 +133,17 @@ class Executor(Generic[Info]):
             results.put(None)
             reader.join()
         runner.close()
+
+    def _obey(self, runner: Runner, order: Any, future: Future[Any]) -> None:
+        if self._before is not None:
+            self._before(order)
+        try:
+            self._settle(future, runner.obey(order))
+        except Exception as e:  # noqa: BLE001 -- it reaches whoever gave the order; steps go on
+            with self._lock:
+                self._open.discard(future)
+            with contextlib.suppress(InvalidStateError):
+                future.set_exception(e)
 
     def _read(self, results: queue.SimpleQueue[tuple[Callable[[], StepResult], int, Future[Any]] | None]) -> None:
         while (item := results.get()) is not None:

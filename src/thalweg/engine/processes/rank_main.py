@@ -13,6 +13,7 @@ from thalweg.core import StepPlan
 from thalweg.engine.processes.ipc import end_with_parent
 from thalweg.engine.processes.ranks import RankStart
 from thalweg.errors import ThalwegError
+from thalweg.recorder.orders import Order
 
 
 def main(address: str) -> int:
@@ -21,11 +22,20 @@ def main(address: str) -> int:
     socket.bind(address)
     start = msgspec.msgpack.decode(socket.recv(), type=RankStart)
     from thalweg.build.rank import build_rank
+    from thalweg.recorder.window import RecordedRunner
 
-    runner, _ = build_rank(EngineConfig(**start.config), start.tp_rank, start.rendezvous_file)
-    decode = msgspec.msgpack.Decoder(StepPlan).decode
+    built, _ = build_rank(EngineConfig(**start.config), start.tp_rank, start.rendezvous_file)
+    runner = RecordedRunner(built, start.tp_rank)
+    decode = msgspec.msgpack.Decoder(StepPlan | Order).decode
     while True:
-        runner.launch(decode(socket.recv()))  # only rank 0's tokens count, so nobody waits for these
+        message = decode(socket.recv())
+        if isinstance(message, StepPlan):
+            runner.launch(message)  # only rank 0's tokens count, so nobody waits for these
+            continue
+        try:
+            runner.obey(message)
+        except Exception as e:  # noqa: BLE001 -- the trace will lack this rank, which is said; steps go on
+            print(f"thalweg rank {start.tp_rank}: no trace: {e}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

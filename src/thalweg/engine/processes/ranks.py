@@ -17,10 +17,11 @@ from thalweg.config.engine import EngineConfig
 from thalweg.core import StepPlan
 from thalweg.engine.processes.ipc import SocketFolder, address, tell_to_leave
 from thalweg.errors import EngineDeadError
+from thalweg.recorder.orders import Order
 
 
 class RankStart(msgspec.Struct, frozen=True):
-    """First message to a rank; every later one is a StepPlan."""
+    """First message to a rank; every later one is a StepPlan, or an Order to record."""
 
     config: dict[str, Any]
     tp_rank: int
@@ -70,7 +71,7 @@ class OtherRanks:
                 EngineDeadError(f"tensor-parallel rank {rank} ended with exit code {code}; its own lines above say why")
             )
 
-    def send(self, plan: StepPlan) -> None:
+    def send(self, plan: StepPlan | Order) -> None:
         """To be called from one thread only, in the order of the steps."""
         message = _encode(plan)
         for socket in self._sockets:

@@ -1,0 +1,33 @@
+"""What every rank is told between two steps, and what it tells of a recording. No torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+
+class StartRecording(msgspec.Struct, frozen=True, array_like=True, tag="record"):
+    """Record the steps from the next one on."""
+
+
+class StopRecording(msgspec.Struct, frozen=True, array_like=True, tag="write"):
+    """Stop, and write the rank's trace into `folder`."""
+
+    folder: str
+
+
+Order = StartRecording | StopRecording
+
+
+class Recorded(msgspec.Struct, frozen=True):
+    """A rank's recording. began_ns and ended_ns are time.perf_counter_ns of the first step's launch and of the end;
+    both are 0 if no step came."""
+
+    began_ns: int
+    ended_ns: int
+
+
+def rank_file(folder: Path, rank: int) -> Path:
+    """Where a rank's trace lies once all of it is written."""
+    return folder / f"rank-{rank}.json"
