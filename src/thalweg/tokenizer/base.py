@@ -35,9 +35,18 @@ class Tokenizer(ABC):
         """One more than the highest id; a model's output may have more rows than that."""
         return len(self._bytes_by_id)
 
+    @property
+    def marks(self) -> dict[str, int]:
+        """The added tokens that no text of a user's may become: all but added words and runs of space."""
+        return self.special_tokens
+
     @abstractmethod
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """Ids of `text` and nothing else. Without allow_special, special tokens in it are plain text."""
+
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of `text` in which no mark counts, special or not."""
+        return self.encode(text)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes one id stands for. Raises InvalidRequest outside the vocabulary."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ MAX_IDS = 1 << 22
 MAX_SPECIAL_CHARS = 128
 BATCH_CHARS = 4096
 
+# Added tokens that are marks although the file does not call them special: <think>, <tool_call>, [gMASK].
+_MARK = re.compile(r"<.*>|\[.*\]", re.DOTALL)
 _BYTE_TOKEN = re.compile(r"<0x([0-9a-fA-F]{2})>")
 
 
@@ -51,6 +54,14 @@ class HFTokenizer(Tokenizer):
         self.special_tokens = {token.content: i for i, token in added.items() if token.special}
         self.added_tokens = {token.content: i for i, token in added.items()}
         self._special_ids = frozenset(self.special_tokens.values())
+        self._marks = {
+            text: i for text, i in self.added_tokens.items() if i in self._special_ids or _MARK.fullmatch(text)
+        }
+        self._text_encoder = self._plain_encoder
+        if len(self._marks) > len(self.special_tokens):
+            tokens = [token | {"special": token["id"] in self._marks.values()} for token in data["added_tokens"]]
+            self._text_encoder = _encoder(json.dumps(data | {"added_tokens": tokens}), path)
+            self._text_encoder.encode_special_tokens = True
         longest = max(map(len, self.special_tokens), default=0)
         if longest > MAX_SPECIAL_CHARS:
             raise CheckpointError(
@@ -63,6 +74,13 @@ class HFTokenizer(Tokenizer):
             return list(encoder.encode(text, add_special_tokens=False).ids)
         # The library lets other threads run while it encodes a batch only; one text is one, too.
         return list(encoder.encode_batch_fast([text], add_special_tokens=False)[0].ids)
+
+    @property
+    def marks(self) -> dict[str, int]:
+        return self._marks
+
+    def encode_text(self, text: str) -> list[int]:
+        return list(self._text_encoder.encode(valid_unicode(text), add_special_tokens=False).ids)
 
     def first_token_bytes(self, token_id: int) -> bytes:
         plain = self.token_bytes(token_id)

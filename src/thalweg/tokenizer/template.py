@@ -1,13 +1,14 @@
 """Chat templates: messages to the ids a model was trained on, with no text in them able to pass for a token.
 
-A special token counts only where the template itself writes it. The strings of a request are rendered with
-stand-ins (thalweg.tokenizer.stand_ins) in them; after rendering, the stretches that hold stand-ins get their
-characters back and are encoded as plain text.
+A special token, or another mark such as <think>, counts only where the template itself writes it. The strings of
+a request are rendered with stand-ins (thalweg.tokenizer.stand_ins) in them; after rendering, the stretches that
+hold stand-ins get their characters back and are encoded as plain text.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,12 +55,13 @@ class ChatTemplate:
         self._template = self._compile(source)
         self._tool_template = self._template if tool_source is None else self._compile(tool_source)
         self._own_private_chars = private_chars(source + (tool_source or ""))
-        specials = tokenizer.special_tokens
-        self._special_pattern = literal_pattern(specials)
-        self._first_chars = sorted({text[0] for text in specials})
-        self._risky = risky_pattern(specials)
+        marks = tokenizer.marks
+        self._mark_ids = frozenset(marks.values())
+        self._mark_pattern = literal_pattern(marks)
+        self._first_chars = sorted({text[0] for text in marks})
+        self._risky = risky_pattern(marks)
         # A model writes tokens such as <think> into its own turns as text, so there they stay tokens.
-        self._risky_in_assistant = risky_pattern(s for s, i in specials.items() if tokenizer.is_special(i))
+        self._risky_in_assistant = risky_pattern(s for s, i in marks.items() if tokenizer.is_special(i))
 
     def render(
         self,
@@ -93,20 +95,31 @@ class ChatTemplate:
     ) -> list[int]:
         """The prompt's ids, special tokens by the template alone. Arguments and errors are render's."""
         text, stand_ins = self._render(messages, tools, add_generation_prompt, continue_final_message, template_kwargs)
-        encode = self._tokenizer.encode
-        marked = literal_pattern(stand_ins.values())
-        if not marked.search(text):
-            return encode(text, allow_special=True)
+        pieces = list(split_literals(self._mark_pattern, text))
+        ids = self._encode(pieces, literal_pattern(stand_ins.values()), stand_ins)
+        if sum(i in self._mark_ids for i in ids) > sum(is_mark for _, is_mark in pieces):
+            # A normalizer made a mark out of other characters.
+            strict = (
+                [self._tokenizer.marks[piece]] if is_mark else self._tokenizer.encode_text(restore(piece, stand_ins))
+                for piece, is_mark in pieces
+            )
+            ids = [i for part in strict for i in part]
+        return ids
+
+    def _encode(
+        self, pieces: list[tuple[str, bool]], has_stand_in: re.Pattern[str], stand_ins: dict[str, str]
+    ) -> list[int]:
+        """Ids of the rendered text; what has no stand-in in it is encoded with the marks around it."""
         ids: list[int] = []
         trusted = ""
-        for piece, special in split_literals(self._special_pattern, text):
-            if special or not marked.search(piece):
+        for piece, is_mark in pieces:
+            if is_mark or not has_stand_in.search(piece):
                 trusted += piece
             else:
-                ids += encode(trusted, allow_special=True)
-                ids += encode(restore(piece, stand_ins))
+                ids += self._tokenizer.encode(trusted, allow_special=True)
+                ids += self._tokenizer.encode_text(restore(piece, stand_ins))
                 trusted = ""
-        return ids + encode(trusted, allow_special=True)
+        return ids + self._tokenizer.encode(trusted, allow_special=True)
 
     def _compile(self, source: str) -> _Compiled:
         try:
