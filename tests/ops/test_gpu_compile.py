@@ -15,7 +15,7 @@ pytestmark = pytest.mark.gpu
 def test_compiles_without_running_and_once() -> None:
     import triton
 
-    from thalweg.ops.norm.triton import rms_norm
+    from thalweg.ops.norm.triton.rms import rms_norm
 
     x = torch.randn(3, 1776, device="cuda", dtype=torch.bfloat16)  # a width that nothing else has
     weight = torch.ones(1776, device="cuda", dtype=torch.bfloat16)

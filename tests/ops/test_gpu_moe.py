@@ -80,7 +80,7 @@ def test_router(T: int, dtype: torch.dtype, D: int, E: int, k: int, shared: int)
 
 
 def test_router_keeps_ids_in_range_whatever_comes() -> None:
-    from thalweg.ops.moe.triton_router import norm_router
+    from thalweg.ops.moe.triton.router import norm_router
 
     case = moe_case(4, 256, 16, 64, 8, 1, torch.bfloat16, "cuda")
     expected = routed(norm_router, case, 8)

@@ -18,7 +18,7 @@ DTYPES = [(torch.bfloat16, 0.005), (torch.float32, 1e-5)]
 @pytest.mark.parametrize(("H", "K", "V"), [(4, 128, 128), (2, 32, 24)])
 @pytest.mark.parametrize("fresh", [False, True])
 def test_kda_of_mixed_lengths(dtype: torch.dtype, tolerance: float, H: int, K: int, V: int, fresh: bool) -> None:
-    from thalweg.ops.delta.kda.triton_prefill import kda_prefill
+    from thalweg.ops.delta.kda.triton.prefill import kda_prefill
 
     case = KdaCase(LENGTHS, H, K, V, dtype, "cuda", fresh=fresh)
     case.check(case.run(kda_prefill), tolerance)
@@ -27,7 +27,7 @@ def test_kda_of_mixed_lengths(dtype: torch.dtype, tolerance: float, H: int, K: i
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
 @pytest.mark.parametrize("gate", [-30.0, -8.0, 8.0, 30.0])
 def test_kda_of_extreme_gates(dtype: torch.dtype, tolerance: float, gate: float) -> None:
-    from thalweg.ops.delta.kda.triton_prefill import kda_prefill
+    from thalweg.ops.delta.kda.triton.prefill import kda_prefill
 
     case = KdaCase((130,), 4, 128, 128, dtype, "cuda", gate=gate)
     case.check(case.run(kda_prefill), tolerance)
@@ -35,7 +35,7 @@ def test_kda_of_extreme_gates(dtype: torch.dtype, tolerance: float, gate: float)
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_kda_of_equal_keys(value: float) -> None:
-    from thalweg.ops.delta.kda.triton_prefill import kda_prefill
+    from thalweg.ops.delta.kda.triton.prefill import kda_prefill
 
     case = KdaCase((130,), 4, 128, 128, torch.bfloat16, "cuda", gate=-30.0)
     case.k = torch.full_like(case.k, value)
@@ -43,7 +43,7 @@ def test_kda_of_equal_keys(value: float) -> None:
 
 
 def test_kda_with_a_bfloat16_state() -> None:
-    from thalweg.ops.delta.kda.triton_prefill import kda_prefill
+    from thalweg.ops.delta.kda.triton.prefill import kda_prefill
 
     case = KdaCase((65, 3), 4, 128, 128, torch.bfloat16, "cuda", state_dtype=torch.bfloat16)
     case.check(case.run(kda_prefill), 0.005, state_tolerance=0.007)
@@ -65,9 +65,9 @@ def test_gate_norm_and_activation(dtype: torch.dtype) -> None:
     from thalweg.ops.activation import reference as activation
     from thalweg.ops.activation.triton import silu_and_mul
     from thalweg.ops.delta.kda import reference as kda
-    from thalweg.ops.delta.kda.triton_gate import kda_gate
+    from thalweg.ops.delta.kda.triton.gate import kda_gate
     from thalweg.ops.norm import reference as norm
-    from thalweg.ops.norm.triton_gated import gated_rms_norm
+    from thalweg.ops.norm.triton.gated import gated_rms_norm
 
     bound = 1e-6 if dtype == torch.float32 else 2e-3
     wide = torch.randn(300, 2, 4, 128, device="cuda").to(dtype)
@@ -96,7 +96,7 @@ def test_mla(most: int, cached: list[int], new: list[int], monkeypatch: pytest.M
 )
 @pytest.mark.parametrize("T", [520, 2000])
 def test_experts(T: int, dtype: torch.dtype, tolerance: float, D: int, I: int, E: int, k: int, shared: int) -> None:
-    from thalweg.ops.moe.triton_grouped import experts_grouped as experts
+    from thalweg.ops.moe.triton.grouped import experts_grouped as experts
 
     case = moe_case(T, D, I, E, k, shared, dtype, "cuda", seed=T)
     y = experts(case.x, case.weights, case.ids, case.gate_up, case.down, num_shared=shared)
@@ -107,7 +107,7 @@ def test_experts(T: int, dtype: torch.dtype, tolerance: float, D: int, I: int, E
 @pytest.mark.parametrize(("dtype", "shared"), [(torch.bfloat16, 1), (torch.float32, 0)])
 def test_router_of_many_tokens(dtype: torch.dtype, shared: int) -> None:
     from thalweg.ops.moe import reference
-    from thalweg.ops.moe.triton_router import norm_router_by_library
+    from thalweg.ops.moe.triton.router import norm_router_by_library
     from thalweg.ops.norm.reference import rms_norm
 
     case = moe_case(1000, 256, 16, 64, 8, shared, dtype, "cuda")

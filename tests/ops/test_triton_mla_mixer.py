@@ -21,7 +21,7 @@ def test_reference(spread: float) -> None:
 
 
 def check_kernels() -> None:
-    from thalweg.ops.attention.mla_mixer.triton import mla_mixer_decode
+    from thalweg.ops.attention.mla_mixer.triton.mixer import mla_mixer_decode
 
     for lens, block_size, spread in (
         ([150, 1, 70], 16, 1.0),
@@ -33,7 +33,7 @@ def check_kernels() -> None:
 
 
 def check_rows_that_share_the_sink() -> None:
-    from thalweg.ops.attention.mla_mixer.triton import mla_mixer_decode
+    from thalweg.ops.attention.mla_mixer.triton.mixer import mla_mixer_decode
 
     case = mla_mixer_case([40, 70, 3, 9], 2, 16, 32, 16, 16, 16, torch.float32)
     padded = case.copy()
@@ -51,7 +51,7 @@ def test_kernels_under_the_interpreter() -> None:
 
 def test_splits() -> None:
     pytest.importorskip("triton")
-    from thalweg.ops.attention.mla_mixer.triton import _splits
+    from thalweg.ops.attention.mla_mixer.triton.mixer import _splits
 
     assert [_splits(B, 132) for B in (1, 2, 4, 8, 16, 32, 64, 128, 1000)] == [128, 64, 32, 16, 8, 4, 2, 1, 1]
     assert [_splits(B, 132) for B in (24, 48, 70, 96, 140, 256)] == [5, 2, 3, 1, 4, 1]  # the quickest measured
@@ -87,7 +87,7 @@ def check_compiled(kernel: object, constants: dict[str, int], num_warps: int, ty
 @pytest.mark.parametrize("B", [1, 128])
 def test_kernels_compile_for_hopper_without_spills(B: int) -> None:
     pytest.importorskip("triton")
-    from thalweg.ops.attention.mla_mixer import triton as kernels
+    from thalweg.ops.attention.mla_mixer.triton import mixer as kernels
 
     shape = {"H": 32, "K": 128, "R": 512, "P": 64, "V": 128, "BLOCK_SIZE": 64, "PDL": True}
     for launch in kernels.launches(B, 32, 512, 128, 132):
@@ -98,7 +98,7 @@ def test_kernels_compile_for_hopper_without_spills(B: int) -> None:
 @pytest.mark.parametrize(("H", "splits"), [(32, 128), (8, 5), (1, 1)])
 def test_kernels_in_gluon_compile_for_hopper_without_spills(H: int, splits: int) -> None:
     pytest.importorskip("triton")
-    from thalweg.ops.attention.mla_mixer import gluon
+    from thalweg.ops.attention.mla_mixer.triton import gluon
 
     block_h, block_s, columns, block_v = gluon.tiles(H, 128, splits)
     constants = {"H": H, "V": 128, "BLOCK_SIZE": 64, "BLOCK_S": block_s, "BLOCK_N": gluon.BLOCK_N, "PDL": True}

@@ -31,7 +31,7 @@ def test_reference_experts_with_a_shared_one() -> None:
 
 
 def check_router() -> None:
-    from thalweg.ops.moe.triton_router import norm_router, norm_router_by_library
+    from thalweg.ops.moe.triton.router import norm_router, norm_router_by_library
 
     for op in (norm_router, norm_router_by_library):
         for T, D, E, k, shared, scoring, renormalize in (
@@ -116,7 +116,7 @@ def compiled(kernel: object, constants: dict[str, object], num_warps: int = 4) -
 
 def test_router_compiles_for_hopper() -> None:
     pytest.importorskip("triton")
-    from thalweg.ops.moe.triton_router import choose_kernel, logits_kernel
+    from thalweg.ops.moe.triton.router import choose_kernel, logits_kernel
 
     logits = dict(E=256, D=2304, BLOCK_T=16, BLOCK_E=32, BLOCK_D=256, PDL=True)
     assert compiled(logits_kernel, logits).spilled_bytes == 0
@@ -129,7 +129,7 @@ def test_router_compiles_for_hopper() -> None:
 
 def test_finish_compiles_for_hopper() -> None:
     pytest.importorskip("triton")
-    from thalweg.ops.moe.triton_finish import sum_kernel
+    from thalweg.ops.moe.triton.finish import sum_kernel
 
     result = compiled(sum_kernel, dict(D=2304, K=9, BLOCK_D=256, ADD=True, PDL=True), num_warps=2)
     assert result.spilled_bytes == 0
@@ -137,7 +137,7 @@ def test_finish_compiles_for_hopper() -> None:
 
 def test_pair_kernels_compile_for_hopper() -> None:
     pytest.importorskip("triton")
-    from thalweg.ops.moe.triton_experts import down_pair_kernel, gate_up_pair_kernel
+    from thalweg.ops.moe.triton.experts import down_pair_kernel, gate_up_pair_kernel
 
     gate_up = dict(E=257, D=2304, I=1024, K=9, SHARED=1, BLOCK_I=2, BLOCK_D=512, PDL=True)
     result = compiled(gate_up_pair_kernel, gate_up)
@@ -152,7 +152,7 @@ def test_pair_kernels_compile_for_hopper() -> None:
 @pytest.mark.parametrize(("by_pair", "block_p"), [(True, 128), (False, 256)])
 def test_expert_kernels_compile_for_hopper(by_pair: bool, block_p: int) -> None:
     pytest.importorskip("triton")
-    from thalweg.ops.moe.triton_experts import down_expert_kernel, gate_up_expert_kernel
+    from thalweg.ops.moe.triton.experts import down_expert_kernel, gate_up_expert_kernel
 
     tiles = dict(E=257, D=2304, I=1024, BY_PAIR=by_pair, BLOCK_P=block_p, BLOCK_T=16, STAGES=3, PDL=True)
     result = compiled(gate_up_expert_kernel, tiles | dict(K=9, BLOCK_I=64, BLOCK_D=128))

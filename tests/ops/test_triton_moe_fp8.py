@@ -39,16 +39,16 @@ def check_more_sizes() -> None:
 
 
 def check_grouped() -> None:
-    from thalweg.ops.moe_fp8 import triton_grouped
+    from thalweg.ops.moe_fp8.triton import grouped
 
     for T, D, I, E, k, shared in ((70, 96, 33, 6, 3, 1), (5, 140, 48, 24, 3, 0), (300, 144, 150, 3, 2, 2)):
         case, quantized = moe_case_fp8(T, D, I, E, k, shared, torch.float32)
-        y = triton_grouped.experts_grouped(case.x, case.weights, case.ids, *quantized, num_shared=shared)
+        y = grouped.experts_grouped(case.x, case.weights, case.ids, *quantized, num_shared=shared)
         assert rmse_ratio(y, experts_in_float64(case)) < 1e-6
     case, quantized = moe_case_fp8(60, 160, 150, 6, 3, 1, torch.bfloat16)
     case.x[0] *= 2.0**30  # far beyond fp16, which serves products within
     case.x[1] *= 2.0**-30
-    y = triton_grouped.experts_grouped(case.x, case.weights, case.ids, *quantized, num_shared=1)
+    y = grouped.experts_grouped(case.x, case.weights, case.ids, *quantized, num_shared=1)
     assert all(rmse_ratio(a, b) < 0.015 for a, b in zip(y, experts_in_float64(case), strict=True))
 
 
@@ -110,7 +110,7 @@ def compiled(kernel: object, constants: dict[str, object], num_warps: int = 4, *
 
 def test_pair_kernels_compile_for_hopper() -> None:
     pytest.importorskip("triton")
-    from thalweg.ops.moe_fp8.triton_pairs import down_pair_kernel, gate_up_pair_kernel
+    from thalweg.ops.moe_fp8.triton.pairs import down_pair_kernel, gate_up_pair_kernel
 
     result = compiled(gate_up_pair_kernel, dict(E=257, D=2304, I=1024, K=9, SHARED=1, BLOCK_I=8, PDL=True))
     assert result.spilled_bytes == 0
@@ -123,7 +123,7 @@ def test_pair_kernels_compile_for_hopper() -> None:
 
 def test_tile_kernels_compile_for_hopper() -> None:
     pytest.importorskip("triton")
-    from thalweg.ops.moe_fp8.triton_tiles import down_tile_kernel, gate_up_tile_kernel, list_kernel
+    from thalweg.ops.moe_fp8.triton.tiles import down_tile_kernel, gate_up_tile_kernel, list_kernel
 
     lists = dict(E=257, D=2304, BY_PAIR=False, BLOCK_P=1024, BLOCK_D=4096, PDL=True)
     assert compiled(list_kernel, lists).spilled_bytes == 0
@@ -141,7 +141,7 @@ def test_tile_kernels_compile_for_hopper() -> None:
 
 def test_grouped_kernels_compile_for_hopper() -> None:
     pytest.importorskip("triton")
-    from thalweg.ops.moe_fp8.triton_grouped import (
+    from thalweg.ops.moe_fp8.triton.grouped import (
         DOWN_TILES,
         GATE_UP_TILES,
         down_grouped_kernel,

@@ -12,7 +12,7 @@ from thalweg.ops.registry import Resolver, Where
 
 
 def check_norms() -> None:
-    from thalweg.ops.norm.triton import rms_norm
+    from thalweg.ops.norm.triton.rms import rms_norm
 
     for shape in ((5, 48), (2, 3, 100), (0, 8), (1, 1)):
         x, weight = torch.randn(shape) * 3, torch.randn(shape[-1])
@@ -30,7 +30,7 @@ def test_norms_under_the_interpreter() -> None:
 
 def test_compiles_for_hopper_without_spills() -> None:
     pytest.importorskip("triton")
-    from thalweg.ops.norm.triton import _rms_norm
+    from thalweg.ops.norm.triton.rms import _rms_norm
 
     types = {f"{name}_ptr": "*bf16" for name in ("x", "weight", "y")}
     types |= {"x_stride": "i32", "eps": "fp32"}

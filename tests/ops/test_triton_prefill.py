@@ -32,9 +32,9 @@ def check_elementwise() -> None:
     from thalweg.ops.activation import reference as activation
     from thalweg.ops.activation.triton import silu_and_mul
     from thalweg.ops.delta.kda import reference as kda
-    from thalweg.ops.delta.kda.triton_gate import kda_gate
+    from thalweg.ops.delta.kda.triton.gate import kda_gate
     from thalweg.ops.norm import reference as norm
-    from thalweg.ops.norm.triton_gated import gated_rms_norm
+    from thalweg.ops.norm.triton.gated import gated_rms_norm
 
     f, A_log, dt_bias = torch.randn(70, 2, 3, 24)[:, 1] * 20, torch.randn(3), torch.randn(3, 24)
     torch.testing.assert_close(kda_gate(f, A_log, dt_bias), kda.kda_gate(f, A_log, dt_bias), rtol=2e-6, atol=0)
@@ -45,7 +45,7 @@ def check_elementwise() -> None:
 
 
 def check_kda() -> None:
-    from thalweg.ops.delta.kda.triton_prefill import kda_prefill
+    from thalweg.ops.delta.kda.triton.prefill import kda_prefill
 
     for lengths in ((0, 1, 15, 16, 17, 0), (63, 64, 65), (200,)):
         case = KdaCase(lengths, 2, 32, 24, torch.float32)
@@ -58,7 +58,7 @@ def check_kda() -> None:
 
 
 def check_kda_zero_and_equal_keys() -> None:
-    from thalweg.ops.delta.kda.triton_prefill import kda_prefill
+    from thalweg.ops.delta.kda.triton.prefill import kda_prefill
 
     for value in (0.0, 1.0):
         case = KdaCase((70,), 2, 32, 24, torch.float32, gate=-30.0)
@@ -67,7 +67,7 @@ def check_kda_zero_and_equal_keys() -> None:
 
 
 def check_kda_keeps_neighbours_apart() -> None:
-    from thalweg.ops.delta.kda.triton_prefill import kda_prefill
+    from thalweg.ops.delta.kda.triton.prefill import kda_prefill
 
     case = KdaCase((20, 70), 2, 32, 24, torch.float32)
     case.v[:20] = torch.nan
@@ -87,18 +87,18 @@ def check_mla() -> None:
 
 
 def check_experts() -> None:
-    from thalweg.ops.moe import triton_grouped
+    from thalweg.ops.moe.triton import grouped
 
     for T, D, I, E, k, shared in ((70, 96, 33, 6, 3, 1), (5, 100, 48, 24, 3, 0), (300, 64, 32, 3, 2, 2)):
-        for most in (triton_grouped.SLICE, 64):
+        for most in (grouped.SLICE, 64):
             case = moe_case(T, D, I, E, k, shared, torch.float32)
             arguments = (case.x, case.weights, case.ids, case.gate_up, case.down)
-            whole = triton_grouped.SLICE
-            triton_grouped.SLICE = most
-            y = triton_grouped.experts_grouped(*arguments, num_shared=shared)
-            triton_grouped.SLICE = whole
+            whole = grouped.SLICE
+            grouped.SLICE = most
+            y = grouped.experts_grouped(*arguments, num_shared=shared)
+            grouped.SLICE = whole
             assert rmse_ratio(y, experts_in_float64(case)) < 1e-6
-            y = triton_grouped.experts_grouped(*arguments)
+            y = grouped.experts_grouped(*arguments)
             assert rmse_ratio(y, experts_in_float64(case)) < 1e-6
 
 
@@ -141,22 +141,20 @@ def test_kda_compiles_for_hopper() -> None:
     pytest.importorskip("triton")
     import triton.language as tl
 
-    from thalweg.ops.delta.kda import triton_prefill
+    from thalweg.ops.delta.kda.triton import prefill
 
     shape = dict(H=32, K=128, V=128, CHUNK=64)
     within = compiled(
-        triton_prefill.within_chunks_kernel, shape | dict(BLOCK=32, BLOCK_K=128, UNIT=tl.float16, WIDE=tl.bfloat16), 8
+        prefill.within_chunks_kernel, shape | dict(BLOCK=32, BLOCK_K=128, UNIT=tl.float16, WIDE=tl.bfloat16), 8
     )
     assert within.spilled_bytes == 0
-    across = compiled(
-        triton_prefill.across_chunks_kernel, shape | dict(BLOCK_K=128, BLOCK_V=32, WIDE=tl.bfloat16, STAGES=2)
-    )
+    across = compiled(prefill.across_chunks_kernel, shape | dict(BLOCK_K=128, BLOCK_V=32, WIDE=tl.bfloat16, STAGES=2))
     assert across.spilled_bytes == 0
 
 
 def test_experts_compile_for_hopper() -> None:
     pytest.importorskip("triton")
-    from thalweg.ops.moe import triton_grouped as grouped
+    from thalweg.ops.moe.triton import grouped
 
     for rows, warps in ((64, 4), (128, 8)):
         tile = dict(D=2304, I=1024, ROWS=rows, TAIL=rows // 2, STAGES=4)

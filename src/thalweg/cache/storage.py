@@ -59,7 +59,8 @@ def _aligned(count: int, shape: tuple[int, ...], dtype: str, device: torch.devic
     unit = ALIGNMENT // DTYPE_BYTES[dtype]
     size = prod(shape)
     rows = torch.zeros(count, -(-size // unit) * unit, dtype=_dtype(dtype), device=device)
-    return rows[:, :size].unflatten(1, shape)
+    parts: Tensor = rows[:, :size].unflatten(1, shape)
+    return parts
 
 
 def _dtype(name: str) -> torch.dtype:

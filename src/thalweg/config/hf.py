@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from thalweg.config.bounded_json import read_object
 from thalweg.errors import ConfigError
@@ -103,7 +103,7 @@ class ConfigReader:
         """An integer from low to high (true and 3.0 are none)."""
         value = self._get(key, default, "an integer")
         if value is default:
-            return value
+            return cast(int, value)
         if not isinstance(value, int) or isinstance(value, bool):
             raise self._wrong(key, value, "an integer")
         if not low <= value <= high:
@@ -114,7 +114,7 @@ class ConfigReader:
         """A finite number from low to high; integers are taken too."""
         value = self._get(key, default, "a number")
         if value is default:
-            return value
+            return cast(float, value)
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             raise self._wrong(key, value, "a number")
         try:
@@ -127,22 +127,22 @@ class ConfigReader:
         return number
 
     def get_str(self, key: str, default: Any = _REQUIRED) -> str:
-        return self._typed(key, default, str, "a string")
+        return cast(str, self._typed(key, default, str, "a string"))
 
     def get_bool(self, key: str, default: Any = _REQUIRED) -> bool:
-        return self._typed(key, default, bool, "true or false")
+        return cast(bool, self._typed(key, default, bool, "true or false"))
 
     def get_int_list(self, key: str, default: Any = _REQUIRED) -> list[int]:
         value = self._typed(key, default, list, "a list of integers")
         if value is not default and not all(isinstance(x, int) and not isinstance(x, bool) for x in value):
             raise self._wrong(key, value, "a list of integers")
-        return value
+        return cast(list[int], value)
 
     def get_str_list(self, key: str, default: Any = _REQUIRED) -> list[str]:
         value = self._typed(key, default, list, "a list of strings")
         if value is not default and not all(isinstance(x, str) for x in value):
             raise self._wrong(key, value, "a list of strings")
-        return value
+        return cast(list[str], value)
 
     def get_token_ids(self, key: str) -> tuple[int, ...]:
         """Token ids given as one integer or a list of them; () when the key is missing."""

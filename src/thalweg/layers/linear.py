@@ -63,10 +63,9 @@ class LinearAdd(nn.Module):
 
         The residual may be overwritten. Rows that decode take the path they take where nothing else runs beside them.
         """
-        if len(parts) == 1:
-            return self(parts[0], residual_TO)
-        if self.mesh.tp_size > 1:  # one sum over ranks, not one a part
-            return self(torch.cat(list(parts)), residual_TO)
+        if len(parts) == 1 or self.mesh.tp_size > 1:  # one sum over ranks, not one per part
+            y_TO: Tensor = self(parts[0] if len(parts) == 1 else torch.cat(list(parts)), residual_TO)
+            return y_TO
         for x_TD, rows_TO in zip(parts, residual_TO.split([len(part) for part in parts]), strict=True):
             rows_TO.copy_(self(x_TD, rows_TO))  # nothing to copy where the op wrote in place
         return residual_TO

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,7 +29,8 @@ class SwiGLU(nn.Module):
         self._act = ctx.op(SILU_AND_MUL, SiluAndMulDims(I=local))
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down(self._act(self.gate_up(x_TD)), x_TD)
+        y_TD: Tensor = self.down(self._act(self.gate_up(x_TD)), x_TD)
+        return y_TD
 
 
 class Router(nn.Module):
@@ -101,7 +103,9 @@ class Experts(nn.Module):
         for name, weight in stored.items():
             self.register_parameter(name, weight)
         self._names = tuple(stored)
-        self._experts = ctx.op(EXPERTS_IN[ctx.scheme.name], ExpertsDims(E=total, D=width, I=inner))
+        self._experts: Callable[..., Tensor] = ctx.op(
+            EXPERTS_IN[ctx.scheme.name], ExpertsDims(E=total, D=width, I=inner)
+        )
 
     @property
     def weights(self) -> tuple[Tensor, ...]:
@@ -178,5 +182,5 @@ class MoE(nn.Module):
         if self.shared is not None:
             shared_TD = self.shared(normed_TD)
             added_TD = shared_TD if added_TD is None else added_TD + shared_TD
-        y_TD = self.experts(normed_TD, weights_Tk, ids_Tk, added_TD)
+        y_TD: Tensor = self.experts(normed_TD, weights_Tk, ids_Tk, added_TD)
         return y_TD if one_rank else x_TD + self.mesh.all_reduce(y_TD)

@@ -77,7 +77,7 @@ def join_mesh(tp_rank: int, tp_size: int, rendezvous_file: str, device: torch.de
     """
     if tp_size == 1:
         return Mesh()
-    store = dist.FileStore(rendezvous_file, tp_size)
+    store = dist.FileStore(rendezvous_file, tp_size)  # type: ignore[attr-defined]  # public, but not in __all__
     if device.type == "cuda":
         nccl = dist.ProcessGroupNCCL.Options()
         nccl._timeout = timedelta(seconds=timeout_s)

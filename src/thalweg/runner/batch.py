@@ -124,7 +124,7 @@ class BatchBuilder:
         """int64 [stop - start]: rows of the flattened blocks of tokens `start` to `stop` of a slot."""
         first = start // self._block_size
         blocks = self.slots.host_blocks[slot, first : self._blocks(stop)]
-        rows = np.add.outer(np.multiply(blocks, self._block_size, dtype=np.int64), self._in_block).reshape(-1)
+        rows: IntArray = np.add.outer(np.multiply(blocks, self._block_size, dtype=np.int64), self._in_block).reshape(-1)
         begin = first * self._block_size
         return rows[start - begin : stop - begin]
 

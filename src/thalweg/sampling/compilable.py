@@ -24,7 +24,9 @@ def problem_of(leaf: str) -> str | None:
         wrong = str(error)
     if not wrong:
         return None
-    said = re.findall(r"^error: (.*)", wrong, re.MULTILINE) or [wrong.split("\n", maxsplit=1)[0].split(":")[0]]
+    said: list[str] = re.findall(r"^error: (.*)", wrong, re.MULTILINE) or [
+        wrong.split("\n", maxsplit=1)[0].split(":")[0]
+    ]
     return said[0].split(";")[0][:200]
 
 

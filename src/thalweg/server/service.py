@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
 
@@ -17,6 +17,7 @@ from thalweg.server.responses import now
 from thalweg.server.settings import LONG_TEXT, ServerSettings
 from thalweg.text.prompts import Prompt, check_token_ids, encode_prompt
 
+Result = TypeVar("Result")
 StartListener = Callable[[Exception | None], None]
 
 
@@ -116,7 +117,7 @@ class Service:
         return await maybe_in_thread(len(token_ids), lambda: tokenizer.decode(check_token_ids(token_ids, vocab_size)))
 
 
-async def maybe_in_thread(size: int, function: Callable[[], Any]) -> Any:
+async def maybe_in_thread(size: int, function: Callable[[], Result]) -> Result:
     """function(), off the event loop when `size` says that it takes long enough to hold up other requests."""
     if size < LONG_TEXT:
         return function()

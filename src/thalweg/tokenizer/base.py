@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from thalweg.errors import InvalidRequest
 
@@ -105,14 +106,14 @@ def literal_pattern(literals: Iterable[str]) -> re.Pattern[str]:
     They are folded into a prefix tree instead of being tried one after another, so a long text of their first
     characters ("<<<<") costs no more than any other.
     """
-    tree: dict[str, dict] = {}
+    tree: dict[str, Any] = {}
     for literal in literals:
         node = tree
         for char in literal:
             node = node.setdefault(char, {})
         node[""] = {}
 
-    def expression(node: dict[str, dict]) -> str:
+    def expression(node: dict[str, Any]) -> str:
         branches = [re.escape(char) + expression(child) for char, child in node.items() if char]
         if not branches:
             return ""

@@ -77,14 +77,16 @@ def _part_text(part: Any, where: str) -> str:
         raise InvalidRequest(f"{where} is of type {str(kind)[:40]!r}; expected text, the only kind this model reads")
     if not isinstance(part, dict) or not isinstance(part.get("text"), str):
         raise InvalidRequest(f"{where} has no text; expected {{'type': 'text', 'text': '...'}}")
-    return part["text"]
+    text: str = part["text"]
+    return text
 
 
 def plain_list(value: Any, where: str) -> list[Any]:
     """plain_data of a list. Raises InvalidRequest when it is not one."""
     if not isinstance(value, (list, tuple)):
         raise InvalidRequest(f"{where} is a {type(value).__name__}; expected a list")
-    return plain_data(value, where)
+    plain: list[Any] = plain_data(value, where)
+    return plain
 
 
 def plain_data(value: Any, where: str, depth: int = 0) -> Any:

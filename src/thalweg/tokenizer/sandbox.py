@@ -14,8 +14,9 @@ from typing import Any, NoReturn
 import jinja2
 import jinja2.ext
 from jinja2 import nodes
+from jinja2.exceptions import SecurityError
 from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
 from thalweg.tokenizer import template_filters, template_text
@@ -147,7 +148,8 @@ class _GenerationTag(jinja2.ext.Extension):
 
     def parse(self, parser: Any) -> list[nodes.Node]:
         next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        inside: list[nodes.Node] = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return inside
 
 
 class _Limited(NodeTransformer):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from jinja2.sandbox import SecurityError
+from jinja2.exceptions import SecurityError
 
 from thalweg.errors import CheckpointError, InvalidRequest
 from thalweg.tokenizer.base import Tokenizer, literal_pattern, split_literals

@@ -13,7 +13,8 @@ from types import GeneratorType
 from typing import Any, NoReturn
 
 import jinja2
-from jinja2.defaults import DEFAULT_FILTERS, DEFAULT_NAMESPACE
+from jinja2.defaults import DEFAULT_NAMESPACE
+from jinja2.filters import FILTERS as DEFAULT_FILTERS
 from jinja2.tests import TESTS
 from jinja2.utils import generate_lorem_ipsum
 from markupsafe import Markup
@@ -198,7 +199,8 @@ def _format(value: Any, *args: Any, **kwargs: Any) -> Any:
 def _indent(value: Any, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
     text, margin = text_of(value), _margin(width)
     allow_chars(len(text) + len(margin) * (len(text.splitlines()) + 1))
-    return DEFAULT_FILTERS["indent"](text, margin, first, blank)
+    indented: str = DEFAULT_FILTERS["indent"](text, margin, first, blank)
+    return indented
 
 
 def _margin(width: int | str | None) -> str:

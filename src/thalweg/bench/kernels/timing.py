@@ -72,4 +72,4 @@ def _device_seconds(run: Call) -> float:
     run()
     ended.record()
     ended.synchronize()
-    return began.elapsed_time(ended) / 1e3
+    return float(began.elapsed_time(ended)) / 1e3

@@ -259,7 +259,7 @@ class EngineClient:
 
 
 def _same_error(message: m.Dead | m.Refused, otherwise: type[ThalwegError]) -> ThalwegError:
-    kind: Any = getattr(errors, message.kind, otherwise)
+    kind = getattr(errors, message.kind, otherwise)
     if not (isinstance(kind, type) and issubclass(kind, ThalwegError)):
         kind = otherwise
     return kind(message.reason)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from thalweg.models.parts.part import Cost, Names, PlanContext, Step, all_reduce, product
-from thalweg.weights.plan import Init, Range, Source, Target, concat, split, whole
+from thalweg.quant.scheme import Range
+from thalweg.weights.plan import Init, Source, Target, concat, split, whole
 
 KEY_HEADS, VALUE_HEADS = "linear_num_key_heads", "linear_num_value_heads"
 

@@ -7,7 +7,8 @@ from typing import Literal
 
 from thalweg.config.hf import ConfigReader
 from thalweg.models.parts.part import MAX_DIM, MAX_EXPERTS, Cost, Names, PlanContext, Step, all_reduce, product
-from thalweg.weights.plan import Range, Source, Target, concat, placed, split, whole
+from thalweg.quant.scheme import Range
+from thalweg.weights.plan import Source, Target, concat, placed, split, whole
 
 WIDTH, SHARED_WIDTH = "moe_intermediate_size", "shared_expert_intermediate_size"
 

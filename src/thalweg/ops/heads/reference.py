@@ -6,7 +6,8 @@ from torch import Tensor
 
 
 def split_heads(x_TO: Tensor, *, width: int) -> Tensor:
-    return x_TO.unflatten(-1, (-1, width))  # t (h d) -> t h d
+    x_THX: Tensor = x_TO.unflatten(-1, (-1, width))  # t (h d) -> t h d
+    return x_THX
 
 
 def merge_heads(x_THX: Tensor) -> Tensor:

@@ -115,33 +115,33 @@ def _cuda_router_refuses(where: Where, dims: NormRouterDims) -> Refusal:
 
 
 def _library_router(where: Where, dims: NormRouterDims) -> NormRouter:
-    from thalweg.ops.moe import triton_router
+    from thalweg.ops.moe.triton import router
 
-    return triton_router.norm_router_by_library
+    return router.norm_router_by_library
 
 
 def _triton_router(where: Where, dims: NormRouterDims) -> NormRouter:
-    from thalweg.ops.moe import triton_router
+    from thalweg.ops.moe.triton import router
 
-    return triton_router.norm_router
+    return router.norm_router
 
 
 def _pairs(where: Where, dims: ExpertsDims) -> Experts:
-    from thalweg.ops.moe import triton_experts
+    from thalweg.ops.moe.triton import experts
 
-    return triton_experts.experts_of_pairs
+    return experts.experts_of_pairs
 
 
 def _tiles(where: Where, dims: ExpertsDims) -> Experts:
-    from thalweg.ops.moe import triton_experts
+    from thalweg.ops.moe.triton import experts
 
-    return triton_experts.experts_of_tiles
+    return experts.experts_of_tiles
 
 
 def _grouped(where: Where, dims: ExpertsDims) -> Experts:
-    from thalweg.ops.moe import triton_grouped
+    from thalweg.ops.moe.triton import grouped
 
-    return triton_grouped.experts_grouped
+    return grouped.experts_grouped
 
 
 register(NORM_ROUTER, "reference", lambda *_: reference.norm_router)

@@ -74,21 +74,21 @@ def _cuda(where: Where, dims: ExpertsDims) -> ExpertsFp8:
 
 
 def _pairs(where: Where, dims: ExpertsDims) -> ExpertsFp8:
-    from thalweg.ops.moe_fp8 import triton_experts
+    from thalweg.ops.moe_fp8.triton import experts
 
-    return triton_experts.experts_of_pairs
+    return experts.experts_of_pairs
 
 
 def _tiles(where: Where, dims: ExpertsDims) -> ExpertsFp8:
-    from thalweg.ops.moe_fp8 import triton_experts
+    from thalweg.ops.moe_fp8.triton import experts
 
-    return triton_experts.experts_of_tiles
+    return experts.experts_of_tiles
 
 
 def _grouped(where: Where, dims: ExpertsDims) -> ExpertsFp8:
-    from thalweg.ops.moe_fp8 import triton_grouped
+    from thalweg.ops.moe_fp8.triton import grouped
 
-    return triton_grouped.experts_grouped
+    return grouped.experts_grouped
 
 
 register(EXPERTS_FP8, "reference", lambda *_: reference.experts_fp8, capturable=False)

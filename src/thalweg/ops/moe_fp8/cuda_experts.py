@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from thalweg.ops.moe.triton_finish import weighted_sum
+from thalweg.ops.moe.triton.finish import weighted_sum
 from thalweg.ops.moe_fp8 import steps_per_warp
 from thalweg.ops.toolchain.cuda_build import cuda_kernel
 from thalweg.ops.toolchain.triton_support import multiprocessors

@@ -44,13 +44,13 @@ GATED_RMS_NORM: Op[GatedRmsNormDims, GatedRmsNorm] = Op("gated_rms_norm", GatedR
 
 
 def _triton_rms_norm(where: Where, dims: RmsNormDims) -> RmsNorm:
-    from thalweg.ops.norm.triton import rms_norm
+    from thalweg.ops.norm.triton.rms import rms_norm
 
     return rms_norm
 
 
 def _triton_gated_rms_norm(where: Where, dims: GatedRmsNormDims) -> GatedRmsNorm:
-    from thalweg.ops.norm.triton_gated import gated_rms_norm
+    from thalweg.ops.norm.triton.gated import gated_rms_norm
 
     return gated_rms_norm
 

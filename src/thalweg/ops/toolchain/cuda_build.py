@@ -131,7 +131,7 @@ def compile_cubin(source: Path, arch: str, **macros: int) -> bytes:
             log = b" " * _check(nvrtc.nvrtcGetProgramLogSize(program))
             _check(nvrtc.nvrtcGetProgramLog(program, log))
             raise RuntimeError(f"{source.name} does not compile for {arch} with {macros}:\n{log.decode()}")
-        cubin = b" " * _check(nvrtc.nvrtcGetCUBINSize(program))
+        cubin: bytes = b" " * _check(nvrtc.nvrtcGetCUBINSize(program))
         _check(nvrtc.nvrtcGetCUBIN(program, cubin))
     finally:
         nvrtc.nvrtcDestroyProgram(program)

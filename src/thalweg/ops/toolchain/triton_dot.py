@@ -8,7 +8,7 @@ import triton.language as tl
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def dot(a: tl.tensor, b: tl.tensor) -> tl.tensor:
     """a @ b in fp32. The interpreter's bf16 product is wrong, so it gets fp32 operands."""
     if INTERPRETED:

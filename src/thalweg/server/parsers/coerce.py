@@ -21,7 +21,7 @@ def coerce(text: str, schema: Any, root: Mapping[str, Any]) -> Any:
     and lists will do if the schema wants them; what the schema says nothing about is JSON, or text.
     """
     types = json_types(schema, root)
-    if types == {"string"}:
+    if types == frozenset({"string"}):
         return text
     value = _json(text)
     if types is None:

@@ -116,7 +116,7 @@ class Qwen3Coder(CallParser):
 
     def _begin_value(self, key: str) -> None:
         self._key = key
-        if key not in self._keys and json_types(*self._schema(key)) == {"string"}:
+        if key not in self._keys and json_types(*self._schema(key)) == frozenset({"string"}):
             self._begin_argument(key, '"')
             self._streamed = self._at_start = True
 

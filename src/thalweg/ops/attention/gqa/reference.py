@@ -89,7 +89,8 @@ def gated(o_THK: Tensor, proj_TX: Tensor) -> Tensor:
     """o_TO, each head times the sigmoid of the gate beside its query, in fp32, rounded once."""
     H, K = o_THK.shape[1:]
     gate_THK = proj_TX[:, : 2 * H * K].unflatten(-1, (H, 2, K))[:, :, 1]  # t (h two k) -> t h k
-    return (o_THK.float() * gate_THK.float().sigmoid()).to(proj_TX.dtype).flatten(1)  # t h k -> t (h k)
+    y_THK: Tensor = (o_THK.float() * gate_THK.float().sigmoid()).to(proj_TX.dtype)
+    return y_THK.flatten(1)  # t h k -> t (h k)
 
 
 def context_of(keys_MSGK: Tensor, values_MSGK: Tensor, block_table_N: Tensor, tokens: int) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from thalweg.ops.norm.triton import _rms_norm
+from thalweg.ops.norm.triton.rms import _rms_norm
 from thalweg.ops.toolchain.triton_launch import pdl_options
 
 

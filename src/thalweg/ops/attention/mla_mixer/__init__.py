@@ -59,13 +59,13 @@ TILE = 64  # tokens of the context in a tile of the kernels in Gluon
 
 
 def _triton(where: Where, dims: MlaMixerDims) -> MlaMixerDecode:
-    from thalweg.ops.attention.mla_mixer import triton
+    from thalweg.ops.attention.mla_mixer.triton import mixer
 
-    return triton.mla_mixer_decode
+    return mixer.mla_mixer_decode
 
 
 def _gluon(where: Where, dims: MlaMixerDims) -> MlaMixerDecode:
-    from thalweg.ops.attention.mla_mixer import gluon
+    from thalweg.ops.attention.mla_mixer.triton import gluon
 
     return gluon.mla_mixer_decode
 
@@ -94,7 +94,7 @@ def _gluon_refuses(where: Where, dims: MlaMixerDims) -> Refusal:
 
 def _why_not_gluon() -> Refusal:
     try:
-        from thalweg.ops.attention.mla_mixer import gluon  # noqa: F401
+        from thalweg.ops.attention.mla_mixer.triton import gluon  # noqa: F401
     except ImportError as e:  # Gluon is experimental: in another Triton it may be elsewhere
         return f"needs the Gluon of another Triton: {e}"
     return None

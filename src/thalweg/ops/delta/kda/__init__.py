@@ -64,15 +64,15 @@ KDA_PREFILL: Op[KdaDims, KdaPrefill] = Op("kda_prefill", KdaDims)
 
 
 def _triton_gate(where: Where, dims: KdaDims) -> KdaGate:
-    from thalweg.ops.delta.kda import triton_gate
+    from thalweg.ops.delta.kda.triton import gate
 
-    return triton_gate.kda_gate
+    return gate.kda_gate
 
 
 def _triton_prefill(where: Where, dims: KdaDims) -> KdaPrefill:
-    from thalweg.ops.delta.kda import triton_prefill
+    from thalweg.ops.delta.kda.triton import prefill
 
-    return triton_prefill.kda_prefill
+    return prefill.kda_prefill
 
 
 def _prefill_refuses(where: Where, dims: KdaDims) -> Refusal:

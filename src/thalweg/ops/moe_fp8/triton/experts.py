@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from thalweg.ops.moe.triton_finish import weighted_sum
-from thalweg.ops.moe_fp8.triton_pairs import run_down_pairs, run_gate_up_pairs
-from thalweg.ops.moe_fp8.triton_tiles import run_down_tiles, run_gate_up_tiles, run_lists
+from thalweg.ops.moe.triton.finish import weighted_sum
+from thalweg.ops.moe_fp8.triton.pairs import run_down_pairs, run_gate_up_pairs
+from thalweg.ops.moe_fp8.triton.tiles import run_down_tiles, run_gate_up_tiles, run_lists
 
 
 def experts_of_pairs(

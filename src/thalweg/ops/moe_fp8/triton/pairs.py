@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from thalweg.ops.moe.triton_experts import _load_row_tiles
+from thalweg.ops.moe.triton.experts import _load_row_tiles
 from thalweg.ops.toolchain.triton_launch import pdl_options
 from thalweg.quant.fp8 import BLOCK as _BLOCK
 

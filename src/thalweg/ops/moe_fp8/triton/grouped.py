@@ -1,4 +1,4 @@
-"""Experts in fp8 for the many tokens of a prefill: ops/moe/triton_grouped.py with weights widened tile by tile.
+"""Experts in fp8 for the many tokens of a prefill: ops/moe/triton/grouped.py with weights widened tile by tile.
 
 A weight takes its scale as it is widened, so that sums run through all columns in one accumulator. What it takes is the
 scale over the largest one of its rows, and the sums take that: so nothing leaves the range of the tiles' type, and what
@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from thalweg.ops.moe.triton_grouped import SLICE, rows_per_block, sort_pairs, weighted_sum_kernel
-from thalweg.ops.moe_fp8.triton_tiles import store_half_row
+from thalweg.ops.moe.triton.grouped import SLICE, rows_per_block, sort_pairs, weighted_sum_kernel
+from thalweg.ops.moe_fp8.triton.tiles import store_half_row
 from thalweg.ops.toolchain.triton_dot import INTERPRETED, dot
 from thalweg.quant.fp8 import BLOCK as _BLOCK
 

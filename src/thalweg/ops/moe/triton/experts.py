@@ -1,4 +1,4 @@
-"""Routed experts in three launches for decode: gate and up with SiLU, down, and what ends a token (triton_finish.py).
+"""Routed experts in three launches for decode: gate and up with SiLU, down, and what ends a token (finish.py).
 
 Pairs, for a token or two: one program takes a few rows of one (token, expert) pair. Tiles: a program takes a block of
 rows of one expert for all tokens that chose it, which it finds by scanning the ids itself: no sort. The sum has one
@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from thalweg.ops.moe.triton_finish import weighted_sum
+from thalweg.ops.moe.triton.finish import weighted_sum
 from thalweg.ops.toolchain.triton_launch import pdl_options
 
 WIDE = tl.constexpr(64)  # tokens of a tile where more than the usual 16 chose an expert

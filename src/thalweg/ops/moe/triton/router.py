@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from thalweg.ops.moe.reference import is_softmax
-from thalweg.ops.norm.triton import rms_norm
+from thalweg.ops.norm.triton.rms import rms_norm
 from thalweg.ops.toolchain.triton_launch import pdl_options
 
 

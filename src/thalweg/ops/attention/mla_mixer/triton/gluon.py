@@ -1,5 +1,5 @@
 """The decode mixer of an MLA layer with two of its three kernels in Gluon, for Hopper: bulk copies into shared memory,
-wgmma out of it. The first kernel, which absorbs, is module triton's.
+wgmma out of it. The first kernel, which absorbs, is module mixer's.
 
 `attend`: a program walks its split of a context in tiles of 64 tokens. A tile is two halves of the latent, [64, R / 2]
 each, which serve as keys and as values, and the shared key part, [64, P]. Shared memory holds two tiles, and the place
@@ -35,7 +35,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from thalweg.ops.attention.mla_mixer import TILE
-from thalweg.ops.attention.mla_mixer.triton import LOG2_E, launches, run_absorb
+from thalweg.ops.attention.mla_mixer.triton.mixer import LOG2_E, launches, run_absorb
 from thalweg.ops.toolchain.triton_launch import pdl_options
 from thalweg.ops.toolchain.triton_support import multiprocessors
 

@@ -1,0 +1,1 @@
+"""Kernels in Triton and in Gluon, its lower level."""
