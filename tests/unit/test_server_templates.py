@@ -1,0 +1,74 @@
+"""Chat templates over HTTP: the prompt that a conversation becomes, and the 400 of one that cannot become any."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.unit.server_double import ClientDouble
+from tests.unit.test_server_tools import ask
+
+CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+CALLING = [
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": None, "tool_calls": [CALL], "refusal": None},
+    {"role": "tool", "tool_call_id": "c", "content": "ok"},
+]
+LOOP = "{% for m in messages %}"
+END = ";{% endfor %}"
+ARGUMENTS = "{% set c = messages[1].tool_calls[0] %}"
+
+
+def prompt(template: str, messages: list[dict[str, Any]], **more: Any) -> str:
+    client = ClientDouble(template=template)
+    answer = ask(client, {"messages": messages, **more})
+    assert "choices" in answer, answer
+    return bytes(client.seen[0].prompt_token_ids).decode()
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        (LOOP + "{{ '</think>' in m.content }}" + END, "False;False;False;"),
+        (LOOP + "{{ m.content + '.' }}" + END, "hi.;.;ok.;"),
+        (LOOP + "{% if m.content is not string %}{% for p in m.content %}{% endfor %}{% endif %}" + END, ";;;"),
+        (LOOP + "{% for p in m.content %}{{ p.text }}{% endfor %}" + END, "hi;;ok;"),
+        (LOOP + "{{ m.content.replace('/think', '').strip() }}" + END, "hi;;ok;"),
+        (ARGUMENTS + "{{ c['function']['name'] + '|' + c['function']['arguments'] }}", 'f|{"a": 1}'),
+        (ARGUMENTS + "{% for k, v in c.function.arguments | items %}{{ k }}={{ v }}{% endfor %}", "a=1"),
+        (ARGUMENTS + "{{ c.function.arguments | tojson }}", '{"a": 1}'),
+        ("{{ '<' | e }}{{ 2.567 | round(1) }}{{ [1, 2] | sum }}", "&lt;2.63"),
+        ("{{ '%s-%03d' % ('a', 7) }}{{ '{:>3}'.format(1) }}", "a-007  1"),
+        ("{{ '%s' | format(1) }}", "1"),
+    ],
+)
+def test_what_templates_do_with_a_call_and_its_result(template: str, text: str) -> None:
+    assert prompt(template, CALLING) == text
+
+
+def test_a_continued_answer_is_left_open() -> None:
+    messages = [*CALLING, {"role": "assistant", "content": "It is "}]
+    template = LOOP + "<{{ m.role }}>{{ m.content }}</>" + END + "{% if add_generation_prompt %}<assistant>{% endif %}"
+    assert prompt(template, messages, continue_final_message=True).endswith("ok</>;<assistant>It is ")
+
+
+@pytest.mark.parametrize("kind", ["image_url", "input_audio", "video_url", "file"])
+def test_parts_that_are_no_text_are_refused_by_name(kind: str) -> None:
+    content = [{"type": "text", "text": "What is it?"}, {"type": kind, kind: {"url": "https://example.com/a"}}]
+    client = ClientDouble(template=LOOP + "{{ m.content }}" + END)
+    error = ask(client, {"messages": [{"role": "user", "content": content}]})["error"]
+    assert f"messages[0].content[1] is of type '{kind}'; expected text" in error["message"]
+    assert error["param"] == "messages"
+    assert not client.seen
+
+
+def test_a_template_that_refuses_or_fails_is_a_400() -> None:
+    for template, reason in (
+        ("{{ raise_exception('no system message') }}", "refused: no system message"),
+        ("{{ 'x' * 10 ** 9 }}", "more than 8000000 characters"),
+        ("{{ messages[9].content }}", "failed on these messages"),
+    ):
+        error = ask(ClientDouble(template=template), {"messages": CALLING})["error"]
+        assert reason in error["message"]
+        assert error["type"] == "invalid_request_error"
