@@ -1,14 +1,15 @@
 # `make demo` and `make test` need nothing but Python 3.11 or later, make and git.
 VENV   ?= .venv
-# An interpreter of a tested version (3.11, 3.12) if there is one, else a newer one; override with `make PYTHON=...`.
-PYTHON ?= $(shell for v in 12 99; do for p in python3 python3.12 python3.11; do \
+LOWEST ?= .venv-lowest
+# An interpreter of a tested version (3.11 to 3.13) if there is one, else a newer one; override with `make PYTHON=...`.
+PYTHON ?= $(shell for v in 13 99; do for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c "import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, $$v))" 2>/dev/null && echo $$p && exit; done; done)
 TORCH  ?= torch==2.13.0
 TRITON ?= triton==3.6.0
 BIN    := $(VENV)/bin
 QUESTION ?= Ben fills 6 boxes with 12 pears each. 7 pears are bad. How many good pears are there?
 
-.PHONY: demo chat test quick lint format clean
+.PHONY: demo chat test quick test-lowest lint format clean
 
 demo: $(VENV)/ready  ## answer a question with the bundled model
 	@$(BIN)/thalweg generate --chat --prompt "$(QUESTION)"
@@ -22,6 +23,10 @@ test: $(VENV)/ready-dev  ## every test that this machine can run
 quick: $(VENV)/ready-dev  ## leave out the slow tests
 	$(BIN)/python -m pytest -m "not slow"
 
+# Ops know no other library than torch and Triton, which are the same in both environments.
+test-lowest: $(LOWEST)/ready  ## the quick tests with the lowest version of everything that pyproject.toml allows
+	$(LOWEST)/bin/python -m pytest -m "not slow" --ignore=tests/ops
+
 lint: $(VENV)/ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -33,7 +38,7 @@ format: $(VENV)/ready-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(LOWEST)
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or later found; install one, or name it: make PYTHON=/path/to/python3.11"; exit 2; }
@@ -52,4 +57,15 @@ $(VENV)/ready-dev: $(VENV)/ready
 	@# CPU builds of torch bring no Triton; the tests interpret and compile kernels without a GPU.
 	@$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install -q --disable-pip-version-check $(TRITON) \
 		|| echo "no Triton for this platform: its tests will be skipped"
+	@touch $@
+
+# All but torch, of which every version is a download of its own that may not be had: TORCH says which one, as above.
+$(LOWEST)/ready: pyproject.toml scripts/lowest_versions.py
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or later found; name one: make PYTHON=/path/to/python3.11"; exit 2; }
+	@echo "Setting up $(LOWEST) ($(PYTHON)) with the lowest versions of pyproject.toml"
+	@$(PYTHON) -m venv --clear $(LOWEST)
+	@$(LOWEST)/bin/python -m pip install -q --disable-pip-version-check $(TORCH)
+	@$(LOWEST)/bin/python scripts/lowest_versions.py --leave-out torch > $(LOWEST)/lowest.txt
+	@$(LOWEST)/bin/python -m pip install -q --disable-pip-version-check -r $(LOWEST)/lowest.txt
+	@$(LOWEST)/bin/python -m pip install -q --disable-pip-version-check --no-deps -e .
 	@touch $@

@@ -129,7 +129,7 @@ def test_requests_join_and_leave_while_others_run(folder: Path, solo: LLM) -> No
 
 def test_outputs_come_in_the_order_of_prompts(solo: LLM) -> None:
     prompts = [prompt(n, n) for n in (30, 2, 11)]
-    outputs = solo.generate(prompts, [SamplingParams(max_tokens=m) for m in (1, 9, 3)])
+    outputs = solo.generate(prompts, [SamplingParams(max_tokens=m, ignore_eos=True) for m in (1, 9, 3)])
     assert [o.prompt_token_ids for o in outputs] == prompts
     assert [len(o.outputs[0].token_ids) for o in outputs] == [1, 9, 3]
     assert all(o.finished for o in outputs)

@@ -84,9 +84,9 @@ def main(args: Sequence[str] | None = None) -> int:
             raise
         forgo_stdout()
         code = READER_GONE if isinstance(e, BrokenPipeError) else _fail(f"the output cannot be written: {reason}")
-    except SystemExit:  # how click and rich leave when the reader has gone
+    except SystemExit as e:  # how click and rich leave, with READER_GONE, when the reader has gone
         forgo_stdout()
-        code = READER_GONE
+        code = e.code if isinstance(e.code, int) else ERROR
     return code
 
 

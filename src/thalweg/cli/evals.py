@@ -206,8 +206,11 @@ def _progress(total: int) -> Iterator[Callable[[bool], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda has_failed: None  # a disabled bar of rich 13 and 14 still prints an empty line
+        return
     columns = (TextColumn("answering"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[failed]}"))
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
+    with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
         task, failed = bar.add_task("", total=total, failed=""), 0
 
         def done(has_failed: bool) -> None:
