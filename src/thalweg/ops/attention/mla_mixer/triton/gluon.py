@@ -39,6 +39,8 @@ from thalweg.ops.attention.mla_mixer.triton.mixer import LOG2_E, launches, run_a
 from thalweg.ops.toolchain.triton_launch import pdl_options
 from thalweg.ops.toolchain.triton_support import multiprocessors
 
+_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # the names of Triton 3.7 and of 3.6
+
 BLOCK_N = TILE  # tokens per tile: the rows of a matrix unit's tile
 
 
@@ -187,10 +189,10 @@ def attend(
             # The place of what every warp is done with is filled again at once.
             row = _first_row(start + later * BLOCK_N, length, BLOCK_SIZE, BLOCK_N)
             acc0_RH, acc1_RH = warpgroup_mma_wait(1, deps=(acc0_RH, acc1_RH))
-            gl.thread_barrier()
+            _barrier()
             _copy(half_desc, later_block, row, 0, bar, kv0_NR, later < n)
             acc0_RH, acc1_RH = warpgroup_mma_wait(0, deps=(acc0_RH, acc1_RH))
-            gl.thread_barrier()
+            _barrier()
             _copy(half_desc, later_block, row, WIDTH, bar, kv1_NR, later < n)
             _copy(shared_desc, later_block, row, R, bar, k_NP, later < n)
             later_block = block_after
@@ -200,7 +202,7 @@ def attend(
         q_halves.index(0).store(gl.permute(acc0_RH, (1, 0)).to(dtype))
         q_halves.index(1).store(gl.permute(acc1_RH, (1, 0)).to(dtype))
         fence_async_shared()
-        gl.thread_barrier()
+        _barrier()
         for j in gl.static_range(2):
             part = q_halves.index(j)._reinterpret(dtype, part_desc.block_type.shape, part_desc.layout)
             tma.async_copy_shared_to_global(part_desc, [row, 0, j * WIDTH], part)
