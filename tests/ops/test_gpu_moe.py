@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.ops.moe_case import MoeCase, experts_in_float64, moe_case, rmse_ratio, routed
+from thalweg.ops.linear import LINEAR_ADD, NORM_LINEAR, LinearDims, NormLinearDims
 from thalweg.ops.moe import EXPERTS, NORM_ROUTER, Experts, ExpertsDims, NormRouterDims, reference
 from thalweg.ops.norm.reference import rms_norm
 from thalweg.ops.registry import Resolver, Where
@@ -96,10 +97,10 @@ def test_router_keeps_ids_in_range_whatever_comes() -> None:
 @pytest.mark.parametrize("router", ["cuda", "triton"])
 def test_chained_in_a_graph(T: int, router: str) -> None:
     """Each kernel may start before the one ahead is done; replays must still equal a run with nothing in flight."""
-    from thalweg.ops.linear.cuda import linear_add, norm_linear
-
     where, dims = Where("cuda", "bfloat16"), NormRouterDims(E=64, D=512, K=8, G=1, S=1)
     norm_router = Resolver({"norm_router": router}).resolve(NORM_ROUTER, where, dims)
+    norm_linear = Resolver().resolve(NORM_LINEAR, where, NormLinearDims(D=512, parts=(512,)))
+    linear_add = Resolver().resolve(LINEAR_ADD, where, LinearDims(D=512, O=512))
     layers = [moe_case(T, 512, 256, 64, 8, 1, torch.bfloat16, "cuda", seed=i) for i in range(10)]
 
     def chain(wait: bool) -> torch.Tensor:

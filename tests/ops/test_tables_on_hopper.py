@@ -1,0 +1,138 @@
+"""Who serves a Kimi-Linear-48B on a Hopper GPU, by the number of tokens, resolved on a machine without one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.models import random_checkpoint as random
+from thalweg.build.inspect import _MetaContext
+from thalweg.build.rank import _why_eager, op_choices
+from thalweg.config.engine import EngineConfig
+from thalweg.errors import ConfigError
+from thalweg.models.decoder import Decoder
+from thalweg.models.kimi_linear.config import read
+from thalweg.ops.registry import Resolver
+from thalweg.ops.toolchain import cuda_build, triton_support
+from thalweg.parallel.mesh import Mesh
+from thalweg.quant import scheme_named
+
+PUBLISHED = dict(
+    hidden=2304,
+    kda_heads=32,
+    kda_dim=128,
+    heads=32,
+    nope=128,
+    rope=64,
+    value=128,
+    rank=512,
+    experts=256,
+    top_k=8,
+    inner=1024,
+    dense_inner=9216,
+    vocab=163840,
+)
+
+
+@pytest.fixture(autouse=True)
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(triton_support, "_compute_capability_major", lambda: 9)
+    monkeypatch.setattr(cuda_build, "why_not", lambda where: None)
+
+
+def resolved(
+    *, ranks: int = 1, scheme: str | None = None, block_size: int = 64, prefer: dict[str, str] | None = None
+) -> Resolver:
+    resolver, cuda = Resolver(prefer), torch.device("cuda")
+    meta, mesh = torch.device("meta"), Mesh(0, ranks)
+    ctx = _MetaContext(
+        meta, torch.bfloat16, mesh, resolver, "float32", scheme_named(scheme), block_size=block_size, target=cuda
+    )
+    Decoder(ctx, read(random.config(**PUBLISHED)))
+    return resolver
+
+
+def tables(resolver: Resolver) -> dict[str, list[str]]:
+    """By op and, where an op is there more than once, model width in the dims."""
+    found: dict[str, list[str]] = {}
+    for choice in op_choices(resolver):
+        width = f" {choice.dims['D']}" if choice.op.startswith(("linear", "norm_linear")) else ""
+        found[choice.op + width] = [str(span) for span in choice.table]
+    return found
+
+
+def test_decode_rows_and_prompts_of_the_published_shape() -> None:
+    assert tables(resolved()) == {
+        "norm_linear 2304": ["1-32: cuda", "33-: triton"],
+        "linear_add 4096": ["1-16: cuda", "17-: in_place"],  # out of the mixers
+        "linear_add 9216": ["in_place"],  # down, of the layer without experts
+        "norm_router": ["1-128: cuda", "129-512: triton", "513-: library"],
+        "experts": ["1-2: pairs", "3-512: tiles", "513-: grouped"],
+        "kda_mixer_decode": ["cuda"],
+        "mla_mixer_decode": ["gluon"],
+        "batched_projection": ["reference"],
+        "mla_write": ["reference"],
+        "split_heads": ["reference"],
+        "merge_heads": ["reference"],
+        **{op: ["triton"] for op in ("conv1d_prefill", "kda_gate", "kda_prefill", "gated_rms_norm")},
+        **{op: ["triton"] for op in ("mla_prefill", "rms_norm", "silu_and_mul")},
+    }
+
+
+def test_over_ranks_in_fp8_and_with_other_blocks() -> None:
+    found = tables(resolved(ranks=4, scheme="fp8", block_size=16))
+    assert found["linear 1024"] == ["1-16: cuda", "17-: reference"]
+    assert found["experts_fp8"] == ["1-16: cuda", "17-256: tiles", "257-: grouped"]
+    assert found["mla_mixer_decode"] == ["triton"]
+
+
+@pytest.mark.parametrize(
+    ("op", "name", "spans"),
+    [
+        ("norm_linear", "cuda", ["1-32: cuda", "33-: triton"]),
+        ("norm_linear", "separate", ["separate"]),
+        ("norm_router", "triton", ["1-512: triton", "513-: library"]),
+        ("experts", "tiles", ["1-512: tiles", "513-: grouped"]),
+        ("experts", "grouped", ["grouped"]),
+    ],
+)
+def test_a_preference_holds_within_the_range(op: str, name: str, spans: list[str]) -> None:
+    found = tables(resolved(prefer={op: name}))
+    assert [table for key, table in found.items() if key.split()[0] == op] == [spans]
+
+
+def test_a_preference_that_one_of_several_shapes_cannot_have_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"'linear_add' cannot be served by 'cuda' for .* not 9216"):
+        resolved(prefer={"linear_add": "cuda"})
+
+
+def why_eager(resolver: Resolver, rows: int) -> str | None:
+    return _why_eager(EngineConfig(device="cuda"), torch.device("cuda"), resolver, rows)
+
+
+def test_graphs_ask_only_what_decode_rows_run() -> None:
+    assert why_eager(resolved(), 512) is None
+    waits = "op experts is served by 'reference', which waits for the device"
+    assert why_eager(resolved(prefer={"experts": "reference"}), 1) == waits
+    assert why_eager(resolved(prefer={"mla_mixer_decode": "reference"}), 1) is not None
+
+
+def test_graphs_do_not_mind_what_waits_for_the_device_beyond_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    from thalweg.ops import registry
+
+    few: Iterable[registry.Implementation] = [i for i in registry.implementations("experts") if i.name != "grouped"]
+    monkeypatch.setitem(registry._implementations, "experts", list(few))
+    resolver = resolved()  # the reference serves beyond 512 tokens
+    assert why_eager(resolver, 512) is None
+    assert why_eager(resolver, 513) == "op experts is served by 'reference', which waits for the device"
+
+
+def test_the_published_config_is_that_shape(shared_dir: Path) -> None:
+    raw = json.loads((shared_dir / "configs" / "kimi_linear_48b_a3b.json").read_text())
+    published, ours = (read(config).layers for config in (raw, random.config(**PUBLISHED)))
+    assert set(published) == set(ours)
