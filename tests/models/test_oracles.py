@@ -13,7 +13,10 @@ ATOL = 2e-4
 GREEDY = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True)
 
 
-@pytest.fixture(scope="module", params=["kimi_linear", "qwen3_next", "qwen3_5", "qwen3_5_moe"])
+FAMILIES = ["kimi_linear", "qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen3_5_fp8", "qwen3_5_moe_fp8"]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
 def oracle(request: pytest.FixtureRequest, shared_dir: Path) -> Path:
     return shared_dir / "oracles" / request.param
 
@@ -39,3 +42,15 @@ def test_oracle_greedy_among_others(oracle: Path, budget: int, seqs: int, block_
     for row, at in ((0, 1), (1, 4)):
         assert outputs[at].outputs[0].token_ids == greedy[row, 20:].tolist()
         assert outputs[at].outputs[0].finish_reason == "length"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_give_the_same(oracle: Path, ranks: int) -> None:
+    """Also where there are fewer key heads than ranks, which share them then."""
+    ids, expected = np.load(oracle / "ids.npy"), np.load(oracle / "logits.npy")
+    greedy = np.load(oracle / "greedy.npy")
+    with LLM(str(oracle), max_num_seqs=4, tensor_parallel_size=ranks) as llm:
+        np.testing.assert_allclose(llm.prompt_logits(ids[0]).numpy(), expected[0], atol=ATOL, rtol=0)
+        outputs = llm.generate([row[:20].tolist() for row in greedy], GREEDY)
+    assert [o.outputs[0].token_ids for o in outputs] == greedy[:, 20:].tolist()

@@ -75,12 +75,15 @@ NO_LAYER_YET = {"split_norms", "scaled_residual_add"}  # of Kimi-K2
 
 
 def test_every_op_is_resolved_by_a_layer_of_some_family(tmp_path: Path) -> None:
+    fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     (tmp_path / "qwen.json").write_text(json.dumps(random_qwen.config()))
+    (tmp_path / "qwen_fp8.json").write_text(json.dumps(random_qwen.config(quantization_config=fp8)))
     options: list[dict[str, Any]] = [
         {},
         {"tensor_parallel_size": 2},
         {"quantization": "fp8"},
         {"load_format": "dummy", "config_file": str(tmp_path / "qwen.json")},
+        {"load_format": "dummy", "config_file": str(tmp_path / "qwen_fp8.json")},
     ]
     resolved = {choice.op for o in options for choice in describe(EngineConfig(device="cpu", **o)).ops}
     assert set(ops()) - resolved == NO_LAYER_YET

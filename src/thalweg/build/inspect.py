@@ -30,7 +30,6 @@ from thalweg.layers.context import BuildContext
 from thalweg.models.decoder import Decoder
 from thalweg.ops.registry import Resolver, Where
 from thalweg.parallel.mesh import Mesh
-from thalweg.quant import scheme_named
 from thalweg.weights.checkpoint import Checkpoint
 from thalweg.weights.load import check
 from thalweg.weights.plan import Target, checkpoint_shapes
@@ -136,7 +135,7 @@ def _build(
         mesh,
         resolver,
         config.state_dtype,
-        scheme_named(quantization),
+        {target.name: target for target in source.plan(0, config.tensor_parallel_size, quantization)},
         block_size=config.block_size,
         target=device,
     )

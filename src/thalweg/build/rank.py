@@ -26,7 +26,6 @@ from thalweg.models.decoder import Decoder
 from thalweg.ops.registry import Resolver, Where, dims_of
 from thalweg.ops.sample import SAMPLE, Sample, SampleDims
 from thalweg.parallel.mesh import Mesh, join_mesh
-from thalweg.quant import scheme_named
 from thalweg.runner.graphs import MAX_ROWS, buckets
 from thalweg.runner.slots import SlotTable
 from thalweg.runner.step import ModelRunner
@@ -80,8 +79,8 @@ def build_rank(
     laps.end("device")
     mesh = join_mesh(tp_rank, config.tensor_parallel_size, rendezvous_file, device)
     resolver = Resolver(config.op_preference)
-    scheme = scheme_named(config.quantization)
-    context = BuildContext(device, dtype, mesh, resolver, config.state_dtype, scheme, block_size=config.block_size)
+    planned = {target.name: target for target in plan}
+    context = BuildContext(device, dtype, mesh, resolver, config.state_dtype, planned, block_size=config.block_size)
     model = Decoder(context, c)
     sample = resolve_sample(resolver, device, c.vocab_size)
     _fill(model, plan, checkpoint, source, config, tp_rank)
@@ -117,7 +116,7 @@ def build_rank(
         device=device_name(device),
         dtype=config.dtype,
         state_dtype=config.state_dtype,
-        quantization=config.quantization,
+        quantization=config.quantization or ("fp8" if c.fp8 else None),
         tensor_parallel_size=config.tensor_parallel_size,
         vocab_size=c.vocab_size,
         parameters=sum(prod(shape) for shape in checkpoint_shapes(plan).values()),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
@@ -12,8 +12,9 @@ from torch import nn
 from thalweg.ops.registry import Op, Resolver, Where
 from thalweg.parallel.mesh import Mesh
 from thalweg.parallel.shards import Shards
-from thalweg.quant import PLAIN, Scheme
+from thalweg.quant import PLAIN
 from thalweg.quant.scheme import Shape
+from thalweg.weights.plan import Target
 
 D = TypeVar("D")
 F = TypeVar("F")
@@ -26,8 +27,9 @@ class BuildContext:
     mesh: Mesh
     resolver: Resolver
     state_dtype: str  # that recurrent states are stored in
-    scheme: Scheme = PLAIN  # of the experts' weights
+    plan: Mapping[str, Target] = field(default_factory=dict)  # this rank's weights; without one all are plain
     block_size: int = field(kw_only=True)  # tokens in a block of the cache
+    path: str = field(default="", kw_only=True)  # of the module that is being built, "layers.0.attn." or so
     norm_fp32: bool = field(default=False, kw_only=True)  # whether the weights of RMSNorms are kept in float32
 
     @property
@@ -47,12 +49,21 @@ class BuildContext:
         """What serves `op` for these dimensions here."""
         return self.resolver.resolve(op, self.where, dims)
 
-    def stored(self, shape: Shape, parts: int = 1) -> dict[str, nn.Parameter]:
-        """Uninitialised parameters of an expert weight of `shape`, by suffix, as the scheme stores it."""
-        return {
-            s.suffix: self.weight(*s.shape, dtype=None if s.dtype == "model" else getattr(torch, s.dtype))
-            for s in self.scheme.stored(shape, parts)
-        }
+    def below(self, name: str) -> BuildContext:
+        """For the child `name` of the module that is being built."""
+        return replace(self, path=f"{self.path}{name}.")
+
+    def planned(self, name: str) -> Target | None:
+        """What the plan says of weight `name` of this module, if it is not stored in the model's dtype."""
+        target = self.plan.get(self.path + name)
+        return None if target is None or target.scheme is PLAIN else target
+
+    def stored(self, name: str, shape: Shape) -> dict[str, nn.Parameter]:
+        """Uninitialised parameters of weight `name` of `shape`, by their names, as the plan stores it."""
+        target = self.planned(name)
+        if target is None:
+            return {name: self.weight(*shape)}
+        return {name + s.suffix: self.weight(*s.shape, dtype=getattr(torch, s.dtype)) for s in target.parameters}
 
     @property
     def shards(self) -> Shards:

@@ -52,13 +52,13 @@ class KimiDeltaAttention(nn.Module):
         H, K = ctx.shards.count(heads, "the number of KDA heads"), head_dim
         self.R = rank
         self.split = [3 * H * K, H, 2 * rank]
-        self.in_proj = NormLinear(ctx, width, [H * K, H * K, H * K, H, rank, rank], eps)
+        self.in_proj = NormLinear(ctx.below("in_proj"), width, [H * K, H * K, H * K, H, rank, rank], eps)
         self.up_proj = LowRankUp(ctx, rank, H * K)
         self.conv = ShortConv(ctx, 3 * H * K, taps)
         self.A_log = ctx.weight(H, dtype=torch.float32)
         self.dt_bias = ctx.weight(H, K, dtype=torch.float32)
         self.out_norm = NormWeight(ctx, K, eps)
-        self.out_proj = LinearAdd(ctx, H * K, width)
+        self.out_proj = LinearAdd(ctx.below("out_proj"), H * K, width)
         self.cache_specs = {
             "conv": StateSpec((taps - 1, 3 * H * K), ctx.dtype_name),
             "recurrent": StateSpec((H, K, K), ctx.state_dtype),

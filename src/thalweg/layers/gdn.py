@@ -42,12 +42,12 @@ class GatedDeltaNet(nn.Module):
         K, V, W = key_dim, value_dim, taps - 1
         C = 2 * G * K + H * V
         self.split, self.split_qkv = [C, H * V, H, H], [G * K, G * K, H * V]
-        self.in_proj = NormLinear(ctx, width, [G * K, G * K, H * V, H * V, H, H], eps)
+        self.in_proj = NormLinear(ctx.below("in_proj"), width, [G * K, G * K, H * V, H * V, H, H], eps)
         self.conv = ShortConv(ctx, C, taps)
         self.A_log = ctx.weight(H, dtype=torch.float32)
         self.dt_bias = ctx.weight(H, dtype=torch.float32)
         self.out_norm = NormWeight(ctx, V, eps, torch.float32)
-        self.out_proj = LinearAdd(ctx, H * V, width)
+        self.out_proj = LinearAdd(ctx.below("out_proj"), H * V, width)
         self.cache_specs = {
             "conv": StateSpec((W, C), ctx.dtype_name),
             "recurrent": StateSpec((H, V, K), ctx.state_dtype),

@@ -40,10 +40,10 @@ class GatedAttention(nn.Module):
         H = ctx.shards.count(heads, "num_attention_heads")
         G, K = ctx.shards.shared_count(kv_heads, "num_key_value_heads"), head_dim
         self.rope_scale = rope_scale
-        self.in_proj = NormLinear(ctx, width, [2 * H * K, G * K, G * K], eps)
+        self.in_proj = NormLinear(ctx.below("in_proj"), width, [2 * H * K, G * K, G * K], eps)
         self.q_norm = NormWeight(ctx, K, eps)
         self.k_norm = NormWeight(ctx, K, eps)
-        self.out_proj = LinearAdd(ctx, H * K, width)
+        self.out_proj = LinearAdd(ctx.below("out_proj"), H * K, width)
         self.register_buffer("frequencies_F", torch.tensor(frequencies, dtype=torch.float32, device=ctx.device))
         spec = PagedSpec((G, K), ctx.dtype_name)
         self.cache_specs = {"keys": spec, "values": spec}

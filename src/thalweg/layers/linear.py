@@ -10,50 +10,80 @@ from torch import Tensor, nn
 
 from thalweg.layers.context import BuildContext
 from thalweg.layers.norm import NormWeight
-from thalweg.ops.linear import LINEAR, LINEAR_ADD, NORM_LINEAR, LinearDims, NormLinearDims
+from thalweg.ops.linear import LINEAR, LINEAR_ADD, LINEAR_FP8, NORM_LINEAR, LinearDims, NormLinearDims
+from thalweg.ops.norm import RMS_NORM, RmsNormDims
 
 
-class NormLinear(nn.Module):
-    """y = norm(x) W^T with W [out, in] of this rank: matrices of as many rows as `parts` says, one after another."""
+class Weights(nn.Module):
+    """W [out, in] of this rank: one matrix in the model's dtype, or one in float8 and, below it, what a checkpoint
+    keeps out of that."""
 
-    def __init__(self, ctx: BuildContext, in_features: int, parts: Sequence[int], eps: float) -> None:
+    weight: nn.Parameter
+    weight_scale: nn.Parameter  # of a matrix in float8
+
+    def __init__(self, ctx: BuildContext, in_features: int, out_features: int) -> None:
         super().__init__()
-        self.norm = NormWeight(ctx, in_features, eps)
-        self.weight = ctx.weight(sum(parts), in_features)
-        self._norm_linear = ctx.op(
-            NORM_LINEAR, NormLinearDims(D=in_features, parts=tuple(parts), norm_fp32=ctx.norm_fp32)
-        )
+        for name, weight in ctx.stored("weight", (out_features, in_features)).items():
+            self.register_parameter(name, weight)
+        target, self.rest = ctx.planned("weight"), None
+        self.is_fp8 = target is not None
+        if target is not None:
+            rows = target.shape[0]
+            self._product = ctx.op(LINEAR_FP8, LinearDims(D=in_features, O=rows))
+            if rows < out_features:
+                self.rest = Linear(ctx.below("rest"), in_features, out_features - rows)
+
+    def product_fp8(self, x_TD: Tensor) -> Tensor:
+        """x W^T of a matrix in float8 and the rest below it."""
+        y_TO: Tensor = self._product(x_TD, self.weight, self.weight_scale)
+        return y_TO if self.rest is None else torch.cat([y_TO, self.rest(x_TD)], dim=-1)
+
+
+class Linear(Weights):
+    """y = x W^T."""
+
+    def __init__(self, ctx: BuildContext, in_features: int, out_features: int) -> None:
+        super().__init__(ctx, in_features, out_features)
+        if not self.is_fp8:
+            self._linear = ctx.op(LINEAR, LinearDims(D=in_features, O=out_features))
 
     def forward(self, x_TD: Tensor) -> Tensor:
+        return self.product_fp8(x_TD) if self.is_fp8 else self._linear(x_TD, self.weight)
+
+
+class NormLinear(Weights):
+    """y = norm(x) W^T: W has matrices of as many rows as `parts` says, one after another."""
+
+    def __init__(self, ctx: BuildContext, in_features: int, parts: Sequence[int], eps: float) -> None:
+        super().__init__(ctx, in_features, sum(parts))
+        self.norm = NormWeight(ctx, in_features, eps)
+        if self.is_fp8:
+            self._norm = ctx.op(RMS_NORM, RmsNormDims(D=in_features))
+        else:
+            dims = NormLinearDims(D=in_features, parts=tuple(parts), norm_fp32=ctx.norm_fp32)
+            self._norm_linear = ctx.op(NORM_LINEAR, dims)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        if self.is_fp8:
+            return self.product_fp8(self._norm(x_TD, self.norm.weight, self.norm.eps))
         return self._norm_linear(x_TD, self.norm.weight, self.norm.eps, self.weight)
 
 
-class Linear(nn.Module):
-    """y = x W^T with W [out, in] of this rank."""
+class LinearAdd(Weights):
+    """y = residual + x W^T, summed over ranks: `in_features` is this rank's share."""
 
     def __init__(self, ctx: BuildContext, in_features: int, out_features: int) -> None:
-        super().__init__()
-        self.weight = ctx.weight(out_features, in_features)
-        self._linear = ctx.op(LINEAR, LinearDims(D=in_features, O=out_features))
-
-    def forward(self, x_TD: Tensor) -> Tensor:
-        return self._linear(x_TD, self.weight)
-
-
-class LinearAdd(nn.Module):
-    """y = residual + x W^T, summed over ranks, with W [out, in]: `in` is this rank's share."""
-
-    def __init__(self, ctx: BuildContext, in_features: int, out_features: int) -> None:
-        super().__init__()
+        super().__init__(ctx, in_features, out_features)
         self.mesh = ctx.mesh
-        self.weight = ctx.weight(out_features, in_features)
         dims = LinearDims(D=in_features, O=out_features)
-        if ctx.mesh.tp_size == 1:
+        if not self.is_fp8 and ctx.mesh.tp_size == 1:
             self._linear_add = ctx.op(LINEAR_ADD, dims)
-        else:
+        elif not self.is_fp8:
             self._linear = ctx.op(LINEAR, dims)
 
     def forward(self, x_TD: Tensor, residual_TO: Tensor) -> Tensor:
+        if self.is_fp8:
+            return residual_TO + self.mesh.all_reduce(self.product_fp8(x_TD))
         if self.mesh.tp_size == 1:
             return self._linear_add(x_TD, self.weight, residual_TO)
         return residual_TO + self.mesh.all_reduce(self._linear(x_TD, self.weight))

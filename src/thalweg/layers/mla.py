@@ -50,10 +50,12 @@ class MultiHeadLatentAttention(nn.Module):
         self.H, self.nope, self.rope, self.value, self.rank = H, nope, rope, value, rank
         self.scale = (nope + rope) ** -0.5
         self.split = [H * (nope + rope), rank, rope]
-        self.in_proj = NormLinear(ctx, width, [self.split[0], rank + rope], eps)  # q_proj and kv_a_proj in one
+        self.in_proj = NormLinear(
+            ctx.below("in_proj"), width, [self.split[0], rank + rope], eps
+        )  # q_proj and kv_a_proj in one
         self.kv_norm = RMSNorm(ctx, rank, eps)
         self.kv_b_proj = LatentUp(ctx, H, nope + value, rank)
-        self.out_proj = LinearAdd(ctx, H * value, width)
+        self.out_proj = LinearAdd(ctx.below("out_proj"), H * value, width)
         self.cache_specs = {"latent": PagedSpec((rank + rope,), ctx.dtype_name)}
         sizes = {"H": H, "K": nope, "V": value, "R": rank, "P": rope}
         self._mixer_decode = ctx.op(MLA_MIXER_DECODE, MlaMixerDims(**sizes, S=ctx.block_size))

@@ -24,8 +24,8 @@ class SwiGLU(nn.Module):
     def __init__(self, ctx: BuildContext, width: int, inner: int, eps: float) -> None:
         super().__init__()
         local = ctx.shards.count(inner, "intermediate_size")
-        self.gate_up = NormLinear(ctx, width, [local, local], eps)
-        self.down = LinearAdd(ctx, local, width)
+        self.gate_up = NormLinear(ctx.below("gate_up"), width, [local, local], eps)
+        self.down = LinearAdd(ctx.below("down"), local, width)
         self._act = ctx.op(SILU_AND_MUL, SiluAndMulDims(I=local))
 
     def forward(self, x_TD: Tensor) -> Tensor:
@@ -89,23 +89,19 @@ EXPERTS_IN: dict[str, Op[ExpertsDims, Any]] = {PLAIN.name: EXPERTS, "fp8": EXPER
 
 
 class Experts(nn.Module):
-    """Weights of all experts, each `inner` wide on this rank, stored as the scheme says: the routed ones, then the
+    """Weights of all experts, each `inner` wide on this rank, stored as the plan says: the routed ones, then the
     shared ones."""
 
     def __init__(self, ctx: BuildContext, width: int, routed: int, shared: int, inner: int) -> None:
         super().__init__()
         self.shared, self.mesh = shared, ctx.mesh
         total = routed + shared
-        stored = {
-            **{f"gate_up{suffix}": w for suffix, w in ctx.stored((total, 2 * inner, width), parts=2).items()},
-            **{f"down{suffix}": w for suffix, w in ctx.stored((total, width, inner)).items()},
-        }
+        stored = {**ctx.stored("gate_up", (total, 2 * inner, width)), **ctx.stored("down", (total, width, inner))}
         for name, weight in stored.items():
             self.register_parameter(name, weight)
-        self._names = tuple(stored)
-        self._experts: Callable[..., Tensor] = ctx.op(
-            EXPERTS_IN[ctx.scheme.name], ExpertsDims(E=total, D=width, I=inner)
-        )
+        self._names, target = tuple(stored), ctx.planned("gate_up")
+        scheme = PLAIN if target is None else target.scheme
+        self._experts: Callable[..., Tensor] = ctx.op(EXPERTS_IN[scheme.name], ExpertsDims(E=total, D=width, I=inner))
 
     @property
     def weights(self) -> tuple[Tensor, ...]:
@@ -126,8 +122,8 @@ class GatedSharedExpert(nn.Module):
         super().__init__()
         local = ctx.shards.count(inner, "shared_expert_intermediate_size")
         self.split = [2 * local, 1]
-        self.in_proj = Linear(ctx, width, sum(self.split))
-        self.down = Linear(ctx, local, width)
+        self.in_proj = Linear(ctx.below("in_proj"), width, sum(self.split))
+        self.down = Linear(ctx.below("down"), local, width)
         self._act = ctx.op(SILU_AND_MUL, SiluAndMulDims(I=local))
 
     def forward(self, normed_TD: Tensor) -> Tensor:
@@ -172,8 +168,9 @@ class MoE(nn.Module):
             scoring=scoring,
             shared=shared,
         )
-        self.experts = Experts(ctx, width, experts, shared, ctx.shards.count(inner, "moe_intermediate_size"))
-        self.shared = GatedSharedExpert(ctx, width, gated_shared) if gated_shared else None
+        local = ctx.shards.count(inner, "moe_intermediate_size")
+        self.experts = Experts(ctx.below("experts"), width, experts, shared, local)
+        self.shared = GatedSharedExpert(ctx.below("shared"), width, gated_shared) if gated_shared else None
 
     def forward(self, x_TD: Tensor) -> Tensor:
         normed_TD, weights_Tk, ids_Tk = self.router(x_TD)

@@ -90,8 +90,8 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, ctx: BuildContext, layer: LayerConfig, width: int, eps: float) -> None:
         super().__init__()
-        self.attn = _mixer(ctx, layer.mixer, width, eps)
-        self.mlp = _feed_forward(ctx, layer.mlp, width, eps)
+        self.attn = _mixer(ctx.below("attn"), layer.mixer, width, eps)
+        self.mlp = _feed_forward(ctx.below("mlp"), layer.mlp, width, eps)
 
     def forward(self, x_TD: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
         out_TD: Tensor = self.mlp(self.attn(x_TD, batch, cache))
@@ -106,7 +106,10 @@ class Decoder(nn.Module):
         ctx = replace(ctx, norm_fp32=config.shifted_norms)
         self.config = config
         self.embed = VocabEmbedding(ctx, config.vocab.size, config.width)
-        self._stack = [DecoderLayer(ctx, layer, config.width, config.eps) for layer in config.layers]
+        self._stack = [
+            DecoderLayer(ctx.below(f"layers.{i}"), layer, config.width, config.eps)
+            for i, layer in enumerate(config.layers)
+        ]
         self.layers = nn.ModuleList(self._stack)
         self.lm_head = VocabHead(ctx, config.vocab.size, config.width, config.eps)
         if config.vocab.tied:

@@ -3,12 +3,15 @@ ask it, and nobody else knows a scheme by name. Importing this needs no torch.""
 
 from __future__ import annotations
 
-from thalweg.quant.fp8 import Fp8Blocks
+from thalweg.quant.fp8 import Fp8Blocks, Fp8Rows
 from thalweg.quant.scheme import PLAIN, Scheme
 
-__all__ = ["PLAIN", "QUANTIZATIONS", "Scheme", "scheme_named"]
+__all__ = ["FP8_EXPERTS", "FP8_LINEARS", "PLAIN", "QUANTIZATIONS", "Scheme", "scheme_named"]
 
-_SCHEMES: tuple[Scheme, ...] = (Fp8Blocks(),)
+FP8_EXPERTS: Scheme = Fp8Blocks()
+FP8_LINEARS: Scheme = Fp8Rows()
+
+_SCHEMES: tuple[Scheme, ...] = (FP8_EXPERTS,)
 
 QUANTIZATIONS = tuple(scheme.name for scheme in _SCHEMES)
 """What --quantization takes."""

@@ -9,14 +9,17 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
+from math import prod
 
 import torch
 from torch import Tensor
 
+from thalweg.quant.scheme import DTYPE_BYTES
 from thalweg.weights.fill import put
 from thalweg.weights.plan import Init, Target
 
 STD = 0.02  # of matrices
+_E4M3_STD = 104.0  # of the numbers that the bytes 0 to 126 stand for, with either sign
 DT_MIN, DT_MAX = 1e-3, 0.1  # softplus(dt_bias), drawn log-uniformly
 A_MIN, A_MAX = 1.0, 16.0  # exp(A_log), drawn uniformly
 
@@ -33,18 +36,39 @@ def fill(
     name), then cut: the values do not depend on the number of ranks. `progress` is called with the bytes
     filled.
     """
+    drawn: tuple[str, Tensor] | None = None  # several parts of one tensor come one after another
     for target in plan:
         param = get_param(target.name).detach()
         if not target.covered:
             param.zero_()
+        if target.scales:
+            _fill_quantized(target, get_param, seed)
+            if progress is not None:
+                progress(sum(prod(s.shape) * DTYPE_BYTES[s.dtype] for s in target.parameters))
+            continue
         for source in target.sources:
-            full = _draw(target.init, source.shape, param.device, _seed_of(seed, source.name))
+            if drawn is None or drawn[0] != source.name:
+                drawn = None  # not two at a time
+                drawn = source.name, _draw(target.init, source.shape, param.device, _seed_of(seed, source.name))
+            full = drawn[1]
             if source.shard_dim is not None and source.shard is not None:
                 start, stop = source.shard
                 full = full.narrow(source.shard_dim, start, stop - start)
             filled = put(full, source, target, get_param)
             if progress is not None:
                 progress(filled * param.element_size())
+
+
+def _fill_quantized(target: Target, get_param: Callable[[str], Tensor], seed: int) -> None:
+    """A weight that checkpoints store in float8: bytes at random, NaN left out, under one scale that gives it the
+    spread of the others. Its values depend on the number of ranks."""
+    weight, scales = (get_param(target.name + s.suffix).detach() for s in target.parameters)
+    generator = torch.Generator(weight.device).manual_seed(_seed_of(seed, target.name))
+    rows = weight.view(torch.uint8)
+    for row in rows if rows.ndim == 3 else (rows,):
+        row.copy_(torch.randint(0, 127, row.shape, dtype=torch.uint8, device=row.device, generator=generator))
+        row += torch.randint(0, 2, row.shape, dtype=torch.uint8, device=row.device, generator=generator) * 128
+    scales.fill_(STD / _E4M3_STD)
 
 
 def _draw(init: Init, shape: tuple[int, ...], device: torch.device, seed: int) -> Tensor:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
+from thalweg.quant.scheme import tensor_index
 from thalweg.weights.plan import Source, Target
 
 GetParam = Callable[[str], Tensor]
@@ -13,7 +15,17 @@ GetParam = Callable[[str], Tensor]
 
 def put(part: Tensor, source: Source, target: Target, get_param: GetParam) -> int:
     """Fill `source`'s place in its target from `part`, in place; returns the elements filled."""
-    if target.add:
-        part = part.float() + target.add
-    target.scheme.put(part, source.into, [get_param(target.name + s.suffix).detach() for s in target.parameters])
-    return part.numel()
+    stored = [get_param(target.name + s.suffix).detach() for s in target.parameters]
+    if not target.scales:
+        if target.add:
+            part = part.float() + target.add
+        target.scheme.put(part, source.into, stored)
+        return part.numel()
+    place = stored[source in target.scales][tensor_index(source.into)]
+    if source.repeat > 1:
+        first = source.shard[0] % source.repeat if source.shard is not None and source.shard_dim == 0 else 0
+        part = part.repeat_interleave(source.repeat, 0)[first : first + len(place)]
+    if part.dtype == torch.float8_e4m3fn:  # what torch cannot move about in every way, it can as bytes
+        part, place = part.view(torch.uint8), place.view(torch.uint8)
+    place.copy_(part.reshape(place.shape))
+    return place.numel()

@@ -44,14 +44,13 @@ def load(
     for target in plan:
         if not target.covered:
             params[target.name].zero_()
-        for source in target.sources:
+        for source in (*target.sources, *target.scales):
             uses[source.name].append((target, source))
 
     def copy(name: str) -> int:
         done = 0
         for target, source in uses[name]:
-            dim, part = source.shard_dim, source.shard or (0, None)
-            tensor = checkpoint.read(name, dim, *part)
+            tensor = checkpoint.read(name, source.shard_dim, *source.stored_range)
             put(tensor, source, target, params.__getitem__)
             done += tensor.numel() * tensor.element_size()
         return done
@@ -84,8 +83,11 @@ def check(plan: Sequence[Target], checkpoint: Checkpoint, ignore: Iterable[str] 
     check_targets(plan)
     patterns = tuple(ignore)
     expected, found = checkpoint_shapes(plan), checkpoint.tensors
+    with_scales = {source.name for target in plan if target.scales for source in target.sources}
     for name in expected:
-        if name in found and found[name].dtype not in LOADABLE:
+        if name in found and (
+            found[name].dtype not in LOADABLE or (found[name].dtype == "F8_E4M3") != (name in with_scales)
+        ):
             raise UnsupportedError(unsupported_dtype(found[name], checkpoint.path_of(name)))
     missing = [name for name in expected if name not in found]
     extra = [n for n in found if n not in expected and not any(fnmatchcase(n, p) for p in patterns)]

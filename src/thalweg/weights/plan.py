@@ -26,7 +26,8 @@ class Source:
     `shape` is the full shape in the checkpoint. `shard_dim` is the dimension split under tensor parallelism
     (None: replicated) and `shard` this rank's range of it. `into` indexes the target's leading dimensions: an
     int picks one entry, a range keeps the dimension, () is all of it. The part is reshaped to the place it
-    fills.
+    fills. With `repeat` every row (dimension 0) of the checkpoint stands for so many rows here, which a
+    `shard` of rows counts: scales of blocks.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Source:
     shard_dim: int | None = None
     shard: Range | None = None
     into: tuple[Index, ...] = ()
+    repeat: int = 1
 
     @property
     def local_shape(self) -> Shape:
@@ -43,10 +45,21 @@ class Source:
         start, stop = self.shard
         return (*self.shape[: self.shard_dim], stop - start, *self.shape[self.shard_dim + 1 :])
 
+    @property
+    def stored_range(self) -> tuple[int, int | None]:
+        """What to read of `shard_dim` in the checkpoint."""
+        if self.shard is None:
+            return 0, None
+        start, stop = self.shard
+        repeat = self.repeat if self.shard_dim == 0 else 1
+        return start // repeat, -(-stop // repeat)
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
     """One weight on this rank: its local shape, its dtype ("model" follows --dtype), its scheme, and what fills it.
+
+    With `scales` the checkpoint stores the weight as the scheme does: these fill the scheme's second tensor.
 
     It is one parameter, or several where its scheme stores it so; an expert's matrix has `parts` parts of rows. `add`
     is added to what the checkpoint holds. Where the sources leave something uncovered (vocabulary rows past the end on
@@ -61,6 +74,7 @@ class Target:
     scheme: Scheme = PLAIN
     add: float = 0.0
     parts: int = 1
+    scales: tuple[Source, ...] = ()
 
     @property
     def covered(self) -> bool:
@@ -126,7 +140,7 @@ def concat(name: str, pieces: Sequence[Source], shape: Shape | None = None) -> T
 
 def checkpoint_shapes(plan: Sequence[Target]) -> dict[str, Shape]:
     """Every checkpoint tensor the plan reads, with its full shape."""
-    return {s.name: s.shape for t in plan for s in t.sources}
+    return {s.name: s.shape for t in plan for s in (*t.sources, *t.scales)}
 
 
 def check_targets(plan: Sequence[Target]) -> None:

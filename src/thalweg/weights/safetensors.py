@@ -34,7 +34,13 @@ DTYPE_BITS = {
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
     "F4": 4,
 }
-LOADABLE = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+LOADABLE = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +103,8 @@ class SafetensorsFile:
 def unsupported_dtype(info: TensorInfo, path: Path) -> str:
     """The line that says why a tensor's dtype cannot be loaded."""
     return (
-        f"{path.name}: {info.name} is {info.dtype}; expected one of {', '.join(LOADABLE)}"
-        " (quantized checkpoints are not supported: use a bfloat16 one)"
+        f"{path.name}: {info.name} is {info.dtype}; expected one of {', '.join(LOADABLE)};"
+        " F8_E4M3 only for what config.json says is stored in float8, with its scales"
     )
 
 

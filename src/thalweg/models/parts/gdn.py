@@ -48,12 +48,12 @@ class GdnDims:
 
         return [
             ctx.norm(f"{ours}.in_proj.norm.weight", names["norm"], D),
-            concat(f"{ours}.in_proj.weight", rows),
+            *ctx.linear(f"{ours}.in_proj", *rows),
             concat(f"{ours}.conv.weight", conv, (channels, self.taps)),
             per_head("A_log", "a_log"),
             per_head("dt_bias", "dt_bias"),
             whole(f"{ours}.out_norm.weight", names["out_norm"], (V,), dtype="float32", init="ones"),
-            split(f"{ours}.out_proj.weight", names["out"], (D, H * V), 1, (heads[0] * V, heads[1] * V)),
+            *ctx.linear(f"{ours}.out_proj", Source(names["out"], (D, H * V), 1, (heads[0] * V, heads[1] * V))),
         ]
 
     def _channel_ranges(self, keys: Range, heads: Range) -> list[Range]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from thalweg.models.parts.part import Cost, Names, PlanContext, Step, all_reduce, product
 from thalweg.models.parts.rope import RopeDims
-from thalweg.weights.plan import Source, Target, concat, split
+from thalweg.weights.plan import Source, Target
 
 HEADS, KV_HEADS = "num_attention_heads", "num_key_value_heads"
 
@@ -30,17 +30,17 @@ class GqaDims:
         kv = shards.shared(self.kv_heads, KV_HEADS, K)
         return [
             ctx.norm(f"{ours}.in_proj.norm.weight", names["norm"], D),
-            concat(
-                f"{ours}.in_proj.weight",
-                [
-                    Source(names["q"], (self.heads * 2 * K, D), 0, (queries[0] * 2 * K, queries[1] * 2 * K)),
-                    Source(names["k"], (self.kv_heads * K, D), 0, kv),
-                    Source(names["v"], (self.kv_heads * K, D), 0, kv),
-                ],
+            *ctx.linear(
+                f"{ours}.in_proj",
+                Source(names["q"], (self.heads * 2 * K, D), 0, (queries[0] * 2 * K, queries[1] * 2 * K)),
+                Source(names["k"], (self.kv_heads * K, D), 0, kv),
+                Source(names["v"], (self.kv_heads * K, D), 0, kv),
             ),
             ctx.norm(f"{ours}.q_norm.weight", names["q_norm"], K),
             ctx.norm(f"{ours}.k_norm.weight", names["k_norm"], K),
-            split(f"{ours}.out_proj.weight", names["out"], (D, self.heads * K), 1, (queries[0] * K, queries[1] * K)),
+            *ctx.linear(
+                f"{ours}.out_proj", Source(names["out"], (D, self.heads * K), 1, (queries[0] * K, queries[1] * K))
+            ),
         ]
 
     def costs(self, width: int, step: Step) -> list[Cost]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from thalweg.models.parts.part import Cost, Names, PlanContext, Step, all_reduce, product
-from thalweg.weights.plan import Source, Target, concat, split
+from thalweg.weights.plan import Source, Target
 
 WIDTH = "intermediate_size"
 
@@ -22,8 +22,8 @@ class MlpDims:
         gate_up = [Source(names[x], (self.inner, width), 0, part) for x in ("gate", "up")]
         return [
             ctx.norm(f"{ours}.gate_up.norm.weight", names["norm"], ctx.width),
-            concat(f"{ours}.gate_up.weight", gate_up),
-            split(f"{ours}.down.weight", names["down"], (width, self.inner), 1, part),
+            *ctx.linear(f"{ours}.gate_up", *gate_up),
+            *ctx.linear(f"{ours}.down", Source(names["down"], (width, self.inner), 1, part)),
         ]
 
     def costs(self, width: int, step: Step) -> list[Cost]:

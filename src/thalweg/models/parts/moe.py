@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from thalweg.config.hf import ConfigReader
-from thalweg.models.parts.part import MAX_DIM, MAX_EXPERTS, Cost, Names, PlanContext, Step, all_reduce, product
+from thalweg.errors import UnsupportedError
+from thalweg.models.parts.part import (
+    MAX_DIM,
+    MAX_EXPERTS,
+    Cost,
+    Names,
+    PlanContext,
+    Step,
+    all_reduce,
+    fp8_scales,
+    product,
+)
+from thalweg.quant import FP8_EXPERTS, PLAIN
+from thalweg.quant.fp8 import scales_into
 from thalweg.quant.scheme import Range
-from thalweg.weights.plan import Source, Target, concat, placed, split, whole
+from thalweg.weights.plan import Source, Target, placed, whole
 
 WIDTH, SHARED_WIDTH = "moe_intermediate_size", "shared_expert_intermediate_size"
 
@@ -53,16 +66,27 @@ class MoeDims:
         for i in range(self.shared):
             part = (i * self.inner + start, i * self.inner + stop)
             self._expert(shared, E + i, part, self.shared * self.inner, D, gate_up, down)
-        scheme = ctx.scheme
         targets = [
             ctx.norm(f"{ours}.router.norm.weight", names["norm"], D),
             whole(f"{ours}.router.weight", names["router"], (E, D)),
-            Target(f"{ours}.experts.gate_up", (total, 2 * local, D), tuple(gate_up), scheme=scheme, parts=2),
-            Target(f"{ours}.experts.down", (total, D, local), tuple(down), scheme=scheme),
+            self._experts(f"{ours}.experts.gate_up", (total, 2 * local, D), gate_up, ctx, 2),
+            self._experts(f"{ours}.experts.down", (total, D, local), down, ctx, 1),
         ]
         if self.scoring == "sigmoid":
             targets.append(whole(f"{ours}.router.bias", names["bias"], (E,), dtype="float32", init="zeros"))
         return targets + (self._gated_shared(f"{ours}.shared", names, ctx) if self.gated_shared else [])
+
+    @staticmethod
+    def _experts(ours: str, shape: tuple[int, ...], pieces: list[Source], ctx: PlanContext, parts: int) -> Target:
+        """Stored as ctx says, or as the checkpoint has them in float8."""
+        target = Target(ours, shape, tuple(pieces), scheme=ctx.scheme, parts=parts)
+        fp8 = {ctx.is_fp8(piece.name) for piece in pieces}
+        if fp8 == {False}:
+            return target
+        if fp8 != {True}:
+            raise UnsupportedError(f"{pieces[0].name} and its like: some are in float8; expected all or none")
+        scales = [replace(fp8_scales(p, per_row=False), into=scales_into(p.into)) for p in pieces]
+        return replace(target, scheme=FP8_EXPERTS, scales=tuple(scales))
 
     @staticmethod
     def _expert(
@@ -90,8 +114,8 @@ class MoeDims:
         part = ctx.shards.even(inner, SHARED_WIDTH)
         gate_up = [Source(names[f"shared_{x}"], (inner, D), 0, part) for x in ("gate", "up")]
         return [
-            concat(f"{ours}.in_proj.weight", [*gate_up, Source(names["shared_scale"], (1, D))]),
-            split(f"{ours}.down.weight", names["shared_down"], (D, inner), 1, part),
+            *ctx.linear(f"{ours}.in_proj", *gate_up, Source(names["shared_scale"], (1, D))),
+            *ctx.linear(f"{ours}.down", Source(names["shared_down"], (D, inner), 1, part)),
         ]
 
     def costs(self, width: int, step: Step) -> list[Cost]:
@@ -105,7 +129,7 @@ class MoeDims:
             inner = step.shards.count(self.gated_shared, SHARED_WIDTH)
             gated = [product("shared expert", width * (3 * inner + 1), step)]
         return [
-            product("router", E * width, step),
+            product("router", E * width, step, scheme=PLAIN),
             Cost("experts", touched * expert * weight_bytes, 2.0 * T * (k + self.shared) * expert),
             *gated,
             *all_reduce("experts' sum over ranks", width, step),

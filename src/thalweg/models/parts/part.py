@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Protocol
 
+from thalweg.errors import ConfigError, UnsupportedError
 from thalweg.parallel.shards import Shards
-from thalweg.quant import PLAIN, Scheme
-from thalweg.weights.plan import Target, whole
+from thalweg.quant import FP8_LINEARS, PLAIN, Scheme
+from thalweg.quant.fp8 import BLOCK, blocks
+from thalweg.weights.plan import Source, Target, concat, whole
 
 Names = Mapping[str, str]
 """A part's pieces ("q", "out", ...) to the names that a family's checkpoints give them."""
@@ -32,7 +34,7 @@ WHOLE = Shards()
 class Step:
     """A step to count: `sequences` rows that each add `new` tokens to `cached` ones, on one of `shards.size` ranks.
 
-    `scheme` is what the experts are stored in.
+    `scheme` is what the experts are stored in, `linears` what other matrices that checkpoints may quantize are.
     """
 
     sequences: int
@@ -41,6 +43,7 @@ class Step:
     dtype_bytes: int = 2
     state_bytes: int = 4
     scheme: Scheme = PLAIN
+    linears: Scheme = PLAIN
     shards: Shards = WHOLE
 
     @property
@@ -62,9 +65,11 @@ class Cost:
     sent: float = 0.0
 
 
-def product(what: str, elements: float, step: Step, *, rows: int | None = None) -> Cost:
-    """A matrix of `elements` read once and multiplied with `rows` rows (None: every token of the step)."""
-    return Cost(what, elements * step.dtype_bytes, 2 * elements * (step.tokens if rows is None else rows))
+def product(what: str, elements: float, step: Step, *, rows: int | None = None, scheme: Scheme | None = None) -> Cost:
+    """A matrix of `elements`, in `scheme` (None: that of linears), read once and multiplied with `rows` rows (None:
+    every token of the step)."""
+    weight_bytes = (scheme or step.linears).bytes_per_weight(step.dtype_bytes)
+    return Cost(what, elements * weight_bytes, 2 * elements * (step.tokens if rows is None else rows))
 
 
 def all_reduce(what: str, width: int, step: Step) -> list[Cost]:
@@ -75,19 +80,52 @@ def all_reduce(what: str, width: int, step: Step) -> list[Cost]:
 
 @dataclass(frozen=True, slots=True)
 class PlanContext:
-    """What every part's weights depend on: the model's width, this rank's share, how experts are stored, and whether
-    checkpoints store norm weights less one."""
+    """What every part's weights depend on: the model's width, this rank's share, how experts are stored, whether
+    checkpoints store norm weights less one, and which of their matrices they store in float8."""
 
     width: int
     shards: Shards = WHOLE
     scheme: Scheme = PLAIN
     shifted_norms: bool = False
+    is_fp8: Callable[[str], bool] = lambda _: False
 
     def norm(self, ours: str, theirs: str, size: int) -> Target:
         """The weight [size] of an RMSNorm. Where one is added to it, it is kept in float32, which loses nothing."""
         if self.shifted_norms:
             return whole(ours, theirs, (size,), dtype="float32", init="zeros", add=1.0)
         return whole(ours, theirs, (size,), init="ones")
+
+    def linear(self, ours: str, *pieces: Source) -> list[Target]:
+        """The matrix `ours`.weight of pieces [rows, D] one below the other. If some are in float8 and others not, these
+        are `ours`.rest.weight, and must come last. Raises UnsupportedError otherwise, or ConfigError if the ranks cut a
+        block of columns."""
+        fp8 = [self.is_fp8(piece.name) for piece in pieces]
+        count = sum(fp8)
+        if fp8 != sorted(fp8, reverse=True):
+            names = ", ".join(piece.name for piece, quantized in zip(pieces, fp8, strict=True) if not quantized)
+            raise UnsupportedError(f"{names} not in float8, unlike what it is fused with: expected all or none of them")
+        if not count:
+            return [concat(f"{ours}.weight", pieces)]
+        rest = [concat(f"{ours}.rest.weight", pieces[count:])] if count < len(pieces) else []
+        weight = concat(f"{ours}.weight", pieces[:count])
+        scales = [replace(fp8_scales(piece), into=piece.into) for piece in weight.sources]
+        return [replace(weight, scheme=FP8_LINEARS, scales=tuple(scales)), *rest]
+
+
+def fp8_scales(piece: Source, *, per_row: bool = True) -> Source:
+    """The scales of a float8 matrix [N, D], stored beside it for blocks of 128 x 128: for each row and block of
+    columns, or for each block if not `per_row`. Raises ConfigError if it begins within a block that it leaves."""
+    rows, cols = (blocks(n) for n in piece.shape)
+    name, dim, repeat = f"{piece.name}_scale_inv", piece.shard_dim, BLOCK if per_row else 1
+    if piece.shard is None or (per_row and dim == 0):
+        return Source(name, (rows, cols), dim, piece.shard, repeat=repeat)
+    start, stop = piece.shard
+    if start % BLOCK and start // BLOCK != (stop - 1) // BLOCK:
+        raise ConfigError(
+            f"--tensor-parallel-size cuts {piece.name} at {start}, within a block of {BLOCK} that has one scale;"
+            " choose a size that does not"
+        )
+    return Source(name, (rows, cols), dim, (start // BLOCK, blocks(stop)), repeat=repeat)
 
 
 class Part(Protocol):

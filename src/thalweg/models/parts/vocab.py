@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from thalweg.models.parts.part import Cost, Names, PlanContext, Step, all_reduce, product
+from thalweg.quant import PLAIN
 from thalweg.weights.plan import Target, placed
 
 
@@ -35,6 +36,6 @@ class VocabDims:
         gathered = Cost("logits gathered", sent=(n - 1) * step.sequences * rows * step.dtype_bytes)
         return [
             *all_reduce("embedding's sum over ranks", width, step),
-            product("head", rows * width, step, rows=step.sequences),
+            product("head", rows * width, step, rows=step.sequences, scheme=PLAIN),
             *([gathered] if n > 1 else []),
         ]

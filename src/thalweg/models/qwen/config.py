@@ -8,6 +8,7 @@ from typing import Any
 from thalweg.config.hf import HOUSEKEEPING_KEYS, ConfigReader, checkpoint_dtype
 from thalweg.errors import ConfigError
 from thalweg.models.family import DecoderConfig, FeedForward, LayerConfig
+from thalweg.models.parts.fp8 import Fp8Checkpoint, read_fp8
 from thalweg.models.parts.gdn import GdnDims
 from thalweg.models.parts.gqa import GqaDims
 from thalweg.models.parts.mlp import MlpDims
@@ -30,19 +31,19 @@ def read(raw: Mapping[str, Any], where: str = "config.json") -> DecoderConfig:
     """As Family.read says."""
     text = raw.get("text_config")
     if text is None:
-        return _read_text(raw, where, tied=False)
+        return _read_text(raw, where, tied=False, fp8=None)
     if not isinstance(text, Mapping):
         raise ConfigReader(raw, where).error("text_config", "an object")
     outer = ConfigReader(raw, where)
-    outer.only("quantization_config", None)
+    fp8 = read_fp8(outer)
     outer.get_token_ids("eos_token_id")
     tied = outer.get_bool("tie_word_embeddings", False)
     outer.finish(ignored=HOUSEKEEPING_KEYS | _VISION_KEYS | {"text_config"})
     dtype = {key: raw[key] for key in ("dtype", "torch_dtype") if raw.get(key) is not None}
-    return _read_text({**dtype, **text}, f"{where}: text_config", tied=tied)
+    return _read_text({**dtype, **text}, f"{where}: text_config", tied=tied, fp8=fp8)
 
 
-def _read_text(raw: Mapping[str, Any], where: str, *, tied: bool) -> DecoderConfig:
+def _read_text(raw: Mapping[str, Any], where: str, *, tied: bool, fp8: Fp8Checkpoint | None) -> DecoderConfig:
     reader = ConfigReader(raw, where)
     _refuse_other_maths(reader)
     vocab_size = reader.get_int("vocab_size", low=1, high=MAX_DIM)
@@ -60,6 +61,7 @@ def _read_text(raw: Mapping[str, Any], where: str, *, tied: bool) -> DecoderConf
         dtype=checkpoint_dtype(raw, where),
         eos_token_ids=eos,
         shifted_norms=True,
+        fp8=read_fp8(reader) or fp8,
     )
     reader.finish(ignored=HOUSEKEEPING_KEYS | _VISION_KEYS | _UNUSED_KEYS)
     return config
@@ -71,7 +73,6 @@ def _refuse_other_maths(reader: ConfigReader) -> None:
     reader.only("attn_output_gate", True)
     reader.only("mamba_ssm_dtype", "float32")
     reader.only("mtp_use_dedicated_embeddings", False)
-    reader.only("quantization_config", None)
     gate = reader.get_str("output_gate_type", "swish")
     if gate not in ("swish", "silu"):
         raise reader.error("output_gate_type", "'swish', which is 'silu'")

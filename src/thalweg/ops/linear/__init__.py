@@ -1,4 +1,5 @@
-"""Ops "linear", "norm_linear" and "linear_add": x @ w.T without bias, alone, of a norm, and added to the residual.
+"""Ops "linear", "norm_linear" and "linear_add": x @ w.T without bias, alone, of a norm, and added to the residual;
+"linear_fp8" is the first with weights in float8.
 
 Weights are contiguous, as parameters are. x and a residual have a unit last stride and any row stride.
 """
@@ -52,9 +53,18 @@ class LinearAdd(Protocol):
         """
 
 
+class LinearFp8(Protocol):
+    def __call__(self, x_TD: Tensor, q_OD: Tensor, scale_OB: Tensor, /) -> Tensor:
+        """y_TO = x @ w.T in x's dtype for w = q * scale, q float8_e4m3fn and one fp32 scale per row and 128 columns.
+
+        w is rounded to x's dtype; activations are not quantized. Scales are any positive numbers.
+        """
+
+
 LINEAR: Op[LinearDims, Linear] = Op("linear", LinearDims)
 NORM_LINEAR: Op[NormLinearDims, NormLinear] = Op("norm_linear", NormLinearDims)
 LINEAR_ADD: Op[LinearDims, LinearAdd] = Op("linear_add", LinearDims)
+LINEAR_FP8: Op[LinearDims, LinearFp8] = Op("linear_fp8", LinearDims)
 
 MAX_COLUMNS = 4096  # of 16 tokens are what the registers of a block hold
 FEW = Tokens(last=16)  # beyond, x does not fit the registers of a block
@@ -121,3 +131,5 @@ register(NORM_LINEAR, "cuda", _cuda_norm_linear, supports=_cuda_norm_refuses, to
 register(LINEAR_ADD, "reference", lambda *_: reference.linear_add)
 register(LINEAR_ADD, "in_place", lambda *_: reference.linear_add_in_place, supports=_in_place_refuses, priority=10)
 register(LINEAR_ADD, "cuda", _cuda_linear_add, supports=_cuda_refuses, tokens=FEW, priority=20)
+
+register(LINEAR_FP8, "reference", lambda *_: reference.linear_fp8)
