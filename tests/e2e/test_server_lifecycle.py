@@ -132,6 +132,7 @@ def test_what_both_leave_the_next_start_removes(folder: Path, tmp: Path, tmp_pat
         server.process.kill()
         os.kill(engine, signal.SIGKILL)
         until(lambda: not lives(engine), "the engine lives on")
+        server.process.wait(20)  # the lock is free once the process is gone, which takes longer than the signal
         assert len(socket_folders(tmp)) == 1
         remove_stale(tmp)
         assert not socket_folders(tmp)
