@@ -31,5 +31,9 @@ class QueueTimeout(ThalwegError):
     """A request that waited longer than it may before a slot was free."""
 
 
+class ProfileConflict(ThalwegError):
+    """A profile that cannot start since another is under way, or cannot stop since none is."""
+
+
 class EngineDeadError(ThalwegError, RuntimeError):
     """The engine process or one of its ranks died; no request can be served any more."""

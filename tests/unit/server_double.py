@@ -75,6 +75,7 @@ class ClientDouble:
         vocab_size = max(260, tokenizer.vocab_size)
         self.info = SimpleNamespace(name="double", max_model_len=1000, max_num_seqs=4, vocab_size=vocab_size)
         self.stats: SchedulerStats | None = None
+        self.profiler: Any = None
         self.dead: EngineDeadError | None = None
         self.seen: list[Request] = []
         self.aborted: list[str] = []

@@ -170,6 +170,8 @@ class FakeExecutor:
         if isinstance(order, StopRecording):
             rank_file(Path(order.folder), 0).touch()
             future.set_result(Recorded(5, 9))
+        else:
+            future.set_result(None)
         return future
 
 
@@ -205,11 +207,11 @@ def test_a_window_closes_when_the_process_has_grown_by_its_bytes(
 
 
 def test_what_the_process_holds_is_read_from_the_system() -> None:
-    if not Path("/proc/self/statm").exists():
-        pytest.skip("the system has no /proc")
+    if not recording_module._memory():
+        pytest.skip("the C library has no mallinfo2")
     before = recording_module._memory()
-    held = bytearray(b"x" * (64 << 20))
-    assert recording_module._memory() - before > len(held) // 2
+    held = bytearray(8 << 20)  # never touched, so that it is not resident
+    assert recording_module._memory() - before >= len(held)
 
 
 def test_requests_become_tracks_of_their_own(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from thalweg.errors import ConfigError, ThalwegError
 if TYPE_CHECKING:
     from thalweg.bench.serve_data import BenchRequest
     from thalweg.bench.serve_load import Load, Outcome, Target
+    from thalweg.bench.serve_profile import ProfiledServer
     from thalweg.http_client import HttpClient
 
 DATASETS = ("random", "prefix_repetition", "custom")
@@ -86,6 +87,13 @@ def serve(
     num_warmups: Annotated[
         int, _option(_LOAD, metavar="N", min=0, help="Requests sent one by one before those that count.")
     ] = 1,
+    profile: Annotated[
+        bool,
+        _option(_LOAD, "--profile", help="Have the server record a trace of the load; it needs --enable-profiler DIR."),
+    ] = False,
+    profile_steps: Annotated[
+        int | None, _option(_LOAD, metavar="N", min=1, help="Steps of that trace; what the server allows if left out.")
+    ] = None,
     seed: Annotated[int, _option(_LOAD, metavar="S", help="Of prompts, lengths and arrivals.")] = 0,
     percentile_metrics: Annotated[
         str, _option(_OUT, metavar="NAME,...", help="Latencies to print: ttft, tpot, itl, e2el.")
@@ -113,6 +121,7 @@ def serve(
     """
     from thalweg.bench import serve_figures as figures
     from thalweg.bench.serve_load import CHAT, COMPLETIONS, Load
+    from thalweg.bench.serve_profile import ProfiledServer
     from thalweg.http_client import HttpClient
 
     if endpoint not in (CHAT, COMPLETIONS):
@@ -164,12 +173,17 @@ def serve(
 
     load = Load(request_rate, burstiness, max_concurrency, seed)
     http = HttpClient(base_url, env.read("THALWEG_API_KEY") if api_key is None else api_key)
+    if profile_steps is not None and not profile:
+        raise ConfigError(f"--profile-steps is {profile_steps} and --profile is not given; expected both")
+    profiled = ProfiledServer(profile, profile_steps)
     date = time.strftime("%Y%m%d-%H%M%S")
     name, outcomes, duration = asyncio.run(
-        _measure(http, endpoint, model, options, request_timeout, requests, load, num_warmups)
+        _measure(http, endpoint, model, options, request_timeout, requests, load, num_warmups, profiled)
     )
     found = figures.summarise(outcomes, duration, bounds, percentiles)
     print(*figures.lines(found, metrics, percentiles), sep="\n")
+    if profiled.outcome is not None:
+        print(profiled.outcome)
     if save_result or save_detailed:
         settings = {
             "date": date,
@@ -205,6 +219,7 @@ async def _measure(
     requests: list[BenchRequest],
     load: Load,
     num_warmups: int,
+    profiled: ProfiledServer,
 ) -> tuple[str, list[Outcome], float]:
     from thalweg.bench.serve_load import Target, run_load
 
@@ -214,8 +229,9 @@ async def _measure(
         for request in requests:
             target.body(request)  # refuses what the endpoint does not take before anything is sent
         await _warm_up(target, requests, num_warmups)
-        with _progress(len(requests)) as on_done:
-            outcomes, duration = await run_load(target, requests, load, on_done)
+        async with profiled.while_(http):
+            with _progress(len(requests)) as on_done:
+                outcomes, duration = await run_load(target, requests, load, on_done)
     finally:
         http.close()
     return name, outcomes, duration

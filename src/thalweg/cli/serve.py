@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
@@ -9,13 +12,18 @@ import typer
 
 from thalweg.cli.options import engine_config, takes
 from thalweg.config import env
-from thalweg.config.engine import EngineConfig
+from thalweg.config.engine import EngineConfig, parse_size
+from thalweg.engine.processes.messages import ProfilerOptions
 from thalweg.errors import ConfigError
 from thalweg.server.settings import KEEP_ALIVE_SECONDS, MAX_QUEUED_REQUESTS, PING_SECONDS, Cors
 
 
 def _limit(**options: Any) -> Any:
     return typer.Option(rich_help_panel="Limits", **options)
+
+
+def _profiler(**options: Any) -> Any:
+    return typer.Option(rich_help_panel="Profiler", **options)
 
 
 def _cors(**options: Any) -> Any:
@@ -75,6 +83,16 @@ def serve(
     allow_credentials: Annotated[
         bool, _cors(help="Let their visitors' browsers send passwords by themselves; not with *.")
     ] = False,
+    enable_profiler: Annotated[
+        str | None,
+        _profiler(metavar="DIR", help="Let clients record traces there: POST /start_profile, /stop_profile."),
+    ] = None,
+    profiler_max_steps: Annotated[
+        int, _profiler(metavar="N", min=1, max=100_000, help="Steps of one trace at most.")
+    ] = 1000,
+    profiler_max_bytes: Annotated[
+        str, _profiler(metavar="SIZE", help="Memory that a trace may take on a rank, and about its size unpacked.")
+    ] = "256MiB",
     log_level: Annotated[
         str | None,
         typer.Option(
@@ -106,8 +124,27 @@ def serve(
             _listed("--allowed-headers", allowed_headers, ("*",)),
             allow_credentials,
         ),
+        profiler=_profiler_options(enable_profiler, profiler_max_steps, profiler_max_bytes),
         log_level=log_level or env.read("THALWEG_LOG_LEVEL") or "warning",
     )
+
+
+def _profiler_options(folder: str | None, max_steps: int, max_bytes: str) -> ProfilerOptions | None:
+    """Makes the folder, in one that exists. Raises ConfigError."""
+    size = parse_size(max_bytes, "--profiler-max-bytes")
+    if size < 1:
+        raise ConfigError(f"--profiler-max-bytes is {max_bytes!r}; expected a size above 0")
+    if folder is None:
+        return None
+    path = Path(folder).expanduser().resolve()
+    try:
+        path.mkdir(exist_ok=True)
+        if not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as e:
+        reason = f"which cannot be made or written: {e.strerror}"
+        raise ConfigError(f"--enable-profiler is {folder!r}, {reason}; expected a folder") from None
+    return ProfilerOptions(str(path), max_steps, size)
 
 
 def _listed(option: str, values: list[str] | None, default: tuple[str, ...]) -> tuple[str, ...]:

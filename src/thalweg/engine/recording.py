@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
+import ctypes
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,8 @@ from thalweg.runner.executor import Executor
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """A window is full after so many steps, or once this process has grown by so many bytes (where /proc tells)."""
+    """A window is full after so many steps, or once this process has allocated so many bytes more since it opened
+    (where the C library tells). An event of a trace takes about as much memory as it takes in the trace's file."""
 
     steps: int
     bytes: int | None = None
@@ -26,7 +26,7 @@ class Recording:
     """Hands an engine's plans to its executor, and between two of them the orders to record. One window at a time."""
 
     def __init__(self, executor: Executor[Any], ranks: int) -> None:
-        self._executor, self._ranks = executor, ranks
+        self._executor, self.ranks = executor, ranks
         self.rows: list[tuple[int, int]] = []  # decode rows and prompt tokens of each recorded step
         self.full_of: str | None = None  # "steps" or "bytes", if that closed the window
         self._limits = Limits(0)
@@ -34,6 +34,7 @@ class Recording:
         self._after: int | None = None  # steps of decode rows alone to wait for before the window opens
         self._open = False
         self._memory = 0
+        self._started: Future[None] | None = None
         self._recorded: Future[Recorded] | None = None
 
     def submit(self, plan: StepPlan) -> Future[StepResult]:
@@ -52,6 +53,11 @@ class Recording:
             elif self._limits.bytes is not None and grown > self._limits.bytes:
                 self.stop("bytes")
         return future
+
+    def warm_up(self) -> None:
+        """Have every rank begin and drop a recording: the first one takes torch's profiler long and much memory."""
+        self._executor.order(StartRecording())
+        self._executor.order(StopRecording(""))
 
     def start(self, folder: Path, limits: Limits, after: int = 0) -> None:
         """Open a window before the next step, or before the one that follows `after` steps of decode rows alone. The
@@ -75,23 +81,40 @@ class Recording:
 
     def result(self) -> Recorded | None:
         """What rank 0 recorded, once every rank has written its trace; None before. Raises what kept rank 0 from it."""
-        if self._recorded is None or not self._recorded.done():
+        if self._started is None or self._recorded is None or not self._recorded.done():
             return None
+        self._started.result()
         recorded = self._recorded.result()
         written = not recorded.began_ns or not self.missing()
         return recorded if written else None
 
     def missing(self) -> list[int]:
         """Ranks that have not written their trace (yet)."""
-        return [rank for rank in range(self._ranks) if not rank_file(self._folder, rank).exists()]
+        return [rank for rank in range(self.ranks) if not rank_file(self._folder, rank).exists()]
 
     def _start(self) -> None:
         self._after, self._open, self._memory = None, True, _memory()
-        self._executor.order(StartRecording())
+        self._started = self._executor.order(StartRecording())
+
+
+_MALLINFO = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+
+
+class _MallInfo(ctypes.Structure):
+    """`struct mallinfo2` of <malloc.h>."""
+
+    _fields_ = tuple((name, ctypes.c_size_t) for name in _MALLINFO)
 
 
 def _memory() -> int:
-    """Resident bytes of this process; 0 where the system does not tell."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return 0
+    """Bytes that this process has allocated and not freed; 0 where the C library does not tell (glibc does).
+
+    Not its resident memory, which grows as a CPU's cache is used for the first time.
+    """
+    try:
+        ask = ctypes.CDLL(None).mallinfo2
+    except (OSError, AttributeError):
+        return 0
+    ask.restype = _MallInfo
+    info = ask()
+    return int(info.uordblks + info.hblkhd)

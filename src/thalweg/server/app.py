@@ -13,7 +13,7 @@ from starlette.types import ASGIApp
 
 from thalweg import __version__
 from thalweg.engine.processes.client import EngineClient
-from thalweg.server import chat, completions, docs, errors, health, models, page, tokenization
+from thalweg.server import chat, completions, docs, errors, health, models, page, profile, tokenization
 from thalweg.server.guard import Guard
 from thalweg.server.manners import REQUEST_ID, Manners
 from thalweg.server.service import Service, StartListener
@@ -48,7 +48,7 @@ def create_app(client: EngineClient, settings: ServerSettings, on_started: Start
         max_body_bytes=settings.max_body_bytes,
         body_seconds=settings.body_seconds,
     )
-    for room in (chat, completions, docs, models, tokenization, health, page):
+    for room in (chat, completions, docs, models, tokenization, health, page, profile):
         app.include_router(room.router)
     return app
 

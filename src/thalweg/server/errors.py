@@ -12,7 +12,14 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from thalweg.errors import EngineDeadError, InvalidRequest, QueueTimeout, RequestTimeout, ThalwegError
+from thalweg.errors import (
+    EngineDeadError,
+    InvalidRequest,
+    ProfileConflict,
+    QueueTimeout,
+    RequestTimeout,
+    ThalwegError,
+)
 from thalweg.tokenizer.base import valid_unicode
 
 MAX_MESSAGE_CHARS = 1000
@@ -67,6 +74,8 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(503, str(error), code="queue_timeout", headers={"Retry-After": RETRY_AFTER})
     if isinstance(error, RequestTimeout):
         return ApiError(504, str(error), code="request_timeout")
+    if isinstance(error, ProfileConflict):
+        return ApiError(409, str(error), code="profile_conflict")
     if isinstance(error, InvalidRequest):
         param = _param_of(str(error))
         code = "context_length_exceeded" if _TOO_LONG.match(str(error)) else None

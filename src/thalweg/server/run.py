@@ -16,6 +16,7 @@ import uvicorn
 from thalweg.config.engine import EngineConfig
 from thalweg.config.streams import say
 from thalweg.engine.processes.client import EngineClient, RequestLimits
+from thalweg.engine.processes.messages import ProfilerOptions
 from thalweg.errors import ConfigError
 from thalweg.server.app import create_app
 from thalweg.server.connections import listen, raise_file_limit
@@ -49,14 +50,16 @@ def serve(
     keep_alive_timeout: int = KEEP_ALIVE_SECONDS,
     sse_ping_interval: float = PING_SECONDS,
     cors: Cors | None = None,
+    profiler: ProfilerOptions | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT, then let requests under way finish for up to `shutdown_timeout` seconds, end the
     others with an error, and return.
 
     `queue_timeout` and `request_timeout` are the seconds a request may wait for its slot and take in all; more than
     `max_queued_requests` waiting sequences are refused. A connection may be idle for `keep_alive_timeout` seconds; a
-    stream with nothing to say sends a comment every `sse_ping_interval` seconds (0: never). Port 0 takes a free one.
-    Where it listens is printed once requests can be served; "info" logs each request.
+    stream with nothing to say sends a comment every `sse_ping_interval` seconds (0: never). `profiler` lets clients
+    record traces. Port 0 takes a free one. Where it listens is printed once requests can be served; "info" logs each
+    request.
 
     Raises ConfigError for an option that cannot be honoured, whatever kept the engine from starting, and
     EngineDeadError if the engine died later, once its requests were told.
@@ -66,7 +69,7 @@ def serve(
     _check_idle(keep_alive_timeout, sse_ping_interval)
     raise_file_limit()
     sys.setswitchinterval(SWITCH_SECONDS)
-    client = EngineClient(config, RequestLimits(queue_timeout, request_timeout))
+    client = EngineClient(config, RequestLimits(queue_timeout, request_timeout), profiler)
     output = OutputFormat.of(client.codec, tool_call_parser, reasoning_parser)  # refuses a name early
     settings = ServerSettings(
         served_model_names=tuple(served_model_name),

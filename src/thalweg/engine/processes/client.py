@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import subprocess
 import sys
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +15,12 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-import thalweg.errors as errors
 from thalweg.build.info import EngineInfo
 from thalweg.config.engine import EngineConfig
 from thalweg.core import Request, RequestUpdate, SamplingParams, SchedulerStats
 from thalweg.engine.processes import messages as m
 from thalweg.engine.processes.ipc import SocketFolder, address, tell_to_leave
+from thalweg.engine.processes.questions import Questions, same_error
 from thalweg.errors import EngineDeadError, InvalidRequest, RequestTimeout, ThalwegError
 from thalweg.scheduler.scheduler import check_prompt_length
 from thalweg.text.codec import TextCodec, load_codec
@@ -46,14 +46,20 @@ class EngineClient:
     one, raises EngineDeadError.
     """
 
-    def __init__(self, config: EngineConfig, limits: RequestLimits | None = None) -> None:
-        self.config, self._limits = config, limits or RequestLimits()
+    def __init__(
+        self,
+        config: EngineConfig,
+        limits: RequestLimits | None = None,
+        profiler: m.ProfilerOptions | None = None,
+    ) -> None:
+        self.config, self._limits, self.profiler = config, limits or RequestLimits(), profiler
         self.codec: TextCodec = load_codec(config)  # refuses a bad folder before a process is started
         self.info: EngineInfo
         self.stats: SchedulerStats | None = None
         self.dead: EngineDeadError | None = None  # why no request is served any more
         self.died: EngineDeadError | None = None  # the same, if that was not asked for
         self._queues: dict[str, asyncio.Queue[Delta | ThalwegError]] = {}
+        self._questions = Questions()
         self._ids = itertools.count()
         self._heard = 0.0  # when the engine last said something, or was given work while it had none
         self._closing = False
@@ -75,7 +81,7 @@ class EngineClient:
         # A session of its own: Ctrl-C in a terminal is for this process, which then ends the engine.
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
         self._exit = asyncio.ensure_future(asyncio.to_thread(self._process.wait))
-        await self._socket.send(m.encode(m.Start(self.config.to_dict(), self._limits.queue_timeout)))
+        await self._socket.send(m.encode(m.Start(self.config.to_dict(), self._limits.queue_timeout, self.profiler)))
         receive = asyncio.ensure_future(self._socket.recv())
         await asyncio.wait([receive, self._exit], return_when=asyncio.FIRST_COMPLETED)
         if not receive.done():
@@ -92,7 +98,7 @@ class EngineClient:
         receive.cancel()
         error: ThalwegError = EngineDeadError("the engine process ended before it was ready; its lines above say why")
         if isinstance(message, m.Dead):
-            error = _same_error(message, EngineDeadError)
+            error = same_error(message.kind, message.reason, EngineDeadError)
         self._closing = True
         await self._end_process()
         raise error
@@ -148,6 +154,26 @@ class EngineClient:
             if not ended and self.dead is None and not self._closing:
                 self._post(m.Abort([request_id]))
 
+    async def start_profile(self, num_steps: int | None = None) -> None:
+        """Record the steps from the next one on. Only with `profiler` options.
+
+        Raises ProfileConflict if a recording is under way, InvalidRequest for too many steps, RequestTimeout if the
+        engine does not answer, EngineDeadError.
+        """
+        await self._ask(lambda question_id: m.StartProfile(question_id, num_steps))
+
+    async def stop_profile(self) -> m.Trace:
+        """End the recording, or take the trace of the last one if it ended by itself. Raises as start_profile, and
+        ThalwegError if the trace could not be written."""
+        trace = await self._ask(m.StopProfile)
+        assert trace is not None
+        return trace
+
+    async def _ask(self, make: Callable[[int], m.StartProfile | m.StopProfile]) -> m.Trace | None:
+        if self.dead is not None:
+            raise self.dead
+        return await self._questions.ask(self._post, make)
+
     async def close(self) -> None:
         """Stop the engine process, even while it starts. Requests under way end with EngineDeadError."""
         if self._closing or self._process is None:
@@ -182,7 +208,9 @@ class EngineClient:
                 self._outputs.discard(message.request_id)
                 queue = self._queues.get(message.request_id)
                 if queue is not None:
-                    queue.put_nowait(_same_error(message, InvalidRequest))
+                    queue.put_nowait(same_error(message.kind, message.reason, InvalidRequest))
+            elif isinstance(message, m.Profiled):
+                self._questions.take(message)
             elif isinstance(message, m.Dead):
                 self._die(f"the engine died: {message.reason}")
 
@@ -243,6 +271,7 @@ class EngineClient:
         self.dead = self.dead or error
         for queue in self._queues.values():
             queue.put_nowait(self.dead)
+        self._questions.lose(self.dead)
 
     async def _end_process(self, timeout_s: float = 10.0) -> None:
         process = self._process
@@ -256,10 +285,3 @@ class EngineClient:
         self._socket.close()
         self._context.term()
         self._folder.cleanup()
-
-
-def _same_error(message: m.Dead | m.Refused, otherwise: type[ThalwegError]) -> ThalwegError:
-    kind = getattr(errors, message.kind, otherwise)
-    if not (isinstance(kind, type) and issubclass(kind, ThalwegError)):
-        kind = otherwise
-    return kind(message.reason)

@@ -15,21 +15,30 @@ from thalweg.core import Request, RequestUpdate
 from thalweg.engine.gate import GrammarGate
 from thalweg.engine.processes import messages as m
 from thalweg.engine.processes.ipc import end_with_parent
+from thalweg.engine.processes.profiler import Profiler
 from thalweg.engine.start import Engine
 from thalweg.errors import InvalidRequest, QueueTimeout, ThalwegError
 
 STATS_INTERVAL_S = 0.5
 IDLE_POLL_MS = 500
+WRITING_POLL_MS = 20  # while nothing runs and a trace is being written
 GATE_POLL_MS = 1  # while nothing runs and a grammar is being compiled
 
 
 class EngineProcess:
     """Drives an engine from a socket. One bad message or request is answered; only a dead engine ends the loop."""
 
-    def __init__(self, socket: zmq.Socket[bytes], engine: Engine, queue_timeout_s: float | None = None) -> None:
+    def __init__(
+        self,
+        socket: zmq.Socket[bytes],
+        engine: Engine,
+        queue_timeout_s: float | None = None,
+        profiler: m.ProfilerOptions | None = None,
+    ) -> None:
         self._socket, self._core, self._queue_timeout_s = socket, engine.core, queue_timeout_s
         self._queued: dict[str, float] = {}  # when each must have a slot, in order of arrival; may name ended ones
         self._gate = GrammarGate(engine.grammars, self._add, self._refuse)
+        self._profiler = None if profiler is None else Profiler(engine.recording, profiler, self._reply)
 
     def run(self) -> None:
         """Until Stop. Raises what ended the engine otherwise."""
@@ -41,11 +50,15 @@ class EngineProcess:
                     return
                 self._take(message)
             self._gate.poll()
+            if self._profiler is not None:
+                self._profiler.poll()
             if self._queued:
                 self._drop_late()
             updates: list[RequestUpdate] = []
             if self._core.has_work():
                 updates = self._core.step()
+                if self._profiler is not None:
+                    self._profiler.updated(updates)
             else:
                 self._core.check()
                 if not self._gate.waiting:
@@ -59,6 +72,8 @@ class EngineProcess:
         """With work at hand only what is already there is read; otherwise wait for it, with a look at the ranks."""
         if self._core.has_work():
             return 0
+        if self._profiler is not None and self._profiler.writing:
+            return WRITING_POLL_MS
         return GATE_POLL_MS if self._gate.waiting else IDLE_POLL_MS
 
     def _take(self, message: m.ToEngine) -> None:
@@ -69,8 +84,17 @@ class EngineProcess:
                 self._gate.abort(request_id)
                 self._core.abort(request_id)
                 self._queued.pop(request_id, None)
+                if self._profiler is not None:
+                    self._profiler.ended(request_id)
             # No update tells of the end of an aborted request, so what it freed is told here.
             self._send([])
+        elif isinstance(message, m.StartProfile | m.StopProfile) and self._profiler is not None:
+            self._profiler.take(message)
+
+    def close(self) -> None:
+        """End what is not the engine's own."""
+        if self._profiler is not None:
+            self._profiler.close()
 
     def _drop_late(self) -> None:
         """Refuse what has waited too long. The queue is first in, first out, so its head is the one to look at."""
@@ -83,6 +107,8 @@ class EngineProcess:
                 self._core.abort(request_id)
                 reason = f"the request waited for {self._queue_timeout_s:g} s and was not begun (--queue-timeout)"
                 self._refuse(request_id, QueueTimeout(reason))
+                if self._profiler is not None:
+                    self._profiler.ended(request_id)
                 dropped = True
             del self._queued[request_id]
         if dropped:
@@ -90,6 +116,9 @@ class EngineProcess:
 
     def _send(self, updates: list[RequestUpdate]) -> None:
         self._socket.send(m.encode(m.Updates(updates, self._core.stats(), time.monotonic())))
+
+    def _reply(self, message: m.Profiled) -> None:
+        self._socket.send(m.encode(message))
 
     def _refuse(self, request_id: str, error: ThalwegError) -> None:
         self._socket.send(m.encode(m.Refused(request_id, type(error).__name__, str(error))))
@@ -104,6 +133,8 @@ class EngineProcess:
             self._refuse(request.id, ThalwegError(f"the engine could not take the request in: {type(e).__name__}"))
         else:
             self._send([RequestUpdate(request.id, [])])  # it is taken in, and can wait
+            if self._profiler is not None:
+                self._profiler.added(request)
             if self._queue_timeout_s is not None:
                 self._queued[request.id] = time.monotonic() + self._queue_timeout_s
 
@@ -122,7 +153,8 @@ def main(address: str) -> int:
             raise ThalwegError(f"the first message is {type(start).__name__}; expected Start")
         engine = Engine(EngineConfig(**start.config), Path(address.removeprefix("ipc://")).parent)
         socket.send(m.encode(m.Ready(engine.info)))
-        EngineProcess(socket, engine, start.queue_timeout).run()
+        with contextlib.closing(EngineProcess(socket, engine, start.queue_timeout, start.profiler)) as process:
+            process.run()
     except Exception as e:  # noqa: BLE001 -- the front end must hear of whatever it was
         kind = type(e).__name__
         with contextlib.suppress(zmq.ZMQError):

@@ -10,11 +10,21 @@ from thalweg.build.info import EngineInfo
 from thalweg.core import Request, RequestUpdate, SchedulerStats
 
 
+class ProfilerOptions(msgspec.Struct, frozen=True):
+    """Where traces go, and the steps of one at most. A trace ends early once the engine process has
+    allocated `max_bytes` more."""
+
+    folder: str
+    max_steps: int
+    max_bytes: int
+
+
 class Start(msgspec.Struct, frozen=True, tag=True):
     """First message to an engine process: EngineConfig.to_dict(), and the seconds a request may wait for its slot."""
 
     config: dict[str, Any]
     queue_timeout: float | None = None
+    profiler: ProfilerOptions | None = None
 
 
 class Add(msgspec.Struct, frozen=True, tag=True):
@@ -23,6 +33,19 @@ class Add(msgspec.Struct, frozen=True, tag=True):
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
     request_ids: list[str]
+
+
+class StartProfile(msgspec.Struct, frozen=True, tag=True):
+    """Record `num_steps` steps, or as many as the options allow; answered by Profiled without a trace."""
+
+    id: int
+    num_steps: int | None
+
+
+class StopProfile(msgspec.Struct, frozen=True, tag=True):
+    """End the recording, if it has not ended by itself; answered by Profiled with its trace."""
+
+    id: int
 
 
 class Stop(msgspec.Struct, frozen=True, tag=True):
@@ -56,8 +79,28 @@ class Dead(msgspec.Struct, frozen=True, tag=True):
     reason: str
 
 
-ToEngine = Start | Add | Abort | Stop
-FromEngine = Ready | Updates | Refused | Dead
+class Trace(msgspec.Struct, frozen=True):
+    """What a profile recorded: its file of so many bytes (None if no step came), and the steps and ranks in it.
+    `full_of` is "steps" or "bytes" if that limit ended it."""
+
+    file: str | None
+    bytes: int
+    steps: int
+    ranks: int
+    full_of: str | None
+
+
+class Profiled(msgspec.Struct, frozen=True, tag=True):
+    """The answer to StartProfile or StopProfile `id`. `kind` is the error class's name, if it failed."""
+
+    id: int
+    trace: Trace | None = None
+    kind: str | None = None
+    reason: str = ""
+
+
+ToEngine = Start | Add | Abort | StartProfile | StopProfile | Stop
+FromEngine = Ready | Updates | Refused | Profiled | Dead
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode

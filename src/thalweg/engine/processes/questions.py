@@ -1,0 +1,59 @@
+"""Questions to the engine process that one caller waits for an answer to."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable
+
+import thalweg.errors as errors
+from thalweg.engine.processes import messages as m
+from thalweg.errors import EngineDeadError, RequestTimeout, ThalwegError
+
+ANSWER_SECONDS = 240.0  # the profiler waits for its ranks to write
+
+
+class Questions:
+    """For one asyncio loop. Whatever becomes of the engine, no question waits for ever."""
+
+    def __init__(self) -> None:
+        self._ids = itertools.count()
+        self._open: dict[int, asyncio.Future[m.Trace | None]] = {}
+
+    async def ask(
+        self, post: Callable[[m.ToEngine], None], make: Callable[[int], m.StartProfile | m.StopProfile]
+    ) -> m.Trace | None:
+        """Send what `make` gives for a new id and wait. Raises the error that comes for an answer, RequestTimeout, and
+        what `lose` is called with."""
+        question = make(next(self._ids))
+        answer = self._open[question.id] = asyncio.get_running_loop().create_future()
+        try:
+            post(question)
+            return await asyncio.wait_for(answer, ANSWER_SECONDS)
+        except TimeoutError:
+            raise RequestTimeout(f"the profiler has not answered within {ANSWER_SECONDS:g} s") from None
+        finally:
+            del self._open[question.id]
+
+    def take(self, message: m.Profiled) -> None:
+        answer = self._open.get(message.id)
+        if answer is None or answer.done():
+            return
+        if message.kind is None:
+            answer.set_result(message.trace)
+        else:
+            answer.set_exception(same_error(message.kind, message.reason, ThalwegError))
+
+    def lose(self, error: EngineDeadError) -> None:
+        """End every open question with `error`."""
+        for answer in self._open.values():
+            if not answer.done():
+                answer.set_exception(error)
+
+
+def same_error(name: str, reason: str, otherwise: type[ThalwegError]) -> ThalwegError:
+    """The error of a class of thalweg.errors by its name, as another process raised it."""
+    kind = getattr(errors, name, otherwise)
+    if not (isinstance(kind, type) and issubclass(kind, ThalwegError)):
+        kind = otherwise
+    return kind(reason)
