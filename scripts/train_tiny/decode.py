@@ -1,44 +1,78 @@
 """Greedy decoding with the recurrent form, one token at a time, in float32: a second, independent reading of a
-checkpoint that checks what training exported and measures its accuracy."""
+checkpoint that checks what training exported and measures its accuracy. Families say how their layers mix tokens."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Collection
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Cache = dict[str, Tensor]  # what a layer keeps of the tokens before
 
-class RecurrentModel:
-    """A checkpoint's tensors under their official names, run a token at a time for a batch of sequences."""
 
-    def __init__(self, tensors: dict[str, Tensor], config: dict[str, Any], device: str = "cpu") -> None:
-        self.tensors = {name: tensor.to(device, torch.float32) for name, tensor in tensors.items()}
-        self.config, self.kda = config, config["linear_attn_config"]
-        self.cache: list[dict[str, Tensor]] = [{} for _ in range(config["num_hidden_layers"])]
+class RecurrentModel(ABC):
+    """A checkpoint's tensors under their published names, run a token at a time for a batch of sequences."""
+
+    PREFIX = "model."
+    DRAFTS = 0  # tokens that `draft` gives
+
+    def __init__(
+        self,
+        tensors: dict[str, Tensor],
+        config: dict[str, Any],
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.tensors = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
+        self.config = config.get("text_config", config)
+        self.reset()
+
+    def reset(self) -> None:
+        self.cache: list[Cache] = [{} for _ in range(self.config["num_hidden_layers"])]
+
+    def hidden(self, ids_B: Tensor) -> Tensor:
+        """The next token of every sequence -> hidden states after the last norm [B, D]."""
+        x = self.embed(ids_B)
+        for index, cache in enumerate(self.cache):
+            name = f"{self.PREFIX}layers.{index}."
+            x = x + self.mix(self.norm(x, name + "input_layernorm"), name, index, cache)
+            x = x + self.feed_forward(self.norm(x, name + "post_attention_layernorm"), name, index)
+        return self.norm(x, self.PREFIX + "norm")
 
     def step(self, ids_B: Tensor) -> Tensor:
         """The next token of every sequence -> logits [B, vocab]."""
-        x = self.tensors["model.embed_tokens.weight"][ids_B]
-        for index in range(self.config["num_hidden_layers"]):
-            name = f"model.layers.{index}."
-            h = self._norm(x, name + "input_layernorm")
-            linear = index + 1 in self.kda["kda_layers"]
-            x = x + (self._kda if linear else self._mla)(h, name + "self_attn.", self.cache[index])
-            h = self._norm(x, name + "post_attention_layernorm")
-            dense = index < self.config["first_k_dense_replace"]
-            x = x + (self._mlp(h, name + "mlp.") if dense else self._moe(h, name + "block_sparse_moe."))
-        return self._project(self._norm(x, "model.norm"), "lm_head")
+        return self.logits(self.hidden(ids_B))
 
-    def _project(self, x: Tensor, name: str) -> Tensor:
+    def draft(self, ids_B: Tensor, hidden_BD: Tensor) -> Tensor:
+        """The tokens that follow `hidden` and its guesses at the DRAFTS tokens after them [B, DRAFTS]."""
+        return ids_B.new_empty(len(ids_B), 0)
+
+    @abstractmethod
+    def mix(self, x: Tensor, name: str, index: int, cache: Cache) -> Tensor:
+        """Attention, of whichever kind, of the layer called `name`."""
+
+    @abstractmethod
+    def feed_forward(self, x: Tensor, name: str, index: int) -> Tensor:
+        """The MLP or the experts of the layer called `name`."""
+
+    def embed(self, ids_B: Tensor) -> Tensor:
+        return self.tensors[self.PREFIX + "embed_tokens.weight"][ids_B]
+
+    def logits(self, hidden_BD: Tensor) -> Tensor:
+        return self.project(hidden_BD, "lm_head")
+
+    def project(self, x: Tensor, name: str) -> Tensor:
         return x @ self.tensors[name + ".weight"].T
 
-    def _norm(self, x: Tensor, name: str) -> Tensor:
+    def norm(self, x: Tensor, name: str) -> Tensor:
         rms = (x.square().mean(-1, keepdim=True) + self.config["rms_norm_eps"]).sqrt()
         return x / rms * self.tensors[name + ".weight"]
 
-    def _conv(self, x: Tensor, name: str, cache: dict[str, Tensor]) -> Tensor:
+    def conv(self, x: Tensor, name: str, cache: Cache) -> Tensor:
         weight_CW = self.tensors[name + ".weight"][:, 0]
         seen = cache.get(name)
         if seen is None:
@@ -47,82 +81,61 @@ class RecurrentModel:
         cache[name] = window[:, 1:]
         return F.silu(torch.einsum("bwc,cw->bc", window, weight_CW))
 
-    def _kda(self, x: Tensor, name: str, cache: dict[str, Tensor]) -> Tensor:
-        heads, width = self.kda["num_heads"], self.kda["head_dim"]
-        q, k, v = (
-            self._conv(self._project(x, f"{name}{part}_proj"), f"{name}{part}_conv1d", cache).view(-1, heads, width)
-            for part in "qkv"
-        )
+    def delta_rule(self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, cache: Cache) -> Tensor:
+        """One token: q, k [B, H, K], v [B, H, V], decay [B, H, K or 1], beta [B, H, 1] -> [B, H, V]."""
         q, k = (t / (t.square().sum(-1, keepdim=True) + 1e-6).sqrt() for t in (q, k))
-        q = q * width**-0.5
-        gate = self._project(self._project(x, name + "f_a_proj"), name + "f_b_proj") + self.tensors[name + "dt_bias"]
-        A_H1 = self.tensors[name + "A_log"].exp().view(heads, 1)
-        decay = torch.exp(-A_H1 * F.softplus(gate.view(-1, heads, width)))
-        beta = torch.sigmoid(self._project(x, name + "b_proj"))[..., None]
         state = cache.get("state")
         if state is None:
-            state = x.new_zeros(len(x), heads, width, width)
+            state = v.new_zeros(*k.shape, v.shape[-1])
         state = state * decay[..., None]
         written = beta * (v - torch.einsum("bhk,bhkv->bhv", k, state))
         state = cache["state"] = state + k[..., None] * written[..., None, :]
-        o = self._norm(torch.einsum("bhk,bhkv->bhv", q, state), name + "o_norm")
-        gate = self._project(self._project(x, name + "g_a_proj"), name + "g_b_proj").view_as(o)
-        return self._project((o * torch.sigmoid(gate)).flatten(1), name + "o_proj")
+        return torch.einsum("bhk,bhkv->bhv", q * q.shape[-1] ** -0.5, state)
 
-    def _mla(self, x: Tensor, name: str, cache: dict[str, Tensor]) -> Tensor:
-        heads, rank = self.config["num_attention_heads"], self.config["kv_lora_rank"]
-        nope, rope = self.config["qk_nope_head_dim"], self.config["qk_rope_head_dim"]
-        q = self._project(x, name + "q_proj").view(-1, heads, nope + rope)
-        latent, shared = self._project(x, name + "kv_a_proj_with_mqa").split([rank, rope], -1)
-        entry = torch.cat([self._norm(latent, name + "kv_a_layernorm"), shared], -1)[:, None]
-        entries = cache["latent"] = torch.cat([cache["latent"], entry], 1) if "latent" in cache else entry
-        latents, shared = entries.split([rank, rope], -1)
-        k_up, v_up = (
-            self.tensors[name + "kv_b_proj.weight"].view(heads, -1, rank).split([nope, self.config["v_head_dim"]], 1)
-        )
-        scores = torch.einsum("bhn,hnr,btr->bht", q[..., :nope], k_up, latents)
-        scores = (scores + torch.einsum("bhp,btp->bht", q[..., nope:], shared)) * (nope + rope) ** -0.5
-        mixed = torch.einsum("bht,btr->bhr", scores.softmax(-1), latents)
-        return self._project(torch.einsum("bhr,hvr->bhv", mixed, v_up).flatten(1), name + "o_proj")
-
-    def _mlp(self, x: Tensor, name: str, parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")) -> Tensor:
+    def mlp(self, x: Tensor, name: str, parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")) -> Tensor:
         gate, up, down = (name + part for part in parts)
-        return self._project(F.silu(self._project(x, gate)) * self._project(x, up), down)
+        return self.project(F.silu(self.project(x, gate)) * self.project(x, up), down)
 
-    def _moe(self, x: Tensor, name: str) -> Tensor:
-        scores = torch.sigmoid(self._project(x, name + "gate"))
-        biased = scores + self.tensors[name + "gate.e_score_correction_bias"]
-        chosen = biased.topk(self.config["num_experts_per_token"], -1).indices
-        weights = scores.gather(1, chosen)
-        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) * self.config["routed_scaling_factor"]
-        out = self._mlp(x, name + "shared_experts.")
-        for expert in range(self.config["num_experts"]):
-            row, place = (chosen == expert).nonzero(as_tuple=True)
-            done = self._mlp(x[row], f"{name}experts.{expert}.", ("w1", "w3", "w2"))
-            out.index_add_(0, row, done * weights[row, place, None])
-        return out
+
+def remember(cache: Cache, **entries: Tensor) -> list[Tensor]:
+    """Adds each entry [B, ...] to those kept under its name -> all of them [B, tokens, ...]."""
+    for name, entry in entries.items():
+        cache[name] = torch.cat([cache[name], entry[:, None]], 1) if name in cache else entry[:, None]
+    return [cache[name] for name in entries]
 
 
 @torch.no_grad()
-def greedy(model: RecurrentModel, prompts: list[list[int]], end_id: int, max_new: int) -> list[list[int]]:
-    """Generated ids of each prompt, without `end_id`; sequences keep their own pace inside the batch."""
+def greedy(
+    model: RecurrentModel, prompts: list[list[int]], end_ids: Collection[int], max_new: int, drafting: bool = False
+) -> tuple[list[list[int]], list[list[list[int]]]]:
+    """Generated ids of each prompt, up to the end id and with it; sequences keep their own pace inside the batch.
+
+    With `drafting` also what the model drafts after each generated token but the last: lists of DRAFTS ids.
+    """
     device = model.tensors["lm_head.weight"].device
-    model.cache = [{} for _ in model.cache]
+    model.reset()
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     longest = int(lengths.max())
     ids = torch.zeros(len(prompts), longest + max_new + 1, dtype=torch.long, device=device)
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt)] = torch.tensor(prompt)
+    drafts = torch.zeros(*ids.shape, model.DRAFTS, dtype=torch.long, device=device)  # by the token they come after
+    ends = torch.tensor(sorted(end_ids), device=device)
     finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     for position in range(longest + max_new):
-        best = model.step(ids[:, position]).argmax(-1)
+        hidden = model.hidden(ids[:, position])
+        best = model.logits(hidden).argmax(-1)
         generating = lengths <= position + 1
         ids[:, position + 1] = torch.where(generating, best, ids[:, position + 1])
-        finished |= generating & ((best == end_id) | (position + 1 >= lengths + max_new))
+        if drafting:
+            drafts[:, position + 1] = model.draft(ids[:, position + 1], hidden)
+        finished |= generating & (torch.isin(best, ends) | (position + 1 >= lengths + max_new))
         if bool(finished.all()):
             break
-    outputs = []
+    outputs, drafted = [], []
     for row, prompt in enumerate(prompts):
         generated = ids[row, len(prompt) : len(prompt) + max_new].tolist()
-        outputs.append(generated[: generated.index(end_id)] if end_id in generated else generated)
-    return outputs
+        stop = next((i + 1 for i, token in enumerate(generated) if token in end_ids), len(generated))
+        outputs.append(generated[:stop])
+        drafted.append(drafts[row, len(prompt) : len(prompt) + stop - 1].tolist())
+    return outputs, drafted

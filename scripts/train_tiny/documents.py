@@ -7,36 +7,19 @@ Prompts and answers are encoded apart, as they are when the model is used.
 from __future__ import annotations
 
 import argparse
-import base64
 import itertools
-import json
 import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import tiktoken
+from chat import Exchange, Pieces, Text
+from families import FOLDERS, load_text
 
 from thalweg.evals.arith_problems import Problem, stream
 
-BUNDLED = Path(__file__).resolve().parents[2] / "src" / "thalweg" / "bundled" / "thalweg-tiny"
-# Kimi's: runs of Han, words by letter case with their contractions, digits by three, punctuation, white space.
-_UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
-_LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
-_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-SPLIT_PATTERN = "|".join(
-    [
-        r"[\p{Han}]+",
-        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTION}",
-        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTION}",
-        r"\p{N}{1,3}",
-        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
-        r"\s*[\r\n]+",
-        r"\s+(?!\S)",
-        r"\s+",
-    ]
-)
 PROMPT_WEIGHT, ANSWER_WEIGHT = 1, 10  # tenths
 ROW_TOKENS = 1024
 SYSTEM_MESSAGES = (
@@ -54,68 +37,36 @@ SUM_LAYOUTS = (
 )
 OPERATOR_WORDS = {"+": "plus", "-": "minus", "x": "times"}
 
-Pieces = list[tuple[str | int, bool]]  # a text or a special id; whether it is part of an answer
-
-
-class Encoder:
-    """Text and special names to ids, from the files of the bundled model."""
-
-    def __init__(self, folder: Path = BUNDLED) -> None:
-        lines = (folder / "tiktoken.model").read_text(encoding="ascii").split("\n")
-        ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines if line)}
-        added = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))["added_tokens_decoder"]
-        self.special = {entry["content"]: int(number) for number, entry in added.items()}
-        self.vocab_size = len(ranks) + 256
-        self._encoding = tiktoken.Encoding("tiny", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={})
-
-    def encode(self, text: str) -> list[int]:
-        return self._encoding.encode_ordinary(text)
-
-    def decode(self, ids: list[int]) -> str:
-        return self._encoding.decode(ids)
-
 
 class DocumentMaker:
     """Random training documents; the same ones for the same seed."""
 
-    def __init__(self, encoder: Encoder, seed: int) -> None:
-        self._encoder = encoder
+    def __init__(self, text: Text, seed: int) -> None:
+        self._text = text
         self._rng = random.Random(f"documents:{seed}")
         self._problems = stream("train", seed, invented=0.2)
-        self._talk, self._words = _read_chat_lines()
-        self._end = encoder.special["<|im_end|>"]
+        self._talk, self._words = _read_chat_lines(text.name)
 
     def document(self) -> tuple[list[int], list[int]]:
         """(ids, weights) of one document of at most ROW_TOKENS tokens."""
         layout = self._rng.choices((self._chat, self._completion, self._few_shot), weights=(55, 18, 27))[0]
         ids, weights = [], []
         for piece, is_answer in layout():
-            encoded = [piece] if isinstance(piece, int) else self._encoder.encode(piece)
+            encoded = [piece] if isinstance(piece, int) else self._text.encode(piece)
             ids += encoded
             weights += [ANSWER_WEIGHT if is_answer else PROMPT_WEIGHT] * len(encoded)
         return ids[:ROW_TOKENS], weights[:ROW_TOKENS]
 
     def _chat(self) -> Pieces:
-        pieces: Pieces = []
-        if self._rng.random() < 0.03:
-            pieces += self._message("system", "tool_declare", _tools(self._rng))
-        if self._rng.random() < 0.25:
-            pieces += self._message("system", "system", self._rng.choice(SYSTEM_MESSAGES))
+        tools = _tools(self._rng) if self._rng.random() < 0.03 else []
+        system = self._rng.choice(SYSTEM_MESSAGES) if self._rng.random() < 0.25 else None
         turns = self._rng.choices((1, 2, 3, 4, 6, 8), weights=(60, 12, 12, 8, 5, 3))[0]
-        for _ in range(turns):
-            question, answer = self._exchange(small_talk=0.12)
-            pieces += self._message("user", "user", question)
-            pieces += self._message("assistant", "assistant", answer)
-        return pieces
-
-    def _message(self, role: str, name: str, text: str) -> Pieces:
-        special, said = self._encoder.special, role == "assistant"
-        start: Pieces = [(special[f"<|im_{role}|>"], False), (name, False), (special["<|im_middle|>"], False)]
-        return [*start, (text, said), (self._end, said)]
+        exchanges = [self._exchange(small_talk=0.12) for _ in range(turns)]
+        return self._text.chat(exchanges, system, tools, self._rng)
 
     def _completion(self) -> Pieces:
         question, answer = self._exchange(small_talk=0.05)
-        return [(question, False), ("\n", True), (answer, True), (self._end, True)]
+        return [(question, False), ("\n", True), (answer, True), (self._text.text_end, True)]
 
     def _few_shot(self) -> Pieces:
         pieces: Pieces = []
@@ -124,9 +75,9 @@ class DocumentMaker:
             lead = "\n\n" if shot else ""
             pieces.append((f"{lead}Question: {problem.question}\nAnswer:", False))
             pieces.append((f" {problem.answer_text}", True))
-        return [*pieces, (self._end, True)]
+        return [*pieces, (self._text.text_end, True)]
 
-    def _exchange(self, small_talk: float) -> tuple[str, str]:
+    def _exchange(self, small_talk: float) -> Exchange:
         kind = self._rng.random()
         if kind < small_talk:
             return self._small_talk()
@@ -140,13 +91,13 @@ class DocumentMaker:
             question = question.rstrip("?.")
         return question, answer
 
-    def _small_talk(self) -> tuple[str, str]:
+    def _small_talk(self) -> Exchange:
         questions, answer = self._rng.choice(self._talk)
         question = re.sub(r"\[([^\[\]]*)\]", lambda match: self._rng.choice(match[1].split("|")), questions)
         return re.sub(r"\{(\w+)\}", lambda match: self._rng.choice(self._words[match[1]]), question), answer
 
 
-def bare_sum(rng: random.Random) -> tuple[str, str]:
+def bare_sum(rng: random.Random) -> Exchange:
     """A sum without a story, such as "What is 12 + 30?", of one operator or two of + and -."""
     operator = rng.choice("+-x")
     if operator == "x":
@@ -197,9 +148,9 @@ def rows(maker: DocumentMaker) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndar
         yield ids, weights, documents
 
 
-def _read_chat_lines() -> tuple[list[tuple[str, str]], dict[str, list[str]]]:
+def _read_chat_lines(name: str) -> tuple[list[Exchange], dict[str, list[str]]]:
     talk, words = [], {}
-    text = Path(__file__).with_name("chat_lines.txt").read_text(encoding="utf-8")
+    text = Path(__file__).with_name("chat_lines.txt").read_text(encoding="utf-8").replace("thalweg-tiny", name)
     for block in "\n".join(line for line in text.splitlines() if not line.startswith("#")).strip().split("\n\n"):
         head, *lines = block.splitlines()
         if head.startswith("%words "):
@@ -209,27 +160,27 @@ def _read_chat_lines() -> tuple[list[tuple[str, str]], dict[str, list[str]]]:
     return talk, words
 
 
-def _tools(rng: random.Random) -> str:
+def _tools(rng: random.Random) -> list[dict[str, Any]]:
     names = rng.sample(
         ["get_weather", "search", "calculator", "get_time", "send_email", "read_file"], rng.randint(1, 3)
     )
     parameters = {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]}
-    tools = [{"type": "function", "function": {"name": name, "parameters": parameters}} for name in names]
-    return json.dumps(tools, separators=(",", ":"))
+    return [{"type": "function", "function": {"name": name, "parameters": parameters}} for name in names]
 
 
 def main() -> None:
     """Write shards of packed rows for as long as they are asked for: FOLDER/NNNNN.npy, uint16 [rows, 3, tokens]."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--family", choices=FOLDERS, required=True)
     parser.add_argument("--first", type=int, required=True, help="number of the first shard; also the seed")
     parser.add_argument("--every", type=int, required=True, help="distance to the next shard of this process")
     parser.add_argument("--shards", type=int, required=True, help="shards in all")
     parser.add_argument("--rows", type=int, required=True, help="rows in a shard")
     args = parser.parse_args()
-    encoder = Encoder()
+    text = load_text(args.family)
     for number in range(args.first, args.shards, args.every):
-        source = rows(DocumentMaker(encoder, seed=number))
+        source = rows(DocumentMaker(text, seed=number))
         shard = np.stack([np.stack(row).astype(np.uint16) for row in itertools.islice(source, args.rows)])
         partial = args.folder / f"{number:05d}.partial"
         with partial.open("wb") as file:

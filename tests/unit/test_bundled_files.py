@@ -38,7 +38,7 @@ def template() -> ChatTemplate:
 @pytest.fixture
 def training_model(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(SCRIPTS))
-    import model
+    from kimi_linear import model
 
     return model
 
@@ -96,7 +96,7 @@ def test_special_tokens_lie_where_kimi_has_them(config: dict[str, Any], shared_d
 def test_weights_are_the_training_models_tensors(config: dict[str, Any], training_model: ModuleType) -> None:
     with safe_open(FOLDER / "model.safetensors", "pt") as file:
         stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    model = training_model.KimiLinear(training_model.Shape.from_config(config))
+    model = training_model.Model(config)
     model.load_official(stored)
     again = model.official_tensors()
     assert again.keys() == stored.keys()
@@ -112,17 +112,17 @@ def test_weights_are_the_training_models_tensors(config: dict[str, Any], trainin
 
 def test_the_training_forms_agree_and_documents_do_not_leak(config: dict[str, Any], training_model: ModuleType) -> None:
     """Two documents packed into one row give what each gives alone, one token at a time."""
-    import decode  # beside the training model, on the path while its fixture lasts
+    from kimi_linear import decode  # beside the training model, on the path while its fixture lasts
 
     with safe_open(FOLDER / "model.safetensors", "pt") as file:
         stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    model = training_model.KimiLinear(training_model.Shape.from_config(config)).eval()
+    model = training_model.Model(config).eval()
     model.load_official(stored)
     ids = torch.randint(0, 1024, (2, 40), generator=torch.Generator().manual_seed(0))
     documents = torch.tensor([[1] * 40 + [2] * 40])
     with torch.no_grad():
         packed = model(ids.reshape(1, 80), documents).reshape(2, 40, -1)
-    recurrent = decode.RecurrentModel(stored, config)
+    recurrent = decode.Recurrent(stored, config)
     alone = torch.stack([recurrent.step(ids[:, position]) for position in range(40)], 1)
     torch.testing.assert_close(packed, alone, atol=3e-4, rtol=1e-4)
 
@@ -131,12 +131,15 @@ def test_the_training_forms_agree_and_documents_do_not_leak(config: dict[str, An
 def test_the_tokenizer_script_gives_the_shipped_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(SCRIPTS))
     import train_tokenizer
+    from kimi_linear import tokenizer
 
-    tokens = train_tokenizer.train(train_tokenizer.corpus(), train_tokenizer.RANKS)
+    tokens, _ = train_tokenizer.train(
+        train_tokenizer.corpus(tokenizer.SPLIT_PATTERN, tokenizer.LAYOUT), tokenizer.RANKS
+    )
     lines = (FOLDER / "tiktoken.model").read_text(encoding="ascii").splitlines()
     assert tokens == [base64.b64decode(line.split()[0]) for line in lines]
     shipped = json.loads((FOLDER / "tokenizer_config.json").read_text(encoding="utf-8"))
-    assert train_tokenizer.tokenizer_config(len(tokens)) == shipped
+    assert tokenizer.tokenizer_config(len(tokens)) == shipped
 
 
 USER = {"role": "user", "content": "2 + 2?"}
