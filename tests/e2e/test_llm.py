@@ -78,7 +78,7 @@ def test_same_tokens_batched_chunked_and_preempted(
     ) as llm:  # fmt: skip
         outputs = llm.generate(prompts, params)
         assert [o.outputs[0].token_ids for o in outputs] == expected
-        stats = llm._live.core.stats()
+        stats = llm.engine.core.stats()
         assert (stats.blocks_used, stats.slots_used, stats.num_running, stats.num_waiting) == (0, 0, 0, 0)
 
 
@@ -89,12 +89,12 @@ def test_preemption_happens_and_changes_nothing(folder: Path, solo: LLM) -> None
     memory = 5 * solo.info.bytes_per_sequence + 14 * 16 * solo.info.bytes_per_token
     with LLM(str(folder), max_num_seqs=4, block_size=16, max_model_len=120, cache_memory=memory) as llm:
         assert [o.outputs[0].token_ids for o in llm.generate(prompts, params)] == expected
-        assert llm._live.core.stats().num_preemptions > 0
+        assert llm.engine.core.stats().num_preemptions > 0
 
 
 def test_requests_join_and_leave_while_others_run(folder: Path, solo: LLM) -> None:
     with LLM(str(folder), max_num_seqs=3, max_num_batched_tokens=20, block_size=4) as llm:
-        core = llm._live.core
+        core = llm.engine.core
         asked = {f"r{i}": (prompt(5 + 11 * i, i), 4 + 3 * i) for i in range(6)}
         got: dict[str, list[int]] = {name: [] for name in asked}
         aborted = {"r2", "r4"}
@@ -185,7 +185,7 @@ def test_calls_that_overlap_keep_their_own_tokens(solo: LLM, folder: Path) -> No
         with ThreadPoolExecutor(4) as pool:
             results = list(pool.map(lambda p: llm.generate(p, params)[0].outputs[0].token_ids, prompts))
         assert results == expected
-        llm._live.core.scheduler.check_idle()
+        llm.engine.core.scheduler.check_idle()
 
 
 def test_leaving_a_stream_early_frees_everything(solo: LLM) -> None:
@@ -193,8 +193,8 @@ def test_leaving_a_stream_early_frees_everything(solo: LLM) -> None:
         assert delta.token_ids
         if i == 3:
             break
-    assert not solo._live.core.has_work()
-    solo._live.core.scheduler.check_idle()
+    assert not solo.engine.core.has_work()
+    solo.engine.core.scheduler.check_idle()
 
 
 def test_prompt_logits_leave_the_engine_as_it_was(solo: LLM) -> None:
@@ -236,7 +236,7 @@ def test_bad_prompts_are_refused_in_one_line(solo: LLM, bad: object, says: str) 
 def test_one_bad_prompt_refuses_the_call_before_anything_runs(solo: LLM) -> None:
     with pytest.raises(InvalidRequest):
         solo.generate([prompt(4, 1), prompt(301, 2)])
-    assert not solo._live.core.has_work()
+    assert not solo.engine.core.has_work()
 
 
 def test_closed_llm_says_so(folder: Path) -> None:

@@ -63,7 +63,7 @@ def test_preempted_and_resumed(folder: Path, solo: list[list[int]]) -> None:
         memory = 7 * llm.info.bytes_per_sequence + 15 * 8 * llm.info.bytes_per_token
     with LLM(str(folder), max_num_seqs=6, block_size=8, max_model_len=110, cache_memory=memory) as llm:
         assert [o.outputs[0].token_ids for o in llm.generate(PROMPTS, PARAMS)] == solo
-        assert llm._live.core.stats().num_preemptions > 0
+        assert llm.engine.core.stats().num_preemptions > 0
 
 
 def test_static_steps(folder: Path, solo: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +88,7 @@ def test_a_grammar_that_cannot_be_used_is_refused_before_anything_runs(folder: P
     with LLM(str(folder)) as llm:
         with pytest.raises(InvalidRequest, match="the grammar cannot be used"):
             llm.generate(PROMPTS[:2], [PARAMS[0], SamplingParams(grammar=Grammar("regex", "("))])
-        assert llm._live.core.stats().prompt_tokens == 0
+        assert llm.engine.core.stats().prompt_tokens == 0
         with pytest.raises(InvalidRequest, match="grammar is"):
             SamplingParams(grammar="a+")  # type: ignore[arg-type]
 

@@ -54,7 +54,7 @@ def test_graphs_give_the_tokens_of_eager_steps(folder: Path) -> None:
             assert llm.info.decode_steps.startswith("eager" if eager else "CUDA graphs"), llm.info.decode_steps
             outputs = llm.generate(prompts(9, 1000), PARAMS * 3)
             results.append([o.outputs[0].token_ids for o in outputs])
-            stats = llm._live.core.stats()
+            stats = llm.engine.core.stats()
             assert (stats.blocks_used, stats.slots_used) == (0, 0)
     # A graph pads its batch, which may round a tie the other way in bf16.
     assert sum(a == b for a, b in zip(*results, strict=True)) >= 5

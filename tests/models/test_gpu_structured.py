@@ -31,7 +31,7 @@ def test_json_among_plain_rows(eager: bool) -> None:
     with LLM(device="cuda", dtype="float32", max_num_seqs=8, enforce_eager=eager) as llm:
         expected = llm.generate(QUESTION, plain)[0].outputs[0].token_ids
         outputs = [o.outputs[0] for o in llm.generate([QUESTION] * 8, [p for h in held for p in (plain, h)])]
-        stats = llm._live.core.stats()
+        stats = llm.engine.core.stats()
         assert (stats.blocks_used, stats.slots_used) == (0, 0)
     assert all(o.token_ids == expected for o in outputs[::2])
     for output in outputs[1::2]:

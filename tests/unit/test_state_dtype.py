@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.models import random_checkpoint as random
 from thalweg import LLM
 from thalweg.bench.ceilings import Ceilings
-from thalweg.bench.floor import batch_floor, step_floor_ms
+from thalweg.bench.floor import batch_floor, step_floor
 from thalweg.build.inspect import describe
 from thalweg.build.source import open_source
 from thalweg.config.engine import EngineConfig
@@ -50,12 +50,12 @@ def test_floors_of_latency_and_decode_count_it_alike(folder: Path) -> None:
     for state_dtype in ("float32", "bfloat16"):
         with LLM(str(folder), state_dtype=state_dtype) as llm:
             floors.append(batch_floor(source, llm.info, ceilings, 5, 90, 20))
-            steps.append(step_floor_ms(source, llm.info, ceilings, 5, 100))
+            steps.append(step_floor(source, llm.info, ceilings, 5, 100))
     saved = 5 * 3 * 2 * 4 * 8 * 8  # sequences, layers, bytes saved, heads, V, K
-    assert floors[0].step_bytes - floors[1].step_bytes == 2 * saved  # read and written
-    assert floors[0].prefill_bytes - floors[1].prefill_bytes == saved
-    assert steps == [floor.step_ms for floor in floors]
-    assert steps[0] - steps[1] == pytest.approx(1e3 * 2 * saved / 1e6)
+    assert floors[0].step.bytes - floors[1].step.bytes == 2 * saved  # read and written
+    assert floors[0].prefill.bytes - floors[1].prefill.bytes == saved
+    assert steps == [floor.step for floor in floors]
+    assert steps[0].ms - steps[1].ms == pytest.approx(1e3 * 2 * saved / 1e6)
 
 
 def test_other_ops_take_such_states_too() -> None:

@@ -4,33 +4,48 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import inf
 from statistics import median
 
 import torch
 
+from thalweg.engine.start import Engine
 from thalweg.models.parts.part import Cost
+from thalweg.recorder.orders import MeasureLink
 
 REPEATS = 9
 
 
 @dataclass(frozen=True, slots=True)
 class Ceilings:
-    """Bytes a second of a copy within the device's memory, read and written counted; flop a second of a product."""
+    """Bytes a second of a copy within the device's memory, read and written counted; flop a second of a product; bytes
+    a second that a rank sends to others while all of them do, infinite for one rank."""
 
     bytes_per_s: float
     flops_per_s: float
+    link_bytes_per_s: float = inf
 
     def floor_s(self, costs: Iterable[Cost]) -> float:
         """The time that neither traffic nor arithmetic of one operation after another can go below."""
-        return sum(max(c.bytes / self.bytes_per_s, c.flops / self.flops_per_s) for c in costs)
+        return sum(
+            max(c.bytes / self.bytes_per_s, c.flops / self.flops_per_s, c.sent / self.link_bytes_per_s) for c in costs
+        )
 
     def describe(self) -> dict[str, str | int]:
         """Plain values for a table and a results file."""
         return {
             "copy_GB_per_s": round(self.bytes_per_s / 1e9),
             "matrix_TFLOP_per_s": f"{self.flops_per_s / 1e12:.1f}",
+            **({"link_GB_per_s": f"{self.link_bytes_per_s / 1e9:.1f}"} if self.link_bytes_per_s < inf else {}),
         }
+
+    def with_link(self, engine: Engine) -> Ceilings:
+        """The same with the link rate between the ranks of `engine`: all-reduces of 256 MiB (CPU: 16 MiB)."""
+        if engine.info.tensor_parallel_size == 1:
+            return self
+        size = (16 if engine.info.device == "cpu" else 256) << 20
+        return replace(self, link_bytes_per_s=engine.order(MeasureLink(size)).result())
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:

@@ -8,24 +8,22 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from thalweg.bench.spread import Spread
-from thalweg.build.info import EngineInfo
-from thalweg.core import Admission, SamplingParams, StepPlan, StepResult
+from thalweg.core import Admission, SamplingParams, StepPlan
+from thalweg.engine.start import Engine
 from thalweg.errors import ConfigError
-from thalweg.runner.step import ModelRunner
+from thalweg.recorder.orders import FillCache
 
 WARMUP_STEPS = 4
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeStep:
-    """Milliseconds a step of `batch_size` rows takes with `context` cached tokens each; `launches` on the device."""
+    """Milliseconds per step of `batch_size` rows with `context` cached tokens each; `launches` on rank 0's device."""
 
     batch_size: int
     context: int
@@ -34,9 +32,10 @@ class DecodeStep:
 
 
 def measure_decode(
-    runner: ModelRunner, info: EngineInfo, batch_size: int, context: int, steps: int, repeats: int, temperature: float
+    engine: Engine, batch_size: int, context: int, steps: int, repeats: int, temperature: float
 ) -> DecodeStep:
     """`repeats` runs of `steps` steps after a warm-up. Raises ConfigError where the cache is too small for it."""
+    info = engine.info
     last = context + WARMUP_STEPS + steps
     blocks_each = -(-(last + 1) // info.block_size)
     if info.num_blocks and batch_size * blocks_each > info.num_blocks:
@@ -49,33 +48,21 @@ def measure_decode(
     samples = []
     for _ in range(repeats):
         plans = _plans(batch_size, context, blocks_each, WARMUP_STEPS + steps, temperature)
-        in_flight: deque[Callable[[], StepResult]] = deque([runner.launch(next(plans))])
-        fill_cache(runner)  # after the admissions, which empty the slots
+        in_flight = deque([engine.submit(next(plans))])
+        engine.order(FillCache()).result()  # after the admissions, which empty the slots
         for _ in range(WARMUP_STEPS - 1):
-            in_flight.append(runner.launch(next(plans)))
+            in_flight.append(engine.submit(next(plans)))
         while in_flight:
-            in_flight.popleft()()
+            in_flight.popleft().result()
         began = time.perf_counter()
         for plan in plans:
-            in_flight.append(runner.launch(plan))
+            in_flight.append(engine.submit(plan))
             if len(in_flight) > 1:
-                in_flight.popleft()()
+                in_flight.popleft().result()
         while in_flight:
-            in_flight.popleft()()
+            in_flight.popleft().result()
         samples.append(1e3 * (time.perf_counter() - began) / steps)
-    return DecodeStep(batch_size, context, Spread.of(samples), _launches(runner, batch_size, context, blocks_each))
-
-
-@torch.inference_mode()
-def fill_cache(runner: ModelRunner) -> None:
-    """Random values in every block and state: zeros would be quicker than what a run has."""
-    for layer in runner.slots.cache.layers:
-        for tensor in layer.values():
-            if tensor.itemsize > 1:
-                tensor.normal_(0, 0.1)
-            else:  # torch draws none of one byte; every block or slot gets the same
-                scale = 0.1 if tensor.is_floating_point() else 32
-                tensor.copy_(torch.randn(tensor.shape[1:], device=tensor.device) * scale)
+    return DecodeStep(batch_size, context, Spread.of(samples), _launches(engine, batch_size, context, blocks_each))
 
 
 def _plans(
@@ -84,7 +71,7 @@ def _plans(
     slots = list(range(1, batch_size + 1))
     params = SamplingParams(temperature=temperature, max_tokens=None, ignore_eos=True)
     for i in range(count):
-        # The slots are taken without a prefill; their state is what fill_cache left, their tokens are of no matter.
+        # The slots are taken without a prefill; their state is what FillCache left, their tokens are of no matter.
         first = i == 0 and admit
         yield StepPlan(
             step=i,
@@ -98,16 +85,17 @@ def _plans(
         )
 
 
-def _launches(runner: ModelRunner, batch_size: int, context: int, blocks_each: int) -> int | None:
-    """Kernels and copies of one step, as the profiler counts them on a CUDA device."""
-    if not runner.waits:
+def _launches(engine: Engine, batch_size: int, context: int, blocks_each: int) -> int | None:
+    """Kernels and copies of one step on rank 0, as the profiler counts them on a CUDA device."""
+    if engine.info.device == "cpu":
         return None
+    import torch
     from torch.profiler import ProfilerActivity, profile
 
     (plan,) = _plans(batch_size, context, blocks_each, 1, 0.0, admit=False)
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        runner.launch(plan)()
+        engine.submit(plan).result()
         torch.cuda.synchronize()
     events: Any = profiler.events()
     return sum(1 for e in events if str(e.device_type).endswith("CUDA"))

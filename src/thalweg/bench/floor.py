@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from thalweg.bench.ceilings import Ceilings
 from thalweg.build.info import EngineInfo
@@ -16,30 +16,46 @@ from thalweg.quant import scheme_named
 
 
 @dataclass(frozen=True, slots=True)
-class Floor:
-    """Bytes moved and operations done at the least, of one decode step and of the prompts, and the times of that: the
-    sum over operations of the longer of the two."""
+class StepFloor:
+    """What one rank moves in its memory, computes and sends to other ranks at the least in a step, and the time of
+    that: the sum over operations of the longest of the three."""
 
-    step_bytes: float
-    step_flops: float
-    step_ms: float
-    prefill_bytes: float
-    prefill_flops: float
-    prefill_ms: float
+    bytes: float
+    flops: float
+    sent: float
+    ms: float
+
+    @classmethod
+    def of(cls, costs: Sequence[Cost], ceilings: Ceilings) -> StepFloor:
+        bytes_, flops, sent = (sum(getattr(c, name) for c in costs) for name in ("bytes", "flops", "sent"))
+        return cls(bytes_, flops, sent, 1e3 * ceilings.floor_s(costs))
+
+
+@dataclass(frozen=True, slots=True)
+class Floor:
+    """Of a decode step, and of all prompts as one step."""
+
+    step: StepFloor
+    prefill: StepFloor
+
+    def to_dict(self) -> dict[str, float]:
+        """step_bytes, prefill_ms and so on."""
+        parts = {"step": asdict(self.step), "prefill": asdict(self.prefill)}
+        return {f"{part}_{name}": value for part, values in parts.items() for name, value in values.items()}
 
 
 def batch_floor(
     source: ModelSource, info: EngineInfo, ceilings: Ceilings, batch_size: int, input_len: int, output_len: int
 ) -> Floor:
-    """Of `batch_size` requests on one rank: the step in the middle of the output, and all prompts as one step."""
+    """Of `batch_size` requests on one rank: the step in the middle of the output, and all prompts."""
     step = costs_of(source, info, batch_size, cached=input_len + output_len // 2)
     prefill = costs_of(source, info, batch_size, new=input_len)
-    return Floor(*_sums(step, ceilings), *_sums(prefill, ceilings))
+    return Floor(StepFloor.of(step, ceilings), StepFloor.of(prefill, ceilings))
 
 
-def step_floor_ms(source: ModelSource, info: EngineInfo, ceilings: Ceilings, rows: int, context: int) -> float:
-    """Milliseconds of one decode step of `rows` sequences with `context` cached tokens each, at the least. One rank."""
-    return 1e3 * ceilings.floor_s(costs_of(source, info, rows, cached=context))
+def step_floor(source: ModelSource, info: EngineInfo, ceilings: Ceilings, rows: int, context: int) -> StepFloor:
+    """Of one decode step of `rows` sequences with `context` cached tokens each, on one rank."""
+    return StepFloor.of(costs_of(source, info, rows, cached=context), ceilings)
 
 
 def costs_of(source: ModelSource, info: EngineInfo, sequences: int, *, new: int = 1, cached: int = 0) -> list[Cost]:
@@ -54,7 +70,3 @@ def costs_of(source: ModelSource, info: EngineInfo, sequences: int, *, new: int 
         shards=Shards(0, info.tensor_parallel_size),
     )
     return step_costs(source.config, step)
-
-
-def _sums(costs: Sequence[Cost], ceilings: Ceilings) -> tuple[float, float, float]:
-    return sum(c.bytes for c in costs), sum(c.flops for c in costs), 1e3 * ceilings.floor_s(costs)

@@ -10,7 +10,7 @@ import random
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from thalweg import tracing
@@ -60,7 +60,7 @@ class BatchLatency:
         values["output_throughput"] = self.output_throughput
         values["host_us"], values["host_us_per_step"] = self.host_us, self.host_us_per_step
         values["launches_per_step"] = self.launches
-        values["floor"] = None if self.floor is None else asdict(self.floor)
+        values["floor"] = None if self.floor is None else self.floor.to_dict()
         return values
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,7 @@ from thalweg.errors import ConfigError
 
 if TYPE_CHECKING:
     from thalweg.bench.decode import DecodeStep
+    from thalweg.bench.floor import StepFloor
     from thalweg.bench.host import HostTime
     from thalweg.bench.latency import BatchLatency
 
@@ -69,6 +71,7 @@ def latency(
         source = open_source(config)
         on_gpu = info.device != "cpu"
         ceilings = measure_ceilings(torch.device("cuda" if on_gpu else "cpu"), getattr(torch, info.dtype))
+        ceilings = ceilings.with_link(llm.engine)
         for size in sizes:
             measured = measure_latency(
                 llm,
@@ -80,9 +83,7 @@ def latency(
                 temperature=temperature,
                 seed=config.seed,
             )
-            # With several ranks a step's bytes lie on all of them, and what they exchange is not counted.
-            alone = config.tensor_parallel_size == 1
-            floor = batch_floor(source, info, ceilings, size, input_len, output_len) if alone else None
+            floor = batch_floor(source, info, ceilings, size, input_len, output_len)
             results.append(replace(measured, floor=floor))
     machine = describe_machine() | ceilings.describe()
     engine = {
@@ -123,45 +124,52 @@ def decode(
 ) -> None:
     """Milliseconds a decode step takes on a cache filled with random values, beside the machine's floor.
 
-    The floor is the step's bytes over the measured copy bandwidth, or its arithmetic over the measured matrix rate,
-    whichever is longer.
+    The floor is the step's bytes over the measured copy bandwidth, its arithmetic over the measured matrix rate, or
+    what it sends over the measured rate between ranks, whichever is longest, on one rank.
     """
     sizes, length = _integers(batch_size, "--batch-size"), parse_size(context, "--context")
-    if config.tensor_parallel_size != 1:
-        raise ConfigError("--tensor-parallel-size does not go with bench decode, which drives one rank; leave it out")
     check_writable(output_json)
     import torch
 
     from thalweg.bench.ceilings import measure_ceilings
     from thalweg.bench.decode import WARMUP_STEPS, measure_decode
-    from thalweg.bench.floor import step_floor_ms
+    from thalweg.bench.floor import step_floor
     from thalweg.bench.machine import describe_machine
-    from thalweg.build.rank import build_rank, choose_device
+    from thalweg.build.rank import choose_device
     from thalweg.build.source import open_source
+    from thalweg.engine.start import Engine
 
     config = replace(config, max_num_seqs=max(sizes))
     if config.max_model_len is None:
         config = replace(config, max_model_len=length + WARMUP_STEPS + steps + config.block_size)
     ceilings = measure_ceilings(choose_device(config, 0), torch.bfloat16)
     torch.cuda.empty_cache()
-    runner, info = build_rank(config, 0, "")
     source = open_source(config)
-    results = []
-    for size in sizes:
-        step = measure_decode(runner, info, size, length, steps, num_iters, temperature)
-        results.append((step, step_floor_ms(source, info, ceilings, size, length)))
+    with closing(Engine(config)) as engine:
+        info = engine.info
+        ceilings = ceilings.with_link(engine)
+        results = [
+            (
+                measure_decode(engine, size, length, steps, num_iters, temperature),
+                step_floor(source, info, ceilings, size, length),
+            )
+            for size in sizes
+        ]
     machine = describe_machine() | ceilings.describe()
-    engine = {
+    facts = {
         "model": info.name,
         "dtype": info.dtype,
         "quantization": info.quantization,
         "state_dtype": info.state_dtype,
+        "tensor_parallel_size": info.tensor_parallel_size,
         "layers": len(info.layers),
         "start_s": round(info.load_seconds, 1),
     }
-    figures = [asdict(step) | {"floor_ms": floor} for step, floor in results]
-    write_json(output_json, {"engine": engine, "machine": machine, "results": figures})
-    _print_decode(results, {**engine, **machine})
+    figures = [
+        asdict(step) | {f"floor_{name}": value for name, value in asdict(floor).items()} for step, floor in results
+    ]
+    write_json(output_json, {"engine": facts, "machine": machine, "results": figures})
+    _print_decode(results, {**facts, **machine})
 
 
 @bench.command()
@@ -206,27 +214,24 @@ def _print_latency(results: list[BatchLatency], measured_on: dict[str, Any], sta
         table.add_row(
             str(r.batch_size),
             r.ttft_ms.show(2),
-            "-" if floor is None else f"{r.ttft_ms.median / floor.prefill_ms:.2f}",
+            "-" if floor is None else f"{r.ttft_ms.median / floor.prefill.ms:.2f}",
             "-" if tpot is None else tpot.show(3),
-            "-" if floor is None else f"{floor.step_ms:.3f}",
-            "-" if floor is None or tpot is None else f"{tpot.median / floor.step_ms:.2f}",
+            "-" if floor is None else f"{floor.step.ms:.3f}",
+            "-" if floor is None or tpot is None else f"{tpot.median / floor.step.ms:.2f}",
             r.e2el_ms.show(1),
             f"{r.output_throughput:.1f}",
             "-" if r.launches is None else f"{r.launches:.0f}",
             f"{r.host_us_per_step:.0f}",
         )
     console.print(table)
-    if first.floor is not None:
-        console.print("\n[bold]Floor[/]: each weight, state and cache entry once, over the machine's measured rates")
-        table = plain_table("batch", "step GB", "step GFLOP", "prompts GB", "prompts GFLOP", "prompts ms", numbers=True)
-        for r in results:
-            if (f := r.floor) is not None:
-                counts = (f.step_bytes, f.step_flops, f.prefill_bytes, f.prefill_flops)
-                table.add_row(str(r.batch_size), *(f"{n / 1e9:.3f}" for n in counts), f"{f.prefill_ms:.2f}")
-        console.print(table)
+    rows = []
+    for r in results:
+        if (f := r.floor) is not None:
+            rows += [(str(r.batch_size), "step", f.step), (str(r.batch_size), "prompts", f.prefill)]
+    _print_floors(rows, ("batch", "of"))
 
 
-def _print_decode(results: list[tuple[DecodeStep, float]], measured_on: dict[str, Any]) -> None:
+def _print_decode(results: list[tuple[DecodeStep, StepFloor]], measured_on: dict[str, Any]) -> None:
     from thalweg.cli.console import plain_table, stdout_console
 
     console = stdout_console()
@@ -237,11 +242,24 @@ def _print_decode(results: list[tuple[DecodeStep, float]], measured_on: dict[str
             str(step.batch_size),
             str(step.context),
             step.step_ms.show(3),
-            f"{floor:.3f}",
-            f"{step.step_ms.median / floor:.2f}",
+            f"{floor.ms:.3f}",
+            f"{step.step_ms.median / floor.ms:.2f}",
             f"{1e3 * step.batch_size / step.step_ms.median:.0f}",
             "-" if step.launches is None else str(step.launches),
         )
+    console.print(table)
+    _print_floors([(str(step.batch_size), str(step.context), floor) for step, floor in results], ("batch", "context"))
+
+
+def _print_floors(rows: list[tuple[str, str, StepFloor]], names: tuple[str, str]) -> None:
+    from thalweg.cli.console import plain_table, stdout_console
+
+    console = stdout_console()
+    console.print("\n[bold]Floor[/] of a rank: each weight, state and cache entry once, over the measured rates")
+    table = plain_table(*names, "GB", "GFLOP", "MB sent", "ms", numbers=True)
+    for first, second, f in rows:
+        amounts = (f"{f.bytes / 1e9:.3f}", f"{f.flops / 1e9:.3f}", f"{f.sent / 1e6:.3f}", f"{f.ms:.3f}")
+        table.add_row(first, second, *amounts)
     console.print(table)
 
 

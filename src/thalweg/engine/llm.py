@@ -134,9 +134,9 @@ class LLM:
         request = self._request(prompt, sampling_params or SamplingParams())
         outputs = self._outputs()
         outputs.add(request)
-        with self._live.pump.running([request]) as inbox:
+        with self.engine.pump.running([request]) as inbox:
             while True:
-                for update in self._live.pump.wait(inbox):
+                for update in self.engine.pump.wait(inbox):
                     delta = outputs.process(update)
                     if delta is not None:
                         yield delta
@@ -152,9 +152,9 @@ class LLM:
             id=self._next_id(), prompt_token_ids=ids, params=SamplingParams(max_tokens=0), prompt_logits=True
         )
         chunks, ended = [], False
-        with self._live.pump.running([request]) as inbox:
+        with self.engine.pump.running([request]) as inbox:
             while not ended:
-                for update in self._live.pump.wait(inbox):
+                for update in self.engine.pump.wait(inbox):
                     if update.error is not None:
                         raise EngineDeadError(f"the prompt's logits could not be computed: {update.error}")
                     if update.prompt_logits is not None:
@@ -174,7 +174,8 @@ class LLM:
         self.close()
 
     @property
-    def _live(self) -> Engine:
+    def engine(self) -> Engine:
+        """What answers. Raises EngineDeadError once this is closed."""
         if self._engine is None:
             raise EngineDeadError("this LLM is closed; make a new one")
         return self._engine
@@ -189,7 +190,7 @@ class LLM:
         ids = encode_prompt(prompt, self.tokenizer, self.info.vocab_size)
         check_params(params, self.tokenizer, self.info.vocab_size)
         if params.grammar is not None:
-            self._live.grammars.compiled(params.grammar).result()
+            self.engine.grammars.compiled(params.grammar).result()
         return Request(id=self._next_id(), prompt_token_ids=ids, params=params)
 
     def _collect(
@@ -198,7 +199,7 @@ class LLM:
         prompts: Sequence[Any],
         on_finished: Callable[[RequestOutput], object] = lambda _: None,
     ) -> list[RequestOutput]:
-        pump, outputs = self._live.pump, self._outputs(late=True)
+        pump, outputs = self.engine.pump, self._outputs(late=True)
         results: dict[str, RequestOutput] = {}
         with pump.running(requests) as inbox:
             for request, prompt in zip(requests, prompts, strict=True):
@@ -231,7 +232,7 @@ class LLM:
             if delta is not None:
                 _append(results[delta.request_id], delta, now)
                 if isinstance(delta.stop_reason, str):
-                    self._live.pump.abort(delta.request_id)
+                    self.engine.pump.abort(delta.request_id)
                 if delta.finish_reason is not None:
                     ended.append(results[delta.request_id])
         return ended

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 from thalweg.build.info import EngineInfo
 from thalweg.build.source import open_source
 from thalweg.cache.manager import CacheManager
 from thalweg.config.engine import EngineConfig
+from thalweg.core import StepPlan, StepResult
 from thalweg.engine.core import EngineCore
 from thalweg.engine.processes.ranks import OtherRanks
 from thalweg.engine.pump import Pump
 from thalweg.engine.recording import Recording
+from thalweg.recorder.orders import Order
 from thalweg.runner.executor import Executor, Runner
 from thalweg.sampling.grammars import Grammars, Vocabulary
 from thalweg.scheduler.scheduler import Scheduler
@@ -51,6 +55,14 @@ class Engine:
         scheduler = new_scheduler(info, config.seed)
         self.core = EngineCore(scheduler, self._executor, config.step_timeout, self.recording.submit)
         self.pump = Pump(self.core)
+
+    def submit(self, plan: StepPlan) -> Future[StepResult]:
+        """Run a step that no scheduler planned, for benchmarks; only while no request is here."""
+        return self._executor.submit(plan)
+
+    def order(self, order: Order) -> Future[Any]:
+        """Have every rank do something after the steps that were handed over; rank 0's outcome."""
+        return self._executor.order(order)
 
     def close(self) -> None:
         self.grammars.close()

@@ -1,4 +1,4 @@
-"""What every rank is told between two steps, and what it tells of a recording. No torch."""
+"""What every rank is told to do between two steps, and what it tells of a recording. No torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,17 @@ class StopRecording(msgspec.Struct, frozen=True, array_like=True, tag="write"):
     folder: str
 
 
-Order = StartRecording | StopRecording
+class FillCache(msgspec.Struct, frozen=True, array_like=True, tag="fill"):
+    """Put random values into every block and state."""
+
+
+class MeasureLink(msgspec.Struct, frozen=True, array_like=True, tag="link"):
+    """Time all-reduces of `size` bytes; rank 0 tells the bytes that it sent in a second."""
+
+    size: int
+
+
+Order = StartRecording | StopRecording | FillCache | MeasureLink
 
 
 class Recorded(msgspec.Struct, frozen=True):

@@ -16,7 +16,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from thalweg import tracing
 from thalweg.core import StepPlan, StepResult
 from thalweg.errors import ThalwegError
-from thalweg.recorder.orders import Order, Recorded, StartRecording, rank_file
+from thalweg.recorder.measure import fill_cache, link_bytes_per_s
+from thalweg.recorder.orders import FillCache, MeasureLink, Order, Recorded, StartRecording, rank_file
 from thalweg.runner.step import ModelRunner
 from thalweg.tracing import STEP
 
@@ -64,8 +65,14 @@ class RecordedRunner:
             self._began_ns = self._began_ns or time.perf_counter_ns()
             return self._runner.launch(plan)
 
-    def obey(self, order: Order) -> Recorded | None:
-        """Start a recording, or stop it and write it. Raises ThalwegError if there is one already, or none."""
+    def obey(self, order: Order) -> Recorded | float | None:
+        """Start a recording, or stop it and write it; or what benchmarks ask for. Raises ThalwegError if there is a
+        recording already, or none."""
+        if isinstance(order, FillCache):
+            fill_cache(self._runner)
+            return None
+        if isinstance(order, MeasureLink):
+            return link_bytes_per_s(self._runner, order.size)
         if isinstance(order, StartRecording) == (self._profile is not None):
             raise ThalwegError(f"rank {self._rank} is {'not ' * (self._profile is None)}recording")
         if isinstance(order, StartRecording):

@@ -34,7 +34,7 @@ class ModelRunner:
         self, model: Model, slots: SlotTable, sampler: Sampler, mesh: Mesh, graph_sizes: list[int] | None = None
     ) -> None:
         """`sampler` reads `slots.sampling`."""
-        self.model, self.slots, self._sampler, self._mesh = model, slots, sampler, mesh
+        self.model, self.slots, self._sampler, self.mesh = model, slots, sampler, mesh
         self._batches = BatchBuilder(slots)
         self.waits = slots.device.type == "cuda"
         self._readback = Readback(slots.device)
@@ -78,7 +78,7 @@ class ModelRunner:
         return self._launch_eager(plan)
 
     def close(self) -> None:
-        self._mesh.close()
+        self.mesh.close()
 
     def _use(self, model: Model) -> None:
         self.model = model
@@ -137,12 +137,12 @@ class ModelRunner:
         if self.waits and self._sampler.simple(slots):  # nothing here waits for the device
             with tracing.span("sample"):
                 slots_R, positions_R = to_device(slots, device), to_device(positions, device)
-                ids = self._mesh.broadcast(self._sampler.sample_rows(logits, slots_R, positions_R))
+                ids = self.mesh.broadcast(self._sampler.sample_rows(logits, slots_R, positions_R))
             self.slots.last_tokens[slots_R] = ids.clamp(min=0)
             return self._finish_simple(result, slots, ids)
         with tracing.span("sample"):
             ids, logprobs, errors = self._sampler(logits, slots, positions)
-        ids = self._mesh.broadcast(ids)
+        ids = self.mesh.broadcast(ids)
         self.slots.last_tokens[to_device(slots, device)] = ids
         read = self._readback(ids)
         self._sampler.sampled(slots, read)

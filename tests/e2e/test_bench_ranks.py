@@ -1,0 +1,62 @@
+"""`bench decode` and `bench latency`: steps and floors of one rank, and of two that share the work."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from thalweg.bench.ceilings import Ceilings
+from thalweg.cli import main
+from thalweg.models.parts.part import Cost
+
+DUMMY = ["--load-format", "dummy", "--device", "cpu", "--cache-memory", "64MiB"]
+RANKS = [1, pytest.param(2, marks=pytest.mark.slow)]
+
+
+def bench(file: Path, command: str, *arguments: str) -> dict[str, Any]:
+    assert main(["bench", command, *DUMMY, *arguments, "--output-json", str(file)]) == 0
+    figures = json.loads(file.read_text())
+    assert isinstance(figures, dict)
+    return figures
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_decode_steps_beside_the_floor_of_a_rank(
+    ranks: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ("--batch-size", "1,3", "--context", "40", "--steps", "3", "--num-iters", "2", "-tp", str(ranks))
+    figures = bench(tmp_path / "a.json", "decode", *sizes)
+    assert figures["engine"]["tensor_parallel_size"] == ranks
+    assert ("link_GB_per_s" in figures["machine"]) == (ranks > 1)
+    for row in figures["results"]:
+        assert row["step_ms"]["min"] > 0
+        assert row["launches"] is None
+        assert row["floor_ms"] > 0
+        assert (row["floor_sent"] > 0) == (ranks > 1)
+    one, three = figures["results"]
+    assert three["floor_sent"] == 3 * one["floor_sent"]  # a row of activations for each token
+    assert "MB sent" in capsys.readouterr().out
+    if ranks > 1:
+        alone = bench(tmp_path / "b.json", "decode", *sizes[:-2])["results"][0]
+        assert 0.5 * alone["floor_bytes"] <= one["floor_bytes"] < 0.7 * alone["floor_bytes"]  # some are replicated
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_latency_beside_the_floor_of_a_rank(ranks: int, tmp_path: Path) -> None:
+    sizes = ("--batch-size", "2", "--input-len", "8", "--output-len", "4", "--num-iters", "1", "-tp", str(ranks))
+    [row] = bench(tmp_path / "a.json", "latency", *sizes)["results"]
+    floor = row["floor"]
+    assert floor["step_ms"] > 0
+    assert (floor["step_sent"] > 0) == (ranks > 1)
+    if ranks > 1:  # 8 tokens of each sequence instead of 1, but logits of the last one alone
+        assert 6 * floor["step_sent"] < floor["prefill_sent"] < 8 * floor["step_sent"]
+
+
+def test_an_operation_takes_the_longest_of_traffic_arithmetic_and_what_it_sends() -> None:
+    ceilings = Ceilings(bytes_per_s=10.0, flops_per_s=100.0, link_bytes_per_s=2.0)
+    costs = [Cost("read", bytes=20.0, flops=10.0), Cost("product", bytes=1.0, flops=300.0), Cost("reduce", sent=8.0)]
+    assert ceilings.floor_s(costs) == 2.0 + 3.0 + 4.0
+    assert Ceilings(10.0, 100.0).floor_s(costs) == 5.0  # nothing to send to
