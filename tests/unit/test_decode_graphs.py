@@ -76,7 +76,7 @@ def test_static_steps_give_the_tokens_of_eager_ones(folder: Path, monkeypatch: p
 def test_a_rehearsal_is_the_given_models_alone_and_capture_begins_on_the_sinks(monkeypatch: pytest.MonkeyPatch) -> None:
     runner, info = build_rank(EngineConfig(max_num_seqs=3, max_model_len=100), 0, "")
     whole: Any = runner.model
-    parts = (runner.slots, runner._sampler, runner._mesh)
+    parts = (runner.slots, runner._sampler, runner.mesh)
     rows: list[list[list[int]]] = []
 
     class Captured(DecodeGraphs):
