@@ -266,6 +266,14 @@ def test_ranks_become_processes_whose_times_and_correlations_do_not_mix(tmp_path
     assert len(set(arrows)) == 2
 
 
+def test_a_rank_whose_file_is_damaged_leaves_no_half_of_a_trace(tmp_path: Path) -> None:
+    write(rank_file(tmp_path, 0), [annotation("step", 100, 5)])
+    rank_file(tmp_path, 1).write_bytes(b"{")
+    with pytest.raises(ThalwegError, match="of rank 1 that cannot be read"):
+        join(tmp_path, tmp_path / "out.json.gz", JoinTask(2, Recorded(1, 2), []))
+    assert not (tmp_path / "out.json.gz").exists()
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [(None, "No such file"), (b"[]", "of rank 0 that cannot be read"), (b'{"traceEvents": []}', "without the window")],

@@ -8,8 +8,9 @@ from __future__ import annotations
 import gzip
 import re
 import sys
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 
@@ -55,25 +56,39 @@ class _Trace(msgspec.Struct):
 
 
 def join(folder: Path, output: Path, task: JoinTask) -> None:
-    """Write `output`, packed if it ends in .gz, from the ranks' files in `folder`.
+    """Write `output`, packed if it ends in .gz, from the ranks' files in `folder`, one rank after another.
 
-    Raises ThalwegError if a file is not what torch's profiler writes, OSError if `output` cannot be written.
+    Raises ThalwegError if a file is not what torch's profiler writes, OSError if `output` cannot be written; what was
+    written of it is gone then.
     """
-    events: list[Any] = []
-    base, first, devices = 0, 0.0, msgspec.Raw(b"[]")
-    for rank in range(task.ranks):
-        try:
-            trace = msgspec.json.decode(rank_file(folder, rank).read_bytes(), type=_Trace)
-        except msgspec.MsgspecError as e:
-            raise ThalwegError(f"torch's profiler gave a trace of rank {rank} that cannot be read: {e}") from None
-        if rank == 0:
-            base, devices = trace.baseTimeNanoseconds, trace.deviceProperties
-            first = _first_step(trace.traceEvents)
-        events += _of_rank(rank, trace.traceEvents, (trace.baseTimeNanoseconds - base) / 1e3)
-    events += request_events(task.requests, first, task.recorded.began_ns, task.recorded.ended_ns)
-    whole = {"schemaVersion": 1, "deviceProperties": devices, "displayTimeUnit": "ms", "baseTimeNanoseconds": base}
-    data = msgspec.json.encode({**whole, "traceEvents": events})
-    output.write_bytes(gzip.compress(data, compresslevel=4) if output.suffix == ".gz" else data)
+    trace = _read(folder, 0)
+    base, first = trace.baseTimeNanoseconds, _first_step(trace.traceEvents)
+    head = {"schemaVersion": 1, "deviceProperties": trace.deviceProperties, "displayTimeUnit": "ms"}
+    try:
+        with output.open("wb") as raw, _packed(raw) if output.suffix == ".gz" else nullcontext(raw) as file:
+            file.write(msgspec.json.encode({**head, "baseTimeNanoseconds": base})[:-1] + b',"traceEvents":[')
+            for rank in range(task.ranks):
+                if rank:
+                    trace = _read(folder, rank)
+                later_us = (trace.baseTimeNanoseconds - base) / 1e3
+                file.write(msgspec.json.encode(_of_rank(rank, trace.traceEvents, later_us))[1:-1] + b",")
+            recorded = task.recorded
+            events = list(request_events(task.requests, first, recorded.began_ns, recorded.ended_ns))
+            file.write(msgspec.json.encode(events)[1:] + b"}")
+    except BaseException:
+        output.unlink(missing_ok=True)
+        raise
+
+
+def _packed(raw: BinaryIO) -> gzip.GzipFile:
+    return gzip.GzipFile(fileobj=raw, mode="wb", compresslevel=4)
+
+
+def _read(folder: Path, rank: int) -> _Trace:
+    try:
+        return msgspec.json.decode(rank_file(folder, rank).read_bytes(), type=_Trace)
+    except msgspec.MsgspecError as e:
+        raise ThalwegError(f"torch's profiler gave a trace of rank {rank} that cannot be read: {e}") from None
 
 
 def _first_step(events: list[_Event]) -> float:
