@@ -12,9 +12,9 @@ import torch
 
 from thalweg import ops as _ops  # noqa: F401 -- registers every op's implementations
 from thalweg.build.info import OpChoice
+from thalweg.build.model import choose_device
 from thalweg.build.rank import (
     cache_memory,
-    choose_device,
     describe_layer,
     device_name,
     op_choices,

@@ -13,15 +13,13 @@ from torch import nn
 
 from thalweg import ops as _ops  # noqa: F401 -- registers every op's implementations
 from thalweg.build.info import EngineInfo, OpChoice, OpSpan
-from thalweg.build.source import ModelSource, open_source
+from thalweg.build.model import open_model
 from thalweg.build.warmup import make_kernels, warm_up
 from thalweg.cache.manager import MemorySplit, default_num_seqs, split_memory
 from thalweg.cache.specs import LayerSpecs, bytes_per_sequence, bytes_per_token
 from thalweg.cache.storage import CacheStorage
-from thalweg.config import env
 from thalweg.config.engine import EngineConfig
 from thalweg.errors import ConfigError
-from thalweg.layers.context import BuildContext
 from thalweg.models.decoder import Decoder
 from thalweg.ops.registry import Resolver, Where, dims_of
 from thalweg.ops.sample import SAMPLE, Sample, SampleDims
@@ -32,13 +30,8 @@ from thalweg.runner.step import ModelRunner
 from thalweg.sampling.grammars import Grammars
 from thalweg.sampling.sampler import Sampler
 from thalweg.sampling.table import SamplingTable
-from thalweg.weights.checkpoint import Checkpoint
-from thalweg.weights.dummy import fill
-from thalweg.weights.load import bytes_to_load, check, load
-from thalweg.weights.plan import Target, checkpoint_shapes, local_bytes, local_elements
-from thalweg.weights.progress import progress_bar
+from thalweg.weights.plan import checkpoint_shapes
 
-THREAD_BYTES = 64 << 20
 CPU_NUM_SEQS = 64
 CPU_CACHE_MEMORY = 4 << 30  # default on a CPU, where blocks cost memory only once they are written
 
@@ -61,29 +54,16 @@ def build_rank(
     """Everything one rank needs to execute plans. With several ranks, all of them call this at the same time; the
     one whose tokens count gets `grammars`."""
     laps = Laps()
-    source = open_source(config)
+    opened = open_model(config, tp_rank)
+    config, source, device = opened.config, opened.source, opened.device
     c = source.config
-    device = choose_device(config, tp_rank)
-    config = config.resolve(device=str(device), checkpoint_dtype=c.dtype, context_len=c.context_len)
     assert config.max_num_batched_tokens is not None
-    checkpoint = Checkpoint(source.folder) if config.load_format != "dummy" else None
-    source = source.fitted(checkpoint)
-    c = source.config
-    plan = source.plan(tp_rank, config.tensor_parallel_size, config.quantization)  # refuses early
-    if device.type == "cpu":
-        _choose_threads(sum(local_elements(plan).values()) * 4, config.tensor_parallel_size)
-    if checkpoint is not None:
-        check(plan, checkpoint, source.ignored)  # before anything is allocated by what config.json says
-    dtype = getattr(torch, config.dtype)
-    _check_memory(local_bytes(plan, dtype.itemsize), device)
     laps.end("device")
     mesh = join_mesh(tp_rank, config.tensor_parallel_size, rendezvous_file, device)
     resolver = Resolver(config.op_preference)
-    planned = {target.name: target for target in plan}
-    context = BuildContext(device, dtype, mesh, resolver, config.state_dtype, planned, block_size=config.block_size)
-    model = Decoder(context, c)
+    model = Decoder(opened.context(mesh, resolver), c)
     sample = resolve_sample(resolver, device, c.vocab_size)
-    _fill(model, plan, checkpoint, source, config, tp_rank)
+    opened.fill(dict(model.named_parameters()))
     if device.type == "cuda":
         torch.cuda.synchronize()
     laps.end("weights")
@@ -119,7 +99,7 @@ def build_rank(
         quantization=config.quantization or ("fp8" if c.fp8 else None),
         tensor_parallel_size=config.tensor_parallel_size,
         vocab_size=c.vocab_size,
-        parameters=sum(prod(shape) for shape in checkpoint_shapes(plan).values()),
+        parameters=sum(prod(shape) for shape in checkpoint_shapes(opened.plan).values()),
         max_model_len=split.max_model_len,
         max_num_seqs=split.num_slots,
         max_num_batched_tokens=config.max_num_batched_tokens,
@@ -137,25 +117,6 @@ def build_rank(
         start_seconds=laps.seconds,
     )
     return runner, info
-
-
-def choose_device(config: EngineConfig, tp_rank: int) -> torch.device:
-    """This rank's device. Ranks take CUDA devices 0, 1, ... unless --device names one. Raises ConfigError."""
-    name = config.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        if device.type == "cuda":
-            if not torch.cuda.is_available():
-                raise RuntimeError("torch sees no CUDA device")
-            device = torch.device("cuda", tp_rank if device.index is None else device.index + tp_rank)
-            torch.cuda.set_device(device)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as e:
-        reason = str(e).strip().splitlines()[0].split(". ")[0][:160]
-        raise ConfigError(f"--device is {config.device!r}, which this machine or torch does not have: {reason}") from e
-    return device
 
 
 def resolve_sample(resolver: Resolver, device: torch.device, vocab_size: int) -> Sample:
@@ -190,49 +151,6 @@ def _why_eager(config: EngineConfig, device: torch.device, resolver: Resolver, m
             if span.tokens.first <= most_rows and not span.capturable:
                 return f"op {choice.op} is served by {span.name!r}, which waits for the device"
     return None
-
-
-def _choose_threads(weight_bytes: int, ranks: int) -> None:
-    """Torch threads of this rank, unless OMP_NUM_THREADS says how many.
-
-    Threads that meet after every op of a small model wait longer than they work, and far longer on a machine with
-    anything else to do (docs/experiments/host-loop.md): one more thread for every THREAD_BYTES of weights.
-    """
-    if env.read("OMP_NUM_THREADS") is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, min(cores // ranks, weight_bytes // THREAD_BYTES)))
-
-
-def _check_memory(weight_bytes: int, device: torch.device) -> None:
-    """Raises ConfigError where the weights alone are more than the device has: it would swap, or die late."""
-    if device.type == "cuda":
-        have = torch.cuda.mem_get_info(device)[1]
-    else:
-        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if weight_bytes > have:
-        raise ConfigError(
-            f"the weights take {weight_bytes / 2**30:.1f} GiB on this rank and {device} has {have / 2**30:.1f} GiB;"
-            " raise --tensor-parallel-size, or take a smaller --dtype or --quantization fp8"
-        )
-
-
-def _fill(
-    model: nn.Module,
-    plan: list[Target],
-    checkpoint: Checkpoint | None,
-    source: ModelSource,
-    config: EngineConfig,
-    tp_rank: int,
-) -> None:
-    params = dict(model.named_parameters())
-    show = None if tp_rank == 0 else False
-    if checkpoint is None:
-        total = sum(p.numel() * p.element_size() for p in params.values())
-        with progress_bar(f"drawing {source.name}", total, show=show) as advance:
-            fill(plan, params.__getitem__, config.seed, advance)
-        return
-    with progress_bar(f"loading {source.name}", bytes_to_load(plan, checkpoint), show=show) as advance:
-        load(plan, checkpoint, params.__getitem__, ignore=source.ignored, progress=advance)
 
 
 def cache_memory(config: EngineConfig, device: torch.device, mesh: Mesh) -> int:

@@ -30,25 +30,28 @@ class ModelSource:
     generation: GenerationConfig
     architecture: str  # as config.json names it
     tensors: frozenset[str] = frozenset()  # names in the checkpoint, once it is open
+    mtp: bool = False  # whether the MTP layer belongs to what is loaded
 
     @property
     def name(self) -> str:
         return self.folder.resolve().name
 
-    def fitted(self, checkpoint: Checkpoint | None) -> ModelSource:
+    def fitted(self, checkpoint: Checkpoint | None, *, mtp: bool = False) -> ModelSource:
         """With what the checkpoint's tensors say and config.json does not."""
         tensors = frozenset(checkpoint.tensors) if checkpoint is not None else frozenset()
-        return replace(self, config=self.family.fitted(self.config, tensors), tensors=tensors)
+        return replace(self, config=self.family.fitted(self.config, tensors), tensors=tensors, mtp=mtp)
 
     @property
     def ignored(self) -> tuple[str, ...]:
         """Patterns of tensors that may lie in the folder unread."""
-        return self.family.layout(self.config, self.tensors).ignored
+        layout = self.family.layout(self.config, self.tensors)
+        return layout.ignored if self.mtp or layout.mtp is None else (*layout.ignored, layout.mtp.pattern)
 
     def plan(self, tp_rank: int = 0, tp_size: int = 1, quantization: str | None = None) -> list[Target]:
-        """The weights of one rank. Raises ConfigError if ranks or --quantization do not suit the model."""
+        """The weights of one rank. Raises ConfigError if ranks or --quantization do not suit the model, or it has no
+        MTP layer and that is wanted."""
         shards, scheme = Shards(tp_rank, tp_size), scheme_named(quantization)
-        return weight_plan(self.family, self.config, shards, scheme, self.tensors)
+        return weight_plan(self.family, self.config, shards, scheme, self.tensors, mtp=self.mtp)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:

@@ -135,7 +135,7 @@ def decode(
     from thalweg.bench.decode import WARMUP_STEPS, measure_decode
     from thalweg.bench.floor import step_floor
     from thalweg.bench.machine import describe_machine
-    from thalweg.build.rank import choose_device
+    from thalweg.build.model import choose_device
     from thalweg.build.source import open_source
     from thalweg.engine.start import Engine
 

@@ -63,7 +63,7 @@ def kernels(
     from thalweg.bench.kernels.shape import Shape
     from thalweg.bench.kernels.suites import choose_ops, run_suite
     from thalweg.bench.machine import describe_machine
-    from thalweg.build.rank import choose_device
+    from thalweg.build.model import choose_device
 
     builders = choose_ops(suite, op)
     where = choose_device(config, 0)

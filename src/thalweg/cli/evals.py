@@ -129,6 +129,54 @@ def gsm8k(
     _evaluate(run, config, {"eval": "gsm8k", **parameters}, task)
 
 
+@evals.command()
+@takes(config=engine_config, leave_out=("max_num_seqs", "max_num_batched_tokens", "cache_memory"))
+def mtp_acceptance(
+    config: EngineConfig,
+    num_questions: NumQuestions = 500,
+    max_new_tokens: MaxNewTokens = 256,
+    draft_tokens: Annotated[int, typer.Option(metavar="N", min=1, max=16, help="Tokens drafted in a row.")] = 3,
+    parallel: Annotated[int, typer.Option(metavar="N", min=1, max=65_536, help="Problems under way at once.")] = 128,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    output_json: Annotated[str | None, typer.Option(metavar="FILE", help="Write the figures there.")] = None,
+) -> None:
+    """What the model's MTP layer drafts while it answers the problems of `arith`, and how much would be accepted.
+
+    Answers are greedy. For 1 draft per step, for 2, and so on: the share of drafts that the model then says itself, of
+    all, of the first, second, ... of a step; and tokens per step, the model's own included.
+    """
+    from thalweg.build.drafter import build_drafter
+    from thalweg.evals.arith import arith_task
+    from thalweg.evals.drafts import acceptance, draft
+    from thalweg.text.codec import load_codec
+
+    check_writable(output_json)
+    task, codec = arith_task(num_questions, config.seed, max_new_tokens), load_codec(config)
+    prompts = [codec.chat_ids(question.prompt) for question in task.questions if not isinstance(question.prompt, str)]
+    drafter, end_ids = build_drafter(config), frozenset(codec.source.eos_token_ids)
+    with _progress(len(prompts)) as advance:
+        answers = draft(
+            drafter,
+            prompts,
+            end_ids,
+            max_new_tokens=max_new_tokens,
+            depth=draft_tokens,
+            parallel=parallel,
+            advance=lambda: advance(False),
+        )
+    parameters = {"num_questions": num_questions, "max_new_tokens": max_new_tokens, "seed": config.seed}
+    rows = acceptance(answers, draft_tokens)
+    found = {"eval": "mtp-acceptance", **parameters, "results": rows}
+    write_json(output_json, found)
+    if as_json:
+        print(json.dumps(found))
+        return
+    for row in rows:
+        places = ", ".join(f"{share:.3f}" for share in row["by_place"])
+        accepted = f"{row['draft_tokens']} per step: accepted {row['accepted']:.3f} (by place {places})"
+        print(f"{accepted}, {row['tokens_per_step']:.3f} tokens per step")
+
+
 def _evaluate(run: Run, config: EngineConfig, what: dict[str, Any], task: Task) -> None:
     retries = 0
     if run.base_url is not None:

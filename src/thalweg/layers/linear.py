@@ -128,4 +128,26 @@ class VocabHead(NormLinear):
         self.vocab_size = vocab_size
 
     def forward(self, x_RD: Tensor) -> Tensor:
-        return self.mesh.all_gather_last(super().forward(x_RD))[:, : self.vocab_size]
+        return self.gathered(super().forward(x_RD))
+
+    def gathered(self, logits_RV: Tensor) -> Tensor:
+        """All ranks' logits [R, vocab_size], given this rank's."""
+        return self.mesh.all_gather_last(logits_RV)[:, : self.vocab_size]
+
+
+class HeadInSteps:
+    """A VocabHead for callers that also want what is behind its norm. No module: the weights stay the head's."""
+
+    def __init__(self, ctx: BuildContext, head: VocabHead) -> None:
+        self._head = head
+        rows, width = head.weight.shape
+        self._norm = ctx.op(RMS_NORM, RmsNormDims(D=width))
+        self._linear = ctx.op(LINEAR, LinearDims(D=width, O=rows))
+
+    def hidden(self, x_TD: Tensor) -> Tensor:
+        """norm(x) [T, D]."""
+        return self._norm(x_TD, self._head.norm.weight, self._head.norm.eps)
+
+    def logits(self, hidden_RD: Tensor) -> Tensor:
+        """[R, vocab_size] of rows behind the norm."""
+        return self._head.gathered(self._linear(hidden_RD, self._head.weight))

@@ -124,10 +124,15 @@ class Decoder(nn.Module):
         kinds = {layer: i for i, layer in reversed(list(enumerate(self.config.layers)))}
         return sorted(kinds.values())
 
-    def forward(self, batch: Batch, cache: CacheStorage, layers: Sequence[int] | None = None) -> Tensor:
-        """`layers` are those to run, for a rehearsal; None runs all."""
+    def stream(self, batch: Batch, cache: CacheStorage, layers: Sequence[int] | None = None) -> Tensor:
+        """The residual stream [T, D] behind the last layer, which the head's norm comes after."""
         x_TD: Tensor = self.embed(batch.token_ids_T)
         for i in range(len(self._stack)) if layers is None else layers:
             x_TD = self._stack[i](x_TD, batch, cache.layers[i])
+        return x_TD
+
+    def forward(self, batch: Batch, cache: CacheStorage, layers: Sequence[int] | None = None) -> Tensor:
+        """`layers` are those to run, for a rehearsal; None runs all."""
+        x_TD = self.stream(batch, cache, layers)
         logits_RV: Tensor = self.lm_head(x_TD if batch.logit_rows_R is None else x_TD[batch.logit_rows_R])
         return logits_RV

@@ -21,7 +21,7 @@ from thalweg.models.parts.part import WHOLE, Cost, Names, PlanContext, Step
 from thalweg.models.parts.vocab import VocabDims
 from thalweg.parallel.shards import Shards
 from thalweg.quant import FP8_EXPERTS, FP8_LINEARS, PLAIN, Scheme
-from thalweg.weights.plan import Target
+from thalweg.weights.plan import Source, Target
 
 Mixer = KdaDims | MlaDims | GdnDims | GqaDims
 FeedForward = MlpDims | MoeDims
@@ -47,6 +47,7 @@ class DecoderConfig:
     dtype: str  # of the checkpoint
     eos_token_ids: tuple[int, ...]
     shifted_norms: bool = False  # checkpoints store the weights of RMSNorms less one
+    mtp: LayerConfig | None = None  # the layer behind the last one that drafts tokens, if checkpoints have it
     fp8: Fp8Checkpoint | None = None  # how checkpoints store matrices in float8, if they do
 
     @property
@@ -82,6 +83,16 @@ class Family(Protocol):
         """The names in a checkpoint that has `tensors`; without any, in the published ones."""
 
 
+@dataclass(frozen=True, slots=True)
+class MtpNames:
+    """Tensor names of the layer that drafts tokens (multi-token prediction)."""
+
+    own: Names  # fc, embedding_norm, hidden_norm, norm
+    mixer: Names
+    mlp: Names
+    pattern: str  # shell style, of all its tensors
+
+
 class Layout(Protocol):
     """Tensor names of one checkpoint."""
 
@@ -91,7 +102,11 @@ class Layout(Protocol):
 
     @property
     def ignored(self) -> tuple[str, ...]:
-        """Patterns (shell style) of tensors that may be there without being read."""
+        """Patterns (shell style) of tensors that may be there without being read, those of `mtp` left out."""
+
+    @property
+    def mtp(self) -> MtpNames | None:
+        """Of the MTP layer; None if the family has none."""
 
     def mixer(self, layer: int) -> Names:
         """Of a layer's mixer, as its part's `targets` takes them."""
@@ -106,11 +121,14 @@ def weight_plan(
     shards: Shards = WHOLE,
     scheme: Scheme = PLAIN,
     tensors: Collection[str] = (),
+    *,
+    mtp: bool = False,
 ) -> list[Target]:
-    """Every parameter of this rank, the experts' stored as `scheme` says, from a checkpoint that has `tensors`.
+    """Every parameter of this rank, the experts' stored as `scheme` says, from a checkpoint that has `tensors`; with
+    `mtp` the MTP layer's too, below "mtp".
 
     Raises ConfigError naming --tensor-parallel-size if it does not divide a dimension, or --quantization if there are
-    no experts.
+    no experts; or if there is no MTP layer.
     """
     if scheme is not PLAIN and not any(isinstance(layer.mlp, MoeDims) for layer in config.layers):
         what = f"--quantization is {scheme.name!r}, which quantizes experts"
@@ -124,7 +142,23 @@ def weight_plan(
     for n, layer in enumerate(config.layers):
         targets += layer.mixer.targets(f"layers.{n}.attn", layout.mixer(n), ctx)
         targets += layer.mlp.targets(f"layers.{n}.mlp", layout.mlp(n), ctx)
-    return targets
+    return targets + (_mtp_plan(config, layout.mtp, ctx, tensors) if mtp else [])
+
+
+def _mtp_plan(
+    config: DecoderConfig, names: MtpNames | None, ctx: PlanContext, tensors: Collection[str]
+) -> list[Target]:
+    layer, width = config.mtp, config.width
+    if layer is None or names is None or (tensors and names.own["fc"] not in tensors):
+        raise ConfigError("this model has no MTP layer; expected a checkpoint with one, which drafts tokens")
+    return [
+        ctx.norm("mtp.embedding_norm.weight", names.own["embedding_norm"], width),
+        ctx.norm("mtp.hidden_norm.weight", names.own["hidden_norm"], width),
+        *ctx.linear("mtp.fc", Source(names.own["fc"], (width, 2 * width))),
+        *layer.mixer.targets("mtp.layer.attn", names.mixer, ctx),
+        *layer.mlp.targets("mtp.layer.mlp", names.mlp, ctx),
+        ctx.norm("mtp.norm.weight", names.own["norm"], width),
+    ]
 
 
 def step_costs(config: DecoderConfig, step: Step) -> list[Cost]:

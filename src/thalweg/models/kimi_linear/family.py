@@ -60,6 +60,8 @@ class KimiLinear:
 class KimiLinearLayout:
     """The published checkpoints' names; there is no other layout."""
 
+    mtp = None
+
     def __init__(self, config: DecoderConfig) -> None:
         self._config = config
         self.vocab = {"embed": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"}

@@ -24,7 +24,7 @@ _VISION_KEYS = frozenset(
     {"vision_config", "language_model_only"}
     | {f"{x}_token_id" for x in ("image", "video", "vision_start", "vision_end")}
 )
-_UNUSED_KEYS = frozenset({"bos_token_id", "mtp_num_hidden_layers"})  # the MTP layer is no part of the stack
+_UNUSED_KEYS = frozenset({"bos_token_id"})
 
 
 def read(raw: Mapping[str, Any], where: str = "config.json") -> DecoderConfig:
@@ -52,6 +52,7 @@ def _read_text(raw: Mapping[str, Any], where: str, *, tied: bool, fp8: Fp8Checkp
         raise reader.error("eos_token_id", f"ids below vocab_size {vocab_size}")
     kinds = _read_kinds(reader)
     gdn, gqa, mlp = _read_gdn(reader), _read_gqa(reader), _read_feed_forward(reader)
+    drafting = reader.get_int("mtp_num_hidden_layers", 1)  # Qwen3-Next has the layer without the key
     config = DecoderConfig(
         width=reader.get_int("hidden_size", low=1, high=MAX_DIM),
         vocab=VocabDims(vocab_size, reader.get_bool("tie_word_embeddings", False) or tied),
@@ -61,6 +62,7 @@ def _read_text(raw: Mapping[str, Any], where: str, *, tied: bool, fp8: Fp8Checkp
         dtype=checkpoint_dtype(raw, where),
         eos_token_ids=eos,
         shifted_norms=True,
+        mtp=LayerConfig(gqa, mlp) if drafting == 1 else None,
         fp8=read_fp8(reader) or fp8,
     )
     reader.finish(ignored=HOUSEKEEPING_KEYS | _VISION_KEYS | _UNUSED_KEYS)

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-from thalweg.models.family import DecoderConfig
+from thalweg.models.family import DecoderConfig, MtpNames
 from thalweg.models.parts.gdn import GdnDims
 from thalweg.models.parts.moe import MoeDims
 from thalweg.models.parts.part import Names, prefixed
@@ -36,6 +36,13 @@ _MOE = {
 }
 _EACH = {x: f"experts.{{e}}.{x}_proj.weight" for x in ("gate", "up", "down")}
 _STACKED = {"stacked_gate_up": "experts.gate_up_proj", "stacked_down": "experts.down_proj"}
+_MTP_LAYER = "mtp.layers.0."
+_MTP = {
+    "fc": "mtp.fc.weight",
+    "embedding_norm": "mtp.pre_fc_norm_embedding.weight",
+    "hidden_norm": "mtp.pre_fc_norm_hidden.weight",
+    "norm": "mtp.norm.weight",
+}
 
 
 class Qwen:
@@ -62,8 +69,9 @@ class Qwen:
         if tensors:
             prefix = next((p for p in (self.prefix, "model.") if f"{p}embed_tokens.weight" in tensors), self.prefix)
             packed = any(name.endswith("in_proj_qkvz.weight") for name in tensors)
-            stacked = any(name.endswith("experts.gate_up_proj") for name in tensors)
-        return QwenLayout(config, prefix, packed=packed, stacked=stacked)
+            stacked = any(name.endswith("experts.gate_up_proj") and name.startswith(prefix) for name in tensors)
+        mtp_stacked = f"{_MTP_LAYER}mlp.experts.gate_up_proj" in tensors  # in published checkpoints they are not
+        return QwenLayout(config, prefix, packed=packed, stacked=stacked, mtp_stacked=mtp_stacked)
 
     packed = False
 
@@ -91,21 +99,34 @@ class Qwen3Next(Qwen):
 class QwenLayout:
     """Names below `prefix`; the inputs of Gated DeltaNet packed per key head or not, the experts stacked or not."""
 
-    def __init__(self, config: DecoderConfig, prefix: str, *, packed: bool, stacked: bool) -> None:
+    def __init__(self, config: DecoderConfig, prefix: str, *, packed: bool, stacked: bool, mtp_stacked: bool) -> None:
         self._config, self._prefix = config, prefix
         self._gdn = _GDN_COMMON | (_GDN_PACKED if packed else _GDN_PLAIN)
         self._moe = _MOE | (_STACKED if stacked else _EACH)
         self.vocab: Names = {"embed": f"{prefix}embed_tokens.weight", "norm": f"{prefix}norm.weight", "head": HEAD}
-        # Text needs neither the vision model nor, until tokens are drafted, the MTP layer.
-        self.ignored = ("model.visual.*", "visual.*", "mtp.*", *((HEAD,) if config.vocab.tied else ()))
+        # Text does not need the vision model.
+        self.ignored = ("model.visual.*", "visual.*", *((HEAD,) if config.vocab.tied else ()))
+        self._mtp_moe = _MOE | (_STACKED if mtp_stacked else _EACH)
+
+    @property
+    def mtp(self) -> MtpNames:
+        mlp = self._mtp_moe if isinstance(self._config.layers[0].mlp, MoeDims) else _MLP
+        return MtpNames(_MTP, _attention(_MTP_LAYER), _feed_forward(_MTP_LAYER, mlp), "mtp.*")
 
     def mixer(self, layer: int) -> Names:
         at = f"{self._prefix}layers.{layer}."
-        is_gdn = isinstance(self._config.layers[layer].mixer, GdnDims)
-        names = prefixed(f"{at}linear_attn.", self._gdn) if is_gdn else prefixed(f"{at}self_attn.", _GQA)
-        return {"norm": f"{at}input_layernorm.weight", **names}
+        if isinstance(self._config.layers[layer].mixer, GdnDims):
+            return {"norm": f"{at}input_layernorm.weight", **prefixed(f"{at}linear_attn.", self._gdn)}
+        return _attention(at)
 
     def mlp(self, layer: int) -> Names:
-        at = f"{self._prefix}layers.{layer}."
-        names = self._moe if isinstance(self._config.layers[layer].mlp, MoeDims) else _MLP
-        return {"norm": f"{at}post_attention_layernorm.weight", **prefixed(f"{at}mlp.", names)}
+        is_moe = isinstance(self._config.layers[layer].mlp, MoeDims)
+        return _feed_forward(f"{self._prefix}layers.{layer}.", self._moe if is_moe else _MLP)
+
+
+def _attention(at: str) -> Names:
+    return {"norm": f"{at}input_layernorm.weight", **prefixed(f"{at}self_attn.", _GQA)}
+
+
+def _feed_forward(at: str, names: Names) -> Names:
+    return {"norm": f"{at}post_attention_layernorm.weight", **prefixed(f"{at}mlp.", names)}
