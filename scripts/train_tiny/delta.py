@@ -59,9 +59,9 @@ def chunk_delta_rule(
     N = tail @ U0
     state = torch.zeros_like(N[:, :, 0])
     states = []
-    for number in range(T // chunk):
+    for forward, added in zip(M.unbind(2), N.unbind(2), strict=True):
         states.append(state)
-        state = M[:, :, number] @ state + N[:, :, number]
+        state = forward @ state + added
     before = torch.stack(states, 2)
     out = (q * G.exp() - qk @ W) @ before + qk @ U0
     return out.reshape(B, H, T, -1).transpose(1, 2)
