@@ -18,7 +18,9 @@ class Compiled:
     shared_bytes: int
 
 
-def compile_sm90(kernel: Any, types: dict[str, str], constants: dict[str, Any], num_warps: int = 4) -> Compiled:
+def compile_sm90(
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], num_warps: int = 4, num_stages: int = 3
+) -> Compiled:
     """`types` of the arguments that are not constexpr, as Triton writes them: "*bf16", "i32". All divide by 16.
 
     The kernel is in Triton or in Gluon, where descriptors of bulk copies have `descriptor` types.
@@ -33,7 +35,9 @@ def compile_sm90(kernel: Any, types: dict[str, str], constants: dict[str, Any], 
     attrs = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if signature[n][0] in "*i"}
     source_of = GluonASTSource if kernel.is_gluon() else ASTSource
     source = source_of(kernel, signature, constexprs=constants, attrs=attrs)
-    result = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps})
+    result = triton.compile(
+        source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps, "num_stages": num_stages}
+    )
     ptx = result.asm["ptx"]
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "k.ptx").write_text(ptx)

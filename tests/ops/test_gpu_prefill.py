@@ -74,7 +74,9 @@ def test_gate_norm_and_activation(dtype: torch.dtype) -> None:
     f, gate, A_log, dt_bias = wide[:, 0], wide[:, 1], torch.randn(4).cuda(), torch.randn(4, 128).cuda()
     assert ratio(kda_gate(f, A_log, dt_bias), kda.kda_gate(f, A_log, dt_bias)) < 1e-6
     o, weight = torch.randn(300, 4, 128, device="cuda").to(dtype), torch.randn(128, device="cuda").to(dtype)
-    assert ratio(gated_rms_norm(o, gate, weight, 1e-5), norm.gated_rms_norm(o, gate, weight, 1e-5)) < bound
+    for silu in (False, True):
+        expected = norm.gated_rms_norm(o, gate, weight, 1e-5, silu=silu)
+        assert ratio(gated_rms_norm(o, gate, weight, 1e-5, silu=silu), expected) < bound
     x = wide.flatten(1)
     assert ratio(silu_and_mul(x), activation.silu_and_mul(x)) < bound
 

@@ -54,6 +54,15 @@ def test_gated_rms_norm_norms_each_head(dtype: torch.dtype) -> None:
     )
     truth = rms_fp64(o, weight, 1e-5) * gate.double().sigmoid()
     assert_rounded(gated_rms_norm(o, gate, weight, 1e-5), truth, dtype)
+    assert_rounded(gated_rms_norm(o, gate, weight, 1e-5, silu=True), truth * gate.double(), dtype)
+
+
+def test_gated_rms_norm_by_silu_of_gates_far_out_and_an_fp32_weight() -> None:
+    o, weight = torch.randn(2, 3, 16).bfloat16(), torch.randn(16)
+    gate = torch.full((2, 3, 16), 60.0).bfloat16()
+    gate[1] = -200.0
+    truth = rms_fp64(o, weight, 1e-6) * gate.double() * gate.double().sigmoid()
+    assert_rounded(gated_rms_norm(o, gate, weight, 1e-6, silu=True), truth, torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

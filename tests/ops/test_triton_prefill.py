@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.ops.compile_sm90 import Compiled, compile_sm90
+from tests.ops.gdn_case import GdnShape, PrefillCase
 from tests.ops.interpreted import run_interpreted
 from tests.ops.moe_case import experts_in_float64, moe_case, rmse_ratio
 from tests.ops.prefill_case import KdaCase, conv_case, mla_case, ratio
@@ -39,7 +40,9 @@ def check_elementwise() -> None:
     f, A_log, dt_bias = torch.randn(70, 2, 3, 24)[:, 1] * 20, torch.randn(3), torch.randn(3, 24)
     torch.testing.assert_close(kda_gate(f, A_log, dt_bias), kda.kda_gate(f, A_log, dt_bias), rtol=2e-6, atol=0)
     o, gate, weight = torch.randn(70, 3, 24), torch.randn(70, 2, 3, 24)[:, 1], torch.randn(24)
-    torch.testing.assert_close(gated_rms_norm(o, gate, weight, 1e-5), norm.gated_rms_norm(o, gate, weight, 1e-5))
+    for silu in (False, True):
+        expected = norm.gated_rms_norm(o, gate, weight, 1e-5, silu=silu)
+        torch.testing.assert_close(gated_rms_norm(o, gate, weight, 1e-5, silu=silu), expected)
     x = torch.randn(5, 2, 2600)[:, 1]
     torch.testing.assert_close(silu_and_mul(x), activation.silu_and_mul(x))
 
@@ -74,6 +77,15 @@ def check_kda_keeps_neighbours_apart() -> None:
     out = case.run(kda_prefill)
     assert out[:20].isnan().any()
     assert out[20:].isfinite().all()
+
+
+def check_gdn_by_the_kernels_of_kda() -> None:
+    from thalweg.ops.delta.gdn.reference import prefill_by
+    from thalweg.ops.delta.kda.triton.prefill import kda_prefill
+
+    for shape in (GdnShape(2, 6, 16, 24), GdnShape(1, 2, 32, 16)):
+        case = PrefillCase(shape, (0, 1, 16, 70, 0))
+        case.check(case.run(prefill_by(kda_prefill)), 1e-5)
 
 
 def check_mla() -> None:
@@ -111,6 +123,11 @@ def test_kda_under_the_interpreter() -> None:
 def test_small_kernels_under_the_interpreter() -> None:
     pytest.importorskip("triton")
     run_interpreted(check_conv1d, check_elementwise)
+
+
+def test_gdn_under_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    run_interpreted(check_gdn_by_the_kernels_of_kda)
 
 
 def test_mla_and_experts_under_the_interpreter() -> None:

@@ -11,9 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from thalweg.ops.toolchain.triton_dot import dot
 from thalweg.ops.toolchain.triton_support import multiprocessors
 
 MAX_SPLITS = 64
+JOIN_WARPS = 8  # of which each holds an eighth of up to 64 parts
 
 
 @triton.jit
@@ -102,9 +104,13 @@ def gqa_prepare(
             G=G,
             K=K,
             HALF=len(frequencies_F),
-            num_warps=1 if K <= 128 else 2,
+            num_warps=prepare_warps(K),
         )
     return q_THK
+
+
+def prepare_warps(K: int) -> int:
+    return 1 if K <= 128 else 2
 
 
 @triton.jit
@@ -149,13 +155,13 @@ def attend_kernel(
         block = tl.load(tables_ptr + b * table_stride + tokens // S, mask=here, other=0).to(tl.int64)
         rows = ((block * S + tokens % S) * G + g) * K
         k = tl.load(keys_ptr + rows[None, :] + dims[:, None], mask=here[None, :], other=0.0)
-        scores = tl.dot(q, k.to(q.dtype), input_precision="ieee") * scale
+        scores = dot(q, k.to(q.dtype)) * scale
         scores = tl.where(here[None, :], scores, -float("inf"))
         largest = tl.maximum(best, tl.max(scores, 1))
         weights = tl.exp(scores - largest[:, None])
         kept = tl.exp(best - largest)
         v = tl.load(values_ptr + rows[:, None] + dims[None, :], mask=here[:, None], other=0.0)
-        acc = acc * kept[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        acc = acc * kept[:, None] + dot(weights.to(v.dtype), v)
         total = total * kept + tl.sum(weights, 1)
         best = largest
     part = (b * H + g * ratio + heads) * splits + split
@@ -199,6 +205,14 @@ def splits_for(B: int, G: int, processors: int) -> int:
     return max(1, min(MAX_SPLITS, 2 * processors // (B * G)))
 
 
+def attend_options(H: int, G: int, dtype: torch.dtype) -> dict[str, int]:
+    """Of "attend": query heads, at least as many as a product takes, and tokens; products in fp32 want more threads to
+    hold them."""
+    heads = max(16, triton.next_power_of_2(H // G))
+    tile, warps = (32, 8) if dtype == torch.float32 else (64, 4)
+    return {"HEADS": heads, "TILE": tile, "num_warps": warps, "num_stages": 2}
+
+
 def gqa_decode(
     q_BHK: Tensor,
     proj_BX: Tensor,
@@ -215,7 +229,6 @@ def gqa_decode(
     splits = splits_for(B, G, multiprocessors(q_BHK.device))
     parts = torch.empty(B, H, splits, K, dtype=torch.float32, device=q_BHK.device)
     sums = torch.empty(B, H, splits, 2, dtype=torch.float32, device=q_BHK.device)
-    tile = 32 if q_BHK.dtype == torch.float32 else 64
     attend_kernel[(B, G, splits)](
         q_BHK,
         keys_MSGK,
@@ -231,10 +244,7 @@ def gqa_decode(
         G=G,
         K=K,
         S=S,
-        HEADS=max(16, triton.next_power_of_2(H // G)),
-        TILE=tile,
-        num_warps=4,
-        num_stages=2,
+        **attend_options(H, G, q_BHK.dtype),
     )
     join_kernel[(B, H)](
         parts,
@@ -246,6 +256,6 @@ def gqa_decode(
         H=H,
         K=K,
         SPLITS=triton.next_power_of_2(splits),
-        num_warps=2,
+        num_warps=JOIN_WARPS,
     )
     return o_BO
