@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from thalweg.ops.moe import ExpertsDims
+from thalweg.ops.moe.experts import EXPERTS, Experts, ExpertsDims
 from thalweg.ops.registry import Where, implementations
-from thalweg.quant.fp8_blocks import dequantize, quantize_experts
+from thalweg.quant import PLAIN, scheme_named
+from thalweg.quant.fp8_blocks import quantize_experts
 
 
 @dataclass
@@ -24,9 +25,20 @@ class MoeCase:
     bias: Tensor
     weights: Tensor
     ids: Tensor
-    gate_up: Tensor
-    down: Tensor
+    gate_up: tuple[Tensor, ...]
+    down: tuple[Tensor, ...]
     num_shared: int
+    scheme: str = PLAIN.name
+
+    @property
+    def dims(self) -> ExpertsDims:
+        E, D, I = self.down[0].shape
+        return ExpertsDims(E=E, D=D, I=I, scheme=self.scheme)
+
+    def run(self, experts: Experts, promise: bool = True, **options: Any) -> Tensor:
+        """What `experts` gives, told of the shared ones if `promise`."""
+        arguments = (self.x, self.weights, self.ids, self.gate_up, self.down)
+        return experts(*arguments, num_shared=self.num_shared if promise else 0, **options)
 
 
 def moe_case(
@@ -49,8 +61,8 @@ def moe_case(
         torch.randn(E, generator=g, device=device) * 0.05,
         torch.cat([weights, torch.ones(T, num_shared, device=device)], 1),
         torch.cat([routed, shared], 1),
-        draw(E + num_shared, 2 * I, D, scale=D**-0.5),
-        draw(E + num_shared, D, I, scale=I**-0.5),
+        (draw(E + num_shared, 2 * I, D, scale=D**-0.5),),
+        (draw(E + num_shared, D, I, scale=I**-0.5),),
         num_shared,
     )
 
@@ -69,21 +81,28 @@ def routed(
     return norm_router(*arguments, **routing, num_shared=case.num_shared)
 
 
-def triton_experts(op: str, tokens: int) -> Callable[..., Tensor]:
-    """The best implementation of the experts in Triton for as many tokens, wherever this runs."""
-    dims = ExpertsDims(E=1, D=1, I=1)
-    names = ("pairs", "tiles", "grouped")
-    best = next(i for i in implementations(op) if i.name in names and tokens in i.tokens(dims))
-    built: Callable[..., Tensor] = best.build(Where("cuda", "float32"), dims)
+def implementation(name: str, scheme: str = PLAIN.name) -> Experts:
+    """That implementation of "experts", wherever this runs and however many tokens there are."""
+    [found] = [i for i in implementations(EXPERTS.name) if i.name == name]
+    built: Experts = found.build(Where("cuda", "float32"), ExpertsDims(E=1, D=1, I=1, scheme=scheme))
     return built
+
+
+def triton_experts(case: MoeCase) -> Experts:
+    """The best implementation in Triton for the case's tokens, wherever this runs."""
+    names = ("pairs", "tiles", "grouped")
+    able = (i.name for i in implementations(EXPERTS.name) if i.name in names and len(case.x) in i.tokens(case.dims))
+    return implementation(next(able), case.scheme)
 
 
 def experts_in_float64(case: MoeCase) -> Tensor:
     """[T, D]; every expert takes every token, and the routing weights, zero where it was not chosen, pick."""
-    T, E = case.x.shape[0], case.down.shape[0]
+    T, E = case.x.shape[0], len(case.down[0])
     weights = torch.zeros(T, E, dtype=torch.float64, device=case.x.device).scatter_(1, case.ids, case.weights.double())
-    gate, up = torch.einsum("td,eid->eti", case.x.double(), case.gate_up.double()).chunk(2, dim=-1)
-    return torch.einsum("eti,edi,te->td", F.silu(gate) * up, case.down.double(), weights)
+    scheme = scheme_named(case.scheme)
+    gate_up, down = scheme.widened(case.gate_up, 2, torch.float64), scheme.widened(case.down, 1, torch.float64)
+    gate, up = torch.einsum("td,eid->eti", case.x.double(), gate_up.double()).chunk(2, dim=-1)
+    return torch.einsum("eti,edi,te->td", F.silu(gate) * up, down.double(), weights)
 
 
 def rmse_ratio(out: Tensor, expected: Tensor) -> float:
@@ -92,11 +111,24 @@ def rmse_ratio(out: Tensor, expected: Tensor) -> float:
 
 
 def moe_case_fp8(
-    T: int, D: int, I: int, E: int, k: int, num_shared: int, dtype: torch.dtype, device: str = "cpu", seed: int = 0
-) -> tuple[MoeCase, tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """A case whose weights are what fp8 holds, and those weights in fp8: gate_up and its scales, down and its."""
+    T: int,
+    D: int,
+    I: int,
+    E: int,
+    k: int,
+    num_shared: int,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    seed: int = 0,
+    published: bool = False,
+) -> MoeCase:
+    """A case whose weights are in fp8: quantized as at load, with powers of two as scales; or as published, with any
+    scales, here between a quarter and four times those."""
     case = moe_case(T, D, I, E, k, num_shared, dtype, device, seed)
-    quantized = q_gate_up, s_gate_up, q_down, s_down = quantize_experts(case.gate_up, case.down)
-    halves = dequantize(q_gate_up.unflatten(1, (2, -1)), s_gate_up.unflatten(1, (2, -1)), dtype)
-    case.gate_up, case.down = halves.flatten(1, 2), dequantize(q_down, s_down, dtype)
-    return case, quantized
+    case.gate_up, case.down = quantize_experts(*case.gate_up, *case.down)
+    case.scheme = "fp8"
+    if published:
+        g = torch.Generator(device).manual_seed(seed)
+        for _, scales in (case.gate_up, case.down):
+            scales *= 2 ** (4 * torch.rand(scales.shape, generator=g, device=device) - 2)
+    return case

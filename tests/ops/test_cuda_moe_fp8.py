@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.ops.compile_cuda import compile_cuda
-from thalweg.ops.moe import ExpertsDims
-from thalweg.ops.moe_fp8 import EXPERTS_FP8, steps_per_warp
+from thalweg.ops.moe.experts import EXPERTS, ExpertsDims, steps_per_warp
 from thalweg.ops.registry import Resolver, Where
 
-DIMS = {"E": 257, "D": 2304, "I": 1024}
+DIMS: dict[str, Any] = {"E": 257, "D": 2304, "I": 1024, "scheme": "fp8"}
 
 
 @pytest.mark.parametrize("tokens", [8, 16])
 @pytest.mark.parametrize(("gated", "columns", "rows"), [(1, 2304, 1024), (0, 1024, 2304)])
 def test_they_compile_for_hopper(tmp_path: Path, tokens: int, gated: int, columns: int, rows: int) -> None:
     pytest.importorskip("triton")
-    from thalweg.ops.moe_fp8.cuda_experts import SOURCE, geometry
+    from thalweg.ops.moe.experts.cuda_fp8 import SOURCE, geometry
 
     warps, shared_bytes, macros = geometry(columns, tokens)
     compiled = compile_cuda(SOURCE, tmp_path, GATED=gated, OUT=rows, E=257, K=9, SHARED=1, **macros)
@@ -33,7 +33,7 @@ def test_they_compile_for_hopper(tmp_path: Path, tokens: int, gated: int, column
 
 def test_constants_are_those_of_the_source() -> None:
     pytest.importorskip("triton")
-    from thalweg.ops.moe_fp8.cuda_experts import BUFFERS, SOURCE, TILE
+    from thalweg.ops.moe.experts.cuda_fp8 import BUFFERS, SOURCE, TILE
 
     source = SOURCE.read_text()
     assert "STEP_BYTES = 16 * BLOCK;" in source
@@ -53,9 +53,10 @@ def test_columns_are_shared_out_whole() -> None:
         ({**DIMS, "D": 200}, "bfloat16", "times 128, not 200 and 1024"),
         ({**DIMS, "I": 13 * 128}, "bfloat16", "times 128, not 2304 and 1664"),
         (DIMS, "float32", "needs bfloat16, not float32"),
+        ({**DIMS, "scheme": "none"}, "bfloat16", "needs weights in scheme fp8, not none"),
     ],
 )
-def test_what_they_do_not_serve_they_refuse_with_a_reason(dims: dict[str, int], dtype: str, reason: str) -> None:
+def test_what_they_do_not_serve_they_refuse_with_a_reason(dims: dict[str, Any], dtype: str, reason: str) -> None:
     resolver = Resolver()
-    resolver.resolve(EXPERTS_FP8, Where("cuda", dtype), ExpertsDims(**dims))
+    resolver.resolve(EXPERTS, Where("cuda", dtype), ExpertsDims(**dims))
     assert reason in dict(resolver.explain()[0].refused)["cuda"]

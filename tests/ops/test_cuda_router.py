@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.ops.compile_cuda import compile_cuda
-from thalweg.ops.moe import NORM_ROUTER, NormRouterDims
-from thalweg.ops.moe.cuda_router import BLOCKS, SOURCE, refusal, shared_bytes, tokens_per_cluster
+from thalweg.ops.moe.router import NORM_ROUTER, NormRouterDims
+from thalweg.ops.moe.router.cuda import BLOCKS, SOURCE, refusal, shared_bytes, tokens_per_cluster
 from thalweg.ops.registry import Resolver, Where
 
 DIMS = {"E": 256, "D": 2304, "K": 8, "G": 1, "S": 1}

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
 from tests.ops.moe_case import MoeCase, experts_in_float64, moe_case, rmse_ratio, routed
 from thalweg.ops.linear import LINEAR_ADD, NORM_LINEAR, LinearDims, NormLinearDims
-from thalweg.ops.moe import EXPERTS, NORM_ROUTER, Experts, ExpertsDims, NormRouterDims, reference
+from thalweg.ops.moe.experts import EXPERTS, Experts, reference
+from thalweg.ops.moe.router import NORM_ROUTER, NormRouterDims
 from thalweg.ops.norm.reference import rms_norm
 from thalweg.ops.registry import Resolver, Where
+from thalweg.quant import PLAIN
 
 pytestmark = pytest.mark.gpu
 
 
 def experts_of(case: MoeCase) -> Experts:
-    E, D, I = case.down.shape
-    where = Where("cuda", str(case.x.dtype).removeprefix("torch."))
-    return Resolver().resolve(EXPERTS, where, ExpertsDims(E=E, D=D, I=I))
-
-
-def run(case: MoeCase) -> torch.Tensor:
-    experts = experts_of(case)
-    return experts(case.x, case.weights, case.ids, case.gate_up, case.down, num_shared=case.num_shared)
+    return Resolver().resolve(EXPERTS, Where("cuda", str(case.x.dtype).removeprefix("torch.")), case.dims)
 
 
 @pytest.mark.parametrize("T", [1, 2, 3, 8, 100, 257])
@@ -30,20 +27,20 @@ def run(case: MoeCase) -> torch.Tensor:
 @pytest.mark.parametrize(("D", "I", "E", "k", "shared"), [(256, 128, 32, 4, 1), (300, 72, 40, 3, 0)])
 def test_experts(T: int, dtype: torch.dtype, tolerance: float, D: int, I: int, E: int, k: int, shared: int) -> None:
     case = moe_case(T, D, I, E, k, shared, dtype, "cuda", seed=T)
-    assert rmse_ratio(run(case), experts_in_float64(case)) < tolerance
+    assert rmse_ratio(case.run(experts_of(case)), experts_in_float64(case)) < tolerance
 
 
 @pytest.mark.parametrize("T", [1, 8, 64])
 def test_experts_at_the_published_shape(T: int) -> None:
     case = moe_case(T, 2304, 1024, 256, 8, 1, torch.bfloat16, "cuda")
-    expected = reference.experts(case.x, case.weights, case.ids, case.gate_up, case.down)
-    assert rmse_ratio(run(case), expected) < 0.005
+    expected = case.run(partial(reference.experts, PLAIN))
+    assert rmse_ratio(case.run(experts_of(case)), expected) < 0.005
 
 
 def test_experts_all_tokens_on_the_same_few() -> None:
     case = moe_case(200, 256, 64, 64, 4, 1, torch.bfloat16, "cuda")
     case.ids[:, :4] = torch.arange(4, device="cuda")
-    assert rmse_ratio(run(case), experts_in_float64(case)) < 0.005
+    assert rmse_ratio(case.run(experts_of(case)), experts_in_float64(case)) < 0.005
 
 
 @pytest.mark.parametrize("T", [1, 2, 3, 8, 33, 128, 512, 600])
@@ -51,9 +48,8 @@ def test_experts_all_tokens_on_the_same_few() -> None:
 def test_experts_add(T: int, dtype: torch.dtype) -> None:
     case = moe_case(T, 256, 64, 32, 8, 1, dtype, "cuda", seed=T)
     case.x[T // 2] = torch.nan
-    arguments = (case.x, case.weights, case.ids, case.gate_up, case.down)
-    found = experts_of(case)(*arguments, residual_TD=case.residual, num_shared=1)
-    expected = run(case).float() + case.residual.float()
+    found = case.run(experts_of(case), residual_TD=case.residual)
+    expected = case.run(experts_of(case)).float() + case.residual.float()
     tolerance = 2**-7 if dtype == torch.bfloat16 else 1e-6
     torch.testing.assert_close(found.float(), expected, rtol=tolerance, atol=tolerance, equal_nan=True)
     assert found.isnan().any(1).nonzero().tolist() == [[T // 2]]
@@ -81,7 +77,7 @@ def test_router(T: int, dtype: torch.dtype, D: int, E: int, k: int, shared: int)
 
 
 def test_router_keeps_ids_in_range_whatever_comes() -> None:
-    from thalweg.ops.moe.triton.router import norm_router
+    from thalweg.ops.moe.router.triton import norm_router
 
     case = moe_case(4, 256, 16, 64, 8, 1, torch.bfloat16, "cuda")
     expected = routed(norm_router, case, 8)
@@ -110,7 +106,7 @@ def test_chained_in_a_graph(T: int, router: str) -> None:
 
         x = first.clone()  # linear_add may add in place
         for case in layers:
-            proj = norm_linear(x, case.norm, 1e-5, case.gate_up[0])
+            proj = norm_linear(x, case.norm, 1e-5, case.gate_up[0][0])
             done()
             x = linear_add(proj, transposed[id(case)], x)
             done()
@@ -122,7 +118,7 @@ def test_chained_in_a_graph(T: int, router: str) -> None:
         return x
 
     first, experts = layers[0].x, experts_of(layers[0])
-    transposed = {id(case): case.gate_up[1].T.contiguous() for case in layers}
+    transposed = {id(case): case.gate_up[0][1].T.contiguous() for case in layers}
     expected = chain(wait=True).clone()
     assert expected.isfinite().all()
     graph = torch.cuda.CUDAGraph()

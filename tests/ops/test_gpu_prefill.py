@@ -98,18 +98,18 @@ def test_mla(most: int, cached: list[int], new: list[int], monkeypatch: pytest.M
 )
 @pytest.mark.parametrize("T", [520, 2000])
 def test_experts(T: int, dtype: torch.dtype, tolerance: float, D: int, I: int, E: int, k: int, shared: int) -> None:
-    from thalweg.ops.moe.triton.grouped import experts_grouped as experts
+    from thalweg.ops.moe.experts.triton.grouped import experts_of_groups
 
     case = moe_case(T, D, I, E, k, shared, dtype, "cuda", seed=T)
-    y = experts(case.x, case.weights, case.ids, case.gate_up, case.down, num_shared=shared)
+    y = case.run(experts_of_groups)
     assert rmse_ratio(y, experts_in_float64(case)) < tolerance
-    assert torch.equal(y, experts(case.x, case.weights, case.ids, case.gate_up, case.down))
+    assert torch.equal(y, case.run(experts_of_groups, promise=False))
 
 
 @pytest.mark.parametrize(("dtype", "shared"), [(torch.bfloat16, 1), (torch.float32, 0)])
 def test_router_of_many_tokens(dtype: torch.dtype, shared: int) -> None:
-    from thalweg.ops.moe import reference
-    from thalweg.ops.moe.triton.router import norm_router_by_library
+    from thalweg.ops.moe.router import reference
+    from thalweg.ops.moe.router.triton import norm_router_by_library
     from thalweg.ops.norm.reference import rms_norm
 
     case = moe_case(1000, 256, 16, 64, 8, shared, dtype, "cuda")

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from tests.ops.moe_case import MoeCase, moe_case, routed
-from thalweg.ops.moe import NORM_ROUTER, NormRouterDims
-from thalweg.ops.moe.cuda_router import norm_router
+from thalweg.ops.moe.router import NORM_ROUTER, NormRouterDims
+from thalweg.ops.moe.router.cuda import norm_router
 from thalweg.ops.norm.reference import rms_norm
 from thalweg.ops.registry import Resolver, Where
 

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from thalweg.errors import ConfigError
-from thalweg.ops.moe.reference import experts, route
+from thalweg.ops.moe.experts import reference
+from thalweg.ops.moe.router.reference import route
+from thalweg.quant import PLAIN
 
 E, D, I = 8, 10, 6
 
@@ -73,6 +75,10 @@ def test_scores_that_vanish_do_not_divide_by_zero() -> None:
 def test_unknown_scoring_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"'relu'.*expected 'sigmoid' or 'softmax'"):
         route(torch.zeros(1, E), torch.zeros(E), 2, True, 1.0, "relu")
+
+
+def experts(x: Tensor, weights: Tensor, ids: Tensor, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
+    return reference.experts(PLAIN, x, weights, ids, (w_gate_up,), (w_down,))
 
 
 def naive_experts(x: Tensor, weights: Tensor, ids: Tensor, w_gate_up: Tensor, w_down: Tensor) -> Tensor:

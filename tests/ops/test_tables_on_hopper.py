@@ -15,10 +15,13 @@ from thalweg.build.rank import _why_eager, op_choices
 from thalweg.config.engine import EngineConfig
 from thalweg.errors import ConfigError
 from thalweg.models.decoder import Decoder
+from thalweg.models.family import weight_plan
 from thalweg.models.kimi_linear.config import read
+from thalweg.models.kimi_linear.family import KimiLinear
 from thalweg.ops.registry import Resolver
 from thalweg.ops.toolchain import cuda_build, triton_support
 from thalweg.parallel.mesh import Mesh
+from thalweg.parallel.shards import Shards
 from thalweg.quant import scheme_named
 
 PUBLISHED = dict(
@@ -48,12 +51,11 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 def resolved(
     *, ranks: int = 1, scheme: str | None = None, block_size: int = 64, prefer: dict[str, str] | None = None
 ) -> Resolver:
-    resolver, cuda = Resolver(prefer), torch.device("cuda")
+    resolver, cuda, config = Resolver(prefer), torch.device("cuda"), read(random.config(**PUBLISHED))
     meta, mesh = torch.device("meta"), Mesh(0, ranks)
-    ctx = _MetaContext(
-        meta, torch.bfloat16, mesh, resolver, "float32", scheme_named(scheme), block_size=block_size, target=cuda
-    )
-    Decoder(ctx, read(random.config(**PUBLISHED)))
+    plan = {t.name: t for t in weight_plan(KimiLinear(), config, Shards(0, ranks), scheme_named(scheme))}
+    ctx = _MetaContext(meta, torch.bfloat16, mesh, resolver, "float32", plan, block_size=block_size, target=cuda)
+    Decoder(ctx, config)
     return resolver
 
 
@@ -87,7 +89,7 @@ def test_decode_rows_and_prompts_of_the_published_shape() -> None:
 def test_over_ranks_in_fp8_and_with_other_blocks() -> None:
     found = tables(resolved(ranks=4, scheme="fp8", block_size=16))
     assert found["linear 1024"] == ["1-16: cuda", "17-: reference"]
-    assert found["experts_fp8"] == ["1-16: cuda", "17-256: tiles", "257-: grouped"]
+    assert found["experts"] == ["1-16: cuda", "17-256: tiles", "257-: grouped"]
     assert found["mla_mixer_decode"] == ["triton"]
 
 

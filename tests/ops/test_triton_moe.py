@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -9,8 +11,10 @@ from tests.ops.compile_sm90 import Compiled, compile_sm90
 from tests.ops.interpreted import run_interpreted
 from tests.ops.moe_case import experts_in_float64, moe_case, rmse_ratio, routed, triton_experts
 from thalweg.errors import ConfigError
-from thalweg.ops.moe import reference
+from thalweg.ops.moe.experts import reference as experts_reference
+from thalweg.ops.moe.router import reference
 from thalweg.ops.norm.reference import rms_norm
+from thalweg.quant import PLAIN
 
 
 def test_reference_router_norms_and_appends_the_shared_experts() -> None:
@@ -26,12 +30,12 @@ def test_reference_router_norms_and_appends_the_shared_experts() -> None:
 
 def test_reference_experts_with_a_shared_one() -> None:
     case = moe_case(5, 32, 16, 8, 3, 1, torch.float32)
-    y = reference.experts(case.x, case.weights, case.ids, case.gate_up, case.down, num_shared=1)
+    y = case.run(partial(experts_reference.experts, PLAIN))
     assert rmse_ratio(y, experts_in_float64(case)) < 1e-5
 
 
 def check_router() -> None:
-    from thalweg.ops.moe.triton.router import norm_router, norm_router_by_library
+    from thalweg.ops.moe.router.triton import norm_router, norm_router_by_library
 
     for op in (norm_router, norm_router_by_library):
         for T, D, E, k, shared, scoring, renormalize in (
@@ -65,23 +69,21 @@ def check_experts() -> None:
         (70, 96, 33, 6, 3, 1),
     ):
         case = moe_case(T, D, I, E, k, shared, torch.float32)
-        experts = triton_experts("experts", T)
-        y = experts(case.x, case.weights, case.ids, case.gate_up, case.down, num_shared=shared)
+        y = case.run(triton_experts(case))
         assert rmse_ratio(y, experts_in_float64(case)) < 1e-5
-        assert y.tolist() == experts(case.x, case.weights, case.ids, case.gate_up, case.down).tolist()
+        assert y.tolist() == case.run(triton_experts(case), promise=False).tolist()
 
 
 def check_experts_add() -> None:
     for T, D in ((1, 300), (2, 256), (3, 1), (33, 100), (513, 24), (0, 8)):
         case = moe_case(T, D, 16, 8, 2, 1, torch.float32)
-        arguments = (case.x, case.weights, case.ids, case.gate_up, case.down)
-        experts = triton_experts("experts", T)
-        total = experts(*arguments, residual_TD=case.residual, num_shared=1)
-        assert torch.equal(total, experts(*arguments, num_shared=1) + case.residual)
+        experts = triton_experts(case)
+        total = case.run(experts, residual_TD=case.residual)
+        assert torch.equal(total, case.run(experts) + case.residual)
         if T > 2:
             case.x[1] = torch.nan
             others = torch.arange(T) != 1
-            assert torch.equal(experts(*arguments, residual_TD=case.residual, num_shared=1)[others], total[others])
+            assert torch.equal(case.run(experts, residual_TD=case.residual)[others], total[others])
 
 
 def test_kernels_under_the_interpreter() -> None:
@@ -99,6 +101,7 @@ TYPES = {
     "partial_ptr": "*fp32",
     "weights_ptr": "*fp32",
     "ids_ptr": "*i64",
+    "tokens": "i32",
     "T": "i32",
     "residual_ptr": "*bf16",
     "pairs": "i32",
@@ -110,13 +113,13 @@ TYPES = {
 
 
 def compiled(kernel: object, constants: dict[str, object], num_warps: int = 4) -> Compiled:
-    types = {p.name: TYPES[p.name] for p in kernel.params if not p.is_constexpr}  # type: ignore[attr-defined]
+    types = {p.name: TYPES[p.name] for p in kernel.params if p.name in TYPES and p.name not in constants}  # type: ignore[attr-defined]
     return compile_sm90(kernel, types, constants, num_warps)
 
 
 def test_router_compiles_for_hopper() -> None:
     pytest.importorskip("triton")
-    from thalweg.ops.moe.triton.router import choose_kernel, logits_kernel
+    from thalweg.ops.moe.router.triton import choose_kernel, logits_kernel
 
     logits = dict(E=256, D=2304, BLOCK_T=16, BLOCK_E=32, BLOCK_D=256, PDL=True)
     assert compiled(logits_kernel, logits).spilled_bytes == 0
@@ -127,37 +130,42 @@ def test_router_compiles_for_hopper() -> None:
         assert "redux" in result.ptx
 
 
-def test_finish_compiles_for_hopper() -> None:
+def test_weighted_sum_compiles_for_hopper() -> None:
     pytest.importorskip("triton")
-    from thalweg.ops.moe.triton.finish import sum_kernel
+    from thalweg.ops.moe.experts.triton.weighted_sum import weighted_sum_kernel
 
-    result = compiled(sum_kernel, dict(D=2304, K=9, BLOCK_D=256, ADD=True, PDL=True), num_warps=2)
-    assert result.spilled_bytes == 0
+    for block, num_warps in ((256, 2), (1024, 4)):
+        result = compiled(weighted_sum_kernel, dict(D=2304, K=9, BLOCK_D=block, PDL=True), num_warps)
+        assert result.spilled_bytes == 0
 
 
 def test_pair_kernels_compile_for_hopper() -> None:
     pytest.importorskip("triton")
-    from thalweg.ops.moe.triton.experts import down_pair_kernel, gate_up_pair_kernel
+    from thalweg.ops.moe.experts.triton.pairs import down_pair_kernel, gate_up_pair_kernel
 
-    gate_up = dict(E=257, D=2304, I=1024, K=9, SHARED=1, BLOCK_I=2, BLOCK_D=512, PDL=True)
+    gate_up = dict(s_ptr=None, E=257, D=2304, I=1024, K=9, SHARED=1, BLOCK_I=2, BLOCK_D=512, PDL=True)
     result = compiled(gate_up_pair_kernel, gate_up)
     assert result.spilled_bytes == 0
     # "down" reads ids before its wait: "gate_up" must not let it start before its own.
     assert result.ptx.rindex("griddepcontrol.wait") < result.ptx.index("griddepcontrol.launch_dependents")
-    result = compiled(down_pair_kernel, dict(D=2304, I=1024, BLOCK_D=16, BLOCK_I=256, PDL=True))
+    result = compiled(down_pair_kernel, dict(s_ptr=None, D=2304, I=1024, BLOCK_D=16, BLOCK_I=256, PDL=True))
     assert result.spilled_bytes == 0
     assert result.ptx.split("griddepcontrol.wait")[0].count("ld.global.v4.b32") == 16 // 4 * 4
 
 
 @pytest.mark.parametrize(("by_pair", "block_p"), [(True, 128), (False, 256)])
-def test_expert_kernels_compile_for_hopper(by_pair: bool, block_p: int) -> None:
+def test_tile_kernels_compile_for_hopper(by_pair: bool, block_p: int) -> None:
     pytest.importorskip("triton")
-    from thalweg.ops.moe.triton.experts import down_expert_kernel, gate_up_expert_kernel
+    from thalweg.ops.moe.experts.triton.tiles import down_tile_kernel, gate_up_tile_kernel
 
-    tiles = dict(E=257, D=2304, I=1024, BY_PAIR=by_pair, BLOCK_P=block_p, BLOCK_T=16, STAGES=3, PDL=True)
-    result = compiled(gate_up_expert_kernel, tiles | dict(K=9, BLOCK_I=64, BLOCK_D=128))
+    tiles: dict[str, object] = dict.fromkeys(("s_ptr", "expert_ptr", "count_ptr", "list_ptr"))
+    tiles |= dict(E=257, D=2304, I=1024, BY_PAIR=by_pair, BLOCK_P=block_p, BLOCK_T=16, STAGES=3, PDL=True)
+    result = compiled(gate_up_tile_kernel, tiles | dict(x_scale_ptr=None, K=9, BLOCK_I=64, BLOCK_D=128))
     assert result.spilled_bytes == 0
     assert result.registers <= 168  # three programs a multiprocessor; shared memory allows no more
     assert 3 * result.shared_bytes <= 227 * 1024
     assert result.ptx.rindex("griddepcontrol.wait") < result.ptx.index("griddepcontrol.launch_dependents")
-    assert compiled(down_expert_kernel, tiles | dict(BLOCK_D=128, BLOCK_I=128)).spilled_bytes == 0
+    result = compiled(down_tile_kernel, tiles | dict(BLOCK_D=128, BLOCK_I=128))
+    assert result.spilled_bytes == 0
+    assert result.registers <= 168
+    assert 3 * result.shared_bytes <= 227 * 1024

@@ -1,27 +1,42 @@
-"""Op "experts_fp8": its reference, the kernels under the interpreter, compiled for Hopper."""
+"""Op "experts" over weights in fp8: the reference, the kernels under the interpreter, compiled for Hopper."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import pytest
 import torch
 
 from tests.ops.compile_sm90 import Compiled, compile_sm90
 from tests.ops.interpreted import run_interpreted
-from tests.ops.moe_case import experts_in_float64, moe_case_fp8, rmse_ratio, triton_experts
-from thalweg.ops.moe_fp8 import reference
+from tests.ops.moe_case import (
+    experts_in_float64,
+    implementation,
+    moe_case_fp8,
+    rmse_ratio,
+    triton_experts,
+)
+from thalweg.ops.moe.experts import reference
+from thalweg.quant import scheme_named
+
+reference_experts = partial(reference.experts, scheme_named("fp8"))
 
 
+@pytest.mark.parametrize("published", [False, True])
 @pytest.mark.parametrize(("T", "D", "I", "E", "k", "shared"), [(1, 256, 128, 8, 3, 1), (9, 300, 80, 5, 2, 0)])
-def test_reference_is_experts_of_the_dequantized_weights(T: int, D: int, I: int, E: int, k: int, shared: int) -> None:
-    case, quantized = moe_case_fp8(T, D, I, E, k, shared, torch.float32)
-    y = reference.experts_fp8(case.x, case.weights, case.ids, *quantized, num_shared=shared)
-    assert rmse_ratio(y, experts_in_float64(case)) < 1e-5
+def test_reference_is_experts_of_the_widened_weights(
+    T: int, D: int, I: int, E: int, k: int, shared: int, published: bool
+) -> None:
+    case = moe_case_fp8(T, D, I, E, k, shared, torch.float32, published=published)
+    assert rmse_ratio(case.run(reference_experts), experts_in_float64(case)) < 1e-5
+    case = moe_case_fp8(T, D, I, E, k, shared, torch.bfloat16, published=published)
+    assert rmse_ratio(case.run(reference_experts), experts_in_float64(case)) < 0.01
 
 
 def check(T: int, D: int, I: int, E: int, k: int, shared: int) -> None:
-    case, quantized = moe_case_fp8(T, D, I, E, k, shared, torch.float32)
-    y = triton_experts("experts_fp8", T)(case.x, case.weights, case.ids, *quantized, num_shared=shared)
-    assert rmse_ratio(y, experts_in_float64(case)) < 1e-5
+    for published in (False, True):
+        case = moe_case_fp8(T, D, I, E, k, shared, torch.float32, published=published)
+        assert rmse_ratio(case.run(triton_experts(case)), experts_in_float64(case)) < 1e-5
 
 
 def check_one_of_each() -> None:
@@ -39,43 +54,50 @@ def check_more_sizes() -> None:
 
 
 def check_grouped() -> None:
-    from thalweg.ops.moe_fp8.triton import grouped
-
     for T, D, I, E, k, shared in ((70, 96, 33, 6, 3, 1), (5, 140, 48, 24, 3, 0), (300, 144, 150, 3, 2, 2)):
-        case, quantized = moe_case_fp8(T, D, I, E, k, shared, torch.float32)
-        y = grouped.experts_grouped(case.x, case.weights, case.ids, *quantized, num_shared=shared)
-        assert rmse_ratio(y, experts_in_float64(case)) < 1e-6
-    case, quantized = moe_case_fp8(60, 160, 150, 6, 3, 1, torch.bfloat16)
-    case.x[0] *= 2.0**30  # far beyond fp16, which serves products within
-    case.x[1] *= 2.0**-30
-    y = grouped.experts_grouped(case.x, case.weights, case.ids, *quantized, num_shared=1)
-    assert all(rmse_ratio(a, b) < 0.015 for a, b in zip(y, experts_in_float64(case), strict=True))
+        for published in (False, True):
+            case = moe_case_fp8(T, D, I, E, k, shared, torch.float32, published=published)
+            assert rmse_ratio(case.run(implementation("grouped", "fp8")), experts_in_float64(case)) < 1e-6
+
+
+def check_scales_of_any_size() -> None:
+    """A weight takes its scale over that of the largest: what matters must come through however they differ."""
+    for name in ("pairs", "tiles", "grouped"):
+        for scale in (1.7e-30, 0.6, 1e30):
+            for dtype in (torch.float32, torch.bfloat16):
+                case = moe_case_fp8(6, 300, 140, 4, 2, 1, dtype, published=True)
+                case.gate_up[1][:, :, 0] *= 1e-4
+                case.down[1].mul_(scale)
+                case.down[1][:, :, 0] *= 3e-3
+                case.weights = case.weights / scale
+                y = case.run(implementation(name, "fp8"))
+                bound = {torch.float32: 1e-5, torch.bfloat16: 0.015 if name == "grouped" else 0.01}[dtype]
+                assert rmse_ratio(y, experts_in_float64(case)) < bound
 
 
 def check_experts_in_bfloat16() -> None:
-    for T, D, I in ((2, 160, 48), (20, 300, 150)):
-        case, quantized = moe_case_fp8(T, D, I, 6, 3, 1, torch.bfloat16)
-        case.x[0] *= 2.0**30  # far beyond fp16, which serves products within
-        case.x[1] *= 2.0**-30
-        y = triton_experts("experts_fp8", T)(case.x, case.weights, case.ids, *quantized, num_shared=1)
-        expected = experts_in_float64(case)
-        assert all(rmse_ratio(a, b) < 0.01 for a, b in zip(y, expected, strict=True))
+    for name, T, D, I in (("pairs", 2, 160, 48), ("tiles", 20, 300, 150), ("grouped", 60, 160, 150)):
+        for published in (False, True):
+            case = moe_case_fp8(T, D, I, 6, 3, 1, torch.bfloat16, published=published)
+            case.x[0] *= 2.0**30  # far beyond fp16, which serves products within
+            case.x[1] *= 2.0**-30
+            y = case.run(implementation(name, "fp8"))
+            bound = 0.015 if name == "grouped" else 0.01
+            assert all(rmse_ratio(a, b) < bound for a, b in zip(y, experts_in_float64(case), strict=True))
 
 
 def check_add() -> None:
     for T in (2, 6, 257):
-        case, quantized = moe_case_fp8(T, 32, 16, 3, 1, 1, torch.float32)
-        arguments, residual = (case.x, case.weights, case.ids, *quantized), case.x.flip(0)
-        found = triton_experts("experts_fp8", T)(*arguments, residual_TD=residual, num_shared=1)
-        expected = reference.experts_fp8(*arguments, residual_TD=residual, num_shared=1)
+        case = moe_case_fp8(T, 32, 16, 3, 1, 1, torch.float32)
+        found, expected = (case.run(op, residual_TD=case.x.flip(0)) for op in (triton_experts(case), reference_experts))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def check_nan_stays_in_its_row() -> None:
     for T in (2, 5):
-        case, quantized = moe_case_fp8(T, 48, 20, 4, 2, 1, torch.float32)
+        case = moe_case_fp8(T, 48, 20, 4, 2, 1, torch.float32)
         case.x[1] = torch.nan
-        y = triton_experts("experts_fp8", T)(case.x, case.weights, case.ids, *quantized, num_shared=1)
+        y = case.run(triton_experts(case))
         assert y.isnan().all(1).tolist() == [t == 1 for t in range(T)]
         assert y.isfinite().all(1).tolist() == [t != 1 for t in range(T)]
 
@@ -89,13 +111,14 @@ def test_kernels_under_the_interpreter() -> None:
 def test_kernels_under_the_interpreter_at_more_sizes() -> None:
     pytest.importorskip("triton")
     run_interpreted(check_grouped, check_more_sizes, check_experts_in_bfloat16, check_add, check_nan_stays_in_its_row)
+    run_interpreted(check_scales_of_any_size)
 
 
 TYPES = {
-    "q_ptr": "*fp8e4nv",
+    "w_ptr": "*fp8e4nv",
     "ids_ptr": "*i64",
     **dict.fromkeys(("x_ptr", "h_ptr"), "*bf16"),
-    **dict.fromkeys(("s_ptr", "y_ptr", "scale_ptr"), "*fp32"),
+    **dict.fromkeys(("s_ptr", "y_ptr", "scale_ptr", "x_scale_ptr"), "*fp32"),
     **dict.fromkeys(("expert_ptr", "count_ptr", "list_ptr", "sorted_ptr", "blocks_ptr"), "*i32"),
     **dict.fromkeys(("pairs", "tokens", "groups", "x_stride"), "i32"),
     "half_ptr": "*fp16",
@@ -110,30 +133,32 @@ def compiled(kernel: object, constants: dict[str, object], num_warps: int = 4, *
 
 def test_pair_kernels_compile_for_hopper() -> None:
     pytest.importorskip("triton")
-    from thalweg.ops.moe_fp8.triton.pairs import down_pair_kernel, gate_up_pair_kernel
+    from thalweg.ops.moe.experts.triton.pairs import down_pair_kernel, gate_up_pair_kernel
 
-    result = compiled(gate_up_pair_kernel, dict(E=257, D=2304, I=1024, K=9, SHARED=1, BLOCK_I=8, PDL=True))
+    result = compiled(gate_up_pair_kernel, dict(E=257, D=2304, I=1024, K=9, SHARED=1, BLOCK_I=8, BLOCK_D=128, PDL=True))
     assert result.spilled_bytes == 0
     # "down" reads ids before its wait: "gate_up" must not let it start before its own.
     assert result.ptx.rindex("griddepcontrol.wait") < result.ptx.index("griddepcontrol.launch_dependents")
-    result = compiled(down_pair_kernel, dict(D=2304, I=1024, BLOCK_D=16, PDL=True), num_warps=2)
+    result = compiled(down_pair_kernel, dict(D=2304, I=1024, BLOCK_D=16, BLOCK_I=128, PDL=True), num_warps=2)
     assert result.spilled_bytes == 0
     assert result.ptx.split("griddepcontrol.wait")[0].count("ld.global.v4.b32") == 2 * 1024 // 128
 
 
 def test_tile_kernels_compile_for_hopper() -> None:
     pytest.importorskip("triton")
-    from thalweg.ops.moe_fp8.triton.tiles import down_tile_kernel, gate_up_tile_kernel, list_kernel
+    from thalweg.ops.moe.experts.triton.grouping import list_kernel
+    from thalweg.ops.moe.experts.triton.tiles import down_tile_kernel, gate_up_tile_kernel
 
     lists = dict(E=257, D=2304, BY_PAIR=False, BLOCK_P=1024, BLOCK_D=4096, PDL=True)
     assert compiled(list_kernel, lists).spilled_bytes == 0
-    gate_up = dict(D=2304, I=1024, K=9, SCALED=True, BLOCK_T=16, BLOCK_I=128, STAGES=4, PDL=True)
+    tiles = dict(E=257, D=2304, I=1024, BY_PAIR=False, BLOCK_P=16, BLOCK_T=16, STAGES=4, PDL=True)
+    gate_up = tiles | dict(K=9, BLOCK_I=128, BLOCK_D=128)
     result = compiled(gate_up_tile_kernel, gate_up, 8, x_ptr="*fp16")
     assert result.spilled_bytes == 0
     assert result.registers <= 128  # two programs a multiprocessor; shared memory allows no more
     assert 2 * result.shared_bytes <= 227 * 1024
     assert result.ptx.rindex("griddepcontrol.wait") < result.ptx.index("griddepcontrol.launch_dependents")
-    result = compiled(down_tile_kernel, dict(D=2304, I=1024, BLOCK_T=16, BLOCK_D=256, STAGES=4, PDL=True), 8)
+    result = compiled(down_tile_kernel, tiles | dict(BLOCK_D=256, BLOCK_I=128), 8)
     assert result.spilled_bytes == 0
     assert result.registers <= 128
     assert 2 * result.shared_bytes <= 227 * 1024
@@ -141,7 +166,7 @@ def test_tile_kernels_compile_for_hopper() -> None:
 
 def test_grouped_kernels_compile_for_hopper() -> None:
     pytest.importorskip("triton")
-    from thalweg.ops.moe_fp8.triton.grouped import (
+    from thalweg.ops.moe.experts.triton.grouped import (
         DOWN_TILES,
         GATE_UP_TILES,
         down_grouped_kernel,
@@ -149,14 +174,14 @@ def test_grouped_kernels_compile_for_hopper() -> None:
     )
 
     for rows in (64, 128):
-        tile = GATE_UP_TILES[rows]
+        tile = GATE_UP_TILES[True, rows]
         constants = dict(D=2304, I=1024, ROWS=rows, TAIL=tile.tail, STAGES=tile.stages)
         blocks = dict(BLOCK_I=tile.columns, BLOCK_D=tile.depth)
         result = compiled(gate_up_grouped_kernel, constants | blocks | dict(K=9), tile.warps, x_ptr="*fp16")
         assert result.spilled_bytes == 0
         assert "wgmma" in result.ptx
         assert 2 * result.shared_bytes <= 227 * 1024
-        tile = DOWN_TILES[rows]
+        tile = DOWN_TILES[True, rows]
         blocks = dict(BLOCK_D=tile.columns, BLOCK_I=tile.depth)
         result = compiled(down_grouped_kernel, constants | blocks, tile.warps, y_ptr="*bf16")
         assert result.spilled_bytes == 0

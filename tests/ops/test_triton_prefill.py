@@ -15,7 +15,7 @@ from tests.ops.prefill_case import KdaCase, conv_case, mla_case, ratio
 from thalweg.ops import Op, Resolver, Where
 from thalweg.ops.attention.mla import MLA_PREFILL, MlaPrefillDims
 from thalweg.ops.delta.conv1d import CONV1D_PREFILL, Conv1dDims
-from thalweg.ops.moe import NORM_ROUTER, NormRouterDims
+from thalweg.ops.moe.router import NORM_ROUTER, NormRouterDims
 
 
 def check_conv1d() -> None:
@@ -99,18 +99,19 @@ def check_mla() -> None:
 
 
 def check_experts() -> None:
-    from thalweg.ops.moe.triton import grouped
+    from thalweg.ops.moe.experts.triton import grouped
 
     for T, D, I, E, k, shared in ((70, 96, 33, 6, 3, 1), (5, 100, 48, 24, 3, 0), (300, 64, 32, 3, 2, 2)):
         for most in (grouped.SLICE, 64):
             case = moe_case(T, D, I, E, k, shared, torch.float32)
-            arguments = (case.x, case.weights, case.ids, case.gate_up, case.down)
             whole = grouped.SLICE
             grouped.SLICE = most
-            y = grouped.experts_grouped(*arguments, num_shared=shared)
+            y = case.run(grouped.experts_of_groups)
+            added = case.run(grouped.experts_of_groups, residual_TD=case.residual)
             grouped.SLICE = whole
             assert rmse_ratio(y, experts_in_float64(case)) < 1e-6
-            y = grouped.experts_grouped(*arguments)
+            assert torch.equal(added, y + case.residual)
+            y = case.run(grouped.experts_of_groups, promise=False)
             assert rmse_ratio(y, experts_in_float64(case)) < 1e-6
 
 
@@ -150,7 +151,8 @@ TYPES = {
 
 
 def compiled(kernel: object, constants: dict[str, object], num_warps: int = 4) -> Compiled:
-    types = {p.name: TYPES.get(p.name, "i32") for p in kernel.params if not p.is_constexpr}  # type: ignore[attr-defined]
+    names = [p.name for p in kernel.params if not p.is_constexpr and p.name not in constants]  # type: ignore[attr-defined]
+    types = {name: TYPES.get(name, "i32") for name in names}
     return compile_sm90(kernel, types, constants, num_warps)
 
 
@@ -171,11 +173,13 @@ def test_kda_compiles_for_hopper() -> None:
 
 def test_experts_compile_for_hopper() -> None:
     pytest.importorskip("triton")
-    from thalweg.ops.moe.triton import grouped
+    from thalweg.ops.moe.experts.triton import grouped
 
     for rows, warps in ((64, 4), (128, 8)):
-        tile = dict(D=2304, I=1024, ROWS=rows, TAIL=rows // 2, STAGES=4)
-        gate_up = compiled(grouped.gate_up_grouped_kernel, tile | dict(K=9, BLOCK_I=128, BLOCK_D=64), warps)
+        tile = dict(s_ptr=None, D=2304, I=1024, ROWS=rows, TAIL=rows // 2, STAGES=4)
+        gate_up = compiled(
+            grouped.gate_up_grouped_kernel, tile | dict(x_scale_ptr=None, K=9, BLOCK_I=128, BLOCK_D=64), warps
+        )
         down = compiled(grouped.down_grouped_kernel, tile | dict(BLOCK_D=256, BLOCK_I=64), warps)
         for kernel in (gate_up, down):
             assert kernel.spilled_bytes == 0

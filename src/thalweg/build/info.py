@@ -21,7 +21,7 @@ class OpChoice(msgspec.Struct, frozen=True):
     """What serves an op, for which dimensions, by the number of tokens, and why each other one serves none."""
 
     op: str
-    dims: dict[str, bool | int | tuple[int, ...]]
+    dims: dict[str, bool | int | str | tuple[int, ...]]
     table: list[OpSpan]  # in ascending order, without gaps
     refused: list[tuple[str, str]]
 

@@ -78,8 +78,8 @@ def _print(found: Inspection) -> None:
     console.print(ops)
 
 
-def _size(size: int | tuple[int, ...]) -> str:
-    return str(size) if isinstance(size, int) else "+".join(map(str, size))
+def _size(size: int | str | tuple[int, ...]) -> str:
+    return str(size) if isinstance(size, int | str) else "+".join(map(str, size))
 
 
 def _dtype(cost: Cost) -> str:

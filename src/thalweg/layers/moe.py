@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -12,9 +9,8 @@ from thalweg.layers.context import BuildContext
 from thalweg.layers.linear import Linear, LinearAdd, NormLinear
 from thalweg.layers.norm import NormWeight
 from thalweg.ops.activation import SILU_AND_MUL, SiluAndMulDims
-from thalweg.ops.moe import EXPERTS, NORM_ROUTER, ExpertsDims, NormRouterDims, Scoring
-from thalweg.ops.moe_fp8 import EXPERTS_FP8
-from thalweg.ops.registry import Op
+from thalweg.ops.moe.experts import EXPERTS, ExpertsDims
+from thalweg.ops.moe.router import NORM_ROUTER, NormRouterDims, Scoring
 from thalweg.quant import PLAIN
 
 
@@ -84,10 +80,6 @@ class Router(nn.Module):
         )
 
 
-EXPERTS_IN: dict[str, Op[ExpertsDims, Any]] = {PLAIN.name: EXPERTS, "fp8": EXPERTS_FP8}
-"""The op that takes weights of a scheme, by its name."""
-
-
 class Experts(nn.Module):
     """Weights of all experts, each `inner` wide on this rank, stored as the plan says: the routed ones, then the
     shared ones."""
@@ -96,23 +88,27 @@ class Experts(nn.Module):
         super().__init__()
         self.shared, self.mesh = shared, ctx.mesh
         total = routed + shared
-        stored = {**ctx.stored("gate_up", (total, 2 * inner, width)), **ctx.stored("down", (total, width, inner))}
+        self._gate_up = self._register(ctx.stored("gate_up", (total, 2 * inner, width)))
+        self._down = self._register(ctx.stored("down", (total, width, inner)))
+        target = ctx.planned("gate_up")
+        scheme = PLAIN if target is None else target.scheme
+        self._experts = ctx.op(EXPERTS, ExpertsDims(E=total, D=width, I=inner, scheme=scheme.name))
+
+    def _register(self, stored: dict[str, nn.Parameter]) -> tuple[str, ...]:
         for name, weight in stored.items():
             self.register_parameter(name, weight)
-        self._names, target = tuple(stored), ctx.planned("gate_up")
-        scheme = PLAIN if target is None else target.scheme
-        self._experts: Callable[..., Tensor] = ctx.op(EXPERTS_IN[scheme.name], ExpertsDims(E=total, D=width, I=inner))
+        return tuple(stored)
 
-    @property
-    def weights(self) -> tuple[Tensor, ...]:
-        """As the op takes them."""
-        return tuple(getattr(self, name) for name in self._names)
+    def _stored(self, names: tuple[str, ...]) -> tuple[Tensor, ...]:
+        """The tensors of a weight, as the op takes them."""
+        return tuple(getattr(self, name) for name in names)
 
     def forward(self, normed_TD: Tensor, weights_Tk: Tensor, ids_Tk: Tensor, residual_TD: Tensor | None) -> Tensor:
         """The experts' sum over this rank's width, plus the residual if there is one."""
-        experts = (normed_TD, weights_Tk, ids_Tk, *self.weights)
-        y_TD: Tensor = self._experts(*experts, residual_TD=residual_TD, num_shared=self.shared)
-        return y_TD
+        gate_up, down = self._stored(self._gate_up), self._stored(self._down)
+        return self._experts(
+            normed_TD, weights_Tk, ids_Tk, gate_up, down, residual_TD=residual_TD, num_shared=self.shared
+        )
 
 
 class GatedSharedExpert(nn.Module):

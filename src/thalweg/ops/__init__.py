@@ -5,9 +5,10 @@ Importing this package registers all implementations; `thalweg.ops.registry` cho
 
 from __future__ import annotations
 
-from thalweg.ops import activation, heads, linear, moe, moe_fp8, norm, projection, residual, sample
+from thalweg.ops import activation, heads, linear, norm, projection, residual, sample
 from thalweg.ops.attention import gqa, mla, mla_down_norms, mla_mixer
 from thalweg.ops.delta import conv1d, gdn, kda, kda_mixer
+from thalweg.ops.moe import experts, router
 from thalweg.ops.registry import Choice, Op, Resolver, Tokens, Where
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Where",
     "activation",
     "conv1d",
+    "experts",
     "gdn",
     "gqa",
     "heads",
@@ -27,10 +29,9 @@ __all__ = [
     "mla",
     "mla_down_norms",
     "mla_mixer",
-    "moe",
-    "moe_fp8",
     "norm",
     "projection",
     "residual",
+    "router",
     "sample",
 ]

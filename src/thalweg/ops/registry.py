@@ -128,7 +128,7 @@ def implementations(op: str) -> list[Implementation]:
     return list(_implementations[op])
 
 
-def dims_of(dims: Any) -> dict[str, bool | int | tuple[int, ...]]:
+def dims_of(dims: Any) -> dict[str, bool | int | str | tuple[int, ...]]:
     """The dimensions of an op by name."""
     return asdict(dims)
 

@@ -18,5 +18,6 @@ QUANTIZATIONS = tuple(scheme.name for scheme in _SCHEMES)
 
 
 def scheme_named(name: str | None) -> Scheme:
-    """The scheme of --quantization `name`; None is the model's own dtype. Raises KeyError for another name."""
-    return PLAIN if name is None else {scheme.name: scheme for scheme in _SCHEMES}[name]
+    """The scheme of that name; None, as --quantization has it, is the model's own dtype. Raises KeyError for another
+    name."""
+    return PLAIN if name is None else {scheme.name: scheme for scheme in (PLAIN, *_SCHEMES)}[name]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from thalweg.quant.scheme import Index, Shape, Stored, tensor_index
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 BLOCK = 128
@@ -47,6 +48,12 @@ class Fp8Blocks:
         place.copy_(q)
         scales[tensor_index(scales_into(into))].copy_(s)
 
+    def widened(self, stored: Sequence[Tensor], parts: int, dtype: torch.dtype) -> Tensor:
+        from thalweg.quant.fp8_blocks import dequantize
+
+        weight, scales = (t.unflatten(-2, (parts, -1)) for t in stored)
+        return dequantize(weight, scales, dtype).flatten(-3, -2)
+
 
 def scales_into(into: tuple[Index, ...]) -> tuple[Index, ...]:
     """Where the scales of a part stand: a range of rows is one of several equally high parts below one another."""
@@ -77,3 +84,8 @@ class Fp8Rows:
 
     def put(self, part: Tensor, into: tuple[Index, ...], stored: Sequence[Tensor]) -> None:
         raise NotImplementedError("linears are not quantized as they are loaded, only taken as a checkpoint has them")
+
+    def widened(self, stored: Sequence[Tensor], parts: int, dtype: torch.dtype) -> Tensor:
+        weight, scales = stored
+        by_column = scales.repeat_interleave(BLOCK, -1)[..., : weight.shape[-1]]
+        return (weight.float() * by_column).to(dtype)

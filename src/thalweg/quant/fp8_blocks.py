@@ -42,8 +42,11 @@ def dequantize(q_OD: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     return (q_OD.float() * by_row).to(dtype)
 
 
-def quantize_experts(gate_up_E2ID: Tensor, down_EDI: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(q_gate_up, s_gate_up, q_down, s_down) as op "experts_fp8" takes them, an expert at a time."""
+Weight = tuple[Tensor, ...]  # as Fp8Blocks.stored lists it
+
+
+def quantize_experts(gate_up_E2ID: Tensor, down_EDI: Tensor) -> tuple[Weight, Weight]:
+    """(gate_up, down) as op "experts" takes them in scheme "fp8", quantized an expert at a time."""
     (E, D, I), device = down_EDI.shape, down_EDI.device
     q_gate_up, q_down = (torch.empty(w.shape, dtype=DTYPE, device=device) for w in (gate_up_E2ID, down_EDI))
     s_gate_up = torch.empty(E, 2 * blocks(I), blocks(D), device=device)
@@ -53,4 +56,4 @@ def quantize_experts(gate_up_E2ID: Tensor, down_EDI: Tensor) -> tuple[Tensor, Te
         for half in range(2):
             rows, scales = slice(half * I, (half + 1) * I), slice(half * blocks(I), (half + 1) * blocks(I))
             q_gate_up[e, rows], s_gate_up[e, scales] = quantize(gate_up_E2ID[e, rows])
-    return q_gate_up, s_gate_up, q_down, s_down
+    return (q_gate_up, s_gate_up), (q_down, s_down)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 Range = tuple[int, int]  # [start, stop)
@@ -42,6 +43,9 @@ class Scheme(Protocol):
         """Store a part in the model's or the checkpoint's dtype, in place. `into` indexes the leading dimensions of
         the weight, an int picks an entry and a range keeps the dimension; () is all of it."""
 
+    def widened(self, stored: Sequence[Tensor], parts: int, dtype: torch.dtype) -> Tensor:
+        """The elements [..., O, D] in `dtype`. The plain scheme ignores `dtype`: they are in the model's already."""
+
 
 class Plain:
     """Weights in the model's dtype: one tensor, no scales."""
@@ -57,6 +61,9 @@ class Plain:
     def put(self, part: Tensor, into: tuple[Index, ...], stored: Sequence[Tensor]) -> None:
         place = stored[0][tensor_index(into)]
         place.copy_(part.reshape(place.shape))
+
+    def widened(self, stored: Sequence[Tensor], parts: int, dtype: torch.dtype) -> Tensor:
+        return stored[0]
 
 
 PLAIN = Plain()

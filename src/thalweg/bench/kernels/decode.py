@@ -6,18 +6,17 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from thalweg.bench.kernels.case import Arguments, Builder, Case, Draw, Setting, candidates_of
 from thalweg.bench.kernels.shape import distinct_experts
 from thalweg.ops.attention.mla_mixer import MLA_MIXER_DECODE, MlaMixerDims
 from thalweg.ops.delta.kda_mixer import KDA_MIXER_DECODE, KdaMixerDims
 from thalweg.ops.linear import LINEAR, LINEAR_ADD, NORM_LINEAR, LinearDims, NormLinearDims
-from thalweg.ops.moe import EXPERTS, NORM_ROUTER, ExpertsDims, NormRouterDims
-from thalweg.ops.moe_fp8 import EXPERTS_FP8
+from thalweg.ops.moe.experts import EXPERTS, ExpertsDims
+from thalweg.ops.moe.router import NORM_ROUTER, NormRouterDims
 from thalweg.ops.norm import RMS_NORM, RmsNormDims
 from thalweg.ops.sample import SAMPLE, SampleDims
-from thalweg.quant.fp8 import BLOCK
+from thalweg.quant import PLAIN, Scheme, scheme_named
 from thalweg.quant.fp8_blocks import quantize_experts
 
 EPS, BLOCK_SIZE = 1e-5, 64
@@ -102,22 +101,21 @@ def experts(setting: Setting) -> Iterator[Case]:
     yield from routed(setting, setting.batch_sizes, "batch", "graph")
 
 
-def experts_fp8(setting: Setting) -> Iterator[Case]:
-    yield from routed(setting, setting.batch_sizes, "batch", "graph", fp8=True)
+def routed(setting: Setting, sizes: tuple[int, ...], unit: str, timed: Any) -> Iterator[Case]:
+    """Cases of the experts, added to the residual, over weights in the setting's dtype and in fp8."""
+    for scheme in (PLAIN, scheme_named("fp8")):
+        yield from _routed(setting, sizes, unit, timed, scheme)
 
 
-def routed(setting: Setting, sizes: tuple[int, ...], unit: str, timed: Any, fp8: bool = False) -> Iterator[Case]:
-    """Cases of the experts, added to the residual. The copies share one set of weights, and each routes at random in
-    its own way."""
+def _routed(setting: Setting, sizes: tuple[int, ...], unit: str, timed: Any, scheme: Scheme) -> Iterator[Case]:
+    """The copies share one set of weights, and each routes at random in its own way."""
     s, es = setting.shape, setting.dtype.itemsize
     E, D, I, k = s.experts, s.width, s.inner, s.top_k
     draw = Draw(setting, 0)
-    experts: tuple[Tensor, ...] = draw(E + 1, 2 * I, D, scale=D**-0.5), draw(E + 1, D, I, scale=I**-0.5)
-    expert_bytes: float = 3 * D * I * es
-    if fp8:
-        experts = quantize_experts(*experts)
-        expert_bytes = 3 * D * I * (1 + 4 / BLOCK**2)
-    dims = ExpertsDims(E=E + 1, D=D, I=I)
+    gate_up, down = draw(E + 1, 2 * I, D, scale=D**-0.5), draw(E + 1, D, I, scale=I**-0.5)
+    experts = ((gate_up,), (down,)) if scheme is PLAIN else quantize_experts(gate_up, down)
+    expert_bytes = 3 * D * I * scheme.bytes_per_weight(es)
+    dims = ExpertsDims(E=E + 1, D=D, I=I, scheme=scheme.name)
     for T in sizes:
 
         def make(copy: int, T: int = T) -> Arguments:
@@ -129,9 +127,9 @@ def routed(setting: Setting, sizes: tuple[int, ...], unit: str, timed: Any, fp8:
             return Arguments(draw(T, D), weights, ids, *experts, residual_TD=draw(T, D), num_shared=1)
 
         yield Case(
-            "experts_fp8" if fp8 else "experts",
-            f"{k} of {E} and 1 shared, {unit} {T}",
-            candidates_of(setting, EXPERTS_FP8, dims, T) if fp8 else candidates_of(setting, EXPERTS, dims, T),
+            "experts",
+            f"{k} of {E} and 1 shared{'' if scheme is PLAIN else f' in {scheme.name}'}, {unit} {T}",
+            candidates_of(setting, EXPERTS, dims, T),
             make,
             num_bytes=expert_bytes * (1 + distinct_experts(E, k, T)) + es * 3 * T * D,
             flops=6 * T * (k + 1) * D * I,
@@ -238,7 +236,6 @@ DECODE: dict[str, Builder] = {
     "linear_add": linear_add,
     "norm_router": norm_router,
     "experts": experts,
-    "experts_fp8": experts_fp8,
     "kda_mixer_decode": kda_mixer,
     "mla_mixer_decode": mla_mixer,
     "rms_norm": rms_norm,

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from thalweg.ops.norm.reference import rms_norm
-from thalweg.quant.fp8 import BLOCK
+from thalweg.quant import FP8_LINEARS
 
 
 def linear(x_TD: Tensor, w_OD: Tensor) -> Tensor:
@@ -27,5 +27,4 @@ def linear_add_in_place(x_TD: Tensor, w_OD: Tensor, residual_TO: Tensor) -> Tens
 
 
 def linear_fp8(x_TD: Tensor, q_OD: Tensor, scale_OB: Tensor) -> Tensor:
-    by_column_OD = scale_OB.repeat_interleave(BLOCK, 1)[:, : q_OD.shape[1]]
-    return F.linear(x_TD, (q_OD.float() * by_column_OD).to(x_TD.dtype))
+    return F.linear(x_TD, FP8_LINEARS.widened([q_OD, scale_OB], 1, x_TD.dtype))

@@ -1,4 +1,4 @@
-"""Norm and router where cuda_router.py does not serve: norm, products split over programs, or whole ones of the library
+"""Norm and router where cuda.py does not serve: norm, products split over programs, or whole ones of the library
 for many tokens, then one small program per token sums and chooses.
 
 One launch, in which the last program to finish chooses, was slower at every size: its wait is longer than a launch.
@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from thalweg.ops.moe.reference import is_softmax
+from thalweg.ops.moe.router.reference import is_softmax
 from thalweg.ops.norm.triton.rms import rms_norm
 from thalweg.ops.toolchain.triton_launch import pdl_options
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from thalweg.ops.moe.triton.finish import weighted_sum
-from thalweg.ops.moe_fp8 import steps_per_warp
+from thalweg.ops.moe.experts import steps_per_warp
+from thalweg.ops.moe.experts.triton.weighted_sum import weighted_sum
 from thalweg.ops.toolchain.cuda_build import cuda_kernel
 from thalweg.ops.toolchain.triton_support import multiprocessors
 from thalweg.quant.fp8 import BLOCK
@@ -39,7 +39,7 @@ def _product(x: Tensor, ids_Tk: Tensor, q: Tensor, scales: Tensor, out: Tensor, 
     kernel.launch((blocks, 1, 1), shared_bytes, x, ids_Tk, q, scales, out, (c_longlong, x.stride(0)), (c_int, T))
 
 
-def run_gate_up(x_TD: Tensor, ids_Tk: Tensor, q_E2ID: Tensor, s_gate_up: Tensor, num_shared: int) -> Tensor:
+def run_gate_up(x_TD: Tensor, ids_Tk: Tensor, q_E2ID: Tensor, s_gate_up: Tensor, *, num_shared: int) -> Tensor:
     """h [T * k, I] bf16 = silu(gate x) * up x of every pair."""
     h_PI = torch.empty(ids_Tk.numel(), q_E2ID.shape[1] // 2, dtype=x_TD.dtype, device=x_TD.device)
     _product(x_TD, ids_Tk, q_E2ID, s_gate_up, h_PI, True, num_shared)
@@ -53,20 +53,18 @@ def run_down(h_PI: Tensor, ids_Tk: Tensor, q_EDI: Tensor, s_down: Tensor) -> Ten
     return y_PD
 
 
-def experts_fp8(
+def experts(
     x_TD: Tensor,
     weights_Tk: Tensor,
     ids_Tk: Tensor,
-    q_gate_up_E2ID: Tensor,
-    s_gate_up: Tensor,
-    q_down_EDI: Tensor,
-    s_down: Tensor,
+    gate_up: tuple[Tensor, ...],
+    down: tuple[Tensor, ...],
     *,
     residual_TD: Tensor | None = None,
     num_shared: int = 0,
 ) -> Tensor:
+    out_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
     if len(x_TD) == 0:
-        return torch.empty_like(x_TD)
-    h_PI = run_gate_up(x_TD.contiguous(), ids_Tk, q_gate_up_E2ID, s_gate_up, num_shared)
-    y_PD = run_down(h_PI, ids_Tk, q_down_EDI, s_down)
-    return weighted_sum(y_PD, weights_Tk, x_TD.dtype, residual_TD)
+        return out_TD
+    h_PI = run_gate_up(x_TD.contiguous(), ids_Tk, *gate_up, num_shared=num_shared)
+    return weighted_sum(run_down(h_PI, ids_Tk, *down), weights_Tk, out_TD, residual_TD)

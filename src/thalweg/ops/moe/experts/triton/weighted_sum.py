@@ -1,11 +1,10 @@
 """The last launch of the experts: a token's weighted sum, and with it the residual.
 
-It takes the fp32 outputs of the (token, expert) pairs, whatever kernels they come from, in one fixed order.
+It takes the outputs of the (token, expert) pairs, whatever kernels they come from, in one fixed order.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -15,16 +14,15 @@ from thalweg.ops.toolchain.triton_launch import pdl_options
 
 
 @triton.jit
-def sum_kernel(
-    y_ptr,  # [T * K, D] fp32
+def weighted_sum_kernel(
+    y_ptr,  # [T * K, D]
     weights_ptr,
-    residual_ptr,
+    residual_ptr,  # or None
     out_ptr,
     residual_stride,
     D: tl.constexpr,
     K: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    ADD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     if PDL:
@@ -38,35 +36,33 @@ def sum_kernel(
         ys = ys + (tl.load(y_ptr + (token * K + j) * D + cols, mask=inside, other=0.0),)
         weights = weights + (tl.load(weights_ptr + token * K + j),)
     residual = 0.0
-    if ADD:
+    if residual_ptr is not None:
         residual = tl.load(residual_ptr + token * residual_stride + cols, mask=inside, other=0.0).to(tl.float32)
     if residual_stride < 0:  # never, but the assembler does not sink loads over a branch
         return
     total = tl.zeros([BLOCK_D], tl.float32)
     for j in tl.static_range(K):
-        total += weights[j] * ys[j]
+        total += weights[j] * ys[j].to(tl.float32)
     total += residual
     tl.store(out_ptr + token * D + cols, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def weighted_sum(
-    y_PD: Tensor, weights_Tk: Tensor, dtype: torch.dtype, residual_TD: Tensor | None = None, block: int = 256
+    y_PD: Tensor, weights_Tk: Tensor, out_TD: Tensor, residual_TD: Tensor | None, block: int = 256, warps: int = 2
 ) -> Tensor:
-    """[T, D] in `dtype`, rounded once: the fp32 outputs [T * k, D] of all pairs, a token's k in a row, weighted and
-    summed, plus the residual."""
+    """out_TD, rounded once to its dtype: the outputs [T * k, D] of all pairs, a token's k in a row, weighted and summed
+    in fp32, plus the residual. out is contiguous."""
     (T, K), D = weights_Tk.shape, y_PD.shape[1]
-    out_TD = torch.empty(T, D, dtype=dtype, device=y_PD.device)
-    sum_kernel[(T, triton.cdiv(D, block))](
+    weighted_sum_kernel[(T, triton.cdiv(D, block))](
         y_PD,
         weights_Tk,
-        y_PD if residual_TD is None else residual_TD,
+        residual_TD,
         out_TD,
         0 if residual_TD is None else residual_TD.stride(0),
         D=D,
         K=K,
         BLOCK_D=block,
-        ADD=residual_TD is not None,
-        num_warps=2,
+        num_warps=warps,
         **pdl_options(y_PD),
     )
     return out_TD

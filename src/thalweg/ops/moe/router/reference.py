@@ -1,4 +1,4 @@
-"""Routing and routed experts in plain torch."""
+"""Routing in plain torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from thalweg.errors import ConfigError
-from thalweg.ops.activation.reference import silu_and_mul
 from thalweg.ops.norm.reference import rms_norm
 
 
@@ -75,34 +74,3 @@ def norm_router(
         shared_TS = torch.arange(E, E + num_shared, device=ids_Tk.device).expand(T, -1)
         weights_Tk, ids_Tk = F.pad(weights_Tk, (0, num_shared), value=1.0), torch.cat((ids_Tk, shared_TS), dim=1)
     return normed_TD, weights_Tk, ids_Tk
-
-
-def experts(
-    x_TD: Tensor,
-    weights_Tk: Tensor,
-    ids_Tk: Tensor,
-    w_gate_up_E2ID: Tensor,
-    w_down_EDI: Tensor,
-    *,
-    residual_TD: Tensor | None = None,
-    num_shared: int = 0,  # a promise this definition has no need of
-) -> Tensor:
-    T, k = ids_Tk.shape
-    if T == 0:
-        return torch.empty_like(x_TD)
-    # Sort the T * k (token, expert) pairs by expert, so that each expert in use takes one slice.
-    order_P = ids_Tk.flatten().argsort(stable=True)
-    counts = ids_Tk.flatten().bincount(minlength=w_down_EDI.shape[0]).tolist()
-    used = [e for e, n in enumerate(counts) if n]
-    sizes = [counts[e] for e in used]
-
-    x_by_expert = x_TD[order_P // k].split(sizes)
-    gate_up_P2I = torch.cat([F.linear(x, w_gate_up_E2ID[e]) for e, x in zip(used, x_by_expert, strict=True)])
-    h_by_expert = silu_and_mul(gate_up_P2I).split(sizes)
-    sorted_PD = torch.cat([F.linear(h, w_down_EDI[e]) for e, h in zip(used, h_by_expert, strict=True)])
-
-    # Back to token order rather than index_add: the sum then has one fixed order on every device.
-    y_PD = torch.empty_like(sorted_PD, dtype=torch.float32)
-    y_PD[order_P] = sorted_PD.float()
-    y_TD = (y_PD.view(T, k, -1) * weights_Tk.float().unsqueeze(-1)).sum(1).to(x_TD.dtype)
-    return y_TD if residual_TD is None else residual_TD + y_TD

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from thalweg.ops.moe.reference import is_softmax
+from thalweg.ops.moe.router.reference import is_softmax
 from thalweg.ops.toolchain.cuda_build import aligned_rows, cuda_kernel
 
 SOURCE = Path(__file__).with_name("router.cu")

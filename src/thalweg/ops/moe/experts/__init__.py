@@ -1,0 +1,150 @@
+"""Op "experts": the experts' SwiGLU networks with the sum that ends them, over weights that carry their scheme.
+
+Four forms, by how many tokens share an expert: pairs and tiles for decode, sorted pairs for prompts (all in Triton, for
+every scheme of SCHEMES), and products in CUDA C++ for a few tokens over fp8.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+from torch import Tensor
+
+from thalweg.ops.moe.experts import reference
+from thalweg.ops.registry import Op, Refusal, Tokens, Where, register
+from thalweg.ops.toolchain import cuda_build
+from thalweg.ops.toolchain.triton_support import why_not
+from thalweg.quant import scheme_named
+from thalweg.quant.fp8 import BLOCK
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertsDims:
+    E: int  # all experts, shared ones included
+    D: int
+    I: int  # width of an expert
+    scheme: str = "none"  # of the weights: a name of thalweg.quant
+
+
+class Experts(Protocol):
+    def __call__(
+        self,
+        x_TD: Tensor,
+        weights_Tk: Tensor,
+        ids_Tk: Tensor,
+        gate_up: tuple[Tensor, ...],
+        down: tuple[Tensor, ...],
+        *,
+        residual_TD: Tensor | None = None,
+        num_shared: int = 0,
+    ) -> Tensor:
+        """y_TD = sum over a token's k experts of weight * (silu(x @ gate.T) * (x @ up.T)) @ down.T, plus the residual.
+
+        gate_up and down are the tensors that the scheme's `stored` lists, in its order: of [E, 2I, D], gate, then up,
+        as two parts, and of [E, D, I]. x and residual share one dtype, which y has too, and weights without a scheme;
+        weights_Tk is fp32 and the sum over experts is in fp32. Whether it is rounded to the dtype before the residual
+        is added is open. No input is changed.
+
+        x and residual have a unit last stride and any row stride; the other inputs are contiguous. Cost grows with
+        T * k alone. A token's experts differ. num_shared promises that the last num_shared ids of every token are
+        E - num_shared .. E - 1, as "norm_router" gives them: kernels then start on those before it is done.
+
+        "fp8": (q float8_e4m3fn, scales fp32), and a weight is w = q * the scale of its block of 128 x 128. Scales of
+        down are [E, ceil(D / 128), ceil(I / 128)], those of gate_up [E, 2 ceil(I / 128), ceil(D / 128)], whose halves
+        belong to gate and up: where 128 does not divide I, up's first block begins at its first row. Activations are
+        not quantized. A scale is any normal number above zero. If it is a power of two, w is exact in every dtype; or
+        else it is open whether the scale and w are each rounded to x's dtype, or fp16, before the product, or not at
+        all.
+        """
+
+
+EXPERTS: Op[ExpertsDims, Experts] = Op("experts", ExpertsDims)
+
+MAX_WIDTH = 16384  # with fp8, one program holds a token's row in registers
+MAX_CUDA_EXPERTS = 1024  # a block of the CUDA C++ kernels has all of them in shared memory
+MAX_CUDA_WARPS = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Most:
+    """Up to how many tokens forms serve."""
+
+    pairs: int
+    tiles: int
+
+
+SCHEMES = {"none": Most(pairs=2, tiles=512), "fp8": Most(pairs=4, tiles=256)}
+"""Those that the kernels in Triton have a tile loader for."""
+
+
+def _triton_refuses(where: Where, dims: ExpertsDims) -> Refusal:
+    if dims.scheme not in SCHEMES:
+        return f"needs weights in scheme {' or '.join(SCHEMES)}, not {dims.scheme}"
+    if dims.scheme != "none" and dims.D > MAX_WIDTH:
+        return f"needs rows of at most {MAX_WIDTH}, not {dims.D}"
+    return why_not(where)
+
+
+def steps_per_warp(columns: int) -> int | None:
+    """Blocks of 128 columns for a warp in CUDA C++, as few as MAX_CUDA_WARPS allow; None for more than two, or a
+    rest."""
+    blocks, rest = divmod(columns, BLOCK)
+    fitting = [steps for steps in (1, 2) if blocks % steps == 0 and blocks <= steps * MAX_CUDA_WARPS]
+    return fitting[0] if fitting and blocks and not rest else None
+
+
+def _cuda_refuses(where: Where, dims: ExpertsDims) -> Refusal:
+    if dims.scheme != "fp8":
+        return f"needs weights in scheme fp8, not {dims.scheme}"
+    if dims.E > MAX_CUDA_EXPERTS:
+        return f"needs at most {MAX_CUDA_EXPERTS} experts, not {dims.E}"
+    if steps_per_warp(dims.D) is None or steps_per_warp(dims.I) is None:
+        return f"needs D and I of up to 12, or an even number up to 24, times 128, not {dims.D} and {dims.I}"
+    if where.dtype != "bfloat16":
+        return f"needs bfloat16, not {where.dtype}"
+    return cuda_build.why_not(where) or why_not(where)  # Triton's for the sum
+
+
+def _reference(where: Where, dims: ExpertsDims) -> Experts:
+    return partial(reference.experts, scheme_named(dims.scheme))
+
+
+def _grouped(where: Where, dims: ExpertsDims) -> Experts:
+    from thalweg.ops.moe.experts.triton import grouped
+
+    return grouped.experts_of_groups
+
+
+def _tiles(where: Where, dims: ExpertsDims) -> Experts:
+    from thalweg.ops.moe.experts.triton import tiles
+
+    return tiles.experts_of_tiles
+
+
+def _pairs(where: Where, dims: ExpertsDims) -> Experts:
+    from thalweg.ops.moe.experts.triton import pairs
+
+    return pairs.experts_of_pairs
+
+
+def _cuda(where: Where, dims: ExpertsDims) -> Experts:
+    from thalweg.ops.moe.experts import cuda_fp8
+
+    return cuda_fp8.experts
+
+
+def _few(dims: ExpertsDims) -> Tokens:
+    return Tokens(last=SCHEMES[dims.scheme].pairs)
+
+
+def _some(dims: ExpertsDims) -> Tokens:
+    return Tokens(last=SCHEMES[dims.scheme].tiles)
+
+
+register(EXPERTS, "reference", _reference, capturable=False)
+register(EXPERTS, "grouped", _grouped, supports=_triton_refuses, priority=10)
+register(EXPERTS, "tiles", _tiles, supports=_triton_refuses, tokens=_some, priority=20)
+register(EXPERTS, "pairs", _pairs, supports=_triton_refuses, tokens=_few, priority=30)
+register(EXPERTS, "cuda", _cuda, supports=_cuda_refuses, tokens=Tokens(last=16), priority=40)

@@ -1,0 +1,100 @@
+"""Op "norm_router": a norm with top-k routing of its result. `reference.route` is the choice by itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from thalweg.ops.moe.router import cuda, reference
+from thalweg.ops.registry import Op, Refusal, Tokens, Where, register
+from thalweg.ops.toolchain import cuda_build
+from thalweg.ops.toolchain.triton_support import why_not, why_not_hopper
+
+Scoring = Literal["sigmoid", "softmax"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NormRouterDims:
+    E: int  # experts that are chosen from
+    D: int
+    K: int  # experts per token
+    G: int  # groups of experts
+    S: int  # shared experts, appended to those chosen
+    norm_fp32: bool = False  # whether the norm's weight is fp32 whatever x is
+
+
+class NormRouter(Protocol):
+    def __call__(
+        self,
+        x_TD: Tensor,
+        norm_weight_D: Tensor,
+        eps: float,
+        w_ED: Tensor,
+        bias_E: Tensor,
+        *,
+        top_k: int,
+        renormalize: bool,
+        scale: float,
+        scoring: Scoring = "sigmoid",
+        n_group: int = 1,
+        topk_group: int = 1,
+        num_shared: int = 0,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(n_TD, weights fp32, ids int64), the latter two [T, top_k + num_shared]: n is "rms_norm" of x, and the
+        routing `reference.route` of the fp32 logits n @ w_ED.T.
+
+        The products are of values converted to fp32: rounding logits would flip choices. The shared experts
+        follow the chosen ones as ids E .. E + num_shared - 1 with weight 1, so that "experts" can hold them
+        behind the routed ones. The routed order within a token is best first. Raises ConfigError as `route`.
+
+        x has a unit last stride and any row stride. It shares its dtype with both weights, which are contiguous, unless
+        the norm's is fp32; bias_E is fp32.
+        """
+
+
+NORM_ROUTER: Op[NormRouterDims, NormRouter] = Op("norm_router", NormRouterDims)
+
+MAX_WIDTH = 16384  # of a row that is normed
+MAX_EXPERTS = 1024  # one program holds all scores of a token in registers
+
+
+def _triton_refuses(where: Where, dims: NormRouterDims) -> Refusal:
+    if dims.E > MAX_EXPERTS:
+        return f"needs at most {MAX_EXPERTS} experts, not {dims.E}"
+    if dims.G != 1:
+        return f"needs experts in one group, not {dims.G}"
+    if dims.D > MAX_WIDTH:
+        return f"needs rows of at most {MAX_WIDTH}, not {dims.D}"
+    return why_not(where)
+
+
+def _cuda_refuses(where: Where, dims: NormRouterDims) -> Refusal:
+    if dims.G != 1:
+        return f"needs experts in one group, not {dims.G}"
+    if where.dtype != "bfloat16":
+        return f"needs bfloat16, not {where.dtype}"
+    if dims.norm_fp32:
+        return "needs the norm's weight in bfloat16, not float32"
+    return cuda.refusal(dims.E, dims.D, dims.K + dims.S) or cuda_build.why_not(where) or why_not_hopper()
+
+
+def _library(where: Where, dims: NormRouterDims) -> NormRouter:
+    from thalweg.ops.moe.router import triton
+
+    return triton.norm_router_by_library
+
+
+def _triton(where: Where, dims: NormRouterDims) -> NormRouter:
+    from thalweg.ops.moe.router import triton
+
+    return triton.norm_router
+
+
+register(NORM_ROUTER, "reference", lambda *_: reference.norm_router)
+register(NORM_ROUTER, "library", _library, supports=_triton_refuses, priority=10)
+# Beyond, a product fills the device without being split.
+register(NORM_ROUTER, "triton", _triton, supports=_triton_refuses, tokens=Tokens(last=512), priority=20)
+# Beyond, clusters take turns, and products of many tokens at once are quicker.
+register(NORM_ROUTER, "cuda", lambda *_: cuda.norm_router, supports=_cuda_refuses, tokens=Tokens(last=128), priority=30)
