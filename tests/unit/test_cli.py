@@ -129,7 +129,7 @@ def test_engine_options_reach_the_config() -> None:
 
 def test_defaults_are_those_of_the_offline_api() -> None:
     assert engine_config() == EngineConfig()
-    assert sampling_params() == SamplingParams(temperature=0, max_tokens=256)
+    assert sampling_params().over({}) == SamplingParams(temperature=0, max_tokens=256)
 
 
 def test_takes_offers_a_group_and_hands_over_what_it_makes() -> None:

@@ -169,9 +169,12 @@ def test_missing_folder_file_and_size(tmp_path: Path) -> None:
 def test_generation_config(tmp_path: Path) -> None:
     assert read_generation_config(tmp_path).eos_token_ids == ()
     path = tmp_path / "generation_config.json"
-    path.write_text(json.dumps({"eos_token_id": [5, 6], "temperature": 0.6, "top_k": 20, "some_other_key": {}}))
+    said = {"eos_token_id": [5, 6], "temperature": 0.6, "top_k": 20, "max_new_tokens": 9}
+    path.write_text(json.dumps({**said, "do_sample": False, "top_p": None, "some_other_key": {}}))
     read = read_generation_config(tmp_path)
-    assert (read.eos_token_ids, read.temperature, read.top_k, read.top_p) == ((5, 6), 0.6, 20, None)
+    assert read.eos_token_ids == (5, 6)
+    assert read.sampling == {"temperature": 0.6, "top_k": 20, "max_tokens": 9}
+    assert read.describe() == "temperature 0.6, top_k 20, max_tokens 9 (generation_config.json)"
     path.write_text(json.dumps({"eos_token_id": "5"}))
     with pytest.raises(ConfigError, match=r"generation_config.json: eos_token_id is '5' \(str\)"):
         read_generation_config(tmp_path)

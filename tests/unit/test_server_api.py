@@ -9,6 +9,7 @@ import pytest
 
 from tests.unit.server_double import ANSWER, EOS, ClientDouble, run
 from thalweg.config.hf import GenerationConfig
+from thalweg.core import SamplingParams
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 N_TOKENS = len(ANSWER.encode()) + 1  # <eos> counts
@@ -112,16 +113,26 @@ def test_parameters_reach_the_engine() -> None:
     assert params.logprobs is None
 
 
-def test_defaults_are_openais_unless_the_checkpoint_says_to_sample() -> None:
-    for generation, expected in (
-        (GenerationConfig(temperature=0.3, top_p=0.9), (1.0, 1.0)),
-        (GenerationConfig(temperature=0.3, top_p=0.9, do_sample=True), (0.3, 0.9)),
-    ):
-        client = ClientDouble(generation)
+def test_the_checkpoints_sampling_defaults_stand_where_the_request_is_silent() -> None:
+    sampling = {
+        "temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0.1, "repetition_penalty": 1.5, "max_tokens": 9,
+    }  # fmt: skip
+    for given in ({}, sampling):
+        client = ClientDouble(GenerationConfig(sampling=given))
         post("/v1/completions", {"prompt": "x", "temperature": None}, client)
-        params = client.seen[0].params
-        assert (params.temperature, params.top_p) == expected
-        assert params.max_tokens == 16
+        post("/v1/chat/completions", CHAT, client)
+        completion, chat = (request.params for request in client.seen)
+        assert completion == SamplingParams(**given | {"max_tokens": 16})  # OpenAI's default, as elsewhere
+        assert chat == SamplingParams(**{"max_tokens": None} | given)
+
+        own = {"temperature": 0, "top_p": 1, "top_k": 0, "min_p": 0, "repetition_penalty": 1, "max_tokens": 3}
+        post("/v1/chat/completions", {**CHAT, **own}, client)
+        assert client.seen[2].params == SamplingParams(**own)
+
+        async def card(http: Any, _: ClientDouble) -> dict[str, Any]:
+            return (await http.get("/v1/models/double")).json()
+
+        assert run(card, ClientDouble(GenerationConfig(sampling=given)))["default_sampling_params"] == given
 
 
 def test_last_seed_goes_round() -> None:

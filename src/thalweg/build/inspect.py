@@ -57,6 +57,7 @@ class Inspection(msgspec.Struct, frozen=True, kw_only=True):
     tensor_parallel_size: int
     vocab_size: int
     context_len: int  # tokens, the model's own
+    sampling_defaults: str  # of requests, and which file they come from
     parameters: int  # over all ranks, as the checkpoint counts them
     layer_kinds: dict[str, int]
     layers: list[str]  # one line each: what it is and what it caches
@@ -108,6 +109,7 @@ def describe(config: EngineConfig) -> Inspection:
         tensor_parallel_size=ranks,
         vocab_size=c.vocab_size,
         context_len=c.context_len,
+        sampling_defaults=source.generation.describe(),
         parameters=sum(prod(shape) for shape in checkpoint_shapes(plan).values()),
         layer_kinds=dict(kinds),
         layers=[describe_layer(*x) for x in zip(model.layers, model.cache_specs, strict=True)],

@@ -10,6 +10,8 @@ from thalweg.config.bounded_json import read_object
 from thalweg.config.engine import EngineConfig
 from thalweg.config.hf import GenerationConfig, read_config, read_generation_config, without_keys
 from thalweg.config.model_source import model_folder
+from thalweg.core import SamplingParams
+from thalweg.errors import ConfigError, InvalidRequest
 from thalweg.models import family_of
 from thalweg.models.family import DecoderConfig, Family, weight_plan
 from thalweg.parallel.shards import Shards
@@ -77,4 +79,24 @@ def open_source(config: EngineConfig) -> ModelSource:
         raw = family.cut(raw, config.num_layers)
     named = [name for name in family.architectures if name in (raw.get("architectures") or [])]
     architecture = (named or family.architectures)[0]
-    return ModelSource(folder, family, family.read(raw, str(path)), read_generation_config(folder), architecture)
+    generation = _read_generation(folder, config.generation_config)
+    return ModelSource(folder, family, family.read(raw, str(path)), generation, architecture)
+
+
+def _read_generation(folder: Path, source: str) -> GenerationConfig:
+    """As --generation-config says: "auto" from the model's folder, "vllm" or "none" without sampling defaults, else
+    from another folder. Raises ConfigError for what no request could have."""
+    if source in ("vllm", "none"):
+        return GenerationConfig(read_generation_config(folder).eos_token_ids)
+    if source != "auto":
+        folder = Path(source).expanduser()
+        if not (folder / "generation_config.json").is_file():
+            raise ConfigError(
+                f"--generation-config is {source!r}; expected auto, vllm, none or a folder with generation_config.json"
+            )
+    generation = replace(read_generation_config(folder), where=str(folder / "generation_config.json"))
+    try:
+        SamplingParams(**generation.sampling)
+    except InvalidRequest as e:
+        raise ConfigError(f"{generation.where}: {e}; --generation-config none passes its defaults over") from None
+    return generation

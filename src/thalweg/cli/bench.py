@@ -29,7 +29,7 @@ OutputJson = Annotated[str | None, typer.Option(metavar="FILE", help="Write the 
 
 
 @bench.command()
-@takes(config=engine_config, leave_out=("max_num_seqs",))
+@takes(config=engine_config, leave_out=("max_num_seqs", "generation_config"))
 def latency(
     config: EngineConfig,
     batch_size: Annotated[
@@ -112,7 +112,7 @@ def latency(
 
 
 @bench.command()
-@takes(config=engine_config, leave_out=("max_num_seqs",))
+@takes(config=engine_config, leave_out=("max_num_seqs", "generation_config"))
 def decode(
     config: EngineConfig,
     batch_size: Annotated[str, typer.Option(metavar="N,N,...", help="Rows of a step; several sizes in turn.")] = "1,8",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from thalweg.cli.answer import Answer, stream_answer
-from thalweg.cli.options import engine_config, sampling_params, takes
+from thalweg.cli.options import GivenParams, engine_config, sampling_params, takes
 from thalweg.config.engine import EngineConfig
 from thalweg.core import SamplingParams
 from thalweg.errors import InvalidRequest
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @takes(params=partial(sampling_params, max_tokens=None), config=engine_config)
 def chat(
     config: EngineConfig,
-    params: SamplingParams,
+    params: GivenParams,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system message to begin with.")] = None,
 ) -> None:
     """Talk with a model. /reset forgets the conversation; /exit or Ctrl-D ends it. Lines on stdin are turns too."""
@@ -52,7 +52,7 @@ def chat(
                 continue
             turn = {"role": "user", "content": line}
             try:
-                answer = _answer(llm, [*messages, turn], params)
+                answer = _answer(llm, [*messages, turn], params.over(llm.suggested))
             except InvalidRequest as e:  # the conversation has outgrown the context, most likely
                 print(f"error: {e}; /reset begins anew", file=sys.stderr)
                 continue

@@ -80,7 +80,7 @@ def run_options(
 
 
 # --parallel says how many run at once.
-takes_engine = takes(run=run_options, config=engine_config, leave_out=("max_num_seqs",))
+takes_engine = takes(run=run_options, config=engine_config, leave_out=("max_num_seqs", "generation_config"))
 
 
 @evals.command()
@@ -130,7 +130,7 @@ def gsm8k(
 
 
 @evals.command()
-@takes(config=engine_config, leave_out=("max_num_seqs", "max_num_batched_tokens", "cache_memory"))
+@takes(config=engine_config, leave_out=("max_num_seqs", "max_num_batched_tokens", "cache_memory", "generation_config"))
 def mtp_acceptance(
     config: EngineConfig,
     num_questions: NumQuestions = 500,

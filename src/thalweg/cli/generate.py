@@ -9,15 +9,14 @@ from typing import Annotated
 import typer
 
 from thalweg.cli.answer import stream_answer
-from thalweg.cli.options import engine_config, sampling_params, takes
+from thalweg.cli.options import GivenParams, engine_config, sampling_params, takes
 from thalweg.config.engine import EngineConfig
-from thalweg.core import SamplingParams
 
 
 @takes(params=sampling_params, config=engine_config)
 def generate(
     config: EngineConfig,
-    params: SamplingParams,
+    params: GivenParams,
     prompt: Annotated[str, typer.Option(metavar="TEXT", help="What to continue.")],
     chat: Annotated[
         bool, typer.Option("--chat", help="Ask TEXT as a user's message, by the model's chat template.")
@@ -33,10 +32,11 @@ def generate(
             ids = llm.codec.chat_ids([{"role": "user", "content": prompt}])
         else:
             ids = encode_prompt(prompt, llm.tokenizer, llm.info.vocab_size)
+        chosen = params.over(llm.suggested)
         if as_json:
-            answer = stream_answer(llm, ids, params)
+            answer = stream_answer(llm, ids, chosen)
         else:
-            answer = stream_answer(llm, ids, params, lambda text: print(text, end="", flush=True))
+            answer = stream_answer(llm, ids, chosen, lambda text: print(text, end="", flush=True))
     if not as_json:
         print(flush=True)
         print(answer.figures, file=sys.stderr)

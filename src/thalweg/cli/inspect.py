@@ -47,6 +47,7 @@ def _print(found: Inspection) -> None:
         "dtype, device": f"{_dtype(cost)} on {found.device}, tensor parallel {found.tensor_parallel_size}",
         "vocabulary": f"{found.vocab_size:,}",
         "context": f"{found.context_len:,} tokens",
+        "sampling": found.sampling_defaults,
         "layers": ", ".join(f"{count} x {kind}" for kind, count in found.layer_kinds.items()),
         "weight files": found.weight_files,
     }.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
 import typer
@@ -33,6 +34,14 @@ def engine_config(
     tokenizer: Annotated[
         str | None, _engine(metavar="FOLDER", help="Take tokenizer and chat template from here.")
     ] = None,
+    generation_config: Annotated[
+        str,
+        _engine(
+            metavar="SOURCE",
+            help="Sampling defaults: auto, from the model's generation_config.json; a FOLDER with another one; vllm or"
+            " none, the engine's own.",
+        ),
+    ] = _DEFAULTS.generation_config,
     dtype: Annotated[
         str,
         _engine(help="auto, float32, bfloat16 or float16. auto: float32 on a CPU, else the checkpoint's."),
@@ -122,6 +131,7 @@ def engine_config(
     return EngineConfig(
         model=model,
         tokenizer=tokenizer,
+        generation_config=generation_config,
         dtype=dtype,
         quantization=quantization,
         state_dtype=state_dtype,
@@ -149,27 +159,49 @@ def sampling_params(
         int | None,
         _sampling(metavar="N", help="Tokens to generate at most; never more than the context holds."),
     ] = 256,
-    temperature: Annotated[float, _sampling(metavar="T", help="0 takes the likeliest token each time.")] = 0.0,
+    temperature: Annotated[
+        float | None, _sampling(metavar="T", help="0 takes the likeliest token each time. Default: the model's, or 0.")
+    ] = None,
     top_p: Annotated[
-        float, _sampling(metavar="P", help="Keep the likeliest tokens that make up this probability.")
-    ] = 1.0,
-    top_k: Annotated[int, _sampling(metavar="K", help="Keep this many of the likeliest tokens; 0 keeps all.")] = 0,
+        float | None,
+        _sampling(metavar="P", help="Keep the likeliest tokens that make up this probability. Default: the model's."),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        _sampling(metavar="K", help="Keep this many of the likeliest tokens; 0 keeps all. Default: the model's."),
+    ] = None,
     min_p: Annotated[
-        float, _sampling(metavar="P", help="Drop tokens below this share of the likeliest one's probability.")
-    ] = 0.0,
+        float | None,
+        _sampling(
+            metavar="P", help="Drop tokens below this share of the likeliest one's probability. Default: the model's."
+        ),
+    ] = None,
     stop: Annotated[list[str] | None, _sampling(metavar="TEXT", help="End before this text. May be repeated.")] = None,
     ignore_eos: Annotated[bool, _sampling("--ignore-eos", help="Go on past the model's end-of-text tokens.")] = False,
-) -> SamplingParams:
-    """How tokens are chosen; greedy unless asked otherwise, so that a command gives the same answer again."""
-    return SamplingParams(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        stop=tuple(stop or ()),
-        ignore_eos=ignore_eos,
-    )
+) -> GivenParams:
+    """How tokens are chosen, as far as it is said. Raises InvalidRequest."""
+    numbers: dict[str, Any] = {
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+    }
+    given = {name: value for name, value in numbers.items() if value is not None}
+    given |= {"stop": tuple(stop or ()), "ignore_eos": ignore_eos}
+    SamplingParams(**given)  # refuses early
+    return GivenParams(given)
+
+
+@dataclass(frozen=True, slots=True)
+class GivenParams:
+    """Sampling options of a command line."""
+
+    given: dict[str, Any]
+
+    def over(self, suggested: dict[str, Any]) -> SamplingParams:
+        """With the model's defaults for what is left out; greedy up to the context's end if they are silent too."""
+        return SamplingParams(**{"max_tokens": None, "temperature": 0.0, **suggested, **self.given})
 
 
 def takes(*, leave_out: tuple[str, ...] = (), **groups: Callable[..., Any]) -> Callable[[Command], Callable[..., None]]:

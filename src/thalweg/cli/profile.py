@@ -12,7 +12,7 @@ from thalweg.config.engine import EngineConfig
 from thalweg.errors import ConfigError
 
 
-@takes(config=engine_config, leave_out=("max_num_seqs",))
+@takes(config=engine_config, leave_out=("max_num_seqs", "generation_config"))
 def profile(
     config: EngineConfig,
     output: Annotated[

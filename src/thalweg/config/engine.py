@@ -32,13 +32,15 @@ class EngineConfig:
     many tokens, and 2048 on a CPU.
     `max_model_len` None means the model's context length, or what fits in memory. `cache_memory` is in bytes
     and takes the place of `gpu_memory_utilization`, the share of the device's memory that weights and cache
-    may fill. `quantization` "fp8" quantizes the experts' weights as they are loaded. config.json is read as though
-    the keys in `ignore_config_key` were not in it. `op_preference` maps an
-    op's name, or "*", to the implementation that must serve it.
+    may fill. `quantization` "fp8" quantizes the experts' weights as they are loaded. `generation_config` says where
+    sampling defaults come from: the model's generation_config.json ("auto"), that of another folder, or the engine's
+    own ("vllm", "none"). config.json is read as though the keys in `ignore_config_key` were not in it. `op_preference`
+    maps an op's name, or "*", to the implementation that must serve it.
     """
 
     model: str | None = None
     tokenizer: str | None = None
+    generation_config: str = "auto"
     dtype: str = "auto"
     quantization: str | None = None
     state_dtype: str = "float32"
@@ -86,6 +88,8 @@ class EngineConfig:
         for name, kind in (("model", "a folder"), ("tokenizer", "a folder"), ("config_file", "a config.json")):
             value = getattr(self, name)
             self._need(value is None or (isinstance(value, str) and value != ""), name, kind)
+        source = self.generation_config
+        self._need(isinstance(source, str) and source != "", "generation_config", "auto, vllm, none or a folder")
         if self.load_format != "dummy":
             for option, value in (("--config-file", self.config_file), ("--num-layers", self.num_layers)):
                 if value is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -237,15 +237,16 @@ def without_keys(raw: Mapping[str, Any], keys: Iterable[str], where: str = "conf
 
 @dataclass(frozen=True, slots=True)
 class GenerationConfig:
-    """What generation_config.json suggests: ids that end a text, and sampling defaults (None: not given)."""
+    """What generation_config.json says: ids that end a text, and defaults of sampling by SamplingParams' names."""
 
     eos_token_ids: tuple[int, ...] = ()
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    do_sample: bool | None = None
+    sampling: dict[str, Any] = field(default_factory=dict)
+    where: str = "generation_config.json"
+
+    def describe(self) -> str:
+        """The defaults in one line."""
+        given = ", ".join(f"{name} {value:g}" for name, value in self.sampling.items())
+        return f"{given} ({self.where})" if given else "the engine's own"
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -254,21 +255,23 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_generation_config(folder: Path) -> GenerationConfig:
-    """folder/generation_config.json, or nothing suggested where there is none. Other keys are passed over:
-    they steer decoding methods, not the model. Raises CheckpointError or ConfigError on a damaged file."""
+    """folder/generation_config.json, or nothing said where there is none. Other keys are passed over, as vLLM does,
+    do_sample too: they steer decoding methods, not the model. Raises CheckpointError or ConfigError on a damaged file.
+    """
     name = "generation_config.json"
     if not (folder / name).exists():
         return GenerationConfig()
     reader = ConfigReader(read_object(folder, name), name)
-    return GenerationConfig(
-        eos_token_ids=reader.get_token_ids("eos_token_id"),
-        temperature=reader.get_float("temperature", None, low=0),
-        top_p=reader.get_float("top_p", None, low=0, high=1),
-        top_k=reader.get_int("top_k", None, low=-1),
-        min_p=reader.get_float("min_p", None, low=0, high=1),
-        repetition_penalty=reader.get_float("repetition_penalty", None, low=0),
-        do_sample=reader.get_bool("do_sample", None),
-    )
+    sampling = {
+        "temperature": reader.get_float("temperature", None),
+        "top_p": reader.get_float("top_p", None),
+        "top_k": reader.get_int("top_k", None, low=-1),
+        "min_p": reader.get_float("min_p", None),
+        "repetition_penalty": reader.get_float("repetition_penalty", None),
+        "max_tokens": reader.get_int("max_new_tokens", None, low=1),
+    }
+    given = {key: value for key, value in sampling.items() if value is not None}
+    return GenerationConfig(reader.get_token_ids("eos_token_id"), given)
 
 
 def checkpoint_dtype(raw: Mapping[str, Any], where: str = "config.json") -> str:

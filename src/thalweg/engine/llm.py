@@ -36,6 +36,7 @@ class LLM:
         model: str | None = None,
         *,
         tokenizer: str | None = None,
+        generation_config: str = "auto",
         dtype: str = "auto",
         quantization: str | None = None,
         state_dtype: str = "float32",
@@ -59,6 +60,7 @@ class LLM:
         self.config = EngineConfig(
             model=None if model is None else str(model),
             tokenizer=tokenizer,
+            generation_config=generation_config,
             dtype=dtype,
             quantization=quantization,
             state_dtype=state_dtype,
@@ -86,6 +88,15 @@ class LLM:
         self.info = self._engine.info
         self._ids = itertools.count()
 
+    @property
+    def suggested(self) -> dict[str, Any]:
+        """The sampling defaults that generation_config.json gives, by SamplingParams' names."""
+        return self.codec.source.generation.sampling
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What `generate` and `stream` take where no sampling_params are given."""
+        return SamplingParams(**self.suggested)
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -94,13 +105,14 @@ class LLM:
     ) -> list[RequestOutput]:
         """Continue one prompt or many, each a text or a list of token ids; outputs come in the prompts' order.
 
-        `sampling_params` is one for all, or one a prompt. `on_finished` is called as each request ends.
+        `sampling_params` is one for all, or one per prompt, taken as they are; None: get_default_sampling_params().
+        `on_finished` is called as each request ends.
         Raises InvalidRequest, before anything runs, if any prompt or parameter cannot be served. A request that fails
         while running ends with finish_reason "error" alone.
         """
         items = _as_list(prompts)
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
-            params = [sampling_params or SamplingParams()] * len(items)
+            params = [sampling_params or self.get_default_sampling_params()] * len(items)
         else:
             params = list(sampling_params)
             if len(params) != len(items):
@@ -116,14 +128,15 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answer one conversation, or many, by the model's chat template. Messages have "role" and "content".
 
-        Default parameters are greedy and run up to the context's end. Raises InvalidRequest.
+        Default parameters are generation_config.json's; where it is silent, greedy up to the context's end. Raises
+        InvalidRequest.
         """
         if isinstance(messages, (str, bytes, Mapping)) or not messages:
             raise InvalidRequest(f"messages are {messages!r:.40}; expected a list with one message or more")
         one = isinstance(messages[0], Mapping)
         many = cast(Sequence[Messages], [messages] if one else messages)
         prompts = [self.codec.chat_ids(conversation, **template_options) for conversation in many]
-        params = sampling_params or SamplingParams(temperature=0, max_tokens=None)
+        params = sampling_params or SamplingParams(**{"temperature": 0.0, "max_tokens": None, **self.suggested})
         return self._collect([self._request(p, params) for p in prompts], prompts)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[Delta]:
@@ -131,7 +144,7 @@ class LLM:
 
         Leaving the iterator early aborts the request.
         """
-        request = self._request(prompt, sampling_params or SamplingParams())
+        request = self._request(prompt, sampling_params or self.get_default_sampling_params())
         outputs = self._outputs()
         outputs.add(request)
         with self.engine.pump.running([request]) as inbox:

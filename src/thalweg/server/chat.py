@@ -28,7 +28,7 @@ router = APIRouter(route_class=BodyRoute)
 
 @router.post("/v1/chat/completions")
 async def chat_completions(body: ChatBody, request: Request, service: ServiceDep) -> Response:
-    """Answer a conversation; max_tokens defaults to what the context has room for.
+    """Answer a conversation; max_tokens defaults to the model's max_new_tokens, or what the context has room for.
 
     Reasoning comes apart from the answer, as `reasoning_content`, and calls of the request's tools as `tool_calls`,
     where the server knows how the model marks them.
@@ -38,7 +38,7 @@ async def chat_completions(body: ChatBody, request: Request, service: ServiceDep
     _refuse_unsupported(body, service)
     use, text = _tool_use(body, service), await wanted(body)
     messages = newer_messages([_message(m) for m in body.messages])
-    max_tokens = body.limit(None)
+    max_tokens = body.limit(service.suggested.get("max_tokens"))
     prompt_ids = await service.encode_chat(request, messages, tools=use.tools or None, **body.template_options())
     prompt_ids = truncated(prompt_ids, body, service.client.info.max_model_len, max_tokens)
     held = await held_to(service.output, use, text, service.output.begins_thinking(prompt_ids))

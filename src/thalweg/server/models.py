@@ -31,4 +31,5 @@ def _card(service: Service, name: str) -> dict[str, Any]:
         "created": service.created,
         "owned_by": "thalweg",
         "max_model_len": service.client.info.max_model_len,
+        "default_sampling_params": dict(service.suggested),
     }

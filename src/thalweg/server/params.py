@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Mapping
 from typing import Any
 
 from msgspec.structs import replace
 
-from thalweg.config.hf import GenerationConfig
 from thalweg.core import Grammar, SamplingParams
 from thalweg.errors import InvalidRequest
 from thalweg.server import dialects
@@ -33,23 +32,18 @@ _SAME_NAME = (
 
 def sampling_params(
     body: GenerationBody,
-    suggested: GenerationConfig,
+    suggested: Mapping[str, Any],
     *,
     max_tokens: int | None,
     logprobs: int | None,
     prompt_logprobs: int | None = None,
     grammar: Grammar | None = None,
 ) -> SamplingParams:
-    """The request's parameters; where it is silent, what the checkpoint suggests for sampling, then OpenAI's defaults.
+    """The request's parameters; where it is silent, what `suggested` says, then OpenAI's defaults.
 
     Raises InvalidRequest or ApiError that names the field.
     """
-    values: dict[str, Any] = {}
-    if suggested.do_sample:
-        hints = asdict(suggested)
-        values = {name: hints[name] for name in _SAME_NAME if hints.get(name) is not None}
-    elif suggested.do_sample is False:  # said, not merely left out: the checkpoint asks for greedy decoding
-        values = {"temperature": 0.0}
+    values: dict[str, Any] = {name: suggested[name] for name in _SAME_NAME if name in suggested}
     values |= {name: value for name in _SAME_NAME if (value := getattr(body, name)) is not None}
     if body.stop is not None:
         values["stop"] = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop)

@@ -93,6 +93,7 @@ def serve(
             *info.memory_split,
             f"decode steps    {info.decode_steps}",
             f"chat answers    {output.describe()}",
+            f"sampling        {client.codec.source.generation.describe()}",
         )
         say(*summary, error=True)
         names = ", ".join(settings.served_model_names or (info.name,))

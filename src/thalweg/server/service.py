@@ -28,7 +28,7 @@ class Service:
         source = client.codec.source
         self.client, self.settings = client, settings
         self.metrics = Metrics(client)
-        self.suggested = source.generation
+        self.suggested = source.generation.sampling
         self.output = OutputFormat.of(client.codec, settings.tool_call_parser, settings.reasoning_parser)
         self.names = settings.served_model_names or (source.name,)
         # A client may also use the folder's name or path, whatever the model is served as.
