@@ -76,6 +76,18 @@ def test_stop_ids_hold_without_the_sampling_defaults(folder: Path, name: str) ->
     assert opened.eos_token_ids[:2] == (7, 9)
 
 
+def test_every_stop_id_ends_a_text(folder: Path) -> None:
+    """Those of generation_config.json, as Qwen lists two of them, and config.json's own."""
+    rewrite(folder, eos_token_id=[7, 9])
+    own = json.loads((folder / "config.json").read_text())["eos_token_id"]
+    with LLM(str(folder), device="cpu", generation_config="none") as llm:
+        for end, finish in ((7, "stop"), (9, "stop"), (own, "stop"), (8, "length")):
+            params = SamplingParams(temperature=0, max_tokens=3, logit_bias={end: 100})
+            output = llm.generate(PROMPT, params)[0].outputs[0]
+            assert (output.finish_reason, output.token_ids[0]) == (finish, end)
+            assert len(output.token_ids) == (1 if finish == "stop" else 3)
+
+
 def test_the_bundled_model_stays_greedy() -> None:
     assert source(None, "auto").generation.sampling == {"temperature": 0.0}
 

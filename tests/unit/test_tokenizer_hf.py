@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models
 
-from tests.fixtures.tokenizer_folders import byte_level_tokenizer, metaspace_tokenizer, write_hf
+from tests.fixtures.tokenizer_folders import byte_level_tokenizer, metaspace_tokenizer, qwen_tokenizer, write_hf
 from thalweg.errors import CheckpointError, UnsupportedError
 from thalweg.tokenizer.load import load_tokenizer
 
@@ -26,6 +26,7 @@ def legacy_metaspace_tokenizer() -> tokenizers.Tokenizer:
 
 KINDS = {
     "byte_level": byte_level_tokenizer,
+    "qwen": qwen_tokenizer,
     "metaspace": metaspace_tokenizer,
     "legacy": legacy_metaspace_tokenizer,
 }
@@ -72,6 +73,20 @@ def test_special_tokens_are_plain_text_unless_allowed(tmp_path: Path) -> None:
     assert len(think) == 1
     assert "<think>" not in ours.special_tokens
     assert ours.decode(think, skip_special=True) == "<think>"
+
+
+def test_qwens_words_take_marks_in_and_digits_stand_alone(tmp_path: Path) -> None:
+    ours = load_tokenizer(write_hf(tmp_path, qwen_tokenizer(), eos_token="<|im_end|>"))
+
+    def pieces(text: str) -> list[bytes]:
+        return [ours.token_bytes(i) for i in ours.encode(text)]
+
+    assert pieces("x\u030c") == ["x\u030c".encode()]  # a letter with a mark of its own: one word, so one token
+    assert pieces("e\u0301") == ["é".encode()]  # NFC before anything else
+    assert pieces("12") == [b"1", b"2"]  # whatever the merges say
+    assert pieces("he he") == [b"he", b" he"]
+    assert (ours.eos_id, ours.bos_id) == (ours.special_tokens["<|im_end|>"], None)
+    assert ours.decode(ours.encode("x\u030c 12 \u65e5\u672c\n\n")) == "x\u030c 12 \u65e5\u672c\n\n"
 
 
 def test_a_leading_space_is_dropped_from_the_first_token_alone(tmp_path: Path) -> None:
