@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from thalweg import LLM, SamplingParams
-from thalweg.build.source import open_source
+from thalweg.assembly.source import open_source
 from thalweg.cli.app import app
 from thalweg.config.engine import EngineConfig
 from thalweg.config.model_source import model_folder

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from tests.models import naive_qwen_mtp, random_qwen
 from thalweg import LLM, SamplingParams
-from thalweg.build.drafter import Drafter, build_drafter
+from thalweg.assembly.drafter import Drafter, build_drafter
 from thalweg.cli.app import app
 from thalweg.config.engine import EngineConfig
 from thalweg.config.model_source import model_folder

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tests.models import random_qwen
-from thalweg.build.inspect import describe
+from thalweg.assembly.inspect import describe
 from thalweg.config.engine import EngineConfig
 from thalweg.errors import ConfigError
 from thalweg.ops import registry

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tests.models import random_checkpoint as random
-from thalweg.build.inspect import _MetaContext
-from thalweg.build.rank import _why_eager, op_choices
+from thalweg.assembly.inspect import _MetaContext
+from thalweg.assembly.rank import _why_eager, op_choices
 from thalweg.config.engine import EngineConfig
 from thalweg.errors import ConfigError
 from thalweg.models.decoder import Decoder

@@ -12,8 +12,8 @@ import torch
 
 from tests.models import random_checkpoint as random
 from thalweg import LLM, SamplingParams
-from thalweg.build.rank import build_rank
-from thalweg.build.warmup import plans
+from thalweg.assembly.rank import build_rank
+from thalweg.assembly.warmup import plans
 from thalweg.cache.manager import MemorySplit
 from thalweg.config.engine import EngineConfig
 from thalweg.runner import step as step_module

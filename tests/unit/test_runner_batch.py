@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.models import random_checkpoint as random
-from thalweg.build.rank import build_rank
+from thalweg.assembly.rank import build_rank
 from thalweg.cache.specs import LayerSpecs, PagedSpec, StateSpec
 from thalweg.cache.storage import CacheStorage
 from thalweg.config.engine import EngineConfig

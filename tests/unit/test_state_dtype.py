@@ -11,10 +11,10 @@ from torch import Tensor
 
 from tests.models import random_checkpoint as random
 from thalweg import LLM
+from thalweg.assembly.inspect import describe
+from thalweg.assembly.source import open_source
 from thalweg.bench.ceilings import Ceilings
 from thalweg.bench.floor import batch_floor, step_floor
-from thalweg.build.inspect import describe
-from thalweg.build.source import open_source
 from thalweg.config.engine import EngineConfig
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from thalweg import SamplingParams
-from thalweg.build.rank import build_rank
-from thalweg.build.warmup import plans, warm_up
+from thalweg.assembly.rank import build_rank
+from thalweg.assembly.warmup import plans, warm_up
 from thalweg.cache.manager import MemorySplit
 from thalweg.config.engine import EngineConfig
 from thalweg.core import Admission, Prefill, StepPlan

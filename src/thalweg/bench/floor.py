@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from thalweg.assembly.info import EngineInfo
+from thalweg.assembly.source import ModelSource
 from thalweg.bench.ceilings import Ceilings
-from thalweg.build.info import EngineInfo
-from thalweg.build.source import ModelSource
-from thalweg.cache.specs import DTYPE_BYTES
 from thalweg.models.family import step_costs
 from thalweg.models.parts.part import Cost, Step
 from thalweg.parallel.shards import Shards
 from thalweg.quant import scheme_named
+from thalweg.quant.dtypes import DTYPE_BYTES
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from thalweg.cache.specs import DTYPE_BYTES, LayerSpecs, PagedSpec, StateSpec
+from thalweg.cache.specs import LayerSpecs, PagedSpec, StateSpec
+from thalweg.quant.dtypes import DTYPE_BYTES
 
 ALIGNMENT = 256  # bytes that the tensor of every layer begins at a multiple of, as one of its own would
 

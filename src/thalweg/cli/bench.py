@@ -57,7 +57,7 @@ def latency(
     check_writable(output_json)
     import torch  # here, since the profiler wants to be used on the thread that brings torch in
 
-    from thalweg.build.source import open_source
+    from thalweg.assembly.source import open_source
     from thalweg.engine.llm import LLM
 
     results = []
@@ -131,12 +131,12 @@ def decode(
     check_writable(output_json)
     import torch
 
+    from thalweg.assembly.model import choose_device
+    from thalweg.assembly.source import open_source
     from thalweg.bench.ceilings import measure_ceilings
     from thalweg.bench.decode import WARMUP_STEPS, measure_decode
     from thalweg.bench.floor import step_floor
     from thalweg.bench.machine import describe_machine
-    from thalweg.build.model import choose_device
-    from thalweg.build.source import open_source
     from thalweg.engine.start import Engine
 
     config = replace(config, max_num_seqs=max(sizes))

@@ -58,12 +58,12 @@ def kernels(
     check_writable(output_json)
     import torch
 
+    from thalweg.assembly.model import choose_device
     from thalweg.bench.ceilings import measure_ceilings
     from thalweg.bench.kernels.case import Setting
     from thalweg.bench.kernels.shape import Shape
     from thalweg.bench.kernels.suites import choose_ops, run_suite
     from thalweg.bench.machine import describe_machine
-    from thalweg.build.model import choose_device
 
     builders = choose_ops(suite, op)
     where = choose_device(config, 0)

@@ -145,7 +145,7 @@ def mtp_acceptance(
     Answers are greedy. For 1 draft per step, for 2, and so on: the share of drafts that the model then says itself, of
     all, of the first, second, ... of a step; and tokens per step, the model's own included.
     """
-    from thalweg.build.drafter import build_drafter
+    from thalweg.assembly.drafter import build_drafter
     from thalweg.evals.arith import arith_task
     from thalweg.evals.drafts import acceptance, draft
     from thalweg.text.codec import load_codec

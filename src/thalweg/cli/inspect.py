@@ -13,7 +13,7 @@ from thalweg.cli.options import engine_config, takes
 from thalweg.config.engine import EngineConfig
 
 if TYPE_CHECKING:
-    from thalweg.build.inspect import Cost, Inspection
+    from thalweg.assembly.inspect import Cost, Inspection
 
 
 # No weight is drawn, so a shape alone needs no --load-format dummy.
@@ -23,7 +23,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show a model's architecture, memory and ops. Needs config.json only; weight files are checked, not loaded."""
-    from thalweg.build.inspect import describe
+    from thalweg.assembly.inspect import describe
 
     found = describe(config)
     if as_json:

@@ -6,8 +6,8 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from thalweg.build.info import EngineInfo
-from thalweg.build.source import open_source
+from thalweg.assembly.info import EngineInfo
+from thalweg.assembly.source import open_source
 from thalweg.cache.manager import CacheManager
 from thalweg.config.engine import EngineConfig
 from thalweg.core import StepPlan, StepResult
@@ -37,7 +37,7 @@ class Engine:
         self.grammars = Grammars(lambda: _vocabulary(config))
 
         def build() -> tuple[Runner, EngineInfo]:
-            from thalweg.build.rank import build_rank  # torch comes in on the rank's own thread
+            from thalweg.assembly.rank import build_rank  # torch comes in on the rank's own thread
             from thalweg.recorder.window import RecordedRunner
 
             runner, info = build_rank(config, 0, self.ranks.rendezvous_file if self.ranks else "", self.grammars)

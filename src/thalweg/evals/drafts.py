@@ -12,7 +12,7 @@ from torch import Tensor
 from thalweg.layers.batch import Batch
 
 if TYPE_CHECKING:
-    from thalweg.build.drafter import Drafter
+    from thalweg.assembly.drafter import Drafter
     from thalweg.cache.storage import CacheStorage
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from thalweg import tracing
-from thalweg.build.info import EngineInfo
+from thalweg.assembly.info import EngineInfo
 from thalweg.config.engine import EngineConfig
 from thalweg.core import Request, SamplingParams
 from thalweg.engine.recording import Limits, Recording

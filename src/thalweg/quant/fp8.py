@@ -5,18 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from thalweg.quant.blocks import BLOCK, blocks
 from thalweg.quant.scheme import Index, Shape, Stored, tensor_index
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-BLOCK = 128
-
-
-def blocks(size: int) -> int:
-    """How many blocks a dimension of `size` has; the last may be partial."""
-    return -(-size // BLOCK)
 
 
 class Fp8Blocks:

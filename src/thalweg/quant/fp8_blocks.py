@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from thalweg.quant.fp8 import BLOCK, blocks
+from thalweg.quant.blocks import BLOCK, blocks
 
 DTYPE = torch.float8_e4m3fn
 LARGEST = torch.finfo(DTYPE).max

@@ -14,8 +14,6 @@ Range = tuple[int, int]  # [start, stop)
 Index = int | Range
 Shape = tuple[int, ...]
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
-
 
 @dataclass(frozen=True, slots=True)
 class Stored:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from thalweg.build.source import ModelSource, open_source
+from thalweg.assembly.source import ModelSource, open_source
 from thalweg.config.engine import EngineConfig
 from thalweg.errors import CheckpointError, InvalidRequest
 from thalweg.tokenizer.base import Tokenizer

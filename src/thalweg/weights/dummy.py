@@ -14,7 +14,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from thalweg.quant.scheme import DTYPE_BYTES
+from thalweg.quant.dtypes import DTYPE_BYTES
 from thalweg.weights.fill import put
 from thalweg.weights.plan import Init, Target
 

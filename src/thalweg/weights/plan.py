@@ -13,7 +13,8 @@ from math import prod
 from typing import Literal
 
 from thalweg.errors import ConfigError
-from thalweg.quant.scheme import DTYPE_BYTES, PLAIN, Index, Range, Scheme, Shape, Stored
+from thalweg.quant.dtypes import DTYPE_BYTES
+from thalweg.quant.scheme import PLAIN, Index, Range, Scheme, Shape, Stored
 
 Dtype = Literal["model", "float32"]
 Init = Literal["normal", "ones", "zeros", "a_log", "dt_bias"]

@@ -15,7 +15,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from thalweg.build.info import EngineInfo
+from thalweg.assembly.info import EngineInfo
 from thalweg.config.engine import EngineConfig
 from thalweg.core import Request, RequestUpdate, SamplingParams, SchedulerStats
 from thalweg.engine.processes import messages as m

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from thalweg.build.info import EngineInfo
+from thalweg.assembly.info import EngineInfo
 from thalweg.core import Request, RequestUpdate, SchedulerStats
 
 

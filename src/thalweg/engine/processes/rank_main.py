@@ -21,7 +21,7 @@ def main(address: str) -> int:
     socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PULL)
     socket.bind(address)
     start = msgspec.msgpack.decode(socket.recv(), type=RankStart)
-    from thalweg.build.rank import build_rank
+    from thalweg.assembly.rank import build_rank
     from thalweg.recorder.window import RecordedRunner
 
     built, _ = build_rank(EngineConfig(**start.config), start.tp_rank, start.rendezvous_file)

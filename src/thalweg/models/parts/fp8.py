@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from thalweg.config.hf import ConfigReader
 from thalweg.errors import UnsupportedError
-from thalweg.quant.fp8 import BLOCK
+from thalweg.quant.blocks import BLOCK
 
 
 @dataclass(frozen=True, slots=True)

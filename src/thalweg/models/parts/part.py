@@ -9,7 +9,7 @@ from typing import Protocol
 from thalweg.errors import ConfigError, UnsupportedError
 from thalweg.parallel.shards import Shards
 from thalweg.quant import FP8_LINEARS, PLAIN, Scheme
-from thalweg.quant.fp8 import BLOCK, blocks
+from thalweg.quant.blocks import BLOCK, blocks
 from thalweg.weights.plan import Source, Target, concat, whole
 
 Names = Mapping[str, str]

@@ -17,7 +17,7 @@ from thalweg.ops.registry import Op, Refusal, Tokens, Where, register
 from thalweg.ops.toolchain import cuda_build
 from thalweg.ops.toolchain.triton_support import why_not
 from thalweg.quant import scheme_named
-from thalweg.quant.fp8 import BLOCK
+from thalweg.quant.blocks import BLOCK
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

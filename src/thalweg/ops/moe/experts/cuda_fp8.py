@@ -12,7 +12,7 @@ from thalweg.ops.moe.experts import steps_per_warp
 from thalweg.ops.moe.experts.triton.weighted_sum import weighted_sum
 from thalweg.ops.toolchain.cuda_build import cuda_kernel
 from thalweg.ops.toolchain.triton_support import multiprocessors
-from thalweg.quant.fp8 import BLOCK
+from thalweg.quant.blocks import BLOCK
 
 SOURCE = Path(__file__).with_name("experts.cu")
 RING = 27  # steps of a block. More loads in flight are slower: neighbouring lines are then asked for further apart

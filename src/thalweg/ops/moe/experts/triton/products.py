@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from thalweg.ops.toolchain.triton_dot import INTERPRETED, dot
-from thalweg.quant.fp8 import BLOCK as _BLOCK
+from thalweg.quant.blocks import BLOCK as _BLOCK
 
 BLOCK = tl.constexpr(_BLOCK)
 LARGEST_SCALE = tl.constexpr(2.0**126)  # of which the inverse is a normal number

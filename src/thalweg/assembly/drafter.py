@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from thalweg import ops as _ops  # noqa: F401 -- registers every op's implementations
-from thalweg.build.model import OpenedModel, open_model
+from thalweg.assembly.model import OpenedModel, open_model
 from thalweg.cache.storage import CacheStorage
 from thalweg.config.engine import EngineConfig
 from thalweg.errors import ConfigError

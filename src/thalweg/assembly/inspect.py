@@ -11,9 +11,9 @@ import msgspec
 import torch
 
 from thalweg import ops as _ops  # noqa: F401 -- registers every op's implementations
-from thalweg.build.info import OpChoice
-from thalweg.build.model import choose_device
-from thalweg.build.rank import (
+from thalweg.assembly.info import OpChoice
+from thalweg.assembly.model import choose_device
+from thalweg.assembly.rank import (
     cache_memory,
     describe_layer,
     device_name,
@@ -21,7 +21,7 @@ from thalweg.build.rank import (
     resolve_sample,
     split_cache,
 )
-from thalweg.build.source import ModelSource, open_source
+from thalweg.assembly.source import ModelSource, open_source
 from thalweg.cache.manager import MemorySplit
 from thalweg.cache.specs import LayerSpecs, bytes_per_sequence, bytes_per_token
 from thalweg.config.engine import EngineConfig

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from thalweg.build.source import ModelSource, open_source
+from thalweg.assembly.source import ModelSource, open_source
 from thalweg.config import env
 from thalweg.config.engine import EngineConfig
 from thalweg.errors import ConfigError

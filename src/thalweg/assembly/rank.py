@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from thalweg import ops as _ops  # noqa: F401 -- registers every op's implementations
-from thalweg.build.info import EngineInfo, OpChoice, OpSpan
-from thalweg.build.model import open_model
-from thalweg.build.warmup import make_kernels, warm_up
+from thalweg.assembly.info import EngineInfo, OpChoice, OpSpan
+from thalweg.assembly.model import open_model
+from thalweg.assembly.warmup import make_kernels, warm_up
 from thalweg.cache.manager import MemorySplit, default_num_seqs, split_memory
 from thalweg.cache.specs import LayerSpecs, bytes_per_sequence, bytes_per_token
 from thalweg.cache.storage import CacheStorage
