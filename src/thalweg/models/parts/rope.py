@@ -56,34 +56,41 @@ class RopeDims:
 
 
 def read_rope(reader: ConfigReader, head_dim: int) -> RopeDims:
-    """From `rope_parameters`, or from the older flat keys. Sections for several axes are accepted: text has equal
-    positions on each, which is plain rotation. Raises ConfigError."""
-    section = reader.get_section("rope_parameters")
-    flat_share = reader.get_float("partial_rotary_factor", None, low=0, high=1)
-    flat_theta = reader.get_float("rope_theta", None, low=1)
-    if section is None:
-        reader.only("rope_scaling", None)
-        share, theta, yarn = flat_share or 1.0, flat_theta or 10_000.0, None
-    else:
-        share = section.get_float("partial_rotary_factor", flat_share or 1.0, low=0, high=1)
-        theta = section.get_float("rope_theta", flat_theta or 10_000.0, low=1)
+    """From `rope_parameters`, or from the older flat keys and `rope_scaling`. Sections for several axes are accepted:
+    text has equal positions on each, which is plain rotation. Raises ConfigError."""
+    section, yarn = reader.get_section("rope_parameters"), None
+    older = reader.get_section("rope_scaling")
+    section = older if section is None else section
+    share = _number(reader, section, "partial_rotary_factor", low=0, high=1)
+    theta = _number(reader, section, "rope_theta", low=1, high=math.inf)
+    if section is not None:
         section.get_int_list("mrope_section", None)
         section.get_bool("mrope_interleaved", True)
         yarn = _read_yarn(section)
         section.finish()
-        reader.skip("rope_scaling")
     dims = int(head_dim * share)
     if dims < 2 or dims % 2:
         raise reader.error("partial_rotary_factor", f"a share that rotates an even number of the {head_dim} dims")
     return RopeDims(dims, theta, yarn)
 
 
+def _number(reader: ConfigReader, section: ConfigReader | None, key: str, *, low: float, high: float) -> float:
+    """Of the section, or else of the config that it stands in; what a class would fill in is not guessed."""
+    own = None if section is None else section.get_float(key, None, low=low, high=high)
+    if own is None:
+        return reader.get_float(key, low=low, high=high)
+    reader.skip(key)
+    return own
+
+
 def _read_yarn(section: ConfigReader) -> Yarn | None:
-    kind = section.get_str("rope_type", "default")
+    key = "type" if section.get_str("rope_type", None) is None else "rope_type"
+    kind = section.get_str(key, "default")
+    section.skip("type")
     if kind == "default":
         return None
     if kind != "yarn":
-        raise section.error("rope_type", "'default' or 'yarn'")
+        raise section.error(key, "'default' or 'yarn'")
     return Yarn(
         factor=section.get_float("factor", low=1),
         original=section.get_int("original_max_position_embeddings", low=1),
