@@ -20,12 +20,15 @@ from thalweg.cli.app import app
 from thalweg.config.engine import EngineConfig
 from thalweg.config.model_source import model_folder
 from thalweg.errors import CheckpointError, ConfigError
+from thalweg.evals.arith_problems import problems
 from thalweg.evals.drafts import Drafted, acceptance, draft
 from thalweg.layers.batch import Batch
 from thalweg.models import family_of
 from thalweg.models.family import weight_plan
+from thalweg.text.codec import load_codec
 from thalweg.weights.plan import checkpoint_shapes
 
+TINY_GDN = Path(__file__).resolve().parents[2] / "models" / "thalweg-tiny-gdn"
 FP8 = {
     "quant_method": "fp8",
     "fmt": "e4m3",
@@ -210,6 +213,19 @@ def test_acceptance_counts_what_a_step_would_take() -> None:
     one, two = acceptance([answer], 2)
     assert one == {"draft_tokens": 1, "accepted": 1.0, "by_place": [1.0], "tokens_per_step": 1.5}
     assert two == {"draft_tokens": 2, "accepted": 2 / 3, "by_place": [1.0, 0.0], "tokens_per_step": 1.5}
+
+
+def test_acceptance_on_a_trained_model() -> None:
+    """As its card has it. With inputs swapped or shifted by a token a layer drafts too, and is hardly ever right."""
+    config = EngineConfig(str(TINY_GDN), device="cpu")
+    codec = load_codec(config)
+    prompts = [codec.chat_ids([{"role": "user", "content": p.question}]) for p in problems("eval", 7, 16)]
+    drafter, ends = build_drafter(config), frozenset(codec.source.eos_token_ids)
+    answers = draft(drafter, prompts, ends, max_new_tokens=160, depth=3, parallel=16)
+    assert all(answer.token_ids[-1] in ends for answer in answers)
+    assert [row["accepted"] > floor for row, floor in zip(acceptance(answers, 3), (0.99, 0.99, 0.93), strict=True)] == [
+        True, True, True,
+    ]  # fmt: skip
 
 
 def test_command_prints_acceptance_by_number_of_drafts(tmp_path: Path) -> None:

@@ -172,8 +172,8 @@ def mtp_acceptance(
         print(json.dumps(found))
         return
     for row in rows:
-        places = ", ".join(f"{share:.3f}" for share in row["by_place"])
-        accepted = f"{row['draft_tokens']} per step: accepted {row['accepted']:.3f} (by place {places})"
+        places = ", ".join(f"{share:.4f}" for share in row["by_place"])
+        accepted = f"{row['draft_tokens']} per step: accepted {row['accepted']:.4f} (by place {places})"
         print(f"{accepted}, {row['tokens_per_step']:.3f} tokens per step")
 
 
