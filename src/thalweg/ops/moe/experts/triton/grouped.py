@@ -26,6 +26,7 @@ SLICE = 16384  # tokens at a time: what is kept in between is at most this many 
 def _gate_up_tile(
     x_ptr,
     x_scale_ptr,
+    x_stride,
     sorted_ptr,
     w_ptr,
     s_ptr,
@@ -33,7 +34,6 @@ def _gate_up_tile(
     first,
     count,
     i,
-    x_stride,
     D: tl.constexpr,
     I: tl.constexpr,
     K: tl.constexpr,
@@ -88,44 +88,11 @@ def gate_up_grouped_kernel(
     if s_ptr is not None:
         blocks_i: tl.constexpr = (I + BLOCK - 1) // BLOCK
         s_ptr += (expert * (2 * blocks_i) + start // BLOCK) * ((D + BLOCK - 1) // BLOCK)
+    operands = (x_ptr, x_scale_ptr, x_stride, sorted_ptr, w_ptr, s_ptr, h_ptr)
     if count <= TAIL:
-        _gate_up_tile(
-            x_ptr,
-            x_scale_ptr,
-            sorted_ptr,
-            w_ptr,
-            s_ptr,
-            h_ptr,
-            first,
-            count,
-            i,
-            x_stride,
-            D,
-            I,
-            K,
-            TAIL,
-            BLOCK_D,
-            STAGES,
-        )
+        _gate_up_tile(*operands, first, count, i, D, I, K, TAIL, BLOCK_D, STAGES)
     else:
-        _gate_up_tile(
-            x_ptr,
-            x_scale_ptr,
-            sorted_ptr,
-            w_ptr,
-            s_ptr,
-            h_ptr,
-            first,
-            count,
-            i,
-            x_stride,
-            D,
-            I,
-            K,
-            ROWS,
-            BLOCK_D,
-            STAGES,
-        )
+        _gate_up_tile(*operands, first, count, i, D, I, K, ROWS, BLOCK_D, STAGES)
 
 
 @triton.jit
@@ -148,7 +115,7 @@ def _down_tile(
     m = tl.arange(0, ROWS)
     h_ptrs = h_ptr + (first + tl.minimum(m, count - 1)).to(tl.int64)[:, None] * I
     w_ptrs = w_ptr + tl.minimum(d, D - 1)[None, :] * I
-    y = down_sums(h_ptrs, w_ptrs, s_ptr, None, I, BLOCK_I, STAGES, True)
+    y = down_sums(h_ptrs, w_ptrs, s_ptr, 0, I, BLOCK_I, STAGES, True)
     pair = tl.load(sorted_ptr + first + m, mask=m < count, other=0).to(tl.int64)
     y_ptrs = y_ptr + pair[:, None] * D + d[None, :]
     tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=(m < count)[:, None] & (d < D)[None, :])

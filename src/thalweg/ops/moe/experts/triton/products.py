@@ -94,14 +94,14 @@ def _load(ptrs, at, columns, COLUMNS: tl.constexpr, STEP: tl.constexpr):
 
 
 @triton.jit
-def _load_scale(s_ptr, s_next_ptr, at, ROWS: tl.constexpr):
+def _load_scale(s_ptr, s_next, at, ROWS: tl.constexpr):
     """Of the weights' columns from `at` on, of ROWS rows: more than BLOCK lie in two rows of blocks."""
     if s_ptr is None:
         scale = 1.0
     elif ROWS <= BLOCK:
         scale = tl.load(s_ptr + at // BLOCK)
     else:
-        both = tl.load(s_ptr + at // BLOCK), tl.load(s_next_ptr + at // BLOCK)
+        both = tl.load(s_ptr + at // BLOCK), tl.load(s_ptr + s_next + at // BLOCK)
         scale = tl.where(tl.arange(0, ROWS) < BLOCK, both[0], both[1])[None, :]
     return scale
 
@@ -141,8 +141,8 @@ def gate_up_sums(
     gate = tl.zeros([x_ptrs.shape[0], w_ptrs.shape[1]], tl.float32)
     up = tl.zeros([x_ptrs.shape[0], w_ptrs.shape[1]], tl.float32)
     for at in tl.range(0, D, BLOCK_D, num_stages=STAGES):
-        gate_scale = _load_scale(s_ptr, None, at, w_ptrs.shape[1])
-        up_scale = _load_scale(s_up_ptr, None, at, w_ptrs.shape[1])
+        gate_scale = _load_scale(s_ptr, 0, at, w_ptrs.shape[1])
+        up_scale = _load_scale(s_up_ptr, 0, at, w_ptrs.shape[1])
         x = _load(x_ptrs, at, d[None, :], D, BLOCK_D)
         w_gate = _load(w_ptrs, at, d[:, None], D, BLOCK_D)
         w_up = _load(w_ptrs + I * D, at, d[:, None], D, BLOCK_D)
@@ -159,7 +159,7 @@ def down_sums(
     h_ptrs,  # [rows, 1], at h's first column
     w_ptrs,  # [1, columns of y], at w's first column
     s_ptr,  # of the row of blocks that these columns of y lie in, or None
-    s_next_ptr,  # of the next one, for twice BLOCK columns of y
+    s_next,  # how many scales further the next row of blocks is, for twice BLOCK columns of y
     I: tl.constexpr,
     BLOCK_I: tl.constexpr,  # divides BLOCK if there are scales
     STAGES: tl.constexpr,
@@ -173,7 +173,7 @@ def down_sums(
         largest, factor = _largest(s_ptr, (I + BLOCK - 1) // BLOCK)
     acc = tl.zeros([h_ptrs.shape[0], w_ptrs.shape[1]], tl.float32)
     for at in tl.range(0, I, BLOCK_I, num_stages=STAGES):
-        scale = _load_scale(s_ptr, s_next_ptr, at, w_ptrs.shape[1])
+        scale = _load_scale(s_ptr, s_next, at, w_ptrs.shape[1])
         h = _load(h_ptrs, at, i[None, :], I, BLOCK_I)
         w = _load(w_ptrs, at, i[:, None], I, BLOCK_I)
         acc = _add_product(acc, h, w, scale, factor, FP8, FOLD)

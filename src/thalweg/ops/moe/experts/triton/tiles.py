@@ -29,13 +29,13 @@ SMALL_BATCH = 128  # above, an expert's tokens are several tiles one after the o
 def _gate_up_tile(
     x_ptr,
     x_scale_ptr,
+    x_stride,
     w_ptr,
     s_ptr,
     h_ptr,
     pair,
     here,
     first,
-    x_stride,
     D: tl.constexpr,
     I: tl.constexpr,
     K: tl.constexpr,
@@ -99,73 +99,26 @@ def gate_up_tile_kernel(
     if s_ptr is not None:
         blocks_i: tl.constexpr = (I + BLOCK - 1) // BLOCK
         s_ptr += (expert * (2 * blocks_i) + first // BLOCK) * ((D + BLOCK - 1) // BLOCK)
+    operands = (x_ptr, x_scale_ptr, x_stride, w_ptr, s_ptr, h_ptr)
     start = 0
     if list_ptr is not None:
         while start < count:
             place = start + tl.arange(0, BLOCK_T)
             pair = tl.load(list_ptr + group * tokens + place, mask=place < count, other=0)
-            _gate_up_tile(
-                x_ptr,
-                x_scale_ptr,
-                w_ptr,
-                s_ptr,
-                h_ptr,
-                pair,
-                place < count,
-                first,
-                x_stride,
-                D,
-                I,
-                K,
-                BLOCK_I,
-                BLOCK_D,
-                STAGES,
-            )
+            _gate_up_tile(*operands, pair, place < count, first, D, I, K, BLOCK_I, BLOCK_D, STAGES)
             start += BLOCK_T
     else:
         if count == 0:
             return
         if count <= BLOCK_T:
             here = tl.arange(0, BLOCK_T) < count
-            _gate_up_tile(
-                x_ptr,
-                x_scale_ptr,
-                w_ptr,
-                s_ptr,
-                h_ptr,
-                pair,
-                here,
-                first,
-                x_stride,
-                D,
-                I,
-                K,
-                BLOCK_I,
-                BLOCK_D,
-                STAGES,
-            )
+            _gate_up_tile(*operands, pair, here, first, D, I, K, BLOCK_I, BLOCK_D, STAGES)
         else:
             while start < count:
                 some, _ = pairs_of_group(ids_ptr, group, pairs, expert, start, BY_PAIR, 32, WIDE)
                 here = tl.arange(0, WIDE) < count - start
                 # Half the depth, as the tile of tokens grows: registers and shared memory must not, for the rare case.
-                _gate_up_tile(
-                    x_ptr,
-                    x_scale_ptr,
-                    w_ptr,
-                    s_ptr,
-                    h_ptr,
-                    some,
-                    here,
-                    first,
-                    x_stride,
-                    D,
-                    I,
-                    K,
-                    BLOCK_I,
-                    BLOCK_D // 2,
-                    STAGES,
-                )
+                _gate_up_tile(*operands, some, here, first, D, I, K, BLOCK_I, BLOCK_D // 2, STAGES)
                 start += WIDE
 
 
@@ -174,7 +127,7 @@ def _down_tile(
     h_ptr,
     w_ptr,
     s_ptr,
-    s_next_ptr,
+    s_next,
     y_ptr,
     pair,
     here,
@@ -189,7 +142,7 @@ def _down_tile(
     rows = first + tl.arange(0, BLOCK_D)
     w_ptrs = w_ptr + tl.minimum(rows, D - 1)[None, :] * I
     h_ptrs = h_ptr + pair[:, None] * I
-    y = down_sums(h_ptrs, w_ptrs, s_ptr, s_next_ptr, I, BLOCK_I, STAGES, False)
+    y = down_sums(h_ptrs, w_ptrs, s_ptr, s_next, I, BLOCK_I, STAGES, False)
     tl.store(y_ptr + pair[:, None] * D + rows[None, :], y, mask=here[:, None] & (rows < D)[None, :])
 
 
@@ -230,12 +183,14 @@ def down_tile_kernel(
         count = tl.load(count_ptr + group, cache_modifier=".cg")
         expert = tl.load(expert_ptr + group, cache_modifier=".cg")
     w_ptr += expert.to(tl.int64) * (D * I)
-    s_next_ptr = s_ptr
+    s_next = 0
     if s_ptr is not None:
         blocks_d: tl.constexpr = (D + BLOCK - 1) // BLOCK
         blocks_i: tl.constexpr = (I + BLOCK - 1) // BLOCK
-        s_next_ptr += (expert * blocks_d + tl.minimum(first // BLOCK + 1, blocks_d - 1)) * blocks_i
-        s_ptr += (expert * blocks_d + first // BLOCK) * blocks_i
+        row = first // BLOCK
+        s_ptr += (expert * blocks_d + row) * blocks_i
+        s_next = (tl.minimum(row + 1, blocks_d - 1) - row) * blocks_i
+    operands = (h_ptr, w_ptr, s_ptr, s_next, y_ptr)
     if PDL:
         gdc_wait()
     start = 0
@@ -243,23 +198,19 @@ def down_tile_kernel(
         while start < count:
             place = start + tl.arange(0, BLOCK_T)
             pair = tl.load(list_ptr + group * tokens + place, mask=place < count, other=0)
-            _down_tile(
-                h_ptr, w_ptr, s_ptr, s_next_ptr, y_ptr, pair, place < count, first, D, I, BLOCK_D, BLOCK_I, STAGES
-            )
+            _down_tile(*operands, pair, place < count, first, D, I, BLOCK_D, BLOCK_I, STAGES)
             start += BLOCK_T
     else:
         if count == 0:
             return
         if count <= BLOCK_T:
             here = tl.arange(0, BLOCK_T) < count
-            _down_tile(h_ptr, w_ptr, s_ptr, s_next_ptr, y_ptr, pair, here, first, D, I, BLOCK_D, BLOCK_I, STAGES)
+            _down_tile(*operands, pair, here, first, D, I, BLOCK_D, BLOCK_I, STAGES)
         else:
             while start < count:
                 some, _ = pairs_of_group(ids_ptr, group, pairs, expert, start, BY_PAIR, 32, WIDE)
                 here = tl.arange(0, WIDE) < count - start
-                _down_tile(
-                    h_ptr, w_ptr, s_ptr, s_next_ptr, y_ptr, some, here, first, D, I, BLOCK_D, BLOCK_I // 2, STAGES
-                )
+                _down_tile(*operands, some, here, first, D, I, BLOCK_D, BLOCK_I // 2, STAGES)
                 start += WIDE
 
 
