@@ -29,3 +29,10 @@ def test_openai_client_streams_a_chat_from_the_bundled_model(tmp_path: Path) -> 
         assert "#### " in text
         whole = client.chat.completions.create(model=model.id, messages=messages, temperature=0)
         assert whole.choices[0].message.content == text
+        # Greedy without being told so: its generation_config.json says it, and the server says where that comes from.
+        by_default = client.chat.completions.create(model=model.id, messages=messages)
+        assert by_default.choices[0].message.content == text
+        assert model.model_extra is not None
+        assert model.model_extra["default_sampling_params"] == {"temperature": 0}
+    file = model_folder(None) / "generation_config.json"
+    assert f"sampling        temperature 0 ({file})" in (tmp_path / "log").read_text()
