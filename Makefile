@@ -7,9 +7,11 @@ PYTHON ?= $(shell for v in 13 99; do for p in python3 python3.13 python3.12 pyth
 TORCH  ?= torch==2.13.0
 TRITON ?= triton==3.6.0
 BIN    := $(VENV)/bin
+HEAD   ?= HEAD
+REPORT ?= perf-report.md
 QUESTION ?= Ben fills 6 boxes with 12 pears each. 7 pears are bad. How many good pears are there?
 
-.PHONY: demo chat test quick test-lowest lint format clean
+.PHONY: demo chat test quick test-lowest lint format perf-report clean
 
 demo: $(VENV)/ready  ## answer a question with the bundled model
 	@$(BIN)/thalweg generate --chat --prompt "$(QUESTION)"
@@ -32,6 +34,10 @@ lint: $(VENV)/ready-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+perf-report: $(VENV)/ready  ## what each function costs in two commits: make perf-report BASE=commit
+	@test -n "$(BASE)" || { echo "error: which commit to compare with? make perf-report BASE=commit [HEAD=commit] [REPORT=file]"; exit 2; }
+	@$(BIN)/thalweg bench functions --base "$(BASE)" --head "$(HEAD)" --report "$(REPORT)"
 
 format: $(VENV)/ready-dev
 	$(BIN)/ruff check --fix .

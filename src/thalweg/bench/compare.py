@@ -70,7 +70,7 @@ class Comparison:
 def compare_files(a: str, b: str) -> Comparison:
     """Match the rows of two files that `thalweg bench` or `thalweg eval` wrote with --output-json by what they
     measured. Raises ConfigError."""
-    first, second = _read(a), _read(b)
+    first, second = read_results(a), read_results(b)
     rows_a, rows_b = _rows(first, a), _rows(second, b)
     both = [key for key in rows_a if key in rows_b]
     changes = [
@@ -89,7 +89,8 @@ def compare_files(a: str, b: str) -> Comparison:
     )
 
 
-def _read(path: str) -> dict[str, Any]:
+def read_results(path: str) -> dict[str, Any]:
+    """The object in a results file. Raises ConfigError."""
     file = Path(path).expanduser()
     if not file.is_file():
         raise ConfigError(f"{path}: no such file; expected one that thalweg bench or eval --output-json wrote")

@@ -11,6 +11,7 @@ import typer
 
 from thalweg import __version__
 from thalweg.cli.bench import bench
+from thalweg.cli.bench_functions import functions
 from thalweg.cli.bench_kernels import kernels
 from thalweg.cli.bench_serve import serve as bench_serve
 from thalweg.cli.bench_soak import soak
@@ -43,6 +44,7 @@ app.command()(serve)
 app.command()(inspect)
 app.command()(profile)
 app.command()(trace)
+bench.command()(functions)
 bench.command()(kernels)
 bench.command()(bench_serve)
 bench.command()(soak)

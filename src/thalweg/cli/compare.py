@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -27,15 +28,31 @@ def compare(
 
     Moved means that least..greatest of the two do not overlap; an accuracy moved if it changed by more than the
     standard error of the difference, of pairs if both files have the answers to the same questions. Other figures are
-    shown, not judged.
+    shown, not judged. Of two files of bench functions: what was modified, added and removed, and what moved.
     """
     if fail_if_slower is not None and not (math.isfinite(fail_if_slower) and fail_if_slower >= 0):
         raise ConfigError(f"--fail-if-slower is {fail_if_slower}; expected a percentage of 0 or more")
-    from thalweg.bench.compare import compare_files
+    from thalweg.bench.compare import compare_files, read_results
+    from thalweg.bench.functions.compare import is_functions
 
+    files = read_results(a), read_results(b)
+    if any(map(is_functions, files)):
+        _compare_functions(files, (a, b), fail_if_slower)
+        return
     found = compare_files(a, b)
     _print(found, a, b)
     if fail_if_slower is not None and (slower := [c for c in found.changes if c.slower_by(fail_if_slower)]):
+        print(f"{len(slower)} times grew by more than {fail_if_slower:g} %")
+        raise typer.Exit(1)
+
+
+def _compare_functions(files: Sequence[Mapping[str, Any]], paths: Sequence[str], fail_if_slower: float | None) -> None:
+    from thalweg.bench.functions import compare as functions
+    from thalweg.bench.functions.report import markdown
+
+    found = functions.compare(*files)
+    print(markdown(found, *paths), end="")
+    if fail_if_slower is not None and (slower := found.slower_by(fail_if_slower)):
         print(f"{len(slower)} times grew by more than {fail_if_slower:g} %")
         raise typer.Exit(1)
 

@@ -16,3 +16,8 @@ def read(name: str) -> str | None:
     if name not in VARIABLES:
         raise KeyError(name)
     return os.environ.get(name) or None
+
+
+def for_child(**variables: str) -> dict[str, str]:
+    """The environment of a child process: this one's, with some variables set."""
+    return {**os.environ, **variables}

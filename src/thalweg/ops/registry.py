@@ -8,7 +8,8 @@ of tokens. Nothing chooses behind that table, so `explain()` says what really ru
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Generic, TypeVar, cast
 
@@ -90,6 +91,8 @@ class Choice:
 
 
 _implementations: dict[str, list[Implementation]] = {}
+Watch = Callable[[str, Callable[..., Any]], Callable[..., Any]]
+_watch: Watch | None = None
 
 
 def register(
@@ -185,7 +188,7 @@ class Resolver:
         spans = tuple(Span(tokens, i.name, i.capturable) for tokens, i in table)
         in_order = tuple((i.name, refused[i.name]) for i in implementations(op.name) if i.name in refused)
         self._choices[(op.name, where, dims)] = Choice(op.name, where, dims, spans, in_order)
-        functions = {i.name: i.build(where, dims) for _, i in table}
+        functions = {i.name: _watched(i, dims, i.build(where, dims)) for _, i in table}
         return cast(F, _by_tokens([(tokens, functions[i.name]) for tokens, i in table]))
 
     def explain(self) -> list[Choice]:
@@ -195,6 +198,25 @@ class Resolver:
     def unused_preferences(self) -> list[str]:
         """Ops with a preference of their own that nobody resolved: the model does not use them."""
         return [op for op in self._prefer if op != "*" and not any(c.op == op for c in self._choices.values())]
+
+
+@contextmanager
+def watching(watch: Watch) -> Iterator[None]:
+    """Inside, whatever is resolved in this process is what `watch` makes of it: of "op [implementation] dims" and the
+    function. For recording calls; nothing stands between an op and its callers otherwise."""
+    global _watch
+    _watch = watch
+    try:
+        yield
+    finally:
+        _watch = None
+
+
+def _watched(i: Implementation, dims: Any, function: Any) -> Any:
+    if _watch is None:
+        return function
+    sizes = " ".join(f"{name}={value}" for name, value in dims_of(dims).items())
+    return _watch(f"{i.op.name} [{i.name}] {sizes}", function)
 
 
 def _table(able: list[tuple[Implementation, Tokens]]) -> list[tuple[Tokens, Implementation]]:
