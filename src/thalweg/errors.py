@@ -37,3 +37,7 @@ class ProfileConflict(ThalwegError):
 
 class EngineDeadError(ThalwegError, RuntimeError):
     """The engine process or one of its ranks died; no request can be served any more."""
+
+
+class KernelError(ThalwegError, RuntimeError):
+    """A kernel that could not be loaded or launched, or that the device gave up; it names the kernel and the code."""

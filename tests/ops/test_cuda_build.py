@@ -1,12 +1,18 @@
-"""Machine code of CUDA C++ sources is kept between processes, apart for each source, option and compiler."""
+"""Machine code of CUDA C++ sources is kept between processes, apart for each source, option and compiler, and a launch
+that fails says which kernel it was and why."""
 
 from __future__ import annotations
 
+import sys
+from enum import IntEnum
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from thalweg.errors import KernelError
 from thalweg.ops.toolchain import cuda_build
 
 
@@ -32,3 +38,112 @@ def test_a_source_is_compiled_once_for_all_it_depends_on(tmp_path: Path, monkeyp
     monkeypatch.setattr(cuda_build, "_compiler_version", lambda: (13, 1))
     assert cuda_build.cached_cubin(source, "sm_90", A=1) == b"code 5"
     assert len(compiled) == 5
+
+
+CUresult = IntEnum("CUresult", {"CUDA_SUCCESS": 0, "CUDA_ERROR_INVALID_VALUE": 1, "CUDA_ERROR_INVALID_IMAGE": 200})
+WORDS = {1: b"invalid argument", 200: b"device kernel image is invalid"}
+
+
+class Driver(ModuleType):
+    """Stands in for cuda.bindings.driver; `results` says what a call gives in place of success."""
+
+    def __init__(self) -> None:
+        super().__init__("driver")
+        self.results: dict[str, int] = {}
+        self.launched: list[Any] = []
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if name in ("CUlaunchAttribute", "CUlaunchConfig"):
+            return lambda: SimpleNamespace(value=SimpleNamespace())
+        if name == "CUstream":
+            return int
+        if name.startswith("CU"):
+            return SimpleNamespace(**dict.fromkeys(ATTRIBUTES, 0))
+        return lambda *args: self._call(name, *args)
+
+    def _call(self, name: str, *args: Any) -> tuple[Any, ...]:
+        status = CUresult(self.results.get(name, 0))
+        if name == "cuGetErrorName":
+            return CUresult(0), CUresult(args[0]).name.encode()
+        if name == "cuGetErrorString":
+            return CUresult(0), WORDS[args[0]]
+        if name == "cuLaunchKernelEx":
+            self.launched.append(args[0])
+            return (status,)
+        return status, {"cuDeviceGetAttribute": 232448, "cuFuncGetAttribute": 1024}.get(name)
+
+
+ATTRIBUTES = [
+    "CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN",
+    "CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES",
+    "CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES",
+    "CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED",
+    "CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION",
+]
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    found, bindings = Driver(), ModuleType("cuda.bindings")
+    bindings.driver = found  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "cuda", ModuleType("cuda"))
+    monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=7))
+    monkeypatch.setattr(cuda_build, "cached_cubin", lambda *_, **__: b"code")
+    monkeypatch.setattr(cuda_build, "_runtime", lambda: None)
+    return found
+
+
+def test_a_launch_that_the_driver_refuses_says_which_and_why(driver: Driver) -> None:
+    kernel = cuda_build.CudaKernel(Path("some.cu"), "few", 256)
+    kernel.launch((3, 2, 1), 64, torch.zeros(1))
+    assert len(driver.launched) == 1
+    driver.results["cuLaunchKernelEx"] = 1
+    with pytest.raises(KernelError) as refused:
+        kernel.launch((3, 2, 1), 300_000, torch.zeros(1))
+    assert str(refused.value) == (
+        "few of some.cu (grid (3, 2, 1), block (256, 1, 1), 300000 bytes of shared memory, of at most 231424)"
+        " was not launched: CUDA_ERROR_INVALID_VALUE (1): invalid argument"
+    )
+    del driver.results["cuLaunchKernelEx"]
+    kernel.launch((3, 2, 1), 64, torch.zeros(1))
+
+
+def test_an_error_that_the_runtime_keeps_is_told_once(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    codes = [700, 0]
+    runtime = SimpleNamespace(
+        cudaGetLastError=lambda: codes.pop(0),
+        cudaGetErrorName=lambda code: b"cudaErrorIllegalAddress",
+        cudaGetErrorString=lambda code: b"an illegal memory access was encountered",
+    )
+    monkeypatch.setattr(cuda_build, "_runtime", lambda: runtime)
+    kernel = cuda_build.CudaKernel(Path("some.cu"), "few", 256)
+    said = r"before few of some.cu .* another call failed: cudaErrorIllegalAddress \(700\): an illegal memory access"
+    with pytest.raises(KernelError, match=said):
+        kernel.launch((1, 1, 1), 0)
+    kernel.launch((1, 1, 1), 0)
+
+
+def test_a_kernel_that_cannot_be_loaded_says_which_and_why(driver: Driver) -> None:
+    driver.results["cuModuleLoadData"] = 200
+    said = r"few of some.cu could not be loaded: CUDA_ERROR_INVALID_IMAGE \(200\): device kernel image is invalid"
+    with pytest.raises(KernelError, match=said):
+        cuda_build.CudaKernel(Path("some.cu"), "few", 256)
+
+
+@pytest.mark.gpu
+def test_a_launch_with_too_much_shared_memory_on_a_gpu(tmp_path: Path) -> None:
+    pytest.importorskip("cuda.bindings")
+    source = tmp_path / "fill.cu"
+    source.write_text('extern "C" __global__ void fill(float *x) { x[threadIdx.x] = 1.0f; }')
+    kernel, x = cuda_build.CudaKernel(source, "fill", 32), torch.zeros(32, device="cuda")
+    said = rf"fill of fill.cu .*{kernel.shared_limit + 1} bytes.* was not launched: CUDA_ERROR_INVALID_VALUE \(1\)"
+    with pytest.raises(KernelError, match=said):
+        kernel.launch((1, 1, 1), kernel.shared_limit + 1, x)
+    assert cuda_build._runtime() is not None
+    kernel.launch((1, 1, 1), 0, x)  # the device is as well as before
+    assert x.sum().item() == 32

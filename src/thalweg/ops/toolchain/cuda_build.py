@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from thalweg.errors import KernelError
 from thalweg.ops.registry import Refusal, Where
 from thalweg.ops.toolchain.triton_compile import rehearsing
 
@@ -40,24 +42,28 @@ class CudaKernel:
     def __init__(self, source: Path, name: str, threads: int, **macros: int) -> None:
         from cuda.bindings import driver
 
+        self.name, self._threads = f"{name} of {source.name}", threads
+        check = partial(_check, during=f"{self.name} could not be loaded")
         major, minor = torch.cuda.get_device_capability()
-        module = _check(driver.cuModuleLoadData(cached_cubin(source, f"sm_{major}{minor}", **macros)))
-        self._function = _check(driver.cuModuleGetFunction(module, name.encode()))
-        self._threads = threads
+        module = check(driver.cuModuleLoadData(cached_cubin(source, f"sm_{major}{minor}", **macros)))
+        self._function = check(driver.cuModuleGetFunction(module, name.encode()))
         limit = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
         fixed = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES
         dynamic = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        self.shared_limit: int = _check(driver.cuDeviceGetAttribute(limit, torch.cuda.current_device()))
-        self.shared_limit -= _check(driver.cuFuncGetAttribute(fixed, self._function))
+        self.shared_limit: int = check(driver.cuDeviceGetAttribute(limit, torch.cuda.current_device()))
+        self.shared_limit -= check(driver.cuFuncGetAttribute(fixed, self._function))
         """Bytes of shared memory that a launch may ask for."""
-        _check(driver.cuFuncSetAttribute(self._function, dynamic, self.shared_limit))
+        check(driver.cuFuncSetAttribute(self._function, dynamic, self.shared_limit))
         larger = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
-        _check(driver.cuFuncSetAttribute(self._function, larger, 1))  # up to 16 blocks, of those who have clusters
+        check(driver.cuFuncSetAttribute(self._function, larger, 1))  # up to 16 blocks, of those who have clusters
 
     def launch(self, grid: tuple[int, int, int], shared_bytes: int, *args: Tensor | tuple[Any, int | float]) -> None:
         """On torch's current stream, starting before the kernel ahead has ended; it must wait by griddepcontrol.wait.
 
         `args` are tensors, passed by address, and (ctypes type, value) pairs. In a rehearsal nothing is launched.
+
+        Raises KernelError with the driver's code if it refuses the launch, or with the runtime's if a call before this
+        one left an error: a kernel fails while the host goes on, and the next to ask is told.
         """
         if rehearsing():
             return
@@ -74,7 +80,15 @@ class CudaKernel:
         config.attrs, config.numAttrs = [early], 1
         pairs = [(ctypes.c_void_p, a.data_ptr()) if isinstance(a, Tensor) else a for a in args]
         values, types = tuple(v for _, v in pairs), tuple(t for t, _ in pairs)
-        _check(driver.cuLaunchKernelEx(config, self._function, (values, types), 0))
+        (status,) = driver.cuLaunchKernelEx(config, self._function, (values, types), 0)
+        runtime = runtime_error()
+        if status or runtime:
+            shape = f"grid {grid}, block ({self._threads}, 1, 1), {shared_bytes} bytes of shared memory"
+            this = f"{self.name} ({shape}, of at most {self.shared_limit})"
+            also = f"; the runtime says {runtime}" if runtime else ""
+            if not status:
+                raise KernelError(f"before {this} was launched another call failed: {runtime}")
+            raise KernelError(f"{this} was not launched: {_describe(status)}{also}")
 
 
 def aligned_rows(x_TD: Tensor) -> Tensor:
@@ -138,9 +152,44 @@ def compile_cubin(source: Path, arch: str, **macros: int) -> bytes:
     return cubin
 
 
-def _check(result: Sequence[Any]) -> Any:
-    """What a call gave beside its status. Raises RuntimeError where the status is not success."""
+def _check(result: Sequence[Any], during: str = "NVRTC failed") -> Any:
+    """What a call gave beside its status. Raises KernelError if the status is not success."""
     status, *values = result
     if status:
-        raise RuntimeError(f"{type(status).__name__}: {status.name}")
+        raise KernelError(f"{during}: {_describe(status)}")
     return values[0] if values else None
+
+
+def _describe(status: Any) -> str:
+    """ "CUDA_ERROR_INVALID_VALUE (1): invalid argument", in the words of the driver, or of NVRTC for its own codes."""
+    code = f"{status.name} ({int(status)})"
+    if type(status).__name__ != "CUresult":
+        return code
+    from cuda.bindings import driver
+
+    (named, name), (explained, words) = driver.cuGetErrorName(status), driver.cuGetErrorString(status)
+    code = code if named else f"{name.decode()} ({int(status)})"
+    return code if explained else f"{code}: {words.decode()}"
+
+
+def runtime_error() -> str | None:
+    """What the CUDA runtime that torch uses keeps of a failed call on this thread, which is forgotten with this, unless
+    the device itself has failed; None if all went well, or if torch has no runtime of its own library."""
+    runtime = _runtime()
+    code = 0 if runtime is None else runtime.cudaGetLastError()
+    if runtime is None or code == 0:
+        return None
+    name, words = runtime.cudaGetErrorName(code), runtime.cudaGetErrorString(code)
+    return f"{name.decode()} ({code}): {words.decode()}"
+
+
+@cache
+def _runtime() -> Any:
+    """The library that torch has loaded. Another copy of it would know nothing of torch's calls."""
+    major = (torch.version.cuda or "").partition(".")[0]
+    try:
+        runtime = ctypes.CDLL(f"libcudart.so.{major}", mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
+    except (OSError, AttributeError):
+        return None
+    runtime.cudaGetErrorName.restype = runtime.cudaGetErrorString.restype = ctypes.c_char_p
+    return runtime
