@@ -8,16 +8,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.ops.interpreted import run_interpreted
+from thalweg.bench.kernels.rearrange import SITES, Site
 from thalweg.errors import ConfigError
 from thalweg.ops import heads
 from thalweg.ops.attention.mla_down_norms import SPLIT_NORMS, SplitNormsDims
 from thalweg.ops.heads import MERGE_HEADS, SPLIT_HEADS, HeadsDims
 from thalweg.ops.linear import NORM_LINEAR, NormLinearDims
+from thalweg.ops.norm import RMS_NORM, RmsNormDims
 from thalweg.ops.projection import BATCHED_PROJECTION, BatchedProjectionDims
 from thalweg.ops.registry import Op, Resolver, Where
 from thalweg.ops.residual import SCALED_RESIDUAL_ADD, ScaledResidualAddDims
 
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOKENS = (0, 1, 2, 3, 8, 17, 64, 333)
 
 
@@ -90,9 +93,102 @@ def test_without_einops_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
         Resolver({"split_heads": "einops"}).resolve(SPLIT_HEADS, Where("cpu", "float32"), HeadsDims(X=8))
 
 
-def test_pieces_of_kimi_k2_on_a_cpu() -> None:
-    add, two = both(SCALED_RESIDUAL_ADD, ScaledResidualAddDims(D=300), torch.float32)
-    residual, a, b = torch.randn(3, 5, 300, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(two(residual, a, b, 2.827), add(residual, a, b, 2.827))
+def laid_out(shape: tuple[int, ...], dtype: torch.dtype, layout: str, device: str = "cpu") -> Tensor:
+    """Contiguous, with a gap after each row, every other element of each row, or stored back to front."""
+    if layout == "backwards":
+        return laid_out(shape[::-1], dtype, "contiguous", device).permute(*reversed(range(len(shape))))
+    *first, last = shape
+    generator = torch.Generator(device).manual_seed(sum(shape))
+    wide = torch.randn(*first, 2 * last + 8, generator=generator, device=device).to(dtype)
+    views = {
+        "contiguous": wide[..., :last].contiguous(),
+        "gaps": wide[..., :last],
+        "strided": wide[..., : 2 * last : 2],
+    }
+    return views[layout]
+
+
+# Of KDA and of Gated DeltaNet.
+@pytest.mark.parametrize("layout", ["contiguous", "gaps", "strided", "backwards"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("site", SITES, ids=lambda site: site.where)
+def test_every_call_site_of_einops(site: Site, dtype: torch.dtype, layout: str) -> None:
+    einops = pytest.importorskip("einops")
+    for T in (0, 1, 3, 64) if site.tokens else (0,):
+        x = laid_out((T, *site.shape) if site.tokens else site.shape, dtype, layout)
+        by_einops, native = einops.rearrange(x, site.pattern, **site.sizes), site.native(x)
+        assert torch.equal(by_einops, native)
+        # Neither copies where the other gives a view.
+        assert (by_einops.data_ptr() == x.data_ptr()) == (native.data_ptr() == x.data_ptr())
+
+
+def test_a_call_site_whose_native_form_differs_is_found() -> None:
+    """What the test above says of a wrong one."""
+    einops = pytest.importorskip("einops")
+    for site in SITES:
+        x = laid_out((3, *site.shape) if site.tokens else site.shape, torch.float32, "contiguous")
+        assert not torch.equal(einops.rearrange(x, site.pattern, **site.sizes), site.native(x).flip(-1))
+
+
+K2 = [(7, 48, 32, 8), (1, 1536, 512, 64), (33, 20, 48, 1), (0, 16, 16, 4)]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "gaps"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("T", "Q", "R", "P"), K2)
+def test_split_norms_is_a_split_and_two_norms(T: int, Q: int, R: int, P: int, dtype: torch.dtype, layout: str) -> None:
+    where = Where("cpu", str(dtype).removeprefix("torch."))
+    x, weights = laid_out((T, Q + R + P), dtype, layout), laid_out((Q + R,), dtype, "contiguous")
+    fused = Resolver().resolve(SPLIT_NORMS, where, SplitNormsDims(Q=Q, R=R))
+    q, latent, shared = fused(x, weights[:Q], weights[Q:], 1e-6)
+    for part, weight, found in ((x[:, :Q], weights[:Q], q), (x[:, Q : Q + R], weights[Q:], latent)):
+        norm = Resolver().resolve(RMS_NORM, where, RmsNormDims(D=len(weight)))
+        assert torch.equal(found, norm(part.contiguous(), weight, 1e-6))
+    assert torch.equal(shared, x[:, Q + R :])
+
+
+@pytest.mark.parametrize("shape", [(5, 300), (1, 7168), (33, 37), (0, 8)])
+def test_scaled_residual_add_is_two_additions(shape: tuple[int, int]) -> None:
+    """In float32: on a CPU, torch rounds the scale to a dtype of 16 bits, and the ends of rows once more than their
+    whole vectors. On a GPU it does neither."""
+    fused, two = both(SCALED_RESIDUAL_ADD, ScaledResidualAddDims(D=shape[1]), torch.float32)
+    residual, a, b = (laid_out((*shape, 3), torch.float32, "contiguous")[..., i].contiguous() for i in range(3))
+    assert torch.equal(fused(residual, a, b, 2.827), two(residual, a, b, 2.827))
+
+
+def check_split_norms_bit_for_bit(device: str = "cpu", dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> None:
+    from thalweg.ops.attention.mla_down_norms.triton import split_norms, split_norms_in_two_launches
+
+    for T, Q, R, P in K2:
+        for dtype in dtypes:
+            for layout in ("contiguous", "gaps"):
+                x = laid_out((T, Q + R + P), dtype, layout, device)
+                weights = laid_out((Q + R,), dtype, "contiguous", device)
+                arguments = x, weights[:Q], weights[Q:], 1e-6
+                assert all(map(torch.equal, split_norms(*arguments), split_norms_in_two_launches(*arguments)))
+
+
+def test_split_norms_is_two_launches_under_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    run_interpreted(check_split_norms_bit_for_bit)
+
+
+@pytest.mark.gpu
+def test_split_norms_is_two_launches_on_a_gpu() -> None:
+    check_split_norms_bit_for_bit("cuda", tuple(DTYPES[:2]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("shape", [(5, 300), (1, 7168), (33, 37), (300, 7168), (0, 8)])
+def test_scaled_residual_add_is_two_additions_on_a_gpu(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    where, dims = Where("cuda", str(dtype).removeprefix("torch.")), ScaledResidualAddDims(D=shape[1])
+    fused = Resolver({SCALED_RESIDUAL_ADD.name: "triton"}).resolve(SCALED_RESIDUAL_ADD, where, dims)
+    two = Resolver({SCALED_RESIDUAL_ADD.name: "separate"}).resolve(SCALED_RESIDUAL_ADD, where, dims)
+    residual, a, b = (laid_out((*shape, 3), dtype, "contiguous", "cuda")[..., i].contiguous() for i in range(3))
+    assert torch.equal(fused(residual, a, b, 2.827), two(residual, a, b, 2.827))
+
+
+def test_unfused_norms_of_kimi_k2_need_a_gpu() -> None:
     with pytest.raises(ConfigError, match=r"'separate' for cpu.*needs cuda, not cpu"):
         both(SPLIT_NORMS, SplitNormsDims(Q=48, R=32), torch.float32)
