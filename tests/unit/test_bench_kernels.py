@@ -142,7 +142,8 @@ def test_bytes_of_a_projection_are_its_tensors() -> None:
 
 def test_projections_are_counted_at_the_real_shape() -> None:
     s = Setting(torch.device("cpu"), torch.bfloat16, Shape(), (1,), 1)
-    one, _, four, _ = SUITES["seeds"]["projections"](s)
+    one, *prompts, four, _, _, _ = SUITES["seeds"]["projections"](s)
+    assert [case.label.rpartition(", ")[2] for case in prompts] == ["1 tokens", "2 tokens", "4 tokens"]
     # The published floors of 14.0 and 3.7 us at 4.3 TB/s.
     assert one.num_bytes / 4.3e6 == pytest.approx(14.0, abs=0.06)
     assert four.num_bytes / 4.3e6 == pytest.approx(3.7, abs=0.06)
