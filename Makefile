@@ -8,6 +8,7 @@ TORCH  ?= torch==2.13.0
 TRITON ?= triton==3.6.0
 BIN    := $(VENV)/bin
 HEAD   ?= HEAD
+MODEL  ?=
 REPORT ?= perf-report.md
 QUESTION ?= Ben fills 6 boxes with 12 pears each. 7 pears are bad. How many good pears are there?
 
@@ -36,8 +37,8 @@ lint: $(VENV)/ready-dev
 	$(BIN)/lint-imports
 
 perf-report: $(VENV)/ready  ## what each function costs in two commits: make perf-report BASE=commit
-	@test -n "$(BASE)" || { echo "error: which commit to compare with? make perf-report BASE=commit [HEAD=commit] [REPORT=file]"; exit 2; }
-	@$(BIN)/thalweg bench functions --base "$(BASE)" --head "$(HEAD)" --report "$(REPORT)"
+	@test -n "$(BASE)" || { echo "error: which commit to compare with? make perf-report BASE=commit [HEAD=commit] [MODEL=folder] [REPORT=file]"; exit 2; }
+	@$(BIN)/thalweg bench functions $(MODEL) --base "$(BASE)" --head "$(HEAD)" --report "$(REPORT)"
 
 format: $(VENV)/ready-dev
 	$(BIN)/ruff check --fix .

@@ -251,7 +251,7 @@ def made_up() -> dict[str, Any]:
     phase = {"unit": "step", "count": 4, "cpu_ms": [1.0] * 5, "wall_ms": [1.0] * 5, "joules": "not measured"}
     return {
         "kind": "functions",
-        "engine": {"version": "x", "workload": "w", "quick": False, "runs": 5},
+        "engine": {"version": "x", "model": "m", "workload": "w", "quick": False, "runs": 5},
         "machine": {"cpu": "c"},
         "phases": {name: dict(phase) for name in ("load", "prefill", "decode", "http")},
         "functions": functions,
@@ -309,7 +309,7 @@ def test_what_is_nothing_of_its_phase_is_not_told() -> None:
     assert compare(a, b).entries == []
 
 
-@pytest.mark.parametrize("fact", ["workload", "quick"])
+@pytest.mark.parametrize("fact", ["workload", "quick", "model"])
 def test_other_workloads_are_not_compared(fact: str) -> None:
     b = made_up()
     b["engine"][fact] = "other"

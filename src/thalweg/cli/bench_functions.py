@@ -17,6 +17,9 @@ TOP = 12
 
 
 def functions(
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="A small model's folder; the bundled model if left out.")
+    ] = None,
     save: Annotated[
         str | None,
         typer.Option(
@@ -38,7 +41,7 @@ def functions(
 ) -> None:
     """Calls, processor time and memory of every function and op, in a fixed workload on one thread.
 
-    The bundled model is imported, loaded, and made to prefill, decode, follow a grammar and answer over HTTP, several
+    The model is imported, loaded, and made to prefill, decode, follow a grammar and answer over HTTP, several
     times in processes of their own. Memory is traced in runs of its own. It takes about a minute.
     """
     check_writable(save, "--save")
@@ -49,7 +52,7 @@ def functions(
 
     tell = partial(say, error=True)
     if base is None:
-        (figures,) = record([this_version()], quick, tell)
+        (figures,) = record([this_version()], model, quick, tell)
         write_text(save, json.dumps(figures) + "\n", "--save")
         _print(figures)
         return
@@ -57,7 +60,7 @@ def functions(
     from thalweg.bench.functions.compare import compare
     from thalweg.bench.functions.report import markdown
 
-    a, b = record_commits(Path(repository).expanduser(), base, head, quick, tell)
+    a, b = record_commits(Path(repository).expanduser(), base, head, model, quick, tell)
     text = markdown(compare(a, b), a["engine"]["version"], b["engine"]["version"])
     write_text(save, json.dumps(b) + "\n", "--save")
     write_text(report, text, "--report")

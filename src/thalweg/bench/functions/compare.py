@@ -13,7 +13,7 @@ HOT = ("prefill", "decode")
 REQUEST = ("grammar", "http")
 LEAST_SHARE = 0.001  # of its phase's time that a change must be, to be told of
 LEAST_CHANGE = 0.05  # of the figure itself
-LEAST_BYTES = 1024  # per unit of the phase
+LEAST_BYTES = 1024  # per unit of the phase; while modules are imported, much depends on which came first
 SIGMAS = 3.0
 Figures = Mapping[str, Mapping[str, list[float]]]  # by phase, then figure
 
@@ -81,7 +81,7 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> FunctionsComparison:
         parts = ("phases", "functions", "sources", "engine")
         if not is_functions(file) or not all(isinstance(file.get(part), dict) for part in parts):
             raise ConfigError(f"{name} is no file of thalweg bench functions; expected one that --save wrote")
-    for fact in ("workload", "quick"):
+    for fact in ("workload", "quick", "model"):
         one, other = a["engine"].get(fact), b["engine"].get(fact)
         if one != other:
             raise ConfigError(f"{fact} is {one} in A and {other} in B; expected two runs of the same workload")
@@ -194,7 +194,7 @@ class _Pair:
                 part = (after - before) / total if total else 0.0
                 if abs(part) >= LEAST_SHARE:
                     found.append(Moved(name, phase, figure, before, after, part))
-            elif abs(after - before) >= LEAST_BYTES:
+            elif phase in (*HOT, *REQUEST) and abs(after - before) >= LEAST_BYTES:
                 found.append(Moved(name, phase, figure, before, after, None))
         return found
 

@@ -27,8 +27,8 @@ class Figures:
     microsecond or so among them; bytes are Python's own allocations (tracemalloc), without the storage of tensors.
 
     total_ns is with what was called (recursion counted once), self_ns without other functions of the package.
-    kept_bytes is what was allocated and not freed, less that of functions called; peak_bytes is the most that one call
-    added.
+    kept_bytes is what was allocated and not freed, less that of functions called; peak_bytes is the most that was there
+    above what a call began with, while no other function of the package ran.
     """
 
     calls: int = 0
@@ -131,10 +131,10 @@ class Hooks:
             outer.kept += kept
 
     def _spread(self, peak: int) -> None:
-        """What was reached since the last look is a peak of all calls under way."""
+        """What was reached since the last look is the peak of the calls that ran: the latest to begin."""
         for kind in ("functions", "ops"):
-            for o in self._local.__dict__.get(kind, ()):
-                o.peak = max(o.peak, peak)
+            if stack := self._local.__dict__.get(kind):
+                stack[-1].peak = max(stack[-1].peak, peak)
 
     def install(self) -> None:
         """On this thread and those to come; with sys.monitoring on all."""

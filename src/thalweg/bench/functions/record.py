@@ -15,6 +15,7 @@ from typing import Any
 from thalweg.bench.functions.sources import sources
 from thalweg.bench.machine import describe_machine
 from thalweg.config import env
+from thalweg.config.model_source import BUNDLED
 from thalweg.errors import ConfigError
 
 HERE = Path(__file__).parent
@@ -46,20 +47,24 @@ def this_version() -> Version:
     return Version(src, "this version")
 
 
-def record(versions: Sequence[Version], quick: bool, tell: Callable[[str], None]) -> list[dict[str, Any]]:
+def record(
+    versions: Sequence[Version], model: str | None, quick: bool, tell: Callable[[str], None]
+) -> list[dict[str, Any]]:
     """What `thalweg bench functions --save` writes, of each version. They take turns, so that what the machine does
     meanwhile falls on all of them. Raises ConfigError with a worker's last words if one fails."""
     times = QUICK_RUNS if quick else TIME_RUNS
+    model = None if model is None else str(Path(model).expanduser().resolve())
     # Memory is nearly the same every time, and tracing it makes everything several times slower.
     plan = [("time", quick)] * times + [("memory", True)] * MEMORY_RUNS
     runs: list[dict[str, list[dict[str, Any]]]] = [{"time": [], "memory": []} for _ in versions]
     for i, (kind, small) in enumerate(plan, start=1):
         for version, found in zip(versions, runs, strict=True):
             tell(f"{version.name}: {kind} run {i} of {len(plan)}")
-            found[kind].append(_run(version, kind, small))
+            found[kind].append(_run(version, kind, model, small))
     machine = describe_machine() | {"torch_threads": 1}  # a worker's
     workload = hashlib.sha256((HERE / "workload.py").read_bytes()).hexdigest()[:16]
-    facts = {"workload": workload, "quick": quick, "runs": times}
+    name = None if model is None else Path(model).name
+    facts = {"model": name or BUNDLED, "workload": workload, "quick": quick, "runs": times}
     return [
         {
             "kind": "functions",
@@ -72,10 +77,11 @@ def record(versions: Sequence[Version], quick: bool, tell: Callable[[str], None]
     ]
 
 
-def _run(version: Version, kind: str, quick: bool) -> dict[str, Any]:
+def _run(version: Version, kind: str, model: str | None, quick: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "figures.json")
-        command = [sys.executable, "-c", _START, str(HERE), kind, str(file), *(["quick"] if quick else [])]
+        options = json.dumps({"kind": kind, "model": model, "quick": quick})
+        command = [sys.executable, "-c", _START, str(HERE), options, str(file)]
         variables = env.for_child(PYTHONPATH=str(version.src), OMP_NUM_THREADS="1", PYTHONHASHSEED="0")
         done = subprocess.run(command, env=variables, cwd=folder, capture_output=True, text=True, check=False)
         if done.returncode or not file.exists():

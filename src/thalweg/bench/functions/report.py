@@ -79,10 +79,16 @@ def _phases(found: FunctionsComparison) -> Iterator[Sequence[str]]:
 
 def _entries(entries: Sequence[Entry]) -> str:
     headings = ("function or op", "verdict", "of prefill", "of decode step", "us/call", "beyond the spread")
-    rows = ([_name(e), e.verdict, *(_shares(e, p) for p in HOT), _per_call(e), _moved(e)] for e in entries[:LONGEST])
-    table = _table(headings, rows)
-    left = len(entries) - LONGEST
-    return f"{table}\n\nand {left} more with smaller shares" if left > 0 else table
+    called, rest = [e for e in entries if e.share], [e for e in entries if not e.share]
+    rows = ([_name(e), e.verdict, *(_shares(e, p) for p in HOT), _per_call(e), _moved(e)] for e in called[:LONGEST])
+    parts = [_table(headings, rows)] if called else []
+    if len(called) > LONGEST:
+        parts.append(f"And {len(called) - LONGEST} more with smaller shares.")
+    if rest:
+        parts.append(
+            f"Not called by the workload: {', '.join(map(_name, rest[:LONGEST]))}" + ", ..." * (len(rest) > LONGEST)
+        )
+    return "\n\n".join(parts)
 
 
 def _name(e: Entry) -> str:

@@ -1,4 +1,4 @@
-"""One run of the workload in a process of its own: `python -m thalweg.bench.functions.worker time|memory FILE [quick]`.
+"""One run of the workload in a process of its own, as record.py starts it: OPTIONS (JSON) and FILE are its arguments.
 
 The package that is imported is the one that is measured; this folder may be another version's (commits.py).
 """
@@ -21,7 +21,7 @@ from thalweg.bench.functions.energy import Energy
 from thalweg.bench.functions.hooks import Hooks
 
 
-def measure(kind: Any, quick: bool) -> dict[str, Any]:
+def measure(kind: Any, model: str | None, quick: bool) -> dict[str, Any]:
     """Figures by phase: calls, times and bytes of functions and ops, processor time, energy."""
     import torch  # before counting: another package's
 
@@ -29,6 +29,7 @@ def measure(kind: Any, quick: bool) -> dict[str, Any]:
     root = Path(thalweg.__file__).parent
     hooks, energy = Hooks(root, kind, leave_out=root / "bench" / "functions"), Energy()
     phases: dict[str, dict[str, Any]] = {}
+    sizes = workload.QUICK if quick else workload.FULL
 
     @contextmanager
     def phase(name: str) -> Iterator[None]:
@@ -53,10 +54,10 @@ def measure(kind: Any, quick: bool) -> dict[str, Any]:
 
         watching = getattr(registry, "watching", None)
         if watching is None:  # an older version
-            counts = workload.run(workload.QUICK if quick else workload.FULL, phase)
+            counts = workload.run(model, sizes, phase)
         else:
             with watching(hooks.op):
-                counts = workload.run(workload.QUICK if quick else workload.FULL, phase)
+                counts = workload.run(model, sizes, phase)
     finally:
         hooks.remove()
     for name, count in counts.items():
@@ -78,5 +79,5 @@ def _plain(figures: dict[str, Any]) -> dict[str, dict[str, dict[str, int]]]:
 
 
 if __name__ == "__main__":
-    kind, file, *rest = sys.argv[1:]
-    Path(file).write_text(json.dumps(measure(kind, "quick" in rest)), encoding="utf-8")
+    options, file = sys.argv[1:]
+    Path(file).write_text(json.dumps(measure(**json.loads(options))), encoding="utf-8")

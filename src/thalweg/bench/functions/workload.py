@@ -1,4 +1,4 @@
-"""The workload: the bundled model on one thread, imported, loaded, and served in process and over HTTP."""
+"""The workload: a model on one thread, imported, loaded, and served in process and over HTTP."""
 
 from __future__ import annotations
 
@@ -66,8 +66,9 @@ FULL = Sizes(prompts=8, prompt_len=256, prefill_batches=4, decode_steps=64, gram
 QUICK = Sizes(prompts=4, prompt_len=64, prefill_batches=1, decode_steps=8, grammar_tokens=8, http_rounds=1)
 
 
-def run(sizes: Sizes, phase: Phase) -> dict[str, int]:
-    """Run it all. `phase(name)` is entered around each phase. Returns how many units of PHASES each was."""
+def run(model: str | None, sizes: Sizes, phase: Phase) -> dict[str, int]:
+    """Run it all with a model's folder (None: the bundled one). `phase(name)` is entered around each phase. Returns how
+    many units of PHASES each was."""
     with phase("import"):
         from thalweg.config.engine import EngineConfig
         from thalweg.core import Grammar, SamplingParams
@@ -75,7 +76,9 @@ def run(sizes: Sizes, phase: Phase) -> dict[str, int]:
         from thalweg.text.codec import load_codec
 
         importlib.import_module("thalweg.server.run")  # by its name, as this room and the server are neighbours
-    config = EngineConfig(device="cpu", max_num_seqs=sizes.prompts, max_model_len=1024, cache_memory=256 << 20)
+    config = EngineConfig(
+        model=model, device="cpu", max_num_seqs=sizes.prompts, max_model_len=1024, cache_memory=256 << 20
+    )
     with phase("load"):
         engine = Engine(config)
         tokenizer = load_codec(config).tokenizer
@@ -104,7 +107,7 @@ def run(sizes: Sizes, phase: Phase) -> dict[str, int]:
         "prefill": steps,
         "decode": decode,
         "grammar": guided,
-        "http": _serve(sizes, phase),
+        "http": _serve(model, sizes, phase),
     }
 
 
@@ -160,7 +163,7 @@ class _Batch:
             self._outputs.process(update)
 
 
-def _serve(sizes: Sizes, phase: Phase) -> int:
+def _serve(model: str | None, sizes: Sizes, phase: Phase) -> int:
     """The server, whose engine process is not counted, with a plain client on a thread of its own, which ends it."""
     with socket.create_server(("127.0.0.1", 0)) as any_port:
         port: int = any_port.getsockname()[1]
@@ -184,7 +187,8 @@ def _serve(sizes: Sizes, phase: Phase) -> int:
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(ask_all)
         try:
-            _command("serve", "--device=cpu", f"--port={port}", "--max-model-len=1024", "--cache-memory=256M")
+            folder = [] if model is None else [model]
+            _command("serve", *folder, "--device=cpu", f"--port={port}", "--max-model-len=1024", "--cache-memory=256M")
         finally:
             ended.set()
         asked.result()
