@@ -13,7 +13,10 @@ ATOL = 2e-4
 GREEDY = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True)
 
 
-FAMILIES = ["kimi_linear", "qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen3_5_fp8", "qwen3_5_moe_fp8"]
+FAMILIES = [
+    *("kimi_linear", "kimi_k2", "kimi_k2_fp8", "kimi_k2_int4"),
+    *("qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen3_5_fp8", "qwen3_5_moe_fp8"),
+]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -90,7 +90,7 @@ def test_published_fp8(tmp_path: Path, kept: tuple[str, ...], form: str) -> None
     tensors, quantization = random.in_fp8(random.published(c, random.weights(c), **layout), kept)
     folder = random.write(tmp_path / "model", of_text({**c, "quantization_config": quantization}), tensors)
     if "0.mlp.experts.2.up_proj" in kept:
-        with pytest.raises(UnsupportedError, match=r"experts.*some are in float8; expected all or none"):
+        with pytest.raises(UnsupportedError, match=r"experts.*some are in fp8; expected all or none"):
             LLM(str(folder))
         return
     held, ids = random.unpublished(c, random.out_of_fp8(tensors), **layout), ids_of(c, 30)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any
 
 import msgspec
@@ -32,7 +31,7 @@ from thalweg.ops.registry import Resolver, Where
 from thalweg.parallel.mesh import Mesh
 from thalweg.weights.checkpoint import Checkpoint
 from thalweg.weights.load import check
-from thalweg.weights.plan import Target, checkpoint_shapes
+from thalweg.weights.plan import Target, parameters
 
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
 
@@ -110,7 +109,7 @@ def describe(config: EngineConfig) -> Inspection:
         vocab_size=c.vocab_size,
         context_len=c.context_len,
         sampling_defaults=source.generation.describe(),
-        parameters=sum(prod(shape) for shape in checkpoint_shapes(plan).values()),
+        parameters=parameters(plan),
         layer_kinds=dict(kinds),
         layers=[describe_layer(*x) for x in zip(model.layers, model.cache_specs, strict=True)],
         weight_files=_describe_weights(source, plan, checkpoint, config),

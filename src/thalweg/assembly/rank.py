@@ -6,7 +6,6 @@ import os
 import time
 from dataclasses import replace
 from functools import partial
-from math import prod
 
 import torch
 from torch import nn
@@ -30,7 +29,7 @@ from thalweg.runner.step import ModelRunner
 from thalweg.sampling.grammars import Grammars
 from thalweg.sampling.sampler import Sampler
 from thalweg.sampling.table import SamplingTable
-from thalweg.weights.plan import checkpoint_shapes
+from thalweg.weights.plan import parameters
 
 CPU_NUM_SEQS = 64
 CPU_CACHE_MEMORY = 4 << 30  # default on a CPU, where blocks cost memory only once they are written
@@ -96,10 +95,10 @@ def build_rank(
         device=device_name(device),
         dtype=config.dtype,
         state_dtype=config.state_dtype,
-        quantization=config.quantization or ("fp8" if c.fp8 else None),
+        quantization=config.quantization or (c.quantized.name if c.quantized else None),
         tensor_parallel_size=config.tensor_parallel_size,
         vocab_size=c.vocab_size,
-        parameters=sum(prod(shape) for shape in checkpoint_shapes(opened.plan).values()),
+        parameters=parameters(opened.plan),
         max_model_len=split.max_model_len,
         max_num_seqs=split.num_slots,
         max_num_batched_tokens=config.max_num_batched_tokens,

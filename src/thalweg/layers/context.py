@@ -53,6 +53,10 @@ class BuildContext:
         """For the child `name` of the module that is being built."""
         return replace(self, path=f"{self.path}{name}.")
 
+    def __contains__(self, name: str) -> bool:
+        """Whether the plan has weight `name` of this module."""
+        return self.path + name in self.plan
+
     def planned(self, name: str) -> Target | None:
         """What the plan says of weight `name` of this module, if it is not stored in the model's dtype."""
         target = self.plan.get(self.path + name)
@@ -63,7 +67,8 @@ class BuildContext:
         target = self.planned(name)
         if target is None:
             return {name: self.weight(*shape)}
-        return {name + s.suffix: self.weight(*s.shape, dtype=getattr(torch, s.dtype)) for s in target.parameters}
+        dtypes = {s.suffix: None if s.dtype == "model" else getattr(torch, s.dtype) for s in target.parameters}
+        return {name + s.suffix: self.weight(*s.shape, dtype=dtypes[s.suffix]) for s in target.parameters}
 
     @property
     def shards(self) -> Shards:

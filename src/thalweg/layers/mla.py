@@ -1,9 +1,11 @@
-"""Multi-head latent attention without rotary positions (NoPE MLA), against a paged latent cache.
+"""Multi-head latent attention against a paged latent cache: without positions (NoPE), or with rotated ones.
 
 DeepSeek-V2 (arXiv:2405.04434) for the latent form; Kimi Linear leaves the "rope" dimensions unrotated.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +13,12 @@ from torch import Tensor, nn
 from thalweg.cache.specs import PagedSpec
 from thalweg.layers.batch import Batch
 from thalweg.layers.context import BuildContext, LayerCache
-from thalweg.layers.linear import LinearAdd, NormLinear
-from thalweg.layers.norm import RMSNorm
-from thalweg.ops.attention.mla import MLA_PREFILL, MLA_WRITE, MlaPrefillDims, MlaWriteDims
+from thalweg.layers.linear import Linear, LinearAdd, NormLinear
+from thalweg.layers.norm import NormWeight, RMSNorm
+from thalweg.ops.attention.mla import MLA_DECODE, MLA_PREFILL, MLA_WRITE, MlaDecodeDims, MlaPrefillDims, MlaWriteDims
+from thalweg.ops.attention.mla_down_norms import SPLIT_NORMS, SplitNormsDims
 from thalweg.ops.attention.mla_mixer import MLA_MIXER_DECODE, MlaMixerDims
+from thalweg.ops.attention.mla_rope import MLA_ROPE, MlaRopeDims
 from thalweg.ops.heads import MERGE_HEADS, SPLIT_HEADS, HeadsDims
 
 
@@ -26,49 +30,69 @@ class LatentUp(nn.Module):
         self.weight = ctx.weight(heads, out_features, rank)
 
 
-class MultiHeadLatentAttention(nn.Module):
-    """x_TD -> x + attention(norm(x)) over this rank's heads. Caches PagedSpec "latent" (R + P,): the normed latent and
-    the shared "rope" key.
+class LatentAttention(nn.Module):
+    """What both kinds share: x_TD -> x + attention(norm(x)) over this rank's heads. Caches PagedSpec "latent" (R + P,):
+    the normed latent and the shared "rope" key.
 
     Decode is absorbed: queries move into latent space and one read of the cache serves all heads. Prefill expands.
     """
 
     def __init__(
-        self,
-        ctx: BuildContext,
-        *,
-        width: int,
-        heads: int,
-        nope: int,
-        rope: int,
-        value: int,
-        rank: int,
-        eps: float,
+        self, ctx: BuildContext, *, width: int, heads: int, nope: int, rope: int, value: int, rank: int, scale: float
     ) -> None:
         super().__init__()
         H = ctx.shards.count(heads, "num_attention_heads")
-        self.H, self.nope, self.rope, self.value, self.rank = H, nope, rope, value, rank
-        self.scale = (nope + rope) ** -0.5
-        self.split = [H * (nope + rope), rank, rope]
+        self.H, self.nope, self.rope, self.value, self.rank, self.scale = H, nope, rope, value, rank, scale
+        self.kv_b_proj = LatentUp(ctx, H, nope + value, rank)
+        self.out_proj = LinearAdd(ctx.below("out_proj"), H * value, width)
+        self.cache_specs = {"latent": PagedSpec((rank + rope,), ctx.dtype_name)}
+        self.sizes = {"H": H, "K": nope, "V": value, "R": rank, "P": rope}
+        self._write = ctx.op(MLA_WRITE, MlaWriteDims(R=rank, P=rope))
+        self._prefill = ctx.op(MLA_PREFILL, MlaPrefillDims(**self.sizes))
+        self._split_heads = ctx.op(SPLIT_HEADS, HeadsDims(X=nope + rope))
+        self._merge_heads = ctx.op(MERGE_HEADS, HeadsDims(X=value))
+
+    def up_weights(self) -> tuple[Tensor, Tensor]:
+        """w_uk [H, nope, R] and w_uv [H, V, R]."""
+        w_uk_HKR, w_uv_HVR = self.kv_b_proj.weight.split([self.nope, self.value], dim=1)
+        return w_uk_HKR, w_uv_HVR
+
+    def of_prefills(self, q_THX: Tensor, latent_MSC: Tensor, batch: Batch) -> Tensor:
+        """o_TO of the tokens that are no decode rows, whose latents are in the cache already."""
+        w_uk_HKR, w_uv_HVR = self.up_weights()
+        o_THV = self._prefill(
+            q_THX,
+            latent_MSC,
+            block_tables_BN=batch.block_tables_BN[batch.num_decodes :],
+            context_lens=batch.starts,
+            offsets=batch.prefill_offsets,
+            w_uk_HKR=w_uk_HKR,
+            w_uv_HVR=w_uv_HVR,
+            scale=self.scale,
+        )
+        return self._merge_heads(o_THV)
+
+
+class MultiHeadLatentAttention(LatentAttention):
+    """Without positions: a decode row's mixer is one op, from the projection of q and latent to the heads' outputs."""
+
+    def __init__(
+        self, ctx: BuildContext, *, width: int, heads: int, nope: int, rope: int, value: int, rank: int, eps: float
+    ) -> None:
+        scale = (nope + rope) ** -0.5
+        super().__init__(ctx, width=width, heads=heads, nope=nope, rope=rope, value=value, rank=rank, scale=scale)
+        self.split = [self.H * (nope + rope), rank, rope]
         self.in_proj = NormLinear(
             ctx.below("in_proj"), width, [self.split[0], rank + rope], eps
         )  # q_proj and kv_a_proj in one
         self.kv_norm = RMSNorm(ctx, rank, eps)
-        self.kv_b_proj = LatentUp(ctx, H, nope + value, rank)
-        self.out_proj = LinearAdd(ctx.below("out_proj"), H * value, width)
-        self.cache_specs = {"latent": PagedSpec((rank + rope,), ctx.dtype_name)}
-        sizes = {"H": H, "K": nope, "V": value, "R": rank, "P": rope}
-        self._mixer_decode = ctx.op(MLA_MIXER_DECODE, MlaMixerDims(**sizes, S=ctx.block_size))
-        self._write = ctx.op(MLA_WRITE, MlaWriteDims(R=rank, P=rope))
-        self._prefill = ctx.op(MLA_PREFILL, MlaPrefillDims(**sizes))
-        self._split_heads = ctx.op(SPLIT_HEADS, HeadsDims(X=nope + rope))
-        self._merge_heads = ctx.op(MERGE_HEADS, HeadsDims(X=value))
+        self._mixer_decode = ctx.op(MLA_MIXER_DECODE, MlaMixerDims(**self.sizes, S=ctx.block_size))
 
     def forward(self, x_TD: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
         proj_TX, latent_MSC = self.in_proj(x_TD), cache["latent"]
-        w_uk_HKR, w_uv_HVR = self.kv_b_proj.weight.split([self.nope, self.value], dim=1)
         n, parts = batch.num_decodes, []
         if n:
+            w_uk_HKR, w_uv_HVR = self.up_weights()
             parts.append(
                 self._mixer_decode(
                     proj_TX[:n],
@@ -86,15 +110,83 @@ class MultiHeadLatentAttention(nn.Module):
         if n < len(proj_TX):
             q_TO, c_TR, k_rope_TP = proj_TX[n:].split(self.split, dim=-1)
             self._write(torch.cat([self.kv_norm(c_TR), k_rope_TP], dim=-1), latent_MSC, batch.block_rows_T[n:])
-            o_THV = self._prefill(
-                self._split_heads(q_TO),
+            parts.append(self.of_prefills(self._split_heads(q_TO), latent_MSC, batch))
+        return self.out_proj.of_parts(parts, x_TD)
+
+
+class RotatedLatentAttention(LatentAttention):
+    """With rotated positions, and queries through a normed projection of `q_rank` values (None: straight from the
+    input). `frequencies` are the angles per position of the pairs that are rotated, `rope_scale` multiplies their
+    cosines and sines, and `scale` all scores."""
+
+    frequencies_F: Tensor
+
+    def __init__(
+        self,
+        ctx: BuildContext,
+        *,
+        width: int,
+        heads: int,
+        nope: int,
+        rope: int,
+        value: int,
+        rank: int,
+        eps: float,
+        scale: float,
+        q_rank: int | None,
+        frequencies: Sequence[float],
+        rope_scale: float,
+    ) -> None:
+        super().__init__(ctx, width=width, heads=heads, nope=nope, rope=rope, value=value, rank=rank, scale=scale)
+        queries = self.H * (nope + rope)
+        self.split = [queries if q_rank is None else q_rank, rank, rope]
+        self.in_proj = NormLinear(ctx.below("in_proj"), width, [self.split[0], rank + rope], eps)
+        if q_rank is None:
+            self.kv_norm: NormWeight = RMSNorm(ctx, rank, eps)
+        else:
+            self.kv_norm, self.q_norm = NormWeight(ctx, rank, eps), NormWeight(ctx, q_rank, eps)
+            self.q_b_proj = Linear(ctx.below("q_b_proj"), q_rank, queries)
+            self._norms = ctx.op(SPLIT_NORMS, SplitNormsDims(Q=q_rank, R=rank))
+        self.q_rank, self.rope_scale = q_rank, rope_scale
+        self.register_buffer("frequencies_F", torch.tensor(frequencies, dtype=torch.float32, device=ctx.device))
+        self._rotate = ctx.op(MLA_ROPE, MlaRopeDims(H=self.H, K=nope, P=rope))
+        self._decode = ctx.op(MLA_DECODE, MlaDecodeDims(**self.sizes, S=ctx.block_size))
+
+    def forward(self, x_TD: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
+        q_THX, latent_TC = self._queries_and_latent(self.in_proj(x_TD), batch.positions_T)
+        latent_MSC = cache["latent"]
+        self._write(latent_TC, latent_MSC, batch.block_rows_T)
+        n, parts = batch.num_decodes, []
+        if n:
+            w_uk_HKR, w_uv_HVR = self.up_weights()
+            o_BO = self._decode(
+                q_THX[:n],
                 latent_MSC,
-                block_tables_BN=batch.block_tables_BN[n:],
-                context_lens=batch.starts,
-                offsets=batch.prefill_offsets,
+                block_tables_BN=batch.block_tables_BN[:n],
+                context_lens_B=batch.context_lens_B,
                 w_uk_HKR=w_uk_HKR,
                 w_uv_HVR=w_uv_HVR,
                 scale=self.scale,
             )
-            parts.append(self._merge_heads(o_THV))
+            parts.append(o_BO)
+        if n < len(q_THX):
+            parts.append(self.of_prefills(q_THX[n:], latent_MSC, batch))
         return self.out_proj.of_parts(parts, x_TD)
+
+    def _queries_and_latent(self, proj_TX: Tensor, positions_T: Tensor) -> tuple[Tensor, Tensor]:
+        """q_THX and what is cached per token, latent_TC, both rotated."""
+        if self.q_rank is None:
+            q_TO, c_TR, shared_TP = proj_TX.split(self.split, dim=-1)
+            latent_TR = self.kv_norm(c_TR)
+        else:
+            q_TQ, latent_TR, shared_TP = self._norms(proj_TX, self.q_norm.weight, self.kv_norm.weight, self.kv_norm.eps)
+            q_TO = self.q_b_proj(q_TQ)
+        q_THX = self._split_heads(q_TO)
+        self._rotate(
+            q_THX,
+            shared_TP,
+            positions_T=positions_T,
+            frequencies_F=self.frequencies_F,
+            rope_scale=self.rope_scale,
+        )
+        return q_THX, torch.cat([latent_TR, shared_TP], dim=-1)

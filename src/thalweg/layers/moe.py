@@ -111,26 +111,28 @@ class Experts(nn.Module):
         )
 
 
-class GatedSharedExpert(nn.Module):
-    """sigmoid(g n) * down(silu(gate n) * up n), its width sharded: an expert that every token takes, with a gate g."""
+class SharedExpert(nn.Module):
+    """down(silu(gate n) * up n), its width sharded: an expert that every token takes. If `gated` it has a gate g, and
+    its output is multiplied with sigmoid(g n)."""
 
-    def __init__(self, ctx: BuildContext, width: int, inner: int) -> None:
+    def __init__(self, ctx: BuildContext, width: int, inner: int, *, gated: bool) -> None:
         super().__init__()
-        local = ctx.shards.count(inner, "shared_expert_intermediate_size")
-        self.split = [2 * local, 1]
+        local = ctx.shards.count(inner, "shared_expert_intermediate_size" if gated else "moe_intermediate_size")
+        self.split = [2 * local, int(gated)]
+        self.gated = gated
         self.in_proj = Linear(ctx.below("in_proj"), width, sum(self.split))
         self.down = Linear(ctx.below("down"), local, width)
         self._act = ctx.op(SILU_AND_MUL, SiluAndMulDims(I=local))
 
     def forward(self, normed_TD: Tensor) -> Tensor:
         gate_up_T2I, gate_T1 = self.in_proj(normed_TD).split(self.split, dim=-1)
-        y_TD: Tensor = self.down(self._act(gate_up_T2I)) * gate_T1.sigmoid()
-        return y_TD
+        y_TD: Tensor = self.down(self._act(gate_up_T2I))
+        return y_TD * gate_T1.sigmoid() if self.gated else y_TD
 
 
 class MoE(nn.Module):
-    """x plus its routed experts and the shared ones: as further experts that every token takes with weight 1, or one of
-    its own width behind a gate."""
+    """x plus its routed experts and the shared ones: as further experts that every token takes with weight 1, or as an
+    MLP of their own, if they have a gate or the plan stores them otherwise than the routed ones."""
 
     def __init__(
         self,
@@ -151,6 +153,9 @@ class MoE(nn.Module):
     ) -> None:
         super().__init__()
         self.mesh = ctx.mesh
+        own_mlp = gated_shared
+        if shared and "shared.down.weight" in ctx:
+            shared, own_mlp = 0, shared * inner
         self.router = Router(
             ctx,
             width,
@@ -166,7 +171,9 @@ class MoE(nn.Module):
         )
         local = ctx.shards.count(inner, "moe_intermediate_size")
         self.experts = Experts(ctx.below("experts"), width, experts, shared, local)
-        self.shared = GatedSharedExpert(ctx.below("shared"), width, gated_shared) if gated_shared else None
+        self.shared = None
+        if own_mlp:
+            self.shared = SharedExpert(ctx.below("shared"), width, own_mlp, gated=bool(gated_shared))
 
     def forward(self, x_TD: Tensor) -> Tensor:
         normed_TD, weights_Tk, ids_Tk = self.router(x_TD)

@@ -8,10 +8,11 @@ from typing import Any
 from thalweg.config.hf import ConfigReader
 from thalweg.errors import UnsupportedError
 from thalweg.models.family import Family
+from thalweg.models.kimi_k2.family import KimiK2
 from thalweg.models.kimi_linear.family import KimiLinear
 from thalweg.models.qwen.family import Qwen3Next, Qwen35
 
-FAMILIES: tuple[Family, ...] = (KimiLinear(), Qwen3Next(), Qwen35())
+FAMILIES: tuple[Family, ...] = (KimiLinear(), KimiK2(), Qwen3Next(), Qwen35())
 
 
 def family_of(raw: Mapping[str, Any], where: str = "config.json") -> Family:

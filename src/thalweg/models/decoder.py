@@ -15,7 +15,7 @@ from thalweg.layers.delta import KimiDeltaAttention
 from thalweg.layers.gdn import GatedDeltaNet
 from thalweg.layers.gqa import GatedAttention
 from thalweg.layers.linear import VocabEmbedding, VocabHead
-from thalweg.layers.mla import MultiHeadLatentAttention
+from thalweg.layers.mla import MultiHeadLatentAttention, RotatedLatentAttention
 from thalweg.layers.moe import MoE, SwiGLU
 from thalweg.models.family import DecoderConfig, FeedForward, LayerConfig, Mixer
 from thalweg.models.parts.gdn import GdnDims
@@ -23,7 +23,7 @@ from thalweg.models.parts.kda import KdaDims
 from thalweg.models.parts.mla import MlaDims
 from thalweg.models.parts.mlp import MlpDims
 
-MixerModule = KimiDeltaAttention | MultiHeadLatentAttention | GatedDeltaNet | GatedAttention
+MixerModule = KimiDeltaAttention | MultiHeadLatentAttention | RotatedLatentAttention | GatedDeltaNet | GatedAttention
 
 
 def _mixer(ctx: BuildContext, dims: Mixer, width: int, eps: float) -> MixerModule:
@@ -32,15 +32,18 @@ def _mixer(ctx: BuildContext, dims: Mixer, width: int, eps: float) -> MixerModul
             ctx, width=width, eps=eps, heads=dims.heads, head_dim=dims.head_dim, rank=dims.rank, taps=dims.taps
         )
     if isinstance(dims, MlaDims):
-        return MultiHeadLatentAttention(
+        sizes = {"heads": dims.heads, "rank": dims.rank, "nope": dims.nope, "rope": dims.rope, "value": dims.value}
+        if dims.rotation is None:
+            return MultiHeadLatentAttention(ctx, width=width, eps=eps, **sizes)
+        return RotatedLatentAttention(
             ctx,
             width=width,
             eps=eps,
-            heads=dims.heads,
-            rank=dims.rank,
-            nope=dims.nope,
-            rope=dims.rope,
-            value=dims.value,
+            **sizes,
+            scale=dims.scale,
+            q_rank=dims.q_rank,
+            frequencies=dims.rotation.frequencies,
+            rope_scale=dims.rotation.scale,
         )
     if isinstance(dims, GdnDims):
         return GatedDeltaNet(

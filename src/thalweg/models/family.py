@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from thalweg.errors import ConfigError
-from thalweg.models.parts.fp8 import Fp8Checkpoint, fp8_test
 from thalweg.models.parts.gdn import GdnDims
 from thalweg.models.parts.gqa import GqaDims
 from thalweg.models.parts.kda import KdaDims
@@ -18,9 +17,10 @@ from thalweg.models.parts.mla import MlaDims
 from thalweg.models.parts.mlp import MlpDims
 from thalweg.models.parts.moe import MoeDims
 from thalweg.models.parts.part import WHOLE, Cost, Names, PlanContext, Step
+from thalweg.models.parts.quantized import Quantized, stored_as
 from thalweg.models.parts.vocab import VocabDims
 from thalweg.parallel.shards import Shards
-from thalweg.quant import FP8_EXPERTS, FP8_LINEARS, PLAIN, Scheme
+from thalweg.quant import PLAIN, Scheme
 from thalweg.weights.plan import Source, Target
 
 Mixer = KdaDims | MlaDims | GdnDims | GqaDims
@@ -48,7 +48,7 @@ class DecoderConfig:
     eos_token_ids: tuple[int, ...]
     shifted_norms: bool = False  # checkpoints store the weights of RMSNorms less one
     mtp: LayerConfig | None = None  # the layer behind the last one that drafts tokens, if checkpoints have it
-    fp8: Fp8Checkpoint | None = None  # how checkpoints store matrices in float8, if they do
+    quantized: Quantized | None = None  # how checkpoints store matrices, if not in `dtype`
 
     @property
     def vocab_size(self) -> int:
@@ -133,11 +133,11 @@ def weight_plan(
     if scheme is not PLAIN and not any(isinstance(layer.mlp, MoeDims) for layer in config.layers):
         what = f"--quantization is {scheme.name!r}, which quantizes experts"
         raise ConfigError(f"{what}, and this {family.architectures[0]} has none; leave it out")
-    if scheme is not PLAIN and config.fp8 is not None:
+    if scheme is not PLAIN and config.quantized is not None:
         what = f"--quantization is {scheme.name!r}"
-        raise ConfigError(f"{what}, and this checkpoint is stored in float8 already; leave it out")
+        raise ConfigError(f"{what}, and this checkpoint is stored in {config.quantized.name} already; leave it out")
     layout = family.layout(config, tensors)
-    ctx = PlanContext(config.width, shards, scheme, config.shifted_norms, fp8_test(config.fp8, tensors))
+    ctx = PlanContext(config.width, shards, scheme, config.shifted_norms, stored_as(config.quantized, tensors))
     targets = config.vocab.targets(layout.vocab, ctx)
     for n, layer in enumerate(config.layers):
         targets += layer.mixer.targets(f"layers.{n}.attn", layout.mixer(n), ctx)
@@ -163,8 +163,9 @@ def _mtp_plan(
 
 def step_costs(config: DecoderConfig, step: Step) -> list[Cost]:
     """Every operation of a step on one rank, in order: what its measured time is held against."""
-    if config.fp8 is not None:
-        step = replace(step, scheme=FP8_EXPERTS, linears=FP8_LINEARS)
+    if config.quantized is not None:
+        experts, linears, shared = config.quantized.schemes
+        step = replace(step, scheme=experts, linears=linears, shared=shared)
     vocab = config.vocab.costs(config.width, step)
     parts = [part for layer in config.layers for part in (layer.mixer, layer.mlp)]
     return [*(cost for part in parts for cost in part.costs(config.width, step)), *vocab]

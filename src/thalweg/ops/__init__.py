@@ -6,7 +6,7 @@ Importing this package registers all implementations; `thalweg.ops.registry` cho
 from __future__ import annotations
 
 from thalweg.ops import activation, heads, linear, norm, projection, residual, sample
-from thalweg.ops.attention import gqa, mla, mla_down_norms, mla_mixer
+from thalweg.ops.attention import gqa, mla, mla_down_norms, mla_mixer, mla_rope
 from thalweg.ops.delta import conv1d, gdn, kda, kda_mixer
 from thalweg.ops.moe import experts, router
 from thalweg.ops.registry import Choice, Op, Resolver, Tokens, Where
@@ -29,6 +29,7 @@ __all__ = [
     "mla",
     "mla_down_norms",
     "mla_mixer",
+    "mla_rope",
     "norm",
     "projection",
     "residual",

@@ -4,12 +4,14 @@ ask it, and nobody else knows a scheme by name. Importing this needs no torch.""
 from __future__ import annotations
 
 from thalweg.quant.fp8 import Fp8Blocks, Fp8Rows
+from thalweg.quant.int4 import Int4Groups
 from thalweg.quant.scheme import PLAIN, Scheme
 
-__all__ = ["FP8_EXPERTS", "FP8_LINEARS", "PLAIN", "QUANTIZATIONS", "Scheme", "scheme_named"]
+__all__ = ["FP8_EXPERTS", "FP8_LINEARS", "INT4_EXPERTS", "PLAIN", "QUANTIZATIONS", "Scheme", "scheme_named"]
 
 FP8_EXPERTS: Scheme = Fp8Blocks()
 FP8_LINEARS: Scheme = Fp8Rows()
+INT4_EXPERTS: Scheme = Int4Groups()
 
 _SCHEMES: tuple[Scheme, ...] = (FP8_EXPERTS,)
 
@@ -18,6 +20,6 @@ QUANTIZATIONS = tuple(scheme.name for scheme in _SCHEMES)
 
 
 def scheme_named(name: str | None) -> Scheme:
-    """The scheme of that name; None, as --quantization has it, is the model's own dtype. Raises KeyError for another
+    """The scheme that --quantization or an op's dims name; None is the model's own dtype. Raises KeyError for another
     name."""
-    return PLAIN if name is None else {scheme.name: scheme for scheme in (PLAIN, *_SCHEMES)}[name]
+    return PLAIN if name is None else {scheme.name: scheme for scheme in (PLAIN, *_SCHEMES, INT4_EXPERTS)}[name]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class Fp8Blocks:
     """Weights [E, O, D] of experts. Every part (gate, up) has blocks of its own, counted from its first row."""
 
-    name = "fp8"
+    name, file_dtype, packed = "fp8", "F8_E4M3", 1
 
     def bytes_per_weight(self, model_bytes: int) -> float:
         return 1 + 4 / BLOCK**2
@@ -67,7 +67,7 @@ class Fp8Rows:
     and cut between any rows.
     """
 
-    name = "fp8_rows"
+    name, file_dtype, packed = "fp8_rows", "F8_E4M3", 1
 
     def bytes_per_weight(self, model_bytes: int) -> float:
         return 1 + 4 / BLOCK

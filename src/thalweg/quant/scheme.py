@@ -31,6 +31,14 @@ class Scheme(Protocol):
     def name(self) -> str:
         """As --quantization and op dims have it; "none" for weights in the model's dtype."""
 
+    @property
+    def file_dtype(self) -> str | None:
+        """What checkpoints in the scheme store the first tensor as, spelt as safetensors does; None for plain ones."""
+
+    @property
+    def packed(self) -> int:
+        """Elements in one item of the first tensor."""
+
     def bytes_per_weight(self, model_bytes: int) -> float:
         """Bytes that an element takes, scales included; `model_bytes` is what one of --dtype takes."""
 
@@ -48,7 +56,7 @@ class Scheme(Protocol):
 class Plain:
     """Weights in the model's dtype: one tensor, no scales."""
 
-    name = "none"
+    name, file_dtype, packed = "none", None, 1
 
     def bytes_per_weight(self, model_bytes: int) -> float:
         return float(model_bytes)

@@ -20,6 +20,7 @@ from thalweg.weights.plan import Init, Target
 
 STD = 0.02  # of matrices
 _E4M3_STD = 104.0  # of the numbers that the bytes 0 to 126 stand for, with either sign
+_INT4_STD = 4.6  # of the numbers -8 to 7
 DT_MIN, DT_MAX = 1e-3, 0.1  # softplus(dt_bias), drawn log-uniformly
 A_MIN, A_MAX = 1.0, 16.0  # exp(A_log), drawn uniformly
 
@@ -60,10 +61,15 @@ def fill(
 
 
 def _fill_quantized(target: Target, get_param: Callable[[str], Tensor], seed: int) -> None:
-    """A weight that checkpoints store in float8: bytes at random, NaN left out, under one scale that gives it the
-    spread of the others. Its values depend on the number of ranks."""
+    """A weight that checkpoints store quantized: bits at random, NaN left out, under one scale that gives it the spread
+    of the others. Its values depend on the number of ranks."""
     weight, scales = (get_param(target.name + s.suffix).detach() for s in target.parameters)
     generator = torch.Generator(weight.device).manual_seed(_seed_of(seed, target.name))
+    if weight.dtype == torch.int32:
+        for words in weight:
+            words.copy_(torch.randint(-(2**31), 2**31, words.shape, device=words.device, generator=generator))
+        scales.fill_(STD / _INT4_STD)
+        return
     rows = weight.view(torch.uint8)
     for row in rows if rows.ndim == 3 else (rows,):
         row.copy_(torch.randint(0, 127, row.shape, dtype=torch.uint8, device=row.device, generator=generator))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from thalweg.quant import FP8_LINEARS
 from thalweg.quant.scheme import tensor_index
 from thalweg.weights.plan import Source, Target
 
@@ -22,10 +23,22 @@ def put(part: Tensor, source: Source, target: Target, get_param: GetParam) -> in
         target.scheme.put(part, source.into, stored)
         return part.numel()
     place = stored[source in target.scales][tensor_index(source.into)]
-    if source.repeat > 1:
-        first = source.shard[0] % source.repeat if source.shard is not None and source.shard_dim == 0 else 0
-        part = part.repeat_interleave(source.repeat, 0)[first : first + len(place)]
+    part = _repeated(part, source, len(place))
     if part.dtype == torch.float8_e4m3fn:  # what torch cannot move about in every way, it can as bytes
         part, place = part.view(torch.uint8), place.view(torch.uint8)
     place.copy_(part.reshape(place.shape))
     return place.numel()
+
+
+def widened(part: Tensor, scales: Tensor, source: Source) -> Tensor:
+    """A float8 part in float32, with the scales that were read for it."""
+    assert source.scales is not None
+    return FP8_LINEARS.widened([part, _repeated(scales, source.scales, len(part))], 1, torch.float32)
+
+
+def _repeated(part: Tensor, source: Source, rows: int) -> Tensor:
+    """`rows` rows of which each of the checkpoint's stands for several."""
+    if source.repeat == 1:
+        return part
+    first = source.shard[0] % source.repeat if source.shard is not None and source.shard_dim == 0 else 0
+    return part.repeat_interleave(source.repeat, 0)[first : first + rows]

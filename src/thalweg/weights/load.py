@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from thalweg.errors import CheckpointError, UnsupportedError
+from thalweg.quant import FP8_LINEARS
 from thalweg.weights.checkpoint import Checkpoint
-from thalweg.weights.fill import GetParam, put
+from thalweg.weights.fill import GetParam, put, widened
 from thalweg.weights.plan import Source, Target, check_targets, checkpoint_shapes
-from thalweg.weights.safetensors import LOADABLE, unsupported_dtype
+from thalweg.weights.safetensors import LOADABLE, PLAIN_DTYPES, unsupported_dtype
 
 MAX_LISTED = 20
 _DEVICE_THREADS = 8  # host-to-device copies wait for pages from disk; several keep the disk busy
@@ -47,12 +48,19 @@ def load(
         for source in (*target.sources, *target.scales):
             uses[source.name].append((target, source))
 
+    def _read(source: Source) -> Tensor:
+        return checkpoint.read(source.name, source.shard_dim, *source.stored_range)
+
     def copy(name: str) -> int:
         done = 0
         for target, source in uses[name]:
-            tensor = checkpoint.read(name, source.shard_dim, *source.stored_range)
-            put(tensor, source, target, params.__getitem__)
+            tensor = _read(source)
             done += tensor.numel() * tensor.element_size()
+            if source.scales is not None:
+                scales = _read(source.scales)
+                done += scales.numel() * scales.element_size()
+                tensor = widened(tensor, scales, source)
+            put(tensor, source, target, params.__getitem__)
         return done
 
     on_device = any(p.device.type != "cpu" for p in params.values())
@@ -67,9 +75,9 @@ def bytes_to_load(plan: Sequence[Target], checkpoint: Checkpoint) -> int:
     """Bytes of the checkpoint that load() copies on this rank."""
     tensors = checkpoint.tensors
     return sum(
-        prod(s.local_shape) * LOADABLE[tensors[s.name].dtype].itemsize
+        prod(s.read_shape) * LOADABLE[tensors[s.name].dtype].itemsize
         for t in plan
-        for s in t.sources
+        for s in t.read
         if s.name in tensors and tensors[s.name].dtype in LOADABLE
     )
 
@@ -83,12 +91,11 @@ def check(plan: Sequence[Target], checkpoint: Checkpoint, ignore: Iterable[str] 
     check_targets(plan)
     patterns = tuple(ignore)
     expected, found = checkpoint_shapes(plan), checkpoint.tensors
-    with_scales = {source.name for target in plan if target.scales for source in target.sources}
+    special = {s.name: t.scheme.file_dtype for t in plan if t.scales for s in t.sources}
+    special |= {s.name: FP8_LINEARS.file_dtype for t in plan for s in t.sources if s.scales is not None}
     for name in expected:
-        if name in found and (
-            found[name].dtype not in LOADABLE or (found[name].dtype == "F8_E4M3") != (name in with_scales)
-        ):
-            raise UnsupportedError(unsupported_dtype(found[name], checkpoint.path_of(name)))
+        if name in found and not _fits(found[name].dtype, special.get(name)):
+            raise UnsupportedError(unsupported_dtype(found[name], checkpoint.path_of(name), special.get(name)))
     missing = [name for name in expected if name not in found]
     extra = [n for n in found if n not in expected and not any(fnmatchcase(n, p) for p in patterns)]
     misshapen = [
@@ -103,6 +110,11 @@ def check(plan: Sequence[Target], checkpoint: Checkpoint, ignore: Iterable[str] 
     ]
     if faults:
         raise CheckpointError(f"{checkpoint.folder}: its tensors do not fit its config.json; {'; '.join(faults)}")
+
+
+def _fits(dtype: str, special: str | None) -> bool:
+    """Whether a tensor can be stored in `dtype` of which the plan says `special` (None: any plain number)."""
+    return dtype in PLAIN_DTYPES if special is None else dtype == special
 
 
 def _params(plan: Sequence[Target], get_param: GetParam) -> dict[str, Tensor]:

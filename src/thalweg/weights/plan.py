@@ -28,7 +28,8 @@ class Source:
     (None: replicated) and `shard` this rank's range of it. `into` indexes the target's leading dimensions: an
     int picks one entry, a range keeps the dimension, () is all of it. The part is reshaped to the place it
     fills. With `repeat` every row (dimension 0) of the checkpoint stands for so many rows here, which a
-    `shard` of rows counts: scales of blocks.
+    `shard` of rows counts: scales of blocks. With `scales` the part is in float8, and multiplied with these as it is
+    loaded.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Source:
     shard: Range | None = None
     into: tuple[Index, ...] = ()
     repeat: int = 1
+    scales: Source | None = None
 
     @property
     def local_shape(self) -> Shape:
@@ -45,6 +47,15 @@ class Source:
             return self.shape
         start, stop = self.shard
         return (*self.shape[: self.shard_dim], stop - start, *self.shape[self.shard_dim + 1 :])
+
+    @property
+    def read_shape(self) -> Shape:
+        """Shape of what is read of the checkpoint."""
+        start, stop = self.stored_range
+        dim = self.shard_dim
+        if dim is None or stop is None:
+            return self.shape
+        return (*self.shape[:dim], stop - start, *self.shape[dim + 1 :])
 
     @property
     def stored_range(self) -> tuple[int, int | None]:
@@ -80,7 +91,12 @@ class Target:
     @property
     def covered(self) -> bool:
         """Whether the sources fill every element."""
-        return sum(prod(s.local_shape) for s in self.sources) == prod(self.shape)
+        return sum(prod(s.local_shape) for s in self.sources) == prod(self.parameters[0].shape)
+
+    @property
+    def read(self) -> tuple[Source, ...]:
+        """All that is read of the checkpoint for it."""
+        return (*self.sources, *self.scales, *(s.scales for s in self.sources if s.scales is not None))
 
     @property
     def parameters(self) -> tuple[Stored, ...]:
@@ -141,7 +157,13 @@ def concat(name: str, pieces: Sequence[Source], shape: Shape | None = None) -> T
 
 def checkpoint_shapes(plan: Sequence[Target]) -> dict[str, Shape]:
     """Every checkpoint tensor the plan reads, with its full shape."""
-    return {s.name: s.shape for t in plan for s in (*t.sources, *t.scales)}
+    return {s.name: s.shape for t in plan for s in t.read}
+
+
+def parameters(plan: Sequence[Target]) -> int:
+    """Elements of the checkpoint's weights over all ranks, scales left out and packed ones counted one by one."""
+    packed = {s.name: (prod(s.shape), t.scheme.packed if t.scales else 1) for t in plan for s in t.sources}
+    return sum(items * each for items, each in packed.values())
 
 
 def check_targets(plan: Sequence[Target]) -> None:

@@ -34,13 +34,9 @@ DTYPE_BITS = {
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
     "F4": 4,
 }
-LOADABLE = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-}
+PLAIN_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+QUANTIZED = {"F8_E4M3": torch.float8_e4m3fn, "I32": torch.int32}  # the latter holds packed elements
+LOADABLE = PLAIN_DTYPES | QUANTIZED
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +80,7 @@ class SafetensorsFile:
         """The tensor, or its range [start, stop) along `dim`, in the file's dtype. Not a copy: do not write
         to it.
 
-        Raises UnsupportedError for a dtype that is no plain floating point.
+        Raises UnsupportedError for a dtype that nothing here is stored in.
         """
         info = self.tensors[name]
         if info.dtype not in LOADABLE:
@@ -100,12 +96,10 @@ class SafetensorsFile:
         return tensor.narrow(dim, start, stop - start)
 
 
-def unsupported_dtype(info: TensorInfo, path: Path) -> str:
-    """The line that says why a tensor's dtype cannot be loaded."""
-    return (
-        f"{path.name}: {info.name} is {info.dtype}; expected one of {', '.join(LOADABLE)};"
-        " F8_E4M3 only for what config.json says is stored in float8, with its scales"
-    )
+def unsupported_dtype(info: TensorInfo, path: Path, expected: str | None = None) -> str:
+    """The line that says why a tensor's dtype cannot be loaded where `expected` is (None: a plain number)."""
+    plain = f"one of {', '.join(PLAIN_DTYPES)}; {', '.join(QUANTIZED)} only for what config.json says is quantized"
+    return f"{path.name}: {info.name} is {info.dtype}; expected {expected or plain}, with its scales"
 
 
 def _read_header(file: BinaryIO, size: int, path: Path) -> dict[str, TensorInfo]:

@@ -16,9 +16,10 @@ from thalweg.models.parts.part import (
     Step,
     all_reduce,
     fp8_scales,
+    int4_sources,
     product,
 )
-from thalweg.quant import FP8_EXPERTS, PLAIN
+from thalweg.quant import FP8_EXPERTS, INT4_EXPERTS, PLAIN
 from thalweg.quant.fp8 import scales_into
 from thalweg.quant.scheme import Range
 from thalweg.weights.plan import Source, Target, placed, whole
@@ -50,7 +51,8 @@ class MoeDims:
         """Experts stacked: gate_up [E + S, 2*I, D] (gate above up), down [E + S, D, I]. The router is replicated.
 
         Checkpoints store the S shared experts as one MLP of width S*I. A sum over its width is a sum over S slices of
-        it, so each slice is one more expert behind the routed ones, and one kernel serves all.
+        it, so each slice is one more expert behind the routed ones, and one kernel serves all. Only if a checkpoint
+        stores them otherwise than the routed ones (these alone in int4) they are an MLP of their own.
         Names: norm, router, bias (sigmoid only); gate, up, down with {e} for the expert's number, or stacked_gate_up
         and stacked_down; shared_gate, shared_up, shared_down; shared_scale for the gate of a gated shared expert.
         """
@@ -63,7 +65,9 @@ class MoeDims:
                 one = {x: names[x].format(e=e) for x in ("gate", "up", "down")}
                 self._expert(one, e, (start, stop), self.inner, D, gate_up, down)
         shared = {x: names[f"shared_{x}"] for x in ("gate", "up", "down") if self.shared}
-        for i in range(self.shared):
+        apart = bool(shared) and ctx.stored_as(shared["down"]) != ctx.stored_as(down[0].name)
+        total -= self.shared if apart else 0
+        for i in range(0 if apart else self.shared):
             part = (i * self.inner + start, i * self.inner + stop)
             self._expert(shared, E + i, part, self.shared * self.inner, D, gate_up, down)
         targets = [
@@ -74,19 +78,27 @@ class MoeDims:
         ]
         if self.scoring == "sigmoid":
             targets.append(whole(f"{ours}.router.bias", names["bias"], (E,), dtype="float32", init="zeros"))
-        return targets + (self._gated_shared(f"{ours}.shared", names, ctx) if self.gated_shared else [])
+        if apart:
+            return targets + self._own_mlp(f"{ours}.shared", names, ctx, self.shared * self.inner, WIDTH)
+        if self.gated_shared:
+            return targets + self._own_mlp(f"{ours}.shared", names, ctx, self.gated_shared, SHARED_WIDTH)
+        return targets
 
     @staticmethod
     def _experts(ours: str, shape: tuple[int, ...], pieces: list[Source], ctx: PlanContext, parts: int) -> Target:
-        """Stored as ctx says, or as the checkpoint has them in float8."""
+        """Stored as ctx says, or as the checkpoint has them quantized."""
         target = Target(ours, shape, tuple(pieces), scheme=ctx.scheme, parts=parts)
-        fp8 = {ctx.is_fp8(piece.name) for piece in pieces}
-        if fp8 == {False}:
+        stored = {ctx.stored_as(piece.name) for piece in pieces}
+        if stored == {"none"}:
             return target
-        if fp8 != {True}:
-            raise UnsupportedError(f"{pieces[0].name} and its like: some are in float8; expected all or none")
-        scales = [replace(fp8_scales(p, per_row=False), into=scales_into(p.into)) for p in pieces]
-        return replace(target, scheme=FP8_EXPERTS, scales=tuple(scales))
+        if stored == {"fp8"}:
+            scales = [replace(fp8_scales(p, per_row=False), into=scales_into(p.into)) for p in pieces]
+            return replace(target, scheme=FP8_EXPERTS, scales=tuple(scales))
+        if stored == {"int4"}:
+            words, groups = zip(*(int4_sources(p) for p in pieces), strict=True)
+            return replace(target, scheme=INT4_EXPERTS, sources=words, scales=groups)
+        some = " and ".join(sorted(stored - {"none"}))
+        raise UnsupportedError(f"{pieces[0].name} and its like: some are in {some}; expected all or none")
 
     @staticmethod
     def _expert(
@@ -108,13 +120,14 @@ class MoeDims:
             placed(names["stacked_gate_up"], shape, ((0, E), (local, 2 * local)), 1, up),
         ], [placed(names["stacked_down"], (E, D, inner), ((0, E),), 2, part)]
 
-    def _gated_shared(self, ours: str, names: Names, ctx: PlanContext) -> list[Target]:
-        """in_proj [2*I + 1, D] has rows gate, up and, on every rank, the one of the output's gate."""
-        inner, D = self.gated_shared, ctx.width
-        part = ctx.shards.even(inner, SHARED_WIDTH)
-        gate_up = [Source(names[f"shared_{x}"], (inner, D), 0, part) for x in ("gate", "up")]
+    def _own_mlp(self, ours: str, names: Names, ctx: PlanContext, inner: int, what: str) -> list[Target]:
+        """in_proj has rows gate, up and, on every rank, the one of the output's gate if there is one."""
+        part, D = ctx.shards.even(inner, what), ctx.width
+        rows = [Source(names[f"shared_{x}"], (inner, D), 0, part) for x in ("gate", "up")]
+        if self.gated_shared:
+            rows.append(Source(names["shared_scale"], (1, D)))
         return [
-            *ctx.linear(f"{ours}.in_proj", *gate_up, Source(names["shared_scale"], (1, D))),
+            *ctx.linear(f"{ours}.in_proj", *rows),
             *ctx.linear(f"{ours}.down", Source(names["shared_down"], (D, inner), 1, part)),
         ]
 
@@ -122,15 +135,15 @@ class MoeDims:
         """Routing is taken as even: T tokens that each take k of E experts touch E (1 - (1 - k/E)^T) of them."""
         E, k, T = self.experts, self.top_k, step.tokens
         expert = 3 * width * step.shards.count(self.inner, WIDTH)
-        touched = self.shared + E * (1 - (1 - k / E) ** T)
-        weight_bytes = step.scheme.bytes_per_weight(step.dtype_bytes)
+        touched = E * (1 - (1 - k / E) ** T) * step.scheme.bytes_per_weight(step.dtype_bytes)
+        touched += self.shared * (step.shared or step.scheme).bytes_per_weight(step.dtype_bytes)
         gated = []
         if self.gated_shared:
             inner = step.shards.count(self.gated_shared, SHARED_WIDTH)
             gated = [product("shared expert", width * (3 * inner + 1), step)]
         return [
             product("router", E * width, step, scheme=PLAIN),
-            Cost("experts", touched * expert * weight_bytes, 2.0 * T * (k + self.shared) * expert),
+            Cost("experts", touched * expert, 2.0 * T * (k + self.shared) * expert),
             *gated,
             *all_reduce("experts' sum over ranks", width, step),
         ]

@@ -10,6 +10,8 @@ from thalweg.errors import ConfigError, UnsupportedError
 from thalweg.parallel.shards import Shards
 from thalweg.quant import FP8_LINEARS, PLAIN, Scheme
 from thalweg.quant.blocks import BLOCK, blocks
+from thalweg.quant.int4 import GROUP, WORD, groups
+from thalweg.quant.scheme import Shape
 from thalweg.weights.plan import Source, Target, concat, whole
 
 Names = Mapping[str, str]
@@ -34,7 +36,8 @@ WHOLE = Shards()
 class Step:
     """A step to count: `sequences` rows that each add `new` tokens to `cached` ones, on one of `shards.size` ranks.
 
-    `scheme` is what the experts are stored in, `linears` what other matrices that checkpoints may quantize are.
+    `scheme` is what the experts are stored in, `shared` what the shared ones are (None: likewise), `linears` what other
+    matrices that checkpoints may quantize are.
     """
 
     sequences: int
@@ -44,6 +47,7 @@ class Step:
     state_bytes: int = 4
     scheme: Scheme = PLAIN
     linears: Scheme = PLAIN
+    shared: Scheme | None = None
     shards: Shards = WHOLE
 
     @property
@@ -81,13 +85,13 @@ def all_reduce(what: str, width: int, step: Step) -> list[Cost]:
 @dataclass(frozen=True, slots=True)
 class PlanContext:
     """What every part's weights depend on: the model's width, this rank's share, how experts are stored, whether
-    checkpoints store norm weights less one, and which of their matrices they store in float8."""
+    checkpoints store norm weights less one, and what they store a matrix as ("none": no scheme)."""
 
     width: int
     shards: Shards = WHOLE
     scheme: Scheme = PLAIN
     shifted_norms: bool = False
-    is_fp8: Callable[[str], bool] = lambda _: False
+    stored_as: Callable[[str], str] = lambda _: "none"
 
     def norm(self, ours: str, theirs: str, size: int) -> Target:
         """The weight [size] of an RMSNorm. Where one is added to it, it is kept in float32, which loses nothing."""
@@ -99,7 +103,7 @@ class PlanContext:
         """The matrix `ours`.weight of pieces [rows, D] one below the other. If some are in float8 and others not, these
         are `ours`.rest.weight, and must come last. Raises UnsupportedError otherwise, or ConfigError if the ranks cut a
         block of columns."""
-        fp8 = [self.is_fp8(piece.name) for piece in pieces]
+        fp8 = [self._is_fp8(piece.name) for piece in pieces]
         count = sum(fp8)
         if fp8 != sorted(fp8, reverse=True):
             names = ", ".join(piece.name for piece, quantized in zip(pieces, fp8, strict=True) if not quantized)
@@ -110,6 +114,19 @@ class PlanContext:
         weight = concat(f"{ours}.weight", pieces[:count])
         scales = [replace(fp8_scales(piece), into=piece.into) for piece in weight.sources]
         return [replace(weight, scheme=FP8_LINEARS, scales=tuple(scales)), *rest]
+
+    def widened(self, ours: str, shape: Shape, piece: Source) -> Target:
+        """A weight that is kept in the model's dtype, brought to it as it is loaded if the checkpoint has it in
+        float8."""
+        if self._is_fp8(piece.name):
+            piece = replace(piece, scales=fp8_scales(piece))
+        return Target(ours, shape, (piece,))
+
+    def _is_fp8(self, name: str) -> bool:
+        stored = self.stored_as(name)
+        if stored not in ("none", "fp8"):
+            raise UnsupportedError(f"{name} is stored in {stored}; expected that of routed experts only")
+        return stored == "fp8"
 
 
 def fp8_scales(piece: Source, *, per_row: bool = True) -> Source:
@@ -126,6 +143,27 @@ def fp8_scales(piece: Source, *, per_row: bool = True) -> Source:
             " choose a size that does not"
         )
     return Source(name, (rows, cols), dim, (start // BLOCK, blocks(stop)), repeat=repeat)
+
+
+def int4_sources(piece: Source) -> tuple[Source, Source]:
+    """The packed elements of an int4 matrix [N, D] and their scales. Raises ConfigError if D is no whole number of
+    words, or a rank begins within a word, or within a group that it leaves."""
+    rows, cols = piece.shape
+    start, stop = piece.shard if piece.shard is not None and piece.shard_dim == 1 else (0, cols)
+    if cols % WORD:
+        raise ConfigError(f"{piece.name} has {cols} columns; expected a multiple of {WORD} for int4")
+    if start % WORD or stop % WORD or (start % GROUP and start // GROUP != (stop - 1) // GROUP):
+        raise ConfigError(
+            f"--tensor-parallel-size cuts {piece.name} at {start} and {stop}, within a group of {GROUP} that"
+            " has one scale; choose a size that does not"
+        )
+    words, scales = piece.shard, piece.shard
+    if piece.shard_dim == 1 and piece.shard is not None:
+        words, scales = (start // WORD, stop // WORD), (start // GROUP, groups(stop))
+    return (
+        replace(piece, name=f"{piece.name}_packed", shape=(rows, cols // WORD), shard=words),
+        replace(piece, name=f"{piece.name}_scale", shape=(rows, groups(cols)), shard=scales),
+    )
 
 
 class Part(Protocol):

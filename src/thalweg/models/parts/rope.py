@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from thalweg.config.hf import ConfigReader
 
@@ -17,11 +17,13 @@ class Yarn:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     attention_factor: float | None = None  # of cosines and sines; None: 0.1 ln(factor) + 1
+    score_factor: float = 1.0  # of attention scores besides (DeepSeek)
 
 
 @dataclass(frozen=True, slots=True)
 class RopeDims:
-    """The first `dims` of a head are rotated, in pairs (i, i + dims / 2), by position * theta^(-2 i / dims)."""
+    """`dims` of a head are rotated, in dims / 2 pairs, pair i by position * theta^(-2 i / dims). Which dims make a pair
+    is the mixer's own: (i, i + dims / 2), or (2 i, 2 i + 1) in multi-head latent attention."""
 
     dims: int
     theta: float
@@ -48,11 +50,15 @@ class RopeDims:
         if self.yarn is None:
             return 1.0
         given = self.yarn.attention_factor
-        return 0.1 * math.log(self.yarn.factor) + 1 if given is None else given
+        return _mscale(self.yarn.factor, 1.0) if given is None else given
 
     def _pair_of(self, turns: float, context: int) -> float:
         """The pair, as a real number, that turns so often within `context` tokens."""
         return self.dims * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
+
+
+def _mscale(factor: float, weight: float) -> float:
+    return 0.1 * weight * math.log(factor) + 1
 
 
 def read_rope(reader: ConfigReader, head_dim: int) -> RopeDims:
@@ -98,3 +104,27 @@ def _read_yarn(section: ConfigReader) -> Yarn | None:
         beta_slow=section.get_float("beta_slow", 1.0, low=0),
         attention_factor=section.get_float("attention_factor", None, low=0),
     )
+
+
+def read_mla_rope(reader: ConfigReader, dims: int) -> RopeDims:
+    """As DeepSeek's layout has it: with YaRN, `mscale` over `mscale_all_dim` scales cosines and sines, and the square
+    of the latter all scores. Raises ConfigError."""
+    section = reader.get_section("rope_parameters")
+    older = reader.get_section("rope_scaling")
+    section = older if section is None else section
+    reader.only("rope_interleave", True)
+    theta, yarn = _number(reader, section, "rope_theta", low=1, high=math.inf), None
+    if section is not None:
+        mscale = section.get_float("mscale", 1.0, low=0)
+        of_scores = section.get_float("mscale_all_dim", 0.0, low=0)
+        yarn = _read_yarn(section)
+        if yarn is not None:
+            of_both, of_scores = _mscale(yarn.factor, mscale), _mscale(yarn.factor, of_scores)
+            given = yarn.attention_factor
+            yarn = replace(
+                yarn, attention_factor=of_both / of_scores if given is None else given, score_factor=of_scores**2
+            )
+        section.finish()
+    if dims % 2:
+        raise reader.error("qk_rope_head_dim", "an even number of dims, which are rotated in pairs")
+    return RopeDims(dims, theta, yarn)

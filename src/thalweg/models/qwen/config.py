@@ -8,12 +8,12 @@ from typing import Any
 from thalweg.config.hf import HOUSEKEEPING_KEYS, ConfigReader, checkpoint_dtype
 from thalweg.errors import ConfigError
 from thalweg.models.family import DecoderConfig, FeedForward, LayerConfig
-from thalweg.models.parts.fp8 import Fp8Checkpoint, read_fp8
 from thalweg.models.parts.gdn import GdnDims
 from thalweg.models.parts.gqa import GqaDims
 from thalweg.models.parts.mlp import MlpDims
 from thalweg.models.parts.moe import MoeDims
 from thalweg.models.parts.part import MAX_DIM, MAX_EXPERTS, MAX_LAYERS
+from thalweg.models.parts.quantized import Fp8Checkpoint, read_fp8
 from thalweg.models.parts.rope import read_rope
 from thalweg.models.parts.vocab import VocabDims
 
@@ -63,7 +63,7 @@ def _read_text(raw: Mapping[str, Any], where: str, *, tied: bool, fp8: Fp8Checkp
         eos_token_ids=eos,
         shifted_norms=True,
         mtp=LayerConfig(gqa, mlp) if drafting == 1 else None,
-        fp8=read_fp8(reader) or fp8,
+        quantized=read_fp8(reader) or fp8,
     )
     reader.finish(ignored=HOUSEKEEPING_KEYS | _VISION_KEYS | _UNUSED_KEYS)
     return config

@@ -65,7 +65,7 @@ class Qwen:
 
     def layout(self, config: DecoderConfig, tensors: Collection[str] = ()) -> QwenLayout:
         """Either prefix occurs, and experts stacked or each by itself."""
-        prefix, packed, stacked = self.prefix, self.packed, self.stacked and config.fp8 is None
+        prefix, packed, stacked = self.prefix, self.packed, self.stacked and config.quantized is None
         if tensors:
             prefix = next((p for p in (self.prefix, "model.") if f"{p}embed_tokens.weight" in tensors), self.prefix)
             packed = any(name.endswith("in_proj_qkvz.weight") for name in tensors)

@@ -46,6 +46,24 @@ def mla_decode(
     return torch.bmm(scores_BHS.softmax(-1), latent_BSC[..., :rank]).to(q_BHC.dtype)
 
 
+def mla_decode_absorbed(
+    q_BHX: Tensor,
+    blocks_MSC: Tensor,
+    *,
+    block_tables_BN: Tensor,
+    context_lens_B: Tensor,
+    w_uk_HKR: Tensor,
+    w_uv_HVR: Tensor,
+    scale: float,
+) -> Tensor:
+    K, R = w_uk_HKR.shape[1:]
+    q_nope_BHK, q_shared_BHP = q_BHX.split([K, q_BHX.shape[-1] - K], dim=-1)
+    q_latent_BHR = torch.bmm(q_nope_BHK.transpose(0, 1), w_uk_HKR).transpose(0, 1)
+    q_BHC = torch.cat((q_latent_BHR, q_shared_BHP), dim=-1)
+    o_BHR = mla_decode(q_BHC, blocks_MSC, block_tables_BN, context_lens_B, scale, R)
+    return torch.bmm(o_BHR.transpose(0, 1), w_uv_HVR.transpose(1, 2)).transpose(0, 1).flatten(1)
+
+
 def mla_prefill(
     q_THX: Tensor,
     blocks_MSC: Tensor,

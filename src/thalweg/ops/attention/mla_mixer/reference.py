@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from thalweg.ops.attention.mla.reference import mla_decode, mla_write
+from thalweg.ops.attention.mla.reference import mla_decode_absorbed, mla_write
 from thalweg.ops.norm.reference import rms_norm
 
 
@@ -25,8 +25,12 @@ def mla_mixer_decode(
     (H, K, R), P = w_uk_HKR.shape, blocks_MSC.shape[-1] - w_uk_HKR.shape[-1]
     q_BX, c_BR, shared_BP = proj_BX.split([H * (K + P), R, P], dim=-1)
     mla_write(torch.cat((rms_norm(c_BR, kv_norm_weight_R, eps), shared_BP), dim=-1), blocks_MSC, block_rows_B)
-    q_nope_BHK, q_shared_BHP = q_BX.unflatten(-1, (H, K + P)).split([K, P], dim=-1)
-    q_latent_BHR = torch.bmm(q_nope_BHK.transpose(0, 1), w_uk_HKR).transpose(0, 1)
-    q_BHC = torch.cat((q_latent_BHR, q_shared_BHP), dim=-1)
-    o_BHR = mla_decode(q_BHC, blocks_MSC, block_tables_BN, context_lens_B, scale, R)
-    return torch.bmm(o_BHR.transpose(0, 1), w_uv_HVR.transpose(1, 2)).transpose(0, 1).flatten(1)
+    return mla_decode_absorbed(
+        q_BX.unflatten(-1, (H, K + P)),
+        blocks_MSC,
+        block_tables_BN=block_tables_BN,
+        context_lens_B=context_lens_B,
+        w_uk_HKR=w_uk_HKR,
+        w_uv_HVR=w_uv_HVR,
+        scale=scale,
+    )

@@ -57,6 +57,10 @@ class Experts(Protocol):
         not quantized. A scale is any normal number above zero. If it is a power of two, w is exact in every dtype; or
         else it is open whether the scale and w are each rounded to x's dtype, or fp16, before the product, or not at
         all.
+
+        "int4": (words int32, scales in x's dtype), and a weight is w = (nibble - 8) * the scale of its group of 32
+        columns. Words are [E, 2I, D / 8] and [E, D, I / 8], eight elements of a row in each, the first in the lowest
+        bits; scales [E, 2I, ceil(D / 32)] and [E, D, ceil(I / 32)]. Rounding to x's dtype is open as for "fp8".
         """
 
 
