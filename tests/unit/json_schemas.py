@@ -126,6 +126,50 @@ KEPT: dict[str, Any] = {
     "unique, one at most": {"type": "array", "items": STRING, "uniqueItems": True, "maxItems": 1},
     "unique booleans": {"type": "array", "items": {"type": "boolean"}, "uniqueItems": True, "minItems": 2},
     "oneOf by a tag": {"oneOf": TAGGED},
+    "oneOf by a tag that has a default": closed(
+        {
+            "pet": {
+                "discriminator": {"propertyName": "k", "mapping": {"cat": "#/$defs/Cat", "dog": "#/$defs/Dog"}},
+                "oneOf": [{"$ref": "#/$defs/Cat"}, {"$ref": "#/$defs/Dog"}],
+            }
+        },
+        required=["pet"],
+        **{
+            "$defs": {
+                "Cat": closed({"k": {"const": "cat", "default": "cat"}, "n": NUMBER}),
+                "Dog": closed({"k": {"const": "dog", "default": "dog"}, "friend": {"$ref": "#/$defs/Cat"}}),
+            }
+        },
+    ),
+    "oneOf by a tag within a tree": {
+        "$defs": {
+            "Leaf": closed({"k": {"const": "leaf", "default": "leaf"}}),
+            "Node": closed(
+                {
+                    "k": {"const": "node", "default": "node"},
+                    "of": {"oneOf": [{"$ref": "#/$defs/Leaf"}, {"$ref": "#/$defs/Node"}]},
+                },
+                required=["of"],
+            ),
+        },
+        "$ref": "#/$defs/Node",
+    },
+    "anyOf with a branch that is not kept": closed(
+        {"price": {"anyOf": [{"type": "integer", "maximum": 9}, {"type": "string", "pattern": r"^(?!0)\d{1,2}$"}]}},
+        required=["price"],
+    ),
+    "Pydantic's Decimal": {"type": "string", "pattern": r"^(?!^[-+.]*$)[+-]?0*\d*\.?\d*$", "maxLength": 6},
+    "Zod's email": {
+        "type": "string",
+        "pattern": r"^(?!\.)(?!.*\.\.)([A-Za-z0-9_'+\-\.]*)[A-Za-z0-9_+-]@([A-Za-z0-9][A-Za-z0-9\-]*\.)+[A-Za-z]{2,}$",
+        "maxLength": 9,
+    },
+    "a recursive type that is said twice": {
+        "type": "object",
+        "id": "urn:jsonschema:org:example:Tree",
+        "properties": {"n": NUMBER, "child": {"type": "object", "$ref": "urn:jsonschema:org:example:Tree"}},
+        "additionalProperties": False,
+    },
     "oneOf by type": {"oneOf": [STRING, NUMBER, {"type": "null"}]},
     "oneOf by range": {"type": "integer", "oneOf": [{"maximum": 2, "minimum": 0}, {"minimum": 3, "maximum": 4}]},
     "oneOf by what is required": closed({"a": NUMBER, "b": NUMBER}, oneOf=[{"required": ["a"]}, {"required": ["b"]}]),
@@ -236,6 +280,7 @@ KEPT: dict[str, Any] = {
     "an enum of many": {"anyOf": [{"const": f"label {i}"} for i in range(2000)]},
     "oneOf of many": {"oneOf": [{"const": f"label {i}", "title": f"L{i}"} for i in range(2000)]},
 }
+PATH_OF_T = "$defs.T.properties.t.$ref"
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"properties": {"a": {"type": "string", "pattern": "^(?!x)[0-9]+$"}}}, "properties.a.pattern"),
     ({"$defs": {"A": {"pattern": r"(a)\1"}}, "items": {"$ref": "#/$defs/A"}}, "$defs.A.pattern"),
@@ -243,7 +288,13 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"type": "array", "items": {"enum": [1, 2]}, "uniqueItems": True, "minItems": 3}, "uniqueItems"),
     ({"oneOf": [{"minimum": 3}, {"maximum": 5}]}, "oneOf"),
     ({"oneOf": [{"properties": {"a": {"const": 1}}}, {"properties": {"a": {"const": 2}}}]}, "oneOf"),
-    ({"anyOf": [{}, {"oneOf": [{"type": "number"}, {"type": "integer"}]}]}, "anyOf[1].oneOf"),
+    ({"oneOf": [{"type": "number"}, {"type": "integer"}]}, "oneOf"),
+    ({"anyOf": [{"uniqueItems": True}, {"pattern": "^(?!a)"}]}, "anyOf[0].uniqueItems"),
+    ({"anyOf": [{"type": "number"}, {"pattern": "^(?!a)", "type": "any"}]}, "anyOf[1].type"),
+    (
+        {"$defs": {"T": {"properties": {"t": {"$ref": "#/$defs/T", "minProperties": 1}}}}, "$ref": "#/$defs/T"},
+        PATH_OF_T,
+    ),
     ({"not": {"minLength": 3}}, "not"),
     ({"type": "object", "properties": {"x": {"$ref": "https://example.org/x"}}}, "properties.x.$ref"),
     ({"$ref": "#/definitions/Missing"}, "$ref"),

@@ -164,6 +164,47 @@ def test_errors_name_the_field_as_the_request_spells_it() -> None:
         assert answer["error"]["message"].startswith(message)
 
 
+FUNCTIONS = [{"name": "now"}]
+TOOLS = [{"type": "function", "function": FUNCTIONS[0]}]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"functions": FUNCTIONS, "tools": TOOLS}, "functions and tools are both given; expected one of them"),
+        ({"functions": [{}]}, "functions[0].name is null; expected 1 to 64 letters, digits, '_', '-' or '.'"),
+        (
+            {"function_call": {"name": "now"}},
+            (
+                'function_call is the function "now" and there are no functions;'
+                " expected functions, or function_call auto or none"
+            ),
+        ),
+        (
+            {"function_call": {"name": "x"}, "functions": FUNCTIONS},
+            'function_call is the function "x"; expected a function that functions has',
+        ),
+        (
+            {"tool_choice": {"type": "function", "function": {"name": "x"}}, "tools": TOOLS},
+            'tool_choice is the function "x"; expected a function that tools has',
+        ),
+        (
+            {"tool_choice": {"type": "any"}, "tools": TOOLS},
+            'tool_choice is {"type": "any"}; expected none, auto, required or a function that tools has',
+        ),
+        ({"do_sample": False}, "do_sample is false, which is not supported; expected it left out or true"),
+    ],
+)
+def test_errors_show_what_came(more: dict[str, Any], message: str) -> None:
+    status, answer, _ = ask("chat", more)
+    assert (status, answer["error"]["message"], answer["error"]["param"]) == (400, message, next(iter(more)))
+
+
+def test_fields_of_other_fields_that_say_nothing_are_taken(plain: dict[str, str]) -> None:
+    for more in ({"top_logprobs": 0}, {"stream_options": {}}, {"stream_options": {"include_usage": False}}):
+        assert ask("chat", more)[2] == plain["chat"]
+
+
 @pytest.mark.parametrize(
     ("more", "kind", "text"),
     [

@@ -45,6 +45,8 @@ def test_head_is_get_without_a_body_on_every_route() -> None:
         for path in ("/health", "/", "/metrics"):
             assert (await http.head(path)).status_code == 200
         assert (await http.head("/v1/completions")).status_code == 405
+        assert (await http.put("/health")).headers["allow"] == "GET, HEAD"
+        assert (await http.get("/v1/models/")).json() == (await http.get("/v1/models")).json()
 
     run(work)
 

@@ -174,6 +174,8 @@ def test_operators(operator: str) -> None:
         "{{ ld | map(attribute='k') | map('lower') | unique | sort | join('+') }}",
         "{% for k, g in ld | groupby('k') %}{{ k }}:{{ g | map(attribute='v') | list }};{% endfor %}",
         "{{ s is filter }}{{ 'upper' is filter }}{{ 'odd' is test }}",
+        "{% for g in ld | groupby('k') %}{{ g.grouper }}:{{ g.list | length }};{% endfor %}",
+        "{{ {}.fromkeys(['a', 'b'], 1) }}{{ 6 .bit_count() }}{{ f.fromhex('0x1p1') }}",
         "{% generation %}{{ s }}{% endgeneration %}",
         "{% raw %}{{ x }}{% endraw %}",
         "{# c #}a\n  {# d #}\nb",

@@ -65,8 +65,9 @@ async def chat_completions(body: ChatBody, request: Request, service: ServiceDep
 def _tool_use(body: ChatBody, service: Service) -> ToolUse:
     if body.functions is None and body.function_call is None:
         return tool_use(body, service.output)
+    newer = as_tools(body)
     try:
-        return replace(tool_use(as_tools(body), service.output), functions=True)
+        return replace(tool_use(newer, service.output), functions=True)
     except ApiError as error:
         raise in_older_words(error) from None
 
@@ -78,5 +79,5 @@ def _message(message: dict[str, Any]) -> dict[str, Any]:
 
 def _refuse_unsupported(body: ChatBody, service: Service) -> None:
     refuse_unsupported(body, service.client.codec.tokenizer)
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise ApiError(400, "top_logprobs is given and logprobs is not true; expected both", param="top_logprobs")

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from thalweg.server.errors import ApiError
+from thalweg.server.errors import ApiError, shown
 
 _log = logging.getLogger(__name__)
 MAX_NAMES_LOGGED = 100
@@ -162,6 +162,6 @@ def neutral(value: Any, values: tuple[Any, ...] = ()) -> bool:
 
 def unsupported(name: str, value: Any, values: tuple[Any, ...] = ()) -> ApiError:
     """The refusal of a field that is known and not supported."""
-    expected = " or ".join(["it left out", *map(repr, values)]).replace("True", "true")
-    message = f"{name} is {str(value)[:80]}, which is not supported; expected {expected}"
+    expected = " or ".join(["it left out", *map(shown, values)])
+    message = f"{name} is {shown(value)}, which is not supported; expected {expected}"
     return ApiError(400, message, param=name, code="unsupported")

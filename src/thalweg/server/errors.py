@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -62,6 +63,11 @@ class ApiError(Exception):
 
     def response(self) -> Response:
         return Response(msgspec.json.encode(self.body()), self.status, self.headers, "application/json")
+
+
+def shown(value: Any) -> str:
+    """A value of a request in a message about it: as JSON, its beginning."""
+    return json.dumps(value, ensure_ascii=False)[:80]
 
 
 def as_api_error(error: Exception) -> ApiError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from thalweg.server.errors import ApiError
+from thalweg.server.errors import ApiError, shown
 from thalweg.server.schemas import ChatBody
 
 # What is said of the newer fields, in terms of the older ones.
@@ -20,7 +20,7 @@ def as_tools(body: ChatBody) -> ChatBody:
             raise ApiError(400, f"{name} and {newer} are both given; expected one of them", param=name)
     if choice is not None and choice not in ("none", "auto"):
         if not isinstance(choice, dict) or not isinstance(choice.get("name"), str):
-            reason = f'function_call is {str(choice)[:80]!r}; expected none, auto or {{"name": ...}}'
+            reason = f'function_call is {shown(choice)}; expected none, auto or {{"name": ...}}'
             raise ApiError(400, reason, param="function_call")
         choice = {"type": "function", "function": {"name": choice["name"]}}
     tools = body.tools if body.functions is None else [{"type": "function", "function": f} for f in body.functions]

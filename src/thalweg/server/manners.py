@@ -33,9 +33,7 @@ class Manners:
 
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
-                headers = [
-                    (name, _relative(value) if name == b"location" else value) for name, value in message["headers"]
-                ]
+                headers = [(name, _ours(name, value)) for name, value in message["headers"]]
                 message = {**message, "headers": [*headers, (REQUEST_ID, request_id.encode())]}
             elif is_head:
                 message = {**message, "body": b""}
@@ -70,6 +68,13 @@ def _id_of(headers: list[tuple[bytes, bytes]]) -> str:
     """What the client calls its request, as far as that can stand in a header and a line; else a new one."""
     given = dict(headers).get(REQUEST_ID, b"")
     return bytes(c for c in given if 0x20 < c < 0x7F)[:MAX_ID_CHARS].decode() or uuid.uuid4().hex
+
+
+def _ours(name: bytes, value: bytes) -> bytes:
+    """A header's value, of which the framework does not know what is done here."""
+    if name == b"location":
+        return _relative(value)
+    return value + b", HEAD" if name == b"allow" and b"GET" in value.split(b", ") else value
 
 
 def _relative(location: bytes) -> bytes:

@@ -12,6 +12,7 @@ router = APIRouter()
 
 
 @router.get("/v1/models")
+@router.get("/v1/models/", include_in_schema=False)  # else the route below takes it for a name
 async def list_models(service: ServiceDep) -> dict[str, Any]:
     """Every name the model is served under."""
     service.check_alive()

@@ -91,7 +91,7 @@ def refuse_unsupported(body: GenerationBody, tokenizer: Tokenizer | None) -> Non
     if penalised and body.penalize_nl is False:
         raise dialects.unsupported("penalize_nl", body.penalize_nl, (True,))
     refuse_special_tokens(body.add_special_tokens, tokenizer)
-    if body.stream_options is not None and not body.stream:
+    if body.stream_options is not None and body.stream_options.include_usage and not body.stream:
         raise ApiError(400, "stream_options is given and stream is not true; expected both", param="stream_options")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from thalweg.engine.processes.client import EngineClient
-from thalweg.server.errors import ApiError
+from thalweg.server.errors import ApiError, shown
 from thalweg.server.responses import json_response
 from thalweg.server.service import Service, ServiceDep
 
@@ -53,5 +53,5 @@ def _num_steps(body: bytes) -> int | None:
             raise ApiError(400, reason, param=name[:64], code="unsupported")
     steps = fields.get("num_steps")
     if steps is not None and type(steps) is not int:
-        raise ApiError(400, f"num_steps is {str(steps)[:40]!r}; expected a number of steps", param="num_steps")
+        raise ApiError(400, f"num_steps is {shown(steps)}; expected a number of steps", param="num_steps")
     return steps

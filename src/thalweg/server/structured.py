@@ -10,7 +10,7 @@ from typing import Any
 from thalweg.core import MAX_GRAMMAR_CHARS, Grammar
 from thalweg.errors import InvalidRequest
 from thalweg.server import dialects, json_schema
-from thalweg.server.errors import ApiError
+from thalweg.server.errors import ApiError, shown
 from thalweg.server.parsers.formats import OutputFormat
 from thalweg.server.parsers.lark import json_lark, one_of
 from thalweg.server.schemas import GenerationBody, Grammars
@@ -109,7 +109,7 @@ def _response_format(value: dict[str, Any]) -> Wanted:
     if kind in ("regex", "grammar"):
         where = kind if own is None else "value"
         return _of_kind(field, f"{field}.{where}", kind, value.get(where))
-    reason = f"{field} is of type {str(kind)[:40]!r}; expected text, json_object, json_schema, regex or grammar"
+    reason = f"{field} is of type {shown(kind)}; expected text, json_object, json_schema, regex or grammar"
     raise ApiError(400, reason, param=field)
 
 

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from thalweg.server.errors import ApiError
+from thalweg.server.errors import ApiError, shown
 from thalweg.server.parsers.formats import OutputFormat
 from thalweg.server.schemas import ChatBody
 from thalweg.server.settings import MAX_TOOLS
@@ -31,10 +31,12 @@ def tool_use(body: ChatBody, output: OutputFormat) -> ToolUse:
     choice: Any = body.tool_choice if body.tool_choice is not None else "auto"
     if choice == "none" or (choice == "auto" and not tools):
         return ToolUse([])
+    wanted = choice["function"].get("name") if _is_function(choice) else None
+    said = shown(choice) if wanted is None else f"the function {shown(wanted)}"
     if not tools:
         raise ApiError(
             400,
-            f"tool_choice is {str(choice)[:80]!r} and there are no tools; expected tools, or tool_choice auto or none",
+            f"tool_choice is {said} and there are no tools; expected tools, or tool_choice auto or none",
             param="tool_choice",
         )
     if output.calls is None:
@@ -53,14 +55,11 @@ def tool_use(body: ChatBody, output: OutputFormat) -> ToolUse:
     parallel = body.parallel_tool_calls is not False
     if choice in ("auto", "required"):
         return ToolUse(tools, choice, tuple(tools), parallel)
-    name = choice["function"].get("name") if _is_function(choice) else None
-    if name not in names:
-        raise ApiError(
-            400,
-            f"tool_choice is {str(choice)[:80]!r}; expected none, auto, required or a function that tools has",
-            param="tool_choice",
-        )
-    return ToolUse(tools, "required", (tools[names.index(name)],), parallel=False)
+    if wanted not in names:
+        expected = "none, auto, required or " if wanted is None else ""
+        reason = f"tool_choice is {said}; expected {expected}a function that tools has"
+        raise ApiError(400, reason, param="tool_choice")
+    return ToolUse(tools, "required", (tools[names.index(wanted)],), parallel=False)
 
 
 def _is_function(value: Any) -> bool:
@@ -74,7 +73,7 @@ def _checked_name(tool: dict[str, Any], i: int) -> str:
         raise ApiError(400, f"{where} is no function; expected {expected}", param="tools")
     name, parameters = tool["function"].get("name"), tool["function"].get("parameters")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        reason = f"{where}.function.name is {str(name)[:80]!r}; expected 1 to 64 letters, digits, '_', '-' or '.'"
+        reason = f"{where}.function.name is {shown(name)}; expected 1 to 64 letters, digits, '_', '-' or '.'"
         raise ApiError(400, reason, param="tools")
     if not isinstance(parameters, dict | None):
         kind = type(parameters).__name__

@@ -1,8 +1,8 @@
 """A Jinja for templates nobody vouches for: rules for attributes, and bounds on time, steps and text.
 
 What Jinja's own sandbox renders, this one renders, to the same text; but that one bounds `range` alone. Here every
-loop pass, call and filter counts, operators, comparisons, joins and formats are measured, and what reads other
-templates is absent.
+loop pass, call and filter counts, operators, comparisons, joins and formats are measured. What reads other templates,
+{% autoescape %} and methods that make bytes are absent, and an attribute that is not safe ends the render.
 """
 
 from __future__ import annotations
@@ -31,15 +31,20 @@ _STR_METHODS = (
     " removeprefix removesuffix replace rfind rindex rjust rpartition rsplit rstrip split splitlines startswith strip"
     " striptags swapcase title translate unescape upper zfill"
 )
-_DICT_METHODS = ("copy", "get", "items", "keys", "values")
+_DICT_METHODS = ("copy", "fromkeys", "get", "items", "keys", "values")
 _METHODS: list[tuple[type, frozenset[str]]] = [
     (str, frozenset(_STR_METHODS.split())),
     (Arguments, frozenset((*_DICT_METHODS, *_STR_METHODS.split()))),
     (dict, frozenset(_DICT_METHODS)),
     (list, frozenset(("copy", "count", "index"))),
-    (tuple, frozenset(("count", "index"))),
-    (float, frozenset(("as_integer_ratio", "conjugate", "hex", "imag", "is_integer", "real"))),
-    (int, frozenset(("as_integer_ratio", "bit_length", "conjugate", "denominator", "imag", "numerator", "real"))),
+    (tuple, frozenset(("count", "grouper", "index", "list"))),  # groupby gives tuples with names
+    (float, frozenset(("as_integer_ratio", "conjugate", "fromhex", "hex", "imag", "is_integer", "real"))),
+    (
+        int,
+        frozenset(
+            ("as_integer_ratio", "bit_count", "bit_length", "conjugate", "denominator", "imag", "numerator", "real")
+        ),
+    ),
     (type, frozenset()),
 ]
 

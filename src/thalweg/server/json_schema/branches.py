@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from thalweg.server.json_schema.document import disjoint, finite, kinds, same
+from thalweg.server.json_schema.document import disjoint, finite, kinds, same, tags
 
 if TYPE_CHECKING:
     from thalweg.server.json_schema.walk import Path, Walk
 
 MAX_BRANCHES = 128  # of oneOf, each of which is compared with each
+MAX_TAGS = 4  # that are tried
 
 
 def choices(walk: Walk, schema: dict[str, Any], path: Path, made: dict[str, Any]) -> None:
@@ -22,7 +23,10 @@ def choices(walk: Walk, schema: dict[str, Any], path: Path, made: dict[str, Any]
             continue
         if keyword == "allOf":
             branches = [_with_known(branch, schema) for branch in branches]
-        own = [walk.walk(b, (*path, keyword, str(i))) for i, b in enumerate(branches)]
+        if keyword == "anyOf":
+            own = walk.kept(branches, (*path, keyword))
+        else:
+            own = [walk.walk(b, (*path, keyword, str(i))) for i, b in enumerate(branches)]
         if keyword == "allOf":
             for branch in own:
                 walk.also(made, branch)
@@ -62,13 +66,34 @@ def _exclusive(walk: Walk, schema: dict[str, Any], raw: list[Any], own: list[Any
     if len(raw) > MAX_BRANCHES:
         walk.give_up(path, f"has {len(raw)} branches; expected at most {MAX_BRANCHES}, or anyOf")
         return own
-    for i, a in enumerate(raw):
-        for j in range(i):
-            if not disjoint(walk.document, raw[j], a, of):
-                reason = f"cannot be kept: its branches {j} and {i} may both match; expected anyOf, or a property"
-                walk.give_up(path, f"{reason} with a const of its own that each branch requires")
-                return own
+    if (both := _overlap(walk, raw, of)) is None:
+        return own
+    for tag in _tags(walk, schema, raw):
+        needed = {"required": [tag]}
+        if _overlap(walk, [{"allOf": [branch, needed]} for branch in raw], of) is None:
+            # What has the tag is of no two branches, whether they require it or not.
+            return [{"allOf": [branch, needed]} for branch in own]
+    reason = f"cannot be kept: its branches {both[0]} and {both[1]} may both match; expected anyOf, or a property"
+    walk.not_kept(path, f"{reason} with a const of its own in each branch")
     return own
+
+
+def _overlap(walk: Walk, branches: list[Any], of: frozenset[str]) -> tuple[int, int] | None:
+    """The first two branches that may have an instance in common."""
+    for i, branch in enumerate(branches):
+        for j in range(i):
+            if not disjoint(walk.document, branches[j], branch, of):
+                return j, i
+    return None
+
+
+def _tags(walk: Walk, schema: dict[str, Any], branches: list[Any]) -> list[str]:
+    """Properties that may tell the branches of oneOf apart; OpenAPI's discriminator names the one that does."""
+    discriminator = schema.get("discriminator")
+    if isinstance(discriminator, dict) and isinstance(name := discriminator.get("propertyName"), str):
+        return [name]
+    listed = [tags(walk.document, branch) for branch in branches]
+    return [name for name in listed[0] if all(name in other for other in listed)][:MAX_TAGS]
 
 
 def condition(walk: Walk, schema: dict[str, Any], path: Path, made: dict[str, Any]) -> None:
@@ -126,7 +151,7 @@ def negation(walk: Walk, schema: dict[str, Any], denied: Any, path: Path, made: 
         for i, one in enumerate(denied["anyOf"]):
             negation(walk, schema, one, (*path, "anyOf", str(i)), made)
     else:
-        walk.give_up(path, "is not supported but for values of an enum, types, and one property")
+        walk.not_kept(path, "is not supported but for values of an enum, types, and one property")
 
 
 def _names(value: Any) -> bool:

@@ -175,6 +175,11 @@ def _parts(document: Document, schema: Any) -> list[dict[str, Any]]:
     return parts
 
 
+def tags(document: Document, schema: Any) -> list[str]:
+    """The properties of `schema` whose values are listed."""
+    return [k for part in _parts(document, schema) for k, v in _properties(part).items() if finite(v) is not None]
+
+
 def _beyond(a: dict[str, Any], b: dict[str, Any]) -> bool:
     """Whether all numbers of `a` are above those of `b`."""
     lowest = [(a[k], strict) for k, strict in (("minimum", 0), ("exclusiveMinimum", 1)) if _number(a.get(k))]

@@ -74,7 +74,7 @@ def _patterns(walk: Walk, schema: dict[str, Any], path: Path, rest: Any) -> tupl
         if (problem := _problem(walk, pattern)) is None:
             kept[portable(pattern)] = own
         else:
-            walk.give_up((*path, "patternProperties", pattern), f"cannot be kept: {problem}")
+            walk.not_kept((*path, "patternProperties", pattern), f"cannot be kept: {problem}")
             rest = True
     return kept, rest
 
@@ -98,7 +98,7 @@ def _unevaluated(walk: Walk, schema: dict[str, Any], path: Path, properties: dic
         if (target := walk.document.target(part)) is not None:
             pending.append(walk.document.at(target))
     if not simple or seen >= 1000:
-        walk.give_up((*path, "unevaluatedProperties"), "is not supported beside anyOf, oneOf, if or patternProperties")
+        walk.not_kept((*path, "unevaluatedProperties"), "is not supported beside anyOf, oneOf, if or patternProperties")
         return rest
     for name in sorted(names):
         properties.setdefault(name, True)
@@ -121,7 +121,7 @@ def _names(
         for name in properties.keys() - set(allowed):
             properties[name] = False
         if patterns:
-            walk.give_up(path, "is not supported beside patternProperties")
+            walk.not_kept(path, "is not supported beside patternProperties")
         elif rest is not False:
             for name in allowed:
                 properties.setdefault(name, rest)
@@ -134,9 +134,9 @@ def _names(
     if least is not None or most is not None:
         pattern = rf"^[\s\S]{{{least or 0},{'' if most is None else most}}}$" if pattern is None else None
     if properties or patterns or said - {"pattern", "minLength", "maxLength"} or not isinstance(pattern, str):
-        walk.give_up(path, "is only supported as an enum, or without properties as a pattern or a length")
+        walk.not_kept(path, "is only supported as an enum, or without properties as a pattern or a length")
     elif (problem := _problem(walk, pattern)) is not None:
-        walk.give_up((*path, "pattern"), f"{pattern!r:.80} cannot be kept: {problem}")
+        walk.not_kept((*path, "pattern"), f"{pattern!r:.80} cannot be kept: {problem}")
     else:
         return {portable(pattern): rest}, False
     return patterns, rest

@@ -7,11 +7,20 @@ FORMATS = frozenset(("date-time", "time", "date", "duration", "email", "hostname
 # JavaScript's classes are of ASCII, Rust's of Unicode.
 _CLASSES = {"d": "0-9", "w": "A-Za-z0-9_", "s": r" \t\n\r\f\v"}
 _ANCHORS = {"A": "^", "z": "$", "Z": "$"}
+# What generators write with look-around, by what matches the same without.
+_WITHOUT_LOOKAROUND = {
+    r"^(?!^[-+.]*$)[+-]?0*\d*\.?\d*$": r"^[+-]?(\d+\.?\d*|\.\d+)$",  # Pydantic's Decimal
+    r"^(?!\.)(?!.*\.\.)([A-Za-z0-9_'+\-\.]*)[A-Za-z0-9_+-]@([A-Za-z0-9][A-Za-z0-9\-]*\.)+[A-Za-z]{2,}$": (
+        # Zod's email
+        r"^([A-Za-z0-9_'+\-]+\.)*[A-Za-z0-9_'+\-]*[A-Za-z0-9_+\-]@([A-Za-z0-9][A-Za-z0-9\-]*\.)+[A-Za-z]{2,}$"
+    ),
+}
 _NO_LINE_END = r"[^\n\r\u2028\u2029]"
 
 
 def portable(pattern: str) -> str:
     """`pattern` for Rust's regex crate; it matches no more than it does in JavaScript."""
+    pattern = _WITHOUT_LOOKAROUND.get(pattern, pattern)
     made, i = [], 0
     while i < len(pattern):
         char = pattern[i]

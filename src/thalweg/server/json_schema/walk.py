@@ -9,6 +9,7 @@ from typing import Any
 
 from thalweg.sampling.compilable import problem_of
 from thalweg.server.json_schema.branches import choices, condition, negation
+from thalweg.server.json_schema.cycles import Cycles
 from thalweg.server.json_schema.document import (
     MAX_HOPS,
     TYPES,
@@ -29,7 +30,11 @@ Path = tuple[str, ...]
 
 
 class RefusedError(Exception):
-    """A keyword that cannot be kept; the message begins with its path."""
+    """A keyword that is wrong or cannot be kept; the message begins with its path."""
+
+
+class NotKeptError(RefusedError):
+    """A keyword that says what it should, and cannot be kept."""
 
 
 class Walk:
@@ -42,22 +47,46 @@ class Walk:
         self._defs: dict[str, Any] = {}
         self._names: dict[Path, str] = {}  # of what references lead to
         self._pending: list[Path] = []
+        self._cycles = Cycles()
 
     def root(self) -> dict[str, Any]:
         made = self.walk(self.document.root, ())
         while self._pending:  # one after the other, for a chain of references may be long
             path = self._pending.pop()
-            self._defs[self._names[path]] = self.walk(self.document.at(path), path)
+            self._cycles.within = name = self._names[path]
+            self._defs[name] = self.walk(self.document.at(path), path)
+        self._cycles.part(self)
         made = {"enum": []} if made is False else {} if made is True else made
         return {"$defs": self._defs, **made} if self._defs else made
 
-    def give_up(self, path: Path, reason: str) -> None:
-        """`path` cannot be kept: a refusal, or nothing if it may be dropped."""
+    def give_up(self, path: Path, reason: str, kind: type[RefusedError] = RefusedError) -> None:
+        """What stands at `path` is wrong: a refusal, or nothing if it may be dropped."""
         if not self._lenient:
             where = self._where
             for key in path:
                 where += f"[{key}]" if key.isdecimal() else f".{key}"
-            raise RefusedError(f"{where[:400]}: {reason}")
+            raise kind(f"{where[:400]}: {reason}")
+
+    def not_kept(self, path: Path, reason: str) -> None:
+        """What stands at `path` cannot be kept: give_up, but another branch of anyOf may do instead."""
+        self.give_up(path, reason, NotKeptError)
+
+    def kept(self, branches: list[Any], path: Path) -> list[Any]:
+        """Those of anyOf's branches that can be kept. Raises if none can."""
+        made: list[Any] = []
+        refused: NotKeptError | None = None
+        for i, branch in enumerate(branches):
+            names, pending = len(self._names), len(self._pending)
+            try:
+                made.append(self.walk(branch, (*path, str(i))))
+            except NotKeptError as error:
+                refused = refused or error
+                del self._pending[pending:]
+                while len(self._names) > names:  # what only this branch refers to need not be kept either
+                    self._names.popitem()
+        if refused is not None and not made:
+            raise refused
+        return made
 
     def walk(self, schema: Any, path: Path) -> Any:
         """The schema to compile for `schema`: true, false or an object."""
@@ -69,7 +98,7 @@ class Walk:
         made: dict[str, Any] = {}
         for keyword in _NOT_KEPT:
             if schema.get(keyword) not in (None, True, {}):
-                self.give_up((*path, keyword), "is not supported")
+                self.not_kept((*path, keyword), "is not supported")
         self._reference(schema, path, made)
         self._values(schema, path, made)
         self._numbers(schema, path, made)
@@ -80,6 +109,8 @@ class Walk:
         condition(self, schema, path, made)
         if "not" in schema:
             negation(self, schema, schema["not"], (*path, "not"), made)
+        if "$ref" in made and (target := self.document.target(schema)) is not None:
+            self._cycles.note(made, self._names[target], target, path)
         if self._lenient and schema.get("nullable") is True:  # as OpenAPI 3.0 has it; no keyword of JSON Schema
             return {"anyOf": [made, {"type": "null"}]}
         return made
@@ -172,7 +203,7 @@ class Walk:
         if isinstance(form, str) and form in FORMATS and self.problem(own | {"format": form}) is None:
             own["format"] = form  # any other is an annotation, and so is one that does not go with the rest
         if "pattern" in own and (problem := self.problem(own)) is not None:
-            self.give_up((*path, "pattern"), f"{pattern!r:.80} cannot be kept: {problem}")
+            self.not_kept((*path, "pattern"), f"{pattern!r:.80} cannot be kept: {problem}")
             del own["pattern"]
         made.update((k, v) for k, v in own.items() if k != "type")
 
@@ -199,7 +230,7 @@ class Walk:
                 self.also(made, {"anyOf": [{"type": others}, {"enum": arrays}]} if others else {"enum": arrays})
             else:
                 reason = "cannot be kept; expected items of a small enum, or maxItems 1"
-                self.give_up((*path, "uniqueItems"), reason)
+                self.not_kept((*path, "uniqueItems"), reason)
 
     @staticmethod
     def _short(made: dict[str, Any]) -> bool:
@@ -211,7 +242,7 @@ class Walk:
         least = self.size(schema, "minContains", path)
         least = 1 if least is None else least
         if "prefixItems" in made or least > 16:
-            self.give_up((*path, "contains"), "is not supported together with prefixItems or for more than 16 items")
+            self.not_kept((*path, "contains"), "is not supported together with prefixItems or for more than 16 items")
             return
         wanted = {"allOf": [self.walk(schema["contains"], (*path, "contains")), made.get("items", True)]}
         if least:
