@@ -128,6 +128,7 @@ def test_inspect_needs_a_config_only(shared_dir: Path, tmp_path: Path, capsys: p
     assert main(["inspect", str(tmp_path), "--dtype", "bfloat16", "--cache-memory", "8GiB", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["parameters"] == 49_122_681_728
+    assert round(found["active_parameters"] / 1e9, 2) == 3.11
     assert found["cost"]["bytes_per_token"] == 7 * 576 * 2
     assert found["cost"]["bytes_per_sequence"] == 20 * (32 * 128 * 128 * 4 + 3 * 3 * 4096 * 2)
     assert sum(found["layer_kinds"].values()) == len(found["layers"]) == 27

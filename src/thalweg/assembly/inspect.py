@@ -27,6 +27,7 @@ from thalweg.config.engine import EngineConfig
 from thalweg.errors import ConfigError
 from thalweg.layers.context import BuildContext
 from thalweg.models.decoder import Decoder
+from thalweg.models.family import idle_parameters
 from thalweg.ops.registry import Resolver, Where
 from thalweg.parallel.mesh import Mesh
 from thalweg.weights.checkpoint import Checkpoint
@@ -58,6 +59,7 @@ class Inspection(msgspec.Struct, frozen=True, kw_only=True):
     context_len: int  # tokens, the model's own
     sampling_defaults: str  # of requests, and which file they come from
     parameters: int  # over all ranks, as the checkpoint counts them
+    active_parameters: int  # that one token is multiplied with
     layer_kinds: dict[str, int]
     layers: list[str]  # one line each: what it is and what it caches
     weight_files: str  # what the folder's weight files are, and that they fit
@@ -110,6 +112,7 @@ def describe(config: EngineConfig) -> Inspection:
         context_len=c.context_len,
         sampling_defaults=source.generation.describe(),
         parameters=parameters(plan),
+        active_parameters=parameters(plan) - idle_parameters(c),
         layer_kinds=dict(kinds),
         layers=[describe_layer(*x) for x in zip(model.layers, model.cache_specs, strict=True)],
         weight_files=_describe_weights(source, plan, checkpoint, config),

@@ -44,6 +44,7 @@ def _print(found: Inspection) -> None:
         "model": found.name,
         "architecture": found.architecture,
         "parameters": f"{found.parameters:,} ({found.parameters / 1e9:.2f} B)",
+        "active per token": f"{found.active_parameters:,} ({found.active_parameters / 1e9:.2f} B)",
         "dtype, device": f"{_dtype(cost)} on {found.device}, tensor parallel {found.tensor_parallel_size}",
         "vocabulary": f"{found.vocab_size:,}",
         "context": f"{found.context_len:,} tokens",

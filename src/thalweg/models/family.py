@@ -161,6 +161,13 @@ def _mtp_plan(
     ]
 
 
+def idle_parameters(config: DecoderConfig) -> int:
+    """Of the parameters, those that a token is not multiplied with: the experts that it does not take, and an embedding
+    that is not the head too, of which it reads one row."""
+    experts = sum(layer.mlp.idle(config.width) for layer in config.layers if isinstance(layer.mlp, MoeDims))
+    return experts + (0 if config.vocab.tied else config.vocab.size * config.width)
+
+
 def step_costs(config: DecoderConfig, step: Step) -> list[Cost]:
     """Every operation of a step on one rank, in order: what its measured time is held against."""
     if config.quantized is not None:

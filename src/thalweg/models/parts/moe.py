@@ -131,6 +131,10 @@ class MoeDims:
             *ctx.linear(f"{ours}.down", Source(names["shared_down"], (D, inner), 1, part)),
         ]
 
+    def idle(self, width: int) -> int:
+        """Elements of the experts that a token does not take."""
+        return (self.experts - self.top_k) * 3 * width * self.inner
+
     def costs(self, width: int, step: Step) -> list[Cost]:
         """Routing is taken as even: T tokens that each take k of E experts touch E (1 - (1 - k/E)^T) of them."""
         E, k, T = self.experts, self.top_k, step.tokens
