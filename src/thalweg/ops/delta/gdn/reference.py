@@ -34,7 +34,7 @@ def prefill_by(rule: Callable[..., Tensor]) -> Callable[..., Tensor]:
         offsets: Sequence[int],
     ) -> Tensor:
         ratio, K = v_THV.shape[1] // q_TGK.shape[1], q_TGK.shape[2]
-        q_THK, k_THK = q_TGK.repeat_interleave(ratio, 1), k_TGK.repeat_interleave(ratio, 1)
+        q_THK, k_THK = q_TGK.repeat_interleave(ratio, 1), k_TGK.repeat_interleave(ratio, 1)  # t g k -> t (g r) k
         g_THK = decay(a_TH, A_log_H, dt_bias_H).unsqueeze(-1).expand(-1, -1, K)
         beta_TH = b_TH.float().sigmoid()
         return rule(q_THK, k_THK, v_THV, g_THK, beta_TH, state_NHVK=state_NHVK, slots_B=slots_B, offsets=offsets)
@@ -62,6 +62,7 @@ def gdn_mixer_decode(
     qkv_BC, z_BO, b_BH, a_BH = proj_BX.split([C, H * V, H, H], dim=-1)
     qkv_BC = conv1d_decode(qkv_BC, conv_state_NWC, slots_B, conv_weight_CW)
     q_BO, k_BO, v_BO = qkv_BC.split([G * K, G * K, H * V], dim=-1)
+    # b (g k) -> b (g r) k
     q_BHK, k_BHK = (x.unflatten(-1, (G, K)).repeat_interleave(H // G, 1) for x in (q_BO, k_BO))
     g_BHK = decay(a_BH, A_log_H, dt_bias_H).unsqueeze(-1).expand(-1, -1, K)
     v_BHV, z_BHV = v_BO.unflatten(-1, (H, V)), z_BO.unflatten(-1, (H, V))  # b (h v) -> b h v
