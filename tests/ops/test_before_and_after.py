@@ -77,7 +77,7 @@ def test_norm_linear_of_many_tokens_in_two_products(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("parts", [(512,), (200, 200), (255, 1)])
 def test_two_products_need_a_whole_tile_and_a_rest(parts: tuple[int, ...]) -> None:
-    with pytest.raises(ConfigError, match="needs parts that begin with a multiple of 256"):
+    with pytest.raises(ConfigError, match="needs parts of which the first, and not all, are a multiple of 256"):
         both(NORM_LINEAR, NormLinearDims(D=32, parts=parts), torch.float32, "split")
 
 

@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.models.random_qwen import config, nested
 from thalweg.bench.ceilings import Ceilings
 from thalweg.bench.kernels import measure, rearrange, timing
 from thalweg.bench.kernels.case import Arguments, Candidate, Case, Setting
+from thalweg.bench.kernels.feed_forward import distinct_experts
 from thalweg.bench.kernels.measure import Measurement, measure_case
-from thalweg.bench.kernels.shape import Shape, distinct_experts
-from thalweg.bench.kernels.suites import SUITES, choose_ops, run_suite
+from thalweg.bench.kernels.model import PUBLISHED, ModelOps
+from thalweg.bench.kernels.suites import DECODE, PREFILL, SUITES, VIEWS, choose_ops, run_suite
 from thalweg.cli import main
+from thalweg.config.engine import EngineConfig
 from thalweg.errors import ConfigError
+from thalweg.ops.delta.kda_mixer import KDA_MIXER_DECODE
+from thalweg.ops.linear import NORM_LINEAR
 
 CEILINGS = Ceilings(bytes_per_s=1e9, flops_per_s=1e12)
 
 
-def setting(device: str = "cpu", dtype: torch.dtype = torch.float32, scale: int = 32) -> Setting:
-    return Setting(torch.device(device), dtype, Shape().divided(scale), (1, 3), 70)
+def setting(device: str = "cpu", dtype: torch.dtype = torch.float32, **options: Any) -> Setting:
+    name = str(dtype).removeprefix("torch.")
+    model = ModelOps(EngineConfig(device=device, dtype=name, load_format="dummy", **options))
+    return Setting(torch.device(device), dtype, model, (1, 3), 70)
 
 
 @pytest.fixture(autouse=True)
@@ -117,36 +125,118 @@ def test_floor_is_the_longer_of_traffic_and_arithmetic() -> None:
     assert (m.bound, m.floor_us) == (None, None)
 
 
-@pytest.mark.parametrize("suite", SUITES)
-def test_suites_run_on_a_cpu_and_nothing_in_them_is_wrong(suite: str) -> None:
-    results = list(run_suite(choose_ops(suite, None), setting(), CEILINGS))
-    assert list(dict.fromkeys(m.op for m in results)) == list(SUITES[suite])
+def run(setting: Setting, suite: str, op: str | None = None) -> list[Measurement]:
+    return list(run_suite(choose_ops(suite, op, setting.model), setting, CEILINGS))
+
+
+def small_qwen(folder: Path) -> str:
+    """A config.json of Qwen3.5 with experts."""
+    file = folder / "config.json"
+    file.write_text(json.dumps(nested(config())))
+    return str(file)
+
+
+def test_seeds_run_on_a_cpu_and_nothing_in_them_is_wrong() -> None:
+    results = run(setting(), "seeds")
+    assert {m.op for m in results} == {"rearrange", "projections", "split_norms", "scaled_residual_add"}
+    check(results)
+
+
+@pytest.mark.parametrize("suite", ["decode", "prefill"])
+@pytest.mark.parametrize("family", ["kimi", "qwen"])
+def test_suites_run_on_a_cpu_and_nothing_in_them_is_wrong(suite: str, family: str, tmp_path: Path) -> None:
+    s = setting(**({} if family == "kimi" else {"config_file": small_qwen(tmp_path)}))
+    results = run(s, suite)
+    found = list(dict.fromkeys(m.op for m in results))
+    mixers = {
+        ("kimi", "decode"): ["kda_mixer_decode", "mla_mixer_decode"],
+        ("kimi", "prefill"): ["conv1d_prefill", "batched_projection", "kda_gate", "kda_prefill", "mla_prefill"],
+        ("qwen", "decode"): ["gdn_mixer_decode", "gqa_prepare", "gqa_decode"],
+        ("qwen", "prefill"): ["conv1d_prefill", "gdn_prefill", "gqa_prepare", "gqa_prefill"],
+    }[family, suite]
+    assert set(mixers) | {"norm_linear", "linear_add", "norm_router", "experts", "silu_and_mul"} <= set(found)
+    assert ("sample" in found) == (suite == "decode")
+    check(results)
+    assert {m.implementation for m in results if m.serves} == {"reference"}
+    labels = {m.case for m in results if m.op == "experts"}
+    assert any(" in fp8, " in label for label in labels)
+    assert any(" in fp8, " not in label for label in labels)
+
+
+def check(results: list[Measurement]) -> None:
     assert not [m for m in results if m.wrong]
     for m in results:
         assert (m.us is None) == bool(m.refusal)
         assert m.timed in ("eager", "host")
-    for op in SUITES[suite]:
+    for op in {m.op for m in results}:
         assert any(m.us and m.us.min > 0 for m in results if m.op == op)
+    keys = [(m.op, m.case, m.implementation) for m in results]
+    assert len(set(keys)) == len(keys)
+
+
+def test_every_op_that_a_model_asks_for_has_cases(tmp_path: Path) -> None:
+    known = {op.name for op, _ in (*DECODE, *PREFILL)} | set(VIEWS)
+    for options in ({}, {"config_file": small_qwen(tmp_path)}, {"tensor_parallel_size": 2}):
+        model = setting(**options).model
+        assert model.names() <= known
+        of_suites = {name for suite in ("decode", "prefill") for name in names(suite, model)}
+        assert of_suites == model.names() - set(VIEWS)
+
+
+def names(suite: str, model: ModelOps) -> set[str]:
+    with pytest.raises(ConfigError) as refused:
+        choose_ops(suite, "no such op", model)
+    return set(str(refused.value).partition(" has ")[2].split(", "))
+
+
+def test_products_in_float8_are_those_of_the_model() -> None:
+    from thalweg.bench.kernels.projections import linear_fp8
+    from thalweg.ops.linear import LinearDims
+
+    cases = list(linear_fp8(setting(), LinearDims(D=200, O=24)))
+    assert [case.label for case in cases] == ["200 to 24, batch 1", "200 to 24, batch 3"]
+    _, w, scale = cases[0].make(0).args
+    assert cases[0].num_bytes == 4 * (200 + 24) + w.numel() * (1 + 4 / 128)
+    assert (w.dtype, scale.shape) == (torch.float8_e4m3fn, (24, 2))
+    assert all(m.us and not m.wrong for case in cases for m in measure_case(case, setting(), CEILINGS))
 
 
 def test_bytes_of_a_projection_are_its_tensors() -> None:
     s = setting()
-    case = next(iter(SUITES["decode"]["linear"](s)))
-    x, w = case.make(0).args
-    y = case.candidates[0].fn(x, w)
-    assert case.num_bytes == sum(t.numel() * 4 for t in (x, w, y))
+    (build,) = choose_ops("decode", "linear_add", s.model)
+    case = next(iter(build(s)))
+    x, w, residual = case.make(0).args
+    y = case.candidates[0].fn(x, w, residual)
+    assert case.num_bytes == sum(t.numel() * 4 for t in (x, w, y, residual))
     assert case.flops == 2 * y.numel() * x.shape[1]
     assert torch.equal(case.make(0).args[1], w)
     assert not torch.equal(case.make(1).args[1], w)
 
 
-def test_projections_are_counted_at_the_real_shape() -> None:
-    s = Setting(torch.device("cpu"), torch.bfloat16, Shape(), (1,), 1)
-    one, *prompts, four, _, _, _ = SUITES["seeds"]["projections"](s)
+def test_projections_are_counted_at_the_published_sizes() -> None:
+    s = replace(setting(dtype=torch.bfloat16, config_file=str(PUBLISHED)), batch_sizes=(1,), context=1)
+    (build,) = choose_ops("seeds", "projections", s.model)
+    one, *prompts, four, _, _, _ = build(s)
     assert [case.label.rpartition(", ")[2] for case in prompts] == ["1 tokens", "2 tokens", "4 tokens"]
     # The published floors of 14.0 and 3.7 us at 4.3 TB/s.
     assert one.num_bytes / 4.3e6 == pytest.approx(14.0, abs=0.06)
     assert four.num_bytes / 4.3e6 == pytest.approx(3.7, abs=0.06)
+
+
+def test_sizes_are_those_of_a_rank() -> None:
+    widths = {}
+    for ranks in (1, 4):
+        model = setting(config_file=str(PUBLISHED), tensor_parallel_size=ranks).model
+        (mixer,) = model.dims(KDA_MIXER_DECODE)
+        widths[ranks] = mixer.H, {sum(dims.parts) for dims in model.dims(NORM_LINEAR)}
+    assert widths[1] == (32, {12576, 6720, 2 * 9216, 163840})
+    assert widths[4][0] == 8
+    assert len(setting(config_file=str(PUBLISHED), num_layers=1).model.dims(NORM_LINEAR)) == 3  # no MLA layer
+
+
+def test_projections_of_a_model_without_kda_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="the model has no KDA layer"):
+        run(setting(config_file=small_qwen(tmp_path)), "seeds", "projections")
 
 
 def test_distinct_experts() -> None:
@@ -154,17 +244,9 @@ def test_distinct_experts() -> None:
     assert distinct_experts(256, 8, 128) == pytest.approx(256 * (1 - (31 / 32) ** 128))
 
 
-def test_shapes_are_divided() -> None:
-    assert (Shape().kda_projection, Shape().mla_projection) == (12576, 6720)
-    small = Shape().divided(32)
-    assert (small.width, small.heads, small.experts, small.head_dim) == (72, 1, 8, 128)
-    with pytest.raises(ConfigError, match="--scale is 3"):
-        Shape().divided(3)
-
-
 def test_rearranges_are_equal_to_the_native_forms() -> None:
     pytest.importorskip("einops")
-    results = list(run_suite(choose_ops("seeds", "rearrange"), setting(), CEILINGS))
+    results = run(setting(), "seeds", "rearrange")
     native = [m for m in results if m.implementation == "native"]
     assert len(native) == len(rearrange.SITES)
     assert all(m.equal_bits for m in native)
@@ -172,17 +254,18 @@ def test_rearranges_are_equal_to_the_native_forms() -> None:
 
 def test_without_einops_a_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rearrange, "MISSING", "einops is not installed; pip install einops")
-    results = list(run_suite(choose_ops("seeds", "rearrange"), setting(), CEILINGS))
+    results = run(setting(), "seeds", "rearrange")
     assert {m.refusal for m in results if m.implementation == "einops"} == {rearrange.MISSING}
     assert all(m.us for m in results if m.implementation == "native")
 
 
 def test_command_prints_and_writes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "k.json"
-    line = f"bench kernels --op rms_norm --batch-size 2 --device cpu --scale 32 --output-json {file}"
+    line = f"bench kernels --op silu_and_mul --batch-size 2 --device cpu --output-json {file}"
     assert main(line.split()) == 0
     out = capfd.readouterr().out
-    assert "rms_norm, 72 wide, batch 2" in out
+    assert "silu_and_mul, 512 wide, batch 2" in out
+    assert "> reference (eager)" in out
     assert "triton: needs cuda, not cpu" in out
     figures = json.loads(file.read_text())
     assert figures["engine"]["suite"] == "decode"
@@ -196,11 +279,12 @@ def test_command_prints_and_writes(tmp_path: Path, capfd: pytest.CaptureFixture[
     ("options", "named"),
     [
         ("--suite x", "--suite is 'x'; expected seeds, decode, prefill"),
-        ("--op x", "--op is 'x'; suite 'decode' has linear"),
+        ("--op x", "--op is 'x'; suite 'decode' has norm_linear"),
         ("--batch-size 0", "--batch-size is '0'"),
         ("--batch-size a", "--batch-size is 'a'"),
         ("--context 0", "--context"),
-        ("--scale 3", "--scale is 3"),
+        ("--config no/such.json", "no such folder"),
+        ("-tp 3", "3"),
         ("--dtype int4", "--dtype"),
         ("--device toaster", "--device"),
         ("--output-json no/such/folder/f.json", "--output-json"),
@@ -217,7 +301,9 @@ def test_a_mistake_is_one_line(options: str, named: str, capfd: pytest.CaptureFi
 @pytest.mark.gpu
 @pytest.mark.parametrize("suite", SUITES)
 def test_suites_on_a_gpu(suite: str) -> None:
-    results = list(run_suite(choose_ops(suite, None), setting("cuda", torch.bfloat16, 8), CEILINGS))
+    results = run(
+        setting("cuda", torch.bfloat16, config_file=str(PUBLISHED), num_layers=4, tensor_parallel_size=4), suite
+    )
     assert not [m for m in results if m.wrong]
     if suite == "decode":
         assert "triton" in {m.implementation for m in results if m.us and m.timed == "graph"}

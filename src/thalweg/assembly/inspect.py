@@ -28,7 +28,7 @@ from thalweg.errors import ConfigError
 from thalweg.layers.context import BuildContext
 from thalweg.models.decoder import Decoder
 from thalweg.models.family import idle_parameters
-from thalweg.ops.registry import Resolver, Where
+from thalweg.ops.registry import Choice, Resolver, Where
 from thalweg.parallel.mesh import Mesh
 from thalweg.weights.checkpoint import Checkpoint
 from thalweg.weights.load import check
@@ -122,6 +122,20 @@ def describe(config: EngineConfig) -> Inspection:
         memory_error=memory_error,
         ops=op_choices(resolver),
     )
+
+
+def resolve_ops(config: EngineConfig) -> tuple[str, list[Choice]]:
+    """The name of the model that `config` names, and the ops that it resolves on a rank. No weight is looked at.
+
+    Raises ConfigError, CheckpointError or UnsupportedError as starting the engine would.
+    """
+    source, device = open_source(config), choose_device(config, 0)
+    c = source.config
+    config = config.resolve(device=str(device), checkpoint_dtype=c.dtype, context_len=c.context_len)
+    resolver = Resolver(config.op_preference)
+    _build(source, config, config.dtype, device, resolver, config.quantization)
+    resolve_sample(resolver, device, c.vocab_size)
+    return source.name, resolver.explain()
 
 
 def _build(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,13 +39,25 @@ def kernels(
     dtype: Annotated[str, typer.Option(help="auto (float32 on a CPU, else bfloat16), float32, bfloat16, float16.")] = (
         "auto"
     ),
-    scale: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Divide the model's widths and counts by N, up to 32. Default: 1 (CPU: 8)."),
+    config_file: Annotated[
+        str | None,
+        typer.Option(
+            "--config",
+            metavar="FILE",
+            help="Take the sizes of this config.json's layers. Default: Kimi-Linear-48B's (CPU: the bundled model's).",
+        ),
     ] = None,
+    num_layers: Annotated[
+        int | None, typer.Option(metavar="N", help="The first N layers alone; others may ask for other sizes.")
+    ] = None,
+    tensor_parallel_size: Annotated[
+        int,
+        typer.Option("--tensor-parallel-size", "-tp", metavar="N", help="One rank's share of the layers."),
+    ] = 1,
     output_json: OutputJson = None,
 ) -> None:
-    """Microseconds of every implementation of an op at Kimi-Linear-48B's shapes, beside the machine's floor.
+    """Microseconds of every implementation of an op, at the sizes that a model's layers ask for, beside the machine's
+    floor; > marks those that the model runs.
 
     Each is checked against the first of its case, and not timed if it is wrong. On a GPU decode runs in CUDA graphs
     over arguments that the cache does not hold. Medians, with least and greatest in brackets.
@@ -54,31 +67,33 @@ def kernels(
     for option, given, least in (("--batch-size", batch_size, min(sizes or [1])), ("--context", context, tokens)):
         if least is not None and least < 1:
             raise ConfigError(f"{option} is {given!r}; expected 1 or more")
-    config = EngineConfig(device=device, dtype=dtype)  # refuses unknown names
+    config = EngineConfig(  # refuses unknown names
+        device=device,
+        dtype=dtype,
+        config_file=config_file,
+        num_layers=num_layers,
+        tensor_parallel_size=tensor_parallel_size,
+        load_format="dummy",
+    )
     check_writable(output_json)
     import torch
 
     from thalweg.assembly.model import choose_device
     from thalweg.bench.ceilings import measure_ceilings
     from thalweg.bench.kernels.case import Setting
-    from thalweg.bench.kernels.shape import Shape
+    from thalweg.bench.kernels.model import PUBLISHED, ModelOps
     from thalweg.bench.kernels.suites import choose_ops, run_suite
     from thalweg.bench.machine import describe_machine
 
-    builders = choose_ops(suite, op)
     where = choose_device(config, 0)
     on_gpu = where.type == "cuda"
     if sizes is None:
         sizes = [1] if suite == "prefill" else [1, 8, 32, 128] if on_gpu else [1, 8]
     name = dtype if dtype != "auto" else "bfloat16" if on_gpu else "float32"
-    divisor = scale if scale is not None else 1 if on_gpu else 8
-    setting = Setting(
-        where,
-        getattr(torch, name),
-        Shape().divided(divisor),
-        tuple(sizes),
-        tokens or (4096 if on_gpu else 512),
-    )
+    config = replace(config, dtype=name, config_file=config_file or (str(PUBLISHED) if on_gpu else None))
+    model = ModelOps(config)
+    builders = choose_ops(suite, op, model)
+    setting = Setting(where, getattr(torch, name), model, tuple(sizes), tokens or (4096 if on_gpu else 512))
     ceilings = measure_ceilings(where, setting.dtype)
     if on_gpu:
         torch.cuda.empty_cache()
@@ -86,7 +101,14 @@ def kernels(
         "copy_GB_per_s": round(ceilings.bytes_per_s / 1e9),
         "matrix_TFLOP_per_s": round(ceilings.flops_per_s / 1e12, 1),
     }
-    measured = {"suite": suite, "device": str(where), "dtype": name, "scale": divisor, "context": setting.context}
+    measured = {
+        "suite": suite,
+        "model": model.name,
+        "tensor_parallel_size": tensor_parallel_size,
+        "device": str(where),
+        "dtype": name,
+        "context": setting.context,
+    }
     results = _print(run_suite(builders, setting, ceilings), measured | machine)
     write_json(output_json, {"engine": measured, "machine": machine, "results": [r.to_dict() for r in results]})
 
@@ -121,7 +143,7 @@ def _cells(r: Measurement) -> list[str]:
     if r.us is None:
         return [f"  {r.implementation}: wrong: {r.wrong}"]
     return [
-        f"  {r.implementation} ({r.timed})",
+        f"{'>' if r.serves else ' '} {r.implementation} ({r.timed})",
         r.us.show(2),
         f"{r.times_faster:.2f}x",
         "-" if r.bound is None else _rate(r, r.us.median),

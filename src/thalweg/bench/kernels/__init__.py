@@ -1,4 +1,5 @@
-"""Kernels by themselves: every op's implementations at a model's real shapes, checked, then timed beside a floor.
+"""Kernels by themselves: every op's implementations at the sizes that a model asks for, checked, then timed beside a
+floor.
 
-Read case.py (what is compared), then decode.py, prefill.py and seeds.py (the cases), then measure.py.
+Read model.py (the sizes), case.py (what is compared), suites.py and the makers it lists (the cases), then measure.py.
 """

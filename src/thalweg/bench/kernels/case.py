@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from thalweg.bench.kernels.shape import Shape
+from thalweg.bench.kernels.model import ModelOps
 from thalweg.ops.registry import Op, Where, implementations
 
 D = TypeVar("D")
@@ -22,9 +22,20 @@ class Setting:
 
     device: torch.device
     dtype: torch.dtype
-    shape: Shape
+    model: ModelOps
     batch_sizes: tuple[int, ...]
     context: int
+    prompts: bool = False  # whether a sequence has `context` tokens in a call, and not one
+
+    @property
+    def timed(self) -> Literal["graph", "eager"]:
+        return "eager" if self.prompts else "graph"
+
+    def calls(self) -> Iterator[tuple[int, int, str]]:
+        """(sequences, their tokens together, a label) of each call."""
+        for B in self.batch_sizes:
+            T = B * self.context if self.prompts else B
+            yield B, T, f"{B} x {self.context} tokens" if self.prompts else f"batch {B}"
 
     @property
     def dtype_name(self) -> str:
@@ -69,6 +80,7 @@ class Candidate:
     fn: Callable[..., Any]
     refusal: str | None = None
     capturable: bool = True
+    serves: bool = False  # whether the model runs it
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,20 +105,23 @@ class Case:
     timed: Literal["graph", "eager", "host"] = "graph"
 
 
+Maker = Callable[[Setting, Any], Iterator[Case]]
+"""The cases of an op with these dims, made one at a time: each holds its tensors only as long as it is looked at."""
+
 Builder = Callable[[Setting], Iterator[Case]]
-"""The cases of one op, made one at a time: each holds its tensors only as long as it is looked at."""
+"""The cases of one op of a suite, likewise."""
 
 
 def candidates_of(setting: Setting, op: Op[D, Any], dims: D, tokens: int) -> tuple[Candidate, ...]:
     """The registered implementations of `op`, the reference first, with their reasons where they refuse."""
     found = sorted(implementations(op.name), key=lambda i: (i.name != "reference", i.priority))
-    candidates = []
+    candidates, serving = [], setting.model.serving(op, dims, tokens)
     for i in found:
         refusal, serves = i.supports(setting.where, dims), i.tokens(dims)
         if refusal is None and tokens not in serves:
             refusal = f"serves {serves} tokens, not {tokens}"
         fn = i.build(setting.where, dims) if refusal is None else _refused
-        candidates.append(Candidate(i.name, fn, refusal, i.capturable))
+        candidates.append(Candidate(i.name, fn, refusal, i.capturable, i.name == serving))
     return tuple(candidates)
 
 

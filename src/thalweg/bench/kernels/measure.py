@@ -34,6 +34,7 @@ class Measurement:
     case: str
     implementation: str
     timed: str
+    serves: bool = False  # whether the model runs it
     error: float | None = None
     equal_bits: bool | None = None
     us: Spread | None = None
@@ -58,7 +59,7 @@ def measure_case(case: Case, setting: Setting, ceilings: Ceilings) -> Iterator[M
     first_us: float | None = None
     for candidate in case.candidates:
         timed = _how(case, candidate, setting.device)
-        result = functools.partial(Measurement, case.op, case.label, candidate.name, timed, **floor)
+        result = functools.partial(Measurement, case.op, case.label, candidate.name, timed, candidate.serves, **floor)
         if candidate.refusal is not None:
             yield result(refusal=candidate.refusal)
             continue

@@ -1,4 +1,4 @@
-"""Cases of the prefill suite: `batch` prompts of `context` tokens each, from an empty cache, called one by one."""
+"""Cases of the mixers over prompts: `batch` of them with `context` tokens each, from an empty cache, called in turn."""
 
 from __future__ import annotations
 
@@ -7,22 +7,23 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from thalweg.bench.kernels.case import Arguments, Builder, Case, Draw, Setting, candidates_of
-from thalweg.bench.kernels.decode import BLOCK_SIZE, routed
-from thalweg.ops.attention.mla import MLA_PREFILL, MlaPrefillDims
+from thalweg.bench.kernels.case import Arguments, Case, Draw, Setting, candidates_of
+from thalweg.bench.kernels.decode import block_tables
+from thalweg.ops.attention.gqa import GQA_PREFILL, GqaDims
+from thalweg.ops.attention.mla import MLA_PREFILL, MLA_WRITE, MlaPrefillDims, MlaWriteDims
 from thalweg.ops.delta.conv1d import CONV1D_PREFILL, Conv1dDims
+from thalweg.ops.delta.gdn import GDN_PREFILL, GdnDims
 from thalweg.ops.delta.kda import KDA_GATE, KDA_PREFILL, KdaDims
 
 
 def _prompts(setting: Setting) -> Iterator[tuple[int, int, list[int], str]]:
     """(sequences, their tokens together, offsets, a label) of each batch size."""
-    L = setting.context
-    for B in setting.batch_sizes:
-        yield B, B * L, [b * L for b in range(B + 1)], f"{B} x {L} tokens"
+    for B, T, label in setting.calls():
+        yield B, T, [b * setting.context for b in range(B + 1)], label
 
 
-def conv1d(setting: Setting) -> Iterator[Case]:
-    C, W, es = setting.shape.conv_channels, setting.shape.taps - 1, setting.dtype.itemsize
+def conv1d(setting: Setting, dims: Conv1dDims) -> Iterator[Case]:
+    C, W, es = dims.C, dims.W, setting.dtype.itemsize
     for B, T, offsets, label in _prompts(setting):
 
         def make(copy: int, B: int = B, T: int = T, offsets: list[int] = offsets) -> Arguments:
@@ -30,9 +31,9 @@ def conv1d(setting: Setting) -> Iterator[Case]:
             return Arguments(draw(T, C), draw(B + 1, W, C), draw.order(B), offsets, draw(C, W + 1, scale=0.5))
 
         yield Case(
-            "conv1d_prefill",
+            CONV1D_PREFILL.name,
             f"{C} channels, {label}",
-            candidates_of(setting, CONV1D_PREFILL, Conv1dDims(C=C, W=W), T),
+            candidates_of(setting, CONV1D_PREFILL, dims, T),
             make,
             num_bytes=es * C * (2 * T + 2 * B * W + W + 1),
             flops=2 * T * C * (W + 1),
@@ -41,8 +42,8 @@ def conv1d(setting: Setting) -> Iterator[Case]:
         )
 
 
-def kda_gate(setting: Setting) -> Iterator[Case]:
-    H, K = setting.shape.heads, setting.shape.head_dim
+def kda_gate(setting: Setting, dims: KdaDims) -> Iterator[Case]:
+    H, K = dims.H, dims.K
     for _, T, _, label in _prompts(setting):
 
         def make(copy: int, T: int = T) -> Arguments:
@@ -50,52 +51,97 @@ def kda_gate(setting: Setting) -> Iterator[Case]:
             return Arguments(draw(T, H, K), draw(H, dtype=torch.float32), draw(H, K, dtype=torch.float32))
 
         yield Case(
-            "kda_gate",
+            KDA_GATE.name,
             f"{H} heads, {label}",
-            candidates_of(setting, KDA_GATE, KdaDims(H=H, K=K, V=K), T),
+            candidates_of(setting, KDA_GATE, dims, T),
             make,
             num_bytes=T * H * K * (setting.dtype.itemsize + 4),
             timed="eager",
         )
 
 
-def kda(setting: Setting) -> Iterator[Case]:
-    H, K, f32 = setting.shape.heads, setting.shape.head_dim, torch.float32
+def kda(setting: Setting, dims: KdaDims) -> Iterator[Case]:
+    H, K, V, f32 = dims.H, dims.K, dims.V, torch.float32
     for B, T, offsets, label in _prompts(setting):
 
         def make(copy: int, B: int = B, T: int = T, offsets: list[int] = offsets) -> Arguments:
             draw = Draw(setting, copy)
-            q, k, v = (draw(T, H, K) for _ in range(3))
+            q, k, v = draw(T, H, K), draw(T, H, K), draw(T, H, V)
             g, beta = -F.softplus(draw(T, H, K, dtype=f32)), draw(T, H, dtype=f32).sigmoid_()
-            state = draw(B + 1, H, K, K, scale=0.1, dtype=f32)
+            state = draw(B + 1, H, V, K, scale=0.1, dtype=f32)
             return Arguments(q, k, v, g, beta, state_NHVK=state, slots_B=draw.order(B), offsets=offsets)
 
         yield Case(
-            "kda_prefill",
+            KDA_PREFILL.name,
             f"{H} heads, {label}",
-            candidates_of(setting, KDA_PREFILL, KdaDims(H=H, K=K, V=K), T),
+            candidates_of(setting, KDA_PREFILL, dims, T),
             make,
-            num_bytes=T * H * K * (4 * setting.dtype.itemsize + 4) + 4 * T * H + 8 * B * H * K * K,
-            flops=6 * T * H * K * K,  # of the recurrence; a chunked form does more, on faster units
+            num_bytes=T * H * ((2 * K + 2 * V) * setting.dtype.itemsize + 4 * K + 4) + 8 * B * H * K * V,
+            flops=6 * T * H * K * V,  # of the recurrence; a chunked form does more, on faster units
             changed=lambda a: (a.named["state_NHVK"],),
             timed="eager",
         )
 
 
-def mla(setting: Setting) -> Iterator[Case]:
-    s, es = setting.shape, setting.dtype.itemsize
-    H, K, R, P, L = s.heads, s.head_dim, s.latent, s.rope, setting.context
-    blocks_each = -(-L // BLOCK_SIZE)
+def gdn(setting: Setting, dims: GdnDims) -> Iterator[Case]:
+    G, H, K, V, f32 = dims.G, dims.H, dims.K, dims.V, torch.float32
     for B, T, offsets, label in _prompts(setting):
 
         def make(copy: int, B: int = B, T: int = T, offsets: list[int] = offsets) -> Arguments:
             draw = Draw(setting, copy)
-            tables = draw.order(B * blocks_each).view(B, blocks_each).int()
-            blocks = draw(B * blocks_each + 1, BLOCK_SIZE, R + P)
-            w = draw(H, 2 * K, R, scale=R**-0.5)
+            tokens = draw(T, G, K), draw(T, G, K), draw(T, H, V), draw(T, H), draw(T, H)
+            return Arguments(
+                *tokens,
+                A_log_H=draw(H, dtype=f32),
+                dt_bias_H=draw(H, dtype=f32),
+                state_NHVK=draw(B + 1, H, V, K, scale=0.1, dtype=f32),
+                slots_B=draw.order(B),
+                offsets=offsets,
+            )
+
+        yield Case(
+            GDN_PREFILL.name,
+            f"{H} heads over {G}, {label}",
+            candidates_of(setting, GDN_PREFILL, dims, T),
+            make,
+            num_bytes=setting.dtype.itemsize * T * (2 * G * K + 2 * H * V + 2 * H) + 8 * B * H * K * V,
+            flops=6 * T * H * K * V,
+            changed=lambda a: (a.named["state_NHVK"],),
+            timed="eager",
+        )
+
+
+def mla_write(setting: Setting, dims: MlaWriteDims) -> Iterator[Case]:
+    C, S = dims.R + dims.P, setting.model.config.block_size
+    for _, T, _, label in _prompts(setting):
+
+        def make(copy: int, T: int = T) -> Arguments:
+            draw = Draw(setting, copy)
+            return Arguments(draw(T, C), draw(-(-T // S) + 1, S, C), draw.order(T) + (S - 1))
+
+        yield Case(
+            MLA_WRITE.name,
+            f"{C} wide, {label}",
+            candidates_of(setting, MLA_WRITE, dims, T),
+            make,
+            num_bytes=setting.dtype.itemsize * 2 * T * C,
+            changed=lambda a: (a.args[1].flatten(0, 1)[a.args[2]],),
+            timed="eager",
+        )
+
+
+def mla(setting: Setting, dims: MlaPrefillDims) -> Iterator[Case]:
+    H, K, V, R, P = dims.H, dims.K, dims.V, dims.R, dims.P
+    L, S, es = setting.context, setting.model.config.block_size, setting.dtype.itemsize
+    for B, T, offsets, label in _prompts(setting):
+
+        def make(copy: int, B: int = B, T: int = T, offsets: list[int] = offsets) -> Arguments:
+            draw = Draw(setting, copy)
+            tables = block_tables(draw, B, L, S).int()
+            w = draw(H, K + V, R, scale=R**-0.5)
             return Arguments(
                 draw(T, H, K + P),
-                blocks,
+                draw(tables.numel() + 1, S, R + P),
                 block_tables_BN=tables,
                 context_lens=[0] * B,
                 offsets=offsets,
@@ -105,24 +151,40 @@ def mla(setting: Setting) -> Iterator[Case]:
             )
 
         yield Case(
-            "mla_prefill",
+            MLA_PREFILL.name,
             f"{H} heads, {label}",
-            candidates_of(setting, MLA_PREFILL, MlaPrefillDims(H=H, K=K, V=K, R=R, P=P), T),
+            candidates_of(setting, MLA_PREFILL, dims, T),
             make,
-            num_bytes=es * (T * (H * (2 * K + P) + R + P) + 2 * H * K * R),
-            flops=B * L * (L + 1) * H * (2 * K + P) + 4 * T * R * H * K,
+            num_bytes=es * (T * (H * (K + V + P) + R + P) + H * (K + V) * R),
+            flops=B * L * (L + 1) * H * (K + V + P) + 2 * T * R * H * (K + V),
             timed="eager",
         )
 
 
-def experts(setting: Setting) -> Iterator[Case]:
-    yield from routed(setting, tuple(B * setting.context for B in setting.batch_sizes), "tokens", "eager")
+def gqa(setting: Setting, dims: GqaDims) -> Iterator[Case]:
+    H, G, K, S, L = dims.H, dims.G, dims.K, dims.S, setting.context
+    for B, T, offsets, label in _prompts(setting):
 
+        def make(copy: int, B: int = B, T: int = T, offsets: list[int] = offsets) -> Arguments:
+            draw = Draw(setting, copy)
+            tables = block_tables(draw, B, L, S)
+            keys, values = (draw(tables.numel() + 1, S, G, K) for _ in range(2))
+            return Arguments(
+                draw(T, H, K),
+                draw(T, 2 * (H + G) * K),
+                keys_MSGK=keys,
+                values_MSGK=values,
+                block_tables_BN=tables.int(),
+                starts=[0] * B,
+                offsets=offsets,
+            )
 
-PREFILL: dict[str, Builder] = {
-    "conv1d_prefill": conv1d,
-    "kda_gate": kda_gate,
-    "kda_prefill": kda,
-    "mla_prefill": mla,
-    "experts": experts,
-}
+        yield Case(
+            GQA_PREFILL.name,
+            f"{H} heads over {G}, {label}",
+            candidates_of(setting, GQA_PREFILL, dims, T),
+            make,
+            num_bytes=setting.dtype.itemsize * T * (3 * H + 2 * G) * K,
+            flops=2 * B * L * (L + 1) * H * K,
+            timed="eager",
+        )

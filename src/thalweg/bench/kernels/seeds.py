@@ -8,9 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from thalweg.bench.kernels.case import Arguments, Builder, Candidate, Case, Draw, Setting, candidates_of
-from thalweg.bench.kernels.decode import EPS
+from thalweg.bench.kernels.model import ModelOps
+from thalweg.bench.kernels.projections import EPS
 from thalweg.bench.kernels.rearrange import rearranges
+from thalweg.errors import ConfigError
 from thalweg.ops.attention.mla_down_norms import SPLIT_NORMS, SplitNormsDims
+from thalweg.ops.delta.kda_mixer import KDA_MIXER_DECODE
 from thalweg.ops.linear import NORM_LINEAR, NormLinearDims
 from thalweg.ops.norm import RMS_NORM, RmsNormDims
 from thalweg.ops.projection import BATCHED_PROJECTION, BatchedProjectionDims
@@ -27,15 +30,15 @@ K2_WIDTH, K2_Q_RANK, K2_LATENT, K2_ROPE, K2_SCALE = 7168, 1536, 512, 64, 2.827
 def projections(setting: Setting) -> Iterator[Case]:
     """The projections of a KDA layer as eight products, and as one and one batched; one rank's share of the heads. The
     norm ahead of them is in both. Tokens of a decode step, and of prompts: --context, and 2 and 4 times as many."""
-    s, es = setting.shape, setting.dtype.itemsize
-    D, R = s.width, s.head_dim
+    es = setting.dtype.itemsize
     for tp_size in TP_SIZES:
-        H = max(1, s.heads // tp_size)
-        HK = H * s.head_dim
-        dims = NormLinearDims(D=D, parts=(HK, HK, HK, H, R, R))
+        H, R, HK, dims = _kda(setting.model.shared_by(tp_size))
+        D = dims.D
         for T in (*setting.batch_sizes, *(n * setting.context for n in PROMPTS)):
 
-            def make(copy: int, HK: int = HK, T: int = T, O: int = sum(dims.parts)) -> Arguments:
+            def make(
+                copy: int, D: int = D, R: int = R, HK: int = HK, T: int = T, O: int = sum(dims.parts)
+            ) -> Arguments:
                 draw = Draw(setting, copy)
                 # The rows of the widest product, of which others take the first O.
                 norm, w_in = draw(D, scale=0.1).add_(1), draw(_padded(O, max(PADS)), D, scale=D**-0.5)[:O]
@@ -50,6 +53,17 @@ def projections(setting: Setting) -> Iterator[Case]:
                 num_bytes=es * (weights + T * (D + 5 * HK + H)),
                 flops=2 * T * weights,
             )
+
+
+def _kda(model: ModelOps) -> tuple[int, int, int, NormLinearDims]:
+    """Heads, rank of the low-rank parts and width of all heads of a rank's KDA layer, and its fused projection."""
+    for kda in model.dims(KDA_MIXER_DECODE):
+        width = kda.H * kda.K
+        parts = (width, width, kda.H * kda.V, kda.H, kda.R, kda.R)
+        for dims in model.dims(NORM_LINEAR):
+            if dims.parts == parts:
+                return kda.H, kda.R, width, dims
+    raise ConfigError("the model has no KDA layer, whose projections this is about; change --config or --op")
 
 
 def _projection_candidates(

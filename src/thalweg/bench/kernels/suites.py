@@ -1,28 +1,91 @@
-"""The suites, and how one is run."""
+"""The suites, and how one is run: ops of a model in the order of this list, at the sizes that its layers ask for."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 
 from thalweg.bench.ceilings import Ceilings
-from thalweg.bench.kernels.case import Builder, Setting
-from thalweg.bench.kernels.decode import DECODE
+from thalweg.bench.kernels import decode, feed_forward, prefill, projections
+from thalweg.bench.kernels.case import Builder, Case, Maker, Setting
 from thalweg.bench.kernels.measure import Measurement, measure_case
-from thalweg.bench.kernels.prefill import PREFILL
+from thalweg.bench.kernels.model import ModelOps
 from thalweg.bench.kernels.seeds import SEEDS
 from thalweg.errors import ConfigError
+from thalweg.ops.activation import SILU_AND_MUL
+from thalweg.ops.attention.gqa import GQA_DECODE, GQA_PREFILL, GQA_PREPARE
+from thalweg.ops.attention.mla import MLA_PREFILL, MLA_WRITE
+from thalweg.ops.attention.mla_mixer import MLA_MIXER_DECODE
+from thalweg.ops.delta.conv1d import CONV1D_PREFILL
+from thalweg.ops.delta.gdn import GDN_MIXER_DECODE, GDN_PREFILL
+from thalweg.ops.delta.kda import KDA_GATE, KDA_PREFILL
+from thalweg.ops.delta.kda_mixer import KDA_MIXER_DECODE
+from thalweg.ops.linear import LINEAR, LINEAR_ADD, LINEAR_FP8, NORM_LINEAR
+from thalweg.ops.moe.experts import EXPERTS
+from thalweg.ops.moe.router import NORM_ROUTER
+from thalweg.ops.norm import GATED_RMS_NORM, RMS_NORM
+from thalweg.ops.projection import BATCHED_PROJECTION
+from thalweg.ops.registry import Op
+from thalweg.ops.sample import SAMPLE
 
-SUITES: dict[str, dict[str, Builder]] = {"seeds": SEEDS, "decode": DECODE, "prefill": PREFILL}
+Makers = list[tuple[Op, Maker]]  # type: ignore[type-arg]
+_OF_TOKENS: Makers = [  # what is the same for a token of a prompt
+    (LINEAR, projections.linear),
+    (NORM_LINEAR, projections.norm_linear),
+    (LINEAR_ADD, projections.linear_add),
+    (LINEAR_FP8, projections.linear_fp8),
+    (NORM_ROUTER, feed_forward.norm_router),
+    (EXPERTS, feed_forward.experts),
+    (SILU_AND_MUL, feed_forward.silu_and_mul),
+    (RMS_NORM, feed_forward.rms_norm),
+]
+DECODE: Makers = [
+    *_OF_TOKENS,
+    (KDA_MIXER_DECODE, decode.kda_mixer),
+    (GDN_MIXER_DECODE, decode.gdn_mixer),
+    (MLA_MIXER_DECODE, decode.mla_mixer),
+    (GQA_PREPARE, decode.gqa_prepare),
+    (GQA_DECODE, decode.gqa),
+    (SAMPLE, feed_forward.sample),
+]
+PREFILL: Makers = [
+    *_OF_TOKENS,
+    (CONV1D_PREFILL, prefill.conv1d),
+    (BATCHED_PROJECTION, projections.batched_projection),
+    (KDA_GATE, prefill.kda_gate),
+    (KDA_PREFILL, prefill.kda),
+    (GDN_PREFILL, prefill.gdn),
+    (GATED_RMS_NORM, feed_forward.gated_rms_norm),
+    (MLA_WRITE, prefill.mla_write),
+    (MLA_PREFILL, prefill.mla),
+    (GQA_PREPARE, decode.gqa_prepare),
+    (GQA_PREFILL, prefill.gqa),
+]
+SUITES = ("seeds", "decode", "prefill")
+VIEWS = ("split_heads", "merge_heads")
+"""Ops without cases: they give the device nothing to do. The seeds suite times such reshapes on the processor."""
 
 
-def choose_ops(suite: str, op: str | None) -> list[Builder]:
+def choose_ops(suite: str, op: str | None, model: ModelOps) -> list[Builder]:
     """The builders of a suite's cases, or of one op's. Raises ConfigError on a name that does not exist."""
     if suite not in SUITES:
         raise ConfigError(f"--suite is {suite!r}; expected {', '.join(SUITES)}")
-    builders = SUITES[suite]
+    builders = dict(SEEDS) if suite == "seeds" else _of_model(suite, model)
     if op is not None and op not in builders:
         raise ConfigError(f"--op is {op!r}; suite {suite!r} has {', '.join(builders)}")
     return [builders[op]] if op is not None else list(builders.values())
+
+
+def _of_model(suite: str, model: ModelOps) -> dict[str, Builder]:
+    makers, asked = PREFILL if suite == "prefill" else DECODE, model.names()
+    prompts = suite == "prefill"
+    return {op.name: partial(_cases, op, maker, prompts) for op, maker in makers if op.name in asked}
+
+
+def _cases(op: Op, maker: Maker, prompts: bool, setting: Setting) -> Iterator[Case]:  # type: ignore[type-arg]
+    for dims in setting.model.dims(op):
+        yield from maker(replace(setting, prompts=prompts), dims)
 
 
 def run_suite(builders: list[Builder], setting: Setting, ceilings: Ceilings) -> Iterator[Measurement]:

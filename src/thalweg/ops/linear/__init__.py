@@ -105,7 +105,7 @@ def split_widths(parts: tuple[int, ...]) -> tuple[int, int] | None:
 
 def _split_refuses(where: Where, dims: NormLinearDims) -> Refusal:
     if split_widths(dims.parts) is None:
-        return f"needs parts that begin with a multiple of {WIDEST_TILE} columns and go on, not {dims.parts}"
+        return f"needs parts of which the first, and not all, are a multiple of {WIDEST_TILE} columns, not {dims.parts}"
     return None
 
 

@@ -1,0 +1,138 @@
+"""Cases of routers, experts, activations and norms, and of sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from thalweg.bench.kernels.case import Arguments, Case, Draw, Setting, candidates_of
+from thalweg.bench.kernels.projections import EPS
+from thalweg.errors import ConfigError
+from thalweg.ops.activation import SILU_AND_MUL, SiluAndMulDims
+from thalweg.ops.moe.experts import EXPERTS, SCHEMES, ExpertsDims
+from thalweg.ops.moe.router import NORM_ROUTER, NormRouterDims
+from thalweg.ops.norm import GATED_RMS_NORM, RMS_NORM, GatedRmsNormDims, RmsNormDims
+from thalweg.ops.sample import SAMPLE, SampleDims
+from thalweg.quant import PLAIN, scheme_named
+from thalweg.quant.fp8_blocks import quantize_experts
+
+
+def norm_router(setting: Setting, dims: NormRouterDims) -> Iterator[Case]:
+    E, D, k, S, es = dims.E, dims.D, dims.K, dims.S, setting.dtype.itemsize
+    routing = {"top_k": k, "renormalize": True, "scale": 2.5, "num_shared": S}
+    if dims.G > 1:
+        routing |= {"n_group": dims.G, "topk_group": -(-dims.G // 2)}
+    for _, T, size in setting.calls():
+
+        def make(copy: int, T: int = T) -> Arguments:
+            draw = Draw(setting, copy)
+            norm = draw(D, scale=0.1, dtype=torch.float32 if dims.norm_fp32 else None).add_(1)
+            bias = draw(E, scale=0.05, dtype=torch.float32)
+            return Arguments(draw(T, D), norm, EPS, draw(E, D, scale=D**-0.5), bias, **routing)
+
+        yield Case(
+            NORM_ROUTER.name,
+            f"{E} experts, {size}",
+            candidates_of(setting, NORM_ROUTER, dims, T),
+            make,
+            num_bytes=es * (2 * T * D + E * D + D) + 12 * T * (k + S),
+            flops=2 * T * D * E,
+            timed=setting.timed,
+        )
+
+
+def experts(setting: Setting, dims: ExpertsDims) -> Iterator[Case]:
+    """Added to the residual, in the model's scheme, then in each other one."""
+    for scheme in dict.fromkeys((dims.scheme, *SCHEMES)):
+        yield from _experts(setting, replace(dims, scheme=scheme))
+
+
+def _experts(setting: Setting, dims: ExpertsDims) -> Iterator[Case]:
+    """The copies share one set of weights, and each routes at random in its own way."""
+    router = next((r for r in setting.model.dims(NORM_ROUTER) if r.E + r.S == dims.E), None)
+    if router is None:
+        raise ConfigError(f"no router of the model chooses among {dims.E} experts; leave out --op experts")
+    es, (E, D, I), (k, S) = setting.dtype.itemsize, (router.E, dims.D, dims.I), (router.K, router.S)
+    scheme = PLAIN if dims.scheme == PLAIN.name else scheme_named(dims.scheme)
+    draw = Draw(setting, 0)
+    gate_up, down = draw(E + S, 2 * I, D, scale=D**-0.5), draw(E + S, D, I, scale=I**-0.5)
+    weights_of = ((gate_up,), (down,)) if scheme is PLAIN else quantize_experts(gate_up, down)
+    expert_bytes = 3 * D * I * scheme.bytes_per_weight(es)
+    shared = f" and {S} shared" if S else ""
+    for _, T, size in setting.calls():
+
+        def make(copy: int, T: int = T) -> Arguments:
+            draw, device = Draw(setting, copy), setting.device
+            ids = torch.rand(T, E, generator=draw.rng, device=device).topk(k).indices
+            weights = torch.rand(T, k, generator=draw.rng, device=device)
+            weights = torch.cat([weights, weights.new_ones(T, S)], 1)
+            ids = torch.cat([ids, torch.arange(E, E + S, device=device).expand(T, S)], 1)
+            return Arguments(draw(T, D), weights, ids, *weights_of, residual_TD=draw(T, D), num_shared=S)
+
+        yield Case(
+            EXPERTS.name,
+            f"{k} of {E}{shared}{'' if scheme is PLAIN else f' in {scheme.name}'}, {size}",
+            candidates_of(setting, EXPERTS, dims, T),
+            make,
+            num_bytes=expert_bytes * (S + distinct_experts(E, k, T)) + es * 3 * T * D,
+            flops=6 * T * (k + S) * D * I,
+            timed=setting.timed,
+        )
+
+
+def distinct_experts(experts: int, top_k: int, tokens: int) -> float:
+    """How many of `experts` the tokens choose between them, on average, where each chooses top_k at random."""
+    return experts * (1 - (1 - top_k / experts) ** tokens)
+
+
+def silu_and_mul(setting: Setting, dims: SiluAndMulDims) -> Iterator[Case]:
+    for _, T, size in setting.calls():
+
+        def make(copy: int, T: int = T) -> Arguments:
+            return Arguments(Draw(setting, copy)(T, 2 * dims.I))
+
+        candidates = candidates_of(setting, SILU_AND_MUL, dims, T)
+        num_bytes = 3 * setting.dtype.itemsize * T * dims.I
+        label = f"{dims.I} wide, {size}"
+        yield Case(SILU_AND_MUL.name, label, candidates, make, num_bytes=num_bytes, timed=setting.timed)
+
+
+def rms_norm(setting: Setting, dims: RmsNormDims) -> Iterator[Case]:
+    D, es = dims.D, setting.dtype.itemsize
+    for _, T, size in setting.calls():
+
+        def make(copy: int, T: int = T) -> Arguments:
+            draw = Draw(setting, copy)
+            return Arguments(draw(T, D), draw(D, scale=0.1).add_(1), EPS)
+
+        candidates, num_bytes = candidates_of(setting, RMS_NORM, dims, T), es * D * (2 * T + 1)
+        yield Case(RMS_NORM.name, f"{D} wide, {size}", candidates, make, num_bytes=num_bytes, timed=setting.timed)
+
+
+def gated_rms_norm(setting: Setting, dims: GatedRmsNormDims) -> Iterator[Case]:
+    H, V = dims.H, dims.V
+    for _, T, size in setting.calls():
+
+        def make(copy: int, T: int = T) -> Arguments:
+            draw = Draw(setting, copy)
+            return Arguments(draw(T, H, V), draw(T, H, V), draw(V, scale=0.1).add_(1), EPS)
+
+        candidates = candidates_of(setting, GATED_RMS_NORM, dims, T)
+        num_bytes, label = setting.dtype.itemsize * (3 * T * H * V + V), f"{H} heads of {V}, {size}"
+        yield Case(GATED_RMS_NORM.name, label, candidates, make, num_bytes=num_bytes, timed=setting.timed)
+
+
+def sample(setting: Setting, dims: SampleDims) -> Iterator[Case]:
+    V, device = dims.V, setting.device
+    for B, _, size in setting.calls():
+
+        def make(copy: int, B: int = B) -> Arguments:
+            draw = Draw(setting, copy)
+            seeds: Tensor = draw.order(B)
+            return Arguments(draw(B, V, scale=3.0), torch.ones(B, device=device), seeds, torch.full_like(seeds, copy))
+
+        candidates, num_bytes = candidates_of(setting, SAMPLE, dims, B), B * V * setting.dtype.itemsize
+        yield Case(SAMPLE.name, f"{V} logits, {size}", candidates, make, num_bytes=num_bytes, timed=setting.timed)

@@ -1,0 +1,100 @@
+"""Cases of the projections."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from thalweg.bench.kernels.case import Arguments, Case, Draw, Setting, candidates_of
+from thalweg.ops.linear import LINEAR, LINEAR_ADD, LINEAR_FP8, NORM_LINEAR, LinearDims, NormLinearDims
+from thalweg.ops.projection import BATCHED_PROJECTION, BatchedProjectionDims
+from thalweg.ops.registry import Op
+from thalweg.quant import FP8_LINEARS
+
+EPS = 1e-5
+
+
+def linear(setting: Setting, dims: LinearDims) -> Iterator[Case]:
+    def make(draw: Draw, T: int) -> Arguments:
+        return Arguments(draw(T, dims.D), draw(dims.O, dims.D, scale=dims.D**-0.5))
+
+    yield from _products(setting, LINEAR, dims, dims.D, dims.O, f"{dims.D} to {dims.O}", make)
+
+
+def linear_add(setting: Setting, dims: LinearDims) -> Iterator[Case]:
+    def make(draw: Draw, T: int) -> Arguments:
+        return Arguments(draw(T, dims.D), draw(dims.O, dims.D, scale=dims.D**-0.5), draw(T, dims.O))
+
+    yield from _products(setting, LINEAR_ADD, dims, dims.D, dims.O, f"{dims.D} to {dims.O}", make, results=2)
+
+
+def norm_linear(setting: Setting, dims: NormLinearDims) -> Iterator[Case]:
+    O, norm_dtype = sum(dims.parts), torch.float32 if dims.norm_fp32 else None
+
+    def make(draw: Draw, T: int) -> Arguments:
+        norm = draw(dims.D, scale=0.1, dtype=norm_dtype).add_(1)
+        return Arguments(draw(T, dims.D), norm, EPS, draw(O, dims.D, scale=dims.D**-0.5))
+
+    parts = f" ({' + '.join(map(str, dims.parts))})" if len(dims.parts) > 1 else ""
+    yield from _products(setting, NORM_LINEAR, dims, dims.D, O, f"{dims.D} to {O}{parts}", make)
+
+
+def linear_fp8(setting: Setting, dims: LinearDims) -> Iterator[Case]:
+    q, scale = FP8_LINEARS.stored((dims.O, dims.D), 1)
+
+    def make(draw: Draw, T: int) -> Arguments:
+        w_OD = draw(*q.shape).to(getattr(torch, q.dtype))
+        return Arguments(draw(T, dims.D), w_OD, draw(*scale.shape, dtype=torch.float32).abs_().add_(0.1))
+
+    label, weight_bytes = f"{dims.D} to {dims.O}", FP8_LINEARS.bytes_per_weight(setting.dtype.itemsize)
+    yield from _products(setting, LINEAR_FP8, dims, dims.D, dims.O, label, make, weight_bytes=weight_bytes)
+
+
+def _products(
+    setting: Setting,
+    op: Op[Any, Any],
+    dims: Any,
+    D: int,
+    O: int,
+    label: str,
+    arguments: Any,
+    results: int = 1,
+    weight_bytes: float | None = None,
+) -> Iterator[Case]:
+    es = setting.dtype.itemsize
+    for _, T, size in setting.calls():
+
+        def make(copy: int, T: int = T) -> Arguments:
+            found: Arguments = arguments(Draw(setting, copy), T)
+            return found
+
+        yield Case(
+            op.name,
+            f"{label}, {size}",
+            candidates_of(setting, op, dims, T),
+            make,
+            num_bytes=es * (T * D + results * T * O) + (es if weight_bytes is None else weight_bytes) * O * D,
+            flops=2 * T * D * O,
+            timed=setting.timed,
+        )
+
+
+def batched_projection(setting: Setting, dims: BatchedProjectionDims) -> Iterator[Case]:
+    R, O = dims.R, dims.O
+    for _, T, size in setting.calls():
+
+        def make(copy: int, T: int = T) -> Arguments:
+            draw = Draw(setting, copy)
+            return Arguments(draw(T, 2, R), draw(2, O, R, scale=R**-0.5))
+
+        yield Case(
+            BATCHED_PROJECTION.name,
+            f"2 x {R} to {O}, {size}",
+            candidates_of(setting, BATCHED_PROJECTION, dims, T),
+            make,
+            num_bytes=2 * setting.dtype.itemsize * (T * R + O * R + T * O),
+            flops=4 * T * R * O,
+            timed=setting.timed,
+        )
