@@ -9,12 +9,11 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from math import prod
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from thalweg.quant.dtypes import DTYPE_BYTES
 from thalweg.weights.fill import put
 from thalweg.weights.plan import Init, Target
 
@@ -43,9 +42,9 @@ def fill(
         if not target.covered:
             param.zero_()
         if target.scales:
-            _fill_quantized(target, get_param, seed)
+            filled = _fill_quantized(target, get_param, seed)
             if progress is not None:
-                progress(sum(prod(s.shape) * DTYPE_BYTES[s.dtype] for s in target.parameters))
+                progress(filled)
             continue
         for source in target.sources:
             if drawn is None or drawn[0] != source.name:
@@ -60,21 +59,17 @@ def fill(
                 progress(filled * param.element_size())
 
 
-def _fill_quantized(target: Target, get_param: Callable[[str], Tensor], seed: int) -> None:
+def _fill_quantized(target: Target, get_param: Callable[[str], Tensor], seed: int) -> int:
     """A weight that checkpoints store quantized: bits at random, NaN left out, under one scale that gives it the spread
-    of the others. Its values depend on the number of ranks."""
+    of the others. Its values depend on the number of ranks. Returns the bytes filled."""
     weight, scales = (get_param(target.name + s.suffix).detach() for s in target.parameters)
     generator = torch.Generator(weight.device).manual_seed(_seed_of(seed, target.name))
-    if weight.dtype == torch.int32:
-        for words in weight:
-            words.copy_(torch.randint(-(2**31), 2**31, words.shape, device=words.device, generator=generator))
-        scales.fill_(STD / _INT4_STD)
-        return
-    rows = weight.view(torch.uint8)
+    packed, rows = weight.dtype == torch.int32, weight.view(torch.uint8)
     for row in rows if rows.ndim == 3 else (rows,):
-        row.copy_(torch.randint(0, 127, row.shape, dtype=torch.uint8, device=row.device, generator=generator))
-        row += torch.randint(0, 2, row.shape, dtype=torch.uint8, device=row.device, generator=generator) * 128
-    scales.fill_(STD / _E4M3_STD)
+        random = partial(torch.randint, size=row.shape, dtype=torch.uint8, device=row.device, generator=generator)
+        row.copy_(random(0, 256) if packed else random(0, 127) + random(0, 2) * 128)
+    scales.fill_(STD / (_INT4_STD if packed else _E4M3_STD))
+    return sum(t.numel() * t.element_size() for t in (weight, scales))
 
 
 def _draw(init: Init, shape: tuple[int, ...], device: torch.device, seed: int) -> Tensor:
