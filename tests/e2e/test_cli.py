@@ -172,6 +172,9 @@ def test_inspect_takes_a_config_alone(shared_dir: Path, tmp_path: Path, capsys: 
     assert "max num seqs    64: the default on a CPU" in capsys.readouterr().out
     assert main(["generate", "--config", str(path), "--prompt", "x"]) == 2  # to run it, random weights must be meant
     assert "needs --load-format dummy" in capsys.readouterr().err
+    for absent in ("/no-such.json", str(tmp_path)):
+        assert main(["inspect", "--config", absent]) == 2
+        assert capsys.readouterr().err == f"error: --config-file is '{absent}', and there is no such file\n"
 
 
 def test_a_config_key_can_be_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.models import random_kimi_k2
 from tests.models import random_qwen as random
 from tests.models.plans import read
+from thalweg.config.hf import without_keys
 from thalweg.errors import ConfigError, ThalwegError
 from thalweg.models import family_of
 from thalweg.models.family import DecoderConfig
@@ -132,6 +135,15 @@ def test_what_is_not_supported_or_contradicts_itself_is_one_line(
     assert text.startswith("config.json: ")
     assert message in text
     assert "\n" not in text
+
+
+@pytest.mark.parametrize("nested", [random.nested(random.config()), random_kimi_k2.nested(random_kimi_k2.config())])
+def test_the_option_that_an_unknown_key_is_told_with_passes_it_over(nested: dict[str, Any]) -> None:
+    raw = nested | {"text_config": nested["text_config"] | {"window": 4096}}
+    with pytest.raises(ConfigError, match="text_config: unknown key window,") as caught:
+        read(raw)
+    [key] = re.findall(r"--ignore-config-key (\S+) passes", str(caught.value))
+    assert read(without_keys(raw, [key])) == read(nested)
 
 
 def test_a_text_model_is_an_object_and_a_shorter_one_keeps_its_kinds() -> None:

@@ -69,6 +69,8 @@ def open_source(config: EngineConfig) -> ModelSource:
     """
     if config.config_file is not None:
         path = Path(config.config_file).expanduser()
+        if not path.is_file():
+            raise ConfigError(f"--config-file is {config.config_file!r}, and there is no such file")
         folder, raw = path.parent, read_object(path.parent, path.name)
     else:
         path = model_folder(config.model) / "config.json"

@@ -38,7 +38,7 @@ def read(raw: Mapping[str, Any], where: str = "config.json") -> DecoderConfig:
     """As Family.read says."""
     text = raw.get("text_config")
     if text is None:
-        return _read_text(raw, where, None, tied=False)
+        return _read_text(raw, where, quantized=None, tied=False)
     outer = ConfigReader(raw, where)
     if not isinstance(text, Mapping):
         raise outer.error("text_config", "an object")
@@ -47,11 +47,13 @@ def read(raw: Mapping[str, Any], where: str = "config.json") -> DecoderConfig:
     tied = outer.get_bool("tie_word_embeddings", False)
     outer.finish(ignored=HOUSEKEEPING_KEYS | _VISION_KEYS)
     dtype = {key: raw[key] for key in ("dtype", "torch_dtype") if raw.get(key) is not None}
-    return _read_text({**dtype, **text}, f"{where}: text_config", quantized, tied=tied)
+    return _read_text({**dtype, **text}, f"{where}: text_config", "text_config.", quantized=quantized, tied=tied)
 
 
-def _read_text(raw: Mapping[str, Any], where: str, quantized: Quantized | None, *, tied: bool) -> DecoderConfig:
-    reader = ConfigReader(raw, where)
+def _read_text(
+    raw: Mapping[str, Any], where: str, path: str = "", *, quantized: Quantized | None, tied: bool
+) -> DecoderConfig:
+    reader = ConfigReader(raw, where, path)
     reader.only("attention_bias", False)
     reader.only("hidden_act", "silu")
     # The layer that drafts tokens stands behind the last one; its tensors are skipped.

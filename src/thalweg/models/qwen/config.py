@@ -40,11 +40,13 @@ def read(raw: Mapping[str, Any], where: str = "config.json") -> DecoderConfig:
     tied = outer.get_bool("tie_word_embeddings", False)
     outer.finish(ignored=HOUSEKEEPING_KEYS | _VISION_KEYS | {"text_config"})
     dtype = {key: raw[key] for key in ("dtype", "torch_dtype") if raw.get(key) is not None}
-    return _read_text({**dtype, **text}, f"{where}: text_config", tied=tied, fp8=fp8)
+    return _read_text({**dtype, **text}, f"{where}: text_config", "text_config.", tied=tied, fp8=fp8)
 
 
-def _read_text(raw: Mapping[str, Any], where: str, *, tied: bool, fp8: Fp8Checkpoint | None) -> DecoderConfig:
-    reader = ConfigReader(raw, where)
+def _read_text(
+    raw: Mapping[str, Any], where: str, path: str = "", *, tied: bool, fp8: Fp8Checkpoint | None
+) -> DecoderConfig:
+    reader = ConfigReader(raw, where, path)
     _refuse_other_maths(reader)
     vocab_size = reader.get_int("vocab_size", low=1, high=MAX_DIM)
     eos = reader.get_token_ids("eos_token_id")
