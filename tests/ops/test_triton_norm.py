@@ -51,3 +51,15 @@ def test_on_a_gpu(T: int, D: int, dtype: torch.dtype) -> None:
     tolerance = 2**-7 if dtype == torch.bfloat16 else 2e-6
     expected = reference.rms_norm(x, weight, 1e-5)
     torch.testing.assert_close(rms_norm(x, weight, 1e-5), expected, rtol=tolerance, atol=1e-6)
+
+
+@pytest.mark.parametrize(("silu", "weight"), [(False, "*bf16"), (True, "*fp32")])
+def test_the_gated_norm_compiles_for_hopper_without_spills(silu: bool, weight: str) -> None:
+    """Of 32 heads of 128: Kimi-Linear's, and Qwen's with an fp32 weight and SiLU."""
+    pytest.importorskip("triton")
+    from thalweg.ops.norm.triton.gated import gated_rms_norm_kernel
+
+    types = {**dict.fromkeys(("o_ptr", "gate_ptr", "y_ptr"), "*bf16"), "weight_ptr": weight}
+    types |= {"rows": "i32", "o_stride": "i32", "gate_stride": "i32", "eps": "fp32"}
+    constants = {"H": 32, "V": 128, "BLOCK_V": 128, "ROWS": 32, "SILU": silu}
+    assert compile_sm90(gated_rms_norm_kernel, types, constants).spilled_bytes == 0
