@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -41,7 +42,8 @@ def test_experts_at_the_published_shape(T: int, skewed: bool, published: bool) -
     case = moe_case_fp8(T, 2304, 1024, 64, 8, 1, torch.bfloat16, "cuda", published=published)
     if skewed:  # half of the tokens with the same experts
         case.ids[T // 2 :] = case.ids[0]
-    expected = case.run(partial(reference.experts, scheme_named("fp8")))
+    # In float32: the reference rounds a weight to x's dtype, which is exact for scales of powers of two alone.
+    expected = replace(case, x=case.x.float()).run(partial(reference.experts, scheme_named("fp8")))
     assert rmse_ratio(case.run(experts_of(case, "triton")), expected) < 0.005
 
 

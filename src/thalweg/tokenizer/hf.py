@@ -69,23 +69,26 @@ class HFTokenizer(Tokenizer):
             )
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
-        encoder, text = self._encoder if allow_special else self._plain_encoder, valid_unicode(text)
-        if len(text) < BATCH_CHARS:
-            return list(encoder.encode(text, add_special_tokens=False).ids)
-        # The library lets other threads run while it encodes a batch only; one text is one, too.
-        return list(encoder.encode_batch_fast([text], add_special_tokens=False)[0].ids)
+        return _ids(self._encoder if allow_special else self._plain_encoder, valid_unicode(text))
 
     @property
     def marks(self) -> dict[str, int]:
         return self._marks
 
     def encode_text(self, text: str) -> list[int]:
-        return list(self._text_encoder.encode(valid_unicode(text), add_special_tokens=False).ids)
+        return _ids(self._text_encoder, valid_unicode(text))
 
     def first_token_bytes(self, token_id: int) -> bytes:
         plain = self.token_bytes(token_id)
         text = self._text_by_id.get(token_id)
         return plain if text is None else self._decoding.first_token_bytes(text)
+
+
+def _ids(encoder: tokenizers.Tokenizer, text: str) -> list[int]:
+    if len(text) < BATCH_CHARS:
+        return list(encoder.encode(text, add_special_tokens=False).ids)
+    # The library lets other threads run while it encodes a batch only; one text is one, too.
+    return list(encoder.encode_batch_fast([text], add_special_tokens=False)[0].ids)
 
 
 def _encoder(text: str, path: Path) -> tokenizers.Tokenizer:
