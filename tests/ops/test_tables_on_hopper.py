@@ -1,4 +1,4 @@
-"""Who serves a Kimi-Linear-48B on a Hopper GPU, by the number of tokens, resolved on a machine without one."""
+"""Who serves a Kimi-Linear-48B and Kimi-K2 on a Hopper GPU, by the number of tokens, resolved without one."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from thalweg.config.engine import EngineConfig
 from thalweg.errors import ConfigError
 from thalweg.models.decoder import Decoder
 from thalweg.models.family import weight_plan
+from thalweg.models.kimi_k2 import config as kimi_k2
+from thalweg.models.kimi_k2.family import KimiK2
 from thalweg.models.kimi_linear.config import read
 from thalweg.models.kimi_linear.family import KimiLinear
 from thalweg.ops.registry import Resolver
@@ -59,6 +61,16 @@ def resolved(
     return resolver
 
 
+def resolved_k2(shared_dir: Path, name: str, ranks: int) -> Resolver:
+    resolver, cuda = Resolver(), torch.device("cuda")
+    raw = json.loads((shared_dir / f"configs/{name}.json").read_text())
+    config = kimi_k2.read({**raw, "num_hidden_layers": 2})
+    plan = {t.name: t for t in weight_plan(KimiK2(), config, Shards(0, ranks))}
+    mesh, meta = Mesh(0, ranks), torch.device("meta")
+    Decoder(_MetaContext(meta, torch.bfloat16, mesh, resolver, "float32", plan, block_size=64, target=cuda), config)
+    return resolver
+
+
 def tables(resolver: Resolver) -> dict[str, list[str]]:
     """By op and, where an op is there more than once, model width in the dims."""
     found: dict[str, list[str]] = {}
@@ -84,6 +96,17 @@ def test_decode_rows_and_prompts_of_the_published_shape() -> None:
         **{op: ["triton"] for op in ("conv1d_prefill", "kda_gate", "kda_prefill", "gated_rms_norm")},
         **{op: ["triton"] for op in ("mla_prefill", "rms_norm", "silu_and_mul")},
     }
+
+
+@pytest.mark.parametrize("ranks", [1, 8])
+@pytest.mark.parametrize("name", ["kimi_k2_instruct", "kimi_k2_5_text_int4"])
+def test_what_kimi_k2_has_no_kernels_for_yet(shared_dir: Path, name: str, ranks: int) -> None:
+    """Rotation, decode attention, and what is stored in float8 and int4, but for experts in float8."""
+    fp8 = name == "kimi_k2_instruct"
+    by_reference = {op.split()[0] for op, table in tables(resolved_k2(shared_dir, name, ranks)).items()
+                    if table == ["reference"]}  # fmt: skip
+    formats = {"linear_fp8"} if fp8 else {"experts", "linear"}
+    assert by_reference == {"mla_rope", "mla_decode", "mla_write", "split_heads", "merge_heads"} | formats
 
 
 def test_over_ranks_in_fp8_and_with_other_blocks() -> None:

@@ -113,7 +113,7 @@ class Experts(nn.Module):
 
 class SharedExpert(nn.Module):
     """down(silu(gate n) * up n), its width sharded: an expert that every token takes. If `gated` it has a gate g, and
-    its output is multiplied with sigmoid(g n)."""
+    its output is multiplied with sigmoid(g n). The result is added to `added` if there is something."""
 
     def __init__(self, ctx: BuildContext, width: int, inner: int, *, gated: bool) -> None:
         super().__init__()
@@ -121,13 +121,18 @@ class SharedExpert(nn.Module):
         self.split = [2 * local, int(gated)]
         self.gated = gated
         self.in_proj = Linear(ctx.below("in_proj"), width, sum(self.split))
-        self.down = Linear(ctx.below("down"), local, width)
+        # One rank without a gate adds in the product itself; several sum up what the experts give with it, once.
+        self.adds = not gated and ctx.mesh.tp_size == 1
+        self.down = (LinearAdd if self.adds else Linear)(ctx.below("down"), local, width)
         self._act = ctx.op(SILU_AND_MUL, SiluAndMulDims(I=local))
 
-    def forward(self, normed_TD: Tensor) -> Tensor:
+    def forward(self, normed_TD: Tensor, added_TD: Tensor | None) -> Tensor:
         gate_up_T2I, gate_T1 = self.in_proj(normed_TD).split(self.split, dim=-1)
-        y_TD: Tensor = self.down(self._act(gate_up_T2I))
-        return y_TD * gate_T1.sigmoid() if self.gated else y_TD
+        act_TI = self._act(gate_up_T2I)
+        y_TD: Tensor = self.down(act_TI, added_TD) if self.adds else self.down(act_TI)
+        if self.gated:
+            y_TD = y_TD * gate_T1.sigmoid()
+        return y_TD if self.adds or added_TD is None else added_TD + y_TD
 
 
 class MoE(nn.Module):
@@ -180,7 +185,6 @@ class MoE(nn.Module):
         one_rank = self.mesh.tp_size == 1
         added_TD = x_TD if one_rank else None
         if self.shared is not None:
-            shared_TD = self.shared(normed_TD)
-            added_TD = shared_TD if added_TD is None else added_TD + shared_TD
+            added_TD = self.shared(normed_TD, added_TD)
         y_TD: Tensor = self.experts(normed_TD, weights_Tk, ids_Tk, added_TD)
         return y_TD if one_rank else x_TD + self.mesh.all_reduce(y_TD)

@@ -7,6 +7,7 @@ from typing import Any
 
 from thalweg.models.family import DecoderConfig
 from thalweg.models.kimi_k2.config import cut, read
+from thalweg.models.parts.mla import MlaDims
 from thalweg.models.parts.moe import MoeDims
 from thalweg.models.parts.part import Names, prefixed
 
@@ -73,8 +74,8 @@ class KimiK2Layout:
 
     def mixer(self, layer: int) -> Names:
         at = self._at(layer)
-        low_rank = getattr(self._config.layers[layer].mixer, "q_rank", None) is not None
-        names = _MLA_LOW_RANK if low_rank else _MLA
+        mixer = self._config.layers[layer].mixer
+        names = _MLA if isinstance(mixer, MlaDims) and mixer.q_rank is None else _MLA_LOW_RANK
         return {"norm": f"{at}input_layernorm.weight", **prefixed(f"{at}self_attn.", names)}
 
     def mlp(self, layer: int) -> Names:
