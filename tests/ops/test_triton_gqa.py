@@ -10,6 +10,7 @@ from tests.ops.gqa_case import GqaCase, GqaShape, assert_near
 from tests.ops.interpreted import run_interpreted
 from thalweg.ops.attention.gqa import GQA_DECODE, GQA_PREPARE, GqaDims
 from thalweg.ops.registry import Resolver, Where
+from thalweg.runner.graphs import buckets
 
 SHAPES = [GqaShape(6, 2, 32, 8, 16), GqaShape(4, 4, 16, 16, 1), GqaShape(5, 1, 64, 2, 4)]
 CONTEXTS = [0, 1, 30, 31, 32, 63, 150]  # tokens cached before a decode row
@@ -109,7 +110,8 @@ def test_kernels_compile_for_hopper_without_spills(H: int, G: int, dtype: str) -
     assert "cos.approx" not in prepare.ptx  # wrong for angles of thousands of turns
     options = triton.attend_options(H, G, torch_dtype)
     compiled(triton.attend_kernel, dtype, {**shape, **options}, options["num_warps"], options["num_stages"])
-    compiled(triton.join_kernel, dtype, {**shape, "SPLITS": triton.MAX_SPLITS}, triton.JOIN_WARPS)
+    for splits in (1, triton.MAX_SPLITS):
+        compiled(triton.join_kernel, dtype, {**shape, "SPLITS": splits}, triton.JOIN_WARPS)
 
 
 @pytest.mark.parametrize(
@@ -133,4 +135,14 @@ def test_splits_fill_the_device_and_no_more() -> None:
     pytest.importorskip("triton")
     from thalweg.ops.attention.gqa.triton import splits_for
 
-    assert [splits_for(B, 2, 132) for B in (1, 2, 4, 32, 66, 128, 1000)] == [64, 64, 33, 4, 2, 1, 1]
+    assert [splits_for(B, 2, 132) for B in (1, 2, 4, 5, 8, 32, 66, 128, 1000)] == [64, 64, 32, 16, 16, 4, 2, 1, 1]
+
+
+def test_no_batch_needs_a_kernel_that_the_sizes_of_graphs_do_not() -> None:
+    pytest.importorskip("triton")
+    from thalweg.ops.attention.gqa.triton import splits_for
+
+    for G in (1, 2, 4):
+        for most in range(1, 257):
+            of_sizes = {splits_for(size, G, 132) for size in buckets(most)}
+            assert {splits_for(B, G, 132) for B in range(1, most + 1)} <= of_sizes, most

@@ -18,7 +18,7 @@ MAX_SPLITS = 64
 JOIN_WARPS = 8  # of which each holds an eighth of up to 64 parts
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["positions_ptr", "rows_ptr"])
 def prepare_kernel(
     proj_ptr,  # [T, 2 * H * K + 2 * G * K]
     q_norm_ptr,
@@ -113,7 +113,7 @@ def prepare_warps(K: int) -> int:
     return 1 if K <= 128 else 2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "table_stride"], do_not_specialize_on_alignment=["tables_ptr", "lens_ptr"])
 def attend_kernel(
     q_ptr,  # [B, H, K]
     keys_ptr,  # [blocks, S, G, K]
@@ -177,23 +177,20 @@ def join_kernel(
     proj_ptr,
     o_ptr,  # [B, H * K]
     proj_stride,
-    splits,
     H: tl.constexpr,
     K: tl.constexpr,
-    SPLITS: tl.constexpr,  # a power of two, splits or more
+    SPLITS: tl.constexpr,
 ):
     b = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     dims = tl.arange(0, K)
-    split = tl.arange(0, SPLITS)
-    inside = split < splits
-    part = (b * H + head) * splits + split
-    best = tl.load(sums_ptr + part * 2, mask=inside, other=-float("inf"))
-    total = tl.load(sums_ptr + part * 2 + 1, mask=inside, other=0.0)
+    part = (b * H + head) * SPLITS + tl.arange(0, SPLITS)
+    best = tl.load(sums_ptr + part * 2)
+    total = tl.load(sums_ptr + part * 2 + 1)
     largest = tl.max(best, 0)
     # Parts without a token have -inf and no weight; a sequence without tokens has only such parts.
     weights = tl.where(best > -float("inf"), tl.exp(best - largest), 0.0)
-    parts = tl.load(parts_ptr + part[:, None] * K + dims[None, :], mask=inside[:, None], other=0.0)
+    parts = tl.load(parts_ptr + part[:, None] * K + dims[None, :])
     o = tl.sum(parts * weights[:, None], 0) / tl.maximum(tl.sum(weights * total, 0), 1e-30)
     gate = tl.load(proj_ptr + b * proj_stride + (2 * head + 1) * K + dims).to(tl.float32)
     o = o / (1.0 + tl.exp(-gate))
@@ -201,8 +198,10 @@ def join_kernel(
 
 
 def splits_for(B: int, G: int, processors: int) -> int:
-    """Parts of a context: as many as give each multiprocessor two programs."""
-    return max(1, min(MAX_SPLITS, 2 * processors // (B * G)))
+    """Parts of a context: as many as give each multiprocessor up to two programs, in powers of two, of which the sizes
+    of graphs meet all, so that no other batch compiles a kernel later."""
+    most = max(1, min(MAX_SPLITS, 2 * processors // (B * G)))
+    return 1 << (most.bit_length() - 1)
 
 
 def attend_options(H: int, G: int, dtype: torch.dtype) -> dict[str, int]:
@@ -252,10 +251,9 @@ def gqa_decode(
         proj_BX,
         o_BO,
         proj_BX.stride(0),
-        splits,
         H=H,
         K=K,
-        SPLITS=triton.next_power_of_2(splits),
+        SPLITS=splits,
         num_warps=JOIN_WARPS,
     )
     return o_BO
