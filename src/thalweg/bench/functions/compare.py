@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from thalweg.errors import ConfigError
 
@@ -16,6 +18,26 @@ LEAST_CHANGE = 0.05  # of the figure itself
 LEAST_BYTES = 1024  # per unit of the phase; while modules are imported, much depends on which came first
 SIGMAS = 3.0
 Figures = Mapping[str, Mapping[str, list[float]]]  # by phase, then figure
+_Runs = Annotated[list[float], msgspec.Meta(min_length=1)]
+_Table = dict[str, dict[str, dict[str, _Runs]]]
+
+
+class _Phase(msgspec.Struct):
+    unit: str
+    count: int
+    cpu_ms: _Runs
+    joules: dict[str, _Runs] | str
+
+
+class _File(msgspec.Struct):
+    """What --save writes, as far as a comparison reads it."""
+
+    engine: dict[str, Any]
+    machine: dict[str, Any]
+    phases: dict[str, _Phase]
+    functions: _Table
+    ops: _Table | None
+    sources: dict[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +78,14 @@ class FunctionsComparison:
     removed: list[Entry]
     renamed: list[Entry]
     moved: list[Entry]  # beyond the spread though their source is the same
-    ops: list[Entry]  # moved, added or removed
+    ops: list[Entry] | None  # moved, added or removed; None: a version was too old to be asked
     unchanged: int  # functions of which there is nothing to say
     phases: dict[str, tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]]
     differs: list[tuple[str, str, str]]
 
     @property
     def entries(self) -> list[Entry]:
-        return [*self.modified, *self.added, *self.removed, *self.renamed, *self.moved, *self.ops]
+        return [*self.modified, *self.added, *self.removed, *self.renamed, *self.moved, *(self.ops or ())]
 
     def slower_by(self, percent: float) -> list[Moved]:
         """Times that grew by more, in any phase."""
@@ -78,9 +100,12 @@ def is_functions(file: Mapping[str, Any]) -> bool:
 def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> FunctionsComparison:
     """Raises ConfigError for files without functions, or of different workloads."""
     for file, name in ((a, "A"), (b, "B")):
-        parts = ("phases", "functions", "sources", "engine")
-        if not is_functions(file) or not all(isinstance(file.get(part), dict) for part in parts):
+        if not is_functions(file):
             raise ConfigError(f"{name} is no file of thalweg bench functions; expected one that --save wrote")
+        try:
+            msgspec.convert(file, _File)
+        except msgspec.ValidationError as e:
+            raise ConfigError(f"{name} is no file that thalweg bench functions --save wrote: {e}") from None
     for fact in ("workload", "quick", "model"):
         one, other = a["engine"].get(fact), b["engine"].get(fact)
         if one != other:
@@ -104,7 +129,7 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> FunctionsComparison:
         else:
             unchanged += 1
     lists["removed"] = [pair.entry(name, name) for name in gone if name not in was.values()]
-    ops: list[Entry] = []
+    ops: list[Entry] | None = None
     if isinstance(a.get("ops"), dict) and isinstance(b.get("ops"), dict):
         of_ops = _Pair(a, b, "ops")
         ops = [of_ops.entry(n, n) for n in {**a["ops"], **b["ops"]}]
@@ -116,7 +141,7 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> FunctionsComparison:
         for n in {**machines[0], **machines[1]}
         if machines[0].get(n) != machines[1].get(n)
     ]
-    for entries in (*lists.values(), ops):
+    for entries in (*lists.values(), ops or []):
         entries.sort(key=lambda e: (-_weight(e), e.name))
     return FunctionsComparison(**lists, ops=ops, unchanged=unchanged, phases=phases, differs=differs)
 

@@ -24,10 +24,12 @@ def markdown(found: FunctionsComparison, a: str, b: str) -> str:
         ("Removed", found.removed),
         ("Renamed or moved, the source being the same", found.renamed),
         ("Moved beyond the spread, the source being the same", found.moved),
-        ("Ops that moved, came or went", found.ops),
+        ("Ops that moved, came or went", found.ops or []),
     ):
         if entries:
             parts += [f"## {title}: {len(entries)}", _entries(entries)]
+    if found.ops is None:
+        parts.append("Ops were not recorded: one of the two is a version that cannot be asked for them.")
     return "\n\n".join(parts) + "\n"
 
 
