@@ -283,7 +283,7 @@ def test_command_prints_and_writes(tmp_path: Path, capfd: pytest.CaptureFixture[
         ("--batch-size 0", "--batch-size is '0'"),
         ("--batch-size a", "--batch-size is 'a'"),
         ("--context 0", "--context"),
-        ("--config no/such.json", "no such folder"),
+        ("--config no/such.json", "such.json"),
         ("-tp 3", "3"),
         ("--dtype int4", "--dtype"),
         ("--device toaster", "--device"),
