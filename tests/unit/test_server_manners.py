@@ -172,6 +172,7 @@ def test_other_sites_pages_are_let_in_with_a_key(origins: tuple[str, ...]) -> No
     [
         ({"origins": ("chat.example.com",)}, "--allowed-origins"),
         ({"origins": (f"{SITE}/",)}, "--allowed-origins"),
+        ({"origins": ("https://*.example.com",)}, "--allowed-origins"),
         ({"origins": ("*",), "credentials": True}, "--allow-credentials"),
         ({"credentials": True}, "--allowed-origins"),
     ],

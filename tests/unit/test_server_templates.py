@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.server_double import ClientDouble
+from tests.unit.server_double import ClientDouble, run
 from tests.unit.test_server_tools import ask
 
 CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
@@ -53,6 +53,24 @@ def test_a_continued_answer_is_left_open() -> None:
     assert prompt(template, messages, continue_final_message=True).endswith("ok</>;<assistant>It is ")
 
 
+def test_tokenize_lays_a_conversation_out_as_a_chat_does() -> None:
+    called = {"name": "f", "arguments": "{}"}
+    messages = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": None, "function_call": called},
+        {"role": "function", "name": "f", "content": "ok"},
+    ]
+    template = LOOP + "{{ m.role }}:{{ m.content }}{{ m.tool_calls[0].id if m.tool_calls }}" + END
+    text = prompt(template, messages)
+    assert text == "system:Be brief.;user:hi;assistant:functions.f:0;tool:ok;"
+
+    async def work(http: Any, _: ClientDouble) -> Any:
+        return (await http.post("/tokenize", json={"messages": messages})).json()
+
+    assert bytes(run(work, ClientDouble(template=template))["tokens"]).decode() == text
+
+
 @pytest.mark.parametrize("kind", ["image_url", "input_audio", "video_url", "file"])
 def test_parts_that_are_no_text_are_refused_by_name(kind: str) -> None:
     content = [{"type": "text", "text": "What is it?"}, {"type": kind, kind: {"url": "https://example.com/a"}}]
@@ -68,6 +86,7 @@ def test_a_template_that_refuses_or_fails_is_a_400() -> None:
         ("{{ raise_exception('no system message') }}", "refused: no system message"),
         ("{{ 'x' * 10 ** 9 }}", "more than 8000000 characters"),
         ("{{ messages[9].content }}", "failed on these messages"),
+        ("{{ '{' | items }}", "failed on these messages: items of '{'; expected an object, or the JSON of one"),
     ):
         error = ask(ClientDouble(template=template), {"messages": CALLING})["error"]
         assert reason in error["message"]

@@ -219,10 +219,10 @@ def test_arguments_that_are_no_object_stay_what_they_are(tokenizer: Tokenizer, g
     [
         ("hi", "messages is a str; expected a list"),
         (["hi"], r"messages\[0\] is a str; expected an object"),
-        ([{"content": "x"}], r"messages\[0\]\.role is 'None'; expected one of system"),
+        ([{"content": "x"}], r"messages\[0\]\.role is None; expected one of system"),
         ([*USER, {"role": "im_end|><|im_system", "content": "x"}], r"messages\[1\]\.role is"),
         ([{"role": ["user"]}], r"messages\[0\]\.role is"),
-        ([{"role": "user", "content": 3}], r"messages\[0\]\.content is a int; expected a string, null or"),
+        ([{"role": "user", "content": 3}], r"messages\[0\]\.content is of type int; expected a string, null or"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], r"content\[0\] is of type 'image_url'; expected text"),
         ([{"role": "user", "content": ["x"]}], r"content\[0\] is of type 'str'"),
         ([{"role": "user", "content": [{"type": "text", "text": 1}]}], r"content\[0\] has no text"),

@@ -59,8 +59,8 @@ def _print(found: Inspection) -> None:
     table = plain_table("", *dict.fromkeys(f"in {_dtype(c)}" for c in (cost, native)))
     both = (cost,) if native == cost else (cost, native)
     table.add_row("weights", *(f"{c.weight_bytes}" for c in both))
-    table.add_row("cache a token", *(f"{c.bytes_per_token}" for c in both))
-    table.add_row("state a sequence", *(f"{c.bytes_per_sequence}" for c in both))
+    table.add_row("cache per token", *(f"{c.bytes_per_token}" for c in both))
+    table.add_row("state per sequence", *(f"{c.bytes_per_sequence}" for c in both))
     console.print(table)
 
     console.print("\n[bold]Memory[/], on each rank")

@@ -6,14 +6,13 @@ import asyncio
 import time
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
 from thalweg.server.bodies import BodyRoute
 from thalweg.server.chat_answer import ChatAnswer
 from thalweg.server.errors import ApiError
-from thalweg.server.functions import as_tools, in_older_words, newer_messages
+from thalweg.server.functions import as_tools, in_older_words
 from thalweg.server.generation import generate, jobs_of, naming_fields
 from thalweg.server.params import refuse_unsupported, sampling_params, truncated
 from thalweg.server.responses import new_id
@@ -37,9 +36,8 @@ async def chat_completions(body: ChatBody, request: Request, service: ServiceDep
     service.check(body.model)
     _refuse_unsupported(body, service)
     use, text = _tool_use(body, service), await wanted(body)
-    messages = newer_messages([_message(m) for m in body.messages])
     max_tokens = body.limit(service.suggested.get("max_tokens"))
-    prompt_ids = await service.encode_chat(request, messages, tools=use.tools or None, **body.template_options())
+    prompt_ids = await service.encode_chat(request, body.messages, tools=use.tools or None, **body.template_options())
     prompt_ids = truncated(prompt_ids, body, service.client.info.max_model_len, max_tokens)
     held = await held_to(service.output, use, text, service.output.begins_thinking(prompt_ids))
     params = sampling_params(
@@ -70,11 +68,6 @@ def _tool_use(body: ChatBody, service: Service) -> ToolUse:
         return replace(tool_use(newer, service.output), functions=True)
     except ApiError as error:
         raise in_older_words(error) from None
-
-
-def _message(message: dict[str, Any]) -> dict[str, Any]:
-    # "developer" is OpenAI's newer word for the same role; templates mostly know only the older one.
-    return {**message, "role": "system"} if message.get("role") == "developer" else message
 
 
 def _refuse_unsupported(body: ChatBody, service: Service) -> None:

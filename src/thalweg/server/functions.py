@@ -37,7 +37,8 @@ def in_older_words(error: ApiError) -> ApiError:
 
 
 def newer_messages(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A conversation's function calls and their results as tool calls, which is what templates know."""
+    """A conversation in the words that templates know: function calls and their results as those of tools, and the
+    role developer, which is OpenAI's newer word for it, as system."""
     made: list[dict[str, Any]] = []
     last, count = "", 0
     for message in messages:
@@ -48,6 +49,8 @@ def newer_messages(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             made.append(rest | {"tool_calls": [{"id": last, "type": "function", "function": call}]})
         elif message.get("role") == "function":
             made.append(message | {"role": "tool", "tool_call_id": last})
+        elif message.get("role") == "developer":
+            made.append(message | {"role": "system"})
         else:
             made.append(message)
     return made

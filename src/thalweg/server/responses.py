@@ -70,7 +70,7 @@ class ChatChunkChoice(Struct):
 
 
 class CompletionLogprobs(Struct):
-    """Parallel lists, one entry a token. The first token of an echoed prompt has neither logprob nor top ones."""
+    """Parallel lists, one entry per token. The first token of an echoed prompt has neither logprob nor top ones."""
 
     text_offset: list[int] = field(default_factory=list)  # characters of the choice's text before the token
     tokens: list[str] = field(default_factory=list)

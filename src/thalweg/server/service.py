@@ -11,6 +11,7 @@ from fastapi import Depends, Request
 
 from thalweg.engine.processes.client import EngineClient
 from thalweg.server.errors import RETRY_AFTER, ApiError
+from thalweg.server.functions import newer_messages
 from thalweg.server.metrics import Metrics
 from thalweg.server.parsers.formats import OutputFormat
 from thalweg.server.responses import now
@@ -107,7 +108,7 @@ class Service:
         """Token ids of the conversation in `request`, by the chat template under `options`. Raises InvalidRequest."""
         # The body's size, because text may be anywhere in it: in parts of a content, in calls, in tools.
         size = len(await request.body())
-        return await maybe_in_thread(size, lambda: self.client.codec.chat_ids(messages, **options))
+        return await maybe_in_thread(size, lambda: self.client.codec.chat_ids(newer_messages(messages), **options))
 
     async def decode(self, token_ids: list[int]) -> str:
         """The text of ids, special tokens included. Raises InvalidRequest on one that no token has."""

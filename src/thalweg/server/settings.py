@@ -34,7 +34,7 @@ class Cors:
     def __post_init__(self) -> None:
         for origin in self.origins:
             scheme, _, host = origin.partition("://")
-            if origin != "*" and (not scheme or not host or "/" in host):
+            if origin != "*" and (not scheme or not host or set(host) & set("/*")):
                 raise ConfigError(f"--allowed-origins has {origin!r}; expected SCHEME://HOST[:PORT], or *")
         if self.credentials and "*" in self.origins:
             raise ConfigError(

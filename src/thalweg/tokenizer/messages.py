@@ -48,8 +48,7 @@ def plain_messages(messages: Any, form: Form = "text") -> list[dict[str, Any]]:
         if not isinstance(message, dict):
             raise InvalidRequest(f"{where} is a {type(message).__name__}; expected an object with role and content")
         if message.get("role") not in ROLES:
-            role = str(message.get("role"))[:40]
-            raise InvalidRequest(f"{where}.role is {role!r}; expected one of {', '.join(ROLES)}")
+            raise InvalidRequest(f"{where}.role is {message.get('role')!r:.40}; expected one of {', '.join(ROLES)}")
         content = _content(message.get("content"), f"{where}.content", form)
         kept = {
             key: value for key, value in message.items() if value is not None and (key, value) != ("tool_calls", [])
@@ -65,7 +64,9 @@ def _content(given: Any, where: str, form: Form) -> str | list[dict[str, Any]]:
         texts = [_part_text(part, f"{where}[{i}]") for i, part in enumerate(given)]
         return "\n".join(texts) if form == "text" else given
     if given is not None and not isinstance(given, str):
-        raise InvalidRequest(f"{where} is a {type(given).__name__}; expected a string, null or a list of text parts")
+        raise InvalidRequest(
+            f"{where} is of type {type(given).__name__}; expected a string, null or a list of text parts"
+        )
     if form == "parts":
         return [{"type": "text", "text": given}] if given else []
     return NO_CONTENT if given is None else given

@@ -221,7 +221,10 @@ def _int(value: Any, default: Any = 0, base: int = 10) -> Any:
 def _items(value: Any) -> Iterable[tuple[Any, Any]]:
     """Key and value pairs of an object, or of its JSON: tool call arguments come as either."""
     if isinstance(value, str):
-        value = json.loads(value)
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise TypeError(f"items of {value!r:.60}; expected an object, or the JSON of one") from None
     return [] if isinstance(value, jinja2.Undefined) else value.items()
 
 
