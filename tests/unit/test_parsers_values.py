@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.test_server_parsers import JSON, ids, marked
+from thalweg.server.json_schema.document import Document
 from thalweg.server.parsers.coerce import coerce
 from thalweg.server.parsers.events import CallArguments
 from thalweg.server.parsers.objects import MAX_DEPTH, ObjectWriter, read_object, to_json
@@ -127,7 +128,13 @@ def test_objects_that_follow_one_another_are_read_in_linear_time() -> None:
 
 
 NULLABLE = {"anyOf": [{"type": "string"}, {"type": "null"}]}
-ROOT = {"$defs": {"n": {"type": ["integer", "null"]}, "loop": {"$ref": "#/$defs/loop"}}}
+ROOT = {
+    "$defs": {
+        "n": {"type": ["integer", "null"], "$anchor": "count"},
+        "of text": {"type": "string"},
+        "loop": {"$ref": "#/$defs/loop"},
+    }
+}
 
 
 @pytest.mark.parametrize(
@@ -152,6 +159,8 @@ ROOT = {"$defs": {"n": {"type": ["integer", "null"]}, "loop": {"$ref": "#/$defs/
         ({"type": "integer"}, "twelve", "twelve"),
         ({"type": "integer"}, "9" * 5000, "9" * 5000),
         ({"$ref": "#/$defs/n"}, "007", 7),
+        ({"$ref": "#count"}, "007", 7),
+        ({"$ref": "#/$defs/of%20text"}, "007", "007"),
         ({"$ref": "#/$defs/n"}, "None", None),
         ({"$ref": "#/$defs/loop"}, "1", 1),
         ({"enum": [1, None]}, "1", 1),
@@ -177,7 +186,7 @@ ROOT = {"$defs": {"n": {"type": ["integer", "null"]}, "loop": {"$ref": "#/$defs/
     ],
 )
 def test_values_have_the_type_that_the_schema_wants(schema: Any, text: str, value: Any) -> None:
-    got = coerce(text, schema, ROOT)
+    got = coerce(text, schema, Document(ROOT))
     assert (got, type(got)) == (value, type(value))
     assert json.loads(to_json(got)) == got
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from typing import Any
 
+from thalweg.server.json_schema.document import Document
 from thalweg.server.parsers.objects import read_object
 
 _MAX_DEPTH = 8  # of references and alternatives in a schema
@@ -14,13 +14,13 @@ _CONSTANTS: dict[str, bool | None] = {"true": True, "false": False, "null": None
 _NOTHING = object()
 
 
-def coerce(text: str, schema: Any, root: Mapping[str, Any]) -> Any:
-    """The value that `text` stands for under `schema`, a part of `root`; the text itself if it is no other value.
+def coerce(text: str, schema: Any, document: Document) -> Any:
+    """The value that `text` stands for under `schema`, a part of `document`; the text itself if it is no other value.
 
     A string stays a string if the schema allows nothing else, whatever it looks like. Python's spelling of constants
     and lists will do if the schema wants them; what the schema says nothing about is JSON, or text.
     """
-    types = json_types(schema, root)
+    types = json_types(schema, document)
     if types == frozenset({"string"}):
         return text
     value = _json(text)
@@ -32,11 +32,11 @@ def coerce(text: str, schema: Any, root: Mapping[str, Any]) -> Any:
         if _type(candidate) in types or (_type(candidate) == "integer" and "number" in types):
             return candidate
     if isinstance(value, str) and "string" not in types and value != text:
-        return coerce(value, schema, root)  # a number in quotes
+        return coerce(value, schema, document)  # a number in quotes
     return text if "string" in types or value is _NOTHING else value
 
 
-def json_types(schema: Any, root: Mapping[str, Any], depth: int = 0) -> frozenset[str] | None:
+def json_types(schema: Any, document: Document, depth: int = 0) -> frozenset[str] | None:
     """The types that `schema` allows; None if it does not say."""
     if not isinstance(schema, dict) or depth > _MAX_DEPTH:
         return None
@@ -49,23 +49,16 @@ def json_types(schema: Any, root: Mapping[str, Any], depth: int = 0) -> frozense
         said.append(frozenset((_type(schema["const"]),)))
     elif isinstance(schema.get("enum"), list):
         said.append(frozenset(map(_type, schema["enum"])))
-    if isinstance(reference := schema.get("$ref"), str):
-        said.append(json_types(_resolved(reference, root), root, depth + 1))
+    if (target := document.target(schema)) is not None:
+        said.append(json_types(document.at(target), document, depth + 1))
     for keyword in ("anyOf", "oneOf"):
         if isinstance(options := schema.get(keyword), list):
-            each = [json_types(option, root, depth + 1) for option in options]
+            each = [json_types(option, document, depth + 1) for option in options]
             said.append(None if None in each else frozenset().union(*filter(None, each)))
     if isinstance(parts := schema.get("allOf"), list):
-        said += [json_types(part, root, depth + 1) for part in parts]
+        said += [json_types(part, document, depth + 1) for part in parts]
     known = [types for types in said if types]
     return frozenset.intersection(*known) or None if known else None
-
-
-def _resolved(reference: str, root: Mapping[str, Any]) -> Any:
-    value: Any = root
-    for key in reference.removeprefix("#").split("/")[1:]:
-        value = value.get(key.replace("~1", "/").replace("~0", "~")) if isinstance(value, Mapping) else None
-    return value if reference.startswith("#") else None
 
 
 def _json(text: str) -> Any:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from thalweg.server.json_schema.document import Document
 from thalweg.server.parsers.calls import CallParser, NewId
 from thalweg.server.parsers.coerce import coerce, json_types
 from thalweg.server.parsers.lark import arguments_schema, json_lark, literal, marker_lark
@@ -63,7 +64,8 @@ class Qwen3Coder(CallParser):
 
     def __init__(self, new_id: NewId, parameters: Mapping[str, Mapping[str, Any]]) -> None:
         super().__init__(new_id)
-        self._schemas = parameters
+        self._documents = {name: Document(dict(schema)) for name, schema in parameters.items()}
+        self._none = Document({})  # of a function that is no tool
         self._in_block = False
         self._before: list[str] = []  # text since the last tag
         self._buffer = ""  # its end, which may be the beginning of a tag
@@ -143,11 +145,11 @@ class Qwen3Coder(CallParser):
         self._arguments(f"{comma}{to_json(key)}: {value}")
         self._keys.add(key)
 
-    def _schema(self, key: str) -> tuple[Any, Mapping[str, Any]]:
+    def _schema(self, key: str) -> tuple[Any, Document]:
         """A parameter's own schema, and that of all parameters."""
-        schema = self._schemas.get(self._name or "", {})
-        properties = schema.get("properties")
-        return properties.get(key) if isinstance(properties, dict) else None, schema
+        document = self._documents.get(self._name or "", self._none)
+        properties = document.root.get("properties")
+        return properties.get(key) if isinstance(properties, dict) else None, document
 
     def _end_call(self) -> None:
         if self._name is not None:
