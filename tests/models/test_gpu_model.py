@@ -50,7 +50,7 @@ def test_graphs_give_the_tokens_of_eager_steps_in_float32(folder: Path) -> None:
             assert llm.info.decode_steps.startswith("eager" if eager else "CUDA graphs"), llm.info.decode_steps
             outputs = llm.generate(prompts(9), PARAMS * 3)
             results.append([o.outputs[0].token_ids for o in outputs])
-            stats = llm._live.core.stats()
+            stats = llm.engine.core.stats()
             assert (stats.blocks_used, stats.slots_used) == (0, 0)
     assert results[0] == results[1]
 

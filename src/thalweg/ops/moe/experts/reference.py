@@ -28,17 +28,17 @@ def experts(
     order_P = ids_Tk.flatten().argsort(stable=True)
     counts = ids_Tk.flatten().bincount().tolist()
     used = [e for e, n in enumerate(counts) if n]
-    x_by_expert = x_TD[order_P // k].split([counts[e] for e in used])
-    sorted_PD = torch.cat([_expert(scheme, x, gate_up, down, e) for e, x in zip(used, x_by_expert, strict=True)])
+    sizes = [counts[e] for e in used]
+
+    def products(x_PD: Tensor, stored: tuple[Tensor, ...], parts: int) -> Tensor:
+        """Each expert's slice of the sorted pairs times its matrix; one matrix at a time is in x's dtype."""
+        slices = zip(used, x_PD.split(sizes), strict=True)
+        return torch.cat([F.linear(x, scheme.widened([t[e] for t in stored], parts, x.dtype)) for e, x in slices])
+
+    sorted_PD = products(silu_and_mul(products(x_TD[order_P // k], gate_up, 2)), down, 1)
 
     # Back to token order rather than index_add: the sum then has one fixed order on every device.
     y_PD = torch.empty_like(sorted_PD, dtype=torch.float32)
     y_PD[order_P] = sorted_PD.float()
     y_TD = (y_PD.view(T, k, -1) * weights_Tk.float().unsqueeze(-1)).sum(1).to(x_TD.dtype)
     return y_TD if residual_TD is None else residual_TD + y_TD
-
-
-def _expert(scheme: Scheme, x_ND: Tensor, gate_up: tuple[Tensor, ...], down: tuple[Tensor, ...], e: int) -> Tensor:
-    w_2ID = scheme.widened([t[e] for t in gate_up], 2, x_ND.dtype)
-    w_DI = scheme.widened([t[e] for t in down], 1, x_ND.dtype)
-    return F.linear(silu_and_mul(F.linear(x_ND, w_2ID)), w_DI)
