@@ -14,7 +14,7 @@ from thalweg.errors import ConfigError
 from thalweg.ops import heads
 from thalweg.ops.attention.mla_down_norms import SPLIT_NORMS, SplitNormsDims
 from thalweg.ops.heads import MERGE_HEADS, SPLIT_HEADS, HeadsDims
-from thalweg.ops.linear import NORM_LINEAR, NormLinearDims, split_widths
+from thalweg.ops.linear import NORM_LINEAR, NormLinearDims
 from thalweg.ops.norm import RMS_NORM, RmsNormDims
 from thalweg.ops.projection import BATCHED_PROJECTION, BatchedProjectionDims
 from thalweg.ops.registry import Op, Resolver, Where
@@ -55,30 +55,6 @@ def test_norm_linear(D: int, parts: tuple[int, ...], dtype: torch.dtype, contigu
         torch.testing.assert_close(found, expected, rtol=1e-5 if dtype == torch.float32 else 0, atol=2e-6)
         for a, b in zip(found.split(parts, -1), expected.split(parts, -1), strict=True):
             assert a.shape[1] % 16 or torch.equal(a, b)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_norm_linear_of_many_tokens_in_two_products(dtype: torch.dtype) -> None:
-    dims = NormLinearDims(D=32, parts=(256, 256, 8, 16))
-    resolver = Resolver({"norm_linear": "split"})
-    split = resolver.resolve(NORM_LINEAR, Where("cpu", str(dtype).removeprefix("torch.")), dims)
-    (choice,) = resolver.explain()
-    assert [(str(span.tokens), span.name) for span in choice.table] == [("1-2047", "reference"), ("2048-", "split")]
-    assert split_widths(dims.parts) == (512, 24)
-    fused, _ = both(NORM_LINEAR, dims, dtype)
-    w, norm = laid_out((536, 32), dtype, "contiguous"), laid_out((32,), dtype, "contiguous")
-    for T in (7, 2047, 2048, 2100):
-        x = rows(T, 32, dtype, False)
-        found, expected = split(x, norm, 1e-5, w), fused(x, norm, 1e-5, w)
-        assert found.is_contiguous()
-        assert torch.equal(found[:, :512], expected[:, :512])
-        torch.testing.assert_close(found, expected, rtol=1e-5 if dtype == torch.float32 else 0.01, atol=1e-4)
-
-
-@pytest.mark.parametrize("parts", [(512,), (200, 200), (255, 1)])
-def test_two_products_need_a_whole_tile_and_a_rest(parts: tuple[int, ...]) -> None:
-    with pytest.raises(ConfigError, match="needs parts of which the first, and not all, are a multiple of 256"):
-        both(NORM_LINEAR, NormLinearDims(D=32, parts=parts), torch.float32, "split")
 
 
 @pytest.mark.parametrize("contiguous", [True, False])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from thalweg.bench.kernels.case import Arguments, Builder, Candidate, Case, Draw, Setting, candidates_of
@@ -15,14 +14,11 @@ from thalweg.errors import ConfigError
 from thalweg.ops.attention.mla_down_norms import SPLIT_NORMS, SplitNormsDims
 from thalweg.ops.delta.kda_mixer import KDA_MIXER_DECODE
 from thalweg.ops.linear import NORM_LINEAR, NormLinearDims
-from thalweg.ops.norm import RMS_NORM, RmsNormDims
 from thalweg.ops.projection import BATCHED_PROJECTION, BatchedProjectionDims
-from thalweg.ops.registry import Resolver
 from thalweg.ops.residual import SCALED_RESIDUAL_ADD, ScaledResidualAddDims
 
 TP_SIZES = (1, 4)
 PROMPTS = (1, 2, 4)  # of --context tokens
-PADS = (128, 256)  # columns that the fused product is widened to a multiple of
 # Kimi-K2: hidden size, ranks of queries and latent, shared key part, scale of the routed experts.
 K2_WIDTH, K2_Q_RANK, K2_LATENT, K2_ROPE, K2_SCALE = 7168, 1536, 512, 64, 2.827
 
@@ -40,8 +36,7 @@ def projections(setting: Setting) -> Iterator[Case]:
                 copy: int, D: int = D, R: int = R, HK: int = HK, T: int = T, O: int = sum(dims.parts)
             ) -> Arguments:
                 draw = Draw(setting, copy)
-                # The rows of the widest product, of which others take the first O.
-                norm, w_in = draw(D, scale=0.1).add_(1), draw(_padded(O, max(PADS)), D, scale=D**-0.5)[:O]
+                norm, w_in = draw(D, scale=0.1).add_(1), draw(O, D, scale=D**-0.5)
                 return Arguments(draw(T, D), norm, w_in, draw(2, HK, R, scale=R**-0.5))
 
             weights = sum(dims.parts) * D + 2 * HK * R
@@ -74,9 +69,6 @@ def _projection_candidates(
     first = {c.name: c for c in candidates_of(setting, NORM_LINEAR, dims, tokens)}
     separate = first.pop("separate")
 
-    for columns in PADS if tokens >= setting.context else ():
-        first[f"padded to {columns}"] = _widened(setting, dims, columns)
-
     def both(norm_linear: Candidate, batched: Candidate, name: str) -> Candidate:
         def call(x_TD: Tensor, norm_D: Tensor, w_OD: Tensor, w_2OR: Tensor) -> tuple[Tensor, ...]:
             y_TO = norm_linear.fn(x_TD, norm_D, EPS, w_OD)
@@ -87,21 +79,6 @@ def _projection_candidates(
 
     fused = (both(c, up["reference"], f"1 + 1 batched, {name}") for name, c in first.items())
     return both(separate, up["separate"], "8 products"), *fused
-
-
-def _padded(columns: int, to: int) -> int:
-    return -(-columns // to) * to
-
-
-def _widened(setting: Setting, dims: NormLinearDims, to: int) -> Candidate:
-    """The fused product over rows that follow the weight in memory, whose results nobody reads."""
-    norm, O = Resolver().resolve(RMS_NORM, setting.where, RmsNormDims(D=dims.D)), sum(dims.parts)
-
-    def call(x_TD: Tensor, norm_D: Tensor, eps: float, w_OD: Tensor) -> Tensor:
-        wider = w_OD.as_strided((_padded(O, to), dims.D), w_OD.stride())
-        return F.linear(norm(x_TD, norm_D, eps), wider)[:, :O]
-
-    return Candidate(f"padded to {to}", call)
 
 
 def split_norms(setting: Setting) -> Iterator[Case]:

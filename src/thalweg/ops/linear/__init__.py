@@ -70,9 +70,6 @@ MAX_COLUMNS = 4096  # of 16 tokens are what the registers of a block hold
 FEW = Tokens(last=16)  # beyond, x does not fit the registers of a block
 NORM_COLUMNS, NORM_FEW = 2304, Tokens(last=32)  # so many columns do; there a norm inside saves its launch, and no time
 
-WIDEST_TILE = 256  # columns of the library's tiles for many tokens
-MANY = Tokens(first=2048)  # from which a product of an odd width may cost more than two
-
 
 def _cuda_refuses(where: Where, dims: LinearDims | NormLinearDims) -> Refusal:
     if dims.D % 32 or not 0 < dims.D <= MAX_COLUMNS:
@@ -93,26 +90,6 @@ def _in_place_refuses(where: Where, dims: LinearDims) -> Refusal:
 def _separate(where: Where, dims: NormLinearDims) -> NormLinear:
     norm = Resolver().resolve(RMS_NORM, where, RmsNormDims(D=dims.D))
     return partial(separate.norm_linear, norm=norm, parts=dims.parts)
-
-
-def split_widths(parts: tuple[int, ...]) -> tuple[int, int] | None:
-    """Two products in place of one: as many parts as are together a multiple of the library's widest tile, and the
-    rest. None if no two are left."""
-    ends = [sum(parts[: i + 1]) for i in range(len(parts))]
-    whole = max((end for end in ends if end % WIDEST_TILE == 0), default=0)
-    return (whole, ends[-1] - whole) if 0 < whole < ends[-1] else None
-
-
-def _split_refuses(where: Where, dims: NormLinearDims) -> Refusal:
-    if split_widths(dims.parts) is None:
-        return f"needs parts of which the first, and not all, are a multiple of {WIDEST_TILE} columns, not {dims.parts}"
-    return None
-
-
-def _split(where: Where, dims: NormLinearDims) -> NormLinear:
-    norm, widths = Resolver().resolve(RMS_NORM, where, RmsNormDims(D=dims.D)), split_widths(dims.parts)
-    assert widths is not None
-    return partial(separate.norm_linear, norm=norm, parts=widths)
 
 
 def _norm_few(dims: NormLinearDims) -> Tokens:
@@ -148,7 +125,6 @@ register(LINEAR, "cuda", _cuda_linear, supports=_cuda_refuses, tokens=FEW, prior
 
 register(NORM_LINEAR, "reference", lambda *_: reference.norm_linear)
 register(NORM_LINEAR, "separate", _separate, priority=-10)
-register(NORM_LINEAR, "split", _split, supports=_split_refuses, tokens=MANY, priority=-5)
 register(NORM_LINEAR, "triton", _triton_norm_linear, supports=why_not, priority=10)
 register(NORM_LINEAR, "cuda", _cuda_norm_linear, supports=_cuda_norm_refuses, tokens=_norm_few, priority=20)
 
