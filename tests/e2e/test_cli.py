@@ -246,7 +246,10 @@ ENDLESS = ["generate", *DUMMY, "--prompt", "x", "--ignore-eos", "--max-tokens", 
 
 
 def test_ctrl_c_ends_with_130_and_no_traceback() -> None:
+    # A shell's background jobs ignore SIGINT, and so would what they start; a handled signal is back at its default.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = start(*ENDLESS)
+    signal.signal(signal.SIGINT, handler)
     assert process.stdout is not None
     process.stdout.read(1)
     process.send_signal(signal.SIGINT)
