@@ -71,14 +71,12 @@ def test_every_op_has_a_reference_that_serves_anywhere() -> None:
         assert reference.tokens(None) == Tokens()
 
 
-# No layer has these additions by themselves: the router scales weights, and the experts' sum begins with the residual.
-MEASURED_ALONE = {"scaled_residual_add"}
-
-
 def test_every_op_is_resolved_by_a_layer_of_some_family(tmp_path: Path) -> None:
     fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     (tmp_path / "qwen.json").write_text(json.dumps(random_qwen.config()))
     (tmp_path / "kimi_k2.json").write_text(json.dumps(random_kimi_k2.config()))
+    int4 = random_kimi_k2.config(quantization_config=random_kimi_k2.INT4)
+    (tmp_path / "kimi_k2_int4.json").write_text(json.dumps(int4))
     (tmp_path / "qwen_fp8.json").write_text(json.dumps(random_qwen.config(quantization_config=fp8)))
     options: list[dict[str, Any]] = [
         {},
@@ -87,10 +85,10 @@ def test_every_op_is_resolved_by_a_layer_of_some_family(tmp_path: Path) -> None:
         {"load_format": "dummy", "config_file": str(tmp_path / "qwen.json")},
         {"load_format": "dummy", "config_file": str(tmp_path / "qwen_fp8.json")},
         {"load_format": "dummy", "config_file": str(tmp_path / "kimi_k2.json")},
+        {"load_format": "dummy", "config_file": str(tmp_path / "kimi_k2_int4.json")},
     ]
     resolved = {choice.op for o in options for choice in describe(EngineConfig(device="cpu", **o)).ops}
-    assert set(ops()) - resolved == MEASURED_ALONE
-    assert not resolved - set(ops())
+    assert resolved == set(ops())
 
 
 @pytest.mark.usefixtures("toy")

@@ -11,6 +11,7 @@ from thalweg.layers.norm import NormWeight
 from thalweg.ops.activation import SILU_AND_MUL, SiluAndMulDims
 from thalweg.ops.moe.experts import EXPERTS, ExpertsDims
 from thalweg.ops.moe.router import NORM_ROUTER, NormRouterDims, Scoring
+from thalweg.ops.residual import SCALED_RESIDUAL_ADD, ScaledResidualAddDims
 from thalweg.quant import PLAIN
 
 
@@ -113,7 +114,7 @@ class Experts(nn.Module):
 
 class SharedExpert(nn.Module):
     """down(silu(gate n) * up n), its width sharded: an expert that every token takes. If `gated` it has a gate g, and
-    its output is multiplied with sigmoid(g n). The result is added to `added` if there is something."""
+    its output is multiplied with sigmoid(g n)."""
 
     def __init__(self, ctx: BuildContext, width: int, inner: int, *, gated: bool) -> None:
         super().__init__()
@@ -121,18 +122,13 @@ class SharedExpert(nn.Module):
         self.split = [2 * local, int(gated)]
         self.gated = gated
         self.in_proj = Linear(ctx.below("in_proj"), width, sum(self.split))
-        # One rank without a gate adds in the product itself; several sum up what the experts give with it, once.
-        self.adds = not gated and ctx.mesh.tp_size == 1
-        self.down = (LinearAdd if self.adds else Linear)(ctx.below("down"), local, width)
+        self.down = Linear(ctx.below("down"), local, width)
         self._act = ctx.op(SILU_AND_MUL, SiluAndMulDims(I=local))
 
-    def forward(self, normed_TD: Tensor, added_TD: Tensor | None) -> Tensor:
+    def forward(self, normed_TD: Tensor) -> Tensor:
         gate_up_T2I, gate_T1 = self.in_proj(normed_TD).split(self.split, dim=-1)
-        act_TI = self._act(gate_up_T2I)
-        y_TD: Tensor = self.down(act_TI, added_TD) if self.adds else self.down(act_TI)
-        if self.gated:
-            y_TD = y_TD * gate_T1.sigmoid()
-        return y_TD if self.adds or added_TD is None else added_TD + y_TD
+        y_TD: Tensor = self.down(self._act(gate_up_T2I))
+        return y_TD * gate_T1.sigmoid() if self.gated else y_TD
 
 
 class MoE(nn.Module):
@@ -161,6 +157,10 @@ class MoE(nn.Module):
         own_mlp = gated_shared
         if shared and "shared.down.weight" in ctx:
             shared, own_mlp = 0, shared * inner
+        # On one rank, what the routed experts give is scaled where the MLP's output and the residual are added.
+        self._add, self.scale = None, scale
+        if own_mlp and not gated_shared and self.mesh.tp_size == 1:
+            self._add, scale = ctx.op(SCALED_RESIDUAL_ADD, ScaledResidualAddDims(D=width)), 1.0
         self.router = Router(
             ctx,
             width,
@@ -185,6 +185,9 @@ class MoE(nn.Module):
         one_rank = self.mesh.tp_size == 1
         added_TD = x_TD if one_rank else None
         if self.shared is not None:
-            added_TD = self.shared(normed_TD, added_TD)
+            own_TD = self.shared(normed_TD)
+            if self._add is not None:
+                return self._add(x_TD, own_TD, self.experts(normed_TD, weights_Tk, ids_Tk, None), self.scale)
+            added_TD = own_TD if added_TD is None else added_TD + own_TD
         y_TD: Tensor = self.experts(normed_TD, weights_Tk, ids_Tk, added_TD)
         return y_TD if one_rank else x_TD + self.mesh.all_reduce(y_TD)
