@@ -71,7 +71,9 @@ def test_load_is_recorded_on_every_rank(ranks: int, tmp_path: Path, capsys: pyte
             assert {"Decoder", "KimiDeltaAttention"} <= {row.name for row in summary.modules}
         requests = [s for s in slices if s.category == "request" and s.name.startswith("request ")]
         assert len(requests) == 6
-        assert {s.name for s in slices if s.parent_id == requests[0].id} == {"prompt", "decode"}
+        # A busy machine may hand over all tokens of a request at once, whose decode then takes no time.
+        of_requests = {request.id for request in requests}
+        assert {s.name for s in slices if s.parent_id in of_requests} == {"prompt", "decode"}
         in_kda = (
             "SELECT COUNT(*) FROM slice s WHERE s.name = 'aten::mm' AND EXISTS"
             " (SELECT 1 FROM ancestor_slice(s.id) a WHERE a.name LIKE '%KimiDeltaAttention%')"

@@ -50,7 +50,9 @@ def test_a_layer_may_keep_several_parts_of_both_kinds() -> None:
 
 
 def test_a_dtype_that_the_cache_cannot_store() -> None:
-    with pytest.raises(ValueError, match="'float64'; expected one of float32, bfloat16, float16, float8_e4m3fn, int8"):
+    with pytest.raises(
+        ValueError, match="'float64'; expected one of float32, int32, bfloat16, float16, float8_e4m3fn, int8"
+    ):
         StateSpec((3,), "float64")
 
 

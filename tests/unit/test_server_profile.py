@@ -66,8 +66,8 @@ def test_profiles_are_started_and_stopped() -> None:
     ("body", "words"),
     [
         (b'{"output_dir": "/etc"}', "output_dir is not supported here"),
-        (b'{"num_steps": "5"}', "num_steps is '5'"),
-        (b'{"num_steps": true}', "num_steps is 'True'"),
+        (b'{"num_steps": "5"}', 'num_steps is "5"'),
+        (b'{"num_steps": true}', "num_steps is true"),
         (b"[]", "no JSON object"),
         (b"{", "no JSON object"),
         (b"[" * 100_000, "no JSON object"),
