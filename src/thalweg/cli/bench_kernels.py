@@ -124,7 +124,7 @@ def _print(results: Iterator[Measurement], measured_on: dict[str, Any]) -> list[
     for op, group in groupby(results, lambda r: r.op):
         rows = list(group)
         seen += rows
-        headings = ("us a call", "faster", "reached", "floor us", "of floor", "error", "equal bits")
+        headings = ("us per call", "faster", "reached", "floor us", "of floor", "error", "equal bits")
         table = plain_table("", *headings, numbers=True)
         table.columns[0].justify = "left"
         for case in dict.fromkeys(r.case for r in rows):

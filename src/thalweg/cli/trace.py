@@ -23,8 +23,8 @@ def trace(
     top: Annotated[int, typer.Option(metavar="N", min=1, help="Kernels and gaps to show.")] = 20,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show a trace's kernels by total time, launches a step and a layer, idle gaps and host time by module, for each
-    rank that it has.
+    """Show a trace's kernels by total time, launches per step and per layer, idle gaps and host time by module, for
+    each rank that it has.
 
     --sql has the table slice (id, parent_id, ts, dur, name, depth, track, category, correlation, args; times in ns) and
     the table functions ancestor_slice(id) and descendant_slice(id).
@@ -109,7 +109,7 @@ def _print_summary(found: Summary, top: int) -> None:
     if not found.modules:
         console.print("no module ran: CUDA graphs replay without them (record with --enforce-eager)", markup=False)
     else:
-        table = plain_table("us", "self us", "calls", "us a call", "launches a call", "ops a call", "module")
+        table = plain_table("us", "self us", "calls", "us per call", "launches per call", "ops per call", "module")
         for m in found.modules:
             launches = "-" if m.launches is None else f"{m.launches / m.calls:.1f}"
             a_call = (f"{m.total_us / m.calls:.1f}", launches, f"{m.ops / m.calls:.1f}")

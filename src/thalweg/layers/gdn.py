@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from thalweg.cache.specs import StateSpec
-from thalweg.layers.batch import Batch
 from thalweg.layers.context import BuildContext, LayerCache
-from thalweg.layers.delta import ShortConv
+from thalweg.layers.delta import DeltaMixer, ShortConv
 from thalweg.layers.linear import LinearAdd, NormLinear
 from thalweg.layers.norm import NormWeight
 from thalweg.ops.delta.conv1d import CONV1D_PREFILL, Conv1dDims
@@ -17,7 +16,7 @@ from thalweg.ops.heads import MERGE_HEADS, SPLIT_HEADS, HeadsDims
 from thalweg.ops.norm import GATED_RMS_NORM, GatedRmsNormDims
 
 
-class GatedDeltaNet(nn.Module):
+class GatedDeltaNet(DeltaMixer):
     """x_TD -> x + mixed(norm(x)) over this rank's heads. Caches StateSpecs "conv" (taps - 1, C) and "recurrent"
     (H, V, K), C = 2 * G * K + H * V.
 
@@ -60,15 +59,6 @@ class GatedDeltaNet(nn.Module):
         self._split_keys = ctx.op(SPLIT_HEADS, HeadsDims(X=K))
         self._split_values = ctx.op(SPLIT_HEADS, HeadsDims(X=V))
         self._merge_heads = ctx.op(MERGE_HEADS, HeadsDims(X=V))
-
-    def forward(self, x_TD: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
-        proj_TX = self.in_proj(x_TD)
-        n, parts = batch.num_decodes, []
-        if n:
-            parts.append(self._mix_decode(proj_TX[:n], batch.slots_B[:n], cache))
-        if n < len(proj_TX):
-            parts.append(self._mix_prefill(proj_TX[n:], batch.slots_B[n:], batch.prefill_offsets, cache))
-        return self.out_proj.of_parts(parts, x_TD)
 
     def _mix_decode(self, proj_BX: Tensor, slots_B: Tensor, cache: LayerCache) -> Tensor:
         return self._mixer_decode(

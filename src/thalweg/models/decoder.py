@@ -11,9 +11,9 @@ from thalweg.cache.specs import LayerSpecs
 from thalweg.cache.storage import CacheStorage
 from thalweg.layers.batch import Batch
 from thalweg.layers.context import BuildContext, LayerCache
-from thalweg.layers.delta import KimiDeltaAttention
 from thalweg.layers.gdn import GatedDeltaNet
 from thalweg.layers.gqa import GatedAttention
+from thalweg.layers.kda import KimiDeltaAttention
 from thalweg.layers.linear import VocabEmbedding, VocabHead
 from thalweg.layers.mla import MultiHeadLatentAttention, RotatedLatentAttention
 from thalweg.layers.moe import MoE, SwiGLU

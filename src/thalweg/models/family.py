@@ -83,6 +83,19 @@ class Family(Protocol):
         """The names in a checkpoint that has `tensors`; without any, in the published ones."""
 
 
+def cut_layers(raw: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
+    """Family.cut for keys that most layouts have: the number of layers and lists of one entry per layer, of config.json
+    itself or of its text_config. Raises ConfigError if it has fewer than `num_layers`."""
+    text = raw.get("text_config")
+    if isinstance(text, Mapping):
+        return {**raw, "text_config": cut_layers(text, num_layers)}
+    have = raw.get("num_hidden_layers")
+    if isinstance(have, int) and num_layers > have:
+        raise ConfigError(f"--num-layers is {num_layers}; expected at most {have}, the layers of config.json")
+    lists = {key: raw[key][:num_layers] for key in ("layer_types", "mlp_layer_types") if isinstance(raw.get(key), list)}
+    return {**raw, **lists, "num_hidden_layers": num_layers}
+
+
 @dataclass(frozen=True, slots=True)
 class MtpNames:
     """Tensor names of the layer that drafts tokens (multi-token prediction)."""

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from thalweg.config.hf import HOUSEKEEPING_KEYS, ConfigReader, checkpoint_dtype
-from thalweg.errors import ConfigError
 from thalweg.models.family import DecoderConfig, FeedForward, LayerConfig
 from thalweg.models.parts.mla import read_rotated_mla
 from thalweg.models.parts.mlp import MlpDims
@@ -95,14 +94,3 @@ def _read_feed_forwards(reader: ConfigReader) -> list[FeedForward]:
     else:
         blocks[False] = MlpDims(reader.get_int("intermediate_size", low=1, high=MAX_DIM))
     return [blocks[moe] for moe in is_moe]
-
-
-def cut(raw: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
-    """As Family.cut says."""
-    text = raw.get("text_config")
-    if isinstance(text, Mapping):
-        return {**raw, "text_config": cut(text, num_layers)}
-    have = raw.get("num_hidden_layers")
-    if isinstance(have, int) and num_layers > have:
-        raise ConfigError(f"--num-layers is {num_layers}; expected at most {have}, the layers of config.json")
-    return {**raw, "num_hidden_layers": num_layers}

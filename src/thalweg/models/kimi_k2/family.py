@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from thalweg.models.family import DecoderConfig
-from thalweg.models.kimi_k2.config import cut, read
+from thalweg.models.family import DecoderConfig, cut_layers
+from thalweg.models.kimi_k2.config import read
 from thalweg.models.parts.mla import MlaDims
 from thalweg.models.parts.moe import MoeDims
 from thalweg.models.parts.part import Names, prefixed
@@ -40,7 +40,7 @@ class KimiK2:
         return read(raw, where)
 
     def cut(self, raw: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
-        return cut(raw, num_layers)
+        return cut_layers(raw, num_layers)
 
     def fitted(self, config: DecoderConfig, tensors: Collection[str]) -> DecoderConfig:
         return config

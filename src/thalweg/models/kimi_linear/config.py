@@ -7,7 +7,7 @@ from typing import Any
 
 from thalweg.config.hf import HOUSEKEEPING_KEYS, ConfigReader, checkpoint_dtype
 from thalweg.errors import ConfigError
-from thalweg.models.family import DecoderConfig, FeedForward, LayerConfig, Mixer
+from thalweg.models.family import DecoderConfig, FeedForward, LayerConfig, Mixer, cut_layers
 from thalweg.models.parts.kda import KdaDims
 from thalweg.models.parts.mla import read_mla
 from thalweg.models.parts.mlp import MlpDims
@@ -132,13 +132,7 @@ def _read_feed_forwards(reader: ConfigReader, num_layers: int) -> list[FeedForwa
 
 def cut(raw: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
     """As Family.cut says."""
-    have = raw.get("num_hidden_layers")
-    if isinstance(have, int) and num_layers > have:
-        raise ConfigError(f"--num-layers is {num_layers}; expected at most {have}, the layers of config.json")
-    shorter = {**raw, "num_hidden_layers": num_layers}
-    for key in ("layer_types", "mlp_layer_types"):
-        if isinstance(raw.get(key), list):
-            shorter[key] = raw[key][:num_layers]
+    shorter = cut_layers(raw, num_layers)
     kinds = raw.get("linear_attn_config")
     if isinstance(kinds, Mapping):
         shorter["linear_attn_config"] = {

@@ -137,17 +137,3 @@ def _read_feed_forward(reader: ConfigReader) -> FeedForward:
         scoring="softmax",
         gated_shared=reader.get_int("shared_expert_intermediate_size", low=1, high=MAX_DIM),
     )
-
-
-def cut(raw: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
-    """As Family.cut says."""
-    text = raw.get("text_config")
-    if isinstance(text, Mapping):
-        return {**raw, "text_config": cut(text, num_layers)}
-    have = raw.get("num_hidden_layers")
-    if isinstance(have, int) and num_layers > have:
-        raise ConfigError(f"--num-layers is {num_layers}; expected at most {have}, the layers of config.json")
-    shorter = {**raw, "num_hidden_layers": num_layers}
-    if isinstance(raw.get("layer_types"), list):
-        shorter["layer_types"] = raw["layer_types"][:num_layers]
-    return shorter

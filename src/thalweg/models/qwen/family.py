@@ -6,11 +6,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-from thalweg.models.family import DecoderConfig, MtpNames
+from thalweg.models.family import DecoderConfig, MtpNames, cut_layers
 from thalweg.models.parts.gdn import GdnDims
 from thalweg.models.parts.moe import MoeDims
 from thalweg.models.parts.part import Names, prefixed
-from thalweg.models.qwen.config import cut, read
+from thalweg.models.qwen.config import read
 
 HEAD = "lm_head.weight"
 
@@ -55,7 +55,7 @@ class Qwen:
         return read(raw, where)
 
     def cut(self, raw: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
-        return cut(raw, num_layers)
+        return cut_layers(raw, num_layers)
 
     def fitted(self, config: DecoderConfig, tensors: Collection[str]) -> DecoderConfig:
         """Both levels of config.json may speak of tied embeddings; a checkpoint without a head has them."""

@@ -6,7 +6,7 @@ sigmoid(beta), the KDA recurrence, and the gated RMSNorm. Convolution and recurr
 
 Implementations may read slot numbers and states while the kernel ahead of them in the stream still runs. Between the
 call and whatever wrote these there must be the start of an ordinary launch, or of a graph: a step begins with one, and
-calls a layer's mixer once.
+calls the mixer of each layer once.
 """
 
 from __future__ import annotations

@@ -1,0 +1,89 @@
+"""Kimi Delta Attention (Kimi Linear, arXiv:2510.26692): a gated delta rule with a decay per key channel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from thalweg.cache.specs import StateSpec
+from thalweg.layers.context import BuildContext, LayerCache
+from thalweg.layers.delta import DeltaMixer, ShortConv
+from thalweg.layers.linear import LinearAdd, NormLinear
+from thalweg.layers.norm import NormWeight
+from thalweg.ops.delta.conv1d import CONV1D_PREFILL, Conv1dDims
+from thalweg.ops.delta.kda import KDA_GATE, KDA_PREFILL, KdaDims
+from thalweg.ops.delta.kda_mixer import KDA_MIXER_DECODE, KdaMixerDims
+from thalweg.ops.heads import MERGE_HEADS, SPLIT_HEADS, HeadsDims
+from thalweg.ops.norm import GATED_RMS_NORM, GatedRmsNormDims
+from thalweg.ops.projection import BATCHED_PROJECTION, BatchedProjectionDims
+
+
+class LowRankUp(nn.Module):
+    """The up-projections f_b and g_b [H*K, R] as one batched matrix [2, H*K, R]."""
+
+    def __init__(self, ctx: BuildContext, rank: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = ctx.weight(2, out_features, rank)
+        self._op = ctx.op(BATCHED_PROJECTION, BatchedProjectionDims(R=rank, O=out_features))
+
+    def forward(self, x_T2R: Tensor) -> Tensor:
+        return self._op(x_T2R, self.weight)
+
+
+class KimiDeltaAttention(DeltaMixer):
+    """x_TD -> x + mixed(norm(x)) over this rank's heads. Caches StateSpecs "conv" (taps - 1, 3*H*K) and
+    "recurrent" (H, V, K).
+
+    q, k, v, beta, f_a and g_a come from one matrix; f_b and g_b from one batched matrix; q, k and v share one conv.
+    """
+
+    def __init__(
+        self, ctx: BuildContext, *, width: int, heads: int, head_dim: int, rank: int, taps: int, eps: float
+    ) -> None:
+        super().__init__()
+        H, K = ctx.shards.count(heads, "the number of KDA heads"), head_dim
+        self.R = rank
+        self.split = [3 * H * K, H, 2 * rank]
+        self.in_proj = NormLinear(ctx.below("in_proj"), width, [H * K, H * K, H * K, H, rank, rank], eps)
+        self.up_proj = LowRankUp(ctx, rank, H * K)
+        self.conv = ShortConv(ctx, 3 * H * K, taps)
+        self.A_log = ctx.weight(H, dtype=torch.float32)
+        self.dt_bias = ctx.weight(H, K, dtype=torch.float32)
+        self.out_norm = NormWeight(ctx, K, eps)
+        self.out_proj = LinearAdd(ctx.below("out_proj"), H * K, width)
+        self.cache_specs = {
+            "conv": StateSpec((taps - 1, 3 * H * K), ctx.dtype_name),
+            "recurrent": StateSpec((H, K, K), ctx.state_dtype),
+        }
+        self._mixer_decode = ctx.op(KDA_MIXER_DECODE, KdaMixerDims(H=H, K=K, V=K, R=rank, W=taps - 1))
+        self._conv = ctx.op(CONV1D_PREFILL, Conv1dDims(C=3 * H * K, W=taps - 1))
+        self._gate = ctx.op(KDA_GATE, KdaDims(H=H, K=K, V=K))
+        self._prefill = ctx.op(KDA_PREFILL, KdaDims(H=H, K=K, V=K))
+        self._gated_norm = ctx.op(GATED_RMS_NORM, GatedRmsNormDims(H=H, V=K))
+        self._split_heads = ctx.op(SPLIT_HEADS, HeadsDims(X=K))
+        self._merge_heads = ctx.op(MERGE_HEADS, HeadsDims(X=K))
+
+    def _mix_decode(self, proj_BX: Tensor, slots_B: Tensor, cache: LayerCache) -> Tensor:
+        return self._mixer_decode(
+            proj_BX,
+            conv_weight_CW=self.conv.weight,
+            conv_state_NWC=cache["conv"],
+            w_up_2OR=self.up_proj.weight,
+            A_log_H=self.A_log,
+            dt_bias_HK=self.dt_bias,
+            norm_weight_V=self.out_norm.weight,
+            eps=self.out_norm.eps,
+            state_NHVK=cache["recurrent"],
+            slots_B=slots_B,
+        )
+
+    def _mix_prefill(self, proj_TX: Tensor, slots_B: Tensor, offsets: list[int], cache: LayerCache) -> Tensor:
+        qkv_TC, beta_TH, low_T2R = proj_TX.split(self.split, dim=-1)
+        up_T2O = self.up_proj(low_T2R.unflatten(-1, (2, self.R)))  # t (two r) -> t two r
+        g_THK = self._gate(self._split_heads(up_T2O[:, 0]), self.A_log, self.dt_bias)
+        qkv_TC = self._conv(qkv_TC, cache["conv"], slots_B, offsets, self.conv.weight)
+        q, k, v = self._split_heads(qkv_TC).chunk(3, dim=1)
+        beta_TH = beta_TH.float().sigmoid()
+        o_THV = self._prefill(q, k, v, g_THK, beta_TH, state_NHVK=cache["recurrent"], slots_B=slots_B, offsets=offsets)
+        o_THV = self._gated_norm(o_THV, self._split_heads(up_T2O[:, 1]), self.out_norm.weight, self.out_norm.eps)
+        return self._merge_heads(o_THV)
