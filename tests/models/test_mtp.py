@@ -216,7 +216,7 @@ def test_acceptance_counts_what_a_step_would_take() -> None:
 
 
 def test_acceptance_on_a_trained_model() -> None:
-    """As its card has it. With inputs swapped, or shifted by one token, a layer still drafts but is hardly ever right."""
+    """As its card has it. With inputs swapped, or shifted by one token, a layer still drafts but is seldom right."""
     config = EngineConfig(str(TINY_GDN), device="cpu")
     codec = load_codec(config)
     prompts = [codec.chat_ids([{"role": "user", "content": p.question}]) for p in problems("eval", 7, 16)]
