@@ -30,7 +30,7 @@ from thalweg.models.decoder import Decoder
 from thalweg.models.family import idle_parameters
 from thalweg.ops.registry import Choice, Resolver, Where
 from thalweg.parallel.mesh import Mesh
-from thalweg.weights.checkpoint import Checkpoint
+from thalweg.weights.checkpoint import WeightFiles
 from thalweg.weights.load import check
 from thalweg.weights.plan import Target, parameters
 
@@ -179,15 +179,16 @@ def _split(
         return None, str(e)
 
 
-def _open_checkpoint(source: ModelSource, config: EngineConfig) -> Checkpoint | None:
+def _open_checkpoint(source: ModelSource, config: EngineConfig) -> WeightFiles | None:
     """The weight files' headers; None if the folder has none, or other layers are asked for than it has."""
     if config.config_file is not None or config.num_layers is not None:
         return None
-    return Checkpoint(source.folder) if any(p.suffix in WEIGHT_SUFFIXES for p in source.folder.iterdir()) else None
+    held = source.gguf or any(p.suffix in WEIGHT_SUFFIXES for p in source.folder.iterdir())
+    return source.open_weights() if held else None
 
 
 def _describe_weights(
-    source: ModelSource, plan: list[Target], checkpoint: Checkpoint | None, config: EngineConfig
+    source: ModelSource, plan: list[Target], checkpoint: WeightFiles | None, config: EngineConfig
 ) -> str:
     """One line about the weight files; raises what loading would for files that are damaged or do not fit."""
     if checkpoint is None and (config.config_file is not None or config.num_layers is not None):
@@ -198,4 +199,6 @@ def _describe_weights(
     tensors = checkpoint.tensors
     files = len({checkpoint.path_of(name) for name in tensors})
     dtypes = ", ".join(sorted({t.dtype for t in tensors.values()}))
-    return f"{len(tensors):,} tensors in {files} file{'s' if files != 1 else ''} ({dtypes}), all fit config.json"
+    count = f"{len(tensors):,} tensors in {files} file{'s' if files != 1 else ''}"
+    widened = f", brought to {config.dtype} as they are loaded" if source.gguf else ""
+    return f"{count} ({dtypes}), all fit {checkpoint.described_by}{widened}"

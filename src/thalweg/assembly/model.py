@@ -16,7 +16,7 @@ from thalweg.errors import ConfigError
 from thalweg.layers.context import BuildContext
 from thalweg.ops.registry import Resolver
 from thalweg.parallel.mesh import Mesh
-from thalweg.weights.checkpoint import Checkpoint
+from thalweg.weights.checkpoint import WeightFiles
 from thalweg.weights.dummy import fill
 from thalweg.weights.load import bytes_to_load, check, load
 from thalweg.weights.plan import Target, local_bytes, local_elements
@@ -32,7 +32,7 @@ class OpenedModel:
     config: EngineConfig  # every "auto" decided
     source: ModelSource
     device: torch.device
-    checkpoint: Checkpoint | None  # None: --load-format dummy
+    checkpoint: WeightFiles | None  # None: --load-format dummy
     plan: list[Target]
     tp_rank: int
 
@@ -69,7 +69,7 @@ def open_model(config: EngineConfig, tp_rank: int, *, mtp: bool = False) -> Open
     c = source.config
     device = choose_device(config, tp_rank)
     config = config.resolve(device=str(device), checkpoint_dtype=c.dtype, context_len=c.context_len)
-    checkpoint = Checkpoint(source.folder) if config.load_format != "dummy" else None
+    checkpoint = source.open_weights() if config.load_format != "dummy" else None
     source = source.fitted(checkpoint, mtp=mtp)
     plan = source.plan(tp_rank, config.tensor_parallel_size, config.quantization)
     if device.type == "cpu":

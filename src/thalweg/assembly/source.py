@@ -1,30 +1,33 @@
-"""The model folder: where it is and what its config says. No torch."""
+"""The model folder or GGUF file: where it is and what its config says. No torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from thalweg.config.bounded_json import read_object
 from thalweg.config.engine import EngineConfig
+from thalweg.config.gguf.keys import GgufKeys, end_ids
+from thalweg.config.gguf.model import is_gguf, model_name, open_gguf
 from thalweg.config.hf import GenerationConfig, read_config, read_generation_config, without_keys
 from thalweg.config.model_source import model_folder
 from thalweg.core import SamplingParams
 from thalweg.errors import ConfigError, InvalidRequest
 from thalweg.models import family_of
 from thalweg.models.family import DecoderConfig, Family, weight_plan
+from thalweg.models.gguf import Architecture, architecture_of
 from thalweg.parallel.shards import Shards
 from thalweg.quant import scheme_named
 from thalweg.weights.plan import Target
 
 if TYPE_CHECKING:
-    from thalweg.weights.checkpoint import Checkpoint
+    from thalweg.weights.checkpoint import WeightFiles
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """A model folder whose config.json was read and understood."""
+    """A model folder whose config.json was read and understood, or a GGUF file whose metadata was."""
 
     folder: Path
     family: Family
@@ -33,12 +36,24 @@ class ModelSource:
     architecture: str  # as config.json names it
     tensors: frozenset[str] = frozenset()  # names in the checkpoint, once it is open
     mtp: bool = False  # whether the MTP layer belongs to what is loaded
+    gguf: Architecture | None = None  # of a GGUF file, which `folder` is then
 
     @property
     def name(self) -> str:
-        return self.folder.resolve().name
+        return self.folder.resolve().name if self.gguf is None else model_name(self.folder)
 
-    def fitted(self, checkpoint: Checkpoint | None, *, mtp: bool = False) -> ModelSource:
+    def open_weights(self) -> WeightFiles:
+        """Raises CheckpointError or UnsupportedError."""
+        from thalweg.weights.checkpoint import Checkpoint
+        from thalweg.weights.gguf import GgufCheckpoint
+
+        if self.gguf is None:
+            return Checkpoint(self.folder)
+        model = open_gguf(self.folder)
+        names = self.gguf.names(self.config, self.gguf.layout(self.config), model.tensors)
+        return GgufCheckpoint(model, names, self.gguf.ignored(self.config))
+
+    def fitted(self, checkpoint: WeightFiles | None, *, mtp: bool = False) -> ModelSource:
         """With what the checkpoint's tensors say and config.json does not."""
         tensors = frozenset(checkpoint.tensors) if checkpoint is not None else frozenset()
         return replace(self, config=self.family.fitted(self.config, tensors), tensors=tensors, mtp=mtp)
@@ -67,14 +82,18 @@ def open_source(config: EngineConfig) -> ModelSource:
 
     Raises ConfigError, CheckpointError or UnsupportedError.
     """
+    architecture_gguf = None
     if config.config_file is not None:
         path = Path(config.config_file).expanduser()
         if not path.is_file():
             raise ConfigError(f"--config-file is {config.config_file!r}, and there is no such file")
         folder, raw = path.parent, read_object(path.parent, path.name)
+    elif is_gguf(path := model_folder(config.model)):
+        folder = path
+        architecture_gguf, raw = _read_gguf(path)
     else:
-        path = model_folder(config.model) / "config.json"
-        folder, raw = path.parent, read_config(path.parent)
+        folder, raw = path, read_config(path)
+        path = folder / "config.json"
     raw = without_keys(raw, config.ignore_config_key, str(path))
     family = family_of(raw, str(path))
     if config.num_layers is not None:
@@ -82,7 +101,16 @@ def open_source(config: EngineConfig) -> ModelSource:
     named = [name for name in family.architectures if name in (raw.get("architectures") or [])]
     architecture = (named or family.architectures)[0]
     generation = _read_generation(folder, config.generation_config)
-    return ModelSource(folder, family, family.read(raw, str(path)), generation, architecture)
+    return ModelSource(folder, family, family.read(raw, str(path)), generation, architecture, gguf=architecture_gguf)
+
+
+def _read_gguf(path: Path) -> tuple[Architecture, dict[str, Any]]:
+    """A file's architecture, and its hyperparameters as config.json's object."""
+    model = open_gguf(path)
+    keys = GgufKeys(model)
+    architecture = architecture_of(keys)
+    raw = architecture.config(keys)
+    return architecture, {**raw, "eos_token_id": end_ids(model, raw["vocab_size"])}
 
 
 def _read_generation(folder: Path, source: str) -> GenerationConfig:

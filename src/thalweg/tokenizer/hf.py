@@ -145,8 +145,7 @@ class _Decoding:
 
     def token_bytes(self, token: str) -> bytes:
         if self._byte_level:
-            # A token with a character outside the alphabet was added as it is.
-            return token.translate(_BYTE_OF_CHAR).encode("latin-1") if set(token) <= _ALPHABET else token.encode()
+            return byte_level_bytes(token)
         for old, new in self._replaced:
             token = token.replace(old, new)
         byte = _BYTE_TOKEN.fullmatch(token) if self._byte_tokens else None
@@ -168,6 +167,11 @@ def _byte_alphabet() -> dict[int, int]:
 
 _BYTE_OF_CHAR = _byte_alphabet()
 _ALPHABET = frozenset(map(chr, _BYTE_OF_CHAR))
+
+
+def byte_level_bytes(token: str) -> bytes:
+    """The bytes of a byte-level token. One with a character outside the alphabet was added as it is."""
+    return token.translate(_BYTE_OF_CHAR).encode("latin-1") if set(token) <= _ALPHABET else token.encode()
 
 
 def load_hf_tokenizer(folder: Path) -> HFTokenizer:

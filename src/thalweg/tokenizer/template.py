@@ -17,10 +17,12 @@ from typing import Any
 import jinja2
 from jinja2.exceptions import SecurityError
 
+from thalweg.config.gguf.model import is_gguf
 from thalweg.errors import CheckpointError, InvalidRequest
 from thalweg.tokenizer.base import Tokenizer, literal_pattern, split_literals
 from thalweg.tokenizer.files import TOKENIZER_CONFIG, read_text, read_tokenizer_config
 from thalweg.tokenizer.final_message import FinalMessage
+from thalweg.tokenizer.gguf import gguf_templates
 from thalweg.tokenizer.messages import plain_data, plain_list, plain_messages
 from thalweg.tokenizer.sandbox import Sandbox
 from thalweg.tokenizer.stand_ins import free_chars, mark, private_chars, restore, risky_pattern
@@ -194,11 +196,15 @@ def _one_line(error: Exception, stand_ins: dict[str, str] | None = None) -> str:
 
 
 def load_template(folder: str | Path, tokenizer: Tokenizer) -> ChatTemplate | None:
-    """A model folder's template: chat_template.jinja, else tokenizer_config.json's chat_template, else None.
+    """A model folder's template: chat_template.jinja, else tokenizer_config.json's chat_template, else None; or the one
+    in a GGUF file.
 
     Of a list of named templates, "default" is taken, and "tool_use" for requests with tools.
     """
     folder = Path(folder)
+    if is_gguf(folder):
+        source, of_tools = gguf_templates(folder)
+        return None if source is None else ChatTemplate(source, tokenizer, of_tools)
     path = folder / TEMPLATE_FILE
     if path.is_file():
         return ChatTemplate(read_text(path, MAX_TEMPLATE_BYTES), tokenizer)

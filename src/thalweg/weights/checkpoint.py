@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Protocol
 
 from torch import Tensor
 
@@ -22,8 +23,41 @@ _REFUSED = {
     ".bin": "pickled PyTorch weights, which can run code",
     ".pt": "pickled PyTorch weights, which can run code",
     ".pth": "pickled PyTorch weights, which can run code",
-    ".gguf": "GGUF weights, which are not supported",
+    ".gguf": "GGUF weights, which are a model by themselves: name the file as MODEL",
 }
+
+
+class HeldTensor(Protocol):
+    """What is known of a tensor before it is read: `dtype` as its format spells it."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+class WeightFiles(Protocol):
+    """The weights of a model in any format, opened and checked but not read."""
+
+    folder: Path
+    described_by: str  # what must agree with the tensors, for messages
+
+    @property
+    def tensors(self) -> Mapping[str, HeldTensor]:
+        """Every tensor by name, in file order."""
+
+    def path_of(self, name: str) -> Path:
+        """The file that holds a tensor."""
+
+    def read(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
+        """The tensor, or its range [start, stop) along `dim`, in a dtype of torch's; not to be written."""
+
+    def release(self, name: str) -> None:
+        """Let go of memory that a tensor took as it was read."""
 
 
 class Checkpoint:
@@ -33,6 +67,8 @@ class Checkpoint:
     CheckpointError when files are missing or damaged or disagree with the index, UnsupportedError when the
     folder holds weights in another format only.
     """
+
+    described_by = "config.json"
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -61,6 +97,9 @@ class Checkpoint:
         """The tensor, or its range [start, stop) along `dim`: a view of the mapped file, not to be
         written."""
         return self._file_of[name].read(name, dim, start, stop)
+
+    def release(self, name: str) -> None:
+        """Nothing: the pages of a mapped file are the system's to take back."""
 
 
 def _find_files(folder: Path) -> list[str]:

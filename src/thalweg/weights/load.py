@@ -14,7 +14,8 @@ from torch import Tensor
 
 from thalweg.errors import CheckpointError, UnsupportedError
 from thalweg.quant import FP8_LINEARS
-from thalweg.weights.checkpoint import Checkpoint
+from thalweg.quant.ggml_types import TYPES
+from thalweg.weights.checkpoint import WeightFiles
 from thalweg.weights.fill import GetParam, put, widened
 from thalweg.weights.plan import Source, Target, check_targets, checkpoint_shapes
 from thalweg.weights.safetensors import LOADABLE, PLAIN_DTYPES, unsupported_dtype
@@ -25,7 +26,7 @@ _DEVICE_THREADS = 8  # host-to-device copies wait for pages from disk; several k
 
 def load(
     plan: Sequence[Target],
-    checkpoint: Checkpoint,
+    checkpoint: WeightFiles,
     get_param: GetParam,
     *,
     ignore: Iterable[str] = (),
@@ -40,7 +41,7 @@ def load(
     one is quantized, before anything is copied.
     """
     check(plan, checkpoint, ignore)
-    params = _params(plan, get_param)
+    params, found = _params(plan, get_param), checkpoint.tensors
     uses: dict[str, list[tuple[Target, Source]]] = defaultdict(list)
     for target in plan:
         if not target.covered:
@@ -55,34 +56,38 @@ def load(
         done = 0
         for target, source in uses[name]:
             tensor = _read(source)
-            done += tensor.numel() * tensor.element_size()
+            done += _read_bytes(source, found[source.name].dtype)
             if source.scales is not None:
                 scales = _read(source.scales)
-                done += scales.numel() * scales.element_size()
+                done += _read_bytes(source.scales, found[source.scales.name].dtype)
                 tensor = widened(tensor, scales, source)
             put(tensor, source, target, params.__getitem__)
+        checkpoint.release(name)
         return done
 
     on_device = any(p.device.type != "cpu" for p in params.values())
     threads = min(_DEVICE_THREADS, os.cpu_count() or 1) if on_device else 1
     with ThreadPoolExecutor(threads) as pool:
-        for done in pool.map(copy, [name for name in checkpoint.tensors if name in uses]):
+        for done in pool.map(copy, [name for name in found if name in uses]):
             if progress is not None:
                 progress(done)
 
 
-def bytes_to_load(plan: Sequence[Target], checkpoint: Checkpoint) -> int:
+def bytes_to_load(plan: Sequence[Target], checkpoint: WeightFiles) -> int:
     """Bytes of the checkpoint that load() copies on this rank."""
     tensors = checkpoint.tensors
-    return sum(
-        prod(s.read_shape) * LOADABLE[tensors[s.name].dtype].itemsize
-        for t in plan
-        for s in t.read
-        if s.name in tensors and tensors[s.name].dtype in LOADABLE
-    )
+    return sum(_read_bytes(s, tensors[s.name].dtype) for t in plan for s in t.read if s.name in tensors)
 
 
-def check(plan: Sequence[Target], checkpoint: Checkpoint, ignore: Iterable[str] = ()) -> None:
+def _read_bytes(source: Source, dtype: str) -> int:
+    """Of what `source` reads of a tensor in `dtype`, as the file stores it."""
+    if dtype in LOADABLE:
+        return prod(source.read_shape) * LOADABLE[dtype].itemsize
+    kind = TYPES.get(dtype)
+    return 0 if kind is None else prod(source.read_shape) * kind.bytes // kind.elements
+
+
+def check(plan: Sequence[Target], checkpoint: WeightFiles, ignore: Iterable[str] = ()) -> None:
     """Compare the plan with the checkpoint's headers; nothing is read.
 
     Raises CheckpointError listing missing, unexpected and misshapen tensors, UnsupportedError for a dtype
@@ -95,7 +100,8 @@ def check(plan: Sequence[Target], checkpoint: Checkpoint, ignore: Iterable[str] 
     special |= {s.name: FP8_LINEARS.file_dtype for t in plan for s in t.sources if s.scales is not None}
     for name in expected:
         if name in found and not _fits(found[name].dtype, special.get(name)):
-            raise UnsupportedError(unsupported_dtype(found[name], checkpoint.path_of(name), special.get(name)))
+            dtype, path = found[name].dtype, checkpoint.path_of(name)
+            raise UnsupportedError(unsupported_dtype(name, dtype, path, special.get(name)))
     missing = [name for name in expected if name not in found]
     extra = [n for n in found if n not in expected and not any(fnmatchcase(n, p) for p in patterns)]
     misshapen = [
@@ -109,12 +115,14 @@ def check(plan: Sequence[Target], checkpoint: Checkpoint, ignore: Iterable[str] 
         if names
     ]
     if faults:
-        raise CheckpointError(f"{checkpoint.folder}: its tensors do not fit its config.json; {'; '.join(faults)}")
+        raise CheckpointError(
+            f"{checkpoint.folder}: its tensors do not fit its {checkpoint.described_by}; {'; '.join(faults)}"
+        )
 
 
 def _fits(dtype: str, special: str | None) -> bool:
     """Whether a tensor can be stored in `dtype` of which the plan says `special` (None: any plain number)."""
-    return dtype in PLAIN_DTYPES if special is None else dtype == special
+    return dtype in PLAIN_DTYPES or dtype in TYPES if special is None else dtype == special
 
 
 def _params(plan: Sequence[Target], get_param: GetParam) -> dict[str, Tensor]:

@@ -84,7 +84,7 @@ class SafetensorsFile:
         """
         info = self.tensors[name]
         if info.dtype not in LOADABLE:
-            raise UnsupportedError(unsupported_dtype(info, self.path))
+            raise UnsupportedError(unsupported_dtype(info.name, info.dtype, self.path))
         data = self._bytes[info.start : info.stop]
         dtype = LOADABLE[info.dtype]
         if info.start % dtype.itemsize:
@@ -96,10 +96,10 @@ class SafetensorsFile:
         return tensor.narrow(dim, start, stop - start)
 
 
-def unsupported_dtype(info: TensorInfo, path: Path, expected: str | None = None) -> str:
+def unsupported_dtype(name: str, dtype: str, path: Path, expected: str | None = None) -> str:
     """The line that says why a tensor's dtype cannot be loaded where `expected` is (None: a plain number)."""
     plain = f"one of {', '.join(PLAIN_DTYPES)}; {', '.join(QUANTIZED)} only for what config.json says is quantized"
-    return f"{path.name}: {info.name} is {info.dtype}; expected {expected or plain}, with its scales"
+    return f"{path.name}: {name} is {dtype}; expected {expected or plain}, with its scales"
 
 
 def _read_header(file: BinaryIO, size: int, path: Path) -> dict[str, TensorInfo]:
