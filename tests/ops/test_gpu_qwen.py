@@ -8,6 +8,8 @@ import torch
 from tests.ops import gdn_case, gqa_case
 from tests.ops.gdn_case import GdnShape
 from tests.ops.gqa_case import GqaCase, GqaShape, assert_near
+from thalweg.ops.delta.gdn import GDN_MIXER_DECODE, GdnDims, GdnMixerDecode
+from thalweg.ops.registry import Resolver, Where
 
 pytestmark = pytest.mark.gpu
 
@@ -31,12 +33,57 @@ def test_gdn_prefill(shape: GdnShape, dtype: torch.dtype, tolerance: float) -> N
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float32, 1e-5)])
 def test_gdn_decode(shape: GdnShape, dtype: torch.dtype, tolerance: float) -> None:
     """What is chosen there, with rows that share the sink."""
-    from thalweg.ops.delta.gdn import GDN_MIXER_DECODE, GdnDims
-    from thalweg.ops.registry import Resolver, Where
-
     dims = GdnDims(G=shape.G, H=shape.H, K=shape.K, V=shape.V, W=shape.W)
     op = Resolver().resolve(GDN_MIXER_DECODE, Where("cuda", str(dtype).removeprefix("torch.")), dims)
     gdn_case.DecodeCase(shape, 5, dtype=dtype, device="cuda").check(op, tolerance, padding=3)
+
+
+def gdn_mixer(shape: GdnShape) -> GdnMixerDecode:
+    dims = GdnDims(G=shape.G, H=shape.H, K=shape.K, V=shape.V, W=shape.W)
+    return Resolver({"gdn_mixer_decode": "cuda"}).resolve(GDN_MIXER_DECODE, Where("cuda", "bfloat16"), dims)
+
+
+# Value heads per key head, which are a cluster: as published (2, 3, 4) and others. Batches: 9 is two passes of a block
+# where it has so many, 70 and 130 are many.
+@pytest.mark.parametrize("B", [1, 2, 3, 8, 9, 32, 70, 130])
+@pytest.mark.parametrize(("G", "H"), [(16, 32), (16, 48), (16, 64), (2, 4), (1, 8), (4, 4)])
+def test_gdn_mixer_by_batch_and_heads(G: int, H: int, B: int) -> None:
+    shape = GdnShape(G, H, 128, 128)
+    gdn_case.DecodeCase(shape, B, steps=2, dtype=torch.bfloat16, device="cuda").check(gdn_mixer(shape), 0.005)
+
+
+@pytest.mark.parametrize("B", [1, 5])
+def test_gdn_mixer_with_states_in_bfloat16(B: int) -> None:
+    shape = GdnShape(2, 4, 128, 128)
+    case = gdn_case.DecodeCase(shape, B, steps=1, dtype=torch.bfloat16, device="cuda", state_dtype=torch.bfloat16)
+    case.check(gdn_mixer(shape), 0.005)
+
+
+@pytest.mark.parametrize("B", [1, 9, 40])
+def test_gdn_mixer_in_a_graph_under_load(B: int) -> None:
+    """Layers that overlap their neighbours, replayed: each sees what its own last call left, all blocks of a cluster
+    the same window."""
+    shape = GdnShape(16, 32, 128, 128)
+    op = gdn_mixer(shape)
+    layers = [gdn_case.DecodeCase(shape, B, steps=1, dtype=torch.bfloat16, device="cuda") for _ in range(4)]
+    before = [(c.conv_state.clone(), c.state.clone()) for c in layers]
+    eager = [[c.run(op) for c in layers] for _ in range(6)]
+    after = [(c.conv_state.clone(), c.state.clone()) for c in layers]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = [c.run(op) for c in layers]
+    for _ in range(10):
+        for c, (conv, state) in zip(layers, before, strict=True):
+            c.conv_state.copy_(conv)
+            c.state.copy_(state)
+        for expected in eager:
+            for out in outputs:
+                out.fill_(torch.nan)
+            graph.replay()
+            assert all(torch.equal(o, e) for o, e in zip(outputs, expected, strict=True))
+        for c, (conv, state) in zip(layers, after, strict=True):
+            assert torch.equal(c.conv_state, conv)
+            assert torch.equal(c.state, state)
 
 
 @pytest.mark.parametrize("shape", GQA_SHAPES, ids=str)

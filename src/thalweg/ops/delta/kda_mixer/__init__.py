@@ -74,9 +74,9 @@ def _triton_refuses(where: Where, dims: KdaMixerDims) -> Refusal:
 
 
 def _cuda(where: Where, dims: KdaMixerDims) -> KdaMixerDecode:
-    from thalweg.ops.delta.kda_mixer import cuda
+    from thalweg.ops.delta import mixer_cuda
 
-    return cuda.kda_mixer_decode
+    return mixer_cuda.kda_mixer_decode
 
 
 def _cuda_refuses(where: Where, dims: KdaMixerDims) -> Refusal:

@@ -1,4 +1,7 @@
-"""The KDA decode mixer in CUDA C++: compiled for Hopper, when it is chosen. What it computes: test_gpu_kda_mixer."""
+"""The decode mixers of KDA and Gated DeltaNet in CUDA C++: compiled for Hopper, when they are chosen.
+
+What they compute: test_gpu_kda_mixer, test_gpu_qwen.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.ops.compile_cuda import compile_cuda
+from thalweg.ops.delta.gdn import GDN_MIXER_DECODE, MAX_RATIO, GdnDims
 from thalweg.ops.delta.kda_mixer import KDA_MIXER_DECODE, KdaMixerDims
-from thalweg.ops.delta.kda_mixer.cuda import MAX_ROWS, MAX_STAGES, SOURCE, rows_per_block
+from thalweg.ops.delta.mixer_cuda import MAX_ROWS, MAX_STAGES, SOURCE, rows_per_block
 from thalweg.ops.registry import Resolver, Where
 from thalweg.ops.toolchain import cuda_build
 
@@ -16,8 +20,9 @@ DIMS = {"H": 32, "K": 128, "V": 128, "R": 128, "W": 3}
 
 
 @pytest.mark.parametrize("bf16_states", [0, 1])
-def test_it_compiles_for_hopper_without_spills(tmp_path: Path, bf16_states: int) -> None:
-    compiled = compile_cuda(SOURCE, tmp_path, STATE_BF16=bf16_states)
+@pytest.mark.parametrize(("gdn", "ratio"), [(0, 1), (1, 1), (1, 2), (1, 3), (1, MAX_RATIO)])
+def test_it_compiles_for_hopper_without_spills(tmp_path: Path, gdn: int, ratio: int, bf16_states: int) -> None:
+    compiled = compile_cuda(SOURCE, tmp_path, STATE_BF16=bf16_states, GDN=gdn, RATIO=ratio)
     assert compiled.spilled_bytes == 0
     assert compiled.static_shared_bytes <= 5 * 1024
 
@@ -52,6 +57,25 @@ def test_blocks_go_round_the_multiprocessors_once() -> None:
 def test_what_it_does_not_serve_it_refuses_with_a_reason(dims: dict[str, int], dtype: str, reason: str) -> None:
     resolver = Resolver()
     resolver.resolve(KDA_MIXER_DECODE, Where("cuda", dtype), KdaMixerDims(**dims))
+    assert reason in dict(resolver.explain()[0].refused)["cuda"]
+
+
+GDN_DIMS = {"G": 16, "H": 32, "K": 128, "V": 128, "W": 3}
+
+
+@pytest.mark.parametrize(
+    ("dims", "dtype", "reason"),
+    [
+        ({**GDN_DIMS, "K": 64}, "bfloat16", "K = V = 128"),
+        ({**GDN_DIMS, "W": 2}, "bfloat16", "W = 3"),
+        ({**GDN_DIMS, "G": 3, "H": 3}, "bfloat16", "an even number of heads"),
+        ({**GDN_DIMS, "G": 1, "H": 16}, "bfloat16", "at most 8 value heads per key head, not 16"),
+        (GDN_DIMS, "float32", "needs bfloat16, not float32"),
+    ],
+)
+def test_what_it_does_not_serve_of_gdn(dims: dict[str, int], dtype: str, reason: str) -> None:
+    resolver = Resolver()
+    resolver.resolve(GDN_MIXER_DECODE, Where("cuda", dtype), GdnDims(**dims))
     assert reason in dict(resolver.explain()[0].refused)["cuda"]
 
 

@@ -1,4 +1,4 @@
-"""Launches the KDA decode mixer in CUDA C++ (mixer.cu says how it works)."""
+"""Launches the decode mixers of KDA and Gated DeltaNet in CUDA C++ (mixer.cu says how they work)."""
 
 from __future__ import annotations
 
@@ -35,13 +35,46 @@ def kda_mixer_decode(
     state_NHVK: Tensor,
     slots_B: Tensor,
 ) -> Tensor:
-    B, H = slots_B.shape[0], dt_bias_HK.shape[0]
+    weights = (w_up_2OR, A_log_H, dt_bias_HK, norm_weight_V)
+    return _launch(proj_BX, conv_weight_CW, conv_state_NWC, weights, state_NHVK, slots_B, eps, GDN=0, RATIO=1)
+
+
+def gdn_mixer_decode(
+    proj_BX: Tensor,
+    *,
+    conv_weight_CW: Tensor,
+    conv_state_NWC: Tensor,
+    A_log_H: Tensor,
+    dt_bias_H: Tensor,
+    norm_weight_V: Tensor,
+    eps: float,
+    state_NHVK: Tensor,
+    slots_B: Tensor,
+) -> Tensor:
+    H = len(A_log_H)
+    ratio = 2 * H // (len(conv_weight_CW) // K - H)
+    weights = (A_log_H, dt_bias_H, norm_weight_V)
+    return _launch(proj_BX, conv_weight_CW, conv_state_NWC, weights, state_NHVK, slots_B, eps, GDN=1, RATIO=ratio)
+
+
+def _launch(
+    proj_BX: Tensor,
+    conv_weight_CW: Tensor,
+    conv_state_NWC: Tensor,
+    weights: tuple[Tensor, ...],
+    state_NHVK: Tensor,
+    slots_B: Tensor,
+    eps: float,
+    **macros: int,
+) -> Tensor:
+    B, H = slots_B.shape[0], state_NHVK.shape[1]
     o_BO = torch.empty(B, H * K, dtype=proj_BX.dtype, device=proj_BX.device)
     if B:
         rows = rows_per_block(B, H, multiprocessors(proj_BX.device))
         is_bf16 = state_NHVK.dtype == torch.bfloat16
-        kernel = cuda_kernel(SOURCE, "kda_mixer", 32 * WARPS, proj_BX.device, STATE_BF16=int(is_bf16))
-        inputs = 5 * STRIDE * 4 * min(rows, PASS)  # q, k, v, decay and gate of a pass in fp32
+        kernel = cuda_kernel(SOURCE, "mixer", 32 * WARPS, proj_BX.device, STATE_BF16=int(is_bf16), **macros)
+        vectors = 4 if macros["GDN"] else 5  # q, k, v, the gate and, where channels have their own, the decay in fp32
+        inputs = vectors * STRIDE * 4 * min(rows, PASS)
         stage = WARPS * TILE_BYTES
         tiles = rows * K * K * state_NHVK.element_size() // stage
         stages = min(tiles, MAX_STAGES, (kernel.shared_limit - inputs) // stage)
@@ -51,10 +84,7 @@ def kda_mixer_decode(
             proj_BX,
             conv_weight_CW,
             conv_state_NWC,
-            w_up_2OR,
-            A_log_H,
-            dt_bias_HK,
-            norm_weight_V,
+            *weights,
             state_NHVK,
             slots_B,
             o_BO,

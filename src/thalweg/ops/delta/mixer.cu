@@ -1,6 +1,6 @@
-// The decode mixer of a KDA layer in one launch for Hopper: K = V = R = 128, bf16 activations, 4 taps.
+// The decode mixer of a KDA or Gated DeltaNet layer in one launch for Hopper: K = V = R = 128, bf16 activations, 4 taps.
 //
-// A block serves one head of a group of sequences. Each of its 8 warps owns the same rows of V of every state, and
+// A block serves one (value) head of a group of sequences. Each of its 8 warps owns the same rows of V of every state, and
 // streams them through its own ring of tiles in shared memory by bulk copies: within a pass of up to 8 sequences no
 // warp waits for another. Before a pass all warps make its inputs together; after it they normalise its outputs.
 //
@@ -11,7 +11,11 @@
 // Above the wait for the kernel ahead stand the loads of weights, slot numbers, windows and states: the op's contract
 // says when these were written.
 //
-// Macro: STATE_BF16, 1 for states stored in bf16, 0 for fp32.
+// Gated DeltaNet: RATIO value heads share a key head, and each computes its q and k for itself. Their blocks are a
+// cluster, whose first block writes the windows of q and k once all have read them.
+//
+// Macros: STATE_BF16, 1 for states stored in bf16, 0 for fp32. GDN, 1 for Gated DeltaNet: a decay per head, a gate from
+// the projection through SiLU, its norm's weight in fp32. RATIO, 1 for KDA.
 
 #include "hopper.cuh"
 
@@ -28,6 +32,7 @@ constexpr int TILES = WARP_ROWS / TILE_ROWS;  // of a warp's share of a state
 constexpr int STEPS = TILE_ROWS / 4;          // a warp takes 4 rows at a time, 8 lanes to a row
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + __expf(-x)); }
+__device__ __forceinline__ float softplus(float x) { return fmaxf(x, 0.0f) + __logf(1.0f + __expf(-fabsf(x))); }
 // As load16.
 __device__ __forceinline__ uint2 load8(const void* p) {
     uint2 x;
@@ -74,6 +79,22 @@ __device__ __forceinline__ void write(State* to, const float* x) {
     store16(to, make_uint4(bits[0], bits[1], bits[2], bits[3]));
 }
 
+#if RATIO > 1
+#define CLUSTER __cluster_dims__(RATIO, 1, 1)
+// All blocks of the cluster are as far, and what they loaded has come.
+__device__ __forceinline__ void arrive_at_cluster() {
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void wait_for_cluster() {
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+#else
+#define CLUSTER
+__device__ __forceinline__ void arrive_at_cluster() {}
+__device__ __forceinline__ void wait_for_cluster() {}
+#endif
+
+#if !GDN
 // 32 outputs of an up-projection for 8 sequences. A lane's 8 neighbours of R stand for two pairs of two products: the
 // order within R is the matrix unit's to choose, as long as weights and inputs share it.
 struct UpWeights {
@@ -97,46 +118,64 @@ __device__ __forceinline__ void up_project(float (&c)[2][4], const UpWeights& up
         }
 }
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS)
-    kda_mixer(const bf16* proj, const bf16* conv_weight, bf16* conv_state, const bf16* w_up, const float* A_log,
-              const float* dt_bias, const bf16* norm_weight, State* state, const long long* slots, bf16* out,
-              long long proj_stride, int B, int H, int rows, int stages, float eps) {
+#endif
+
+extern "C" __global__ void CLUSTER __launch_bounds__(32 * WARPS)
+#if GDN
+    mixer(const bf16* proj, const bf16* conv_weight, bf16* conv_state, const float* A_log, const float* dt_bias,
+          const float* norm_weight, State* state, const long long* slots, bf16* out, long long proj_stride, int B,
+          int H, int rows, int stages, float eps) {
+#else
+    mixer(const bf16* proj, const bf16* conv_weight, bf16* conv_state, const bf16* w_up, const float* A_log,
+          const float* dt_bias, const bf16* norm_weight, State* state, const long long* slots, bf16* out,
+          long long proj_stride, int B, int H, int rows, int stages, float eps) {
+#endif
     const int tid = threadIdx.x, lane = tid % 32;
     const int warp = __shfl_sync(~0u, tid / 32, 0);  // so that the compiler knows it for the same in all lanes
     const int h = blockIdx.x, first = blockIdx.y * rows;
-    const int count = min(rows, B - first), C = 3 * H * K;
+    const int count = min(rows, B - first), key_heads = H / RATIO, C = (2 * key_heads + H) * K;
+    // Where this head's q, k and v begin among the channels.
+    auto part = [&](int p) { return ((p < 2 ? p * key_heads + h / RATIO : 2 * key_heads + h) * K); };
+    const bool writes_keys = h % RATIO == 0;
 
     extern __shared__ __align__(128) unsigned char shared[];
     const int pass_rows = min(rows, PASS);
     float* q_s = (float*)(shared + stages * WARPS * TILE_BYTES);
     float* k_s = q_s + pass_rows * STRIDE;
     float* v_s = k_s + pass_rows * STRIDE;  // then o
-    float* decay_s = v_s + pass_rows * STRIDE;
-    float* gate_s = decay_s + pass_rows * STRIDE;
+    float* gate_s = v_s + pass_rows * STRIDE;
+#if GDN
+    __shared__ float decay_s[PASS];
+#else
+    float* decay_s = gate_s + pass_rows * STRIDE;
+#endif
     __shared__ __align__(16) bf16 taps_s[3 * K * 4];
     __shared__ float beta_s[PASS], qk_s[PASS];
     __shared__ unsigned long long full_s[WARPS * 16];
 
     start_kernel_behind();
 
+    // The convolutions of q, k and v: a warp to a sequence of the pass, 4 channels of each to a lane.
+    if (tid < 192) copy16(taps_s + 8 * tid, conv_weight + (long long)part(tid / 64) * 4 + tid % 64 * 8);
+    const float log_rate = load_float(A_log + h);
+#if GDN
+    const float bias = load_float(dt_bias + h);
+    const uint4 scale = load16(norm_weight + 4 * lane);
+#else
     // Half the warps project up the decay, half the gate, 32 outputs each.
     const int quad = lane / 4, pair = lane % 4;
     const bool decays = warp < WARPS / 2;
     const int up_row = warp % (WARPS / 2) * 32 + quad;
     const bf16* w_OR = w_up + ((long long)(decays ? h : H + h) * K + up_row) * K + 8 * pair;
-    // The convolutions of q, k and v: a warp to a sequence of the pass, 4 channels of each to a lane.
-    const int channel = h * K + 4 * lane;
-    if (tid < 192) copy16(taps_s + 8 * tid, conv_weight + (long long)(tid / 64 * H + h) * K * 4 + tid % 64 * 8);
-
     UpWeights up;
     load_up(up, w_OR);
-    const float log_rate = load_float(A_log + h);
     float bias[4];  // what a decay is shifted by
     bf16 scale[4];  // what a gate is multiplied by
 #pragma unroll
     for (int j = 0; j < 4; j++)
         if (decays) bias[j] = load_float(dt_bias + h * K + up_row + 8 * j);
         else scale[j] = load_bf16(norm_weight + up_row + 8 * j);
+#endif
 
     // This warp's ring: tile t of its rows of the states, TILES to a sequence, is in place t % stages.
     const u32 ring = shared_address(shared) + warp * stages * TILE_BYTES, full = shared_address(full_s + warp * 16);
@@ -161,28 +200,40 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     };
 
     uint2 window[3][4];  // of q, k and v, oldest input first
-    uint2 low_rank[8];
     bf16 beta;
+#if GDN
+    bf16 decay;
+    uint2 gate;
+#else
+    uint2 low_rank[8];
+#endif
     auto remembered = [&](int base) {
-        return conv_state + slot_of(min(base + warp, MAX_ROWS - 1)) * 3 * C + channel;
+        return conv_state + slot_of(min(base + warp, MAX_ROWS - 1)) * 3 * C + 4 * lane;
     };
     auto load_remembered = [&](int base) {
         const bf16* from = remembered(base);
         if (base + warp < count)
 #pragma unroll
-            for (int j = 0; j < 9; j++) window[j / 3][j % 3] = load8(from + j % 3 * C + j / 3 * H * K);
+            for (int j = 0; j < 9; j++) window[j / 3][j % 3] = load8(from + j % 3 * C + part(j / 3));
     };
     auto load_newest = [&](int base) {
         const bf16* from = proj + (first + base + warp) * proj_stride;
         if (base + warp < count) {
 #pragma unroll
-            for (int p = 0; p < 3; p++) window[p][3] = load8(from + p * H * K + channel);
+            for (int p = 0; p < 3; p++) window[p][3] = load8(from + part(p) + 4 * lane);
+#if GDN
+            gate = load8(from + C + h * K + 4 * lane);
+            beta = load_bf16(from + C + H * K + h);
+            decay = load_bf16(from + C + H * K + H + h);
+        }
+#else
             beta = load_bf16(from + C + h);
         }
         from = proj + (first + base + quad) * proj_stride + C + H + (decays ? 0 : K) + 8 * pair;
 #pragma unroll
         for (int i = 0; i < 8; i++)  // 8 bytes at a time: rows of 4 heads begin there
             low_rank[i] = base + quad < count ? load8(from + i / 2 * 32 + i % 2 * 4) : make_uint2(0, 0);
+#endif
     };
     // What a multiprocessor asks for comes in the order it asked: small loads go before those of the states, of which
     // only one tile is asked for before the wait, or the inputs after it would come last.
@@ -200,6 +251,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     for (int base = 0; base < count; base += PASS) {
         // The inputs of the pass.
         const int n = min(PASS, count - base);
+#if !GDN
         float f[2][4] = {};
         up_project(f, up, low_rank);
         if (decays) {
@@ -209,8 +261,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
                 const int i = 2 * pair + e % 2;
                 if (e % 2 < n && i < n) {
                     const float y = f[e / 4][e % 4] + bias[e / 2];
-                    const float softplus = fmaxf(y, 0.0f) + __logf(1.0f + __expf(-fabsf(y)));
-                    decay_s[i * STRIDE + up_row + e / 2 * 8] = __expf(rate * softplus);
+                    decay_s[i * STRIDE + up_row + e / 2 * 8] = __expf(rate * softplus(y));
                 }
             }
         } else {
@@ -221,6 +272,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
                     gate_s[i * STRIDE + up_row + e / 2 * 8] = low(scale[e / 2]) * sigmoid(f[e / 4][e % 4]);
             }
         }
+#endif
         if (base == 0) {
             asm volatile("cp.async.wait_all;" ::: "memory");
             __syncthreads();  // the taps are there
@@ -262,11 +314,29 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
             if (lane == 0) {
                 qk_s[warp] = qk * r_q * r_k;
                 beta_s[warp] = sigmoid(low(beta));
+#if GDN
+                decay_s[warp] = __expf(-__expf(log_rate) * softplus(low(decay) + bias));
+#endif
             }
-            bf16* to = remembered(base);
-#pragma unroll
-            for (int j = 0; j < 9; j++) *(uint2*)(to + j % 3 * C + j / 3 * H * K) = window[j / 3][j % 3 + 1];
+#if GDN
+            const float z[4] = {low(gate.x), high(gate.x), low(gate.y), high(gate.y)};
+            *(float4*)(gate_s + at) = make_float4(__uint_as_float(scale.x) * z[0] * sigmoid(z[0]),
+                                                  __uint_as_float(scale.y) * z[1] * sigmoid(z[1]),
+                                                  __uint_as_float(scale.z) * z[2] * sigmoid(z[2]),
+                                                  __uint_as_float(scale.w) * z[3] * sigmoid(z[3]));
+#endif
         }
+        arrive_at_cluster();
+        auto remember = [&](int from, int to) {
+            bf16* at = remembered(base);
+            if (warp < n)
+#pragma unroll
+                for (int j = 3 * from; j < 3 * to; j++)
+                    *(uint2*)(at + j % 3 * C + part(j / 3)) = window[j / 3][j % 3 + 1];
+        };
+        remember(2, 3);
+        wait_for_cluster();
+        if (writes_keys) remember(0, 2);
         __syncthreads();
         if (base + PASS < count) {  // on their way while the states are
             load_remembered(base + PASS);
@@ -277,11 +347,18 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
         const int row_of_4 = lane / 8, k0 = VEC * (lane % 8);
 #pragma unroll 1
         for (int i = 0; i < n; i++) {
-            float a[16], q[16], k[16];
+            float q[16], k[16];
+#if GDN
+            const float a[1] = {decay_s[i]};
+#else
+            float a[16];
+#endif
 #pragma unroll
             for (int e = 0; e < 16; e += 4) {
                 const int at = i * STRIDE + 8 * VEC * (e / VEC) + k0 + e % VEC;
+#if !GDN
                 *(float4*)(a + e) = *(float4*)(decay_s + at);
+#endif
                 *(float4*)(q + e) = *(float4*)(q_s + at);
                 *(float4*)(k + e) = *(float4*)(k_s + at);
             }
@@ -301,7 +378,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
                     const float v = *v_o;
                     float Dk = 0, Dq = 0;
 #pragma unroll
-                    for (int e = 0; e < 16; e++) D[e] *= a[e], Dk += D[e] * k[e], Dq += D[e] * q[e];
+                    for (int e = 0; e < 16; e++) D[e] *= a[GDN ? 0 : e], Dk += D[e] * k[e], Dq += D[e] * q[e];
 #pragma unroll
                     for (int m = 1; m < 8; m *= 2) {
                         Dk += __shfl_xor_sync(~0u, Dk, m);
