@@ -102,13 +102,11 @@ class GqaCase:
         for x, at, cached in zip(self.rows_of, self.positions_of, self.cached, strict=True):
             q, gate, k, v = self.parts(x, at)
             queries.append(q[cached:])
+            k_HTK, v_HTK = (y.repeat_interleave(s.H // s.G, 1).transpose(0, 1) for y in (k, v))
             for t in range(cached, len(x)):
-                o = torch.empty(s.H, s.K, dtype=torch.float64)
-                for h in range(s.H):
-                    g = h // (s.H // s.G)
-                    p = (k[: t + 1, g] @ q[t, h] / s.K**0.5).softmax(0)
-                    o[h] = p @ v[: t + 1, g] / (1 + (-gate[t, h]).exp())
-                outputs.append(o.flatten())
+                p_HT = (k_HTK[:, : t + 1] @ q[t, :, :, None] / s.K**0.5)[..., 0].softmax(-1)
+                o_HK = (p_HT[:, None] @ v_HTK[:, : t + 1])[:, 0] / (1 + (-gate[t]).exp())
+                outputs.append(o_HK.flatten())
         return torch.cat(queries), torch.stack(outputs) if outputs else torch.empty(0, s.H * s.K, dtype=torch.float64)
 
     def prepare(self, op: Callable[..., Tensor]) -> Tensor:
