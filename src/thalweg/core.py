@@ -19,6 +19,7 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 MAX_STOP_STRINGS = 64
 MAX_STOP_LENGTH = 1024
 MAX_LOGPROBS = 64
+MAX_CACHE_SALT = 256
 MAX_GRAMMAR_CHARS = 128 << 10
 # White space between JSON's parts: what a model that indents wants. With more, a weak one may write nothing else.
 JSON_WHITESPACE = r"( |\n {0,16})?"
@@ -71,6 +72,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     prompt_logprobs: int | None = None  # the same for every prompt token but the first
     skip_special_tokens: bool = True
     grammar: Grammar | None = None  # what the output must be
+    cache_salt: str = ""  # cached prefixes are shared only with requests of the same salt
 
     def __post_init__(self) -> None:
         def need(ok: bool, name: str, expected: str) -> None:
@@ -89,6 +91,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             need(isinstance(getattr(self, name), bool), name, "true or false")
 
         need(isinstance(self.grammar, Grammar | None), "grammar", "None or a Grammar")
+        salt_ok = _is_text(self.cache_salt) and len(self.cache_salt) <= MAX_CACHE_SALT
+        need(salt_ok, "cache_salt", f"a string of at most {MAX_CACHE_SALT} characters")
         stop = _sequence((self.stop,) if isinstance(self.stop, str) else self.stop)
         fits = stop is not None and len(stop) <= MAX_STOP_STRINGS
         fits = fits and all(_is_text(s) and 0 < len(s) <= MAX_STOP_LENGTH for s in stop or ())
@@ -154,7 +158,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 class Admission(msgspec.Struct, frozen=True, array_like=True):
     """A request takes a slot in this step, for the first time or again after preemption.
 
-    token_ids holds the prompt and, when resumed, what was generated so far; the slot's state starts from zero.
+    token_ids holds the prompt and, when resumed, what was generated so far; the slot's state starts from zero, unless
+    the plan restores it from a snapshot.
     """
 
     slot: int
@@ -178,8 +183,10 @@ class Prefill(msgspec.Struct, frozen=True, array_like=True):
 class StepPlan(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     """One forward pass, as plain data. A log of plans replays a run.
 
-    Rows run in this order: decodes, then prefills. A decode row's input token is the last one sampled for its slot,
-    which lives on the device and which the scheduler may not know yet. Steps run in the order they were planned.
+    Before any row runs, states as the steps before left them are copied into snapshots; then admissions begin; then
+    states are restored from snapshots. Rows run in this order: decodes, then prefills. A decode row's input token is
+    the last one sampled for its slot, which lives on the device and which the scheduler may not know yet. Steps run in
+    the order they were planned.
     """
 
     step: int
@@ -188,6 +195,8 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     decode_slots: list[int]
     decode_starts: list[int]  # tokens already in the cache, which is the position of the row's input token
     prefills: list[Prefill]
+    snapshots: list[tuple[int, int]] = []  # (slot, snapshot to copy its states into)
+    restores: list[tuple[int, int]] = []  # (slot, snapshot that its states come from)
 
     @property
     def num_tokens(self) -> int:
@@ -230,6 +239,7 @@ class RequestUpdate(msgspec.Struct, frozen=True, array_like=True):
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None  # of the chunk just prefilled
     prompt_logits: Any = None  # of the chunk just prefilled; in-process only
+    num_cached_tokens: int = 0  # told with the first token: prompt tokens that came from the prefix cache
 
 
 class SchedulerStats(msgspec.Struct, frozen=True, array_like=True):
@@ -244,3 +254,9 @@ class SchedulerStats(msgspec.Struct, frozen=True, array_like=True):
     num_preemptions: int
     prompt_tokens: int
     generation_tokens: int
+    blocks_kept: int = 0  # of ended sequences, free for whoever needs them; not in blocks_used
+    snapshots_used: int = 0
+    snapshots_total: int = 0
+    prefix_queries: int = 0  # tokens of prompts that were looked up in the prefix cache
+    prefix_hits: int = 0  # tokens of them that were found
+    prefix_misses: dict[str, int] = {}  # requests that found nothing, by reason

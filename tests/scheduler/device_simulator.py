@@ -1,8 +1,9 @@
 """A device without tensors: it replays step plans and checks that each touches only what its slot owns.
 
-A slot's pages hold token ids and its state a chained hash of them. The next token is a function of both, read
-the way a kernel would, through the block table. A block overwritten, a position skipped or run twice,
-a state that was not reset: each changes the tokens, so comparing with `solo` finds it.
+A slot's pages hold token ids, each with a hash of all up to it, and its state is the same hash. The next token is a
+function of both, read the way a kernel would, through the block table. A block overwritten, a position skipped or run
+twice, a state that was not reset or came from another prefix: each changes the tokens, so comparing with `solo` finds
+it. Snapshots begin as garbage.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import zlib
 from collections import deque
 from dataclasses import dataclass, field
+from functools import reduce
+from itertools import accumulate
 
 from thalweg.cache.manager import CacheManager
 from thalweg.core import (
@@ -31,6 +34,10 @@ def chain(state: int, token: int) -> int:
     return zlib.crc32(token.to_bytes(4, "little"), state)
 
 
+def chain_all(tokens: list[int]) -> int:
+    return reduce(chain, tokens, 0)
+
+
 def next_token(cached: list[int], state: int, seed: int, num_generated: int, params: SamplingParams) -> int:
     """Deterministic in everything a model's next token depends on; ends are masked before min_tokens."""
     token = zlib.crc32(bytes(cached), state ^ (seed & 0xFFFFFFFF)) % VOCAB
@@ -40,10 +47,12 @@ def next_token(cached: list[int], state: int, seed: int, num_generated: int, par
     return token
 
 
-def solo(request: Request, seed: int, max_model_len: int, max_cached: int | None) -> tuple[list[int], str]:
+def solo(
+    request: Request, seed: int, max_model_len: int, max_cached: int | None, stateful: bool = True
+) -> tuple[list[int], str]:
     """The tokens of a request that has the device to itself, and why it ended.
 
-    max_cached None: the model has no paged layers.
+    max_cached None: the model has no paged layers. Not `stateful`: it keeps no state.
     """
     params = request.params
     tokens, output = list(request.prompt_token_ids), []
@@ -56,7 +65,8 @@ def solo(request: Request, seed: int, max_model_len: int, max_cached: int | None
             return output, "length"
         if len(tokens) >= max_model_len or (max_cached is not None and len(tokens) > max_cached):
             return output, "length"
-        token = next_token([] if max_cached is None else tokens, state, seed, len(output), params)
+        cached = [] if max_cached is None else tokens
+        token = next_token(cached, state if stateful else 0, seed, len(output), params)
         tokens.append(token)
         output.append(token)
         state = chain(state, token)
@@ -69,16 +79,19 @@ class Slot:
     admission: Admission
     table: list[int] = field(default_factory=list)
     num_cached: int = 0
+    shared: set[int] = field(default_factory=set)  # indices of blocks that it only reads
     state: int = 0
     last: int | None = None
 
 
 class Device:
-    """Runs plans in order. With num_blocks 0 its model has no paged layers."""
+    """Runs plans in order. With num_blocks 0 its model has no paged layers; not `stateful`, it keeps no state."""
 
-    def __init__(self, num_blocks: int, num_slots: int, block_size: int) -> None:
+    def __init__(self, num_blocks: int, num_slots: int, block_size: int, stateful: bool = True) -> None:
         self.num_blocks, self.num_slots, self.block_size = num_blocks, num_slots, block_size
-        self.pages: dict[tuple[int, int], int] = {}
+        self.stateful = stateful
+        self.snapshots: dict[int, int] = {}
+        self.pages: dict[tuple[int, int], tuple[int, int]] = {}  # (block, place in it) -> token, hash up to it
         self.owner: dict[int, int] = {}
         self.slots: dict[int, Slot] = {}
         self.next_step = 0
@@ -88,15 +101,37 @@ class Device:
     def execute(self, plan: StepPlan) -> StepResult:
         assert plan.step == self.next_step, "plans run in order, none left out"
         self.next_step += 1
+        restored, starts = dict(plan.restores), {p.slot: p.start for p in plan.prefills}
+        assert self.stateful or not (plan.snapshots or plan.restores)
+        assert len({snapshot for _, snapshot in plan.snapshots}) == len(plan.snapshots)
+        for slot, snapshot in plan.snapshots:
+            assert snapshot >= 1
+            self.snapshots[snapshot] = self.slots[slot].state
         for a in plan.admissions:
             assert 1 <= a.slot <= self.num_slots
             self.owner = {block: slot for block, slot in self.owner.items() if slot != a.slot}
-            self.slots[a.slot] = Slot(a)
+            start = starts[a.slot]
+            self.slots[a.slot] = slot = Slot(a, num_cached=start, shared=set(range(start // self.block_size)))
+            if start:
+                assert start in range(0, len(a.token_ids), self.block_size)
+                slot.state = chain_all(a.token_ids[:start])
+                if self.stateful:
+                    assert a.slot in restored, "a prompt goes on from a snapshot alone"
+                    slot.state = self.snapshots[restored.pop(a.slot)]
             assert self.seeds.setdefault(a.request_id, a.seed) == a.seed, "a resumed request keeps its seed"
+        assert not restored, "states are restored for sequences that begin"
         for slot, index, block in plan.new_blocks:
             assert 1 <= block <= self.num_blocks
-            assert index == len(self.slots[slot].table), "block tables grow at their end"
-            self.slots[slot].table.append(block)
+            into = self.slots[slot]
+            if index < len(into.table):  # it goes on with another's block of the same tokens
+                assert (index + 1) * self.block_size <= into.num_cached
+                into.table[index] = block
+                into.shared.add(index)
+                continue
+            assert index == len(into.table), "block tables grow at their end"
+            into.table.append(block)
+            if index in into.shared:
+                continue
             self.owner[block] = slot
         rows = plan.decode_slots + [p.slot for p in plan.prefills]
         assert len(set(rows)) == len(rows), "one row a slot"
@@ -123,8 +158,9 @@ class Device:
         for token in tokens:
             if self.num_blocks:
                 block = slot.table[slot.num_cached // self.block_size]
+                assert slot.num_cached // self.block_size not in slot.shared
                 assert self.owner[block] == number, f"slot {number} writes into a block of {self.owner[block]}"
-                self.pages[block, slot.num_cached % self.block_size] = token
+                self.pages[block, slot.num_cached % self.block_size] = token, chain(slot.state, token)
             slot.num_cached += 1
             slot.state = chain(slot.state, token)
 
@@ -133,8 +169,12 @@ class Device:
         if not self.num_blocks:
             return []
         blocks = [slot.table[i // self.block_size] for i in range(slot.num_cached)]
-        assert all(self.owner[block] == number for block in blocks), "a block was handed on while still in use"
-        return [self.pages[block, i % self.block_size] for i, block in enumerate(blocks)]
+        own = [block for i, block in enumerate(slot.table) if i not in slot.shared]
+        assert all(self.owner[block] == number for block in own), "a block was handed on while still in use"
+        pages = [self.pages[block, i % self.block_size] for i, block in enumerate(blocks)]
+        tokens, hashes = [page[0] for page in pages], [page[1] for page in pages]
+        assert hashes == list(accumulate(tokens, chain, initial=0))[1:], "a block is of another prefix"
+        return tokens
 
     def _sample(self, number: int, result: StepResult) -> None:
         slot = self.slots[number]
@@ -143,7 +183,7 @@ class Device:
         if error := self.errors.get((a.request_id, slot.num_cached)):
             result.errors[number] = error
         num_generated = slot.num_cached - a.num_prompt
-        slot.last = next_token(cached, slot.state, a.seed, num_generated, a.params)
+        slot.last = next_token(cached, slot.state if self.stateful else 0, a.seed, num_generated, a.params)
         if a.params.logprobs is not None:
             result.logprobs[number] = TokenLogprobs(slot.last, -1.0, 1, [], [])
         result.token_ids.append(slot.last)
@@ -169,10 +209,19 @@ class Harness:
         max_model_len: int = 64,
         seed: int = 0,
         depth: int = 0,
+        keep_prefixes: bool = False,
+        num_snapshots: int | None = None,
+        grid: int | None = None,
+        interval: int = 1024,
     ) -> None:
-        cache = CacheManager(num_blocks, max_num_seqs, block_size)
-        self.scheduler = Scheduler(max_num_seqs, max_num_batched_tokens, max_model_len, cache, EOS, seed)
-        self.device = Device(num_blocks, max_num_seqs, block_size)
+        """num_snapshots None with `keep_prefixes`: the model keeps no state."""
+        cache = CacheManager(
+            num_blocks, max_num_seqs, block_size, keep_prefixes=keep_prefixes, num_snapshots=num_snapshots
+        )
+        limits = max_num_seqs, max_num_batched_tokens, max_model_len
+        self.scheduler = Scheduler(*limits, cache, EOS, seed, grid or block_size, interval)
+        stateful = not keep_prefixes or num_snapshots is not None
+        self.device = Device(num_blocks, max_num_seqs, block_size, stateful)
         self.depth = depth
         self.pending: deque[StepPlan] = deque()
         self.plans: list[StepPlan] = []
@@ -237,7 +286,12 @@ class Harness:
 
     def solo(self, id: str) -> tuple[list[int], str]:
         max_cached = self.device.num_blocks * self.device.block_size or None
-        return solo(self.requests[id], self.device.seeds[id], self.scheduler.max_model_len, max_cached)
+        limits = self.scheduler.max_model_len, max_cached, self.device.stateful
+        return solo(self.requests[id], self.device.seeds[id], *limits)
+
+    def cached(self, id: str) -> int:
+        """Prompt tokens that an update of a request said were cached."""
+        return max(update.num_cached_tokens for update in self.updates[id])
 
     def check_against_solo(self) -> None:
         for id in self.requests:

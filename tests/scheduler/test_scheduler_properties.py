@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 import statistics
 import time
+from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,6 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.scheduler.device_simulator import Harness
+from thalweg.cache.manager import CacheManager
+from thalweg.cache.prefix import Node
 from thalweg.core import StepResult
 
 params = st.fixed_dictionaries(
@@ -45,17 +49,60 @@ limits = st.fixed_dictionaries(
 
 def check_invariants(h: Harness) -> None:
     roster, cache = h.scheduler._roster, h.scheduler.cache
-    running = [*roster.decoding, *([roster.prefilling] if roster.prefilling else [])]
+    running = sorted([*roster.decoding, *roster.prefilling], key=lambda seq: seq.arrival)
+    assert all(part == sorted(part, key=lambda seq: seq.arrival) for part in (roster.decoding, roster.prefilling))
     arrivals = [seq.arrival for seq in running] + [seq.arrival for seq in roster.waiting.values()]
     assert arrivals == sorted(arrivals), "running before waiting, each in order of arrival"
     assert len(running) <= h.scheduler.max_num_seqs
     assert len(running) + len(roster.waiting) == len(roster.sequences)
     slots = [seq.slot for seq in running]
     assert len(set(slots)) == len(slots)
-    held = [block for seq in running for block in cache._blocks_of[seq.request_id]]
-    assert len(set(held)) == len(held), "no block has two owners"
-    assert len(held) + cache.blocks.num_free == cache.blocks.num_blocks
+    held = {block for seq in running for block in cache._held[seq.request_id].table}
+    for own in cache._held.values():
+        if own.tail is not None and cache.blocks.num_blocks:
+            assert cache.tree.path_blocks(own.tail) == own.table[: own.tail.depth], "a sequence reads what it holds"
+    assert len(held) + cache.num_available == cache.blocks.num_blocks
+    assert sorted(held | tree_blocks(cache)) == cache.blocks.taken(), "a block is held, kept, or free"
+    if cache.tree is None:
+        tables = [block for seq in running for block in cache._held[seq.request_id].table]
+        assert len(held) == len(tables), "no block has two owners"
     assert len(slots) + cache.slots.num_free == cache.slots.num_slots
+
+
+def tree_blocks(cache: CacheManager) -> set[int]:
+    """Blocks of the tree, whose counts are checked on the way."""
+    tree = cache.tree
+    if tree is None:
+        return set()
+    holders = Counter(id(node) for held in cache._held.values() for node in lineage(held.tail))
+    nodes, saved = list(tree._roots.values()), []
+    blocks: set[int] = set()
+    for root in nodes:
+        assert root.refs == holders[id(root)]
+        assert root.refs or root.children
+    for node in nodes:  # grows as it goes
+        for key, child in node.children.items():
+            assert (child.parent, child.key, child.depth, child.gone) == (node, key, node.depth + 1, False)
+            assert child.refs == holders[id(child)] <= node.refs or not node.refs
+            nodes.append(child)
+            blocks.add(child.block)
+            saved += [child] if child.snapshot else []
+    in_tree = nodes[len(tree._roots) :]
+    assert len(in_tree) == tree.num_nodes
+    assert sum(not node.refs for node in in_tree) == tree.num_evictable
+    assert set(saved) == set(tree._saved)
+    pending = [held.pending[1] for held in cache._held.values() if held.pending]
+    assert sorted([node.snapshot for node in saved] + pending) == cache.snapshots.taken()
+    if not cache.blocks.num_blocks:
+        return set()
+    assert len(blocks) == len(in_tree), "no block has two nodes"
+    return blocks
+
+
+def lineage(node: Node | None) -> Iterator[Node]:
+    while node is not None:
+        yield node
+        node = node.parent
 
 
 def run(h: Harness, script: list[Any]) -> None:
@@ -192,7 +239,7 @@ def test_finished_requests_leave_no_trace() -> None:
     h.drain()
     scheduler, roster, cache = h.scheduler, h.scheduler._roster, h.scheduler.cache
     kept = [roster.sequences, roster.waiting, roster.decoding, scheduler._in_flight]
-    assert [len(x) for x in (*kept, cache._blocks_of, cache._slot_of)] == [0] * 6
+    assert [len(x) for x in (*kept, cache._held)] == [0] * 5
 
 
 def test_host_cost_of_a_step() -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from thalweg.cache.manager import MemorySplit, default_num_seqs, split_memory
+from thalweg.cache.memory import MemorySplit, default_num_seqs, split_memory
 from thalweg.cache.specs import LayerSpecs, PagedSpec, StateSpec, bytes_per_sequence, bytes_per_token
 from thalweg.errors import ConfigError
 
@@ -124,9 +124,43 @@ def test_describe() -> None:
         "cache memory    4.00 MiB, of which 71.00 KiB stay unused",
         "state slots     65.00 KiB = 64 sequences + 1 sink x 1.00 KiB",
         "blocks          3.87 MiB = 54 blocks + 1 sink x 72.00 KiB; 3456 tokens in blocks of 64",
+        "prefix cache    off (--enable-prefix-caching)",
         "max model len   3456 tokens",
         "max num seqs    64: --max-num-seqs",
     ]
+
+
+def test_snapshots_of_the_published_model() -> None:
+    s = split(prefix_caching=True)
+    left = 20 * GIB - s.state_bytes
+    assert s.num_snapshots == left // 2 // s.bytes_per_slot
+    assert s.max_model_len == 1_048_576
+    assert s.num_blocks * 64 >= s.max_model_len
+    assert s.keeps_prefixes
+    assert f"{s.num_snapshots} snapshots of states x 41.41 MiB, as much as blocks of 5384 tokens" in s.describe()[3]
+
+
+def test_snapshots_are_few_if_few_sequences_run() -> None:
+    s = split(max_num_seqs=4, max_model_len=1000, prefix_caching=True)
+    assert s.num_snapshots == 16 + 4 * 4
+    assert s.num_blocks == 2 * 4 * 16
+
+
+def test_snapshots_lower_the_length_by_a_quarter_unless_it_was_asked_for() -> None:
+    whole = split(memory_bytes=4 * GIB)
+    s = split(memory_bytes=4 * GIB, prefix_caching=True)
+    assert 0.7 * whole.max_model_len < s.max_model_len < 0.8 * whole.max_model_len
+    assert s.keeps_prefixes
+    asked = split(memory_bytes=4 * GIB, max_model_len=whole.max_model_len, prefix_caching=True)
+    assert (asked.num_snapshots, asked.keeps_prefixes) == (0, False)
+    assert asked.max_model_len == whole.max_model_len
+    assert "prefix cache    off: one sequence of --max-model-len leaves no room" in asked.describe()[3]
+
+
+def test_prefixes_without_states_need_no_snapshots() -> None:
+    s = split([PAGED], memory_bytes=GIB, prefix_caching=True)
+    assert (s.num_snapshots, s.keeps_prefixes) == (0, True)
+    assert "prefix cache    on; every full block can be shared" in s.describe()
 
 
 @settings(max_examples=200, derandomize=True, deadline=None)
@@ -137,9 +171,10 @@ def test_describe() -> None:
     st.one_of(st.none(), st.integers(1, 5000)),
     st.integers(0, 2000),
     st.integers(0, 50),
+    st.booleans(),
 )
 def test_a_split_fits_and_wastes_nothing(
-    block_size: int, memory: int, seqs: int, length: int | None, state: int, values: int
+    block_size: int, memory: int, seqs: int, length: int | None, state: int, values: int, prefixes: bool
 ) -> None:
     specs: list[LayerSpecs] = [{"s": StateSpec((state,), "float32")}] if state else []
     specs += [{"v": PagedSpec((values,), "float32")}] if values else []
@@ -151,6 +186,7 @@ def test_a_split_fits_and_wastes_nothing(
             max_num_seqs=seqs,
             max_model_len=length,
             model_max_len=5000,
+            prefix_caching=prefixes,
         )
     except ConfigError:
         need = 1 if length is None else -(-length // block_size)
@@ -160,8 +196,8 @@ def test_a_split_fits_and_wastes_nothing(
     assert s.unused_bytes >= 0
     assert s.max_model_len == length or length is None
     if values:
-        assert full <= s.num_blocks <= seqs * full
-        assert s.num_blocks == seqs * full or s.unused_bytes < s.bytes_per_block
+        assert full <= s.num_blocks <= seqs * full * (2 if prefixes else 1)
+        assert s.num_blocks >= seqs * full or s.unused_bytes < s.bytes_per_block
     else:
         assert s.num_blocks == 0
 

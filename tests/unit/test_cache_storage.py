@@ -61,3 +61,37 @@ def test_states_are_contiguous_aligned_and_reset_by_one_launch_per_shape() -> No
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         cache.reset_slots(torch.tensor([2]))
     assert sum(e.count for e in profile.key_averages() if e.key == "aten::index_fill_") == 2
+
+
+@pytest.mark.parametrize("dtype", DTYPE_BYTES)
+def test_a_snapshot_keeps_every_state_of_a_slot_and_nothing_else(dtype: str) -> None:
+    layer: LayerSpecs = {
+        "state": StateSpec((3, 7), dtype),
+        "other": StateSpec((5,), "float32"),
+        "latent": PagedSpec((9,), dtype),
+    }
+    cache = CacheStorage([layer] * 3, num_blocks=4, num_slots=4, block_size=2, device=CPU, num_snapshots=2)
+    states = [tensors[name] for tensors in cache.layers for name in ("state", "other")]
+    for i, state in enumerate(states):
+        state.copy_(torch.arange(5).view(-1, *[1] * (state.ndim - 1)) + i)
+    cache.save(3, 2)
+    cache.save(4, 1)
+    cache.reset_slots(torch.tensor([1, 2, 3, 4]))
+    cache.restore(2, 2)
+    cache.restore(1, 1)
+    cache.restore(4, 2)
+    for i, state in enumerate(states):
+        rows = [0, 4, 3, 0, 3]
+        expected = [i, *(i + row if row else 0 for row in rows[1:])]
+        assert state.float().flatten(1).amin(1).tolist() == expected
+        assert state.float().flatten(1).amax(1).tolist() == expected
+    assert not any(tensors["latent"].float().any() for tensors in cache.layers)
+
+
+def test_a_snapshot_is_one_launch_per_shape() -> None:
+    layer: LayerSpecs = {"conv": StateSpec((3, 5), "bfloat16"), "recurrent": StateSpec((3, 3, 3), "float32")}
+    cache = CacheStorage([layer] * 20, num_blocks=0, num_slots=6, block_size=64, device=CPU, num_snapshots=1)
+    for copy in (cache.save, cache.restore):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            copy(2, 1)
+        assert sum(e.count for e in profile.key_averages() if e.key == "aten::copy_") == 2

@@ -14,7 +14,7 @@ from tests.models import random_checkpoint as random
 from thalweg import LLM, SamplingParams
 from thalweg.assembly.rank import build_rank
 from thalweg.assembly.warmup import plans
-from thalweg.cache.manager import MemorySplit
+from thalweg.cache.memory import MemorySplit
 from thalweg.config.engine import EngineConfig
 from thalweg.runner import step as step_module
 from thalweg.runner.graphs import MAX_ROWS, DecodeGraphs, buckets

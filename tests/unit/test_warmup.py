@@ -10,7 +10,7 @@ import pytest
 from thalweg import SamplingParams
 from thalweg.assembly.rank import build_rank
 from thalweg.assembly.warmup import plans, warm_up
-from thalweg.cache.manager import MemorySplit
+from thalweg.cache.memory import MemorySplit
 from thalweg.config.engine import EngineConfig
 from thalweg.core import Admission, Prefill, StepPlan
 

@@ -43,6 +43,9 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int
     num_blocks: int
     num_slots: int
+    keeps_prefixes: bool  # whether the prefix cache is on
+    num_snapshots: int  # of states, for the prefix cache
+    snapshot_interval: int  # tokens
     bytes_per_token: int  # paged cache, per rank
     bytes_per_sequence: int  # state, per rank
     weight_bytes: int  # per rank

@@ -21,7 +21,7 @@ from thalweg.assembly.rank import (
     split_cache,
 )
 from thalweg.assembly.source import ModelSource, open_source
-from thalweg.cache.manager import MemorySplit
+from thalweg.cache.memory import MemorySplit
 from thalweg.cache.specs import LayerSpecs, bytes_per_sequence, bytes_per_token
 from thalweg.config.engine import EngineConfig
 from thalweg.errors import ConfigError

@@ -14,7 +14,7 @@ from thalweg import ops as _ops  # noqa: F401 -- registers every op's implementa
 from thalweg.assembly.info import EngineInfo, OpChoice, OpSpan
 from thalweg.assembly.model import open_model
 from thalweg.assembly.warmup import make_kernels, warm_up
-from thalweg.cache.manager import MemorySplit, default_num_seqs, split_memory
+from thalweg.cache.memory import MemorySplit, default_num_seqs, split_memory
 from thalweg.cache.specs import LayerSpecs, bytes_per_sequence, bytes_per_token
 from thalweg.cache.storage import CacheStorage
 from thalweg.config.engine import EngineConfig
@@ -70,7 +70,7 @@ def build_rank(
     specs: list[LayerSpecs] = model.cache_specs
     weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     split = split_cache(config, specs, cache_memory(config, device, mesh), device, mesh, c.context_len)
-    cache = CacheStorage(specs, split.num_blocks, split.num_slots, config.block_size, device)
+    cache = CacheStorage(specs, split.num_blocks, split.num_slots, config.block_size, device, split.num_snapshots)
     eos = source.eos_token_ids
     sampling = SamplingTable(
         split.num_slots, c.vocab_size, device=device, eos_token_ids=frozenset(eos), grammars=grammars
@@ -105,6 +105,9 @@ def build_rank(
         block_size=config.block_size,
         num_blocks=split.num_blocks,
         num_slots=split.num_slots,
+        keeps_prefixes=split.keeps_prefixes,
+        num_snapshots=split.num_snapshots,
+        snapshot_interval=config.snapshot_interval,
         bytes_per_token=bytes_per_token(specs),
         bytes_per_sequence=bytes_per_sequence(specs),
         weight_bytes=weight_bytes,
@@ -193,6 +196,7 @@ def split_cache(
         max_num_seqs=seqs,
         max_model_len=config.max_model_len,
         model_max_len=context_len,
+        prefix_caching=config.enable_prefix_caching,
     )
     return replace(split, num_slots_from=reason)
 

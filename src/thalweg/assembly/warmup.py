@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from thalweg.cache.manager import MemorySplit
+from thalweg.cache.memory import MemorySplit
 from thalweg.core import Admission, Prefill, SamplingParams, StepPlan
 from thalweg.ops.toolchain.triton_compile import compiled_together
 from thalweg.runner.graphs import Model

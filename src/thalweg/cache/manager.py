@@ -1,41 +1,77 @@
-"""Who holds which blocks and which slot, and how cache memory is split between the two. No tensors."""
+"""Who holds which blocks and which slot, and what stays cached of those that ended. No tensors."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from thalweg.cache.blocks import BlockPool, CacheAccountingError
+from thalweg.cache.prefix import Node, PrefixTree
 from thalweg.cache.slots import SlotPool
-from thalweg.cache.specs import LayerSpecs, bytes_per_sequence, bytes_per_token
-from thalweg.errors import ConfigError
+from thalweg.cache.snapshots import SnapshotPool
 
-# Of the default --max-num-seqs on a GPU. A row of a step also costs memory outside the cache, logits that decode graphs
-# keep and activations, so that small devices run fewer; and blocks, not states, are what long sequences need.
-DEVICE_MIB_PER_SEQUENCE = 128
-STATE_SHARE = 3
+Key = Callable[[int], bytes]
+
+
+@dataclass(slots=True)
+class _Held:
+    """What a running sequence has: a slot, a block table, and its way through the prefix tree."""
+
+    slot: int
+    table: list[int]
+    tail: Node | None  # the last node of its prefix; None: nothing is kept
+    first: Node | None = None  # the first node that it added
+    latest: Node | None = None  # where it took its latest snapshot of decoding
+    pending: tuple[int, int] | None = None  # (depth, snapshot) of tokens that are not known yet
+
+    @property
+    def decoding_snapshot(self) -> bool:
+        return self.latest is not None or self.pending is not None
 
 
 class CacheManager:
     """Accounts for the blocks and the slot of every running sequence, which a caller names by any string.
 
-    num_blocks 0 means a model without paged layers: its sequences need no block, whatever their length.
+    num_blocks 0 means a model without paged layers: its sequences need no block, whatever their length. With
+    `keep_prefixes`, full blocks outlive their sequence until others need the room; num_snapshots None means that they
+    can be used without a snapshot of states.
     """
 
-    def __init__(self, num_blocks: int, num_slots: int, block_size: int) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        num_slots: int,
+        block_size: int,
+        *,
+        keep_prefixes: bool = False,
+        num_snapshots: int | None = None,
+    ) -> None:
         if num_slots < 1 or block_size < 1:
             raise CacheAccountingError(f"{num_slots} slots, blocks of {block_size} tokens; expected 1 or more of each")
         self.block_size = block_size
         self.blocks = BlockPool(num_blocks)
         self.slots = SlotPool(num_slots)
-        self._blocks_of: dict[str, list[int]] = {}
-        self._slot_of: dict[str, int] = {}
+        self.snapshots = SnapshotPool(num_snapshots or 0)
+        stateless = num_snapshots is None
+        self.tree = PrefixTree(self.blocks, None if stateless else self.snapshots) if keep_prefixes else None
+        self._held: dict[str, _Held] = {}
+        self._decoding_snapshots = 0
 
     @property
     def max_tokens(self) -> int:
         """Tokens that one sequence could cache with every block to itself."""
         return self.tokens_in(self.blocks.num_blocks)
+
+    @property
+    def num_kept(self) -> int:
+        """Blocks of ended sequences, which are free for whoever needs them."""
+        return self.tree.num_evictable if self.tree is not None and self.blocks.num_blocks else 0
+
+    @property
+    def num_available(self) -> int:
+        """Blocks that are free, or would be if prefixes were evicted."""
+        return self.blocks.num_free + self.num_kept
 
     def tokens_in(self, num_blocks: int) -> int:
         """Tokens that num_blocks blocks hold; no bound for a model without paged layers."""
@@ -45,194 +81,170 @@ class CacheManager:
         """Blocks that num_tokens tokens of one sequence fill, the last perhaps in part."""
         return -(-num_tokens // self.block_size) if self.blocks.num_blocks else 0
 
-    def can_admit(self, num_tokens: int, reserve: int = 0) -> bool:
-        """Whether a slot and the blocks for num_tokens are free, and `reserve` blocks would be left after."""
-        return self.slots.num_free > 0 and self.blocks_for(num_tokens) + reserve <= self.blocks.num_free
+    def can_admit(self, num_tokens: int, reserve: int = 0, start: Node | None = None) -> bool:
+        """Whether a slot and the blocks for num_tokens can be had, and `reserve` blocks would be left after. `start`:
+        where in the tree the sequence would begin."""
+        shared = kept = 0
+        if start is not None and self.tree is not None and self.blocks.num_blocks:
+            shared, kept = start.depth, self.tree.unheld(start)
+        needed = self.blocks_for(num_tokens) - shared + reserve
+        return self.slots.num_free > 0 and needed <= self.num_available - kept
 
-    def admit(self, seq: str, num_tokens: int) -> tuple[int, list[int]]:
-        """Gives `seq` a slot and the blocks for num_tokens: (slot, its block table so far).
+    def admit(self, seq: str, num_tokens: int, start: Node | None = None) -> tuple[int, list[int]]:
+        """Gives `seq` a slot and the blocks for num_tokens: (slot, its block table so far). The first blocks are
+        those down to `start`, which others may read too.
 
         Raises CacheAccountingError when can_admit() says no, or `seq` is admitted already.
         """
-        if seq in self._slot_of:
+        if seq in self._held:
             raise CacheAccountingError(f"sequence {seq!r} was admitted twice")
-        if not self.can_admit(num_tokens):
+        if not self.can_admit(num_tokens, start=start):
             raise CacheAccountingError(
                 f"sequence {seq!r} of {num_tokens} tokens was admitted; "
-                f"{self.slots.num_free} slots and {self.blocks.num_free} blocks are free"
+                f"{self.slots.num_free} slots and {self.num_available} blocks are free"
             )
+        table: list[int] = []
+        if start is not None and self.tree is not None:
+            self.tree.hold(start)
+            table = self.tree.path_blocks(start) if self.blocks.num_blocks else []
+        table += self._allocate(self.blocks_for(num_tokens) - len(table))
         slot = self.slots.allocate()
-        blocks = self.blocks.allocate(self.blocks_for(num_tokens))
-        self._slot_of[seq] = slot
-        self._blocks_of[seq] = blocks
-        return slot, blocks[:]
+        self._held[seq] = _Held(slot, table, start)
+        return slot, table[:]
 
     def grow(self, seq: str, num_tokens: int) -> list[int] | None:
         """The blocks `seq` gets so that it holds num_tokens, at the end of its table; [] if it has enough.
 
-        None, and nothing changes, when too few are free.
+        None, and nothing changes, when too few can be had.
         """
-        held = self._held(seq)
-        need = self.blocks_for(num_tokens) - len(held)
+        held = self._of(seq)
+        need = self.blocks_for(num_tokens) - len(held.table)
         if need <= 0:
             return []
-        if need > self.blocks.num_free:
+        if need > self.num_available:
             return None
-        new = self.blocks.allocate(need)
-        held.extend(new)
+        new = self._allocate(need)
+        held.table.extend(new)
         return new
 
-    def release(self, seq: str) -> None:
-        """Frees the slot and every block of `seq` at once. Raises CacheAccountingError when it has none."""
-        self.blocks.free(self._held(seq))
-        self.slots.free(self._slot_of.pop(seq))
-        del self._blocks_of[seq]
+    def release(self, seq: str, failed: bool = False) -> None:
+        """Frees the slot of `seq`, and its blocks but for those in the tree. Raises CacheAccountingError when it has
+        none. With `failed`, what it added to the tree is taken out again."""
+        held = self._of(seq)
+        kept = 0
+        if held.tail is not None and self.tree is not None:
+            if held.decoding_snapshot:
+                self._decoding_snapshots -= 1
+            if held.pending is not None:
+                self.snapshots.free(held.pending[1])
+            if failed and held.first is not None:
+                self.tree.forget(held.first)
+            kept = held.tail.depth
+            self.tree.let_go(held.tail)
+        self.blocks.free(held.table[kept:])
+        self.slots.free(held.slot)
+        del self._held[seq]
+
+    # What is kept of a running sequence
+
+    def keep(self, seq: str, key: Key, num_blocks: int, ready: int, *, written: bool = True) -> list[tuple[int, int]]:
+        """Put the first num_blocks blocks of `seq`, whose tokens are key(i), into the tree; plans from number `ready`
+        on may read them.
+
+        If the tree has a block of these tokens already, `seq` reads that one from now on and its own is freed: such
+        (index in its table, block) are returned. Not `written`: the plan that is being made writes some of the blocks,
+        so it ends at the first of that kind.
+        """
+        held = self._of(seq)
+        changed: list[tuple[int, int]] = []
+        while held.tail is not None and self.tree is not None and held.tail.depth < num_blocks and not held.tail.gone:
+            tail, i = held.tail, held.tail.depth
+            own = held.table[i] if self.blocks.num_blocks else 0
+            if not written and key(i) in tail.children:
+                break
+            held.tail, new = self.tree.extend(tail, key(i), own, ready)
+            if new:
+                held.first = held.first or held.tail
+            elif own:
+                held.table[i] = held.tail.block
+                self.blocks.free((own,))
+                changed.append((i, held.tail.block))
+            if held.pending is not None and held.pending[0] == held.tail.depth:
+                snapshot, held.pending = held.pending[1], None
+                self._attach_latest(held, held.tail, snapshot)
+        return changed
+
+    def expect_snapshot(self, seq: str, num_blocks: int, step: int) -> None:
+        """Plan `step` may take a snapshot of `seq` after num_blocks blocks, which others may as well wait for."""
+        tail = self._of(seq).tail
+        if tail is not None and tail.depth == num_blocks and not tail.snapshot:
+            tail.due = step
+
+    def snapshot(self, seq: str, num_blocks: int) -> int:
+        """A snapshot for the states of `seq` after num_blocks blocks, all of which are in the tree; 0 if there is one
+        there, or none to be had."""
+        tail = self._of(seq).tail
+        if tail is None or self.tree is None or tail.depth != num_blocks or tail.gone or tail.snapshot:
+            return 0
+        snapshot = self.tree.take_snapshot(tail)
+        if snapshot:
+            self.tree.attach(tail, snapshot)
+        return snapshot
+
+    def snapshot_latest(self, seq: str, num_blocks: int) -> int:
+        """A snapshot for the states of `seq`, which decodes, after num_blocks blocks; some of the tokens may not be
+        known yet. It takes the place of the one before, unless another sequence began there; 0 as above, and when
+        half of the snapshots are in such use."""
+        held = self._of(seq)
+        tail, latest = held.tail, held.latest
+        if tail is None or self.tree is None or tail.gone or held.pending is not None:
+            return 0
+        if tail.depth == num_blocks and tail.snapshot:
+            return 0
+        if not held.decoding_snapshot and 2 * self._decoding_snapshots >= self.snapshots.num_snapshots:
+            return 0
+        if latest is not None and latest.snapshot and not latest.reused and not latest.gone:
+            snapshot = self.tree.detach_snapshot(latest)
+        else:
+            snapshot = self.tree.take_snapshot(tail)
+        if not snapshot:
+            return 0
+        if not held.decoding_snapshot:
+            self._decoding_snapshots += 1
+        if tail.depth == num_blocks:
+            self._attach_latest(held, tail, snapshot)
+        else:
+            held.pending = num_blocks, snapshot
+        return snapshot
 
     def check_idle(self) -> None:
-        """Raises CacheAccountingError that lists what is still taken. For when no sequence should be left."""
+        """Raises CacheAccountingError that lists what is still taken, and not merely kept. For when no sequence
+        should be left."""
         blocks, slots = self.blocks.taken(), self.slots.taken()
-        if blocks or slots or self._slot_of:
+        kept = self.tree.num_nodes if self.tree is not None and self.blocks.num_blocks else 0
+        leaked = blocks if len(blocks) != self.num_kept or kept != self.num_kept else []
+        saved = 0 if self.tree is None else self.tree.num_saved
+        if saved + self.snapshots.num_free != self.snapshots.num_snapshots:
+            raise CacheAccountingError(f"leaked at idle: snapshots {self.snapshots.taken()}, {saved} of them in use")
+        if leaked or slots or self._held or self._decoding_snapshots:
             raise CacheAccountingError(
-                f"leaked at idle: blocks {blocks}, slots {slots}, held by sequences {sorted(self._slot_of)}"
+                f"leaked at idle: blocks {leaked}, slots {slots}, held by sequences {sorted(self._held)}"
             )
 
-    def _held(self, seq: str) -> list[int]:
-        blocks = self._blocks_of.get(seq)
-        if blocks is None:
+    def _attach_latest(self, held: _Held, node: Node, snapshot: int) -> None:
+        assert self.tree is not None
+        if self.tree.attach(node, snapshot):
+            held.latest = node
+        elif held.latest is None:
+            self._decoding_snapshots -= 1
+
+    def _allocate(self, n: int) -> list[int]:
+        while self.tree is not None and self.blocks.num_free < n:
+            self.tree.evict_block()
+        return self.blocks.allocate(n)
+
+    def _of(self, seq: str) -> _Held:
+        held = self._held.get(seq)
+        if held is None:
             raise CacheAccountingError(f"sequence {seq!r} holds nothing; it was never admitted or is released")
-        return blocks
-
-
-@dataclass(frozen=True, slots=True)
-class MemorySplit:
-    """How cache memory is divided. Storage holds one slot and one block more than counted here: the sinks."""
-
-    num_slots: int  # sequences that run at once
-    num_blocks: int  # 0 when the model has no paged layer
-    block_size: int  # tokens
-    max_model_len: int  # tokens of one sequence, prompt and output
-    bytes_per_slot: int
-    bytes_per_block: int
-    memory_bytes: int  # what the cache was offered
-    num_slots_from: str = "--max-num-seqs"  # what decided how many sequences run at once
-
-    @property
-    def state_bytes(self) -> int:
-        return (self.num_slots + 1) * self.bytes_per_slot
-
-    @property
-    def blocks_bytes(self) -> int:
-        return (self.num_blocks + 1) * self.bytes_per_block
-
-    @property
-    def unused_bytes(self) -> int:
-        return self.memory_bytes - self.state_bytes - self.blocks_bytes
-
-    def describe(self) -> list[str]:
-        """The split in a few lines, for the log at start and `inspect`."""
-        lines = [f"cache memory    {_size(self.memory_bytes)}, of which {_size(self.unused_bytes)} stay unused"]
-        if self.bytes_per_slot:
-            lines.append(
-                f"state slots     {_size(self.state_bytes)} = {self.num_slots} sequences + 1 sink"
-                f" x {_size(self.bytes_per_slot)}"
-            )
-        else:
-            lines.append(f"state slots     {self.num_slots} sequences, no state kept")
-        if self.bytes_per_block:
-            lines.append(
-                f"blocks          {_size(self.blocks_bytes)} = {self.num_blocks} blocks + 1 sink"
-                f" x {_size(self.bytes_per_block)}; {self.num_blocks * self.block_size} tokens"
-                f" in blocks of {self.block_size}"
-            )
-        else:
-            lines.append("blocks          none, no layer caches by token")
-        lines.append(f"max model len   {self.max_model_len} tokens")
-        lines.append(f"max num seqs    {self.num_slots}: {self.num_slots_from}")
-        return lines
-
-
-def default_num_seqs(
-    specs: Sequence[LayerSpecs],
-    *,
-    block_size: int,
-    memory_bytes: int,
-    device_bytes: int,
-    max_model_len: int | None,
-    most: int,
-) -> tuple[int, str]:
-    """Sequences that run at once on a GPU unless --max-num-seqs says how many, and the rule that bound: the least of
-    `most`, one for each 128 MiB of the device, and as many as leave two thirds of the cache, and enough for a sequence
-    of max_model_len, to blocks.
-
-    Rounded down to a multiple of 8 (of 64 from 64 on); 1 at least.
-    """
-    limits = [
-        (most, f"at most {most} by default"),
-        (device_bytes // (DEVICE_MIB_PER_SEQUENCE << 20), f"one for each {DEVICE_MIB_PER_SEQUENCE} MiB of the device"),
-    ]
-    if slot := bytes_per_sequence(specs):
-        limits.append((memory_bytes // STATE_SHARE // slot - 1, "states fill a third of the cache at most"))
-        if max_model_len is not None:
-            blocks = (1 + -(-max_model_len // block_size)) * bytes_per_token(specs) * block_size
-            limits.append(((memory_bytes - blocks) // slot - 1, f"one sequence of {max_model_len} tokens has to fit"))
-    fit, rule = min(limits)
-    step = 64 if fit >= 64 else 8 if fit >= 8 else 1
-    return max(1, fit // step * step), f"{rule} (--max-num-seqs takes another number)"
-
-
-def split_memory(
-    specs: Sequence[LayerSpecs],
-    *,
-    block_size: int,
-    memory_bytes: int,
-    max_num_seqs: int,
-    max_model_len: int | None,
-    model_max_len: int,
-) -> MemorySplit:
-    """Divides memory_bytes: state slots first, which cost the same whatever is run, then blocks from the rest.
-
-    No more blocks are taken than max_num_seqs sequences of full length fill. max_model_len None means
-    model_max_len (tokens, from the model's config), lowered to what one sequence can cache.
-    Raises ConfigError when the slots, or the blocks of one sequence of max_model_len, do not fit.
-    """
-    for option, value in (("--block-size", block_size), ("--max-num-seqs", max_num_seqs)):
-        if value < 1:
-            raise ConfigError(f"{option} is {value}; expected 1 or more")
-    if memory_bytes < 1:
-        raise ConfigError(
-            f"{memory_bytes} bytes are left for the cache; raise --cache-memory / --gpu-memory-utilization"
-        )
-    if max_model_len is not None and not 1 <= max_model_len <= model_max_len:
-        raise ConfigError(f"--max-model-len is {max_model_len}; expected 1 to {model_max_len}, the model's own context")
-
-    slot, block = bytes_per_sequence(specs), bytes_per_token(specs) * block_size
-    length = max_model_len or model_max_len
-    # One sequence of the length that was asked for must run, or one of any length; and a block is the sink.
-    least = (1 + (-(-length // block_size) if max_model_len else 1)) * block
-    left = memory_bytes - (max_num_seqs + 1) * slot
-    if left < least:
-        ways = ["raise --cache-memory / --gpu-memory-utilization"]
-        if max_model_len and block and (fit := left // block - 1) >= 1:
-            ways.append(f"lower --max-model-len to {fit * block_size}")
-        if slot and (fit := (memory_bytes - least) // slot - 1) >= 1:
-            ways.append(f"lower --max-num-seqs to {fit}")
-        raise ConfigError(
-            f"the cache has {_size(memory_bytes)}; --max-num-seqs {max_num_seqs} needs"
-            f" {_size((max_num_seqs + 1) * slot)} of state and one sequence of"
-            f" {f'--max-model-len {length}' if max_model_len else 'any length'} {_size(least)} of blocks;"
-            f" {' or '.join(ways)}"
-        )
-    num_blocks = 0
-    if block:
-        num_blocks = min(left // block - 1, max_num_seqs * -(-length // block_size))
-        if max_model_len is None:
-            length = min(length, num_blocks * block_size)
-    return MemorySplit(max_num_seqs, num_blocks, block_size, length, slot, block, memory_bytes)
-
-
-def _size(num_bytes: int) -> str:
-    """Bytes for a reader: 1536 -> 1.50 KiB."""
-    if num_bytes < 1024:
-        return f"{num_bytes} B"
-    power = min((num_bytes.bit_length() - 1) // 10, 4)
-    return f"{num_bytes / 1024**power:.2f} {'KMGT'[power - 1]}iB"
+        return held

@@ -29,6 +29,7 @@ class CacheStorage:
         num_slots: int,
         block_size: int,
         device: torch.device,
+        num_snapshots: int = 0,
     ) -> None:
         self.num_slots, self.block_size, self.device = num_slots, block_size, device
         self.layers: list[dict[str, Tensor]] = [{} for _ in specs]
@@ -43,9 +44,12 @@ class CacheStorage:
         # States of one shape and dtype lie in one tensor [owners, num_slots + 1, *shape], so that one launch resets
         # slots in all of them.
         self._states: list[Tensor] = []
+        self._snapshots: list[Tensor] = []  # [owners, num_snapshots, *shape], for snapshots from 1 on
         for spec, owners in alike.items():
             states = _aligned(len(owners), (num_slots + 1, *spec.shape), spec.dtype, device)
+            kept = _aligned(len(owners), (num_snapshots, *spec.shape), spec.dtype, device)
             self._states.append(states.view(torch.int8) if states.itemsize == 1 else states)
+            self._snapshots.append(kept.view(torch.int8) if kept.itemsize == 1 else kept)
             for (i, name), state in zip(owners, states, strict=True):
                 self.layers[i][name] = state
 
@@ -53,6 +57,16 @@ class CacheStorage:
         """Zero the states of slots (int64 [n]) that begin a sequence, so that nothing of an earlier one shows."""
         for states in self._states:
             states.index_fill_(1, slots, 0)
+
+    def save(self, slot: int, snapshot: int) -> None:
+        """Copy the states of a slot into a snapshot, in one launch per shape and dtype."""
+        for states, kept in zip(self._states, self._snapshots, strict=True):
+            kept[:, snapshot - 1].copy_(states[:, slot])
+
+    def restore(self, slot: int, snapshot: int) -> None:
+        """Copy a snapshot into the states of a slot, likewise."""
+        for states, kept in zip(self._states, self._snapshots, strict=True):
+            states[:, slot].copy_(kept[:, snapshot - 1])
 
 
 def _aligned(count: int, shape: tuple[int, ...], dtype: str, device: torch.device) -> Tensor:

@@ -74,6 +74,20 @@ def engine_config(
         _engine(metavar="TOKENS", help="Tokens of one step at most, e.g. 8k. Default: 2k on a CPU, else 8k."),
     ] = None,
     block_size: Annotated[int, _engine(metavar="TOKENS", help="Tokens per block of the cache.")] = _DEFAULTS.block_size,
+    enable_prefix_caching: Annotated[
+        bool,
+        _engine(
+            "--enable-prefix-caching/--no-enable-prefix-caching",
+            help="Keep what was computed, so that a prompt that begins alike costs only its new tokens.",
+        ),
+    ] = _DEFAULTS.enable_prefix_caching,
+    snapshot_interval: Annotated[
+        str,
+        _engine(
+            metavar="TOKENS",
+            help="Prefix cache: keep the states about every so many tokens of a long prompt, besides at its end.",
+        ),
+    ] = f"{_DEFAULTS.snapshot_interval // 1024}k",
     cache_memory: Annotated[
         str | None,
         _engine(
@@ -140,6 +154,8 @@ def engine_config(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=_size(max_num_batched_tokens, "--max-num-batched-tokens"),
         block_size=block_size,
+        enable_prefix_caching=enable_prefix_caching,
+        snapshot_interval=parse_size(snapshot_interval, "--snapshot-interval"),
         cache_memory=_size(cache_memory, "--cache-memory"),
         gpu_memory_utilization=gpu_memory_utilization,
         tensor_parallel_size=tensor_parallel_size,

@@ -26,16 +26,16 @@ class EngineConfig:
     """Options of one engine. Raises ConfigError, in the command line's spelling, on a value out of range.
 
     `model` is a folder (None: the bundled model) and `tokenizer` another folder to take the tokenizer from.
-    `state_dtype` is what recurrent states are stored in, whatever they are computed in.
-    `max_num_seqs` None means 64 on a CPU; on a GPU what its memory allows (cache.manager.default_num_seqs).
-    `max_num_batched_tokens` None means 8192 on an accelerator, where a step that reads all experts anyway should have
-    many tokens, and 2048 on a CPU.
-    `max_model_len` None means the model's context length, or what fits in memory. `cache_memory` is in bytes
-    and takes the place of `gpu_memory_utilization`, the share of the device's memory that weights and cache
-    may fill. `quantization` "fp8" quantizes the experts' weights as they are loaded. `generation_config` says where
-    sampling defaults come from: the model's generation_config.json ("auto"), that of another folder, or the engine's
-    own ("vllm", "none"). config.json is read as though the keys in `ignore_config_key` were not in it. `op_preference`
-    maps an op's name, or "*", to the implementation that must serve it.
+    `state_dtype` is what recurrent states are stored in, whatever they are computed in. `max_num_seqs` None means
+    64 on a CPU; on a GPU what its memory allows (cache.memory.default_num_seqs). `max_num_batched_tokens` None
+    means 8192 on an accelerator, where a step that reads all experts anyway should have many tokens, and 2048 on a
+    CPU. `max_model_len` None means the model's context length, or what fits in memory. `cache_memory` is in bytes
+    and takes the place of `gpu_memory_utilization`, the share of the device's memory that weights and cache may
+    fill. `snapshot_interval` is the number of prompt tokens after which the prefix cache takes a further snapshot
+    of a model's states. `quantization` "fp8" quantizes the experts' weights as they are loaded. `generation_config`
+    says where sampling defaults come from: the model's generation_config.json ("auto"), that of another folder, or
+    the engine's own ("vllm", "none"). config.json is read as though the keys in `ignore_config_key` were not in it.
+    `op_preference` maps an op's name, or "*", to the implementation that must serve it.
     """
 
     model: str | None = None
@@ -49,6 +49,8 @@ class EngineConfig:
     max_num_batched_tokens: int | None = None
     max_model_len: int | None = None
     block_size: int = 64
+    enable_prefix_caching: bool = False
+    snapshot_interval: int = 8192
     cache_memory: int | None = None
     gpu_memory_utilization: float = 0.9
     tensor_parallel_size: int = 1
@@ -97,7 +99,9 @@ class EngineConfig:
         seconds = self.step_timeout
         is_number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
         self._need(is_number and 0 < seconds <= 1e6, "step_timeout", "a number of seconds above 0")
-        self._need(isinstance(self.enforce_eager, bool), "enforce_eager", "true or false")
+        self._integer("snapshot_interval", 1, 2**31 - 1)
+        for name in ("enforce_eager", "enable_prefix_caching"):
+            self._need(isinstance(getattr(self, name), bool), name, "true or false")
         device = self.device
         self._need(isinstance(device, str) and bool(_DEVICE.fullmatch(device)), "device", "auto, cpu, cuda or cuda:N")
         keys = self.ignore_config_key

@@ -45,6 +45,8 @@ class LLM:
         max_num_batched_tokens: int | None = None,
         max_model_len: int | None = None,
         block_size: int = 64,
+        enable_prefix_caching: bool = False,
+        snapshot_interval: int = 8192,
         cache_memory: int | None = None,
         gpu_memory_utilization: float = 0.9,
         tensor_parallel_size: int = 1,
@@ -69,6 +71,8 @@ class LLM:
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,
             block_size=block_size,
+            enable_prefix_caching=enable_prefix_caching,
+            snapshot_interval=snapshot_interval,
             cache_memory=cache_memory,
             gpu_memory_utilization=gpu_memory_utilization,
             tensor_parallel_size=tensor_parallel_size,
@@ -255,6 +259,7 @@ def _append(result: RequestOutput, delta: Delta, now: float) -> None:
     output = result.outputs[0]
     if delta.token_ids and result.metrics.first_token is None:
         result.metrics.first_token = now
+    result.num_cached_tokens += delta.num_cached_tokens
     output.text += delta.text
     output.token_ids += delta.token_ids
     if delta.logprobs is not None and output.logprobs is not None:

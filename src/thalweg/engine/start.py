@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from thalweg.runner.executor import Executor, Runner
 from thalweg.sampling.grammars import Grammars, Vocabulary
 from thalweg.scheduler.scheduler import Scheduler
 from thalweg.text.codec import load_codec
+
+STATE_CHUNK = 64  # tokens: prefills that end at a multiple cut no chunk that a kernel of a recurrent layer works in
 
 
 class Engine:
@@ -74,13 +77,23 @@ class Engine:
 
 def new_scheduler(info: EngineInfo, seed: int) -> Scheduler:
     """A scheduler with the limits and the memory of a built engine."""
+    cache = CacheManager(
+        info.num_blocks,
+        info.num_slots,
+        info.block_size,
+        keep_prefixes=info.keeps_prefixes,
+        num_snapshots=info.num_snapshots if info.bytes_per_sequence else None,
+    )
+    grid = math.lcm(info.block_size, STATE_CHUNK)
     return Scheduler(
         max_num_seqs=info.max_num_seqs,
         max_num_batched_tokens=info.max_num_batched_tokens,
         max_model_len=info.max_model_len,
-        cache=CacheManager(info.num_blocks, info.num_slots, info.block_size),
+        cache=cache,
         eos_token_ids=frozenset(info.eos_token_ids),
         seed=seed,
+        snapshot_grid=grid,
+        snapshot_interval=max(1, info.snapshot_interval // grid) * grid,
     )
 
 

@@ -7,57 +7,65 @@ oldest sequence never gives way, and nothing starves.
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import OrderedDict
 
 from thalweg.cache.manager import CacheManager
+from thalweg.cache.prefix import Node
+from thalweg.scheduler.prefixes import Prefixes
 from thalweg.scheduler.sequence import Sequence
 
 
 class Roster:
-    """Every unfinished sequence, in one of three places. At most one is partly prefilled."""
+    """Every unfinished sequence, in one of three places."""
 
-    def __init__(self, cache: CacheManager, max_num_seqs: int) -> None:
+    def __init__(self, cache: CacheManager, max_num_seqs: int, prefixes: Prefixes) -> None:
         self.cache = cache
+        self.prefixes = prefixes
         self.max_num_seqs = max_num_seqs
         self.sequences: dict[str, Sequence] = {}  # all of them, by request id
         self.waiting: OrderedDict[str, Sequence] = OrderedDict()  # in order of arrival
         self.decoding: list[Sequence] = []  # prefill planned to its end; in order of arrival
-        self.prefilling: Sequence | None = None  # arrived after all of `decoding`
+        self.prefilling: list[Sequence] = []  # prefill planned in part; in order of arrival
         self.num_preemptions = 0
 
     @property
     def num_running(self) -> int:
-        return len(self.decoding) + (self.prefilling is not None)
+        return len(self.decoding) + len(self.prefilling)
 
     def enqueue(self, seq: Sequence) -> None:
         """A new sequence, at the end of the queue."""
         self.sequences[seq.request_id] = self.waiting[seq.request_id] = seq
 
-    def admit(self, steps_done: int) -> tuple[Sequence, list[int]] | None:
-        """Moves the head of the queue to `prefilling`; gives it a slot and the blocks for all its tokens.
-
-        None when the head must wait. A block is left for every running sequence that may still need one:
-        otherwise the one admitted would soon be preempted, its prefill wasted.
-        """
-        if not self.waiting or self.num_running >= self.max_num_seqs:
+    def head(self, steps_done: int) -> Sequence | None:
+        """The head of the queue; None if there is none, or it has to wait for others or its own steps in flight."""
+        if not self.waiting or self.num_running >= self.max_num_seqs or not self.cache.slots.num_free:
             return None
         seq = next(iter(self.waiting.values()))
-        num_tokens = seq.num_prompt + len(seq.output)
-        reserve = sum(other.capacity < other.max_computed for other in self.decoding)
-        if seq.ready_after > steps_done or not self.cache.can_admit(num_tokens, reserve):
+        return None if seq.ready_after > steps_done else seq
+
+    def admit(self, seq: Sequence, start: Node | None) -> list[int] | None:
+        """Moves the head of the queue to `prefilling`; gives it a slot and the blocks for all its tokens, of which
+        those down to `start` are computed.
+
+        None when it must wait. A block is left for every running sequence that may still need one:
+        otherwise the one admitted would soon be preempted, its prefill wasted.
+        """
+        num_tokens = seq.num_known
+        reserve = sum(other.capacity < other.max_computed for other in self.decoding + self.prefilling)
+        if not self.cache.can_admit(num_tokens, reserve, start):
             return None
         del self.waiting[seq.request_id]
-        seq.slot, blocks = self.cache.admit(seq.request_id, num_tokens)
+        seq.slot, blocks = self.cache.admit(seq.request_id, num_tokens, start)
         seq.target = num_tokens
         seq.capacity = self.cache.tokens_in(len(blocks))
-        self.prefilling = seq
-        return seq, blocks
+        self.prefilling.append(seq)
+        return blocks
 
-    def prefilled(self) -> None:
-        """The last prefill of `prefilling` is planned; from now on it decodes."""
-        assert self.prefilling is not None
-        self.decoding.append(self.prefilling)
-        self.prefilling = None
+    def prefilled(self, seq: Sequence) -> None:
+        """The last prefill of `seq` is planned; from now on it decodes."""
+        self.prefilling.remove(seq)
+        insort(self.decoding, seq, key=lambda other: other.arrival)
 
     def grow(self, seq: Sequence, num_steps: int) -> list[int]:
         """Blocks so that decoding `seq` can cache one more token, at the cost of whoever arrived last.
@@ -69,29 +77,30 @@ class Roster:
             if blocks is not None:
                 seq.capacity += self.cache.tokens_in(len(blocks))
                 return blocks
-            self._preempt(self.prefilling or self.decoding[-1], num_steps)
+            last = max((*self.decoding[-1:], *self.prefilling[-1:]), key=lambda other: other.arrival)
+            self._preempt(last, num_steps)
         return []
 
     def _preempt(self, seq: Sequence, num_steps: int) -> None:
         # Not before the steps in flight are done does the host know all tokens of the sequence.
-        self._leave_running(seq)
+        self._leave_running(seq, num_steps)
         self.waiting[seq.request_id] = seq
         self.waiting.move_to_end(seq.request_id, last=False)
         seq.reset(ready_after=num_steps)
         self.num_preemptions += 1
 
-    def end(self, seq: Sequence) -> None:
-        """Leaves no trace of a sequence but its rows in flight, which are dropped when they arrive."""
+    def end(self, seq: Sequence, num_steps: int, failed: bool = False) -> None:
+        """Leaves no trace of a sequence but its rows in flight, which are dropped when they arrive, and, unless it
+        failed, its cached prefix. num_steps is the number of steps planned so far."""
         if seq.slot:
-            self._leave_running(seq)
+            self._leave_running(seq, num_steps, failed)
         else:
             del self.waiting[seq.request_id]
         seq.finished = True
         del self.sequences[seq.request_id]
 
-    def _leave_running(self, seq: Sequence) -> None:
-        if seq is self.prefilling:
-            self.prefilling = None
-        else:
-            self.decoding.remove(seq)
-        self.cache.release(seq.request_id)
+    def _leave_running(self, seq: Sequence, num_steps: int, failed: bool = False) -> None:
+        (self.prefilling if seq in self.prefilling else self.decoding).remove(seq)
+        if not failed:
+            self.prefixes.leaving(seq, num_steps)
+        self.cache.release(seq.request_id, failed)

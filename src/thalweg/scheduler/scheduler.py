@@ -20,6 +20,7 @@ from thalweg.core import (
     StepResult,
 )
 from thalweg.errors import InvalidRequest
+from thalweg.scheduler.prefixes import Prefixes
 from thalweg.scheduler.roster import Roster
 from thalweg.scheduler.sequence import MASK64, Sequence, derive_seed
 
@@ -41,14 +42,18 @@ class Scheduler:
         cache: CacheManager,
         eos_token_ids: frozenset[int],
         seed: int,
+        snapshot_grid: int = 1,
+        snapshot_interval: int = 1,
     ) -> None:
+        """`snapshot_grid`, `snapshot_interval`: see Prefixes."""
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
         self.cache = cache
         self.eos_token_ids = eos_token_ids
         self.seed = seed
-        self._roster = Roster(cache, max_num_seqs)
+        self._prefixes = Prefixes(cache, snapshot_grid, snapshot_interval)
+        self._roster = Roster(cache, max_num_seqs, self._prefixes)
         self._in_flight: deque[tuple[int, list[Sequence], list[Sequence]]] = deque()  # step, decodes, prefills
         self._next_step = 0
         self._steps_done = 0  # every step below this number has its result
@@ -91,7 +96,7 @@ class Scheduler:
         seq = self._roster.sequences.get(request_id)
         if seq is None:
             return False
-        self._roster.end(seq)
+        self._roster.end(seq, self._next_step)
         return True
 
     def is_queued(self, request_id: str) -> bool:
@@ -111,31 +116,41 @@ class Scheduler:
 
     def stats(self) -> SchedulerStats:
         """Lengths and use now, and counts since start. A prompt counts once, when first admitted."""
-        blocks, slots = self.cache.blocks, self.cache.slots
+        blocks, slots, snapshots = self.cache.blocks, self.cache.slots, self.cache.snapshots
         return SchedulerStats(
             num_running=self._roster.num_running,
             num_waiting=len(self._roster.waiting),
-            blocks_used=blocks.num_blocks - blocks.num_free,
+            blocks_used=blocks.num_blocks - self.cache.num_available,
             blocks_total=blocks.num_blocks,
             slots_used=slots.num_slots - slots.num_free,
             slots_total=slots.num_slots,
             num_preemptions=self._roster.num_preemptions,
             prompt_tokens=self._prompt_tokens,
             generation_tokens=self._generation_tokens,
+            blocks_kept=self.cache.num_kept,
+            snapshots_used=snapshots.num_snapshots - snapshots.num_free,
+            snapshots_total=snapshots.num_snapshots,
+            prefix_queries=self._prefixes.queries,
+            prefix_hits=self._prefixes.hits,
+            prefix_misses=dict(self._prefixes.misses),
         )
 
     # Planning
 
     def schedule(self) -> StepPlan | None:
         """The next step. None when there is nothing to run before a result arrives or a request is added."""
-        new_blocks: NewBlocks = []
+        step = self._next_step
+        self._prefixes.begin(step)
+        new_blocks = self._prefixes.new_blocks
         decodes, slots, starts = self._plan_decodes(new_blocks)
         budget = self.max_num_batched_tokens - len(decodes)
         admissions: list[Admission] = []
         prefills: list[Prefill] = []
         prefill_seqs: list[Sequence] = []
-        while budget > 0:
-            seq = self._roster.prefilling or self._admit(admissions, new_blocks)
+        under_way = self._roster.prefilling[:]
+        # Whoever is admitted comes after those under way: a snapshot that it begins from is not one to be written.
+        while budget >= (self._prefixes.least if prefills else 1):
+            seq = under_way.pop(0) if under_way else self._admit(admissions, new_blocks)
             if seq is None:
                 break
             prefill = self._plan_prefill(seq, budget)
@@ -144,10 +159,10 @@ class Scheduler:
             budget -= prefill.length
         if not decodes and not prefills:
             return None
-        step = self._next_step
         self._next_step = step + 1
         self._in_flight.append((step, decodes, prefill_seqs))
-        return StepPlan(step, admissions, new_blocks, slots, starts, prefills)
+        snapshots, restores = self._prefixes.snapshots, self._prefixes.restores
+        return StepPlan(step, admissions, new_blocks, slots, starts, prefills, snapshots, restores)
 
     def _plan_decodes(self, new_blocks: NewBlocks) -> tuple[list[Sequence], list[int], list[int]]:
         # Rows are planned in order of arrival, so whoever gives way to one of them has no row in this plan.
@@ -165,6 +180,7 @@ class Scheduler:
                 if not blocks:
                     continue
                 new_blocks.extend((seq.slot, index + i, block) for i, block in enumerate(blocks))
+                self._prefixes.grown(seq)
             seq.computed = start + 1
             decodes.append(seq)
             slots.append(seq.slot)
@@ -181,10 +197,17 @@ class Scheduler:
         return early + late
 
     def _admit(self, admissions: list[Admission], new_blocks: NewBlocks) -> Sequence | None:
-        admitted = self._roster.admit(self._steps_done)
-        if admitted is None:
+        seq = self._roster.head(self._steps_done)
+        if seq is None:
             return None
-        seq, blocks = admitted
+        match = self._prefixes.find(seq)
+        if match is not None and match.soon:
+            return None
+        blocks = self._roster.admit(seq, None if match is None else match.node)
+        if blocks is None:
+            return None
+        if match is not None:
+            self._prefixes.admitted(seq, match)
         if not seq.ready_after:  # it was never preempted
             self._prompt_tokens += seq.num_prompt
         new_blocks.extend((seq.slot, index, block) for index, block in enumerate(blocks))
@@ -193,12 +216,12 @@ class Scheduler:
 
     def _plan_prefill(self, seq: Sequence, budget: int) -> Prefill:
         start = seq.computed
-        length = min(budget, seq.target - start)
-        seq.computed = start + length
+        seq.computed = self._prefixes.chunk_end(seq, budget)
+        self._prefixes.planned(seq)
         last = seq.computed == seq.target
         if last:
-            self._roster.prefilled()
-        return Prefill(seq.slot, start, length, last and seq.limit > 0)
+            self._roster.prefilled(seq)
+        return Prefill(seq.slot, start, seq.computed - start, last and seq.limit > 0)
 
     # Results
 
@@ -224,7 +247,7 @@ class Scheduler:
                 news = seq.take_token(token, slot, result)
                 updates.append(news)
                 if news.finish_reason is not None:
-                    self._roster.end(seq)
+                    self._roster.end(seq, self._next_step, news.finish_reason == "error")
         for seq, prefill in zip(prefill_seqs, plan.prefills, strict=True):
             sampled = next(tokens) if prefill.sample else None
             if not seq.finished:
@@ -232,7 +255,7 @@ class Scheduler:
                 if told is not None:
                     updates.append(told)
                     if told.finish_reason is not None:
-                        self._roster.end(seq)
+                        self._roster.end(seq, self._next_step, told.finish_reason == "error")
         for update in updates:
             self._generation_tokens += len(update.token_ids)
         return updates

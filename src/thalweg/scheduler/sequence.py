@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+
 from msgspec.structs import replace
 
 from thalweg.core import Admission, FinishReason, Prefill, Request, RequestUpdate, StepResult
@@ -20,9 +22,12 @@ class Sequence:
         "capacity",
         "computed",
         "finished",
+        "keys",
         "limit",
+        "marks",
         "max_computed",
         "min_tokens",
+        "num_cached",
         "num_prompt",
         "output",
         "params",
@@ -30,6 +35,8 @@ class Sequence:
         "prompt_rows_sent",
         "ready_after",
         "request_id",
+        "save_at",
+        "saved",
         "seed",
         "slot",
         "stop_ids",
@@ -58,6 +65,28 @@ class Sequence:
         self.ready_after = 0  # steps that must be done before it may run again
         self.prompt_rows_sent = 0  # prompt positions whose logits or logprobs were handed out
         self.finished = False
+        self.num_cached = 0  # prompt tokens that came from the prefix cache when it was first admitted
+        self.keys: list[bytes] = []  # its first full blocks of tokens, as the prefix tree knows them
+        self.marks: list[int] = []  # positions to cut the prefill at and to keep the states of, the next one last
+        self.save_at = 0  # the position where a snapshot is due
+        self.saved = 0  # the position of the snapshot before
+
+    @property
+    def num_known(self) -> int:
+        """Tokens that the host knows."""
+        return self.num_prompt + len(self.output)
+
+    def key(self, block: int, block_size: int) -> bytes:
+        """The tokens of full block `block`, all of which are known."""
+        keys = self.keys
+        while len(keys) <= block:
+            start = len(keys) * block_size
+            end = start + block_size
+            tokens = self.prompt[start:end]
+            if end > self.num_prompt:
+                tokens = tokens + self.output[max(start - self.num_prompt, 0) : end - self.num_prompt]
+            keys.append(array("I", tokens).tobytes())
+        return keys[block]
 
     def admission(self) -> Admission:
         """What the runner is told when this sequence takes its slot: every token that is known by now."""
@@ -73,7 +102,7 @@ class Sequence:
 
     def reset(self, ready_after: int) -> None:
         """Back to waiting after a preemption; its cache is gone."""
-        self.slot = self.target = self.computed = self.capacity = 0
+        self.slot = self.target = self.computed = self.capacity = self.save_at = self.saved = 0
         self.ready_after = ready_after
 
     def take_token(self, token: int, slot: int, result: StepResult) -> RequestUpdate:
@@ -108,6 +137,8 @@ class Sequence:
             return None
         else:
             news = RequestUpdate(self.request_id, [])
+        if token is not None and self.num_cached:
+            news = replace(news, num_cached_tokens=self.num_cached)
         if logprobs is None and logits is None:
             return news
         return replace(news, prompt_logprobs=logprobs, prompt_logits=logits)

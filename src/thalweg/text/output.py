@@ -25,6 +25,7 @@ class Delta:
     prompt_logprobs: list[TokenLogprobs] | None = None
     prompt_logits: Any = None
     events: list[Any] | None = None  # what the request's TextReader made of the text; None without one
+    num_cached_tokens: int = 0  # told with the first token: prompt tokens that came from the prefix cache
     sent_at: float | None = None  # when another process sent it, on time.monotonic's clock
 
 
@@ -99,6 +100,7 @@ class OutputProcessor:
             update.logprobs,
             update.prompt_logprobs,
             update.prompt_logits,
+            num_cached_tokens=update.num_cached_tokens,
         )
         if (detokenizer := tracked.detokenizer) is not None:
             # The token that ended it is reported, but is text only where that is asked for.

@@ -43,6 +43,7 @@ class RequestOutput:
     metrics: RequestMetrics
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # the first token has none
     error: str | None = None
+    num_cached_tokens: int = 0  # of the prompt, that came from the prefix cache
 
     @property
     def finished(self) -> bool:

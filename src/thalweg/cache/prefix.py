@@ -1,0 +1,320 @@
+"""The prefix tree: full blocks of what was computed, some with a snapshot of the states at their end.
+
+A node is a block of tokens after all the blocks above it, so it stands for a whole prefix; its key is the tokens
+themselves, and each salt has a root of its own. A sequence that runs holds every node of its prefix; the others wait
+to be shared or, oldest first and from the ends of branches, to be evicted.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from heapq import heapify, heappop, heappush
+from typing import Literal, NamedTuple
+
+from thalweg.cache.blocks import BlockPool, CacheAccountingError
+from thalweg.cache.snapshots import SnapshotPool
+
+MissReason = Literal["unseen", "too_short", "no_snapshot", "evicted", "other_salt", "prompt_wanted"]
+MISS_REASONS: tuple[MissReason, ...] = (
+    "unseen",
+    "too_short",
+    "no_snapshot",
+    "evicted",
+    "other_salt",
+    "prompt_wanted",
+)
+PATH_SHARE = 4  # one path, from the root to a node, has at most a quarter of the snapshots (2 at least)
+GHOSTS = 1 << 16  # evicted prefixes that are remembered, to tell them from new ones
+
+
+class Node:
+    """A block of tokens in its place. Steps are numbers of plans: a plan may use what is ready by its own number."""
+
+    __slots__ = (
+        "block",
+        "children",
+        "depth",
+        "due",
+        "gone",
+        "hash",
+        "key",
+        "lost",
+        "parent",
+        "ready",
+        "refs",
+        "reused",
+        "snapshot",
+        "stamp",
+    )
+
+    def __init__(self, parent: Node | None, key: bytes, block: int, ready: int) -> None:
+        self.parent, self.key, self.block, self.ready = parent, key, block, ready
+        self.depth: int = 0 if parent is None else parent.depth + 1  # blocks of the prefix
+        self.hash: int = hash((0 if parent is None else parent.hash, key))  # to remember it by once it is gone
+        self.children: dict[bytes, Node] = {}
+        self.refs = 0  # running sequences whose prefix goes through this node
+        self.stamp = 0  # when it was let go last
+        self.gone = False  # no longer in the tree
+        self.snapshot = 0  # of the states at its end; 0: none
+        self.due = 0  # the step that may take a snapshot here
+        self.lost = False  # it had a snapshot
+        self.reused = False  # a sequence began from its snapshot
+
+
+class Match(NamedTuple):
+    """How much of a prompt is known."""
+
+    node: Node  # where computing may go on
+    seen: int  # blocks that are in the tree
+    soon: bool  # the next plan may go on from further down
+    reason: MissReason  # why the rest cannot be used
+
+
+class PrefixTree:
+    """Nodes own their blocks and snapshots, which come from and go back to the pools.
+
+    `snapshots` None: the model keeps no state, so that a prefix can be used at every block. Without blocks in `blocks`
+    nodes have none, and live only as long as they lead to a snapshot.
+    """
+
+    def __init__(self, blocks: BlockPool, snapshots: SnapshotPool | None) -> None:
+        self._blocks, self._snapshots = blocks, snapshots
+        self._roots: dict[str, Node] = {}
+        self._first: Counter[bytes] = Counter()  # roots that have this first block
+        self._saved: OrderedDict[Node, None] = OrderedDict()  # nodes with a snapshot, least recently used first
+        self._leaves: list[tuple[int, int, Node]] = []  # heap of nodes that may be evicted, some of them no longer
+        self._ghosts: OrderedDict[int, None] = OrderedDict()
+        self._clock = 0
+        self._pushed = 0
+        self.num_nodes = 0
+        self.num_evictable = 0  # nodes that no sequence holds
+
+    def find(self, salt: str, key: Callable[[int], bytes], limit: int, step: int) -> Match:
+        """Follow a prompt whose block i is key(i), `limit` blocks at most, for plan `step`. Changes nothing."""
+        node = self._roots.get(salt) or Node(None, salt.encode(), 0, 0)
+        usable, soon, lost = node, False, False
+        for i in range(limit):
+            child = node.children.get(key(i))
+            if child is None:
+                break
+            node = child
+            if self._snapshots is None:
+                later = child.ready > step
+                usable = usable if later else child
+            else:
+                later = child.due > step
+                lost = lost or child.lost
+                if child.snapshot:
+                    usable, later, soon, lost = child, False, False, False
+            soon = soon or later
+        reason: MissReason
+        if limit == 0:
+            reason = "too_short"
+        elif lost or (node.depth < limit and hash((node.hash, key(node.depth))) in self._ghosts):
+            reason = "evicted"
+        elif node is not usable:
+            reason = "no_snapshot"
+        elif node.depth == 0 and self._first[key(0)]:
+            reason = "other_salt"
+        else:
+            reason = "unseen"
+        return Match(usable, node.depth, soon, reason)
+
+    def path_blocks(self, node: Node) -> list[int]:
+        """Blocks from the root to `node`; 0 for each if the model has none."""
+        blocks = []
+        while node.parent is not None:
+            blocks.append(node.block)
+            node = node.parent
+        return blocks[::-1]
+
+    def unheld(self, node: Node) -> int:
+        """How many nodes from the root to `node` nobody holds: they could be evicted, and will not be once held."""
+        count = 0
+        while node.parent is not None and node.refs == 0:
+            count, node = count + 1, node.parent
+        return count
+
+    def hold(self, node: Node) -> None:
+        """A sequence begins from `node`: nothing above it may be evicted."""
+        while True:
+            if node.refs == 0 and node.parent is not None:
+                self.num_evictable -= 1
+            node.refs += 1
+            if node.parent is None:
+                self._roots[node.key.decode()] = node
+                return
+            node = node.parent
+
+    def extend(self, tail: Node, key: bytes, block: int, ready: int) -> tuple[Node, bool]:
+        """The node after `tail`, which the holder of `tail` now holds too. Whether it is new, and `block` its own:
+        another sequence may have put it there."""
+        child = tail.children.get(key)
+        if new := child is None:
+            child = tail.children[key] = Node(tail, key, block, ready)
+            self.num_nodes += 1
+            if tail.parent is None:
+                self._first[key] += 1
+        elif child.refs == 0:
+            self.num_evictable -= 1
+        child.refs += 1
+        return child, new
+
+    def let_go(self, tail: Node) -> None:
+        """A sequence that held everything down to `tail` is over."""
+        self._clock += 1
+        node = tail
+        while node.parent is not None:
+            node.refs -= 1
+            node.stamp = self._clock
+            above = node.parent
+            if node.refs == 0:
+                if node.gone:
+                    self._free(node)
+                else:
+                    self.num_evictable += 1
+                    self._offer(node)
+            node = above
+        node.refs -= 1
+        self._drop_root(node)
+
+    def forget(self, node: Node) -> None:
+        """Take `node` and all below it out of the tree. What sequences hold of it is freed when they let go."""
+        assert node.parent is not None
+        if node.gone:
+            return
+        self._detach(node)
+        below = [node]
+        while below:
+            each = below.pop()
+            below += each.children.values()
+            each.gone = True
+            self.num_nodes -= 1
+            if each.snapshot:
+                self.drop_snapshot(each)
+            if each.refs == 0:
+                self.num_evictable -= 1
+                self._free(each)
+
+    def evict_block(self) -> None:
+        """Evict the end of the branch that was used least recently. Raises CacheAccountingError if all is held."""
+        while self._leaves:
+            stamp, _, node = heappop(self._leaves)
+            if not (node.gone or node.refs or node.children) and node.stamp == stamp:
+                self._remove(node)
+                return
+        raise CacheAccountingError("no node can be evicted")
+
+    # Snapshots
+
+    @property
+    def needs_snapshots(self) -> bool:
+        """Whether a prefix can be used only where there is a snapshot."""
+        return self._snapshots is not None
+
+    @property
+    def num_saved(self) -> int:
+        """Nodes that have a snapshot."""
+        return len(self._saved)
+
+    def take_snapshot(self, node: Node) -> int:
+        """A snapshot to fill on behalf of the path to `node`; 0 if there is none to be had.
+
+        A path that has its share gives up its own least recently used one, else the tree does.
+        """
+        assert self._snapshots is not None
+        path = []
+        above: Node | None = node
+        while above is not None:
+            if above.snapshot:
+                path.append(above)
+            above = above.parent
+        if len(path) >= max(2, self._snapshots.num_snapshots // PATH_SHARE):
+            own = set(path)
+            self.drop_snapshot(next(each for each in self._saved if each in own))
+        elif not self._snapshots.num_free:
+            if not self._saved:
+                return 0
+            self.drop_snapshot(next(iter(self._saved)))
+        return self._snapshots.allocate()
+
+    def attach(self, node: Node, snapshot: int) -> bool:
+        """Give `node` a snapshot, which is freed if it has one or is gone."""
+        assert self._snapshots is not None
+        if node.gone or node.snapshot:
+            self._snapshots.free(snapshot)
+            return False
+        node.snapshot, node.reused = snapshot, False
+        self._saved[node] = None
+        return True
+
+    def detach_snapshot(self, node: Node) -> int:
+        """Take `node`'s snapshot, which becomes the caller's."""
+        snapshot, node.snapshot = node.snapshot, 0
+        del self._saved[node]
+        return snapshot
+
+    def drop_snapshot(self, node: Node) -> None:
+        """Free `node`'s snapshot; its block stays."""
+        assert self._snapshots is not None
+        self._snapshots.free(self.detach_snapshot(node))
+        node.lost = True
+        if not (self._blocks.num_blocks or node.refs or node.gone):
+            self._offer(node)
+
+    def use_snapshot(self, node: Node) -> int:
+        """The snapshot that a sequence begins from."""
+        self._saved.move_to_end(node)
+        node.reused = True
+        return node.snapshot
+
+    # Inside
+
+    def _offer(self, node: Node) -> None:
+        """`node`, which nobody holds, may be evicted if nothing is below it; at once if it is of no use."""
+        if node.children:
+            return
+        if not self._blocks.num_blocks and not node.snapshot:
+            self._remove(node)
+            return
+        self._pushed += 1
+        heappush(self._leaves, (node.stamp, self._pushed, node))
+        if len(self._leaves) > 64 + 2 * self.num_nodes:
+            self._leaves = [e for e in self._leaves if not (e[2].gone or e[2].refs) and e[2].stamp == e[0]]
+            heapify(self._leaves)
+
+    def _remove(self, node: Node) -> None:
+        parent = node.parent
+        assert parent is not None
+        self._detach(node)
+        node.gone = True
+        self.num_nodes -= 1
+        self.num_evictable -= 1
+        if node.snapshot:
+            self.drop_snapshot(node)
+        self._free(node)
+        self._ghosts[node.hash] = None
+        if len(self._ghosts) > GHOSTS:
+            self._ghosts.popitem(last=False)
+        if parent.parent is None:
+            self._drop_root(parent)
+        elif parent.refs == 0:
+            self._offer(parent)
+
+    def _detach(self, node: Node) -> None:
+        assert node.parent is not None
+        del node.parent.children[node.key]
+        if node.depth == 1:
+            self._first[node.key] -= 1
+            if not self._first[node.key]:
+                del self._first[node.key]
+
+    def _free(self, node: Node) -> None:
+        if node.block:
+            self._blocks.free((node.block,))
+
+    def _drop_root(self, root: Node) -> None:
+        salt = root.key.decode()
+        if root.refs == 0 and not root.children and self._roots.get(salt) is root:
+            del self._roots[salt]

@@ -1,0 +1,127 @@
+"""Whatever is shared, evicted, aborted, preempted or planned ahead: with prefixes kept, tokens are a cold run's."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.scheduler.device_simulator import Harness
+from tests.scheduler.test_scheduler_properties import check_invariants, check_prompt_rows, run
+
+# Prompts that begin alike: from a tree of few tokens, in pieces of a few lengths.
+piece = st.tuples(st.integers(2, 4), st.sampled_from([1, 2, 3, 4, 8]))
+prompts = st.lists(piece, min_size=1, max_size=4).map(lambda pieces: [t for t, n in pieces for _ in range(n)])
+params = st.fixed_dictionaries(
+    {
+        "max_tokens": st.sampled_from([None, 0, 1, 5, 12, 20]),
+        "ignore_eos": st.sampled_from([True, True, False]),
+        "seed": st.sampled_from([0, 0, 1, None]),
+        "prompt_logprobs": st.sampled_from([None, None, None, 0]),
+        "cache_salt": st.sampled_from(["", "", "other"]),
+    }
+)
+add = st.tuples(st.just("add"), prompts, params, st.sampled_from([False, False, False, True]))
+again = st.tuples(st.just("again"), st.integers(0, 30), st.integers(0, 12), params)
+abort = st.tuples(st.just("abort"), st.integers(0, 30))
+step = st.tuples(st.just("step"), st.integers(1, 5))
+events = st.lists(st.one_of(add, again, again, step, step, abort, st.just(("plan",))), min_size=10, max_size=40)
+limits = st.fixed_dictionaries(
+    {
+        "num_blocks": st.sampled_from([0, 3, 5, 8, 12, 20, 40]),
+        "block_size": st.sampled_from([1, 2, 4]),
+        "max_num_seqs": st.sampled_from([1, 2, 3, 5]),
+        "max_num_batched_tokens": st.sampled_from([1, 2, 3, 5, 16, 64]),
+        "max_model_len": st.integers(8, 40),
+        "seed": st.integers(0, 2**64 - 1),
+        "depth": st.integers(0, 3),
+        "num_snapshots": st.sampled_from([None, 1, 2, 3, 8, 30]),
+    }
+)
+more_limits = st.tuples(st.sampled_from([1, 2, 3]), st.sampled_from([1, 2, 5]))  # grid in blocks, interval in grids
+
+
+def harness(limits: dict[str, Any], more: tuple[int, int]) -> Harness:
+    grid = limits["block_size"] * more[0]
+    if limits["num_blocks"] == 0 and limits["num_snapshots"] is None:
+        limits = {**limits, "num_snapshots": 2}  # without blocks and states there is no model
+    return Harness(**limits, keep_prefixes=True, grid=grid, interval=grid * more[1])
+
+
+def replay(h: Harness, script: list[Any]) -> None:
+    """`run`, with the event "again": what a request was and gave, and a few tokens more, as a conversation goes on."""
+    for i, event in enumerate(script):
+        if event[0] == "again" and h.requests:
+            _, index, more, options = event
+            name = list(h.requests)[index % len(h.requests)]
+            prompt = [*h.requests[name].prompt_token_ids, *h.tokens(name), *[5] * more]
+            event = ("add", prompt, options, False)
+        if event[0] == "add":
+            _, prompt, options, logits = event
+            if len(prompt) < h.scheduler.max_model_len and len(prompt) <= h.scheduler.cache.max_tokens:
+                h.add(f"r{i}", prompt, logits, **options)
+                check_invariants(h)
+        elif event[0] == "abort" and h.requests:
+            name = list(h.requests)[event[1] % len(h.requests)]
+            if name not in h.aborted and not h.ended(name):
+                h.abort(name)
+            check_invariants(h)
+        elif event[0] in ("step", "plan"):
+            run(h, [event])
+
+
+def finish(h: Harness) -> None:
+    while h.scheduler.has_work() or h.pending:
+        h.step()
+        check_invariants(h)
+    h.scheduler.check_idle()
+    h.check_against_solo()
+    check_prompt_rows(h)
+    stats = h.scheduler.stats()
+    assert stats.blocks_used == 0
+    assert stats.blocks_kept + h.scheduler.cache.blocks.num_free == stats.blocks_total
+
+
+@settings(max_examples=600, derandomize=True, deadline=None)
+@given(limits, more_limits, events)
+def test_tokens_are_those_of_a_cold_run(limits: dict[str, Any], more: tuple[int, int], script: list[Any]) -> None:
+    h = harness(limits, more)
+    replay(h, script)
+    finish(h)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_fuzz_over_shared_trees(seed: int) -> None:
+    """1,000 requests over 20 trees in all, with aborts and tight pools."""
+    rng = random.Random(seed)
+    block_size = rng.choice([1, 2, 4])
+    limits = {
+        "num_blocks": rng.choice([40, 60, 160]) // block_size,
+        "block_size": block_size,
+        "max_num_seqs": rng.choice([3, 6]),
+        "max_num_batched_tokens": rng.choice([2, 5, 16, 64]),
+        "max_model_len": 40,
+        "seed": seed,
+        "depth": seed % 4,
+        "num_snapshots": rng.choice([None, 2, 6, 40]),
+    }
+    h = harness(limits, (rng.choice([1, 2]), rng.choice([1, 3])))
+    trees = [[rng.randrange(40) for _ in range(24)] for _ in range(3)]
+    script: list[Any] = []
+    for _ in range(160):
+        kind = rng.choice(["add", "again", "step", "step", "step", "plan", "abort"])
+        options = {"max_tokens": rng.choice([None, 0, 1, 5, 30]), "ignore_eos": rng.random() < 0.7, "seed": 0}
+        if kind == "add":
+            tree, own = rng.choice(trees), [rng.randrange(40) for _ in range(rng.randint(0, 6))]
+            script.append(("add", tree[: rng.randint(1, 24)] + own, options, rng.random() < 0.1))
+        elif kind == "again":
+            script.append(("again", rng.randrange(200), rng.randint(0, 5), options))
+        elif kind == "abort":
+            script.append(("abort", rng.randrange(100) if rng.random() < 0.3 else 0))
+        else:
+            script.append((kind, rng.randint(1, 8)) if kind == "step" else (kind,))
+    replay(h, script)
+    finish(h)
