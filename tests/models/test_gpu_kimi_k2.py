@@ -49,7 +49,8 @@ def test_logits_in_float32_and_bfloat16(served: tuple[Path, Model]) -> None:
 
 def test_decode_steps_in_bfloat16_say_what_prompts_say(served: tuple[Path, Model]) -> None:
     with LLM(str(served[0]), device=DEVICE, dtype="bfloat16", max_num_seqs=6, max_num_batched_tokens=64) as llm:
-        assert llm.info.decode_steps.startswith("eager")  # attention of decode rows is the reference's
+        # Experts in int4 are the reference's still, which waits for the device.
+        assert llm.info.decode_steps.startswith(("CUDA graphs", "eager: op experts is served by 'reference'"))
         assert decode_against_prompts(llm).mean() < BF16_LOGPROB
 
 

@@ -1,9 +1,10 @@
-"""Random inputs of mla_mixer_decode, and its result in float64."""
+"""Random inputs of mla_mixer_decode and mla_decode, and their results in float64."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ class MlaMixerCase:
     block_rows: Tensor
     scale: float
     eps: float
+    frequencies: Tensor
+    rope_scale: float
 
     def copy(self) -> MlaMixerCase:
         return replace(self, blocks=self.blocks.clone())
@@ -43,6 +46,31 @@ class MlaMixerCase:
             scale=self.scale,
             eps=self.eps,
         )
+
+    @property
+    def queries(self) -> Tensor:
+        """Of the projection: its columns without the new latent. A view."""
+        return self.proj[:, : -self.blocks.shape[-1]]
+
+    @property
+    def positions(self) -> Tensor:
+        return self.lens.long() - 1
+
+    def run_rotated(self, op: Callable[..., Tensor], **other: Any) -> Tensor:
+        """What `op`, an mla_decode, gives of the queries, once the new latents are in the blocks as they are."""
+        arguments = dict(
+            positions_B=self.positions,
+            frequencies_F=self.frequencies,
+            rope_scale=self.rope_scale,
+            w_uk_HKR=self.w_uk,
+            w_uv_HVR=self.w_uv,
+            blocks_MSC=self.blocks,
+            block_tables_BN=self.tables,
+            context_lens_B=self.lens,
+            scale=self.scale,
+        )
+        self.blocks.flatten(0, 1)[self.block_rows] = self.proj[:, -self.blocks.shape[-1] :]
+        return op(self.queries, **arguments | other)
 
     def rows(self, b: int) -> Tensor:
         """Rows of the flattened blocks that hold sequence b's tokens, in order."""
@@ -86,6 +114,8 @@ def mla_mixer_case(
         block_rows=torch.empty(B, dtype=torch.int64, device=device),
         scale=(K + P) ** -0.5,
         eps=1e-5,
+        frequencies=50000 ** -torch.linspace(0, 1, P // 2 + 1, device=device)[:-1],
+        rope_scale=1.3,
     )
     flat = case.blocks.view(-1, R + P)
     for b in range(B):
@@ -101,15 +131,33 @@ def mla_mixer_fp64(case: MlaMixerCase) -> tuple[Tensor, Tensor]:
     q, c, shared = case.proj.double().split([H * (K + P), R, P], dim=-1)
     c = c * (c.square().mean(-1, keepdim=True) + case.eps).rsqrt() * case.norm_weight.double()
     new = torch.cat((c, shared), dim=-1)
-    flat, out = case.blocks.view(-1, R + P), []
+    return attention_fp64(case, q, new), new
+
+
+def mla_decode_fp64(case: MlaMixerCase) -> Tensor:
+    """o_BO of rotated queries."""
+    (H, K, R), P = case.w_uk.shape, case.blocks.shape[-1] - case.w_uk.shape[-1]
+    q, new = case.proj.double().split([H * (K + P), R + P], dim=-1)
+    # Angles as they are defined, in float32: far out, the rounding of a product is no small part of a turn.
+    angles = (case.positions[:, None].float() * case.frequencies).double()
+    turn = case.rope_scale * torch.exp(1j * angles)[:, None]
+    q = q.unflatten(-1, (H, K + P)).clone()
+    q[..., K:] = torch.view_as_real(
+        torch.view_as_complex(q[..., K:].unflatten(-1, (-1, 2)).contiguous()) * turn
+    ).flatten(-2)
+    return attention_fp64(case, q.flatten(1), new)
+
+
+def attention_fp64(case: MlaMixerCase, q: Tensor, new: Tensor) -> Tensor:
+    (H, _, R), flat, out = case.w_uk.shape, case.blocks.flatten(0, 1), []
     for b in range(len(q)):
         # What a token's latent was rounded to when it was stored is what every later step reads.
         latent = torch.cat((flat[case.rows(b)[:-1]], new[b : b + 1].to(flat.dtype))).double()
         keys = torch.einsum("sr,hkr->hsk", latent[:, :R], case.w_uk.double())
         keys = torch.cat((keys, latent[:, R:].expand(H, -1, -1)), dim=-1)
-        weights = (torch.einsum("hsx,hx->hs", keys, q[b].view(H, K + P)) * case.scale).softmax(-1)
+        weights = (torch.einsum("hsx,hx->hs", keys, q[b].view(H, -1)) * case.scale).softmax(-1)
         out.append(torch.einsum("hs,sr,hvr->hv", weights, latent[:, :R], case.w_uv.double()).flatten())
-    return torch.stack(out), new
+    return torch.stack(out)
 
 
 def check_mla_mixer(op: Callable[..., Tensor], case: MlaMixerCase, tolerance: float) -> None:
@@ -123,3 +171,14 @@ def check_mla_mixer(op: Callable[..., Tensor], case: MlaMixerCase, tolerance: fl
     others = torch.ones(len(flat), dtype=torch.bool, device=flat.device)
     others[case.block_rows] = False
     torch.testing.assert_close(flat[others], before[others], rtol=0, atol=0, equal_nan=True)
+
+
+def check_mla_decode(op: Callable[..., Tensor], case: MlaMixerCase, tolerance: float) -> None:
+    after = case.copy()
+    out = after.run_rotated(op)
+    assert out.dtype == case.proj.dtype
+    assert error(out, mla_decode_fp64(case)) < tolerance
+    flat, before = (x.blocks.flatten(0, 1) for x in (after, case))
+    before[case.block_rows] = case.proj[:, -before.shape[-1] :]
+    assert torch.equal(flat.isnan(), before.isnan())
+    assert torch.equal(flat.nan_to_num(), before.nan_to_num())

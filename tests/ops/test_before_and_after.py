@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from tests.ops.interpreted import run_interpreted
+from tests.ops.split_norms_case import check_same_bits, split_norms_case
 from thalweg.bench.kernels.rearrange import SITES, Site
 from thalweg.errors import ConfigError
 from thalweg.ops import heads
 from thalweg.ops.attention.mla_down_norms import SPLIT_NORMS, SplitNormsDims
+from thalweg.ops.attention.mla_rope import MLA_ROPE, MlaRopeDims
 from thalweg.ops.heads import MERGE_HEADS, SPLIT_HEADS, HeadsDims
 from thalweg.ops.linear import NORM_LINEAR, NormLinearDims
 from thalweg.ops.norm import RMS_NORM, RmsNormDims
@@ -130,21 +132,23 @@ def test_a_call_site_whose_native_form_differs_is_found() -> None:
         assert not torch.equal(einops.rearrange(x, site.pattern, **site.sizes), site.native(x).flip(-1))
 
 
-K2 = [(7, 48, 32, 8), (1, 1536, 512, 64), (33, 20, 48, 1), (0, 16, 16, 4)]
+K2 = [(7, 48, 32, 8), (1, 1536, 512, 64), (33, 20, 48, 2), (0, 16, 16, 4)]
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "gaps"])
+@pytest.mark.parametrize("gap", [0, 8])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("T", "Q", "R", "P"), K2)
-def test_split_norms_is_a_split_and_two_norms(T: int, Q: int, R: int, P: int, dtype: torch.dtype, layout: str) -> None:
+def test_split_norms_is_a_split_and_its_parts(T: int, Q: int, R: int, P: int, dtype: torch.dtype, gap: int) -> None:
     where = Where("cpu", str(dtype).removeprefix("torch."))
-    x, weights = laid_out((T, Q + R + P), dtype, layout), laid_out((Q + R,), dtype, "contiguous")
-    fused = Resolver().resolve(SPLIT_NORMS, where, SplitNormsDims(Q=Q, R=R))
-    q, latent, shared = fused(x, weights[:Q], weights[Q:], 1e-6)
-    for part, weight, found in ((x[:, :Q], weights[:Q], q), (x[:, Q : Q + R], weights[Q:], latent)):
+    case = split_norms_case(T, Q, R, P, dtype, gap=gap)
+    q, rows, _ = case.run(Resolver().resolve(SPLIT_NORMS, where, SplitNormsDims(Q=Q, R=R, P=P)))
+    for part, weight, found in ((case.x[:, :Q], case.q_weight, q), (case.x[:, Q : Q + R], case.kv_weight, rows[:, :R])):
         norm = Resolver().resolve(RMS_NORM, where, RmsNormDims(D=len(weight)))
         assert torch.equal(found, norm(part.contiguous(), weight, 1e-6))
-    assert torch.equal(shared, x[:, Q + R :])
+    shared = case.x[:, None, Q + R :].clone()
+    rotate = Resolver().resolve(MLA_ROPE, where, MlaRopeDims(H=1, K=0, P=P))
+    rotate(shared, positions_T=case.positions, frequencies_F=case.frequencies, rope_scale=case.rope_scale)
+    assert torch.equal(rows[:, None, R:], shared)
 
 
 @pytest.mark.parametrize("shape", [(5, 300), (1, 7168), (33, 37), (0, 8)])
@@ -157,24 +161,19 @@ def test_scaled_residual_add_is_two_additions(shape: tuple[int, int]) -> None:
 
 
 def check_split_norms_bit_for_bit(device: str = "cpu", dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> None:
-    from thalweg.ops.attention.mla_down_norms.triton import split_norms, split_norms_in_two_launches
-
     for T, Q, R, P in K2:
         for dtype in dtypes:
-            for layout in ("contiguous", "gaps"):
-                x = laid_out((T, Q + R + P), dtype, layout, device)
-                weights = laid_out((Q + R,), dtype, "contiguous", device)
-                arguments = x, weights[:Q], weights[Q:], 1e-6
-                assert all(map(torch.equal, split_norms(*arguments), split_norms_in_two_launches(*arguments)))
+            for gap in (0, 8):
+                check_same_bits(split_norms_case(T, Q, R, P, dtype, device, gap))
 
 
-def test_split_norms_is_two_launches_under_the_interpreter() -> None:
+def test_split_norms_is_several_launches_under_the_interpreter() -> None:
     pytest.importorskip("triton")
     run_interpreted(check_split_norms_bit_for_bit)
 
 
 @pytest.mark.gpu
-def test_split_norms_is_two_launches_on_a_gpu() -> None:
+def test_split_norms_is_several_launches_on_a_gpu() -> None:
     check_split_norms_bit_for_bit("cuda", tuple(DTYPES[:2]))
 
 
@@ -191,4 +190,4 @@ def test_scaled_residual_add_is_two_additions_on_a_gpu(shape: tuple[int, int], d
 
 def test_unfused_norms_of_kimi_k2_need_a_gpu() -> None:
     with pytest.raises(ConfigError, match=r"'separate' for cpu.*needs cuda, not cpu"):
-        both(SPLIT_NORMS, SplitNormsDims(Q=48, R=32), torch.float32)
+        both(SPLIT_NORMS, SplitNormsDims(Q=48, R=32, P=8), torch.float32)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.ops.mla_mixer_case import check_mla_mixer, mla_mixer_case
-from thalweg.ops.attention.mla_mixer import MLA_MIXER_DECODE, MlaMixerDecode, MlaMixerDims
+from tests.ops.mla_mixer_case import MlaMixerCase, check_mla_decode, check_mla_mixer, mla_mixer_case
+from thalweg.ops.attention.mla_mixer import MLA_DECODE, MLA_MIXER_DECODE, MlaDecode, MlaMixerDecode, MlaMixerDims
 from thalweg.ops.registry import Resolver, Where
 
 pytestmark = pytest.mark.gpu
@@ -17,6 +17,16 @@ SHAPE = {"H": 32, "K": 128, "R": 512, "P": 64, "V": 128}
 def kernel(name: str = "gluon", block_size: int = 64, **dims: int) -> MlaMixerDecode:
     resolver = Resolver({"mla_mixer_decode": name})
     return resolver.resolve(MLA_MIXER_DECODE, Where("cuda", "bfloat16"), MlaMixerDims(**SHAPE | dims, S=block_size))
+
+
+def rotated_kernel(H: int, name: str = "gluon", block_size: int = 64) -> MlaDecode:
+    dims = MlaMixerDims(**SHAPE | {"H": H}, S=block_size)
+    return Resolver({"mla_decode": name}).resolve(MLA_DECODE, Where("cuda", "bfloat16"), dims)
+
+
+def case_of(lens: list[int], H: int, block_size: int = 64, **options: float) -> MlaMixerCase:
+    shape = SHAPE | {"H": H}
+    return mla_mixer_case(lens, **shape, block_size=block_size, dtype=torch.bfloat16, device="cuda", **options)  # type: ignore[arg-type]
 
 
 def ragged(B: int, longest: int) -> list[int]:
@@ -42,6 +52,11 @@ def test_other_heads_and_blocks(H: int, block_size: int) -> None:
     name = "triton" if block_size % 64 else "gluon"
     check_mla_mixer(kernel(name, block_size, H=H), case, 0.005)
     check_mla_mixer(kernel("triton", block_size, H=H), case, 0.005)
+
+
+@pytest.mark.parametrize("H", [40, 64, 128])
+def test_many_heads(H: int) -> None:
+    check_mla_mixer(kernel(H=H), case_of(ragged(24, 1500), H), 0.005)
 
 
 @pytest.mark.parametrize(
@@ -86,6 +101,72 @@ def test_replays_under_load() -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         outs = [after.run(op) for _ in range(10)]
+    for _ in range(20):
+        for out in outs:
+            out.fill_(torch.nan)
+        graph.replay()
+        assert all(torch.equal(out, expected) for out in outs)
+
+
+SHARES_OF_K2 = [64, 32, 16, 8]  # heads of a rank, of 1, 2, 4 and 8
+
+
+@pytest.mark.parametrize("H", SHARES_OF_K2)
+@pytest.mark.parametrize("B", [1, 4, 8, 32, 64, 70])
+def test_rotated(B: int, H: int) -> None:
+    check_mla_decode(rotated_kernel(H), case_of(ragged(B, 4000), H, seed=B), 0.005)
+
+
+@pytest.mark.parametrize("name", ["gluon", "triton"])
+@pytest.mark.parametrize("H", [64, 8, 40, 128])
+def test_rotated_at_every_edge_of_a_tile(name: str, H: int) -> None:
+    lens = [1, 15, 16, 17, 63, 64, 65, 1000]
+    check_mla_decode(rotated_kernel(H, name), case_of(lens, H), 0.005)
+    for length in lens:
+        check_mla_decode(rotated_kernel(H, name), case_of([length], H), 0.005)
+
+
+@pytest.mark.parametrize("block_size", [16, 24, 128])
+def test_rotated_with_other_blocks(block_size: int) -> None:
+    check_mla_decode(rotated_kernel(64, "triton", block_size), case_of(ragged(7, 700), 64, block_size), 0.005)
+
+
+@pytest.mark.parametrize("spread", [1.0, 30.0])
+def test_rotated_peaked_scores(spread: float) -> None:
+    check_mla_decode(rotated_kernel(64), case_of(ragged(8, 3000), 64, spread=spread), 0.02)
+
+
+@pytest.mark.parametrize("H", SHARES_OF_K2)
+def test_rotation_where_it_is_absorbed_is_the_one_by_itself_bit_for_bit(H: int) -> None:
+    """That of position 0 changes nothing."""
+    from thalweg.ops.attention.mla_rope.triton import mla_rope
+
+    op, case = rotated_kernel(H), case_of(ragged(8, 3000), H)
+    fused = case.copy().run_rotated(op)
+    rotation = dict(frequencies_F=case.frequencies, rope_scale=case.rope_scale)
+    mla_rope(case.queries.unflatten(-1, (H, 192)), positions_T=case.positions, **rotation)
+    at_0 = case.run_rotated(op, positions_B=torch.zeros_like(case.positions), rope_scale=1.0)
+    assert torch.equal(fused, at_0)
+
+
+@pytest.mark.parametrize("length", [0, 1])
+def test_rotated_rows_that_share_the_sink(length: int) -> None:
+    op, case = rotated_kernel(64), case_of(ragged(8, 700), 64)
+    case.blocks[0] = 0
+    padded, expected = case.copy(), case.copy().run_rotated(op)
+    padded.tables[4:], padded.lens[4:], padded.block_rows[4:] = 0, length, 0
+    out = padded.run_rotated(op)
+    assert torch.equal(out[:4], expected[:4])
+    assert torch.isfinite(out).all()
+
+
+@pytest.mark.parametrize("H", [64, 8])
+def test_rotated_replays_under_load(H: int) -> None:
+    op, case = rotated_kernel(H), case_of(ragged(8, 3000), H)
+    expected, after = case.copy().run_rotated(op), case.copy()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outs = [after.run_rotated(op) for _ in range(10)]
     for _ in range(20):
         for out in outs:
             out.fill_(torch.nan)

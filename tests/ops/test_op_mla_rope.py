@@ -1,12 +1,15 @@
-"""Ops "mla_rope" and "mla_decode": references against complex numbers and dense attention in float64."""
+"""Op "mla_rope": reference against complex numbers; its kernel under the interpreter, compiled, and on a GPU."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
-from thalweg.ops.attention.mla import MLA_DECODE, MlaDecodeDims
-from thalweg.ops.attention.mla_rope import MLA_ROPE, MlaRopeDims
+from tests.ops.compile_sm90 import compile_sm90
+from tests.ops.interpreted import run_interpreted
+from tests.ops.kda_mixer_case import error
+from thalweg.ops.attention.mla_rope import MLA_ROPE, MlaRopeDims, reference
 from thalweg.ops.registry import Resolver, Where
 
 CPU = Where("cpu", "float32")
@@ -16,47 +19,70 @@ CPU = Where("cpu", "float32")
 def test_pairs_turn_as_complex_numbers_in_place(dtype: torch.dtype) -> None:
     T, H, K, P = 5, 3, 6, 8
     rng = torch.Generator().manual_seed(0)
-    # Both with strides of their own, as views of wider projections.
-    q_THX = torch.randn(T, H + 1, K + P + 2, generator=rng).to(dtype)[:, :H, : K + P]
-    wide = torch.randn(T, 20, generator=rng).to(dtype)
-    shared_TP = wide[:, 7 : 7 + P]
-    before, q_before, shared_before = wide.clone(), q_THX.clone(), shared_TP.clone()
+    wide = torch.randn(T, H + 1, K + P + 2, generator=rng).to(dtype)  # with strides of its own
+    q_THX, before = wide[:, :H, : K + P], wide.clone()
     positions = torch.tensor([0, 1, 7, 100, 4000])
     frequencies = torch.tensor([1.0, 0.3, 0.02, 1e-4])
     rope = Resolver().resolve(MLA_ROPE, CPU, MlaRopeDims(H=H, K=K, P=P))
-    rope(q_THX, shared_TP, positions_T=positions, frequencies_F=frequencies, rope_scale=1.3)
+    rope(q_THX, positions_T=positions, frequencies_F=frequencies, rope_scale=1.3)
 
-    turn = 1.3 * torch.exp(1j * (positions[:, None] * frequencies.double()))
-
-    def turned(x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
-        return torch.view_as_real(torch.view_as_complex(x.double().unflatten(-1, (-1, 2)).contiguous()) * turn).flatten(
-            -2
-        )
-
+    turn = 1.3 * torch.exp(1j * (positions[:, None, None] * frequencies.double()))
+    pairs = torch.view_as_complex(before[:, :H, K : K + P].double().unflatten(-1, (-1, 2)).contiguous())
+    turned = torch.view_as_real(pairs * turn).flatten(-2)
     tolerance = dict(rtol=2e-4, atol=2e-3) if dtype == torch.float32 else dict(rtol=1e-2, atol=1e-2)
-    torch.testing.assert_close(shared_TP.double(), turned(shared_before, turn), **tolerance)
-    torch.testing.assert_close(q_THX[..., K:].double(), turned(q_before[..., K:], turn[:, None]), **tolerance)
-    assert torch.equal(q_THX[..., :K], q_before[..., :K])
-    wide[:, 7 : 7 + P] = before[:, 7 : 7 + P]
+    torch.testing.assert_close(q_THX[..., K:].double(), turned, **tolerance)
+    wide[:, :H, K : K + P] = before[:, :H, K : K + P]
     assert torch.equal(wide, before)  # nothing beside it was touched
 
 
-def test_decode_against_dense_attention() -> None:
-    B, H, K, V, R, P, S = 3, 2, 6, 5, 8, 4, 4
-    rng = torch.Generator().manual_seed(1)
-    q = torch.randn(B, H, K + P, generator=rng)
-    blocks = torch.randn(9, S, R + P, generator=rng)
-    w_uk, w_uv = torch.randn(H, K, R, generator=rng), torch.randn(H, V, R, generator=rng)
-    tables = torch.tensor([[3, 1, 0], [2, 0, 0], [5, 8, 4]], dtype=torch.int32)
-    lens = torch.tensor([7, 1, 12], dtype=torch.int32)
-    for b, n in enumerate(lens.tolist()):  # what lies beyond a sequence may be anything
-        blocks[tables[b, (n - 1) // S], (n - 1) % S + 1 :] = torch.nan
-    decode = Resolver().resolve(MLA_DECODE, CPU, MlaDecodeDims(H=H, K=K, V=V, R=R, P=P, S=S))
-    got = decode(q, blocks, block_tables_BN=tables, context_lens_B=lens, w_uk_HKR=w_uk, w_uv_HVR=w_uv, scale=0.4)
-    for b, n in enumerate(lens.tolist()):
-        cached = blocks[tables[b].long()].flatten(0, 1)[:n].double()
-        for h in range(H):
-            keys = torch.cat([cached[:, :R] @ w_uk[h].double().T, cached[:, R:]], -1)
-            p = (keys @ q[b, h].double() * 0.4).softmax(0)
-            truth = p @ cached[:, :R] @ w_uv[h].double().T
-            torch.testing.assert_close(got[b, h * V : (h + 1) * V].double(), truth, rtol=1e-5, atol=1e-5)
+def queries(T: int, H: int, K: int, P: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
+    """With a gap after each token."""
+    rng = torch.Generator(device).manual_seed(T)
+    wide = torch.randn(T, H * (K + P) + 64, generator=rng, device=device)
+    return wide.to(dtype)[:, : H * (K + P)].unflatten(-1, (H, K + P))
+
+
+def both_forms(q_THX: Tensor, P: int, furthest: int) -> tuple[Tensor, Tensor]:
+    """The rotated queries, by the reference and by the kernel."""
+    from thalweg.ops.attention.mla_rope import triton
+
+    positions = torch.arange(len(q_THX), device=q_THX.device) * furthest // max(1, len(q_THX) - 1)
+    frequencies = 50000 ** -torch.linspace(0, 1, P // 2, device=q_THX.device)
+    results = q_THX.clone(), q_THX.clone()
+    for op, q in zip((reference.mla_rope, triton.mla_rope), results, strict=True):
+        op(q, positions_T=positions, frequencies_F=frequencies, rope_scale=1.3)
+    return results
+
+
+def check_kernel() -> None:
+    for T, H, K, P in ((5, 3, 6, 8), (1, 1, 4, 2), (3, 5, 2, 6), (0, 2, 4, 4)):
+        expected, found = both_forms(queries(T, H, K, P), P, 4000)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_kernel_under_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    run_interpreted(check_kernel)
+
+
+@pytest.mark.parametrize("H", [8, 64])
+def test_compiles_for_hopper_without_spills(H: int) -> None:
+    pytest.importorskip("triton")
+    from thalweg.ops.attention.mla_rope.triton import rotate_kernel
+
+    types = {"x_ptr": "*bf16", "y_ptr": "*bf16", "positions_ptr": "*i64", "frequencies_ptr": "*fp32"}
+    types |= {f"{name}_stride_{dim}": "i32" for name in "xy" for dim in "th"} | {"rope_scale": "fp32"}
+    constants = {"H": H, "P": 64, "BLOCK_H": H, "BLOCK_P": 64, "PDL": True}
+    compiled = compile_sm90(rotate_kernel, types, constants)
+    assert compiled.spilled_bytes == 0
+    assert compiled.ptx.count("griddepcontrol.wait") == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("T", "H"), [(1, 64), (17, 8), (1000, 64), (300, 3)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_on_a_gpu(T: int, H: int, dtype: torch.dtype) -> None:
+    q = queries(T, H, 128, 64, "cuda", dtype)
+    expected, found = both_forms(q, 64, 130_000)
+    assert torch.equal(found[..., :128], q[..., :128])
+    assert error(found, expected.double()) < (3e-3 if dtype == torch.bfloat16 else 1e-5)

@@ -98,15 +98,27 @@ def test_decode_rows_and_prompts_of_the_published_shape() -> None:
     }
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_attention_of_kimi_k2_has_kernels_for_every_share_of_its_heads(shared_dir: Path, ranks: int) -> None:
+    found = tables(resolved_k2(shared_dir, "kimi_k2_instruct", ranks))
+    attention = {op: found[op] for op in ("split_norms", "mla_decode", "mla_rope", "mla_prefill")}
+    assert attention == {
+        "split_norms": ["triton"],
+        "mla_decode": ["gluon"],
+        "mla_rope": ["triton"],
+        "mla_prefill": ["triton"],
+    }
+
+
 @pytest.mark.parametrize("ranks", [1, 8])
 @pytest.mark.parametrize("name", ["kimi_k2_instruct", "kimi_k2_5_text_int4"])
 def test_what_kimi_k2_has_no_kernels_for_yet(shared_dir: Path, name: str, ranks: int) -> None:
-    """Rotation, decode attention, and what is stored in float8 and int4, but for experts in float8."""
+    """What is stored in float8 and int4, but for experts in float8."""
     fp8 = name == "kimi_k2_instruct"
     by_reference = {op.split()[0] for op, table in tables(resolved_k2(shared_dir, name, ranks)).items()
                     if table == ["reference"]}  # fmt: skip
     formats = {"linear_fp8"} if fp8 else {"experts", "linear"}
-    assert by_reference == {"mla_rope", "mla_decode", "mla_write", "split_heads", "merge_heads"} | formats
+    assert by_reference == {"split_heads", "merge_heads"} | formats
 
 
 def test_over_ranks_in_fp8_and_with_other_blocks() -> None:

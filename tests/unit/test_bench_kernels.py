@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.models import random_kimi_k2
 from tests.models.random_qwen import config, nested
 from thalweg.bench.ceilings import Ceilings
 from thalweg.bench.kernels import measure, rearrange, timing
@@ -136,6 +137,13 @@ def small_qwen(folder: Path) -> str:
     return str(file)
 
 
+def small_k2(folder: Path, **options: Any) -> str:
+    """A config.json of Kimi-K2."""
+    file = folder / "k2.json"
+    file.write_text(json.dumps(random_kimi_k2.config(**options)))
+    return str(file)
+
+
 def test_seeds_run_on_a_cpu_and_nothing_in_them_is_wrong() -> None:
     results = run(setting(), "seeds")
     assert {m.op for m in results} == {"rearrange", "projections", "split_norms", "scaled_residual_add"}
@@ -143,9 +151,10 @@ def test_seeds_run_on_a_cpu_and_nothing_in_them_is_wrong() -> None:
 
 
 @pytest.mark.parametrize("suite", ["decode", "prefill"])
-@pytest.mark.parametrize("family", ["kimi", "qwen"])
+@pytest.mark.parametrize("family", ["kimi", "qwen", "k2"])
 def test_suites_run_on_a_cpu_and_nothing_in_them_is_wrong(suite: str, family: str, tmp_path: Path) -> None:
-    s = setting(**({} if family == "kimi" else {"config_file": small_qwen(tmp_path)}))
+    config_file = {"kimi": lambda _: None, "qwen": small_qwen, "k2": small_k2}[family](tmp_path)
+    s = setting(config_file=config_file)
     results = run(s, suite)
     found = list(dict.fromkeys(m.op for m in results))
     mixers = {
@@ -153,6 +162,8 @@ def test_suites_run_on_a_cpu_and_nothing_in_them_is_wrong(suite: str, family: st
         ("kimi", "prefill"): ["conv1d_prefill", "batched_projection", "kda_gate", "kda_prefill", "mla_prefill"],
         ("qwen", "decode"): ["gdn_mixer_decode", "gqa_prepare", "gqa_decode"],
         ("qwen", "prefill"): ["conv1d_prefill", "gdn_prefill", "gqa_prepare", "gqa_prefill"],
+        ("k2", "decode"): ["split_norms", "mla_decode"],
+        ("k2", "prefill"): ["split_norms", "mla_rope", "mla_prefill"],
     }[family, suite]
     assert set(mixers) | {"norm_linear", "linear_add", "norm_router", "experts", "silu_and_mul"} <= set(found)
     assert ("sample" in found) == (suite == "decode")
@@ -176,7 +187,8 @@ def check(results: list[Measurement]) -> None:
 
 def test_every_op_that_a_model_asks_for_has_cases(tmp_path: Path) -> None:
     known = {op.name for op, _ in (*DECODE, *PREFILL)} | set(VIEWS)
-    for options in ({}, {"config_file": small_qwen(tmp_path)}, {"tensor_parallel_size": 2}):
+    configs = [small_qwen(tmp_path), small_k2(tmp_path), small_k2(tmp_path, q_rank=None)]
+    for options in ({}, *({"config_file": file} for file in configs), {"tensor_parallel_size": 2}):
         model = setting(**options).model
         assert model.names() <= known
         of_suites = {name for suite in ("decode", "prefill") for name in names(suite, model)}
@@ -257,6 +269,15 @@ def test_without_einops_a_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatc
     results = run(setting(), "seeds", "rearrange")
     assert {m.refusal for m in results if m.implementation == "einops"} == {rearrange.MISSING}
     assert all(m.us for m in results if m.implementation == "native")
+
+
+def test_the_command_prints_published_figures_beside_ours(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "k.json"
+    for op, published in (("split_norms", "9.5 -> 3.5 us"), ("scaled_residual_add", "6.3 -> 2.8 us")):
+        line = f"bench kernels --suite seeds --op {op} --batch-size 2,4 --device cpu --output-json {file}"
+        assert main(line.split()) == 0
+        assert capfd.readouterr().out.count(f"published, on another machine: {published}") == 1
+        assert {r["published"] for r in json.loads(file.read_text())["results"]} == {published}
 
 
 def test_command_prints_and_writes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

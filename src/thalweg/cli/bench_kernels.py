@@ -135,6 +135,8 @@ def _print(results: Iterator[Measurement], measured_on: dict[str, Any]) -> list[
         console.print(table)
         for name, refusal in dict.fromkeys((r.implementation, r.refusal) for r in rows if r.refusal):
             console.print(f"  {name}: {refusal}", markup=False)
+        for published in dict.fromkeys(r.published for r in rows if r.published):
+            console.print(f"  published, on another machine: {published}", markup=False)
         console.print()
     return seen
 

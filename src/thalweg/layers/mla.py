@@ -15,9 +15,9 @@ from thalweg.layers.batch import Batch
 from thalweg.layers.context import BuildContext, LayerCache
 from thalweg.layers.linear import Linear, LinearAdd, NormLinear
 from thalweg.layers.norm import NormWeight, RMSNorm
-from thalweg.ops.attention.mla import MLA_DECODE, MLA_PREFILL, MLA_WRITE, MlaDecodeDims, MlaPrefillDims, MlaWriteDims
+from thalweg.ops.attention.mla import MLA_PREFILL, MLA_WRITE, MlaPrefillDims, MlaWriteDims
 from thalweg.ops.attention.mla_down_norms import SPLIT_NORMS, SplitNormsDims
-from thalweg.ops.attention.mla_mixer import MLA_MIXER_DECODE, MlaMixerDims
+from thalweg.ops.attention.mla_mixer import MLA_DECODE, MLA_MIXER_DECODE, MlaMixerDims
 from thalweg.ops.attention.mla_rope import MLA_ROPE, MlaRopeDims
 from thalweg.ops.heads import MERGE_HEADS, SPLIT_HEADS, HeadsDims
 
@@ -47,7 +47,6 @@ class LatentAttention(nn.Module):
         self.out_proj = LinearAdd(ctx.below("out_proj"), H * value, width)
         self.cache_specs = {"latent": PagedSpec((rank + rope,), ctx.dtype_name)}
         self.sizes = {"H": H, "K": nope, "V": value, "R": rank, "P": rope}
-        self._write = ctx.op(MLA_WRITE, MlaWriteDims(R=rank, P=rope))
         self._prefill = ctx.op(MLA_PREFILL, MlaPrefillDims(**self.sizes))
         self._split_heads = ctx.op(SPLIT_HEADS, HeadsDims(X=nope + rope))
         self._merge_heads = ctx.op(MERGE_HEADS, HeadsDims(X=value))
@@ -86,6 +85,7 @@ class MultiHeadLatentAttention(LatentAttention):
             ctx.below("in_proj"), width, [self.split[0], rank + rope], eps
         )  # q_proj and kv_a_proj in one
         self.kv_norm = RMSNorm(ctx, rank, eps)
+        self._write = ctx.op(MLA_WRITE, MlaWriteDims(R=rank, P=rope))
         self._mixer_decode = ctx.op(MLA_MIXER_DECODE, MlaMixerDims(**self.sizes, S=ctx.block_size))
 
     def forward(self, x_TD: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
@@ -139,54 +139,63 @@ class RotatedLatentAttention(LatentAttention):
     ) -> None:
         super().__init__(ctx, width=width, heads=heads, nope=nope, rope=rope, value=value, rank=rank, scale=scale)
         queries = self.H * (nope + rope)
-        self.split = [queries if q_rank is None else q_rank, rank, rope]
-        self.in_proj = NormLinear(ctx.below("in_proj"), width, [self.split[0], rank + rope], eps)
-        if q_rank is None:
-            self.kv_norm: NormWeight = RMSNorm(ctx, rank, eps)
-        else:
-            self.kv_norm, self.q_norm = NormWeight(ctx, rank, eps), NormWeight(ctx, q_rank, eps)
+        self.low_rank, self.rope_scale = q_rank is not None, rope_scale
+        self.direct = queries if q_rank is None else 0  # columns of in_proj that are queries
+        self.in_proj = NormLinear(ctx.below("in_proj"), width, [q_rank or queries, rank + rope], eps)
+        self.kv_norm = NormWeight(ctx, rank, eps)
+        if q_rank is not None:
+            self.q_norm = NormWeight(ctx, q_rank, eps)
             self.q_b_proj = Linear(ctx.below("q_b_proj"), q_rank, queries)
-            self._norms = ctx.op(SPLIT_NORMS, SplitNormsDims(Q=q_rank, R=rank))
-        self.q_rank, self.rope_scale = q_rank, rope_scale
         self.register_buffer("frequencies_F", torch.tensor(frequencies, dtype=torch.float32, device=ctx.device))
+        self._norms = ctx.op(SPLIT_NORMS, SplitNormsDims(Q=q_rank or 0, R=rank, P=rope))
         self._rotate = ctx.op(MLA_ROPE, MlaRopeDims(H=self.H, K=nope, P=rope))
-        self._decode = ctx.op(MLA_DECODE, MlaDecodeDims(**self.sizes, S=ctx.block_size))
+        self._decode = ctx.op(MLA_DECODE, MlaMixerDims(**self.sizes, S=ctx.block_size))
 
     def forward(self, x_TD: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
-        q_THX, latent_TC = self._queries_and_latent(self.in_proj(x_TD), batch.positions_T)
         latent_MSC = cache["latent"]
-        self._write(latent_TC, latent_MSC, batch.block_rows_T)
+        q_TO = self._queries(self.in_proj(x_TD), latent_MSC, batch)
         n, parts = batch.num_decodes, []
         if n:
             w_uk_HKR, w_uv_HVR = self.up_weights()
-            o_BO = self._decode(
-                q_THX[:n],
-                latent_MSC,
-                block_tables_BN=batch.block_tables_BN[:n],
-                context_lens_B=batch.context_lens_B,
-                w_uk_HKR=w_uk_HKR,
-                w_uv_HVR=w_uv_HVR,
-                scale=self.scale,
+            parts.append(
+                self._decode(
+                    q_TO[:n],
+                    positions_B=batch.positions_T[:n],
+                    frequencies_F=self.frequencies_F,
+                    rope_scale=self.rope_scale,
+                    w_uk_HKR=w_uk_HKR,
+                    w_uv_HVR=w_uv_HVR,
+                    blocks_MSC=latent_MSC,
+                    block_tables_BN=batch.block_tables_BN[:n],
+                    context_lens_B=batch.context_lens_B,
+                    scale=self.scale,
+                )
             )
-            parts.append(o_BO)
-        if n < len(q_THX):
-            parts.append(self.of_prefills(q_THX[n:], latent_MSC, batch))
+        if n < len(q_TO):
+            q_THX = self._split_heads(q_TO[n:])
+            self._rotate(
+                q_THX,
+                positions_T=batch.positions_T[n:],
+                frequencies_F=self.frequencies_F,
+                rope_scale=self.rope_scale,
+            )
+            parts.append(self.of_prefills(q_THX, latent_MSC, batch))
         return self.out_proj.of_parts(parts, x_TD)
 
-    def _queries_and_latent(self, proj_TX: Tensor, positions_T: Tensor) -> tuple[Tensor, Tensor]:
-        """q_THX and what is cached per token, latent_TC, both rotated."""
-        if self.q_rank is None:
-            q_TO, c_TR, shared_TP = proj_TX.split(self.split, dim=-1)
-            latent_TR = self.kv_norm(c_TR)
-        else:
-            q_TQ, latent_TR, shared_TP = self._norms(proj_TX, self.q_norm.weight, self.kv_norm.weight, self.kv_norm.eps)
-            q_TO = self.q_b_proj(q_TQ)
-        q_THX = self._split_heads(q_TO)
-        self._rotate(
-            q_THX,
-            shared_TP,
-            positions_T=positions_T,
+    def _queries(self, proj_TX: Tensor, latent_MSC: Tensor, batch: Batch) -> Tensor:
+        """q_TO, not rotated; latents and rotated shared keys of all tokens are in the cache."""
+        queries_TO, low_TX = proj_TX[:, : self.direct], proj_TX[:, self.direct :]
+        q_TQ = self._norms(
+            low_TX,
+            self.q_norm.weight if self.low_rank else None,
+            self.kv_norm.weight,
+            self.kv_norm.eps,
+            positions_T=batch.positions_T,
             frequencies_F=self.frequencies_F,
             rope_scale=self.rope_scale,
+            blocks_MSC=latent_MSC,
+            block_rows_T=batch.block_rows_T,
         )
-        return q_THX, torch.cat([latent_TR, shared_TP], dim=-1)
+        if self.low_rank:
+            queries_TO = self.q_b_proj(q_TQ)
+        return queries_TO

@@ -92,6 +92,8 @@ class Case:
 
     timed: "graph" in a CUDA graph where there are such, "eager" one call after another, "host" the processor's time of
     a call that gives the device nothing to do.
+
+    published: figures of the same comparison from elsewhere, on another machine.
     """
 
     op: str
@@ -103,6 +105,7 @@ class Case:
     changed: Callable[[Arguments], tuple[Tensor, ...]] = lambda _: ()
     same_bits_as: str | None = None
     timed: Literal["graph", "eager", "host"] = "graph"
+    published: str = ""
 
 
 Maker = Callable[[Setting, Any], Iterator[Case]]

@@ -99,7 +99,7 @@ def mla_mixer(setting: Setting, dims: MlaMixerDims) -> Iterator[Case]:
                 w_uk_HKR=w[:, :K],
                 w_uv_HVR=w[:, K:],
                 blocks_MSC=draw(tables.numel() + 1, S, R + P),
-                **_cached(tables, context, S),
+                **cached(tables, context),
                 block_rows_B=_last_rows(tables, context, S),
                 scale=(K + P) ** -0.5,
                 eps=EPS,
@@ -164,8 +164,8 @@ def gqa(setting: Setting, dims: GqaDims) -> Iterator[Case]:
             draw = Draw(setting, copy)
             tables = block_tables(draw, B, context, S)
             keys, values = (draw(tables.numel() + 1, S, G, K) for _ in range(2))
-            cached = _cached(tables, context, S)
-            return Arguments(draw(B, H, K), draw(B, 2 * (H + G) * K), keys_MSGK=keys, values_MSGK=values, **cached)
+            context_of = cached(tables, context)
+            return Arguments(draw(B, H, K), draw(B, 2 * (H + G) * K), keys_MSGK=keys, values_MSGK=values, **context_of)
 
         yield Case(
             GQA_DECODE.name,
@@ -183,7 +183,8 @@ def block_tables(draw: Draw, B: int, context: int, S: int) -> Tensor:
     return draw.order(B * each).view(B, each)
 
 
-def _cached(tables: Tensor, context: int, S: int) -> dict[str, Any]:
+def cached(tables: Tensor, context: int) -> dict[str, Any]:
+    """Of sequences with `context` tokens each."""
     lens = torch.full((len(tables),), context, dtype=torch.int32, device=tables.device)
     return {"block_tables_BN": tables.int(), "context_lens_B": lens}
 

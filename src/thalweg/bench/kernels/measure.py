@@ -45,6 +45,7 @@ class Measurement:
     floor_us: float | None = None
     refusal: str = ""
     wrong: str = ""
+    published: str = ""  # figures of the same comparison, on another machine
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -59,7 +60,8 @@ def measure_case(case: Case, setting: Setting, ceilings: Ceilings) -> Iterator[M
     first_us: float | None = None
     for candidate in case.candidates:
         timed = _how(case, candidate, setting.device)
-        result = functools.partial(Measurement, case.op, case.label, candidate.name, timed, candidate.serves, **floor)
+        of_case = {"published": case.published, **floor}
+        result = functools.partial(Measurement, case.op, case.label, candidate.name, timed, candidate.serves, **of_case)
         if candidate.refusal is not None:
             yield result(refusal=candidate.refusal)
             continue

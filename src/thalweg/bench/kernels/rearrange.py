@@ -21,6 +21,7 @@ except ImportError:
     MISSING = "einops is not installed; pip install einops"
 
 HEAD = 128
+PUBLISHED = "KDA path 198.7 -> 113.7 ms over 12,600 calls, one GDN call 12.67 -> 4.74 us, under a profiler"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,4 +95,4 @@ def rearranges(setting: Setting) -> Iterator[Case]:
             return rearrange(x, site.pattern, **site.sizes)
 
         candidates = (Candidate("einops", einops, MISSING), Candidate("native", site.native))
-        yield Case("rearrange", f"{site.where}: {site.pattern}", candidates, make, timed="host")
+        yield Case("rearrange", f"{site.where}: {site.pattern}", candidates, make, timed="host", published=PUBLISHED)

@@ -6,12 +6,13 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from thalweg.bench.kernels import rotated
 from thalweg.bench.kernels.case import Arguments, Builder, Candidate, Case, Draw, Setting, candidates_of
 from thalweg.bench.kernels.model import ModelOps
 from thalweg.bench.kernels.projections import EPS
 from thalweg.bench.kernels.rearrange import rearranges
 from thalweg.errors import ConfigError
-from thalweg.ops.attention.mla_down_norms import SPLIT_NORMS, SplitNormsDims
+from thalweg.ops.attention.mla_down_norms import SplitNormsDims
 from thalweg.ops.delta.kda_mixer import KDA_MIXER_DECODE
 from thalweg.ops.linear import NORM_LINEAR, NormLinearDims
 from thalweg.ops.projection import BATCHED_PROJECTION, BatchedProjectionDims
@@ -47,6 +48,7 @@ def projections(setting: Setting) -> Iterator[Case]:
                 make,
                 num_bytes=es * (weights + T * (D + 5 * HK + H)),
                 flops=2 * T * weights,
+                published="TP4, decode 38.8 -> 11.7 us, prefill 1001 -> 969 us, products alone",
             )
 
 
@@ -82,22 +84,9 @@ def _projection_candidates(
 
 
 def split_norms(setting: Setting) -> Iterator[Case]:
-    """Kimi-K2's queries and latent from one projection, each with its norm."""
-    Q, R, P, es = K2_Q_RANK, K2_LATENT, K2_ROPE, setting.dtype.itemsize
-    for B in setting.batch_sizes:
-
-        def make(copy: int, B: int = B) -> Arguments:
-            draw = Draw(setting, copy)
-            return Arguments(draw(B, Q + R + P), draw(Q, scale=0.1).add_(1), draw(R, scale=0.1).add_(1), 1e-6)
-
-        yield Case(
-            "split_norms",
-            f"Kimi-K2, {Q} + {R} + {P}, batch {B}",
-            candidates_of(setting, SPLIT_NORMS, SplitNormsDims(Q=Q, R=R), B),
-            make,
-            num_bytes=es * (2 * B + 1) * (Q + R),
-            same_bits_as="separate",
-        )
+    """Kimi-K2's queries and latent from one projection, each with its norm; with the rotation of the shared key part
+    and the write to the cache, which the published figures are without."""
+    return rotated.split_norms(setting, SplitNormsDims(Q=K2_Q_RANK, R=K2_LATENT, P=K2_ROPE), published="9.5 -> 3.5 us")
 
 
 def scaled_residual_add(setting: Setting) -> Iterator[Case]:
@@ -117,6 +106,7 @@ def scaled_residual_add(setting: Setting) -> Iterator[Case]:
             make,
             num_bytes=4 * es * B * D,
             same_bits_as="separate",
+            published="6.3 -> 2.8 us",
         )
 
 

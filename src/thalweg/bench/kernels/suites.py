@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 from thalweg.bench.ceilings import Ceilings
-from thalweg.bench.kernels import decode, feed_forward, prefill, projections
+from thalweg.bench.kernels import decode, feed_forward, prefill, projections, rotated
 from thalweg.bench.kernels.case import Builder, Case, Maker, Setting
 from thalweg.bench.kernels.measure import Measurement, measure_case
 from thalweg.bench.kernels.model import ModelOps
@@ -16,7 +16,9 @@ from thalweg.errors import ConfigError
 from thalweg.ops.activation import SILU_AND_MUL
 from thalweg.ops.attention.gqa import GQA_DECODE, GQA_PREFILL, GQA_PREPARE
 from thalweg.ops.attention.mla import MLA_PREFILL, MLA_WRITE
-from thalweg.ops.attention.mla_mixer import MLA_MIXER_DECODE
+from thalweg.ops.attention.mla_down_norms import SPLIT_NORMS
+from thalweg.ops.attention.mla_mixer import MLA_DECODE, MLA_MIXER_DECODE
+from thalweg.ops.attention.mla_rope import MLA_ROPE
 from thalweg.ops.delta.conv1d import CONV1D_PREFILL
 from thalweg.ops.delta.gdn import GDN_MIXER_DECODE, GDN_PREFILL
 from thalweg.ops.delta.kda import KDA_GATE, KDA_PREFILL
@@ -45,6 +47,8 @@ DECODE: Makers = [
     (KDA_MIXER_DECODE, decode.kda_mixer),
     (GDN_MIXER_DECODE, decode.gdn_mixer),
     (MLA_MIXER_DECODE, decode.mla_mixer),
+    (SPLIT_NORMS, rotated.split_norms),
+    (MLA_DECODE, rotated.mla_decode),
     (GQA_PREPARE, decode.gqa_prepare),
     (GQA_DECODE, decode.gqa),
     (SAMPLE, feed_forward.sample),
@@ -57,6 +61,8 @@ PREFILL: Makers = [
     (KDA_PREFILL, prefill.kda),
     (GDN_PREFILL, prefill.gdn),
     (GATED_RMS_NORM, feed_forward.gated_rms_norm),
+    (SPLIT_NORMS, rotated.split_norms),
+    (MLA_ROPE, rotated.mla_rope),
     (MLA_WRITE, prefill.mla_write),
     (MLA_PREFILL, prefill.mla),
     (GQA_PREPARE, decode.gqa_prepare),

@@ -1,5 +1,5 @@
-"""Ops "mla_write", "mla_decode" and "mla_prefill": multi-head latent attention over a paged latent cache. Op
-"mla_mixer_decode" is the first two with the latent's norm, where nothing is rotated.
+"""Ops "mla_write" and "mla_prefill": multi-head latent attention over a paged latent cache. Package attention/mla_mixer
+has what decode rows do.
 
 blocks_MSC [blocks, block size, C] holds one row per token: the latent of rank R, then P channels that all heads
 share as keys only (the "rope" part, rotated or not before it gets here), C = R + P. block_tables_BN int32
@@ -36,41 +36,11 @@ class MlaPrefillDims:
     P: int  # shared key part
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MlaDecodeDims:
-    H: int
-    K: int  # of a head's key, without the shared part
-    V: int
-    R: int  # rank of the latent
-    P: int  # shared key part
-    S: int  # tokens in a block
-
-
 class MlaWrite(Protocol):
     def __call__(self, latent_TC: Tensor, blocks_MSC: Tensor, block_rows_T: Tensor, /) -> None:
         """Store latent_TC[t] in row block_rows_T[t] of the flattened blocks.
 
         Rows are int64, block * block size + place in the block. Values are converted to the blocks' dtype.
-        """
-
-
-class MlaDecode(Protocol):
-    def __call__(
-        self,
-        q_BHX: Tensor,
-        blocks_MSC: Tensor,
-        *,
-        block_tables_BN: Tensor,
-        context_lens_B: Tensor,
-        w_uk_HKR: Tensor,
-        w_uv_HVR: Tensor,
-        scale: float,
-    ) -> Tensor:
-        """o_BO, O = H * V: attention of one new token of each sequence, in latent space: w_uk goes into the queries and
-        w_uv into the result.
-
-        q_BHX is [nope (K), rope (P)] per head, with a unit last stride. context_lens_B (int32) counts the tokens in the
-        blocks, the new one included. Block tables have a unit last stride; a head of the weights is contiguous.
         """
 
 
@@ -97,7 +67,6 @@ class MlaPrefill(Protocol):
 
 
 MLA_WRITE: Op[MlaWriteDims, MlaWrite] = Op("mla_write", MlaWriteDims)
-MLA_DECODE: Op[MlaDecodeDims, MlaDecode] = Op("mla_decode", MlaDecodeDims)
 MLA_PREFILL: Op[MlaPrefillDims, MlaPrefill] = Op("mla_prefill", MlaPrefillDims)
 
 
@@ -115,6 +84,5 @@ def _prefill_refuses(where: Where, dims: MlaPrefillDims) -> Refusal:
 
 
 register(MLA_WRITE, "reference", lambda *_: reference.mla_write)
-register(MLA_DECODE, "reference", lambda *_: reference.mla_decode_absorbed, capturable=False)
 register(MLA_PREFILL, "reference", lambda *_: reference.mla_prefill)
 register(MLA_PREFILL, "triton", _triton_prefill, supports=_prefill_refuses, priority=10)

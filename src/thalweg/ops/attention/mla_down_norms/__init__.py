@@ -1,4 +1,6 @@
-"""Op "split_norms": what follows the fused down-projection of an MLA layer with low-rank queries (Kimi-K2)."""
+"""Op "split_norms": all that lies between the down-projection of a layer with rotated latent attention (Kimi-K2), the
+projection of its queries, and the cache.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +16,33 @@ from thalweg.ops.toolchain.triton_support import why_not
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitNormsDims:
-    Q: int  # rank of the queries
+    Q: int  # rank of the queries; 0: they are not of low rank, and not here
     R: int  # rank of the latent
+    P: int  # shared key part
 
 
 class SplitNorms(Protocol):
     def __call__(
-        self, x_TX: Tensor, q_weight_Q: Tensor, kv_weight_R: Tensor, eps: float, /
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(rms_norm(q)_TQ, rms_norm(latent)_TR, shared_TP) of x_TX = [q (Q) | latent (R) | shared key part (P)].
+        self,
+        x_TX: Tensor,
+        q_weight_Q: Tensor | None,
+        kv_weight_R: Tensor,
+        eps: float,
+        /,
+        *,
+        positions_T: Tensor,
+        frequencies_F: Tensor,
+        rope_scale: float,
+        blocks_MSC: Tensor,
+        block_rows_T: Tensor,
+    ) -> Tensor:
+        """rms_norm(q)_TQ of x_TX = [q (Q) | latent (R) | shared key part (P)], which has a unit last stride. The normed
+        latent and the rotated shared part are in row block_rows_T[t] of the flattened blocks afterwards.
 
-        x has a unit last stride. The norms are those of op "rms_norm": fp32, rounded once to x's dtype. The shared part
-        is a view of x.
+        The norms are those of op "rms_norm": fp32, rounded once to x's dtype. The rotation is that of op "mla_rope".
+        blocks_MSC [blocks, block size, R + P] are contiguous and of x's dtype; block_rows_T and positions_T are int64.
+        Without a weight for q, Q is 0. Implementations may read positions and block rows while the kernel ahead of them
+        still runs, as op "mla_mixer_decode" may.
         """
 
 
@@ -41,12 +58,12 @@ def _triton(where: Where, dims: SplitNormsDims) -> SplitNorms:
 def _separate(where: Where, dims: SplitNormsDims) -> SplitNorms:
     from thalweg.ops.attention.mla_down_norms import triton
 
-    return triton.split_norms_in_two_launches
+    return triton.split_norms_by_parts
 
 
 def _triton_refuses(where: Where, dims: SplitNormsDims) -> Refusal:
-    if not (1 <= dims.Q <= 16384 and 1 <= dims.R <= 16384):
-        return f"needs parts of at most 16384, not {dims.Q} and {dims.R}"
+    if not (0 <= dims.Q <= 16384 and 1 <= dims.R <= 16384 and 2 <= dims.P <= 16384):
+        return f"needs parts of at most 16384, not {dims.Q}, {dims.R} and {dims.P}"
     return why_not(where)
 
 

@@ -1,35 +1,74 @@
-"""Both norms in one launch, a program for each row and part; and in two, which the one is held against bit by bit."""
+"""All in one launch, a program per row and part; and a launch per part, which the one is held against bit by bit."""
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from thalweg.ops.norm.triton.rms import _rms_norm
+from thalweg.ops.attention.mla.reference import mla_write
+from thalweg.ops.attention.mla_rope.triton import rotate, rotate_heads
+from thalweg.ops.norm.triton.rms import _rms_norm, load_row, store_normed
 from thalweg.ops.toolchain.triton_launch import pdl_options
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["positions_ptr", "block_rows_ptr"])
 def _split_norms(
     x_ptr,
     q_weight_ptr,
     kv_weight_ptr,
     q_ptr,
-    latent_ptr,
+    positions_ptr,
+    frequencies_ptr,
+    blocks_ptr,
+    block_rows_ptr,
     x_stride,
     eps,
+    rope_scale,
     Q: tl.constexpr,
     R: tl.constexpr,
+    P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    # The wait of a dependent launch is in the norm, so every program executes it.
-    if tl.program_id(1) == 0:
-        _rms_norm(x_ptr, q_weight_ptr, q_ptr, x_stride, eps, Q, BLOCK_Q, PDL)
+    row = tl.program_id(0).to(tl.int64)
+    x_ptr += row * x_stride
+    if PDL:
+        gdc_launch_dependents()
+    # Every program executes a wait, after what does not depend on the kernel ahead.
+    part = tl.program_id(1)
+    if part == 2:
+        weight_Q = load_row(q_weight_ptr, Q, BLOCK_Q)
+        if PDL:
+            gdc_wait()
+        store_normed(load_row(x_ptr, Q, BLOCK_Q), weight_Q, q_ptr + row * Q, eps, Q, BLOCK_Q)
     else:
-        _rms_norm(x_ptr + Q, kv_weight_ptr, latent_ptr, x_stride, eps, R, BLOCK_R, PDL)
+        block_row_ptr = blocks_ptr + tl.load(block_rows_ptr + row) * (R + P)
+        if part == 1:
+            weight_R = load_row(kv_weight_ptr, R, BLOCK_R)
+            if PDL:
+                gdc_wait()
+            store_normed(load_row(x_ptr + Q, R, BLOCK_R), weight_R, block_row_ptr, eps, R, BLOCK_R)
+        else:
+            x_ptr += Q + R
+            rotate_heads(
+                x_ptr,
+                block_row_ptr + R,
+                positions_ptr + row,
+                frequencies_ptr,
+                0,
+                0,
+                rope_scale,
+                1,
+                P,
+                1,
+                BLOCK_P,
+                PDL,
+            )
 
 
 def _num_warps(Q: int, R: int) -> int:
@@ -37,42 +76,67 @@ def _num_warps(Q: int, R: int) -> int:
     return min(8, max(1, triton.next_power_of_2(max(Q, R)) // 512))
 
 
-def _empty_parts(x_TX: Tensor, Q: int, R: int) -> tuple[Tensor, Tensor, Tensor]:
-    return x_TX.new_empty(x_TX.shape[0], Q), x_TX.new_empty(x_TX.shape[0], R), x_TX[:, Q + R :]
-
-
-def split_norms(x_TX: Tensor, q_weight_Q: Tensor, kv_weight_R: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    Q, R = len(q_weight_Q), len(kv_weight_R)
-    q_TQ, latent_TR, shared_TP = _empty_parts(x_TX, Q, R)
+def split_norms(
+    x_TX: Tensor,
+    q_weight_Q: Tensor | None,
+    kv_weight_R: Tensor,
+    eps: float,
+    *,
+    positions_T: Tensor,
+    frequencies_F: Tensor,
+    rope_scale: float,
+    blocks_MSC: Tensor,
+    block_rows_T: Tensor,
+) -> Tensor:
+    Q, R, P = 0 if q_weight_Q is None else len(q_weight_Q), len(kv_weight_R), 2 * len(frequencies_F)
+    q_TQ = x_TX.new_empty(len(x_TX), Q)
     if len(x_TX):
-        _split_norms[(len(x_TX), 2)](
+        _split_norms[(len(x_TX), 3 if Q else 2)](
             x_TX,
             q_weight_Q,
             kv_weight_R,
             q_TQ,
-            latent_TR,
+            positions_T,
+            frequencies_F,
+            blocks_MSC,
+            block_rows_T,
             x_TX.stride(0),
             eps,
+            rope_scale,
             Q,
             R,
-            triton.next_power_of_2(Q),
+            P,
+            triton.next_power_of_2(max(Q, 1)),
             triton.next_power_of_2(R),
+            triton.next_power_of_2(P),
             num_warps=_num_warps(Q, R),
             **pdl_options(x_TX),
         )
-    return q_TQ, latent_TR, shared_TP
+    return q_TQ
 
 
-def split_norms_in_two_launches(
-    x_TX: Tensor, q_weight_Q: Tensor, kv_weight_R: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The unfused path: the same arithmetic in the same order, a launch for each norm."""
-    Q, R = len(q_weight_Q), len(kv_weight_R)
-    parts = _empty_parts(x_TX, Q, R)
+def split_norms_by_parts(
+    x_TX: Tensor,
+    q_weight_Q: Tensor | None,
+    kv_weight_R: Tensor,
+    eps: float,
+    *,
+    positions_T: Tensor,
+    frequencies_F: Tensor,
+    rope_scale: float,
+    blocks_MSC: Tensor,
+    block_rows_T: Tensor,
+) -> Tensor:
+    """The unfused path: the same arithmetic in the same order, a launch for each norm, the rotation and the write, and
+    one that puts together what is written."""
+    Q, R, P = 0 if q_weight_Q is None else len(q_weight_Q), len(kv_weight_R), 2 * len(frequencies_F)
+    q_TQ, latent_TR, shared_T1P = (x_TX.new_empty(len(x_TX), *sizes) for sizes in ((Q,), (R,), (1, P)))
     if len(x_TX):
-        for x, weight, y in ((x_TX[:, :Q], q_weight_Q, parts[0]), (x_TX[:, Q : Q + R], kv_weight_R, parts[1])):
-            D = len(weight)
-            block = triton.next_power_of_2(D)
-            options = dict(num_warps=_num_warps(Q, R), **pdl_options(x_TX))
-            _rms_norm[(len(x_TX),)](x, weight, y, x.stride(0), eps, D, block, **options)
-    return parts
+        options = dict(num_warps=_num_warps(Q, R), **pdl_options(x_TX))
+        for x, weight, y in ((x_TX[:, :Q], q_weight_Q, q_TQ), (x_TX[:, Q : Q + R], kv_weight_R, latent_TR)):
+            if weight is not None:
+                D = len(weight)
+                _rms_norm[(len(x_TX),)](x, weight, y, x.stride(0), eps, D, triton.next_power_of_2(D), **options)
+        rotate(x_TX[:, None, Q + R :], shared_T1P, positions_T, frequencies_F, rope_scale)
+        mla_write(torch.cat([latent_TR, shared_T1P.squeeze(1)], dim=-1), blocks_MSC, block_rows_T)
+    return q_TQ

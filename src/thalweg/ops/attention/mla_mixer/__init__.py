@@ -1,7 +1,9 @@
-"""Op "mla_mixer_decode": everything between the input and the output projection of an MLA layer, for one token.
+"""Ops "mla_mixer_decode" and "mla_decode": attention of one new token of each sequence, absorbed, up to the output
+projection. Package attention/mla describes the blocks.
 
-From the fused input projection: RMSNorm of the latent, its write into the blocks, the absorption of w_uk into the
-queries, attention over the context, and w_uv. Package attention/mla describes the blocks.
+"mla_mixer_decode" is everything from the fused input projection on, where nothing is rotated: RMSNorm of the latent,
+its write into the blocks, the absorption of w_uk into the queries, attention over the context, and w_uv. "mla_decode"
+begins with queries from a projection of their own, which it rotates; latents are in the blocks already.
 
 Implementations may read lengths, block tables and all rows of the blocks but the new tokens' while the kernel ahead of
 them in the stream still runs: as for op "kda_mixer_decode", an ordinary launch or the start of a graph must lie between
@@ -53,7 +55,29 @@ class MlaMixerDecode(Protocol):
         """
 
 
+class MlaDecode(Protocol):
+    def __call__(
+        self,
+        q_BO: Tensor,
+        *,
+        positions_B: Tensor,
+        frequencies_F: Tensor,
+        rope_scale: float,
+        w_uk_HKR: Tensor,
+        w_uv_HVR: Tensor,
+        blocks_MSC: Tensor,
+        block_tables_BN: Tensor,
+        context_lens_B: Tensor,
+        scale: float,
+    ) -> Tensor:
+        """o_BO in q's dtype, O = H * V, of q_BO, O = H * (K + P), raw, with a unit last stride; the last P of a head's
+        queries are rotated as op "mla_rope" says. context_lens_B int32 counts the new token, whose latent is in the
+        blocks. Block tables have a unit last stride; a head of the weights is contiguous.
+        """
+
+
 MLA_MIXER_DECODE: Op[MlaMixerDims, MlaMixerDecode] = Op("mla_mixer_decode", MlaMixerDims)
+MLA_DECODE: Op[MlaMixerDims, MlaDecode] = Op("mla_decode", MlaMixerDims)
 
 TILE = 64  # tokens of the context in a tile of the kernels in Gluon
 
@@ -70,12 +94,22 @@ def _gluon(where: Where, dims: MlaMixerDims) -> MlaMixerDecode:
     return gluon.mla_mixer_decode
 
 
+def _triton_decode(where: Where, dims: MlaMixerDims) -> MlaDecode:
+    from thalweg.ops.attention.mla_mixer.triton import mixer
+
+    return mixer.mla_decode
+
+
+def _gluon_decode(where: Where, dims: MlaMixerDims) -> MlaDecode:
+    from thalweg.ops.attention.mla_mixer.triton import gluon
+
+    return gluon.mla_decode
+
+
 def _triton_refuses(where: Where, dims: MlaMixerDims) -> Refusal:
     sizes = {name: getattr(dims, name) for name in "KRPV"}
     if any(n < 16 or n & (n - 1) for n in sizes.values()):
         return f"needs powers of two of 16 or more, not {sizes}"
-    if not 1 <= dims.H <= 32:
-        return f"needs at most 32 heads on this rank, not {dims.H}"
     if dims.R > 512 or dims.P > 128 or dims.K > 512:  # more do not fit into shared memory
         return f"needs R of at most 512, P of at most 128 and K of at most 512, not {sizes}"
     if where.dtype == "float32":
@@ -103,3 +137,6 @@ def _why_not_gluon() -> Refusal:
 register(MLA_MIXER_DECODE, "reference", lambda *_: reference.mla_mixer_decode, capturable=False)
 register(MLA_MIXER_DECODE, "triton", _triton, supports=_triton_refuses, priority=10)
 register(MLA_MIXER_DECODE, "gluon", _gluon, supports=_gluon_refuses, priority=20)
+register(MLA_DECODE, "reference", lambda *_: reference.mla_decode, capturable=False)
+register(MLA_DECODE, "triton", _triton_decode, supports=_triton_refuses, priority=10)
+register(MLA_DECODE, "gluon", _gluon_decode, supports=_gluon_refuses, priority=20)

@@ -6,16 +6,15 @@ import torch
 from torch import Tensor
 
 
-def mla_rope(
-    q_THX: Tensor, shared_TP: Tensor, *, positions_T: Tensor, frequencies_F: Tensor, rope_scale: float
-) -> None:
-    angles_TF = positions_T.unsqueeze(1).float() * frequencies_F
-    cos_TF, sin_TF = angles_TF.cos() * rope_scale, angles_TF.sin() * rope_scale
-    P = shared_TP.shape[-1]
-    _rotate(q_THX[..., q_THX.shape[-1] - P :], cos_TF.unsqueeze(1), sin_TF.unsqueeze(1))
-    _rotate(shared_TP, cos_TF, sin_TF)
+def mla_rope(q_THX: Tensor, *, positions_T: Tensor, frequencies_F: Tensor, rope_scale: float) -> None:
+    turning_THP = q_THX[..., q_THX.shape[-1] - 2 * len(frequencies_F) :]
+    turning_THP.copy_(turned(turning_THP, positions_T, frequencies_F, rope_scale))
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    x.copy_(torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2))
+def turned(x_THP: Tensor, positions_T: Tensor, frequencies_F: Tensor, rope_scale: float) -> Tensor:
+    """x in its dtype, rotated, as op "mla_rope" says."""
+    angles_T1F = (positions_T.unsqueeze(1).float() * frequencies_F).unsqueeze(1)
+    cos_T1F, sin_T1F = angles_T1F.cos() * rope_scale, angles_T1F.sin() * rope_scale
+    even, odd = x_THP.float().unflatten(-1, (-1, 2)).unbind(-1)
+    y_THP = torch.stack((even * cos_T1F - odd * sin_T1F, odd * cos_T1F + even * sin_T1F), dim=-1).flatten(-2)
+    return y_THP.to(x_THP.dtype)

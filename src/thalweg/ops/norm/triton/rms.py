@@ -12,6 +12,20 @@ from thalweg.ops.toolchain.triton_launch import pdl_options
 
 
 @triton.jit
+def load_row(ptr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    d = tl.arange(0, BLOCK_D)
+    return tl.load(ptr + d, mask=d < D, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_normed(x, weight, y_ptr, eps, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The row x, normed, to y_ptr."""
+    d = tl.arange(0, BLOCK_D)
+    y = x * tl.rsqrt(tl.sum(x * x, 0) / D + eps) * weight
+    tl.store(y_ptr + d, y.to(y_ptr.dtype.element_ty), mask=d < D)
+
+
+@triton.jit
 def _rms_norm(
     x_ptr,
     weight_ptr,
@@ -23,16 +37,12 @@ def _rms_norm(
     PDL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    d = tl.arange(0, BLOCK_D)
-    inside = d < D
     if PDL:
         gdc_launch_dependents()
-    weight = tl.load(weight_ptr + d, mask=inside, other=0.0).to(tl.float32)
+    weight = load_row(weight_ptr, D, BLOCK_D)
     if PDL:
         gdc_wait()
-    x = tl.load(x_ptr + row * x_stride + d, mask=inside, other=0.0).to(tl.float32)
-    y = x * tl.rsqrt(tl.sum(x * x, 0) / D + eps) * weight
-    tl.store(y_ptr + row * D + d, y.to(y_ptr.dtype.element_ty), mask=inside)
+    store_normed(load_row(x_ptr + row * x_stride, D, BLOCK_D), weight, y_ptr + row * D, eps, D, BLOCK_D)
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:

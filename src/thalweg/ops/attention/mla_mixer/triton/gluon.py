@@ -1,5 +1,5 @@
-"""The decode mixer of an MLA layer with two of its three kernels in Gluon, for Hopper: bulk copies into shared memory,
-wgmma out of it. The first kernel, which absorbs, is module mixer's.
+"""Decode of latent attention with two of its three kernels in Gluon, for Hopper: bulk copies into shared memory, wgmma
+out of it. The first kernel, which absorbs, is module mixer's.
 
 `attend`: a program walks its split of a context in tiles of 64 tokens. A tile is two halves of the latent, [64, R / 2]
 each, which serve as keys and as values, and the shared key part, [64, P]. Shared memory holds two tiles, and the place
@@ -35,7 +35,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from thalweg.ops.attention.mla_mixer import TILE
-from thalweg.ops.attention.mla_mixer.triton.mixer import LOG2_E, launches, run_absorb
+from thalweg.ops.attention.mla_mixer.triton.mixer import LOG2_E, best_splits, launches, run_absorb
 from thalweg.ops.toolchain.triton_launch import pdl_options
 from thalweg.ops.toolchain.triton_support import multiprocessors
 
@@ -111,6 +111,7 @@ def attend(
     split = gl.program_id(0)
     splits = gl.num_programs(0)
     b = gl.program_id(1)
+    first_h = gl.program_id(2) * BLOCK_H
     if PDL:
         _gdc_launch_dependents()
 
@@ -147,8 +148,8 @@ def attend(
     if n > 0:
         mbarrier.expect(q_bar, 2 * q_half_desc.block_type.nbytes + q_shared_desc.block_type.nbytes)
         for j in gl.static_range(2):
-            tma.async_copy_global_to_shared(q_half_desc, [b * H, j * WIDTH], q_bar, q_halves.index(j))
-        tma.async_copy_global_to_shared(q_shared_desc, [b * H, R], q_bar, q_shared)
+            tma.async_copy_global_to_shared(q_half_desc, [b * H + first_h, j * WIDTH], q_bar, q_halves.index(j))
+        tma.async_copy_global_to_shared(q_shared_desc, [b * H + first_h, R], q_bar, q_shared)
         if newest < gl.minimum(n, 2):
             slot = newest % 2
             row = _first_row(start + newest * BLOCK_N, length, BLOCK_SIZE, BLOCK_N)
@@ -205,9 +206,10 @@ def attend(
         _barrier()
         for j in gl.static_range(2):
             part = q_halves.index(j)._reinterpret(dtype, part_desc.block_type.shape, part_desc.layout)
-            tma.async_copy_shared_to_global(part_desc, [row, 0, j * WIDTH], part)
-        stats_ptrs = stats_ptr + row.to(gl.int64) * (2 * H) + gl.arange(0, BLOCK_H, layout=per_head)
-        own = gl.arange(0, BLOCK_H, layout=per_head) < H
+            tma.async_copy_shared_to_global(part_desc, [row, first_h, j * WIDTH], part)
+        h = first_h + gl.arange(0, BLOCK_H, layout=per_head)
+        stats_ptrs = stats_ptr + row.to(gl.int64) * (2 * H) + h
+        own = h < H
         gl.store(stats_ptrs, m_H, mask=own)
         gl.store(stats_ptrs + H, gl.sum(l_NH, 0), mask=own)
         tma.store_wait(0)
@@ -290,12 +292,18 @@ def combine(
     gl.store(out_ptrs, out_BV.to(dtype), mask=b[:, None] < B)
 
 
-def tiles(H: int, V: int, splits: int) -> tuple[int, int, int, int]:
-    """(heads of `attend`; splits, columns (sequence and split) and values of `combine`) that a program works on."""
+def tiles(V: int, splits: int) -> tuple[int, int, int]:
+    """(splits, columns (sequence and split), values) that a program of `combine` works on."""
     block_s = triton.next_power_of_2(splits)
     columns = 32 if block_s == 1 else max(64, block_s)
     # w_uv has to fit into shared memory beside the columns.
-    return max(16, triton.next_power_of_2(H)), block_s, columns, min(V, 128 if columns <= 64 else 64)
+    return block_s, columns, min(V, 128 if columns <= 64 else 64)
+
+
+def heads_and_splits(B: int, H: int, processors: int) -> tuple[int, int]:
+    """Heads that a program of `attend` works on, and parts of each context."""
+    block_h = max(16, min(32, triton.next_power_of_2(H)))
+    return block_h, best_splits(B * triton.cdiv(H, block_h), processors)
 
 
 def mla_mixer_decode(
@@ -315,14 +323,43 @@ def mla_mixer_decode(
     o_BO = proj_BX.new_empty(B, H * V)
     if B == 0:
         return o_BO
-    absorb, attend, _ = launches(B, H, R, V, multiprocessors(proj_BX.device))
-    q_BHC = run_absorb(proj_BX, kv_norm_weight_R, w_uk_HKR, blocks_MSC, block_rows_B, eps, absorb)
+    processors = multiprocessors(proj_BX.device)
+    absorb, *_ = launches(B, H, R, V, processors)
+    new = dict(kv_norm_weight_R=kv_norm_weight_R, block_rows_B=block_rows_B, eps=eps)
+    q_BHC = run_absorb(absorb, proj_BX, w_uk_HKR, blocks_MSC, **new)
     context = (blocks_MSC, block_tables_BN, context_lens_B)
-    launch(attend.grid[0], q_BHC, *context, w_uv_HVR, o_BO, scale * LOG2_E)
+    launch(*heads_and_splits(B, H, processors), q_BHC, *context, w_uv_HVR, o_BO, scale * LOG2_E)
+    return o_BO
+
+
+def mla_decode(
+    q_BO: Tensor,
+    *,
+    positions_B: Tensor,
+    frequencies_F: Tensor,
+    rope_scale: float,
+    w_uk_HKR: Tensor,
+    w_uv_HVR: Tensor,
+    blocks_MSC: Tensor,
+    block_tables_BN: Tensor,
+    context_lens_B: Tensor,
+    scale: float,
+) -> Tensor:
+    B, (H, V, R) = q_BO.shape[0], w_uv_HVR.shape
+    o_BO = q_BO.new_empty(B, H * V)
+    if B == 0:
+        return o_BO
+    processors = multiprocessors(q_BO.device)
+    absorb, *_ = launches(B, H, R, V, processors, rotated=True)
+    rotation = dict(positions_B=positions_B, frequencies_F=frequencies_F, rope_scale=rope_scale)
+    q_BHC = run_absorb(absorb, q_BO, w_uk_HKR, blocks_MSC, **rotation)
+    context = (blocks_MSC, block_tables_BN, context_lens_B)
+    launch(*heads_and_splits(B, H, processors), q_BHC, *context, w_uv_HVR, o_BO, scale * LOG2_E)
     return o_BO
 
 
 def launch(
+    block_h: int,
     splits: int,
     q_BHC: Tensor,
     blocks_MSC: Tensor,
@@ -332,14 +369,14 @@ def launch(
     o_BO: Tensor,
     scale_log2: float,
 ) -> None:
-    """o_BO from the absorbed queries, each context in `splits` (at most 128) parts."""
+    """o_BO from the absorbed queries: a program for `block_h` heads, each context in `splits` (at most 128) parts."""
     (B, H, C), (_, V, R) = q_BHC.shape, w_uv_HVR.shape
-    block_h, block_s, columns, block_v = tiles(H, V, splits)
+    block_s, columns, block_v = tiles(V, splits)
     part_NHR = q_BHC.new_empty(B * block_s, H, R)
     stats_N2H = q_BHC.new_empty(B * block_s, 2, H, dtype=torch.float32)  # maximum and sum of each split's weights
     q, half = q_BHC.flatten(0, 1), R // 2
     pdl = pdl_options(q_BHC)
-    attend[(splits, B)](
+    attend[(splits, B, triton.cdiv(H, block_h))](
         _descriptor(q, [block_h, half]),
         _descriptor(q, [block_h, C - R]),
         _descriptor(blocks_MSC, [1, BLOCK_N, half]),

@@ -1,10 +1,10 @@
-"""The decode mixer of an MLA layer as three kernels.
+"""Decode of latent attention as three kernels, as the mixer of a layer without positions or for rotated queries.
 
-1. `_absorb`: queries into latent space, a program per head and slice of the latent; some programs besides norm the new
-   latents and write them to the blocks.
-2. `_attend`: a program per sequence and split of its context. Scores are computed transposed, [tokens, heads], so that
-   a tile of 64 tokens fills the matrix unit's rows whatever the number of heads, and one tile in shared memory serves
-   as keys and as values.
+1. `_absorb`: queries into latent space, a program per head and slice of the latent. In the mixer some programs besides
+   norm the new latents and write them to the blocks; otherwise further ones rotate queries.
+2. `_attend`: a program per sequence, split of its context and 32 heads. Scores are computed transposed, [tokens,
+   heads], so that a tile of 64 tokens fills the matrix unit's rows however few heads there are, and one tile in shared
+   memory serves as keys and as values.
 3. `_combine`: w_uv times the results of all splits of some sequences, a product per head; the weighted sum over a
    sequence's splits comes after it, where little is left to sum.
 
@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from thalweg.ops.attention.mla_rope.triton import rotate_heads
 from thalweg.ops.toolchain.triton_dot import dot
 from thalweg.ops.toolchain.triton_launch import pdl_options
 from thalweg.ops.toolchain.triton_support import multiprocessors
@@ -33,16 +34,19 @@ LOG2_E = 1.4426950408889634
 
 @triton.jit(do_not_specialize=["B"])
 def _absorb(
-    proj_ptr,
-    norm_weight_ptr,
+    x_ptr,
     w_uk_ptr,
+    q_ptr,
+    norm_weight_ptr,
     blocks_ptr,
     block_rows_ptr,
-    q_ptr,
+    positions_ptr,
+    frequencies_ptr,
     B,
-    proj_stride,
+    x_stride,
     w_stride_h,
     eps,
+    rope_scale,
     H: tl.constexpr,
     K: tl.constexpr,
     R: tl.constexpr,
@@ -50,10 +54,33 @@ def _absorb(
     BLOCK_B: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_G: tl.constexpr,
+    ROTATED: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """A program for a head and a slice of the latent. ROTATED: x has queries alone, whose shared parts further programs
+    rotate, one for each token; otherwise it has the new latents as well."""
     slices: tl.constexpr = R // BLOCK_R
     pid = tl.program_id(0)
+    if PDL:
+        gdc_launch_dependents()
+    if ROTATED:
+        if pid >= H * slices:
+            token = tl.minimum(tl.program_id(1) * BLOCK_B + pid - H * slices, B - 1).to(tl.int64)
+            rotate_heads(
+                x_ptr + token * x_stride + K,
+                q_ptr + token * (H * (R + P)) + R,
+                positions_ptr + token,
+                frequencies_ptr,
+                K + P,
+                R + P,
+                rope_scale,
+                H,
+                P,
+                triton.next_power_of_2(H),
+                P,
+                PDL,
+            )
+            return
     h = pid // slices
     k = tl.arange(0, K)
     p = tl.arange(0, P)
@@ -61,31 +88,32 @@ def _absorb(
     r_slice = pid % slices * BLOCK_R + tl.arange(0, BLOCK_R)
     b = (tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
     b_mask = b[:, None] < B
-    q_row_ptrs = proj_ptr + b[:, None] * proj_stride + h * (K + P)
+    q_row_ptrs = x_ptr + b[:, None] * x_stride + h * (K + P)
     out_ptrs = q_ptr + (b[:, None] * H + h) * (R + P)
-    if PDL:
-        gdc_launch_dependents()
     w_KR = tl.load(w_uk_ptr + h * w_stride_h + k[:, None] * R + r_slice[None, :])
-    norm_weight_R = tl.load(norm_weight_ptr + r).to(tl.float32)
+    if not ROTATED:
+        norm_weight_R = tl.load(norm_weight_ptr + r).to(tl.float32)
     if PDL:
         gdc_wait()
     q_BK = tl.load(q_row_ptrs + k[None, :], mask=b_mask, other=0.0)
-    shared_mask = b_mask & (pid % slices == 0)
-    q_BP = tl.load(q_row_ptrs + K + p[None, :], mask=shared_mask, other=0.0)
-    g = tl.arange(0, BLOCK_G)
-    row_G = tl.program_id(1) * BLOCK_B + pid * BLOCK_G + g
-    own_G = (pid * BLOCK_G + g < BLOCK_B) & (row_G < B)
-    c_ptrs = proj_ptr + row_G.to(tl.int64)[:, None] * proj_stride + H * (K + P)
-    c_GR = tl.load(c_ptrs + r[None, :], mask=own_G[:, None], other=0.0).to(tl.float32)
-    shared_GP = tl.load(c_ptrs + R + p[None, :], mask=own_G[:, None], other=0.0)
-    block_row_G = tl.load(block_rows_ptr + row_G, mask=own_G, other=0)
+    if not ROTATED:
+        shared_mask = b_mask & (pid % slices == 0)
+        q_BP = tl.load(q_row_ptrs + K + p[None, :], mask=shared_mask, other=0.0)
+        g = tl.arange(0, BLOCK_G)
+        row_G = tl.program_id(1) * BLOCK_B + pid * BLOCK_G + g
+        own_G = (pid * BLOCK_G + g < BLOCK_B) & (row_G < B)
+        c_ptrs = x_ptr + row_G.to(tl.int64)[:, None] * x_stride + H * (K + P)
+        c_GR = tl.load(c_ptrs + r[None, :], mask=own_G[:, None], other=0.0).to(tl.float32)
+        shared_GP = tl.load(c_ptrs + R + p[None, :], mask=own_G[:, None], other=0.0)
+        block_row_G = tl.load(block_rows_ptr + row_G, mask=own_G, other=0)
     out_BR = dot(q_BK, w_KR)
     tl.store(out_ptrs + r_slice[None, :], out_BR.to(q_ptr.dtype.element_ty), mask=b_mask)
-    tl.store(out_ptrs + R + p[None, :], q_BP, mask=shared_mask)
-    c_GR = c_GR * tl.rsqrt(tl.sum(c_GR * c_GR, 1) / R + eps)[:, None] * norm_weight_R[None, :]
-    block_ptrs = blocks_ptr + block_row_G[:, None] * (R + P)
-    tl.store(block_ptrs + r[None, :], c_GR.to(blocks_ptr.dtype.element_ty), mask=own_G[:, None])
-    tl.store(block_ptrs + R + p[None, :], shared_GP.to(blocks_ptr.dtype.element_ty), mask=own_G[:, None])
+    if not ROTATED:
+        tl.store(out_ptrs + R + p[None, :], q_BP, mask=shared_mask)
+        c_GR = c_GR * tl.rsqrt(tl.sum(c_GR * c_GR, 1) / R + eps)[:, None] * norm_weight_R[None, :]
+        block_ptrs = blocks_ptr + block_row_G[:, None] * (R + P)
+        tl.store(block_ptrs + r[None, :], c_GR.to(blocks_ptr.dtype.element_ty), mask=own_G[:, None])
+        tl.store(block_ptrs + R + p[None, :], shared_GP.to(blocks_ptr.dtype.element_ty), mask=own_G[:, None])
 
 
 @triton.jit
@@ -162,7 +190,7 @@ def _attend(
                 )
         gdc_wait()
 
-    h = tl.arange(0, BLOCK_H)
+    h = tl.program_id(2) * BLOCK_H + tl.arange(0, BLOCK_H)
     r = tl.arange(0, R)
     p = tl.arange(0, P)
     i = tl.arange(0, BLOCK_N)
@@ -260,7 +288,7 @@ def _combine(
     tl.store(out_ptrs, out_VB.to(out_ptr.dtype.element_ty), mask=b[None, :] < B)
 
 
-def _splits(B: int, processors: int) -> int:
+def best_splits(B: int, processors: int) -> int:
     """Parts, at most 128, to split each context into: the fewest that a model of `attend` finds quickest.
 
     Programs run in waves, one on a multiprocessor. Measured on an H200: three quarters of them take all of the
@@ -279,7 +307,7 @@ def _splits(B: int, processors: int) -> int:
 @dataclass(frozen=True, slots=True)
 class Launch:
     kernel: Any
-    grid: tuple[int, int]
+    grid: tuple[int, ...]
     constants: dict[str, int]
     num_warps: int
 
@@ -288,16 +316,18 @@ class Launch:
 
 
 @cache
-def launches(B: int, H: int, R: int, V: int, processors: int) -> tuple[Launch, Launch, Launch]:
+def launches(B: int, H: int, R: int, V: int, processors: int, rotated: bool = False) -> tuple[Launch, Launch, Launch]:
     """The three launches of this module's kernels for B sequences: grids, tiles and warps."""
-    splits = _splits(B, processors)
     block_b = max(16, min(64, triton.next_power_of_2(B)))  # rows of a matrix unit's tile
-    tile = {"BLOCK_B": block_b, "BLOCK_R": min(R, 128)}
+    tile = {"BLOCK_B": block_b, "BLOCK_R": min(R, 128), "ROTATED": rotated}
     programs = H * (R // tile["BLOCK_R"])
     tile["BLOCK_G"] = triton.next_power_of_2(triton.cdiv(block_b, programs))  # latents that a program norms
-    absorb = Launch(_absorb, (programs, triton.cdiv(B, block_b)), tile, 4)
-    tile = {"BLOCK_H": max(16, triton.next_power_of_2(H)), "BLOCK_N": BLOCK_N}
-    attend = Launch(_attend, (splits, B), tile, 4)
+    grid = (programs + (min(B, block_b) if rotated else 0), triton.cdiv(B, block_b))
+    absorb = Launch(_absorb, grid, tile, 4)
+    tile = {"BLOCK_H": max(16, min(32, triton.next_power_of_2(H))), "BLOCK_N": BLOCK_N}
+    groups = triton.cdiv(H, tile["BLOCK_H"])  # each reads the context
+    splits = best_splits(B * groups, processors)
+    attend = Launch(_attend, (splits, B, groups), tile, 4)
     block_s = triton.next_power_of_2(splits)
     block_v, warps = (min(V, 128), 8) if block_s <= 64 else (min(V, 64), 4)  # to fit beside the parts
     tile = {"BLOCK_S": block_s, "BLOCK_N": BLOCK_N, "BLOCK_B": max(1, 64 // block_s), "BLOCK_V": block_v}
@@ -306,60 +336,61 @@ def launches(B: int, H: int, R: int, V: int, processors: int) -> tuple[Launch, L
 
 
 def run_absorb(
-    proj_BX: Tensor,
-    kv_norm_weight_R: Tensor,
+    absorb: Launch,
+    x_BX: Tensor,
     w_uk_HKR: Tensor,
     blocks_MSC: Tensor,
-    block_rows_B: Tensor,
-    eps: float,
-    absorb: Launch,
+    *,
+    kv_norm_weight_R: Tensor | None = None,
+    block_rows_B: Tensor | None = None,
+    eps: float = 0.0,
+    positions_B: Tensor | None = None,
+    frequencies_F: Tensor | None = None,
+    rope_scale: float = 1.0,
 ) -> Tensor:
-    """Queries in latent space [B, H, R + P]; the new latents are in their blocks afterwards."""
-    B, (H, K, R), P = proj_BX.shape[0], w_uk_HKR.shape, blocks_MSC.shape[2] - w_uk_HKR.shape[2]
-    q_BHC = proj_BX.new_empty(B, H, R + P)
+    """Queries in latent space [B, H, R + P], rotated if there are positions. Otherwise x has new latents besides, which
+    are in their blocks afterwards."""
+    B, (H, K, R), P = x_BX.shape[0], w_uk_HKR.shape, blocks_MSC.shape[2] - w_uk_HKR.shape[2]
+    q_BHC = x_BX.new_empty(B, H, R + P)
     absorb(
-        proj_BX,
-        kv_norm_weight_R,
+        x_BX,
         w_uk_HKR,
-        blocks_MSC,
-        block_rows_B,
         q_BHC,
+        kv_norm_weight_R,
+        None if block_rows_B is None else blocks_MSC,
+        block_rows_B,
+        positions_B,
+        frequencies_F,
         B,
-        proj_BX.stride(0),
+        x_BX.stride(0),
         w_uk_HKR.stride(0),
         eps,
+        rope_scale,
         H=H,
         K=K,
         R=R,
         P=P,
-        **pdl_options(proj_BX),
+        **pdl_options(x_BX),
     )
     return q_BHC
 
 
-def mla_mixer_decode(
-    proj_BX: Tensor,
-    *,
-    kv_norm_weight_R: Tensor,
-    w_uk_HKR: Tensor,
-    w_uv_HVR: Tensor,
+def run_attention(
+    attend: Launch,
+    combine: Launch,
+    q_BHC: Tensor,
     blocks_MSC: Tensor,
     block_tables_BN: Tensor,
     context_lens_B: Tensor,
-    block_rows_B: Tensor,
+    w_uv_HVR: Tensor,
     scale: float,
-    eps: float,
 ) -> Tensor:
-    B, (H, V, R) = proj_BX.shape[0], w_uv_HVR.shape
-    block_size, P = blocks_MSC.shape[1], blocks_MSC.shape[2] - R
-    o_BO = proj_BX.new_empty(B, H * V)
-    if B == 0:
-        return o_BO
-    absorb, attend, combine = launches(B, H, R, V, multiprocessors(proj_BX.device))
-    splits, pdl = attend.grid[0], pdl_options(proj_BX)
-    q_BHC = run_absorb(proj_BX, kv_norm_weight_R, w_uk_HKR, blocks_MSC, block_rows_B, eps, absorb)
-    part_BSHR = proj_BX.new_empty(B, splits, H, R)
-    stats_BS2H = proj_BX.new_empty(B, splits, 2, H, dtype=torch.float32)  # maximum and sum of each split's weights
+    """o_BO of absorbed queries."""
+    (B, H, C), (_, V, R) = q_BHC.shape, w_uv_HVR.shape
+    o_BO = q_BHC.new_empty(B, H * V)
+    splits, pdl = attend.grid[0], pdl_options(q_BHC)
+    part_BSHR = q_BHC.new_empty(B, splits, H, R)
+    stats_BS2H = q_BHC.new_empty(B, splits, 2, H, dtype=torch.float32)  # maximum and sum of each split's weights
     attend(
         q_BHC,
         blocks_MSC,
@@ -371,8 +402,8 @@ def mla_mixer_decode(
         scale * LOG2_E,
         H=H,
         R=R,
-        P=P,
-        BLOCK_SIZE=block_size,
+        P=C - R,
+        BLOCK_SIZE=blocks_MSC.shape[1],
         **pdl,
     )
     combine(
@@ -390,3 +421,47 @@ def mla_mixer_decode(
         **pdl,
     )
     return o_BO
+
+
+def mla_mixer_decode(
+    proj_BX: Tensor,
+    *,
+    kv_norm_weight_R: Tensor,
+    w_uk_HKR: Tensor,
+    w_uv_HVR: Tensor,
+    blocks_MSC: Tensor,
+    block_tables_BN: Tensor,
+    context_lens_B: Tensor,
+    block_rows_B: Tensor,
+    scale: float,
+    eps: float,
+) -> Tensor:
+    B, (H, V, R) = proj_BX.shape[0], w_uv_HVR.shape
+    if B == 0:
+        return proj_BX.new_empty(B, H * V)
+    absorb, *attention = launches(B, H, R, V, multiprocessors(proj_BX.device))
+    new = dict(kv_norm_weight_R=kv_norm_weight_R, block_rows_B=block_rows_B, eps=eps)
+    q_BHC = run_absorb(absorb, proj_BX, w_uk_HKR, blocks_MSC, **new)
+    return run_attention(*attention, q_BHC, blocks_MSC, block_tables_BN, context_lens_B, w_uv_HVR, scale)
+
+
+def mla_decode(
+    q_BO: Tensor,
+    *,
+    positions_B: Tensor,
+    frequencies_F: Tensor,
+    rope_scale: float,
+    w_uk_HKR: Tensor,
+    w_uv_HVR: Tensor,
+    blocks_MSC: Tensor,
+    block_tables_BN: Tensor,
+    context_lens_B: Tensor,
+    scale: float,
+) -> Tensor:
+    B, (H, V, R) = q_BO.shape[0], w_uv_HVR.shape
+    if B == 0:
+        return q_BO.new_empty(B, H * V)
+    absorb, *attention = launches(B, H, R, V, multiprocessors(q_BO.device), rotated=True)
+    rotation = dict(positions_B=positions_B, frequencies_F=frequencies_F, rope_scale=rope_scale)
+    q_BHC = run_absorb(absorb, q_BO, w_uk_HKR, blocks_MSC, **rotation)
+    return run_attention(*attention, q_BHC, blocks_MSC, block_tables_BN, context_lens_B, w_uv_HVR, scale)
