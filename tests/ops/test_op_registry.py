@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.models import random_kimi_k2, random_qwen
+from tests.fixtures.gguf_files import converted
+from tests.models import random_checkpoint, random_kimi_k2, random_qwen
 from thalweg.assembly.inspect import describe
 from thalweg.config.engine import EngineConfig
 from thalweg.errors import ConfigError
@@ -71,6 +72,13 @@ def test_every_op_has_a_reference_that_serves_anywhere() -> None:
         assert reference.tokens(None) == Tokens()
 
 
+def random_gguf(folder: Path) -> Path:
+    """A model whose weights are in blocks."""
+    c = random_qwen.config()
+    random_checkpoint.write(folder / "random", c, random_qwen.published(c, random_qwen.weights(c), prefix="model."))
+    return converted(folder / "random.gguf", "q8_0", str(folder / "random"))
+
+
 def test_every_op_is_resolved_by_a_layer_of_some_family(tmp_path: Path) -> None:
     fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     (tmp_path / "qwen.json").write_text(json.dumps(random_qwen.config()))
@@ -86,6 +94,7 @@ def test_every_op_is_resolved_by_a_layer_of_some_family(tmp_path: Path) -> None:
         {"load_format": "dummy", "config_file": str(tmp_path / "qwen_fp8.json")},
         {"load_format": "dummy", "config_file": str(tmp_path / "kimi_k2.json")},
         {"load_format": "dummy", "config_file": str(tmp_path / "kimi_k2_int4.json")},
+        {"model": str(random_gguf(tmp_path))},
     ]
     resolved = {choice.op for o in options for choice in describe(EngineConfig(device="cpu", **o)).ops}
     assert resolved == set(ops())

@@ -30,6 +30,7 @@ from thalweg.models.decoder import Decoder
 from thalweg.models.family import idle_parameters
 from thalweg.ops.registry import Choice, Resolver, Where
 from thalweg.parallel.mesh import Mesh
+from thalweg.quant.ggml_types import TYPES
 from thalweg.weights.checkpoint import WeightFiles
 from thalweg.weights.load import check
 from thalweg.weights.plan import Target, parameters
@@ -89,10 +90,11 @@ def describe(config: EngineConfig) -> Inspection:
     """
     source = open_source(config)
     checkpoint = _open_checkpoint(source, config)
-    source = source.fitted(checkpoint)
     c, ranks = source.config, config.tensor_parallel_size
     device = choose_device(config, 0)
     config = config.resolve(device=str(device), checkpoint_dtype=c.dtype, context_len=c.context_len)
+    source = source.fitted(checkpoint, dequantize=config.dequantize)
+    c = source.config
     plan = source.plan(0, ranks, config.quantization)
     resolver = Resolver(config.op_preference)
     model = _build(source, config, config.dtype, device, resolver, config.quantization)
@@ -200,5 +202,7 @@ def _describe_weights(
     files = len({checkpoint.path_of(name) for name in tensors})
     dtypes = ", ".join(sorted({t.dtype for t in tensors.values()}))
     count = f"{len(tensors):,} tensors in {files} file{'s' if files != 1 else ''}"
-    widened = f", brought to {config.dtype} as they are loaded" if source.gguf else ""
-    return f"{count} ({dtypes}), all fit {checkpoint.described_by}{widened}"
+    kept = ""
+    if source.gguf is not None and any(not TYPES[t.dtype].is_plain for t in tensors.values()):
+        kept = "; blocks are " + (f"brought to {config.dtype} as they are loaded" if config.dequantize else "kept")
+    return f"{count} ({dtypes}), all fit {checkpoint.described_by}{kept}"

@@ -70,7 +70,7 @@ def open_model(config: EngineConfig, tp_rank: int, *, mtp: bool = False) -> Open
     device = choose_device(config, tp_rank)
     config = config.resolve(device=str(device), checkpoint_dtype=c.dtype, context_len=c.context_len)
     checkpoint = source.open_weights() if config.load_format != "dummy" else None
-    source = source.fitted(checkpoint, mtp=mtp)
+    source = source.fitted(checkpoint, mtp=mtp, dequantize=config.dequantize)
     plan = source.plan(tp_rank, config.tensor_parallel_size, config.quantization)
     if device.type == "cpu":
         _choose_threads(sum(local_elements(plan).values()) * 4, config.tensor_parallel_size)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from thalweg.config.bounded_json import read_object
 from thalweg.config.engine import EngineConfig
-from thalweg.config.gguf.keys import GgufKeys, end_ids
+from thalweg.config.gguf.keys import GgufKeys, end_ids, sampling_defaults
 from thalweg.config.gguf.model import is_gguf, model_name, open_gguf
 from thalweg.config.hf import GenerationConfig, read_config, read_generation_config, without_keys
 from thalweg.config.model_source import model_folder
@@ -17,8 +20,10 @@ from thalweg.errors import ConfigError, InvalidRequest
 from thalweg.models import family_of
 from thalweg.models.family import DecoderConfig, Family, weight_plan
 from thalweg.models.gguf import Architecture, architecture_of
+from thalweg.models.parts.quantized import GgmlCheckpoint
 from thalweg.parallel.shards import Shards
-from thalweg.quant import scheme_named
+from thalweg.quant import GgmlRows, scheme_named
+from thalweg.quant.ggml_types import TYPES
 from thalweg.weights.plan import Target
 
 if TYPE_CHECKING:
@@ -37,6 +42,7 @@ class ModelSource:
     tensors: frozenset[str] = frozenset()  # names in the checkpoint, once it is open
     mtp: bool = False  # whether the MTP layer belongs to what is loaded
     gguf: Architecture | None = None  # of a GGUF file, which `folder` is then
+    raw: Mapping[str, Any] = field(default_factory=dict)  # config.json's object, or what a GGUF file says as one
 
     @property
     def name(self) -> str:
@@ -53,10 +59,15 @@ class ModelSource:
         names = self.gguf.names(self.config, self.gguf.layout(self.config), model.tensors)
         return GgufCheckpoint(model, names, self.gguf.ignored(self.config))
 
-    def fitted(self, checkpoint: WeightFiles | None, *, mtp: bool = False) -> ModelSource:
-        """With what the checkpoint's tensors say and config.json does not."""
+    def fitted(
+        self, checkpoint: WeightFiles | None, *, mtp: bool = False, dequantize: bool | None = False
+    ) -> ModelSource:
+        """With what the checkpoint's tensors say and config.json does not: whether weights stay in blocks, too."""
         tensors = frozenset(checkpoint.tensors) if checkpoint is not None else frozenset()
-        return replace(self, config=self.family.fitted(self.config, tensors), tensors=tensors, mtp=mtp)
+        config = self.family.fitted(self.config, tensors)
+        if checkpoint is not None and self.gguf is not None and not dequantize:
+            config = replace(config, quantized=_blocks(checkpoint))
+        return replace(self, config=config, tensors=tensors, mtp=mtp)
 
     @property
     def ignored(self) -> tuple[str, ...]:
@@ -101,7 +112,19 @@ def open_source(config: EngineConfig) -> ModelSource:
     named = [name for name in family.architectures if name in (raw.get("architectures") or [])]
     architecture = (named or family.architectures)[0]
     generation = _read_generation(folder, config.generation_config)
-    return ModelSource(folder, family, family.read(raw, str(path)), generation, architecture, gguf=architecture_gguf)
+    read = family.read(raw, str(path))
+    return ModelSource(folder, family, read, generation, architecture, gguf=architecture_gguf, raw=raw)
+
+
+def _blocks(checkpoint: WeightFiles) -> GgmlCheckpoint | None:
+    """What a GGUF file stores in blocks; None if all are plain numbers."""
+    kinds: dict[str, str] = {}
+    elements: Counter[str] = Counter()
+    for name, info in checkpoint.tensors.items():
+        kinds[name] = info.dtype
+        if not TYPES[info.dtype].is_plain:
+            elements[info.dtype] += prod(info.shape)
+    return GgmlCheckpoint(kinds, GgmlRows.average(elements)) if elements else None
 
 
 def _read_gguf(path: Path) -> tuple[Architecture, dict[str, Any]]:
@@ -124,7 +147,10 @@ def _read_generation(folder: Path, source: str) -> GenerationConfig:
             raise ConfigError(
                 f"--generation-config is {source!r}; expected auto, vllm, none or a folder with generation_config.json"
             )
-    generation = replace(read_generation_config(folder), where=str(folder / "generation_config.json"))
+    if is_gguf(folder):
+        generation = GenerationConfig(sampling=sampling_defaults(open_gguf(folder).metadata), where=folder.name)
+    else:
+        generation = replace(read_generation_config(folder), where=str(folder / "generation_config.json"))
     try:
         SamplingParams(**generation.sampling)
     except InvalidRequest as e:

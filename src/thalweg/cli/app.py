@@ -16,6 +16,7 @@ from thalweg.cli.bench_kernels import kernels
 from thalweg.cli.bench_serve import serve as bench_serve
 from thalweg.cli.bench_soak import soak
 from thalweg.cli.chat import chat
+from thalweg.cli.convert import convert
 from thalweg.cli.evals import evals
 from thalweg.cli.generate import generate
 from thalweg.cli.inspect import inspect
@@ -32,8 +33,8 @@ _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 app = typer.Typer(
     name="thalweg",
-    help="Thalweg runs hybrid linear-attention language models. MODEL is a folder in Hugging Face layout; without one, "
-    "every command takes the small model that comes with the package.",
+    help="Thalweg runs hybrid linear-attention language models. MODEL is a folder in Hugging Face layout, or a GGUF "
+    "file; without one, every command takes the small model that comes with the package.",
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -42,6 +43,7 @@ app.command()(generate)
 app.command()(chat)
 app.command()(serve)
 app.command()(inspect)
+app.command()(convert)
 app.command()(profile)
 app.command()(trace)
 bench.command()(functions)

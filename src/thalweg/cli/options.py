@@ -29,7 +29,7 @@ def _sampling(*names: str, **options: Any) -> Any:
 
 def engine_config(
     model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="Model folder; the bundled model if left out.")
+        str | None, typer.Argument(metavar="MODEL", help="Model folder or GGUF file; the bundled model if left out.")
     ] = None,
     tokenizer: Annotated[
         str | None, _engine(metavar="FOLDER", help="Take tokenizer and chat template from here.")
@@ -49,6 +49,14 @@ def engine_config(
     quantization: Annotated[
         str | None,
         _engine(metavar="METHOD", help="fp8: quantize the experts' weights as they are loaded. Default: not at all."),
+    ] = None,
+    dequantize: Annotated[
+        bool | None,
+        _engine(
+            "--dequantize/--no-dequantize",
+            help="Bring a GGUF file's quantized weights to --dtype as they are loaded, or keep them as they are."
+            " Default: kept on a CPU.",
+        ),
     ] = None,
     state_dtype: Annotated[
         str,
@@ -148,6 +156,7 @@ def engine_config(
         generation_config=generation_config,
         dtype=dtype,
         quantization=quantization,
+        dequantize=dequantize,
         state_dtype=state_dtype,
         device=device,
         max_model_len=_size(max_model_len, "--max-model-len"),

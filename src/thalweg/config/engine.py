@@ -34,8 +34,10 @@ class EngineConfig:
     fill. `snapshot_interval` is the number of prompt tokens after which the prefix cache takes a further snapshot
     of a model's states. `quantization` "fp8" quantizes the experts' weights as they are loaded. `generation_config`
     says where sampling defaults come from: the model's generation_config.json ("auto"), that of another folder, or
-    the engine's own ("vllm", "none"). config.json is read as though the keys in `ignore_config_key` were not in it.
-    `op_preference` maps an op's name, or "*", to the implementation that must serve it.
+    the engine's own ("vllm", "none"). `dequantize` brings weights in GGUF's blocks to `dtype` as they are loaded; None
+    means that on an accelerator, whose kernels want them so, and not on a CPU. config.json is read as though the keys
+    in `ignore_config_key` were not in it. `op_preference` maps an op's name, or "*", to the implementation that must
+    serve it.
     """
 
     model: str | None = None
@@ -43,6 +45,7 @@ class EngineConfig:
     generation_config: str = "auto"
     dtype: str = "auto"
     quantization: str | None = None
+    dequantize: bool | None = None
     state_dtype: str = "float32"
     device: str = "auto"
     max_num_seqs: int | None = None
@@ -102,6 +105,7 @@ class EngineConfig:
         self._integer("snapshot_interval", 1, 2**31 - 1)
         for name in ("enforce_eager", "enable_prefix_caching"):
             self._need(isinstance(getattr(self, name), bool), name, "true or false")
+        self._need(isinstance(self.dequantize, bool | None), "dequantize", "true or false")
         device = self.device
         self._need(isinstance(device, str) and bool(_DEVICE.fullmatch(device)), "device", "auto, cpu, cuda or cuda:N")
         keys = self.ignore_config_key
@@ -132,7 +136,14 @@ class EngineConfig:
             dtype = "float32" if chosen == "cpu" else checkpoint_dtype
         load_format = "auto" if self.load_format == "safetensors" else self.load_format
         tokens = self.max_num_batched_tokens or (2048 if chosen == "cpu" else 8192)
-        return replace(self, device=chosen, dtype=dtype, load_format=load_format, max_num_batched_tokens=tokens)
+        return replace(
+            self,
+            device=chosen,
+            dtype=dtype,
+            dequantize=chosen != "cpu" if self.dequantize is None else self.dequantize,
+            load_format=load_format,
+            max_num_batched_tokens=tokens,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values by option name, for messages; EngineConfig(**d) gives the same config."""

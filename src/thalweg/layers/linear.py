@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,32 +10,46 @@ from torch import Tensor, nn
 
 from thalweg.layers.context import BuildContext
 from thalweg.layers.norm import NormWeight
-from thalweg.ops.linear import LINEAR, LINEAR_ADD, LINEAR_FP8, NORM_LINEAR, LinearDims, NormLinearDims
+from thalweg.ops.linear import (
+    LINEAR,
+    LINEAR_ADD,
+    LINEAR_FP8,
+    LINEAR_GGML,
+    NORM_LINEAR,
+    LinearDims,
+    LinearGgmlDims,
+    NormLinearDims,
+)
 from thalweg.ops.norm import RMS_NORM, RmsNormDims
 
 
 class Weights(nn.Module):
-    """W [out, in] of this rank: one matrix in the model's dtype, or one in float8 and, below it, what a checkpoint
-    keeps out of that."""
+    """W [out, in] of this rank: one matrix in the model's dtype, or one that is stored quantized and, below it, what a
+    checkpoint keeps out of that."""
 
     weight: nn.Parameter
-    weight_scale: nn.Parameter  # of a matrix in float8
 
     def __init__(self, ctx: BuildContext, in_features: int, out_features: int) -> None:
         super().__init__()
-        for name, weight in ctx.stored("weight", (out_features, in_features)).items():
+        stored = ctx.stored("weight", (out_features, in_features))
+        for name, weight in stored.items():
             self.register_parameter(name, weight)
+        self._names = tuple(stored)
         target, self.rest = ctx.planned("weight"), None
-        self.is_fp8 = target is not None
+        self.is_quantized = target is not None
         if target is not None:
             rows = target.shape[0]
-            self._product = ctx.op(LINEAR_FP8, LinearDims(D=in_features, O=rows))
+            if target.scheme.as_stored:
+                dims = LinearGgmlDims(D=in_features, O=rows, scheme=target.scheme.name)
+                self._product: Callable[..., Tensor] = ctx.op(LINEAR_GGML, dims)
+            else:
+                self._product = ctx.op(LINEAR_FP8, LinearDims(D=in_features, O=rows))
             if rows < out_features:
                 self.rest = Linear(ctx.below("rest"), in_features, out_features - rows)
 
-    def product_fp8(self, x_TD: Tensor) -> Tensor:
-        """x W^T of a matrix in float8 and the rest below it."""
-        y_TO: Tensor = self._product(x_TD, self.weight, self.weight_scale)
+    def product_quantized(self, x_TD: Tensor) -> Tensor:
+        """x W^T of a quantized matrix and the rest below it."""
+        y_TO = self._product(x_TD, *(getattr(self, name) for name in self._names))
         return y_TO if self.rest is None else torch.cat([y_TO, self.rest(x_TD)], dim=-1)
 
 
@@ -44,11 +58,11 @@ class Linear(Weights):
 
     def __init__(self, ctx: BuildContext, in_features: int, out_features: int) -> None:
         super().__init__(ctx, in_features, out_features)
-        if not self.is_fp8:
+        if not self.is_quantized:
             self._linear = ctx.op(LINEAR, LinearDims(D=in_features, O=out_features))
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.product_fp8(x_TD) if self.is_fp8 else self._linear(x_TD, self.weight)
+        return self.product_quantized(x_TD) if self.is_quantized else self._linear(x_TD, self.weight)
 
 
 class NormLinear(Weights):
@@ -57,15 +71,15 @@ class NormLinear(Weights):
     def __init__(self, ctx: BuildContext, in_features: int, parts: Sequence[int], eps: float) -> None:
         super().__init__(ctx, in_features, sum(parts))
         self.norm = NormWeight(ctx, in_features, eps)
-        if self.is_fp8:
+        if self.is_quantized:
             self._norm = ctx.op(RMS_NORM, RmsNormDims(D=in_features))
         else:
             dims = NormLinearDims(D=in_features, parts=tuple(parts), norm_fp32=ctx.norm_fp32)
             self._norm_linear = ctx.op(NORM_LINEAR, dims)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        if self.is_fp8:
-            return self.product_fp8(self._norm(x_TD, self.norm.weight, self.norm.eps))
+        if self.is_quantized:
+            return self.product_quantized(self._norm(x_TD, self.norm.weight, self.norm.eps))
         return self._norm_linear(x_TD, self.norm.weight, self.norm.eps, self.weight)
 
 
@@ -76,14 +90,14 @@ class LinearAdd(Weights):
         super().__init__(ctx, in_features, out_features)
         self.mesh = ctx.mesh
         dims = LinearDims(D=in_features, O=out_features)
-        if not self.is_fp8 and ctx.mesh.tp_size == 1:
+        if not self.is_quantized and ctx.mesh.tp_size == 1:
             self._linear_add = ctx.op(LINEAR_ADD, dims)
-        elif not self.is_fp8:
+        elif not self.is_quantized:
             self._linear = ctx.op(LINEAR, dims)
 
     def forward(self, x_TD: Tensor, residual_TO: Tensor) -> Tensor:
-        if self.is_fp8:
-            return residual_TO + self.mesh.all_reduce(self.product_fp8(x_TD))
+        if self.is_quantized:
+            return residual_TO + self.mesh.all_reduce(self.product_quantized(x_TD))
         if self.mesh.tp_size == 1:
             return self._linear_add(x_TD, self.weight, residual_TO)
         return residual_TO + self.mesh.all_reduce(self._linear(x_TD, self.weight))
@@ -108,14 +122,20 @@ class VocabEmbedding(nn.Module):
         super().__init__()
         self.mesh = ctx.mesh
         self.rows = -(-vocab_size // ctx.mesh.tp_size)
-        self.weight = ctx.weight(self.rows, width)
+        self.weight = ctx.stored("weight", (self.rows, width))["weight"]
+        self._planned, self._dtype = ctx.planned("weight"), ctx.dtype
+
+    def _rows_of(self, ids_T: Tensor) -> Tensor:
+        if self._planned is None:
+            return F.embedding(ids_T, self.weight)
+        return self._planned.scheme.rows_of([self.weight], ids_T, self._dtype)
 
     def forward(self, ids_T: Tensor) -> Tensor:
         if self.mesh.tp_size == 1:
-            return F.embedding(ids_T, self.weight)
+            return self._rows_of(ids_T)
         local_T = ids_T - self.mesh.tp_rank * self.rows
         here_T = (local_T >= 0) & (local_T < self.rows)
-        x_TD = F.embedding(torch.where(here_T, local_T, 0), self.weight)
+        x_TD = self._rows_of(torch.where(here_T, local_T, 0))
         return self.mesh.all_reduce(torch.where(here_T[:, None], x_TD, 0))
 
 

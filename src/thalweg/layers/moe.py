@@ -91,9 +91,9 @@ class Experts(nn.Module):
         total = routed + shared
         self._gate_up = self._register(ctx.stored("gate_up", (total, 2 * inner, width)))
         self._down = self._register(ctx.stored("down", (total, width, inner)))
-        target = ctx.planned("gate_up")
-        scheme = PLAIN if target is None else target.scheme
-        self._experts = ctx.op(EXPERTS, ExpertsDims(E=total, D=width, I=inner, scheme=scheme.name))
+        schemes = [PLAIN if target is None else target.scheme for target in map(ctx.planned, ("gate_up", "down"))]
+        name = " | ".join(dict.fromkeys(scheme.name for scheme in schemes))
+        self._experts = ctx.op(EXPERTS, ExpertsDims(E=total, D=width, I=inner, scheme=name))
 
     def _register(self, stored: dict[str, nn.Parameter]) -> tuple[str, ...]:
         for name, weight in stored.items():

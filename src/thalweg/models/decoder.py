@@ -108,13 +108,15 @@ class Decoder(nn.Module):
         super().__init__()
         ctx = replace(ctx, norm_fp32=config.shifted_norms)
         self.config = config
-        self.embed = VocabEmbedding(ctx, config.vocab.size, config.width)
+        if config.vocab.tied and "embed.weight" in ctx:
+            ctx = replace(ctx, plan={**ctx.plan, "lm_head.weight": ctx.plan["embed.weight"]})
+        self.embed = VocabEmbedding(ctx.below("embed"), config.vocab.size, config.width)
         self._stack = [
             DecoderLayer(ctx.below(f"layers.{i}"), layer, config.width, config.eps)
             for i, layer in enumerate(config.layers)
         ]
         self.layers = nn.ModuleList(self._stack)
-        self.lm_head = VocabHead(ctx, config.vocab.size, config.width, config.eps)
+        self.lm_head = VocabHead(ctx.below("lm_head"), config.vocab.size, config.width, config.eps)
         if config.vocab.tied:
             self.lm_head.weight = self.embed.weight
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class Fp8Blocks:
     """Weights [E, O, D] of experts. Every part (gate, up) has blocks of its own, counted from its first row."""
 
-    name, file_dtype, packed = "fp8", "F8_E4M3", 1
+    name, file_dtype, packed, as_stored = "fp8", "F8_E4M3", 1, False
 
     def bytes_per_weight(self, model_bytes: int) -> float:
         return 1 + 4 / BLOCK**2
@@ -41,6 +41,9 @@ class Fp8Blocks:
         q, s = quantize(part.reshape(place.shape).to(place.device))
         place.copy_(q)
         scales[tensor_index(scales_into(into))].copy_(s)
+
+    def rows_of(self, stored: Sequence[Tensor], ids: Tensor, dtype: torch.dtype) -> Tensor:
+        raise NotImplementedError("vocabularies are kept in the model's dtype")
 
     def widened(self, stored: Sequence[Tensor], parts: int, dtype: torch.dtype) -> Tensor:
         from thalweg.quant.fp8_blocks import dequantize
@@ -67,7 +70,7 @@ class Fp8Rows:
     and cut between any rows.
     """
 
-    name, file_dtype, packed = "fp8_rows", "F8_E4M3", 1
+    name, file_dtype, packed, as_stored = "fp8_rows", "F8_E4M3", 1, False
 
     def bytes_per_weight(self, model_bytes: int) -> float:
         return 1 + 4 / BLOCK
@@ -78,6 +81,9 @@ class Fp8Rows:
 
     def put(self, part: Tensor, into: tuple[Index, ...], stored: Sequence[Tensor]) -> None:
         raise NotImplementedError("linears are not quantized as they are loaded, only taken as a checkpoint has them")
+
+    def rows_of(self, stored: Sequence[Tensor], ids: Tensor, dtype: torch.dtype) -> Tensor:
+        raise NotImplementedError("vocabularies are kept in the model's dtype")
 
     def widened(self, stored: Sequence[Tensor], parts: int, dtype: torch.dtype) -> Tensor:
         weight, scales = stored

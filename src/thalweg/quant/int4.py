@@ -28,7 +28,7 @@ class Int4Groups:
     """Weights [E, O, D] of experts as checkpoints store them: words int32 [E, O, D / 8], scales [E, O, ceil(D / 32)] in
     the model's dtype."""
 
-    name, file_dtype, packed = "int4", "I32", WORD
+    name, file_dtype, packed, as_stored = "int4", "I32", WORD, False
 
     def bytes_per_weight(self, model_bytes: int) -> float:
         return 0.5 + model_bytes / GROUP
@@ -39,6 +39,9 @@ class Int4Groups:
 
     def put(self, part: Tensor, into: tuple[Index, ...], stored: Sequence[Tensor]) -> None:
         raise NotImplementedError("experts are not quantized to int4 as they are loaded, only taken as they are stored")
+
+    def rows_of(self, stored: Sequence[Tensor], ids: Tensor, dtype: torch.dtype) -> Tensor:
+        raise NotImplementedError("vocabularies are kept in the model's dtype")
 
     def widened(self, stored: Sequence[Tensor], parts: int, dtype: torch.dtype) -> Tensor:
         """(nibble - 8) * scale, rounded once to `dtype`."""

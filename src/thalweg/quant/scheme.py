@@ -39,6 +39,10 @@ class Scheme(Protocol):
     def packed(self) -> int:
         """Elements in one item of the first tensor."""
 
+    @property
+    def as_stored(self) -> bool:
+        """Whether `put` takes bytes as a file has them, and not elements."""
+
     def bytes_per_weight(self, model_bytes: int) -> float:
         """Bytes that an element takes, scales included; `model_bytes` is what one of --dtype takes."""
 
@@ -52,11 +56,15 @@ class Scheme(Protocol):
     def widened(self, stored: Sequence[Tensor], parts: int, dtype: torch.dtype) -> Tensor:
         """The elements [..., O, D] in `dtype`. The plain scheme ignores `dtype`: they are in the model's already."""
 
+    def rows_of(self, stored: Sequence[Tensor], ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows [..., D] of ids [...] of a vocabulary's matrix [O, D] in one part; NotImplementedError if vocabularies
+        are not stored so."""
+
 
 class Plain:
     """Weights in the model's dtype: one tensor, no scales."""
 
-    name, file_dtype, packed = "none", None, 1
+    name, file_dtype, packed, as_stored = "none", None, 1, False
 
     def bytes_per_weight(self, model_bytes: int) -> float:
         return float(model_bytes)
@@ -70,6 +78,9 @@ class Plain:
 
     def widened(self, stored: Sequence[Tensor], parts: int, dtype: torch.dtype) -> Tensor:
         return stored[0]
+
+    def rows_of(self, stored: Sequence[Tensor], ids: Tensor, dtype: torch.dtype) -> Tensor:
+        return stored[0][ids]
 
 
 PLAIN = Plain()

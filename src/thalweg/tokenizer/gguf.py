@@ -23,7 +23,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 KIMI = "kimi-k2"
 _END = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_PATTERNS = {
+PATTERNS = {
     "qwen2": rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_END}",
     "qwen35": rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}"
     rf"| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_END}",
@@ -52,8 +52,8 @@ def load_gguf_tokenizer(path: Path) -> Tokenizer:
     model, pre = metadata.get(MODEL), metadata.get(PRE)
     if model != "gpt2":
         raise UnsupportedError(f"{path}: {MODEL} is {model!r:.80}; expected 'gpt2', a byte-level BPE vocabulary")
-    if pre != KIMI and pre not in _PATTERNS:
-        known = ", ".join((KIMI, *_PATTERNS))
+    if pre != KIMI and pre not in PATTERNS:
+        known = ", ".join((KIMI, *PATTERNS))
         raise UnsupportedError(
             f"{path}: {PRE} is {pre!r:.80}, whose split pattern is not known; expected one of {known}"
         )
@@ -66,7 +66,8 @@ def load_gguf_tokenizer(path: Path) -> Tokenizer:
     if pre == KIMI:
         tokenizer = _kimi(tokens, types, path)
     else:
-        tokenizer = _byte_level(tokens, types, _PATTERNS[pre], metadata, path)
+        data = byte_level_data(metadata, path)
+        tokenizer = HFTokenizer(json.dumps(data), data, path)
     tokenizer.bos_id, tokenizer.eos_id = (
         _token_id(metadata, f"tokenizer.ggml.{key}_token_id", len(tokens), path) for key in ("bos", "eos")
     )
@@ -88,19 +89,21 @@ def _kimi(tokens: list[str], types: list[Any], path: Path) -> KimiTokenizer:
     return KimiTokenizer(ranks, special, texts)
 
 
-def _byte_level(
-    tokens: list[str], types: list[Any], pattern: str, metadata: Mapping[str, Any], path: Path
-) -> HFTokenizer:
-    """What a tokenizer.json with these tokens and merges would be."""
+def byte_level_data(metadata: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """What a tokenizer.json with the file's tokens and merges would be."""
+    tokens = _strings(metadata, TOKENS, path)
+    types = metadata.get(TYPES) or [NORMAL] * len(tokens)
     merges = [merge.split(" ") for merge in _strings(metadata, MERGES, path)]
     if any(len(pair) != 2 for pair in merges):
-        raise CheckpointError(
-            f"{path}: {MERGES} has an entry that is no pair; expected two tokens with a space between"
-        )
+        raise CheckpointError(f"{path}: {MERGES} has an entry that is no pair; expected two tokens and a space")
+    vocab = {token: i for i, token in enumerate(tokens)}
+    if len(vocab) != len(tokens):
+        raise CheckpointError(f"{path}: {TOKENS} has a token twice; expected every one once")
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    data = {
+    pattern = {"Regex": PATTERNS[metadata[PRE]]}
+    split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+    return {
         "version": "1.0",
         "added_tokens": [
             {"id": i, "content": tokens[i], "special": kind != USER_DEFINED, **flags}
@@ -110,11 +113,8 @@ def _byte_level(
         "normalizer": {"type": "NFC"},
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
         "decoder": byte_level,
-        "model": {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}, "merges": merges},
+        "model": {"type": "BPE", "vocab": vocab, "merges": merges},
     }
-    if len(data["model"]["vocab"]) != len(tokens):  # type: ignore[index]
-        raise CheckpointError(f"{path}: {TOKENS} has a token twice; expected every one once")
-    return HFTokenizer(json.dumps(data), data, path)
 
 
 def _strings(metadata: Mapping[str, Any], key: str, path: Path) -> list[str]:

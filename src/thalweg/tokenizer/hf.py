@@ -166,12 +166,18 @@ def _byte_alphabet() -> dict[int, int]:
 
 
 _BYTE_OF_CHAR = _byte_alphabet()
+_CHAR_OF_BYTE = {byte: chr(char) for char, byte in _BYTE_OF_CHAR.items()}
 _ALPHABET = frozenset(map(chr, _BYTE_OF_CHAR))
 
 
 def byte_level_bytes(token: str) -> bytes:
     """The bytes of a byte-level token. One with a character outside the alphabet was added as it is."""
     return token.translate(_BYTE_OF_CHAR).encode("latin-1") if set(token) <= _ALPHABET else token.encode()
+
+
+def byte_level_text(data: bytes) -> str:
+    """Bytes in the alphabet of byte-level tokens."""
+    return "".join(map(_CHAR_OF_BYTE.__getitem__, data))
 
 
 def load_hf_tokenizer(folder: Path) -> HFTokenizer:

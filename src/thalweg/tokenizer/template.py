@@ -201,17 +201,20 @@ def load_template(folder: str | Path, tokenizer: Tokenizer) -> ChatTemplate | No
 
     Of a list of named templates, "default" is taken, and "tool_use" for requests with tools.
     """
-    folder = Path(folder)
+    source, tool_source = template_sources(Path(folder))
+    return None if source is None else ChatTemplate(source, tokenizer, tool_source)
+
+
+def template_sources(folder: Path) -> tuple[str | None, str | None]:
+    """The text of the template, and of the one for requests with tools, where there are any."""
     if is_gguf(folder):
-        source, of_tools = gguf_templates(folder)
-        return None if source is None else ChatTemplate(source, tokenizer, of_tools)
+        return gguf_templates(folder)
     path = folder / TEMPLATE_FILE
     if path.is_file():
-        return ChatTemplate(read_text(path, MAX_TEMPLATE_BYTES), tokenizer)
-    source = read_tokenizer_config(folder).get("chat_template")
+        return read_text(path, MAX_TEMPLATE_BYTES), None
+    source, tool_source = read_tokenizer_config(folder).get("chat_template"), None
     if source is None:
-        return None
-    tool_source = None
+        return None, None
     if isinstance(source, list):
         named = {str(t.get("name")): t.get("template") for t in source if isinstance(t, dict)}
         source, tool_source = named.get("default"), named.get("tool_use")
@@ -219,4 +222,4 @@ def load_template(folder: str | Path, tokenizer: Tokenizer) -> ChatTemplate | No
         raise CheckpointError(
             f"{folder / TOKENIZER_CONFIG}: chat_template is neither a string nor a list with one named default"
         )
-    return ChatTemplate(source, tokenizer, tool_source)
+    return source, tool_source

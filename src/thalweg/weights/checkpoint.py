@@ -56,6 +56,9 @@ class WeightFiles(Protocol):
     def read(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
         """The tensor, or its range [start, stop) along `dim`, in a dtype of torch's; not to be written."""
 
+    def read_blocks(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
+        """Likewise, of a tensor stored in blocks: rows [N, bytes of a row] as the file has them, uint8."""
+
     def release(self, name: str) -> None:
         """Let go of memory that a tensor took as it was read."""
 
@@ -97,6 +100,10 @@ class Checkpoint:
         """The tensor, or its range [start, stop) along `dim`: a view of the mapped file, not to be
         written."""
         return self._file_of[name].read(name, dim, start, stop)
+
+    def read_blocks(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
+        """No plan asks for it: the format has no blocks."""
+        raise NotImplementedError(f"{self.path_of(name)} has no blocks")
 
     def release(self, name: str) -> None:
         """Nothing: the pages of a mapped file are the system's to take back."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import mmap
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import prod
@@ -183,13 +183,6 @@ class GgufCheckpoint:
             shapes = f"{k.name} {list(k.shape)} and {v.name} {list(v.shape)}"
             raise CheckpointError(f"{self.folder}: {shapes}; expected [heads, rank, nope] and [heads, value, rank]")
         return torch.cat([k_HRN.transpose(1, 2), v_HVR], dim=1)
-
-
-def kinds(tensors: Collection[GgufInfo]) -> dict[str, str]:
-    """What is stored in blocks, and what beside it is not, by a tensor's name; nothing if all are plain numbers."""
-    if all(TYPES[info.dtype].is_plain for info in tensors):
-        return {}
-    return {info.name: info.dtype for info in tensors}
 
 
 def _bytes_of(file: GgufFile) -> Tensor:

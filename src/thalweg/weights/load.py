@@ -49,16 +49,17 @@ def load(
         for source in (*target.sources, *target.scales):
             uses[source.name].append((target, source))
 
-    def _read(source: Source) -> Tensor:
-        return checkpoint.read(source.name, source.shard_dim, *source.stored_range)
+    def _read(source: Source, target: Target) -> Tensor:
+        read = checkpoint.read_blocks if target.scheme.as_stored else checkpoint.read
+        return read(source.name, source.shard_dim, *source.stored_range)
 
     def copy(name: str) -> int:
         done = 0
         for target, source in uses[name]:
-            tensor = _read(source)
+            tensor = _read(source, target)
             done += _read_bytes(source, found[source.name].dtype)
             if source.scales is not None:
-                scales = _read(source.scales)
+                scales = _read(source.scales, target)
                 done += _read_bytes(source.scales, found[source.scales.name].dtype)
                 tensor = widened(tensor, scales, source)
             put(tensor, source, target, params.__getitem__)

@@ -91,7 +91,7 @@ class Target:
     @property
     def covered(self) -> bool:
         """Whether the sources fill every element."""
-        return sum(prod(s.local_shape) for s in self.sources) == prod(self.parameters[0].shape)
+        return sum(prod(s.local_shape) for s in self.sources) * self.scheme.packed == prod(self.shape)
 
     @property
     def read(self) -> tuple[Source, ...]:

@@ -8,10 +8,19 @@ from typing import Any
 import torch
 
 from thalweg.bench.kernels.case import Arguments, Case, Draw, Setting, candidates_of
-from thalweg.ops.linear import LINEAR, LINEAR_ADD, LINEAR_FP8, NORM_LINEAR, LinearDims, NormLinearDims
+from thalweg.ops.linear import (
+    LINEAR,
+    LINEAR_ADD,
+    LINEAR_FP8,
+    LINEAR_GGML,
+    NORM_LINEAR,
+    LinearDims,
+    LinearGgmlDims,
+    NormLinearDims,
+)
 from thalweg.ops.projection import BATCHED_PROJECTION, BatchedProjectionDims
 from thalweg.ops.registry import Op
-from thalweg.quant import FP8_LINEARS
+from thalweg.quant import FP8_LINEARS, scheme_named
 
 EPS = 1e-5
 
@@ -50,6 +59,19 @@ def linear_fp8(setting: Setting, dims: LinearDims) -> Iterator[Case]:
 
     label, weight_bytes = f"{dims.D} to {dims.O}", FP8_LINEARS.bytes_per_weight(setting.dtype.itemsize)
     yield from _products(setting, LINEAR_FP8, dims, dims.D, dims.O, label, make, weight_bytes=weight_bytes)
+
+
+def linear_ggml(setting: Setting, dims: LinearGgmlDims) -> Iterator[Case]:
+    scheme = scheme_named(dims.scheme)
+    (blocks,) = scheme.stored((dims.O, dims.D), 1)
+
+    def make(draw: Draw, T: int) -> Arguments:
+        # Bytes below 64 are no part of a float16 that is infinite or NaN.
+        small = draw(*blocks.shape, dtype=torch.float32).mul_(16).abs_().clamp_(max=63)
+        return Arguments(draw(T, dims.D), small.to(torch.uint8))
+
+    label, weight_bytes = f"{dims.D} to {dims.O}", scheme.bytes_per_weight(setting.dtype.itemsize)
+    yield from _products(setting, LINEAR_GGML, dims, dims.D, dims.O, label, make, weight_bytes=weight_bytes)
 
 
 def _products(

@@ -87,6 +87,34 @@ def end_ids(model: GgufModel, vocab_size: int) -> list[int]:
     return list(dict.fromkeys(i for i in ids if type(i) is int and 0 <= i < vocab_size))
 
 
+_SAMPLING = {
+    "temperature": "general.sampling.temp",
+    "top_p": "general.sampling.top_p",
+    "top_k": "general.sampling.top_k",
+    "min_p": "general.sampling.min_p",
+    "repetition_penalty": "general.sampling.penalty_repeat",
+}
+
+
+def sampling_defaults(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Sampling values that a file suggests, by SamplingParams' names. What is no number is passed over."""
+    given = {name: metadata.get(key) for name, key in _SAMPLING.items()}
+    return {
+        name: shortest(value) if isinstance(value, float) else value
+        for name, value in given.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
+
+def sampling_metadata(sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that suggest them."""
+    return {
+        _SAMPLING[name]: value if name == "top_k" else float(value)
+        for name, value in sampling.items()
+        if name in _SAMPLING
+    }
+
+
 def shortest(value: float) -> float:
     """The number of the fewest decimal digits that rounds to the same float32."""
     try:

@@ -5,7 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from thalweg.config.gguf.keys import GgufKeys
-from thalweg.models.parts.gguf_keys import common, latent_attention, sigmoid_experts
+from thalweg.errors import UnsupportedError
+from thalweg.models.family import DecoderConfig
+from thalweg.models.parts.gguf_keys import common, latent_attention, latent_attention_keys, sigmoid_experts
+from thalweg.models.parts.kda import KdaDims
+from thalweg.models.parts.mla import MlaDims
 
 ARCHITECTURE = "kimi-linear"
 
@@ -46,3 +50,17 @@ def config(keys: GgufKeys) -> dict[str, Any]:
             "first_k_dense_replace": experts["dense"],
         }
     return raw
+
+
+def metadata(config: DecoderConfig) -> dict[str, Any]:
+    """The keys to write. Raises UnsupportedError for what llama.cpp's files cannot say."""
+    kda = next((layer.mixer for layer in config.layers if isinstance(layer.mixer, KdaDims)), None)
+    mla = next((layer.mixer for layer in config.layers if isinstance(layer.mixer, MlaDims)), None)
+    if kda is None or mla is None or kda.heads != mla.heads:
+        raise UnsupportedError("GGUF files have KDA and MLA layers with as many heads; this model does not")
+    return {
+        **latent_attention_keys(mla),
+        "attention.head_count_kv": [int(isinstance(layer.mixer, MlaDims)) for layer in config.layers],
+        "ssm.conv_kernel": kda.taps,
+        "kda.head_dim": kda.head_dim,
+    }

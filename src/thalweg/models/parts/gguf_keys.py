@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from thalweg.config.gguf.keys import GgufKeys
-from thalweg.errors import CheckpointError
+from thalweg.errors import CheckpointError, UnsupportedError
+from thalweg.models.parts.mla import MlaDims
+from thalweg.models.parts.mlp import MlpDims
+from thalweg.models.parts.moe import MoeDims
+from thalweg.models.parts.rope import RopeDims
 
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
-_SIGMOID = 2
+_SOFTMAX, _SIGMOID = 1, 2
 
 
 def common(keys: GgufKeys) -> dict[str, Any]:
@@ -71,3 +76,88 @@ def sigmoid_experts(keys: GgufKeys) -> dict[str, Any]:
         "scale": keys.get_float("expert_weights_scale", 1.0),
         "dense": keys.get_int("leading_dense_block_count", 0),
     }
+
+
+def yarn(keys: GgufKeys) -> dict[str, Any] | None:
+    """A context stretched by YaRN, as rope_scaling has it; None without one. Raises ConfigError for another kind."""
+    kind = keys.get_str("rope.scaling.type", "none")
+    if kind == "none":
+        return None
+    if kind != "yarn":
+        raise keys.error("rope.scaling.type", "'none' or 'yarn'")
+    return {
+        "rope_type": "yarn",
+        "factor": keys.get_float("rope.scaling.factor"),
+        "original_max_position_embeddings": keys.get_int("rope.scaling.original_context_length"),
+        "beta_fast": keys.get_float("rope.scaling.yarn_beta_fast", 32.0),
+        "beta_slow": keys.get_float("rope.scaling.yarn_beta_slow", 1.0),
+    }
+
+
+def common_keys(
+    *, width: int, layers: int, vocab_size: int, eps: float, context_len: int, blocks: Sequence[MlpDims | MoeDims]
+) -> dict[str, Any]:
+    """What is written of every model, `blocks` being its feed-forward blocks in order."""
+    dense = [block.inner for block in blocks if isinstance(block, MlpDims)]
+    return {
+        "block_count": layers,
+        "context_length": context_len,
+        "embedding_length": width,
+        "vocab_size": vocab_size,
+        "attention.layer_norm_rms_epsilon": eps,
+        **({"feed_forward_length": dense[0]} if dense else {}),
+        **_expert_keys(blocks),
+    }
+
+
+def _expert_keys(blocks: Sequence[MlpDims | MoeDims]) -> dict[str, Any]:
+    moe = next((block for block in blocks if isinstance(block, MoeDims)), None)
+    if moe is None:
+        return {}
+    first = next(i for i, block in enumerate(blocks) if isinstance(block, MoeDims))
+    if any(isinstance(block, MlpDims) for block in blocks[first:]):
+        raise UnsupportedError("dense blocks stand behind the first mixture of experts; GGUF files have them before it")
+    keys: dict[str, Any] = {
+        "expert_count": moe.experts,
+        "expert_used_count": moe.top_k,
+        "expert_feed_forward_length": moe.inner,
+    }
+    if moe.scoring == "softmax":
+        return keys | {"expert_shared_feed_forward_length": moe.gated_shared}
+    return keys | {
+        "expert_shared_count": moe.shared,
+        "expert_group_count": moe.groups,
+        "expert_group_used_count": moe.top_groups,
+        "expert_gating_func": _SIGMOID,
+        "expert_weights_scale": float(moe.scale),
+        "expert_weights_norm": moe.renormalize,
+        "leading_dense_block_count": first,
+    }
+
+
+def latent_attention_keys(dims: MlaDims) -> dict[str, Any]:
+    """What is written of multi-head latent attention."""
+    return {
+        "attention.head_count": dims.heads,
+        "attention.kv_lora_rank": dims.rank,
+        **({} if dims.q_rank is None else {"attention.q_lora_rank": dims.q_rank}),
+        "attention.key_length": dims.latent,
+        "attention.value_length": dims.rank,
+        "attention.key_length_mla": dims.head_dim,
+        "attention.value_length_mla": dims.value,
+        "rope.dimension_count": dims.rope,
+    }
+
+
+def rope_keys(rope: RopeDims) -> dict[str, Any]:
+    """What is written of rotated positions."""
+    keys: dict[str, Any] = {"rope.freq_base": float(rope.theta), "rope.dimension_count": rope.dims}
+    if rope.yarn is not None:
+        keys |= {
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": float(rope.yarn.factor),
+            "rope.scaling.original_context_length": rope.yarn.original,
+            "rope.scaling.yarn_beta_fast": float(rope.yarn.beta_fast),
+            "rope.scaling.yarn_beta_slow": float(rope.yarn.beta_slow),
+        }
+    return keys

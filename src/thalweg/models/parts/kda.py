@@ -34,7 +34,7 @@ class KdaDims:
         ups = [placed(names[x], (H * K, self.rank), (i,), 0, channels) for i, x in enumerate(("f_b", "g_b"))]
         return [
             ctx.norm(f"{ours}.in_proj.norm.weight", names["norm"], ctx.width),
-            concat(f"{ours}.in_proj.weight", [*qkv, Source(names["beta"], (H, D), 0, heads), *low_rank]),
+            *ctx.linear(f"{ours}.in_proj", *qkv, Source(names["beta"], (H, D), 0, heads), *low_rank),
             Target(f"{ours}.up_proj.weight", (2, local_H * K, self.rank), tuple(ups)),
             concat(f"{ours}.conv.weight", convs, (3 * local_H * K, taps)),
             split(
@@ -51,7 +51,7 @@ class KdaDims:
                 init="dt_bias",
             ),
             whole(f"{ours}.out_norm.weight", names["out_norm"], (K,), init="ones"),
-            split(f"{ours}.out_proj.weight", names["out"], (D, H * K), 1, channels),
+            *ctx.linear(f"{ours}.out_proj", Source(names["out"], (D, H * K), 1, channels)),
         ]
 
     def costs(self, width: int, step: Step) -> list[Cost]:

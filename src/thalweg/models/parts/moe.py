@@ -21,6 +21,7 @@ from thalweg.models.parts.part import (
 )
 from thalweg.quant import FP8_EXPERTS, INT4_EXPERTS, PLAIN
 from thalweg.quant.fp8 import scales_into
+from thalweg.quant.ggml_types import TYPES
 from thalweg.quant.scheme import Range
 from thalweg.weights.plan import Source, Target, placed, whole
 
@@ -52,7 +53,8 @@ class MoeDims:
 
         Checkpoints store the S shared experts as one MLP of width S*I. A sum over its width is a sum over S slices of
         it, so each slice is one more expert behind the routed ones, and one kernel serves all. Only if a checkpoint
-        stores them otherwise than the routed ones (these alone in int4) they are an MLP of their own.
+        stores them otherwise than the routed ones (these alone in int4, or in other types of blocks) they are an MLP of
+        their own.
         Names: norm, router, bias (sigmoid only); gate, up, down with {e} for the expert's number, or stacked_gate_up
         and stacked_down; shared_gate, shared_up, shared_down; shared_scale for the gate of a gated shared expert.
         """
@@ -65,7 +67,8 @@ class MoeDims:
                 one = {x: names[x].format(e=e) for x in ("gate", "up", "down")}
                 self._expert(one, e, (start, stop), self.inner, D, gate_up, down)
         shared = {x: names[f"shared_{x}"] for x in ("gate", "up", "down") if self.shared}
-        apart = bool(shared) and ctx.stored_as(shared["down"]) != ctx.stored_as(down[0].name)
+        routed = {"gate": gate_up[0].name, "up": gate_up[1].name, "down": down[0].name}
+        apart = any(ctx.stored_as(name) != ctx.stored_as(routed[x]) for x, name in shared.items())
         total -= self.shared if apart else 0
         for i in range(0 if apart else self.shared):
             part = (i * self.inner + start, i * self.inner + stop)
@@ -88,8 +91,9 @@ class MoeDims:
     def _experts(ours: str, shape: tuple[int, ...], pieces: list[Source], ctx: PlanContext, parts: int) -> Target:
         """Stored as ctx says, or as the checkpoint has them quantized."""
         target = Target(ours, shape, tuple(pieces), scheme=ctx.scheme, parts=parts)
+        target = ctx.in_blocks(target)
         stored = {ctx.stored_as(piece.name) for piece in pieces}
-        if stored == {"none"}:
+        if stored == {"none"} or stored <= TYPES.keys():
             return target
         if stored == {"fp8"}:
             scales = [replace(fp8_scales(p, per_row=False), into=scales_into(p.into)) for p in pieces]

@@ -8,8 +8,9 @@ from typing import Protocol
 
 from thalweg.errors import ConfigError, UnsupportedError
 from thalweg.parallel.shards import Shards
-from thalweg.quant import FP8_LINEARS, PLAIN, Scheme
+from thalweg.quant import FP8_LINEARS, PLAIN, GgmlRows, Scheme
 from thalweg.quant.blocks import BLOCK, blocks
+from thalweg.quant.ggml_types import TYPES
 from thalweg.quant.int4 import GROUP, WORD, groups
 from thalweg.quant.scheme import Shape
 from thalweg.weights.plan import Source, Target, concat, whole
@@ -103,6 +104,8 @@ class PlanContext:
         """The matrix `ours`.weight of pieces [rows, D] one below the other. If some are in float8 and others not, these
         are `ours`.rest.weight, and must come last. Raises UnsupportedError otherwise, or ConfigError if the ranks cut a
         block of columns."""
+        if any(self.block_type(piece.name) != "none" for piece in pieces):
+            return [self.in_blocks(concat(f"{ours}.weight", pieces))]
         fp8 = [self._is_fp8(piece.name) for piece in pieces]
         count = sum(fp8)
         if fp8 != sorted(fp8, reverse=True):
@@ -115,6 +118,37 @@ class PlanContext:
         scales = [replace(fp8_scales(piece), into=piece.into) for piece in weight.sources]
         return [replace(weight, scheme=FP8_LINEARS, scales=tuple(scales)), *rest]
 
+    def block_type(self, name: str) -> str:
+        """The type of GGML's blocks that a checkpoint stores a matrix in, "none" for plain numbers."""
+        kind = TYPES.get(self.stored_as(name))
+        return "none" if kind is None or kind.is_plain else kind.name
+
+    def in_blocks(self, target: Target) -> Target:
+        """A matrix kept in blocks, as the checkpoint has it; those of a stack have the same types in each. Without
+        blocks `target` as it is. Raises ConfigError if the ranks cut a block."""
+        if all(self.block_type(source.name) == "none" for source in target.sources):
+            return target
+        for source in target.sources:
+            self._check_cut(source)
+        first = [s for s in target.sources if len(target.shape) == 2 or (s.into and s.into[0] == 0)]
+        rows = target.shape[-2]
+        segments = [(self.stored_as(s.name), s.local_shape[0]) for s in first]
+        left = rows - sum(count for _, count in segments)  # of a vocabulary that the ranks do not divide
+        if left:
+            segments.append((segments[-1][0], left))
+        return replace(target, scheme=GgmlRows.of(segments))
+
+    def _check_cut(self, piece: Source) -> None:
+        kind = TYPES[self.stored_as(piece.name)]
+        if piece.shard is None or piece.shard_dim != len(piece.shape) - 1:
+            return
+        start, stop = piece.shard
+        if start % kind.elements or stop % kind.elements:
+            raise ConfigError(
+                f"--tensor-parallel-size cuts {piece.name} at {start} and {stop}, within a block of {kind.elements}"
+                f" ({kind}); choose a size that does not, or --dequantize"
+            )
+
     def widened(self, ours: str, shape: Shape, piece: Source) -> Target:
         """A weight that is kept in the model's dtype, brought to it as it is loaded if the checkpoint has it in
         float8."""
@@ -124,6 +158,8 @@ class PlanContext:
 
     def _is_fp8(self, name: str) -> bool:
         stored = self.stored_as(name)
+        if stored in TYPES:
+            return False
         if stored not in ("none", "fp8"):
             raise UnsupportedError(f"{name} is stored in {stored}; expected that of routed experts only")
         return stored == "fp8"

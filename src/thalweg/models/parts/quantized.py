@@ -4,13 +4,14 @@ layout), or experts in int4 with a scale for each group of 32 (compressed-tensor
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from thalweg.config.hf import ConfigReader
 from thalweg.errors import ConfigError, UnsupportedError
-from thalweg.quant import FP8_EXPERTS, FP8_LINEARS, INT4_EXPERTS, PLAIN
+from thalweg.quant import FP8_EXPERTS, FP8_LINEARS, INT4_EXPERTS, PLAIN, Scheme
 from thalweg.quant.blocks import BLOCK
+from thalweg.quant.ggml_types import TYPES
 from thalweg.quant.int4 import GROUP
 
 # What published checkpoints keep in the model's dtype, whether or not their lists say so.
@@ -66,7 +67,28 @@ class Int4Checkpoint:
         )
 
 
-Quantized = Fp8Checkpoint | Int4Checkpoint
+@dataclass(frozen=True, slots=True)
+class GgmlCheckpoint:
+    """A GGUF file some of whose tensors are blocks: `kinds` has every tensor's type by its name, `average` stands for
+    all matrices."""
+
+    kinds: Mapping[str, str]
+    average: Scheme
+
+    @property
+    def name(self) -> str:
+        """The types of blocks that it has."""
+        return ", ".join(sorted({kind for kind in self.kinds.values() if not TYPES[kind].is_plain}))
+
+    @property
+    def schemes(self) -> tuple[Scheme, Scheme, Scheme]:
+        return self.average, self.average, self.average
+
+    def stored_as(self, name: str) -> str:
+        return self.kinds.get(name, "none")
+
+
+Quantized = Fp8Checkpoint | Int4Checkpoint | GgmlCheckpoint
 """`schemes` are those of routed experts, of linears and of shared experts."""
 
 
@@ -75,6 +97,8 @@ def stored_as(config: Quantized | None, tensors: Collection[str]) -> Callable[[s
     known, as config.json says."""
     if config is None:
         return lambda _: "none"
+    if isinstance(config, GgmlCheckpoint):
+        return config.stored_as
     if tensors:
         return lambda name: config.name if config.suffixed(name) in tensors else "none"
     return lambda name: config.name if config.lists(name) else "none"

@@ -23,7 +23,7 @@ class VocabDims:
 
         def matrix(ours: str, theirs: str) -> Target:
             piece = placed(theirs, (self.size, width), ((0, stop - start),), 0, (start, stop))
-            return Target(ours, (rows, width), (piece,))
+            return ctx.in_blocks(Target(ours, (rows, width), (piece,)))
 
         head = [] if self.tied else [matrix("lm_head.weight", names["head"])]
         norm = ctx.norm("lm_head.norm.weight", names["norm"], ctx.width)

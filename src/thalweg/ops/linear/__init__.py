@@ -1,5 +1,5 @@
 """Ops "linear", "norm_linear" and "linear_add": x @ w.T without bias, alone, of a norm, and added to the residual;
-"linear_fp8" is the first with weights in float8.
+"linear_fp8" is the first with weights in float8, "linear_ggml" with rows of GGML's blocks.
 
 Weights are contiguous, as parameters are. x and a residual have a unit last stride and any row stride.
 """
@@ -17,6 +17,7 @@ from thalweg.ops.norm import RMS_NORM, RmsNormDims
 from thalweg.ops.registry import Op, Refusal, Resolver, Tokens, Where, register
 from thalweg.ops.toolchain import cuda_build
 from thalweg.ops.toolchain.triton_support import why_not, why_not_hopper
+from thalweg.quant import scheme_named
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +31,13 @@ class NormLinearDims:
     D: int  # columns of x
     parts: tuple[int, ...]  # columns of y: the rows of each matrix that was fused into w
     norm_fp32: bool = False  # whether the norm's weight is fp32 whatever x is
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearGgmlDims:
+    D: int  # columns of x
+    O: int  # columns of y
+    scheme: str  # which rows of w are in which type: a name of thalweg.quant
 
 
 class Linear(Protocol):
@@ -61,10 +69,20 @@ class LinearFp8(Protocol):
         """
 
 
+class LinearGgml(Protocol):
+    def __call__(self, x_TD: Tensor, blocks: Tensor, /) -> Tensor:
+        """y_TO = x @ w.T in x's dtype, w being rows of GGML's blocks one after another, uint8 [bytes].
+
+        w is rounded to x's dtype; activations are not quantized.
+        """
+
+
 LINEAR: Op[LinearDims, Linear] = Op("linear", LinearDims)
 NORM_LINEAR: Op[NormLinearDims, NormLinear] = Op("norm_linear", NormLinearDims)
 LINEAR_ADD: Op[LinearDims, LinearAdd] = Op("linear_add", LinearDims)
 LINEAR_FP8: Op[LinearDims, LinearFp8] = Op("linear_fp8", LinearDims)
+
+LINEAR_GGML: Op[LinearGgmlDims, LinearGgml] = Op("linear_ggml", LinearGgmlDims)
 
 MAX_COLUMNS = 4096  # of 16 tokens are what the registers of a block hold
 FEW = Tokens(last=16)  # beyond, x does not fit the registers of a block
@@ -94,6 +112,10 @@ def _separate(where: Where, dims: NormLinearDims) -> NormLinear:
 
 def _norm_few(dims: NormLinearDims) -> Tokens:
     return NORM_FEW if dims.D <= NORM_COLUMNS else FEW
+
+
+def _ggml(where: Where, dims: LinearGgmlDims) -> LinearGgml:
+    return partial(reference.linear_ggml, scheme_named(dims.scheme))
 
 
 def _cuda_linear(where: Where, dims: LinearDims) -> Linear:
@@ -133,3 +155,5 @@ register(LINEAR_ADD, "in_place", lambda *_: reference.linear_add_in_place, suppo
 register(LINEAR_ADD, "cuda", _cuda_linear_add, supports=_cuda_refuses, tokens=FEW, priority=20)
 
 register(LINEAR_FP8, "reference", lambda *_: reference.linear_fp8)
+
+register(LINEAR_GGML, "reference", _ggml)

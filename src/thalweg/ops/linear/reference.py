@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from thalweg.ops.norm.reference import rms_norm
-from thalweg.quant import FP8_LINEARS
+from thalweg.quant import FP8_LINEARS, Scheme
 
 
 def linear(x_TD: Tensor, w_OD: Tensor) -> Tensor:
@@ -28,3 +28,7 @@ def linear_add_in_place(x_TD: Tensor, w_OD: Tensor, residual_TO: Tensor) -> Tens
 
 def linear_fp8(x_TD: Tensor, q_OD: Tensor, scale_OB: Tensor) -> Tensor:
     return F.linear(x_TD, FP8_LINEARS.widened([q_OD, scale_OB], 1, x_TD.dtype))
+
+
+def linear_ggml(scheme: Scheme, x_TD: Tensor, blocks: Tensor) -> Tensor:
+    return F.linear(x_TD, scheme.widened([blocks], 1, x_TD.dtype))

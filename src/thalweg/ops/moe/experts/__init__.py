@@ -25,7 +25,7 @@ class ExpertsDims:
     E: int  # all experts, shared ones included
     D: int
     I: int  # width of an expert
-    scheme: str = "none"  # of the weights: a name of thalweg.quant
+    scheme: str = "none"  # of the weights: a name of thalweg.quant, or two, of gate_up | down, if they differ
 
 
 class Experts(Protocol):
@@ -61,6 +61,8 @@ class Experts(Protocol):
         "int4": (words int32, scales in x's dtype), and a weight is w = (nibble - 8) * the scale of its group of 32
         columns. Words are [E, 2I, D / 8] and [E, D, I / 8], eight elements of a row in each, the first in the lowest
         bits; scales [E, 2I, ceil(D / 32)] and [E, D, ceil(I / 32)]. Rounding to x's dtype is open as for "fp8".
+
+        "ggml ...": (blocks uint8 [E, bytes],), rows of GGML's blocks in the types that the name lists.
         """
 
 
@@ -112,7 +114,8 @@ def _cuda_refuses(where: Where, dims: ExpertsDims) -> Refusal:
 
 
 def _reference(where: Where, dims: ExpertsDims) -> Experts:
-    return partial(reference.experts, scheme_named(dims.scheme))
+    schemes = [scheme_named(name) for name in dims.scheme.split(" | ")]
+    return partial(reference.experts, schemes[0], down_scheme=schemes[-1])
 
 
 def _grouped(where: Where, dims: ExpertsDims) -> Experts:

@@ -19,6 +19,7 @@ def experts(
     down: tuple[Tensor, ...],
     *,
     residual_TD: Tensor | None = None,
+    down_scheme: Scheme | None = None,  # None: as gate_up
     num_shared: int = 0,  # a promise this definition has no need of
 ) -> Tensor:
     T, k = ids_Tk.shape
@@ -30,12 +31,12 @@ def experts(
     used = [e for e, n in enumerate(counts) if n]
     sizes = [counts[e] for e in used]
 
-    def products(x_PD: Tensor, stored: tuple[Tensor, ...], parts: int) -> Tensor:
+    def products(x_PD: Tensor, stored: tuple[Tensor, ...], scheme: Scheme, parts: int) -> Tensor:
         """Each expert's slice of the sorted pairs times its matrix; one matrix at a time is in x's dtype."""
         slices = zip(used, x_PD.split(sizes), strict=True)
         return torch.cat([F.linear(x, scheme.widened([t[e] for t in stored], parts, x.dtype)) for e, x in slices])
 
-    sorted_PD = products(silu_and_mul(products(x_TD[order_P // k], gate_up, 2)), down, 1)
+    sorted_PD = products(silu_and_mul(products(x_TD[order_P // k], gate_up, scheme, 2)), down, down_scheme or scheme, 1)
 
     # Back to token order rather than index_add: the sum then has one fixed order on every device.
     y_PD = torch.empty_like(sorted_PD, dtype=torch.float32)
