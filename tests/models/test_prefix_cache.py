@@ -1,0 +1,210 @@
+"""Models with the prefix cache on: a cold run's tokens, whatever was cached, and its bits where chunks are alike."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from thalweg import LLM, SamplingParams
+from thalweg.cache.storage import CacheStorage
+from thalweg.text.results import RequestOutput
+
+GDN = Path(__file__).resolve().parents[2] / "models" / "thalweg-tiny-gdn"
+MODELS = ["kimi_linear", "tiny_gdn", "kimi_k2"]
+WITH_STATES = MODELS[:2]
+VOCAB = 500
+GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True, logprobs=2)
+DRAWN = SamplingParams(max_tokens=12, temperature=1, seed=7, ignore_eos=True)
+
+
+def model_of(name: str, shared_dir: Path) -> str | None:
+    return {"kimi_linear": None, "tiny_gdn": str(GDN), "kimi_k2": str(shared_dir / "oracles" / "kimi_k2")}[name]
+
+
+@pytest.fixture(params=MODELS)
+def model(request: pytest.FixtureRequest) -> str | None:
+    if request.param != "kimi_k2":
+        return model_of(request.param, Path())
+    return model_of(request.param, request.getfixturevalue("shared_dir"))
+
+
+@pytest.fixture(params=WITH_STATES)
+def with_states(request: pytest.FixtureRequest) -> str | None:
+    return model_of(request.param, Path())
+
+
+@pytest.fixture(autouse=True)
+def nothing_was_written(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Snapshots, blocks and states begin as NaN, so that what is read before it is written shows."""
+    make = CacheStorage.__init__
+
+    def poisoned(self: CacheStorage, *args: Any, **options: Any) -> None:
+        make(self, *args, **options)
+        for states in self._snapshots:
+            states.fill_(float("nan"))
+        for layer in self.layers:
+            for tensor in layer.values():
+                tensor[1:].fill_(float("nan"))
+
+    monkeypatch.setattr(CacheStorage, "__init__", poisoned)
+    return
+
+
+def engine(model: str | None, on: bool = True, **options: Any) -> LLM:
+    defaults = {"max_num_seqs": 4, "max_num_batched_tokens": 512, "cache_memory": 64 << 20, "dtype": "float32"}
+    return LLM(model, **{**defaults, **options}, enable_prefix_caching=on)
+
+
+def ids(n: int, seed: int = 0) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(3, VOCAB) for _ in range(n)]
+
+
+def tokens(outputs: list[RequestOutput]) -> list[list[int]]:
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+def one_by_one(llm: LLM, prompts: list[list[int]], params: SamplingParams = GREEDY) -> list[RequestOutput]:
+    return [llm.generate([prompt], params)[0] for prompt in prompts]
+
+
+def conversation(llm: LLM) -> list[list[int]]:
+    """Prompts that share: one, the same, a branch, another branch, and a second and third turn."""
+    base = ids(150)
+    prompts = [base, base, base[:140] + ids(30, 1), base[:140] + ids(40, 2)]
+    for turn in range(2):
+        said = llm.generate([prompts[-1]], SamplingParams(max_tokens=70, temperature=0, ignore_eos=True))[0]
+        prompts.append(prompts[-1] + said.outputs[0].token_ids + ids(9, 10 + turn))
+    return prompts
+
+
+@pytest.mark.parametrize("params", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+def test_warm_partly_warm_chunked_and_batched_are_cold(model: str | None, params: SamplingParams) -> None:
+    with engine(model, on=False) as llm:
+        prompts = conversation(llm)
+        cold = tokens(one_by_one(llm, prompts, params))
+    for options in ({}, {"max_num_batched_tokens": 100, "block_size": 16}):
+        with engine(model, **options) as llm:
+            first = one_by_one(llm, prompts, params)
+            assert tokens(first) == cold
+            assert [o.num_cached_tokens > 0 for o in first] == [False, *[True] * 5]
+            again = one_by_one(llm, prompts, params)
+            assert tokens(again) == cold
+            grid = 64 if llm.info.num_snapshots else llm.info.block_size
+            assert [o.num_cached_tokens for o in again] == [(len(p) - 1) // grid * grid for p in prompts]
+            assert tokens(llm.generate(prompts, params)) == cold
+        with engine(model, **options) as llm:
+            assert tokens(llm.generate(prompts, params)) == cold
+
+
+def test_answers_grow_beside_hits(model: str | None) -> None:
+    """A snapshot's own sequence goes on, others begin from it, and all are cold's tokens."""
+    long = SamplingParams(max_tokens=80, temperature=0, ignore_eos=True)
+    prompts = [ids(130) + ids(n, 5) for n in (1, 40, 64, 65)]
+    with engine(model, on=False) as llm:
+        cold = tokens(one_by_one(llm, prompts, long))
+    with engine(model) as llm:
+        assert tokens(llm.generate(prompts, long)) == cold
+        hits = llm.generate(prompts, long)
+        assert tokens(hits) == cold
+        assert all(o.num_cached_tokens >= 128 for o in hits)
+
+
+def test_preempted_sequences_go_on_from_their_prefix(model: str | None) -> None:
+    long = SamplingParams(max_tokens=70, temperature=0, ignore_eos=True)
+    prompts = [ids(130) + ids(20 * n, n) for n in range(1, 5)]
+    with engine(model, on=False) as llm:
+        cold = tokens(one_by_one(llm, prompts, long))
+        block, states = llm.info.bytes_per_token * 64, llm.info.bytes_per_sequence
+    memory = 7 * states + max(9 * block - states, 0)  # blocks of two sequences, of four, and one or two snapshots
+    with engine(model, cache_memory=memory, max_model_len=320) as llm:
+        assert llm.info.keeps_prefixes
+        assert 8 <= llm.info.num_blocks <= 9
+        assert tokens(llm.generate(prompts, long)) == cold
+        stats = llm.engine.core.stats()
+        assert stats.num_preemptions > 0
+        assert stats.blocks_used == 0
+
+
+@pytest.mark.parametrize("tail", [1, 2, 63, 64, 65])
+def test_a_tail_of_any_length_has_the_cold_runs_logits(model: str | None, tail: int) -> None:
+    prefix, end = ids(128), ids(tail, 3)
+    with engine(model, on=False) as llm:
+        (cold,) = llm.generate([prefix + end], GREEDY)
+    with engine(model) as llm:
+        llm.generate([[*prefix, 9]], GREEDY)
+        (warm,) = llm.generate([prefix + end], GREEDY)
+        assert warm.num_cached_tokens == 128
+    assert tokens([warm]) == tokens([cold])
+    for a, b in zip(warm.outputs[0].logprobs or [], cold.outputs[0].logprobs or [], strict=True):
+        torch.testing.assert_close(torch.tensor(a.top_logprobs), torch.tensor(b.top_logprobs), atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("length", [64, 128, 192])
+def test_a_prompt_of_whole_blocks_hits_all_but_the_last(model: str | None, length: int) -> None:
+    with engine(model) as llm:
+        first, second = one_by_one(llm, [ids(length)] * 2)
+    assert (first.num_cached_tokens, second.num_cached_tokens) == (0, length - 64)
+    assert tokens([first]) == tokens([second])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_hit_is_the_cold_runs_bits_where_chunks_are_alike(with_states: str | None, dtype: str) -> None:
+    prompts = [ids(n) for n in (65, 128, 150, 300)]
+    with engine(with_states, dtype=dtype) as llm:
+        cold, warm = one_by_one(llm, prompts), one_by_one(llm, prompts)
+    assert all(o.num_cached_tokens for o in warm)
+    for a, b in zip(cold, warm, strict=True):
+        assert a.outputs[0].logprobs == b.outputs[0].logprobs
+
+
+def test_samples_of_one_prompt_are_one_prefill(model: str | None) -> None:
+    prompt = ids(200)
+    params = [SamplingParams(max_tokens=20, seed=seed, ignore_eos=True) for seed in range(4)]
+    with engine(model, on=False) as llm:
+        cold = tokens(llm.generate([prompt] * 4, params))
+    with engine(model) as llm:
+        outputs = llm.generate([prompt] * 4, params)
+        assert tokens(outputs) == cold
+        assert [o.num_cached_tokens for o in outputs] == [0, 192, 192, 192]
+    assert len(set(map(tuple, cold))) == 4
+
+
+def test_other_salts_share_nothing(with_states: str | None) -> None:
+    prompt = ids(100)
+    with engine(with_states) as llm:
+        salts = ["", "a", "a", "b", ""]
+        params = [SamplingParams(max_tokens=2, temperature=0, cache_salt=salt) for salt in salts]
+        found = [llm.generate([prompt], p)[0].num_cached_tokens for p in params]
+    assert found == [0, 0, 64, 0, 64]
+
+
+def test_logprobs_of_a_cached_prompt_are_all_there(with_states: str | None) -> None:
+    prompt = ids(100)
+    asked = SamplingParams(max_tokens=2, temperature=0, prompt_logprobs=1)
+    with engine(with_states) as llm:
+        (cold,) = llm.generate([prompt], asked)
+        (warm,) = llm.generate([prompt], asked)
+        logits = llm.prompt_logits(prompt)
+    assert warm.num_cached_tokens == 0
+    assert warm.prompt_logprobs == cold.prompt_logprobs
+    assert len(warm.prompt_logprobs or []) == len(logits) == 100
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_ranks_share_the_same_prefixes(name: str, shared_dir: Path) -> None:
+    model = model_of(name, shared_dir)
+    with engine(model, on=False) as llm:
+        prompts = conversation(llm)
+        cold = tokens(one_by_one(llm, prompts))
+    with engine(model, tensor_parallel_size=2) as llm:
+        assert tokens(one_by_one(llm, prompts)) == cold
+        again = llm.generate(prompts, GREEDY)
+        assert tokens(again) == cold
+        assert all(o.num_cached_tokens for o in again)
