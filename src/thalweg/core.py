@@ -195,6 +195,8 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     decode_slots: list[int]
     decode_starts: list[int]  # tokens already in the cache, which is the position of the row's input token
     prefills: list[Prefill]
+    # (slot, n, snapshot): its prefill writes its states after n tokens, a multiple of 64, into the snapshot too
+    boundaries: list[tuple[int, int, int]] = []
     snapshots: list[tuple[int, int]] = []  # (slot, snapshot to copy its states into)
     restores: list[tuple[int, int]] = []  # (slot, snapshot that its states come from)
 

@@ -111,3 +111,64 @@ def mla_case(
         w_uv_HVR=w[:, K:],
         scale=(K + P) ** -0.5,
     )
+
+
+Boundary = tuple[int, int, int]
+
+
+def check_boundaries(
+    run: Callable[[slice, list[int], list[int], Tensor, list[Boundary]], Tensor], state: Tensor
+) -> None:
+    """That an op writes states at boundaries, and goes on, as though its call had ended there, to the bit.
+
+    `run(tokens, slots, offsets, state, boundaries)` runs the op over a part of 3 sequences' tokens: 200, 128 and 70 of
+    them, in slots 1 to 3 of `state`, which has 9.
+    """
+    lengths = [200, 128, 70]
+    offsets = list(accumulate(lengths, initial=0))
+    boundaries = [(0, 64, 5), (0, 192, 6), (1, 128, 7), (2, 64, 8)]
+    whole, before = state.clone(), state.clone()
+    out = run(slice(0, offsets[-1]), [1, 2, 3], offsets, whole, boundaries)
+    plain = state.clone()
+    close = dict(rtol=1e-4, atol=1e-5) if state.dtype == torch.float32 else dict(rtol=0.02, atol=0.02)
+    torch.testing.assert_close(run(slice(0, offsets[-1]), [1, 2, 3], offsets, plain, []), out, **close)
+    for b, cuts in enumerate(([64, 192, 200], [128], [64, 70])):
+        own, start = before.clone(), 0
+        for end in cuts:
+            tokens = slice(offsets[b] + start, offsets[b] + end)
+            part = run(tokens, [b + 1], [0, end - start], own, [])
+            assert torch.equal(part, out[tokens])
+            for _, n, slot in (each for each in boundaries if each[:2] == (b, end)):
+                assert torch.equal(whole[slot], own[b + 1]), (b, n)
+            start = end
+        assert torch.equal(whole[b + 1], own[b + 1])
+    for untouched in (0, 4):
+        assert torch.equal(whole[untouched], before[untouched])
+
+
+def kda_boundaries(op: Callable[..., Tensor], device: str, dtype: torch.dtype, H: int = 2, K: int = 32) -> None:
+    """Op "kda_prefill" at boundaries."""
+    rng = torch.Generator().manual_seed(1)
+    q, k, v, f = (torch.randn(398, H, K, generator=rng) for _ in range(4))
+    g = kda_gate(f, torch.randn(H, generator=rng), torch.randn(H, K, generator=rng)).to(device)
+    q, k, v = (x.to(device, dtype) for x in (q, k, v))
+    beta = torch.randn(398, H, generator=rng).sigmoid().to(device)
+
+    def run(tokens: slice, slots: list[int], offsets: list[int], state: Tensor, boundaries: list[Boundary]) -> Tensor:
+        inputs = (x[tokens] for x in (q, k, v, g, beta))
+        where = dict(state_NHVK=state, slots_B=torch.tensor(slots, device=device), offsets=offsets)
+        return op(*inputs, **where, boundaries=boundaries)
+
+    check_boundaries(run, torch.randn(9, H, K, K, generator=rng).to(device))
+
+
+def conv_boundaries(op: Callable[..., Tensor], device: str, dtype: torch.dtype, C: int = 40, W: int = 3) -> None:
+    """Op "conv1d_prefill" at boundaries."""
+    rng = torch.Generator().manual_seed(1)
+    x = torch.randn(398, C, generator=rng).to(device, dtype)
+    weight = torch.randn(C, W + 1, generator=rng).to(device, dtype)
+
+    def run(tokens: slice, slots: list[int], offsets: list[int], state: Tensor, boundaries: list[Boundary]) -> Tensor:
+        return op(x[tokens], state, torch.tensor(slots, device=device), offsets, weight, boundaries=boundaries)
+
+    check_boundaries(run, torch.randn(9, W, C, generator=rng).to(device, dtype))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.ops.moe_case import experts_in_float64, moe_case, rmse_ratio, routed
-from tests.ops.prefill_case import KdaCase, conv_case, mla_case, ratio
+from tests.ops.prefill_case import KdaCase, conv_boundaries, conv_case, kda_boundaries, mla_case, ratio
 
 pytestmark = pytest.mark.gpu
 
@@ -47,6 +47,15 @@ def test_kda_with_a_bfloat16_state() -> None:
 
     case = KdaCase((65, 3), 4, 128, 128, torch.bfloat16, "cuda", state_dtype=torch.bfloat16)
     case.check(case.run(kda_prefill), 0.005, state_tolerance=0.007)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_states_at_boundaries_are_those_of_calls_that_end_there(dtype: torch.dtype) -> None:
+    from thalweg.ops.delta.conv1d.triton import conv1d_prefill
+    from thalweg.ops.delta.kda.triton.prefill import kda_prefill
+
+    kda_boundaries(kda_prefill, "cuda", dtype, H=4, K=128)
+    conv_boundaries(conv1d_prefill, "cuda", dtype, C=1100)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.ops.prefill_case import conv_boundaries
 from thalweg.ops.delta.conv1d.reference import conv1d_decode, conv1d_prefill
 
 C, TAPS = 6, 4
@@ -75,6 +76,12 @@ def test_whole_pieces_and_decode_agree_bitwise_on_state(T: int, cut: int, seed: 
     torch.testing.assert_close(torch.cat(single), whole, rtol=1e-5, atol=1e-6)
     assert torch.equal(pieces, state)
     assert torch.equal(steps, state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("taps", [2, 4, 9])
+def test_states_at_boundaries_are_those_of_calls_that_end_there(dtype: torch.dtype, taps: int) -> None:
+    conv_boundaries(conv1d_prefill, "cpu", dtype, W=taps - 1)
 
 
 def test_decode_of_a_batch_leaves_other_slots_alone() -> None:

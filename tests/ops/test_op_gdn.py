@@ -68,6 +68,18 @@ def test_prefill_in_pieces_equals_whole() -> None:
     torch.testing.assert_close(pieces.state, whole.state, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
+def test_a_state_at_a_boundary_is_that_of_a_call_that_ends_there() -> None:
+    whole, part = PrefillCase(SHAPES[0], (77,)), PrefillCase(SHAPES[0], (77,))
+    arguments = dict(A_log_H=whole.A_log, dt_bias_H=whole.dt_bias, slots_B=whole.slots)
+    other = 1 - int(whole.slots)
+    gdn_prefill(
+        *whole.inputs.values(), **arguments, state_NHVK=whole.state, offsets=[0, 77], boundaries=[(0, 64, other)]
+    )
+    first = (x[:64] for x in part.inputs.values())
+    gdn_prefill(*first, **arguments, state_NHVK=part.state, offsets=[0, 64])
+    assert torch.equal(whole.state[other], part.state[int(part.slots)])
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_decode_follows_the_equations(shape: GdnShape, dtype: torch.dtype) -> None:

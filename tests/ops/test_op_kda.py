@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.ops.prefill_case import kda_boundaries
 from thalweg.ops.delta.kda import reference
 from thalweg.ops.delta.kda.reference import chunk_kda, kda_decode, kda_gate, kda_prefill, recurrent_kda
 
@@ -192,6 +193,11 @@ def test_batched_prefill_equals_each_alone(lengths: list[int], seed: int) -> Non
         single = kda_prefill(*(x[span] for x in inputs), state_NHVK=alone, slots_B=torch.tensor([b]), offsets=[0, n])
         torch.testing.assert_close(out[span], single, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(state, alone, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_states_at_boundaries_are_those_of_calls_that_end_there(dtype: torch.dtype) -> None:
+    kda_boundaries(kda_prefill, "cpu", dtype)
 
 
 def test_prefill_then_decode_equals_prefill() -> None:

@@ -11,7 +11,7 @@ from tests.ops.compile_sm90 import Compiled, compile_sm90
 from tests.ops.gdn_case import GdnShape, PrefillCase
 from tests.ops.interpreted import run_interpreted
 from tests.ops.moe_case import experts_in_float64, moe_case, rmse_ratio
-from tests.ops.prefill_case import KdaCase, conv_case, mla_case, ratio
+from tests.ops.prefill_case import KdaCase, conv_boundaries, conv_case, kda_boundaries, mla_case, ratio
 from thalweg.ops import Op, Resolver, Where
 from thalweg.ops.attention.mla import MLA_PREFILL, MlaPrefillDims
 from thalweg.ops.delta.conv1d import CONV1D_PREFILL, Conv1dDims
@@ -27,6 +27,18 @@ def check_conv1d() -> None:
         expected = reference.conv1d_prefill(x, expected_state, *rest)
         torch.testing.assert_close(triton.conv1d_prefill(x, state, *rest), expected, rtol=1e-5, atol=1e-6)
         assert torch.equal(state.view(torch.int32), expected_state.view(torch.int32))
+
+
+def check_conv1d_boundaries() -> None:
+    from thalweg.ops.delta.conv1d import triton
+
+    conv_boundaries(triton.conv1d_prefill, "cpu", torch.float32)
+
+
+def check_kda_boundaries() -> None:
+    from thalweg.ops.delta.kda.triton.prefill import kda_prefill
+
+    kda_boundaries(kda_prefill, "cpu", torch.float32, H=1, K=16)
 
 
 def check_elementwise() -> None:
@@ -123,7 +135,12 @@ def test_kda_under_the_interpreter() -> None:
 
 def test_small_kernels_under_the_interpreter() -> None:
     pytest.importorskip("triton")
-    run_interpreted(check_conv1d, check_elementwise)
+    run_interpreted(check_conv1d, check_conv1d_boundaries, check_elementwise)
+
+
+def test_kda_boundaries_under_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    run_interpreted(check_kda_boundaries)
 
 
 def test_gdn_under_the_interpreter() -> None:
@@ -138,7 +155,19 @@ def test_mla_and_experts_under_the_interpreter() -> None:
 
 BF16 = [*"qkvoxwhyupf", "out", "latent", "blocks", "q_decayed", "k_decayed", "gate", "weight"]
 FP32 = ["beta", "G", "g", "A_log", "dt_bias", "acc", "most", "total", "weights", "state"]
-INT32 = ["pieces", "offsets", "firsts", "kv_offsets", "spans", "sorted", "blocks", "counts", "ranks", "block_tables"]
+INT32 = [
+    "pieces",
+    "saves",
+    "offsets",
+    "firsts",
+    "kv_offsets",
+    "spans",
+    "sorted",
+    "blocks",
+    "counts",
+    "ranks",
+    "block_tables",
+]
 TYPES = {
     **{f"{name}_ptr": "*bf16" for name in BF16},
     **{f"{name}_ptr": "*fp32" for name in FP32},

@@ -34,8 +34,8 @@ def chain(state: int, token: int) -> int:
     return zlib.crc32(token.to_bytes(4, "little"), state)
 
 
-def chain_all(tokens: list[int]) -> int:
-    return reduce(chain, tokens, 0)
+def chain_all(tokens: list[int], state: int = 0) -> int:
+    return reduce(chain, tokens, state)
 
 
 def next_token(cached: list[int], state: int, seed: int, num_generated: int, params: SamplingParams) -> int:
@@ -102,8 +102,10 @@ class Device:
         assert plan.step == self.next_step, "plans run in order, none left out"
         self.next_step += 1
         restored, starts = dict(plan.restores), {p.slot: p.start for p in plan.prefills}
-        assert self.stateful or not (plan.snapshots or plan.restores)
-        assert len({snapshot for _, snapshot in plan.snapshots}) == len(plan.snapshots)
+        assert self.stateful or not (plan.snapshots or plan.restores or plan.boundaries)
+        for copies in (plan.snapshots, plan.boundaries):
+            assert len({copy[-1] for copy in copies}) == len(copies), "a snapshot is written once"
+        assert {slot for slot, *_ in plan.boundaries} <= {p.slot for p in plan.prefills}
         for slot, snapshot in plan.snapshots:
             assert snapshot >= 1
             self.snapshots[snapshot] = self.slots[slot].state
@@ -145,6 +147,11 @@ class Device:
         for p in plan.prefills:
             tokens = self.slots[p.slot].admission.token_ids
             assert p.length >= 1
+            for slot, n, snapshot in plan.boundaries:
+                if slot == p.slot:
+                    assert snapshot >= 1
+                    assert 0 < n <= p.length
+                    self.snapshots[snapshot] = chain_all(tokens[p.start : p.start + n], self.slots[slot].state)
             self._feed(p.slot, p.start, tokens[p.start : p.start + p.length])
             assert not p.sample or p.start + p.length == len(tokens)
             self._inspect(p.slot, p.start, tokens[p.start + 1 : p.start + p.length + 1], p.length, result)

@@ -213,6 +213,18 @@ def test_what_a_failed_request_computed_is_forgotten() -> None:
     assert ask(h, "again", tokens(29)) == 28
 
 
+def test_a_failed_requests_snapshot_of_anothers_blocks_is_forgotten_too() -> None:
+    h = harness()
+    ask(h, "good", tokens(30))
+    h.device.errors["bad", 33] = "not finite"
+    h.add("bad", tokens(22) + [9] * 10, ignore_eos=True)  # it leaves the first one's path at 20, and saves its states
+    h.step()
+    assert (1, 20) in [(slot, n) for slot, n, _ in h.plans[-1].boundaries]
+    h.drain()
+    del h.requests["bad"]
+    assert ask(h, "same branch", tokens(22) + [8] * 10) == 0
+
+
 @pytest.mark.parametrize("depth", [0, 1, 2])
 def test_a_preempted_request_goes_on_from_its_own_prefix(depth: int) -> None:
     h = harness(num_blocks=22, max_num_seqs=2, depth=depth)

@@ -49,8 +49,7 @@ limits = st.fixed_dictionaries(
 
 def check_invariants(h: Harness) -> None:
     roster, cache = h.scheduler._roster, h.scheduler.cache
-    running = sorted([*roster.decoding, *roster.prefilling], key=lambda seq: seq.arrival)
-    assert all(part == sorted(part, key=lambda seq: seq.arrival) for part in (roster.decoding, roster.prefilling))
+    running = [*roster.decoding, *([roster.prefilling] if roster.prefilling else [])]
     arrivals = [seq.arrival for seq in running] + [seq.arrival for seq in roster.waiting.values()]
     assert arrivals == sorted(arrivals), "running before waiting, each in order of arrival"
     assert len(running) <= h.scheduler.max_num_seqs
@@ -60,7 +59,10 @@ def check_invariants(h: Harness) -> None:
     held = {block for seq in running for block in cache._held[seq.request_id].table}
     for own in cache._held.values():
         if own.tail is not None and cache.blocks.num_blocks:
-            assert cache.tree.path_blocks(own.tail) == own.table[: own.tail.depth], "a sequence reads what it holds"
+            path = cache.tree.path_blocks(own.tail)
+            held |= set(path)
+            other = [i for i, block in enumerate(path) if own.table[i] != block]
+            assert other == [node.depth - 1 for node in own.twins], "a sequence reads what it holds"
     assert len(held) + cache.num_available == cache.blocks.num_blocks
     assert sorted(held | tree_blocks(cache)) == cache.blocks.taken(), "a block is held, kept, or free"
     if cache.tree is None:

@@ -71,27 +71,26 @@ def test_a_snapshot_keeps_every_state_of_a_slot_and_nothing_else(dtype: str) -> 
         "latent": PagedSpec((9,), dtype),
     }
     cache = CacheStorage([layer] * 3, num_blocks=4, num_slots=4, block_size=2, device=CPU, num_snapshots=2)
+    first, second = cache.slot_of(1), cache.slot_of(2)
+    assert (first, second) == (5, 6)
     states = [tensors[name] for tensors in cache.layers for name in ("state", "other")]
     for i, state in enumerate(states):
-        state.copy_(torch.arange(5).view(-1, *[1] * (state.ndim - 1)) + i)
-    cache.save(3, 2)
-    cache.save(4, 1)
+        state.copy_(torch.arange(7).view(-1, *[1] * (state.ndim - 1)) + i)
+    cache.copy_slot(3, second)
+    cache.copy_slot(4, first)
     cache.reset_slots(torch.tensor([1, 2, 3, 4]))
-    cache.restore(2, 2)
-    cache.restore(1, 1)
-    cache.restore(4, 2)
+    cache.copy_slot(second, 2)
+    cache.copy_slot(first, 1)
     for i, state in enumerate(states):
-        rows = [0, 4, 3, 0, 3]
-        expected = [i, *(i + row if row else 0 for row in rows[1:])]
+        expected = [i, 4 + i, 3 + i, 0, 0, 4 + i, 3 + i]
         assert state.float().flatten(1).amin(1).tolist() == expected
         assert state.float().flatten(1).amax(1).tolist() == expected
     assert not any(tensors["latent"].float().any() for tensors in cache.layers)
 
 
-def test_a_snapshot_is_one_launch_per_shape() -> None:
+def test_a_copy_is_one_launch_per_shape() -> None:
     layer: LayerSpecs = {"conv": StateSpec((3, 5), "bfloat16"), "recurrent": StateSpec((3, 3, 3), "float32")}
     cache = CacheStorage([layer] * 20, num_blocks=0, num_slots=6, block_size=64, device=CPU, num_snapshots=1)
-    for copy in (cache.save, cache.restore):
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            copy(2, 1)
-        assert sum(e.count for e in profile.key_averages() if e.key == "aten::copy_") == 2
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        cache.copy_slot(2, cache.slot_of(1))
+    assert sum(e.count for e in profile.key_averages() if e.key == "aten::copy_") == 2

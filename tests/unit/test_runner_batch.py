@@ -55,7 +55,8 @@ def test_decode_rows_and_prefills_in_one_batch(every_row: bool, monkeypatch: pyt
     copies: list[int] = []
     original = batch_module.to_device
     monkeypatch.setattr(batch_module, "to_device", lambda *args: copies.append(1) or original(*args))
-    plan = StepPlan(0, [], [], [1, 3, 1], [10, 0, 3], [Prefill(2, 2, 5, False), Prefill(4, 0, 3, True)])
+    prefills = [Prefill(2, 2, 5, False), Prefill(4, 0, 3, True)]
+    plan = StepPlan(0, [], [], [1, 3, 1], [10, 0, 3], prefills, boundaries=[(4, 2, 1), (2, 4, 3)])
     batch = BatchBuilder(slots).build(plan, every_row)
     assert values(batch) == {
         "token_ids_T": [31, 33, 31, 22, 23, 24, 25, 26, 40, 41, 42],
@@ -67,6 +68,7 @@ def test_decode_rows_and_prefills_in_one_batch(every_row: bool, monkeypatch: pyt
         "block_rows_T": [7 * 4 + 2, 11 * 4, 9 * 4 + 3, 22, 23, 12, 13, 14, 24, 25, 26],
         "context_lens_B": [11, 1, 4],
         "logit_rows_R": None if every_row else [0, 1, 2, 10],
+        "boundaries": [(1, 2, 4 + 1), (0, 4, 4 + 3)],  # snapshots are slots after those of sequences
         "prefill_offsets": [0, 5, 8],
     }
     assert batch.block_tables_BN.tolist() == [[9, 8, 7], [11, 0, 0], [9, 8, 7], [5, 3, 0], [6, 0, 0]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from thalweg.cache.blocks import BlockPool, CacheAccountingError
 from thalweg.cache.prefix import Node, PrefixTree
@@ -21,7 +21,10 @@ class _Held:
     slot: int
     table: list[int]
     tail: Node | None  # the last node of its prefix; None: nothing is kept
+    # Nodes that it did not add, while its own block of the same tokens is still in its table.
+    twins: list[Node] = field(default_factory=list)
     first: Node | None = None  # the first node that it added
+    saved: list[Node] = field(default_factory=list)  # nodes that got a snapshot of its states
     latest: Node | None = None  # where it took its latest snapshot of decoding
     pending: tuple[int, int] | None = None  # (depth, snapshot) of tokens that are not known yet
 
@@ -137,8 +140,9 @@ class CacheManager:
                 self._decoding_snapshots -= 1
             if held.pending is not None:
                 self.snapshots.free(held.pending[1])
-            if failed and held.first is not None:
-                self.tree.forget(held.first)
+            if failed:
+                self._forget(held, self.tree)
+            self.blocks.free([held.table[node.depth - 1] for node in held.twins])
             kept = held.tail.depth
             self.tree.let_go(held.tail)
         self.blocks.free(held.table[kept:])
@@ -153,45 +157,56 @@ class CacheManager:
 
         If the tree has a block of these tokens already, `seq` reads that one from now on and its own is freed: such
         (index in its table, block) are returned. Not `written`: the plan that is being made writes some of the blocks,
-        so it ends at the first of that kind.
+        so that is left to the next call.
         """
         held = self._of(seq)
-        changed: list[tuple[int, int]] = []
         while held.tail is not None and self.tree is not None and held.tail.depth < num_blocks and not held.tail.gone:
-            tail, i = held.tail, held.tail.depth
+            i = held.tail.depth
             own = held.table[i] if self.blocks.num_blocks else 0
-            if not written and key(i) in tail.children:
-                break
-            held.tail, new = self.tree.extend(tail, key(i), own, ready)
+            held.tail, new = self.tree.extend(held.tail, key(i), own, ready)
             if new:
                 held.first = held.first or held.tail
             elif own:
-                held.table[i] = held.tail.block
-                self.blocks.free((own,))
-                changed.append((i, held.tail.block))
+                held.twins.append(held.tail)
             if held.pending is not None and held.pending[0] == held.tail.depth:
                 snapshot, held.pending = held.pending[1], None
-                self._attach_latest(held, held.tail, snapshot)
+                self._attach_latest(held, held.tail, snapshot, ready)
+        if not written:
+            return []
+        twins, held.twins = held.twins, []
+        changed = [(node.depth - 1, node.block) for node in twins]
+        for index, block in changed:
+            self.blocks.free((held.table[index],))
+            held.table[index] = block
         return changed
 
     def expect_snapshot(self, seq: str, num_blocks: int, step: int) -> None:
         """Plan `step` may take a snapshot of `seq` after num_blocks blocks, which others may as well wait for."""
-        tail = self._of(seq).tail
-        if tail is not None and tail.depth == num_blocks and not tail.snapshot:
-            tail.due = step
+        node = self._node(seq, num_blocks)
+        if node is not None:
+            node.due = step
 
-    def snapshot(self, seq: str, num_blocks: int) -> int:
-        """A snapshot for the states of `seq` after num_blocks blocks, all of which are in the tree; 0 if there is one
-        there, or none to be had."""
-        tail = self._of(seq).tail
-        if tail is None or self.tree is None or tail.depth != num_blocks or tail.gone or tail.snapshot:
+    def snapshot(self, seq: str, num_blocks: int, ready: int) -> int:
+        """A snapshot for the states of `seq` after num_blocks blocks, all of which are in the tree, which plans from
+        number `ready` on may restore; 0 if there is one there, or none to be had."""
+        node = self._node(seq, num_blocks)
+        if node is None or self.tree is None:
             return 0
-        snapshot = self.tree.take_snapshot(tail)
-        if snapshot:
-            self.tree.attach(tail, snapshot)
+        snapshot = self.tree.take_snapshot(node)
+        if snapshot and self.tree.attach(node, snapshot, ready):
+            self._of(seq).saved.append(node)
         return snapshot
 
-    def snapshot_latest(self, seq: str, num_blocks: int) -> int:
+    def _node(self, seq: str, num_blocks: int) -> Node | None:
+        """Where the prefix of `seq` has num_blocks blocks, unless there is a snapshot."""
+        node = self._of(seq).tail
+        while node is not None and node.depth > num_blocks:
+            node = node.parent
+        if node is None or node.depth != num_blocks or node.gone or node.snapshot:
+            return None
+        return node
+
+    def snapshot_latest(self, seq: str, num_blocks: int, ready: int) -> int:
         """A snapshot for the states of `seq`, which decodes, after num_blocks blocks; some of the tokens may not be
         known yet. It takes the place of the one before, unless another sequence began there; 0 as above, and when
         half of the snapshots are in such use."""
@@ -212,7 +227,7 @@ class CacheManager:
         if not held.decoding_snapshot:
             self._decoding_snapshots += 1
         if tail.depth == num_blocks:
-            self._attach_latest(held, tail, snapshot)
+            self._attach_latest(held, tail, snapshot, ready)
         else:
             held.pending = num_blocks, snapshot
         return snapshot
@@ -231,12 +246,20 @@ class CacheManager:
                 f"leaked at idle: blocks {leaked}, slots {slots}, held by sequences {sorted(self._held)}"
             )
 
-    def _attach_latest(self, held: _Held, node: Node, snapshot: int) -> None:
+    def _attach_latest(self, held: _Held, node: Node, snapshot: int, ready: int) -> None:
         assert self.tree is not None
-        if self.tree.attach(node, snapshot):
+        if self.tree.attach(node, snapshot, ready):
             held.latest = node
+            held.saved.append(node)
         elif held.latest is None:
             self._decoding_snapshots -= 1
+
+    def _forget(self, held: _Held, tree: PrefixTree) -> None:
+        for node in held.saved:
+            if node.snapshot:
+                tree.drop_snapshot(node)
+        if held.first is not None:
+            tree.forget(held.first)
 
     def _allocate(self, n: int) -> list[int]:
         while self.tree is not None and self.blocks.num_free < n:

@@ -57,7 +57,7 @@ class Node:
         self.stamp = 0  # when it was let go last
         self.gone = False  # no longer in the tree
         self.snapshot = 0  # of the states at its end; 0: none
-        self.due = 0  # the step that may take a snapshot here
+        self.due = 0  # from which step on its snapshot is there
         self.lost = False  # it had a snapshot
         self.reused = False  # a sequence began from its snapshot
 
@@ -105,8 +105,8 @@ class PrefixTree:
             else:
                 later = child.due > step
                 lost = lost or child.lost
-                if child.snapshot:
-                    usable, later, soon, lost = child, False, False, False
+                if child.snapshot and not later:
+                    usable, soon, lost = child, False, False
             soon = soon or later
         reason: MissReason
         if limit == 0:
@@ -239,13 +239,13 @@ class PrefixTree:
             self.drop_snapshot(next(iter(self._saved)))
         return self._snapshots.allocate()
 
-    def attach(self, node: Node, snapshot: int) -> bool:
+    def attach(self, node: Node, snapshot: int, ready: int) -> bool:
         """Give `node` a snapshot, which is freed if it has one or is gone."""
         assert self._snapshots is not None
         if node.gone or node.snapshot:
             self._snapshots.free(snapshot)
             return False
-        node.snapshot, node.reused = snapshot, False
+        node.snapshot, node.due, node.reused = snapshot, ready, False
         self._saved[node] = None
         return True
 

@@ -17,7 +17,7 @@ ALIGNMENT = 256  # bytes that the tensor of every layer begins at a multiple of,
 
 class CacheStorage:
     """`layers` has the tensors of each layer by the names of its specs, zeros at first:
-    [num_blocks + 1, block_size, *shape] of a PagedSpec, [num_slots + 1, *shape] of a StateSpec.
+    [num_blocks + 1, block_size, *shape] of a PagedSpec, [num_slots + 1 + num_snapshots, *shape] of a StateSpec.
 
     Block 0 and slot 0 are the sinks that padding rows write to; nobody reads them.
     """
@@ -41,15 +41,12 @@ class CacheStorage:
                     self.layers[i][name] = torch.zeros(shape, dtype=_dtype(spec.dtype), device=device)
                 else:
                     alike[spec].append((i, name))
-        # States of one shape and dtype lie in one tensor [owners, num_slots + 1, *shape], so that one launch resets
-        # slots in all of them.
+        # States of one shape and dtype lie in one tensor [owners, num_slots + 1 + num_snapshots, *shape], so that one
+        # launch resets slots in all of them, and kernels write snapshots where they write slots.
         self._states: list[Tensor] = []
-        self._snapshots: list[Tensor] = []  # [owners, num_snapshots, *shape], for snapshots from 1 on
         for spec, owners in alike.items():
-            states = _aligned(len(owners), (num_slots + 1, *spec.shape), spec.dtype, device)
-            kept = _aligned(len(owners), (num_snapshots, *spec.shape), spec.dtype, device)
+            states = _aligned(len(owners), (num_slots + 1 + num_snapshots, *spec.shape), spec.dtype, device)
             self._states.append(states.view(torch.int8) if states.itemsize == 1 else states)
-            self._snapshots.append(kept.view(torch.int8) if kept.itemsize == 1 else kept)
             for (i, name), state in zip(owners, states, strict=True):
                 self.layers[i][name] = state
 
@@ -58,15 +55,14 @@ class CacheStorage:
         for states in self._states:
             states.index_fill_(1, slots, 0)
 
-    def save(self, slot: int, snapshot: int) -> None:
-        """Copy the states of a slot into a snapshot, in one launch per shape and dtype."""
-        for states, kept in zip(self._states, self._snapshots, strict=True):
-            kept[:, snapshot - 1].copy_(states[:, slot])
+    def slot_of(self, snapshot: int) -> int:
+        """The slot that is a snapshot (numbered from 1), after those of sequences."""
+        return self.num_slots + snapshot
 
-    def restore(self, slot: int, snapshot: int) -> None:
-        """Copy a snapshot into the states of a slot, likewise."""
-        for states, kept in zip(self._states, self._snapshots, strict=True):
-            states[:, slot].copy_(kept[:, snapshot - 1])
+    def copy_slot(self, source: int, target: int) -> None:
+        """Copy all states of a slot into another, in one launch per shape and dtype."""
+        for states in self._states:
+            states[:, target].copy_(states[:, source])
 
 
 def _aligned(count: int, shape: tuple[int, ...], dtype: str, device: torch.device) -> Tensor:

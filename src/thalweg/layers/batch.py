@@ -25,6 +25,8 @@ class Batch:
     block_rows_T: Tensor  # int64 [T], row of the flattened blocks [blocks * block_size] that each new token fills
     context_lens_B: Tensor  # int32 [num_decodes], tokens in the cache including this step's
     logit_rows_R: Tensor | None  # int64 [R], which of the T rows need logits; None: all of them
+    # (prefill, tokens of it, slot): after so many tokens, a multiple of 64, its states are written into that slot too
+    boundaries: list[tuple[int, int, int]] = field(default_factory=list)
     # [B - num_decodes + 1], from query_lens: prefill p owns tokens num_decodes + offsets[p]:offsets[p + 1]
     prefill_offsets: list[int] = field(init=False)
 

@@ -31,7 +31,7 @@ class DeltaMixer(nn.Module):
         if n:
             parts.append(self._mix_decode(proj_TX[:n], batch.slots_B[:n], cache))
         if n < len(proj_TX):
-            parts.append(self._mix_prefill(proj_TX[n:], batch.slots_B[n:], batch.prefill_offsets, cache))
+            parts.append(self._mix_prefill(proj_TX[n:], batch.slots_B[n:], batch, cache))
         return self.out_proj.of_parts(parts, x_TD)
 
     @abstractmethod
@@ -39,5 +39,6 @@ class DeltaMixer(nn.Module):
         """One token of each sequence, in the slots slots_B int64, to its heads' outputs side by side [B, H*V]."""
 
     @abstractmethod
-    def _mix_prefill(self, proj_TX: Tensor, slots_B: Tensor, offsets: list[int], cache: LayerCache) -> Tensor:
-        """Tokens of the sequences in slots_B, of which sequence i has offsets[i] .. offsets[i + 1], to [T, H*V]."""
+    def _mix_prefill(self, proj_TX: Tensor, slots_B: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
+        """Tokens of the sequences in slots_B, of which sequence i has `batch.prefill_offsets`[i] .. [i + 1], to
+        [T, H*V]; states go to `batch.boundaries` besides."""

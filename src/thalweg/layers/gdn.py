@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from thalweg.cache.specs import StateSpec
+from thalweg.layers.batch import Batch
 from thalweg.layers.context import BuildContext, LayerCache
 from thalweg.layers.delta import DeltaMixer, ShortConv
 from thalweg.layers.linear import LinearAdd, NormLinear
@@ -73,9 +74,11 @@ class GatedDeltaNet(DeltaMixer):
             slots_B=slots_B,
         )
 
-    def _mix_prefill(self, proj_TX: Tensor, slots_B: Tensor, offsets: list[int], cache: LayerCache) -> Tensor:
+    def _mix_prefill(self, proj_TX: Tensor, slots_B: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
         qkv_TC, z_TO, b_TH, a_TH = proj_TX.split(self.split, dim=-1)
-        qkv_TC = self._conv(qkv_TC, cache["conv"], slots_B, offsets, self.conv.weight)
+        qkv_TC = self._conv(
+            qkv_TC, cache["conv"], slots_B, batch.prefill_offsets, self.conv.weight, boundaries=batch.boundaries
+        )
         q_TO, k_TO, v_TO = qkv_TC.split(self.split_qkv, dim=-1)
         o_THV = self._prefill(
             self._split_keys(q_TO),  # t (g k) -> t g k
@@ -87,7 +90,8 @@ class GatedDeltaNet(DeltaMixer):
             dt_bias_H=self.dt_bias,
             state_NHVK=cache["recurrent"],
             slots_B=slots_B,
-            offsets=offsets,
+            offsets=batch.prefill_offsets,
+            boundaries=batch.boundaries,
         )
         o_THV = self._gated_norm(o_THV, self._split_values(z_TO), self.out_norm.weight, self.out_norm.eps, silu=True)
         return self._merge_heads(o_THV)  # t h v -> t (h v)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from thalweg.cache.specs import StateSpec
+from thalweg.layers.batch import Batch
 from thalweg.layers.context import BuildContext, LayerCache
 from thalweg.layers.delta import DeltaMixer, ShortConv
 from thalweg.layers.linear import LinearAdd, NormLinear
@@ -77,13 +78,25 @@ class KimiDeltaAttention(DeltaMixer):
             slots_B=slots_B,
         )
 
-    def _mix_prefill(self, proj_TX: Tensor, slots_B: Tensor, offsets: list[int], cache: LayerCache) -> Tensor:
+    def _mix_prefill(self, proj_TX: Tensor, slots_B: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
         qkv_TC, beta_TH, low_T2R = proj_TX.split(self.split, dim=-1)
         up_T2O = self.up_proj(low_T2R.unflatten(-1, (2, self.R)))  # t (two r) -> t two r
         g_THK = self._gate(self._split_heads(up_T2O[:, 0]), self.A_log, self.dt_bias)
-        qkv_TC = self._conv(qkv_TC, cache["conv"], slots_B, offsets, self.conv.weight)
+        qkv_TC = self._conv(
+            qkv_TC, cache["conv"], slots_B, batch.prefill_offsets, self.conv.weight, boundaries=batch.boundaries
+        )
         q, k, v = self._split_heads(qkv_TC).chunk(3, dim=1)
         beta_TH = beta_TH.float().sigmoid()
-        o_THV = self._prefill(q, k, v, g_THK, beta_TH, state_NHVK=cache["recurrent"], slots_B=slots_B, offsets=offsets)
+        o_THV = self._prefill(
+            q,
+            k,
+            v,
+            g_THK,
+            beta_TH,
+            state_NHVK=cache["recurrent"],
+            slots_B=slots_B,
+            offsets=batch.prefill_offsets,
+            boundaries=batch.boundaries,
+        )
         o_THV = self._gated_norm(o_THV, self._split_heads(up_T2O[:, 1]), self.out_norm.weight, self.out_norm.eps)
         return self._merge_heads(o_THV)

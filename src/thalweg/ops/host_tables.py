@@ -34,22 +34,33 @@ class Pieces(NamedTuple):
     pieces_N2: Tensor  # int32: sequence, its first token here
     offsets_B1: Tensor  # int32: sequence b owns tokens offsets[b]:offsets[b + 1]
     firsts_B1: Tensor  # int32: and pieces firsts[b]:firsts[b + 1]
+    saves_N: Tensor  # int32: where the state at the piece's end is written besides; 0: nowhere
 
 
-def pieces(offsets: Sequence[int], size: int, device: torch.device) -> Pieces:
+Boundaries = Sequence[tuple[int, int, int]]
+"""(sequence, tokens of it, slot): after so many tokens its state is written into that slot too."""
+
+
+def pieces(offsets: Sequence[int], size: int, device: torch.device, boundaries: Boundaries = ()) -> Pieces:
     """The pieces of sequences with these offsets. The layers of a step ask alike, and get the same tensors."""
-    return _pieces(tuple(offsets), size, device)
+    return _pieces(tuple(offsets), size, device, tuple(boundaries))
 
 
 @lru_cache(maxsize=8)
-def _pieces(offsets: tuple[int, ...], size: int, device: torch.device) -> Pieces:
+def _pieces(
+    offsets: tuple[int, ...], size: int, device: torch.device, boundaries: tuple[tuple[int, int, int], ...]
+) -> Pieces:
     starts = np.array(offsets, dtype=np.int32)
     counts = -(-np.diff(starts) // size)
     firsts = np.concatenate(([0], counts.cumsum()))
     sequence = np.repeat(np.arange(len(counts)), counts)
     token = starts[sequence] + (np.arange(len(sequence)) - firsts[sequence]) * size
-    table = np.concatenate((np.stack((sequence, token), 1).ravel(), starts, firsts)).astype(np.int32)
+    saves = np.zeros(len(sequence))
+    for b, tokens, slot in boundaries:
+        assert tokens in range(size, starts[b + 1] - starts[b] + 1, size), "a state is there at a piece's end"
+        saves[firsts[b] + tokens // size - 1] = slot
+    table = np.concatenate((np.stack((sequence, token), 1).ravel(), starts, firsts, saves)).astype(np.int32)
     on_device = to_device(table, device)
     N, B1 = len(sequence), len(starts)
-    both, offsets_B1, firsts_B1 = on_device.split([2 * N, B1, B1])
-    return Pieces(N, both.view(N, 2), offsets_B1, firsts_B1)
+    both, offsets_B1, firsts_B1, saves_N = on_device.split([2 * N, B1, B1, N])
+    return Pieces(N, both.view(N, 2), offsets_B1, firsts_B1, saves_N)

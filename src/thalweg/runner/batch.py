@@ -104,6 +104,8 @@ class BatchBuilder:
             block_rows[new] = self._block_rows(p.slot, p.start, stop)
             tokens[end - p.length - d : end - d] = self.slots[p.slot].token_ids[p.start : stop]
 
+        prefill_of = {p.slot: i for i, p in enumerate(plan.prefills)} if plan.boundaries else {}
+        slot_of = self.slots.cache.slot_of
         on_device = to_device(host, self._device)
         slots_B, positions_T, block_rows_T, tokens_P, lens_B, logit_rows_R = (on_device[place] for place in places)
         longest = max([start + 1 for start in plan.decode_starts] + [p.start + p.length for p in plan.prefills])
@@ -118,6 +120,7 @@ class BatchBuilder:
             block_rows_T=block_rows_T,
             context_lens_B=lens_B.view(torch.int32)[:d],
             logit_rows_R=None if every_row else logit_rows_R,
+            boundaries=[(prefill_of[slot], tokens, slot_of(snapshot)) for slot, tokens, snapshot in plan.boundaries],
         )
 
     def _block_rows(self, slot: int, start: int, stop: int) -> IntArray:

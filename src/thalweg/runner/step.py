@@ -69,12 +69,13 @@ class ModelRunner:
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Finish:
         """Run the step as far as the device allows without waiting; the returned call waits and gives the result."""
+        cache = self.slots.cache
         for slot, snapshot in plan.snapshots:
-            self.slots.cache.save(slot, snapshot)
+            cache.copy_slot(slot, cache.slot_of(snapshot))
         if plan.admissions:
             self.slots.admit(plan.admissions)
         for slot, snapshot in plan.restores:
-            self.slots.cache.restore(slot, snapshot)
+            cache.copy_slot(cache.slot_of(snapshot), slot)
         if plan.new_blocks:
             self.slots.add_blocks(plan.new_blocks)
         if self._graphs is not None and self._graphs.serves(plan):

@@ -5,22 +5,25 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable
+from typing import TypeVar
 
 from thalweg.cache.manager import CacheManager
 from thalweg.cache.prefix import MISS_REASONS, Match
 from thalweg.scheduler.sequence import Sequence
 
+Copy = TypeVar("Copy", tuple[int, int], tuple[int, int, int])
 _log = logging.getLogger(__name__)
 
 
 class Prefixes:
-    """One plan at a time: `begin`, then what the scheduler decided; `snapshots` and `restores` go into the plan.
+    """One plan at a time: `begin`, then what the scheduler decided; `copies` go into the plan.
 
     A model with states can go on only from a snapshot. Snapshots are taken at positions on a grid of `grid` tokens,
     which are ends of blocks and of the chunks that kernels work in: at the last one of a prompt, so that a token is
-    left to compute; where a prompt leaves what the tree knows of it, and so is seen a second time; about every
-    `interval` tokens of a long prompt; and at every block's end of decoding, where only the latest stays. A copy is
-    made ahead of the step that would change the states, so a prefill is cut where one is wanted.
+    left to compute; where a prompt leaves what the tree knows of it, and so is seen a second time; every `interval`
+    tokens of a long prompt; and at every block's end of decoding, where only the latest stays. Prefills that begin on
+    the grid write them on their way. Others, in steps that have less room than `grid`, are cut there, and the next
+    step copies them before it goes on, as decoding does.
     """
 
     def __init__(self, cache: CacheManager, grid: int, interval: int) -> None:
@@ -28,16 +31,21 @@ class Prefixes:
         self._block_size, self._grid, self._interval = cache.block_size, grid, interval
         self._with_states = cache.tree is not None and cache.tree.needs_snapshots
         self.least = grid if self._with_states else 1  # tokens that a further prefill of a step has to have room for
-        self.snapshots: list[tuple[int, int]] = []
-        self.restores: list[tuple[int, int]] = []
-        self.new_blocks: list[tuple[int, int, int]] = []  # as in a plan
         self.queries = self.hits = 0  # prompt tokens looked up, and found
         self.misses: Counter[str] = Counter(dict.fromkeys(MISS_REASONS, 0))
-        self._step = 0
+        self.begin(0)
 
     def begin(self, step: int) -> None:
         """A new plan."""
-        self._step, self.snapshots, self.restores, self.new_blocks = step, [], [], []
+        self._step = step
+        self.new_blocks: list[tuple[int, int, int]] = []  # as in a plan
+        self._boundaries: list[tuple[int, int, int]] = []
+        self._snapshots: list[tuple[int, int]] = []
+        self._restores: list[tuple[int, int]] = []
+
+    def copies(self) -> tuple[list[tuple[int, int, int]], list[tuple[int, int]], list[tuple[int, int]]]:
+        """The plan's boundaries, snapshots and restores."""
+        return self._boundaries, self._snapshots, self._restores
 
     def find(self, seq: Sequence) -> Match | None:
         """What is known of a sequence's tokens, at least one of which is left to compute. None: no prefix is kept."""
@@ -50,13 +58,11 @@ class Prefixes:
         """`seq` got its slot, and begins where `match` says."""
         tree, found = self._tree, match.node.depth * self._block_size
         assert tree is not None
-        seq.computed = seq.saved = found
+        seq.computed = found
         if self._with_states:
             if found:
-                self.restores.append((seq.slot, tree.use_snapshot(match.node)))
-            last, branch = seq.target - 1, match.seen * self._block_size
-            marks = {position // self._grid * self._grid for position in (last, branch)}
-            seq.marks = sorted((mark for mark in marks if mark > found), reverse=True)
+                self._restores.append((seq.slot, tree.use_snapshot(match.node)))
+            seq.marks = self._marks(found, seq.target, match.seen * self._block_size)
         if seq.ready_after:  # it was preempted, and counted before
             return
         seq.num_cached = found
@@ -72,50 +78,61 @@ class Prefixes:
                 *(seq.request_id, found, seq.num_prompt, known, reason),
             )
 
+    def _marks(self, found: int, target: int, seen: int) -> list[int]:
+        """Positions after `found` where snapshots are wanted, the first one last."""
+        last, branch = ((position // self._grid) * self._grid for position in (target - 1, seen))
+        marks = {last, branch}
+        first = (found // self._interval + 1) * self._interval
+        marks.update(range(first, last - self._interval // 2, self._interval))
+        return sorted((mark for mark in marks if mark > found), reverse=True)
+
     def chunk_end(self, seq: Sequence, budget: int) -> int:
-        """Where the next chunk of a prefill ends: at the next mark if the budget allows, else on the grid if it can."""
+        """Where the next chunk of a prefill ends: at its end if the budget allows, else on the grid if that can be."""
         start, goal = seq.computed, seq.target
         end = min(start + budget, goal)
         if self._tree is not None:
             self._keep(seq, start // self._block_size, self._step)
         if self._with_states:
             if seq.save_at and seq.save_at == start:
-                self._save(seq, self._cache.snapshot(seq.request_id, start // self._block_size))
-                seq.saved, seq.save_at = start, 0
-            goal = seq.marks[-1] if seq.marks else goal
-            end = min(end, goal, seq.saved + self._interval)
+                self._save(seq, self._cache.snapshot(seq.request_id, start // self._block_size, self._step))
+            if start % self._grid and seq.marks:
+                goal = seq.marks[-1]
+            end = min(end, goal)
             if end < goal and (on_grid := end // self._grid * self._grid) > start:
                 end = on_grid
         return end
 
-    def planned(self, seq: Sequence) -> None:
-        """A prefill is planned up to seq.computed."""
+    def planned(self, seq: Sequence, start: int) -> None:
+        """A prefill is planned from `start` to seq.computed."""
         if self._tree is None:
             return
         end = seq.computed
         self._keep(seq, end // self._block_size, self._step + 1, written=False)
-        if not self._with_states or end == seq.target or end % self._grid:
-            return
-        marked = bool(seq.marks) and seq.marks[-1] == end
-        if marked:
-            seq.marks.pop()
-        if marked or 2 * (end - seq.saved) >= self._interval:
-            seq.save_at = end
-            self._cache.expect_snapshot(seq.request_id, end // self._block_size, self._step + 1)
+        while seq.marks and seq.marks[-1] <= end:
+            mark = seq.marks.pop()
+            blocks = mark // self._block_size
+            if start % self._grid == 0:
+                snapshot = self._cache.snapshot(seq.request_id, blocks, self._step + 1)
+                if snapshot:
+                    self._boundaries = [*_but(self._boundaries, snapshot), (seq.slot, mark - start, snapshot)]
+            else:  # it was cut there
+                seq.save_at = mark
+                self._cache.expect_snapshot(seq.request_id, blocks, self._step + 1)
+
+    def growing(self, seq: Sequence) -> None:
+        """`seq` decodes, and its next token, at seq.computed, begins a block."""
+        if self._tree is not None and seq.slot:
+            self._keep(seq, self._known_blocks(seq), self._step)
 
     def grown(self, seq: Sequence) -> None:
-        """`seq` decodes, and its next token, at seq.computed, begins a block."""
-        if self._tree is None:
-            return
-        self._keep(seq, self._known_blocks(seq), self._step)
+        """It has that block."""
         if self._with_states and seq.computed % self._grid == 0:
             blocks = seq.computed // self._block_size
-            self._save(seq, self._cache.snapshot_latest(seq.request_id, blocks))
+            self._save(seq, self._cache.snapshot_latest(seq.request_id, blocks, self._step))
 
     def _save(self, seq: Sequence, snapshot: int) -> None:
         if snapshot:
-            # With few snapshots one may be evicted again before it is written.
-            self.snapshots = [pair for pair in self.snapshots if pair[1] != snapshot] + [(seq.slot, snapshot)]
+            self._snapshots = [*_but(self._snapshots, snapshot), (seq.slot, snapshot)]
 
     def leaving(self, seq: Sequence, num_steps: int) -> None:
         """`seq` gives up its slot; keep what the num_steps steps planned so far compute and whose tokens are known."""
@@ -131,6 +148,11 @@ class Prefixes:
 
     def _key(self, seq: Sequence) -> Callable[[int], bytes]:
         return lambda block: seq.key(block, self._block_size)
+
+
+def _but(copies: list[Copy], snapshot: int) -> list[Copy]:
+    """`copies` without one into `snapshot`, which was evicted before it was written, and taken again."""
+    return [copy for copy in copies if copy[-1] != snapshot]
 
 
 def _whole(seq: Sequence) -> bool:

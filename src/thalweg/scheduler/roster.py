@@ -7,7 +7,6 @@ oldest sequence never gives way, and nothing starves.
 
 from __future__ import annotations
 
-from bisect import insort
 from collections import OrderedDict
 
 from thalweg.cache.manager import CacheManager
@@ -17,7 +16,7 @@ from thalweg.scheduler.sequence import Sequence
 
 
 class Roster:
-    """Every unfinished sequence, in one of three places."""
+    """Every unfinished sequence, in one of three places. At most one is partly prefilled."""
 
     def __init__(self, cache: CacheManager, max_num_seqs: int, prefixes: Prefixes) -> None:
         self.cache = cache
@@ -26,12 +25,12 @@ class Roster:
         self.sequences: dict[str, Sequence] = {}  # all of them, by request id
         self.waiting: OrderedDict[str, Sequence] = OrderedDict()  # in order of arrival
         self.decoding: list[Sequence] = []  # prefill planned to its end; in order of arrival
-        self.prefilling: list[Sequence] = []  # prefill planned in part; in order of arrival
+        self.prefilling: Sequence | None = None  # arrived after all of `decoding`
         self.num_preemptions = 0
 
     @property
     def num_running(self) -> int:
-        return len(self.decoding) + len(self.prefilling)
+        return len(self.decoding) + (self.prefilling is not None)
 
     def enqueue(self, seq: Sequence) -> None:
         """A new sequence, at the end of the queue."""
@@ -52,20 +51,21 @@ class Roster:
         otherwise the one admitted would soon be preempted, its prefill wasted.
         """
         num_tokens = seq.num_known
-        reserve = sum(other.capacity < other.max_computed for other in self.decoding + self.prefilling)
+        reserve = sum(other.capacity < other.max_computed for other in self.decoding)
         if not self.cache.can_admit(num_tokens, reserve, start):
             return None
         del self.waiting[seq.request_id]
         seq.slot, blocks = self.cache.admit(seq.request_id, num_tokens, start)
         seq.target = num_tokens
         seq.capacity = self.cache.tokens_in(len(blocks))
-        self.prefilling.append(seq)
+        self.prefilling = seq
         return blocks
 
-    def prefilled(self, seq: Sequence) -> None:
-        """The last prefill of `seq` is planned; from now on it decodes."""
-        self.prefilling.remove(seq)
-        insort(self.decoding, seq, key=lambda other: other.arrival)
+    def prefilled(self) -> None:
+        """The last prefill of `prefilling` is planned; from now on it decodes."""
+        assert self.prefilling is not None
+        self.decoding.append(self.prefilling)
+        self.prefilling = None
 
     def grow(self, seq: Sequence, num_steps: int) -> list[int]:
         """Blocks so that decoding `seq` can cache one more token, at the cost of whoever arrived last.
@@ -77,8 +77,7 @@ class Roster:
             if blocks is not None:
                 seq.capacity += self.cache.tokens_in(len(blocks))
                 return blocks
-            last = max((*self.decoding[-1:], *self.prefilling[-1:]), key=lambda other: other.arrival)
-            self._preempt(last, num_steps)
+            self._preempt(self.prefilling or self.decoding[-1], num_steps)
         return []
 
     def _preempt(self, seq: Sequence, num_steps: int) -> None:
@@ -100,7 +99,10 @@ class Roster:
         del self.sequences[seq.request_id]
 
     def _leave_running(self, seq: Sequence, num_steps: int, failed: bool = False) -> None:
-        (self.prefilling if seq in self.prefilling else self.decoding).remove(seq)
+        if seq is self.prefilling:
+            self.prefilling = None
+        else:
+            self.decoding.remove(seq)
         if not failed:
             self.prefixes.leaving(seq, num_steps)
         self.cache.release(seq.request_id, failed)

@@ -147,22 +147,21 @@ class Scheduler:
         admissions: list[Admission] = []
         prefills: list[Prefill] = []
         prefill_seqs: list[Sequence] = []
-        under_way = self._roster.prefilling[:]
-        # Whoever is admitted comes after those under way: a snapshot that it begins from is not one to be written.
         while budget >= (self._prefixes.least if prefills else 1):
-            seq = under_way.pop(0) if under_way else self._admit(admissions, new_blocks)
+            seq = self._roster.prefilling or self._admit(admissions, new_blocks)
             if seq is None:
                 break
             prefill = self._plan_prefill(seq, budget)
             prefills.append(prefill)
             prefill_seqs.append(seq)
             budget -= prefill.length
+            if self._roster.prefilling is not None:
+                break  # it is cut where the budget or the prefix cache wants it, and has one row in a step
         if not decodes and not prefills:
             return None
         self._next_step = step + 1
         self._in_flight.append((step, decodes, prefill_seqs))
-        snapshots, restores = self._prefixes.snapshots, self._prefixes.restores
-        return StepPlan(step, admissions, new_blocks, slots, starts, prefills, snapshots, restores)
+        return StepPlan(step, admissions, new_blocks, slots, starts, prefills, *self._prefixes.copies())
 
     def _plan_decodes(self, new_blocks: NewBlocks) -> tuple[list[Sequence], list[int], list[int]]:
         # Rows are planned in order of arrival, so whoever gives way to one of them has no row in this plan.
@@ -175,6 +174,7 @@ class Scheduler:
         for seq in ready:
             start = seq.computed
             if start >= seq.capacity:  # also when it has given way: its capacity is then 0
+                self._prefixes.growing(seq)
                 index = seq.capacity // self.cache.block_size
                 blocks = self._roster.grow(seq, self._next_step)
                 if not blocks:
@@ -217,10 +217,10 @@ class Scheduler:
     def _plan_prefill(self, seq: Sequence, budget: int) -> Prefill:
         start = seq.computed
         seq.computed = self._prefixes.chunk_end(seq, budget)
-        self._prefixes.planned(seq)
+        self._prefixes.planned(seq, start)
         last = seq.computed == seq.target
         if last:
-            self._roster.prefilled(seq)
+            self._roster.prefilled()
         return Prefill(seq.slot, start, seq.computed - start, last and seq.limit > 0)
 
     # Results

@@ -36,7 +36,6 @@ class Sequence:
         "ready_after",
         "request_id",
         "save_at",
-        "saved",
         "seed",
         "slot",
         "stop_ids",
@@ -67,9 +66,8 @@ class Sequence:
         self.finished = False
         self.num_cached = 0  # prompt tokens that came from the prefix cache when it was first admitted
         self.keys: list[bytes] = []  # its first full blocks of tokens, as the prefix tree knows them
-        self.marks: list[int] = []  # positions to cut the prefill at and to keep the states of, the next one last
-        self.save_at = 0  # the position where a snapshot is due
-        self.saved = 0  # the position of the snapshot before
+        self.marks: list[int] = []  # positions to keep its states of, the next one last
+        self.save_at = 0  # where its prefill was cut, so that the next step copies its states first
 
     @property
     def num_known(self) -> int:
@@ -102,7 +100,7 @@ class Sequence:
 
     def reset(self, ready_after: int) -> None:
         """Back to waiting after a preemption; its cache is gone."""
-        self.slot = self.target = self.computed = self.capacity = self.save_at = self.saved = 0
+        self.slot = self.target = self.computed = self.capacity = self.save_at = 0
         self.ready_after = ready_after
 
     def take_token(self, token: int, slot: int, result: StepResult) -> RequestUpdate:

@@ -17,6 +17,7 @@ from typing import Protocol
 from torch import Tensor
 
 from thalweg.ops.delta.conv1d import reference
+from thalweg.ops.host_tables import Boundaries
 from thalweg.ops.registry import Op, Refusal, Where, register
 from thalweg.ops.toolchain.triton_support import why_not
 
@@ -31,12 +32,20 @@ class Conv1dDims:
 
 class Conv1dPrefill(Protocol):
     def __call__(
-        self, x_TC: Tensor, state_NWC: Tensor, slots_B: Tensor, offsets: Sequence[int], weight_CW: Tensor, /
+        self,
+        x_TC: Tensor,
+        state_NWC: Tensor,
+        slots_B: Tensor,
+        offsets: Sequence[int],
+        weight_CW: Tensor,
+        /,
+        *,
+        boundaries: Boundaries = (),
     ) -> Tensor:
         """y_TC for sequences of any length: sequence b owns tokens offsets[b]:offsets[b + 1].
 
         The state of its slot is read first and moves on by its length, in place: a sequence shorter than W
-        shifts it, one of length 0 leaves it bit-identical. x may have any strides.
+        shifts it, one of length 0 leaves it bit-identical. x may have any strides. `boundaries` as in "kda_prefill".
         """
 
 

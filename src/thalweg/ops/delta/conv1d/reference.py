@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from thalweg.ops.host_tables import Boundaries
+
 
 def conv1d_decode(x_BC: Tensor, state_NWC: Tensor, slots_B: Tensor, weight_CW: Tensor) -> Tensor:
     """y_BC for one new token x_BC of each sequence; the state of its slot moves on by one, in place."""
@@ -19,7 +21,13 @@ def conv1d_decode(x_BC: Tensor, state_NWC: Tensor, slots_B: Tensor, weight_CW: T
 
 
 def conv1d_prefill(
-    x_TC: Tensor, state_NWC: Tensor, slots_B: Tensor, offsets: Sequence[int], weight_CW: Tensor
+    x_TC: Tensor,
+    state_NWC: Tensor,
+    slots_B: Tensor,
+    offsets: Sequence[int],
+    weight_CW: Tensor,
+    *,
+    boundaries: Boundaries = (),
 ) -> Tensor:
     W, lengths = state_NWC.shape[1], [end - start for start, end in pairwise(offsets)]
     if not lengths:
@@ -36,4 +44,6 @@ def conv1d_prefill(
     # Its part of the long row ends at offsets[b + 1] + (b + 1) * W, and the last W rows are its new state.
     after_BWC = torch.stack([row_EC[end + b * W :][:W] for b, end in enumerate(offsets[1:])])
     state_NWC[slots_B] = after_BWC.to(state_NWC.dtype)
+    for b, tokens, slot in boundaries:
+        state_NWC[slot] = row_EC[offsets[b] + b * W + tokens :][:W]
     return F.silu(y_TC).to(x_TC.dtype)

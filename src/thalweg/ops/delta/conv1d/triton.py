@@ -10,10 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from thalweg.ops.delta.conv1d import PIECE
-from thalweg.ops.host_tables import pieces
+from thalweg.ops.host_tables import Boundaries, pieces
 
 
-@triton.jit(do_not_specialize_on_alignment=["offsets_ptr", "slots_ptr"])
+@triton.jit(do_not_specialize_on_alignment=["offsets_ptr", "saves_ptr", "slots_ptr"])
 def conv1d_prefill_kernel(
     x_ptr,
     state_ptr,
@@ -22,6 +22,7 @@ def conv1d_prefill_kernel(
     y_ptr,
     pieces_ptr,
     offsets_ptr,
+    saves_ptr,
     x_stride,
     C,
     W: tl.constexpr,
@@ -54,6 +55,11 @@ def conv1d_prefill_kernel(
             y += rows[j + w].to(tl.float32) * taps[w]
         y = y * tl.sigmoid(y)
         tl.store(y_ptr + (first + j) * C + c, y.to(y_ptr.dtype.element_ty), mask=inside & (first + j < end))
+    save = tl.load(saves_ptr + tl.program_id(0)).to(tl.int64)
+    if save > 0:
+        for w in tl.static_range(W):
+            new = rows[PIECE + w].to(state_ptr.dtype.element_ty)
+            tl.store(state_ptr + (save * W + w) * C + c, new, mask=inside)
     if first == start:
         # Only this program reads the slot, so it may move it on: all rows are read before the first is written.
         tl.debug_barrier()
@@ -69,14 +75,20 @@ def conv1d_prefill_kernel(
 
 
 def conv1d_prefill(
-    x_TC: Tensor, state_NWC: Tensor, slots_B: Tensor, offsets: Sequence[int], weight_CW: Tensor
+    x_TC: Tensor,
+    state_NWC: Tensor,
+    slots_B: Tensor,
+    offsets: Sequence[int],
+    weight_CW: Tensor,
+    *,
+    boundaries: Boundaries = (),
 ) -> Tensor:
     T, C = x_TC.shape
     W = state_NWC.shape[1]
     x_TC = x_TC if x_TC.stride(1) == 1 else x_TC.contiguous()
     y_TC = torch.empty(T, C, dtype=x_TC.dtype, device=x_TC.device)
     if T:
-        cut = pieces(offsets, PIECE, x_TC.device)
+        cut = pieces(offsets, PIECE, x_TC.device, boundaries)
         block = 512
         conv1d_prefill_kernel[(cut.num, triton.cdiv(C, block))](
             x_TC,
@@ -86,6 +98,7 @@ def conv1d_prefill(
             y_TC,
             cut.pieces_N2,
             cut.offsets_B1,
+            cut.saves_N,
             x_TC.stride(0),
             C,
             W,

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from thalweg.ops.delta.gdn import reference
 from thalweg.ops.delta.kda import KDA_PREFILL, KdaDims
+from thalweg.ops.host_tables import Boundaries
 from thalweg.ops.registry import Op, Refusal, Resolver, Where, register
 from thalweg.ops.toolchain import cuda_build
 
@@ -45,9 +46,10 @@ class GdnPrefill(Protocol):
         state_NHVK: Tensor,
         slots_B: Tensor,
         offsets: Sequence[int],
+        boundaries: Boundaries = (),
     ) -> Tensor:
         """o_THV for sequences of any length, as op "kda_prefill" gives it for repeated key heads; g and beta are
-        computed in fp32. Inputs of tokens may have any strides."""
+        computed in fp32; `boundaries` likewise. Inputs of tokens may have any strides."""
 
 
 class GdnMixerDecode(Protocol):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from thalweg.ops.delta.conv1d.reference import conv1d_decode
 from thalweg.ops.delta.kda.reference import kda_decode, kda_prefill
+from thalweg.ops.host_tables import Boundaries
 from thalweg.ops.norm.reference import gated_rms_norm
 
 
@@ -32,12 +33,14 @@ def prefill_by(rule: Callable[..., Tensor]) -> Callable[..., Tensor]:
         state_NHVK: Tensor,
         slots_B: Tensor,
         offsets: Sequence[int],
+        boundaries: Boundaries = (),
     ) -> Tensor:
         ratio, K = v_THV.shape[1] // q_TGK.shape[1], q_TGK.shape[2]
         q_THK, k_THK = q_TGK.repeat_interleave(ratio, 1), k_TGK.repeat_interleave(ratio, 1)  # t g k -> t (g r) k
         g_THK = decay(a_TH, A_log_H, dt_bias_H).unsqueeze(-1).expand(-1, -1, K)
         beta_TH = b_TH.float().sigmoid()
-        return rule(q_THK, k_THK, v_THV, g_THK, beta_TH, state_NHVK=state_NHVK, slots_B=slots_B, offsets=offsets)
+        states = {"state_NHVK": state_NHVK, "slots_B": slots_B, "offsets": offsets, "boundaries": boundaries}
+        return rule(q_THK, k_THK, v_THV, g_THK, beta_TH, **states)
 
     return gdn_prefill
 

@@ -23,8 +23,11 @@ from typing import Protocol
 from torch import Tensor
 
 from thalweg.ops.delta.kda import reference
+from thalweg.ops.host_tables import Boundaries
 from thalweg.ops.registry import Op, Refusal, Where, register
 from thalweg.ops.toolchain.triton_support import why_not
+
+BOUNDARY = 64  # tokens: every implementation has a state after a multiple of these
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,11 +54,15 @@ class KdaPrefill(Protocol):
         state_NHVK: Tensor,
         slots_B: Tensor,
         offsets: Sequence[int],
+        boundaries: Boundaries = (),
     ) -> Tensor:
         """o_THV for sequences of any length: sequence b owns tokens offsets[b]:offsets[b + 1].
 
         It starts from the state of its slot, which is updated in place; length 0 leaves it bit-identical. Inputs of
         tokens may have any strides.
+
+        For each (b, n, slot) of `boundaries` the state of sequence b after n of its tokens, a multiple of
+        BOUNDARY, is written into `slot` too, which no sequence of the call has.
         """
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from thalweg.ops.host_tables import Boundaries
 
 CHUNK_SIZE = 16
 
@@ -48,23 +50,55 @@ def kda_prefill(
     state_NHVK: Tensor,
     slots_B: Tensor,
     offsets: Sequence[int],
+    boundaries: Boundaries = (),
 ) -> Tensor:
+    o_THV = torch.empty_like(v_THV)
+    # A sequence goes up to a boundary, leaves its state there, and goes on, as one that begins from it would.
+    ends = [
+        sorted({*(n for b, n, _ in boundaries if b == i), end - start})
+        for i, (start, end) in enumerate(pairwise(offsets))
+    ]
+    start_of = list(offsets)
+    for stage in range(max(map(len, ends), default=0)):
+        spans = {}
+        for b, of_sequence in enumerate(ends):
+            if stage < len(of_sequence):
+                end = offsets[b] + of_sequence[stage]
+                spans[b] = slice(start_of[b], end)
+                start_of[b] = end
+        _prefill_spans(spans, q_THK, k_THK, v_THV, g_THK, beta_TH, o_THV, state_NHVK, slots_B)
+        for b, n, slot in boundaries:
+            if b in spans and spans[b].stop == offsets[b] + n:
+                state_NHVK[slot] = state_NHVK.index_select(0, slots_B[b : b + 1])[0]
+    return o_THV
+
+
+def _prefill_spans(
+    spans_of: Mapping[int, slice],
+    q_THK: Tensor,
+    k_THK: Tensor,
+    v_THV: Tensor,
+    g_THK: Tensor,
+    beta_TH: Tensor,
+    o_THV: Tensor,
+    state_NHVK: Tensor,
+    slots_B: Tensor,
+) -> None:
+    """A span of tokens of each sequence that has one, into o_THV."""
     # Sequences with the same number of chunks run as one batch, padded to the longest: less than a chunk of
     # padding each, whatever the mix of lengths.
     groups: dict[int, list[int]] = defaultdict(list)
-    for b, (start, end) in enumerate(pairwise(offsets)):
-        if end > start:
-            groups[-(-(end - start) // CHUNK_SIZE)].append(b)
-    o_THV = torch.empty_like(v_THV)
+    for b, span in spans_of.items():
+        if span.stop > span.start:
+            groups[-(-(span.stop - span.start) // CHUNK_SIZE)].append(b)
     for members in groups.values():
-        spans = [slice(offsets[b], offsets[b + 1]) for b in members]
+        spans = [spans_of[b] for b in members]
         q, k, v, g, beta = (_pad(x, spans) for x in (q_THK, k_THK, v_THV, g_THK, beta_TH))
         slots = slots_B[torch.tensor(members, device=slots_B.device)]
         o_BHTV, S_BHKV = chunk_kda(q, k, v, g, beta, state_NHVK[slots].transpose(-1, -2))
         state_NHVK[slots] = S_BHKV.transpose(-1, -2).to(state_NHVK.dtype)
         for s, o_HTV in zip(spans, o_BHTV, strict=True):
             o_THV[s] = o_HTV[:, : s.stop - s.start].transpose(0, 1)
-    return o_THV
 
 
 def recurrent_kda(

@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from thalweg.ops.host_tables import pieces
+from thalweg.ops.host_tables import Boundaries, pieces
 from thalweg.ops.toolchain.triton_dot import INTERPRETED
 
 CHUNK = 64
@@ -258,7 +258,7 @@ def within_chunks_kernel(
         tl.store(u_ptr + at_a + ROWS * V, _dot(T_bb, v, u_b, WIDE).to(u_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize_on_alignment=["offsets_ptr", "firsts_ptr", "slots_ptr"])
+@triton.jit(do_not_specialize_on_alignment=["offsets_ptr", "firsts_ptr", "saves_ptr", "slots_ptr"])
 def across_chunks_kernel(
     q_decayed_ptr,
     k_decayed_ptr,
@@ -271,6 +271,7 @@ def across_chunks_kernel(
     o_ptr,  # [T, H, V]
     offsets_ptr,
     firsts_ptr,
+    saves_ptr,
     H: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -316,6 +317,9 @@ def across_chunks_kernel(
         t = first + n * CHUNK + i
         o_ptrs = o_ptr + (t.to(tl.int64) * H + h)[:, None] * V + v[None, :]
         tl.store(o_ptrs, tl.trans(o).to(o_ptr.dtype.element_ty), mask=(t < end)[:, None] & v_mask)
+        save = tl.load(saves_ptr + chunk + n).to(tl.int64)
+        save_ptrs = state_ptr + ((save * H + h) * V + v[:, None]) * K + k[None, :]
+        tl.store(save_ptrs, S.to(state_ptr.dtype.element_ty), mask=S_mask & (save > 0))
     tl.store(S_ptrs, S.to(state_ptr.dtype.element_ty), mask=S_mask)
 
 
@@ -329,6 +333,7 @@ def kda_prefill(
     state_NHVK: Tensor,
     slots_B: Tensor,
     offsets: Sequence[int],
+    boundaries: Boundaries = (),
 ) -> Tensor:
     (T, H, K), V, device = q_THK.shape, v_THV.shape[-1], q_THK.device
     o_THV = torch.empty(T, H, V, dtype=v_THV.dtype, device=device)
@@ -338,7 +343,7 @@ def kda_prefill(
     beta = beta_TH if beta_TH.stride(1) == 1 else beta_TH.contiguous()
     exact = v.dtype == torch.float32
     unit, wide = (tl.float32, tl.float32) if exact else (tl.float16, tl.bfloat16)
-    cut = pieces(offsets, CHUNK, device)
+    cut = pieces(offsets, CHUNK, device, boundaries)
     N = cut.num
 
     G = torch.empty(N, CHUNK, H, K, dtype=torch.float64 if exact else torch.float32, device=device)
@@ -390,6 +395,7 @@ def kda_prefill(
         o_THV,
         cut.offsets_B1,
         cut.firsts_B1,
+        cut.saves_N,
         H,
         K,
         V,
