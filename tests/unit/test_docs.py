@@ -20,7 +20,7 @@ ENTRY = re.compile(r"(\d{4}-\d\d-\d\d) ((?:Kept|Dropped|Measured|Open): .+) \(co
 # A page of the model that a parser's docstring cites, and a placeholder.
 ELSEWHERE = {"docs/tool_call_guidance.md", "docs/adr/NNNN-name.md"}
 # Options of other programs, and one of ours that exists to be refused.
-OTHERS = {"--tasks", "--no-deps", "--backend", "--lm-eval", "--trust-remote-code"}
+OTHERS = {"--tasks", "--no-deps", "--no-binary", "--backend", "--lm-eval", "--trust-remote-code"}
 
 
 def anchors(page: Path) -> set[str]:
@@ -83,7 +83,8 @@ def test_index_of_experiments_has_the_latest_entry_of_each_file() -> None:
 
 def options(command: object) -> set[str]:
     """Of a command and those below it."""
-    own = {name for param in getattr(command, "params", ()) for name in getattr(param, "opts", ())}
+    params = getattr(command, "params", ())
+    own = {name for param in params for names in ("opts", "secondary_opts") for name in getattr(param, names, ())}
     return own.union(*map(options, getattr(command, "commands", {}).values()))
 
 

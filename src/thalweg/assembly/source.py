@@ -28,6 +28,7 @@ from thalweg.weights.plan import Target
 
 if TYPE_CHECKING:
     from thalweg.weights.checkpoint import WeightFiles
+    from thalweg.weights.gguf import GgufCheckpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,9 @@ class ModelSource:
         tensors = frozenset(checkpoint.tensors) if checkpoint is not None else frozenset()
         config = self.family.fitted(self.config, tensors)
         if checkpoint is not None and self.gguf is not None and not dequantize:
+            from thalweg.weights.gguf import GgufCheckpoint
+
+            assert isinstance(checkpoint, GgufCheckpoint)
             config = replace(config, quantized=_blocks(checkpoint))
         return replace(self, config=config, tensors=tensors, mtp=mtp)
 
@@ -116,15 +120,16 @@ def open_source(config: EngineConfig) -> ModelSource:
     return ModelSource(folder, family, read, generation, architecture, gguf=architecture_gguf, raw=raw)
 
 
-def _blocks(checkpoint: WeightFiles) -> GgmlCheckpoint | None:
+def _blocks(checkpoint: GgufCheckpoint) -> GgmlCheckpoint | None:
     """What a GGUF file stores in blocks; None if all are plain numbers."""
     kinds: dict[str, str] = {}
+    tiles = {name: info.tile for name, info in checkpoint.tensors.items() if info.tile is not None}
     elements: Counter[str] = Counter()
     for name, info in checkpoint.tensors.items():
         kinds[name] = info.dtype
         if not TYPES[info.dtype].is_plain:
             elements[info.dtype] += prod(info.shape)
-    return GgmlCheckpoint(kinds, GgmlRows.average(elements)) if elements else None
+    return GgmlCheckpoint(kinds, GgmlRows.average(elements), tiles) if elements else None
 
 
 def _read_gguf(path: Path) -> tuple[Architecture, dict[str, Any]]:

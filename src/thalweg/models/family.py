@@ -17,7 +17,7 @@ from thalweg.models.parts.mla import MlaDims
 from thalweg.models.parts.mlp import MlpDims
 from thalweg.models.parts.moe import MoeDims
 from thalweg.models.parts.part import WHOLE, Cost, Names, PlanContext, Step
-from thalweg.models.parts.quantized import Quantized, stored_as
+from thalweg.models.parts.quantized import GgmlCheckpoint, Quantized, stored_as
 from thalweg.models.parts.vocab import VocabDims
 from thalweg.parallel.shards import Shards
 from thalweg.quant import PLAIN, Scheme
@@ -150,7 +150,9 @@ def weight_plan(
         what = f"--quantization is {scheme.name!r}"
         raise ConfigError(f"{what}, and this checkpoint is stored in {config.quantized.name} already; leave it out")
     layout = family.layout(config, tensors)
-    ctx = PlanContext(config.width, shards, scheme, config.shifted_norms, stored_as(config.quantized, tensors))
+    tiles = config.quantized.tiles if isinstance(config.quantized, GgmlCheckpoint) else {}
+    stored = stored_as(config.quantized, tensors)
+    ctx = PlanContext(config.width, shards, scheme, config.shifted_norms, stored, tiles)
     targets = config.vocab.targets(layout.vocab, ctx)
     for n, layer in enumerate(config.layers):
         targets += layer.mixer.targets(f"layers.{n}.attn", layout.mixer(n), ctx)

@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 Segment = tuple[str, int]
 """A type's name, and how many rows have it."""
 
-_NAME = re.compile(r"[A-Z]\w+ \d+( \+ [A-Z]\w+ \d+)*")
+Tile = tuple[int, int, int]
+"""(R, G, V): G * R runs of V columns, of which a file has run (r, g) where r * G + g stands and a checkpoint where
+g * R + r does."""
+
+_NAME = re.compile(r"([A-Z]\w+ \d+(?: \+ [A-Z]\w+ \d+)*)(?:, tiled (\d+) x (\d+) x (\d+))?")
 _BLOCK = 256  # elements, a multiple of those of every type's blocks
 
 
@@ -27,20 +31,21 @@ class GgmlRows:
     [..., bytes of O rows]. Fused matrices of several types are segments below one another."""
 
     segments: tuple[Segment, ...]
+    tile: Tile | None = None  # columns are in a file's order, which no whole blocks could be moved out of
 
     file_dtype = None
     packed = 1
     as_stored = True
 
     @staticmethod
-    def of(segments: Sequence[Segment]) -> GgmlRows:
+    def of(segments: Sequence[Segment], tile: Tile | None = None) -> GgmlRows:
         """Neighbours of one type are one segment."""
         merged: list[Segment] = []
         for kind, rows in segments:
             if merged and merged[-1][0] == kind:
                 rows += merged.pop()[1]
             merged.append((kind, rows))
-        return GgmlRows(tuple(merged))
+        return GgmlRows(tuple(merged), tile)
 
     @staticmethod
     def average(kinds: Mapping[str, int]) -> GgmlRows:
@@ -49,15 +54,18 @@ class GgmlRows:
 
     @property
     def name(self) -> str:
-        return " + ".join(f"{kind} {rows}" for kind, rows in self.segments)
+        tiled = "" if self.tile is None else f", tiled {' x '.join(map(str, self.tile))}"
+        return " + ".join(f"{kind} {rows}" for kind, rows in self.segments) + tiled
 
     @staticmethod
     def named(name: str) -> GgmlRows | None:
         """The scheme of this name; None for a name of another kind."""
-        if _NAME.fullmatch(name) is None:
+        match = _NAME.fullmatch(name)
+        if match is None:
             return None
-        segments = [segment.split() for segment in name.split(" + ")]
-        return GgmlRows(tuple((kind, int(rows)) for kind, rows in segments))
+        segments = [segment.split() for segment in match[1].split(" + ")]
+        tile = None if match[2] is None else (int(match[2]), int(match[3]), int(match[4]))
+        return GgmlRows(tuple((kind, int(rows)) for kind, rows in segments), tile)
 
     def bytes_per_weight(self, model_bytes: int) -> float:
         return self._bytes(self._rows, _BLOCK) / (self._rows * _BLOCK)
@@ -89,7 +97,8 @@ class GgmlRows:
             segment = blocks[..., at : at + size].unflatten(-1, (count, -1))
             rows.append(dequantize(segment, kind, dtype))
             at += size
-        return rows[0] if len(rows) == 1 else torch.cat(rows, dim=-2)
+        whole: Tensor = rows[0] if len(rows) == 1 else torch.cat(rows, dim=-2)
+        return whole if self.tile is None else whole.unflatten(-1, self.tile).transpose(-3, -2).flatten(-3)
 
     def rows_of(self, stored: Sequence[Tensor], ids: Tensor, dtype: torch.dtype) -> Tensor:
         from thalweg.quant.ggml_blocks import dequantize

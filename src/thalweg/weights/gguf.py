@@ -17,6 +17,7 @@ from torch import Tensor
 from thalweg.config.gguf.file import GgufFile
 from thalweg.config.gguf.model import GgufModel
 from thalweg.errors import CheckpointError
+from thalweg.quant.ggml import Tile
 from thalweg.quant.ggml_blocks import PLAIN_DTYPES, dequantize
 from thalweg.quant.ggml_types import TYPES, GgmlType
 from thalweg.quant.scheme import Range, Shape
@@ -27,11 +28,13 @@ MAX_LISTED = 20
 
 @dataclass(frozen=True, slots=True)
 class GgufInfo:
-    """A checkpoint's tensor: `dtype` is the type that all of it has in the file, F32 if it is put together."""
+    """A checkpoint's tensor: `dtype` is the type that all of it has in the file, F32 if it is put together. With `tile`
+    its blocks have columns in the file's order."""
 
     name: str
     dtype: str
     shape: Shape
+    tile: Tile | None = None
 
 
 class GgufCheckpoint:
@@ -48,7 +51,8 @@ class GgufCheckpoint:
         self._bytes = {file.path: _bytes_of(file) for file in model.files}
         self._check(tuple(ignored))
         self.tensors: Mapping[str, GgufInfo] = {
-            name: GgufInfo(name, self._dtype(held), held.shape) for name, held in names.held.items()
+            name: GgufInfo(name, self._dtype(held), held.shape, held.tile if self._is_torn(held) else None)
+            for name, held in names.held.items()
         }
 
     def path_of(self, name: str) -> Path:
@@ -78,7 +82,9 @@ class GgufCheckpoint:
         columns, rows = held.shape[-1], prod(held.shape[:-1])
         kind = TYPES[self.tensors[name].dtype]
         first, last = (start, rows if stop is None else stop) if dim == 0 else (0, rows)
-        if held.by_column:
+        if self.tensors[name].tile is not None:
+            blocks = self._raw(held.pieces[0].name)[first:last]
+        elif held.by_column:
             parts = [self._raw(p.name).narrow(1, *_bytes_of_columns(p.part, kind)) for p in held.pieces if p.part]
             blocks = torch.cat(parts, dim=1)[first:last]
         else:
@@ -135,10 +141,13 @@ class GgufCheckpoint:
             return "F32"
         if kind.is_plain:
             return kind.name
-        parts = [piece.part for piece in held.pieces if piece.part is not None]
-        torn = held.by_column and any(i % kind.elements for part in parts for i in part)
         reshaped = not held.by_column and held.shape[-1] != self._files[held.pieces[0].name].columns
-        return "F32" if torn or reshaped else kind.name
+        return "F32" if reshaped else kind.name
+
+    def _is_torn(self, held: Held) -> bool:
+        """Whether pieces of columns begin or end within a block."""
+        kind = self._files[held.pieces[0].name].type
+        return held.by_column and any(i % kind.elements for piece in held.pieces if piece.part for i in piece.part)
 
     def _size(self, piece: Piece, by_column: bool = False) -> int:
         """Rows, or columns, of a piece."""

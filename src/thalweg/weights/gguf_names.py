@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from thalweg.quant.ggml import Tile
 from thalweg.quant.scheme import Range, Shape
 
 Change = Literal["none", "shifted", "decay", "latent_up"]
@@ -26,13 +27,15 @@ class Piece:
 class Held:
     """A checkpoint's tensor: pieces of rows one below the other, or of columns side by side if `by_column`, in `shape`.
 
-    Rows are counted as if the fastest dimension were the only one: those of a vector are its elements.
+    Rows are counted as if the fastest dimension were the only one: those of a vector are its elements. With `tile` the
+    pieces of columns are all of them in another order.
     """
 
     pieces: tuple[Piece, ...]
     shape: Shape
     change: Change = "none"
     by_column: bool = False
+    tile: Tile | None = None
 
 
 @dataclass(slots=True)
@@ -53,9 +56,9 @@ class GgufNames:
         """A tensor made of ranges of rows."""
         self.held[theirs] = Held(_merged(parts), shape, change)
 
-    def columns(self, theirs: str, gguf: str, parts: Iterable[Range], shape: Shape) -> None:
-        """A matrix made of ranges of columns."""
-        self.held[theirs] = Held(_merged((gguf, part) for part in parts), shape, by_column=True)
+    def columns(self, theirs: str, gguf: str, parts: Iterable[Range], shape: Shape, tile: Tile) -> None:
+        """A matrix made of ranges of columns, which `tile` says, too."""
+        self.held[theirs] = Held(_merged((gguf, part) for part in parts), shape, by_column=True, tile=tile)
 
 
 def _merged(parts: Iterable[tuple[str, Range]]) -> tuple[Piece, ...]:

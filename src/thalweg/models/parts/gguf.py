@@ -138,7 +138,7 @@ class GgufParts:
         self._per_head(theirs["A_log"], f"{at}ssm_a", dims, change="decay")
         self._per_head(theirs["dt_bias"], f"{at}ssm_dt.bias", dims)
         self.names.whole(theirs["out_norm"], f"{at}ssm_norm.weight", (V,))
-        self.names.columns(theirs["out"], out, self._heads(dims, V), (D, H * V))
+        self.names.columns(theirs["out"], out, self._heads(dims, V), (D, H * V), (ratio, G, V))
 
     def _betas_and_alphas(self, theirs: Names, at: str, dims: GdnDims) -> None:
         G, H, D, ratio = dims.key_heads, dims.value_heads, self.width, dims.value_heads // dims.key_heads

@@ -58,9 +58,18 @@ def latent_attention(keys: GgufKeys) -> dict[str, Any]:
     }
 
 
+def expert_count(keys: GgufKeys) -> int:
+    """As many as the tensors hold, which no number in the metadata may exceed."""
+    experts: int = keys.get_int("expert_count", 0)
+    held = {t.shape[0] for name, t in keys.tensors.items() if name.endswith("ffn_down_exps.weight")}
+    if held != ({experts} if experts else set()):
+        raise keys.error("expert_count", f"{', '.join(map(str, sorted(held))) or 0}, the experts that there are")
+    return experts
+
+
 def sigmoid_experts(keys: GgufKeys) -> dict[str, Any]:
     """Numbers of a mixture with sigmoid scores by our names; nothing without experts."""
-    experts = keys.get_int("expert_count", 0)
+    experts = expert_count(keys)
     if not experts:
         return {}
     if keys.get_int("expert_gating_func", _SIGMOID) != _SIGMOID:

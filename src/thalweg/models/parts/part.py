@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from thalweg.errors import ConfigError, UnsupportedError
 from thalweg.parallel.shards import Shards
 from thalweg.quant import FP8_LINEARS, PLAIN, GgmlRows, Scheme
 from thalweg.quant.blocks import BLOCK, blocks
+from thalweg.quant.ggml import Tile
 from thalweg.quant.ggml_types import TYPES
 from thalweg.quant.int4 import GROUP, WORD, groups
 from thalweg.quant.scheme import Shape
@@ -93,6 +94,7 @@ class PlanContext:
     scheme: Scheme = PLAIN
     shifted_norms: bool = False
     stored_as: Callable[[str], str] = lambda _: "none"
+    tiles: Mapping[str, Tile] = field(default_factory=dict)  # of matrices of blocks whose columns are in another order
 
     def norm(self, ours: str, theirs: str, size: int) -> Target:
         """The weight [size] of an RMSNorm. Where one is added to it, it is kept in float32, which loses nothing."""
@@ -136,14 +138,15 @@ class PlanContext:
         left = rows - sum(count for _, count in segments)  # of a vocabulary that the ranks do not divide
         if left:
             segments.append((segments[-1][0], left))
-        return replace(target, scheme=GgmlRows.of(segments))
+        return replace(target, scheme=GgmlRows.of(segments, self.tiles.get(first[0].name)))
 
     def _check_cut(self, piece: Source) -> None:
         kind = TYPES[self.stored_as(piece.name)]
         if piece.shard is None or piece.shard_dim != len(piece.shape) - 1:
             return
         start, stop = piece.shard
-        if start % kind.elements or stop % kind.elements:
+        whole = (start, stop) == (0, piece.shape[-1])
+        if start % kind.elements or stop % kind.elements or (piece.name in self.tiles and not whole):
             raise ConfigError(
                 f"--tensor-parallel-size cuts {piece.name} at {start} and {stop}, within a block of {kind.elements}"
                 f" ({kind}); choose a size that does not, or --dequantize"

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from thalweg.config.hf import ConfigReader
 from thalweg.errors import ConfigError, UnsupportedError
 from thalweg.quant import FP8_EXPERTS, FP8_LINEARS, INT4_EXPERTS, PLAIN, Scheme
 from thalweg.quant.blocks import BLOCK
+from thalweg.quant.ggml import Tile
 from thalweg.quant.ggml_types import TYPES
 from thalweg.quant.int4 import GROUP
 
@@ -69,11 +70,12 @@ class Int4Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class GgmlCheckpoint:
-    """A GGUF file some of whose tensors are blocks: `kinds` has every tensor's type by its name, `average` stands for
-    all matrices."""
+    """A GGUF file some of whose tensors are blocks: `kinds` has every tensor's type by its name, `tiles` of those with
+    columns in another order what that is. `average` stands for all matrices."""
 
     kinds: Mapping[str, str]
     average: Scheme
+    tiles: Mapping[str, Tile] = field(default_factory=dict)
 
     @property
     def name(self) -> str:

@@ -8,7 +8,7 @@ from thalweg.config.gguf.keys import GgufKeys
 from thalweg.errors import UnsupportedError
 from thalweg.models.family import DecoderConfig
 from thalweg.models.parts.gdn import GdnDims
-from thalweg.models.parts.gguf_keys import common, rope_keys, yarn
+from thalweg.models.parts.gguf_keys import common, expert_count, rope_keys, yarn
 from thalweg.models.parts.gqa import GqaDims
 from thalweg.models.qwen.config import FULL, GDN
 
@@ -70,13 +70,14 @@ def _kinds(keys: GgufKeys, layers: int) -> list[str]:
 
 
 def _experts(keys: GgufKeys) -> dict[str, Any]:
-    if not keys.get_int("expert_count", 0):
+    experts = expert_count(keys)
+    if not experts:
         return {}
     inner = keys.get_int("expert_feed_forward_length")
     if keys.get_int("expert_gating_func", 1) != 1:
         raise keys.error("expert_gating_func", "1, which is softmax")
     return {
-        "num_experts": keys.get_int("expert_count"),
+        "num_experts": experts,
         "num_experts_per_tok": keys.get_int("expert_used_count"),
         "moe_intermediate_size": inner,
         "shared_expert_intermediate_size": keys.get_int("expert_shared_feed_forward_length", inner),

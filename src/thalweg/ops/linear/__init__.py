@@ -156,4 +156,4 @@ register(LINEAR_ADD, "cuda", _cuda_linear_add, supports=_cuda_refuses, tokens=FE
 
 register(LINEAR_FP8, "reference", lambda *_: reference.linear_fp8)
 
-register(LINEAR_GGML, "reference", _ggml)
+register(LINEAR_GGML, "reference", _ggml, capturable=False)
