@@ -53,9 +53,15 @@ class ClientDouble:
     """
 
     def __init__(
-        self, generation: GenerationConfig | None = None, answer: str = ANSWER, template: str | None = None
+        self,
+        generation: GenerationConfig | None = None,
+        answer: str = ANSWER,
+        template: str | None = None,
+        cached: int = 0,
     ) -> None:
-        """With a chat `template`, `answer` may have the markers of tool calls and reasoning, which are tokens then."""
+        """With a chat `template`, `answer` may have the markers of tool calls and reasoning, which are tokens then.
+        `cached` tokens of each prompt are said to come from the prefix cache."""
+        self.cached = cached
         tokenizer = ByteTokenizer(() if template is None else tuple(MARK_OF))
         self.answer = tokenizer.encode(answer, allow_special=template is not None)
         source = SimpleNamespace(
@@ -153,7 +159,9 @@ class ClientDouble:
             if token == EOS:
                 yield RequestUpdate(name, [token], "stop", token, logprobs=entry)
             else:
-                yield RequestUpdate(name, [token], "length" if n == params.max_tokens else None, logprobs=entry)
+                reason = "length" if n == params.max_tokens else None
+                cached = self.cached if n == 1 else 0
+                yield RequestUpdate(name, [token], reason, logprobs=entry, num_cached_tokens=cached)
 
 
 def logprobs(token: int, top: int) -> TokenLogprobs:

@@ -24,14 +24,14 @@ def post(path: str, body: dict[str, Any], client: ClientDouble | None = None) ->
     return run(work, client)
 
 
-def chunks(path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+def chunks(path: str, body: dict[str, Any], client: ClientDouble | None = None) -> list[dict[str, Any]]:
     async def work(http: Any, _: ClientDouble) -> str:
         response = await http.post(path, json={**body, "stream": True})
         assert response.status_code == 200, response.text
         assert response.headers["content-type"].startswith("text/event-stream")
         return response.text
 
-    *events, end = run(work).removesuffix("\n\n").split("\n\n")
+    *events, end = run(work, client).removesuffix("\n\n").split("\n\n")
     assert end == "data: [DONE]"
     return [json.loads(e.removeprefix("data: ")) for e in events]
 
@@ -49,6 +49,7 @@ def test_chat_answer_has_openais_shape_and_counts_right() -> None:
         "prompt_tokens": prompt,
         "completion_tokens": N_TOKENS,
         "total_tokens": prompt + N_TOKENS,
+        "prompt_tokens_details": {"cached_tokens": 0},
     }
 
 
@@ -199,7 +200,35 @@ def test_streamed_completion_of_many_choices() -> None:
         [choice] = chunk["choices"]
         texts[choice["index"]] += choice["text"]
     assert texts == [ANSWER] * 4
-    assert got[-1]["usage"] == {"prompt_tokens": 2, "completion_tokens": 4 * N_TOKENS, "total_tokens": 2 + 4 * N_TOKENS}
+    assert got[-1]["usage"] == {
+        "prompt_tokens": 2,
+        "completion_tokens": 4 * N_TOKENS,
+        "total_tokens": 2 + 4 * N_TOKENS,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("path", "body", "cached"), [
+    ("/v1/chat/completions", {**CHAT, "n": 3}, 64),
+    ("/v1/completions", {"prompt": ["a", "b"], "n": 2}, 2 * 64),
+])  # fmt: skip
+def test_cached_tokens_are_counted_once_per_prompt(path: str, body: dict[str, Any], cached: int, stream: bool) -> None:
+    client = ClientDouble(cached=64)
+    if stream:
+        usage = chunks(path, {**body, "stream_options": {"include_usage": True}}, client)[-1]["usage"]
+    else:
+        usage = post(path, body, client)["usage"]
+    assert usage["prompt_tokens_details"] == {"cached_tokens": cached}
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_cache_salt_reaches_the_engine(path: str) -> None:
+    client = ClientDouble()
+    body = CHAT if "chat" in path else {"prompt": "a"}
+    for salt in ({"cache_salt": "mine"}, {"cache_salt": None}, {}):
+        post(path, {**body, **salt}, client)
+    assert [r.params.cache_salt for r in client.seen] == ["mine", "", ""]
 
 
 @pytest.mark.parametrize("stream", [False, True])

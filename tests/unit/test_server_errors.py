@@ -438,6 +438,12 @@ def test_metrics() -> None:
             num_preemptions=7,
             prompt_tokens=8,
             generation_tokens=9,
+            blocks_kept=10,
+            snapshots_used=11,
+            snapshots_total=12,
+            prefix_queries=13,
+            prefix_hits=14,
+            prefix_misses={"evicted": 15},
         )
         response = await http.get("/metrics")
         assert response.headers["content-type"].startswith("text/plain")
@@ -453,6 +459,13 @@ def test_metrics() -> None:
         "thalweg_num_preemptions_total 7.0",
         "thalweg_prompt_tokens_total 8.0",
         "thalweg_generation_tokens_total 9.0",
+        "thalweg_kv_blocks_kept 10.0",
+        "thalweg_state_snapshots_used 11.0",
+        "thalweg_state_snapshots_total 12.0",
+        "thalweg_prefix_cache_queries_total 13.0",
+        "thalweg_prefix_cache_hits_total 14.0",
+        'thalweg_prefix_cache_misses_total{reason="evicted"} 15.0',
+        'thalweg_prefix_cache_misses_total{reason="other_salt"} 0.0',
         'thalweg_request_success_total{finished_reason="length"} 2.0',
         "thalweg_time_to_first_token_seconds_count 2.0",
         "thalweg_inter_token_latency_seconds_count 6.0",

@@ -135,7 +135,7 @@ class Sequence:
             return None
         else:
             news = RequestUpdate(self.request_id, [])
-        if token is not None and self.num_cached:
+        if self.num_cached and prefill.start + prefill.length >= self.num_prompt:
             news = replace(news, num_cached_tokens=self.num_cached)
         if logprobs is None and logits is None:
             return news

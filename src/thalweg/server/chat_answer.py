@@ -41,7 +41,7 @@ class ChatAnswer:
         self, service: Service, response_id: str, prompt_ids: list[int], use: ToolUse, n: int, with_ids: bool = False
     ) -> None:
         self.id = response_id
-        self._prompt_tokens, self._completion_tokens = len(prompt_ids), 0
+        self._prompt_tokens, self._completion_tokens, self._cached_tokens = len(prompt_ids), 0, 0
         self._prompt_ids, self._with_ids = prompt_ids, with_ids
         self._model, self._created = service.names[0], now()
         self._tokenizer: Tokenizer | None = service.client.codec.tokenizer
@@ -52,7 +52,7 @@ class ChatAnswer:
         pieces: list[_Pieces] = [_Pieces() for _ in self._choices]
         async with aclosing(news):
             async for index, delta in news:
-                self._completion_tokens += len(delta.token_ids)
+                self._count(index, delta)
                 own = pieces[index]
                 own.add(self._choices[index].events(delta))
                 own.token_ids += delta.token_ids
@@ -81,7 +81,7 @@ class ChatAnswer:
                     prompt_ids = UNSET if any(begun) else self._ids(self._prompt_ids)
                     begun[index] = True
                     yield chunk(ChatChunkChoice(index, ChatDelta("assistant", "")), prompt_token_ids=prompt_ids)
-                self._completion_tokens += len(delta.token_ids)
+                self._count(index, delta)
                 if (choice := self._chunk_choice(index, delta)) is not None:
                     yield chunk(choice)
         if include_usage:
@@ -104,8 +104,13 @@ class ChatAnswer:
     def _logprobs(self, entries: list[TokenLogprobs]) -> dict[str, Any] | None:
         return chat_logprobs(self._tokenizer, entries) if entries else None
 
+    def _count(self, index: int, delta: Delta) -> None:
+        self._completion_tokens += len(delta.token_ids)
+        if index == 0:  # the others find what the first one computed
+            self._cached_tokens += delta.num_cached_tokens
+
     def _usage(self) -> Usage:
-        return Usage.of(self._prompt_tokens, self._completion_tokens)
+        return Usage.of(self._prompt_tokens, self._completion_tokens, self._cached_tokens)
 
     def _envelope(self, kind: str, choices: list[Any], **more: Any) -> Envelope:
         return Envelope(id=self.id, object=kind, created=self._created, model=self._model, choices=choices, **more)

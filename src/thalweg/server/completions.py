@@ -67,7 +67,7 @@ async def completions(body: CompletionBody, request: Request, service: ServiceDe
     jobs = jobs_of(response_id, encoded, params, n)
     with_ids = bool(body.return_token_ids)
     choices = [_Choice(service, i, job, echoes[i // n], with_ids) for i, job in enumerate(jobs)]
-    completion = _Completion(service, response_id, sum(map(len, encoded)), choices)
+    completion = _Completion(service, response_id, sum(map(len, encoded)), choices, n)
     fields = body.spelled() | ({} if text is None else {"grammar": text.field})
     taken = asyncio.Event()
     news = naming_fields(generate(service, jobs, arrived, taken), fields)
@@ -125,31 +125,39 @@ class _Choice:
 class _Completion:
     """Makes one response, whole or in chunks, of what its choices give."""
 
-    def __init__(self, service: Service, response_id: str, prompt_tokens: int, choices: list[_Choice]) -> None:
-        self._id, self._choices = response_id, choices
-        self._prompt_tokens, self._completion_tokens = prompt_tokens, 0
+    def __init__(
+        self, service: Service, response_id: str, prompt_tokens: int, choices: list[_Choice], per_prompt: int
+    ) -> None:
+        self._id, self._choices, self._per_prompt = response_id, choices, per_prompt
+        self._prompt_tokens, self._completion_tokens, self._cached_tokens = prompt_tokens, 0, 0
         self._model, self._created = service.names[0], now()
 
     async def answer(self, news: News) -> Envelope:
         pieces: list[list[CompletionChoice]] = [[] for _ in self._choices]
         async with aclosing(news):
             async for index, delta in news:
-                self._completion_tokens += len(delta.token_ids)
+                self._count(index, delta)
                 if (piece := self._choices[index].take(delta)) is not None:
                     pieces[index].append(piece)
-        return self._envelope(
-            [_joined(own) for own in pieces], usage=Usage.of(self._prompt_tokens, self._completion_tokens)
-        )
+        return self._envelope([_joined(own) for own in pieces], usage=self._usage())
 
     async def chunks(self, news: News, include_usage: bool) -> AsyncGenerator[Envelope]:
         extra = {"usage": None} if include_usage else {}
         async with aclosing(news):
             async for index, delta in news:
-                self._completion_tokens += len(delta.token_ids)
+                self._count(index, delta)
                 if (piece := self._choices[index].take(delta)) is not None:
                     yield self._envelope([piece], **extra)
         if include_usage:
-            yield self._envelope([], usage=Usage.of(self._prompt_tokens, self._completion_tokens))
+            yield self._envelope([], usage=self._usage())
+
+    def _count(self, index: int, delta: Delta) -> None:
+        self._completion_tokens += len(delta.token_ids)
+        if index % self._per_prompt == 0:  # a prompt's other choices find what the first one computed
+            self._cached_tokens += delta.num_cached_tokens
+
+    def _usage(self) -> Usage:
+        return Usage.of(self._prompt_tokens, self._completion_tokens, self._cached_tokens)
 
     def _envelope(self, choices: list[CompletionChoice], **more: Any) -> Envelope:
         return Envelope(

@@ -19,7 +19,7 @@ IGNORED = frozenset(
     (
         *("user", "safety_identifier", "metadata", "store", "service_tier", "prediction", "moderation"),
         *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
-        *("request_id", "rid", "priority", "cache_salt", "extra_key", "kv_transfer_params", "data_parallel_rank"),
+        *("request_id", "rid", "priority", "extra_key", "kv_transfer_params", "data_parallel_rank"),
         *("bootstrap_host", "bootstrap_port", "bootstrap_room", "skip_reading_prefix_cache"),
         *("guided_decoding_backend", "spaces_between_special_tokens"),
         *("cache_prompt", "id_slot", "slot_id", "n_keep", "n_discard", "n_cache_reuse", "keep_alive"),

@@ -12,6 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from thalweg.cache.prefix import MISS_REASONS
 from thalweg.engine.processes.client import EngineClient
 from thalweg.errors import InvalidRequest, QueueTimeout, RequestTimeout
 from thalweg.text.output import Delta
@@ -152,6 +153,23 @@ class _EngineCollector(Collector):
         yield gauge("state_slots_used", "Slots of recurrent state in use.", s.slots_used if s else 0)
         if s is not None:
             yield gauge("state_slots_total", "Slots of recurrent state there are.", s.slots_total)
+        yield gauge(
+            "kv_blocks_kept", "Blocks of ended sequences that the prefix cache keeps.", s.blocks_kept if s else 0
+        )
+        yield gauge("state_snapshots_used", "Snapshots of states in the prefix cache.", s.snapshots_used if s else 0)
+        if s is not None:
+            yield gauge("state_snapshots_total", "Snapshots of states there is room for.", s.snapshots_total)
+        queries, hits = (s.prefix_queries, s.prefix_hits) if s else (0, 0)
+        yield counter("prefix_cache_queries_total", "Prompt tokens that were looked up in the prefix cache.", queries)
+        yield counter("prefix_cache_hits_total", "Prompt tokens that were found in it.", hits)
+        misses = CounterMetricFamily(
+            PREFIX + "prefix_cache_misses",
+            "Requests that found nothing in the prefix cache, by reason.",
+            labels=["reason"],
+        )
+        for reason in MISS_REASONS:
+            misses.add_metric([reason], s.prefix_misses.get(reason, 0) if s else 0)
+        yield misses
         yield gauge("server_tasks", "Tasks of the HTTP process's event loop.", len(asyncio.all_tasks()))
         yield counter(
             "num_preemptions_total", "Sequences that gave way and began again.", s.num_preemptions if s else 0

@@ -27,6 +27,7 @@ _SAME_NAME = (
     "ignore_eos",
     "include_stop_str_in_output",
     "skip_special_tokens",
+    "cache_salt",
 )
 
 

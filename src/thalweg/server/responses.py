@@ -13,16 +13,21 @@ from starlette.responses import Response
 encode = msgspec.json.Encoder().encode
 
 
+class PromptTokensDetails(Struct):
+    cached_tokens: int  # that came from the prefix cache
+
+
 class Usage(Struct):
     """Tokens. A prompt counts once however many choices it has; the token that ended a choice counts."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
     @classmethod
-    def of(cls, prompt: int, completion: int) -> Usage:
-        return cls(prompt, completion, prompt + completion)
+    def of(cls, prompt: int, completion: int, cached: int) -> Usage:
+        return cls(prompt, completion, prompt + completion, PromptTokensDetails(cached))
 
 
 class FunctionCall(Struct, omit_defaults=True):

@@ -69,7 +69,8 @@ def serve(
     _check_idle(keep_alive_timeout, sse_ping_interval)
     raise_file_limit()
     sys.setswitchinterval(SWITCH_SECONDS)
-    client = EngineClient(config, RequestLimits(queue_timeout, request_timeout), profiler)
+    debug = log_level == "debug"
+    client = EngineClient(config, RequestLimits(queue_timeout, request_timeout), profiler, debug)
     output = OutputFormat.of(client.codec, tool_call_parser, reasoning_parser)  # refuses a name early
     settings = ServerSettings(
         served_model_names=tuple(served_model_name),

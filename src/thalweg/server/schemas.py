@@ -168,6 +168,7 @@ class GenerationBody(Body, Grammars, Synonyms):
     ignore_eos: bool | None = _says("go on after an end-of-sequence token")
     include_stop_str_in_output: bool | None = _says("leave what stopped it in the text")
     return_token_ids: bool | None = _says("give token_ids with each choice, and the prompt's once")
+    cache_salt: str | None = _says("cached prefixes are shared only with requests of the same salt")
     skip_special_tokens: bool | None = _says("leave control tokens out of the text; true if not given")
     truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=MAX_INT)] | None = _says(
         "keep so many of the prompt's last tokens; -1: as many as leave room for max_tokens"

@@ -51,8 +51,10 @@ class EngineClient:
         config: EngineConfig,
         limits: RequestLimits | None = None,
         profiler: m.ProfilerOptions | None = None,
+        debug: bool = False,
     ) -> None:
-        self.config, self._limits, self.profiler = config, limits or RequestLimits(), profiler
+        """With `debug` the engine process says on standard error what it decides, such as why a prefix is not used."""
+        self.config, self._limits, self.profiler, self._debug = config, limits or RequestLimits(), profiler, debug
         self.codec: TextCodec = load_codec(config)  # refuses a bad folder before a process is started
         self.info: EngineInfo
         self.stats: SchedulerStats | None = None
@@ -81,7 +83,8 @@ class EngineClient:
         # A session of its own: Ctrl-C in a terminal is for this process, which then ends the engine.
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
         self._exit = asyncio.ensure_future(asyncio.to_thread(self._process.wait))
-        await self._socket.send(m.encode(m.Start(self.config.to_dict(), self._limits.queue_timeout, self.profiler)))
+        options = self._limits.queue_timeout, self.profiler, self._debug
+        await self._socket.send(m.encode(m.Start(self.config.to_dict(), *options)))
         receive = asyncio.ensure_future(self._socket.recv())
         await asyncio.wait([receive, self._exit], return_when=asyncio.FIRST_COMPLETED)
         if not receive.done():

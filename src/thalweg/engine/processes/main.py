@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 import time
@@ -151,6 +152,9 @@ def main(address: str) -> int:
         start = m.decode_to_engine(socket.recv())
         if not isinstance(start, m.Start):
             raise ThalwegError(f"the first message is {type(start).__name__}; expected Start")
+        if start.debug:
+            logging.basicConfig(format="%(levelname)s:    %(message)s")
+            logging.getLogger("thalweg").setLevel(logging.DEBUG)
         engine = Engine(EngineConfig(**start.config), Path(address.removeprefix("ipc://")).parent)
         socket.send(m.encode(m.Ready(engine.info)))
         with contextlib.closing(EngineProcess(socket, engine, start.queue_timeout, start.profiler)) as process:

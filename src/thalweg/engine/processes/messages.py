@@ -20,11 +20,13 @@ class ProfilerOptions(msgspec.Struct, frozen=True):
 
 
 class Start(msgspec.Struct, frozen=True, tag=True):
-    """First message to an engine process: EngineConfig.to_dict(), and the seconds a request may wait for its slot."""
+    """First message to an engine process: EngineConfig.to_dict(), the seconds a request may wait for its slot, and
+    whether its debug log is wanted on standard error."""
 
     config: dict[str, Any]
     queue_timeout: float | None = None
     profiler: ProfilerOptions | None = None
+    debug: bool = False
 
 
 class Add(msgspec.Struct, frozen=True, tag=True):

@@ -1,0 +1,68 @@
+"""The prefix cache over HTTP: what answers say of it, metrics, the log, salts."""
+
+from __future__ import annotations
+
+import json
+import re
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.tiny_model import server_process
+from thalweg.config.model_source import model_folder
+
+STORY = "Tom has 4 apples and 3 pears. " * 20
+
+
+def ask(url: str, **body: Any) -> dict[str, Any]:
+    data, headers = (
+        json.dumps({"temperature": 0, "max_tokens": 6, **body}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    text = urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=60).read().decode()
+    if not body.get("stream"):
+        return json.loads(text)
+    return json.loads(text.split("data: ")[-2])  # the last piece, before [DONE]
+
+
+def cached(answer: dict[str, Any]) -> int:
+    return answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+
+def test_the_second_turn_is_cached_and_said_to_be(tmp_path: Path) -> None:
+    if not (model_folder(None) / "model.safetensors").exists():
+        pytest.skip("the bundled model has no weights in this checkout")
+    engine = {"enable_prefix_caching": True}
+    with server_process(tmp_path / "log", engine, {"log_level": "debug"}) as server:
+        chat, completions = f"{server.url}/v1/chat/completions", f"{server.url}/v1/completions"
+        messages = [{"role": "user", "content": STORY}]
+        first = ask(chat, messages=messages, max_tokens=100)
+        turn = [*messages, first["choices"][0]["message"], {"role": "user", "content": "And now?"}]
+        second = ask(chat, messages=turn)
+        streamed = ask(chat, messages=turn, stream=True, stream_options={"include_usage": True})
+        total = first["usage"]["prompt_tokens"]
+        assert cached(first) == 0
+        assert total - 65 <= cached(second) < second["usage"]["prompt_tokens"]
+        assert cached(streamed) >= cached(second)
+
+        assert cached(ask(completions, prompt=STORY, n=2)) == 0
+        plain = ask(completions, prompt=STORY, n=2)
+        assert cached(plain) == (plain["usage"]["prompt_tokens"] - 1) // 64 * 64
+        assert cached(ask(completions, prompt=STORY, cache_salt="mine")) == 0
+        assert cached(ask(completions, prompt=STORY, cache_salt="mine")) > 0
+        assert cached(ask(completions, prompt=STORY, echo=True, logprobs=0)) == 0
+
+        text = urllib.request.urlopen(f"{server.url}/metrics", timeout=60).read().decode()
+    samples = dict(
+        re.findall(r"^thalweg_(prefix_cache_\S+|state_snapshots_\w+|kv_blocks_kept) (\S+)$", text, re.MULTILINE)
+    )
+    assert 0 < float(samples["prefix_cache_hits_total"]) < float(samples["prefix_cache_queries_total"])
+    assert float(samples['prefix_cache_misses_total{reason="other_salt"}']) == 1
+    assert float(samples['prefix_cache_misses_total{reason="prompt_wanted"}']) == 1
+    assert 0 < float(samples["state_snapshots_used"]) <= float(samples["state_snapshots_total"])
+    assert float(samples["kv_blocks_kept"]) > 0
+    assert re.search(
+        r"0 of \d+ prompt tokens are cached, 0 were seen; the rest is other_salt", (tmp_path / "log").read_text()
+    )
