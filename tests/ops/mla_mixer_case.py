@@ -142,22 +142,21 @@ def mla_decode_fp64(case: MlaMixerCase) -> Tensor:
     angles = (case.positions[:, None].float() * case.frequencies).double()
     turn = case.rope_scale * torch.exp(1j * angles)[:, None]
     q = q.unflatten(-1, (H, K + P)).clone()
-    q[..., K:] = torch.view_as_real(
-        torch.view_as_complex(q[..., K:].unflatten(-1, (-1, 2)).contiguous()) * turn
-    ).flatten(-2)
+    pairs = torch.view_as_complex(q[..., K:].unflatten(-1, (-1, 2)).contiguous())
+    q[..., K:] = torch.view_as_real(pairs * turn).flatten(-2)
     return attention_fp64(case, q.flatten(1), new)
 
 
 def attention_fp64(case: MlaMixerCase, q: Tensor, new: Tensor) -> Tensor:
-    (H, _, R), flat, out = case.w_uk.shape, case.blocks.flatten(0, 1), []
+    (H, K, R), flat = case.w_uk.shape, case.blocks.flatten(0, 1)
+    q_BHX = q.unflatten(-1, (H, -1))
+    q_BHC = torch.cat((torch.einsum("bhk,hkr->bhr", q_BHX[..., :K], case.w_uk.double()), q_BHX[..., K:]), dim=-1)
+    o_BHR = q_BHC.new_empty(*q_BHC.shape[:2], R)
     for b in range(len(q)):
         # What a token's latent was rounded to when it was stored is what every later step reads.
-        latent = torch.cat((flat[case.rows(b)[:-1]], new[b : b + 1].to(flat.dtype))).double()
-        keys = torch.einsum("sr,hkr->hsk", latent[:, :R], case.w_uk.double())
-        keys = torch.cat((keys, latent[:, R:].expand(H, -1, -1)), dim=-1)
-        weights = (torch.einsum("hsx,hx->hs", keys, q[b].view(H, -1)) * case.scale).softmax(-1)
-        out.append(torch.einsum("hs,sr,hvr->hv", weights, latent[:, :R], case.w_uv.double()).flatten())
-    return torch.stack(out)
+        latent_SC = torch.cat((flat[case.rows(b)[:-1]], new[b : b + 1].to(flat.dtype))).double()
+        o_BHR[b] = (q_BHC[b] @ latent_SC.T * case.scale).softmax(-1) @ latent_SC[:, :R]
+    return torch.einsum("bhr,hvr->bhv", o_BHR, case.w_uv.double()).flatten(1)
 
 
 def check_mla_mixer(op: Callable[..., Tensor], case: MlaMixerCase, tolerance: float) -> None:

@@ -101,6 +101,15 @@ def test_mla(most: int, cached: list[int], new: list[int], monkeypatch: pytest.M
     assert ratio(triton.mla_prefill(**arguments), reference.mla_prefill(**arguments)) < 0.006
 
 
+@pytest.mark.parametrize("H", [64, 32, 16, 8])
+def test_mla_of_kimi_k2_over_1_to_8_ranks(H: int) -> None:
+    from thalweg.ops.attention.mla import reference, triton
+
+    shape = dict(H=H, K=128, P=64, V=128, R=512, block_size=64)
+    arguments = mla_case([0, 65, 0, 700], [1, 64, 0, 130], torch.bfloat16, "cuda", **shape)
+    assert ratio(triton.mla_prefill(**arguments), reference.mla_prefill(**arguments)) < 0.006
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.005), (torch.float32, 1e-5)])
 @pytest.mark.parametrize(
     ("D", "I", "E", "k", "shared"), [(256, 128, 32, 4, 1), (300, 72, 40, 3, 0), (256, 64, 4, 2, 1)]

@@ -148,15 +148,21 @@ def test_kernels_compile_for_hopper_without_spills(B: int, H: int, rotated: bool
         assert launch.kernel is not kernels._attend or "wgmma.mma_async" in ptx
 
 
-@pytest.mark.parametrize("block_h", [32, 16])
+@pytest.mark.parametrize("block_h", [64, 32, 16])
 def test_attention_in_gluon_compiles_for_hopper_without_spills(block_h: int) -> None:
     pytest.importorskip("triton")
-    from thalweg.ops.attention.mla_mixer.triton import gluon
+    from thalweg.ops.attention.mla_mixer.triton import gluon, many_heads
 
-    queries = {"q_half_desc": descriptor(block_h, 256), "q_shared_desc": descriptor(block_h, 64)}
-    blocks = {"half_desc": descriptor(1, 64, 256), "shared_desc": descriptor(1, 64, 64)}
-    types = {**TYPES, **queries, **blocks, "part_desc": descriptor(1, block_h, 256)}
-    ptx = check_compiled(gluon.attend, {"H": block_h, "BLOCK_SIZE": 64, "BLOCK_S": 128, "PDL": True}, 4, types)
+    shared = {"q_shared_desc": descriptor(block_h, 64), "shared_desc": descriptor(1, 64, 64)}
+    kernel, names, width = (
+        (many_heads.attend, ("q_latent_desc", "latent_desc"), 512)
+        if block_h == 64
+        else (gluon.attend, ("q_half_desc", "half_desc"), 256)
+    )
+    latents = dict(zip(names, (descriptor(block_h, width), descriptor(1, 64, width)), strict=True))
+    types = {**TYPES, **shared, **latents, "part_desc": descriptor(1, block_h, width)}
+    constants = {"H": block_h, "BLOCK_SIZE": 64, "BLOCK_S": 128, "PDL": True}
+    ptx = check_compiled(kernel, constants, 8 if block_h == 64 else 4, types)
     assert "wgmma.mma_async" in ptx
     assert "cp.async.bulk.tensor" in ptx
 
@@ -173,13 +179,15 @@ def test_combine_in_gluon_compiles_for_hopper_without_spills(H: int, splits: int
 
 
 def test_heads_and_splits_of_a_program() -> None:
-    """A context in splits for all multiprocessors, which share the heads beyond 32."""
+    """A context in splits for all multiprocessors; 64 heads read it together if there are sequences enough."""
     pytest.importorskip("triton")
     from thalweg.ops.attention.mla_mixer.triton.gluon import heads_and_splits
 
-    assert [heads_and_splits(B, 64, 132) for B in (1, 8, 64, 128)] == [(32, 64), (32, 8), (32, 1), (32, 1)]
+    few, many = (1, 2, 4, 8), (16, 32, 64, 128)  # the quickest measured
+    assert [heads_and_splits(B, 64, 132) for B in few] == [(32, 64), (32, 32), (32, 16), (32, 8)]
+    assert [heads_and_splits(B, 64, 132) for B in many] == [(64, 8), (64, 4), (64, 2), (64, 1)]
     assert [heads_and_splits(B, 32, 132) for B in (1, 8, 64, 128)] == [(32, 128), (32, 16), (32, 2), (32, 1)]
-    assert [heads_and_splits(8, H, 132) for H in (1, 8, 40, 128)] == [(16, 16), (16, 16), (32, 8), (32, 4)]
+    assert [heads_and_splits(8, H, 132) for H in (1, 8, 40, 128)] == [(16, 16), (16, 16), (32, 8), (64, 8)]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
 """Decode of latent attention with two of its three kernels in Gluon, for Hopper: bulk copies into shared memory, wgmma
-out of it. The first kernel, which absorbs, is module mixer's.
+out of it. The first kernel, which absorbs, is module mixer's; the second for many heads is module many_heads'.
 
 `attend`: a program walks its split of a context in tiles of 64 tokens. A tile is two halves of the latent, [64, R / 2]
 each, which serve as keys and as values, and the shared key part, [64, P]. Shared memory holds two tiles, and the place
@@ -35,47 +35,28 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from thalweg.ops.attention.mla_mixer import TILE
+from thalweg.ops.attention.mla_mixer.triton import many_heads
+from thalweg.ops.attention.mla_mixer.triton.bulk_copies import (
+    barrier,
+    copy,
+    first_row,
+    gdc_launch_dependents,
+    gdc_wait,
+)
 from thalweg.ops.attention.mla_mixer.triton.mixer import LOG2_E, best_splits, launches, run_absorb
 from thalweg.ops.toolchain.triton_launch import pdl_options
 from thalweg.ops.toolchain.triton_support import multiprocessors
 
-_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # the names of Triton 3.7 and of 3.6
-
 BLOCK_N = TILE  # tokens per tile: the rows of a matrix unit's tile
-
-
-@gluon.jit
-def _gdc_wait():
-    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _gdc_launch_dependents():
-    gl.inline_asm_elementwise(
-        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
-def _copy(desc, i, j, column, bar, target, pred):
-    """desc's box that starts at [i, j, column], into target [rows, columns]; `bar` counts its bytes."""
-    box = target._reinterpret(desc.dtype, desc.block_type.shape, desc.layout)
-    tma.async_copy_global_to_shared(desc, [i, j, column], bar, box, pred)
-
-
-@gluon.jit
-def _first_row(first, length, BLOCK_SIZE: gl.constexpr, BLOCK_N: gl.constexpr):
-    """Where in its block the copy of the tile of token `first` starts: earlier, even below 0, at the context end."""
-    return first % BLOCK_SIZE + gl.minimum(length - first, BLOCK_N) - BLOCK_N
 
 
 @gluon.jit
 def _copy_tile(half_desc, shared_desc, half0, half1, shared, block, row, bar):
     WIDTH: gl.constexpr = half_desc.block_type.shape[2]
     mbarrier.expect(bar, 2 * half_desc.block_type.nbytes + shared_desc.block_type.nbytes)
-    _copy(half_desc, block, row, 0, bar, half0, True)
-    _copy(half_desc, block, row, WIDTH, bar, half1, True)
-    _copy(shared_desc, block, row, 2 * WIDTH, bar, shared, True)
+    copy(half_desc, block, row, 0, bar, half0, True)
+    copy(half_desc, block, row, WIDTH, bar, half1, True)
+    copy(shared_desc, block, row, 2 * WIDTH, bar, shared, True)
 
 
 @gluon.jit
@@ -113,7 +94,7 @@ def attend(
     b = gl.program_id(1)
     first_h = gl.program_id(2) * BLOCK_H
     if PDL:
-        _gdc_launch_dependents()
+        gdc_launch_dependents()
 
     kv0 = gl.allocate_shared_memory(dtype, [2, BLOCK_N, WIDTH], half_layout)
     kv1 = gl.allocate_shared_memory(dtype, [2, BLOCK_N, WIDTH], half_layout)
@@ -140,11 +121,11 @@ def attend(
     newest = (length - 1 - start) // BLOCK_N
     for j in gl.static_range(2):
         if (j < n) & (j != newest):
-            row = _first_row(start + j * BLOCK_N, length, BLOCK_SIZE, BLOCK_N)
+            row = first_row(start + j * BLOCK_N, length, BLOCK_SIZE, BLOCK_N)
             block = block0 if j == 0 else block1
             _copy_tile(half_desc, shared_desc, kv0.index(j), kv1.index(j), k.index(j), block, row, bars.index(j))
     if PDL:
-        _gdc_wait()
+        gdc_wait()
     if n > 0:
         mbarrier.expect(q_bar, 2 * q_half_desc.block_type.nbytes + q_shared_desc.block_type.nbytes)
         for j in gl.static_range(2):
@@ -152,7 +133,7 @@ def attend(
         tma.async_copy_global_to_shared(q_shared_desc, [b * H + first_h, R], q_bar, q_shared)
         if newest < gl.minimum(n, 2):
             slot = newest % 2
-            row = _first_row(start + newest * BLOCK_N, length, BLOCK_SIZE, BLOCK_N)
+            row = first_row(start + newest * BLOCK_N, length, BLOCK_SIZE, BLOCK_N)
             block = gl.where(newest == 0, block0, block1)
             bar = bars.index(slot)
             _copy_tile(half_desc, shared_desc, kv0.index(slot), kv1.index(slot), k.index(slot), block, row, bar)
@@ -188,14 +169,14 @@ def attend(
             acc0_RH = warpgroup_mma(kv0_NR.permute((1, 0)), p_smem, acc0_RH * keep_H[None, :], is_async=True)
             acc1_RH = warpgroup_mma(kv1_NR.permute((1, 0)), p_smem, acc1_RH * keep_H[None, :], is_async=True)
             # The place of what every warp is done with is filled again at once.
-            row = _first_row(start + later * BLOCK_N, length, BLOCK_SIZE, BLOCK_N)
+            row = first_row(start + later * BLOCK_N, length, BLOCK_SIZE, BLOCK_N)
             acc0_RH, acc1_RH = warpgroup_mma_wait(1, deps=(acc0_RH, acc1_RH))
-            _barrier()
-            _copy(half_desc, later_block, row, 0, bar, kv0_NR, later < n)
+            barrier()
+            copy(half_desc, later_block, row, 0, bar, kv0_NR, later < n)
             acc0_RH, acc1_RH = warpgroup_mma_wait(0, deps=(acc0_RH, acc1_RH))
-            _barrier()
-            _copy(half_desc, later_block, row, WIDTH, bar, kv1_NR, later < n)
-            _copy(shared_desc, later_block, row, R, bar, k_NP, later < n)
+            barrier()
+            copy(half_desc, later_block, row, WIDTH, bar, kv1_NR, later < n)
+            copy(shared_desc, later_block, row, R, bar, k_NP, later < n)
             later_block = block_after
 
         # Through shared memory, where the queries were, so that whole rows go out.
@@ -203,7 +184,7 @@ def attend(
         q_halves.index(0).store(gl.permute(acc0_RH, (1, 0)).to(dtype))
         q_halves.index(1).store(gl.permute(acc1_RH, (1, 0)).to(dtype))
         fence_async_shared()
-        _barrier()
+        barrier()
         for j in gl.static_range(2):
             part = q_halves.index(j)._reinterpret(dtype, part_desc.block_type.shape, part_desc.layout)
             tma.async_copy_shared_to_global(part_desc, [row, first_h, j * WIDTH], part)
@@ -248,7 +229,7 @@ def combine(
     first_v = gl.program_id(0) % slices * BLOCK_V
     first_b = gl.program_id(1) * BLOCK_B
     if PDL:
-        _gdc_launch_dependents()
+        gdc_launch_dependents()
     w_smem = gl.allocate_shared_memory(dtype, [2, BLOCK_V, WIDTH], w_layout)
     part_smem = gl.allocate_shared_memory(dtype, [2, COLUMNS, WIDTH], part_layout)
     bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -258,7 +239,7 @@ def combine(
     for j in gl.static_range(2):
         bar = bars.index(j)
         mbarrier.expect(bar, w_uv_desc.block_type.nbytes + part_desc.block_type.nbytes)
-        _copy(w_uv_desc, h, first_v, j * WIDTH, bar, w_smem.index(j), True)
+        copy(w_uv_desc, h, first_v, j * WIDTH, bar, w_smem.index(j), True)
     b = first_b + gl.arange(0, BLOCK_B, layout=gl.SliceLayout(1, groups))
     s = gl.arange(0, BLOCK_S, layout=gl.SliceLayout(0, groups))
     tiles_B = gl.cdiv(gl.load(lens_ptr + b, mask=b < B, other=0), BLOCK_N)
@@ -266,9 +247,9 @@ def combine(
     used_BS = s[None, :] * span_B[:, None] < tiles_B[:, None]
     stats_ptrs = stats_ptr + (b.to(gl.int64)[:, None] * BLOCK_S + s[None, :]) * (2 * H) + h
     if PDL:
-        _gdc_wait()
+        gdc_wait()
     for j in gl.static_range(2):
-        _copy(part_desc, first_b * BLOCK_S, h, j * WIDTH, bars.index(j), part_smem.index(j), True)
+        copy(part_desc, first_b * BLOCK_S, h, j * WIDTH, bars.index(j), part_smem.index(j), True)
     m_BS = gl.load(stats_ptrs, mask=used_BS, other=float("-inf"))
     l_BS = gl.load(stats_ptrs + H, mask=used_BS, other=0.0)
     # A finite fill for sequences without tokens, whose weights come out as zeros.
@@ -301,8 +282,12 @@ def tiles(V: int, splits: int) -> tuple[int, int, int]:
 
 
 def heads_and_splits(B: int, H: int, processors: int) -> tuple[int, int]:
-    """Heads that a program of `attend` works on, and parts of each context."""
-    block_h = max(16, min(32, triton.next_power_of_2(H)))
+    """Heads that a program of `attend` works on, and parts of each context.
+
+    Measured on an H200 with 64 heads and contexts of 4000 tokens: from 16 sequences on, reading a context once pays for
+    longer programs. With contexts of 16000 tokens it would with 8.
+    """
+    block_h = max(16, min(64 if B * H >= 1024 else 32, triton.next_power_of_2(H)))
     return block_h, best_splits(B * triton.cdiv(H, block_h), processors)
 
 
@@ -376,12 +361,14 @@ def launch(
     stats_N2H = q_BHC.new_empty(B * block_s, 2, H, dtype=torch.float32)  # maximum and sum of each split's weights
     q, half = q_BHC.flatten(0, 1), R // 2
     pdl = pdl_options(q_BHC)
-    attend[(splits, B, triton.cdiv(H, block_h))](
-        _descriptor(q, [block_h, half]),
+    many = block_h > 32
+    kernel, width = (many_heads.attend, R) if many else (attend, half)
+    kernel[(splits, B, triton.cdiv(H, block_h))](
+        _descriptor(q, [block_h, width]),
         _descriptor(q, [block_h, C - R]),
-        _descriptor(blocks_MSC, [1, BLOCK_N, half]),
+        _descriptor(blocks_MSC, [1, BLOCK_N, width]),
         _descriptor(blocks_MSC, [1, BLOCK_N, C - R]),
-        _descriptor(part_NHR, [1, block_h, half]),
+        _descriptor(part_NHR, [1, block_h, width]),
         block_tables_BN,
         context_lens_B,
         stats_N2H,
@@ -390,7 +377,7 @@ def launch(
         H=H,
         BLOCK_S=block_s,
         BLOCK_SIZE=blocks_MSC.shape[1],
-        num_warps=4,
+        num_warps=8 if many else 4,
         **pdl,
     )
     combine[(H * (V // block_v), triton.cdiv(B * block_s, columns))](
