@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from thalweg.ops.linear.reference import linear_ggml
 from thalweg.quant import GgmlRows, scheme_named
 from thalweg.quant.ggml_blocks import dequantize
 from thalweg.quant.ggml_quantize import WRITTEN, quantize
@@ -67,5 +68,18 @@ def test_a_scheme_keeps_rows_of_several_types() -> None:
     assert (widened - values).square().mean().sqrt() < 0.07
     assert torch.equal(widened[4:6], values[4:6].half().float())
     assert scheme.bytes_per_weight(4) == pytest.approx(len(blocks) / values.numel())
+    slices = list(scheme.slices(blocks, torch.float32))
+    assert torch.equal(torch.cat(slices), widened)
     experts = torch.stack([blocks, blocks])
     assert torch.equal(scheme.widened([experts], 1, torch.float32)[1], widened)
+
+
+def test_a_large_matrix_is_never_whole_in_float32() -> None:
+    scheme = GgmlRows.of([("Q8_0", 3000), ("Q4_0", 1000)])
+    (stored,) = scheme.stored((4000, 1024), 1)
+    blocks = torch.zeros(stored.shape, dtype=torch.uint8)
+    slices = list(scheme.slices(blocks, torch.float32))
+    assert sum(len(rows) for rows in slices) == 4000
+    assert max(rows.numel() for rows in slices) <= 1 << 20
+    x = torch.randn(3, 1024)
+    assert linear_ggml(scheme, x, blocks).shape == (3, 4000)

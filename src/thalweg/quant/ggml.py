@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,7 @@ Tile = tuple[int, int, int]
 g * R + r does."""
 
 _NAME = re.compile(r"([A-Z]\w+ \d+(?: \+ [A-Z]\w+ \d+)*)(?:, tiled (\d+) x (\d+) x (\d+))?")
+_SLICE = 1 << 20  # elements
 _BLOCK = 256  # elements, a multiple of those of every type's blocks
 
 
@@ -87,18 +88,28 @@ class GgmlRows:
         """Each element is rounded once to `dtype`."""
         import torch
 
+        rows = list(self.slices(stored[0], dtype))
+        return rows[0] if len(rows) == 1 else torch.cat(rows, dim=-2)
+
+    def slices(self, blocks: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+        """The elements, a range of rows [..., n, D] after another: what is widened at a time stays in the caches of a
+        processor, and a matrix takes no memory in `dtype`."""
         from thalweg.quant.ggml_blocks import dequantize
 
-        (blocks,), at, rows = stored, 0, []
-        columns = self._columns(blocks)
+        at, columns = 0, self._columns(blocks)
+        step = max(1, _SLICE // columns)
         for name, count in self.segments:
             kind = TYPES[name]
-            size = count * kind.row_bytes(columns)
-            segment = blocks[..., at : at + size].unflatten(-1, (count, -1))
-            rows.append(dequantize(segment, kind, dtype))
-            at += size
-        whole: Tensor = rows[0] if len(rows) == 1 else torch.cat(rows, dim=-2)
-        return whole if self.tile is None else whole.unflatten(-1, self.tile).transpose(-3, -2).flatten(-3)
+            size = kind.row_bytes(columns)
+            for first in range(0, count, step):
+                rows = min(step, count - first)
+                part = blocks[..., at : at + rows * size].unflatten(-1, (rows, size))
+                at += rows * size
+                yield self._in_order(dequantize(part, kind, dtype))
+
+    def _in_order(self, rows: Tensor) -> Tensor:
+        """With columns as a checkpoint has them."""
+        return rows if self.tile is None else rows.unflatten(-1, self.tile).transpose(-3, -2).flatten(-3)
 
     def rows_of(self, stored: Sequence[Tensor], ids: Tensor, dtype: torch.dtype) -> Tensor:
         from thalweg.quant.ggml_blocks import dequantize

@@ -10,6 +10,7 @@ from torch import Tensor
 from thalweg.quant.ggml_types import GgmlType
 
 PLAIN_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_BITS = [1 << i for i in range(8)]
 _IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 _MXFP4 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 
@@ -50,11 +51,12 @@ def _bits(b: Tensor, width: int) -> Tensor:
 
 def _fifth_bits(b: Tensor) -> Tensor:
     """Four bytes, bit e of which belongs to element e of 32, as [N, 32] numbers 0 and 16."""
-    return _bits(b, 1).transpose(1, 2).flatten(1) << 4
+    bits = b.repeat_interleave(8, dim=1).bitwise_and_(torch.tensor(_BITS * 4, dtype=torch.uint8, device=b.device))
+    return bits.ne_(0).mul_(16)
 
 
 def _q4_0(b: Tensor) -> Tensor:
-    return _half(b, 0) * (_nibbles(b[:, 2:]).flatten(1).float() - 8)
+    return _nibbles(b[:, 2:]).flatten(1).float().sub_(8).mul_(_half(b, 0))
 
 
 def _q4_1(b: Tensor) -> Tensor:
@@ -62,7 +64,7 @@ def _q4_1(b: Tensor) -> Tensor:
 
 
 def _q5_0(b: Tensor) -> Tensor:
-    return _half(b, 0) * ((_nibbles(b[:, 6:]).flatten(1) | _fifth_bits(b[:, 2:6])).float() - 16)
+    return (_nibbles(b[:, 6:]).flatten(1) | _fifth_bits(b[:, 2:6])).float().sub_(16).mul_(_half(b, 0))
 
 
 def _q5_1(b: Tensor) -> Tensor:
@@ -70,7 +72,7 @@ def _q5_1(b: Tensor) -> Tensor:
 
 
 def _q8_0(b: Tensor) -> Tensor:
-    return _half(b, 0) * b[:, 2:].view(torch.int8).float()
+    return b[:, 2:].view(torch.int8).float().mul_(_half(b, 0))
 
 
 def _scales_and_mins(s: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,7 +87,7 @@ def _affine(b: Tensor, q_N8E: Tensor) -> Tensor:
     """d * scale * q - dmin * min of eight sub-blocks of 32."""
     scales, mins = _scales_and_mins(b[:, 4:16])
     d, dmin = _half(b, 0)[:, None], _half(b, 2)[:, None]
-    return (d * scales * q_N8E.float() - dmin * mins).flatten(1)
+    return q_N8E.float().mul_(d * scales).sub_(dmin * mins).flatten(1)
 
 
 def _q4_k(b: Tensor) -> Tensor:
@@ -100,9 +102,9 @@ def _q5_k(b: Tensor) -> Tensor:
 def _q6_k(b: Tensor) -> Tensor:
     low = _nibbles(b[:, :128].reshape(-1, 64)).view(-1, 2, 4, 32)
     high = _bits(b[:, 128:192].reshape(-1, 32), 2).view(-1, 2, 4, 32)
-    q = (low | high << 4).view(-1, 16, 16).float() - 32
+    q = (low | high << 4).view(-1, 16, 16).float().sub_(32)
     scales = b[:, 192:208].contiguous().view(torch.int8).float().unsqueeze(-1)
-    return (_half(b, 208)[:, None] * scales * q).flatten(1)
+    return q.mul_(_half(b, 208)[:, None] * scales).flatten(1)
 
 
 def _q3_k(b: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ def load_gguf_tokenizer(path: Path) -> Tokenizer:
     model, pre = metadata.get(MODEL), metadata.get(PRE)
     if model != "gpt2":
         raise UnsupportedError(f"{path}: {MODEL} is {model!r:.80}; expected 'gpt2', a byte-level BPE vocabulary")
-    if pre != KIMI and pre not in PATTERNS:
+    if not isinstance(pre, str) or (pre != KIMI and pre not in PATTERNS):
         known = ", ".join((KIMI, *PATTERNS))
         raise UnsupportedError(
             f"{path}: {PRE} is {pre!r:.80}, whose split pattern is not known; expected one of {known}"

@@ -17,7 +17,7 @@ from thalweg.ops.norm import RMS_NORM, RmsNormDims
 from thalweg.ops.registry import Op, Refusal, Resolver, Tokens, Where, register
 from thalweg.ops.toolchain import cuda_build
 from thalweg.ops.toolchain.triton_support import why_not, why_not_hopper
-from thalweg.quant import scheme_named
+from thalweg.quant import GgmlRows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +115,9 @@ def _norm_few(dims: NormLinearDims) -> Tokens:
 
 
 def _ggml(where: Where, dims: LinearGgmlDims) -> LinearGgml:
-    return partial(reference.linear_ggml, scheme_named(dims.scheme))
+    scheme = GgmlRows.named(dims.scheme)
+    assert scheme is not None
+    return partial(reference.linear_ggml, scheme)
 
 
 def _cuda_linear(where: Where, dims: LinearDims) -> Linear:

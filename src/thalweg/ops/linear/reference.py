@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from thalweg.ops.norm.reference import rms_norm
-from thalweg.quant import FP8_LINEARS, Scheme
+from thalweg.quant import FP8_LINEARS, GgmlRows
 
 
 def linear(x_TD: Tensor, w_OD: Tensor) -> Tensor:
@@ -30,5 +30,5 @@ def linear_fp8(x_TD: Tensor, q_OD: Tensor, scale_OB: Tensor) -> Tensor:
     return F.linear(x_TD, FP8_LINEARS.widened([q_OD, scale_OB], 1, x_TD.dtype))
 
 
-def linear_ggml(scheme: Scheme, x_TD: Tensor, blocks: Tensor) -> Tensor:
-    return F.linear(x_TD, scheme.widened([blocks], 1, x_TD.dtype))
+def linear_ggml(scheme: GgmlRows, x_TD: Tensor, blocks: Tensor) -> Tensor:
+    return torch.cat([F.linear(x_TD, w_OD) for w_OD in scheme.slices(blocks, x_TD.dtype)], dim=-1)
