@@ -92,6 +92,11 @@ def test_without_paged_layers() -> None:
     s = split([STATE], memory_bytes=GIB)
     assert (s.num_blocks, s.blocks_bytes, s.max_model_len) == (0, 0, 1_048_576)
     assert "blocks          none, no layer caches by token" in s.describe()
+    s = split([STATE], memory_bytes=GIB, prefix_caching=True)
+    assert s.keeps_prefixes
+    assert s.describe()[3].startswith(
+        f"prefix cache    {s.snapshot_bytes / 2**20:.2f} MiB = {s.num_snapshots} snapshots"
+    )
 
 
 def test_without_state_layers() -> None:

@@ -89,6 +89,8 @@ def engine_options(config: EngineConfig) -> list[str]:
         option = "--" + name.replace("_", "-")
         if name == "model":
             arguments.append(value)
+        elif value is False:
+            arguments.append("--no-" + name.replace("_", "-"))
         elif name == "op_preference":
             arguments += [part for op, choice in value.items() for part in ("--op", f"{op}={choice}")]
         elif name == "ignore_config_key":

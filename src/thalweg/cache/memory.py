@@ -84,11 +84,10 @@ class MemorySplit:
                 "off: one sequence of --max-model-len leaves no room for a snapshot of states; lower it or"
                 " --max-num-seqs, or raise --cache-memory / --gpu-memory-utilization"
             )
-        tokens = f", as much as blocks of {self.bytes_per_slot * self.block_size // self.bytes_per_block} tokens"
-        return (
-            f"{_size(self.snapshot_bytes)} = {self.num_snapshots} snapshots of states x {_size(self.bytes_per_slot)}"
-            f"{tokens if self.bytes_per_block else ''}"
-        )
+        line = f"{_size(self.snapshot_bytes)} = {self.num_snapshots} snapshots of states x {_size(self.bytes_per_slot)}"
+        if self.bytes_per_block:
+            line += f", as much as blocks of {self.bytes_per_slot * self.block_size // self.bytes_per_block} tokens"
+        return line
 
 
 def default_num_seqs(

@@ -77,7 +77,12 @@ def run(model: str | None, sizes: Sizes, phase: Phase) -> dict[str, int]:
 
         importlib.import_module("thalweg.server.run")  # by its name, as this room and the server are neighbours
     config = EngineConfig(
-        model=model, device="cpu", max_num_seqs=sizes.prompts, max_model_len=1024, cache_memory=256 << 20
+        model=model,
+        device="cpu",
+        max_num_seqs=sizes.prompts,
+        max_model_len=1024,
+        cache_memory=256 << 20,
+        enable_prefix_caching=False,  # the prompts are alike, and each is to be computed
     )
     with phase("load"):
         engine = Engine(config)

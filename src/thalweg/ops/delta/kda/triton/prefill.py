@@ -318,8 +318,9 @@ def across_chunks_kernel(
         o_ptrs = o_ptr + (t.to(tl.int64) * H + h)[:, None] * V + v[None, :]
         tl.store(o_ptrs, tl.trans(o).to(o_ptr.dtype.element_ty), mask=(t < end)[:, None] & v_mask)
         save = tl.load(saves_ptr + chunk + n).to(tl.int64)
-        save_ptrs = state_ptr + ((save * H + h) * V + v[:, None]) * K + k[None, :]
-        tl.store(save_ptrs, S.to(state_ptr.dtype.element_ty), mask=S_mask & (save > 0))
+        if save > 0:  # not by a mask: the state is laid out for products, and a store wants it otherwise
+            save_ptrs = state_ptr + ((save * H + h) * V + v[:, None]) * K + k[None, :]
+            tl.store(save_ptrs, S.to(state_ptr.dtype.element_ty), mask=S_mask)
     tl.store(S_ptrs, S.to(state_ptr.dtype.element_ty), mask=S_mask)
 
 
