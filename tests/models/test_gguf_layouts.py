@@ -106,6 +106,23 @@ def test_qwen3_next_packed_as_its_checkpoint_is(shared_dir: Path, tmp_path: Path
     assert torch.equal(logits(other), logits(oracle / "model-f32.gguf"))
 
 
+def test_kimi_k2_from_before_the_latent_was_cached(shared_dir: Path, tmp_path: Path) -> None:
+    """Old files have one attn_kv_b, and the sizes of a head where later ones have the latent's."""
+    oracle = shared_dir / "oracles" / "kimi_k2"
+    file, changes, gone = GgufFile(oracle / "model-f32.gguf"), {}, []
+    for n in range(3):
+        k, v = (values(file, f"blk.{n}.attn_{x}_b.weight") for x in "kv")
+        whole = np.concatenate([k.transpose(0, 2, 1), v], axis=1).reshape(-1, k.shape[1])
+        changes[f"blk.{n}.attn_kv_b.weight"] = plain_tensor(f"blk.{n}.attn_kv_b.weight", whole)
+        gone += [f"blk.{n}.attn_k_b.weight", f"blk.{n}.attn_v_b.weight"]
+    tensors = {name: copied(file, name) for name in file.tensors if name not in gone}
+    sizes = {"key_length": 24, "value_length": 16, "head_count_kv": 4}
+    old = {key: value for key, value in file.metadata.items() if not key.endswith("_mla")}
+    old |= {f"deepseek2.attention.{key}": size for key, size in sizes.items()}
+    write_gguf(tmp_path / "old.gguf", old, [*{**tensors, **changes}.values()])
+    assert torch.equal(logits(tmp_path / "old.gguf"), logits(oracle / "model-f32.gguf"))
+
+
 def test_split_files(tiny: dict[str, Path], tmp_path: Path) -> None:
     file = GgufFile(tiny["q8_0"])
     names = list(file.tensors)

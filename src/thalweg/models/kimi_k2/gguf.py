@@ -24,7 +24,8 @@ ARCHITECTURE = "deepseek2"
 def config(keys: GgufKeys) -> dict[str, Any]:
     """config.json's object. Raises ConfigError."""
     raw = common(keys) | latent_attention(keys)
-    keys.agree("attention.head_count_kv", 1)
+    if keys.get_int("attention.head_count_kv", 1) not in (1, raw["num_attention_heads"]):
+        raise keys.error("attention.head_count_kv", f"1, or attention.head_count {raw['num_attention_heads']}")
     raw |= {
         "architectures": ["DeepseekV3ForCausalLM"],
         "model_type": "kimi_k2",

@@ -41,12 +41,15 @@ def common(keys: GgufKeys) -> dict[str, Any]:
 
 
 def latent_attention(keys: GgufKeys) -> dict[str, Any]:
-    """Multi-head latent attention by DeepSeek's keys."""
-    heads, rank, rope = (
-        keys.get_int(k) for k in ("attention.head_count", "attention.kv_lora_rank", "rope.dimension_count")
-    )
-    head_dim = keys.get_int("attention.key_length_mla")
-    keys.agree("attention.key_length", rank + rope)
+    """Multi-head latent attention by DeepSeek's keys. Files from before llama.cpp cached the latent have the sizes of a
+    head where later ones have those of the latent."""
+    heads, rank = keys.get_int("attention.head_count"), keys.get_int("attention.kv_lora_rank")
+    rope, head_dim = keys.get_int("rope.dimension_count"), keys.get_int("attention.key_length_mla", None)
+    if head_dim is None:
+        head_dim, value = keys.get_int("attention.key_length"), keys.get_int("attention.value_length")
+    else:
+        value = keys.get_int("attention.value_length_mla")
+        keys.agree("attention.key_length", rank + rope)
     return {
         "num_attention_heads": heads,
         "num_key_value_heads": heads,
@@ -54,7 +57,7 @@ def latent_attention(keys: GgufKeys) -> dict[str, Any]:
         "q_lora_rank": keys.get_int("attention.q_lora_rank", None) or None,
         "qk_nope_head_dim": head_dim - rope,
         "qk_rope_head_dim": rope,
-        "v_head_dim": keys.get_int("attention.value_length_mla"),
+        "v_head_dim": value,
     }
 
 
@@ -82,7 +85,7 @@ def sigmoid_experts(keys: GgufKeys) -> dict[str, Any]:
         "top_groups": keys.get_int("expert_group_used_count", 1) or 1,
         "renormalize": keys.get_bool("expert_weights_norm", False),
         "inner": keys.get_int("expert_feed_forward_length"),
-        "scale": keys.get_float("expert_weights_scale", 1.0),
+        "scale": keys.get_float("expert_weights_scale", 1.0) or 1.0,
         "dense": keys.get_int("leading_dense_block_count", 0),
     }
 
