@@ -26,9 +26,9 @@ test: $(VENV)/ready-dev  ## every test that this machine can run
 quick: $(VENV)/ready-dev  ## leave out the slow tests
 	$(BIN)/python -m pytest -m "not slow"
 
-# Ops know no other library than torch and Triton, which are the same in both environments.
+# Ops and models know no other library than torch and Triton, which are the same in both environments.
 test-lowest: $(LOWEST)/ready  ## the quick tests with the lowest version of everything that pyproject.toml allows
-	$(LOWEST)/bin/python -m pytest -m "not slow" --ignore=tests/ops
+	$(LOWEST)/bin/python -m pytest -m "not slow" --ignore=tests/ops --ignore=tests/models
 
 lint: $(VENV)/ready-dev
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import pytest
 
@@ -18,14 +19,7 @@ SRC = Path(thalweg.__file__).parents[1]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
-def test_quick_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "A.json"
-    assert main(["bench", "functions", "--quick", "--save", str(file)]) == 0
-    out, err = capfd.readouterr()
-    assert "prefill: 1 step, CPU" in out
-    assert "share of decode" in out
-    assert "time run 1 of 4" in err
-    figures = json.loads(file.read_text())
+def check_figures(figures: dict[str, Any]) -> None:
     functions, phases = figures["functions"], figures["phases"]
     assert list(phases) == ["import", "load", "prefill", "decode", "grammar", "http"]
     for name, (phase, calls) in {
@@ -50,7 +44,9 @@ def test_quick_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
         assert 0.5 < of_all / 1e3 / median(phases[phase]["cpu_ms"]) < 1.1
 
 
-def test_report_of_two_commits(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_report_of_two_commits(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def git(*words: str) -> str:
         identity = ("-c", "user.name=t", "-c", "user.email=t@example.com")
         done = subprocess.run(["git", "-C", str(tmp_path), *identity, *words], capture_output=True, text=True)
@@ -73,10 +69,12 @@ def test_report_of_two_commits(tmp_path: Path, capfd: pytest.CaptureFixture[str]
     docstring += '"""\n' if docstring else ""
     scheduler.write_text(f"{head}{begin}{docstring}        sum(range(100_000))\n{rest}")
     git("commit", "-qam", "after")
-    report = tmp_path / "report.md"
-    line = ["bench", "functions", "--quick", "--base", "HEAD~1", "--repository", str(tmp_path), "--report", str(report)]
-    assert main(line) == 0
-    out = capfd.readouterr().out
+    report, file = tmp_path / "report.md", tmp_path / "B.json"
+    line = ["bench", "functions", "--quick", "--base", "HEAD~1", "--repository", str(tmp_path)]
+    assert main([*line, "--report", str(report), "--save", str(file)]) == 0
+    out, err = capfd.readouterr()
+    assert "time run 1 of 3" in err
+    check_figures(json.loads(file.read_text()))
     assert report.read_text() == out
     assert f"{git('rev-parse', '--short', 'HEAD~1')} and {git('rev-parse', '--short', 'HEAD')}" in out
     assert "1 modified, 1 added, 0 removed" in out
@@ -86,3 +84,11 @@ def test_report_of_two_commits(tmp_path: Path, capfd: pytest.CaptureFixture[str]
     assert "Not called by the workload: `thalweg.cache.slots:never_called`\n" in out
     assert git("worktree", "list").count("\n") == 0
     assert git("status", "--porcelain", "--untracked-files=no") == ""
+
+    # Of one version alone the figures are printed.
+    figures = json.loads(file.read_text())
+    monkeypatch.setattr("thalweg.bench.functions.record.record", lambda *_: [figures])
+    assert main(["bench", "functions", "--quick"]) == 0
+    out = capfd.readouterr().out
+    assert "prefill: 1 step, CPU" in out
+    assert "share of decode" in out

@@ -55,7 +55,7 @@ def record(
     times = QUICK_RUNS if quick else TIME_RUNS
     model = None if model is None else str(Path(model).expanduser().resolve())
     # Memory is nearly the same every time, and tracing it makes everything several times slower.
-    plan = [("time", quick)] * times + [("memory", True)] * MEMORY_RUNS
+    plan = [("time", quick)] * times + [("memory", True)] * (1 if quick else MEMORY_RUNS)
     runs: list[dict[str, list[dict[str, Any]]]] = [{"time": [], "memory": []} for _ in versions]
     for i, (kind, small) in enumerate(plan, start=1):
         for version, found in zip(versions, runs, strict=True):
