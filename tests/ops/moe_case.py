@@ -29,15 +29,19 @@ class MoeCase:
     down: tuple[Tensor, ...]
     num_shared: int
     scheme: str = PLAIN.name
+    own: tuple[Tensor, Tensor] | None = None
+    scale: float = 1.0
 
     @property
     def dims(self) -> ExpertsDims:
-        E, D, I = self.down[0].shape
-        return ExpertsDims(E=E, D=D, I=I, scheme=self.scheme)
+        E, D, I = len(self.down[0]), self.x.shape[1], self.gate_up[0].shape[1] // 2
+        return ExpertsDims(E=E, D=D, I=I, scheme=self.scheme, own=0 if self.own is None else self.own[1].shape[1])
 
     def run(self, experts: Experts, promise: bool = True, **options: Any) -> Tensor:
         """What `experts` gives, told of the shared ones if `promise`."""
         arguments = (self.x, self.weights, self.ids, self.gate_up, self.down)
+        if self.own is not None:
+            options |= {"own": self.own, "scale": self.scale}
         return experts(*arguments, num_shared=self.num_shared if promise else 0, **options)
 
 
@@ -74,9 +78,10 @@ def routed(
     renormalize: bool = True,
     scale: float = 1.0,
     scoring: str = "sigmoid",
+    **groups: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What "norm_router" gives, without groups."""
-    routing: dict[str, Any] = dict(top_k=k, renormalize=renormalize, scale=scale, scoring=scoring)
+    """What "norm_router" gives."""
+    routing: dict[str, Any] = dict(top_k=k, renormalize=renormalize, scale=scale, scoring=scoring, **groups)
     arguments = (case.x, case.norm, 1e-5, case.router_weight, case.bias)
     return norm_router(*arguments, **routing, num_shared=case.num_shared)
 
@@ -102,7 +107,11 @@ def experts_in_float64(case: MoeCase) -> Tensor:
     scheme = scheme_named(case.scheme)
     gate_up, down = scheme.widened(case.gate_up, 2, torch.float64), scheme.widened(case.down, 1, torch.float64)
     gate, up = torch.einsum("td,eid->eti", case.x.double(), gate_up.double()).chunk(2, dim=-1)
-    return torch.einsum("eti,edi,te->td", F.silu(gate) * up, down.double(), weights)
+    routed = torch.einsum("eti,edi,te->td", F.silu(gate) * up, down.double(), weights)
+    if case.own is None:
+        return routed
+    gate, up = (case.x.double() @ case.own[0].double().T).chunk(2, dim=-1)
+    return case.scale * routed + (F.silu(gate) * up) @ case.own[1].double().T
 
 
 def rmse_ratio(out: Tensor, expected: Tensor) -> float:
@@ -131,4 +140,36 @@ def moe_case_fp8(
         g = torch.Generator(device).manual_seed(seed)
         for _, scales in (case.gate_up, case.down):
             scales *= 2 ** (4 * torch.rand(scales.shape, generator=g, device=device) - 2)
+    return case
+
+
+def moe_case_int4(
+    T: int,
+    D: int,
+    I: int,
+    E: int,
+    k: int,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    seed: int = 0,
+    own: int = 0,
+    scale: float = 1.0,
+) -> MoeCase:
+    """A case whose weights are in int4, and with one more expert `own` wide whose weights are plain, if it is not 0.
+    Words are random, scales of any size between a half and twice what keeps outputs near 1."""
+    case = moe_case(T, D, 8, E, k, 0, dtype, device, seed)
+    g = torch.Generator(device).manual_seed(seed + 1)
+
+    def stored(rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        words = torch.randint(-(2**31), 2**31, (E, rows, columns // 8), generator=g, device=device)
+        scales = 2 ** (2 * torch.rand(E, rows, -(-columns // 32), generator=g, device=device) - 1)
+        return words.int(), (scales * columns**-0.5 / 5).bfloat16().to(dtype)
+
+    case.gate_up, case.down = stored(2 * I, D), stored(D, I)
+    case.scheme, case.scale = "int4", scale
+    if own:
+        case.own = tuple(
+            (torch.randn(rows, columns, generator=g, device=device) * columns**-0.5).to(dtype)
+            for rows, columns in ((2 * own, D), (D, own))
+        )  # type: ignore[assignment]
     return case

@@ -14,16 +14,18 @@ from thalweg.ops.registry import Resolver, Where
 DIMS: dict[str, Any] = {"E": 257, "D": 2304, "I": 1024, "scheme": "fp8"}
 
 
-@pytest.mark.parametrize("tokens", [8, 16])
-@pytest.mark.parametrize(("gated", "columns", "rows"), [(1, 2304, 1024), (0, 1024, 2304)])
+@pytest.mark.parametrize(
+    ("tokens", "gated", "columns", "rows"),
+    [(8, 1, 2304, 1024), (16, 1, 2304, 1024), (8, 0, 1024, 2304), (16, 0, 1024, 2304), (8, 1, 7168, 2048)],
+)
 def test_they_compile_for_hopper(tmp_path: Path, tokens: int, gated: int, columns: int, rows: int) -> None:
     pytest.importorskip("triton")
-    from thalweg.ops.moe.experts.cuda_fp8 import SOURCE, geometry
+    from thalweg.ops.moe.experts.cuda_fp8 import SOURCE, blocks_per_multiprocessor, geometry
 
     warps, shared_bytes, macros = geometry(columns, tokens)
     compiled = compile_cuda(SOURCE, tmp_path, GATED=gated, OUT=rows, E=257, K=9, SHARED=1, **macros)
     assert compiled.spilled_bytes == 0
-    blocks = 2 if tokens == 8 else 1
+    blocks = blocks_per_multiprocessor(warps, macros["TILES"])
     # As many fit a multiprocessor, and no more: else the next launch, which starts early, is spread unevenly.
     per_partition = -(-(warps + 1) * blocks // 4)  # warps of a quarter of a multiprocessor
     assert per_partition * compiled.registers * 32 <= 16384
@@ -42,8 +44,8 @@ def test_constants_are_those_of_the_source() -> None:
 
 
 def test_columns_are_shared_out_whole() -> None:
-    assert [steps_per_warp(128 * n) for n in (1, 8, 12, 14, 18, 24)] == [1, 1, 1, 2, 2, 2]
-    assert [steps_per_warp(n) for n in (0, 64, 128 * 13, 128 * 26, 200)] == [None] * 5
+    assert [steps_per_warp(128 * n) for n in (1, 8, 12, 14, 18, 24, 28, 56)] == [1, 1, 1, 2, 2, 2, 4, 4]
+    assert [steps_per_warp(n) for n in (0, 64, 128 * 13, 128 * 26, 128 * 60, 200)] == [None] * 6
 
 
 @pytest.mark.parametrize(
@@ -53,7 +55,7 @@ def test_columns_are_shared_out_whole() -> None:
         ({**DIMS, "D": 200}, "bfloat16", "times 128, not 200 and 1024"),
         ({**DIMS, "I": 13 * 128}, "bfloat16", "times 128, not 2304 and 1664"),
         (DIMS, "float32", "needs bfloat16, not float32"),
-        ({**DIMS, "scheme": "none"}, "bfloat16", "needs weights in scheme fp8, not none"),
+        ({**DIMS, "scheme": "none"}, "bfloat16", "needs weights in scheme fp8 or int4, not none"),
     ],
 )
 def test_what_they_do_not_serve_they_refuse_with_a_reason(dims: dict[str, Any], dtype: str, reason: str) -> None:

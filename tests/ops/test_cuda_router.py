@@ -8,7 +8,7 @@ import pytest
 
 from tests.ops.compile_cuda import compile_cuda
 from thalweg.ops.moe.router import NORM_ROUTER, NormRouterDims
-from thalweg.ops.moe.router.cuda import BLOCKS, SOURCE, refusal, shared_bytes, tokens_per_cluster
+from thalweg.ops.moe.router.cuda import BLOCKS, SOURCE, parts, refusal, shared_bytes, tokens_per_cluster
 from thalweg.ops.registry import Resolver, Where
 
 DIMS = {"E": 256, "D": 2304, "K": 8, "G": 1, "S": 1}
@@ -21,11 +21,21 @@ def test_it_compiles_for_hopper_without_spills(
     tmp_path: Path, tokens: int, E: int, D: int, K: int, softmax: int
 ) -> None:
     macros = {"E": E, "D": D, "K": K, "SHARED": 1, "SOFTMAX": softmax, "RENORMALIZE": 1, "TOKENS": tokens}
+    macros |= {"PARTS": parts(E, D), "GROUPS": 1, "TOP_GROUPS": 1}
     compiled = compile_cuda(SOURCE, tmp_path, **macros)
     assert compiled.spilled_bytes == 0
     if E == 256:  # two blocks a multiprocessor, so that 16 clusters of 8 or 16 tokens find room beside each other
         assert compiled.registers <= 128
         assert shared_bytes(E, D, tokens) + compiled.static_shared_bytes <= SHARED_OF_TWO
+
+
+@pytest.mark.parametrize(("E", "groups"), [(384, 1), (256, 8)])
+def test_it_compiles_for_weights_in_two_parts(tmp_path: Path, E: int, groups: int) -> None:
+    assert parts(E, 7168) == 2
+    macros = {"E": E, "D": 7168, "K": 8, "SHARED": 1, "SOFTMAX": 0, "RENORMALIZE": 1, "TOKENS": 8, "PARTS": 2}
+    compiled = compile_cuda(SOURCE, tmp_path, **macros, GROUPS=groups, TOP_GROUPS=(groups + 1) // 2)
+    assert compiled.spilled_bytes == 0
+    assert shared_bytes(E, 7168, 8, 2) + compiled.static_shared_bytes <= 227 * 1024
 
 
 def test_constants_are_those_of_the_source() -> None:
@@ -44,13 +54,13 @@ def test_it_starts_the_kernel_behind_after_its_own_wait() -> None:
 @pytest.mark.parametrize(
     ("dims", "dtype", "reason"),
     [
-        ({**DIMS, "D": 2303}, "bfloat16", "rows of a multiple of 256 up to 4096"),
-        ({**DIMS, "D": 7168, "E": 384}, "bfloat16", "rows of a multiple of 256 up to 4096"),
+        ({**DIMS, "D": 2303}, "bfloat16", "rows of a multiple of 256 up to 7168"),
+        ({**DIMS, "D": 7680, "E": 384}, "bfloat16", "rows of a multiple of 256 up to 7168"),
         ({**DIMS, "E": 1024}, "bfloat16", "a multiple of 32 experts up to 512"),
         ({**DIMS, "E": 40}, "bfloat16", "a multiple of 32 experts up to 512"),
         ({**DIMS, "K": 32}, "bfloat16", "at most 32 of them a token, not 2304, 256 and 33"),
-        ({**DIMS, "D": 4096, "E": 512}, "bfloat16", "a sixteenth of the weights in shared memory, not 512 x 4096"),
-        ({**DIMS, "G": 8}, "bfloat16", "experts in one group, not 8"),
+        ({**DIMS, "D": 4096, "E": 512}, "bfloat16", "a thirty-second of the weights in shared memory, and as much in"),
+        ({**DIMS, "G": 4}, "bfloat16", "experts in one group or in groups of 32, not 256 in 4"),
         (DIMS, "float32", "needs bfloat16, not float32"),
     ],
 )
@@ -61,4 +71,5 @@ def test_what_it_does_not_serve_it_refuses_with_a_reason(dims: dict[str, int], d
 
 
 def test_it_serves_the_published_shape_and_smaller_ones() -> None:
-    assert all(refusal(E, D, 9) is None for E, D in ((256, 2304), (64, 1024), (512, 2304), (32, 256), (256, 4096)))
+    assert all(refusal(E, D, 9) is None for E, D in ((256, 2304), (64, 1024), (512, 2304), (32, 256), (384, 7168)))
+    assert refusal(256, 7168, 9, groups=8) is None

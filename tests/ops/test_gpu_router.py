@@ -9,6 +9,7 @@ from torch import Tensor
 from tests.ops.moe_case import MoeCase, moe_case, routed
 from thalweg.ops.moe.router import NORM_ROUTER, NormRouterDims
 from thalweg.ops.moe.router.cuda import norm_router
+from thalweg.ops.moe.router.reference import route
 from thalweg.ops.norm.reference import rms_norm
 from thalweg.ops.registry import Resolver, Where
 
@@ -43,10 +44,34 @@ def test_batch_sizes(T: int) -> None:
 @pytest.mark.parametrize("T", [1, 5, 40])
 @pytest.mark.parametrize(
     ("D", "E", "k", "shared"),
-    [(1024, 64, 6, 2), (256, 32, 4, 0), (2048, 128, 7, 1), (4096, 256, 8, 1), (768, 96, 16, 3), (512, 512, 30, 2)],
+    [
+        (1024, 64, 6, 2),
+        (256, 32, 4, 0),
+        (2048, 128, 7, 1),
+        (4096, 256, 8, 1),
+        (768, 96, 16, 3),
+        (512, 512, 30, 2),
+        (7168, 384, 8, 0),  # weights in two parts
+    ],
 )
 def test_other_shapes(T: int, D: int, E: int, k: int, shared: int) -> None:
     check(moe_case(T, D, 16, E, k, shared, torch.bfloat16, "cuda", seed=T), k)
+
+
+@pytest.mark.parametrize("T", [1, 8, 9, 64, 100])
+@pytest.mark.parametrize(("D", "E", "groups", "kept"), [(7168, 256, 8, 4), (1024, 64, 2, 1), (512, 48, 3, 2)])
+def test_groups(T: int, D: int, E: int, groups: int, kept: int) -> None:
+    """Experts of the best groups alone; in groups that are not of 32, in Triton."""
+    case = moe_case(T, D, 16, E, 6, 1, torch.bfloat16, "cuda", seed=T)
+    case.bias *= 0.01
+    dims = NormRouterDims(E=E, D=D, K=6, G=groups, S=1)
+    op = Resolver().resolve(NORM_ROUTER, Where("cuda", "bfloat16"), dims)
+    normed, weights, ids = routed(op, case, 6, n_group=groups, topk_group=kept)
+    logits = normed.float() @ case.router_weight.float().T
+    expected, expected_ids = route(logits, case.bias, 6, True, 1.0, "sigmoid", groups, kept)
+    same = (ids[:, :6] == expected_ids).all(1)
+    assert same.float().mean() > 0.9  # logits that are as good as equal may change places
+    torch.testing.assert_close(weights[same, :6], expected[same], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("T", [1, 8, 40])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from tests.ops.moe_case import moe_case_int4
 from thalweg.ops.moe.experts import EXPERTS, ExpertsDims
 from thalweg.ops.registry import Resolver, Where
 from thalweg.quant import INT4_EXPERTS, QUANTIZATIONS
@@ -60,9 +63,23 @@ def test_experts_against_float64(T: int) -> None:
         torch.testing.assert_close(got[t].double(), truth, rtol=1e-5, atol=1e-5)
 
 
+def test_an_own_expert_is_added_as_the_parts_by_themselves() -> None:
+    case = moe_case_int4(5, 64, 40, 6, 2, torch.bfloat16, own=24, scale=2.5)
+    where, dims = Where("cpu", "bfloat16"), case.dims
+    own = replace(case, scale=0.0).run(Resolver().resolve(EXPERTS, where, dims))
+    routed = replace(case, own=None).run(Resolver().resolve(EXPERTS, where, replace(dims, own=0)))
+    expected = case.residual + (own.float() + 2.5 * routed.float()).bfloat16()
+    for prefer in ({}, {"experts": "separate"}):
+        y = case.run(Resolver(prefer).resolve(EXPERTS, where, dims), residual_TD=case.residual)
+        assert torch.equal(y, expected)
+    without = case.run(Resolver({"experts": "separate"}).resolve(EXPERTS, where, dims))
+    assert torch.equal(without, (own.float() + 2.5 * routed.float()).bfloat16())
+
+
 def test_kernels_without_a_loader_for_it_refuse_by_name() -> None:
     resolver = Resolver()
+    resolver.resolve(EXPERTS, Where("cuda", "bfloat16"), ExpertsDims(E=384, D=7168, I=2048, scheme="fp8 | int4"))
     resolver.resolve(EXPERTS, Where("cuda", "bfloat16"), ExpertsDims(E=384, D=7168, I=2048, scheme="int4"))
-    (choice,) = resolver.explain()
-    assert [span.name for span in choice.table] == ["reference"]
-    assert dict(choice.refused)["grouped"] == "needs weights in scheme none or fp8, not int4"
+    two, int4 = (dict(choice.refused) for choice in resolver.explain())
+    assert two["grouped"] == "needs weights in scheme none or fp8 or int4, not fp8 | int4"
+    assert int4["pairs"] == "has no loader for weights in scheme int4"

@@ -50,6 +50,12 @@ def check_router() -> None:
                 torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
         with pytest.raises(ConfigError, match="router scoring is 'relu'"):
             routed(op, case, k, scoring="relu")
+        for T, E, groups, kept, k in ((3, 64, 8, 4, 8), (5, 36, 3, 1, 4), (2, 40, 20, 5, 2)):
+            case = moe_case(T, 64, 16, E, k, 1, torch.float32)
+            options = dict(n_group=groups, topk_group=kept)
+            both = (routed(f, case, k, **options) for f in (op, reference.norm_router))
+            for found, expected in zip(*both, strict=True):
+                torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     for T in (8, 19):  # an id out of range would read outside the experts' weights
         case = moe_case(T, 100, 16, 64, 3, 2, torch.float32)
         clean = routed(norm_router, case, 3)
@@ -108,6 +114,9 @@ TYPES = {
     "residual_stride": "i32",
     "x_stride": "i32",
     "w_stride": "i32",
+    "own_x_stride": "i32",
+    "own_programs": "i32",
+    "own_ptr": "*fp32",
     "scale": "fp32",
 }
 
@@ -123,11 +132,14 @@ def test_router_compiles_for_hopper() -> None:
 
     logits = dict(E=256, D=2304, BLOCK_T=16, BLOCK_E=32, BLOCK_D=256, PDL=True)
     assert compiled(logits_kernel, logits).spilled_bytes == 0
-    choose = dict(E=256, K=8, SHARED=1, SOFTMAX=False, RENORMALIZE=True, E2=256, K2=16, PDL=True)
+    choose = dict(E=256, K=8, SHARED=1, SOFTMAX=False, RENORMALIZE=True, G=1, TOP_G=1, G2=1, S2=256, K2=16, PDL=True)
     for splits in (1, 9):
         result = compiled(choose_kernel, choose | dict(SPLITS=splits), num_warps=1)
         assert result.spilled_bytes == 0
         assert "redux" in result.ptx
+    for E, G in ((256, 8), (384, 1), (384, 12)):
+        groups = dict(E=E, G=G, TOP_G=4, G2=16 if G == 12 else G, S2=512 if G == 1 else 32, SPLITS=28)
+        assert compiled(choose_kernel, choose | groups).spilled_bytes == 0
 
 
 def test_weighted_sum_compiles_for_hopper() -> None:
@@ -135,8 +147,9 @@ def test_weighted_sum_compiles_for_hopper() -> None:
     from thalweg.ops.moe.experts.triton.weighted_sum import weighted_sum_kernel
 
     for block, num_warps in ((256, 2), (1024, 4)):
-        result = compiled(weighted_sum_kernel, dict(D=2304, K=9, BLOCK_D=block, PDL=True), num_warps)
-        assert result.spilled_bytes == 0
+        for own in ({"own_ptr": None}, {}):
+            result = compiled(weighted_sum_kernel, dict(D=2304, K=9, BLOCK_D=block, PDL=True) | own, num_warps)
+            assert result.spilled_bytes == 0
 
 
 def test_pair_kernels_compile_for_hopper() -> None:
@@ -159,13 +172,15 @@ def test_tile_kernels_compile_for_hopper(by_pair: bool, block_p: int) -> None:
     from thalweg.ops.moe.experts.triton.tiles import down_tile_kernel, gate_up_tile_kernel
 
     tiles: dict[str, object] = dict.fromkeys(("s_ptr", "expert_ptr", "count_ptr", "list_ptr"))
+    tiles |= dict.fromkeys(("own_w_ptr", "own_h_ptr"))
+    tiles |= dict(OWN=0, OWN_T=16, OWN_I=32, OWN_D=64)
     tiles |= dict(E=257, D=2304, I=1024, BY_PAIR=by_pair, BLOCK_P=block_p, BLOCK_T=16, STAGES=3, PDL=True)
-    result = compiled(gate_up_tile_kernel, tiles | dict(x_scale_ptr=None, K=9, BLOCK_I=64, BLOCK_D=128))
+    result = compiled(gate_up_tile_kernel, tiles | dict(x_scale_ptr=None, own_x_ptr=None, K=9, BLOCK_I=64, BLOCK_D=128))
     assert result.spilled_bytes == 0
     assert result.registers <= 168  # three programs a multiprocessor; shared memory allows no more
     assert 3 * result.shared_bytes <= 227 * 1024
     assert result.ptx.rindex("griddepcontrol.wait") < result.ptx.index("griddepcontrol.launch_dependents")
-    result = compiled(down_tile_kernel, tiles | dict(BLOCK_D=128, BLOCK_I=128))
+    result = compiled(down_tile_kernel, tiles | dict(own_y_ptr=None, BLOCK_D=128, BLOCK_I=128))
     assert result.spilled_bytes == 0
     assert result.registers <= 168
     assert 3 * result.shared_bytes <= 227 * 1024

@@ -127,13 +127,21 @@ TYPES = {
     **dict.fromkeys(("s_ptr", "y_ptr", "scale_ptr", "x_scale_ptr"), "*fp32"),
     **dict.fromkeys(("expert_ptr", "count_ptr", "list_ptr", "sorted_ptr", "blocks_ptr"), "*i32"),
     **dict.fromkeys(("pairs", "tokens", "groups", "x_stride"), "i32"),
-    "half_ptr": "*fp16",
+    "ready_ptr": "*fp16",
+    "own_x_stride": "i32",
+    "own_programs": "i32",
 }
+
+
+OWN = ("own_x_ptr", "own_w_ptr", "own_h_ptr", "own_y_ptr")  # of an own expert, which there is not
+NO_OWN = dict(OWN=0, OWN_T=16, OWN_I=32, OWN_D=64)
 
 
 def compiled(kernel: object, constants: dict[str, object], num_warps: int = 4, **types: str) -> Compiled:
     known = TYPES | types
-    types = {p.name: known[p.name] for p in kernel.params if not p.is_constexpr}  # type: ignore[attr-defined]
+    names = [p.name for p in kernel.params if not p.is_constexpr]  # type: ignore[attr-defined]
+    constants = {name: None for name in names if name in OWN} | constants
+    types = {name: known[name] for name in names if name not in constants}
     return compile_sm90(kernel, types, constants, num_warps)
 
 
@@ -155,9 +163,9 @@ def test_tile_kernels_compile_for_hopper() -> None:
     from thalweg.ops.moe.experts.triton.grouping import list_kernel
     from thalweg.ops.moe.experts.triton.tiles import down_tile_kernel, gate_up_tile_kernel
 
-    lists = dict(E=257, D=2304, BY_PAIR=False, BLOCK_P=1024, BLOCK_D=4096, PDL=True)
+    lists = dict(E=257, D=2304, ORDERED=False, BY_PAIR=False, BLOCK_P=1024, BLOCK_D=4096, PDL=True)
     assert compiled(list_kernel, lists).spilled_bytes == 0
-    tiles = dict(E=257, D=2304, I=1024, BY_PAIR=False, BLOCK_P=16, BLOCK_T=16, STAGES=4, PDL=True)
+    tiles = NO_OWN | dict(E=257, D=2304, I=1024, BY_PAIR=False, BLOCK_P=16, BLOCK_T=16, STAGES=4, PDL=True)
     gate_up = tiles | dict(K=9, BLOCK_I=128, BLOCK_D=128)
     result = compiled(gate_up_tile_kernel, gate_up, 8, x_ptr="*fp16")
     assert result.spilled_bytes == 0
@@ -180,14 +188,14 @@ def test_grouped_kernels_compile_for_hopper() -> None:
     )
 
     for rows in (64, 128):
-        tile = GATE_UP_TILES[True, rows]
+        tile = GATE_UP_TILES["fp8", rows]
         constants = dict(D=2304, I=1024, ROWS=rows, TAIL=tile.tail, STAGES=tile.stages)
         blocks = dict(BLOCK_I=tile.columns, BLOCK_D=tile.depth)
         result = compiled(gate_up_grouped_kernel, constants | blocks | dict(K=9), tile.warps, x_ptr="*fp16")
         assert result.spilled_bytes == 0
         assert "wgmma" in result.ptx
         assert 2 * result.shared_bytes <= 227 * 1024
-        tile = DOWN_TILES[True, rows]
+        tile = DOWN_TILES["fp8", rows]
         blocks = dict(BLOCK_D=tile.columns, BLOCK_I=tile.depth)
         result = compiled(down_grouped_kernel, constants | blocks, tile.warps, y_ptr="*bf16")
         assert result.spilled_bytes == 0

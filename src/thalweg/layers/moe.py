@@ -6,12 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from thalweg.layers.context import BuildContext
-from thalweg.layers.linear import Linear, LinearAdd, NormLinear
+from thalweg.layers.linear import Linear, LinearAdd, NormLinear, Weights
 from thalweg.layers.norm import NormWeight
 from thalweg.ops.activation import SILU_AND_MUL, SiluAndMulDims
 from thalweg.ops.moe.experts import EXPERTS, ExpertsDims
 from thalweg.ops.moe.router import NORM_ROUTER, NormRouterDims, Scoring
-from thalweg.ops.residual import SCALED_RESIDUAL_ADD, ScaledResidualAddDims
 from thalweg.quant import PLAIN
 
 
@@ -83,17 +82,19 @@ class Router(nn.Module):
 
 class Experts(nn.Module):
     """Weights of all experts, each `inner` wide on this rank, stored as the plan says: the routed ones, then the
-    shared ones."""
+    shared ones. Beside them may stand one of its own width and weights that every token takes, `own`."""
 
-    def __init__(self, ctx: BuildContext, width: int, routed: int, shared: int, inner: int) -> None:
+    def __init__(
+        self, ctx: BuildContext, width: int, routed: int, shared: int, inner: int, own: int, scale: float
+    ) -> None:
         super().__init__()
-        self.shared, self.mesh = shared, ctx.mesh
+        self.shared, self.scale = shared, scale
         total = routed + shared
         self._gate_up = self._register(ctx.stored("gate_up", (total, 2 * inner, width)))
         self._down = self._register(ctx.stored("down", (total, width, inner)))
         schemes = [PLAIN if target is None else target.scheme for target in map(ctx.planned, ("gate_up", "down"))]
         name = " | ".join(dict.fromkeys(scheme.name for scheme in schemes))
-        self._experts = ctx.op(EXPERTS, ExpertsDims(E=total, D=width, I=inner, scheme=name))
+        self._experts = ctx.op(EXPERTS, ExpertsDims(E=total, D=width, I=inner, scheme=name, own=own))
 
     def _register(self, stored: dict[str, nn.Parameter]) -> tuple[str, ...]:
         for name, weight in stored.items():
@@ -104,12 +105,41 @@ class Experts(nn.Module):
         """The tensors of a weight, as the op takes them."""
         return tuple(getattr(self, name) for name in names)
 
-    def forward(self, normed_TD: Tensor, weights_Tk: Tensor, ids_Tk: Tensor, residual_TD: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        normed_TD: Tensor,
+        weights_Tk: Tensor,
+        ids_Tk: Tensor,
+        residual_TD: Tensor | None,
+        own: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
         """The experts' sum over this rank's width, plus the residual if there is one."""
         gate_up, down = self._stored(self._gate_up), self._stored(self._down)
         return self._experts(
-            normed_TD, weights_Tk, ids_Tk, gate_up, down, residual_TD=residual_TD, num_shared=self.shared
+            normed_TD,
+            weights_Tk,
+            ids_Tk,
+            gate_up,
+            down,
+            residual_TD=residual_TD,
+            num_shared=self.shared,
+            own=own,
+            scale=self.scale,
         )
+
+
+class OwnExpert(nn.Module):
+    """Weights of an expert that every token takes, in the model's dtype, its width sharded: gate above up, and down."""
+
+    def __init__(self, ctx: BuildContext, width: int, inner: int) -> None:
+        super().__init__()
+        self.width = ctx.shards.count(inner, "moe_intermediate_size")
+        self.in_proj = Weights(ctx.below("in_proj"), width, 2 * self.width)
+        self.down = Weights(ctx.below("down"), self.width, width)
+
+    @property
+    def weights(self) -> tuple[Tensor, Tensor]:
+        return self.in_proj.weight, self.down.weight
 
 
 class SharedExpert(nn.Module):
@@ -132,8 +162,9 @@ class SharedExpert(nn.Module):
 
 
 class MoE(nn.Module):
-    """x plus its routed experts and the shared ones: as further experts that every token takes with weight 1, or as an
-    MLP of their own, if they have a gate or the plan stores them otherwise than the routed ones."""
+    """x plus its routed experts and the shared ones: as further experts that every token takes with weight 1; as one
+    expert beside the routed ones, if the plan stores them in the model's dtype and the routed ones otherwise; or as an
+    MLP of their own, if they have a gate."""
 
     def __init__(
         self,
@@ -154,13 +185,18 @@ class MoE(nn.Module):
     ) -> None:
         super().__init__()
         self.mesh = ctx.mesh
-        own_mlp = gated_shared
-        if shared and "shared.down.weight" in ctx:
-            shared, own_mlp = 0, shared * inner
-        # On one rank, what the routed experts give is scaled where the MLP's output and the residual are added.
-        self._add, self.scale = None, scale
-        if own_mlp and not gated_shared and self.mesh.tp_size == 1:
-            self._add, scale = ctx.op(SCALED_RESIDUAL_ADD, ScaledResidualAddDims(D=width)), 1.0
+        self.shared: SharedExpert | OwnExpert | None = None
+        own = 0
+        if gated_shared:
+            self.shared = SharedExpert(ctx.below("shared"), width, gated_shared, gated=True)
+        elif shared and "shared.down.weight" in ctx:
+            plain = all(ctx.planned(f"shared.{name}.weight") is None for name in ("in_proj", "down"))
+            if plain:
+                self.shared = OwnExpert(ctx.below("shared"), width, shared * inner)
+                own = self.shared.width
+            else:
+                self.shared = SharedExpert(ctx.below("shared"), width, shared * inner, gated=False)
+            shared = 0
         self.router = Router(
             ctx,
             width,
@@ -168,26 +204,25 @@ class MoE(nn.Module):
             eps,
             top_k=top_k,
             renormalize=renormalize,
-            scale=scale,
+            # Beside an expert of its own width the others are scaled where it and the residual are added.
+            scale=1.0 if own else scale,
             groups=groups,
             topk_groups=topk_groups,
             scoring=scoring,
             shared=shared,
         )
         local = ctx.shards.count(inner, "moe_intermediate_size")
-        self.experts = Experts(ctx.below("experts"), width, experts, shared, local)
-        self.shared = None
-        if own_mlp:
-            self.shared = SharedExpert(ctx.below("shared"), width, own_mlp, gated=bool(gated_shared))
+        own_scale = scale if own else 1.0
+        self.experts = Experts(ctx.below("experts"), width, experts, shared, local, own, own_scale)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         normed_TD, weights_Tk, ids_Tk = self.router(x_TD)
         one_rank = self.mesh.tp_size == 1
-        added_TD = x_TD if one_rank else None
-        if self.shared is not None:
+        added_TD, own = x_TD if one_rank else None, None
+        if isinstance(self.shared, OwnExpert):
+            own = self.shared.weights
+        elif self.shared is not None:
             own_TD = self.shared(normed_TD)
-            if self._add is not None:
-                return self._add(x_TD, own_TD, self.experts(normed_TD, weights_Tk, ids_Tk, None), self.scale)
             added_TD = own_TD if added_TD is None else added_TD + own_TD
-        y_TD: Tensor = self.experts(normed_TD, weights_Tk, ids_Tk, added_TD)
+        y_TD: Tensor = self.experts(normed_TD, weights_Tk, ids_Tk, added_TD, own)
         return y_TD if one_rank else x_TD + self.mesh.all_reduce(y_TD)

@@ -56,6 +56,12 @@ class Draw:
         dtype, device = dtype or self.setting.dtype, self.setting.device
         return torch.randn(shape, generator=self.rng, device=device, dtype=dtype).mul_(scale)
 
+    def bits(self, *shape: int) -> Tensor:
+        """Random int32."""
+        bounds = torch.iinfo(torch.int32)
+        device = self.setting.device
+        return torch.randint(bounds.min, bounds.max, shape, generator=self.rng, device=device, dtype=torch.int32)
+
     def order(self, n: int) -> Tensor:
         """The integers 1 .. n, shuffled: slots or blocks, of which 0 belongs to nobody. int64 [n]."""
         return torch.randperm(n, generator=self.rng, device=self.setting.device) + 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from thalweg.ops.moe.experts import EXPERTS, SCHEMES, ExpertsDims
 from thalweg.ops.moe.router import NORM_ROUTER, NormRouterDims
 from thalweg.ops.norm import GATED_RMS_NORM, RMS_NORM, GatedRmsNormDims, RmsNormDims
 from thalweg.ops.sample import SAMPLE, SampleDims
-from thalweg.quant import PLAIN, scheme_named
+from thalweg.quant import INT4_EXPERTS, PLAIN, scheme_named
 from thalweg.quant.fp8_blocks import quantize_experts
 
 
@@ -45,9 +46,24 @@ def norm_router(setting: Setting, dims: NormRouterDims) -> Iterator[Case]:
 
 
 def experts(setting: Setting, dims: ExpertsDims) -> Iterator[Case]:
-    """Added to the residual, in the model's scheme, then in each other one."""
+    """Added to the residual, in the model's scheme, then in each other one that there are kernels for."""
     for scheme in dict.fromkeys((dims.scheme, *SCHEMES)):
-        yield from _experts(setting, replace(dims, scheme=scheme))
+        if scheme in SCHEMES:
+            yield from _experts(setting, replace(dims, scheme=scheme))
+
+
+def _stored(setting: Setting, dims: ExpertsDims) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """(gate_up, down) as the scheme stores them: words of int4 at random, with scales that keep outputs near 1."""
+    draw, (E, D, I) = Draw(setting, 0), (dims.E, dims.D, dims.I)
+    shapes = (E, 2 * I, D), (E, D, I)
+    if dims.scheme == INT4_EXPERTS.name:
+        gate_up, down = (
+            (draw.bits(*s.shape), draw(*g.shape, scale=0.2 * columns**-0.5).abs_())
+            for columns, (s, g) in ((shape[-1], INT4_EXPERTS.stored(shape, 1)) for shape in shapes)
+        )
+        return gate_up, down
+    plain = [draw(*shape, scale=shape[-1] ** -0.5) for shape in shapes]
+    return ((plain[0],), (plain[1],)) if dims.scheme == PLAIN.name else quantize_experts(*plain)
 
 
 def _experts(setting: Setting, dims: ExpertsDims) -> Iterator[Case]:
@@ -57,11 +73,14 @@ def _experts(setting: Setting, dims: ExpertsDims) -> Iterator[Case]:
         raise ConfigError(f"no router of the model chooses among {dims.E} experts; leave out --op experts")
     es, (E, D, I), (k, S) = setting.dtype.itemsize, (router.E, dims.D, dims.I), (router.K, router.S)
     scheme = PLAIN if dims.scheme == PLAIN.name else scheme_named(dims.scheme)
-    draw = Draw(setting, 0)
-    gate_up, down = draw(E + S, 2 * I, D, scale=D**-0.5), draw(E + S, D, I, scale=I**-0.5)
-    weights_of = ((gate_up,), (down,)) if scheme is PLAIN else quantize_experts(gate_up, down)
+    weights_of = _stored(setting, dims)
+    own: dict[str, Any] = {}
+    if dims.own:
+        draw = Draw(setting, 0)
+        parts = draw(2 * dims.own, D, scale=D**-0.5), draw(D, dims.own, scale=dims.own**-0.5)
+        own = {"own": parts, "scale": 2.5}
     expert_bytes = 3 * D * I * scheme.bytes_per_weight(es)
-    shared = f" and {S} shared" if S else ""
+    shared = f" and {S or 1} shared" if S or own else ""
     for _, T, size in setting.calls():
 
         def make(copy: int, T: int = T) -> Arguments:
@@ -70,15 +89,15 @@ def _experts(setting: Setting, dims: ExpertsDims) -> Iterator[Case]:
             weights = torch.rand(T, k, generator=draw.rng, device=device)
             weights = torch.cat([weights, weights.new_ones(T, S)], 1)
             ids = torch.cat([ids, torch.arange(E, E + S, device=device).expand(T, S)], 1)
-            return Arguments(draw(T, D), weights, ids, *weights_of, residual_TD=draw(T, D), num_shared=S)
+            return Arguments(draw(T, D), weights, ids, *weights_of, residual_TD=draw(T, D), num_shared=S, **own)
 
         yield Case(
             EXPERTS.name,
             f"{k} of {E}{shared}{'' if scheme is PLAIN else f' in {scheme.name}'}, {size}",
             candidates_of(setting, EXPERTS, dims, T),
             make,
-            num_bytes=expert_bytes * (S + distinct_experts(E, k, T)) + es * 3 * T * D,
-            flops=6 * T * (k + S) * D * I,
+            num_bytes=expert_bytes * (S + distinct_experts(E, k, T)) + es * 3 * D * (T + dims.own),
+            flops=6 * T * D * ((k + S) * I + dims.own),
             timed=setting.timed,
         )
 

@@ -16,6 +16,10 @@ __device__ __forceinline__ u32 pack(float a, float b) {
     return pair;
 }
 
+__device__ __forceinline__ float from_bf16(bf16 x) { return __uint_as_float((u32)x << 16); }
+__device__ __forceinline__ void store_bf16(bf16* to, float x) { *to = (bf16)pack(x, 0.0f); }
+__device__ __forceinline__ float rounded(float x) { return low(pack(x, 0.0f)); }
+
 // Launches are dependent ones: a kernel may read and write what others do only after this wait.
 __device__ __forceinline__ void wait_for_kernel_ahead() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ __forceinline__ void start_kernel_behind() {
@@ -34,7 +38,37 @@ __device__ __forceinline__ bf16 load_bf16(const bf16* p) {
     return x;
 }
 
+__device__ __forceinline__ float load_fp32(const float* p) {
+    float x;
+    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(x) : "l"(p));
+    return x;
+}
+// An int64 that fits an int.
+__device__ __forceinline__ int load_id(const long long* p) {
+    long long x;
+    asm volatile("ld.global.cg.u64 %0, [%1];" : "=l"(x) : "l"(p));
+    return (int)x;
+}
+
+// Barriers of a block by number, for some to arrive at while others wait.
+template <int THREADS> __device__ __forceinline__ void wait_at(int barrier) {
+    asm volatile("barrier.cta.sync %0, %1;" ::"r"(barrier), "n"(THREADS) : "memory");
+}
+template <int THREADS> __device__ __forceinline__ void arrive_at(int barrier) {
+    asm volatile("barrier.cta.arrive %0, %1;" ::"r"(barrier), "n"(THREADS) : "memory");
+}
+
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+// To shared memory while the thread goes on. The line beside the one asked for is next, and comes to L2 with it.
+__device__ __forceinline__ void copy16(u32 to, const void* from) {
+    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// For all copies but those of the last N commits.
+template <int N> __device__ __forceinline__ void wait_for_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
 
 // A barrier in shared memory opens once the copies it expects have come. They start on multiples of 16 bytes.
 __device__ __forceinline__ void init_barrier(u32 barrier) {

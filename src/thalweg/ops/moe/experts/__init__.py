@@ -1,7 +1,7 @@
 """Op "experts": the experts' SwiGLU networks with the sum that ends them, over weights that carry their scheme.
 
 Four forms, by how many tokens share an expert: pairs and tiles for decode, sorted pairs for prompts (all in Triton, for
-every scheme of SCHEMES), and products in CUDA C++ for a few tokens over fp8.
+the schemes of SCHEMES), and products in CUDA C++ for a few tokens over fp8 and int4.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from thalweg.ops.moe.experts import reference
+from thalweg.ops.moe.experts import cuda_int4, reference
 from thalweg.ops.registry import Op, Refusal, Tokens, Where, register
 from thalweg.ops.toolchain import cuda_build
 from thalweg.ops.toolchain.triton_support import why_not
@@ -26,6 +26,7 @@ class ExpertsDims:
     D: int
     I: int  # width of an expert
     scheme: str = "none"  # of the weights: a name of thalweg.quant, or two, of gate_up | down, if they differ
+    own: int = 0  # width of the own expert, which is not among E; 0 if there is none
 
 
 class Experts(Protocol):
@@ -39,6 +40,8 @@ class Experts(Protocol):
         *,
         residual_TD: Tensor | None = None,
         num_shared: int = 0,
+        own: tuple[Tensor, Tensor] | None = None,
+        scale: float = 1.0,
     ) -> Tensor:
         """y_TD = sum over a token's k experts of weight * (silu(x @ gate.T) * (x @ up.T)) @ down.T, plus the residual.
 
@@ -50,6 +53,11 @@ class Experts(Protocol):
         x and residual have a unit last stride and any row stride; the other inputs are contiguous. Cost grows with
         T * k alone. A token's experts differ. num_shared promises that the last num_shared ids of every token are
         E - num_shared .. E - 1, as "norm_router" gives them: kernels then start on those before it is done.
+
+        own is one more expert that every token takes, with weight 1 and plain weights in x's dtype, of any width:
+        gate_up [2 * dims.own, D] and down [D, dims.own]. Then y = residual + (own expert + scale * the others' sum),
+        and the arithmetic is that of the parts by themselves: what each of the two gives is rounded to the dtype, and
+        from there on as in op "scaled_residual_add". Without it scale is 1.
 
         "fp8": (q float8_e4m3fn, scales fp32), and a weight is w = q * the scale of its block of 128 x 128. Scales of
         down are [E, ceil(D / 128), ceil(I / 128)], those of gate_up [E, 2 ceil(I / 128), ceil(D / 128)], whose halves
@@ -69,19 +77,21 @@ class Experts(Protocol):
 EXPERTS: Op[ExpertsDims, Experts] = Op("experts", ExpertsDims)
 
 MAX_WIDTH = 16384  # with fp8, one program holds a token's row in registers
+MANY_EXPERTS = 384  # of which each has few tokens still where fewer experts would have many
 MAX_CUDA_EXPERTS = 1024  # a block of the CUDA C++ kernels has all of them in shared memory
 MAX_CUDA_WARPS = 12
+WIDE_STEPS, MAX_WIDE_WARPS = 4, 14  # over fp8, for up to 8 tokens: more would not fit the registers
 
 
 @dataclass(frozen=True, slots=True)
 class Most:
-    """Up to how many tokens forms serve."""
+    """Up to how many tokens forms serve; 0 for a form that has no loader for the scheme."""
 
     pairs: int
     tiles: int
 
 
-SCHEMES = {"none": Most(pairs=2, tiles=512), "fp8": Most(pairs=4, tiles=256)}
+SCHEMES = {"none": Most(pairs=2, tiles=512), "fp8": Most(pairs=4, tiles=256), "int4": Most(pairs=0, tiles=512)}
 """Those that the kernels in Triton have a tile loader for."""
 
 
@@ -93,24 +103,50 @@ def _triton_refuses(where: Where, dims: ExpertsDims) -> Refusal:
     return why_not(where)
 
 
+def _pairs_refuses(where: Where, dims: ExpertsDims) -> Refusal:
+    if dims.scheme in SCHEMES and not SCHEMES[dims.scheme].pairs:
+        return f"has no loader for weights in scheme {dims.scheme}"
+    if dims.own:
+        return "has no programs for an expert of its own"
+    return _triton_refuses(where, dims)
+
+
 def steps_per_warp(columns: int) -> int | None:
-    """Blocks of 128 columns for a warp in CUDA C++, as few as MAX_CUDA_WARPS allow; None for more than two, or a
-    rest."""
+    """Blocks of 128 columns for a warp in CUDA C++ over fp8, as few as MAX_CUDA_WARPS allow; WIDE_STEPS if up to
+    MAX_WIDE_WARPS then suffice; None for more, or a rest."""
     blocks, rest = divmod(columns, BLOCK)
     fitting = [steps for steps in (1, 2) if blocks % steps == 0 and blocks <= steps * MAX_CUDA_WARPS]
+    if blocks % WIDE_STEPS == 0 and blocks <= WIDE_STEPS * MAX_WIDE_WARPS:
+        fitting.append(WIDE_STEPS)
     return fitting[0] if fitting and blocks and not rest else None
 
 
 def _cuda_refuses(where: Where, dims: ExpertsDims) -> Refusal:
-    if dims.scheme != "fp8":
-        return f"needs weights in scheme fp8, not {dims.scheme}"
+    if dims.scheme not in ("fp8", "int4"):
+        return f"needs weights in scheme fp8 or int4, not {dims.scheme}"
+    reason = _int4_refuses(dims) if dims.scheme == "int4" else _fp8_refuses(dims)
+    if reason is not None:
+        return reason
+    if where.dtype != "bfloat16":
+        return f"needs bfloat16, not {where.dtype}"
+    return cuda_build.why_not(where) or why_not(where)
+
+
+def _int4_refuses(dims: ExpertsDims) -> Refusal:
+    if dims.own not in (0, dims.I):
+        return f"needs an own expert as wide as the others, {dims.I}, not {dims.own}"
+    return cuda_int4.refusal(dims.E, dims.D, dims.I)
+
+
+def _fp8_refuses(dims: ExpertsDims) -> Refusal:
+    if dims.own:
+        return "has no products for an expert of its own"
     if dims.E > MAX_CUDA_EXPERTS:
         return f"needs at most {MAX_CUDA_EXPERTS} experts, not {dims.E}"
     if steps_per_warp(dims.D) is None or steps_per_warp(dims.I) is None:
-        return f"needs D and I of up to 12, or an even number up to 24, times 128, not {dims.D} and {dims.I}"
-    if where.dtype != "bfloat16":
-        return f"needs bfloat16, not {where.dtype}"
-    return cuda_build.why_not(where) or why_not(where)  # Triton's for the sum
+        most = "up to 12, an even number up to 24 or four times up to 14, times 128"
+        return f"needs D and I of {most}, not {dims.D} and {dims.I}"
+    return None
 
 
 def _reference(where: Where, dims: ExpertsDims) -> Experts:
@@ -137,6 +173,8 @@ def _pairs(where: Where, dims: ExpertsDims) -> Experts:
 
 
 def _cuda(where: Where, dims: ExpertsDims) -> Experts:
+    if dims.scheme == "int4":
+        return cuda_int4.experts
     from thalweg.ops.moe.experts import cuda_fp8
 
     return cuda_fp8.experts
@@ -146,12 +184,30 @@ def _few(dims: ExpertsDims) -> Tokens:
     return Tokens(last=SCHEMES[dims.scheme].pairs)
 
 
+def _fewer(dims: ExpertsDims) -> Tokens:
+    if dims.scheme == "int4":
+        return Tokens(last=cuda_int4.MAX_TOKENS)
+    return Tokens(last=8 if WIDE_STEPS in (steps_per_warp(dims.D), steps_per_warp(dims.I)) else 16)
+
+
 def _some(dims: ExpertsDims) -> Tokens:
-    return Tokens(last=SCHEMES[dims.scheme].tiles)
+    most = SCHEMES[dims.scheme].tiles
+    return Tokens(last=min(512, 2 * most) if dims.E >= MANY_EXPERTS else most)
+
+
+def _separate(where: Where, dims: ExpertsDims) -> Experts:
+    from thalweg.ops.moe.experts import separate
+
+    return separate.build(where, dims)
+
+
+def _separate_refuses(where: Where, dims: ExpertsDims) -> Refusal:
+    return None if dims.own else "needs an expert of its own, or there is nothing to separate"
 
 
 register(EXPERTS, "reference", _reference, capturable=False)
+register(EXPERTS, "separate", _separate, supports=_separate_refuses, priority=-10)
 register(EXPERTS, "grouped", _grouped, supports=_triton_refuses, priority=10)
 register(EXPERTS, "tiles", _tiles, supports=_triton_refuses, tokens=_some, priority=20)
-register(EXPERTS, "pairs", _pairs, supports=_triton_refuses, tokens=_few, priority=30)
-register(EXPERTS, "cuda", _cuda, supports=_cuda_refuses, tokens=Tokens(last=16), priority=40)
+register(EXPERTS, "pairs", _pairs, supports=_pairs_refuses, tokens=_few, priority=30)
+register(EXPERTS, "cuda", _cuda, supports=_cuda_refuses, tokens=_fewer, priority=40)

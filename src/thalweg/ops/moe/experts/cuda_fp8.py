@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from thalweg.ops.moe.experts import steps_per_warp
+from thalweg.ops.moe.experts import MAX_CUDA_WARPS, steps_per_warp
 from thalweg.ops.moe.experts.triton.weighted_sum import weighted_sum
 from thalweg.ops.toolchain.cuda_build import cuda_kernel
 from thalweg.ops.toolchain.triton_support import multiprocessors
@@ -20,12 +20,18 @@ STEP_BYTES, TILE, BUFFERS = 16 * BLOCK, 8, 4  # as in the source
 SUM_BYTES = 16 * TILE * 4  # of a warp's part of an item
 
 
+def blocks_per_multiprocessor(warps: int, tiles: int) -> int:
+    """As in the source: two, if their registers suffice."""
+    return 2 if tiles == 1 and warps <= MAX_CUDA_WARPS else 1
+
+
 def geometry(columns: int, tokens: int) -> tuple[int, int, dict[str, int]]:
     """(warps that multiply, bytes of shared memory, macros) of a launch."""
     steps, tiles = steps_per_warp(columns), -(-tokens // TILE)
     assert steps is not None
     warps = columns // (BLOCK * steps)
-    stages = min(RING // warps, 8)
+    ring = RING if warps <= MAX_CUDA_WARPS else 2 * RING  # such a block has a multiprocessor to itself
+    stages = min(ring // warps, 8)
     shared_bytes = warps * (stages * STEP_BYTES + BUFFERS * tiles * SUM_BYTES)
     return warps, shared_bytes, {"COLS": columns, "TILES": tiles, "STEPS": steps, "STAGES": stages}
 
@@ -35,7 +41,7 @@ def _product(x: Tensor, ids_Tk: Tensor, q: Tensor, scales: Tensor, out: Tensor, 
     warps, shared_bytes, macros = geometry(columns, T)
     macros |= {"GATED": int(gated), "OUT": out.shape[1], "E": E, "K": K, "SHARED": num_shared}
     kernel = cuda_kernel(SOURCE, "experts", 32 * (warps + 1), x.device, **macros)
-    blocks = multiprocessors(x.device) * (2 if macros["TILES"] == 1 else 1)
+    blocks = multiprocessors(x.device) * blocks_per_multiprocessor(warps, macros["TILES"])
     kernel.launch((blocks, 1, 1), shared_bytes, x, ids_Tk, q, scales, out, (c_longlong, x.stride(0)), (c_int, T))
 
 
@@ -62,6 +68,8 @@ def experts(
     *,
     residual_TD: Tensor | None = None,
     num_shared: int = 0,
+    own: tuple[Tensor, Tensor] | None = None,  # refused
+    scale: float = 1.0,
 ) -> Tensor:
     out_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
     if len(x_TD) == 0:

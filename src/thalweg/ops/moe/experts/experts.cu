@@ -31,27 +31,9 @@ constexpr int STEP_BYTES = 16 * BLOCK;
 constexpr int THREADS = 32 * (WARPS + 1), BUFFERS = 4;
 constexpr int FULL = 1, EMPTY = FULL + BUFFERS;  // barriers of the buffers
 
-__device__ __forceinline__ void wait_at(int barrier) {
-    asm volatile("barrier.cta.sync %0, %1;" ::"r"(barrier), "n"(THREADS) : "memory");
-}
-__device__ __forceinline__ void arrive_at(int barrier) {
-    asm volatile("barrier.cta.arrive %0, %1;" ::"r"(barrier), "n"(THREADS) : "memory");
-}
-// As load16.
-__device__ __forceinline__ int load_id(const long long* p) {
-    long long x;
-    asm volatile("ld.global.cg.u64 %0, [%1];" : "=l"(x) : "l"(p));
-    return (int)x;
-}
-
-// To shared memory while the thread goes on. The line beside the one asked for is next, and comes to L2 with it.
-__device__ __forceinline__ void copy16(u32 to, const void* from) {
-    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-}
 __device__ __forceinline__ void copy4(u32 to, const void* from) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
 }
-__device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 __device__ __forceinline__ u32 half_pair(float a, float b) {
     u32 pair;
@@ -68,11 +50,7 @@ __device__ __forceinline__ u32 larger(u32 a, u32 b) {  // of pairs of bf16
     asm("max.bf16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
     return c;
 }
-__device__ __forceinline__ void store(u16* to, float x) {
-    u16 y;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
-    *to = y;
-}
+__device__ __forceinline__ void store(u16* to, float x) { store_bf16(to, x); }
 __device__ __forceinline__ void store(float* to, float x) { *to = x; }
 
 // In fp16.
@@ -98,7 +76,7 @@ struct Rows {
     float scale[TILES][2];  // of the two tokens whose sums it gets
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS, TILES == 1 ? 2 : 1)
+extern "C" __global__ void __launch_bounds__(THREADS, TILES == 1 && WARPS <= 12 ? 2 : 1)
     experts(const u16* x, const long long* ids, const u8* q, const float* scales, Out* out, long long x_stride, int T) {
     const int tid = threadIdx.x, lane = tid % 32, quad = lane / 4, pair = lane % 4;
     const int warp = __shfl_sync(~0u, tid / 32, 0);  // so that the compiler knows it for the same in all lanes
@@ -181,7 +159,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, TILES == 1 ? 2 : 1)
             const u32 tokens = chosen.tokens[expert];
             const float4* item_sums = sums + j % BUFFERS * TILES * WARPS * 32 + lane;
             float v[TILES][4] = {};
-            wait_at(FULL + j % BUFFERS);
+            wait_at<THREADS>(FULL + j % BUFFERS);
 #pragma unroll
             for (int tile = 0; tile < TILES; tile++) {
                 if (TILES > 1 && !(tokens >> 8 * tile & 0xff)) continue;
@@ -191,7 +169,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, TILES == 1 ? 2 : 1)
                     v[tile][0] += part.x, v[tile][1] += part.y, v[tile][2] += part.z, v[tile][3] += part.w;
                 }
             }
-            if (j + BUFFERS < count) arrive_at(EMPTY + j % BUFFERS);
+            if (j + BUFFERS < count) arrive_at<THREADS>(EMPTY + j % BUFFERS);
 #if !GATED
             if (j == 0) wait_for_kernel_ahead();
 #endif
@@ -218,10 +196,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, TILES == 1 ? 2 : 1)
             const int item = first + j * stride;
             ask(stage, chosen.expert[item / ITEMS], item % ITEMS, step);
         }
-        commit();
+        commit_copies();
     };
     if (early)
-        for (int step = 0; step < STEPS; step++) commit();  // the first holds the copies of all
+        for (int step = 0; step < STEPS; step++) commit_copies();  // the first holds the copies of all
 #pragma unroll
     for (int n = 0; n < STAGES; n++)
         if (!(early && n < STEPS)) ask_next(n, n / STEPS, n % STEPS);
@@ -287,7 +265,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, TILES == 1 ? 2 : 1)
         float sum[TILES][4] = {};
 #pragma unroll
         for (int step = 0; step < STEPS; step++) {
-            asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 1) : "memory");
+            wait_for_copies<STAGES - 1>();
             __syncwarp();
             const u8* at = shared + (warp * STAGES + stage) * STEP_BYTES + 16 * lane;
             uint4 w[2][2];
@@ -316,7 +294,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, TILES == 1 ? 2 : 1)
                 for (int i = 0; i < 4; i++) sum[tile][i] += (c[tile][0][i] + c[tile][1][i]) * scale[i / 2];
         }
         float4* item_sums = sums + j % BUFFERS * TILES * WARPS * 32 + lane;
-        if (j >= BUFFERS) wait_at(EMPTY + j % BUFFERS);
+        if (j >= BUFFERS) wait_at<THREADS>(EMPTY + j % BUFFERS);
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++) {
             if (TILES > 1 && !(tokens >> 8 * tile & 0xff)) continue;
@@ -324,6 +302,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, TILES == 1 ? 2 : 1)
             item_sums[(tile * WARPS + warp) * 32] =
                 make_float4(sum[tile][0] * a, sum[tile][1] * b, sum[tile][2] * a, sum[tile][3] * b);
         }
-        arrive_at(FULL + j % BUFFERS);
+        arrive_at<THREADS>(FULL + j % BUFFERS);
     }
 }

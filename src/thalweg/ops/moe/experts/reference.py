@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from thalweg.ops.activation.reference import silu_and_mul
+from thalweg.ops.residual.reference import scaled_residual_add
 from thalweg.quant import Scheme
 
 
@@ -21,7 +22,14 @@ def experts(
     residual_TD: Tensor | None = None,
     down_scheme: Scheme | None = None,  # None: as gate_up
     num_shared: int = 0,  # a promise this definition has no need of
+    own: tuple[Tensor, Tensor] | None = None,
+    scale: float = 1.0,
 ) -> Tensor:
+    if own is not None:
+        routed_TD = experts(scheme, x_TD, weights_Tk, ids_Tk, gate_up, down, down_scheme=down_scheme)
+        own_TD = F.linear(silu_and_mul(F.linear(x_TD, own[0])), own[1])
+        residual_TD = torch.zeros_like(own_TD) if residual_TD is None else residual_TD
+        return scaled_residual_add(residual_TD, own_TD, routed_TD, scale)
     T, k = ids_Tk.shape
     if T == 0:
         return torch.empty_like(x_TD)

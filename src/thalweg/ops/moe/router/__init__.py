@@ -63,21 +63,19 @@ MAX_EXPERTS = 1024  # one program holds all scores of a token in registers
 def _triton_refuses(where: Where, dims: NormRouterDims) -> Refusal:
     if dims.E > MAX_EXPERTS:
         return f"needs at most {MAX_EXPERTS} experts, not {dims.E}"
-    if dims.G != 1:
-        return f"needs experts in one group, not {dims.G}"
+    if dims.E // dims.G < 2:
+        return f"needs groups of 2 experts or more, not {dims.E} in {dims.G}"
     if dims.D > MAX_WIDTH:
         return f"needs rows of at most {MAX_WIDTH}, not {dims.D}"
     return why_not(where)
 
 
 def _cuda_refuses(where: Where, dims: NormRouterDims) -> Refusal:
-    if dims.G != 1:
-        return f"needs experts in one group, not {dims.G}"
     if where.dtype != "bfloat16":
         return f"needs bfloat16, not {where.dtype}"
     if dims.norm_fp32:
         return "needs the norm's weight in bfloat16, not float32"
-    return cuda.refusal(dims.E, dims.D, dims.K + dims.S) or cuda_build.why_not(where) or why_not_hopper()
+    return cuda.refusal(dims.E, dims.D, dims.K + dims.S, dims.G) or cuda_build.why_not(where) or why_not_hopper()
 
 
 def _library(where: Where, dims: NormRouterDims) -> NormRouter:
@@ -92,9 +90,13 @@ def _triton(where: Where, dims: NormRouterDims) -> NormRouter:
     return triton.norm_router
 
 
+def _few(dims: NormRouterDims) -> Tokens:
+    # Beyond, clusters take turns, and products of many tokens at once are quicker.
+    return Tokens(last=128 if cuda.parts(dims.E, dims.D) == 1 else 64)
+
+
 register(NORM_ROUTER, "reference", lambda *_: reference.norm_router)
 register(NORM_ROUTER, "library", _library, supports=_triton_refuses, priority=10)
 # Beyond, a product fills the device without being split.
 register(NORM_ROUTER, "triton", _triton, supports=_triton_refuses, tokens=Tokens(last=512), priority=20)
-# Beyond, clusters take turns, and products of many tokens at once are quicker.
-register(NORM_ROUTER, "cuda", lambda *_: cuda.norm_router, supports=_cuda_refuses, tokens=Tokens(last=128), priority=30)
+register(NORM_ROUTER, "cuda", lambda *_: cuda.norm_router, supports=_cuda_refuses, tokens=_few, priority=30)

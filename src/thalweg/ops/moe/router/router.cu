@@ -7,18 +7,26 @@
 //
 // Above the wait for the kernel ahead stand the loads of weights. What comes of a token does not depend on the others.
 //
+// A block's part of the weights comes in PARTS: if it is more than shared memory has room for, the first half of the
+// columns goes on to registers, and the second takes its place, both above the wait.
+//
 // Macros: E, D and K as in the op's contract; SHARED experts behind the chosen ones; SOFTMAX and RENORMALIZE, 0 or 1;
-// TOKENS of a cluster, 8 or 16.
+// TOKENS of a cluster, 8 or 16; PARTS, 1 or 2; GROUPS of experts, 1 or as many as warps, of which the best TOP_GROUPS
+// compete.
 
 #include "hopper.cuh"
 
 constexpr int BLOCKS = 16, WARPS = E / 32;
-constexpr int COLUMNS = D / BLOCKS, VECTORS = COLUMNS / 8, STEPS = COLUMNS / 16;  // of a block; VECTORS have 16 bytes
-constexpr int ROW = COLUMNS + (STEPS % 2 ? 0 : 16);  // between rows in shared memory: no bank conflicts
+constexpr int COLUMNS = D / BLOCKS, VECTORS = COLUMNS / 8;  // of a block; VECTORS have 16 bytes
+constexpr int STEPS = COLUMNS / 16 / PARTS;                 // of a part
+// Between rows in shared memory, of tokens and of a part of the weights: no bank conflicts.
+constexpr int ROW = COLUMNS + (COLUMNS / 16 % 2 ? 0 : 16), W_ROW = 16 * (STEPS + (STEPS % 2 ? 0 : 1));
+constexpr int OF_LANE = (VECTORS + 31) / 32;
 constexpr int MINE = (TOKENS + WARPS - 1) / WARPS;   // tokens that a warp norms
 constexpr int TILES = TOKENS / 8;
 constexpr int LIST = (K + 3) / 4 * 4;
 constexpr int LOWEST = -2147483647 - 1;
+static_assert(GROUPS == 1 || GROUPS == WARPS, "a warp ranks the experts of a group");
 
 __device__ __forceinline__ void unpack(float (&to)[8], uint4 from) {
     to[0] = low(from.x), to[1] = high(from.x), to[2] = low(from.y), to[3] = high(from.y);
@@ -96,7 +104,7 @@ extern "C" __global__ void __cluster_dims__(BLOCKS) __launch_bounds__(E)
     extern __shared__ __align__(128) unsigned char shared[];
     float* logits = (float*)shared;            // [BLOCKS, E], what each block adds to them
     bf16* n_s = (bf16*)(logits + BLOCKS * E);  // [TOKENS, ROW]
-    bf16* w_s = n_s + TOKENS * ROW;            // [E, ROW]
+    bf16* w_s = n_s + TOKENS * ROW;            // [E, W_ROW]
     __shared__ __align__(16) float squares[TOKENS][BLOCKS];
     __shared__ __align__(16) int keys[E], list_key[WARPS][LIST];
     __shared__ int list_id[WARPS][LIST], chosen_id[K];
@@ -112,47 +120,72 @@ extern "C" __global__ void __cluster_dims__(BLOCKS) __launch_bounds__(E)
     // A warp takes the products of 32 experts. Its matrix instructions give a lane 4 rows: those are 4 neighbours among
     // the experts, so that their logits go out at once, and so row i of shared memory is not expert i.
     if (lane == 0) {
-        expect(weights_here + warp, 32 * 2 * COLUMNS);
+        expect(weights_here + warp, 32 * 2 * 16 * STEPS);
         publish_barriers();
     }
     __syncwarp();
     const int row = 32 * warp + lane / 4 + lane % 2 * 8 + lane / 2 % 2 * 16;
-    copy(w_s + row * ROW, w + (long long)tid * D + rank * COLUMNS, 2 * COLUMNS, weights_here + warp);
-    const bool norms = lane < VECTORS;
+    const bf16* w_from = w + (long long)tid * D + rank * COLUMNS;
+    copy(w_s + row * W_ROW, w_from, 2 * 16 * STEPS, weights_here + warp);
     const int column = rank * COLUMNS + 8 * lane;
-    const uint4 none = make_uint4(0, 0, 0, 0), norm_weight8 = norms ? load16(norm_weight + column) : none;
+    const uint4 none = make_uint4(0, 0, 0, 0);
+    uint4 norm_weight8[OF_LANE];
+#pragma unroll
+    for (int v = 0; v < OF_LANE; v++)
+        norm_weight8[v] = lane + 32 * v < VECTORS ? load16(norm_weight + column + 256 * v) : none;
     const float shift = bias[tid];
+
+    // Operands of the products.
+    uint2 a[STEPS][4];
+    auto load_step = [&](uint2(&to)[4], int c) {
+#pragma unroll
+        for (int j = 0; j < 4; j++) to[j] = load8(w_s + (32 * warp + 8 * j + quad) * W_ROW + 16 * c + 4 * pair);
+    };
+    if (PARTS == 2) {
+        wait_for(weights_here + warp);
+#pragma unroll
+        for (int c = 0; c < STEPS; c++) load_step(a[c], c);
+        __syncwarp();  // all have read
+        if (lane == 0) expect_bytes(shared_address(weights_here + warp), 32 * 2 * 16 * STEPS);
+        __syncwarp();
+        copy(w_s + row * W_ROW, w_from + 16 * STEPS, 2 * 16 * STEPS, weights_here + warp);
+    }
 
     wait_for_kernel_ahead();
     // Not earlier: experts then ask for the shared ones' weights, and all that is above came behind those.
     start_kernel_behind();
 
     // The norm. A warp takes tokens warp, warp + WARPS and so on.
-    uint4 x8[MINE];
+    uint4 x8[MINE][OF_LANE];
 #pragma unroll
-    for (int i = 0; i < MINE; i++) {
-        const int t = warp + i * WARPS;
-        x8[i] = norms && t < n ? load16(x + (first + t) * x_stride + column) : none;
-    }
+    for (int i = 0; i < MINE; i++)
+#pragma unroll
+        for (int v = 0; v < OF_LANE; v++) {
+            const int t = warp + i * WARPS;
+            const bool is = lane + 32 * v < VECTORS && t < n;
+            x8[i][v] = is ? load16(x + (first + t) * x_stride + column + 256 * v) : none;
+        }
     cluster_wait();  // for all blocks' barriers
 #pragma unroll
     for (int i = 0; i < MINE; i++) {
         const int t = warp + i * WARPS;
-        float y[8], square = 0;
-        unpack(y, x8[i]);
+        float square = 0;
 #pragma unroll
-        for (int e = 0; e < 8; e++) square += y[e] * y[e];
+        for (int v = 0; v < OF_LANE; v++) {
+            float y[8];
+            unpack(y, x8[i][v]);
+#pragma unroll
+            for (int e = 0; e < 8; e++) square += y[e] * y[e];
+        }
 #pragma unroll
         for (int m = 1; m < 32; m *= 2) square += __shfl_xor_sync(~0u, square, m);
         if (t < n && lane < BLOCKS) send(lane, &squares_here, &squares[t][rank], square);
     }
-    // Operands of the products, while the squares are on their way.
-    wait_for(weights_here + warp);
-    uint2 a[STEPS][4];
+    if (PARTS == 1) {  // while the squares are on their way
+        wait_for(weights_here + warp);
 #pragma unroll
-    for (int c = 0; c < STEPS; c++)
-#pragma unroll
-        for (int j = 0; j < 4; j++) a[c][j] = load8(w_s + (32 * warp + 8 * j + quad) * ROW + 16 * c + 4 * pair);
+        for (int c = 0; c < STEPS; c++) load_step(a[c], c);
+    }
     wait_for(&squares_here);
 #pragma unroll
     for (int i = 0; i < MINE; i++) {
@@ -165,15 +198,18 @@ extern "C" __global__ void __cluster_dims__(BLOCKS) __launch_bounds__(E)
             sum.x += four.x, sum.y += four.y, sum.z += four.z, sum.w += four.w;
         }
         const float r = rsqrtf(((sum.x + sum.y) + (sum.z + sum.w)) * (1.0f / D) + eps);
-        float y[8], weight[8];
-        unpack(y, x8[i]);
-        unpack(weight, norm_weight8);
 #pragma unroll
-        for (int e = 0; e < 8; e++) y[e] = y[e] * r * weight[e];
-        if (norms) {
-            const uint4 n8 = make_uint4(pack(y[0], y[1]), pack(y[2], y[3]), pack(y[4], y[5]), pack(y[6], y[7]));
-            *(uint4*)(n_s + t * ROW + 8 * lane) = n8;
-            *(uint4*)(normed + (long long)(first + t) * D + column) = n8;
+        for (int v = 0; v < OF_LANE; v++) {
+            float y[8], weight[8];
+            unpack(y, x8[i][v]);
+            unpack(weight, norm_weight8[v]);
+#pragma unroll
+            for (int e = 0; e < 8; e++) y[e] = y[e] * r * weight[e];
+            if (lane + 32 * v < VECTORS) {
+                const uint4 n8 = make_uint4(pack(y[0], y[1]), pack(y[2], y[3]), pack(y[4], y[5]), pack(y[6], y[7]));
+                *(uint4*)(n_s + t * ROW + 8 * lane + 256 * v) = n8;
+                *(uint4*)(normed + (long long)(first + t) * D + column + 256 * v) = n8;
+            }
         }
     }
     __syncthreads();
@@ -181,14 +217,25 @@ extern "C" __global__ void __cluster_dims__(BLOCKS) __launch_bounds__(E)
     // Products. A lane's 4 neighbours among the columns stand for two pairs of one product: their order is the matrix
     // unit's to choose, as long as weights and tokens share it. What is no token repeats the last one.
     float acc[2][TILES][2][4] = {};  // even and odd steps: a matrix instruction does not wait for the last
-#pragma unroll
-    for (int c = 0; c < STEPS; c++)
+    auto multiply = [&](const uint2(&w4)[4], int c) {
 #pragma unroll
         for (int t = 0; t < TILES; t++) {
             const uint2 b = *(uint2*)(n_s + min(8 * t + quad, n - 1) * ROW + 16 * c + 4 * pair);
-            mma(acc[c % 2][t][0], a[c][0].x, a[c][1].x, a[c][0].y, a[c][1].y, b.x, b.y);
-            mma(acc[c % 2][t][1], a[c][2].x, a[c][3].x, a[c][2].y, a[c][3].y, b.x, b.y);
+            mma(acc[c % 2][t][0], w4[0].x, w4[1].x, w4[0].y, w4[1].y, b.x, b.y);
+            mma(acc[c % 2][t][1], w4[2].x, w4[3].x, w4[2].y, w4[3].y, b.x, b.y);
         }
+    };
+#pragma unroll
+    for (int c = 0; c < STEPS; c++) multiply(a[c], c);
+    if (PARTS == 2) {
+        wait_at_barrier(shared_address(weights_here + warp), 1);
+#pragma unroll
+        for (int c = 0; c < STEPS; c++) {
+            uint2 w4[4];
+            load_step(w4, c);
+            multiply(w4, STEPS + c);
+        }
+    }
 #pragma unroll
     for (int t = 0; t < TILES; t++)
 #pragma unroll
@@ -220,7 +267,7 @@ extern "C" __global__ void __cluster_dims__(BLOCKS) __launch_bounds__(E)
         score = __expf(logit - most) / total;
     }
     // The place among the warp's. Of equals the lower id comes first.
-    const int key = order(score + shift);
+    int key = order(score + shift);
     keys[tid] = key;
     __syncwarp();
     int above[4] = {};
@@ -233,6 +280,19 @@ extern "C" __global__ void __cluster_dims__(BLOCKS) __launch_bounds__(E)
     if (__reduce_add_sync(~0u, place) != 31 * 16)  // less than 0 + 1 + ... + 31: some are equal
 #pragma unroll 1
         for (int i = 0; i < lane; i++) place += keys[32 * warp + i] == key;
+    if (GROUPS > 1) {  // by the two best of each; of equals the first
+        __shared__ float best[WARPS][2];
+        if (place < 2) best[warp][place] = score + shift;
+        __syncthreads();
+        const float mine = best[warp][0] + best[warp][1];
+        int above = 0;
+#pragma unroll
+        for (int g = 0; g < GROUPS; g++) {
+            const float other = best[g][0] + best[g][1];
+            above += other > mine || (other == mine && g < warp);
+        }
+        if (above >= TOP_GROUPS) key = order(-__int_as_float(0x7f800000));
+    }
     if (place < K) list_key[warp][place] = key, list_score[warp][place] = score, list_id[warp][place] = tid;
     if (lane < LIST - K) list_key[warp][K + lane] = LOWEST;
     __syncthreads();

@@ -52,6 +52,24 @@ def logits_kernel(
 
 
 @triton.jit
+def _competes(choice, G2: tl.constexpr, S2: tl.constexpr, TOP_G: tl.constexpr):
+    """Whether an expert is in one of the TOP_G groups whose two best have the largest sum; of equals, the first."""
+    of_group = tl.reshape(choice, [G2, S2])
+    most = tl.max(of_group, 1)
+    place = tl.arange(0, S2)[None, :]
+    first = tl.min(tl.where(of_group == most[:, None], place, S2), 1)
+    score = most + tl.max(tl.where(place == first[:, None], float("-inf"), of_group), 1)
+    # The same once more along the other axis.
+    group = tl.arange(0, G2)
+    same = group[:, None] == group[None, :]
+    along = tl.max(tl.where(same, score[:, None], float("-inf")), 0)
+    equal = (along[None, :] == score[:, None]) & (group[None, :] < group[:, None])
+    before = (along[None, :] > score[:, None]) | equal
+    kept = tl.sum(before.to(tl.int32), 1) < TOP_G
+    return tl.reshape(tl.broadcast_to(kept[:, None], [G2, S2]), [G2 * S2])
+
+
+@triton.jit
 def choose_kernel(
     partial_ptr,  # [SPLITS, T, E] fp32
     bias_ptr,
@@ -65,15 +83,21 @@ def choose_kernel(
     SHARED: tl.constexpr,
     SOFTMAX: tl.constexpr,
     RENORMALIZE: tl.constexpr,
-    E2: tl.constexpr,  # E as a power of two
+    G: tl.constexpr,
+    TOP_G: tl.constexpr,
+    G2: tl.constexpr,  # G as a power of two
+    S2: tl.constexpr,  # experts of a group as a power of two
     K2: tl.constexpr,  # K + SHARED as a power of two
     PDL: tl.constexpr,
 ):
     if PDL:
         gdc_launch_dependents()
     token = tl.program_id(0)
-    columns = tl.arange(0, E2)
-    inside = columns < E
+    E2: tl.constexpr = G2 * S2
+    S: tl.constexpr = E // G
+    place = tl.arange(0, E2)
+    columns = place // S2 * S + place % S2
+    inside = (place % S2 < S) & (columns < E)
     bias = tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     if PDL:
         gdc_wait()
@@ -89,16 +113,18 @@ def choose_kernel(
     choice = scores + bias
     # NaN ranks last and equals rank by index, so that every id is in range and different from the others.
     choice = tl.where(choice == choice, choice, float("-inf"))
+    if G > 1:
+        choice = tl.where(_competes(tl.where(inside, choice, float("-inf")), G2, S2, TOP_G), choice, float("-inf"))
     bits = choice.to(tl.int32, bitcast=True)
     # As integers, in the same order: a warp finds the largest of those in one instruction.
     order = tl.where(inside, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits), -(2**31))
     slots = tl.arange(0, K2)
     ids = E - K + slots
     for j in tl.static_range(K):
-        best = tl.min(tl.where(order == tl.max(order, 0), columns, E2), 0)
+        best = tl.min(tl.where(order == tl.max(order, 0), columns, E), 0)
         order = tl.where(columns == best, -(2**31), order)
         ids = tl.where(slots == j, best, ids)
-    routed = tl.gather(scores, tl.where(slots < K, ids, 0), 0)
+    routed = tl.gather(scores, tl.where(slots < K, ids // S * S2 + ids % S, 0), 0)
     if RENORMALIZE:
         routed = routed / (tl.sum(tl.where(slots < K, routed, 0.0), 0) + 1e-20)
     out = token * (K + SHARED) + slots
@@ -122,8 +148,8 @@ def norm_router(
     num_shared: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     normed_TD = rms_norm(x_TD, norm_weight_D, eps)
-    logits_STE = run_logits(normed_TD, w_ED)
-    return normed_TD, *run_choose(logits_STE, bias_E, top_k, renormalize, scale, scoring, num_shared)
+    logits_STE, groups = run_logits(normed_TD, w_ED), (n_group, topk_group)
+    return normed_TD, *run_choose(logits_STE, bias_E, top_k, renormalize, scale, scoring, num_shared, groups)
 
 
 def norm_router_by_library(
@@ -145,7 +171,8 @@ def norm_router_by_library(
     normed_TD = rms_norm(x_TD, norm_weight_D, eps)
     as_fp32 = {} if x_TD.dtype == torch.float32 else {"out_dtype": torch.float32}
     logits_STE = torch.mm(normed_TD, w_ED.t(), **as_fp32)[None]
-    return normed_TD, *run_choose(logits_STE, bias_E, top_k, renormalize, scale, scoring, num_shared)
+    groups = (n_group, topk_group)
+    return normed_TD, *run_choose(logits_STE, bias_E, top_k, renormalize, scale, scoring, num_shared, groups)
 
 
 def run_choose(
@@ -156,8 +183,10 @@ def run_choose(
     scale: float,
     scoring: str,
     num_shared: int,
+    groups: tuple[int, int] = (1, 1),
 ) -> tuple[Tensor, Tensor]:
-    """(weights fp32, ids int64), both [T, top_k + num_shared], of parts of the logits."""
+    """(weights fp32, ids int64), both [T, top_k + num_shared], of parts of the logits; groups are how many there are,
+    and how many compete."""
     (S, T, E), k, device = logits_STE.shape, top_k + num_shared, logits_STE.device
     weights_Tk = torch.empty(T, k, dtype=torch.float32, device=device)
     ids_Tk = torch.empty(T, k, dtype=torch.int64, device=device)
@@ -176,7 +205,10 @@ def run_choose(
             SHARED=num_shared,
             SOFTMAX=softmax,
             RENORMALIZE=renormalize,
-            E2=triton.next_power_of_2(E),
+            G=groups[0],
+            TOP_G=groups[1],
+            G2=triton.next_power_of_2(groups[0]),
+            S2=triton.next_power_of_2(E // groups[0]),
             K2=triton.next_power_of_2(k),
             num_warps=1 if E <= 256 else 4,
             **pdl_options(logits_STE),

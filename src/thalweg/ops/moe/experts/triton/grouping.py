@@ -15,6 +15,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from thalweg.ops.moe.experts.triton.half import store_half_row
+from thalweg.ops.moe.experts.triton.nibbles import ordered_width, store_ordered_row
 from thalweg.ops.toolchain.triton_launch import pdl_options
 
 
@@ -79,21 +80,22 @@ def list_kernel(
     expert_ptr,  # [groups]
     count_ptr,  # [groups]
     list_ptr,  # [groups, T]
-    half_ptr,  # [T, D] fp16
-    scale_ptr,  # [T] fp32, or None: x stays as it is
+    ready_ptr,  # [T, D] fp16, or with ORDERED [T, places of D], or None: x stays as it is
+    scale_ptr,  # [T] fp32 of fp16
     pairs,
     tokens,
     groups,
     x_stride,
     E: tl.constexpr,
     D: tl.constexpr,
+    ORDERED: tl.constexpr,
     BY_PAIR: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """A group's pairs, in order, and after the groups a row of x in fp16. As `pairs_of_group`, with BY_PAIR a group may
-    have none."""
+    """A group's pairs, in order, and after the groups a row of x, ordered or in fp16. As `pairs_of_group`, with BY_PAIR
+    a group may have none."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -112,8 +114,10 @@ def list_kernel(
             count = tl.where(last == pairs - 1 - group, count, 0)
         tl.store(count_ptr + group, count)
         tl.store(expert_ptr + group, expert)
+    elif ORDERED:
+        store_ordered_row(x_ptr, ready_ptr, (group - groups).to(tl.int64), x_stride, D, BLOCK_D)
     elif scale_ptr is not None:
-        store_half_row(x_ptr, half_ptr, scale_ptr, (group - groups).to(tl.int64), x_stride, D, BLOCK_D)
+        store_half_row(x_ptr, ready_ptr, scale_ptr, (group - groups).to(tl.int64), x_stride, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["pairs"])
@@ -186,23 +190,26 @@ class Lists(NamedTuple):
     list_GT: Tensor
 
 
-def list_pairs(x_TD: Tensor, ids_Tk: Tensor, experts: int) -> tuple[Lists, Tensor, Tensor | None]:
-    """(lists, x in fp16, and what to multiply its rows by) in one launch; x itself and None if it is float32."""
+def list_pairs(x_TD: Tensor, ids_Tk: Tensor, experts: int, ordered: bool) -> tuple[Lists, Tensor, Tensor | None]:
+    """(lists, x ready for products, and what to multiply its rows by) in one launch. x is ordered for words; or else in
+    fp16 for fp8; x itself and None if it is float32."""
     (T, D), device = x_TD.shape, x_TD.device
     scan = scan_of(ids_Tk.numel(), experts, 1024)
     expert_G, count_G = (torch.empty(scan.groups, dtype=torch.int32, device=device) for _ in range(2))
     list_GT = torch.empty(scan.groups, T, dtype=torch.int32, device=device)
-    half_TD, scale_T = x_TD, None
-    if x_TD.dtype != torch.float32:
-        half_TD = torch.empty(T, D, dtype=torch.float16, device=device)
+    ready_TD, scale_T = x_TD, None
+    if ordered:
+        ready_TD = torch.empty(T, ordered_width(D), dtype=x_TD.dtype, device=device)
+    elif x_TD.dtype != torch.float32:
+        ready_TD = torch.empty(T, D, dtype=torch.float16, device=device)
         scale_T = torch.empty(T, device=device)
-    list_kernel[(scan.groups + (0 if scale_T is None else T),)](
+    list_kernel[(scan.groups + (0 if ready_TD is x_TD else T),)](
         ids_Tk,
         x_TD,
         expert_G,
         count_G,
         list_GT,
-        half_TD,
+        ready_TD,
         scale_T,
         ids_Tk.numel(),
         T,
@@ -210,13 +217,14 @@ def list_pairs(x_TD: Tensor, ids_Tk: Tensor, experts: int) -> tuple[Lists, Tenso
         x_TD.stride(0),
         E=experts,
         D=D,
+        ORDERED=ordered,
         BY_PAIR=scan.by_pair,
         BLOCK_P=scan.ids,
-        BLOCK_D=triton.next_power_of_2(D),
+        BLOCK_D=max(128, triton.next_power_of_2(D)),
         num_warps=4,
         **pdl_options(x_TD),
     )
-    return Lists(expert_G, count_G, list_GT), half_TD, scale_T
+    return Lists(expert_G, count_G, list_GT), ready_TD, scale_T
 
 
 class Groups(NamedTuple):
@@ -230,15 +238,16 @@ class Groups(NamedTuple):
     rows: int
 
 
-def rows_per_block(pairs: int, experts: int) -> int:
-    """Rows of a tile: an expert's last one is partly empty, and a tile of fewer reads the weights more often."""
-    return 64 if pairs <= 96 * experts else 128
+def rows_per_block(pairs: int, experts: int, few: int) -> int:
+    """Rows of a tile, by whether an expert has `few` pairs on average: its last tile is partly empty, and a tile of
+    fewer rows reads the weights more often."""
+    return 64 if pairs <= few * experts else 128
 
 
-def sort_pairs(ids_Tk: Tensor, experts: int, num_shared: int) -> Groups:
+def sort_pairs(ids_Tk: Tensor, experts: int, num_shared: int, few: int) -> Groups:
     """In two launches and a fill. The order within an expert, which atomic counters give, changes from run to run."""
     P, K, device = ids_Tk.numel(), ids_Tk.shape[1], ids_Tk.device
-    rows = rows_per_block(P, experts)
+    rows = rows_per_block(P, experts, few)
     counts_E = torch.zeros(experts, dtype=torch.int32, device=device)
     ranks_P, sorted_P = (torch.empty(P, dtype=torch.int32, device=device) for _ in range(2))
     blocks = P // rows + min(experts, P)

@@ -153,6 +153,8 @@ def experts_of_pairs(
     *,
     residual_TD: Tensor | None = None,
     num_shared: int = 0,
+    own: tuple[Tensor, Tensor] | None = None,  # refused
+    scale: float = 1.0,
 ) -> Tensor:
     out_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
     if len(x_TD) == 0:

@@ -1,4 +1,4 @@
-"""Sums over tiles of an expert's weights, whatever their scheme: where kernels for plain weights and fp8 differ.
+"""Sums over tiles of an expert's weights, whatever their scheme: where kernels for plain weights, fp8 and int4 differ.
 
 Pointers to scales are None for weights in x's dtype. With fp8, where a scale goes is the caller's choice: it is applied
 once to the products of a block of 128 columns (exact, but these are summed apart); or FOLD: a weight takes it as it is
@@ -9,9 +9,13 @@ falls below it is 2^-32 of the largest weight of these blocks. With powers of tw
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from thalweg.ops.moe.experts.triton import nibbles
+from thalweg.ops.moe.experts.triton.nibbles import GROUP, WORD, column_at, ordered_width
 from thalweg.ops.toolchain.triton_dot import INTERPRETED, dot
 from thalweg.quant.blocks import BLOCK as _BLOCK
 
@@ -118,7 +122,7 @@ def _add_product(acc, x, w, scale, factor, FP8: tl.constexpr, FOLD: tl.constexpr
 
 
 @triton.jit
-def gate_up_sums(
+def _gate_up_sums(
     x_ptrs,  # [rows, 1], at x's first column
     w_ptrs,  # [1, columns of gate], at w's first column
     s_ptr,  # of the row of blocks that these columns of gate lie in, or None
@@ -155,7 +159,7 @@ def gate_up_sums(
 
 
 @triton.jit
-def down_sums(
+def _down_sums(
     h_ptrs,  # [rows, 1], at h's first column
     w_ptrs,  # [1, columns of y], at w's first column
     s_ptr,  # of the row of blocks that these columns of y lie in, or None
@@ -180,3 +184,93 @@ def down_sums(
     if FP8 and FOLD:
         acc *= largest
     return acc
+
+
+@triton.jit
+def gate_up_sums(
+    x_ptrs,  # [tokens, 1], at x's first column
+    w_ptr,  # [E, 2I, D], or its words
+    s_ptr,  # by scheme: [E, 2 * blocks of I, blocks of D], [E, 2I, groups of D], or None
+    expert,
+    first,
+    D: tl.constexpr,
+    I: tl.constexpr,
+    BLOCK_I: tl.constexpr,  # divides BLOCK if scales are of blocks
+    BLOCK_D: tl.constexpr,  # divides BLOCK if scales are of blocks, a multiple of ORDERED over words
+    STAGES: tl.constexpr,
+    FOLD: tl.constexpr,
+):
+    """(x @ gate.T, x @ up.T) in fp32, [tokens, BLOCK_I], of an expert's rows at the places from `first` on of h."""
+    rows = first + tl.arange(0, BLOCK_I)
+    expert = expert.to(tl.int64)
+    if w_ptr.dtype.element_ty == tl.int32:
+        row = (expert * (2 * I) + tl.minimum(column_at(rows), I - 1))[:, None]
+        w_ptrs = w_ptr + row * (D // WORD)
+        s_ptrs = s_ptr + row * ((D + GROUP - 1) // GROUP)
+        gate, up = nibbles.gate_up_sums(x_ptrs, w_ptrs, s_ptrs, D, I, BLOCK_D, STAGES)
+    else:
+        w_ptrs = w_ptr + expert * (2 * I * D) + tl.minimum(rows, I - 1)[None, :] * D
+        if s_ptr is not None:
+            blocks_i: tl.constexpr = (I + BLOCK - 1) // BLOCK
+            s_ptr += (expert * (2 * blocks_i) + first // BLOCK) * ((D + BLOCK - 1) // BLOCK)
+        gate, up = _gate_up_sums(x_ptrs, w_ptrs, s_ptr, D, I, BLOCK_D, STAGES, FOLD)
+    return gate, up
+
+
+@triton.jit
+def down_sums(
+    h_ptrs,  # [tokens, 1], at h's first place
+    w_ptr,  # [E, D, I], or its words
+    s_ptr,  # by scheme: [E, blocks of D, blocks of I], [E, D, groups of I], or None
+    expert,
+    first,
+    D: tl.constexpr,
+    I: tl.constexpr,
+    BLOCK_D: tl.constexpr,  # divides BLOCK if scales are of blocks, or is twice as much
+    BLOCK_I: tl.constexpr,  # as BLOCK_D of gate_up
+    STAGES: tl.constexpr,
+    FOLD: tl.constexpr,
+):
+    """h @ down.T in fp32, [tokens, BLOCK_D], of an expert's rows from `first` on."""
+    rows = tl.minimum(first + tl.arange(0, BLOCK_D), D - 1)
+    expert = expert.to(tl.int64)
+    if w_ptr.dtype.element_ty == tl.int32:
+        row = (expert * D + rows)[:, None]
+        w_ptrs = w_ptr + row * (I // WORD)
+        y = nibbles.down_sums(h_ptrs, w_ptrs, s_ptr + row * ((I + GROUP - 1) // GROUP), I, BLOCK_I, STAGES)
+    else:
+        w_ptrs = w_ptr + expert * (D * I) + rows[None, :] * I
+        s_next = 0
+        if s_ptr is not None:
+            blocks_d: tl.constexpr = (D + BLOCK - 1) // BLOCK
+            blocks_i: tl.constexpr = (I + BLOCK - 1) // BLOCK
+            row = first // BLOCK
+            s_ptr += (expert * blocks_d + row) * blocks_i
+            s_next = (tl.minimum(row + 1, blocks_d - 1) - row) * blocks_i
+        y = _down_sums(h_ptrs, w_ptrs, s_ptr, s_next, I, BLOCK_I, STAGES, FOLD)
+    return y
+
+
+@triton.constexpr_function
+def h_width(weights: tl.dtype, I: int) -> int:
+    """Places of a row of h, by the type of the weights."""
+    return ordered_width(I) if weights == tl.int32 else I
+
+
+@triton.jit
+def store_h(h_ptr, gate, up, row, here, first, w_ptr, I: tl.constexpr):
+    """silu(gate) * up as rows of h, the places from `first` on."""
+    places = first + tl.arange(0, gate.shape[1])
+    h = silu_and_mul(gate, up)
+    column = places
+    if w_ptr.dtype.element_ty == tl.int32:
+        column = column_at(places)
+        h = tl.where((column < I)[None, :], h, 0.0)
+    width: tl.constexpr = h_width(w_ptr.dtype.element_ty, I)
+    inside = here[:, None] & (places < width)[None, :]
+    tl.store(h_ptr + row[:, None] * width + places[None, :], h.to(h_ptr.dtype.element_ty), mask=inside)
+
+
+def scheme_of(weights: Tensor, scales: Tensor | None = None) -> str:
+    """The scheme's name, of its tensors."""
+    return "none" if scales is None else "int4" if weights.dtype == torch.int32 else "fp8"

@@ -1,0 +1,149 @@
+"""Experts in int4 for a few tokens by products in CUDA C++ (int4.cu says how they work): two launches in all."""
+
+from __future__ import annotations
+
+from ctypes import c_float, c_int, c_longlong
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from thalweg.errors import KernelError
+from thalweg.ops.toolchain.cuda_build import CudaKernel, aligned_rows, cuda_kernel
+from thalweg.ops.toolchain.triton_support import multiprocessors
+
+SOURCE = Path(__file__).with_name("int4.cu")
+STEP, SLOT_BYTES, BUFFERS, ROWS = 256, 16 * (128 + 16), 4, 16  # as in the source
+MAX_WARPS = 14
+MAX_TOKENS = 64
+
+
+class Geometry(NamedTuple):
+    """How a product is cut: steps of STEP columns that each warp of a block has, steps in a warp's ring, and blocks of
+    a multiprocessor."""
+
+    warps: int
+    steps: int
+    stages: int
+    blocks: int
+
+    @property
+    def shared_bytes(self) -> int:
+        return self.warps * (self.stages * SLOT_BYTES + BUFFERS * 32 * 16)
+
+    @property
+    def macros(self) -> dict[str, int]:
+        return {"STEPS": self.steps, "STAGES": self.stages, "BLOCKS": self.blocks}
+
+
+def geometry(columns: int) -> Geometry | None:
+    """None if no number of warps shares out the columns."""
+    steps, rest = divmod(columns, STEP)
+    for each in (1, 2, 4):
+        if steps and not rest and steps % each == 0 and steps <= each * MAX_WARPS:
+            warps = steps // each
+            blocks = 1 if warps > 8 else min(8, 18 // (warps + 1))
+            return Geometry(warps, each, 4, blocks)
+    return None
+
+
+def refusal(E: int, D: int, I: int) -> str | None:
+    """Why E experts I wide of a model D wide are not served."""
+    if geometry(D) is None or geometry(I) is None:
+        return f"needs D and I of a multiple of {STEP} that up to {MAX_WARPS} warps share out, not {D} and {I}"
+    return f"needs at most 1024 experts, not {E}" if E > 1024 else None
+
+
+@cache
+def _counters(device: torch.device, size: int) -> Tensor:
+    """How many came to each strip of columns of each token: zero between launches, which leave them so."""
+    if torch.cuda.is_current_stream_capturing():
+        raise KernelError("experts in int4 ran for the first time while a graph was captured; run them once before")
+    return torch.zeros(size, dtype=torch.int32, device=device)
+
+
+def _kernel(ids_Tk: Tensor, cut: Geometry, columns: int, **macros: int) -> CudaKernel:
+    (T, K), device = ids_Tk.shape, ids_Tk.device
+    macros |= {"COLS": columns, "K": K, "TOKENS": 8 if T <= 8 else MAX_TOKENS, **cut.macros}
+    return cuda_kernel(SOURCE, "experts", 32 * (cut.warps + 1), device, **macros)
+
+
+def run_gate_up(
+    x_TD: Tensor, ids_Tk: Tensor, words: Tensor, scales: Tensor, own: Tensor | None, cut: Geometry | None = None
+) -> Tensor:
+    """h bf16 = silu(gate x) * up x of every pair, [T * k, I], and behind them of every token by the own expert."""
+    (T, K), (E, I2, _), D = ids_Tk.shape, words.shape, x_TD.shape[1]
+    cut = cut or geometry(D)
+    assert cut is not None
+    x_TD = aligned_rows(x_TD)
+    h = torch.empty(T * (K + (own is not None)), I2 // 2, dtype=x_TD.dtype, device=x_TD.device)
+    kernel = _kernel(ids_Tk, cut, D, GATED=1, OUT=I2 // 2, E=E, OWN=int(own is not None))
+    grid = (multiprocessors(x_TD.device) * cut.blocks, 1, 1)
+    stride = (c_longlong, x_TD.stride(0))
+    kernel.launch(grid, cut.shared_bytes, x_TD, ids_Tk, words, scales, _or_any(own, h), h, stride, (c_int, T))
+    return h
+
+
+def run_down(
+    h: Tensor,
+    ids_Tk: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    own: Tensor | None,
+    weights_Tk: Tensor,
+    residual_TD: Tensor | None,
+    scale: float,
+    cut: Geometry | None = None,
+) -> Tensor:
+    """The weighted sum over a token's experts of down h, with what is added to it."""
+    T, (E, D, _), I = len(ids_Tk), words.shape, h.shape[1]
+    cut = cut or geometry(I)
+    assert cut is not None
+    parts = torch.empty(len(h), D, dtype=torch.float32, device=h.device)
+    y_TD = torch.empty(T, D, dtype=h.dtype, device=h.device)
+    kernel = _kernel(ids_Tk, cut, I, GATED=0, OUT=D, E=E, OWN=int(own is not None))
+    kernel.launch(
+        (multiprocessors(h.device) * cut.blocks, 1, 1),
+        cut.shared_bytes,
+        h,
+        ids_Tk,
+        words,
+        scales,
+        _or_any(own, h),
+        parts,
+        weights_Tk,
+        (c_longlong, 0) if residual_TD is None else residual_TD,
+        y_TD,
+        _counters(h.device, MAX_TOKENS * D // ROWS),
+        (c_longlong, 0 if residual_TD is None else residual_TD.stride(0)),
+        (c_float, scale),
+        (c_longlong, I),
+        (c_int, T),
+    )
+    return y_TD
+
+
+def _or_any(tensor: Tensor | None, other: Tensor) -> Tensor:
+    """An address for a kernel that is compiled not to read it."""
+    return other if tensor is None else tensor
+
+
+def experts(
+    x_TD: Tensor,
+    weights_Tk: Tensor,
+    ids_Tk: Tensor,
+    gate_up: tuple[Tensor, ...],
+    down: tuple[Tensor, ...],
+    *,
+    residual_TD: Tensor | None = None,
+    num_shared: int = 0,
+    own: tuple[Tensor, Tensor] | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    if len(x_TD) == 0:
+        return torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
+    (words, scales), (down_words, down_scales), (own_gate_up, own_down) = gate_up, down, own or (None, None)
+    h = run_gate_up(x_TD, ids_Tk, words, scales, own_gate_up)
+    return run_down(h, ids_Tk, down_words, down_scales, own_down, weights_Tk, residual_TD, scale)

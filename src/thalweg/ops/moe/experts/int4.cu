@@ -1,0 +1,394 @@
+// One of the experts' two matrix products over weights in int4, for a few tokens, on Hopper: gate and up with SiLU
+// (GATED), or down with the weighted sum that ends the experts.
+//
+// An item is 16 rows of an expert: 8 of gate and the same 8 of up, or 16 of down. Blocks fill the multiprocessors once
+// and share out the items by their bytes. Each warp of a block has the same few columns of all of them, so a warp's part
+// of the tokens stays in registers, as the right-hand operand of the matrix unit, and weights stream past it by way of
+// the warp's own ring in shared memory, STAGES steps ahead. What the warps have of an item is added up by one more warp:
+// none waits for another until all buffers of sums are full.
+//
+// A nibble n goes to bf16 by its bits: 0x4300 | n is 128 + n. What is too much, 136 times the sum of a group's columns
+// of x, is where the products of a group begin; its scale is applied to their sum. So a weight is never rounded. A lane
+// has a word of each group, whose nibbles 0 and 4, 1 and 5 and so on are the pairs that the matrix unit takes: the
+// order of columns within a sum is free.
+//
+// A pass is an expert with up to 8 of the tokens that chose it. Up to 8 tokens, every pass has all of them in their
+// places and drops those that did not choose it; beyond (GATHER), those that did move up, and an expert with more than 8
+// has several passes.
+//
+// With OWN there is one more expert, every token's, as wide as the others and with weights in bf16. Its items come
+// first, by turns, since they are known before the router is done. Its rows of h and y are those behind all pairs. With
+// GATHER a pass of it has 32 tokens, in 4 tiles, that do not stay in registers.
+//
+// Macros: GATED; COLS, the columns; OUT, the rows of gate, up or down; E, experts; K, experts a token; OWN; TOKENS, at
+// most; STEPS of 256 columns that a warp has; STAGES of the ring; BLOCKS of a multiprocessor.
+
+#include "hopper.cuh"
+
+#if GATED
+typedef bf16 Out;
+#else
+typedef float Out;
+#endif
+constexpr int GATHER = TOKENS > 8, STEP = 256, GROUPS = STEP / 32, ROWS = GATED ? 8 : 16;
+constexpr int WARPS = COLS / (STEP * STEPS), ITEMS = OUT / ROWS, EXPERT_ROWS = GATED ? 2 * OUT : OUT;
+constexpr int UPPER = GATED ? OUT : 8;  // from a row of the item's first eight to its counterpart of the second
+constexpr int WORD_BYTES = 16 * STEP / 2, SLOT_BYTES = WORD_BYTES + 16 * 2 * GROUPS;
+constexpr int OWN_STEPS = 4 * STEPS;  // of 64 columns
+constexpr int BUFFERS = 4, THREADS = 32 * (WARPS + 1);
+constexpr int FULL = 1, EMPTY = FULL + BUFFERS;              // barriers of the buffers
+constexpr int COST = 9, OWN_COST = 32;                       // bytes of an item relative to one another
+constexpr int PASSES = TOKENS * K, TILES = GATHER ? 4 : 1, OWN_TOKENS = 8 * TILES;
+constexpr int NONE = 0xffff;
+constexpr float TOO_MUCH = -136.0f;
+
+// 128 + n of nibbles 0 and 4 of a word.
+__device__ __forceinline__ u32 two(u32 word) { return (word & 0x000f000fu) | 0x43004300u; }
+
+struct Passes {
+    u64 tokens[E];          // bit t: token t chose it
+    u16 first[E];           // pass of the expert
+    u16 expert[PASSES];
+    __align__(16) u16 pair[PASSES][8];  // t * K + place of the token among the 8, or NONE
+    int count;
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+    experts(const bf16* x, const long long* ids, const u32* words, const bf16* scales, const bf16* own, Out* out,
+#if !GATED
+            const float* weights, const bf16* residual, bf16* y, int* arrived, long long residual_stride, float scale,
+#endif
+            long long x_stride, int T) {
+    const int tid = threadIdx.x, lane = tid % 32, quad = lane / 4, pair = lane % 4;
+    const int warp = __shfl_sync(~0u, tid / 32, 0);  // so that the compiler knows it for the same in all lanes
+    const int block = blockIdx.x, grid = gridDim.x;
+
+    extern __shared__ __align__(128) u8 shared[];
+    float4* sums = (float4*)(shared + WARPS * STAGES * SLOT_BYTES);  // [BUFFERS, WARPS, 32]
+    __shared__ __align__(16) float too_much[WARPS][STEPS * GROUPS][8];
+    __shared__ Passes passes;
+
+    for (int e = tid; e < E; e += THREADS) passes.tokens[e] = 0;
+    for (int p = tid; p < PASSES * 4; p += THREADS) ((u32*)passes.pair)[p] = 0xffffffffu;
+    __syncthreads();
+
+    // What this block has: its turns of the own expert's items, then a run of the others'.
+    const int own_passes = OWN ? (T + OWN_TOKENS - 1) / OWN_TOKENS : 0, own_items = own_passes * ITEMS;
+    const int own_count = block < own_items ? (own_items - block + grid - 1) / grid : 0;
+    int count = own_count, first = 0;
+
+    // The ring. A step of 256 columns in int4 has 8 groups of 16 bytes a row, one of 64 in bf16 as many parts; 8 lanes
+    // copy a line of a row, to where lanes read it without meeting in a bank.
+    u8* const ring = shared + warp * STAGES * SLOT_BYTES;
+    const int row = lane / 8, part = lane % 8;
+    int asked_item = 0, asked_step = 0;
+    const u32* asked_words = words;
+    const bf16* asked_scales = scales;
+    auto ask_next = [&](int stage) {
+        if (asked_item < own_count) {
+            const int rows = (block + asked_item * grid) % ITEMS * ROWS;
+            const bf16* from = own + (long long)(rows + row) * COLS + warp * STEPS * STEP + asked_step * 64 + part * 8;
+            const u32 to = shared_address(ring + stage * SLOT_BYTES + part / 4 * 512 + (row * 4 + part % 4) * 16);
+#pragma unroll
+            for (int i = 0; i < 4; i++)  // 4 rows of the lower or upper 8
+                copy16(to + i / 2 * 1024 + i % 2 * 256, from + (long long)(i / 2 * UPPER + i % 2 * 4) * COLS);
+            if (++asked_step == OWN_STEPS) asked_step = 0, asked_item++;
+        } else if (asked_item < count) {
+            if (asked_step == 0) {
+                const int item = first + asked_item - own_count;
+                const int at = passes.expert[item / ITEMS] * EXPERT_ROWS + item % ITEMS * ROWS;
+                asked_words = words + (long long)(at + row) * (COLS / 8) + warp * STEPS * (STEP / 8) + part * 4;
+                asked_scales = scales + (long long)(at + lane % 8 + lane / 8 % 2 * UPPER) * (COLS / 32) + warp * STEPS * GROUPS;
+            }
+            u8* const slot = ring + stage * SLOT_BYTES;
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                u8* to = slot + i / 2 * 1024 + part * 128 + ((row + i % 2 * 4) ^ part) * 16;
+                const long long below = (i / 2 * UPPER + i % 2 * 4) * (COLS / 8);
+                copy16(shared_address(to), asked_words + below + asked_step * (STEP / 8));
+            }
+            if (lane < 16) copy16(shared_address(slot + WORD_BYTES + lane * 16), asked_scales + asked_step * GROUPS);
+            if (++asked_step == STEPS) asked_step = 0, asked_item++;
+        }
+        commit_copies();
+    };
+    int ahead = 0;
+    if (warp < WARPS)
+        while (ahead < STAGES && asked_item < own_count) ask_next(ahead++);
+#if GATED
+    wait_for_kernel_ahead();
+    // Only now may "down" start: it reads ids before its own wait, and they are complete here.
+#endif
+    start_kernel_behind();
+
+    if (warp == 0) {
+        constexpr int ROUNDS = (TOKENS * K + 31) / 32;
+        int expert[ROUNDS], total = 0;
+#pragma unroll
+        for (int i = 0; i < ROUNDS; i++) expert[i] = 32 * i + lane < T * K ? load_id(ids + 32 * i + lane) : -1;
+#pragma unroll
+        for (int i = 0; i < ROUNDS; i++)
+            if (expert[i] >= 0) atomicOr(&passes.tokens[expert[i]], 1ull << (32 * i + lane) / K);
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < ROUNDS; i++) {  // passes are in the order of the experts' first tokens
+            const int t = (32 * i + lane) / K;
+            if (32 * i >= T * K) break;
+            const u64 all = passes.tokens[max(expert[i], 0)];
+            int needed = 0;
+            if (expert[i] >= 0 && !(all & ((1ull << t) - 1))) needed = GATHER ? (__popcll(all) + 7) / 8 : 1;
+            int end = needed;
+#pragma unroll
+            for (int m = 1; m < 32; m *= 2) {
+                const int before = __shfl_up_sync(~0u, end, m);
+                if (lane >= m) end += before;
+            }
+            for (int n = 0; n < needed; n++) passes.expert[total + end - needed + n] = expert[i];
+            if (needed) passes.first[expert[i]] = total + end - needed;
+            total += __shfl_sync(~0u, end, 31);
+        }
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < ROUNDS; i++) {
+            if (expert[i] < 0) continue;
+            const int p = 32 * i + lane, t = p / K;
+            const int place = GATHER ? __popcll(passes.tokens[expert[i]] & ((1ull << t) - 1)) : t;
+            passes.pair[passes.first[expert[i]] + place / 8][place % 8] = p;
+        }
+        if (lane == 0) passes.count = total;
+    }
+    __syncthreads();
+    {
+        // Bytes are shared out evenly; where the blocks' own turns are more than that already, others take the run.
+        const long long items = passes.count * ITEMS, all = items * COST + (long long)own_items * OWN_COST;
+        const int turns = own_items / grid, rest = own_items % grid;
+        auto start = [&](int b) {
+            const long long before = all * b / grid - (long long)(turns * b + min(b, rest)) * OWN_COST;
+            return before < 0 ? 0 : (int)min(before / COST, items);
+        };
+        first = start(block);
+        count = own_count + (block + 1 < grid ? start(block + 1) : (int)items) - first;
+    }
+
+    auto pass_of = [&](int j) {  // of the block's item j: of the own expert's passes if below 0
+        return j < own_count ? (block + j * grid) / ITEMS - own_passes : (first + j - own_count) / ITEMS;
+    };
+    auto rows_of = [&](int j) {
+        return (j < own_count ? (block + j * grid) % ITEMS : (first + j - own_count) % ITEMS) * ROWS;
+    };
+    auto pair_of = [&](int pass, int place) {
+        if (pass >= 0) return (int)passes.pair[pass][place];
+        const int t = (pass + own_passes) * OWN_TOKENS + place;
+        return t < T ? T * K + t : NONE;
+    };
+    auto tiles_of = [&](int pass) {
+        return pass >= 0 || !GATHER ? 1 : min(TILES, (T - (pass + own_passes) * OWN_TOKENS + 7) / 8);
+    };
+
+    if (warp == WARPS) {  // adds up what the others have, tile by tile
+        int n = 0, all = count - own_count;
+        for (int j = 0; j < own_count; j++) all += tiles_of(pass_of(j));
+#pragma unroll 1
+        for (int j = 0; j < count; j++) {
+            const int pass = pass_of(j), at = rows_of(j) + quad, tiles = tiles_of(pass);
+#pragma unroll 1
+            for (int tile = 0; tile < tiles; tile++, n++) {
+                const float4* item_sums = sums + n % BUFFERS * WARPS * 32 + lane;
+                float v[4] = {};
+                wait_at<THREADS>(FULL + n % BUFFERS);
+#pragma unroll
+                for (int i = 0; i < WARPS; i++) {
+                    const float4 some = item_sums[i * 32];
+                    v[0] += some.x, v[1] += some.y, v[2] += some.z, v[3] += some.w;
+                }
+                if (n + BUFFERS < all) arrive_at<THREADS>(EMPTY + n % BUFFERS);
+#if !GATED
+                if (n == 0) wait_for_kernel_ahead();
+#endif
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    const int p = pair_of(pass, 8 * tile + 2 * pair + i);
+                    if (p == NONE) continue;
+                    Out* to = out + (long long)p * OUT + at;
+#if GATED
+                    store_bf16(to, v[i] / (1.0f + __expf(-v[i])) * v[2 + i]);
+#else
+                    to[0] = v[i];
+                    to[8] = v[2 + i];
+#endif
+                }
+            }
+        }
+    } else {
+        u32 rows[STEPS * GROUPS][4];  // a lane's part of the tokens: a word of each group
+        auto load_rows = [&](int pass) {
+            __syncwarp();
+            int p = GATED && !GATHER ? (quad < T ? quad : NONE) : pair_of(pass, quad);
+            if (GATED && GATHER && p != NONE) p = p < T * K ? p / K : p - T * K;
+            const bf16* from = x + p * x_stride + warp * STEPS * STEP + 8 * pair;
+#pragma unroll
+            for (int g = 0; g < STEPS * GROUPS; g++) {
+                const uint4 w = p != NONE ? load16(from + g * 32) : make_uint4(0, 0, 0, 0);
+                rows[g][0] = w.x, rows[g][1] = w.y, rows[g][2] = w.z, rows[g][3] = w.w;
+            }
+#pragma unroll
+            for (int g = 0; g < STEPS * GROUPS; g++) {
+                u32(&w)[4] = rows[g];
+                float sum = (low(w[0]) + high(w[0]) + low(w[1]) + high(w[1])) + (low(w[2]) + high(w[2]) + low(w[3]) + high(w[3]));
+                sum += __shfl_xor_sync(~0u, sum, 1);
+                sum += __shfl_xor_sync(~0u, sum, 2);
+                if (pair == 0) too_much[warp][g][quad] = TOO_MUCH * sum;
+                const u32 a = __byte_perm(w[0], w[2], 0x5410), b = __byte_perm(w[0], w[2], 0x7632);
+                const u32 c = __byte_perm(w[1], w[3], 0x5410), d = __byte_perm(w[1], w[3], 0x7632);
+                w[0] = a, w[1] = b, w[2] = c, w[3] = d;
+            }
+            __syncwarp();
+        };
+        while (ahead < STAGES) ask_next(ahead++);
+#if !GATED
+        wait_for_kernel_ahead();
+#endif
+        int held = NONE, stage = 0, n = 0;
+        auto give = [&](const float(&sum)[4]) {  // to who adds up
+            if (n >= BUFFERS) wait_at<THREADS>(EMPTY + n % BUFFERS);
+            sums[(n % BUFFERS * WARPS + warp) * 32 + lane] = make_float4(sum[0], sum[1], sum[2], sum[3]);
+            arrive_at<THREADS>(FULL + n % BUFFERS);
+            n++;
+        };
+#pragma unroll 1
+        for (int j = 0; j < count; j++) {
+            const int pass = GATED && !GATHER ? 0 : pass_of(j);
+            const bool is_own = j < own_count;
+            if (pass != held && !(GATHER && is_own)) load_rows(held = pass);
+            float sum[4] = {};
+            auto next = [&]() {
+                __syncwarp();  // all have read
+                ask_next(stage);
+                if (++stage == STAGES) stage = 0;
+            };
+            if (is_own && GATHER) {
+                float c[TILES][4] = {};
+                const int t = (pass + own_passes) * OWN_TOKENS + quad;
+                const bf16* from = x + (GATED ? t : T * K + t) * x_stride + warp * STEPS * STEP + 8 * pair;
+#pragma unroll 1
+                for (int step = 0; step < OWN_STEPS; step++, from += 64) {
+                    wait_for_copies<STAGES - 1>();
+                    __syncwarp();
+                    const u8* at = ring + stage * SLOT_BYTES + 16 * lane;
+#pragma unroll
+                    for (int half = 0; half < 2; half++) {
+                        uint4 b[TILES];
+#pragma unroll
+                        for (int i = 0; i < TILES; i++)
+                            b[i] = t + 8 * i < T ? load16(from + 8 * i * x_stride + 32 * half) : make_uint4(0, 0, 0, 0);
+                        const uint4 l = *(const uint4*)(at + 512 * half), u = *(const uint4*)(at + 1024 + 512 * half);
+                        // Neighbours as they are: here both operands have their own order.
+#pragma unroll
+                        for (int i = 0; i < TILES; i++) {
+                            mma(c[i], l.x, u.x, l.y, u.y, b[i].x, b[i].y);
+                            mma(c[i], l.z, u.z, l.w, u.w, b[i].z, b[i].w);
+                        }
+                    }
+                    next();
+                }
+#pragma unroll
+                for (int i = 0; i < TILES; i++)
+                    if (t - quad + 8 * i < T) give(c[i]);
+                continue;
+            }
+            if (is_own) {
+                float c[2][4] = {};
+#pragma unroll
+                for (int step = 0; step < OWN_STEPS; step++) {
+                    wait_for_copies<STAGES - 1>();
+                    __syncwarp();
+                    const u8* at = ring + stage * SLOT_BYTES + 16 * lane;
+#pragma unroll
+                    for (int half = 0; half < 2; half++) {
+                        const uint4 l = *(const uint4*)(at + 512 * half), u = *(const uint4*)(at + 1024 + 512 * half);
+                        const u32(&b)[4] = rows[2 * step + half];
+                        mma(c[0], __byte_perm(l.x, l.z, 0x5410), __byte_perm(u.x, u.z, 0x5410),
+                            __byte_perm(l.x, l.z, 0x7632), __byte_perm(u.x, u.z, 0x7632), b[0], b[1]);
+                        mma(c[1], __byte_perm(l.y, l.w, 0x5410), __byte_perm(u.y, u.w, 0x5410),
+                            __byte_perm(l.y, l.w, 0x7632), __byte_perm(u.y, u.w, 0x7632), b[2], b[3]);
+                    }
+                    next();
+                }
+#pragma unroll
+                for (int i = 0; i < 4; i++) sum[i] = c[0][i] + c[1][i];
+            } else {
+#pragma unroll
+                for (int step = 0; step < STEPS; step++) {
+                    wait_for_copies<STAGES - 1>();
+                    __syncwarp();
+                    const u8* slot = ring + stage * SLOT_BYTES;
+                    const uint4 l_scales = *(const uint4*)(slot + WORD_BYTES + quad * 16);
+                    const uint4 u_scales = *(const uint4*)(slot + WORD_BYTES + 128 + quad * 16);
+#pragma unroll
+                    for (int half = 0; half < 2; half++) {
+                        u32 l[4], u[4];
+#pragma unroll
+                        for (int i = 0; i < 4; i++) {
+                            const int g = 4 * half + i;
+                            const u32* at = (const u32*)(slot + g * 128 + (quad ^ g) * 16) + pair;
+                            l[i] = at[0], u[i] = at[256];
+                        }
+                        if (half == 1) next();
+#pragma unroll
+                        for (int i = 0; i < 4; i++) {
+                            const int g = 4 * half + i;
+                            const float2 begin = *(const float2*)&too_much[warp][step * GROUPS + g][2 * pair];
+                            float c[4] = {begin.x, begin.y, begin.x, begin.y};
+                            const u32(&b)[4] = rows[step * GROUPS + g];
+                            mma(c, two(l[i]), two(u[i]), two(l[i] >> 4), two(u[i] >> 4), b[0], b[1]);
+                            mma(c, two(l[i] >> 8), two(u[i] >> 8), two(l[i] >> 12), two(u[i] >> 12), b[2], b[3]);
+                            const u32 l2 = g / 2 == 0 ? l_scales.x : g / 2 == 1 ? l_scales.y : g / 2 == 2 ? l_scales.z : l_scales.w;
+                            const u32 u2 = g / 2 == 0 ? u_scales.x : g / 2 == 1 ? u_scales.y : g / 2 == 2 ? u_scales.z : u_scales.w;
+                            const float s = g % 2 ? high(l2) : low(l2), r = g % 2 ? high(u2) : low(u2);
+                            sum[0] += c[0] * s, sum[1] += c[1] * s, sum[2] += c[2] * r, sum[3] += c[3] * r;
+                        }
+                    }
+                }
+            }
+            give(sum);
+        }
+    }
+#if !GATED
+    // The weighted sum. Whoever comes last to a token's 16 columns adds up what all have there, in one order. The count
+    // of those who came is zero again when the kernel ends.
+    constexpr int ARRIVALS = K + OWN;
+    __shared__ int found;
+    int* list = (int*)shared;  // the ring is free
+    if (count == 0 && warp == WARPS) wait_for_kernel_ahead();
+    if (tid == 0) found = 0;
+    __threadfence();
+    __syncthreads();
+    const int own_places = own_count * OWN_TOKENS;
+    for (int n = tid; n < own_places + (count - own_count) * 8; n += THREADS) {
+        const int i = n - own_places, j = i < 0 ? n / OWN_TOKENS : own_count + i / 8;
+        const int p = pair_of(pass_of(j), i < 0 ? n % OWN_TOKENS : i % 8);
+        if (p == NONE) continue;
+        const int t = p < T * K ? p / K : p - T * K, strip = t * ITEMS + rows_of(j) / ROWS;
+        if (atomicAdd(arrived + strip, 1) == ARRIVALS - 1) list[atomicAdd(&found, 1)] = strip;
+    }
+    __syncthreads();
+    __threadfence();
+    for (int n = tid / 16; n < found; n += THREADS / 16) {
+        const int strip = list[n], t = strip / ITEMS, at = strip % ITEMS * ROWS + tid % 16;
+        float parts[ARRIVALS], weight[K], total = 0;
+#pragma unroll
+        for (int k = 0; k < K; k++) {
+            parts[k] = load_fp32(out + (long long)(t * K + k) * OUT + at);
+            weight[k] = load_fp32(weights + t * K + k);
+        }
+        if (OWN) parts[K] = load_fp32(out + (long long)(T * K + t) * OUT + at);
+        const float before = residual ? from_bf16(load_bf16(residual + t * residual_stride + at)) : 0.0f;
+#pragma unroll
+        for (int k = 0; k < K; k++) total += weight[k] * parts[k];
+        // Rounded where the unfused additions round.
+        if (OWN) total = rounded(fmaf(rounded(total), scale, rounded(parts[K])));
+        store_bf16(y + (long long)t * OUT + at, residual ? total + before : total);
+        if (tid % 16 == 0) arrived[strip] = 0;
+    }
+#endif
+}

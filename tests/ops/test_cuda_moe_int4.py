@@ -1,0 +1,63 @@
+"""Experts in int4 in CUDA C++: compiled for Hopper, when they are chosen. What they compute: test_gpu_moe_int4."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.ops.compile_cuda import compile_cuda
+from thalweg.ops.moe.experts import EXPERTS, ExpertsDims
+from thalweg.ops.moe.experts.cuda_int4 import BUFFERS, MAX_TOKENS, SLOT_BYTES, SOURCE, geometry
+from thalweg.ops.registry import Resolver, Where
+
+DIMS: dict[str, Any] = {"E": 384, "D": 7168, "I": 2048, "scheme": "int4", "own": 2048}
+
+
+@pytest.mark.parametrize("tokens", [8, MAX_TOKENS])
+@pytest.mark.parametrize(
+    ("gated", "columns", "rows"), [(1, 7168, 2048), (0, 2048, 7168), (1, 7168, 256), (0, 256, 7168)]
+)
+def test_they_compile_for_hopper(tmp_path: Path, tokens: int, gated: int, columns: int, rows: int) -> None:
+    cut = geometry(columns)
+    assert cut is not None
+    macros = {"GATED": gated, "COLS": columns, "OUT": rows, "E": 384, "K": 8, "OWN": 1, "TOKENS": tokens}
+    compiled = compile_cuda(SOURCE, tmp_path, **macros, **cut.macros)
+    per_partition = -(-(cut.warps + 1) * cut.blocks // 4)  # warps of a quarter of a multiprocessor
+    assert per_partition * compiled.registers * 32 <= 16384
+    assert cut.blocks * (cut.shared_bytes + compiled.static_shared_bytes + 1024) <= 228 * 1024
+
+
+def test_constants_are_those_of_the_source() -> None:
+    source = SOURCE.read_text()
+    assert SLOT_BYTES == 16 * 256 // 2 + 16 * 2 * 8
+    assert "WORD_BYTES = 16 * STEP / 2, SLOT_BYTES = WORD_BYTES + 16 * 2 * GROUPS;" in source
+    assert f"BUFFERS = {BUFFERS}," in source
+
+
+def test_they_start_the_kernel_behind_after_their_own_wait() -> None:
+    """Down reads ids before its wait: gate_up, which it is behind, must not let it start before its own."""
+    gated = SOURCE.read_text().split("#if GATED\n    wait_for_kernel_ahead();")[1]
+    assert gated.index("start_kernel_behind()") < gated.index("wait_for_kernel_ahead()")
+
+
+def test_columns_are_shared_out_whole() -> None:
+    cuts = [geometry(columns) for columns in (7168, 2048, 1024, 256)]
+    assert [cut and (cut.warps, cut.steps) for cut in cuts] == [(14, 2), (8, 1), (4, 1), (1, 1)]
+    assert [geometry(columns) for columns in (0, 128, 200, 256 * 15, 256 * 58)] == [None] * 5
+
+
+@pytest.mark.parametrize(
+    ("dims", "dtype", "reason"),
+    [
+        ({**DIMS, "E": 1025}, "bfloat16", "at most 1024 experts, not 1025"),
+        ({**DIMS, "D": 200}, "bfloat16", "multiple of 256 that up to 14 warps share out, not 200 and 2048"),
+        ({**DIMS, "own": 1024}, "bfloat16", "an own expert as wide as the others, 2048, not 1024"),
+        (DIMS, "float32", "needs bfloat16, not float32"),
+    ],
+)
+def test_what_they_do_not_serve_they_refuse_with_a_reason(dims: dict[str, Any], dtype: str, reason: str) -> None:
+    resolver = Resolver()
+    resolver.resolve(EXPERTS, Where("cuda", dtype), ExpertsDims(**dims))
+    assert reason in dict(resolver.explain()[0].refused)["cuda"]
