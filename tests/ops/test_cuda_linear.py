@@ -1,4 +1,5 @@
-"""Projections of a few tokens in CUDA C++: compiled for Hopper, and when they are chosen. Results: test_gpu_linear."""
+"""Projections of a few tokens in CUDA C++: run on the host, compiled for Hopper, and when they are chosen. Results
+of the device: test_gpu_linear and test_gpu_linear_fp8."""
 
 from __future__ import annotations
 
@@ -9,6 +10,9 @@ import pytest
 import torch
 
 from tests.ops.compile_cuda import compile_cuda
+from tests.ops.fp8_linear_case import Fp8Case, draw, expected
+from tests.ops.moe_case import rmse_ratio
+from tests.ops.run_on_host import HostKernel
 from thalweg.ops.linear import LINEAR, LINEAR_ADD, NORM_LINEAR, LinearDims, NormLinearDims
 from thalweg.ops.registry import Op, Resolver, Where
 from thalweg.ops.toolchain import cuda_build, triton_support
@@ -17,39 +21,99 @@ CUDA = pytest.importorskip("thalweg.ops.linear.cuda", exc_type=ImportError)
 HOPPER_SHARED = 227 * 1024  # bytes of shared memory that a block may have
 
 
-SHAPES = [(2304, 12576, 1, 0), (4096, 2304, 0, 1), (1024, 2304, 0, 0), (96, 37, 1, 1)]
+@pytest.fixture(autouse=True)
+def on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CUDA, "cuda_kernel", HostKernel)
+
+
+def check(case: Fp8Case, *, fp8: bool, norm: bool, add: bool) -> None:
+    w = (case.q_OD, case.scale_OB) if fp8 else (case.rest_RD, None)
+    T, O = len(case.x_TD), len(w[0])
+    residual = torch.randn(T, O + 3).bfloat16()[:, :O] if add else None
+    out = torch.full((T, O + 5), torch.nan).bfloat16()
+    y = CUDA.stream(case.x_TD, *w, (case.norm_D, 1e-5) if norm else None, residual, out[:, :O])
+    assert y.data_ptr() == out.data_ptr()
+    wanted = expected(case, norm=norm, rest=True)
+    wanted = wanted[:, : len(case.q_OD)] if fp8 else wanted[:, len(case.q_OD) :]
+    assert rmse_ratio(y, wanted if residual is None else wanted + residual.double()) < 0.004
+    assert out[:, O:].isnan().all()
 
 
 @pytest.mark.parametrize(
-    ("tokens", "D", "O", "norm", "add"),
-    [(t, *shape) for t in (8, 16) for shape in SHAPES] + [(32, 2304, 12576, 1, 0), (32, 2304, 2304, 1, 0)],
+    ("T", "D", "O", "norm", "add", "shared"),
+    [
+        (1, 7168, 24, True, False, None),  # two passes
+        (5, 384, 24, False, True, None),
+        (8, 640, 40, True, False, None),
+        (9, 2560, 56, True, False, 40),  # in KiB: too little for one pass, and the second is shorter
+        (16, 2304, 72, True, True, None),
+    ],
 )
-def test_it_compiles_for_hopper_without_spills(
-    tmp_path: Path, tokens: int, D: int, O: int, norm: int, add: int
+def test_float8(
+    T: int, D: int, O: int, norm: bool, add: bool, shared: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cut = CUDA.tiling(-(-O // 132), D, tokens)
-    compiled = compile_cuda(CUDA.SOURCE, tmp_path, D=D, TOKENS=tokens, ROWS=cut.rows, NORM=norm, ADD=add)
+    if shared is not None:
+        monkeypatch.setattr(CUDA, "SHARED", shared * 1024)
+        assert CUDA.tiling(16, D, 16, fp8=True, norm_bytes=2).columns < D
+    check(draw(T, D, O, torch.bfloat16), fp8=True, norm=norm, add=add)
+
+
+@pytest.mark.parametrize(
+    ("T", "D", "O", "norm", "add"),
+    [
+        (1, 4128, 130, True, True),  # two passes
+        (2, 288, 37, True, True),
+        (11, 992, 29, False, False),
+        (17, 2304, 20, True, False),
+    ],
+)
+def test_bfloat16(T: int, D: int, O: int, norm: bool, add: bool) -> None:
+    norm_dtype = torch.float32 if T == 1 else None
+    check(draw(T, D, 0, torch.bfloat16, rest=O, norm_dtype=norm_dtype), fp8=False, norm=norm, add=add)
+
+
+def test_no_tokens_give_no_rows() -> None:
+    case = draw(0, 128, 24, torch.bfloat16)
+    assert CUDA.stream(case.x_TD, case.q_OD, case.scale_OB).shape == (0, 24)
+
+
+SHAPES = [
+    *((*shape, True) for shape in ((7168, 2112, 1, 0), (18432, 7168, 0, 1), (5120, 16384, 2, 0), (256, 7168, 0, 0))),
+    *((*shape, False) for shape in ((7168, 163840, 1, 0), (2304, 12576, 1, 0), (4096, 2304, 0, 1), (96, 37, 1, 1))),
+]
+
+
+@pytest.mark.parametrize(
+    ("D", "O", "norm", "add", "fp8", "tokens"),
+    [*((*shape, tokens) for shape in SHAPES for tokens in (8, 16)), (2304, 6720, 1, 0, False, 32)],
+)
+def test_they_compile_for_hopper_without_spills(
+    tmp_path: Path, D: int, O: int, norm: int, add: int, fp8: bool, tokens: int
+) -> None:
+    group = CUDA.ROW_GROUP if fp8 else 1
+    block_rows = group * -(-O // group // 132)
+    cut = CUDA.tiling(block_rows, D, tokens, fp8=fp8, norm_bytes=2 * norm)
+    macros = dict(
+        D=D, PASS=cut.columns, FP8=int(fp8), WARPS=CUDA.WARPS, TOKENS=tokens, ROWS=cut.rows, NORM=norm, ADD=add
+    )
+    compiled = compile_cuda(CUDA.SOURCE, tmp_path, **macros)
     assert compiled.spilled_bytes == 0
     assert compiled.static_shared_bytes + cut.shared_bytes <= HOPPER_SHARED
 
 
 def test_constants_are_those_of_the_source() -> None:
-    source = CUDA.SOURCE.read_text()
-    assert f"WARPS = {CUDA.WARPS}, " in source
-    assert f"MAX_STAGES = {CUDA.MAX_STAGES};" in source
+    assert f"MAX_STAGES = {CUDA.MAX_STAGES};" in CUDA.SOURCE.read_text()
 
 
-def test_rows_stay_in_one_tile_where_they_fit_and_go_through_a_ring_where_not() -> None:
-    assert CUDA.tiling(18, 4096, 16)[:3] == (24, 18, 1)
-    assert CUDA.tiling(96, 2304, 16)[:3] == (8, 8, 5)
-    assert CUDA.tiling(18, 2304, 32)[:3] == (8, 8, 3)  # larger tiles would not fit the registers
-    for D in range(32, 4097, 32):
-        for tokens in (8, 16, 32):
-            for block_rows in (1, 7, 8, 9, 18, 24, 25, 96, 2000):
-                cut = CUDA.tiling(block_rows, D, tokens)
-                assert cut.tile_rows <= cut.rows
-                assert cut.stages >= 2 or block_rows <= cut.tile_rows
-                assert cut.stages <= CUDA.MAX_STAGES
+@pytest.mark.parametrize("fp8", [False, True])
+def test_any_shape_is_cut_into_what_fits(fp8: bool) -> None:
+    for D in (128, 4096, 4608, 7168, 17408, 18432, 32768):
+        for tokens in (8, 16):
+            for block_rows in (8, 16, 24, 56, 1248, 1992):
+                cut = CUDA.tiling(block_rows, D, tokens, fp8=fp8, norm_bytes=0 if D > 16384 else 4)
+                assert cut.columns % (128 if fp8 else 32) == 0
+                assert cut.columns == D or cut.columns % (512 if fp8 else 256) == 0  # scales of a row go by 16 bytes
+                assert cut.stages >= 2 or (block_rows <= cut.tile_rows and cut.columns == D)
                 assert cut.shared_bytes <= CUDA.SHARED
 
 
@@ -70,6 +134,7 @@ def test_rows_that_are_not_aligned_are_copied() -> None:
         (LINEAR_ADD, LinearDims(D=2304, O=64), {"1-16": "cuda", "17-": "in_place"}),
         (NORM_LINEAR, NormLinearDims(D=2304, parts=(64,)), {"1-32": "cuda", "33-": "triton"}),
         (NORM_LINEAR, NormLinearDims(D=2336, parts=(64,)), {"1-16": "cuda", "17-": "triton"}),
+        (NORM_LINEAR, NormLinearDims(D=7168, parts=(64,), norm_fp32=True), {"1-8": "cuda", "9-": "triton"}),
     ],
 )
 def test_many_tokens_go_to_the_library(
@@ -86,8 +151,8 @@ def test_many_tokens_go_to_the_library(
 @pytest.mark.parametrize(
     ("D", "dtype", "reason"),
     [
-        (100, "bfloat16", "needs D to be a multiple of 32 up to 4096, not 100"),
-        (9216, "bfloat16", "needs D to be a multiple of 32 up to 4096, not 9216"),
+        (100, "bfloat16", "needs D to be a multiple of 32 up to 32768, not 100"),
+        (65536, "bfloat16", "needs D to be a multiple of 32 up to 32768, not 65536"),
         (2304, "float32", "needs bfloat16, not float32"),
     ],
 )

@@ -44,9 +44,20 @@ def check(implementation: str, T: int, D: int, O: int, dtype: torch.dtype, toler
 
 
 @pytest.mark.parametrize("T", [1, 2, 3, 8, 9, 15, 16, 17, 24, 32, 33])
-@pytest.mark.parametrize(("D", "O"), [(2304, 12576), (2304, 6720), (4096, 2304), (1024, 2304), (96, 37), (32, 4001)])
+@pytest.mark.parametrize(
+    ("D", "O"),
+    [(2304, 12576), (2304, 6720), (4096, 2304), (1024, 2304), (96, 37), (32, 4001), (7168, 2112), (18432, 1024)],
+)
 def test_projections(T: int, D: int, O: int) -> None:
     check("cuda", T, D, O, torch.bfloat16, 0.005)
+
+
+@pytest.mark.parametrize("T", [1, 16])
+def test_a_norm_with_its_weight_in_fp32(T: int) -> None:
+    x, w = torch.randn(T, 4096, device="cuda").bfloat16(), torch.randn(1000, 4096, device="cuda").bfloat16()
+    norm = 1 + torch.randn(4096, device="cuda") / 8
+    expected = rms_norm(x.double(), norm.double(), 1e-5) @ w.double().T
+    assert rmse_ratio(op("norm_linear", "cuda", 4096)(x, norm, 1e-5, w), expected) < 0.005
 
 
 @pytest.mark.parametrize("T", [1, 16])
@@ -61,7 +72,7 @@ def test_other_shapes_by_the_library(T: int, D: int, O: int, dtype: torch.dtype,
     check("triton", T, D, O, dtype, tolerance)
 
 
-@pytest.mark.parametrize(("T", "D"), [(2, 4096), (8, 4096), (16, 4096), (32, 2304)])
+@pytest.mark.parametrize(("T", "D"), [(2, 7168), (8, 4096), (16, 4096), (32, 2304)])
 def test_a_row_that_is_not_finite_stays_alone(T: int, D: int) -> None:
     linear_add, norm_linear = op("linear_add", "cuda", D), op("norm_linear", "cuda", D)
     x, w = torch.randn(T, D, device="cuda").bfloat16(), torch.randn(64, D, device="cuda").bfloat16()

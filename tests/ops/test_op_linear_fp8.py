@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from thalweg.ops.linear.reference import linear_fp8
+from thalweg.ops.linear.fp8.reference import linear_add_fp8, linear_fp8, norm_linear_fp8
+from thalweg.ops.norm.reference import rms_norm
 
 
 def dequantized(q_OD: Tensor, scale_OB: Tensor) -> Tensor:
@@ -40,3 +41,16 @@ def test_each_row_and_block_of_columns_has_its_scale() -> None:
     x = torch.zeros(2, 256)
     x[0, 127], x[1, 128] = 1, 1
     assert torch.equal(linear_fp8(x, q, scales), torch.tensor([[1.0, 100.0], [10.0, 1000.0]]))
+
+
+def test_rest_norm_and_residual_are_those_of_plain_weights() -> None:
+    g = torch.Generator().manual_seed(0)
+    q = (torch.randn(6, 256, generator=g) * 50).to(torch.float8_e4m3fn)
+    scales, rest = torch.rand(6, 2, generator=g), torch.randn(3, 256, generator=g)
+    x, norm, residual = (torch.randn(*shape, generator=g) for shape in ((4, 256), (256,), (4, 6)))
+    w = torch.cat([dequantized(q, scales).float(), rest])
+    tolerance = {"rtol": 1e-5, "atol": 1e-2}
+    torch.testing.assert_close(linear_fp8(x, q, scales, rest), x @ w.T, **tolerance)
+    normed = rms_norm(x, norm, 1e-5)
+    torch.testing.assert_close(norm_linear_fp8(x, norm, 1e-5, q, scales, rest), normed @ w.T, **tolerance)
+    torch.testing.assert_close(linear_add_fp8(x, q, scales, residual), residual + x @ w[:6].T, **tolerance)

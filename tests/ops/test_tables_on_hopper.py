@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from thalweg.models.kimi_k2 import config as kimi_k2
 from thalweg.models.kimi_k2.family import KimiK2
 from thalweg.models.kimi_linear.config import read
 from thalweg.models.kimi_linear.family import KimiLinear
+from thalweg.models.qwen.family import Qwen35
 from thalweg.ops.registry import Resolver
 from thalweg.ops.toolchain import cuda_build, triton_support
 from thalweg.parallel.mesh import Mesh
@@ -71,11 +73,25 @@ def resolved_k2(shared_dir: Path, name: str, ranks: int) -> Resolver:
     return resolver
 
 
+def resolved_qwen(raw: dict[str, Any], ranks: int) -> Resolver:
+    resolver, family = Resolver(), Qwen35()
+    config = family.read(raw)
+    plan = {t.name: t for t in weight_plan(family, config, Shards(0, ranks))}
+    mesh, meta, cuda = Mesh(0, ranks), torch.device("meta"), torch.device("cuda")
+    ctx = _MetaContext(
+        meta, torch.bfloat16, mesh, resolver, "float32", plan, block_size=64, target=cuda, norm_fp32=True
+    )
+    Decoder(ctx, config)
+    return resolver
+
+
 def tables(resolver: Resolver) -> dict[str, list[str]]:
     """By op and, where an op is there more than once, model width in the dims."""
     found: dict[str, list[str]] = {}
     for choice in op_choices(resolver):
         width = f" {choice.dims['D']}" if choice.op.startswith(("linear", "norm_linear")) else ""
+        if choice.op.endswith("_fp8"):
+            width += f" to {choice.dims['O']}"
         found[choice.op + width] = [str(span) for span in choice.table]
     return found
 
@@ -84,7 +100,7 @@ def test_decode_rows_and_prompts_of_the_published_shape() -> None:
     assert tables(resolved()) == {
         "norm_linear 2304": ["1-32: cuda", "33-: triton"],
         "linear_add 4096": ["1-16: cuda", "17-: in_place"],  # out of the mixers
-        "linear_add 9216": ["in_place"],  # down, of the layer without experts
+        "linear_add 9216": ["1-8: cuda", "9-: in_place"],  # down, of the layer without experts
         "norm_router": ["1-128: cuda", "129-512: triton", "513-: library"],
         "experts": ["1-2: pairs", "3-512: tiles", "513-: grouped"],
         "kda_mixer_decode": ["cuda"],
@@ -122,12 +138,28 @@ def test_experts_of_kimi_k2(shared_dir: Path, name: str, few: int, some: int, ra
 
 @pytest.mark.parametrize("ranks", [1, 8])
 @pytest.mark.parametrize("name", ["kimi_k2_instruct", "kimi_k2_5_text_int4"])
-def test_what_kimi_k2_has_no_kernels_for_yet(shared_dir: Path, name: str, ranks: int) -> None:
-    """Linears that are stored in float8."""
+def test_what_kimi_k2_has_no_kernels_for(shared_dir: Path, name: str, ranks: int) -> None:
+    """Views of tensors, which are no kernels."""
     by_reference = {op.split()[0] for op, table in tables(resolved_k2(shared_dir, name, ranks)).items()
                     if table == ["reference"]}  # fmt: skip
-    formats = {"linear_fp8"} if name == "kimi_k2_instruct" else set()
-    assert by_reference == {"split_heads", "merge_heads"} | formats
+    assert by_reference == {"split_heads", "merge_heads"}
+
+
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+KEPT_OF_QWEN = [f"model.language_model.layers.{n}.linear_attn.in_proj_{x}" for n in range(4) for x in "ab"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+@pytest.mark.parametrize("name", ["kimi_k2_instruct", "qwen3_5_9b", "qwen3_5_35b_a3b"])
+def test_linears_in_float8_have_kernels_for_any_number_of_tokens(shared_dir: Path, name: str, ranks: int) -> None:
+    raw = json.loads((shared_dir / f"configs/{name}.json").read_text())
+    if name.startswith("qwen"):
+        raw["quantization_config"] = {**FP8, "modules_to_not_convert": [*KEPT_OF_QWEN, "lm_head"]}
+        raw["text_config"] |= {"num_hidden_layers": 4, "layer_types": raw["text_config"]["layer_types"][:4]}
+    found = tables(resolved_k2(shared_dir, name, ranks) if name == "kimi_k2_instruct" else resolved_qwen(raw, ranks))
+    in_float8 = {op: table for op, table in found.items() if "_fp8" in op}
+    assert {op.split()[0] for op in in_float8} >= {"norm_linear_fp8", "linear_add_fp8" if ranks == 1 else "linear_fp8"}
+    assert all(table in (["1-16: cuda", "17-: triton"], ["triton"]) for table in in_float8.values())
 
 
 def test_over_ranks_in_fp8_and_with_other_blocks() -> None:
@@ -152,9 +184,9 @@ def test_a_preference_holds_within_the_range(op: str, name: str, spans: list[str
     assert [table for key, table in found.items() if key.split()[0] == op] == [spans]
 
 
-def test_a_preference_that_one_of_several_shapes_cannot_have_is_an_error() -> None:
-    with pytest.raises(ConfigError, match=r"'linear_add' cannot be served by 'cuda' for .* not 9216"):
-        resolved(prefer={"linear_add": "cuda"})
+def test_a_preference_that_a_shape_cannot_have_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"'experts' cannot be served by 'cuda' for .* scheme fp8, not none"):
+        resolved(prefer={"experts": "cuda"})
 
 
 def why_eager(resolver: Resolver, rows: int) -> str | None:

@@ -202,16 +202,20 @@ def names(suite: str, model: ModelOps) -> set[str]:
     return set(str(refused.value).partition(" has ")[2].split(", "))
 
 
-def test_products_in_float8_are_those_of_the_model() -> None:
-    from thalweg.bench.kernels.projections import linear_fp8
-    from thalweg.ops.linear import LinearDims
+@pytest.mark.parametrize(
+    ("maker", "rest", "results"), [("linear_fp8", 0, 1), ("norm_linear_fp8", 8, 1), ("linear_add_fp8", 0, 2)]
+)
+def test_products_in_float8_are_those_of_the_model(maker: str, rest: int, results: int) -> None:
+    from thalweg.bench.kernels import projections
+    from thalweg.ops.linear.fp8 import Fp8LinearDims
 
-    cases = list(linear_fp8(setting(), LinearDims(D=200, O=24)))
-    assert [case.label for case in cases] == ["200 to 24, batch 1", "200 to 24, batch 3"]
-    _, w, scale = cases[0].make(0).args
-    assert cases[0].num_bytes == 4 * (200 + 24) + w.numel() * (1 + 4 / 128)
-    assert (w.dtype, scale.shape) == (torch.float8_e4m3fn, (24, 2))
-    assert all(m.us and not m.wrong for case in cases for m in measure_case(case, setting(), CEILINGS))
+    cases = list(getattr(projections, maker)(setting(), Fp8LinearDims(D=200, O=24, rest=rest)))
+    assert [case.label for case in cases] == [f"200 to 24{' + 8' * bool(rest)}, batch {B}" for B in (1, 3)]
+    tensors = {t.dtype: t for t in cases[0].make(0).args if isinstance(t, torch.Tensor)}
+    assert tensors[torch.float8_e4m3fn].shape == (24, 200)
+    weight_bytes = 24 * 200 * (1 + 4 / 128) + 4 * rest * 200
+    assert cases[0].num_bytes == 4 * (200 + results * (24 + rest)) + weight_bytes
+    assert all(m.us and not m.wrong for case in cases for m in measure_case(case, setting(), CEILINGS) if not m.refusal)
 
 
 def test_bytes_of_a_projection_are_its_tensors() -> None:

@@ -13,19 +13,19 @@ from thalweg.layers.norm import NormWeight
 from thalweg.ops.linear import (
     LINEAR,
     LINEAR_ADD,
-    LINEAR_FP8,
     LINEAR_GGML,
     NORM_LINEAR,
     LinearDims,
     LinearGgmlDims,
     NormLinearDims,
 )
+from thalweg.ops.linear.fp8 import LINEAR_ADD_FP8, LINEAR_FP8, NORM_LINEAR_FP8, Fp8LinearDims
 from thalweg.ops.norm import RMS_NORM, RmsNormDims
 
 
 class Weights(nn.Module):
-    """W [out, in] of this rank: one matrix in the model's dtype, or one that is stored quantized and, below it, what a
-    checkpoint keeps out of that."""
+    """W [out, in] of this rank: one matrix in the model's dtype or, as a checkpoint stores it, a quantized one and,
+    below it, what the checkpoint stores otherwise."""
 
     weight: nn.Parameter
 
@@ -35,21 +35,31 @@ class Weights(nn.Module):
         for name, weight in stored.items():
             self.register_parameter(name, weight)
         self._names = tuple(stored)
-        target, self.rest = ctx.planned("weight"), None
+        self.fp8: Fp8LinearDims | None = None
+        self.ggml: LinearGgmlDims | None = None
+        self.rest: Weights | None = None
+        target = ctx.planned("weight")
         self.is_quantized = target is not None
-        if target is not None:
-            rows = target.shape[0]
-            if target.scheme.as_stored:
-                dims = LinearGgmlDims(D=in_features, O=rows, scheme=target.scheme.name)
-                self._product: Callable[..., Tensor] = ctx.op(LINEAR_GGML, dims)
-            else:
-                self._product = ctx.op(LINEAR_FP8, LinearDims(D=in_features, O=rows))
-            if rows < out_features:
-                self.rest = Linear(ctx.below("rest"), in_features, out_features - rows)
+        if target is None:
+            return
+        rows = target.shape[0]
+        rest = out_features - rows
+        if target.scheme.as_stored:
+            self.ggml = LinearGgmlDims(D=in_features, O=rows, scheme=target.scheme.name)
+            self._ggml = ctx.op(LINEAR_GGML, self.ggml)
+            self.rest = Linear(ctx.below("rest"), in_features, rest) if rest else None
+        else:
+            self.fp8 = Fp8LinearDims(D=in_features, O=rows, rest=rest)
+            self.rest = Weights(ctx.below("rest"), in_features, rest) if rest else None  # the op takes it too
 
-    def product_quantized(self, x_TD: Tensor) -> Tensor:
-        """x W^T of a quantized matrix and the rest below it."""
-        y_TO = self._product(x_TD, *(getattr(self, name) for name in self._names))
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Those of W, as its op takes them."""
+        found = tuple(getattr(self, name) for name in self._names)
+        return found if self.rest is None else (*found, self.rest.weight)
+
+    def product_ggml(self, x_TD: Tensor) -> Tensor:
+        """x W^T of a matrix in GGML's blocks and the rest below it."""
+        y_TO = self._ggml(x_TD, *(getattr(self, name) for name in self._names))
         return y_TO if self.rest is None else torch.cat([y_TO, self.rest(x_TD)], dim=-1)
 
 
@@ -58,11 +68,14 @@ class Linear(Weights):
 
     def __init__(self, ctx: BuildContext, in_features: int, out_features: int) -> None:
         super().__init__(ctx, in_features, out_features)
-        if not self.is_quantized:
+        self._linear: Callable[..., Tensor]
+        if self.fp8 is not None:
+            self._linear = ctx.op(LINEAR_FP8, self.fp8)
+        elif self.ggml is None:
             self._linear = ctx.op(LINEAR, LinearDims(D=in_features, O=out_features))
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.product_quantized(x_TD) if self.is_quantized else self._linear(x_TD, self.weight)
+        return self.product_ggml(x_TD) if self.ggml is not None else self._linear(x_TD, *self.tensors())
 
 
 class NormLinear(Weights):
@@ -71,16 +84,19 @@ class NormLinear(Weights):
     def __init__(self, ctx: BuildContext, in_features: int, parts: Sequence[int], eps: float) -> None:
         super().__init__(ctx, in_features, sum(parts))
         self.norm = NormWeight(ctx, in_features, eps)
-        if self.is_quantized:
+        self._norm_linear: Callable[..., Tensor]
+        if self.fp8 is not None:
+            self._norm_linear = ctx.op(NORM_LINEAR_FP8, self.fp8)
+        elif self.ggml is not None:
             self._norm = ctx.op(RMS_NORM, RmsNormDims(D=in_features))
         else:
             dims = NormLinearDims(D=in_features, parts=tuple(parts), norm_fp32=ctx.norm_fp32)
             self._norm_linear = ctx.op(NORM_LINEAR, dims)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        if self.is_quantized:
-            return self.product_quantized(self._norm(x_TD, self.norm.weight, self.norm.eps))
-        return self._norm_linear(x_TD, self.norm.weight, self.norm.eps, self.weight)
+        if self.ggml is not None:
+            return self.product_ggml(self._norm(x_TD, self.norm.weight, self.norm.eps))
+        return self._norm_linear(x_TD, self.norm.weight, self.norm.eps, *self.tensors())
 
 
 class LinearAdd(Weights):
@@ -89,18 +105,25 @@ class LinearAdd(Weights):
     def __init__(self, ctx: BuildContext, in_features: int, out_features: int) -> None:
         super().__init__(ctx, in_features, out_features)
         self.mesh = ctx.mesh
-        dims = LinearDims(D=in_features, O=out_features)
-        if not self.is_quantized and ctx.mesh.tp_size == 1:
+        self._linear: Callable[..., Tensor]
+        self._linear_add: Callable[..., Tensor]
+        one_rank, dims = ctx.mesh.tp_size == 1, LinearDims(D=in_features, O=out_features)
+        if self.ggml is not None:
+            self._linear = lambda x_TD, *_: self.product_ggml(x_TD)
+        elif self.fp8 is not None and one_rank:
+            self._linear_add = ctx.op(LINEAR_ADD_FP8, self.fp8)
+        elif self.fp8 is not None:
+            self._linear = ctx.op(LINEAR_FP8, self.fp8)
+        elif one_rank:
             self._linear_add = ctx.op(LINEAR_ADD, dims)
-        elif not self.is_quantized:
+        else:
             self._linear = ctx.op(LINEAR, dims)
+        self._is_one_op = one_rank and self.ggml is None
 
     def forward(self, x_TD: Tensor, residual_TO: Tensor) -> Tensor:
-        if self.is_quantized:
-            return residual_TO + self.mesh.all_reduce(self.product_quantized(x_TD))
-        if self.mesh.tp_size == 1:
-            return self._linear_add(x_TD, self.weight, residual_TO)
-        return residual_TO + self.mesh.all_reduce(self._linear(x_TD, self.weight))
+        if self._is_one_op:
+            return self._linear_add(x_TD, *self.tensors(), residual_TO)
+        return residual_TO + self.mesh.all_reduce(self._linear(x_TD, *self.tensors()))
 
     def of_parts(self, parts: Sequence[Tensor], residual_TO: Tensor) -> Tensor:
         """`forward` of the rows of all parts in order, without the copy that puts them into one tensor.

@@ -8,6 +8,7 @@ from __future__ import annotations
 from thalweg.ops import activation, heads, linear, norm, projection, residual, sample
 from thalweg.ops.attention import gqa, mla, mla_down_norms, mla_mixer, mla_rope
 from thalweg.ops.delta import conv1d, gdn, kda, kda_mixer
+from thalweg.ops.linear import fp8
 from thalweg.ops.moe import experts, router
 from thalweg.ops.registry import Choice, Op, Resolver, Tokens, Where
 
@@ -20,6 +21,7 @@ __all__ = [
     "activation",
     "conv1d",
     "experts",
+    "fp8",
     "gdn",
     "gqa",
     "heads",

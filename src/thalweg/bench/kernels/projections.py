@@ -6,18 +6,19 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from thalweg.bench.kernels.case import Arguments, Case, Draw, Setting, candidates_of
 from thalweg.ops.linear import (
     LINEAR,
     LINEAR_ADD,
-    LINEAR_FP8,
     LINEAR_GGML,
     NORM_LINEAR,
     LinearDims,
     LinearGgmlDims,
     NormLinearDims,
 )
+from thalweg.ops.linear.fp8 import LINEAR_ADD_FP8, LINEAR_FP8, NORM_LINEAR_FP8, Fp8LinearDims
 from thalweg.ops.projection import BATCHED_PROJECTION, BatchedProjectionDims
 from thalweg.ops.registry import Op
 from thalweg.quant import FP8_LINEARS, scheme_named
@@ -50,15 +51,41 @@ def norm_linear(setting: Setting, dims: NormLinearDims) -> Iterator[Case]:
     yield from _products(setting, NORM_LINEAR, dims, dims.D, O, f"{dims.D} to {O}{parts}", make)
 
 
-def linear_fp8(setting: Setting, dims: LinearDims) -> Iterator[Case]:
-    q, scale = FP8_LINEARS.stored((dims.O, dims.D), 1)
-
+def linear_fp8(setting: Setting, dims: Fp8LinearDims) -> Iterator[Case]:
     def make(draw: Draw, T: int) -> Arguments:
-        w_OD = draw(*q.shape).to(getattr(torch, q.dtype))
-        return Arguments(draw(T, dims.D), w_OD, draw(*scale.shape, dtype=torch.float32).abs_().add_(0.1))
+        return Arguments(draw(T, dims.D), *_fp8_weight(draw, dims))
 
-    label, weight_bytes = f"{dims.D} to {dims.O}", FP8_LINEARS.bytes_per_weight(setting.dtype.itemsize)
-    yield from _products(setting, LINEAR_FP8, dims, dims.D, dims.O, label, make, weight_bytes=weight_bytes)
+    yield from _fp8_products(setting, LINEAR_FP8, dims, make)
+
+
+def norm_linear_fp8(setting: Setting, dims: Fp8LinearDims) -> Iterator[Case]:
+    def make(draw: Draw, T: int) -> Arguments:
+        return Arguments(draw(T, dims.D), draw(dims.D, scale=0.1).add_(1), EPS, *_fp8_weight(draw, dims))
+
+    yield from _fp8_products(setting, NORM_LINEAR_FP8, dims, make)
+
+
+def linear_add_fp8(setting: Setting, dims: Fp8LinearDims) -> Iterator[Case]:
+    def make(draw: Draw, T: int) -> Arguments:
+        return Arguments(draw(T, dims.D), *_fp8_weight(draw, dims), draw(T, dims.O))
+
+    yield from _fp8_products(setting, LINEAR_ADD_FP8, dims, make, results=2)
+
+
+def _fp8_weight(draw: Draw, dims: Fp8LinearDims) -> list[Tensor]:
+    """Float8 and scales, as the scheme stores them, and the rest if there is one."""
+    q, scale = FP8_LINEARS.stored((dims.O, dims.D), 1)
+    weight = [draw(*q.shape).to(getattr(torch, q.dtype)), draw(*scale.shape, dtype=torch.float32).abs_().add_(0.1)]
+    return weight + ([draw(dims.rest, dims.D)] if dims.rest else [])
+
+
+def _fp8_products(
+    setting: Setting, op: Op[Any, Any], dims: Fp8LinearDims, arguments: Any, results: int = 1
+) -> Iterator[Case]:
+    es, rows = setting.dtype.itemsize, dims.O + dims.rest
+    label = f"{dims.D} to {dims.O}" + (f" + {dims.rest}" if dims.rest else "")
+    weight_bytes = (FP8_LINEARS.bytes_per_weight(es) * dims.O + es * dims.rest) / rows
+    yield from _products(setting, op, dims, dims.D, rows, label, arguments, results, weight_bytes)
 
 
 def linear_ggml(setting: Setting, dims: LinearGgmlDims) -> Iterator[Case]:

@@ -23,7 +23,8 @@ from thalweg.ops.delta.conv1d import CONV1D_PREFILL
 from thalweg.ops.delta.gdn import GDN_MIXER_DECODE, GDN_PREFILL
 from thalweg.ops.delta.kda import KDA_GATE, KDA_PREFILL
 from thalweg.ops.delta.kda_mixer import KDA_MIXER_DECODE
-from thalweg.ops.linear import LINEAR, LINEAR_ADD, LINEAR_FP8, LINEAR_GGML, NORM_LINEAR
+from thalweg.ops.linear import LINEAR, LINEAR_ADD, LINEAR_GGML, NORM_LINEAR
+from thalweg.ops.linear.fp8 import LINEAR_ADD_FP8, LINEAR_FP8, NORM_LINEAR_FP8
 from thalweg.ops.moe.experts import EXPERTS
 from thalweg.ops.moe.router import NORM_ROUTER
 from thalweg.ops.norm import GATED_RMS_NORM, RMS_NORM
@@ -38,6 +39,8 @@ _OF_TOKENS: Makers = [  # what is the same for a token of a prompt
     (LINEAR_ADD, projections.linear_add),
     (LINEAR_FP8, projections.linear_fp8),
     (LINEAR_GGML, projections.linear_ggml),
+    (NORM_LINEAR_FP8, projections.norm_linear_fp8),
+    (LINEAR_ADD_FP8, projections.linear_add_fp8),
     (NORM_ROUTER, feed_forward.norm_router),
     (EXPERTS, feed_forward.experts),
     (SILU_AND_MUL, feed_forward.silu_and_mul),

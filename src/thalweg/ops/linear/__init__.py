@@ -1,5 +1,5 @@
 """Ops "linear", "norm_linear" and "linear_add": x @ w.T without bias, alone, of a norm, and added to the residual;
-"linear_fp8" is the first with weights in float8, "linear_ggml" with rows of GGML's blocks.
+"linear_ggml" is the first with rows of GGML's blocks. Those of weights in float8 are in `fp8`.
 
 Weights are contiguous, as parameters are. x and a residual have a unit last stride and any row stride.
 """
@@ -50,7 +50,8 @@ class Linear(Protocol):
 
 class NormLinear(Protocol):
     def __call__(self, x_TD: Tensor, norm_weight_D: Tensor, eps: float, w_OD: Tensor, /) -> Tensor:
-        """y_TO = "linear" of "rms_norm" of x_TD, which is rounded to the dtype in between."""
+        """y_TO = "linear" of "rms_norm" of x_TD, which is rounded to the dtype in between, before or after a row is
+        divided by its root mean square."""
 
 
 class LinearAdd(Protocol):
@@ -58,14 +59,6 @@ class LinearAdd(Protocol):
         """y_TO = residual + x @ w.T. Whether the product is rounded to the dtype before it is added is open.
 
         The residual shares the dtype, and may be overwritten with the result.
-        """
-
-
-class LinearFp8(Protocol):
-    def __call__(self, x_TD: Tensor, q_OD: Tensor, scale_OB: Tensor, /) -> Tensor:
-        """y_TO = x @ w.T in x's dtype for w = q * scale, q float8_e4m3fn and one fp32 scale per row and 128 columns.
-
-        w is rounded to x's dtype; activations are not quantized. Scales are any positive numbers.
         """
 
 
@@ -80,25 +73,23 @@ class LinearGgml(Protocol):
 LINEAR: Op[LinearDims, Linear] = Op("linear", LinearDims)
 NORM_LINEAR: Op[NormLinearDims, NormLinear] = Op("norm_linear", NormLinearDims)
 LINEAR_ADD: Op[LinearDims, LinearAdd] = Op("linear_add", LinearDims)
-LINEAR_FP8: Op[LinearDims, LinearFp8] = Op("linear_fp8", LinearDims)
-
 LINEAR_GGML: Op[LinearGgmlDims, LinearGgml] = Op("linear_ggml", LinearGgmlDims)
 
-MAX_COLUMNS = 4096  # of 16 tokens are what the registers of a block hold
-FEW = Tokens(last=16)  # beyond, x does not fit the registers of a block
-NORM_COLUMNS, NORM_FEW = 2304, Tokens(last=32)  # so many columns do; there a norm inside saves its launch, and no time
+MAX_COLUMNS, MAX_ROWS = 2**15, 2**18  # of the weight: a norm's weight, and sums over passes, fit shared memory
+FEW = Tokens(last=16)  # beyond, the registers of a block hold too little of x
+WIDE, WIDE_FEW = 4096, Tokens(last=8)  # more columns: blocks read x for longer, and the library is as fast from 9 on
+NORM_COLUMNS, NORM_FEW = 2304, Tokens(last=32)  # so few do; there a norm inside saves its launch, and no time
 
 
 def _cuda_refuses(where: Where, dims: LinearDims | NormLinearDims) -> Refusal:
     if dims.D % 32 or not 0 < dims.D <= MAX_COLUMNS:
         return f"needs D to be a multiple of 32 up to {MAX_COLUMNS}, not {dims.D}"
+    O = dims.O if isinstance(dims, LinearDims) else sum(dims.parts)
+    if O > MAX_ROWS:
+        return f"needs O of at most {MAX_ROWS}, not {O}"
     if where.dtype != "bfloat16":
         return f"needs bfloat16, not {where.dtype}"
     return why_not(where) or cuda_build.why_not(where) or why_not_hopper()
-
-
-def _cuda_norm_refuses(where: Where, dims: NormLinearDims) -> Refusal:
-    return "needs the norm's weight in bfloat16, not float32" if dims.norm_fp32 else _cuda_refuses(where, dims)
 
 
 def _in_place_refuses(where: Where, dims: LinearDims) -> Refusal:
@@ -110,8 +101,12 @@ def _separate(where: Where, dims: NormLinearDims) -> NormLinear:
     return partial(separate.norm_linear, norm=norm, parts=dims.parts)
 
 
+def _few(dims: LinearDims | NormLinearDims) -> Tokens:
+    return FEW if dims.D <= WIDE else WIDE_FEW
+
+
 def _norm_few(dims: NormLinearDims) -> Tokens:
-    return NORM_FEW if dims.D <= NORM_COLUMNS else FEW
+    return NORM_FEW if dims.D <= NORM_COLUMNS else _few(dims)
 
 
 def _ggml(where: Where, dims: LinearGgmlDims) -> LinearGgml:
@@ -145,17 +140,15 @@ def _triton_norm_linear(where: Where, dims: NormLinearDims) -> NormLinear:
 
 
 register(LINEAR, "reference", lambda *_: reference.linear)
-register(LINEAR, "cuda", _cuda_linear, supports=_cuda_refuses, tokens=FEW, priority=20)
+register(LINEAR, "cuda", _cuda_linear, supports=_cuda_refuses, tokens=_few, priority=20)
 
 register(NORM_LINEAR, "reference", lambda *_: reference.norm_linear)
 register(NORM_LINEAR, "separate", _separate, priority=-10)
 register(NORM_LINEAR, "triton", _triton_norm_linear, supports=why_not, priority=10)
-register(NORM_LINEAR, "cuda", _cuda_norm_linear, supports=_cuda_norm_refuses, tokens=_norm_few, priority=20)
+register(NORM_LINEAR, "cuda", _cuda_norm_linear, supports=_cuda_refuses, tokens=_norm_few, priority=20)
 
 register(LINEAR_ADD, "reference", lambda *_: reference.linear_add)
 register(LINEAR_ADD, "in_place", lambda *_: reference.linear_add_in_place, supports=_in_place_refuses, priority=10)
-register(LINEAR_ADD, "cuda", _cuda_linear_add, supports=_cuda_refuses, tokens=FEW, priority=20)
-
-register(LINEAR_FP8, "reference", lambda *_: reference.linear_fp8)
+register(LINEAR_ADD, "cuda", _cuda_linear_add, supports=_cuda_refuses, tokens=_few, priority=20)
 
 register(LINEAR_GGML, "reference", _ggml, capturable=False)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from thalweg.ops.norm.reference import rms_norm
-from thalweg.quant import FP8_LINEARS, GgmlRows
+from thalweg.quant import GgmlRows
 
 
 def linear(x_TD: Tensor, w_OD: Tensor) -> Tensor:
@@ -24,10 +24,6 @@ def linear_add(x_TD: Tensor, w_OD: Tensor, residual_TO: Tensor) -> Tensor:
 
 def linear_add_in_place(x_TD: Tensor, w_OD: Tensor, residual_TO: Tensor) -> Tensor:
     return residual_TO.addmm_(x_TD, w_OD.T)  # no copy of the residual first
-
-
-def linear_fp8(x_TD: Tensor, q_OD: Tensor, scale_OB: Tensor) -> Tensor:
-    return F.linear(x_TD, FP8_LINEARS.widened([q_OD, scale_OB], 1, x_TD.dtype))
 
 
 def linear_ggml(scheme: GgmlRows, x_TD: Tensor, blocks: Tensor) -> Tensor:

@@ -19,6 +19,10 @@ __device__ __forceinline__ u32 pack(float a, float b) {
 __device__ __forceinline__ float from_bf16(bf16 x) { return __uint_as_float((u32)x << 16); }
 __device__ __forceinline__ void store_bf16(bf16* to, float x) { *to = (bf16)pack(x, 0.0f); }
 __device__ __forceinline__ float rounded(float x) { return low(pack(x, 0.0f)); }
+__device__ __forceinline__ u32 multiply(u32 pair, u32 by) {  // bf16 each, subnormal ones too
+    asm("mul.rn.bf16x2 %0, %0, %1;" : "+r"(pair) : "r"(by));
+    return pair;
+}
 
 // Launches are dependent ones: a kernel may read and write what others do only after this wait.
 __device__ __forceinline__ void wait_for_kernel_ahead() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
@@ -73,6 +77,11 @@ template <int N> __device__ __forceinline__ void wait_for_copies() {
 // A barrier in shared memory opens once the copies it expects have come. They start on multiples of 16 bytes.
 __device__ __forceinline__ void init_barrier(u32 barrier) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
+}
+// Whoever made barriers calls this before copies may use them.
+__device__ __forceinline__ void share_barriers() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 __device__ __forceinline__ void expect_bytes(u32 barrier, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");

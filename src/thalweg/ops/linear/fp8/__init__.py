@@ -1,0 +1,129 @@
+"""Ops "linear_fp8", "norm_linear_fp8" and "linear_add_fp8": those of ops/linear over weights in float8.
+
+A weight is q * scale: q float8_e4m3fn [O, D], and one fp32 scale, any positive number, for each row and 128 columns. It
+is rounded to x's dtype or used as it is; activations are not quantized. Below it may lie rows in x's dtype: what a
+checkpoint keeps out of float8 of matrices that are fused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from thalweg.ops.linear.fp8 import reference
+from thalweg.ops.registry import Op, Refusal, Tokens, Where, register
+from thalweg.ops.toolchain import cuda_build
+from thalweg.ops.toolchain.triton_support import why_not, why_not_hopper
+from thalweg.quant.blocks import BLOCK
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fp8LinearDims:
+    D: int  # columns of x
+    O: int  # rows in float8
+    rest: int = 0  # rows below them in x's dtype
+
+
+class LinearFp8(Protocol):
+    def __call__(self, x_TD: Tensor, q_OD: Tensor, scale_OB: Tensor, rest_RD: Tensor | None = None, /) -> Tensor:
+        """y = x @ w.T [T, O + R], accumulated in fp32 and rounded once to x's dtype; w is q * scale above the rest."""
+
+
+class NormLinearFp8(Protocol):
+    def __call__(
+        self,
+        x_TD: Tensor,
+        norm_weight_D: Tensor,
+        eps: float,
+        q_OD: Tensor,
+        scale_OB: Tensor,
+        rest_RD: Tensor | None = None,
+        /,
+    ) -> Tensor:
+        """y = "linear_fp8" of "rms_norm" of x_TD, which is rounded to the dtype in between, before or after a row is
+        divided by its root mean square. The norm's weight is in x's dtype or fp32."""
+
+
+class LinearAddFp8(Protocol):
+    def __call__(self, x_TD: Tensor, q_OD: Tensor, scale_OB: Tensor, residual_TO: Tensor, /) -> Tensor:
+        """y_TO = residual + x @ w.T, as "linear_add" of ops/linear. There is no rest."""
+
+
+LINEAR_FP8: Op[Fp8LinearDims, LinearFp8] = Op("linear_fp8", Fp8LinearDims)
+NORM_LINEAR_FP8: Op[Fp8LinearDims, NormLinearFp8] = Op("norm_linear_fp8", Fp8LinearDims)
+LINEAR_ADD_FP8: Op[Fp8LinearDims, LinearAddFp8] = Op("linear_add_fp8", Fp8LinearDims)
+
+FEW = Tokens(last=16)  # beyond, x does not fit the registers of a block
+MAX_NORM = 16384  # columns that the norm's kernel takes
+MAX_ROWS = 2**18  # of which the sums over passes fit shared memory
+
+
+def _triton_refuses(where: Where, dims: Fp8LinearDims) -> Refusal:
+    if dims.D % (BLOCK // 2) or not dims.D:
+        return f"needs D to be a multiple of {BLOCK // 2}, not {dims.D}"
+    if where.dtype != "bfloat16":
+        return f"needs bfloat16, not {where.dtype}"
+    return why_not(where)
+
+
+def _triton_norm_refuses(where: Where, dims: Fp8LinearDims) -> Refusal:
+    return f"needs D of at most {MAX_NORM}, not {dims.D}" if dims.D > MAX_NORM else _triton_refuses(where, dims)
+
+
+def _cuda_refuses(where: Where, dims: Fp8LinearDims) -> Refusal:
+    if dims.O % 8 or not 0 < dims.O <= MAX_ROWS:
+        return f"needs O to be a multiple of 8 up to {MAX_ROWS}, not {dims.O}"
+    if dims.D % BLOCK or (dims.D > 4096 and dims.D % 512):
+        return f"needs D to be a multiple of {BLOCK}, beyond 4096 of 512, not {dims.D}"
+    return _triton_refuses(where, dims) or cuda_build.why_not(where) or why_not_hopper()
+
+
+def _triton_linear(where: Where, dims: Fp8LinearDims) -> LinearFp8:
+    from thalweg.ops.linear.fp8 import triton
+
+    return triton.linear_fp8
+
+
+def _triton_norm_linear(where: Where, dims: Fp8LinearDims) -> NormLinearFp8:
+    from thalweg.ops.linear.fp8 import triton
+
+    return triton.norm_linear_fp8
+
+
+def _triton_linear_add(where: Where, dims: Fp8LinearDims) -> LinearAddFp8:
+    from thalweg.ops.linear.fp8 import triton
+
+    return triton.linear_add_fp8
+
+
+def _cuda_linear(where: Where, dims: Fp8LinearDims) -> LinearFp8:
+    from thalweg.ops.linear.fp8 import cuda
+
+    return cuda.linear_fp8
+
+
+def _cuda_norm_linear(where: Where, dims: Fp8LinearDims) -> NormLinearFp8:
+    from thalweg.ops.linear.fp8 import cuda
+
+    return cuda.norm_linear_fp8
+
+
+def _cuda_linear_add(where: Where, dims: Fp8LinearDims) -> LinearAddFp8:
+    from thalweg.ops.linear.fp8 import cuda
+
+    return cuda.linear_add_fp8
+
+
+register(LINEAR_FP8, "reference", lambda *_: reference.linear_fp8)
+register(LINEAR_FP8, "triton", _triton_linear, supports=_triton_refuses, priority=10)
+register(LINEAR_FP8, "cuda", _cuda_linear, supports=_cuda_refuses, tokens=FEW, priority=20)
+
+register(NORM_LINEAR_FP8, "reference", lambda *_: reference.norm_linear_fp8)
+register(NORM_LINEAR_FP8, "triton", _triton_norm_linear, supports=_triton_norm_refuses, priority=10)
+register(NORM_LINEAR_FP8, "cuda", _cuda_norm_linear, supports=_cuda_refuses, tokens=FEW, priority=20)
+
+register(LINEAR_ADD_FP8, "reference", lambda *_: reference.linear_add_fp8)
+register(LINEAR_ADD_FP8, "triton", _triton_linear_add, supports=_triton_refuses, priority=10)
+register(LINEAR_ADD_FP8, "cuda", _cuda_linear_add, supports=_cuda_refuses, tokens=FEW, priority=20)

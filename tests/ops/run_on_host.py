@@ -1,0 +1,53 @@
+"""Runs a kernel in CUDA C++ on the host, thread by thread (host/hopper.cuh), where there is no GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+HEADERS = Path(__file__).parent / "host"
+WRONG = {
+    1: "too much shared memory",
+    2: "wrote past its shared memory",
+    4: "not every thread waited once, or a block let no kernel start",
+}
+
+
+@cache
+def _library(source: Path, name: str, macros: tuple[tuple[str, int], ...]) -> Any:
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("g++ is not installed")
+    folder = Path(mkdtemp())
+    code = source.read_text().replace("extern __shared__ __align__(128) u8 shared[];", "")
+    code += '\nextern "C" int run(int blocks, int threads, int shared_bytes, void** args) {\n'
+    code += f"    return run_kernel({name}, blocks, threads, shared_bytes, args);\n}}\n"
+    (folder / "kernel.cpp").write_text(code)
+    command = [compiler, "-O0", "-std=c++20", "-shared", "-fPIC", "-w", "-pthread", "-I", str(HEADERS)]
+    command += [f"-D{key}={value}" for key, value in macros]
+    run = subprocess.run([*command, "kernel.cpp", "-o", "kernel.so"], cwd=folder, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    library = ctypes.CDLL(str(folder / "kernel.so"))
+    shutil.rmtree(folder)
+    return library
+
+
+class HostKernel:
+    """In place of a CudaKernel: `cuda_kernel` of a module that launches is to be this class."""
+
+    def __init__(self, source: Path, name: str, threads: int, device: object, **macros: int) -> None:
+        self._run, self._threads = _library(source, name, tuple(macros.items())).run, threads
+
+    def launch(self, grid: tuple[int, int, int], shared_bytes: int, *args: Tensor | tuple[Any, int | float]) -> None:
+        values = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else a[0](a[1]) for a in args]
+        addresses = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+        code = self._run(grid[0], self._threads, shared_bytes, addresses)
+        assert code == 0, WRONG.get(code, code)
