@@ -57,6 +57,16 @@ def test_a_converted_model_answers_the_same(
     assert answer(capsys, tmp_path / "back")["token_ids"] == original["token_ids"]
 
 
+def test_the_layer_that_drafts_tokens_goes_along(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    convert(GDN, "--to", "gguf", "-o", tmp_path / "x.gguf", "--outtype", "q8_0")
+    convert(tmp_path / "x.gguf", "--to", "safetensors", "-o", tmp_path / "back")
+    for model in (tmp_path / "x.gguf", tmp_path / "back"):
+        capsys.readouterr()
+        asked = ["--num-questions", "8", "--draft-tokens", "1", "--json"]
+        assert main(["eval", "mtp-acceptance", str(model), *asked]) == 0
+        assert json.loads(capsys.readouterr().out)["results"][0]["accepted"] > 0.9
+
+
 def test_back_and_forth_loses_nothing(tmp_path: Path) -> None:
     """bfloat16 there and back is the same file's numbers; A_log goes through an exponential."""
     convert("--to", "gguf", "-o", tmp_path / "x.gguf", "--outtype", "bf16")

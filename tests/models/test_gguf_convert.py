@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +11,27 @@ import torch
 from torch import Tensor
 
 from tests.fixtures.gguf_files import converted
+from tests.models.gguf_record import held
 from thalweg import LLM
 from thalweg.assembly.convert import to_safetensors
 from thalweg.config.engine import EngineConfig
 from thalweg.config.gguf.file import GgufFile
+from thalweg.config.model_source import model_folder
 from thalweg.weights.checkpoint import Checkpoint
 
 FAMILIES = ("kimi_k2", "qwen3_5", "qwen3_5_moe", "qwen3_next")
 # Its file's name and size are its own; without dense blocks their width says nothing, and we leave it out.
-NOT_WRITTEN = ("general.name", "general.size_label", "qwen35moe.feed_forward_length", "qwen3next.feed_forward_length")
+NOT_WRITTEN = (
+    *("general.name", "general.size_label", "qwen35moe.feed_forward_length", "qwen3next.feed_forward_length"),
+    *("kimi-linear.rope.freq_base", "tokenizer.ggml.padding_token_id"),  # nothing is rotated, and nothing padded
+)
+# It leaves out what it derives: merges of a vocabulary of ranks, and what Kimi-Linear always has.
+WRITTEN_BESIDES = {
+    *("kimi-linear.expert_weights_norm", "kimi-linear.expert_group_count", "kimi-linear.expert_group_used_count"),
+    *("qwen35moe.vocab_size", "tokenizer.ggml.merges", "tokenizer.ggml.add_bos_token", "tokenizer.ggml.eot_token_id"),
+}
+RECORDED = json.loads((Path(__file__).parents[1] / "fixtures" / "llama_cpp_files.json").read_text())
+MODELS = {"thalweg-tiny": None, "thalweg-tiny-gdn": str(Path(__file__).parents[2] / "models" / "thalweg-tiny-gdn")}
 
 
 @pytest.fixture(params=FAMILIES)
@@ -50,7 +63,12 @@ def test_files_are_those_of_llama_cpp(oracle: Path, tmp_path: Path) -> None:
     for name, tensor in theirs.tensors.items():
         mine = ours.tensors[name]
         assert (mine.type, mine.shape) == (tensor.type, tensor.shape)
-        assert ours.mapped[mine.start : mine.stop] == theirs.mapped[tensor.start : tensor.stop]
+        written, expected = (f.mapped[t.start : t.stop] for f, t in ((ours, mine), (theirs, tensor)))
+        if name.endswith("ssm_a"):  # an exponential, which processors round as they do
+            pair = (np.frombuffer(data, dtype=np.float32) for data in (written, expected))
+            np.testing.assert_allclose(*pair, rtol=1e-6)
+        else:
+            assert written == expected
     for key, value in theirs.metadata.items():
         assert key in NOT_WRITTEN or ours.metadata[key] == value, key
     assert ours.metadata.keys() <= theirs.metadata.keys()
@@ -66,6 +84,20 @@ def test_converting_back_gives_the_checkpoint(oracle: Path, tmp_path: Path) -> N
     ids, logits = np.load(oracle / "ids.npy"), np.load(oracle / "logits.npy")
     with LLM(str(tmp_path / "back"), max_num_seqs=2) as llm:
         np.testing.assert_allclose(llm.prompt_logits(ids[0]).numpy(), logits[0], atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_files_with_tokenizers_are_those_of_llama_cpp(tmp_path: Path, name: str) -> None:
+    """Tokens and their types, templates, and the layer that drafts tokens included."""
+    if not (model_folder(MODELS[name]) / "model.safetensors").exists():
+        pytest.skip("the model's weights are absent")
+    ours, theirs = held(converted(tmp_path / f"{name}.gguf", "f32", MODELS[name])), RECORDED[name]
+    for tensors in (ours["tensors"], theirs["tensors"]):  # an exponential, which processors round as they do
+        tensors |= {n: held_as[:2] for n, held_as in tensors.items() if n.endswith("ssm_a")}
+    assert ours["tensors"] == theirs["tensors"]
+    for key, value in theirs["metadata"].items():
+        assert key in NOT_WRITTEN or ours["metadata"][key] == value, key
+    assert ours["metadata"].keys() - theirs["metadata"].keys() <= WRITTEN_BESIDES
 
 
 @pytest.mark.parametrize("name", ["kimi_k2_fp8", "kimi_k2_int4", "qwen3_5_moe_fp8"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,10 @@ def to_gguf(config: EngineConfig, output: Path, outtype: str) -> None:
     c = source.config
     check(source.plan(), checkpoint, source.ignored)
     architecture = source.gguf or architecture_for(source.family, c)
-    names = architecture.names(c, source.family.layout(c, source.tensors))
+    layout = source.family.layout(c, source.tensors)
+    if layout.mtp is None or layout.mtp.own["fc"] not in source.tensors:
+        c = replace(c, mtp=None)
+    names = architecture.names(c, layout)
     read = partial(_numbers, checkpoint, stored_as(c.quantized, source.tensors))
     tensors = list(new_tensors(names, read, outtype, layers=len(c.layers), tied=c.vocab.tied))
     metadata = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -41,7 +41,7 @@ def build_drafter(config: EngineConfig) -> Drafter:
         raise ConfigError(
             f"--tensor-parallel-size is {config.tensor_parallel_size}; expected 1, all that drafts are measured on"
         )
-    opened = open_model(config, 0, mtp=True)
+    opened = open_model(replace(config, dequantize=True), 0, mtp=True)  # a head in blocks is no matrix to step through
     context = opened.context(Mesh(), Resolver(config.op_preference))
     decoder = Decoder(context, opened.source.config)
     mtp = Mtp(context.below("mtp"), opened.source.config)

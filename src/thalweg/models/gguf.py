@@ -46,26 +46,32 @@ class Architecture:
         """All hyperparameters to write. Raises UnsupportedError for what llama.cpp's files cannot say."""
         keys = common_keys(
             width=config.width,
-            layers=len(config.layers),
             vocab_size=config.vocab_size,
             eps=config.eps,
             context_len=config.context_len,
             blocks=[layer.mlp for layer in config.layers],
+            drafting=int(config.mtp is not None),
         )
         return {f"{self.name}.{key}": value for key, value in (keys | self.metadata(config)).items()}
 
     def names(self, config: DecoderConfig, layout: Layout, have: Collection[str] = ()) -> GgufNames:
-        """How a file with tensors `have` holds a checkpoint of `layout`; how one is written without."""
+        """How a file with tensors `have` holds a checkpoint of `layout`; how one is written without. The layer that
+        drafts tokens belongs to it if config.mtp is there."""
         names = GgufNames()
         parts = GgufParts(names, config.width, have, self.norms, self.tiled_heads, self.mlp_norm)
         parts.vocab(layout.vocab, config.vocab.size, tied=config.vocab.tied)
         for n, layer in enumerate(config.layers):
             parts.mixer(layout.mixer(n), f"blk.{n}.", layer.mixer)
             parts.feed_forward(layout.mlp(n), f"blk.{n}.", layer.mlp)
+        if config.mtp is not None and layout.mtp is not None:
+            at = f"blk.{len(config.layers)}."
+            parts.drafting(layout.mtp.own, at)
+            parts.mixer(layout.mtp.mixer, at, config.mtp.mixer)
+            parts.feed_forward(layout.mtp.mlp, at, config.mtp.mlp)
         return names
 
     def ignored(self, config: DecoderConfig) -> tuple[str, ...]:
-        """Patterns of tensors that are not read: what drafts tokens stands behind the last layer."""
+        """Patterns of tensors that need not be read: what drafts tokens stands behind the last layer."""
         return (*IGNORED, f"blk.{len(config.layers)}.*")
 
 

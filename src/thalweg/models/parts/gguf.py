@@ -53,6 +53,15 @@ class GgufParts:
         else:
             self._moe(theirs, at, dims)
 
+    def drafting(self, theirs: Names, at: str) -> None:
+        """What a layer that drafts tokens has besides; if it has no norm of its own before the head, the model's."""
+        norm = f"{at}nextn.shared_head_norm"
+        own = not self.have or f"{norm}.weight" in self.have
+        self._matrix(theirs["fc"], f"{at}nextn.eh_proj", self.width, 2 * self.width)
+        self._norm(theirs["embedding_norm"], f"{at}nextn.enorm", self.width)
+        self._norm(theirs["hidden_norm"], f"{at}nextn.hnorm", self.width)
+        self._norm(theirs["norm"], norm if own else "output_norm", self.width)
+
     def _kda(self, theirs: Names, at: str, dims: KdaDims) -> None:
         H, HK, D, R = dims.heads, dims.heads * dims.head_dim, self.width, dims.rank
         fused = f"{at}attn_qkv.weight"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from thalweg.config.gguf.keys import GgufKeys
@@ -61,6 +61,13 @@ def latent_attention(keys: GgufKeys) -> dict[str, Any]:
     }
 
 
+def has_mtp(tensors: Collection[str], layers: int) -> bool:
+    """Whether a file has a layer behind the last one that drafts tokens, with the model's own vocabulary."""
+    at = f"blk.{layers}.nextn."
+    dedicated = any(f"{at}{x}.weight" in tensors for x in ("embed_tokens", "shared_head_head"))
+    return f"{at}eh_proj.weight" in tensors and not dedicated
+
+
 def expert_count(keys: GgufKeys) -> int:
     """As many as the tensors hold, which no number in the metadata may exceed."""
     experts: int = keys.get_int("expert_count", 0)
@@ -107,12 +114,20 @@ def yarn(keys: GgufKeys) -> dict[str, Any] | None:
 
 
 def common_keys(
-    *, width: int, layers: int, vocab_size: int, eps: float, context_len: int, blocks: Sequence[MlpDims | MoeDims]
+    *,
+    width: int,
+    vocab_size: int,
+    eps: float,
+    context_len: int,
+    blocks: Sequence[MlpDims | MoeDims],
+    drafting: int,
 ) -> dict[str, Any]:
-    """What is written of every model, `blocks` being its feed-forward blocks in order."""
+    """What is written of every model, `blocks` being its feed-forward blocks in order, without those of the `drafting`
+    layers behind them."""
     dense = [block.inner for block in blocks if isinstance(block, MlpDims)]
     return {
-        "block_count": layers,
+        "block_count": len(blocks) + drafting,
+        **({"nextn_predict_layers": drafting} if drafting else {}),
         "context_length": context_len,
         "embedding_length": width,
         "vocab_size": vocab_size,

@@ -8,7 +8,7 @@ from thalweg.config.gguf.keys import GgufKeys
 from thalweg.errors import UnsupportedError
 from thalweg.models.family import DecoderConfig
 from thalweg.models.parts.gdn import GdnDims
-from thalweg.models.parts.gguf_keys import common, expert_count, rope_keys, yarn
+from thalweg.models.parts.gguf_keys import common, expert_count, has_mtp, rope_keys, yarn
 from thalweg.models.parts.gqa import GqaDims
 from thalweg.models.qwen.config import FULL, GDN
 
@@ -52,7 +52,7 @@ def config(keys: GgufKeys) -> dict[str, Any]:
             "rope_theta": keys.get_float("rope.freq_base"),
             "partial_rotary_factor": keys.get_int("rope.dimension_count") / head_dim,
         },
-        "mtp_num_hidden_layers": 0,  # not read yet
+        "mtp_num_hidden_layers": int(has_mtp(keys.tensors, raw["num_hidden_layers"])),
         **_experts(keys),
     }
 
@@ -100,7 +100,8 @@ def metadata(config: DecoderConfig) -> dict[str, Any]:
     gqa = next((layer.mixer for layer in config.layers if isinstance(layer.mixer, GqaDims)), None)
     if gdn is None or gqa is None or gdn.key_dim != gdn.value_dim:
         raise UnsupportedError("GGUF files have GDN layers with keys as wide as values, and attention; this model not")
-    full = [isinstance(layer.mixer, GqaDims) for layer in config.layers]
+    layers = config.layers if config.mtp is None else (*config.layers, config.mtp)
+    full = [isinstance(layer.mixer, GqaDims) for layer in layers]
     return {
         "attention.head_count": gqa.heads,
         "attention.head_count_kv": gqa.kv_heads,
