@@ -101,6 +101,16 @@ def test_qwen_tokenizers(tmp_path: Path, pre: str, words: list[str]) -> None:
     assert [bytes(spelt[char] for char in piece).decode() for piece, _ in pieces] == words
 
 
+def test_deepseek_splits_digits_by_three_and_does_not_normalise(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(written(tmp_path / "m.gguf", QWEN | {"tokenizer.ggml.pre": "deepseek-v3"}))
+    text = "ab12345 カナ漢字x .foo(bar) e\u0301\n"
+    assert tokenizer.decode(tokenizer.encode(text)) == text  # NFC would have made one character of the accent
+    pieces = tokenizer._encoder.pre_tokenizer.pre_tokenize_str(text)  # type: ignore[attr-defined]
+    spelt = dict(zip(byte_chars(), range(256), strict=True))
+    split = [bytes(spelt[char] for char in piece).decode() for piece, _ in pieces]
+    assert split == ["ab", "123", "45", " ", "カナ漢字", "x", " .", "foo", "(bar", ")", " e\u0301", "\n"]
+
+
 def test_a_file_without_a_tokenizer(tmp_path: Path) -> None:
     path = written(tmp_path / "m.gguf", {"general.architecture": "x", "tokenizer.ggml.model": "no_vocab"})
     assert not has_tokenizer(path)

@@ -23,11 +23,19 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 KIMI = "kimi-k2"
 _END = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-PATTERNS = {
-    "qwen2": rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_END}",
-    "qwen35": rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}"
-    rf"| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_END}",
+_WORD = rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?"
+_ASCII_MARKS = r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~]"
+PATTERNS: dict[str, tuple[str, ...]] = {
+    "qwen2": (rf"{_WORD}\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_END}",),
+    "qwen35": (rf"{_WORD}[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_END}",),
+    "deepseek-v3": (
+        r"\p{N}{1,3}",
+        "[一-龥぀-ゟ゠-ヿ]+",
+        rf"{_ASCII_MARKS}[A-Za-z]+|[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[\p{{L}}\p{{M}}]+| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_END}",
+    ),
 }
+"""Splits by what `pre` calls them, one after another."""
+_NFC = ("qwen2", "qwen35")  # whose texts are normalised
 
 
 def has_gguf_tokenizer(path: Path) -> bool:
@@ -101,8 +109,11 @@ def byte_level_data(metadata: Mapping[str, Any], path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: {TOKENS} has a token twice; expected every one once")
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    pattern = {"Regex": PATTERNS[metadata[PRE]]}
-    split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+    pre = metadata[PRE]
+    splits = [
+        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+        for pattern in PATTERNS[pre]
+    ]
     return {
         "version": "1.0",
         "added_tokens": [
@@ -110,8 +121,8 @@ def byte_level_data(metadata: Mapping[str, Any], path: Path) -> dict[str, Any]:
             for i, kind in enumerate(types)
             if kind in (UNKNOWN, CONTROL, USER_DEFINED)
         ],
-        "normalizer": {"type": "NFC"},
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "normalizer": {"type": "NFC"} if pre in _NFC else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits, byte_level]},
         "decoder": byte_level,
         "model": {"type": "BPE", "vocab": vocab, "merges": merges},
     }

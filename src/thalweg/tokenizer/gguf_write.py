@@ -111,12 +111,13 @@ def _byte_level(path: Path) -> dict[str, Any]:
 def _name_of_pattern(data: Mapping[str, Any], path: Path) -> str:
     """What llama.cpp calls the way the file splits text."""
     splits = data.get("pre_tokenizer") or {}
-    for part in splits.get("pretokenizers", [splits]):
-        pattern = part.get("pattern", {}).get("Regex")
-        for name, known in PATTERNS.items():
-            if pattern == known:
-                return name
-    raise UnsupportedError(f"{path}: llama.cpp has no name for its split pattern; expected Qwen's, or a tiktoken.model")
+    patterns = [part.get("pattern", {}).get("Regex") for part in splits.get("pretokenizers", [splits])]
+    for name, known in PATTERNS.items():
+        if tuple(filter(None, patterns)) == known:
+            return name
+    raise UnsupportedError(
+        f"{path}: llama.cpp has no name for its split pattern; expected Qwen's, DeepSeek-V3's or Kimi's"
+    )
 
 
 def write_tokenizer_files(path: Path, folder: Path) -> None:
