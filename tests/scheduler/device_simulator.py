@@ -93,6 +93,7 @@ class Device:
         self.snapshots: dict[int, int] = {}
         self.pages: dict[tuple[int, int], tuple[int, int]] = {}  # (block, place in it) -> token, hash up to it
         self.owner: dict[int, int] = {}
+        self.written: dict[int, int] = {}  # block -> step that wrote into it last
         self.slots: dict[int, Slot] = {}
         self.next_step = 0
         self.errors: dict[tuple[str, int], str] = {}  # (request id, position): what goes wrong there
@@ -125,6 +126,8 @@ class Device:
         for slot, index, block in plan.new_blocks:
             assert 1 <= block <= self.num_blocks
             into = self.slots[slot]
+            if index < len(into.table) or index in into.shared:
+                assert self.written[block] < plan.step, "a block is read in a later step than it is written in"
             if index < len(into.table):  # it goes on with another's block of the same tokens
                 assert (index + 1) * self.block_size <= into.num_cached
                 into.table[index] = block
@@ -167,6 +170,7 @@ class Device:
                 block = slot.table[slot.num_cached // self.block_size]
                 assert slot.num_cached // self.block_size not in slot.shared
                 assert self.owner[block] == number, f"slot {number} writes into a block of {self.owner[block]}"
+                self.written[block] = self.next_step - 1
                 self.pages[block, slot.num_cached % self.block_size] = token, chain(slot.state, token)
             slot.num_cached += 1
             slot.state = chain(slot.state, token)

@@ -112,6 +112,14 @@ def test_the_next_turn_begins_at_the_last_block_of_the_answer() -> None:
     assert ask(h, "other turn", changed) == 8
 
 
+def test_answers_are_kept_on_the_grid_alone() -> None:
+    h = harness(grid=12)
+    ask(h, "long answer", tokens(10), max_tokens=100)
+    for length in range(20, 100, 7):
+        assert ask(h, f"{length}", (tokens(10) + h.tokens("long answer"))[:length], max_tokens=1) % 12 == 0
+    assert ask(h, "all", tokens(10) + h.tokens("long answer"), max_tokens=1) == 108
+
+
 def test_a_conversation_keeps_one_snapshot_of_its_decoding() -> None:
     h = harness()
     ask(h, "long answer", tokens(10), max_tokens=100)
