@@ -114,7 +114,7 @@ def test_the_next_turn_begins_at_the_last_block_of_the_answer() -> None:
 
 def test_answers_are_kept_on_the_grid_alone() -> None:
     h = harness(grid=12)
-    ask(h, "long answer", tokens(10), max_tokens=100)
+    ask(h, "long answer", tokens(10), max_tokens=105)  # its last block ends at 112
     for length in range(20, 100, 7):
         assert ask(h, f"{length}", (tokens(10) + h.tokens("long answer"))[:length], max_tokens=1) % 12 == 0
     assert ask(h, "all", tokens(10) + h.tokens("long answer"), max_tokens=1) == 108
