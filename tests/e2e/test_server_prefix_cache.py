@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.tiny_model import server_process
+from thalweg.cli import main
 from thalweg.config.model_source import model_folder
 
 STORY = "Tom has 4 apples and 3 pears. " * 20
@@ -66,3 +67,23 @@ def test_the_second_turn_is_cached_and_said_to_be(tmp_path: Path) -> None:
     assert re.search(
         r"0 of \d+ prompt tokens are cached, 0 were seen; the rest is other_salt", (tmp_path / "log").read_text()
     )
+
+
+def test_a_benchmark_of_conversations_finds_what_it_should(tmp_path: Path) -> None:
+    """Each turn but the first finds all blocks that the one before it computed."""
+    if not (model_folder(None) / "model.safetensors").exists():
+        pytest.skip("the bundled model has no weights in this checkout")
+    conversations, turns, first, new, output = 6, 4, 150, 40, 70
+    with server_process(tmp_path / "log", {"max_num_seqs": 4}) as server:
+        arguments = ["bench", "serve", "--base-url", server.url, "--dataset-name", "multi_turn", "--ignore-eos"]
+        arguments += ["--num-prompts", str(conversations), "--num-warmups", "0", "--multi-turn-think-time", "0.05"]
+        arguments += ["--multi-turn-num-turns", str(turns), "--multi-turn-first-len", str(first)]
+        arguments += ["--multi-turn-input-len", str(new), "--multi-turn-output-len", str(output)]
+        assert (
+            main([*arguments, "--save-result", "--result-dir", str(tmp_path), "--result-filename", "found.json"]) == 0
+        )
+    found = json.loads((tmp_path / "found.json").read_text())
+    prompts = [first + turn * (new + output) for turn in range(turns)]
+    assert found["completed"] == conversations * turns
+    assert found["total_input_tokens"] == conversations * sum(prompts)
+    assert found["total_cached_tokens"] == conversations * sum((p + output - 1) // 64 * 64 for p in prompts[:-1])

@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from thalweg.bench.serve_data import BenchRequest, RandomPrompts, read_requests
+from thalweg.bench.serve_data import BenchRequest, Conversation, RandomPrompts, read_requests
 from thalweg.bench.serve_figures import lines, read_goodput, summarise, tokens_per_second
 from thalweg.bench.serve_load import CHAT, COMPLETIONS, Load, Outcome, Target, run_load
 from thalweg.bench.serve_plot import draw
@@ -115,6 +115,63 @@ def test_a_server_that_refuses_to_give_token_ids_is_asked_for_text() -> None:
     outcomes, server = send(refusal, answer, answer, count=2)
     assert [(o.error, o.output_tokens) for o in outcomes] == [(None, 2)] * 2
     assert ["return_token_ids" in body for body in server.bodies] == [True, False, False]
+
+
+def talk(endpoint: str, turns: list[Any], *answers: bytes, think_s: float = 0.0) -> tuple[list[Outcome], Scripted]:
+    conversation = Conversation([BenchRequest(turn, 5) for turn in turns], [0.0, *[think_s] * (len(turns) - 1)])
+
+    async def work(http: HttpClient) -> list[Outcome]:
+        target = Target(http, endpoint, "m", {"temperature": 0}, 5.0)
+        outcomes, _ = await run_load(target, [conversation], Load(float("inf")), lambda _: None)
+        return outcomes
+
+    return against(answers, work)
+
+
+def test_turns_of_a_conversation_go_on_from_the_answers() -> None:
+    def said(ids: list[int], cached: int) -> bytes:
+        usage = {"prompt_tokens": 9, "completion_tokens": len(ids), "prompt_tokens_details": {"cached_tokens": cached}}
+        piece = {"choices": [{"index": 0, "text": "x", "token_ids": ids}]}
+        return OK + chunked(b"data: " + json.dumps(piece).encode() + b"\n\n", event(usage=usage), DONE)
+
+    outcomes, server = talk(COMPLETIONS, [[1, 2], [3], [4]], said([7, 8], 0), said([9], 2), said([5], 4), think_s=0.05)
+    assert [body["prompt"] for body in server.bodies] == [[1, 2], [1, 2, 7, 8, 3], [1, 2, 7, 8, 3, 9, 4]]
+    assert [o.cached_tokens for o in outcomes] == [0, 2, 4]
+    assert outcomes[1].start - outcomes[0].start > 0.05
+    figures = summarise(outcomes, 1.0)
+    assert figures["total_cached_tokens"] == 6
+    assert "Total cached input tokens:               6" in lines(figures, [])
+
+
+def test_turns_of_a_chat_are_messages() -> None:
+    def said(text: str) -> bytes:
+        piece = {"choices": [{"index": 0, "delta": {"content": text}}]}
+        return OK + chunked(b"data: " + json.dumps(piece).encode() + b"\n\n", DONE)
+
+    _, server = talk(CHAT, ["hi", "and", "then"], said("one"), said("two"), said("three"))
+    contents = [[(m["role"], m["content"]) for m in body["messages"]] for body in server.bodies]
+    first = [("user", "hi"), ("assistant", "one"), ("user", "and")]
+    assert contents == [first[:1], first, [*first, ("assistant", "two"), ("user", "then")]]
+
+
+def test_a_conversation_ends_with_the_turn_that_fails() -> None:
+    refusal = b"HTTP/1.1 400 X\r\nContent-Length: 2\r\n\r\n{}"
+    outcomes, _ = talk(CHAT, ["a", "b", "c"], OK + chunked(event("a"), DONE), refusal)
+    assert [o.error is None for o in outcomes] == [True, False]
+    outcomes, _ = talk(COMPLETIONS, [[1], [2]], OK + chunked(event("a"), DONE))
+    assert [o.error for o in outcomes] == [
+        "the server gives no token ids; conversations need --endpoint /v1/chat/completions"
+    ]
+
+
+def test_conversations_have_their_lengths_and_pauses() -> None:
+    prompts = RandomPrompts(load_tokenizer(model_folder(None)), 3, as_text=False)
+    found = prompts.multi_turn(200, 4, 50, 7, 9, 2.0)
+    assert all([len(turn.prompt) for turn in each.turns] == [50, 7, 7, 7] for each in found)
+    assert all(turn.output_len == 9 for each in found for turn in each.turns)
+    pauses = [pause for each in found for pause in each.pauses[1:]]
+    assert 1.7 < sum(pauses) / len(pauses) < 2.3
+    assert {each.pauses[0] for each in found} == {0.0}
 
 
 def test_events_may_come_in_any_pieces() -> None:

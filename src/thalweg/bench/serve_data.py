@@ -1,4 +1,4 @@
-"""The requests of a serving benchmark: random ones, ones that share prefixes, or a file's."""
+"""The requests of a serving benchmark: random ones, ones that share prefixes, conversations, or a file's."""
 
 from __future__ import annotations
 
@@ -22,6 +22,14 @@ class BenchRequest:
 
     prompt: str | list[int] | list[dict[str, Any]]
     output_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Turns, each of which is sent after what was said before it; `pauses` are the seconds before each."""
+
+    turns: list[BenchRequest]
+    pauses: list[float]
 
 
 class RandomPrompts:
@@ -56,6 +64,19 @@ class RandomPrompts:
         ]
         self._random.shuffle(requests)
         return requests
+
+    def multi_turn(
+        self, count: int, num_turns: int, first_len: int, input_len: int, output_len: int, think_time_s: float
+    ) -> list[Conversation]:
+        """Conversations that share nothing. Pauses between turns are drawn from an exponential distribution with the
+        mean `think_time_s`."""
+        found = []
+        for _ in range(count):
+            lengths = [first_len, *[input_len] * (num_turns - 1)]
+            turns = [self._request(self._draw(length), output_len) for length in lengths]
+            thinks = [self._random.expovariate(1 / think_time_s) if think_time_s else 0.0 for _ in turns[1:]]
+            found.append(Conversation(turns, [0.0, *thinks]))
+        return found
 
     def _draw(self, length: int) -> list[int]:
         return self._random.choices(self._ids, k=length)

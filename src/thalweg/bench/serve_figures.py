@@ -22,6 +22,7 @@ _COUNTS = (  # label, key, digits
     ("Failed requests", "failed", 0),
     ("Benchmark duration (s)", "duration", 2),
     ("Total input tokens", "total_input_tokens", 0),
+    ("Total cached input tokens", "total_cached_tokens", 0),
     ("Total generated tokens", "total_output_tokens", 0),
     ("Request throughput (req/s)", "request_throughput", 2),
     ("Request goodput (req/s)", "request_goodput", 2),
@@ -68,6 +69,8 @@ def summarise(
         "max_concurrent_requests": most_at_once(done),
         "total_token_throughput": (inputs + outputs) / duration_s,
     }
+    if cached := sum(o.cached_tokens for o in done):
+        figures["total_cached_tokens"] = cached
     if goodput_ms:
         figures["request_goodput"] = sum(_is_good(o, goodput_ms) for o in done) / duration_s
     for name, values in samples_ms(done).items():

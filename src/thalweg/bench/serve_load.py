@@ -11,7 +11,7 @@ from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-from thalweg.bench.serve_data import BenchRequest
+from thalweg.bench.serve_data import BenchRequest, Conversation
 from thalweg.errors import ConfigError
 from thalweg.http_client import HttpClient, HttpError, error_message
 
@@ -36,6 +36,8 @@ class Outcome:
     output_tokens: int = 0
     text: str = ""
     error: str | None = None
+    cached_tokens: int = 0  # of the input, as far as the server says so
+    token_ids: list[int] = field(default_factory=list)  # likewise
 
     @property
     def tpot(self) -> float | None:
@@ -133,6 +135,7 @@ class Target:
                         outcome.latency = now - outcome.start
                     text = _text(chunk)
                     pieces.append(text)
+                    outcome.token_ids += _ids(chunk) or ()
                     if new := _tokens(chunk, text):
                         if last is None:
                             outcome.ttft = now - outcome.start
@@ -142,6 +145,7 @@ class Target:
                         tokens += new
         outcome.text = "".join(pieces)
         outcome.input_tokens = usage.get("prompt_tokens", 0)
+        outcome.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
         outcome.output_tokens = usage.get("completion_tokens", tokens)
         if last is None:
             outcome.ttft = outcome.latency
@@ -150,25 +154,53 @@ class Target:
 
 
 async def run_load(
-    target: Target, requests: Sequence[BenchRequest], load: Load, on_done: Callable[[Outcome], object]
+    target: Target,
+    work: Sequence[BenchRequest | Conversation],
+    load: Load,
+    on_done: Callable[[Outcome], object],
 ) -> tuple[list[Outcome], float]:
-    """Every request's outcome, in their order, and the seconds from the first one's start to the last one's end."""
+    """Every request's outcome, in their order, and the seconds from the first one's start to the last one's end.
+
+    A conversation arrives as one; its turns follow each other, and end with the first that fails.
+    """
     room: AbstractAsyncContextManager[Any] = nullcontext()
     if load.max_concurrency is not None:
         room = asyncio.Semaphore(load.max_concurrency)
     began = time.perf_counter()
 
-    async def one(request: BenchRequest, due: float) -> Outcome:
+    async def one(work: BenchRequest | Conversation, due: float) -> list[Outcome]:
         await asyncio.sleep(began + due - time.perf_counter())
-        async with room:
-            outcome = await target.send(request)
-        on_done(outcome)
-        return outcome
+        outcomes: list[Outcome] = []
+        before: BenchRequest | None = None
+        turns, pauses = (work.turns, work.pauses) if isinstance(work, Conversation) else ([work], [0.0])
+        for turn, pause in zip(turns, pauses, strict=True):
+            await asyncio.sleep(pause)
+            request = turn if before is None else _next_turn(before, outcomes[-1], turn)
+            async with room:
+                outcome = await target.send(request)
+            if len(turns) > 1 and not isinstance(turn.prompt, str) and outcome.output_tokens > len(outcome.token_ids):
+                outcome.error = outcome.error or f"the server gives no token ids; conversations need --endpoint {CHAT}"
+            on_done(outcome)
+            outcomes.append(outcome)
+            if outcome.error is not None:
+                break
+            before = request
+        return outcomes
 
     async with asyncio.TaskGroup() as tasks:
-        due = load.arrivals(len(requests))
-        running = [tasks.create_task(one(r, t)) for r, t in zip(requests, due, strict=True)]
-    return [task.result() for task in running], time.perf_counter() - began
+        due = load.arrivals(len(work))
+        running = [tasks.create_task(one(each, t)) for each, t in zip(work, due, strict=True)]
+    return [outcome for task in running for outcome in task.result()], time.perf_counter() - began
+
+
+def _next_turn(before: BenchRequest, outcome: Outcome, turn: BenchRequest) -> BenchRequest:
+    """`turn` after what was asked before it and the answer to that."""
+    said, new = before.prompt, turn.prompt
+    if isinstance(new, str):  # of a chat
+        asked = [{"role": "user", "content": said}] if isinstance(said, str) else said
+        answered = [{"role": "assistant", "content": outcome.text}, {"role": "user", "content": new}]
+        return BenchRequest([*asked, *answered], turn.output_len)
+    return BenchRequest([*said, *outcome.token_ids, *new], turn.output_len)
 
 
 def _chunk(data: bytes) -> dict[str, Any]:
@@ -192,6 +224,11 @@ def _text(chunk: dict[str, Any]) -> str:
 
 def _tokens(chunk: dict[str, Any], text: str) -> int:
     """How many tokens a chunk brings. A server that does not say is taken to send one with each piece of text."""
+    ids = _ids(chunk)
+    return int(bool(text)) if ids is None else len(ids)
+
+
+def _ids(chunk: dict[str, Any]) -> list[int] | None:
     choices = chunk.get("choices")
     ids = choices[0].get("token_ids") if choices else None
-    return len(ids) if isinstance(ids, list) else int(bool(text))
+    return ids if isinstance(ids, list) else None

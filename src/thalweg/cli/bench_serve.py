@@ -6,24 +6,24 @@ import asyncio
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from thalweg.cli.bench_serve_parts import progress, read_object, read_percentiles, write
 from thalweg.config import env
 from thalweg.errors import ConfigError, ThalwegError
 
 if TYPE_CHECKING:
-    from thalweg.bench.serve_data import BenchRequest
+    from thalweg.bench.serve_data import BenchRequest, Conversation
     from thalweg.bench.serve_load import Load, Outcome, Target
     from thalweg.bench.serve_profile import ProfiledServer
     from thalweg.http_client import HttpClient
 
-DATASETS = ("random", "prefix_repetition", "custom")
+DATASETS = ("random", "prefix_repetition", "multi_turn", "custom")
 _DATA, _LOAD, _OUT = "Dataset", "Load", "Output"
 
 
@@ -49,12 +49,14 @@ def serve(
         ),
     ] = None,
     dataset_name: Annotated[
-        str, _option(_DATA, metavar="NAME", help="random, prefix_repetition, or custom: a file of JSON lines.")
+        str, _option(_DATA, metavar="NAME", help="random, prefix_repetition, multi_turn, or custom: JSON lines.")
     ] = "random",
     dataset_path: Annotated[
         str | None, _option(_DATA, metavar="FILE", help='For custom: {"prompt": ...} or {"messages": ...} a line.')
     ] = None,
-    num_prompts: Annotated[int, _option(_DATA, metavar="N", min=1, help="Requests to send.")] = 1000,
+    num_prompts: Annotated[
+        int, _option(_DATA, metavar="N", min=1, help="Requests to send; conversations of multi_turn.")
+    ] = 1000,
     random_input_len: Annotated[int, _option(_DATA, metavar="TOKENS", min=1, help="Tokens of a prompt.")] = 1024,
     random_output_len: Annotated[int, _option(_DATA, metavar="TOKENS", min=1, help="Tokens to generate.")] = 128,
     random_range_ratio: Annotated[
@@ -64,6 +66,13 @@ def serve(
     prefix_repetition_suffix_len: Annotated[int, _option(_DATA, metavar="TOKENS", min=1)] = 256,
     prefix_repetition_num_prefixes: Annotated[int, _option(_DATA, metavar="N", min=1)] = 10,
     prefix_repetition_output_len: Annotated[int, _option(_DATA, metavar="TOKENS", min=1)] = 128,
+    multi_turn_num_turns: Annotated[int, _option(_DATA, metavar="N", min=1, help="Turns of a conversation.")] = 8,
+    multi_turn_first_len: Annotated[int, _option(_DATA, metavar="TOKENS", min=1, help="Its first prompt.")] = 2048,
+    multi_turn_input_len: Annotated[int, _option(_DATA, metavar="TOKENS", min=1, help="What each turn adds.")] = 256,
+    multi_turn_output_len: Annotated[int, _option(_DATA, metavar="TOKENS", min=1, help="Its answers.")] = 128,
+    multi_turn_think_time: Annotated[
+        float, _option(_DATA, metavar="SECONDS", min=0, help="Mean time from an answer to the next turn.")
+    ] = 0.0,
     custom_output_len: Annotated[
         int, _option(_DATA, metavar="TOKENS", min=1, help="Where a line has no output_len.")
     ] = 256,
@@ -141,14 +150,15 @@ def serve(
     metrics = [name for name in percentile_metrics.split(",") if name]
     if not set(metrics) <= set(figures.METRICS):
         raise ConfigError(f"--percentile-metrics is {percentile_metrics!r}; expected {','.join(figures.METRICS)}")
-    percentiles, bounds = _percentiles(metric_percentiles), figures.read_goodput(goodput or [])
+    percentiles, bounds = read_percentiles(metric_percentiles), figures.read_goodput(goodput or [])
     options: dict[str, Any] = {"temperature": temperature} | ({"ignore_eos": True} if ignore_eos else {})
-    options |= _object(extra_body)
+    options |= read_object(extra_body)
     for option, path in (("--result-dir", Path(result_dir) / "x"), ("--plot", Path(plot or "x"))):
         if not path.expanduser().resolve().parent.is_dir():
             raise ConfigError(f"{option} is {plot if option == '--plot' else result_dir!r}, a folder that is not there")
 
-    requests: list[BenchRequest]
+    requests: list[BenchRequest] = []
+    conversations: list[Conversation] = []
     if dataset_path is not None:
         from thalweg.bench.serve_data import read_requests
 
@@ -162,6 +172,9 @@ def serve(
         prompts = RandomPrompts(load_tokenizer(folder), seed, as_text=endpoint == CHAT)
         if dataset_name == "random":
             requests = prompts.random(num_prompts, random_input_len, random_output_len, random_range_ratio)
+        elif dataset_name == "multi_turn":
+            lengths = multi_turn_first_len, multi_turn_input_len, multi_turn_output_len
+            conversations = prompts.multi_turn(num_prompts, multi_turn_num_turns, *lengths, multi_turn_think_time)
         else:
             requests = prompts.prefix_repetition(
                 num_prompts,
@@ -178,7 +191,9 @@ def serve(
     profiled = ProfiledServer(profile, profile_steps)
     date = time.strftime("%Y%m%d-%H%M%S")
     name, outcomes, duration = asyncio.run(
-        _measure(http, endpoint, model, options, request_timeout, requests, load, num_warmups, profiled)
+        _measure(
+            http, endpoint, model, options, request_timeout, requests or conversations, load, num_warmups, profiled
+        )
     )
     found = figures.summarise(outcomes, duration, bounds, percentiles)
     print(*figures.lines(found, metrics, percentiles), sep="\n")
@@ -201,11 +216,11 @@ def serve(
         file = Path(result_dir).expanduser() / (
             result_filename or f"{name.replace('/', '-')}-{request_rate}-{date}.json"
         )
-        _write(file, json.dumps({**settings, **found, **details}, indent=2) + "\n", "--result-dir")
+        write(file, json.dumps({**settings, **found, **details}, indent=2) + "\n", "--result-dir")
     if plot is not None:
         from thalweg.bench.serve_plot import draw
 
-        _write(Path(plot).expanduser(), draw(outcomes, f"{name}, {len(outcomes)} requests, {date}"), "--plot")
+        write(Path(plot).expanduser(), draw(outcomes, f"{name}, {len(outcomes)} requests, {date}"), "--plot")
     if found["failed"]:
         raise typer.Exit(1)
 
@@ -216,22 +231,24 @@ async def _measure(
     model: str | None,
     options: dict[str, Any],
     timeout_s: float,
-    requests: list[BenchRequest],
+    work: Sequence[BenchRequest | Conversation],
     load: Load,
     num_warmups: int,
     profiled: ProfiledServer,
 ) -> tuple[str, list[Outcome], float]:
+    from thalweg.bench.serve_data import Conversation
     from thalweg.bench.serve_load import Target, run_load
 
     try:
         name = model or await http.first_model()
         target = Target(http, endpoint, name, options, timeout_s)
+        requests = [each.turns[0] if isinstance(each, Conversation) else each for each in work]
         for request in requests:
             target.body(request)  # refuses what the endpoint does not take before anything is sent
         await _warm_up(target, requests, num_warmups)
         async with profiled.while_(http):
-            with _progress(len(requests)) as on_done:
-                outcomes, duration = await run_load(target, requests, load, on_done)
+            with progress(sum(len(each.turns) if isinstance(each, Conversation) else 1 for each in work)) as on_done:
+                outcomes, duration = await run_load(target, work, load, on_done)
     finally:
         http.close()
     return name, outcomes, duration
@@ -243,51 +260,3 @@ async def _warm_up(target: Target, requests: list[BenchRequest], count: int) -> 
         outcome = await target.send(requests[i % len(requests)])
         if outcome.error is not None:
             raise ThalwegError(f"the first request failed: {outcome.error}")
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[Outcome], object]]:
-    """A bar on stderr: requests done, and how many of them failed."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("requests"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[failed]}"))
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
-        task, failed = bar.add_task("", total=total, failed=""), 0
-
-        def done(outcome: Outcome) -> None:
-            nonlocal failed
-            failed += outcome.error is not None
-            bar.update(task, advance=1, failed=f"{failed} failed" if failed else "")
-
-        yield done
-
-
-def _percentiles(text: str) -> list[float]:
-    try:
-        values = [float(part) for part in text.split(",")]
-    except ValueError:
-        values = [-1.0]
-    if not all(0 <= v <= 100 for v in values):
-        raise ConfigError(f"--metric-percentiles is {text!r}; expected numbers from 0 to 100, e.g. 50,99,99.9")
-    return values
-
-
-def _object(text: str | None) -> dict[str, Any]:
-    if text is None:
-        return {}
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise ConfigError(f"--extra-body is {text!r}; expected a JSON object")
-    return value
-
-
-def _write(path: Path, text: str, option: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as e:
-        raise ConfigError(f"{option}: {path} cannot be written: {e.strerror}") from None
-    print(f"wrote {path}")
