@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from tests.scheduler.device_simulator import Harness
 from thalweg.cache.manager import CacheManager
-from thalweg.cache.prefix import Node
+from thalweg.cache.node import Node
 from thalweg.core import StepResult
 
 params = st.fixed_dictionaries(

@@ -32,6 +32,7 @@ def split(**sizes: int) -> MemorySplit:
         ({"max_model_len": 3}, 2048),
         ({"block_size": 1, "num_blocks": 9}, 2048),
         ({}, 1),
+        ({"num_snapshots": 3}, 2048),
     ],
 )
 def test_plans_stay_within_limits(sizes: dict[str, int], budget: int) -> None:
@@ -46,6 +47,7 @@ def test_plans_stay_within_limits(sizes: dict[str, int], budget: int) -> None:
             if s.num_blocks:
                 assert end <= s.num_blocks // 2 * s.block_size
         assert all(p.length <= budget for p in plan.prefills)
+        assert all(1 <= snapshot <= s.num_snapshots for _, snapshot in plan.snapshots + plan.restores)
 
 
 def test_a_rehearsal_meets_every_kind_of_layer() -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from msgspec.structs import replace
+
 from thalweg.cache.memory import MemorySplit
 from thalweg.core import Admission, Prefill, SamplingParams, StepPlan
 from thalweg.ops.toolchain.triton_compile import compiled_together
@@ -71,3 +73,5 @@ def plans(split: MemorySplit, budget: int) -> Iterator[StepPlan]:
     if split.num_slots > 1:
         yield plan({2: (0, short)}, {1: longest})
         yield plan({1: (0, short), 2: (0, min(short + 1, longest))}, {})
+    if split.num_snapshots:  # what copies states is loaded when it is first used
+        yield replace(plan({1: (0, short)}, {}), snapshots=[(1, 1)], restores=[(1, 1)])

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from thalweg.cache.blocks import BlockPool, CacheAccountingError
-from thalweg.cache.prefix import Node, PrefixTree
+from thalweg.cache.node import Node
+from thalweg.cache.prefix import PrefixTree
 from thalweg.cache.slots import SlotPool
 from thalweg.cache.snapshots import SnapshotPool
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from thalweg.cache.manager import CacheManager
-from thalweg.cache.prefix import MISS_REASONS, Match
+from thalweg.cache.node import MISS_REASONS, Match
 from thalweg.scheduler.sequence import Sequence
 
 Copy = TypeVar("Copy", tuple[int, int], tuple[int, int, int])

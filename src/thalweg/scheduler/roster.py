@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 
 from thalweg.cache.manager import CacheManager
-from thalweg.cache.prefix import Node
+from thalweg.cache.node import Node
 from thalweg.scheduler.prefixes import Prefixes
 from thalweg.scheduler.sequence import Sequence
 

@@ -77,12 +77,15 @@ class Sequence:
     def key(self, block: int, block_size: int) -> bytes:
         """The tokens of full block `block`, all of which are known."""
         keys = self.keys
+        if not keys:  # the prompt's, all at once
+            packed = array("I", self.prompt[: self.num_prompt // block_size * block_size])
+            size = block_size * packed.itemsize
+            text = packed.tobytes()
+            keys += [text[i : i + size] for i in range(0, len(text), size)]
         while len(keys) <= block:
             start = len(keys) * block_size
             end = start + block_size
-            tokens = self.prompt[start:end]
-            if end > self.num_prompt:
-                tokens = tokens + self.output[max(start - self.num_prompt, 0) : end - self.num_prompt]
+            tokens = self.prompt[start:end] + self.output[max(start - self.num_prompt, 0) : end - self.num_prompt]
             keys.append(array("I", tokens).tobytes())
         return keys[block]
 

@@ -12,7 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from thalweg.cache.prefix import MISS_REASONS
+from thalweg.cache.node import MISS_REASONS
 from thalweg.engine.processes.client import EngineClient
 from thalweg.errors import InvalidRequest, QueueTimeout, RequestTimeout
 from thalweg.text.output import Delta

@@ -1,0 +1,58 @@
+"""A node of the prefix tree, and what is found by following a prompt from node to node."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+MissReason = Literal["unseen", "too_short", "no_snapshot", "evicted", "other_salt", "prompt_wanted"]
+MISS_REASONS: tuple[MissReason, ...] = (
+    "unseen",
+    "too_short",
+    "no_snapshot",
+    "evicted",
+    "other_salt",
+    "prompt_wanted",
+)
+
+
+class Node:
+    """A block of tokens in its place. Steps are numbers of plans: a plan may use what is ready by its own number."""
+
+    __slots__ = (
+        "block",
+        "children",
+        "depth",
+        "due",
+        "gone",
+        "hash",
+        "key",
+        "lost",
+        "parent",
+        "ready",
+        "refs",
+        "reused",
+        "snapshot",
+        "stamp",
+    )
+
+    def __init__(self, parent: Node | None, key: bytes, block: int, ready: int) -> None:
+        self.parent, self.key, self.block, self.ready = parent, key, block, ready
+        self.depth: int = 0 if parent is None else parent.depth + 1  # blocks of the prefix
+        self.hash: int = hash((0 if parent is None else parent.hash, key))  # to remember it by once it is gone
+        self.children: dict[bytes, Node] = {}
+        self.refs = 0  # running sequences whose prefix goes through this node
+        self.stamp = 0  # when it was let go last
+        self.gone = False  # no longer in the tree
+        self.snapshot = 0  # of the states at its end; 0: none
+        self.due = 0  # from which step on its snapshot is there
+        self.lost = False  # it had a snapshot
+        self.reused = False  # a sequence began from its snapshot
+
+
+class Match(NamedTuple):
+    """How much of a prompt is known."""
+
+    node: Node  # where computing may go on
+    seen: int  # blocks that are in the tree
+    soon: bool  # the next plan may go on from further down
+    reason: MissReason  # why the rest cannot be used
