@@ -1,18 +1,45 @@
-"""Experts in int4 in CUDA C++: compiled for Hopper, when they are chosen. What they compute: test_gpu_moe_int4."""
+"""Experts in int4 in CUDA C++: on the host, compiled for Hopper, when they are chosen. On a GPU: test_gpu_moe_int4."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.ops.compile_cuda import compile_cuda
-from thalweg.ops.moe.experts import EXPERTS, ExpertsDims
+from tests.ops.moe_case import experts_in_float64, moe_case_int4, rmse_ratio
+from tests.ops.run_on_host import HostKernel
+from thalweg.ops.moe.experts import EXPERTS, ExpertsDims, cuda_int4
 from thalweg.ops.moe.experts.cuda_int4 import BUFFERS, MAX_TOKENS, SLOT_BYTES, SOURCE, geometry
 from thalweg.ops.registry import Resolver, Where
 
 DIMS: dict[str, Any] = {"E": 384, "D": 7168, "I": 2048, "scheme": "int4", "own": 2048}
+
+
+@pytest.mark.parametrize(
+    ("T", "D", "I", "own", "skewed"),
+    [
+        (2, 256, 256, 256, False),
+        pytest.param(8, 256, 512, 0, False, marks=pytest.mark.slow),
+        pytest.param(13, 256, 256, 256, True, marks=pytest.mark.slow),  # tokens move up, and an expert has two passes
+        pytest.param(3, 2048, 256, 256, False, marks=pytest.mark.slow),  # two steps for each warp
+        pytest.param(45, 256, 256, 256, False, marks=pytest.mark.slow),  # two passes of the own expert
+    ],
+)
+def test_on_the_host(monkeypatch: pytest.MonkeyPatch, T: int, D: int, I: int, own: int, skewed: bool) -> None:
+    monkeypatch.setattr(cuda_int4, "cuda_kernel", HostKernel)
+    case = moe_case_int4(T, D, I, 5, 1 if T == 2 else 2, torch.bfloat16, seed=T, own=own, scale=2.5)
+    if skewed:
+        case.ids[:] = case.ids[0]
+    y = case.run(cuda_int4.experts, residual_TD=case.residual)
+    assert rmse_ratio(y, experts_in_float64(case) + case.residual.double()) < 0.004
+    if own and T > 2:
+        parts = replace(case, scale=0.0).run(cuda_int4.experts), replace(case, own=None).run(cuda_int4.experts)
+        added = (parts[0].float() + 2.5 * parts[1].float()).bfloat16()
+        assert torch.equal(y, case.residual + added)
 
 
 @pytest.mark.parametrize("tokens", [8, MAX_TOKENS])
@@ -24,6 +51,7 @@ def test_they_compile_for_hopper(tmp_path: Path, tokens: int, gated: int, column
     assert cut is not None
     macros = {"GATED": gated, "COLS": columns, "OUT": rows, "E": 384, "K": 8, "OWN": 1, "TOKENS": tokens}
     compiled = compile_cuda(SOURCE, tmp_path, **macros, **cut.macros)
+    assert compiled.spilled_bytes <= 32  # an item's, not a step's
     per_partition = -(-(cut.warps + 1) * cut.blocks // 4)  # warps of a quarter of a multiprocessor
     assert per_partition * compiled.registers * 32 <= 16384
     assert cut.blocks * (cut.shared_bytes + compiled.static_shared_bytes + 1024) <= 228 * 1024
@@ -31,8 +59,9 @@ def test_they_compile_for_hopper(tmp_path: Path, tokens: int, gated: int, column
 
 def test_constants_are_those_of_the_source() -> None:
     source = SOURCE.read_text()
-    assert SLOT_BYTES == 16 * 256 // 2 + 16 * 2 * 8
-    assert "WORD_BYTES = 16 * STEP / 2, SLOT_BYTES = WORD_BYTES + 16 * 2 * GROUPS;" in source
+    assert SLOT_BYTES == 16 * (128 + 16) + 16 * 2 * 8
+    assert "LINE = 128 + 16, WORD_BYTES = 16 * LINE;" in source
+    assert "SLOT_BYTES = WORD_BYTES + 16 * 2 * GROUPS;" in source
     assert f"BUFFERS = {BUFFERS}," in source
 
 
@@ -44,7 +73,7 @@ def test_they_start_the_kernel_behind_after_their_own_wait() -> None:
 
 def test_columns_are_shared_out_whole() -> None:
     cuts = [geometry(columns) for columns in (7168, 2048, 1024, 256)]
-    assert [cut and (cut.warps, cut.steps) for cut in cuts] == [(14, 2), (8, 1), (4, 1), (1, 1)]
+    assert [cut and (cut.warps, cut.steps) for cut in cuts] == [(14, 2), (4, 2), (4, 1), (1, 1)]
     assert [geometry(columns) for columns in (0, 128, 200, 256 * 15, 256 * 58)] == [None] * 5
 
 

@@ -1,5 +1,6 @@
 // The functions of ops/toolchain/hopper.cuh for a host: a kernel's block runs as a thread for each of its own, block by
-// block. Nothing is asynchronous: copies are made when they are asked for, so order is tested and overlap is not.
+// block. Bulk copies are made when they are asked for, so their order is tested and overlap is not; other copies are made
+// when they are waited for.
 
 #include <atomic>
 #include <barrier>
@@ -62,6 +63,11 @@ static Block* block;
 inline Warp& warp_here() { return *block->warps[threadIdx.x / 32]; }
 inline void __syncthreads() { block->all.arrive_and_wait(); }
 inline void __syncwarp() { warp_here().all.arrive_and_wait(); }
+inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+template <class T>
+T atomicAdd(T* p, T x) { return std::atomic_ref<T>(*p).fetch_add(x); }
+template <class T>
+T atomicOr(T* p, T x) { return std::atomic_ref<T>(*p).fetch_or(x); }
 
 template <class T>
 T __shfl_sync(u32, T x, int lane) {
@@ -74,6 +80,9 @@ T __shfl_sync(u32, T x, int lane) {
 }
 template <class T>
 T __shfl_xor_sync(u32 all, T x, int mask) { return __shfl_sync(all, x, threadIdx.x % 32 ^ mask); }
+template <class T>
+T __shfl_up_sync(u32 all, T x, int by) { return __shfl_sync(all, x, max(threadIdx.x % 32 - by, 0)); }
+inline int __popcll(u64 x) { return __builtin_popcountll(x); }
 
 inline u32 __byte_perm(u32 a, u32 b, u32 selector) {
     const u64 both = (u64)b << 32 | a;
@@ -82,6 +91,7 @@ inline u32 __byte_perm(u32 a, u32 b, u32 selector) {
     return result;
 }
 inline float rsqrtf(float x) { return 1 / sqrtf(x); }
+inline float __expf(float x) { return expf(x); }
 
 inline float from_bits(u32 bits) { float x; memcpy(&x, &bits, 4); return x; }
 inline float low(u32 pair) { return from_bits(pair << 16); }
@@ -92,6 +102,20 @@ inline u32 rounded(float x) {
     return x != x ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 inline u32 pack(float a, float b) { return rounded(a) | rounded(b) << 16; }
+inline float from_bf16(bf16 x) { return low(x); }
+inline void store_bf16(bf16* to, float x) { *to = (bf16)rounded(x); }
+inline float as_bf16(float x) { return low(rounded(x)); }
+inline float __int_as_float(int bits) { return from_bits((u32)bits); }
+inline u32 max_pairs(u32 a, u32 b) { return pack(fmaxf(low(a), low(b)), fmaxf(high(a), high(b))); }
+inline float half_low(u32 pair) { _Float16 x; memcpy(&x, &pair, 2); return (float)x; }
+inline float half_high(u32 pair) { return half_low(pair >> 16); }
+inline u32 pack_half(float a, float b) {
+    const _Float16 both[2] = {(_Float16)a, (_Float16)b};
+    u32 pair;
+    memcpy(&pair, both, 4);
+    return pair;
+}
+inline u32 fp16_of(u32 word, u32 mask) { return (word & mask) | 0x64006400; }
 inline u32 multiply(u32 pair, u32 by) { return pack(low(pair) * low(by), high(pair) * high(by)); }
 
 static std::atomic<int> threads_that_waited, threads_that_let_go;
@@ -105,10 +129,51 @@ inline uint4 load16(const void* p) {
     return x;
 }
 inline bf16 load_bf16(const bf16* p) { return *p; }
+inline float load_fp32(const float* p) { return *p; }
+inline int load_id(const long long* p) { return (int)*p; }
 
 static u8 shared[1 << 18] __attribute__((aligned(128)));
 inline u32 shared_address(const void* p) { return (u32)((const u8*)p - shared); }
 inline u8* at_address(u32 address) { return shared + (int)address; }
+
+struct Copy { u32 to; const void* from; };
+static thread_local std::vector<std::vector<Copy>> copies;  // by commit; the last has none yet
+inline void copy16(u32 to, const void* from) {
+    if (to % 16 || (uintptr_t)from % 16) fail("a copy of 16 bytes is not aligned");
+    if (copies.empty()) copies.emplace_back();
+    memset(at_address(to), 0xff, 16);
+    copies.back().push_back({to, from});
+}
+inline void commit_copies() { copies.resize(copies.size() + 1 + copies.empty()); }
+template <int N> void wait_for_copies() {
+    for (; (int)copies.size() > N + 1; copies.erase(copies.begin()))
+        for (const Copy& c : copies[0]) memcpy(at_address(c.to), c.from, 16);
+}
+
+// Barriers of a block by number.
+struct Numbered { std::mutex one; int arrived = 0; unsigned turns = 0; };
+static Numbered numbered[16];
+template <int THREADS> void arrive_at(int barrier) {
+    Numbered& b = numbered[barrier];
+    std::lock_guard lock(b.one);
+    if (++b.arrived == THREADS) b.arrived = 0, b.turns++;
+}
+template <int THREADS> void wait_at(int barrier) {
+    Numbered& b = numbered[barrier];
+    unsigned turns;
+    {
+        std::lock_guard lock(b.one);
+        turns = b.turns;
+        if (++b.arrived == THREADS) b.arrived = 0, b.turns++;
+    }
+    for (;;) {
+        {
+            std::lock_guard lock(b.one);
+            if (b.turns != turns) return;
+        }
+        std::this_thread::yield();
+    }
+}
 
 struct Barrier { u8 pending, count; u16 phase; int bytes; };
 inline Barrier& barrier_at(u32 address) { return *(Barrier*)at_address(address); }
@@ -160,6 +225,9 @@ void multiply_add(float (&c)[4], const u32 (&mine)[6], Low low, High high) {
 }
 inline void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     multiply_add(c, {a0, a1, a2, a3, b0, b1}, low, high);
+}
+inline void mma_fp16(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    multiply_add(c, {a0, a1, a2, a3, b0, b1}, half_low, half_high);
 }
 
 // Runs a kernel with arguments by address, as the driver takes them.

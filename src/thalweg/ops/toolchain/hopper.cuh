@@ -16,9 +16,27 @@ __device__ __forceinline__ u32 pack(float a, float b) {
     return pair;
 }
 
+__device__ __forceinline__ u32 max_pairs(u32 a, u32 b) {  // of each of the two bf16
+    u32 c;
+    asm("max.bf16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+    return c;
+}
+
+// Two fp16 of a register, and the bits of a word that a mask has as the last ones of 1024 each.
+__device__ __forceinline__ u32 pack_half(float a, float b) {
+    u32 pair;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(b), "f"(a));
+    return pair;
+}
+__device__ __forceinline__ u32 fp16_of(u32 word, u32 mask) {
+    u32 pair;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(pair) : "r"(word), "r"(mask), "r"(0x64006400));
+    return pair;
+}
+
 __device__ __forceinline__ float from_bf16(bf16 x) { return __uint_as_float((u32)x << 16); }
 __device__ __forceinline__ void store_bf16(bf16* to, float x) { *to = (bf16)pack(x, 0.0f); }
-__device__ __forceinline__ float rounded(float x) { return low(pack(x, 0.0f)); }
+__device__ __forceinline__ float as_bf16(float x) { return low(pack(x, 0.0f)); }
 __device__ __forceinline__ u32 multiply(u32 pair, u32 by) {  // bf16 each, subnormal ones too
     asm("mul.rn.bf16x2 %0, %0, %1;" : "+r"(pair) : "r"(by));
     return pair;
@@ -103,6 +121,12 @@ __device__ __forceinline__ void wait_at_barrier(u32 barrier, u32 phase) {
 // c += a b with a [16, 16] and b [16, 8] in bf16, as the instruction spreads them over a warp.
 __device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ void mma_fp16(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {  // in fp16
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));

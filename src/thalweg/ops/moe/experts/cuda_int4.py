@@ -15,7 +15,7 @@ from thalweg.ops.toolchain.cuda_build import CudaKernel, aligned_rows, cuda_kern
 from thalweg.ops.toolchain.triton_support import multiprocessors
 
 SOURCE = Path(__file__).with_name("int4.cu")
-STEP, SLOT_BYTES, BUFFERS, ROWS = 256, 16 * (128 + 16), 4, 16  # as in the source
+STEP, SLOT_BYTES, BUFFERS, ROWS = 256, 16 * (128 + 16) + 16 * 16, 4, 16  # as in the source
 MAX_WARPS = 14
 MAX_TOKENS = 64
 
@@ -39,13 +39,13 @@ class Geometry(NamedTuple):
 
 
 def geometry(columns: int) -> Geometry | None:
-    """None if no number of warps shares out the columns."""
+    """None if no number of warps shares out the columns. Two steps for each of 4 warps or more, so that an item is
+    worth what it costs beside its steps; or else as few as possible. As many blocks as registers suffice for."""
     steps, rest = divmod(columns, STEP)
-    for each in (1, 2, 4):
-        if steps and not rest and steps % each == 0 and steps <= each * MAX_WARPS:
-            warps = steps // each
-            blocks = 1 if warps > 8 else min(8, 18 // (warps + 1))
-            return Geometry(warps, each, 4, blocks)
+    for each, least, warps_of_all in ((2, 4, 16), (1, 1, 21), (4, 1, 8)):
+        warps = steps // each
+        if not rest and steps % each == 0 and least <= warps <= MAX_WARPS:
+            return Geometry(warps, each, 4, max(1, min(8, warps_of_all // (warps + 1))))
     return None
 
 
@@ -59,7 +59,7 @@ def refusal(E: int, D: int, I: int) -> str | None:
 @cache
 def _counters(device: torch.device, size: int) -> Tensor:
     """How many came to each strip of columns of each token: zero between launches, which leave them so."""
-    if torch.cuda.is_current_stream_capturing():
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise KernelError("experts in int4 ran for the first time while a graph was captured; run them once before")
     return torch.zeros(size, dtype=torch.int32, device=device)
 

@@ -7,10 +7,12 @@
 // the warp's own ring in shared memory, STAGES steps ahead. What the warps have of an item is added up by one more warp:
 // none waits for another until all buffers of sums are full.
 //
-// A nibble n goes to bf16 by its bits: 0x4300 | n is 128 + n. What is too much, 136 times the sum of a group's columns
-// of x, is where the products of a group begin; its scale is applied to their sum. So a weight is never rounded. A lane
-// has a word of each group, whose nibbles 0 and 4, 1 and 5 and so on are the pairs that the matrix unit takes: the
-// order of columns within a sum is free.
+// What bounds this is the number of instructions, so a nibble n goes to fp16 by its bits alone: 0x6400 | n is 1024 + n,
+// and 0x6400 | n << 4, where it stands, is 1024 + 16 n, for which x has a sixteenth. What is too much, 1032 times the
+// columns of x or 1152 times their sixteenths, is where the products of a group begin; its scale is applied to their sum.
+// So a weight is never rounded. A lane has a word of each group, whose nibbles 0 and 4, 1 and 5 and so on are the pairs
+// that the matrix unit takes: the order of columns within a sum is free. A warp's part of a token's row is in fp16,
+// scaled by a power of two to just below the largest, which loses nothing but what is below 2^-25 of its largest element.
 //
 // A pass is an expert with up to 8 of the tokens that chose it. Up to 8 tokens, every pass has all of them in their
 // places and drops those that did not choose it; beyond (GATHER), those that did move up, and an expert with more than 8
@@ -33,17 +35,18 @@ typedef float Out;
 constexpr int GATHER = TOKENS > 8, STEP = 256, GROUPS = STEP / 32, ROWS = GATED ? 8 : 16;
 constexpr int WARPS = COLS / (STEP * STEPS), ITEMS = OUT / ROWS, EXPERT_ROWS = GATED ? 2 * OUT : OUT;
 constexpr int UPPER = GATED ? OUT : 8;  // from a row of the item's first eight to its counterpart of the second
-constexpr int WORD_BYTES = 16 * STEP / 2, SLOT_BYTES = WORD_BYTES + 16 * 2 * GROUPS;
+constexpr int ROW_BYTES = COLS / 2, SCALE_BYTES = COLS / 16;  // of a row of the weights
+constexpr int LINE = 128 + 16, WORD_BYTES = 16 * LINE;       // a group of 8 rows, and 16 bytes against bank conflicts
+constexpr int SLOT_BYTES = WORD_BYTES + 16 * 2 * GROUPS;
 constexpr int OWN_STEPS = 4 * STEPS;  // of 64 columns
 constexpr int BUFFERS = 4, THREADS = 32 * (WARPS + 1);
 constexpr int FULL = 1, EMPTY = FULL + BUFFERS;              // barriers of the buffers
 constexpr int COST = 9, OWN_COST = 32;                       // bytes of an item relative to one another
 constexpr int PASSES = TOKENS * K, TILES = GATHER ? 4 : 1, OWN_TOKENS = 8 * TILES;
 constexpr int NONE = 0xffff;
-constexpr float TOO_MUCH = -136.0f;
+static_assert(STAGES % STEPS == 0, "what is asked for when a step is done has its number within an item");
 
-// 128 + n of nibbles 0 and 4 of a word.
-__device__ __forceinline__ u32 two(u32 word) { return (word & 0x000f000fu) | 0x43004300u; }
+__device__ __forceinline__ u32 word(uint4 w, int i) { return i == 0 ? w.x : i == 1 ? w.y : i == 2 ? w.z : w.w; }
 
 struct Passes {
     u64 tokens[E];          // bit t: token t chose it
@@ -54,7 +57,7 @@ struct Passes {
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-    experts(const bf16* x, const long long* ids, const u32* words, const bf16* scales, const bf16* own, Out* out,
+    experts(const bf16* x, const long long* ids, const u8* words, const u8* scales, const bf16* own, Out* out,
 #if !GATED
             const float* weights, const bf16* residual, bf16* y, int* arrived, long long residual_stride, float scale,
 #endif
@@ -65,7 +68,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 
     extern __shared__ __align__(128) u8 shared[];
     float4* sums = (float4*)(shared + WARPS * STAGES * SLOT_BYTES);  // [BUFFERS, WARPS, 32]
-    __shared__ __align__(16) float too_much[WARPS][STEPS * GROUPS][8];
+    __shared__ float4 too_much[WARPS][STEPS * GROUPS][4];  // of two tokens, twice
     __shared__ Passes passes;
 
     for (int e = tid; e < E; e += THREADS) passes.tokens[e] = 0;
@@ -78,43 +81,62 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     int count = own_count, first = 0;
 
     // The ring. A step of 256 columns in int4 has 8 groups of 16 bytes a row, one of 64 in bf16 as many parts; 8 lanes
-    // copy a line of a row, to where lanes read it without meeting in a bank.
-    u8* const ring = shared + warp * STAGES * SLOT_BYTES;
-    const int row = lane / 8, part = lane % 8;
-    int asked_item = 0, asked_step = 0;
-    const u32* asked_words = words;
-    const bf16* asked_scales = scales;
-    auto ask_next = [&](int stage) {
-        if (asked_item < own_count) {
-            const int rows = (block + asked_item * grid) % ITEMS * ROWS;
-            const bf16* from = own + (long long)(rows + row) * COLS + warp * STEPS * STEP + asked_step * 64 + part * 8;
-            const u32 to = shared_address(ring + stage * SLOT_BYTES + part / 4 * 512 + (row * 4 + part % 4) * 16);
-#pragma unroll
-            for (int i = 0; i < 4; i++)  // 4 rows of the lower or upper 8
-                copy16(to + i / 2 * 1024 + i % 2 * 256, from + (long long)(i / 2 * UPPER + i % 2 * 4) * COLS);
-            if (++asked_step == OWN_STEPS) asked_step = 0, asked_item++;
-        } else if (asked_item < count) {
-            if (asked_step == 0) {
-                const int item = first + asked_item - own_count;
-                const int at = passes.expert[item / ITEMS] * EXPERT_ROWS + item % ITEMS * ROWS;
-                asked_words = words + (long long)(at + row) * (COLS / 8) + warp * STEPS * (STEP / 8) + part * 4;
-                asked_scales = scales + (long long)(at + lane % 8 + lane / 8 % 2 * UPPER) * (COLS / 32) + warp * STEPS * GROUPS;
-            }
-            u8* const slot = ring + stage * SLOT_BYTES;
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                u8* to = slot + i / 2 * 1024 + part * 128 + ((row + i % 2 * 4) ^ part) * 16;
-                const long long below = (i / 2 * UPPER + i % 2 * 4) * (COLS / 8);
-                copy16(shared_address(to), asked_words + below + asked_step * (STEP / 8));
-            }
-            if (lane < 16) copy16(shared_address(slot + WORD_BYTES + lane * 16), asked_scales + asked_step * GROUPS);
-            if (++asked_step == STEPS) asked_step = 0, asked_item++;
+    // copy a line of a row, to where lanes read it without meeting in a bank. Places are counted from `shared`.
+    const int ring = warp * STAGES * SLOT_BYTES, row = lane / 8, part = lane % 8;
+    const int put = part * LINE + row * 16, put_own = part / 4 * 512 + (row * 4 + part % 4) * 16;
+    int asked = 0, asked_left = 0;  // items asked for, and how many more its pass has
+    const u8 *asked_words = nullptr, *asked_scales = nullptr;
+    auto ask_own = [&](int slot, int step) {
+        if (step == 0) {
+            const int rows = (block + asked * grid) % ITEMS * ROWS;
+            asked_words = (const u8*)(own + (long long)(rows + row) * COLS + warp * STEPS * STEP + part * 8);
         }
+        const u8* from = asked_words + step * 128;
+        const u32 to = shared_address(shared + slot + put_own);
+#pragma unroll
+        for (int i = 0; i < 4; i++)  // 4 rows of the lower or upper 8
+            copy16(to + i / 2 * 1024 + i % 2 * 256, from + (long long)(i / 2 * UPPER + i % 2 * 4) * (2 * COLS));
+        asked += step == OWN_STEPS - 1;
+    };
+    auto ask_words = [&](int slot, int step) {
+        if (step == 0) {
+            if (asked_left == 0) {
+                const int item = first + asked - own_count, rows = item % ITEMS;
+                const long long at = passes.expert[item / ITEMS] * EXPERT_ROWS + rows * ROWS;
+                asked_words = words + (at + row) * ROW_BYTES + warp * STEPS * (STEP / 2) + part * 16;
+                asked_scales = scales + (at + lane % 8 + lane / 8 % 2 * UPPER) * SCALE_BYTES + warp * STEPS * 2 * GROUPS;
+                asked_left = ITEMS - rows;
+            } else {
+                asked_words += ROWS * ROW_BYTES;
+                asked_scales += ROWS * SCALE_BYTES;
+            }
+            asked_left--;
+        }
+        const u8* from = asked_words + step * (STEP / 2);
+        const u32 to = shared_address(shared + slot + put);
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            copy16(to + i / 2 * (WORD_BYTES / 2) + i % 2 * 64, from + (i / 2 * UPPER + i % 2 * 4) * ROW_BYTES);
+        if (lane < 16) copy16(shared_address(shared + slot + WORD_BYTES + lane * 16), asked_scales + step * 2 * GROUPS);
+        asked += step == STEPS - 1;
+    };
+    // Into the place of a step that is done, the one that is STAGES steps behind it.
+    auto ask = [&](int slot, int step, bool own_may_be) {
+        if (own_may_be && asked < own_count)
+            ask_own(slot, (step + STAGES) % OWN_STEPS);
+        else if (asked < count)
+            ask_words(slot, step % STEPS);
         commit_copies();
     };
     int ahead = 0;
     if (warp < WARPS)
-        while (ahead < STAGES && asked_item < own_count) ask_next(ahead++);
+#pragma unroll
+        for (int n = 0; n < STAGES; n++)
+            if (asked < own_count) {
+                ask_own(ring + n * SLOT_BYTES, n % OWN_STEPS);
+                commit_copies();
+                ahead = n + 1;
+            }
 #if GATED
     wait_for_kernel_ahead();
     // Only now may "down" start: it reads ids before its own wait, and they are complete here.
@@ -220,52 +242,88 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             }
         }
     } else {
-        u32 rows[STEPS * GROUPS][4];  // a lane's part of the tokens: a word of each group
-        auto load_rows = [&](int pass) {
-            __syncwarp();
+        u32 rows[STEPS * GROUPS][4];  // a lane's part of the tokens: 8 columns of each group
+        float token_scale[2];         // of the two tokens whose sums it gets
+        auto load_rows = [&](int pass) {  // columns 0 and 4, 1 and 5 and so on
             int p = GATED && !GATHER ? (quad < T ? quad : NONE) : pair_of(pass, quad);
             if (GATED && GATHER && p != NONE) p = p < T * K ? p / K : p - T * K;
             const bf16* from = x + p * x_stride + warp * STEPS * STEP + 8 * pair;
 #pragma unroll
             for (int g = 0; g < STEPS * GROUPS; g++) {
                 const uint4 w = p != NONE ? load16(from + g * 32) : make_uint4(0, 0, 0, 0);
-                rows[g][0] = w.x, rows[g][1] = w.y, rows[g][2] = w.z, rows[g][3] = w.w;
+                rows[g][0] = __byte_perm(w.x, w.z, 0x5410), rows[g][1] = __byte_perm(w.x, w.z, 0x7632);
+                rows[g][2] = __byte_perm(w.y, w.w, 0x5410), rows[g][3] = __byte_perm(w.y, w.w, 0x7632);
             }
+            token_scale[0] = token_scale[1] = 1.0f;
+        };
+        auto to_fp16 = [&]() {
+            u32 largest = 0;
+#pragma unroll
+            for (int i = 0; i < STEPS * GROUPS * 4; i++) largest = max_pairs(largest, rows[i / 4][i % 4] & 0x7fff7fffu);
+            largest = max(largest & 0xffff, largest >> 16);
+            largest = max(largest, __shfl_xor_sync(~0u, largest, 1));
+            largest = max(largest, __shfl_xor_sync(~0u, largest, 2));
+            // Powers of two put together from their bits. The largest lands in [2^14, 2^15), and NaN stays NaN.
+            const int exponent = min(max((int)largest >> 7, 15), 253);
+            const float factor = __int_as_float((268 - exponent) << 23);
+            const float inverse = __int_as_float((exponent - 14) << 23);
+            token_scale[0] = __shfl_sync(~0u, inverse, 8 * pair);
+            token_scale[1] = __shfl_sync(~0u, inverse, 8 * pair + 4);
+            __syncwarp();  // all have read what was too much
 #pragma unroll
             for (int g = 0; g < STEPS * GROUPS; g++) {
-                u32(&w)[4] = rows[g];
-                float sum = (low(w[0]) + high(w[0]) + low(w[1]) + high(w[1])) + (low(w[2]) + high(w[2]) + low(w[3]) + high(w[3]));
+                float sum = 0;
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const float times = i % 2 ? factor * 0.0625f : factor;
+                    const float a = low(rows[g][i]) * times, b = high(rows[g][i]) * times;
+                    sum += (a + b) * (i % 2 ? -1152.0f : -1032.0f);
+                    rows[g][i] = pack_half(a, b);
+                }
                 sum += __shfl_xor_sync(~0u, sum, 1);
                 sum += __shfl_xor_sync(~0u, sum, 2);
-                if (pair == 0) too_much[warp][g][quad] = TOO_MUCH * sum;
-                const u32 a = __byte_perm(w[0], w[2], 0x5410), b = __byte_perm(w[0], w[2], 0x7632);
-                const u32 c = __byte_perm(w[1], w[3], 0x5410), d = __byte_perm(w[1], w[3], 0x7632);
-                w[0] = a, w[1] = b, w[2] = c, w[3] = d;
+                float* of_two = (float*)&too_much[warp][g][quad / 2] + quad % 2;
+                if (pair == 0) of_two[0] = of_two[2] = sum;
             }
             __syncwarp();
         };
-        while (ahead < STAGES) ask_next(ahead++);
+#pragma unroll
+        for (int n = 0; n < STAGES; n++)
+            if (n >= ahead) ask(ring + n * SLOT_BYTES, n, false);
 #if !GATED
         wait_for_kernel_ahead();
 #endif
-        int held = NONE, stage = 0, n = 0;
+        int held = NONE, slot = ring, n = 0, left = 0, pass = 0;
         auto give = [&](const float(&sum)[4]) {  // to who adds up
             if (n >= BUFFERS) wait_at<THREADS>(EMPTY + n % BUFFERS);
-            sums[(n % BUFFERS * WARPS + warp) * 32 + lane] = make_float4(sum[0], sum[1], sum[2], sum[3]);
+            sums[(n % BUFFERS * WARPS + warp) * 32 + lane] = make_float4(
+                sum[0] * token_scale[0], sum[1] * token_scale[1], sum[2] * token_scale[0], sum[3] * token_scale[1]);
             arrive_at<THREADS>(FULL + n % BUFFERS);
             n++;
         };
+        auto next = [&](int step, bool is_own) {
+            __syncwarp();  // all have read
+            ask(slot, step, is_own);
+            slot += SLOT_BYTES;
+            if (slot == ring + STAGES * SLOT_BYTES) slot = ring;
+        };
 #pragma unroll 1
         for (int j = 0; j < count; j++) {
-            const int pass = GATED && !GATHER ? 0 : pass_of(j);
             const bool is_own = j < own_count;
-            if (pass != held && !(GATHER && is_own)) load_rows(held = pass);
+            if (is_own) {
+                pass = pass_of(j);
+            } else if (left == 0) {
+                const int item = first + j - own_count;
+                pass = item / ITEMS, left = ITEMS - item % ITEMS;
+            }
+            left -= !is_own;
+            const int key = GATED && !GATHER ? -is_own : pass;
+            if (key != held && !(GATHER && is_own)) {
+                if (!(GATED && !GATHER && held != NONE)) load_rows(pass);  // or it holds them already, in bf16
+                if (!is_own) to_fp16();
+                held = key;
+            }
             float sum[4] = {};
-            auto next = [&]() {
-                __syncwarp();  // all have read
-                ask_next(stage);
-                if (++stage == STAGES) stage = 0;
-            };
             if (is_own && GATHER) {
                 float c[TILES][4] = {};
                 const int t = (pass + own_passes) * OWN_TOKENS + quad;
@@ -274,7 +332,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                 for (int step = 0; step < OWN_STEPS; step++, from += 64) {
                     wait_for_copies<STAGES - 1>();
                     __syncwarp();
-                    const u8* at = ring + stage * SLOT_BYTES + 16 * lane;
+                    const u8* at = shared + slot + 16 * lane;
 #pragma unroll
                     for (int half = 0; half < 2; half++) {
                         uint4 b[TILES];
@@ -289,8 +347,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                             mma(c[i], l.z, u.z, l.w, u.w, b[i].z, b[i].w);
                         }
                     }
-                    next();
+                    next(step, true);
                 }
+                token_scale[0] = token_scale[1] = 1.0f;
+                held = NONE;
 #pragma unroll
                 for (int i = 0; i < TILES; i++)
                     if (t - quad + 8 * i < T) give(c[i]);
@@ -302,7 +362,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                 for (int step = 0; step < OWN_STEPS; step++) {
                     wait_for_copies<STAGES - 1>();
                     __syncwarp();
-                    const u8* at = ring + stage * SLOT_BYTES + 16 * lane;
+                    const u8* at = shared + slot + 16 * lane;
 #pragma unroll
                     for (int half = 0; half < 2; half++) {
                         const uint4 l = *(const uint4*)(at + 512 * half), u = *(const uint4*)(at + 1024 + 512 * half);
@@ -312,7 +372,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                         mma(c[1], __byte_perm(l.y, l.w, 0x5410), __byte_perm(u.y, u.w, 0x5410),
                             __byte_perm(l.y, l.w, 0x7632), __byte_perm(u.y, u.w, 0x7632), b[2], b[3]);
                     }
-                    next();
+                    next(step, true);
                 }
 #pragma unroll
                 for (int i = 0; i < 4; i++) sum[i] = c[0][i] + c[1][i];
@@ -321,29 +381,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                 for (int step = 0; step < STEPS; step++) {
                     wait_for_copies<STAGES - 1>();
                     __syncwarp();
-                    const u8* slot = ring + stage * SLOT_BYTES;
-                    const uint4 l_scales = *(const uint4*)(slot + WORD_BYTES + quad * 16);
-                    const uint4 u_scales = *(const uint4*)(slot + WORD_BYTES + 128 + quad * 16);
+                    const u8* at = shared + slot + 4 * lane;
+                    const u8* of_rows = shared + slot + WORD_BYTES + quad * 16;
+                    const uint4 l_scales = *(const uint4*)of_rows, u_scales = *(const uint4*)(of_rows + 128);
 #pragma unroll
                     for (int half = 0; half < 2; half++) {
                         u32 l[4], u[4];
 #pragma unroll
                         for (int i = 0; i < 4; i++) {
-                            const int g = 4 * half + i;
-                            const u32* at = (const u32*)(slot + g * 128 + (quad ^ g) * 16) + pair;
-                            l[i] = at[0], u[i] = at[256];
+                            l[i] = *(const u32*)(at + (4 * half + i) * LINE);
+                            u[i] = *(const u32*)(at + (4 * half + i) * LINE + WORD_BYTES / 2);
                         }
-                        if (half == 1) next();
+                        if (half == 1) next(step, false);
 #pragma unroll
                         for (int i = 0; i < 4; i++) {
                             const int g = 4 * half + i;
-                            const float2 begin = *(const float2*)&too_much[warp][step * GROUPS + g][2 * pair];
-                            float c[4] = {begin.x, begin.y, begin.x, begin.y};
+                            const float4 begin = too_much[warp][step * GROUPS + g][pair];
+                            float c[4] = {begin.x, begin.y, begin.z, begin.w};
                             const u32(&b)[4] = rows[step * GROUPS + g];
-                            mma(c, two(l[i]), two(u[i]), two(l[i] >> 4), two(u[i] >> 4), b[0], b[1]);
-                            mma(c, two(l[i] >> 8), two(u[i] >> 8), two(l[i] >> 12), two(u[i] >> 12), b[2], b[3]);
-                            const u32 l2 = g / 2 == 0 ? l_scales.x : g / 2 == 1 ? l_scales.y : g / 2 == 2 ? l_scales.z : l_scales.w;
-                            const u32 u2 = g / 2 == 0 ? u_scales.x : g / 2 == 1 ? u_scales.y : g / 2 == 2 ? u_scales.z : u_scales.w;
+                            const u32 l_8 = l[i] >> 8, u_8 = u[i] >> 8, FIRST = 0x000f000f, SECOND = 0x00f000f0;
+                            mma_fp16(c, fp16_of(l[i], FIRST), fp16_of(u[i], FIRST), fp16_of(l[i], SECOND),
+                                     fp16_of(u[i], SECOND), b[0], b[1]);
+                            mma_fp16(c, fp16_of(l_8, FIRST), fp16_of(u_8, FIRST), fp16_of(l_8, SECOND),
+                                     fp16_of(u_8, SECOND), b[2], b[3]);
+                            const u32 l2 = word(l_scales, g / 2), u2 = word(u_scales, g / 2);
                             const float s = g % 2 ? high(l2) : low(l2), r = g % 2 ? high(u2) : low(u2);
                             sum[0] += c[0] * s, sum[1] += c[1] * s, sum[2] += c[2] * r, sum[3] += c[3] * r;
                         }
@@ -386,7 +447,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll
         for (int k = 0; k < K; k++) total += weight[k] * parts[k];
         // Rounded where the unfused additions round.
-        if (OWN) total = rounded(fmaf(rounded(total), scale, rounded(parts[K])));
+        if (OWN) total = as_bf16(fmaf(as_bf16(total), scale, as_bf16(parts[K])));
         store_bf16(y + (long long)t * OUT + at, residual ? total + before : total);
         if (tid % 16 == 0) arrived[strip] = 0;
     }
