@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from thalweg.assembly.convert import to_safetensors
 from thalweg.config.engine import EngineConfig
 from thalweg.config.gguf.file import GgufFile
 from thalweg.config.model_source import model_folder
+from thalweg.quant.ggml_blocks import dequantize
 from thalweg.weights.checkpoint import Checkpoint
 
 FAMILIES = ("kimi_k2", "qwen3_5", "qwen3_5_moe", "qwen3_next")
@@ -120,9 +122,22 @@ def test_keys_of_kimi_linear_are_those_of_llama_cpp(shared_dir: Path, tmp_path: 
         assert ours.tensors[name].columns == tensor.columns
 
 
+def numbers(file: GgufFile, name: str) -> Tensor:
+    tensor = file.tensors[name]
+    rows = torch.frombuffer(bytearray(file.mapped[tensor.start : tensor.stop]), dtype=torch.uint8)
+    return dequantize(rows.view(tensor.rows, -1), tensor.type, torch.float32)
+
+
 def test_our_mix_is_that_of_llama_cpp(shared_dir: Path, tmp_path: Path) -> None:
-    """The types of every tensor of a Q4_K_M, fallbacks included."""
+    """The types of every tensor of a Q4_K_M, fallbacks included; and with each ours are no further from the numbers."""
     folder = shared_dir / "oracles" / "kimi_linear_gguf"
-    theirs = GgufFile(folder / "model-Q4_K_M.gguf")
-    ours = GgufFile(converted(tmp_path / "ours.gguf", "q4_k_m", str(folder / "model-Q8_0.gguf")))
+    theirs, original = (GgufFile(folder / f"model-{name}.gguf") for name in ("Q4_K_M", "Q8_0"))
+    ours = GgufFile(converted(tmp_path / "ours.gguf", "q4_k_m", str(original.path)))
     assert {n: t.type for n, t in ours.tensors.items()} == {n: t.type for n, t in theirs.tensors.items()}
+    errors: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for name, tensor in ours.tensors.items():
+        true = numbers(original, name)
+        for i, file in enumerate((ours, theirs)):
+            errors[tensor.type.name][i] += float((numbers(file, name) - true).square().sum())
+    assert set(errors) == {"F32", "Q4_K", "Q5_0", "Q6_K"}
+    assert all(mine <= 1.01 * its for mine, its in errors.values()), errors

@@ -10,25 +10,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.fixtures.gguf_files import converted, copied, joined, plain_tensor, rewritten
 from tests.models import random_checkpoint, random_qwen
 from thalweg import LLM, SamplingParams
-from thalweg.assembly.model import open_model
-from thalweg.config.engine import EngineConfig
 from thalweg.config.gguf.file import GgufFile
 from thalweg.config.gguf.write import NewTensor, write_gguf
 from thalweg.config.model_source import model_folder
-from thalweg.errors import CheckpointError, ConfigError, ThalwegError, UnsupportedError
+from thalweg.errors import ConfigError
 from thalweg.models import family_of
 from thalweg.models.family import weight_plan
 from thalweg.models.gguf import architecture_for
 from thalweg.models.parts.quantized import GgmlCheckpoint
 from thalweg.quant import GgmlRows
-from thalweg.text.codec import load_codec
 from thalweg.weights.gguf_write import type_of
 from thalweg.weights.plan import local_bytes
 
@@ -72,6 +67,7 @@ def test_fused_projections_and_other_shapes(tiny: dict[str, Path], tmp_path: Pat
             channels = file.tensors[conv].rows
             changes[conv] = copied(file, conv, (channels, 1, 4) if x == "q" else (channels, 4))
         changes[f"{at}ssm_a"] = copied(file, f"{at}ssm_a", (4,))
+        changes[f"{at}ssm_dt.bias"] = copied(file, f"{at}ssm_dt.bias", (1, 256))
     for n in (2, 5):
         k, v = (values(file, f"blk.{n}.attn_{x}_b.weight") for x in "kv")
         whole = np.concatenate([k.transpose(0, 2, 1), v], axis=1)
@@ -223,71 +219,3 @@ def test_value_heads_of_whole_blocks_are_moved(tmp_path: Path) -> None:
         assert not any("tiled" in str(op.dims.get("scheme")) for op in llm.info.ops)
     expected = logits(path, dequantize=True)
     torch.testing.assert_close(logits(path), expected, atol=1e-4, rtol=0)
-
-
-def test_missing_surplus_and_misshapen_tensors_are_named(tiny: dict[str, Path], tmp_path: Path) -> None:
-    file = GgufFile(tiny["f32"])
-    path = tmp_path / "bad.gguf"
-    for changes, gone, message in (
-        ({}, ["blk.0.attn_q.weight"], "1 missing: blk.0.attn_q.weight"),
-        ({"blk.0.odd.weight": plain_tensor("blk.0.odd.weight", np.ones(4))}, [], "1 unexpected: blk.0.odd.weight"),
-        ({"blk.0.attn_q.weight": plain_tensor("blk.0.attn_q.weight", np.ones((8, 256)))}, [], "blk.0.attn_q.weight"),
-        ({"blk.0.ssm_a": plain_tensor("blk.0.ssm_a", np.ones(4))}, [], "expected -exp(A_log)"),
-    ):
-        rewritten(tiny["f32"], path, changes, gone)
-        with pytest.raises(CheckpointError) as caught:
-            logits(path)
-        assert message in str(caught.value)
-    assert "blk.0.attn_q.weight" in file.tensors
-
-
-def test_other_architectures_are_refused_by_name(tiny: dict[str, Path], tmp_path: Path) -> None:
-    write_gguf(tmp_path / "x.gguf", {"general.architecture": "llama"}, [])
-    with pytest.raises(UnsupportedError, match="'llama'; expected one of kimi-linear, deepseek2, qwen3next"):
-        LLM(str(tmp_path / "x.gguf"))
-    write_gguf(tmp_path / "y.gguf", {}, [])
-    with pytest.raises(CheckpointError, match=r"general.architecture is None"):
-        LLM(str(tmp_path / "y.gguf"))
-
-
-ODD = st.sampled_from(
-    [0, 1, 3, 255, 65535, 2**31 - 1, 2**32 - 1, -1, True, 0.0, -1.0, float("nan"), float("inf"), 1e-30, "", "yarn", []]
-)
-
-
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_any_metadata_give_a_model_or_one_line(tiny: dict[str, Path], tmp_path: Path, data: st.DataObject) -> None:
-    file = GgufFile(tiny["q4_k_m"])
-    keys = data.draw(st.lists(st.sampled_from(sorted(file.metadata)), min_size=1, max_size=2))
-    changes = {key: data.draw(ODD) for key in keys}
-    write_gguf(tmp_path / "x.gguf", file.metadata | changes, [copied(file, name) for name in file.tensors])
-    config, fault = EngineConfig(model=str(tmp_path / "x.gguf"), device="cpu"), ""
-    try:
-        open_model(config, 0)
-        load_codec(config)
-    except ThalwegError as error:
-        fault = str(error)
-    assert "\n" not in fault
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"kimi-linear.block_count": 0}, "block_count is 0"),
-        ({"kimi-linear.block_count": 2**31}, "block_count is 2147483648"),
-        ({"kimi-linear.expert_count": 2**20}, "expert_count is 1048576; expected 8, the experts that there are"),
-        ({"kimi-linear.attention.head_count": "4"}, "head_count is '4'; expected an integer"),
-        ({"kimi-linear.attention.head_count_kv": [1]}, "expected an integer for each of 6 layers"),
-        ({"kimi-linear.expert_gating_func": 1}, "expected 2, which is sigmoid"),
-        ({"kimi-linear.vocab_size": 7}, "vocab_size is 7; expected 1280"),
-        ({"kimi-linear.context_length": True}, "context_length is True"),
-        ({"general.sampling.temp": -1.0}, "temperature"),
-    ],
-)
-def test_hostile_hyperparameters(tiny: dict[str, Path], tmp_path: Path, changes, message: str) -> None:  # type: ignore[no-untyped-def]
-    file = GgufFile(tiny["f32"])
-    tensors = [copied(file, name) for name in file.tensors]
-    write_gguf(tmp_path / "x.gguf", file.metadata | changes, tensors)
-    with pytest.raises((ConfigError, CheckpointError), match=message):
-        logits(tmp_path / "x.gguf")

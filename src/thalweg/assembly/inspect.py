@@ -201,7 +201,7 @@ def _describe_weights(
     tensors = checkpoint.tensors
     files = len({checkpoint.path_of(name) for name in tensors})
     dtypes = ", ".join(sorted({t.dtype for t in tensors.values()}))
-    count = f"{len(tensors):,} tensors in {files} file{'s' if files != 1 else ''}"
+    count = f"{checkpoint.count:,} tensors in {files} file{'s' if files != 1 else ''}"
     kept = ""
     if source.gguf is not None and any(not TYPES[t.dtype].is_plain for t in tensors.values()):
         kept = "; blocks are " + (f"brought to {config.dtype} as they are loaded" if config.dequantize else "kept")

@@ -47,6 +47,10 @@ class WeightFiles(Protocol):
     described_by: str  # what must agree with the tensors, for messages
 
     @property
+    def count(self) -> int:
+        """Tensors in the files, which may hold several of a checkpoint's in one."""
+
+    @property
     def tensors(self) -> Mapping[str, HeldTensor]:
         """Every tensor by name, in file order."""
 
@@ -86,6 +90,10 @@ class Checkpoint:
                     other = self._file_of[tensor].path.name
                     raise CheckpointError(f"{folder}: {tensor} is in {other} and in {name}; expected it once")
                 self._file_of[tensor] = file
+
+    @property
+    def count(self) -> int:
+        return len(self._file_of)
 
     @property
     def tensors(self) -> dict[str, TensorInfo]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from thalweg.config.gguf.file import GgufFile
+from thalweg.config.gguf.file import GgufFile, GgufTensor
 from thalweg.config.gguf.model import GgufModel
 from thalweg.errors import CheckpointError
 from thalweg.quant.ggml import Tile
@@ -55,6 +55,10 @@ class GgufCheckpoint:
             for name, held in names.held.items()
         }
 
+    @property
+    def count(self) -> int:
+        return len(self._files)
+
     def path_of(self, name: str) -> Path:
         """The file that holds a tensor, or the first piece of it."""
         return self._model.file_of(self._held[name].pieces[0].name).path
@@ -68,8 +72,11 @@ class GgufCheckpoint:
             rows = [self._numbers(piece) for piece in self._within(held, start * each, stop * each)]
             whole = _joined(rows, 0).reshape(stop - start, *shape[1:])
             return _changed(whole, held)
-        parts = [self._numbers(piece, held.by_column) for piece in held.pieces]
-        whole = self._latent_up(held) if held.change == "latent_up" else _joined(parts, int(held.by_column))
+        if held.change == "latent_up":
+            whole = self._latent_up(held)
+        else:
+            parts = [self._numbers(piece, held.by_column) for piece in held.pieces]
+            whole = _joined(parts, int(held.by_column))
         whole = _changed(whole.reshape(shape), held)
         if dim is None:
             return whole
@@ -88,7 +95,9 @@ class GgufCheckpoint:
             parts = [self._raw(p.name).narrow(1, *_bytes_of_columns(p.part, kind)) for p in held.pieces if p.part]
             blocks = torch.cat(parts, dim=1)[first:last]
         else:
-            blocks = _joined([self._rows(piece) for piece in self._within(held, first, last)], 0)
+            each = sum(self._size(piece) for piece in held.pieces) // rows
+            parts = [self._rows(piece) for piece in self._within(held, first * each, last * each)]
+            blocks = _joined(parts, 0).reshape(last - first, kind.row_bytes(columns))
         if dim == len(held.shape) - 1 and dim > 0:
             blocks = blocks.narrow(1, *_bytes_of_columns((start, columns if stop is None else stop), kind))
         return blocks
@@ -119,30 +128,24 @@ class GgufCheckpoint:
 
     def _faults(self, held: Held) -> Iterable[str]:
         """Tensors of the file that cannot hold what is to be held."""
-        tensors = [self._files[piece.name] for piece in held.pieces]
-        elements = 0
+        tensors, elements = [self._files[piece.name] for piece in held.pieces], 0
         for piece, tensor in zip(held.pieces, tensors, strict=True):
-            size = tensor.columns if held.by_column else tensor.rows
+            size, other = (tensor.rows, tensor.columns)[:: -1 if held.by_column else 1]
             if piece.part is not None and piece.part[1] > size:
                 yield f"{tensor.name} {list(tensor.shape)}, which ends before {piece.part[1]}"
-            other = tensor.rows if held.by_column else tensor.columns
             elements += other * self._size(piece, held.by_column)
-        if elements != prod(held.shape):
-            shapes = " and ".join(f"{t.name} {list(t.shape)}" for t in dict.fromkeys(tensors))
-            yield f"{shapes}, for {prod(held.shape)} elements"
-        whole_rows = len({t.columns for t in tensors}) == 1 or held.by_column or held.change == "latent_up"
-        if not whole_rows:
-            yield " and ".join(f"{t.name} {list(t.shape)}" for t in dict.fromkeys(tensors))
+        shapes = " and ".join(f"{t.name} {list(t.shape)}" for t in dict.fromkeys(tensors))
+        if elements != prod(held.shape) or not all(_fits(tensor, held) for tensor in tensors):
+            yield f"{shapes}, not what holds {list(held.shape)}"
+        if any(len(t.shape) == 1 and not t.type.is_plain for t in tensors):
+            yield f"{shapes} in {tensors[0].type}, not a vector of numbers"
+        if held.change == "latent_up" and not _are_latent_up(tensors[0], tensors[-1], held.shape[-1]):
+            yield f"{shapes}, not [heads, rank, nope] and [heads, value, rank]"
 
     def _dtype(self, held: Held) -> str:
         kinds = {self._files[piece.name].type for piece in held.pieces}
         kind = next(iter(kinds))
-        if len(kinds) > 1 or held.change != "none":
-            return "F32"
-        if kind.is_plain:
-            return kind.name
-        reshaped = not held.by_column and held.shape[-1] != self._files[held.pieces[0].name].columns
-        return "F32" if reshaped else kind.name
+        return "F32" if len(kinds) > 1 or held.change != "none" else kind.name
 
     def _is_torn(self, held: Held) -> bool:
         """Whether pieces of columns begin or end within a block."""
@@ -186,12 +189,23 @@ class GgufCheckpoint:
 
     def _latent_up(self, held: Held) -> Tensor:
         """k_b [H, rank, nope] and v_b [H, value, rank] as [H, nope + value, rank]."""
-        k, v = (self._files[piece.name] for piece in held.pieces)
-        k_HRN, v_HVR = (self._numbers(p).float().reshape(t.shape) for p, t in zip(held.pieces, (k, v), strict=True))
-        if k_HRN.ndim != 3 or v_HVR.ndim != 3 or k_HRN.shape[:2] != (v_HVR.shape[0], v_HVR.shape[2]):
-            shapes = f"{k.name} {list(k.shape)} and {v.name} {list(v.shape)}"
-            raise CheckpointError(f"{self.folder}: {shapes}; expected [heads, rank, nope] and [heads, value, rank]")
+        k_HRN, v_HVR = (self._numbers(p).float().reshape(self._files[p.name].shape) for p in held.pieces)
         return torch.cat([k_HRN.transpose(1, 2), v_HVR], dim=1)
+
+
+def _fits(tensor: GgufTensor, held: Held) -> bool:
+    """Whether the rows of a tensor are those of what it holds."""
+    if held.change == "latent_up":
+        return True
+    if held.by_column:
+        return tensor.rows == held.shape[0]
+    return tensor.columns in (1, held.shape[-1])  # 1: a vector, in whatever dimensions
+
+
+def _are_latent_up(k: GgufTensor, v: GgufTensor, rank: int) -> bool:
+    if len(k.shape) != 3 or len(v.shape) != 3:
+        return False
+    return k.shape[0] == v.shape[0] and k.shape[1] == v.shape[2] == rank
 
 
 def _bytes_of(file: GgufFile) -> Tensor:

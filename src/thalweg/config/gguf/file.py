@@ -40,8 +40,9 @@ class GgufTensor:
 
     @property
     def columns(self) -> int:
-        """Elements of a row, the fastest dimension; of a vector, whose rows are its elements, 1."""
-        return self.shape[-1] if len(self.shape) > 1 else 1
+        """Elements of a row, the fastest dimension; of a vector of numbers, whose rows are its elements, 1."""
+        is_vector = math.prod(self.shape) == max(self.shape)
+        return 1 if is_vector and self.type.is_plain else self.shape[-1]
 
     @property
     def rows(self) -> int:
