@@ -91,6 +91,7 @@ def test_any_metadata_give_a_model_or_one_line(tiny: dict[str, Path], tmp_path: 
     [
         ({"kimi-linear.block_count": 0}, "block_count is 0"),
         ({"kimi-linear.block_count": 2**31}, "block_count is 2147483648"),
+        ({"kimi-linear.block_count": ["x", "y"]}, "one and the same for each layer"),
         ({"kimi-linear.expert_count": 2**20}, "expert_count is 1048576; expected 8, the experts that there are"),
         ({"kimi-linear.attention.head_count": "4"}, "head_count is '4'; expected an integer"),
         ({"kimi-linear.attention.head_count_kv": [1]}, "expected an integer for each of 6 layers"),

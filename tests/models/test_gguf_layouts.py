@@ -119,6 +119,18 @@ def test_kimi_k2_from_before_the_latent_was_cached(shared_dir: Path, tmp_path: P
     assert torch.equal(logits(tmp_path / "old.gguf"), logits(oracle / "model-f32.gguf"))
 
 
+def test_sizes_may_be_given_layer_by_layer(shared_dir: Path, tmp_path: Path) -> None:
+    oracle = shared_dir / "oracles" / "qwen3_5" / "model-f32.gguf"
+    file = GgufFile(oracle)
+    arrays = {"qwen35.attention.head_count_kv": [0, 0, 0, 2], "qwen35.feed_forward_length": [96] * 4}
+    tensors = [copied(file, name) for name in file.tensors]
+    write_gguf(tmp_path / "x.gguf", file.metadata | arrays, tensors)
+    assert torch.equal(logits(tmp_path / "x.gguf"), logits(oracle))
+    write_gguf(tmp_path / "y.gguf", file.metadata | {"qwen35.feed_forward_length": [96, 96, 96, 64]}, tensors)
+    with pytest.raises(ConfigError, match="one and the same for each layer"):
+        logits(tmp_path / "y.gguf")
+
+
 def test_split_files(tiny: dict[str, Path], tmp_path: Path) -> None:
     file = GgufFile(tiny["q8_0"])
     names = list(file.tensors)

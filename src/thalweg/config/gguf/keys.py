@@ -23,6 +23,13 @@ class GgufKeys:
         self._metadata: Mapping[str, Any] = model.metadata
 
     def get_int(self, key: str, default: Any = _MISSING) -> Any:
+        """A number, or an array with one for each layer if those that are not 0 are the same."""
+        value = self._get(key, default, "an integer")
+        if isinstance(value, list) and value is not default:
+            numbers = [number for number in value if type(number) is int and number != 0]
+            if not all(type(number) is int for number in value) or len(set(numbers)) != 1:
+                raise self.error(key, "an integer, or one and the same for each layer")
+            return numbers[0]
         return self._typed(key, default, int, "an integer")
 
     def get_bool(self, key: str, default: Any = _MISSING) -> Any:
