@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
+from tokenizers import models
 
 from tests.fixtures.tokenizer_folders import SPECIAL_NAMES, rank_lines, write_kimi
 from thalweg.config.gguf.write import write_gguf
+from thalweg.config.model_source import model_folder
 from thalweg.errors import CheckpointError, UnsupportedError
 from thalweg.tokenizer.gguf import CONTROL, NORMAL, USER_DEFINED
+from thalweg.tokenizer.gguf_write import tokenizer_metadata
 from thalweg.tokenizer.load import has_tokenizer, load_tokenizer
 from thalweg.tokenizer.template import load_template
 
@@ -63,6 +67,27 @@ def test_kimi_tokenizers_give_the_same_ids(tmp_path: Path) -> None:
     ids = list(range(ours.vocab_size))
     assert ours.decode(ids, skip_special=True) == theirs.decode(ids, skip_special=True)
     assert [ours.token_bytes(i) for i in ids] == [theirs.token_bytes(i) for i in ids]
+
+
+def test_merges_of_ranks_give_the_same_ids(tmp_path: Path) -> None:
+    """What is written for readers that merge by pairs: each token comes of its bytes, and words as by rank."""
+    folder = model_folder(None)
+    keys, tokenizer = tokenizer_metadata(folder, 1280, (1026,)), load_tokenizer(folder)
+    vocab = {token: i for i, token in enumerate(keys["tokenizer.ggml.tokens"])}
+    merges = [tuple(merge.split(" ")) for merge in keys["tokenizer.ggml.merges"]]
+    by_pairs = tokenizers.Tokenizer(models.BPE(vocab, merges))
+    chars = byte_chars()
+
+    def spelt(data: bytes) -> str:
+        return "".join(chars[byte] for byte in data)
+
+    for i in range(1024):
+        assert by_pairs.encode(spelt(tokenizer.token_bytes(i))).ids == [i]
+    for word in (" apples", " nineteen", " Thursday", "####", " 模型é", "unbelievable"):
+        assert by_pairs.encode(spelt(word.encode())).ids == tokenizer.encode(word)
+    written(tmp_path / "m.gguf", {"general.architecture": "kimi-linear", **keys})
+    again = load_tokenizer(tmp_path / "m.gguf")
+    assert [again.token_bytes(i) for i in range(1280)] == [tokenizer.token_bytes(i) for i in range(1280)]
 
 
 def test_the_template_is_the_files(tmp_path: Path) -> None:
