@@ -39,12 +39,12 @@ def check(case: MoeCase, name: str) -> torch.Tensor:
     ("D", "I", "E", "k", "own"),
     [(1024, 512, 16, 4, 512), (768, 512, 9, 3, 0), (7168, 2048, 12, 4, 2048), (7168, 256, 12, 8, 256)],
 )
-def test_experts_in_cuda(T: int, skewed: bool, D: int, I: int, E: int, k: int, own: int) -> None:
+def test_experts_fused(T: int, skewed: bool, D: int, I: int, E: int, k: int, own: int) -> None:
     case = moe_case_int4(T, D, I, E, k, torch.bfloat16, "cuda", seed=T, own=own, scale=2.5)
     if skewed and T:
         case.ids[:] = case.ids[0]
-    y = check(case, "cuda")
-    op = implementation("cuda", "int4")
+    y = check(case, "fused")
+    op = implementation("fused", "int4")
     assert torch.equal(y, case.run(op))  # whoever comes last adds up, in one order
     if T > 1 and not skewed:
         case.x[1] = torch.nan

@@ -115,6 +115,12 @@ inline u32 pack_half(float a, float b) {
     memcpy(&pair, both, 4);
     return pair;
 }
+inline float widened(u8 q) {  // e4m3
+    const int exponent = q >> 3 & 15, fraction = q & 7;
+    const float x = exponent ? ldexpf(1 + fraction / 8.0f, exponent - 7) : ldexpf(fraction / 8.0f, -6);
+    return q & 0x80 ? -x : x;
+}
+inline u32 widen_half(u16 two) { return pack_half(widened(two & 0xff), widened(two >> 8)); }
 inline u32 fp16_of(u32 word, u32 mask) { return (word & mask) | 0x64006400; }
 inline u32 multiply(u32 pair, u32 by) { return pack(low(pair) * low(by), high(pair) * high(by)); }
 
@@ -136,18 +142,20 @@ static u8 shared[1 << 18] __attribute__((aligned(128)));
 inline u32 shared_address(const void* p) { return (u32)((const u8*)p - shared); }
 inline u8* at_address(u32 address) { return shared + (int)address; }
 
-struct Copy { u32 to; const void* from; };
+struct Copy { u32 to; const void* from; int bytes; };
 static thread_local std::vector<std::vector<Copy>> copies;  // by commit; the last has none yet
-inline void copy16(u32 to, const void* from) {
-    if (to % 16 || (uintptr_t)from % 16) fail("a copy of 16 bytes is not aligned");
+inline void copy(u32 to, const void* from, int bytes) {
+    if (to % bytes || (uintptr_t)from % bytes) fail("a copy is not aligned");
     if (copies.empty()) copies.emplace_back();
-    memset(at_address(to), 0xff, 16);
-    copies.back().push_back({to, from});
+    memset(at_address(to), 0xff, bytes);
+    copies.back().push_back({to, from, bytes});
 }
+inline void copy16(u32 to, const void* from) { copy(to, from, 16); }
+inline void copy4(u32 to, const void* from) { copy(to, from, 4); }
 inline void commit_copies() { copies.resize(copies.size() + 1 + copies.empty()); }
 template <int N> void wait_for_copies() {
     for (; (int)copies.size() > N + 1; copies.erase(copies.begin()))
-        for (const Copy& c : copies[0]) memcpy(at_address(c.to), c.from, 16);
+        for (const Copy& c : copies[0]) memcpy(at_address(c.to), c.from, c.bytes);
 }
 
 // Barriers of a block by number.

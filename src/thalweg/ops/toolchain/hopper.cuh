@@ -28,6 +28,11 @@ __device__ __forceinline__ u32 pack_half(float a, float b) {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(b), "f"(a));
     return pair;
 }
+__device__ __forceinline__ u32 widen_half(u16 two) {  // of two float8 (e4m3)
+    u32 pair;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(pair) : "h"(two));
+    return pair;
+}
 __device__ __forceinline__ u32 fp16_of(u32 word, u32 mask) {
     u32 pair;
     asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(pair) : "r"(word), "r"(mask), "r"(0x64006400));
@@ -85,6 +90,9 @@ __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvt
 // To shared memory while the thread goes on. The line beside the one asked for is next, and comes to L2 with it.
 __device__ __forceinline__ void copy16(u32 to, const void* from) {
     asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+__device__ __forceinline__ void copy4(u32 to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
 }
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // For all copies but those of the last N commits.

@@ -1,7 +1,8 @@
 """Op "experts": the experts' SwiGLU networks with the sum that ends them, over weights that carry their scheme.
 
-Four forms, by how many tokens share an expert: pairs and tiles for decode, sorted pairs for prompts (all in Triton, for
-the schemes of SCHEMES), and products in CUDA C++ for a few tokens over fp8 and int4.
+Forms by how many tokens share an expert: pairs and tiles for decode, sorted pairs for prompts (all in Triton, for the
+schemes of SCHEMES), and products in CUDA C++ for a few tokens: over fp8 with a launch that sums ("cuda"), over int4 and
+wide rows of fp8 with the sum in the second one ("fused").
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from thalweg.ops.moe.experts import cuda_int4, reference
+from thalweg.ops.moe.experts import fused, reference
 from thalweg.ops.registry import Op, Refusal, Tokens, Where, register
 from thalweg.ops.toolchain import cuda_build
 from thalweg.ops.toolchain.triton_support import why_not
@@ -122,23 +123,8 @@ def steps_per_warp(columns: int) -> int | None:
 
 
 def _cuda_refuses(where: Where, dims: ExpertsDims) -> Refusal:
-    if dims.scheme not in ("fp8", "int4"):
-        return f"needs weights in scheme fp8 or int4, not {dims.scheme}"
-    reason = _int4_refuses(dims) if dims.scheme == "int4" else _fp8_refuses(dims)
-    if reason is not None:
-        return reason
-    if where.dtype != "bfloat16":
-        return f"needs bfloat16, not {where.dtype}"
-    return cuda_build.why_not(where) or why_not(where)
-
-
-def _int4_refuses(dims: ExpertsDims) -> Refusal:
-    if dims.own not in (0, dims.I):
-        return f"needs an own expert as wide as the others, {dims.I}, not {dims.own}"
-    return cuda_int4.refusal(dims.E, dims.D, dims.I)
-
-
-def _fp8_refuses(dims: ExpertsDims) -> Refusal:
+    if dims.scheme != "fp8":
+        return f"needs weights in scheme fp8, not {dims.scheme}"
     if dims.own:
         return "has no products for an expert of its own"
     if dims.E > MAX_CUDA_EXPERTS:
@@ -146,7 +132,23 @@ def _fp8_refuses(dims: ExpertsDims) -> Refusal:
     if steps_per_warp(dims.D) is None or steps_per_warp(dims.I) is None:
         most = "up to 12, an even number up to 24 or four times up to 14, times 128"
         return f"needs D and I of {most}, not {dims.D} and {dims.I}"
-    return None
+    return _no_cuda(where)
+
+
+def _fused_refuses(where: Where, dims: ExpertsDims) -> Refusal:
+    if dims.scheme not in ("fp8", "int4"):
+        return f"needs weights in scheme fp8 or int4, not {dims.scheme}"
+    if dims.own not in (0, dims.I if dims.scheme == "int4" else 0):
+        return f"needs an own expert beside int4 alone and as wide as the others, {dims.I}, not {dims.own}"
+    if dims.scheme == "fp8" and steps_per_warp(dims.D) != WIDE_STEPS:
+        return f"needs rows in fp8 too wide for two tiles of tokens in cuda, not {dims.D}"
+    return fused.refusal(dims.E, dims.D, dims.I, dims.scheme == "fp8") or _no_cuda(where)
+
+
+def _no_cuda(where: Where) -> Refusal:
+    if where.dtype != "bfloat16":
+        return f"needs bfloat16, not {where.dtype}"
+    return cuda_build.why_not(where) or why_not(where)
 
 
 def _reference(where: Where, dims: ExpertsDims) -> Experts:
@@ -173,8 +175,6 @@ def _pairs(where: Where, dims: ExpertsDims) -> Experts:
 
 
 def _cuda(where: Where, dims: ExpertsDims) -> Experts:
-    if dims.scheme == "int4":
-        return cuda_int4.experts
     from thalweg.ops.moe.experts import cuda_fp8
 
     return cuda_fp8.experts
@@ -185,8 +185,6 @@ def _few(dims: ExpertsDims) -> Tokens:
 
 
 def _fewer(dims: ExpertsDims) -> Tokens:
-    if dims.scheme == "int4":
-        return Tokens(last=cuda_int4.MAX_TOKENS)
     return Tokens(last=8 if WIDE_STEPS in (steps_per_warp(dims.D), steps_per_warp(dims.I)) else 16)
 
 
@@ -211,3 +209,11 @@ register(EXPERTS, "grouped", _grouped, supports=_triton_refuses, priority=10)
 register(EXPERTS, "tiles", _tiles, supports=_triton_refuses, tokens=_some, priority=20)
 register(EXPERTS, "pairs", _pairs, supports=_pairs_refuses, tokens=_few, priority=30)
 register(EXPERTS, "cuda", _cuda, supports=_cuda_refuses, tokens=_fewer, priority=40)
+register(
+    EXPERTS,
+    "fused",
+    lambda *_: fused.experts,
+    supports=_fused_refuses,
+    tokens=Tokens(last=fused.MAX_TOKENS),
+    priority=50,
+)

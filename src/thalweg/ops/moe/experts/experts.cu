@@ -31,10 +31,6 @@ constexpr int STEP_BYTES = 16 * BLOCK;
 constexpr int THREADS = 32 * (WARPS + 1), BUFFERS = 4;
 constexpr int FULL = 1, EMPTY = FULL + BUFFERS;  // barriers of the buffers
 
-__device__ __forceinline__ void copy4(u32 to, const void* from) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
-}
-
 __device__ __forceinline__ u32 half_pair(float a, float b) {
     u32 pair;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(b), "f"(a));

@@ -1,4 +1,4 @@
-"""Experts in int4 for a few tokens by products in CUDA C++ (int4.cu says how they work): two launches in all."""
+"""Experts in int4 or fp8 for a few tokens by two launches of CUDA C++ (fused.cu says how they work)."""
 
 from __future__ import annotations
 
@@ -14,45 +14,50 @@ from thalweg.errors import KernelError
 from thalweg.ops.toolchain.cuda_build import CudaKernel, aligned_rows, cuda_kernel
 from thalweg.ops.toolchain.triton_support import multiprocessors
 
-SOURCE = Path(__file__).with_name("int4.cu")
-STEP, SLOT_BYTES, BUFFERS, ROWS = 256, 16 * (128 + 16) + 16 * 16, 4, 16  # as in the source
+SOURCE = Path(__file__).with_name("fused.cu")
+ROWS, BUFFERS = 16, 4  # as in the source
 MAX_WARPS = 14
 MAX_TOKENS = 64
 
 
+def slot_bytes(fp8: bool) -> int:
+    """A step's weights and scales in the ring."""
+    return ROWS * 128 + 16 if fp8 else ROWS * (128 + 16) + ROWS * 16
+
+
 class Geometry(NamedTuple):
-    """How a product is cut: steps of STEP columns that each warp of a block has, steps in a warp's ring, and blocks of
-    a multiprocessor."""
+    """How a product is cut: warps of a block that multiply, steps of columns that each of them has, steps in a warp's
+    ring, and blocks of a multiprocessor."""
 
     warps: int
     steps: int
     stages: int
     blocks: int
 
-    @property
-    def shared_bytes(self) -> int:
-        return self.warps * (self.stages * SLOT_BYTES + BUFFERS * 32 * 16)
+    def shared_bytes(self, fp8: bool) -> int:
+        return self.warps * (self.stages * slot_bytes(fp8) + BUFFERS * 32 * 16)
 
     @property
     def macros(self) -> dict[str, int]:
         return {"STEPS": self.steps, "STAGES": self.stages, "BLOCKS": self.blocks}
 
 
-def geometry(columns: int) -> Geometry | None:
+def geometry(columns: int, fp8: bool) -> Geometry | None:
     """None if no number of warps shares out the columns. Two steps for each of 4 warps or more, so that an item is
     worth what it costs beside its steps; or else as few as possible. As many blocks as registers suffice for."""
-    steps, rest = divmod(columns, STEP)
-    for each, least, warps_of_all in ((2, 4, 16), (1, 1, 21), (4, 1, 8)):
+    steps, rest = divmod(columns, 128 if fp8 else 256)
+    for each, least, warps_of_all in ((2, 4, 21 if fp8 else 16), (1, 1, 21), (4, 1, 16 if fp8 else 8)):
         warps = steps // each
         if not rest and steps % each == 0 and least <= warps <= MAX_WARPS:
-            return Geometry(warps, each, 4, max(1, min(8, warps_of_all // (warps + 1))))
+            return Geometry(warps, each, 4, max(1, min(6, warps_of_all // (warps + 1))))
     return None
 
 
-def refusal(E: int, D: int, I: int) -> str | None:
+def refusal(E: int, D: int, I: int, fp8: bool) -> str | None:
     """Why E experts I wide of a model D wide are not served."""
-    if geometry(D) is None or geometry(I) is None:
-        return f"needs D and I of a multiple of {STEP} that up to {MAX_WARPS} warps share out, not {D} and {I}"
+    if geometry(D, fp8) is None or geometry(I, fp8) is None:
+        step = 128 if fp8 else 256
+        return f"needs D and I of a multiple of {step} that up to {MAX_WARPS} warps share out, not {D} and {I}"
     return f"needs at most 1024 experts, not {E}" if E > 1024 else None
 
 
@@ -60,7 +65,7 @@ def refusal(E: int, D: int, I: int) -> str | None:
 def _counters(device: torch.device, size: int) -> Tensor:
     """How many came to each strip of columns of each token: zero between launches, which leave them so."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise KernelError("experts in int4 ran for the first time while a graph was captured; run them once before")
+        raise KernelError("experts ran for the first time while a graph was captured; run them once before")
     return torch.zeros(size, dtype=torch.int32, device=device)
 
 
@@ -74,15 +79,15 @@ def run_gate_up(
     x_TD: Tensor, ids_Tk: Tensor, words: Tensor, scales: Tensor, own: Tensor | None, cut: Geometry | None = None
 ) -> Tensor:
     """h bf16 = silu(gate x) * up x of every pair, [T * k, I], and behind them of every token by the own expert."""
-    (T, K), (E, I2, _), D = ids_Tk.shape, words.shape, x_TD.shape[1]
-    cut = cut or geometry(D)
+    (T, K), (E, I2, _), D, fp8 = ids_Tk.shape, words.shape, x_TD.shape[1], words.dtype != torch.int32
+    cut = cut or geometry(D, fp8)
     assert cut is not None
     x_TD = aligned_rows(x_TD)
     h = torch.empty(T * (K + (own is not None)), I2 // 2, dtype=x_TD.dtype, device=x_TD.device)
-    kernel = _kernel(ids_Tk, cut, D, GATED=1, OUT=I2 // 2, E=E, OWN=int(own is not None))
+    kernel = _kernel(ids_Tk, cut, D, FP8=int(fp8), GATED=1, OUT=I2 // 2, E=E, OWN=int(own is not None))
     grid = (multiprocessors(x_TD.device) * cut.blocks, 1, 1)
     stride = (c_longlong, x_TD.stride(0))
-    kernel.launch(grid, cut.shared_bytes, x_TD, ids_Tk, words, scales, _or_any(own, h), h, stride, (c_int, T))
+    kernel.launch(grid, cut.shared_bytes(fp8), x_TD, ids_Tk, words, scales, _or_any(own, h), h, stride, (c_int, T))
     return h
 
 
@@ -98,15 +103,15 @@ def run_down(
     cut: Geometry | None = None,
 ) -> Tensor:
     """The weighted sum over a token's experts of down h, with what is added to it."""
-    T, (E, D, _), I = len(ids_Tk), words.shape, h.shape[1]
-    cut = cut or geometry(I)
+    T, (E, D, _), I, fp8 = len(ids_Tk), words.shape, h.shape[1], words.dtype != torch.int32
+    cut = cut or geometry(I, fp8)
     assert cut is not None
     parts = torch.empty(len(h), D, dtype=torch.float32, device=h.device)
     y_TD = torch.empty(T, D, dtype=h.dtype, device=h.device)
-    kernel = _kernel(ids_Tk, cut, I, GATED=0, OUT=D, E=E, OWN=int(own is not None))
+    kernel = _kernel(ids_Tk, cut, I, FP8=int(fp8), GATED=0, OUT=D, E=E, OWN=int(own is not None))
     kernel.launch(
         (multiprocessors(h.device) * cut.blocks, 1, 1),
-        cut.shared_bytes,
+        cut.shared_bytes(fp8),
         h,
         ids_Tk,
         words,

@@ -1,4 +1,5 @@
-"""Experts in int4 in CUDA C++: on the host, compiled for Hopper, when they are chosen. On a GPU: test_gpu_moe_int4."""
+"""Experts in two launches of CUDA C++: on the host, compiled for Hopper, when they are chosen. On a GPU:
+test_gpu_moe_int4, test_gpu_moe_fp8."""
 
 from __future__ import annotations
 
@@ -10,10 +11,10 @@ import pytest
 import torch
 
 from tests.ops.compile_cuda import compile_cuda
-from tests.ops.moe_case import experts_in_float64, moe_case_int4, rmse_ratio
+from tests.ops.moe_case import experts_in_float64, moe_case_fp8, moe_case_int4, rmse_ratio
 from tests.ops.run_on_host import HostKernel
-from thalweg.ops.moe.experts import EXPERTS, ExpertsDims, cuda_int4
-from thalweg.ops.moe.experts.cuda_int4 import BUFFERS, MAX_TOKENS, SLOT_BYTES, SOURCE, geometry
+from thalweg.ops.moe.experts import EXPERTS, ExpertsDims, fused
+from thalweg.ops.moe.experts.fused import BUFFERS, MAX_TOKENS, SOURCE, geometry, slot_bytes
 from thalweg.ops.registry import Resolver, Where
 
 DIMS: dict[str, Any] = {"E": 384, "D": 7168, "I": 2048, "scheme": "int4", "own": 2048}
@@ -30,38 +31,48 @@ DIMS: dict[str, Any] = {"E": 384, "D": 7168, "I": 2048, "scheme": "int4", "own":
     ],
 )
 def test_on_the_host(monkeypatch: pytest.MonkeyPatch, T: int, D: int, I: int, own: int, skewed: bool) -> None:
-    monkeypatch.setattr(cuda_int4, "cuda_kernel", HostKernel)
+    monkeypatch.setattr(fused, "cuda_kernel", HostKernel)
     case = moe_case_int4(T, D, I, 5, 1 if T == 2 else 2, torch.bfloat16, seed=T, own=own, scale=2.5)
     if skewed:
         case.ids[:] = case.ids[0]
-    y = case.run(cuda_int4.experts, residual_TD=case.residual)
+    y = case.run(fused.experts, residual_TD=case.residual)
     assert rmse_ratio(y, experts_in_float64(case) + case.residual.double()) < 0.004
     if own and T > 2:
-        parts = replace(case, scale=0.0).run(cuda_int4.experts), replace(case, own=None).run(cuda_int4.experts)
+        parts = replace(case, scale=0.0).run(fused.experts), replace(case, own=None).run(fused.experts)
         added = (parts[0].float() + 2.5 * parts[1].float()).bfloat16()
         assert torch.equal(y, case.residual + added)
 
 
+@pytest.mark.parametrize("T", [2, pytest.param(21, marks=pytest.mark.slow)])
+def test_float8_on_the_host(monkeypatch: pytest.MonkeyPatch, T: int) -> None:
+    monkeypatch.setattr(fused, "cuda_kernel", HostKernel)
+    case = moe_case_fp8(T, 256, 128, 4, 1, 1, torch.bfloat16, published=True)
+    case.x[0] *= 2.0**30  # far beyond fp16, which serves products within
+    expected = experts_in_float64(case)
+    assert all(rmse_ratio(a, b) < 0.006 for a, b in zip(case.run(fused.experts), expected, strict=True))
+
+
 @pytest.mark.parametrize("tokens", [8, MAX_TOKENS])
+@pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize(
     ("gated", "columns", "rows"), [(1, 7168, 2048), (0, 2048, 7168), (1, 7168, 256), (0, 256, 7168)]
 )
-def test_they_compile_for_hopper(tmp_path: Path, tokens: int, gated: int, columns: int, rows: int) -> None:
-    cut = geometry(columns)
+def test_they_compile_for_hopper(tmp_path: Path, tokens: int, fp8: bool, gated: int, columns: int, rows: int) -> None:
+    cut = geometry(columns, fp8)
     assert cut is not None
-    macros = {"GATED": gated, "COLS": columns, "OUT": rows, "E": 384, "K": 8, "OWN": 1, "TOKENS": tokens}
-    compiled = compile_cuda(SOURCE, tmp_path, **macros, **cut.macros)
-    assert compiled.spilled_bytes <= 32  # an item's, not a step's
+    macros = {"FP8": int(fp8), "GATED": gated, "COLS": columns, "OUT": rows, "OWN": int(not fp8), "TOKENS": tokens}
+    compiled = compile_cuda(SOURCE, tmp_path, E=385, K=9, **macros, **cut.macros)
+    assert compiled.spilled_bytes <= 80  # an item's, not a step's
     per_partition = -(-(cut.warps + 1) * cut.blocks // 4)  # warps of a quarter of a multiprocessor
     assert per_partition * compiled.registers * 32 <= 16384
-    assert cut.blocks * (cut.shared_bytes + compiled.static_shared_bytes + 1024) <= 228 * 1024
+    assert cut.blocks * (cut.shared_bytes(fp8) + compiled.static_shared_bytes + 1024) <= 228 * 1024
 
 
 def test_constants_are_those_of_the_source() -> None:
     source = SOURCE.read_text()
-    assert SLOT_BYTES == 16 * (128 + 16) + 16 * 2 * 8
-    assert "LINE = 128 + 16, WORD_BYTES = 16 * LINE;" in source
-    assert "SLOT_BYTES = WORD_BYTES + 16 * 2 * GROUPS;" in source
+    assert [slot_bytes(fp8) for fp8 in (False, True)] == [16 * (128 + 16) + 16 * 2 * 8, 16 * 128 + 16]
+    assert "WORD_BYTES = 16 * (FP8 ? STEP_BYTES : LINE)," in source
+    assert "SLOT_BYTES = WORD_BYTES + (FP8 ? 16 : 16 * 2 * GROUPS);" in source
     assert f"BUFFERS = {BUFFERS}," in source
 
 
@@ -72,9 +83,11 @@ def test_they_start_the_kernel_behind_after_their_own_wait() -> None:
 
 
 def test_columns_are_shared_out_whole() -> None:
-    cuts = [geometry(columns) for columns in (7168, 2048, 1024, 256)]
+    cuts = [geometry(columns, False) for columns in (7168, 2048, 1024, 256)]
     assert [cut and (cut.warps, cut.steps) for cut in cuts] == [(14, 2), (4, 2), (4, 1), (1, 1)]
-    assert [geometry(columns) for columns in (0, 128, 200, 256 * 15, 256 * 58)] == [None] * 5
+    cuts = [geometry(columns, True) for columns in (7168, 2048, 512, 256)]
+    assert [cut and (cut.warps, cut.steps) for cut in cuts] == [(14, 4), (8, 2), (4, 1), (2, 1)]
+    assert [geometry(columns, False) for columns in (0, 128, 200, 256 * 15, 256 * 58)] == [None] * 5
 
 
 @pytest.mark.parametrize(
@@ -82,11 +95,20 @@ def test_columns_are_shared_out_whole() -> None:
     [
         ({**DIMS, "E": 1025}, "bfloat16", "at most 1024 experts, not 1025"),
         ({**DIMS, "D": 200}, "bfloat16", "multiple of 256 that up to 14 warps share out, not 200 and 2048"),
-        ({**DIMS, "own": 1024}, "bfloat16", "an own expert as wide as the others, 2048, not 1024"),
+        (
+            {**DIMS, "own": 1024},
+            "bfloat16",
+            "beside int4 alone and as wide as the others, 2048, not 1024",
+        ),
+        (
+            {**DIMS, "scheme": "fp8", "own": 0, "D": 2304},
+            "bfloat16",
+            "for two tiles of tokens in cuda, not 2304",
+        ),
         (DIMS, "float32", "needs bfloat16, not float32"),
     ],
 )
 def test_what_they_do_not_serve_they_refuse_with_a_reason(dims: dict[str, Any], dtype: str, reason: str) -> None:
     resolver = Resolver()
     resolver.resolve(EXPERTS, Where("cuda", dtype), ExpertsDims(**dims))
-    assert reason in dict(resolver.explain()[0].refused)["cuda"]
+    assert reason in dict(resolver.explain()[0].refused)["fused"]

@@ -1,5 +1,5 @@
-// One of the experts' two matrix products over weights in int4, for a few tokens, on Hopper: gate and up with SiLU
-// (GATED), or down with the weighted sum that ends the experts.
+// One of the experts' two matrix products over weights in int4 or float8, for a few tokens, on Hopper: gate and up with
+// SiLU (GATED), or down with the weighted sum that ends the experts.
 //
 // An item is 16 rows of an expert: 8 of gate and the same 8 of up, or 16 of down. Blocks fill the multiprocessors once
 // and share out the items by their bytes. Each warp of a block has the same few columns of all of them, so a warp's part
@@ -7,12 +7,14 @@
 // the warp's own ring in shared memory, STAGES steps ahead. What the warps have of an item is added up by one more warp:
 // none waits for another until all buffers of sums are full.
 //
-// What bounds this is the number of instructions, so a nibble n goes to fp16 by its bits alone: 0x6400 | n is 1024 + n,
+// int4: what bounds this is the number of instructions, so a nibble n goes to fp16 by its bits alone: 0x6400 | n is 1024 + n,
 // and 0x6400 | n << 4, where it stands, is 1024 + 16 n, for which x has a sixteenth. What is too much, 1032 times the
 // columns of x or 1152 times their sixteenths, is where the products of a group begin; its scale is applied to their sum.
 // So a weight is never rounded. A lane has a word of each group, whose nibbles 0 and 4, 1 and 5 and so on are the pairs
 // that the matrix unit takes: the order of columns within a sum is free. A warp's part of a token's row is in fp16,
 // scaled by a power of two to just below the largest, which loses nothing but what is below 2^-25 of its largest element.
+//
+// FP8: from e4m3 to fp16 there is an instruction; a lane takes 16 weights in a row, and blocks of 128 x 128 share a scale.
 //
 // A pass is an expert with up to 8 of the tokens that chose it. Up to 8 tokens, every pass has all of them in their
 // places and drops those that did not choose it; beyond (GATHER), those that did move up, and an expert with more than 8
@@ -22,8 +24,8 @@
 // first, by turns, since they are known before the router is done. Its rows of h and y are those behind all pairs. With
 // GATHER a pass of it has 32 tokens, in 4 tiles, that do not stay in registers.
 //
-// Macros: GATED; COLS, the columns; OUT, the rows of gate, up or down; E, experts; K, experts a token; OWN; TOKENS, at
-// most; STEPS of 256 columns that a warp has; STAGES of the ring; BLOCKS of a multiprocessor.
+// Macros: FP8; GATED; COLS, the columns; OUT, the rows of gate, up or down; E, experts; K, experts a token; OWN, with int4;
+// TOKENS, at most; STEPS that a warp has, of 256 columns or 128 (FP8); STAGES of the ring; BLOCKS of a multiprocessor.
 
 #include "hopper.cuh"
 
@@ -32,18 +34,20 @@ typedef bf16 Out;
 #else
 typedef float Out;
 #endif
-constexpr int GATHER = TOKENS > 8, STEP = 256, GROUPS = STEP / 32, ROWS = GATED ? 8 : 16;
+constexpr int GATHER = TOKENS > 8, STEP = FP8 ? 128 : 256, GROUPS = STEP / 32, ROWS = GATED ? 8 : 16;
 constexpr int WARPS = COLS / (STEP * STEPS), ITEMS = OUT / ROWS, EXPERT_ROWS = GATED ? 2 * OUT : OUT;
 constexpr int UPPER = GATED ? OUT : 8;  // from a row of the item's first eight to its counterpart of the second
-constexpr int ROW_BYTES = COLS / 2, SCALE_BYTES = COLS / 16;  // of a row of the weights
-constexpr int LINE = 128 + 16, WORD_BYTES = 16 * LINE;       // a group of 8 rows, and 16 bytes against bank conflicts
-constexpr int SLOT_BYTES = WORD_BYTES + 16 * 2 * GROUPS;
+constexpr int STEP_BYTES = 128, ROW_BYTES = COLS / STEP * STEP_BYTES;  // of a row of the weights
+constexpr int LINE = STEP_BYTES + 16;  // a group of 8 rows in int4, and 16 bytes against bank conflicts
+constexpr int WORD_BYTES = 16 * (FP8 ? STEP_BYTES : LINE), SLOT_BYTES = WORD_BYTES + (FP8 ? 16 : 16 * 2 * GROUPS);
+constexpr int BLOCK = 128, SCALE_BYTES = FP8 ? COLS / BLOCK * 4 : COLS / 16;  // of a row of scales
 constexpr int OWN_STEPS = 4 * STEPS;  // of 64 columns
 constexpr int BUFFERS = 4, THREADS = 32 * (WARPS + 1);
 constexpr int FULL = 1, EMPTY = FULL + BUFFERS;              // barriers of the buffers
 constexpr int COST = 9, OWN_COST = 32;                       // bytes of an item relative to one another
 constexpr int PASSES = TOKENS * K, TILES = GATHER ? 4 : 1, OWN_TOKENS = 8 * TILES;
 constexpr int NONE = 0xffff;
+static_assert(!FP8 || !OWN, "beside weights in float8 there is no expert in bf16");
 static_assert(STAGES % STEPS == 0, "what is asked for when a step is done has its number within an item");
 
 __device__ __forceinline__ u32 word(uint4 w, int i) { return i == 0 ? w.x : i == 1 ? w.y : i == 2 ? w.z : w.w; }
@@ -68,7 +72,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 
     extern __shared__ __align__(128) u8 shared[];
     float4* sums = (float4*)(shared + WARPS * STAGES * SLOT_BYTES);  // [BUFFERS, WARPS, 32]
+#if !FP8
     __shared__ float4 too_much[WARPS][STEPS * GROUPS][4];  // of two tokens, twice
+#endif
     __shared__ Passes passes;
 
     for (int e = tid; e < E; e += THREADS) passes.tokens[e] = 0;
@@ -83,16 +89,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     // The ring. A step of 256 columns in int4 has 8 groups of 16 bytes a row, one of 64 in bf16 as many parts; 8 lanes
     // copy a line of a row, to where lanes read it without meeting in a bank. Places are counted from `shared`.
     const int ring = warp * STAGES * SLOT_BYTES, row = lane / 8, part = lane % 8;
-    const int put = part * LINE + row * 16, put_own = part / 4 * 512 + (row * 4 + part % 4) * 16;
+    const int by_lines = part / 4 * 512 + (row * 4 + part % 4) * 16, put = FP8 ? by_lines : part * LINE + row * 16;
     int asked = 0, asked_left = 0;  // items asked for, and how many more its pass has
-    const u8 *asked_words = nullptr, *asked_scales = nullptr;
+    const u8 *asked_words = nullptr, *asked_scales = nullptr, *of_expert = nullptr;  // of_expert: its scales
     auto ask_own = [&](int slot, int step) {
         if (step == 0) {
             const int rows = (block + asked * grid) % ITEMS * ROWS;
             asked_words = (const u8*)(own + (long long)(rows + row) * COLS + warp * STEPS * STEP + part * 8);
         }
         const u8* from = asked_words + step * 128;
-        const u32 to = shared_address(shared + slot + put_own);
+        const u32 to = shared_address(shared + slot + by_lines);
 #pragma unroll
         for (int i = 0; i < 4; i++)  // 4 rows of the lower or upper 8
             copy16(to + i / 2 * 1024 + i % 2 * 256, from + (long long)(i / 2 * UPPER + i % 2 * 4) * (2 * COLS));
@@ -103,21 +109,32 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             if (asked_left == 0) {
                 const int item = first + asked - own_count, rows = item % ITEMS;
                 const long long at = passes.expert[item / ITEMS] * EXPERT_ROWS + rows * ROWS;
-                asked_words = words + (at + row) * ROW_BYTES + warp * STEPS * (STEP / 2) + part * 16;
-                asked_scales = scales + (at + lane % 8 + lane / 8 % 2 * UPPER) * SCALE_BYTES + warp * STEPS * 2 * GROUPS;
+                asked_words = words + (at + row) * ROW_BYTES + warp * STEPS * STEP_BYTES + part * 16;
+                if (FP8) {
+                    const int block_row = (at - rows * ROWS) / BLOCK + lane % 2 * (GATED ? UPPER / BLOCK : 0);
+                    of_expert = scales + (long long)block_row * SCALE_BYTES + 4 * warp * STEPS;
+                } else {
+                    const long long of = at + lane % 8 + lane / 8 % 2 * UPPER;
+                    asked_scales = scales + of * SCALE_BYTES + warp * STEPS * 2 * GROUPS;
+                }
                 asked_left = ITEMS - rows;
             } else {
                 asked_words += ROWS * ROW_BYTES;
                 asked_scales += ROWS * SCALE_BYTES;
             }
+            if (FP8) asked_scales = of_expert + (ITEMS - asked_left) * ROWS / BLOCK * SCALE_BYTES;
             asked_left--;
         }
-        const u8* from = asked_words + step * (STEP / 2);
+        const u8* from = asked_words + step * STEP_BYTES;
         const u32 to = shared_address(shared + slot + put);
 #pragma unroll
         for (int i = 0; i < 4; i++)
-            copy16(to + i / 2 * (WORD_BYTES / 2) + i % 2 * 64, from + (i / 2 * UPPER + i % 2 * 4) * ROW_BYTES);
-        if (lane < 16) copy16(shared_address(shared + slot + WORD_BYTES + lane * 16), asked_scales + step * 2 * GROUPS);
+            copy16(to + i / 2 * (WORD_BYTES / 2) + i % 2 * (FP8 ? 256 : 64),
+                   from + (i / 2 * UPPER + i % 2 * 4) * ROW_BYTES);
+        if (FP8) {
+            if (lane < 2) copy4(shared_address(shared + slot + WORD_BYTES + lane * 4), asked_scales + step * 4);
+        } else if (lane < 16)
+            copy16(shared_address(shared + slot + WORD_BYTES + lane * 16), asked_scales + step * 2 * GROUPS);
         asked += step == STEPS - 1;
     };
     // Into the place of a step that is done, the one that is STAGES steps behind it.
@@ -244,13 +261,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     } else {
         u32 rows[STEPS * GROUPS][4];  // a lane's part of the tokens: 8 columns of each group
         float token_scale[2];         // of the two tokens whose sums it gets
-        auto load_rows = [&](int pass) {  // columns 0 and 4, 1 and 5 and so on
+        auto load_rows = [&](int pass) {  // with int4 columns 0 and 4, 1 and 5 and so on
             int p = GATED && !GATHER ? (quad < T ? quad : NONE) : pair_of(pass, quad);
             if (GATED && GATHER && p != NONE) p = p < T * K ? p / K : p - T * K;
-            const bf16* from = x + p * x_stride + warp * STEPS * STEP + 8 * pair;
+            const bf16* from = x + p * x_stride + warp * STEPS * STEP + (FP8 ? 16 : 8) * pair;
 #pragma unroll
             for (int g = 0; g < STEPS * GROUPS; g++) {
-                const uint4 w = p != NONE ? load16(from + g * 32) : make_uint4(0, 0, 0, 0);
+                const int at = FP8 ? g / 2 * 64 + g % 2 * 8 : g * 32;
+                const uint4 w = p != NONE ? load16(from + at) : make_uint4(0, 0, 0, 0);
+                if (FP8) {
+                    rows[g][0] = w.x, rows[g][1] = w.y, rows[g][2] = w.z, rows[g][3] = w.w;
+                    continue;
+                }
                 rows[g][0] = __byte_perm(w.x, w.z, 0x5410), rows[g][1] = __byte_perm(w.x, w.z, 0x7632);
                 rows[g][2] = __byte_perm(w.y, w.w, 0x5410), rows[g][3] = __byte_perm(w.y, w.w, 0x7632);
             }
@@ -269,6 +291,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             const float inverse = __int_as_float((exponent - 14) << 23);
             token_scale[0] = __shfl_sync(~0u, inverse, 8 * pair);
             token_scale[1] = __shfl_sync(~0u, inverse, 8 * pair + 4);
+#if FP8
+#pragma unroll
+            for (int i = 0; i < STEPS * GROUPS * 4; i++) {
+                u32& two = rows[i / 4][i % 4];
+                two = pack_half(low(two) * factor, high(two) * factor);
+            }
+#else
             __syncwarp();  // all have read what was too much
 #pragma unroll
             for (int g = 0; g < STEPS * GROUPS; g++) {
@@ -286,6 +315,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                 if (pair == 0) of_two[0] = of_two[2] = sum;
             }
             __syncwarp();
+#endif
         };
 #pragma unroll
         for (int n = 0; n < STAGES; n++)
@@ -381,6 +411,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                 for (int step = 0; step < STEPS; step++) {
                     wait_for_copies<STAGES - 1>();
                     __syncwarp();
+#if FP8
+                    uint4 w[2][2];  // [lower or upper, half]
+#pragma unroll
+                    for (int i = 0; i < 4; i++) w[i / 2][i % 2] = *(const uint4*)(shared + slot + 16 * lane + 512 * i);
+                    const float2 of_rows = *(const float2*)(shared + slot + WORD_BYTES);
+                    float c[2][4] = {};
+#pragma unroll
+                    for (int i = 0; i < 8; i++) {
+                        const u32 l = word(w[0][i / 4], i % 4), u = word(w[1][i / 4], i % 4);
+                        const u32* b = &rows[step * GROUPS + i / 2][i % 2 * 2];
+                        mma_fp16(c[i / 4], widen_half((u16)l), widen_half((u16)u), widen_half((u16)(l >> 16)),
+                                 widen_half((u16)(u >> 16)), b[0], b[1]);
+                    }
+                    next(step, false);
+#pragma unroll
+                    for (int i = 0; i < 4; i++) sum[i] += (c[0][i] + c[1][i]) * (i < 2 ? of_rows.x : of_rows.y);
+#else
                     const u8* at = shared + slot + 4 * lane;
                     const u8* of_rows = shared + slot + WORD_BYTES + quad * 16;
                     const uint4 l_scales = *(const uint4*)of_rows, u_scales = *(const uint4*)(of_rows + 128);
@@ -409,6 +456,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                             sum[0] += c[0] * s, sum[1] += c[1] * s, sum[2] += c[2] * r, sum[3] += c[3] * r;
                         }
                     }
+#endif
                 }
             }
             give(sum);
