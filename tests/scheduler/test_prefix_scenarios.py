@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from tests.scheduler.device_simulator import Harness
@@ -262,6 +264,47 @@ def test_eight_requests_that_share_under_pressure_give_everything_back(
     h.check_against_solo()
     stats = h.scheduler.stats()
     assert (stats.blocks_used, stats.slots_used) == (0, 0)
+
+
+def test_earlier_turns_lose_their_snapshots_before_other_conversations_do() -> None:
+    h = harness(num_snapshots=8)
+    ask(h, "other", tokens(30, 5), max_tokens=9)
+    prompt = tokens(20)
+    for turn in range(12):
+        assert ask(h, f"turn {turn}", prompt, max_tokens=10) == (0 if turn == 0 else (len(prompt) - 3) // 4 * 4)
+        prompt = prompt + h.tokens(f"turn {turn}") + tokens(2, turn)
+    assert ask(h, "other again", tokens(30, 5), max_tokens=1) == 28
+
+
+def test_a_short_answers_snapshot_goes_before_a_prompts() -> None:
+    h = harness(num_snapshots=4)
+    for i in range(4):
+        ask(h, f"{i}", tokens(30, 7 * i), max_tokens=9)  # each wants two
+    turns = [tokens(30, 7 * i) + h.tokens(f"{i}") + [5] * 3 for i in range(4)]
+    assert [ask(h, f"turn {i}", turns[i], max_tokens=1) for i in range(4)] == [28, 28, 28, 28]
+
+
+def share_of_hits(num_conversations: int, num_blocks: int, num_snapshots: int) -> float:
+    """Of conversations of 5 turns that take turns at random, in tokens: 1 with room for all."""
+    rng = random.Random(0)
+    h = harness(num_snapshots, num_blocks=num_blocks, max_num_seqs=4, max_model_len=1000)
+    prompts = [[rng.randrange(40) for _ in range(60)] for _ in range(num_conversations)]
+    could = found = 0
+    for n, i in enumerate(rng.sample(list(range(num_conversations)) * 5, 5 * num_conversations)):
+        known = len(prompts[i]) - 41 if len(prompts[i]) > 60 else 0  # but for what this turn adds
+        h.add(f"{n}", prompts[i], max_tokens=20, ignore_eos=True)
+        h.drain()
+        could += known // 4 * 4
+        found += h.cached(f"{n}")
+        prompts[i] = prompts[i] + h.tokens(f"{n}") + [rng.randrange(40) for _ in range(60 - 20)]
+    return found / could
+
+
+def test_conversations_that_need_twice_the_room_hit_half_of_the_time() -> None:
+    blocks, snapshots = 24 * 85, 24  # what they have at their end, and one snapshot for each
+    assert share_of_hits(24, 2 * blocks, 2 * snapshots) > 0.95
+    assert share_of_hits(24, 2 * blocks, snapshots) > 0.8
+    assert share_of_hits(24, blocks // 2, snapshots // 2) > 0.4
 
 
 def test_an_evicted_snapshot_is_a_shorter_hit() -> None:

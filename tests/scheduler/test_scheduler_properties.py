@@ -92,7 +92,8 @@ def tree_blocks(cache: CacheManager) -> set[int]:
     in_tree = nodes[len(tree._roots) :]
     assert len(in_tree) == tree.num_nodes
     assert sum(not node.refs for node in in_tree) == tree.num_evictable
-    assert set(saved) == set(tree._saved)
+    assert set(saved) == set(tree.saved())
+    assert len(saved) == tree.num_saved
     pending = [held.pending[1] for held in cache._held.values() if held.pending]
     assert sorted([node.snapshot for node in saved] + pending) == cache.snapshots.taken()
     if not cache.blocks.num_blocks:

@@ -193,6 +193,7 @@ class CacheManager:
         node = self._node(seq, num_blocks)
         if node is None or self.tree is None:
             return 0
+        self.tree.pass_by(node)
         snapshot = self.tree.take_snapshot(node)
         if snapshot and self.tree.attach(node, snapshot, ready):
             self._of(seq).saved.append(node)
@@ -219,10 +220,10 @@ class CacheManager:
             return 0
         if not held.decoding_snapshot and 2 * self._decoding_snapshots >= self.snapshots.num_snapshots:
             return 0
-        if latest is not None and latest.snapshot and not latest.reused and not latest.gone:
+        if latest is not None and latest.snapshot and not latest.reuses and not latest.gone:
             snapshot = self.tree.detach_snapshot(latest)
         else:
-            snapshot = self.tree.take_snapshot(tail)
+            snapshot = self.tree.take_snapshot(tail, self.tree.is_minor(tail, num_blocks))
         if not snapshot:
             return 0
         if not held.decoding_snapshot:
@@ -250,6 +251,8 @@ class CacheManager:
     def _attach_latest(self, held: _Held, node: Node, snapshot: int, ready: int) -> None:
         assert self.tree is not None
         if self.tree.attach(node, snapshot, ready):
+            if self.tree.is_minor(node, node.depth):
+                self.tree.mark_minor(node)
             held.latest = node
             held.saved.append(node)
         elif held.latest is None:

@@ -30,7 +30,7 @@ class Node:
         "parent",
         "ready",
         "refs",
-        "reused",
+        "reuses",
         "snapshot",
         "stamp",
     )
@@ -46,7 +46,7 @@ class Node:
         self.snapshot = 0  # of the states at its end; 0: none
         self.due = 0  # from which step on its snapshot is there
         self.lost = False  # it had a snapshot
-        self.reused = False  # a sequence began from its snapshot
+        self.reuses = 0  # sequences that began from its snapshot
 
 
 class Match(NamedTuple):

@@ -8,8 +8,9 @@ to be shared or, oldest first and from the ends of branches, to be evicted.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from heapq import heapify, heappop, heappush
+from itertools import chain
 
 from thalweg.cache.blocks import BlockPool, CacheAccountingError
 from thalweg.cache.node import Match, MissReason, Node
@@ -30,7 +31,11 @@ class PrefixTree:
         self._blocks, self._snapshots = blocks, snapshots
         self._roots: dict[str, Node] = {}
         self._first: Counter[bytes] = Counter()  # roots that have this first block
-        self._saved: OrderedDict[Node, None] = OrderedDict()  # nodes with a snapshot, least recently used first
+        # Nodes with a snapshot, least recently used first, in the order in which they are given up: those that paths
+        # went past, those that are little more than the one above them, all others.
+        self._passed: OrderedDict[Node, None] = OrderedDict()
+        self._minor: OrderedDict[Node, None] = OrderedDict()
+        self._major: OrderedDict[Node, None] = OrderedDict()
         self._leaves: list[tuple[int, int, Node]] = []  # heap of nodes that may be evicted, some of them no longer
         self._ghosts: OrderedDict[int, None] = OrderedDict()
         self._clock = 0
@@ -164,28 +169,36 @@ class PrefixTree:
     @property
     def num_saved(self) -> int:
         """Nodes that have a snapshot."""
-        return len(self._saved)
+        return len(self._passed) + len(self._minor) + len(self._major)
 
-    def take_snapshot(self, node: Node) -> int:
+    def saved(self) -> Iterator[Node]:
+        """Nodes that have a snapshot, in the order in which they would lose it."""
+        return chain(self._passed, self._minor, self._major)
+
+    def take_snapshot(self, node: Node, minor: bool = False) -> int:
         """A snapshot to fill on behalf of the path to `node`; 0 if there is none to be had.
 
-        A path that has its share gives up its own least recently used one, else the tree does.
+        A path that has its share gives up its own least recently used one, else the tree does, though not a major one
+        for a `minor`.
         """
         assert self._snapshots is not None
-        path = []
-        above: Node | None = node
-        while above is not None:
-            if above.snapshot:
-                path.append(above)
-            above = above.parent
+        path = _saved_above(node)
         if len(path) >= max(2, self._snapshots.num_snapshots // PATH_SHARE):
             own = set(path)
-            self.drop_snapshot(next(each for each in self._saved if each in own))
+            self.drop_snapshot(next(each for each in self.saved() if each in own))
         elif not self._snapshots.num_free:
-            if not self._saved:
+            if not self.num_saved or (minor and not self._passed and not self._minor):
                 return 0
-            self.drop_snapshot(next(iter(self._saved)))
+            self.drop_snapshot(next(self.saved()))
         return self._snapshots.allocate()
+
+    def pass_by(self, node: Node) -> None:
+        """A prompt goes on to `node`, which gets a snapshot. Those above it where no path has parted, and from which
+        one sequence began at most, are likely of no more use: earlier turns of a conversation."""
+        for above in _saved_above(node):
+            if above.reuses <= 1 and len(above.children) == 1 and above not in self._passed:
+                self._leave(above)
+                self._passed[above] = None
 
     def attach(self, node: Node, snapshot: int, ready: int) -> bool:
         """Give `node` a snapshot, which is freed if it has one or is gone."""
@@ -193,14 +206,25 @@ class PrefixTree:
         if node.gone or node.snapshot:
             self._snapshots.free(snapshot)
             return False
-        node.snapshot, node.due, node.reused = snapshot, ready, False
-        self._saved[node] = None
+        node.snapshot, node.due, node.reuses = snapshot, ready, 0
+        self._major[node] = None
         return True
+
+    def is_minor(self, tail: Node, depth: int) -> bool:
+        """Whether a snapshot that decoding leaves `depth` blocks down the path of `tail` is worth less than the one
+        above it: less was decoded since that one than was computed for it."""
+        depths = [each.depth for each in _saved_above(tail) if each not in self._passed and each.depth < depth]
+        return bool(depths) and depth - depths[0] <= depths[0] - (*depths, 0)[1]
+
+    def mark_minor(self, node: Node) -> None:
+        """`node`'s snapshot goes before all major ones, until a sequence begins from it."""
+        self._leave(node)
+        self._minor[node] = None
 
     def detach_snapshot(self, node: Node) -> int:
         """Take `node`'s snapshot, which becomes the caller's."""
         snapshot, node.snapshot = node.snapshot, 0
-        del self._saved[node]
+        self._leave(node)
         return snapshot
 
     def drop_snapshot(self, node: Node) -> None:
@@ -213,11 +237,16 @@ class PrefixTree:
 
     def use_snapshot(self, node: Node) -> int:
         """The snapshot that a sequence begins from."""
-        self._saved.move_to_end(node)
-        node.reused = True
+        self._leave(node)
+        self._major[node] = None
+        node.reuses += 1
         return node.snapshot
 
     # Inside
+
+    def _leave(self, node: Node) -> None:
+        for saved in (self._passed, self._minor, self._major):
+            saved.pop(node, None)
 
     def _offer(self, node: Node) -> None:
         """`node`, which nobody holds, may be evicted if nothing is below it; at once if it is of no use."""
@@ -266,3 +295,14 @@ class PrefixTree:
         salt = root.key.decode()
         if root.refs == 0 and not root.children and self._roots.get(salt) is root:
             del self._roots[salt]
+
+
+def _saved_above(node: Node) -> list[Node]:
+    """`node` and those above it that have a snapshot, from the last."""
+    found = []
+    each: Node | None = node
+    while each is not None:
+        if each.snapshot:
+            found.append(each)
+        each = each.parent
+    return found
