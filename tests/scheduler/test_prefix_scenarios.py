@@ -39,8 +39,9 @@ def test_a_prompt_sent_twice_leaves_one_token_at_least(length: int, hit: int, nu
     assert [p.start for p in h.plans[-3].prefills] == [hit]
 
 
-def test_the_last_chunk_may_be_shorter_than_the_grid() -> None:
-    h = harness(max_num_batched_tokens=7)
+@pytest.mark.parametrize("budget", [1, 3, 7])  # below the grid, prefills are cut there and states copied
+def test_the_last_chunk_may_be_shorter_than_the_grid(budget: int) -> None:
+    h = harness(max_num_batched_tokens=budget)
     ask(h, "first", tokens(10))
     assert ask(h, "second", tokens(10)) == 8
 
@@ -223,10 +224,11 @@ def test_what_a_failed_request_computed_is_forgotten() -> None:
     assert ask(h, "again", tokens(29)) == 28
 
 
-def test_a_failed_requests_snapshot_of_anothers_blocks_is_forgotten_too() -> None:
+@pytest.mark.parametrize("position", [32, 33])  # at the end of its prompt, and a step later
+def test_a_failed_requests_snapshot_of_anothers_blocks_is_forgotten_too(position: int) -> None:
     h = harness()
     ask(h, "good", tokens(30))
-    h.device.errors["bad", 33] = "not finite"
+    h.device.errors["bad", position] = "not finite"
     h.add("bad", tokens(22) + [9] * 10, ignore_eos=True)  # it leaves the first one's path at 20, and saves its states
     h.step()
     assert (1, 20) in [(slot, n) for slot, n, _ in h.plans[-1].boundaries]
@@ -274,6 +276,12 @@ def test_earlier_turns_lose_their_snapshots_before_other_conversations_do() -> N
         assert ask(h, f"turn {turn}", prompt, max_tokens=10) == (0 if turn == 0 else (len(prompt) - 3) // 4 * 4)
         prompt = prompt + h.tokens(f"turn {turn}") + tokens(2, turn)
     assert ask(h, "other again", tokens(30, 5), max_tokens=1) == 28
+
+
+def test_a_prefix_that_many_share_keeps_its_snapshot_under_pressure() -> None:
+    h = harness(num_snapshots=4)
+    hits = [ask(h, f"{i}", tokens(20) + [i] * 10, max_tokens=1) for i in range(12)]
+    assert hits == [0, 0, *[20] * 10]
 
 
 def test_a_short_answers_snapshot_goes_before_a_prompts() -> None:
