@@ -9,9 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from thalweg import LLM, SamplingParams
 from thalweg.cache.storage import CacheStorage
+from thalweg.core import StepPlan
+from thalweg.ops.delta.conv1d import reference as conv1d
+from thalweg.ops.delta.kda import reference as kda
+from thalweg.runner.step import ModelRunner
 from thalweg.text.results import RequestOutput
 
 GDN = Path(__file__).resolve().parents[2] / "models" / "thalweg-tiny-gdn"
@@ -198,6 +203,40 @@ def test_logprobs_of_a_cached_prompt_are_all_there(with_states: str | None) -> N
     assert warm.num_cached_tokens == 0
     assert warm.prompt_logprobs == cold.prompt_logprobs
     assert len(warm.prompt_logprobs or []) == len(logits) == 100
+
+
+class _Count(TorchDispatchMode):
+    """Calls of torch's operators."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_steps_in_which_nothing_is_shared_launch_what_they_do_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the ops that write states at boundaries, which have them at hand in a kernel, and not in plain torch."""
+    monkeypatch.setattr(kda, "kda_prefill", lambda q, k, v, *_, **__: torch.zeros_like(v))
+    monkeypatch.setattr(conv1d, "conv1d_prefill", lambda x, *_, **__: torch.zeros_like(x))
+    launch = ModelRunner.launch
+    counts: list[tuple[bool, bool, int]] = []
+
+    def counted(self: ModelRunner, plan: StepPlan) -> Any:
+        with _Count() as counter:
+            finish = launch(self, plan)
+        counts.append((bool(plan.prefills), bool(plan.boundaries), counter.count - 6 * len(plan.snapshots)))
+        return finish
+
+    monkeypatch.setattr(ModelRunner, "launch", counted)
+    found = []
+    for on in (False, True):
+        with engine(None, on=on) as llm:
+            llm.generate([ids(200)], SamplingParams(max_tokens=70, temperature=0, ignore_eos=True))
+        assert counts[0][:2] == (True, on)
+        found.append([(prefill, count) for prefill, _, count in counts])
+        counts.clear()
+    assert found[0] == found[1]
 
 
 @pytest.mark.slow
