@@ -1,5 +1,6 @@
 """Experts for the many tokens of a prefill: a sort of the (token, expert) pairs by expert, two grouped matrix products,
-and the weighted sum. Five launches and a fill (with fp8 one more, that brings x to fp16); nothing waits for the device.
+and the weighted sum. Five launches and a fill (with fp8 or int4 one more, that brings x to fp16 or its columns in
+order); nothing waits for the device.
 
 The order within an expert changes from run to run. Nothing else does: a pair's products do not depend on its
 neighbours, and the sum has one fixed order.

@@ -1,8 +1,9 @@
 """Experts for a batch of tokens: a program takes a block of rows of one expert for all tokens that chose it.
 
 Weights in x's dtype, three launches: gate and up with SiLU, and down, find the pairs of an expert by scanning the ids
-themselves, then comes the weighted sum. Weights in fp8, four: what bounds these, beside the memory, is the widening of
-weights in registers, so a launch ahead brings x to fp16, and lists each expert's pairs while it is there.
+themselves, then comes the weighted sum. Weights in fp8 or int4, four: what bounds these, beside the memory, is the
+widening of weights in registers, so a launch ahead brings x to fp16, or its columns into the order of nibbles, and
+lists each expert's pairs while it is there. An own expert has programs of its own, the first of both products.
 """
 
 from __future__ import annotations
