@@ -56,18 +56,8 @@ class MlaMixerCase:
     def positions(self) -> Tensor:
         return self.lens.long() - 1
 
-    def low_rank(self, Q: int) -> tuple[Tensor, Tensor]:
-        """Queries of rank Q and the projection that makes `queries` of them, in place; it is about their size."""
-        B, O = self.queries.shape
-        rng = torch.Generator(self.proj.device).manual_seed(Q)
-        q_BQ, w_OQ = (torch.randn(*s, generator=rng, device=self.proj.device) for s in ((B, Q), (O, Q)))
-        q_BQ, w_OQ = q_BQ.to(self.proj.dtype), (w_OQ * Q**-0.5).to(self.proj.dtype)
-        self.queries.copy_((q_BQ.double() @ w_OQ.double().T).to(self.proj.dtype))
-        return q_BQ, w_OQ
-
-    def run_rotated(self, op: Callable[..., Tensor], q: Tensor | None = None, **other: Any) -> Tensor:
-        """What `op`, an mla_decode of a module or the op, gives of the queries, or of `q` in their place, once the new
-        latents are in the blocks as they are."""
+    def run_rotated(self, op: Callable[..., Tensor], **other: Any) -> Tensor:
+        """What `op`, an mla_decode, gives of the queries, once the new latents are in the blocks as they are."""
         arguments = dict(
             positions_B=self.positions,
             frequencies_F=self.frequencies,
@@ -80,7 +70,7 @@ class MlaMixerCase:
             scale=self.scale,
         )
         self.blocks.flatten(0, 1)[self.block_rows] = self.proj[:, -self.blocks.shape[-1] :]
-        return op(self.queries if q is None else q, **arguments | other)
+        return op(self.queries, **arguments | other)
 
     def rows(self, b: int) -> Tensor:
         """Rows of the flattened blocks that hold sequence b's tokens, in order."""

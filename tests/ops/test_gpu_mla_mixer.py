@@ -2,28 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
-import torch.nn.functional as F
 
-from tests.ops.kda_mixer_case import error
-from tests.ops.mla_mixer_case import (
-    MlaMixerCase,
-    check_mla_decode,
-    check_mla_mixer,
-    mla_decode_fp64,
-    mla_mixer_case,
-)
-from thalweg.ops.attention.mla_mixer import (
-    MLA_DECODE,
-    MLA_MIXER_DECODE,
-    MlaDecode,
-    MlaDecodeDims,
-    MlaMixerDecode,
-    MlaMixerDims,
-)
+from tests.ops.mla_mixer_case import MlaMixerCase, check_mla_decode, check_mla_mixer, mla_mixer_case
+from thalweg.ops.attention.mla_mixer import MLA_DECODE, MLA_MIXER_DECODE, MlaDecode, MlaMixerDecode, MlaMixerDims
 from thalweg.ops.registry import Resolver, Where
 
 pytestmark = pytest.mark.gpu
@@ -37,9 +20,8 @@ def kernel(name: str = "gluon", block_size: int = 64, **dims: int) -> MlaMixerDe
 
 
 def rotated_kernel(H: int, name: str = "gluon", block_size: int = 64) -> MlaDecode:
-    dims = MlaDecodeDims(**SHAPE | {"H": H}, S=block_size, Q=0)
-    decode = Resolver({"mla_decode": name}).resolve(MLA_DECODE, Where("cuda", "bfloat16"), dims)
-    return partial(decode, project=lambda q: q)
+    dims = MlaMixerDims(**SHAPE | {"H": H}, S=block_size)
+    return Resolver({"mla_decode": name}).resolve(MLA_DECODE, Where("cuda", "bfloat16"), dims)
 
 
 def case_of(lens: list[int], H: int, block_size: int = 64, **options: float) -> MlaMixerCase:
@@ -194,21 +176,3 @@ def test_rotated_replays_under_load(B: int) -> None:
             out.fill_(torch.nan)
         graph.replay()
         assert all(torch.equal(out, expected) for out in outs)
-
-
-@pytest.mark.parametrize("name", ["low_rank", "gluon"])
-@pytest.mark.parametrize(("H", "B"), [(64, 1), (64, 8), (64, 16), (8, 5)])
-def test_rotated_queries_of_low_rank(H: int, B: int, name: str) -> None:
-    dims = MlaDecodeDims(**SHAPE | {"H": H}, S=64, Q=1536)
-    op = Resolver({"mla_decode": name}).resolve(MLA_DECODE, Where("cuda", "bfloat16"), dims)
-    case = case_of(ragged(B, 3000), H)
-    q_BQ, w_OQ = case.low_rank(1536)
-    expected = mla_decode_fp64(case)
-    out = case.copy().run_rotated(op, q_BQ, project=partial(F.linear, weight=w_OQ), w_OQ=w_OQ)
-    assert error(out, expected) < 0.005
-    graph, after = torch.cuda.CUDAGraph(), case.copy()
-    with torch.cuda.graph(graph):
-        outs = [after.run_rotated(op, q_BQ, project=partial(F.linear, weight=w_OQ), w_OQ=w_OQ) for _ in range(5)]
-    for _ in range(5):
-        graph.replay()
-        assert all(torch.equal(again, out) for again in outs)

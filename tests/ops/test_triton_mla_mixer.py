@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from tests.ops.compile_sm90 import compile_sm90, descriptor
 from tests.ops.interpreted import run_interpreted
 from tests.ops.mla_mixer_case import check_mla_decode, check_mla_mixer, mla_mixer_case
-from thalweg.errors import ConfigError
-from thalweg.ops.attention.mla_mixer import MLA_DECODE, MLA_MIXER_DECODE, MlaDecodeDims, MlaMixerDims
+from thalweg.ops.attention.mla_mixer import MLA_MIXER_DECODE, MlaMixerDims
 from thalweg.ops.attention.mla_mixer.reference import mla_decode as rotated_reference
 from thalweg.ops.attention.mla_mixer.reference import mla_mixer_decode as reference
 from thalweg.ops.registry import Resolver, Where
@@ -26,31 +22,6 @@ from thalweg.ops.toolchain import triton_support
 def test_reference(spread: float) -> None:
     case = mla_mixer_case([5, 1, 9, 8], 3, 8, 12, 4, 10, 4, torch.float32, spread=spread)
     check_mla_mixer(reference, case, 1e-5)
-
-
-def test_queries_of_low_rank_are_projected_first() -> None:
-    """By the reference where it serves; only if it is asked for by a kernel, which takes 16 rows."""
-    case = mla_mixer_case([5, 1, 9, 8], 3, 8, 12, 4, 10, 4, torch.float32)
-    q_BQ, w_OQ = case.low_rank(24)
-    dims = MlaDecodeDims(H=3, K=8, R=12, P=4, V=10, S=4, Q=24)
-    op = Resolver().resolve(MLA_DECODE, Where("cpu", "float32"), dims)
-    found, expected = (
-        case.run_rotated(op, q_BQ, project=partial(F.linear, weight=w_OQ), w_OQ=w_OQ),
-        case.run_rotated(rotated_reference),
-    )
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_who_decodes_queries_of_low_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton")
-    monkeypatch.setattr(triton_support, "_compute_capability_major", lambda: 9)
-    dims = MlaDecodeDims(H=64, K=128, R=512, P=64, V=128, S=64, Q=1536)
-    for prefer, table in (({}, ["any: gluon"]), ({"mla_decode": "low_rank"}, ["1-16: low_rank", "17-: gluon"])):
-        resolver = Resolver(prefer)
-        resolver.resolve(MLA_DECODE, Where("cuda", "bfloat16"), dims)
-        assert [f"{span.tokens}: {span.name}" for span in resolver.explain()[0].table] == table
-    with pytest.raises(ConfigError, match="needs queries of low rank"):
-        Resolver({"mla_decode": "low_rank"}).resolve(MLA_DECODE, Where("cuda", "bfloat16"), replace(dims, Q=0))
 
 
 @pytest.mark.parametrize("spread", [1.0, 30.0])
@@ -85,20 +56,6 @@ def check_rotation_where_it_is_absorbed() -> None:
     assert torch.equal(fused, at_0)
 
 
-def check_queries_of_low_rank() -> None:
-    """As the kernel gives them in latent space, which the next one reads: contexts of one token say nothing of them."""
-    from thalweg.ops.attention.mla_mixer.triton.mixer import launches, run_absorb
-    from thalweg.ops.attention.mla_mixer.triton.queries import latent_queries
-
-    for B, H, Q in ((1, 3, 64), (16, 2, 192), (5, 1, 128)):
-        case = mla_mixer_case([70 + b for b in range(B)], H, 16, 32, 16, 16, 16, torch.float32)
-        q_BQ, w_OQ = case.low_rank(Q)
-        rotation = dict(positions_B=case.positions, frequencies_F=case.frequencies, rope_scale=case.rope_scale)
-        absorb, *_ = launches(B, H, 32, 16, 4, rotated=True)
-        expected = run_absorb(absorb, case.queries, case.w_uk, case.blocks, **rotation)
-        torch.testing.assert_close(latent_queries(q_BQ, w_OQ, case.w_uk, **rotation), expected, rtol=1e-4, atol=1e-5)
-
-
 def check_kernels() -> None:
     from thalweg.ops.attention.mla_mixer.triton.mixer import mla_mixer_decode
 
@@ -130,7 +87,7 @@ def test_kernels_under_the_interpreter() -> None:
 
 def test_rotated_kernels_under_the_interpreter() -> None:
     pytest.importorskip("triton")
-    run_interpreted(check_rotated_kernels, check_rotation_where_it_is_absorbed, check_queries_of_low_rank)
+    run_interpreted(check_rotated_kernels, check_rotation_where_it_is_absorbed)
 
 
 def testbest_splits() -> None:
@@ -189,18 +146,6 @@ def test_kernels_compile_for_hopper_without_spills(B: int, H: int, rotated: bool
         none = NONE[rotated] if launch.kernel is kernels._absorb else ()
         ptx = check_compiled(launch.kernel, {**shape, **launch.constants}, launch.num_warps, none=none)
         assert launch.kernel is not kernels._attend or "wgmma.mma_async" in ptx
-
-
-def test_the_kernel_of_low_rank_queries_compiles_for_hopper_without_spills() -> None:
-    pytest.importorskip("triton")
-    from thalweg.ops.attention.mla_mixer.triton import queries
-
-    types = {**TYPES, "w_ptr": "*bf16", "w_uk_stride_h": "i32"}
-    blocks = {"BLOCK_B": 16, "BLOCK_Q": 128, "BLOCK_R": 128, "STAGES": queries.STAGES}
-    constants = {"Q": 1536, "H": 64, "K": 128, "R": 512, "P": 64, **blocks, "PDL": True}
-    ptx = check_compiled(queries.queries_kernel, constants, queries.WARPS, types)
-    assert "wgmma.mma_async" in ptx
-    assert ptx.count("cp.async.bulk.prefetch.L2") == 9 + 2  # pieces of 64 KiB of a head's weights
 
 
 @pytest.mark.parametrize("block_h", [64, 32, 16])

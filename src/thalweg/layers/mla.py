@@ -17,7 +17,7 @@ from thalweg.layers.linear import Linear, LinearAdd, NormLinear
 from thalweg.layers.norm import NormWeight, RMSNorm
 from thalweg.ops.attention.mla import MLA_PREFILL, MLA_WRITE, MlaPrefillDims, MlaWriteDims
 from thalweg.ops.attention.mla_down_norms import SPLIT_NORMS, SplitNormsDims
-from thalweg.ops.attention.mla_mixer import MLA_DECODE, MLA_MIXER_DECODE, MlaDecodeDims, MlaMixerDims
+from thalweg.ops.attention.mla_mixer import MLA_DECODE, MLA_MIXER_DECODE, MlaMixerDims
 from thalweg.ops.attention.mla_rope import MLA_ROPE, MlaRopeDims
 from thalweg.ops.heads import MERGE_HEADS, SPLIT_HEADS, HeadsDims
 
@@ -139,32 +139,27 @@ class RotatedLatentAttention(LatentAttention):
     ) -> None:
         super().__init__(ctx, width=width, heads=heads, nope=nope, rope=rope, value=value, rank=rank, scale=scale)
         queries = self.H * (nope + rope)
-        self.rope_scale = rope_scale
+        self.low_rank, self.rope_scale = q_rank is not None, rope_scale
         self.direct = queries if q_rank is None else 0  # columns of in_proj that are queries
         self.in_proj = NormLinear(ctx.below("in_proj"), width, [q_rank or queries, rank + rope], eps)
         self.kv_norm = NormWeight(ctx, rank, eps)
-        self.q_b_proj: Linear | None = None
-        low = 0  # rank of queries whose projection decode may do its own way
         if q_rank is not None:
             self.q_norm = NormWeight(ctx, q_rank, eps)
             self.q_b_proj = Linear(ctx.below("q_b_proj"), q_rank, queries)
-            low = 0 if self.q_b_proj.is_quantized else q_rank
         self.register_buffer("frequencies_F", torch.tensor(frequencies, dtype=torch.float32, device=ctx.device))
         self._norms = ctx.op(SPLIT_NORMS, SplitNormsDims(Q=q_rank or 0, R=rank, P=rope))
         self._rotate = ctx.op(MLA_ROPE, MlaRopeDims(H=self.H, K=nope, P=rope))
-        self._decode = ctx.op(MLA_DECODE, MlaDecodeDims(**self.sizes, S=ctx.block_size, Q=low))
+        self._decode = ctx.op(MLA_DECODE, MlaMixerDims(**self.sizes, S=ctx.block_size))
 
     def forward(self, x_TD: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
         latent_MSC = cache["latent"]
-        q_TX = self._normed(self.in_proj(x_TD), latent_MSC, batch)
+        q_TO = self._queries(self.in_proj(x_TD), latent_MSC, batch)
         n, parts = batch.num_decodes, []
         if n:
             w_uk_HKR, w_uv_HVR = self.up_weights()
             parts.append(
                 self._decode(
-                    q_TX[:n],
-                    project=self._projected,
-                    w_OQ=None if self.q_b_proj is None else self.q_b_proj.weight,
+                    q_TO[:n],
                     positions_B=batch.positions_T[:n],
                     frequencies_F=self.frequencies_F,
                     rope_scale=self.rope_scale,
@@ -176,8 +171,8 @@ class RotatedLatentAttention(LatentAttention):
                     scale=self.scale,
                 )
             )
-        if n < len(q_TX):
-            q_THX = self._split_heads(self._projected(q_TX[n:]))
+        if n < len(q_TO):
+            q_THX = self._split_heads(q_TO[n:])
             self._rotate(
                 q_THX,
                 positions_T=batch.positions_T[n:],
@@ -187,12 +182,12 @@ class RotatedLatentAttention(LatentAttention):
             parts.append(self.of_prefills(q_THX, latent_MSC, batch))
         return self.out_proj.of_parts(parts, x_TD)
 
-    def _normed(self, proj_TX: Tensor, latent_MSC: Tensor, batch: Batch) -> Tensor:
-        """Queries as in_proj gives them, or normed if they are of low rank. Latents and rotated shared keys of all
-        tokens are in the cache afterwards."""
+    def _queries(self, proj_TX: Tensor, latent_MSC: Tensor, batch: Batch) -> Tensor:
+        """q_TO, not rotated; latents and rotated shared keys of all tokens are in the cache."""
+        queries_TO, low_TX = proj_TX[:, : self.direct], proj_TX[:, self.direct :]
         q_TQ = self._norms(
-            proj_TX[:, self.direct :],
-            None if self.q_b_proj is None else self.q_norm.weight,
+            low_TX,
+            self.q_norm.weight if self.low_rank else None,
             self.kv_norm.weight,
             self.kv_norm.eps,
             positions_T=batch.positions_T,
@@ -201,11 +196,6 @@ class RotatedLatentAttention(LatentAttention):
             blocks_MSC=latent_MSC,
             block_rows_T=batch.block_rows_T,
         )
-        return proj_TX[:, : self.direct] if self.q_b_proj is None else q_TQ
-
-    def _projected(self, q_TX: Tensor) -> Tensor:
-        """[T, H * (nope + rope)], not rotated."""
-        if self.q_b_proj is None:
-            return q_TX
-        q_TO: Tensor = self.q_b_proj(q_TX)
-        return q_TO
+        if self.low_rank:
+            queries_TO = self.q_b_proj(q_TQ)
+        return queries_TO

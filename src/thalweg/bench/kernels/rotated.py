@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 
 from thalweg.bench.kernels.case import Arguments, Case, Draw, Setting, candidates_of
 from thalweg.bench.kernels.decode import block_tables, cached
 from thalweg.bench.kernels.projections import EPS
 from thalweg.ops.attention.mla_down_norms import SPLIT_NORMS, SplitNormsDims
-from thalweg.ops.attention.mla_mixer import MLA_DECODE, MlaDecodeDims
+from thalweg.ops.attention.mla_mixer import MLA_DECODE, MlaMixerDims
 from thalweg.ops.attention.mla_rope import MLA_ROPE, MlaRopeDims
-from thalweg.ops.linear import LINEAR, LinearDims
-from thalweg.ops.registry import Resolver
 
 
 def split_norms(setting: Setting, dims: SplitNormsDims, *, published: str = "") -> Iterator[Case]:
@@ -47,10 +44,9 @@ def split_norms(setting: Setting, dims: SplitNormsDims, *, published: str = "") 
         )
 
 
-def mla_decode(setting: Setting, dims: MlaDecodeDims) -> Iterator[Case]:
-    H, K, V, R, P, S, Q = dims.H, dims.K, dims.V, dims.R, dims.P, dims.S, dims.Q
-    es, context, O = setting.dtype.itemsize, setting.context, H * (K + P)
-    low = f" of rank {Q}" if Q else ""
+def mla_decode(setting: Setting, dims: MlaMixerDims) -> Iterator[Case]:
+    H, K, V, R, P, S = dims.H, dims.K, dims.V, dims.R, dims.P, dims.S
+    es, context = setting.dtype.itemsize, setting.context
     for B, _, size in setting.calls():
 
         def make(copy: int, B: int = B) -> Arguments:
@@ -58,8 +54,7 @@ def mla_decode(setting: Setting, dims: MlaDecodeDims) -> Iterator[Case]:
             w = draw(H, K + V, R, scale=R**-0.5)
             tables = block_tables(draw, B, context, S)
             return Arguments(
-                draw(B, Q or O),
-                **_projection(setting, draw(O, Q, scale=Q**-0.5) if Q else None),
+                draw(B, H * (K + P)),
                 **_rotation(setting, P),
                 positions_B=_positions(setting, B),
                 w_uk_HKR=w[:, :K],
@@ -71,11 +66,11 @@ def mla_decode(setting: Setting, dims: MlaDecodeDims) -> Iterator[Case]:
 
         yield Case(
             MLA_DECODE.name,
-            f"{H} heads{low}, context {context}, {size}",
+            f"{H} heads, context {context}, {size}",
             candidates_of(setting, MLA_DECODE, dims, B),
             make,
-            num_bytes=es * (B * context * (R + P) + H * (K + V) * R + O * Q + B * ((Q or O) + H * V)),
-            flops=2 * B * (H * (context * (2 * R + P) + (K + V) * R) + O * Q),
+            num_bytes=es * (B * context * (R + P) + H * (K + V) * R + B * H * (K + P + V)),
+            flops=2 * B * H * (context * (2 * R + P) + (K + V) * R),
         )
 
 
@@ -98,20 +93,12 @@ def mla_rope(setting: Setting, dims: MlaRopeDims) -> Iterator[Case]:
         )
 
 
-def _projection(setting: Setting, w_OQ: Tensor | None) -> dict[str, object]:
-    """By what the model's layer has for it, of queries of low rank."""
-    if w_OQ is None:
-        return {"project": lambda q_BO: q_BO}
-    linear = Resolver().resolve(LINEAR, setting.where, LinearDims(D=w_OQ.shape[1], O=w_OQ.shape[0]))
-    return {"project": lambda q_BQ: linear(q_BQ, w_OQ), "w_OQ": w_OQ}
-
-
 def _rotation(setting: Setting, dims: int) -> dict[str, object]:
     pairs = torch.arange(0, dims, 2, device=setting.device)
     return {"frequencies_F": 10_000.0 ** -(pairs / dims), "rope_scale": 1.0}
 
 
-def _positions(setting: Setting, tokens: int) -> Tensor:
+def _positions(setting: Setting, tokens: int) -> torch.Tensor:
     """int64 [tokens]: the last of each context, or those of prompts one after another."""
     device, context = setting.device, setting.context
     if not setting.prompts:

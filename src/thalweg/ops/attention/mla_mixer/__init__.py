@@ -12,14 +12,13 @@ the call and whatever wrote these.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
 from thalweg.ops.attention.mla_mixer import reference
-from thalweg.ops.registry import Op, Refusal, Tokens, Where, register
+from thalweg.ops.registry import Op, Refusal, Where, register
 from thalweg.ops.toolchain.triton_support import why_not, why_not_hopper
 
 
@@ -31,11 +30,6 @@ class MlaMixerDims:
     R: int  # rank of the latent
     P: int  # shared key part
     S: int  # tokens in a block
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MlaDecodeDims(MlaMixerDims):
-    Q: int  # rank of the queries ahead of their projection; 0: there is none, or not in the model's dtype
 
 
 class MlaMixerDecode(Protocol):
@@ -64,10 +58,8 @@ class MlaMixerDecode(Protocol):
 class MlaDecode(Protocol):
     def __call__(
         self,
-        q_BX: Tensor,
+        q_BO: Tensor,
         *,
-        project: Callable[[Tensor], Tensor],
-        w_OQ: Tensor | None = None,
         positions_B: Tensor,
         frequencies_F: Tensor,
         rope_scale: float,
@@ -78,19 +70,15 @@ class MlaDecode(Protocol):
         context_lens_B: Tensor,
         scale: float,
     ) -> Tensor:
-        """o_BO in q's dtype, O = H * V.
-
-        project(q_BX) gives the queries, [B, H * (K + P)]; where dims have a rank Q of them, q_BX is [B, Q] and project
-        is op "linear" of w_OQ, which an implementation may do its own way. The last P of a head's queries are rotated
-        as op "mla_rope" says. q has a unit last stride. context_lens_B int32 counts the new token, whose latent is in
-        the blocks. Block tables have a unit last stride; w_OQ and a head of the other weights are contiguous.
+        """o_BO in q's dtype, O = H * V, of q_BO, O = H * (K + P), raw, with a unit last stride; the last P of a head's
+        queries are rotated as op "mla_rope" says. context_lens_B int32 counts the new token, whose latent is in the
+        blocks. Block tables have a unit last stride; a head of the weights is contiguous.
         """
 
 
 MLA_MIXER_DECODE: Op[MlaMixerDims, MlaMixerDecode] = Op("mla_mixer_decode", MlaMixerDims)
-MLA_DECODE: Op[MlaDecodeDims, MlaDecode] = Op("mla_decode", MlaDecodeDims)
+MLA_DECODE: Op[MlaMixerDims, MlaDecode] = Op("mla_decode", MlaMixerDims)
 
-LOW_RANK_ROWS = 16  # that the kernel which projects queries of low rank takes
 TILE = 64  # tokens of the context in a tile of the kernels in Gluon
 
 
@@ -106,36 +94,16 @@ def _gluon(where: Where, dims: MlaMixerDims) -> MlaMixerDecode:
     return gluon.mla_mixer_decode
 
 
-def _projected(decode: Callable[..., Tensor]) -> MlaDecode:
-    """`decode` of projected queries."""
-
-    def project_and_decode(
-        q_BX: Tensor, *, project: Callable[[Tensor], Tensor], w_OQ: Tensor | None = None, **rest: Any
-    ) -> Tensor:
-        return decode(project(q_BX), **rest)
-
-    return project_and_decode
-
-
-def _triton_decode(where: Where, dims: MlaDecodeDims) -> MlaDecode:
+def _triton_decode(where: Where, dims: MlaMixerDims) -> MlaDecode:
     from thalweg.ops.attention.mla_mixer.triton import mixer
 
-    return _projected(mixer.mla_decode)
+    return mixer.mla_decode
 
 
-def _gluon_decode(where: Where, dims: MlaDecodeDims) -> MlaDecode:
+def _gluon_decode(where: Where, dims: MlaMixerDims) -> MlaDecode:
     from thalweg.ops.attention.mla_mixer.triton import gluon
 
-    return _projected(gluon.mla_decode)
-
-
-def _low_rank_decode(where: Where, dims: MlaDecodeDims) -> MlaDecode:
-    from thalweg.ops.attention.mla_mixer.triton import gluon
-
-    def decode(q_BX: Tensor, *, project: Callable[[Tensor], Tensor], **rest: Any) -> Tensor:
-        return gluon.mla_decode_of_low_rank(q_BX, **rest)
-
-    return decode
+    return gluon.mla_decode
 
 
 def _triton_refuses(where: Where, dims: MlaMixerDims) -> Refusal:
@@ -158,15 +126,6 @@ def _gluon_refuses(where: Where, dims: MlaMixerDims) -> Refusal:
     return _triton_refuses(where, dims) or _why_not_gluon()
 
 
-def _low_rank_refuses(where: Where, dims: MlaDecodeDims) -> Refusal:
-    if dims.Q == 0:
-        return "needs queries of low rank whose projection is in the model's dtype"
-    if dims.Q % 64 or dims.K > 128 or dims.P > 64:
-        sizes = f"{dims.Q}, {dims.K} and {dims.P}"
-        return f"needs Q to be a multiple of 64, K of at most 128 and P of at most 64, not {sizes}"
-    return _gluon_refuses(where, dims)
-
-
 def _why_not_gluon() -> Refusal:
     try:
         from thalweg.ops.attention.mla_mixer.triton import gluon  # noqa: F401
@@ -178,15 +137,6 @@ def _why_not_gluon() -> Refusal:
 register(MLA_MIXER_DECODE, "reference", lambda *_: reference.mla_mixer_decode, capturable=False)
 register(MLA_MIXER_DECODE, "triton", _triton, supports=_triton_refuses, priority=10)
 register(MLA_MIXER_DECODE, "gluon", _gluon, supports=_gluon_refuses, priority=20)
-register(MLA_DECODE, "reference", lambda *_: _projected(reference.mla_decode), capturable=False)
-# A launch less for the few rows of its tile. It serves only if it is asked for, until it has been timed.
-register(
-    MLA_DECODE,
-    "low_rank",
-    _low_rank_decode,
-    supports=_low_rank_refuses,
-    tokens=Tokens(last=LOW_RANK_ROWS),
-    priority=-10,
-)
+register(MLA_DECODE, "reference", lambda *_: reference.mla_decode, capturable=False)
 register(MLA_DECODE, "triton", _triton_decode, supports=_triton_refuses, priority=10)
 register(MLA_DECODE, "gluon", _gluon_decode, supports=_gluon_refuses, priority=20)

@@ -44,7 +44,6 @@ from thalweg.ops.attention.mla_mixer.triton.bulk_copies import (
     gdc_wait,
 )
 from thalweg.ops.attention.mla_mixer.triton.mixer import LOG2_E, best_splits, launches, run_absorb
-from thalweg.ops.attention.mla_mixer.triton.queries import latent_queries
 from thalweg.ops.toolchain.triton_launch import pdl_options
 from thalweg.ops.toolchain.triton_support import multiprocessors
 
@@ -306,12 +305,16 @@ def mla_mixer_decode(
     eps: float,
 ) -> Tensor:
     B, (H, V, R) = proj_BX.shape[0], w_uv_HVR.shape
+    o_BO = proj_BX.new_empty(B, H * V)
     if B == 0:
-        return proj_BX.new_empty(B, H * V)
-    absorb, *_ = launches(B, H, R, V, multiprocessors(proj_BX.device))
+        return o_BO
+    processors = multiprocessors(proj_BX.device)
+    absorb, *_ = launches(B, H, R, V, processors)
     new = dict(kv_norm_weight_R=kv_norm_weight_R, block_rows_B=block_rows_B, eps=eps)
     q_BHC = run_absorb(absorb, proj_BX, w_uk_HKR, blocks_MSC, **new)
-    return attention(q_BHC, blocks_MSC, block_tables_BN, context_lens_B, w_uv_HVR, scale)
+    context = (blocks_MSC, block_tables_BN, context_lens_B)
+    launch(*heads_and_splits(B, H, processors), q_BHC, *context, w_uv_HVR, o_BO, scale * LOG2_E)
+    return o_BO
 
 
 def mla_decode(
@@ -328,48 +331,15 @@ def mla_decode(
     scale: float,
 ) -> Tensor:
     B, (H, V, R) = q_BO.shape[0], w_uv_HVR.shape
+    o_BO = q_BO.new_empty(B, H * V)
     if B == 0:
-        return q_BO.new_empty(B, H * V)
-    absorb, *_ = launches(B, H, R, V, multiprocessors(q_BO.device), rotated=True)
+        return o_BO
+    processors = multiprocessors(q_BO.device)
+    absorb, *_ = launches(B, H, R, V, processors, rotated=True)
     rotation = dict(positions_B=positions_B, frequencies_F=frequencies_F, rope_scale=rope_scale)
     q_BHC = run_absorb(absorb, q_BO, w_uk_HKR, blocks_MSC, **rotation)
-    return attention(q_BHC, blocks_MSC, block_tables_BN, context_lens_B, w_uv_HVR, scale)
-
-
-def mla_decode_of_low_rank(
-    q_BQ: Tensor,
-    *,
-    w_OQ: Tensor,
-    positions_B: Tensor,
-    frequencies_F: Tensor,
-    rope_scale: float,
-    w_uk_HKR: Tensor,
-    w_uv_HVR: Tensor,
-    blocks_MSC: Tensor,
-    block_tables_BN: Tensor,
-    context_lens_B: Tensor,
-    scale: float,
-) -> Tensor:
-    if len(q_BQ) == 0:
-        return q_BQ.new_empty(0, w_uv_HVR.shape[0] * w_uv_HVR.shape[1])
-    q_BHC = latent_queries(q_BQ, w_OQ, w_uk_HKR, positions_B, frequencies_F, rope_scale)
-    return attention(q_BHC, blocks_MSC, block_tables_BN, context_lens_B, w_uv_HVR, scale)
-
-
-def attention(
-    q_BHC: Tensor,
-    blocks_MSC: Tensor,
-    block_tables_BN: Tensor,
-    context_lens_B: Tensor,
-    w_uv_HVR: Tensor,
-    scale: float,
-) -> Tensor:
-    """o_BO of queries in latent space, of one sequence or more."""
-    (B, H, _), V = q_BHC.shape, w_uv_HVR.shape[1]
-    o_BO = q_BHC.new_empty(B, H * V)
-    block_h, splits = heads_and_splits(B, H, multiprocessors(q_BHC.device))
     context = (blocks_MSC, block_tables_BN, context_lens_B)
-    launch(block_h, splits, q_BHC, *context, w_uv_HVR, o_BO, scale * LOG2_E)
+    launch(*heads_and_splits(B, H, processors), q_BHC, *context, w_uv_HVR, o_BO, scale * LOG2_E)
     return o_BO
 
 
