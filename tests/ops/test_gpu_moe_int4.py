@@ -8,8 +8,6 @@ import pytest
 import torch
 
 from tests.ops.moe_case import MoeCase, experts_in_float64, implementation, moe_case_int4, rmse_ratio
-from thalweg.ops.moe.experts import EXPERTS
-from thalweg.ops.registry import Resolver, Where
 
 pytestmark = pytest.mark.gpu
 
@@ -76,20 +74,22 @@ def test_experts_in_float32(T: int, name: str) -> None:
 
 
 @pytest.mark.parametrize("T", [1, 4, 8, 16, 32, 64])
-def test_sum_and_residual_are_those_of_the_parts_by_themselves(T: int) -> None:
+@pytest.mark.parametrize("name", ["tiles", "fused"])
+def test_sum_and_residual_are_those_of_the_parts_by_themselves(T: int, name: str) -> None:
     """Bit for bit: scaled addition of the own expert and the routed ones, and the residual's."""
     case = moe_case_int4(T, 1024, 512, 32, 8, torch.bfloat16, "cuda", seed=T, own=512, scale=2.827)
-    experts = Resolver().resolve(EXPERTS, Where("cuda", "bfloat16"), case.dims)
+    experts = implementation(name, "int4")
     own, routed = replace(case, scale=0.0).run(experts), replace(case, own=None).run(experts)
     added = case.residual + torch.add(own, routed, alpha=case.scale)
     assert torch.equal(case.run(experts, residual_TD=case.residual), added)
 
 
 @pytest.mark.parametrize("T", [1, 8, 13, 40])
-def test_chained_in_a_graph(T: int) -> None:
+@pytest.mark.parametrize("name", ["tiles", "fused"])
+def test_chained_in_a_graph(T: int, name: str) -> None:
     """Each kernel may start before the one ahead is done; replays must still equal a run with nothing in flight."""
     layers = [moe_case_int4(T, 512, 256, 64, 8, torch.bfloat16, "cuda", seed=i, own=256, scale=2.5) for i in range(10)]
-    op, first = Resolver().resolve(EXPERTS, Where("cuda", "bfloat16"), layers[0].dims), layers[0].x
+    op, first = implementation(name, "int4"), layers[0].x
 
     def chain(wait: bool) -> torch.Tensor:
         x = first

@@ -151,6 +151,7 @@ inline void copy(u32 to, const void* from, int bytes) {
     copies.back().push_back({to, from, bytes});
 }
 inline void copy16(u32 to, const void* from) { copy(to, from, 16); }
+inline void copy16_alone(u32 to, const void* from) { copy(to, from, 16); }
 inline void copy4(u32 to, const void* from) { copy(to, from, 4); }
 inline void commit_copies() { copies.resize(copies.size() + 1 + copies.empty()); }
 template <int N> void wait_for_copies() {

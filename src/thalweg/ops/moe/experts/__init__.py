@@ -1,8 +1,8 @@
 """Op "experts": the experts' SwiGLU networks with the sum that ends them, over weights that carry their scheme.
 
-Forms by how many tokens share an expert: pairs and tiles for decode, sorted pairs for prompts (all in Triton, for the
-schemes of SCHEMES), and products in CUDA C++ for a few tokens: over fp8 with a launch that sums ("cuda"), over int4 and
-wide rows of fp8 with the sum in the second one ("fused").
+Four forms, by how many tokens share an expert: pairs and tiles for decode, sorted pairs for prompts (all in Triton, for
+the schemes of SCHEMES), and products in CUDA C++ for a few tokens over fp8 ("cuda"). One more in CUDA C++, for int4 and
+wide rows of fp8, has the sum and the own expert in its two launches ("fused"), and serves if it is asked for.
 """
 
 from __future__ import annotations
@@ -184,6 +184,10 @@ def _few(dims: ExpertsDims) -> Tokens:
     return Tokens(last=SCHEMES[dims.scheme].pairs)
 
 
+def _fused(where: Where, dims: ExpertsDims) -> Experts:
+    return fused.experts
+
+
 def _fewer(dims: ExpertsDims) -> Tokens:
     return Tokens(last=8 if WIDE_STEPS in (steps_per_warp(dims.D), steps_per_warp(dims.I)) else 16)
 
@@ -209,11 +213,5 @@ register(EXPERTS, "grouped", _grouped, supports=_triton_refuses, priority=10)
 register(EXPERTS, "tiles", _tiles, supports=_triton_refuses, tokens=_some, priority=20)
 register(EXPERTS, "pairs", _pairs, supports=_pairs_refuses, tokens=_few, priority=30)
 register(EXPERTS, "cuda", _cuda, supports=_cuda_refuses, tokens=_fewer, priority=40)
-register(
-    EXPERTS,
-    "fused",
-    lambda *_: fused.experts,
-    supports=_fused_refuses,
-    tokens=Tokens(last=fused.MAX_TOKENS),
-    priority=50,
-)
+# Slower than tiles over int4, and than cuda and tiles over fp8: it serves only if --op asks for it.
+register(EXPERTS, "fused", _fused, supports=_fused_refuses, tokens=Tokens(last=fused.MAX_TOKENS), priority=-20)

@@ -7,7 +7,7 @@
 // the warp's own ring in shared memory, STAGES steps ahead. What the warps have of an item is added up by one more warp:
 // none waits for another until all buffers of sums are full.
 //
-// int4: what bounds this is the number of instructions, so a nibble n goes to fp16 by its bits alone: 0x6400 | n is 1024 + n,
+// int4: a nibble n goes to fp16 by its bits alone: 0x6400 | n is 1024 + n,
 // and 0x6400 | n << 4, where it stands, is 1024 + 16 n, for which x has a sixteenth. What is too much, 1032 times the
 // columns of x or 1152 times their sixteenths, is where the products of a group begin; its scale is applied to their sum.
 // So a weight is never rounded. A lane has a word of each group, whose nibbles 0 and 4, 1 and 5 and so on are the pairs
@@ -134,7 +134,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         if (FP8) {
             if (lane < 2) copy4(shared_address(shared + slot + WORD_BYTES + lane * 4), asked_scales + step * 4);
         } else if (lane < 16)
-            copy16(shared_address(shared + slot + WORD_BYTES + lane * 16), asked_scales + step * 2 * GROUPS);
+            copy16_alone(shared_address(shared + slot + WORD_BYTES + lane * 16), asked_scales + step * 2 * GROUPS);
         asked += step == STEPS - 1;
     };
     // Into the place of a step that is done, the one that is STAGES steps behind it.
