@@ -44,6 +44,8 @@ from thalweg.errors import ConfigError
         ("ignore_config_key", [""]),
         ("op_preference", ["*"]),
         ("op_preference", {"*": 1}),
+        ("enable_prefix_caching", "yes"),
+        ("snapshot_interval", 0),
     ],
 )
 def test_a_value_out_of_range_is_one_line_that_names_the_option(option: str, value: object) -> None:
@@ -60,6 +62,16 @@ def test_defaults_are_valid_and_frozen() -> None:
     assert config.max_num_seqs is None  # left to the device
     with pytest.raises(FrozenInstanceError):
         config.seed = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("given", "on_cpu", "on_gpu"), [(None, True, False), (True, True, True), (False, False, False)]
+)
+def test_prefixes_are_cached_on_a_cpu_unless_told_otherwise(given: bool | None, on_cpu: bool, on_gpu: bool) -> None:
+    config = EngineConfig(enable_prefix_caching=given)
+    for device, expected in (("cpu", on_cpu), ("cuda:0", on_gpu)):
+        found = config.resolve(device=device, checkpoint_dtype="bfloat16", context_len=100)
+        assert found.enable_prefix_caching is expected
 
 
 def test_a_budget_below_the_number_of_sequences_is_allowed() -> None:

@@ -196,7 +196,7 @@ def split_cache(
         max_num_seqs=seqs,
         max_model_len=config.max_model_len,
         model_max_len=context_len,
-        prefix_caching=config.enable_prefix_caching,
+        prefix_caching=bool(config.enable_prefix_caching),
     )
     return replace(split, num_slots_from=reason)
 

@@ -83,12 +83,13 @@ def engine_config(
     ] = None,
     block_size: Annotated[int, _engine(metavar="TOKENS", help="Tokens per block of the cache.")] = _DEFAULTS.block_size,
     enable_prefix_caching: Annotated[
-        bool,
+        bool | None,
         _engine(
             "--enable-prefix-caching/--no-enable-prefix-caching",
-            help="Keep what was computed, so that a prompt that begins alike costs only its new tokens.",
+            help="Keep what was computed, so that a prompt that begins alike costs only its new tokens. Default: on a"
+            " CPU yes, else no.",
         ),
-    ] = _DEFAULTS.enable_prefix_caching,
+    ] = None,
     snapshot_interval: Annotated[
         str,
         _engine(

@@ -31,13 +31,14 @@ class EngineConfig:
     means 8192 on an accelerator, where a step that reads all experts anyway should have many tokens, and 2048 on a
     CPU. `max_model_len` None means the model's context length, or what fits in memory. `cache_memory` is in bytes
     and takes the place of `gpu_memory_utilization`, the share of the device's memory that weights and cache may
-    fill. `snapshot_interval` is the number of prompt tokens after which the prefix cache takes a further snapshot
+    fill. `enable_prefix_caching` None means yes on a CPU and no elsewhere, where its tests have yet to be seen to
+    pass. `snapshot_interval` is the number of prompt tokens after which the prefix cache takes a further snapshot
     of a model's states. `quantization` "fp8" quantizes the experts' weights as they are loaded. `generation_config`
     says where sampling defaults come from: the model's generation_config.json ("auto"), that of another folder, or
-    the engine's own ("vllm", "none"). `dequantize` brings weights in GGUF's blocks to `dtype` as they are loaded; None
-    means that on an accelerator, whose kernels want them so, and not on a CPU. config.json is read as though the keys
-    in `ignore_config_key` were not in it. `op_preference` maps an op's name, or "*", to the implementation that must
-    serve it.
+    the engine's own ("vllm", "none"). `dequantize` brings weights in GGUF's blocks to `dtype` as they are loaded;
+    None means that on an accelerator, whose kernels want them so, and not on a CPU. config.json is read as though
+    the keys in `ignore_config_key` were not in it. `op_preference` maps an op's name, or "*", to the implementation
+    that must serve it.
     """
 
     model: str | None = None
@@ -52,7 +53,7 @@ class EngineConfig:
     max_num_batched_tokens: int | None = None
     max_model_len: int | None = None
     block_size: int = 64
-    enable_prefix_caching: bool = True
+    enable_prefix_caching: bool | None = None
     snapshot_interval: int = 8192
     cache_memory: int | None = None
     gpu_memory_utilization: float = 0.9
@@ -103,8 +104,8 @@ class EngineConfig:
         is_number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
         self._need(is_number and 0 < seconds <= 1e6, "step_timeout", "a number of seconds above 0")
         self._integer("snapshot_interval", 1, 2**31 - 1)
-        for name in ("enforce_eager", "enable_prefix_caching"):
-            self._need(isinstance(getattr(self, name), bool), name, "true or false")
+        self._need(isinstance(self.enforce_eager, bool), "enforce_eager", "true or false")
+        self._need(isinstance(self.enable_prefix_caching, bool | None), "enable_prefix_caching", "true, false or None")
         self._need(isinstance(self.dequantize, bool | None), "dequantize", "true or false")
         device = self.device
         self._need(isinstance(device, str) and bool(_DEVICE.fullmatch(device)), "device", "auto, cpu, cuda or cuda:N")
@@ -143,6 +144,9 @@ class EngineConfig:
             dequantize=chosen != "cpu" if self.dequantize is None else self.dequantize,
             load_format=load_format,
             max_num_batched_tokens=tokens,
+            enable_prefix_caching=(
+                chosen == "cpu" if self.enable_prefix_caching is None else self.enable_prefix_caching
+            ),
         )
 
     def to_dict(self) -> dict[str, Any]:

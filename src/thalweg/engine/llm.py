@@ -46,7 +46,7 @@ class LLM:
         max_num_batched_tokens: int | None = None,
         max_model_len: int | None = None,
         block_size: int = 64,
-        enable_prefix_caching: bool = True,
+        enable_prefix_caching: bool | None = None,
         snapshot_interval: int = 8192,
         cache_memory: int | None = None,
         gpu_memory_utilization: float = 0.9,
