@@ -18,20 +18,23 @@ from thalweg.ops.registry import Op, Resolver, Where
 from thalweg.ops.toolchain import cuda_build, triton_support
 
 CUDA = pytest.importorskip("thalweg.ops.linear.cuda", exc_type=ImportError)
+FP8 = pytest.importorskip("thalweg.ops.linear.fp8.cuda", exc_type=ImportError)
 HOPPER_SHARED = 227 * 1024  # bytes of shared memory that a block may have
 
 
 @pytest.fixture(autouse=True)
 def on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CUDA, "cuda_kernel", HostKernel)
+    monkeypatch.setattr(FP8, "cuda_kernel", HostKernel)
 
 
 def check(case: Fp8Case, *, fp8: bool, norm: bool, add: bool) -> None:
-    w = (case.q_OD, case.scale_OB) if fp8 else (case.rest_RD, None)
+    w = (case.q_OD, case.scale_OB) if fp8 else (case.rest_RD,)
     T, O = len(case.x_TD), len(w[0])
     residual = torch.randn(T, O + 3).bfloat16()[:, :O] if add else None
     out = torch.full((T, O + 5), torch.nan).bfloat16()
-    y = CUDA.stream(case.x_TD, *w, (case.norm_D, 1e-5) if norm else None, residual, out[:, :O])
+    multiply = FP8.few_tokens if fp8 else CUDA.few_tokens
+    y = multiply(case.x_TD, *w, (case.norm_D, 1e-5) if norm else None, residual, out[:, :O])
     assert y.data_ptr() == out.data_ptr()
     wanted = expected(case, norm=norm, rest=True)
     wanted = wanted[:, : len(case.q_OD)] if fp8 else wanted[:, len(case.q_OD) :]
@@ -45,7 +48,7 @@ def check(case: Fp8Case, *, fp8: bool, norm: bool, add: bool) -> None:
         (1, 7168, 24, True, False, None),  # two passes
         (5, 384, 24, False, True, None),
         (8, 640, 40, True, False, None),
-        (9, 2560, 56, True, False, 40),  # in KiB: too little for one pass, and the second is shorter
+        (9, 2560, 104, True, False, 112),  # in KiB: too little for one pass, and the second is shorter
         (16, 2304, 72, True, True, None),
     ],
 )
@@ -53,8 +56,8 @@ def test_float8(
     T: int, D: int, O: int, norm: bool, add: bool, shared: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if shared is not None:
-        monkeypatch.setattr(CUDA, "SHARED", shared * 1024)
-        assert CUDA.tiling(16, D, 16, fp8=True, norm_bytes=2).columns < D
+        monkeypatch.setattr(FP8, "SHARED", shared * 1024)
+        assert FP8.tiling(32, D, 16, 2).columns == 1536
     check(draw(T, D, O, torch.bfloat16), fp8=True, norm=norm, add=add)
 
 
@@ -73,36 +76,55 @@ def test_bfloat16(T: int, D: int, O: int, norm: bool, add: bool) -> None:
 
 
 def test_no_tokens_give_no_rows() -> None:
-    case = draw(0, 128, 24, torch.bfloat16)
-    assert CUDA.stream(case.x_TD, case.q_OD, case.scale_OB).shape == (0, 24)
+    case = draw(0, 128, 24, torch.bfloat16, rest=3)
+    assert FP8.few_tokens(case.x_TD, case.q_OD, case.scale_OB).shape == (0, 24)
+    assert CUDA.few_tokens(case.x_TD, case.rest_RD).shape == (0, 3)
 
 
-SHAPES = [
-    *((*shape, True) for shape in ((7168, 2112, 1, 0), (18432, 7168, 0, 1), (5120, 16384, 2, 0), (256, 7168, 0, 0))),
-    *((*shape, False) for shape in ((7168, 163840, 1, 0), (2304, 12576, 1, 0), (4096, 2304, 0, 1), (96, 37, 1, 1))),
-]
+@pytest.mark.parametrize("T", [1, 9])
+def test_a_rest_stands_behind_float8(T: int) -> None:
+    case = draw(T, 256, 24, torch.bfloat16, rest=3)
+    y = FP8.norm_linear_fp8(case.x_TD, case.norm_D, 1e-5, case.q_OD, case.scale_OB, case.rest_RD)
+    assert rmse_ratio(y, expected(case, norm=True, rest=True)) < 0.004
 
 
 @pytest.mark.parametrize(
-    ("D", "O", "norm", "add", "fp8", "tokens"),
-    [*((*shape, tokens) for shape in SHAPES for tokens in (8, 16)), (2304, 6720, 1, 0, False, 32)],
+    ("D", "O", "norm", "add", "tokens"),
+    [
+        *((7168, 163840, 1, 0, tokens) for tokens in (8, 16)),
+        *((2304, 12576, 1, 0, tokens) for tokens in (8, 16)),
+        *((4096, 2304, 0, 1, tokens) for tokens in (8, 16)),
+        (96, 37, 1, 1, 8),
+        (2304, 6720, 1, 0, 32),
+    ],
 )
-def test_they_compile_for_hopper_without_spills(
-    tmp_path: Path, D: int, O: int, norm: int, add: int, fp8: bool, tokens: int
+def test_it_compiles_for_hopper_without_spills(
+    tmp_path: Path, D: int, O: int, norm: int, add: int, tokens: int
 ) -> None:
-    group = CUDA.ROW_GROUP if fp8 else 1
-    block_rows = group * -(-O // group // 132)
-    cut = CUDA.tiling(block_rows, D, tokens, fp8=fp8, norm_bytes=2 * norm)
-    macros = dict(
-        D=D, PASS=cut.columns, FP8=int(fp8), WARPS=CUDA.WARPS, TOKENS=tokens, ROWS=cut.rows, NORM=norm, ADD=add
-    )
+    cut = CUDA.tiling(-(-O // 132), D, tokens, norm_bytes=2 * norm)
+    macros = dict(D=D, PASS=cut.columns, WARPS=CUDA.WARPS, TOKENS=tokens, ROWS=cut.rows, NORM=norm, ADD=add)
     compiled = compile_cuda(CUDA.SOURCE, tmp_path, **macros)
     assert compiled.spilled_bytes == 0
     assert compiled.static_shared_bytes + cut.shared_bytes <= HOPPER_SHARED
 
 
-def test_constants_are_those_of_the_source() -> None:
+@pytest.mark.parametrize(
+    ("D", "O", "norm", "add"), [(7168, 2112, 1, 0), (18432, 7168, 0, 1), (5120, 16384, 2, 0), (256, 7168, 0, 0)]
+)
+@pytest.mark.parametrize("tokens", [8, 16])
+def test_float8_compiles_for_hopper_without_spills(
+    tmp_path: Path, D: int, O: int, norm: int, add: int, tokens: int
+) -> None:
+    cut = FP8.tiling(8 * -(-O // 8 // 132), D, tokens, 2 * norm)
+    macros = dict(D=D, PASS=cut.columns, WARPS=FP8.WARPS, TOKENS=tokens, NORM=norm, ADD=add)
+    compiled = compile_cuda(FP8.SOURCE, tmp_path, **macros)
+    assert compiled.spilled_bytes == 0
+    assert compiled.static_shared_bytes + cut.shared_bytes <= HOPPER_SHARED
+
+
+def test_constants_are_those_of_the_sources() -> None:
     assert f"MAX_STAGES = {CUDA.MAX_STAGES};" in CUDA.SOURCE.read_text()
+    assert f"MAX_STAGES = {FP8.MAX_STAGES}, BUFFERS = {FP8.BUFFERS}, " in FP8.SOURCE.read_text()
 
 
 @pytest.mark.parametrize("fp8", [False, True])
@@ -110,11 +132,12 @@ def test_any_shape_is_cut_into_what_fits(fp8: bool) -> None:
     for D in (128, 4096, 4608, 7168, 17408, 18432, 32768):
         for tokens in (8, 16):
             for block_rows in (8, 16, 24, 56, 1248, 1992):
-                cut = CUDA.tiling(block_rows, D, tokens, fp8=fp8, norm_bytes=0 if D > 16384 else 4)
-                assert cut.columns % (128 if fp8 else 32) == 0
-                assert cut.columns == D or cut.columns % (512 if fp8 else 256) == 0  # scales of a row go by 16 bytes
+                module = FP8 if fp8 else CUDA
+                cut = module.tiling(block_rows, D, tokens, norm_bytes=0 if D > 16384 else 4)
+                assert cut.columns == D or cut.columns % module.GRANULE == 0
                 assert cut.stages >= 2 or (block_rows <= cut.tile_rows and cut.columns == D)
-                assert cut.shared_bytes <= CUDA.SHARED
+                assert cut.stages <= module.MAX_STAGES
+                assert cut.shared_bytes <= module.SHARED
 
 
 def test_rows_that_are_not_aligned_are_copied() -> None:

@@ -122,7 +122,6 @@ inline float widened(u8 q) {  // e4m3
 }
 inline u32 widen_half(u16 two) { return pack_half(widened(two & 0xff), widened(two >> 8)); }
 inline u32 fp16_of(u32 word, u32 mask) { return (word & mask) | 0x64006400; }
-inline u32 multiply(u32 pair, u32 by) { return pack(low(pair) * low(by), high(pair) * high(by)); }
 
 static std::atomic<int> threads_that_waited, threads_that_let_go;
 inline void wait_for_kernel_ahead() { threads_that_waited++; }
@@ -196,6 +195,13 @@ inline void expect_bytes(u32 barrier, u32 bytes) {
     Barrier& b = barrier_at(barrier);
     if (b.pending != b.count) fail("a barrier is used again before its copies have come");
     b.pending--, b.bytes += (int)bytes;
+    turn(b);
+}
+inline void arrive_at_barrier(u32 barrier) {
+    std::lock_guard lock(one_at_a_time);
+    Barrier& b = barrier_at(barrier);
+    if (b.pending == 0) fail("more arrive at a barrier than it counts");
+    b.pending--;
     turn(b);
 }
 inline void copy_bytes(u32 to, const void* from, u32 bytes, u32 barrier) {

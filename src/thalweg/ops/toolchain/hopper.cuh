@@ -42,10 +42,6 @@ __device__ __forceinline__ u32 fp16_of(u32 word, u32 mask) {
 __device__ __forceinline__ float from_bf16(bf16 x) { return __uint_as_float((u32)x << 16); }
 __device__ __forceinline__ void store_bf16(bf16* to, float x) { *to = (bf16)pack(x, 0.0f); }
 __device__ __forceinline__ float as_bf16(float x) { return low(pack(x, 0.0f)); }
-__device__ __forceinline__ u32 multiply(u32 pair, u32 by) {  // bf16 each, subnormal ones too
-    asm("mul.rn.bf16x2 %0, %0, %1;" : "+r"(pair) : "r"(by));
-    return pair;
-}
 
 // Launches are dependent ones: a kernel may read and write what others do only after this wait.
 __device__ __forceinline__ void wait_for_kernel_ahead() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
@@ -104,14 +100,18 @@ template <int N> __device__ __forceinline__ void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
-// A barrier in shared memory opens once the copies it expects have come. They start on multiples of 16 bytes.
-__device__ __forceinline__ void init_barrier(u32 barrier) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
+// A barrier in shared memory opens once so many have arrived and the copies it expects have come. They start on multiples
+// of 16 bytes.
+__device__ __forceinline__ void init_barrier(u32 barrier, u32 count = 1) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
 }
 // Whoever made barriers calls this before copies may use them.
 __device__ __forceinline__ void share_barriers() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+__device__ __forceinline__ void arrive_at_barrier(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 __device__ __forceinline__ void expect_bytes(u32 barrier, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");

@@ -1,10 +1,36 @@
-"""Linear projections of a few tokens over float8 in CUDA C++: a launch, and one more if there is a rest in bf16."""
+"""Linear projections of a few tokens over float8 in CUDA C++ (few.cu says how they work): a launch, and one more if
+there is a rest in bf16."""
 
 from __future__ import annotations
 
+from ctypes import c_float, c_int, c_longlong
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
 
-from thalweg.ops.linear.cuda import stream
+from thalweg.ops.linear import cuda as bf16
+from thalweg.ops.toolchain.cuda_build import aligned_rows, cuda_kernel
+from thalweg.ops.toolchain.triton_support import multiprocessors
+from thalweg.quant.blocks import BLOCK
+
+SOURCE = Path(__file__).with_name("few.cu")
+WARPS, MAX_STAGES, BUFFERS = 11, 16, 4  # that multiply; the others as in the source
+SHARED = 222 * 1024  # bytes of shared memory that a block may ask for
+COLUMNS = 4096  # that a pass has at most: what registers hold of x
+ROWS, ROW_GROUP = 16, 8  # of a tile at most; dealt out together, so that their scales are copied 16 bytes at a time
+GRANULE = 512  # columns whose scales of a row are 16 bytes
+
+
+class Tiling(NamedTuple):
+    """How a block goes through its rows and columns: passes of `columns`, each over tiles of `tile_rows` rows, through
+    a ring of `stages` tiles."""
+
+    columns: int
+    tile_rows: int
+    stages: int
+    shared_bytes: int
 
 
 def linear_fp8(x_TD: Tensor, q_OD: Tensor, scale_OB: Tensor, rest_RD: Tensor | None = None) -> Tensor:
@@ -23,16 +49,81 @@ def norm_linear_fp8(
 
 
 def linear_add_fp8(x_TD: Tensor, q_OD: Tensor, scale_OB: Tensor, residual_TO: Tensor) -> Tensor:
-    return stream(x_TD, q_OD, scale_OB, residual_TO=residual_TO)
+    return few_tokens(x_TD, q_OD, scale_OB, residual_TO=residual_TO)
 
 
 def _both(
     x_TD: Tensor, q_OD: Tensor, scale_OB: Tensor, rest_RD: Tensor | None, norm: tuple[Tensor, float] | None
 ) -> Tensor:
     if rest_RD is None:
-        return stream(x_TD, q_OD, scale_OB, norm)
+        return few_tokens(x_TD, q_OD, scale_OB, norm)
     O = len(q_OD)
     y_TX = x_TD.new_empty(len(x_TD), O + len(rest_RD))
-    stream(x_TD, q_OD, scale_OB, norm, out_TO=y_TX[:, :O])
-    stream(x_TD, rest_RD, None, norm, out_TO=y_TX[:, O:])
+    few_tokens(x_TD, q_OD, scale_OB, norm, out_TO=y_TX[:, :O])
+    bf16.few_tokens(x_TD, rest_RD, norm, out_TO=y_TX[:, O:])
     return y_TX
+
+
+def tiling(block_rows: int, D: int, tokens: int, norm_bytes: int = 0) -> Tiling:
+    """For blocks of at most `block_rows` rows; norm_bytes: of an element of the norm's weight, if there is one.
+
+    Passes are as few as registers allow, or more until a ring of two tiles fits; tiles are equally high.
+    """
+    tiles = -(-block_rows // ROWS)
+    tile_rows = -(-block_rows // tiles // ROW_GROUP) * ROW_GROUP
+    passes = -(-D // COLUMNS)
+    while True:
+        columns = D if passes == 1 else -(-D // passes // GRANULE) * GRANULE
+        scales = columns // BLOCK + (4 if D // BLOCK % 4 == 0 and columns // BLOCK % 8 == 0 else 0)
+        stage_bytes = tile_rows * (columns + 64 + 4 * scales)
+        sums = tokens // 8 * 512 * (BUFFERS * WARPS + (tiles if passes > 1 else 0))
+        fixed = -(-norm_bytes * D // 128) * 128 + sums
+        stages = min(passes * tiles, max(0, SHARED - fixed) // stage_bytes, MAX_STAGES)
+        if stages >= min(2, passes * tiles) or columns <= GRANULE:
+            return Tiling(columns, tile_rows, stages, fixed + stages * stage_bytes)
+        passes += 1
+
+
+def few_tokens(
+    x_TD: Tensor,
+    q_OD: Tensor,
+    scale_OB: Tensor,
+    norm: tuple[Tensor, float] | None = None,
+    residual_TO: Tensor | None = None,
+    out_TO: Tensor | None = None,
+) -> Tensor:
+    """[T, O] of at most 16 tokens: x, or its RMSNorm of (weight_D, eps), times w, plus the residual, rounded once.
+
+    out_TO has a unit last stride, and is what is returned if it is given.
+    """
+    (T, D), O = x_TD.shape, q_OD.shape[0]
+    y_TO = torch.empty(T, O, dtype=x_TD.dtype, device=x_TD.device) if out_TO is None else out_TO
+    if T == 0:
+        return y_TO
+    x_TD = aligned_rows(x_TD)
+    blocks = min(multiprocessors(x_TD.device), O // ROW_GROUP)
+    tokens = 8 if T <= 8 else 16
+    norm_weight_D, eps = norm or (x_TD, 0.0)
+    norm_bytes = 0 if norm is None else norm_weight_D.element_size()
+    cut = tiling(ROW_GROUP * -(-O // ROW_GROUP // blocks), D, tokens, norm_bytes)
+    macros = dict(D=D, PASS=cut.columns, WARPS=WARPS, TOKENS=tokens)
+    macros |= dict(NORM=norm_bytes // 2, ADD=int(residual_TO is not None))
+    cuda_kernel(SOURCE, "few_tokens", 32 * (WARPS + 1), x_TD.device, **macros).launch(
+        (blocks, 1, 1),
+        cut.shared_bytes,
+        x_TD,
+        norm_weight_D,
+        q_OD,
+        scale_OB,
+        x_TD if residual_TO is None else residual_TO,
+        y_TO,
+        (c_longlong, x_TD.stride(0)),
+        (c_longlong, 0 if residual_TO is None else residual_TO.stride(0)),
+        (c_longlong, y_TO.stride(0)),
+        (c_int, T),
+        (c_int, O),
+        (c_int, cut.tile_rows),
+        (c_int, cut.stages),
+        (c_float, eps),
+    )
+    return y_TO
