@@ -25,15 +25,14 @@ def check(case: MoeCase, *names: str, bound: float = 1e-5) -> None:
 
 
 def check_kernels() -> None:
-    check(moe_case_int4(1, 264, 40, 4, 2, torch.float32), "tiles", "grouped")  # less than a block, half a group
-    check(moe_case_int4(5, 128, 136, 12, 1, torch.float32, own=24, scale=2.5), "tiles", "grouped")
-    check(moe_case_int4(40, 40, 24, 3, 2, torch.float32, own=32, scale=2.5), "tiles", "grouped")
+    check(moe_case_int4(5, 136, 40, 6, 1, torch.float32, own=24, scale=2.5), "tiles", "grouped")  # a part of a group
 
 
 def check_more_sizes() -> None:
-    check(moe_case_int4(70, 96, 40, 6, 3, torch.float32, own=17), "tiles", "grouped")
-    check(moe_case_int4(260, 144, 24, 3, 2, torch.float32, scale=2.0, own=40), "tiles", "grouped")
-    skewed = moe_case_int4(40, 64, 128, 9, 3, torch.float32, own=16)
+    check(moe_case_int4(1, 264, 136, 4, 2, torch.float32), "tiles", "grouped")
+    check(moe_case_int4(40, 96, 40, 6, 3, torch.float32, own=17), "tiles", "grouped")
+    check(moe_case_int4(140, 40, 24, 2, 2, torch.float32, scale=2.0, own=40), "tiles", "grouped")
+    skewed = moe_case_int4(20, 64, 128, 9, 3, torch.float32, own=16)
     skewed.ids[:] = torch.tensor([8, 0, 3])
     check(skewed, "tiles", "grouped")
     # The interpreter cuts what goes to bf16 off instead of rounding it, twice on the way of a weight.
@@ -54,10 +53,9 @@ def check_no_tokens_and_nan() -> None:
 
 
 def check_the_best_implementations() -> None:
-    for T in (1, 3):
-        case = moe_case_int4(T, 64, 32, 4, 2, torch.float32, own=16)
-        y = case.run(triton_experts(case))
-        torch.testing.assert_close(y, case.run(reference_experts), rtol=1e-4, atol=1e-4)
+    case = moe_case_int4(1, 64, 32, 4, 2, torch.float32, own=16)
+    y = case.run(triton_experts(case))
+    torch.testing.assert_close(y, case.run(reference_experts), rtol=1e-4, atol=1e-4)
 
 
 def test_kernels_under_the_interpreter() -> None:
