@@ -1,4 +1,4 @@
-"""Experts in fp8 in CUDA C++: compiled for Hopper, when they are chosen. What they compute: test_gpu_moe_fp8."""
+"""Experts in fp8 in CUDA C++: on the host, compiled for Hopper, when they are chosen. On a GPU: test_gpu_moe_fp8."""
 
 from __future__ import annotations
 
@@ -6,10 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.nn.functional as F
 
 from tests.ops.compile_cuda import compile_cuda
+from tests.ops.moe_case import moe_case_fp8, rmse_ratio
+from tests.ops.run_on_host import HostKernel
 from thalweg.ops.moe.experts import EXPERTS, ExpertsDims, steps_per_warp
 from thalweg.ops.registry import Resolver, Where
+from thalweg.quant import scheme_named
 
 DIMS: dict[str, Any] = {"E": 257, "D": 2304, "I": 1024, "scheme": "fp8"}
 
@@ -33,12 +38,26 @@ def test_they_compile_for_hopper(tmp_path: Path, tokens: int, gated: int, column
     assert blocks * (shared_bytes + compiled.static_shared_bytes + 1024) <= 228 * 1024
 
 
+@pytest.mark.parametrize(("T", "D"), [(2, 256), (1, 3584)])  # a ring that holds all steps of an item, and not
+def test_gate_and_up_on_the_host(monkeypatch: pytest.MonkeyPatch, T: int, D: int) -> None:
+    pytest.importorskip("triton")
+    from thalweg.ops.moe.experts import cuda_fp8
+
+    monkeypatch.setattr(cuda_fp8, "cuda_kernel", HostKernel)
+    monkeypatch.setattr(cuda_fp8, "multiprocessors", lambda device: 3)
+    case = moe_case_fp8(T, D, 128, 4, 2, 1, torch.bfloat16, published=True)
+    h = cuda_fp8.run_gate_up(case.x, case.ids, *case.gate_up, num_shared=1)
+    w = [scheme_named("fp8").widened([t[e] for t in case.gate_up], 2, torch.float32).double() for e in range(5)]
+    parts = [(w[e] @ case.x[t].double()).chunk(2) for t, of in enumerate(case.ids.tolist()) for e in of]
+    assert rmse_ratio(h, torch.stack([F.silu(gate) * up for gate, up in parts])) < 0.004
+
+
 def test_constants_are_those_of_the_source() -> None:
     pytest.importorskip("triton")
     from thalweg.ops.moe.experts.cuda_fp8 import BUFFERS, SOURCE, TILE
 
     source = SOURCE.read_text()
-    assert "STEP_BYTES = 16 * BLOCK;" in source
+    assert "STEP_BYTES = 16 * BLOCK," in source
     assert f"BUFFERS = {BUFFERS};" in source
     assert f"TOKENS = {TILE} * TILES;" in source
 

@@ -50,7 +50,14 @@ def test_experts_at_the_published_shape(T: int, skewed: bool, published: bool) -
 @pytest.mark.parametrize("T", [1, 2, 3, 7, 8, 9, 15, 16, 17])
 @pytest.mark.parametrize("published", [False, True])
 @pytest.mark.parametrize(
-    ("D", "I", "E", "k", "shared"), [(256, 128, 32, 4, 1), (1792, 1536, 20, 3, 0), (2304, 1024, 64, 8, 1)]
+    ("D", "I", "E", "k", "shared"),
+    [
+        (256, 128, 32, 4, 1),
+        (1792, 1536, 20, 3, 0),
+        (2304, 1024, 64, 8, 1),
+        (7168, 2048, 12, 4, 1),
+        (4096, 256, 12, 4, 1),
+    ],
 )
 def test_experts_in_cuda(T: int, published: bool, D: int, I: int, E: int, k: int, shared: int) -> None:
     case = moe_case_fp8(T, D, I, E, k, shared, torch.bfloat16, "cuda", seed=T, published=published)
@@ -62,7 +69,7 @@ def test_experts_in_cuda(T: int, published: bool, D: int, I: int, E: int, k: int
     assert all(rmse_ratio(a, b) < 0.01 for a, b in zip(y, expected, strict=True))
     rows = [slice(t, t + 1) for t in range(T)]
     alone = [op(case.x[t], case.weights[t], case.ids[t], case.gate_up, case.down, num_shared=shared) for t in rows]
-    assert T > 16 or torch.equal(y, torch.cat(alone))
+    assert (16 if D <= 3072 else 8) < T or torch.equal(y, torch.cat(alone))  # the others serve beyond
 
 
 @pytest.mark.parametrize("T", [1, 2, 7, 8, 9, 16, 33, 64])

@@ -49,7 +49,8 @@ def test_under_the_interpreter() -> None:
     run_interpreted(check_split_norms)
 
 
-def test_compiles_for_hopper_without_spills() -> None:
+@pytest.mark.parametrize("Q", [1536, 0])
+def test_compiles_for_hopper_without_spills(Q: int) -> None:
     pytest.importorskip("triton")
     from thalweg.ops.attention.mla_down_norms.triton import _split_norms
 
@@ -57,7 +58,7 @@ def test_compiles_for_hopper_without_spills() -> None:
     types |= {"positions_ptr": "*i64", "block_rows_ptr": "*i64", "frequencies_ptr": "*fp32"}
     types |= {"x_stride": "i32", "eps": "fp32", "rope_scale": "fp32"}
     blocks = {"BLOCK_Q": 2048, "BLOCK_R": 512, "BLOCK_P": 64}
-    compiled = compile_sm90(_split_norms, types, {"Q": 1536, "R": 512, "P": 64, **blocks, "PDL": True}, 4)
+    compiled = compile_sm90(_split_norms, types, {"Q": Q, "R": 512, "P": 64, **blocks, "PDL": True}, 4)
     assert compiled.spilled_bytes == 0
     assert compiled.ptx.count("griddepcontrol.wait") == 3  # one in each branch
 

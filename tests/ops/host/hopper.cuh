@@ -83,6 +83,12 @@ T __shfl_xor_sync(u32 all, T x, int mask) { return __shfl_sync(all, x, threadIdx
 template <class T>
 T __shfl_up_sync(u32 all, T x, int by) { return __shfl_sync(all, x, max(threadIdx.x % 32 - by, 0)); }
 inline int __popcll(u64 x) { return __builtin_popcountll(x); }
+inline int __popc(u32 x) { return __builtin_popcount(x); }
+inline u32 __ballot_sync(u32 all, bool x) {
+    u32 votes = 0;
+    for (int lane = 0; lane < 32; lane++) votes |= (u32)__shfl_sync(all, (int)x, lane) << lane;
+    return votes;
+}
 
 inline u32 __byte_perm(u32 a, u32 b, u32 selector) {
     const u64 both = (u64)b << 32 | a;

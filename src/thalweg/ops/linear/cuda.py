@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from thalweg.errors import KernelError
 from thalweg.ops.toolchain.cuda_build import aligned_rows, cuda_kernel
 from thalweg.ops.toolchain.triton_support import multiprocessors
 
@@ -63,6 +64,10 @@ def tiling(block_rows: int, D: int, tokens: int, *, norm_bytes: int = 0) -> Tili
                 continue
             if cut.stages >= 2 or (cut.stages == 1 and passes == 1 and block_rows <= cut.tile_rows):
                 return cut
+        if passes > 1 and columns <= GRANULE:
+            raise KernelError(
+                f"{block_rows} rows of {D} columns per multiprocessor do not fit; use --op linear=reference"
+            )
         passes += 1
 
 

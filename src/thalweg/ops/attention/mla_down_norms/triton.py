@@ -93,7 +93,7 @@ def split_norms(
     if len(x_TX):
         _split_norms[(len(x_TX), 3 if Q else 2)](
             x_TX,
-            q_weight_Q,
+            kv_weight_R if q_weight_Q is None else q_weight_Q,  # some pointer: no program reads it without queries
             kv_weight_R,
             q_TQ,
             positions_T,

@@ -57,6 +57,7 @@ LINEAR_ADD_FP8: Op[Fp8LinearDims, LinearAddFp8] = Op("linear_add_fp8", Fp8Linear
 
 FEW = Tokens(last=16)  # beyond, x does not fit the registers of a block
 MAX_NORM = 16384  # columns that the norm's kernel takes
+MAX_CUDA_NORM = 8192  # with MAX_ROWS rows more would not fit shared memory
 MAX_ROWS = 2**18  # of which the sums over passes fit shared memory
 
 
@@ -78,6 +79,12 @@ def _cuda_refuses(where: Where, dims: Fp8LinearDims) -> Refusal:
     if dims.D % BLOCK or (dims.D > 4096 and dims.D % 512):
         return f"needs D to be a multiple of {BLOCK}, beyond 4096 of 512, not {dims.D}"
     return _triton_refuses(where, dims) or cuda_build.why_not(where) or why_not_hopper()
+
+
+def _cuda_norm_refuses(where: Where, dims: Fp8LinearDims) -> Refusal:
+    if dims.D > MAX_CUDA_NORM:
+        return f"needs D of at most {MAX_CUDA_NORM} for the norm to stand beside the sums, not {dims.D}"
+    return _cuda_refuses(where, dims)
 
 
 def _triton_linear(where: Where, dims: Fp8LinearDims) -> LinearFp8:
@@ -122,7 +129,7 @@ register(LINEAR_FP8, "cuda", _cuda_linear, supports=_cuda_refuses, tokens=FEW, p
 
 register(NORM_LINEAR_FP8, "reference", lambda *_: reference.norm_linear_fp8)
 register(NORM_LINEAR_FP8, "triton", _triton_norm_linear, supports=_triton_norm_refuses, priority=10)
-register(NORM_LINEAR_FP8, "cuda", _cuda_norm_linear, supports=_cuda_refuses, tokens=FEW, priority=20)
+register(NORM_LINEAR_FP8, "cuda", _cuda_norm_linear, supports=_cuda_norm_refuses, tokens=FEW, priority=20)
 
 register(LINEAR_ADD_FP8, "reference", lambda *_: reference.linear_add_fp8)
 register(LINEAR_ADD_FP8, "triton", _triton_linear_add, supports=_triton_refuses, priority=10)

@@ -27,35 +27,12 @@ constexpr int BLOCK = 128, ROWS = GATED ? 8 : 16, WARPS = COLS / (BLOCK * STEPS)
 constexpr int BLOCKS = COLS / BLOCK, ITEMS = OUT / ROWS;  // of an expert
 constexpr int EXPERT_ROWS = GATED ? 2 * OUT : OUT;
 constexpr int UPPER = GATED ? OUT : 8;  // from a row of the item's first eight to its counterpart of the second
-constexpr int STEP_BYTES = 16 * BLOCK;
+constexpr int STEP_BYTES = 16 * BLOCK, EARLY = STEPS < STAGES ? STEPS : STAGES;
 constexpr int THREADS = 32 * (WARPS + 1), BUFFERS = 4;
 constexpr int FULL = 1, EMPTY = FULL + BUFFERS;  // barriers of the buffers
 
-__device__ __forceinline__ u32 half_pair(float a, float b) {
-    u32 pair;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(b), "f"(a));
-    return pair;
-}
-__device__ __forceinline__ u32 widen(u16 two) {
-    u32 pair;
-    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(pair) : "h"(two));
-    return pair;
-}
-__device__ __forceinline__ u32 larger(u32 a, u32 b) {  // of pairs of bf16
-    u32 c;
-    asm("max.bf16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
-    return c;
-}
 __device__ __forceinline__ void store(u16* to, float x) { store_bf16(to, x); }
 __device__ __forceinline__ void store(float* to, float x) { *to = x; }
-
-// In fp16.
-__device__ __forceinline__ void mma_half(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
 
 // Which experts are chosen, in the order of the last token of each, backwards (so the shared ones begin), and by which
 // tokens.
@@ -101,11 +78,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, TILES == 1 && WARPS <= 12 
     };
 
 #if GATED
-    // The shared experts' weights are known before the router is done.
+    // The shared experts' weights are known before the router is done: as much of the first as the ring has room for.
     const bool early = blockIdx.x < SHARED * ITEMS && warp < WARPS;
     if (early)
 #pragma unroll
-        for (int step = 0; step < STEPS; step++) ask(step, E - 1 - blockIdx.x / ITEMS, blockIdx.x % ITEMS, step);
+        for (int step = 0; step < EARLY; step++) ask(step, E - 1 - blockIdx.x / ITEMS, blockIdx.x % ITEMS, step);
     wait_for_kernel_ahead();
     // Only now may "down" start: it reads ids before its own wait, and they are complete here.
 #else
@@ -195,10 +172,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, TILES == 1 && WARPS <= 12 
         commit_copies();
     };
     if (early)
-        for (int step = 0; step < STEPS; step++) commit_copies();  // the first holds the copies of all
+        for (int step = 0; step < EARLY; step++) commit_copies();  // the first holds the copies of all
 #pragma unroll
     for (int n = 0; n < STAGES; n++)
-        if (!(early && n < STEPS)) ask_next(n, n / STEPS, n % STEPS);
+        if (!(early && n < EARLY)) ask_next(n, n / STEPS, n % STEPS);
 
     Rows rows;
     auto load_rows = [&](int expert) {
@@ -227,7 +204,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, TILES == 1 && WARPS <= 12 
                 }
 #pragma unroll
             for (int i = 0; i < STEPS * 16; i++)
-                largest = larger(largest, rows.x[tile][i / 16][i / 8 % 2][i % 8] & 0x7fff7fffu);
+                largest = max_pairs(largest, rows.x[tile][i / 16][i / 8 % 2][i % 8] & 0x7fff7fffu);
             largest = max(largest & 0xffff, largest >> 16);
             largest = max(largest, __shfl_xor_sync(~0u, largest, 1));
             largest = max(largest, __shfl_xor_sync(~0u, largest, 2));
@@ -239,7 +216,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, TILES == 1 && WARPS <= 12 
 #pragma unroll
             for (int i = 0; i < STEPS * 16; i++) {
                 u32& two = rows.x[tile][i / 16][i / 8 % 2][i % 8];
-                two = half_pair(low(two) * factor, high(two) * factor);
+                two = pack_half(low(two) * factor, high(two) * factor);
             }
         }
     };
@@ -274,11 +251,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, TILES == 1 && WARPS <= 12 
                 const uint4 l4 = w[0][i / 4], u4 = w[1][i / 4];
                 const u32 l = i % 4 == 0 ? l4.x : i % 4 == 1 ? l4.y : i % 4 == 2 ? l4.z : l4.w;
                 const u32 u = i % 4 == 0 ? u4.x : i % 4 == 1 ? u4.y : i % 4 == 2 ? u4.z : u4.w;
-                const u32 a0 = widen((u16)l), a1 = widen((u16)u), a2 = widen((u16)(l >> 16)), a3 = widen((u16)(u >> 16));
+                const u32 a0 = widen_half((u16)l), a1 = widen_half((u16)u), a2 = widen_half((u16)(l >> 16)), a3 = widen_half((u16)(u >> 16));
 #pragma unroll
                 for (int tile = 0; tile < TILES; tile++) {
                     const u32* b = &rows.x[tile][step][i / 4][i % 4 * 2];
-                    if (TILES == 1 || tokens >> 8 * tile & 0xff) mma_half(c[tile][i / 4], a0, a1, a2, a3, b[0], b[1]);
+                    if (TILES == 1 || tokens >> 8 * tile & 0xff) mma_fp16(c[tile][i / 4], a0, a1, a2, a3, b[0], b[1]);
                 }
             }
             __syncwarp();  // all have read
