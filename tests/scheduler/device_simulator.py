@@ -301,8 +301,8 @@ class Harness:
         return solo(self.requests[id], self.device.seeds[id], *limits)
 
     def cached(self, id: str) -> int:
-        """Prompt tokens that an update of a request said were cached."""
-        return max(update.num_cached_tokens for update in self.updates[id])
+        """Prompt tokens that the updates of a request said were cached, as those who report them add up."""
+        return sum(update.num_cached_tokens for update in self.updates[id])
 
     def check_against_solo(self) -> None:
         for id in self.requests:

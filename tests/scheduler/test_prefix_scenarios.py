@@ -379,3 +379,55 @@ def test_steps_in_which_nothing_is_restored_or_kept_say_nothing_of_it() -> None:
     assert [bool(plan.snapshots) for plan in decodes] == [bool(plan.new_blocks) for plan in decodes]
     assert sum(bool(plan.snapshots) for plan in decodes) == 3
     assert not any(plan.restores for plan in h.plans)
+
+
+def test_cached_tokens_are_told_once_however_often_a_request_gives_way() -> None:
+    h = harness(8, num_blocks=12, max_num_seqs=4, max_model_len=48)
+    ask(h, "first", tokens(13))
+    for i, id in enumerate("abc"):
+        h.add(id, [*tokens(13), 40 + i], max_tokens=20, ignore_eos=True)
+    h.drain()
+    assert h.scheduler.stats().num_preemptions > 0
+    assert [h.cached(id) for id in "abc"] == [12, 12, 12]
+
+
+@pytest.mark.parametrize("other_first", [False, True])
+def test_a_plan_whose_making_is_interrupted_leaves_nothing_to_hit(
+    monkeypatch: pytest.MonkeyPatch, other_first: bool
+) -> None:
+    """As by Ctrl-C in a script, which then aborts its requests and may ask again."""
+    h = harness()
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    h.add("interrupted", tokens(30), max_tokens=3, ignore_eos=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(h.scheduler._roster, "prefilled", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            h.scheduler.schedule()
+    h.abort("interrupted")
+    h.scheduler.check_idle()
+    if other_first:
+        ask(h, "other", tokens(9, 20))
+    assert ask(h, "again", tokens(30)) == 0
+    assert ask(h, "once more", tokens(30)) == 28
+
+
+def test_prompts_share_a_step_whatever_the_grid() -> None:
+    """Of one that has room as a whole nothing is cut, so that it need not have room for a piece of the grid."""
+    h = harness(block_size=127, grid=8128, num_blocks=400, max_num_seqs=64, max_num_batched_tokens=2048)
+    for i in range(64):
+        h.add(str(i), [2 + i % 30, 3 + i // 30, *tokens(48)], max_tokens=1, ignore_eos=True)
+    h.drain()
+    assert len(h.plans) == 2
+    h.check_against_solo()
+
+
+def test_a_long_path_without_blocks_is_evicted_at_once() -> None:
+    """A model without paged layers has nothing to keep below its last snapshot."""
+    h = harness(1, num_blocks=0, block_size=1, grid=1, max_num_batched_tokens=4096, max_model_len=4096)
+    ask(h, "long", tokens(1500), max_tokens=1)
+    ask(h, "other", tokens(10, 5), max_tokens=1)
+    assert h.scheduler.cache.tree is not None
+    assert h.scheduler.cache.tree.num_nodes < 20

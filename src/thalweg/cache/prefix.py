@@ -155,7 +155,9 @@ class PrefixTree:
         while self._leaves:
             stamp, _, node = heappop(self._leaves)
             if not (node.gone or node.refs or node.children) and node.stamp == stamp:
-                self._remove(node)
+                above = self._remove(node)
+                if above is not None:
+                    self._offer(above)
                 return
         raise CacheAccountingError("no node can be evicted")
 
@@ -249,11 +251,14 @@ class PrefixTree:
             saved.pop(node, None)
 
     def _offer(self, node: Node) -> None:
-        """`node`, which nobody holds, may be evicted if nothing is below it; at once if it is of no use."""
+        """`node`, which nobody holds, may be evicted if nothing is below it; at once if it is of no use, and then what
+        is above it likewise."""
+        while not (node.children or self._blocks.num_blocks or node.snapshot):
+            above = self._remove(node)
+            if above is None:
+                return
+            node = above
         if node.children:
-            return
-        if not self._blocks.num_blocks and not node.snapshot:
-            self._remove(node)
             return
         self._pushed += 1
         heappush(self._leaves, (node.stamp, self._pushed, node))
@@ -261,7 +266,8 @@ class PrefixTree:
             self._leaves = [e for e in self._leaves if not (e[2].gone or e[2].refs) and e[2].stamp == e[0]]
             heapify(self._leaves)
 
-    def _remove(self, node: Node) -> None:
+    def _remove(self, node: Node) -> Node | None:
+        """Take a leaf that nobody holds out of the tree: what is above it, if nobody holds that either."""
         parent = node.parent
         assert parent is not None
         self._detach(node)
@@ -276,8 +282,8 @@ class PrefixTree:
             self._ghosts.popitem(last=False)
         if parent.parent is None:
             self._drop_root(parent)
-        elif parent.refs == 0:
-            self._offer(parent)
+            return None
+        return parent if parent.refs == 0 else None
 
     def _detach(self, node: Node) -> None:
         assert node.parent is not None

@@ -56,6 +56,7 @@ class Scheduler:
         self._roster = Roster(cache, max_num_seqs, self._prefixes)
         self._in_flight: deque[tuple[int, list[Sequence], list[Sequence]]] = deque()  # step, decodes, prefills
         self._next_step = 0
+        self._planning = False  # whether a plan is being made, or its making was interrupted
         self._steps_done = 0  # every step below this number has its result
         self._last_served = -1  # arrival of the decode served last when there were too many for a step
         self._arrivals = 0
@@ -96,7 +97,8 @@ class Scheduler:
         seq = self._roster.sequences.get(request_id)
         if seq is None:
             return False
-        self._roster.end(seq, self._next_step)
+        # Of a plan that was never made, because making it was interrupted, nothing has been or will be computed.
+        self._roster.end(seq, self._next_step, failed=self._planning)
         return True
 
     def is_queued(self, request_id: str) -> bool:
@@ -140,6 +142,7 @@ class Scheduler:
     def schedule(self) -> StepPlan | None:
         """The next step. None when there is nothing to run before a result arrives or a request is added."""
         step = self._next_step
+        self._planning = True
         self._prefixes.begin(step)
         new_blocks = self._prefixes.new_blocks
         decodes, slots, starts = self._plan_decodes(new_blocks)
@@ -147,8 +150,8 @@ class Scheduler:
         admissions: list[Admission] = []
         prefills: list[Prefill] = []
         prefill_seqs: list[Sequence] = []
-        while budget >= (self._prefixes.least if prefills else 1):
-            seq = self._roster.prefilling or self._admit(admissions, new_blocks)
+        while budget > 0:
+            seq = self._roster.prefilling or self._admit(admissions, new_blocks, budget, whole=bool(prefills))
             if seq is None:
                 break
             prefill = self._plan_prefill(seq, budget)
@@ -158,10 +161,13 @@ class Scheduler:
             if self._roster.prefilling is not None:
                 break  # it is cut where the budget or the prefix cache wants it, and has one row in a step
         if not decodes and not prefills:
+            self._planning = False
             return None
         self._next_step = step + 1
         self._in_flight.append((step, decodes, prefill_seqs))
-        return StepPlan(step, admissions, new_blocks, slots, starts, prefills, *self._prefixes.copies())
+        plan = StepPlan(step, admissions, new_blocks, slots, starts, prefills, *self._prefixes.copies())
+        self._planning = False
+        return plan
 
     def _plan_decodes(self, new_blocks: NewBlocks) -> tuple[list[Sequence], list[int], list[int]]:
         # Rows are planned in order of arrival, so whoever gives way to one of them has no row in this plan.
@@ -196,12 +202,19 @@ class Scheduler:
         self._last_served = (early or late)[-1].arrival
         return early + late
 
-    def _admit(self, admissions: list[Admission], new_blocks: NewBlocks) -> Sequence | None:
+    def _admit(
+        self, admissions: list[Admission], new_blocks: NewBlocks, budget: int, *, whole: bool
+    ) -> Sequence | None:
+        """The head of the queue, if it can begin. `whole`: and if the budget has room for all of it, or at least for
+        what the prefix cache wants in one piece."""
         seq = self._roster.head(self._steps_done)
         if seq is None:
             return None
         match = self._prefixes.find(seq)
         if match is not None and match.soon:
+            return None
+        cached = 0 if match is None else match.node.depth * self.cache.block_size
+        if whole and budget < min(seq.num_known - cached, self._prefixes.least):
             return None
         blocks = self._roster.admit(seq, None if match is None else match.node)
         if blocks is None:

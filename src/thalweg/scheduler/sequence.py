@@ -140,6 +140,7 @@ class Sequence:
             news = RequestUpdate(self.request_id, [])
         if self.num_cached and prefill.start + prefill.length >= self.num_prompt:
             news = replace(news, num_cached_tokens=self.num_cached)
+            self.num_cached = 0  # told once, also if it is preempted and comes by here again
         if logprobs is None and logits is None:
             return news
         return replace(news, prompt_logprobs=logprobs, prompt_logits=logits)
