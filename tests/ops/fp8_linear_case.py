@@ -29,15 +29,18 @@ def draw(
     rest: int = 0,
     device: str = "cpu",
     norm_dtype: torch.dtype | None = None,
+    seed: int = 0,
 ) -> Fp8Case:
+    rng = torch.Generator(device).manual_seed(T + D + O + rest + 10**6 * seed)
+
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=device)
+        return torch.randn(*shape, generator=rng, device=device)
 
     return Fp8Case(
         normal(T, D + 8).to(dtype)[:, :D],
         (1 + normal(D) / 8).to(norm_dtype or dtype),
         (normal(O, D) * 50).to(torch.float8_e4m3fn),
-        torch.rand(O, blocks(D), device=device) * 2e-3 + 1e-5,
+        torch.rand(O, blocks(D), generator=rng, device=device) * 2e-3 + 1e-5,
         normal(rest, D).to(dtype),
         normal(T, O + 3).to(dtype)[:, :O],
     )

@@ -26,8 +26,6 @@ DIMS: dict[str, Any] = {"E": 384, "D": 7168, "I": 2048, "scheme": "int4", "own":
         (2, 256, 256, 256, False),
         pytest.param(8, 256, 512, 0, False, marks=pytest.mark.slow),
         pytest.param(13, 256, 256, 256, True, marks=pytest.mark.slow),  # tokens move up, and an expert has two passes
-        pytest.param(3, 2048, 256, 256, False, marks=pytest.mark.slow),  # two steps for each warp
-        pytest.param(45, 256, 256, 256, False, marks=pytest.mark.slow),  # two passes of the own expert
     ],
 )
 def test_on_the_host(monkeypatch: pytest.MonkeyPatch, T: int, D: int, I: int, own: int, skewed: bool) -> None:

@@ -104,7 +104,7 @@ def test_a_row_that_is_not_finite_stays_alone(T: int) -> None:
 @pytest.mark.parametrize("T", [1, 8, 16, 40])
 def test_chained_in_a_graph_reads_what_the_launch_ahead_wrote(T: int) -> None:
     D = 5120  # more than one pass
-    cases = [draw(T, D, D, torch.bfloat16, device="cuda") for _ in range(6)]
+    cases = [draw(T, D, D, torch.bfloat16, device="cuda", seed=i) for i in range(6)]
     norm_linear, linear_add = (resolved(op, "cuda", D, D) for op in (NORM_LINEAR_FP8, LINEAR_ADD_FP8))
 
     def chain(wait: bool) -> torch.Tensor:

@@ -57,7 +57,7 @@ LINEAR_ADD_FP8: Op[Fp8LinearDims, LinearAddFp8] = Op("linear_add_fp8", Fp8Linear
 
 FEW = Tokens(last=16)  # beyond, x does not fit the registers of a block
 MAX_NORM = 16384  # columns that the norm's kernel takes
-MAX_CUDA_NORM = 8192  # with MAX_ROWS rows more would not fit shared memory
+MAX_CUDA_NORM, MAX_NORM_ROWS = 8192, 2**16  # beyond both a norm's weight and the sums do not fit shared memory
 MAX_ROWS = 2**18  # of which the sums over passes fit shared memory
 
 
@@ -82,8 +82,8 @@ def _cuda_refuses(where: Where, dims: Fp8LinearDims) -> Refusal:
 
 
 def _cuda_norm_refuses(where: Where, dims: Fp8LinearDims) -> Refusal:
-    if dims.D > MAX_CUDA_NORM:
-        return f"needs D of at most {MAX_CUDA_NORM} for the norm to stand beside the sums, not {dims.D}"
+    if dims.D > MAX_CUDA_NORM and dims.O > MAX_NORM_ROWS:  # the norm would not fit beside the sums
+        return f"needs D of at most {MAX_CUDA_NORM} or O of at most {MAX_NORM_ROWS}, not {dims.D} and {dims.O}"
     return _cuda_refuses(where, dims)
 
 
