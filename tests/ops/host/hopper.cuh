@@ -127,7 +127,6 @@ inline float widened(u8 q) {  // e4m3
     return q & 0x80 ? -x : x;
 }
 inline u32 widen_half(u16 two) { return pack_half(widened(two & 0xff), widened(two >> 8)); }
-inline u32 fp16_of(u32 word, u32 mask) { return (word & mask) | 0x64006400; }
 
 static std::atomic<int> threads_that_waited, threads_that_let_go;
 inline void wait_for_kernel_ahead() { threads_that_waited++; }
@@ -140,7 +139,6 @@ inline uint4 load16(const void* p) {
     return x;
 }
 inline bf16 load_bf16(const bf16* p) { return *p; }
-inline float load_fp32(const float* p) { return *p; }
 inline int load_id(const long long* p) { return (int)*p; }
 
 static u8 shared[1 << 18] __attribute__((aligned(128)));
@@ -156,7 +154,6 @@ inline void copy(u32 to, const void* from, int bytes) {
     copies.back().push_back({to, from, bytes});
 }
 inline void copy16(u32 to, const void* from) { copy(to, from, 16); }
-inline void copy16_alone(u32 to, const void* from) { copy(to, from, 16); }
 inline void copy4(u32 to, const void* from) { copy(to, from, 4); }
 inline void commit_copies() { copies.resize(copies.size() + 1 + copies.empty()); }
 template <int N> void wait_for_copies() {

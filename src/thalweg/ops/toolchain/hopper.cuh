@@ -22,7 +22,7 @@ __device__ __forceinline__ u32 max_pairs(u32 a, u32 b) {  // of each of the two 
     return c;
 }
 
-// Two fp16 of a register, and the bits of a word that a mask has as the last ones of 1024 each.
+// Two fp16 of a register.
 __device__ __forceinline__ u32 pack_half(float a, float b) {
     u32 pair;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(b), "f"(a));
@@ -31,11 +31,6 @@ __device__ __forceinline__ u32 pack_half(float a, float b) {
 __device__ __forceinline__ u32 widen_half(u16 two) {  // of two float8 (e4m3)
     u32 pair;
     asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(pair) : "h"(two));
-    return pair;
-}
-__device__ __forceinline__ u32 fp16_of(u32 word, u32 mask) {
-    u32 pair;
-    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(pair) : "r"(word), "r"(mask), "r"(0x64006400));
     return pair;
 }
 
@@ -61,11 +56,6 @@ __device__ __forceinline__ bf16 load_bf16(const bf16* p) {
     return x;
 }
 
-__device__ __forceinline__ float load_fp32(const float* p) {
-    float x;
-    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(x) : "l"(p));
-    return x;
-}
 // An int64 that fits an int.
 __device__ __forceinline__ int load_id(const long long* p) {
     long long x;
@@ -88,9 +78,6 @@ __device__ __forceinline__ void copy16(u32 to, const void* from) {
     asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 // Of bytes whose neighbours others ask for.
-__device__ __forceinline__ void copy16_alone(u32 to, const void* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-}
 __device__ __forceinline__ void copy4(u32 to, const void* from) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
 }

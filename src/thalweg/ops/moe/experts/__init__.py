@@ -1,8 +1,7 @@
 """Op "experts": the experts' SwiGLU networks with the sum that ends them, over weights that carry their scheme.
 
 Four forms, by how many tokens share an expert: pairs and tiles for decode, sorted pairs for prompts (all in Triton, for
-the schemes of SCHEMES), and products in CUDA C++ for a few tokens over fp8 ("cuda"). One more in CUDA C++, for int4 and
-wide rows of fp8, has the sum and the own expert in its two launches ("fused"), and serves if it is asked for.
+the schemes of SCHEMES), and products in CUDA C++ for a few tokens over fp8 ("cuda").
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from thalweg.ops.moe.experts import fused, reference
+from thalweg.ops.moe.experts import reference
 from thalweg.ops.registry import Op, Refusal, Tokens, Where, register
 from thalweg.ops.toolchain import cuda_build
 from thalweg.ops.toolchain.triton_support import why_not
@@ -132,20 +131,6 @@ def _cuda_refuses(where: Where, dims: ExpertsDims) -> Refusal:
     if steps_per_warp(dims.D) is None or steps_per_warp(dims.I) is None:
         most = "up to 12, an even number up to 24 or four times up to 14, times 128"
         return f"needs D and I of {most}, not {dims.D} and {dims.I}"
-    return _no_cuda(where)
-
-
-def _fused_refuses(where: Where, dims: ExpertsDims) -> Refusal:
-    if dims.scheme not in ("fp8", "int4"):
-        return f"needs weights in scheme fp8 or int4, not {dims.scheme}"
-    if dims.own not in (0, dims.I if dims.scheme == "int4" else 0):
-        return f"needs an own expert beside int4 alone and as wide as the others, {dims.I}, not {dims.own}"
-    if dims.scheme == "fp8" and steps_per_warp(dims.D) != WIDE_STEPS:
-        return f"needs rows in fp8 too wide for two tiles of tokens in cuda, not {dims.D}"
-    return fused.refusal(dims.E, dims.D, dims.I, dims.scheme == "fp8") or _no_cuda(where)
-
-
-def _no_cuda(where: Where) -> Refusal:
     if where.dtype != "bfloat16":
         return f"needs bfloat16, not {where.dtype}"
     return cuda_build.why_not(where) or why_not(where)
@@ -184,10 +169,6 @@ def _few(dims: ExpertsDims) -> Tokens:
     return Tokens(last=SCHEMES[dims.scheme].pairs)
 
 
-def _fused(where: Where, dims: ExpertsDims) -> Experts:
-    return fused.experts
-
-
 def _fewer(dims: ExpertsDims) -> Tokens:
     return Tokens(last=8 if WIDE_STEPS in (steps_per_warp(dims.D), steps_per_warp(dims.I)) else 16)
 
@@ -213,5 +194,3 @@ register(EXPERTS, "grouped", _grouped, supports=_triton_refuses, priority=10)
 register(EXPERTS, "tiles", _tiles, supports=_triton_refuses, tokens=_some, priority=20)
 register(EXPERTS, "pairs", _pairs, supports=_pairs_refuses, tokens=_few, priority=30)
 register(EXPERTS, "cuda", _cuda, supports=_cuda_refuses, tokens=_fewer, priority=40)
-# Slower than tiles over int4, and than cuda and tiles over fp8: it serves only if --op asks for it.
-register(EXPERTS, "fused", _fused, supports=_fused_refuses, tokens=Tokens(last=fused.MAX_TOKENS), priority=-20)
