@@ -25,7 +25,6 @@ HOPPER_SHARED = 227 * 1024  # bytes of shared memory that a block may have
 @pytest.fixture(autouse=True)
 def on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CUDA, "cuda_kernel", HostKernel)
-    monkeypatch.setattr(FP8, "cuda_kernel", HostKernel)
 
 
 def check(case: Fp8Case, *, fp8: bool, norm: bool, add: bool) -> None:

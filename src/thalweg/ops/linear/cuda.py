@@ -93,23 +93,44 @@ def few_tokens(
     out_TO has a unit last stride, and is what is returned if it is given.
     """
     (T, D), O = x_TD.shape, w_OD.shape[0]
+    blocks = min(multiprocessors(x_TD.device), O)
+    tokens = next(n for n in (8, 16, 32) if n >= T)
+    cut = tiling(-(-O // blocks), D, tokens, norm_bytes=norm_bytes(norm))
+    macros = dict(WARPS=WARPS, TOKENS=tokens, ROWS=cut.rows)
+    return launch(SOURCE, blocks, WARPS, cut, macros, x_TD, (w_OD,), norm, residual_TO, out_TO)
+
+
+def norm_bytes(norm: tuple[Tensor, float] | None) -> int:
+    """Of an element of the norm's weight; 0 without a norm."""
+    return 0 if norm is None else norm[0].element_size()
+
+
+def launch(
+    source: Path,
+    blocks: int,
+    warps: int,
+    cut: Tiling,
+    macros: dict[str, int],
+    x_TD: Tensor,
+    weights: tuple[Tensor, ...],
+    norm: tuple[Tensor, float] | None,
+    residual_TO: Tensor | None,
+    out_TO: Tensor | None,
+) -> Tensor:
+    """Runs kernel "few_tokens" of a source, whose weights are one tensor with O rows, or that and its scales."""
+    (T, D), O = x_TD.shape, len(weights[0])
     y_TO = torch.empty(T, O, dtype=x_TD.dtype, device=x_TD.device) if out_TO is None else out_TO
     if T == 0:
         return y_TO
     x_TD = aligned_rows(x_TD)
-    blocks = min(multiprocessors(x_TD.device), O)
-    tokens = next(n for n in (8, 16, 32) if n >= T)
     norm_weight_D, eps = norm or (x_TD, 0.0)
-    norm_bytes = 0 if norm is None else norm_weight_D.element_size()
-    cut = tiling(-(-O // blocks), D, tokens, norm_bytes=norm_bytes)
-    macros = dict(D=D, PASS=cut.columns, WARPS=WARPS, TOKENS=tokens, ROWS=cut.rows)
-    macros |= dict(NORM=norm_bytes // 2, ADD=int(residual_TO is not None))
-    cuda_kernel(SOURCE, "few_tokens", 32 * WARPS, x_TD.device, **macros).launch(
+    macros = dict(D=D, PASS=cut.columns, **macros, NORM=norm_bytes(norm) // 2, ADD=int(residual_TO is not None))
+    cuda_kernel(source, "few_tokens", 32 * warps, x_TD.device, **macros).launch(
         (blocks, 1, 1),
         cut.shared_bytes,
         x_TD,
         norm_weight_D,
-        w_OD,
+        *weights,
         x_TD if residual_TO is None else residual_TO,
         y_TO,
         (c_longlong, x_TD.stride(0)),

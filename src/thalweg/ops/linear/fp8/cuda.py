@@ -3,15 +3,11 @@ there is a rest in bf16."""
 
 from __future__ import annotations
 
-from ctypes import c_float, c_int, c_longlong
 from pathlib import Path
-from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from thalweg.ops.linear import cuda as bf16
-from thalweg.ops.toolchain.cuda_build import aligned_rows, cuda_kernel
 from thalweg.ops.toolchain.triton_support import multiprocessors
 from thalweg.quant.blocks import BLOCK
 
@@ -21,16 +17,6 @@ SHARED = 222 * 1024  # bytes of shared memory that a block may ask for
 COLUMNS = 4096  # that a pass has at most: what registers hold of x
 ROWS, ROW_GROUP = 16, 8  # of a tile at most; dealt out together, so that their scales are copied 16 bytes at a time
 GRANULE = 512  # columns whose scales of a row are 16 bytes
-
-
-class Tiling(NamedTuple):
-    """How a block goes through its rows and columns: passes of `columns`, each over tiles of `tile_rows` rows, through
-    a ring of `stages` tiles."""
-
-    columns: int
-    tile_rows: int
-    stages: int
-    shared_bytes: int
 
 
 def linear_fp8(x_TD: Tensor, q_OD: Tensor, scale_OB: Tensor, rest_RD: Tensor | None = None) -> Tensor:
@@ -64,7 +50,7 @@ def _both(
     return y_TX
 
 
-def tiling(block_rows: int, D: int, tokens: int, norm_bytes: int = 0) -> Tiling:
+def tiling(block_rows: int, D: int, tokens: int, norm_bytes: int = 0) -> bf16.Tiling:
     """For blocks of at most `block_rows` rows; norm_bytes: of an element of the norm's weight, if there is one.
 
     Passes are as few as registers allow, or more until a ring of two tiles fits; tiles are equally high.
@@ -80,7 +66,7 @@ def tiling(block_rows: int, D: int, tokens: int, norm_bytes: int = 0) -> Tiling:
         fixed = -(-norm_bytes * D // 128) * 128 + sums
         stages = min(passes * tiles, max(0, SHARED - fixed) // stage_bytes, MAX_STAGES)
         if stages >= min(2, passes * tiles) or columns <= GRANULE:
-            return Tiling(columns, tile_rows, stages, fixed + stages * stage_bytes)
+            return bf16.Tiling(columns, ROWS, tile_rows, stages, fixed + stages * stage_bytes)
         passes += 1
 
 
@@ -97,33 +83,9 @@ def few_tokens(
     out_TO has a unit last stride, and is what is returned if it is given.
     """
     (T, D), O = x_TD.shape, q_OD.shape[0]
-    y_TO = torch.empty(T, O, dtype=x_TD.dtype, device=x_TD.device) if out_TO is None else out_TO
-    if T == 0:
-        return y_TO
-    x_TD = aligned_rows(x_TD)
     blocks = min(multiprocessors(x_TD.device), O // ROW_GROUP)
     tokens = 8 if T <= 8 else 16
-    norm_weight_D, eps = norm or (x_TD, 0.0)
-    norm_bytes = 0 if norm is None else norm_weight_D.element_size()
-    cut = tiling(ROW_GROUP * -(-O // ROW_GROUP // blocks), D, tokens, norm_bytes)
-    macros = dict(D=D, PASS=cut.columns, WARPS=WARPS, TOKENS=tokens)
-    macros |= dict(NORM=norm_bytes // 2, ADD=int(residual_TO is not None))
-    cuda_kernel(SOURCE, "few_tokens", 32 * (WARPS + 1), x_TD.device, **macros).launch(
-        (blocks, 1, 1),
-        cut.shared_bytes,
-        x_TD,
-        norm_weight_D,
-        q_OD,
-        scale_OB,
-        x_TD if residual_TO is None else residual_TO,
-        y_TO,
-        (c_longlong, x_TD.stride(0)),
-        (c_longlong, 0 if residual_TO is None else residual_TO.stride(0)),
-        (c_longlong, y_TO.stride(0)),
-        (c_int, T),
-        (c_int, O),
-        (c_int, cut.tile_rows),
-        (c_int, cut.stages),
-        (c_float, eps),
-    )
-    return y_TO
+    cut = tiling(ROW_GROUP * -(-O // ROW_GROUP // blocks), D, tokens, bf16.norm_bytes(norm))
+    macros = dict(WARPS=WARPS, TOKENS=tokens)
+    weights = (q_OD, scale_OB)
+    return bf16.launch(SOURCE, blocks, WARPS + 1, cut, macros, x_TD, weights, norm, residual_TO, out_TO)
