@@ -153,13 +153,14 @@ class DecodeCase:
         self.slots = (torch.randperm(self.B, generator=rng) + 1).to(self.device)
 
     def run(self, op: Callable[..., Tensor], *, padding: int = 0) -> Tensor:
-        """[steps, B, H * V]; `padding` rows of NaN that name the sink follow in every step."""
+        """[steps, B, H * V]; `padding` rows of NaN that name the sink follow in every step. Between two
+        steps another kernel runs (the concatenation), as the contract asks."""
         rows = torch.full((padding, self.shape.columns), torch.nan, dtype=self.dtype, device=self.device)
         slots = torch.cat((self.slots, torch.zeros(padding, dtype=torch.long, device=self.device)))
         outputs = []
         for proj in self.proj:
             out = op(
-                torch.cat((proj, rows)) if padding else proj,
+                torch.cat((proj, rows)),
                 conv_weight_CW=self.conv_weight,
                 conv_state_NWC=self.conv_state,
                 A_log_H=self.A_log,

@@ -71,7 +71,8 @@ class GdnMixerDecode(Protocol):
         proj_BX is [q (G * K) | k (G * K) | v (H * V) | z (H * V) | b (H) | a (H)], raw, with a unit last stride; the
         convolution with SiLU covers the first C = 2 * G * K + H * V columns. The result is the recurrence's output, in
         fp32 or rounded to proj's dtype, through "gated_rms_norm" with SiLU of z. A_log, dt_bias and the norm's weight
-        are fp32, the state is fp32 or bf16. slots_B is int64. Weights and states are contiguous.
+        are fp32, the state is fp32 or bf16. slots_B is int64. Weights and states are contiguous. What package
+        kda_mixer says of reading slot numbers and states early holds here too.
         """
 
 
