@@ -156,6 +156,17 @@ def test_a_prompt_of_whole_blocks_hits_all_but_the_last(model: str | None, lengt
     assert tokens([first]) == tokens([second])
 
 
+@pytest.mark.parametrize(("block_size", "hit"), [(127, 254), (96, 192), (7, 280)])
+def test_blocks_whose_ends_are_no_ends_of_chunks(with_states: str | None, block_size: int, hit: int) -> None:
+    prompt = ids(290)
+    with engine(with_states, on=False) as llm:
+        cold = tokens(llm.generate([prompt], GREEDY))
+    with engine(with_states, block_size=block_size) as llm:
+        first, second = one_by_one(llm, [prompt] * 2)
+    assert (first.num_cached_tokens, second.num_cached_tokens) == (0, hit)
+    assert tokens([first]) == tokens([second]) == cold
+
+
 @pytest.mark.parametrize(("dtype", "close"), [("float32", 1e-5), ("bfloat16", 0.02)])
 def test_hits_are_alike_to_the_bit_and_a_cold_run_but_for_rounding(
     with_states: str | None, dtype: str, close: float

@@ -87,8 +87,8 @@ class Slot:
 class Device:
     """Runs plans in order. With num_blocks 0 its model has no paged layers; not `stateful`, it keeps no state."""
 
-    def __init__(self, num_blocks: int, num_slots: int, block_size: int, stateful: bool = True) -> None:
-        self.num_blocks, self.num_slots, self.block_size = num_blocks, num_slots, block_size
+    def __init__(self, num_blocks: int, num_slots: int, block_size: int, stateful: bool = True, chunk: int = 1) -> None:
+        self.num_blocks, self.num_slots, self.block_size, self.chunk = num_blocks, num_slots, block_size, chunk
         self.stateful = stateful
         self.snapshots: dict[int, int] = {}
         self.pages: dict[tuple[int, int], tuple[int, int]] = {}  # (block, place in it) -> token, hash up to it
@@ -154,6 +154,7 @@ class Device:
                 if slot == p.slot:
                     assert snapshot >= 1
                     assert 0 < n <= p.length
+                    assert n % self.chunk == 0, "kernels write states at ends of their chunks"
                     self.snapshots[snapshot] = chain_all(tokens[p.start : p.start + n], self.slots[slot].state)
             self._feed(p.slot, p.start, tokens[p.start : p.start + p.length])
             assert not p.sample or p.start + p.length == len(tokens)
@@ -224,15 +225,17 @@ class Harness:
         num_snapshots: int | None = None,
         grid: int | None = None,
         interval: int = 1024,
+        chunk: int | None = None,
     ) -> None:
-        """num_snapshots None with `keep_prefixes`: the model keeps no state."""
+        """num_snapshots None with `keep_prefixes`: the model keeps no state. `chunk` None: as `grid`."""
         cache = CacheManager(
             num_blocks, max_num_seqs, block_size, keep_prefixes=keep_prefixes, num_snapshots=num_snapshots
         )
         limits = max_num_seqs, max_num_batched_tokens, max_model_len
-        self.scheduler = Scheduler(*limits, cache, EOS, seed, grid or block_size, interval)
+        grid = grid or block_size
+        self.scheduler = Scheduler(*limits, cache, EOS, seed, grid, interval, chunk or grid)
         stateful = not keep_prefixes or num_snapshots is not None
-        self.device = Device(num_blocks, max_num_seqs, block_size, stateful)
+        self.device = Device(num_blocks, max_num_seqs, block_size, stateful, chunk or grid)
         self.depth = depth
         self.pending: deque[StepPlan] = deque()
         self.plans: list[StepPlan] = []

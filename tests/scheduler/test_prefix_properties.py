@@ -41,14 +41,16 @@ limits = st.fixed_dictionaries(
         "num_snapshots": st.sampled_from([None, 1, 2, 3, 8, 30]),
     }
 )
-more_limits = st.tuples(st.sampled_from([1, 2, 3]), st.sampled_from([1, 2, 5]))  # grid in blocks, interval in grids
+more_limits = st.tuples(  # grid in blocks, interval in grids, chunk in tokens
+    st.sampled_from([1, 2, 3]), st.sampled_from([1, 2, 5]), st.sampled_from([None, None, 1, 3])
+)
 
 
-def harness(limits: dict[str, Any], more: tuple[int, int]) -> Harness:
+def harness(limits: dict[str, Any], more: tuple[int, int, int | None]) -> Harness:
     grid = limits["block_size"] * more[0]
     if limits["num_blocks"] == 0 and limits["num_snapshots"] is None:
         limits = {**limits, "num_snapshots": 2}  # without blocks and states there is no model
-    return Harness(**limits, keep_prefixes=True, grid=grid, interval=grid * more[1])
+    return Harness(**limits, keep_prefixes=True, grid=grid, interval=grid * more[1], chunk=more[2])
 
 
 def replay(h: Harness, script: list[Any]) -> None:
@@ -87,7 +89,9 @@ def finish(h: Harness) -> None:
 
 @settings(max_examples=600, derandomize=True, deadline=None)
 @given(limits, more_limits, events)
-def test_tokens_are_those_of_a_cold_run(limits: dict[str, Any], more: tuple[int, int], script: list[Any]) -> None:
+def test_tokens_are_those_of_a_cold_run(
+    limits: dict[str, Any], more: tuple[int, int, int | None], script: list[Any]
+) -> None:
     h = harness(limits, more)
     replay(h, script)
     finish(h)
@@ -108,7 +112,7 @@ def test_fuzz_over_shared_trees(seed: int) -> None:
         "depth": seed % 4,
         "num_snapshots": rng.choice([None, 2, 6, 40]),
     }
-    h = harness(limits, (rng.choice([1, 2]), rng.choice([1, 3])))
+    h = harness(limits, (rng.choice([1, 2]), rng.choice([1, 3]), rng.choice([None, 3])))
     trees = [[rng.randrange(40) for _ in range(24)] for _ in range(3)]
     script: list[Any] = []
     for _ in range(160):

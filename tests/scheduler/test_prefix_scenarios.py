@@ -168,6 +168,35 @@ def test_samples_of_one_prompt_share_one_prefill() -> None:
     assert len({tuple(h.tokens(f"{i}")) for i in range(4)}) > 1
 
 
+def test_prompts_begin_while_samples_wait_for_their_first() -> None:
+    """Four samples of each of eight prompts: two steps of prefill, in the order of arrival."""
+    h = harness(max_num_seqs=32, max_num_batched_tokens=512, num_blocks=200)
+    for i in range(8):
+        for sample in range(4):
+            h.add(f"{i}-{sample}", tokens(29, 4 * i), max_tokens=6, ignore_eos=True, seed=sample)
+    h.drain()
+    h.check_against_solo()
+    prefills = [[a.request_id for a in plan.admissions] for plan in h.plans if plan.prefills]
+    assert prefills[0] == [f"{i}-0" for i in range(8)]
+    assert len(prefills) == 2
+    assert sum(p.length for plan in h.plans for p in plan.prefills) == 8 * 29 + 24
+
+
+@pytest.mark.parametrize("limit", [{"max_num_seqs": 4}, {"num_blocks": 16}, {"max_num_batched_tokens": 40}])
+def test_who_waits_for_a_sample_loses_no_place_to_those_behind(limit: dict[str, int]) -> None:
+    """Nor to one that would take several steps."""
+    h = harness(**{"max_num_seqs": 8, "depth": 1, **limit})
+    for sample in range(4):
+        h.add(f"sample {sample}", tokens(29), max_tokens=9, ignore_eos=True, seed=sample)
+    h.add("other", tokens(29, 9), max_tokens=9, ignore_eos=True)
+    h.step()
+    assert [a.request_id for a in h.plans[0].admissions] == ["sample 0"]
+    h.step()
+    assert [a.request_id for a in h.plans[1].admissions][:3] == [f"sample {i}" for i in (1, 2, 3)]
+    h.drain()
+    h.check_against_solo()
+
+
 def test_other_salts_share_nothing() -> None:
     h = harness()
     assert ask(h, "a", tokens(20)) == 0
@@ -422,6 +451,24 @@ def test_prompts_share_a_step_whatever_the_grid() -> None:
     h.drain()
     assert len(h.plans) == 2
     h.check_against_solo()
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 64])
+def test_snapshots_that_no_kernel_writes_on_its_way_are_copied(chunk: int) -> None:
+    """Blocks whose ends seldom are ends of chunks: prefills are cut there."""
+    h = harness(block_size=7, grid=7, chunk=chunk, max_num_batched_tokens=64, interval=21)
+    assert ask(h, "first", tokens(100)) == 0
+    assert ask(h, "second", tokens(100)) == 98
+    assert ask(h, "branch", tokens(50) + tokens(30, 11)) == 42
+    assert ask(h, "again", tokens(50) + tokens(30, 12)) == 49
+
+
+def test_an_answer_without_blocks_is_kept() -> None:
+    h = harness(num_blocks=0)
+    prompt = tokens(10)
+    ask(h, "turn 1", prompt, max_tokens=33)
+    assert h.scheduler.stats().snapshots_used == 2  # the end of its prompt, and of its answer
+    assert ask(h, "turn 2", prompt + h.tokens("turn 1") + tokens(6, 20)) == 40
 
 
 def test_a_long_path_without_blocks_is_evicted_at_once() -> None:

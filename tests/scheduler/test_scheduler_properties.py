@@ -50,8 +50,8 @@ limits = st.fixed_dictionaries(
 def check_invariants(h: Harness) -> None:
     roster, cache = h.scheduler._roster, h.scheduler.cache
     running = [*roster.decoding, *([roster.prefilling] if roster.prefilling else [])]
-    arrivals = [seq.arrival for seq in running] + [seq.arrival for seq in roster.waiting.values()]
-    assert arrivals == sorted(arrivals), "running before waiting, each in order of arrival"
+    orders = [seq.order for seq in running] + [seq.order for seq in roster.waiting.values()]
+    assert orders == sorted(set(orders)), "running before waiting, each in order"
     assert len(running) <= h.scheduler.max_num_seqs
     assert len(running) + len(roster.waiting) == len(roster.sequences)
     slots = [seq.slot for seq in running]

@@ -23,6 +23,7 @@ from thalweg.scheduler.scheduler import Scheduler
 from thalweg.text.codec import load_codec
 
 STATE_CHUNK = 64  # tokens: prefills that end at a multiple cut no chunk that a kernel of a recurrent layer works in
+COARSEST_GRID = 256  # tokens: with a coarser one, few prompts would have a snapshot
 
 
 class Engine:
@@ -84,7 +85,7 @@ def new_scheduler(info: EngineInfo, seed: int) -> Scheduler:
         keep_prefixes=info.keeps_prefixes,
         num_snapshots=info.num_snapshots if info.bytes_per_sequence else None,
     )
-    grid = math.lcm(info.block_size, STATE_CHUNK)
+    grid = snapshot_grid(info.block_size)
     return Scheduler(
         max_num_seqs=info.max_num_seqs,
         max_num_batched_tokens=info.max_num_batched_tokens,
@@ -94,7 +95,15 @@ def new_scheduler(info: EngineInfo, seed: int) -> Scheduler:
         seed=seed,
         snapshot_grid=grid,
         snapshot_interval=max(1, info.snapshot_interval // grid) * grid,
+        state_chunk=STATE_CHUNK,
     )
+
+
+def snapshot_grid(block_size: int) -> int:
+    """Tokens between places where snapshots may be taken: ends of blocks and of the chunks of kernels. If these meet
+    too seldom, as with blocks of 127 tokens, ends of blocks alone, at which prefills are then cut."""
+    grid = math.lcm(block_size, STATE_CHUNK)
+    return grid if grid <= max(COARSEST_GRID, block_size) else -(-STATE_CHUNK // block_size) * block_size
 
 
 def _vocabulary(config: EngineConfig) -> Vocabulary:

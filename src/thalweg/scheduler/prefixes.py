@@ -21,16 +21,18 @@ class Prefixes:
     A model with states can go on only from a snapshot. Snapshots are taken at positions on a grid of `grid` tokens,
     which are ends of blocks and of the chunks that kernels work in: at the last one of a prompt, so that a token is
     left to compute; where a prompt leaves what the tree knows of it, and so is seen a second time; every `interval`
-    tokens of a long prompt; and at every block's end of decoding, where only the latest stays. Prefills that begin on
-    the grid write them on their way. Others, in steps that have less room than `grid`, are cut there, and the next
-    step copies them before it goes on, as decoding does.
+    tokens of a long prompt; and at every block's end of decoding, where only the latest stays. Prefills write
+    those on their way that are a multiple of `chunk` tokens after their start. At others they are cut, and the next
+    step copies the states before it goes on, as decoding does.
     """
 
-    def __init__(self, cache: CacheManager, grid: int, interval: int) -> None:
+    def __init__(self, cache: CacheManager, grid: int, interval: int, chunk: int) -> None:
         self._cache, self._tree = cache, cache.tree
-        self._block_size, self._grid, self._interval = cache.block_size, grid, interval
+        self._block_size, self._grid, self._interval, self._chunk = cache.block_size, grid, interval, chunk
         self._with_states = cache.tree is not None and cache.tree.needs_snapshots
         self.least = grid if self._with_states else 1  # tokens that a further prefill of a step has to have room for
+        # Where snapshots of decoding are taken if no block's end marks the place; 0: blocks do.
+        self.grid_without_blocks = 0 if cache.blocks.num_blocks or not self._with_states else grid
         self.queries = self.hits = 0  # prompt tokens looked up, and found
         self.misses: Counter[str] = Counter(dict.fromkeys(MISS_REASONS, 0))
         self.begin(0)
@@ -95,8 +97,7 @@ class Prefixes:
         if self._with_states:
             if seq.save_at and seq.save_at == start:
                 self._save(seq, self._cache.snapshot(seq.request_id, start // self._block_size, self._step))
-            if start % self._grid and seq.marks:
-                goal = seq.marks[-1]
+            goal = next((mark for mark in reversed(seq.marks) if not self._on_the_way(start, mark)), goal)
             end = min(end, goal)
             if end < goal and (on_grid := end // self._grid * self._grid) > start:
                 end = on_grid
@@ -111,13 +112,17 @@ class Prefixes:
         while seq.marks and seq.marks[-1] <= end:
             mark = seq.marks.pop()
             blocks = mark // self._block_size
-            if start % self._grid == 0:
+            if self._on_the_way(start, mark):
                 snapshot = self._cache.snapshot(seq.request_id, blocks, self._step + 1)
                 if snapshot:
                     self._boundaries = [*_but(self._boundaries, snapshot), (seq.slot, mark - start, snapshot)]
             else:  # it was cut there
                 seq.save_at = mark
                 self._cache.expect_snapshot(seq.request_id, blocks, self._step + 1)
+
+    def _on_the_way(self, start: int, mark: int) -> bool:
+        """Whether a prefill from `start` on can write its states at `mark`."""
+        return (mark - start) % self._chunk == 0
 
     def growing(self, seq: Sequence) -> None:
         """`seq` decodes, and its next token, at seq.computed, begins a block."""

@@ -1,13 +1,16 @@
 """Who waits, who runs, and the cache they hold.
 
-The order of arrival rules: every running sequence arrived before every waiting one. Admission takes the head
-of the queue or nobody; preemption takes the running sequence that arrived last and makes it the head. So the
-oldest sequence never gives way, and nothing starves.
+The order of arrival rules: every running sequence comes before every waiting one. Admission takes the head of the
+queue. While the head waits for what the plan being made computes, another may overtake it, if what the head needs is
+left; in the next plan it is the head's turn. Preemption takes the running sequence that is last in order and makes it
+the head. So the first sequence never gives way, and nothing starves.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
 
 from thalweg.cache.manager import CacheManager
 from thalweg.cache.node import Node
@@ -23,9 +26,9 @@ class Roster:
         self.prefixes = prefixes
         self.max_num_seqs = max_num_seqs
         self.sequences: dict[str, Sequence] = {}  # all of them, by request id
-        self.waiting: OrderedDict[str, Sequence] = OrderedDict()  # in order of arrival
-        self.decoding: list[Sequence] = []  # prefill planned to its end; in order of arrival
-        self.prefilling: Sequence | None = None  # arrived after all of `decoding`
+        self.waiting: OrderedDict[str, Sequence] = OrderedDict()  # in order
+        self.decoding: list[Sequence] = []  # prefill planned to its end; in order
+        self.prefilling: Sequence | None = None  # it comes after all of `decoding`
         self.num_preemptions = 0
 
     @property
@@ -36,24 +39,31 @@ class Roster:
         """A new sequence, at the end of the queue."""
         self.sequences[seq.request_id] = self.waiting[seq.request_id] = seq
 
-    def head(self, steps_done: int) -> Sequence | None:
-        """The head of the queue; None if there is none, or it has to wait for others or its own steps in flight."""
+    def candidates(self, steps_done: int) -> Iterator[Sequence]:
+        """The queue, from its head on; nothing if the head has to wait for others or its own steps in flight."""
         if not self.waiting or self.num_running >= self.max_num_seqs or not self.cache.slots.num_free:
-            return None
-        seq = next(iter(self.waiting.values()))
-        return None if seq.ready_after > steps_done else seq
+            return
+        for seq in self.waiting.values():
+            if seq.ready_after > steps_done:
+                return
+            yield seq
 
-    def admit(self, seq: Sequence, start: Node | None) -> list[int] | None:
-        """Moves the head of the queue to `prefilling`; gives it a slot and the blocks for all its tokens, of which
-        those down to `start` are computed.
+    def admit(self, seq: Sequence, start: Node | None, overtaken: Seq[Sequence] = ()) -> list[int] | None:
+        """Moves one of the queue, who overtakes those before it, to `prefilling`; gives it a slot and the blocks for
+        all its tokens, of which those down to `start` are computed.
 
-        None when it must wait. A block is left for every running sequence that may still need one:
-        otherwise the one admitted would soon be preempted, its prefill wasted.
+        None when it must wait. A block is left for every running sequence that may still need one: otherwise the one
+        admitted would soon be preempted, its prefill wasted. So are a slot and blocks for those that it overtakes.
         """
-        num_tokens = seq.num_known
+        num_tokens, ahead = seq.num_known, len(overtaken)
+        if self.num_running + ahead >= self.max_num_seqs or self.cache.slots.num_free <= ahead:
+            return None
         reserve = sum(other.capacity < other.max_computed for other in self.decoding)
+        reserve += sum(other.lacks for other in overtaken)
         if not self.cache.can_admit(num_tokens, reserve, start):
             return None
+        for other in reversed(overtaken):
+            seq.order, other.order = other.order, seq.order
         del self.waiting[seq.request_id]
         seq.slot, blocks = self.cache.admit(seq.request_id, num_tokens, start)
         seq.target = num_tokens
@@ -68,7 +78,7 @@ class Roster:
         self.prefilling = None
 
     def grow(self, seq: Sequence, num_steps: int) -> list[int]:
-        """Blocks so that decoding `seq` can cache one more token, at the cost of whoever arrived last.
+        """Blocks so that decoding `seq` can cache one more token, at the cost of whoever is last in order.
 
         [] when `seq` has given way, now or before its turn. num_steps is the number of steps planned so far.
         """

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 
 from thalweg.cache.manager import CacheManager
+from thalweg.cache.node import Match
 from thalweg.core import (
     Admission,
     Prefill,
@@ -25,6 +26,7 @@ from thalweg.scheduler.roster import Roster
 from thalweg.scheduler.sequence import MASK64, Sequence, derive_seed
 
 NewBlocks = list[tuple[int, int, int]]
+MOST_OVERTAKEN = 64  # requests that one plan passes over, each of which costs a look
 
 
 class Scheduler:
@@ -44,21 +46,22 @@ class Scheduler:
         seed: int,
         snapshot_grid: int = 1,
         snapshot_interval: int = 1,
+        state_chunk: int | None = None,
     ) -> None:
-        """`snapshot_grid`, `snapshot_interval`: see Prefixes."""
+        """`snapshot_grid`, `snapshot_interval`, `state_chunk`: see Prefixes."""
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
         self.cache = cache
         self.eos_token_ids = eos_token_ids
         self.seed = seed
-        self._prefixes = Prefixes(cache, snapshot_grid, snapshot_interval)
+        self._prefixes = Prefixes(cache, snapshot_grid, snapshot_interval, state_chunk or snapshot_grid)
         self._roster = Roster(cache, max_num_seqs, self._prefixes)
         self._in_flight: deque[tuple[int, list[Sequence], list[Sequence]]] = deque()  # step, decodes, prefills
         self._next_step = 0
         self._planning = False  # whether a plan is being made, or its making was interrupted
         self._steps_done = 0  # every step below this number has its result
-        self._last_served = -1  # arrival of the decode served last when there were too many for a step
+        self._last_served = -1  # order of the decode served last when there were too many for a step
         self._arrivals = 0
         self._prompt_tokens = 0
         self._generation_tokens = 0
@@ -177,6 +180,7 @@ class Scheduler:
         decodes: list[Sequence] = []
         slots: list[int] = []
         starts: list[int] = []
+        grid = self._prefixes.grid_without_blocks
         for seq in ready:
             start = seq.computed
             if start >= seq.capacity:  # also when it has given way: its capacity is then 0
@@ -187,6 +191,9 @@ class Scheduler:
                     continue
                 new_blocks.extend((seq.slot, index + i, block) for i, block in enumerate(blocks))
                 self._prefixes.grown(seq)
+            elif grid and start % grid == 0:
+                self._prefixes.growing(seq)
+                self._prefixes.grown(seq)
             seq.computed = start + 1
             decodes.append(seq)
             slots.append(seq.slot)
@@ -196,27 +203,39 @@ class Scheduler:
     def _rotate(self, ready: list[Sequence]) -> list[Sequence]:
         """As many as fit in a step, going round from where the last such step ended; in order of arrival."""
         budget = self.max_num_batched_tokens
-        first = next((i for i, seq in enumerate(ready) if seq.arrival > self._last_served), 0)
+        first = next((i for i, seq in enumerate(ready) if seq.order > self._last_served), 0)
         late = ready[first : first + budget]
         early = ready[: budget - len(late)]
-        self._last_served = (early or late)[-1].arrival
+        self._last_served = (early or late)[-1].order
         return early + late
 
     def _admit(
         self, admissions: list[Admission], new_blocks: NewBlocks, budget: int, *, whole: bool
     ) -> Sequence | None:
-        """The head of the queue, if it can begin. `whole`: and if the budget has room for all of it, or at least for
-        what the prefix cache wants in one piece."""
-        seq = self._roster.head(self._steps_done)
-        if seq is None:
-            return None
-        match = self._prefixes.find(seq)
-        if match is not None and match.soon:
+        """Who begins next, if anybody can: the head of the queue or, while it waits for what this plan computes of its
+        prompt, the first one behind it that does not, and has room as a whole. `whole`: and if the budget has room for
+        all of it, or at least for what the prefix cache wants in one piece."""
+        step = self._next_step
+        waiting: list[Sequence] = []
+        match: Match | None = None
+        for seq in self._roster.candidates(self._steps_done):
+            if seq.waits_in != step:
+                match = self._prefixes.find(seq)
+                if match is None or not match.soon:
+                    break
+                seq.waits_in, seq.lacks = step, self.cache.blocks_for(seq.num_known) - match.seen
+            waiting.append(seq)
+            if len(waiting) == MOST_OVERTAKEN:
+                return None
+        else:
             return None
         cached = 0 if match is None else match.node.depth * self.cache.block_size
-        if whole and budget < min(seq.num_known - cached, self._prefixes.least):
+        least = seq.num_known - cached
+        if whole and not waiting:
+            least = min(least, self._prefixes.least)
+        if budget < least and (whole or waiting):
             return None
-        blocks = self._roster.admit(seq, None if match is None else match.node)
+        blocks = self._roster.admit(seq, None if match is None else match.node, waiting)
         if blocks is None:
             return None
         if match is not None:

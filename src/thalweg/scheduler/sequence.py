@@ -18,17 +18,18 @@ class Sequence:
     """
 
     __slots__ = (
-        "arrival",
         "capacity",
         "computed",
         "finished",
         "keys",
+        "lacks",
         "limit",
         "marks",
         "max_computed",
         "min_tokens",
         "num_cached",
         "num_prompt",
+        "order",
         "output",
         "params",
         "prompt",
@@ -40,17 +41,18 @@ class Sequence:
         "slot",
         "stop_ids",
         "target",
+        "waits_in",
         "wants_prompt_logits",
     )
 
-    def __init__(self, request: Request, arrival: int, seed: int, limit: int, stop_ids: frozenset[int]) -> None:
+    def __init__(self, request: Request, order: int, seed: int, limit: int, stop_ids: frozenset[int]) -> None:
         params = request.params
         self.request_id = request.id
         self.prompt = request.prompt_token_ids
         self.num_prompt = len(self.prompt)
         self.params = params
         self.wants_prompt_logits = request.prompt_logits
-        self.arrival = arrival
+        self.order = order  # of all sequences: that of arrival, but for those that overtook others in the queue
         self.seed = seed
         self.limit = limit  # generated tokens at most
         self.min_tokens = params.min_tokens
@@ -67,6 +69,8 @@ class Sequence:
         self.num_cached = 0  # prompt tokens that came from the prefix cache when it was first admitted
         self.keys: list[bytes] = []  # its first full blocks of tokens, as the prefix tree knows them
         self.marks: list[int] = []  # positions to keep its states of, the next one last
+        self.waits_in = -1  # the plan that computes what it would otherwise compute too
+        self.lacks = 0  # blocks that it will need besides those
         self.save_at = 0  # where its prefill was cut, so that the next step copies its states first
 
     @property
