@@ -8,6 +8,9 @@ TORCH  ?= torch==2.13.0
 TRITON ?= triton==3.6.0
 BIN    := $(VENV)/bin
 HEAD   ?= HEAD
+# Test files are shared out over as many processes as there are cores, with one thread each.
+JOBS   ?= auto
+PYTEST := python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile
 MODEL  ?=
 REPORT ?= perf-report.md
 QUESTION ?= Ben fills 6 boxes with 12 pears each. 7 pears are bad. How many good pears are there?
@@ -21,14 +24,14 @@ chat: $(VENV)/ready  ## talk with the bundled model
 	@$(BIN)/thalweg chat
 
 test: $(VENV)/ready-dev  ## every test that this machine can run
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/$(PYTEST)
 
 quick: $(VENV)/ready-dev  ## leave out the slow tests
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/$(PYTEST) -m "not slow"
 
 # Ops and models know no other library than torch and Triton, which are the same in both environments.
 test-lowest: $(LOWEST)/ready  ## the quick tests with the lowest version of everything that pyproject.toml allows
-	$(LOWEST)/bin/python -m pytest -m "not slow" --ignore=tests/ops --ignore=tests/models
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/$(PYTEST) -m "not slow" --ignore=tests/ops --ignore=tests/models
 
 lint: $(VENV)/ready-dev
 	$(BIN)/ruff check .

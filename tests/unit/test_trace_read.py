@@ -72,7 +72,7 @@ def test_a_parent_encloses_its_child(spans: list[tuple[int, int, int]]) -> None:
 
 def test_packed_files_and_bare_lists_are_read(tmp_path: Path) -> None:
     events = [annotation("step", 0, 1)]
-    (tmp_path / "t.json.gz").write_bytes(gzip.compress(json.dumps({"traceEvents": events}).encode()))
+    (tmp_path / "t.json.gz").write_bytes(gzip.compress(json.dumps({"traceEvents": events}).encode(), mtime=0))
     (tmp_path / "list.json").write_text(json.dumps(events))
     for name in ("t.json.gz", "list.json"):
         [found] = read_trace(str(tmp_path / name))
@@ -92,9 +92,9 @@ def test_packed_files_and_bare_lists_are_read(tmp_path: Path) -> None:
         (b'{"traceEvents": [{"ph": "X", "args": 5}]}', "not a Chrome trace"),
         (b"[" * 100_000, "not a Chrome trace"),
         (b'{"traceEvents": [], "x": ' + b"[" * 100_000, "not a Chrome trace"),
-        (gzip.compress(b"[" + b" " * 10_000)[:-9], "damaged gzip"),
+        (gzip.compress(b"[" + b" " * 10_000, mtime=0)[:-9], "damaged gzip"),
         (b"\x1f\x8b nonsense", "damaged gzip"),
-        (gzip.compress(b" " * (2 << 20)), "more than 1 MiB"),
+        (gzip.compress(b" " * (2 << 20), mtime=0), "more than 1 MiB"),
         (b" " * (2 << 20), "more than 1 MiB"),
     ],
 )
