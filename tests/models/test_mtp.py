@@ -92,7 +92,7 @@ def chunk(start: int, ids: Sequence[int], block_size: int) -> Batch:
         token_ids_T=torch.tensor(ids),
         positions_T=positions,
         num_decodes=int(decode),
-        query_lens=[len(ids)],
+        prefill_offsets=[0] if decode else [0, len(ids)],
         starts=[] if decode else [start],
         slots_B=torch.tensor([1]),
         block_tables_BN=blocks,

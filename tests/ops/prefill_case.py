@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from thalweg.ops.delta.kda.reference import kda_gate, recurrent_kda
+from thalweg.ops.host_tables import Limits, StepSequences, Tables
 
 
 class KdaCase:
@@ -114,6 +116,28 @@ def mla_case(
 
 
 Boundary = tuple[int, int, int]
+Run = Callable[[Sequence[int], Sequence[int], Sequence[Boundary]], list[Tensor]]
+
+
+def check_in_graphs(run: Run, steps: Sequence[StepSequences], context: int, device: str = "cpu") -> None:
+    """That an op gives the same for tables at fixed addresses, which are all that it may look at once it is captured.
+
+    `run(offsets, starts, boundaries)` is the op over the tokens of `steps`, which have as many sequences and tokens,
+    and gives whatever it computes or changes.
+    """
+    offsets = steps[0].offsets
+    limits = Limits(len(offsets) - 1, offsets[-1], context)
+    tables = Tables(limits, torch.zeros(Tables.words(limits), dtype=torch.int32, device=device))
+    run(tables.offsets, tables.starts, tables.boundaries)  # of another step
+    image = np.zeros(Tables.words(limits), dtype=np.int32)
+    for step in steps:
+        tables.fill(step, image)
+        tables._memory.copy_(torch.from_numpy(image))
+        tables.frozen = True
+        found = run(tables.offsets, tables.starts, tables.boundaries)
+        tables.frozen = False
+        for got, expected in zip(found, run(*step), strict=True):
+            assert torch.equal(got, expected)
 
 
 def check_boundaries(

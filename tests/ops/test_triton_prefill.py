@@ -11,10 +11,19 @@ from tests.ops.compile_sm90 import Compiled, compile_sm90
 from tests.ops.gdn_case import GdnShape, PrefillCase
 from tests.ops.interpreted import run_interpreted
 from tests.ops.moe_case import experts_in_float64, moe_case, rmse_ratio
-from tests.ops.prefill_case import KdaCase, conv_boundaries, conv_case, kda_boundaries, mla_case, ratio
+from tests.ops.prefill_case import (
+    KdaCase,
+    check_in_graphs,
+    conv_boundaries,
+    conv_case,
+    kda_boundaries,
+    mla_case,
+    ratio,
+)
 from thalweg.ops import Op, Resolver, Where
 from thalweg.ops.attention.mla import MLA_PREFILL, MlaPrefillDims
 from thalweg.ops.delta.conv1d import CONV1D_PREFILL, Conv1dDims
+from thalweg.ops.host_tables import StepSequences
 from thalweg.ops.moe.router import NORM_ROUTER, NormRouterDims
 
 
@@ -110,6 +119,53 @@ def check_mla() -> None:
             assert ratio(triton.mla_prefill(**arguments), reference.mla_prefill(**arguments)) < 1e-6
 
 
+# The last sequence pads the step.
+STEPS = [
+    StepSequences([0, 70, 70, 100, 128], [5, 0, 64, 0], [(0, 64, 5)]),
+    StepSequences([0, 1, 2, 3, 128], [0, 120, 3, 0], []),
+    StepSequences([0, 128, 128, 128, 128], [0, 0, 0, 0], [(0, 64, 6), (0, 128, 7)]),
+]
+
+
+def check_conv1d_in_graphs() -> None:
+    from thalweg.ops.delta.conv1d.triton import conv1d_prefill
+
+    x, weight, before = torch.randn(128, 20), torch.randn(20, 4), torch.randn(8, 3, 20)
+
+    def run(offsets: Any, starts: Any, boundaries: Any) -> list[torch.Tensor]:
+        state = before.clone()
+        y = conv1d_prefill(x, state, torch.tensor([1, 2, 3, 0]), offsets, weight, boundaries=boundaries)
+        return [y, state]
+
+    check_in_graphs(run, STEPS, 128)
+
+
+def check_kda_in_graphs() -> None:
+    from thalweg.ops.delta.kda.triton.prefill import kda_prefill
+
+    q, k, v, f = (torch.randn(128, 1, 16) for _ in range(4))
+    before, beta = torch.randn(8, 1, 16, 16), torch.rand(128, 1)
+
+    def run(offsets: Any, starts: Any, boundaries: Any) -> list[torch.Tensor]:
+        where = dict(state_NHVK=before.clone(), slots_B=torch.tensor([1, 2, 3, 0]), offsets=offsets)
+        o = kda_prefill(q, k, v, -f.exp(), beta, **where, boundaries=boundaries)
+        return [o, where["state_NHVK"]]
+
+    check_in_graphs(run, STEPS, 128)
+
+
+def check_mla_in_graphs() -> None:
+    from thalweg.ops.attention.mla.triton import mla_prefill
+
+    arguments = mla_case([130] * 4, [32] * 4, torch.float32)
+
+    def run(offsets: Any, starts: Any, boundaries: Any) -> list[torch.Tensor]:
+        return [mla_prefill(**arguments | {"offsets": offsets, "context_lens": starts})]
+
+    arguments["blocks_MSC"].nan_to_num_()
+    check_in_graphs(run, STEPS, 300)
+
+
 def check_experts() -> None:
     from thalweg.ops.moe.experts.triton import grouped
 
@@ -135,12 +191,18 @@ def test_kda_under_the_interpreter() -> None:
 
 def test_small_kernels_under_the_interpreter() -> None:
     pytest.importorskip("triton")
-    run_interpreted(check_conv1d, check_conv1d_boundaries, check_elementwise)
+    run_interpreted(check_conv1d, check_conv1d_boundaries, check_conv1d_in_graphs, check_elementwise)
 
 
 def test_kda_boundaries_under_the_interpreter() -> None:
     pytest.importorskip("triton")
     run_interpreted(check_kda_boundaries)
+
+
+@pytest.mark.slow
+def test_kda_in_graphs_under_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    run_interpreted(check_kda_in_graphs)
 
 
 def test_gdn_under_the_interpreter() -> None:
@@ -150,7 +212,7 @@ def test_gdn_under_the_interpreter() -> None:
 
 def test_mla_and_experts_under_the_interpreter() -> None:
     pytest.importorskip("triton")
-    run_interpreted(check_mla, check_experts)
+    run_interpreted(check_mla_in_graphs, check_mla, check_experts)
 
 
 BF16 = [*"qkvoxwhyupf", "out", "latent", "blocks", "q_decayed", "k_decayed", "gate", "weight"]

@@ -62,7 +62,6 @@ def test_decode_rows_and_prefills_in_one_batch(every_row: bool, monkeypatch: pyt
         "token_ids_T": [31, 33, 31, 22, 23, 24, 25, 26, 40, 41, 42],
         "positions_T": [10, 0, 3, 2, 3, 4, 5, 6, 0, 1, 2],
         "num_decodes": 3,
-        "query_lens": [1, 1, 1, 5, 3],
         "starts": [2, 0],
         "slots_B": [1, 3, 1, 2, 4],
         "block_rows_T": [7 * 4 + 2, 11 * 4, 9 * 4 + 3, 22, 23, 12, 13, 14, 24, 25, 26],
@@ -84,7 +83,7 @@ def test_prefills_alone_that_sample_nothing() -> None:
     slots.admit([admission(1, [7, 8, 9])])
     slots.add_blocks([(1, 0, 2)])
     batch = BatchBuilder(slots).build(StepPlan(0, [], [], [], [], [Prefill(1, 0, 2, False)]))
-    assert (batch.num_decodes, batch.query_lens, batch.prefill_offsets) == (0, [2], [0, 2])
+    assert (batch.num_decodes, batch.prefill_offsets) == (0, [0, 2])
     assert (batch.token_ids_T.tolist(), batch.positions_T.tolist()) == ([7, 8], [0, 1])
     assert (batch.context_lens_B.tolist(), batch.logit_rows_R.tolist()) == ([], [])  # type: ignore[union-attr]
 
@@ -121,7 +120,6 @@ def test_rows_staged_for_a_graph_are_those_of_an_eager_step_and_sinks(size: int)
         "token_ids_T": [33, 31, 32] + [0] * sinks,
         "positions_T": [0, 6, 3] + [0] * sinks,
         "num_decodes": size,
-        "query_lens": [1] * size,
         "slots_B": [3, 1, 2] + [0] * sinks,
         "block_rows_T": [44, 34, 23] + [0] * sinks,
         "context_lens_B": [1, 7, 4] + [1] * sinks,

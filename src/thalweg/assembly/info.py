@@ -53,6 +53,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     layers: list[str]  # one line each: what it is and what it caches
     eos_token_ids: list[int]
     decode_steps: str  # how steps of decode rows alone run, and why
+    prefill_steps: str  # and those with prompts
     ops: list[OpChoice]
     start_seconds: dict[str, float]  # what building took, part by part, in order
 

@@ -20,10 +20,11 @@ from thalweg.cache.storage import CacheStorage
 from thalweg.config.engine import EngineConfig
 from thalweg.errors import ConfigError
 from thalweg.models.decoder import Decoder
-from thalweg.ops.registry import Resolver, Where, dims_of
+from thalweg.ops.registry import Resolver, Rows, Where, dims_of
 from thalweg.ops.sample import SAMPLE, Sample, SampleDims
 from thalweg.parallel.mesh import Mesh, join_mesh
 from thalweg.runner.graphs import MAX_ROWS, buckets
+from thalweg.runner.prefill_graphs import token_sizes
 from thalweg.runner.slots import SlotTable
 from thalweg.runner.step import ModelRunner
 from thalweg.sampling.grammars import Grammars
@@ -77,10 +78,13 @@ def build_rank(
     )
     slots = SlotTable(cache, sampling, split.max_model_len)
     graph_sizes = buckets(split.num_slots)
-    eager = _why_eager(config, device, resolver, graph_sizes[-1])
+    eager = _why_eager(config, device, resolver, "decodes", graph_sizes[-1])
     graph_sizes = [] if eager else graph_sizes
+    prefill_sizes = token_sizes(min(config.prefill_graph_tokens, config.max_num_batched_tokens), split.max_model_len)
+    prefills_eager = eager or _why_eager(config, device, resolver, "prefills", max(prefill_sizes, default=0))
+    prefill_sizes = [] if prefills_eager else prefill_sizes
     laps.end("cache")
-    runner = ModelRunner(model, slots, Sampler(sampling, sample), mesh, graph_sizes)
+    runner = ModelRunner(model, slots, Sampler(sampling, sample), mesh, graph_sizes, prefill_sizes)
     if device.type == "cuda":
         make_kernels(runner, partial(model, layers=model.one_of_each()), split, config.max_num_batched_tokens)
         laps.end("kernels")
@@ -115,6 +119,7 @@ def build_rank(
         layers=[describe_layer(layer, spec) for layer, spec in zip(model.layers, specs, strict=True)],
         eos_token_ids=list(eos),
         decode_steps=f"eager: {eager}" if eager else f"CUDA graphs of {', '.join(map(str, graph_sizes))} rows",
+        prefill_steps=_prefill_steps(prefills_eager, prefill_sizes),
         ops=op_choices(resolver),
         start_seconds=laps.seconds,
     )
@@ -142,17 +147,20 @@ def op_choices(resolver: Resolver) -> list[OpChoice]:
     ]
 
 
-def _why_eager(config: EngineConfig, device: torch.device, resolver: Resolver, most_rows: int) -> str | None:
-    """Why steps of up to `most_rows` decode rows cannot run as CUDA graphs; None where they can."""
+def _why_eager(config: EngineConfig, device: torch.device, resolver: Resolver, rows: Rows, most: int) -> str | None:
+    """Why steps of up to `most` such rows cannot run as CUDA graphs; None if they can."""
     if device.type != "cuda":
         return f"{device.type} has no CUDA graphs"
     if config.enforce_eager:
         return "--enforce-eager"
-    for choice in resolver.explain():
-        for span in choice.table:
-            if span.tokens.first <= most_rows and not span.capturable:
-                return f"op {choice.op} is served by {span.name!r}, which waits for the device"
-    return None
+    reasons = (choice.why_not_captured(rows, most) for choice in resolver.explain())
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def _prefill_steps(eager: str | None, sizes: list[int]) -> str:
+    if eager or not sizes:
+        return f"eager: {eager or '--prefill-graph-tokens or --max-model-len is too small for graphs'}"
+    return f"CUDA graphs of up to {sizes[-1]} tokens, eager beyond"
 
 
 def cache_memory(config: EngineConfig, device: torch.device, mesh: Mesh) -> int:

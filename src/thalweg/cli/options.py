@@ -118,6 +118,12 @@ def engine_config(
     enforce_eager: Annotated[
         bool, _engine("--enforce-eager", help="Launch every kernel by itself: no CUDA graphs, a quicker start.")
     ] = False,
+    prefill_graph_tokens: Annotated[
+        str,
+        _engine(
+            metavar="TOKENS", help="Run steps with at most so many prompt tokens as CUDA graphs, e.g. 2k. 0: none."
+        ),
+    ] = str(_DEFAULTS.prefill_graph_tokens),
     step_timeout: Annotated[
         float, _engine(metavar="SECONDS", help="A step that takes longer ends the engine: a rank hangs.")
     ] = _DEFAULTS.step_timeout,
@@ -172,6 +178,7 @@ def engine_config(
         load_format=load_format,
         seed=seed,
         enforce_eager=enforce_eager,
+        prefill_graph_tokens=parse_size(prefill_graph_tokens, "--prefill-graph-tokens"),
         step_timeout=step_timeout,
         config_file=config_file,
         num_layers=num_layers,

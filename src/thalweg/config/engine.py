@@ -35,7 +35,8 @@ class EngineConfig:
     pass. `snapshot_interval` is the number of prompt tokens after which the prefix cache takes a further snapshot
     of a model's states. `quantization` "fp8" quantizes the experts' weights as they are loaded. `generation_config`
     says where sampling defaults come from: the model's generation_config.json ("auto"), that of another folder, or
-    the engine's own ("vllm", "none"). `dequantize` brings weights in GGUF's blocks to `dtype` as they are loaded;
+    the engine's own ("vllm", "none"). Steps with at most `prefill_graph_tokens` tokens of prompts run as CUDA graphs,
+    as far as there are graphs for so many. `dequantize` brings weights in GGUF's blocks to `dtype` as they are loaded;
     None means that on an accelerator, whose kernels want them so, and not on a CPU. config.json is read as though
     the keys in `ignore_config_key` were not in it. `op_preference` maps an op's name, or "*", to the implementation
     that must serve it.
@@ -61,6 +62,7 @@ class EngineConfig:
     load_format: str = "auto"
     seed: int = 0
     enforce_eager: bool = False
+    prefill_graph_tokens: int = 0
     step_timeout: float = 300.0
     config_file: str | None = None
     num_layers: int | None = None
@@ -71,6 +73,7 @@ class EngineConfig:
         self._integer("max_num_seqs", 1, 65_536, optional=True)
         self._integer("max_num_batched_tokens", 1, 2**24, optional=True)
         self._integer("max_model_len", 1, 2**31 - 1, optional=True)
+        self._integer("prefill_graph_tokens", 0, 2**24)
         self._integer("block_size", 1, 65_536)
         self._integer("cache_memory", 1, 2**50, optional=True)
         self._integer("tensor_parallel_size", 1, MAX_TENSOR_PARALLEL)

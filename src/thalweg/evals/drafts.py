@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -75,7 +76,7 @@ class _Run:
         """The next token of each sequence, and those drafted to come after it."""
         decoder, head = self._model.decoder, self._model.head
         hidden_TD = head.hidden(decoder.stream(batch, self._cache))
-        ends_B = self._tensor(batch.query_lens).cumsum(0) - 1
+        ends_B = self._tensor([*range(batch.num_decodes), *(end - 1 for end in batch.prefill_offsets[1:])])
         next_B = head.logits(hidden_TD[ends_B]).argmax(-1)
         following_T = batch.token_ids_T.roll(-1)
         following_T[ends_B] = next_B
@@ -101,7 +102,7 @@ class _Run:
     def _decodes(self, sequences: list[int], ids_B: Tensor, positions: list[int]) -> Batch:
         batch = self._batch(sequences, positions, [1] * len(sequences))
         return replace(
-            batch, token_ids_T=ids_B, num_decodes=len(sequences), starts=[],
+            batch, token_ids_T=ids_B, num_decodes=len(sequences), starts=[], prefill_offsets=[0],
             context_lens_B=(batch.positions_T + 1).to(torch.int32),
         )  # fmt: skip
 
@@ -115,7 +116,7 @@ class _Run:
             token_ids_T=positions_T,
             positions_T=positions_T,
             num_decodes=0,
-            query_lens=lens,
+            prefill_offsets=[*accumulate(lens, initial=0)],
             starts=starts,
             slots_B=sequences_B + 1,
             block_tables_BN=(first_blocks_B[:, None] + torch.arange(self._blocks, device=lens_B.device)).int(),

@@ -11,13 +11,14 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, Literal, TypeVar, cast
 
 from thalweg.errors import ConfigError
 
 D = TypeVar("D")  # dims of an op
 F = TypeVar("F")  # its Protocol
 
+Rows = Literal["all", "decodes", "prefills"]
 Refusal = str | None  # None: can serve; otherwise the reason why not
 
 
@@ -30,6 +31,7 @@ class Op(Generic[D, F]):
 
     name: str
     dims: type[D]
+    rows: Rows = "all"  # whose tokens it serves
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +69,7 @@ class Implementation:
     supports: Callable[[Where, Any], Refusal]
     tokens: Callable[[Any], Tokens]
     priority: int  # higher is tried first; the reference has 0 and serves everywhere, so below 0 only --op chooses
-    capturable: bool  # False for what waits for the device, and so cannot be part of a CUDA graph
+    capturable: bool  # whether it can be part of a CUDA graph
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +86,19 @@ class Choice:
     """One resolve(): what was asked, who serves how many tokens, and why each other one serves none."""
 
     op: str
+    rows: Rows
     where: Where
     dims: Any
     table: tuple[Span, ...]  # in ascending order, without gaps
     refused: tuple[tuple[str, str], ...]
+
+    def why_not_captured(self, rows: Rows, most: int) -> str | None:
+        """Why steps of such rows, up to `most` of them, cannot run as CUDA graphs; None if nothing here is against."""
+        if self.rows in ("all", rows):
+            for span in self.table:
+                if span.tokens.first <= most and not span.capturable:
+                    return f"op {self.op} is served by {span.name!r}, which cannot be captured"
+        return None
 
 
 _implementations: dict[str, list[Implementation]] = {}
@@ -103,14 +114,17 @@ def register(
     supports: Callable[[Where, D], Refusal] = lambda _where, _dims: None,
     tokens: Tokens | Callable[[D], Tokens] = ANY,
     priority: int = 0,
-    capturable: bool = True,
+    capturable: bool | None = None,
 ) -> None:
     """Add an implementation of `op`. Called at import time by the op's package.
 
     `build` gives the function, once the implementation is chosen: it may import what not every machine has. A negative
-    priority is for what serves only if --op asks for it. An op of decode rows whose implementation reads values back
-    from the device says capturable=False.
+    priority is for what serves only if --op asks for it. An implementation that reads values back from the device says
+    capturable=False. One of an op of prefills alone is not captured unless it says capturable=True: that it takes
+    `PerStep` offsets, starts and boundaries, of which it makes nothing but tables (`ops/host_tables.py`).
     """
+    if capturable is None:
+        capturable = op.rows != "prefills"
     found = _implementations.setdefault(op.name, [])
     if any(i.name == name for i in found):
         raise ConfigError(f"op {op.name!r} already has an implementation named {name!r}")
@@ -187,7 +201,7 @@ class Resolver:
                 refused[i.name] = _outdone(i.tokens(dims), table, wanted)
         spans = tuple(Span(tokens, i.name, i.capturable) for tokens, i in table)
         in_order = tuple((i.name, refused[i.name]) for i in implementations(op.name) if i.name in refused)
-        self._choices[(op.name, where, dims)] = Choice(op.name, where, dims, spans, in_order)
+        self._choices[(op.name, where, dims)] = Choice(op.name, op.rows, where, dims, spans, in_order)
         functions = {i.name: _watched(i, dims, i.build(where, dims)) for _, i in table}
         return cast(F, _by_tokens([(tokens, functions[i.name]) for tokens, i in table]))
 

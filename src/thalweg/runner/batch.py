@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 import numpy as np
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from thalweg.core import StepPlan
 from thalweg.layers.batch import Batch
-from thalweg.ops.host_tables import to_device
+from thalweg.ops.host_tables import Boundaries, StepSequences, to_device
 from thalweg.runner.slots import IntArray, SlotTable
 
 # What the host stages of decode rows, int64 [DECODE_ROWS, n], so that one copy takes all of it to the device: slots,
@@ -47,7 +49,7 @@ class BatchBuilder:
             host = np.empty((DECODE_ROWS, even(d)), dtype=np.int64)
             self.write_decodes(plan, host)
             rows = to_device(host, self._device)
-            batch = self.of_decodes(rows[:, :d], self._blocks(max(plan.decode_starts) + 1))
+            batch = self.of_decodes(rows[:, :d], self.blocks_for(max(plan.decode_starts) + 1))
             self._last = batch, rows
         self._last_slots, self._last_starts = plan.decode_slots, plan.decode_starts
         return batch
@@ -73,7 +75,7 @@ class BatchBuilder:
             token_ids_T=self.slots.last_tokens[slots_B],
             positions_T=positions_B,
             num_decodes=n,
-            query_lens=[1] * n,
+            prefill_offsets=[0],
             starts=[],
             slots_B=slots_B,
             block_tables_BN=self._tables(slots_B, num_blocks),
@@ -82,51 +84,82 @@ class BatchBuilder:
             logit_rows_R=None,
         )
 
-    def _with_prefills(self, plan: StepPlan, every_row: bool) -> Batch:
-        d = len(plan.decode_slots)
-        query_lens = [1] * d + [p.length for p in plan.prefills]
-        ends = list(accumulate(query_lens))
-        logit_rows: list[int] = []
-        if not every_row:
-            logit_rows += range(d)
-            logit_rows += [end - 1 for p, end in zip(plan.prefills, ends[d:], strict=True) if p.sample]
-        places = _places(len(query_lens), ends[-1], ends[-1], ends[-1] - d, d, len(logit_rows))
-        host = np.empty(places[-1].stop, dtype=np.int64)
-        slots, positions, block_rows, tokens, lens, rows = (host[place] for place in places)
-        slots[:], rows[:] = plan.decode_slots + [p.slot for p in plan.prefills], logit_rows
+    def sequences(self, plan: StepPlan) -> StepSequences:
+        """What the host knows of the plan's prefills."""
+        place_of = {p.slot: i for i, p in enumerate(plan.prefills)} if plan.boundaries else {}
+        slot_of = self.slots.cache.slot_of
+        return StepSequences(
+            offsets=[*accumulate((p.length for p in plan.prefills), initial=0)],
+            starts=[p.start for p in plan.prefills],
+            boundaries=[(place_of[slot], tokens, slot_of(snapshot)) for slot, tokens, snapshot in plan.boundaries],
+        )
+
+    def write_prefills(self, plan: StepPlan, out: Sequence[IntArray]) -> None:
+        """The plan's rows into parts of `out` int64 of the sizes that `prefill_sizes` gives. Prefills of slot 0, the
+        sink, get tokens of those before them, so that the experts' work stays spread."""
+        slots, positions, block_rows, tokens, lens, rows = out
+        d, end = len(plan.decode_slots), 0
+        slots[:] = plan.decode_slots + [p.slot for p in plan.prefills]
         if d:
             decodes = np.empty((DECODE_ROWS, d), dtype=np.int64)
             self.write_decodes(plan, decodes)
             positions[:d], block_rows[:d], lens[:] = decodes[1], decodes[2], decodes[4]
-        for p, end in zip(plan.prefills, ends[d:], strict=True):
-            new, stop = slice(end - p.length, end), p.start + p.length
+        ends = []
+        for p in plan.prefills:
+            begin, end, stop = end, end + p.length, p.start + p.length
+            new = slice(d + begin, d + end)
             positions[new] = np.arange(p.start, stop)
             block_rows[new] = self._block_rows(p.slot, p.start, stop)
-            tokens[end - p.length - d : end - d] = self.slots[p.slot].token_ids[p.start : stop]
+            ids = self.slots[p.slot].token_ids[p.start : stop] if p.slot else np.resize(tokens[:begin], p.length)
+            tokens[begin:end] = ids
+            if p.sample:
+                ends.append(d + end - 1)
+        if len(rows):
+            rows[:] = 0
+            rows[:d] = np.arange(d)
+            rows[d : d + len(ends)] = ends
 
-        prefill_of = {p.slot: i for i, p in enumerate(plan.prefills)} if plan.boundaries else {}
-        slot_of = self.slots.cache.slot_of
-        on_device = to_device(host, self._device)
-        slots_B, positions_T, block_rows_T, tokens_P, lens_B, logit_rows_R = (on_device[place] for place in places)
-        longest = max([start + 1 for start in plan.decode_starts] + [p.start + p.length for p in plan.prefills])
+    def of_prefills(
+        self,
+        parts: Sequence[Tensor],
+        d: int,
+        offsets: Sequence[int],
+        starts: Sequence[int],
+        boundaries: Boundaries,
+        num_blocks: int,
+    ) -> Batch:
+        """Batch of `d` decode rows and of prefills, whose tensors are or follow from `parts` on the device, as
+        write_prefills gives them."""
+        slots_B, positions_T, block_rows_T, tokens_P, lens_B, logit_rows_R = parts
         return Batch(
             token_ids_T=torch.cat([self.slots.last_tokens[slots_B[:d]], tokens_P]) if d else tokens_P,
             positions_T=positions_T,
             num_decodes=d,
-            query_lens=query_lens,
-            starts=[p.start for p in plan.prefills],
+            prefill_offsets=offsets,
+            starts=starts,
             slots_B=slots_B,
-            block_tables_BN=self._tables(slots_B, self._blocks(longest)),
+            block_tables_BN=self._tables(slots_B, num_blocks),
             block_rows_T=block_rows_T,
             context_lens_B=lens_B.view(torch.int32)[:d],
-            logit_rows_R=None if every_row else logit_rows_R,
-            boundaries=[(prefill_of[slot], tokens, slot_of(snapshot)) for slot, tokens, snapshot in plan.boundaries],
+            logit_rows_R=logit_rows_R if len(logit_rows_R) else None,
+            boundaries=boundaries,
         )
+
+    def _with_prefills(self, plan: StepPlan, every_row: bool) -> Batch:
+        d, step = len(plan.decode_slots), self.sequences(plan)
+        sampling = 0 if every_row else d + sum(p.sample for p in plan.prefills)
+        places = places_of(prefill_sizes(d, len(plan.prefills), step.offsets[-1], sampling))
+        host = np.empty(places[-1].stop, dtype=np.int64)
+        self.write_prefills(plan, [host[place] for place in places])
+        on_device = to_device(host, self._device)
+        longest = max([start + 1 for start in plan.decode_starts] + [p.start + p.length for p in plan.prefills])
+        batch = self.of_prefills([on_device[place] for place in places], d, *step, self.blocks_for(longest))
+        return batch if every_row else replace(batch, logit_rows_R=on_device[places[-1]])
 
     def _block_rows(self, slot: int, start: int, stop: int) -> IntArray:
         """int64 [stop - start]: rows of the flattened blocks of tokens `start` to `stop` of a slot."""
         first = start // self._block_size
-        blocks = self.slots.host_blocks[slot, first : self._blocks(stop)]
+        blocks = self.slots.host_blocks[slot, first : self.blocks_for(stop)]
         rows: IntArray = np.add.outer(np.multiply(blocks, self._block_size, dtype=np.int64), self._in_block).reshape(-1)
         begin = first * self._block_size
         return rows[start - begin : stop - begin]
@@ -143,7 +176,7 @@ class BatchBuilder:
     def _tables(self, slots_B: Tensor, num_blocks: int) -> Tensor:
         return self.slots.blocks[:, :num_blocks][slots_B]
 
-    def _blocks(self, num_tokens: int) -> int:
+    def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block_size)
 
 
@@ -152,7 +185,13 @@ def even(n: int) -> int:
     return n + n % 2
 
 
-def _places(*sizes: int) -> list[slice]:
+def prefill_sizes(d: int, prefills: int, tokens: int, sampling: int) -> tuple[int, ...]:
+    """int64 values of what write_prefills writes: slots, positions, rows of the flattened blocks, tokens of prefills,
+    context lengths (as in a row of DECODE_ROWS), and rows that need logits."""
+    return d + prefills, d + tokens, d + tokens, tokens, d, sampling
+
+
+def places_of(sizes: Sequence[int]) -> list[slice]:
     """Where parts of these sizes lie in one array of int64, so that one copy takes them all to the device."""
     starts = accumulate((even(size) for size in sizes), initial=0)
     return [slice(start, start + size) for start, size in zip(starts, sizes, strict=False)]

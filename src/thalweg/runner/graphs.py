@@ -18,6 +18,7 @@ from thalweg.core import StepPlan
 from thalweg.layers.batch import Batch
 from thalweg.parallel.mesh import Mesh
 from thalweg.runner.batch import DECODE_ROWS, SINK, BatchBuilder, even
+from thalweg.runner.capture import captured
 from thalweg.sampling.sampler import Sampler
 
 MAX_ROWS = 512  # beyond, a step is long enough that launching it costs little, and kernels for few rows give up
@@ -101,15 +102,5 @@ class DecodeGraphs:
         self._slots.last_tokens[batch.slots_B] = ids.clamp(min=0)
 
     def _captured(self, size: int) -> Callable[[], None]:
-        """Warm up on the sinks, which sets up what the step needs of libraries, then capture."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                self._step(size)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            self._step(size)
-        self._pool = self._pool or graph.pool()
-        return graph.replay
+        replay, self._pool = captured(partial(self._step, size), self._pool, warm_up=2)
+        return replay

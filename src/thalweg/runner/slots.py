@@ -42,6 +42,7 @@ class SlotTable:
     def __init__(self, cache: CacheStorage, sampling: SamplingTable, max_model_len: int) -> None:
         self.cache, self.sampling, self.device = cache, sampling, cache.device
         rows = cache.num_slots + 1
+        self.max_model_len = max_model_len
         self.max_blocks = max(1, -(-max_model_len // cache.block_size))
         self.blocks = torch.zeros(rows, self.max_blocks, dtype=torch.int32, device=self.device)
         self.host_blocks: IntArray = self.blocks.cpu().numpy()  # on a CPU the same memory

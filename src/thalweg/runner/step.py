@@ -15,6 +15,7 @@ from thalweg.ops.host_tables import to_device
 from thalweg.parallel.mesh import Mesh
 from thalweg.runner.batch import BatchBuilder
 from thalweg.runner.graphs import DecodeGraphs, Model
+from thalweg.runner.prefill_graphs import PrefillGraphs, Shape
 from thalweg.runner.readback import Readback
 from thalweg.runner.slots import SlotTable
 from thalweg.sampling.logprobs import token_logprobs
@@ -26,14 +27,20 @@ Finish = Callable[[], StepResult]
 class ModelRunner:
     """launch(plan) puts a step on the device and returns what waits for its result; plans come in order.
 
-    Every rank runs the same plans; rank 0's tokens count. Steps of decode rows alone run as graphs if there are any;
-    all others run eagerly.
+    Every rank runs the same plans; rank 0's tokens count. Steps of decode rows alone, and those with few tokens of
+    prompts, run as graphs if there are any; all others run eagerly.
     """
 
     def __init__(
-        self, model: Model, slots: SlotTable, sampler: Sampler, mesh: Mesh, graph_sizes: list[int] | None = None
+        self,
+        model: Model,
+        slots: SlotTable,
+        sampler: Sampler,
+        mesh: Mesh,
+        graph_sizes: list[int] | None = None,
+        prefill_sizes: list[int] | None = None,
     ) -> None:
-        """`sampler` reads `slots.sampling`."""
+        """`sampler` reads `slots.sampling`. The sizes are rows of steps that decode, and tokens of prefills."""
         self.model, self.slots, self._sampler, self.mesh = model, slots, sampler, mesh
         self._batches = BatchBuilder(slots)
         self.waits = slots.device.type == "cuda"
@@ -42,6 +49,11 @@ class ModelRunner:
         if graph_sizes:
             with torch.inference_mode():
                 self._graphs = DecodeGraphs(model, self._batches, sampler, mesh, graph_sizes)
+        self.prefill_graphs = None
+        if prefill_sizes:
+            most = slots.cache.num_slots
+            with torch.inference_mode():
+                self.prefill_graphs = PrefillGraphs(model, self._batches, sampler, mesh, most, prefill_sizes)
 
     @torch.inference_mode()
     def rehearse(self, model: Model, plans: Iterable[StepPlan]) -> None:
@@ -62,6 +74,8 @@ class ModelRunner:
         """Turn the graphs' steps into CUDA graphs, once their kernels are ready."""
         if self._graphs is not None:
             self._graphs.capture()
+        if self.prefill_graphs is not None:
+            self.prefill_graphs.start()
 
     def execute(self, plan: StepPlan) -> StepResult:
         return self.launch(plan)()
@@ -80,6 +94,8 @@ class ModelRunner:
             self.slots.add_blocks(plan.new_blocks)
         if self._graphs is not None and self._graphs.serves(plan):
             return self._launch_graph(self._graphs, plan)
+        if self.prefill_graphs is not None and (shape := self._shape_of(plan)) is not None:
+            return self._launch_prefill_graph(self.prefill_graphs, plan, shape)
         return self._launch_eager(plan)
 
     def close(self) -> None:
@@ -87,8 +103,9 @@ class ModelRunner:
 
     def _use(self, model: Model) -> None:
         self.model = model
-        if self._graphs is not None:
-            self._graphs.model = model
+        for graphs in (self._graphs, self.prefill_graphs):
+            if graphs is not None:
+                graphs.model = model
 
     def _launch_graph(self, graphs: DecodeGraphs, plan: StepPlan) -> Finish:
         slots = plan.decode_slots
@@ -100,6 +117,36 @@ class ModelRunner:
             return self._finish_simple(StepResult(plan.step, []), slots, ids)
         return self._sample(StepResult(plan.step, []), logits.float(), slots, [s + 1 for s in plan.decode_starts])
 
+    def _shape_of(self, plan: StepPlan) -> Shape | None:
+        """The shape of graphs that the step runs in, if any."""
+        assert self.prefill_graphs is not None
+        if any(self.slots[p.slot].inspected for p in plan.prefills):
+            return None
+        return self.prefill_graphs.shape_of(plan)
+
+    def _launch_prefill_graph(self, graphs: PrefillGraphs, plan: StepPlan, shape: Shape) -> Finish:
+        with tracing.span("model"):
+            logits, ids = graphs.run(plan, shape)
+        result, slots, positions = self._sampling(plan)
+        if not slots:
+            return self._finish_unsampled(result)
+        if self._sampler.simple(slots):
+            return self._finish_simple(result, slots, ids)
+        return self._sample(result, logits.float(), slots, positions)
+
+    def _sampling(self, plan: StepPlan) -> tuple[StepResult, list[int], list[int]]:
+        """The step's result, so far empty, and slots and positions of the rows that sample."""
+        sampling = [p for p in plan.prefills if p.sample]
+        slots = plan.decode_slots + [p.slot for p in sampling]
+        positions = [s + 1 for s in plan.decode_starts] + [p.start + p.length for p in sampling]
+        return StepResult(plan.step, []), slots, positions
+
+    def _finish_unsampled(self, result: StepResult) -> Finish:
+        # Nothing to read, but the step is over when the device is done with it: else a long prompt's chunks would
+        # all be launched at once, and the last would have to answer within --step-timeout for all of them.
+        read = self._readback(self.slots.last_tokens[:0])
+        return lambda: replace(result, token_ids=read())
+
     def _launch_eager(self, plan: StepPlan) -> Finish:
         prefills = plan.prefills
         inspected = any(self.slots[p.slot].inspected for p in prefills)
@@ -107,7 +154,7 @@ class ModelRunner:
             batch = self._batches.build(plan, every_row=inspected)
         with tracing.span("model"):
             logits = self.model(batch, self.slots.cache)
-        result, d = StepResult(plan.step, []), batch.num_decodes
+        (result, slots, positions), d = self._sampling(plan), batch.num_decodes
         if inspected:
             ends = []
             for p, (start, end) in zip(prefills, pairwise(batch.prefill_offsets), strict=True):
@@ -115,14 +162,8 @@ class ModelRunner:
                 if p.sample:
                     ends.append(d + end - 1)
             logits = logits[[*range(d), *ends]]
-        sampling = [p for p in prefills if p.sample]
-        slots = plan.decode_slots + [p.slot for p in sampling]
         if not slots:
-            # Nothing to read, but the step is over when the device is done with it: else a long prompt's chunks would
-            # all be launched at once, and the last would have to answer within --step-timeout for all of them.
-            read = self._readback(self.slots.last_tokens[:0])
-            return lambda: replace(result, token_ids=read())
-        positions = [s + 1 for s in plan.decode_starts] + [p.start + p.length for p in sampling]
+            return self._finish_unsampled(result)
         return self._sample(result, logits.float(), slots, positions)
 
     def _finish_simple(self, result: StepResult, slots: list[int], ids: Tensor) -> Finish:

@@ -93,6 +93,7 @@ def serve(
             f"{info.architecture} on {info.device}, {info.dtype}",
             *info.memory_split,
             f"decode steps    {info.decode_steps}",
+            f"prefill steps   {info.prefill_steps}",
             f"chat answers    {output.describe()}",
             f"sampling        {client.codec.source.generation.describe()}",
         )

@@ -89,8 +89,8 @@ class GqaPrefill(Protocol):
 
 
 GQA_PREPARE: Op[GqaDims, GqaPrepare] = Op("gqa_prepare", GqaDims)
-GQA_DECODE: Op[GqaDims, GqaDecode] = Op("gqa_decode", GqaDims)
-GQA_PREFILL: Op[GqaDims, GqaPrefill] = Op("gqa_prefill", GqaDims)
+GQA_DECODE: Op[GqaDims, GqaDecode] = Op("gqa_decode", GqaDims, rows="decodes")
+GQA_PREFILL: Op[GqaDims, GqaPrefill] = Op("gqa_prefill", GqaDims, rows="prefills")
 
 
 def _triton_refuses(where: Where, dims: GqaDims) -> Refusal:

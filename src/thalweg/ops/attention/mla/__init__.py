@@ -67,7 +67,7 @@ class MlaPrefill(Protocol):
 
 
 MLA_WRITE: Op[MlaWriteDims, MlaWrite] = Op("mla_write", MlaWriteDims)
-MLA_PREFILL: Op[MlaPrefillDims, MlaPrefill] = Op("mla_prefill", MlaPrefillDims)
+MLA_PREFILL: Op[MlaPrefillDims, MlaPrefill] = Op("mla_prefill", MlaPrefillDims, rows="prefills")
 
 
 def _triton_prefill(where: Where, dims: MlaPrefillDims) -> MlaPrefill:
@@ -85,4 +85,4 @@ def _prefill_refuses(where: Where, dims: MlaPrefillDims) -> Refusal:
 
 register(MLA_WRITE, "reference", lambda *_: reference.mla_write)
 register(MLA_PREFILL, "reference", lambda *_: reference.mla_prefill)
-register(MLA_PREFILL, "triton", _triton_prefill, supports=_prefill_refuses, priority=10)
+register(MLA_PREFILL, "triton", _triton_prefill, supports=_prefill_refuses, priority=10, capturable=True)

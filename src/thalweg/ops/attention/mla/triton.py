@@ -8,14 +8,13 @@ then wait in fp32 for the next part.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from thalweg.ops.host_tables import pieces, table
+from thalweg.ops.host_tables import Contexts, PerStep, contexts, pieces, table
 from thalweg.ops.toolchain.triton_dot import dot
 
 MAX_CONTEXT = 16384
@@ -103,7 +102,7 @@ def _attend(
     return acc, most, total
 
 
-@triton.jit(do_not_specialize=["S"], do_not_specialize_on_alignment=["offsets_ptr"])
+@triton.jit(do_not_specialize=["S"], do_not_specialize_on_alignment=["offsets_ptr", "kv_offsets_ptr"])
 def attend_kernel(
     q_ptr,  # [T, H, K + P]
     k_ptr,  # [H, S, K]
@@ -237,59 +236,63 @@ def mla_prefill(
     (T, H, X), V = q_THX.shape, w_uv_HVR.shape[1]
     q_THX = q_THX if q_THX.stride()[1:] == (X, 1) else q_THX.contiguous()
     o_THV = torch.empty(T, H, V, dtype=q_THX.dtype, device=q_THX.device)
-    totals = [
-        (n + after - before) if after > before else 0
-        for n, before, after in zip(context_lens, offsets, offsets[1:], strict=False)
-    ]
     w_uk_HRK, w_uv_HRV = w_uk_HKR.transpose(1, 2), w_uv_HVR.transpose(1, 2)
-    for b, end in _groups(totals):
+    for b, end, total in _groups(context_lens, offsets):
         queries = slice(offsets[b], offsets[end])
-        whole = sum(totals[b:end]) <= MAX_CONTEXT
+        local = offsets if (b, end) == (0, len(context_lens)) else [n - offsets[b] for n in offsets[b : end + 1]]
+        whole = total <= MAX_CONTEXT
         L = queries.stop - queries.start
         sums: tuple[Tensor, ...] = ()
         if not whole:
             acc_LHV = torch.zeros(L, H, V, dtype=torch.float32, device=q_THX.device)
             sums = (acc_LHV, acc_LHV.new_full((L, H), -torch.inf), acc_LHV.new_zeros(L, H))
-        for lo in [0] if whole else range(0, totals[b], MAX_CONTEXT):
-            spans = [(lo, min(n, lo + MAX_CONTEXT), context_lens[b + i]) for i, n in enumerate(totals[b:end])]
-            latent_SC = _gather(blocks_MSC, block_tables_BN[b:end], spans)
+        for lo in [0] if whole else range(0, total, MAX_CONTEXT):
+            if whole:
+                part = contexts(context_lens[b:end], local, GATHERED, q_THX.device)
+            else:
+                part = _part(lo, min(total, lo + MAX_CONTEXT), context_lens[b], q_THX.device)
+            latent_SC = _gather(blocks_MSC, block_tables_BN[b:end], part)
             latent_SR = latent_SC[:, : w_uk_HRK.shape[1]]
             keys, values = torch.matmul(latent_SR, w_uk_HRK), torch.matmul(latent_SR, w_uv_HRV)
-            local = [n - offsets[b] for n in offsets[b : end + 1]]
-            _launch(q_THX[queries], keys, latent_SC, values, o_THV[queries], sums, local, spans, scale)
+            _launch(q_THX[queries], keys, latent_SC, values, o_THV[queries], sums, local, part, scale)
         if sums:
             torch.div(sums[0], sums[2].unsqueeze(-1), out=o_THV[queries])
     return o_THV
 
 
-def _groups(totals: list[int]) -> Iterator[tuple[int, int]]:
-    """Ranges of sequences with at most MAX_CONTEXT tokens together, or of a single one that has more."""
+def _groups(context_lens: Sequence[int], offsets: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """Ranges of sequences that have at most MAX_CONTEXT tokens together, or a single one that has more, and how many
+    they have. A captured step, which is for so many in all, has one range."""
+    if isinstance(offsets, PerStep):
+        yield 0, len(context_lens), offsets.tables.limits.context
+        return
     begin, tokens = 0, 0
-    for b, n in enumerate(totals):
+    for b, (cached, before, after) in enumerate(zip(context_lens, offsets, offsets[1:], strict=False)):
+        n = cached + after - before if after > before else 0
         if tokens and tokens + n > MAX_CONTEXT:
-            yield begin, b
+            yield begin, b, tokens
             tokens = 0
         begin = begin if tokens else b
         tokens += n
     if tokens:
-        yield begin, len(totals)
+        yield begin, len(context_lens), tokens
 
 
-def _kv_offsets(spans: list[tuple[int, int, int]]) -> list[int]:
-    return list(accumulate((hi - lo for lo, hi, _ in spans), initial=0))
+def _part(lo: int, hi: int, cached: int, device: torch.device) -> Contexts:
+    """The tokens lo .. hi - 1 of one sequence."""
+    return Contexts(hi - lo, pieces((0, hi - lo), GATHERED, device), table((lo, hi, cached), device).view(1, 3))
 
 
-def _gather(blocks_MSC: Tensor, block_tables_BN: Tensor, spans: list[tuple[int, int, int]]) -> Tensor:
-    offsets, (_, block_size, C) = _kv_offsets(spans), blocks_MSC.shape
-    latent_SC = torch.empty(offsets[-1], C, dtype=blocks_MSC.dtype, device=blocks_MSC.device)
-    cut = pieces(offsets, GATHERED, blocks_MSC.device)
-    gather_kernel[(cut.num,)](
+def _gather(blocks_MSC: Tensor, block_tables_BN: Tensor, part: Contexts) -> Tensor:
+    _, block_size, C = blocks_MSC.shape
+    latent_SC = torch.empty(part.total, C, dtype=blocks_MSC.dtype, device=blocks_MSC.device)
+    gather_kernel[(part.cut.num,)](
         blocks_MSC,
         block_tables_BN,
         latent_SC,
-        cut.pieces_N2,
-        cut.offsets_B1,
-        table(tuple(n for span in spans for n in span), blocks_MSC.device),
+        part.cut.pieces_N2,
+        part.cut.offsets_B1,
+        part.totals_B3,
         block_tables_BN.stride(0),
         block_size,
         C,
@@ -307,8 +310,8 @@ def _launch(
     v_HSV: Tensor,
     o_LHV: Tensor,
     sums: tuple[Tensor, ...],
-    offsets: list[int],
-    spans: list[tuple[int, int, int]],
+    offsets: Sequence[int],
+    part: Contexts,
     scale: float,
     block_m: int = 128,
     block_n: int = 64,
@@ -329,8 +332,8 @@ def _launch(
         total,
         cut.pieces_N2,
         cut.offsets_B1,
-        table(tuple(_kv_offsets(spans)), device),
-        table(tuple(n for span in spans for n in span), device),
+        part.cut.offsets_B1,
+        part.totals_B3,
         q_LHX.stride(0),
         S,
         scale * LOG2_E,

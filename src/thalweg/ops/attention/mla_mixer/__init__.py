@@ -76,8 +76,8 @@ class MlaDecode(Protocol):
         """
 
 
-MLA_MIXER_DECODE: Op[MlaMixerDims, MlaMixerDecode] = Op("mla_mixer_decode", MlaMixerDims)
-MLA_DECODE: Op[MlaMixerDims, MlaDecode] = Op("mla_decode", MlaMixerDims)
+MLA_MIXER_DECODE: Op[MlaMixerDims, MlaMixerDecode] = Op("mla_mixer_decode", MlaMixerDims, rows="decodes")
+MLA_DECODE: Op[MlaMixerDims, MlaDecode] = Op("mla_decode", MlaMixerDims, rows="decodes")
 
 TILE = 64  # tokens of the context in a tile of the kernels in Gluon
 

@@ -49,7 +49,7 @@ class Conv1dPrefill(Protocol):
         """
 
 
-CONV1D_PREFILL: Op[Conv1dDims, Conv1dPrefill] = Op("conv1d_prefill", Conv1dDims)
+CONV1D_PREFILL: Op[Conv1dDims, Conv1dPrefill] = Op("conv1d_prefill", Conv1dDims, rows="prefills")
 
 
 def _triton(where: Where, dims: Conv1dDims) -> Conv1dPrefill:
@@ -65,4 +65,4 @@ def _triton_refuses(where: Where, dims: Conv1dDims) -> Refusal:
 
 
 register(CONV1D_PREFILL, "reference", lambda *_: reference.conv1d_prefill)
-register(CONV1D_PREFILL, "triton", _triton, supports=_triton_refuses, priority=10)
+register(CONV1D_PREFILL, "triton", _triton, supports=_triton_refuses, priority=10, capturable=True)

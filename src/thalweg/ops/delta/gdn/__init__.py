@@ -76,8 +76,8 @@ class GdnMixerDecode(Protocol):
         """
 
 
-GDN_PREFILL: Op[GdnDims, GdnPrefill] = Op("gdn_prefill", GdnDims)
-GDN_MIXER_DECODE: Op[GdnDims, GdnMixerDecode] = Op("gdn_mixer_decode", GdnDims)
+GDN_PREFILL: Op[GdnDims, GdnPrefill] = Op("gdn_prefill", GdnDims, rows="prefills")
+GDN_MIXER_DECODE: Op[GdnDims, GdnMixerDecode] = Op("gdn_mixer_decode", GdnDims, rows="decodes")
 
 MAX_RATIO = 8  # blocks of a cluster that every Hopper GPU takes
 
@@ -109,6 +109,6 @@ def _cuda_mixer_refuses(where: Where, dims: GdnDims) -> Refusal:
 
 
 register(GDN_PREFILL, "reference", lambda *_: reference.gdn_prefill)
-register(GDN_PREFILL, "kda", _by_kda, supports=_by_kda_refuses, priority=10)
+register(GDN_PREFILL, "kda", _by_kda, supports=_by_kda_refuses, priority=10, capturable=True)
 register(GDN_MIXER_DECODE, "reference", lambda *_: reference.gdn_mixer_decode)
 register(GDN_MIXER_DECODE, "cuda", _cuda_mixer, supports=_cuda_mixer_refuses, priority=20)

@@ -66,8 +66,8 @@ class KdaPrefill(Protocol):
         """
 
 
-KDA_GATE: Op[KdaDims, KdaGate] = Op("kda_gate", KdaDims)
-KDA_PREFILL: Op[KdaDims, KdaPrefill] = Op("kda_prefill", KdaDims)
+KDA_GATE: Op[KdaDims, KdaGate] = Op("kda_gate", KdaDims, rows="prefills")
+KDA_PREFILL: Op[KdaDims, KdaPrefill] = Op("kda_prefill", KdaDims, rows="prefills")
 
 
 def _triton_gate(where: Where, dims: KdaDims) -> KdaGate:
@@ -88,7 +88,7 @@ def _prefill_refuses(where: Where, dims: KdaDims) -> Refusal:
     return why_not(where)
 
 
-register(KDA_GATE, "reference", lambda *_: reference.kda_gate)
-register(KDA_GATE, "triton", _triton_gate, supports=why_not, priority=10)
+register(KDA_GATE, "reference", lambda *_: reference.kda_gate, capturable=True)
+register(KDA_GATE, "triton", _triton_gate, supports=why_not, priority=10, capturable=True)
 register(KDA_PREFILL, "reference", lambda *_: reference.kda_prefill)
-register(KDA_PREFILL, "triton", _triton_prefill, supports=_prefill_refuses, priority=10)
+register(KDA_PREFILL, "triton", _triton_prefill, supports=_prefill_refuses, priority=10, capturable=True)

@@ -55,7 +55,7 @@ class KdaMixerDecode(Protocol):
         """
 
 
-KDA_MIXER_DECODE: Op[KdaMixerDims, KdaMixerDecode] = Op("kda_mixer_decode", KdaMixerDims)
+KDA_MIXER_DECODE: Op[KdaMixerDims, KdaMixerDecode] = Op("kda_mixer_decode", KdaMixerDims, rows="decodes")
 
 
 def _triton(where: Where, dims: KdaMixerDims) -> KdaMixerDecode:

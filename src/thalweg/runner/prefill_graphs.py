@@ -1,0 +1,217 @@
+"""Steps with short prompts as CUDA graphs: launching their kernels one by one takes longer than running them.
+
+A graph is for a shape: decode rows, prefills, tokens of prefills, and tokens of their contexts. A step runs in the
+smallest shape that holds it. Decode rows beyond its own are on the sinks; so is the last prefill, which has the tokens
+that the step lacks, and prefills between them and its own have none. Shapes are captured as they are met.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from msgspec.structs import replace
+from torch import Tensor
+
+from thalweg.core import Prefill, StepPlan
+from thalweg.ops.host_tables import Limits, Tables
+from thalweg.parallel.mesh import Mesh
+from thalweg.runner.batch import BatchBuilder, places_of, prefill_sizes
+from thalweg.runner.capture import captured
+from thalweg.runner.graphs import STAGES, Model
+from thalweg.sampling.sampler import Sampler
+
+TOKENS = (64, 128, 256, 384, 512, 768, 1024, 1280, 1536, 2048)  # beyond, a step is longer than launching it
+CONTEXTS = (4096, 16384)  # beyond those without cached tokens; more would be computed for nothing
+PREFILLS = (1, 4, 16)
+ROWS = (0, 8, 32, 64, 128, 256)
+MAX_SHAPES = 96  # that are captured; others run eagerly from then on
+
+
+class Shape(NamedTuple):
+    rows: int  # decode rows
+    prefills: int  # without the one that pads the step
+    tokens: int  # of prefills
+    context: int  # of prefills, their new tokens included
+
+
+def token_sizes(most: int, max_model_len: int) -> list[int]:
+    """Numbers of prompt tokens to capture, for steps of up to `most`. What pads a step is one sequence, so it fits into
+    a sequence."""
+    found = []
+    for size, before in zip(TOKENS, (0, *TOKENS), strict=False):
+        if size - before > max_model_len or before >= most:
+            break
+        found.append(size)
+    return found
+
+
+class Static:
+    """A step of one shape: where its inputs lie on the device, and how they are written."""
+
+    def __init__(self, shape: Shape, batches: BatchBuilder) -> None:
+        self.shape, self._batches = shape, batches
+        d, B = shape.rows, shape.prefills + 1
+        self.limits = Limits(B, shape.tokens, shape.context)
+        sizes = prefill_sizes(d, B, shape.tokens, d + B)
+        *self._places, self._chosen, self._positions, self._tables = places_of(
+            (*sizes, d + B, d + B, -(-Tables.words(self.limits) // 2))
+        )
+        self.size = self._tables.stop
+        self.memory = torch.zeros(self.size, dtype=torch.int64, device=batches.slots.device)
+        self.tables = Tables(self.limits, self.memory[self._tables].view(torch.int32))
+
+    def write(self, plan: StepPlan, stage: np.ndarray) -> None:
+        """The plan's step into an image of `memory`, stage int64 [size]."""
+        shape, prefills = self.shape, plan.prefills
+        rest = shape.tokens - sum(p.length for p in prefills)
+        empty = [Prefill(0, 0, 0, False)] * (shape.prefills - len(prefills))
+        sinks = [0] * (shape.rows - len(plan.decode_slots))
+        padded = replace(
+            plan,
+            decode_slots=plan.decode_slots + sinks,
+            decode_starts=plan.decode_starts + sinks,
+            prefills=[*prefills, *empty, Prefill(0, 0, rest, False)],
+        )
+        self._batches.write_prefills(padded, [stage[place] for place in self._places])
+        d, sampling = len(plan.decode_slots), [p for p in prefills if p.sample]
+        chosen, positions = stage[self._chosen], stage[self._positions]
+        chosen[:], positions[:] = 0, 1
+        chosen[:d], positions[:d] = plan.decode_slots, np.array(plan.decode_starts, dtype=np.int64) + 1
+        of_prefills = slice(shape.rows, shape.rows + len(sampling))
+        chosen[of_prefills] = [p.slot for p in sampling]
+        positions[of_prefills] = [p.start + p.length for p in sampling]
+        self.tables.fill(self._batches.sequences(padded), stage[self._tables].view(np.int32))
+
+    def run(self, model: Model, sampler: Sampler, mesh: Mesh) -> tuple[Tensor, Tensor]:
+        """Logits [rows + prefills + 1, V] and the ids sampled from them, which are each slot's last token then."""
+        slots, tables = self._batches.slots, self.tables
+        parts = [self.memory[place] for place in self._places]
+        of_prefills = min(self._batches.blocks_for(self.shape.context), slots.max_blocks)
+        num_blocks = slots.max_blocks if self.shape.rows else of_prefills
+        batch = self._batches.of_prefills(
+            parts, self.shape.rows, tables.offsets, tables.starts, tables.boundaries, num_blocks
+        )
+        logits = model(batch, slots.cache)
+        chosen = self.memory[self._chosen]
+        ids = mesh.broadcast(sampler.sample_rows(logits, chosen, self.memory[self._positions]))
+        slots.last_tokens[chosen] = ids.clamp(min=0)
+        return logits, ids
+
+
+class PrefillGraphs:
+    """Steps with prefills that fit a shape. The first step of a shape runs uncaptured, since that sets up what it
+    needs; the second is captured. Before `start` none is."""
+
+    def __init__(
+        self,
+        model: Model,
+        batches: BatchBuilder,
+        sampler: Sampler,
+        mesh: Mesh,
+        max_num_seqs: int,
+        sizes: Sequence[int],
+    ) -> None:
+        self.model, self._batches, self._sampler, self._mesh = model, batches, sampler, mesh
+        self._sizes = sizes  # of tokens, ascending
+        self._rows = [n for n in ROWS if n < max_num_seqs] + [max_num_seqs]
+        self._statics: dict[Shape, Static] = {}
+        self._replays: dict[Shape, Callable[[], None]] = {}
+        self._stage: list[Tensor] = []
+        self._turn = 0
+        self._started = False
+        self._pool: Any = None
+        self._logits: dict[int, Tensor] = {}  # by the number of their rows
+        self._ids = torch.zeros(self._rows[-1] + PREFILLS[-1] + 1, dtype=torch.int64, device=batches.slots.device)
+        self.steps: Counter[str] = Counter()  # how many ran captured, uncaptured and, as none could serve, eagerly
+
+    def start(self) -> None:
+        """From now on shapes are captured: those of one prompt alone at once, on the sinks, the largest first, so that
+        the others fit into its memory."""
+        self._started = True
+        for size in reversed([n for n in self._sizes if n <= self._batches.slots.max_model_len]):
+            static = self._static(Shape(0, 1, size, size))
+            image = np.zeros(static.size, dtype=np.int64)
+            static.write(StepPlan(0, [], [], [], [], []), image)
+            static.memory.copy_(torch.from_numpy(image))
+            self._step(static)
+            self._capture(static)
+
+    def shape_of(self, plan: StepPlan) -> Shape | None:
+        """The shape that a step runs in; None: in none."""
+        prefills, d = plan.prefills, len(plan.decode_slots)
+        tokens = sum(p.length for p in prefills)
+        if not prefills or tokens > self._sizes[-1] or len(prefills) > PREFILLS[-1] or d > self._rows[-1]:
+            return None
+        size = _least(self._sizes, tokens)
+        context = size + sum(p.start for p in prefills if p.length)
+        if context > size:
+            if context > CONTEXTS[-1]:
+                return None
+            context = _least(CONTEXTS, context)
+        shape = Shape(_least(self._rows, d), _least(PREFILLS, len(prefills)), size, context)
+        full = self._started and len(self._replays) >= MAX_SHAPES
+        return None if full and shape not in self._replays else shape
+
+    def run(self, plan: StepPlan, shape: Shape) -> tuple[Tensor, Tensor]:
+        """Launch the step in the shape that `shape_of` gave.
+
+        Returns logits [R, V] and ids [R] (-1 if a logit was not finite) of the rows that sample, in the plan's order,
+        in buffers that the next step overwrites.
+        """
+        new, static = shape not in self._statics, self._static(shape)
+        stage = self._next_stage(static.size)
+        static.write(plan, stage.numpy())
+        static.memory.copy_(stage, non_blocking=True)
+        if self._started and not new and shape not in self._replays:
+            self._capture(static)
+        replay = self._replays.get(shape)
+        self.steps["uncaptured" if replay is None else "captured"] += 1
+        (replay or partial(self._step, static))()
+        d, sampling = len(plan.decode_slots), sum(p.sample for p in plan.prefills)
+        logits = self._logits[shape.rows + shape.prefills + 1]
+        return _rows(logits, d, shape.rows, sampling), _rows(self._ids, d, shape.rows, sampling)
+
+    def _static(self, shape: Shape) -> Static:
+        if shape not in self._statics:
+            self._statics[shape] = Static(shape, self._batches)
+        return self._statics[shape]
+
+    def _next_stage(self, size: int) -> Tensor:
+        """int64 [size] on the host: a copy to the device may still be reading those before it."""
+        if not self._stage or len(self._stage[0]) < size:
+            pinned = self._ids.is_cuda
+            torch.cuda.synchronize() if pinned else None
+            self._stage = [torch.zeros(size, dtype=torch.int64, pin_memory=pinned) for _ in range(STAGES)]
+        self._turn = (self._turn + 1) % STAGES
+        return self._stage[self._turn][:size]
+
+    def _step(self, static: Static) -> None:
+        logits, ids = static.run(self.model, self._sampler, self._mesh)
+        if len(logits) not in self._logits:
+            self._logits[len(logits)] = torch.empty_like(logits)
+        self._logits[len(logits)].copy_(logits)  # what a graph has of its own would be kept for each of them
+        self._ids[: len(ids)] = ids
+
+    def _capture(self, static: Static) -> None:
+        static.tables.frozen = True
+        try:
+            self._replays[static.shape], self._pool = captured(partial(self._step, static), self._pool)
+        finally:
+            static.tables.frozen = False
+
+
+def _least(sizes: Sequence[int], n: int) -> int:
+    return sizes[bisect_left(sizes, n)]
+
+
+def _rows(values: Tensor, d: int, rows: int, sampling: int) -> Tensor:
+    """The first d, and `sampling` more from `rows` on."""
+    if d == rows or not d:
+        return values[rows - d : rows + sampling]
+    return torch.cat([values[:d], values[rows : rows + sampling]]) if sampling else values[:d]

@@ -1,0 +1,210 @@
+"""The static steps with prompts (what CUDA graphs capture), run without capture: same tokens as the eager runner."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.models import random_checkpoint as random
+from thalweg import LLM, SamplingParams
+from thalweg.core import Prefill, StepPlan
+from thalweg.ops.host_tables import Limits, StepSequences, Tables, UnknownWhileCapturing, contexts, pieces, table
+from thalweg.runner import step as step_module
+from thalweg.runner.prefill_graphs import CONTEXTS, PREFILLS, TOKENS, PrefillGraphs, Shape, token_sizes
+
+CPU = torch.device("cpu")
+
+
+def test_token_sizes_end_with_the_budget_and_are_no_further_apart_than_a_sequence_is_long() -> None:
+    assert token_sizes(8192, 100_000) == list(TOKENS)
+    assert token_sizes(2048, 100_000) == list(TOKENS)
+    assert token_sizes(100, 100_000) == [64, 128]
+    assert token_sizes(8192, 130) == [64, 128, 256, 384, 512]  # 768 could want 256 tokens more than 512
+    assert token_sizes(8192, 40) == []
+    for most in (64, 300, 512):
+        assert all(b - a <= most for a, b in pairwise([0, *token_sizes(8192, most)]))
+
+
+def shapes(**options: Any) -> PrefillGraphs:
+    graphs = PrefillGraphs.__new__(PrefillGraphs)
+    graphs._sizes, graphs._rows, graphs._replays, graphs._started = [64, 128, 256], [0, 8, 20], {}, False
+    for name, value in options.items():
+        setattr(graphs, name, value)
+    return graphs
+
+
+@pytest.mark.parametrize(
+    ("decodes", "prefills", "expected"),
+    [
+        (0, [(0, 1)], Shape(0, 1, 64, 64)),
+        (0, [(0, 64)], Shape(0, 1, 64, 64)),
+        (0, [(0, 65)], Shape(0, 1, 128, 128)),
+        (0, [(0, 30), (0, 40)], Shape(0, 4, 128, 128)),
+        (3, [(7, 65)], Shape(8, 1, 128, CONTEXTS[0])),
+        (20, [(CONTEXTS[0], 9), (0, 9)], Shape(20, 4, 64, CONTEXTS[1])),
+        (20, [(CONTEXTS[1], 9)], None),
+        (21, [(0, 9)], None),
+        (0, [(0, 257)], None),
+        (0, [(0, 1)] * (PREFILLS[-1] + 1), None),
+        (5, [], None),
+    ],
+)
+def test_the_smallest_shape_that_holds_a_step(
+    decodes: int, prefills: list[tuple[int, int]], expected: Shape | None
+) -> None:
+    rows = [Prefill(1 + i, start, length, True) for i, (start, length) in enumerate(prefills)]
+    plan = StepPlan(0, [], [], [9] * decodes, [9] * decodes, rows)
+    assert shapes().shape_of(plan) == expected
+
+
+def test_shapes_beyond_the_most_that_are_kept_run_eagerly() -> None:
+    plan = StepPlan(0, [], [], [], [], [Prefill(1, 0, 100, True)])
+    full: dict[Any, Any] = dict.fromkeys(range(1000))
+    assert shapes(_replays=full, _started=True).shape_of(plan) is None
+    assert shapes(_replays=full | {Shape(0, 1, 128, 128): None}, _started=True).shape_of(plan) == (0, 1, 128, 128)
+
+
+STEPS = [
+    StepSequences([0, 70, 70, 100, 128], [5, 0, 64, 0], [(0, 64, 9)]),
+    StepSequences([0, 1, 2, 3, 128], [0, 200, 3, 0], []),
+    StepSequences([0, 128, 128, 128, 128], [0, 0, 0, 0], [(0, 64, 4), (0, 128, 5)]),
+]
+
+
+def tables_of(limits: Limits) -> tuple[Tables, torch.Tensor]:
+    memory = torch.full((Tables.words(limits),), -7, dtype=torch.int32)
+    return Tables(limits, memory), memory
+
+
+@pytest.mark.parametrize("size", [16, 64])
+def test_tables_at_fixed_addresses_begin_with_those_of_an_eager_step(size: int) -> None:
+    tables, memory = tables_of(Limits(4, 128, 512))
+
+    def ask() -> tuple[Any, ...]:
+        cut = pieces(tables.offsets, size, CPU, tables.boundaries)
+        context = contexts(tables.starts, tables.offsets, size, CPU)
+        return cut, context, table(tables.starts, CPU)
+
+    first = ask()
+    for step in STEPS:
+        tables.fill(step, memory.numpy())
+        cut, context, starts = ask()
+        assert cut.pieces_N2.data_ptr() == first[0].pieces_N2.data_ptr()  # nothing moves
+        expected = pieces(step.offsets, size, CPU, step.boundaries)
+        n = expected.num
+        assert n <= cut.num == first[0].num
+        for name in ("offsets_B1", "firsts_B1"):
+            assert torch.equal(getattr(cut, name), getattr(expected, name))
+        for name in ("pieces_N2", "saves_N"):
+            assert torch.equal(getattr(cut, name)[:n], getattr(expected, name))
+        assert cut.saves_N[n:].tolist() == [0] * (cut.num - n)
+        # Pieces that no sequence needs begin where the last one ends.
+        assert cut.pieces_N2[n:].tolist() == [[3, 128]] * (cut.num - n)
+
+        of_step = contexts(step.starts, step.offsets, size, CPU)
+        assert of_step.total <= context.total == 512
+        assert torch.equal(context.totals_B3, of_step.totals_B3)
+        assert torch.equal(context.cut.offsets_B1, of_step.cut.offsets_B1)
+        assert torch.equal(context.cut.pieces_N2[: of_step.cut.num], of_step.cut.pieces_N2)
+        assert starts.tolist() == step.starts
+
+
+def test_tables_are_made_once_per_kind_and_lie_where_kernels_want_them() -> None:
+    tables, memory = tables_of(Limits(3, 100, 100))
+    asked = [pieces(tables.offsets, size, CPU) for size in (16, 64, 16)]
+    assert [t.data_ptr() for t in asked[0][1:]] == [t.data_ptr() for t in asked[2][1:]]  # type: ignore[union-attr]
+    for cut in asked[:2]:
+        assert all((t.data_ptr() - memory.data_ptr()) % 16 == 0 for t in cut[1:])  # type: ignore[union-attr]
+
+
+def test_memory_is_enough_for_the_tables_of_all_ops() -> None:
+    for limits in (Limits(2, 64, 64), Limits(17, 64, 16384), Limits(17, 2048, 16384), Limits(2, 2048, 2048)):
+        tables, _ = tables_of(limits)
+        for size in (16, 32, 64, 128):
+            pieces(tables.offsets, size, CPU, tables.boundaries)
+        for size in (16, 128):
+            contexts(tables.starts, tables.offsets, size, CPU)
+        table(tables.starts, CPU)
+        table(tables.offsets, CPU)
+
+
+def test_values_that_change_are_not_known_while_a_graph_is_captured() -> None:
+    tables, memory = tables_of(Limits(2, 64, 64))
+    pieces(tables.offsets, 16, CPU, tables.boundaries)
+    tables.fill(StepSequences([0, 40, 64], [3, 0], [(0, 16, 1)]), memory.numpy())
+    assert (list(tables.offsets), list(tables.starts), list(tables.boundaries)) == ([0, 40, 64], [3, 0], [(0, 16, 1)])
+    tables.frozen = True
+    assert (len(tables.offsets), tables.offsets[0], tables.offsets[-1], tables.offsets[2]) == (3, 0, 64, 64)
+    pieces(tables.offsets, 16, CPU, tables.boundaries)  # which were asked for before
+    for look in (
+        lambda: tables.offsets[1],
+        lambda: list(tables.starts),
+        lambda: tables.starts[-1],
+        lambda: len(tables.boundaries),
+        lambda: bool(tables.boundaries),
+        lambda: pieces(tables.offsets, 64, CPU),
+    ):
+        with pytest.raises(UnknownWhileCapturing):
+            look()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    c = random.config(vocab=128, context=600)
+    return random.write(tmp_path_factory.mktemp("model"), c, random.weights(c))
+
+
+def generate(folder: Path, **options: Any) -> list[list[int]]:
+    """Requests of every kind, joining and leaving, so that prompts come alone, together, beside rows that decode, in
+    chunks and after cached tokens."""
+    params = [
+        SamplingParams(max_tokens=n, ignore_eos=True, **more)
+        for n, more in [
+            (9, {"temperature": 0}),
+            (5, {"seed": 1}),
+            (8, {"seed": 2, "top_p": 0.8}),
+            (7, {"temperature": 0, "presence_penalty": 1.0}),
+            (11, {"seed": 3}),
+            (6, {"temperature": 0, "logprobs": 1}),
+            (3, {"temperature": 0, "prompt_logprobs": 1}),
+        ]
+    ]
+    lengths = [130, 3, 64, 65, 200, 1, 33]
+    prompts = [[(3 * i + j * j) % 128 for j in range(n)] for i, n in enumerate(lengths)]
+    tokens = []
+    with LLM(str(folder), max_num_seqs=5, max_num_batched_tokens=150, block_size=8, **options) as llm:
+        for _ in range(2):  # the second time after cached prefixes, if they are kept
+            tokens += [o.outputs[0].token_ids for o in llm.generate(prompts, params)]
+    return tokens
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_static_steps_give_the_tokens_of_eager_ones(folder: Path, keeps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"enable_prefix_caching": keeps, "snapshot_interval": 64}
+    expected = generate(folder, **options)
+    met: list[tuple[Shape, StepPlan]] = []
+
+    class Uncaptured(PrefillGraphs):
+        def run(self, plan: StepPlan, shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
+            met.append((shape, plan))
+            return super().run(plan, shape)
+
+    original = step_module.ModelRunner.__init__
+
+    def with_static_steps(self: Any, *args: Any) -> None:
+        original(self, *args[:4], prefill_sizes=[64, 128, 256])
+
+    monkeypatch.setattr(step_module, "PrefillGraphs", Uncaptured)
+    monkeypatch.setattr(step_module.ModelRunner, "__init__", with_static_steps)
+    assert generate(folder, **options) == expected
+    assert len(met) >= 7
+    assert {shape.rows for shape, _ in met} == {0, 5}
+    assert len({shape.tokens for shape, _ in met}) > 1
+    assert any(p.start for _, plan in met for p in plan.prefills)
+    assert any(len(plan.prefills) > 1 for _, plan in met)
+    assert any(plan.boundaries for _, plan in met) == keeps
+    assert any(plan.restores for _, plan in met) == keeps
