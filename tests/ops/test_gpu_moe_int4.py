@@ -25,9 +25,9 @@ def check(case: MoeCase, name: str) -> torch.Tensor:
     assert y.shape == case.x.shape
     added = case.run(op, residual_TD=case.residual)
     if len(y):
-        assert max(rmse_ratio(a, b) for a, b in zip(y, expected, strict=True)) < 3 * bound
-        assert rmse_ratio(y, expected) < bound
-        assert rmse_ratio(added, expected + case.residual.double()) < bound
+        assert max(rmse_ratio(a, b) for a, b in zip(y, expected, strict=True)) < 3 * bound, name
+        assert rmse_ratio(y, expected) < bound, name
+        assert rmse_ratio(added, expected + case.residual.double()) < bound, name
     return y
 
 

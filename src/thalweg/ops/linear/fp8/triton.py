@@ -21,23 +21,13 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from thalweg.ops.norm.triton.rms import rms_norm
-from thalweg.ops.toolchain.triton_dot import INTERPRETED
+from thalweg.ops.toolchain.triton_dot import done
 from thalweg.ops.toolchain.triton_launch import pdl_options
 from thalweg.ops.toolchain.triton_support import multiprocessors
 from thalweg.quant.blocks import BLOCK as _BLOCK
 
 BLOCK = tl.constexpr(_BLOCK)
 LARGEST_SCALE = tl.constexpr(2.0**126)  # of which the inverse is a normal number
-
-
-@triton.jit
-def _done(acc):
-    """The same, but a use of it: so Triton 3.6 waits for the product. It would otherwise let the next step overwrite
-    registers with weights that the product under way still reads."""
-    if INTERPRETED:
-        return acc
-    else:
-        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [acc], tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -145,7 +135,7 @@ def tiles_kernel(
         if FOLD:
             # Loaded in the loop, or Triton would not widen where the matrix unit wants it.
             scale *= tl.load(largest_ptr + O + rows)
-            acc = _done(tl.dot(q * scale.to(tl.float16)[:, None], x, acc))
+            acc = done(tl.dot(q * scale.to(tl.float16)[:, None], x, acc))
         else:
             acc += tl.dot(q, x) * scale[:, None]
     x_scale = tl.load(x_scale_ptr + t, mask=t < T, other=0.0)

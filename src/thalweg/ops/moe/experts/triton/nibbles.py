@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from thalweg.ops.toolchain.triton_dot import INTERPRETED, dot
+from thalweg.ops.toolchain.triton_dot import INTERPRETED, done, dot
 from thalweg.quant.int4 import GROUP as _GROUP
 from thalweg.quant.int4 import WORD as _WORD
 
@@ -154,6 +154,7 @@ def gate_up_sums(
         x = _operand(x_ptrs, at, D, BLOCK_D)
         gate = _add(gate, _weights(w_ptrs, s_ptrs, at, D, BLOCK_D, x.dtype), x)
         up = _add(up, _weights(w_ptrs + up_words, s_ptrs + up_scales, at, D, BLOCK_D, x.dtype), x)
+        gate, up = done(gate), done(up)
     return tl.trans(gate), tl.trans(up)
 
 
@@ -163,7 +164,7 @@ def down_sums(h_ptrs, w_ptrs, s_ptrs, I: tl.constexpr, BLOCK_I: tl.constexpr, ST
     acc = tl.zeros([w_ptrs.shape[0], h_ptrs.shape[0]], tl.float32)
     for at in tl.range(0, I, BLOCK_I, num_stages=STAGES):
         h = _operand(h_ptrs, at, I, BLOCK_I)
-        acc = _add(acc, _weights(w_ptrs, s_ptrs, at, I, BLOCK_I, h.dtype), h)
+        acc = done(_add(acc, _weights(w_ptrs, s_ptrs, at, I, BLOCK_I, h.dtype), h))
     return tl.trans(acc)
 
 
