@@ -226,6 +226,7 @@ class Harness:
         grid: int | None = None,
         interval: int = 1024,
         chunk: int | None = None,
+        threshold: int = 0,
     ) -> None:
         """num_snapshots None with `keep_prefixes`: the model keeps no state. `chunk` None: as `grid`."""
         cache = CacheManager(
@@ -233,7 +234,7 @@ class Harness:
         )
         limits = max_num_seqs, max_num_batched_tokens, max_model_len
         grid = grid or block_size
-        self.scheduler = Scheduler(*limits, cache, EOS, seed, grid, interval, chunk or grid)
+        self.scheduler = Scheduler(*limits, cache, EOS, seed, grid, interval, chunk or grid, threshold)
         stateful = not keep_prefixes or num_snapshots is not None
         self.device = Device(num_blocks, max_num_seqs, block_size, stateful, chunk or grid)
         self.depth = depth
@@ -263,6 +264,8 @@ class Harness:
         plan = self.scheduler.schedule()
         if plan is not None:
             assert 1 <= plan.num_tokens <= self.scheduler.max_num_batched_tokens
+            most = self.scheduler.long_prefill_token_threshold
+            assert not (plan.decode_slots and most) or sum(p.length for p in plan.prefills) <= most
             self.pending.append(plan)
             self.plans.append(plan)
         return plan

@@ -41,6 +41,7 @@ limits = st.fixed_dictionaries(
         "max_num_seqs": st.sampled_from([1, 2, 3, 5]),
         "max_num_batched_tokens": st.sampled_from([1, 2, 3, 5, 16, 64]),
         "max_model_len": st.integers(8, 40),
+        "threshold": st.sampled_from([0, 0, 1, 4, 30]),
         "seed": st.integers(0, 2**64 - 1),
         "depth": st.integers(0, 3),
     }

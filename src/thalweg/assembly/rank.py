@@ -106,6 +106,7 @@ def build_rank(
         max_model_len=split.max_model_len,
         max_num_seqs=split.num_slots,
         max_num_batched_tokens=config.max_num_batched_tokens,
+        long_prefill_token_threshold=config.long_prefill_token_threshold,
         block_size=config.block_size,
         num_blocks=split.num_blocks,
         num_slots=split.num_slots,

@@ -81,6 +81,14 @@ def engine_config(
         str | None,
         _engine(metavar="TOKENS", help="Tokens of one step at most, e.g. 8k. Default: 2k on a CPU, else 8k."),
     ] = None,
+    long_prefill_token_threshold: Annotated[
+        str,
+        _engine(
+            metavar="TOKENS",
+            help="Prompt tokens at most in a step that also decodes, e.g. 2k: long prompts hold up other requests less,"
+            " and take longer. 0: as many as fit.",
+        ),
+    ] = str(_DEFAULTS.long_prefill_token_threshold),
     block_size: Annotated[int, _engine(metavar="TOKENS", help="Tokens per block of the cache.")] = _DEFAULTS.block_size,
     enable_prefix_caching: Annotated[
         bool | None,
@@ -169,6 +177,7 @@ def engine_config(
         max_model_len=_size(max_model_len, "--max-model-len"),
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=_size(max_num_batched_tokens, "--max-num-batched-tokens"),
+        long_prefill_token_threshold=parse_size(long_prefill_token_threshold, "--long-prefill-token-threshold"),
         block_size=block_size,
         enable_prefix_caching=enable_prefix_caching,
         snapshot_interval=parse_size(snapshot_interval, "--snapshot-interval"),

@@ -29,7 +29,8 @@ class EngineConfig:
     `state_dtype` is what recurrent states are stored in, whatever they are computed in. `max_num_seqs` None means
     64 on a CPU; on a GPU what its memory allows (cache.memory.default_num_seqs). `max_num_batched_tokens` None
     means 8192 on an accelerator, where a step that reads all experts anyway should have many tokens, and 2048 on a
-    CPU. `max_model_len` None means the model's context length, or what fits in memory. `cache_memory` is in bytes
+    CPU. A step that also decodes takes at most `long_prefill_token_threshold` tokens of prompts; 0 means as many as
+    fit. `max_model_len` None means the model's context length, or what fits in memory. `cache_memory` is in bytes
     and takes the place of `gpu_memory_utilization`, the share of the device's memory that weights and cache may
     fill. `enable_prefix_caching` None means yes on a CPU and no elsewhere, where its tests have yet to be seen to
     pass. `snapshot_interval` is the number of prompt tokens after which the prefix cache takes a further snapshot
@@ -52,6 +53,7 @@ class EngineConfig:
     device: str = "auto"
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
+    long_prefill_token_threshold: int = 0
     max_model_len: int | None = None
     block_size: int = 64
     enable_prefix_caching: bool | None = None
@@ -72,6 +74,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         self._integer("max_num_seqs", 1, 65_536, optional=True)
         self._integer("max_num_batched_tokens", 1, 2**24, optional=True)
+        self._integer("long_prefill_token_threshold", 0, 2**24)
         self._integer("max_model_len", 1, 2**31 - 1, optional=True)
         self._integer("prefill_graph_tokens", 0, 2**24)
         self._integer("block_size", 1, 65_536)

@@ -33,7 +33,8 @@ class Scheduler:
     """Continuous batching with chunked prefill and preemption by recomputation.
 
     A step runs at most max_num_batched_tokens tokens: decodes first, then the prefill that is under way, then
-    admissions. A prefill is cut short only when the step is full.
+    admissions. Beside decodes, which wait for it, a step takes at most long_prefill_token_threshold tokens of prefills
+    (0: as many as fit). A prefill is cut short only when the step is full.
     """
 
     def __init__(
@@ -47,10 +48,12 @@ class Scheduler:
         snapshot_grid: int = 1,
         snapshot_interval: int = 1,
         state_chunk: int | None = None,
+        long_prefill_token_threshold: int = 0,
     ) -> None:
         """`snapshot_grid`, `snapshot_interval`, `state_chunk`: see Prefixes."""
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.long_prefill_token_threshold = long_prefill_token_threshold
         self.max_model_len = max_model_len
         self.cache = cache
         self.eos_token_ids = eos_token_ids
@@ -150,6 +153,8 @@ class Scheduler:
         new_blocks = self._prefixes.new_blocks
         decodes, slots, starts = self._plan_decodes(new_blocks)
         budget = self.max_num_batched_tokens - len(decodes)
+        if decodes and self.long_prefill_token_threshold:
+            budget = min(budget, self.long_prefill_token_threshold)
         admissions: list[Admission] = []
         prefills: list[Prefill] = []
         prefill_seqs: list[Sequence] = []
