@@ -47,6 +47,27 @@ class Grammar(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise InvalidRequest(f"the grammar has {size} characters; expected at most {MAX_GRAMMAR_CHARS}")
 
 
+class ThinkingLimit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How many tokens may stand between the tokens `begin` and `end` in an output; `begun`: it starts between them.
+
+    When they are spent `end` is the next token, as soon as the grammar allows it if there is one, and `begin` is not
+    chosen again. Raises InvalidRequest on a wrong type or value.
+    """
+
+    begin: int
+    end: int
+    max_tokens: int
+    begun: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("begin", "end", "max_tokens"):
+            value = getattr(self, name)
+            if not (_is_integer(value) and 0 <= value <= 2**31):
+                raise InvalidRequest(f"thinking.{name} is {value!r:.80}; expected an integer from 0 to {2**31}")
+        if self.begin == self.end:
+            raise InvalidRequest(f"thinking.begin and thinking.end are both {self.begin}; expected two tokens")
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How one request's tokens are chosen. Raises InvalidRequest on a value out of range.
 
@@ -72,6 +93,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     prompt_logprobs: int | None = None  # the same for every prompt token but the first
     skip_special_tokens: bool = True
     grammar: Grammar | None = None  # what the output must be
+    thinking: ThinkingLimit | None = None  # how long reasoning may be
     cache_salt: str = ""  # cached prefixes are shared only with requests of the same salt
 
     def __post_init__(self) -> None:
@@ -91,6 +113,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             need(isinstance(getattr(self, name), bool), name, "true or false")
 
         need(isinstance(self.grammar, Grammar | None), "grammar", "None or a Grammar")
+        need(isinstance(self.thinking, ThinkingLimit | None), "thinking", "None or a ThinkingLimit")
         salt_ok = _is_text(self.cache_salt) and len(self.cache_salt) <= MAX_CACHE_SALT
         need(salt_ok, "cache_salt", f"a string of at most {MAX_CACHE_SALT} characters")
         stop = _sequence((self.stop,) if isinstance(self.stop, str) else self.stop)

@@ -40,7 +40,7 @@ class ByteTokenizer(Tokenizer):
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         if not allow_special:
             return list(valid_unicode(text).encode())
-        pieces = split_literals(literal_pattern(self.special_tokens), text)
+        pieces = split_literals(literal_pattern(self.special_tokens), valid_unicode(text))
         return [i for piece, special in pieces for i in ([self.special_tokens[piece]] if special else piece.encode())]
 
 

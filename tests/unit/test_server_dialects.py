@@ -21,7 +21,7 @@ BODIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}{{ tools }}{{ style }}{{ reasoning_effort }}"
-    "{{ enable_thinking }}{{ documents }}{% if add_generation_prompt %}assistant:{% endif %}{# <tool_call> #}"
+    "{{ enable_thinking }}{{ documents }}{% if add_generation_prompt %}assistant:{% endif %}{# <tool_call> <think> #}"
 )
 
 

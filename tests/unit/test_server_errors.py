@@ -310,7 +310,7 @@ def test_503_until_the_engine_is_ready() -> None:
 
 def test_api_key() -> None:
     async def main() -> None:
-        async with serving(ClientDouble(), ServerSettings(api_key="sécret")) as http:
+        async with serving(ClientDouble(), ServerSettings(api_keys=("sécret",))) as http:
             assert (await http.get("/health")).status_code == 200
             for path in ("/v1/models", "/version", "/metrics", "/openapi.json", "/nowhere", "/health/"):
                 for value in (None, "", "sécret", "Bearer ", "Bearer sécre", "Bearer sécret2", "Basic sécret"):
@@ -329,7 +329,7 @@ def test_api_key() -> None:
 
 def test_api_key_from_a_browser() -> None:
     async def main() -> None:
-        async with serving(ClientDouble(), ServerSettings(api_key="sécret")) as http:
+        async with serving(ClientDouble(), ServerSettings(api_keys=("sécret",))) as http:
             asked = await http.get("/")
             assert (asked.status_code, asked.headers["www-authenticate"]) == (401, 'Basic realm="API key"')
             assert (await http.get("/page/chat.js")).headers["www-authenticate"] == "Bearer"

@@ -164,7 +164,7 @@ def test_other_sites_pages_are_let_in_with_a_key(origins: tuple[str, ...]) -> No
         other = await http.get("/health", headers={"origin": "https://evil.example"})
         assert (other.headers.get("access-control-allow-origin") == "*") == (origins == ("*",))
 
-    served(work, ServerSettings(api_key="k", cors=Cors(origins)))
+    served(work, ServerSettings(api_keys=("k",), cors=Cors(origins)))
 
 
 @pytest.mark.parametrize(

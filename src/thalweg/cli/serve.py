@@ -15,7 +15,9 @@ from thalweg.config import env
 from thalweg.config.engine import EngineConfig, parse_size
 from thalweg.engine.processes.messages import ProfilerOptions
 from thalweg.errors import ConfigError
-from thalweg.server.settings import KEEP_ALIVE_SECONDS, MAX_QUEUED_REQUESTS, PING_SECONDS, Cors
+from thalweg.server.settings import KEEP_ALIVE_SECONDS, MAX_QUEUED_REQUESTS, PING_SECONDS, Cors, StoreLimits
+
+_STORED = StoreLimits()
 
 
 def _limit(**options: Any) -> Any:
@@ -24,6 +26,10 @@ def _limit(**options: Any) -> Any:
 
 def _profiler(**options: Any) -> Any:
     return typer.Option(rich_help_panel="Profiler", **options)
+
+
+def _stored(**options: Any) -> Any:
+    return typer.Option(rich_help_panel="Stored answers of /v1/responses", **options)
 
 
 def _cors(**options: Any) -> Any:
@@ -38,8 +44,10 @@ def serve(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(metavar="PORT", help="Port to listen on; 0 takes a free one.")] = 8000,
     api_key: Annotated[
-        str | None,
-        typer.Option(metavar="KEY", help="Key that clients must send; THALWEG_API_KEY if left out, else none."),
+        list[str] | None,
+        typer.Option(
+            metavar="KEY", help="Key that clients must send; THALWEG_API_KEY if left out, else none. May be repeated."
+        ),
     ] = None,
     served_model_name: Annotated[
         list[str] | None,
@@ -83,6 +91,13 @@ def serve(
     allow_credentials: Annotated[
         bool, _cors(help="Let their visitors' browsers send passwords by themselves; not with *.")
     ] = False,
+    max_stored_responses: Annotated[
+        int, _stored(metavar="N", help="Answers that are kept for requests that go on from them; 0: none.")
+    ] = _STORED.count,
+    stored_responses_memory: Annotated[
+        str, _stored(metavar="SIZE", help="Memory that they may take, the oldest giving way.")
+    ] = "256MiB",
+    stored_response_ttl: Annotated[float, _stored(metavar="SECONDS", help="How long each is kept.")] = _STORED.seconds,
     enable_profiler: Annotated[
         str | None,
         _profiler(metavar="DIR", help="Let clients record traces there: POST /start_profile, /stop_profile."),
@@ -101,14 +116,14 @@ def serve(
         ),
     ] = None,
 ) -> None:
-    """Serve a model over HTTP: /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics."""
+    """Serve a model over HTTP: /v1/chat/completions, /v1/completions, /v1/responses, /v1/messages, /metrics."""
     from thalweg.server.run import serve as run
 
     run(
         config,
         host=host,
         port=port,
-        api_key=env.read("THALWEG_API_KEY") if api_key is None else api_key,
+        api_key=api_key or env.read("THALWEG_API_KEY"),
         served_model_name=served_model_name or (),
         tool_call_parser=tool_call_parser,
         reasoning_parser=reasoning_parser,
@@ -123,6 +138,11 @@ def serve(
             _listed("--allowed-methods", allowed_methods, ("*",)),
             _listed("--allowed-headers", allowed_headers, ("*",)),
             allow_credentials,
+        ),
+        stored=StoreLimits(
+            max_stored_responses,
+            parse_size(stored_responses_memory, "--stored-responses-memory"),
+            stored_response_ttl,
         ),
         profiler=_profiler_options(enable_profiler, profiler_max_steps, profiler_max_bytes),
         log_level=log_level or env.read("THALWEG_LOG_LEVEL") or "warning",

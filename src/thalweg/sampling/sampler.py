@@ -68,8 +68,10 @@ class Sampler:
         """Tell where the ids that __call__ gave for `slots` can be read once they count: read() waits for them."""
         if not self.simple(slots):
             for i, slot in enumerate(slots):
-                if (grammar := self.table.rows[slot].grammar) is not None:
-                    grammar.sampled(read, i)
+                row = self.table.rows[slot]
+                for state in (row.grammar, row.thinking):
+                    if state is not None:
+                        state.sampled(read, i)
 
     def simple(self, slots: list[int]) -> bool:
         """Whether `sample_rows` alone serves these slots: greedy or plain temperature, nothing to report or refuse."""
@@ -81,15 +83,16 @@ class Sampler:
         return self._sample(logits_RV, self.table.temperature, self.table.seed, positions_R, slots_R, check=True)
 
     def _masks(self, rows: list[SlotSampling], errors: dict[int, str]) -> Masks | None:
-        """Masks of the rows that have a grammar; if there can be none, every such row ends in `errors`."""
+        """Masks of the rows that need one; if there can be none, every row that might ends in `errors`."""
         grammars = [(r, row.grammar) for r, row in enumerate(rows) if row.grammar is not None]
-        if not grammars:
+        thinking = [(r, row.thinking) for r, row in enumerate(rows) if row.thinking is not None]
+        if not grammars and not thinking:
             return None
         try:
-            return self._masker.masks(grammars)
+            return self._masker.masks(grammars, thinking)
         except Exception as e:  # noqa: BLE001 -- likewise
             broken = f"the grammar could not be applied: {type(e).__name__}: {e}"
-            errors.update((r, broken) for r, _ in grammars)
+            errors.update((r, broken) for r, _ in [*grammars, *thinking])
             return None
 
     def _choose(self, logits_RV: Tensor, rows: list[SlotSampling], slots: list[int], positions: list[int]) -> Tensor:

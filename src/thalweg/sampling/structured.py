@@ -1,18 +1,18 @@
-"""Rows whose tokens a grammar has to allow: a matcher per slot, and the masks that go over their logits."""
+"""Rows whose tokens a grammar or a budget of reasoning has to allow: the masks that go over their logits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from thalweg.sampling.thinking import Read, ThinkingState
+
 if TYPE_CHECKING:
     import llguidance
-
-Read = Callable[[], list[int]]  # the ids of a step, once they are known on the host
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +64,37 @@ class Masker:
         self._vocab_size = vocab_size
         self._executor: llguidance.LLExecutor | None = None
 
-    def masks(self, grammars: Sequence[tuple[int, GrammarState]]) -> Masks | None:
-        """What the grammars (row, state) allow next; None if none of them has a matcher."""
+    def masks(
+        self, grammars: Sequence[tuple[int, GrammarState]], thinking: Sequence[tuple[int, ThinkingState]] = ()
+    ) -> Masks | None:
+        """What grammars (row, state) and budgets of reasoning (row, state) allow next; None if that is everything."""
+        masks = self._of_grammars(grammars)
+        limited = [(r, state, state.closes()) for r, state in thinking]
+        limited = [(r, state, closes) for r, state, closes in limited if closes or state.spent]
+        if not limited:
+            return masks
+        masks = self._with_rows(masks, [r for r, _, _ in limited])
+        for r, state, closes in limited:
+            _limit(masks.bits_RW[masks.rows.index(r)], state, closes)
+        return masks
+
+    def _with_rows(self, masks: Masks | None, rows: list[int]) -> Masks:
+        """`masks` with rows that allow everything for those of `rows` that it lacks."""
+        if masks is None:
+            masks = Masks([], self._words(0), {})
+        more = [r for r in rows if r not in masks.rows]
+        return Masks(masks.rows + more, torch.cat([masks.bits_RW, ~self._words(len(more))]), masks.errors)
+
+    def _words(self, rows: int) -> Tensor:
+        return torch.zeros(rows, -(-self._vocab_size // 32), dtype=torch.int32)
+
+    def _of_grammars(self, grammars: Sequence[tuple[int, GrammarState]]) -> Masks | None:
         rows = [(r, grammar.matcher) for r, grammar in grammars if grammar.matcher is not None]
         if not rows:
             return None
         for _, grammar in grammars:
             grammar.catch_up()
-        masks_RW = torch.zeros(len(rows), -(-self._vocab_size // 32), dtype=torch.int32)
+        masks_RW = self._words(len(rows))
         if self._executor is None:
             import llguidance
 
@@ -98,6 +121,20 @@ def _masked(logits_RV: Tensor, masks_RW: Tensor) -> Tensor:
     masked_RV = logits_RV.masked_fill(~allowed_RV, -torch.inf)
     lost_R1 = masked_RV.isneginf().all(-1, keepdim=True)
     return torch.where(lost_R1 & allowed_RV, 0.0, masked_RV)
+
+
+def _limit(words_W: Tensor, state: ThinkingState, closes: bool) -> None:
+    """Leave only the closing mark, or all but the opening one, if that leaves something: a grammar may not allow the
+    closing mark within a character, which then comes first."""
+    token = state.end if closes else state.begin
+    word, bit = token // 32, 1 << (token % 32)
+    bit -= (bit >> 31) << 32  # int32 has no 2**31
+    if closes:
+        if int(words_W[word]) & bit:
+            words_W.zero_()
+            words_W[word] = bit
+    elif int(words_W[word]) != bit or int(words_W.count_nonzero()) > 1:
+        words_W[word] &= ~bit
 
 
 def _consume(matcher: llguidance.LLMatcher, token: int) -> None:

@@ -16,6 +16,7 @@ from thalweg.ops.host_tables import to_device
 from thalweg.sampling.adjust import LogitAdjuster
 from thalweg.sampling.grammars import Grammars
 from thalweg.sampling.structured import GrammarState
+from thalweg.sampling.thinking import ThinkingState
 
 
 @dataclass(slots=True)
@@ -26,6 +27,7 @@ class SlotSampling:
     logprobs: int | None = None  # to be reported, with this many most likely tokens
     adjuster: LogitAdjuster | None = None
     grammar: GrammarState | None = None
+    thinking: ThinkingState | None = None
     rejected: str | None = None  # why the request cannot go on
 
     @property
@@ -36,6 +38,7 @@ class SlotSampling:
             or self.logprobs is not None
             or self.adjuster is not None
             or self.grammar is not None
+            or self.thinking is not None
             or self.rejected is not None
         )
 
@@ -94,6 +97,8 @@ class SamplingTable:
                 row.rejected = str(e)
             except Exception as e:  # noqa: BLE001 -- one request's parameters must not end the others'
                 row.rejected = f"its sampling parameters could not be applied: {type(e).__name__}: {e}"
+        if p.thinking is not None:
+            row.thinking = ThinkingState(p.thinking, output, counts=self._grammars is not None)
         if p.grammar is not None:
             row.grammar = GrammarState()
             if self._grammars is not None:

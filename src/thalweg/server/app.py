@@ -14,8 +14,10 @@ from starlette.types import ASGIApp
 from thalweg import __version__
 from thalweg.engine.processes.client import EngineClient
 from thalweg.server import chat, completions, docs, errors, health, models, page, profile, tokenization
+from thalweg.server.anthropic import routes as anthropic
 from thalweg.server.guard import Guard
 from thalweg.server.manners import REQUEST_ID, Manners
+from thalweg.server.responses_api import routes as responses_api
 from thalweg.server.service import Service, StartListener
 from thalweg.server.settings import Cors, ServerSettings
 
@@ -44,11 +46,11 @@ def create_app(client: EngineClient, settings: ServerSettings, on_started: Start
     errors.install(app)
     app.add_middleware(
         Guard,
-        api_key=settings.api_key,
+        api_keys=settings.api_keys,
         max_body_bytes=settings.max_body_bytes,
         body_seconds=settings.body_seconds,
     )
-    for room in (chat, completions, docs, models, tokenization, health, page, profile):
+    for room in (chat, completions, responses_api, anthropic, docs, models, tokenization, health, page, profile):
         app.include_router(room.router)
     return app
 

@@ -10,7 +10,7 @@ from typing import Any
 from msgspec import UNSET, UnsetType
 
 from thalweg.core import TokenLogprobs
-from thalweg.server.generation import News
+from thalweg.server.conversation import Choice, Conversation
 from thalweg.server.logprobs import chat_logprobs
 from thalweg.server.parsers.events import CallBegin, Content, Event, Reasoning
 from thalweg.server.responses import (
@@ -25,7 +25,6 @@ from thalweg.server.responses import (
     now,
 )
 from thalweg.server.service import Service
-from thalweg.server.tools import ToolUse
 from thalweg.text.output import Delta
 from thalweg.tokenizer.base import Tokenizer
 
@@ -37,20 +36,18 @@ class ChatAnswer:
     they have no text yet.
     """
 
-    def __init__(
-        self, service: Service, response_id: str, prompt_ids: list[int], use: ToolUse, n: int, with_ids: bool = False
-    ) -> None:
-        self.id = response_id
-        self._prompt_tokens, self._completion_tokens, self._cached_tokens = len(prompt_ids), 0, 0
-        self._prompt_ids, self._with_ids = prompt_ids, with_ids
+    def __init__(self, service: Service, talk: Conversation, n: int, with_ids: bool = False) -> None:
+        self.id, self._news = talk.id, talk.news
+        self._prompt_tokens, self._completion_tokens, self._cached_tokens = len(talk.prompt_ids), 0, 0
+        self._prompt_ids, self._with_ids = talk.prompt_ids, with_ids
         self._model, self._created = service.names[0], now()
         self._tokenizer: Tokenizer | None = service.client.codec.tokenizer
-        self._choices = [_Choice(use.parallel, use.functions) for _ in range(n)]
-        self._functions = use.functions
+        self._choices = [Choice(talk.use) for _ in range(n)]
+        self._functions = talk.use.functions
 
-    async def whole(self, news: News) -> Envelope:
+    async def whole(self) -> Envelope:
         pieces: list[_Pieces] = [_Pieces() for _ in self._choices]
-        async with aclosing(news):
+        async with aclosing(self._news) as news:
             async for index, delta in news:
                 self._count(index, delta)
                 own = pieces[index]
@@ -58,7 +55,7 @@ class ChatAnswer:
                 own.token_ids += delta.token_ids
                 if delta.logprobs is not None:
                     own.logprobs.append(delta.logprobs)
-                own.finish_reason = self._choices[index].finish_reason(delta)
+                own.finish_reason = self._finish_reason(index, delta)
         made = [
             ChatChoice(
                 i, p.message(self._functions), self._logprobs(p.logprobs), p.finish_reason, self._ids(p.token_ids)
@@ -68,14 +65,14 @@ class ChatAnswer:
         prompt_ids = self._ids(self._prompt_ids)
         return self._envelope("chat.completion", made, usage=self._usage(), prompt_token_ids=prompt_ids)
 
-    async def chunks(self, news: News, include_usage: bool) -> AsyncGenerator[Envelope]:
+    async def chunks(self, include_usage: bool) -> AsyncGenerator[Envelope]:
         extra = {"usage": None} if include_usage else {}
         begun = [False] * len(self._choices)
 
         def chunk(choice: ChatChunkChoice, **more: Any) -> Envelope:
             return self._envelope("chat.completion.chunk", [choice], **extra, **more)
 
-        async with aclosing(news):
+        async with aclosing(self._news) as news:
             async for index, delta in news:
                 if not begun[index]:
                     prompt_ids = UNSET if any(begun) else self._ids(self._prompt_ids)
@@ -93,10 +90,15 @@ class ChatAnswer:
         if not events and delta.logprobs is None and delta.finish_reason is None and not self._with_ids:
             return None
         logprobs = self._logprobs([] if delta.logprobs is None else [delta.logprobs])
-        finish_reason = self._choices[index].finish_reason(delta)
+        finish_reason = self._finish_reason(index, delta)
         return ChatChunkChoice(
             index, _delta(events, self._functions), logprobs, finish_reason, self._ids(delta.token_ids)
         )
+
+    def _finish_reason(self, index: int, delta: Delta) -> str | None:
+        if not self._choices[index].called or delta.finish_reason != "stop":
+            return delta.finish_reason
+        return "function_call" if self._functions else "tool_calls"
 
     def _ids(self, ids: list[int]) -> list[int] | UnsetType:
         return ids if self._with_ids else UNSET
@@ -114,27 +116,6 @@ class ChatAnswer:
 
     def _envelope(self, kind: str, choices: list[Any], **more: Any) -> Envelope:
         return Envelope(id=self.id, object=kind, created=self._created, model=self._model, choices=choices, **more)
-
-
-@dataclass(slots=True)
-class _Choice:
-    parallel: bool  # otherwise all calls but the first are left out
-    functions: bool
-    called: bool = False
-
-    def events(self, delta: Delta) -> list[Event]:
-        events = delta.events
-        if events is None:
-            return [Content(delta.text)] if delta.text else []
-        if not self.parallel:
-            events = [e for e in events if isinstance(e, Content | Reasoning) or e.index == 0]
-        self.called = self.called or any(isinstance(e, CallBegin) for e in events)
-        return events
-
-    def finish_reason(self, delta: Delta) -> str | None:
-        if not self.called or delta.finish_reason != "stop":
-            return delta.finish_reason
-        return "function_call" if self.functions else "tool_calls"
 
 
 @dataclass(slots=True)

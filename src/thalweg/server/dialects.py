@@ -72,10 +72,6 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "stop_regex": (),
     "t_max_predict_ms": (-1, 0),
     "n_indent": (),
-    "thinking_token_budget": (-1,),
-    "thinking_budget": (-1,),
-    "thinking_budget_tokens": (-1,),
-    "reasoning_budget": (-1,),
     # what it must be
     "structural_tag": (),
     "guided_whitespace_pattern": (),

@@ -25,6 +25,17 @@ from thalweg.tokenizer.base import valid_unicode
 
 MAX_MESSAGE_CHARS = 1000
 RETRY_AFTER = "1"  # seconds, as a header
+ANTHROPIC = "/v1/messages"  # what the paths of Anthropic's API begin with
+
+_ANTHROPIC_KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
 
 # Messages about a field begin with its name: "temperature is 200; expected 0 to 100".
 _NAMED = re.compile(r"([a-z_]+)[\w.\[\]]* (?:is|has|names|nests)\b")
@@ -61,8 +72,15 @@ class ApiError(Exception):
         param = None if self.param is None else valid_unicode(self.param)
         return {"error": {"message": message, "type": kind, "param": param, "code": self.code}}
 
-    def response(self) -> Response:
-        return Response(msgspec.json.encode(self.body()), self.status, self.headers, "application/json")
+    def response(self, path: str = "") -> Response:
+        """The answer to a request of `path`, in the shape of the API that the path belongs to."""
+        body = self.anthropic_body() if path.startswith(ANTHROPIC) else self.body()
+        return Response(msgspec.json.encode(body), self.status, self.headers, "application/json")
+
+    def anthropic_body(self) -> dict[str, Any]:
+        """The same in Anthropic's shape, which has no place for `param` and `code`."""
+        kind = _ANTHROPIC_KINDS.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
+        return {"type": "error", "error": {"type": kind, "message": self.body()["error"]["message"]}}
 
 
 def shown(value: Any) -> str:
@@ -117,17 +135,17 @@ def told(request: Request, error: Exception) -> ApiError:
 
 
 def install(app: FastAPI) -> None:
-    """Have every failed request of `app` answered in this shape."""
+    """Have every failed request of `app` answered in the shape of its API."""
 
     async def handle(request: Request, error: Exception) -> Response:
-        return told(request, error).response()
+        return told(request, error).response(request.url.path)
 
     async def handle_http(request: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException) and error.status_code in (404, 405):
             message = f"{request.method} {request.url.path[:200]} is not a route of this server; see /docs"
             headers = dict(error.headers or {})
             error = ApiError(error.status_code, message, code="unknown_route", headers=headers)
-        return told(request, error).response()
+        return told(request, error).response(request.url.path)
 
     for kind in (ApiError, ThalwegError, RequestValidationError, Exception):
         app.add_exception_handler(kind, handle)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import hashlib
 import hmac
+from collections.abc import Sequence
 
+from fastapi import Request
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -14,44 +17,61 @@ from thalweg.server.errors import ApiError
 
 OPEN_PATHS = frozenset({"/health"})
 PAGE = "/"
+_CALLER = "thalweg.caller"
+
+
+def caller(request: Request) -> bytes:
+    """Who asks, as far as it is known: a digest of the API key that came; empty if the server wants none."""
+    digest: bytes = request.scope.get(_CALLER, b"")
+    return digest
 
 
 class Guard:
     """ASGI middleware. The path is the scope's own, which no header can change."""
 
-    def __init__(self, app: ASGIApp, api_key: str | None, max_body_bytes: int, body_seconds: float) -> None:
+    def __init__(self, app: ASGIApp, api_keys: Sequence[str], max_body_bytes: int, body_seconds: float) -> None:
         self._app = app
-        self._key = None if api_key is None else api_key.encode()
+        self._callers = {key.encode(): hashlib.sha256(key.encode()).digest() for key in api_keys}
         self._max_body_bytes, self._body_seconds = max_body_bytes, body_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = dict(scope["headers"])
-        if not self._allowed(scope["path"], headers):
+        headers, path = dict(scope["headers"]), scope["path"]
+        if self._callers and (digest := self._digest(headers)) is not None:
+            scope[_CALLER] = digest
+        elif self._callers and path not in OPEN_PATHS:
             refused = ApiError(
                 401,
-                "the API key is missing or wrong; expected the header Authorization: Bearer KEY (--api-key)",
+                "the API key is missing or wrong; expected the header Authorization: Bearer KEY, or x-api-key: KEY"
+                " (--api-key)",
                 code="invalid_api_key",
                 # Where the page is, a browser asks for the key, as the password of whatever name.
-                headers={"WWW-Authenticate": 'Basic realm="API key"' if scope["path"] == PAGE else "Bearer"},
+                headers={"WWW-Authenticate": 'Basic realm="API key"' if path == PAGE else "Bearer"},
             )
-            await refused.response()(scope, receive, send)
-        elif int(headers.get(b"content-length", b"0")) > self._max_body_bytes:
-            await self._too_large().response()(scope, receive, send)
-        else:
-            await self._app(scope, self._bounded(receive), send)
+            await refused.response(path)(scope, receive, send)
+            return
+        if int(headers.get(b"content-length", b"0")) > self._max_body_bytes:
+            await self._too_large().response(path)(scope, receive, send)
+            return
+        await self._app(scope, self._bounded(receive), send)
 
-    def _allowed(self, path: str, headers: dict[bytes, bytes]) -> bool:
-        if self._key is None or path in OPEN_PATHS:
-            return True
+    def _digest(self, headers: dict[bytes, bytes]) -> bytes | None:
+        """Of the key that `headers` have; None if it is none of ours."""
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
         scheme = scheme.lower()
-        if scheme == b"bearer":
-            return hmac.compare_digest(given, self._key)
-        # A browser sends Basic by itself, so another site's page could have it sent: such a request names its origin.
-        return scheme == b"basic" and _own_page(headers) and hmac.compare_digest(_password(given), self._key)
+        if scheme == b"basic":
+            # A browser sends Basic by itself, so another site's page could have it sent: it names its origin then.
+            given = _password(given) if _own_page(headers) else b""
+        elif scheme != b"bearer":
+            given = b""
+        found = None
+        for key, digest in self._callers.items():  # all of them, so that the time tells nothing
+            for came in (given, headers.get(b"x-api-key", b"")):
+                if hmac.compare_digest(came, key):
+                    found = digest
+        return found
 
     def _bounded(self, receive: Receive) -> Receive:
         """`receive`, for bodies that do not say how long they are, and those that never end."""

@@ -7,11 +7,12 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from thalweg.core import Grammar, SamplingParams
+from thalweg.core import Grammar, SamplingParams, ThinkingLimit
 from thalweg.errors import InvalidRequest
 from thalweg.server import dialects
 from thalweg.server.errors import ApiError, respelled
-from thalweg.server.schemas import GenerationBody
+from thalweg.server.parsers.formats import OutputFormat
+from thalweg.server.schemas import ChatBody, GenerationBody
 from thalweg.tokenizer.base import Tokenizer
 
 _SAME_NAME = (
@@ -39,6 +40,7 @@ def sampling_params(
     logprobs: int | None,
     prompt_logprobs: int | None = None,
     grammar: Grammar | None = None,
+    thinking: ThinkingLimit | None = None,
 ) -> SamplingParams:
     """The request's parameters; where it is silent, what `suggested` says, then OpenAI's defaults.
 
@@ -54,10 +56,26 @@ def sampling_params(
         values["logit_bias"] = {_token_id(key): bias for key, bias in body.logit_bias.items()}
     try:
         return SamplingParams(
-            max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs, grammar=grammar, **values
+            max_tokens=max_tokens,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            grammar=grammar,
+            thinking=thinking,
+            **values,
         )
     except InvalidRequest as error:
         raise respelled(error, body.spelled()) from None
+
+
+def thinking_limit(body: ChatBody, output: OutputFormat, prompt_ids: list[int]) -> ThinkingLimit | None:
+    """What max_thinking_tokens asks for. Raises ApiError if this model's reasoning cannot be told from its answer."""
+    most = body.max_thinking_tokens
+    if most is None or most < 0:
+        return None
+    if output.thinking_tokens is None:
+        raise dialects.unsupported(body.spelled().get("max_thinking_tokens", "max_thinking_tokens"), most, (-1,))
+    begin, end = output.thinking_tokens
+    return ThinkingLimit(begin, end, most, output.begins_thinking(prompt_ids))
 
 
 def per_choice(params: SamplingParams, n: int) -> list[SamplingParams]:

@@ -10,6 +10,8 @@ import msgspec
 from msgspec import UNSET, Struct, UnsetType, field
 from starlette.responses import Response
 
+from thalweg.tokenizer.base import valid_unicode
+
 encode = msgspec.json.Encoder().encode
 
 
@@ -104,8 +106,21 @@ class Envelope(Struct, kw_only=True):
     prompt_token_ids: list[int] | UnsetType = UNSET  # of a chat; in streams, with the first chunk only
 
 
-def new_id(prefix: str) -> str:
-    return f"{prefix}-{uuid.uuid4().hex}"
+def new_id(prefix: str, between: str = "-") -> str:
+    return f"{prefix}{between}{uuid.uuid4().hex}"
+
+
+def sendable(value: Any) -> Any:
+    """Plain data of a request in a form that can be sent back: texts that have a UTF-8 form, numbers within bounds."""
+    if isinstance(value, str):
+        return valid_unicode(value)
+    if isinstance(value, dict):
+        return {valid_unicode(key): sendable(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [sendable(each) for each in value]
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return None if abs(value) >= 2**1023 else float(value)
+    return value
 
 
 def now() -> int:

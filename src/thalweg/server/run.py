@@ -23,7 +23,14 @@ from thalweg.server.connections import listen, raise_file_limit
 from thalweg.server.manners import log_config
 from thalweg.server.parsers.formats import OutputFormat
 from thalweg.server.protocol import PromptProtocol
-from thalweg.server.settings import KEEP_ALIVE_SECONDS, MAX_QUEUED_REQUESTS, PING_SECONDS, Cors, ServerSettings
+from thalweg.server.settings import (
+    KEEP_ALIVE_SECONDS,
+    MAX_QUEUED_REQUESTS,
+    PING_SECONDS,
+    Cors,
+    ServerSettings,
+    StoreLimits,
+)
 
 MAX_QUEUED = 1_000_000
 LOG_LEVELS = ("critical", "error", "warning", "info", "debug")
@@ -38,7 +45,7 @@ def serve(
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
-    api_key: str | None = None,
+    api_key: str | Sequence[str] | None = None,
     served_model_name: Sequence[str] = (),
     log_level: str = "warning",
     tool_call_parser: str = "auto",
@@ -50,6 +57,7 @@ def serve(
     keep_alive_timeout: int = KEEP_ALIVE_SECONDS,
     sse_ping_interval: float = PING_SECONDS,
     cors: Cors | None = None,
+    stored: StoreLimits | None = None,
     profiler: ProfilerOptions | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT, then let requests under way finish for up to `shutdown_timeout` seconds, end the
@@ -58,13 +66,15 @@ def serve(
     `queue_timeout` and `request_timeout` are the seconds a request may wait for its slot and take in all; more than
     `max_queued_requests` waiting sequences are refused. A connection may be idle for `keep_alive_timeout` seconds; a
     stream with nothing to say sends a comment every `sse_ping_interval` seconds (0: never). `profiler` lets clients
-    record traces. Port 0 takes a free one. Where it listens is printed once requests can be served; "info" logs each
+    record traces; `stored` bounds what is kept of answers of /v1/responses. Clients must send `api_key`, or one of
+    several. Port 0 takes a free one. Where it listens is printed once requests can be served; "info" logs each
     request.
 
     Raises ConfigError for an option that cannot be honoured, whatever kept the engine from starting, and
     EngineDeadError if the engine died later, once its requests were told.
     """
-    _check(port, api_key, served_model_name, log_level)
+    api_keys = () if api_key is None else (api_key,) if isinstance(api_key, str) else tuple(api_key)
+    _check(port, api_keys, served_model_name, log_level)
     _check_limits(max_queued_requests, queue_timeout, request_timeout, shutdown_timeout)
     _check_idle(keep_alive_timeout, sse_ping_interval)
     raise_file_limit()
@@ -74,12 +84,13 @@ def serve(
     output = OutputFormat.of(client.codec, tool_call_parser, reasoning_parser)  # refuses a name early
     settings = ServerSettings(
         served_model_names=tuple(served_model_name),
-        api_key=api_key,
+        api_keys=api_keys,
         max_queued_requests=max_queued_requests,
         tool_call_parser=tool_call_parser,
         reasoning_parser=reasoning_parser,
         ping_seconds=sse_ping_interval,
         cors=cors or Cors(),
+        stored=stored or StoreLimits(),
     )
     failure: Exception | None = None
 
@@ -103,7 +114,7 @@ def serve(
 
     with listen(host, port) as listener:
         url = _url(host, listener.getsockname()[1])
-        if api_key is None and not _is_loopback(host):
+        if not api_keys and not _is_loopback(host):
             say(f"anybody who reaches {url} can use it; --api-key asks for a key", error=True)
         server = _Server(
             uvicorn.Config(
@@ -165,11 +176,11 @@ class _Server(uvicorn.Server):
             await self.lifespan.shutdown()
 
 
-def _check(port: int, api_key: str | None, names: Sequence[str], log_level: str) -> None:
+def _check(port: int, api_keys: Sequence[str], names: Sequence[str], log_level: str) -> None:
     if not 0 <= port <= 65535:
         raise ConfigError(f"--port is {port}; expected 0 to 65535")
     # No header can bring another key as it is, so that nobody could send it. (The key itself is not printed.)
-    if api_key is not None and not (api_key == api_key.strip() != "" and api_key.isprintable()):
+    if not all(key == key.strip() != "" and key.isprintable() for key in api_keys):
         raise ConfigError(
             "--api-key (or THALWEG_API_KEY) is empty, begins or ends with white space or has control characters;"
             " expected a key, or the option left out"

@@ -29,9 +29,10 @@ from thalweg.server.settings import (
 MAX_INT = 2**31 - 1  # beyond any token id or count; what a message to the engine can hold
 
 Count = Annotated[int, Field(ge=0, le=MAX_INT)]
+Budget = Annotated[int, Field(ge=-1, le=MAX_INT)]  # -1: no limit
 
 
-def _expecting(what: str) -> WrapValidator:
+def expecting(what: str) -> WrapValidator:
     """One message for a field of several types, in place of one for each."""
 
     def check(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
@@ -47,28 +48,28 @@ def _expecting(what: str) -> WrapValidator:
 TokenIds = Annotated[list[int], Field(fail_fast=True)]
 Stop = Annotated[
     str | Annotated[list[str], Field(max_length=MAX_STOP_STRINGS)],
-    _expecting(f"a string or a list of at most {MAX_STOP_STRINGS} strings"),
+    expecting(f"a string or a list of at most {MAX_STOP_STRINGS} strings"),
 ]
 Prompt = Annotated[
     str
     | TokenIds
     | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)],
-    _expecting(f"a string, a list of token ids, or a list of 1 to {MAX_PROMPTS} of either"),
+    expecting(f"a string, a list of token ids, or a list of 1 to {MAX_PROMPTS} of either"),
 ]
 Messages = Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MAX_MESSAGES)]
 Tools = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
-Schema = Annotated[dict[str, Any] | str, _expecting("a JSON schema")]
+Schema = Annotated[dict[str, Any] | str, expecting("a JSON schema")]
 
 
-def _says(description: str, *, required: bool = False) -> Any:
+def says(description: str, *, required: bool = False) -> Any:
     return Field(description=description) if required else Field(None, description=description)
 
 
 class Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
 
-    model: str | None = _says("a name that /v1/models gives; the one served if not given")
+    model: str | None = says("a name that /v1/models gives; the one served if not given")
 
 
 class StreamOptions(BaseModel):
@@ -80,20 +81,20 @@ class StreamOptions(BaseModel):
 class Grammars(BaseModel):
     """What the text must be, in every dialect; one of them at most (structured.py)."""
 
-    response_format: dict[str, Any] | None = _says(
+    response_format: dict[str, Any] | None = says(
         'what the text must be: {"type": "json_object"}, or "json_schema" with {"json_schema": {"schema": ...}}'
     )
-    structured_outputs: dict[str, Any] | None = _says(
+    structured_outputs: dict[str, Any] | None = says(
         "the same by one of: json (a schema), regex, choice (a list of texts), grammar (Lark or GBNF), json_object"
     )
-    guided_json: Schema | None = _says("structured_outputs.json, as vLLM once had it")
-    guided_regex: str | None = _says("structured_outputs.regex, as vLLM once had it")
-    guided_choice: list[str] | None = _says("structured_outputs.choice, as vLLM once had it")
-    guided_grammar: str | None = _says("structured_outputs.grammar, as vLLM once had it")
-    json_schema: Schema | None = _says("structured_outputs.json, as llama.cpp and SGLang have it")
-    regex: str | None = _says("structured_outputs.regex, as SGLang has it")
-    ebnf: str | None = _says("structured_outputs.grammar, as SGLang has it")
-    grammar: str | None = _says("structured_outputs.grammar, as llama.cpp has it")
+    guided_json: Schema | None = says("structured_outputs.json, as vLLM once had it")
+    guided_regex: str | None = says("structured_outputs.regex, as vLLM once had it")
+    guided_choice: list[str] | None = says("structured_outputs.choice, as vLLM once had it")
+    guided_grammar: str | None = says("structured_outputs.grammar, as vLLM once had it")
+    json_schema: Schema | None = says("structured_outputs.json, as llama.cpp and SGLang have it")
+    regex: str | None = says("structured_outputs.regex, as SGLang has it")
+    ebnf: str | None = says("structured_outputs.grammar, as SGLang has it")
+    grammar: str | None = says("structured_outputs.grammar, as llama.cpp has it")
 
 
 class Synonyms(BaseModel):
@@ -111,17 +112,17 @@ class Synonyms(BaseModel):
         "truncate": "truncate_prompt_tokens",
     }
 
-    n_predict: Annotated[int, Field(ge=-2, le=MAX_INT)] | None = _says(
+    n_predict: Annotated[int, Field(ge=-2, le=MAX_INT)] | None = says(
         "llama.cpp's max_tokens; -1 and -2: as many as the context has room for"
     )
-    max_new_tokens: Count | None = _says("max_tokens, as TGI has it")
-    min_new_tokens: Count | None = _says("min_tokens, as SGLang has it")
-    repeat_penalty: float | None = _says("repetition_penalty, as llama.cpp has it")
-    stop_sequences: Stop | None = _says("stop, as TGI has it")
-    no_stop_trim: bool | None = _says("include_stop_str_in_output, as SGLang has it")
-    sampling_seed: int | None = _says("seed, as SGLang has it")
-    random_seed: int | None = _says("seed, as Mistral has it")
-    truncate: Annotated[int, Field(ge=1, le=MAX_INT)] | None = _says("truncate_prompt_tokens, as TGI has it")
+    max_new_tokens: Count | None = says("max_tokens, as TGI has it")
+    min_new_tokens: Count | None = says("min_tokens, as SGLang has it")
+    repeat_penalty: float | None = says("repetition_penalty, as llama.cpp has it")
+    stop_sequences: Stop | None = says("stop, as TGI has it")
+    no_stop_trim: bool | None = says("include_stop_str_in_output, as SGLang has it")
+    sampling_seed: int | None = says("seed, as SGLang has it")
+    random_seed: int | None = says("seed, as Mistral has it")
+    truncate: Annotated[int, Field(ge=1, le=MAX_INT)] | None = says("truncate_prompt_tokens, as TGI has it")
 
     def spelled(self) -> dict[str, str]:
         """{name of ours: the one that the request has for it}"""
@@ -144,39 +145,39 @@ class GenerationBody(Body, Grammars, Synonyms):
 
     ELSEWHERE: ClassVar[dict[str, str]] = {}  # fields of the other kind of request, and its route
 
-    stream: bool | None = _says("send pieces as server-sent events, [DONE] at the end")
-    stream_options: StreamOptions | None = _says("include_usage: a last piece with the token counts")
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = _says("choices of an answer")
-    max_tokens: Annotated[int, Field(ge=0, le=MAX_INT)] | None = _says("generated tokens at most")
-    max_completion_tokens: Count | None = _says("the newer name of max_tokens")
-    min_tokens: Count | None = _says("before as many tokens no token ends the text; stop does")
-    temperature: float | None = _says("0 is greedy; at most 100")
-    top_p: float | None = _says("in (0, 1]")
-    top_k: Annotated[int, Field(ge=-1, le=MAX_INT)] | None = _says("0 or -1: off")
-    min_p: float | None = _says("in [0, 1]")
-    repetition_penalty: float | None = _says("over prompt and output; 1 is off")
-    presence_penalty: float | None = _says("over the output, in [-2, 2]")
-    frequency_penalty: float | None = _says("over the output, in [-2, 2]")
-    logit_bias: Annotated[dict[str, float], Field(max_length=MAX_LOGIT_BIAS)] | None = _says(
+    stream: bool | None = says("send pieces as server-sent events, [DONE] at the end")
+    stream_options: StreamOptions | None = says("include_usage: a last piece with the token counts")
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = says("choices of an answer")
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_INT)] | None = says("generated tokens at most")
+    max_completion_tokens: Count | None = says("the newer name of max_tokens")
+    min_tokens: Count | None = says("before as many tokens no token ends the text; stop does")
+    temperature: float | None = says("0 is greedy; at most 100")
+    top_p: float | None = says("in (0, 1]")
+    top_k: Annotated[int, Field(ge=-1, le=MAX_INT)] | None = says("0 or -1: off")
+    min_p: float | None = says("in [0, 1]")
+    repetition_penalty: float | None = says("over prompt and output; 1 is off")
+    presence_penalty: float | None = says("over the output, in [-2, 2]")
+    frequency_penalty: float | None = says("over the output, in [-2, 2]")
+    logit_bias: Annotated[dict[str, float], Field(max_length=MAX_LOGIT_BIAS)] | None = says(
         "token id to a bias in [-100, 100]"
     )
-    seed: int | None = _says("the same seed draws the same tokens; choice i has seed + i")
-    stop: Stop | None = _says("texts that end the output, themselves left out")
-    stop_token_ids: Annotated[list[Count], Field(max_length=MAX_STOP_TOKEN_IDS)] | None = _says(
+    seed: int | None = says("the same seed draws the same tokens; choice i has seed + i")
+    stop: Stop | None = says("texts that end the output, themselves left out")
+    stop_token_ids: Annotated[list[Count], Field(max_length=MAX_STOP_TOKEN_IDS)] | None = says(
         "tokens that end the output"
     )
-    ignore_eos: bool | None = _says("go on after an end-of-sequence token")
-    include_stop_str_in_output: bool | None = _says("leave what stopped it in the text")
-    return_token_ids: bool | None = _says("give token_ids with each choice, and the prompt's once")
-    cache_salt: str | None = _says("cached prefixes are shared only with requests of the same salt")
-    skip_special_tokens: bool | None = _says("leave control tokens out of the text; true if not given")
-    truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=MAX_INT)] | None = _says(
+    ignore_eos: bool | None = says("go on after an end-of-sequence token")
+    include_stop_str_in_output: bool | None = says("leave what stopped it in the text")
+    return_token_ids: bool | None = says("give token_ids with each choice, and the prompt's once")
+    cache_salt: str | None = says("cached prefixes are shared only with requests of the same salt")
+    skip_special_tokens: bool | None = says("leave control tokens out of the text; true if not given")
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=MAX_INT)] | None = says(
         "keep so many of the prompt's last tokens; -1: as many as leave room for max_tokens"
     )
-    add_special_tokens: bool | None = _says("true is taken if the tokenizer adds none to a text")
-    best_of: int | None = _says("taken if it equals n")
-    repeat_last_n: int | None = _says("taken if it is -1, all of the text, or no penalty is asked for")
-    penalize_nl: bool | None = _says("taken if it is true, or no penalty is asked for")
+    add_special_tokens: bool | None = says("true is taken if the tokenizer adds none to a text")
+    best_of: int | None = says("taken if it equals n")
+    repeat_last_n: int | None = says("taken if it is -1, all of the text, or no penalty is asked for")
+    penalize_nl: bool | None = says("taken if it is true, or no penalty is asked for")
 
     def limit(self, default: int | None) -> int | None:
         """How many tokens may be generated; None: as many as the context has room for."""
@@ -197,12 +198,12 @@ class GenerationBody(Body, Grammars, Synonyms):
 class TemplateOptions(BaseModel):
     """How the chat template lays out `messages`."""
 
-    add_generation_prompt: bool | None = _says("begin the assistant's turn; true if not given")
-    continue_final_message: bool | None = _says("let the answer go on where the last message ends")
-    chat_template_kwargs: dict[str, Any] | None = _says("variables for the chat template")
-    reasoning_effort: str | None = _says("a variable of the chat template")
-    enable_thinking: bool | None = _says("a variable of the chat template")
-    documents: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = _says("a variable of the chat template")
+    add_generation_prompt: bool | None = says("begin the assistant's turn; true if not given")
+    continue_final_message: bool | None = says("let the answer go on where the last message ends")
+    chat_template_kwargs: dict[str, Any] | None = says("variables for the chat template")
+    reasoning_effort: str | None = says("a variable of the chat template; none: enable_thinking is false too")
+    enable_thinking: bool | None = says("a variable of the chat template")
+    documents: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = says("a variable of the chat template")
 
     def template_options(self) -> dict[str, Any]:
         """Keyword arguments for the template. Its own names in chat_template_kwargs are refused with ApiError."""
@@ -214,6 +215,8 @@ class TemplateOptions(BaseModel):
         for name in ("reasoning_effort", "enable_thinking", "documents"):
             if (value := getattr(self, name)) is not None:
                 options.setdefault(name, value)
+        if self.reasoning_effort == "none":
+            options.setdefault("enable_thinking", False)
         if self.continue_final_message:
             if self.add_generation_prompt:
                 reason = "continue_final_message and add_generation_prompt are both true; expected one of them"
@@ -222,22 +225,37 @@ class TemplateOptions(BaseModel):
         return options | {"add_generation_prompt": self.add_generation_prompt is not False}
 
 
-class ChatBody(GenerationBody, TemplateOptions):
-    messages: Messages = _says("the conversation: objects with role and content", required=True)
-    logprobs: bool | None = _says("give the log-probability of each token")
-    top_logprobs: Count | None = _says("and of so many most likely ones")
-    tools: Tools | None = _says("functions that the model may call")
-    tool_choice: Any = _says("none, auto, required, or a function by name")
-    parallel_tool_calls: bool | None = _says("false: one call at most")
-    functions: Tools | None = _says("tools, as OpenAI once had them; calls come back as function_call")
-    function_call: Any = _says('none, auto, or {"name": ...}; tool_choice to functions')
+class ThinkingBudget(BaseModel):
+    """How long a chat's reasoning may be, as this server and others call it."""
+
+    SYNONYMS: ClassVar[dict[str, str]] = Synonyms.SYNONYMS | dict.fromkeys(
+        ("thinking_token_budget", "thinking_budget", "thinking_budget_tokens", "reasoning_budget"),
+        "max_thinking_tokens",
+    )
+
+    max_thinking_tokens: Budget | None = says("tokens of reasoning at most, after which it is closed; -1: no limit")
+    thinking_token_budget: Budget | None = says("max_thinking_tokens, as vLLM has it")
+    thinking_budget: Budget | None = says("max_thinking_tokens, as Qwen has it")
+    thinking_budget_tokens: Budget | None = says("max_thinking_tokens, as llama.cpp has it")
+    reasoning_budget: Budget | None = says("max_thinking_tokens, as llama.cpp's command line has it")
+
+
+class ChatBody(ThinkingBudget, GenerationBody, TemplateOptions):
+    messages: Messages = says("the conversation: objects with role and content", required=True)
+    logprobs: bool | None = says("give the log-probability of each token")
+    top_logprobs: Count | None = says("and of so many most likely ones")
+    tools: Tools | None = says("functions that the model may call")
+    tool_choice: Any = says("none, auto, required, or a function by name")
+    parallel_tool_calls: bool | None = says("false: one call at most")
+    functions: Tools | None = says("tools, as OpenAI once had them; calls come back as function_call")
+    function_call: Any = says('none, auto, or {"name": ...}; tool_choice to functions')
 
 
 class CompletionBody(GenerationBody):
-    prompt: Prompt = _says("a text, token ids, or a list of either", required=True)
-    echo: bool | None = _says("begin the text with the prompt")
-    logprobs: Count | None = _says("give log-probabilities, of so many likely tokens too; with echo, the prompt's")
-    suffix: str | None = _says("taken if it is empty")
+    prompt: Prompt = says("a text, token ids, or a list of either", required=True)
+    echo: bool | None = says("begin the text with the prompt")
+    logprobs: Count | None = says("give log-probabilities, of so many likely tokens too; with echo, the prompt's")
+    suffix: str | None = says("taken if it is empty")
 
 
 # What else the other kind has says nothing here.
@@ -255,9 +273,9 @@ class TokenizeBody(Body, TemplateOptions):
 
     prompt: str | None = None
     messages: Messages | None = None
-    tools: Tools | None = _says("functions, as in a chat request")
-    add_special_tokens: bool | None = _says("true is taken if the tokenizer adds none to a text")
-    return_token_strs: bool | None = _says("give the text of each token too, as token_strs")
+    tools: Tools | None = says("functions, as in a chat request")
+    add_special_tokens: bool | None = says("true is taken if the tokenizer adds none to a text")
+    return_token_strs: bool | None = says("give the text of each token too, as token_strs")
 
     @model_validator(mode="before")
     @classmethod

@@ -15,6 +15,7 @@ from thalweg.server.functions import newer_messages
 from thalweg.server.metrics import Metrics
 from thalweg.server.parsers.formats import OutputFormat
 from thalweg.server.responses import now
+from thalweg.server.responses_api.store import ResponseStore
 from thalweg.server.settings import LONG_TEXT, ServerSettings
 from thalweg.text.prompts import Prompt, check_token_ids, encode_prompt
 
@@ -35,6 +36,7 @@ class Service:
         # A client may also use the folder's name or path, whatever the model is served as.
         self._also_names = frozenset({*self.names, source.name, str(source.folder)})
         self.created = now()
+        self.stored = ResponseStore(settings.stored)
         self._ready = False
         self._unfinished = 0
 

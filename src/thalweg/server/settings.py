@@ -46,17 +46,35 @@ class Cors:
 
 
 @dataclass(frozen=True, slots=True)
+class StoreLimits:
+    """What is kept of answers of /v1/responses, for those that go on from them: `count` of them, which have `bytes` in
+    all with their conversations, for `seconds`. A count of 0 keeps none. Raises ConfigError."""
+
+    count: int = 1000
+    bytes: int = 256 << 20
+    seconds: float = 86_400.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.count <= 1_000_000:
+            raise ConfigError(f"--max-stored-responses is {self.count}; expected 0 to 1000000")
+        if self.bytes < 1:
+            raise ConfigError(f"--stored-responses-memory is {self.bytes} bytes; expected a size above 0")
+        if not 0 < self.seconds <= 1e9:
+            raise ConfigError(f"--stored-response-ttl is {self.seconds:g}; expected seconds above 0")
+
+
+@dataclass(frozen=True, slots=True)
 class ServerSettings:
     """`served_model_names`: what the API calls the model, the first one in answers; empty: its folder's name.
 
     `tool_call_parser` and `reasoning_parser` name formats of server/parsers/formats.py; "auto" goes by the chat
-    template. With `api_key` every route but /health wants `Authorization: Bearer KEY`. `max_queued_requests` sequences
-    may wait beyond those that the engine runs at once. A body must have come within `body_seconds`; a stream with
-    nothing to say sends a comment every `ping_seconds` (0: never).
+    template. With `api_keys` every route but /health wants one of them. `max_queued_requests` sequences may wait
+    beyond those that the engine runs at once. A body must have come within `body_seconds`; a stream with nothing to
+    say sends a comment every `ping_seconds` (0: never). `stored` bounds what is kept of /v1/responses.
     """
 
     served_model_names: tuple[str, ...] = ()
-    api_key: str | None = None
+    api_keys: tuple[str, ...] = ()
     max_body_bytes: int = 10 << 20
     tool_call_parser: str = "auto"
     reasoning_parser: str = "auto"
@@ -64,3 +82,4 @@ class ServerSettings:
     max_queued_requests: int = MAX_QUEUED_REQUESTS
     ping_seconds: float = PING_SECONDS
     cors: Cors = Cors()
+    stored: StoreLimits = StoreLimits()

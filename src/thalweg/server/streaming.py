@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable
-from typing import Any
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import Any, Protocol
 
 from fastapi import Request
 from starlette.responses import Response, StreamingResponse
@@ -23,13 +23,55 @@ _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 _CLIENT_GONE = 499  # nobody reads it; access logs do
 
 
-def event(data: Any) -> bytes:
-    """One server-sent event with `data` as JSON."""
-    return b"data: " + encode(data) + b"\n\n"
+class Wire(Protocol):
+    """How an API's streams are written."""
+
+    end: bytes  # of a stream that ended well
+
+    def event(self, chunk: Any) -> bytes: ...
+
+    def error(self, error: ApiError) -> bytes:
+        """The last event of a stream that broke off."""
 
 
-async def stream(request: Request, chunks: AsyncGenerator[Any], taken: asyncio.Event, ping_seconds: float) -> Response:
-    """`chunks` as events, [DONE] at the end.
+class Chunks:
+    """Events without names, as OpenAI's chats and completions have them."""
+
+    end = DONE
+
+    def event(self, chunk: Any) -> bytes:
+        return b"data: " + encode(chunk) + b"\n\n"
+
+    def error(self, error: ApiError) -> bytes:
+        return self.event(error.body())
+
+
+class NamedEvents:
+    """Events that are named by their `type`; `failed` makes the last one of what a stream broke off with."""
+
+    end = b""
+
+    def __init__(self, failed: Callable[[ApiError], dict[str, Any]]) -> None:
+        self._failed = failed
+
+    def event(self, chunk: dict[str, Any]) -> bytes:
+        return b"event: %b\ndata: %b\n\n" % (chunk["type"].encode(), encode(chunk))
+
+    def error(self, error: ApiError) -> bytes:
+        return self.event(self._failed(error))
+
+
+_CHUNKS = Chunks()
+
+
+async def stream(
+    request: Request,
+    chunks: AsyncGenerator[Any],
+    taken: asyncio.Event,
+    ping_seconds: float,
+    wire: Wire = _CHUNKS,
+) -> Response:
+    """`chunks` as events of `wire`.
 
     The response begins once the request is `taken` in, so what is wrong with it has a status of its own; after
     `ping_seconds` it begins in any case. A later error is the last event. Whenever there was nothing to say for
@@ -50,7 +92,7 @@ async def stream(request: Request, chunks: AsyncGenerator[Any], taken: asyncio.E
         await _end(begun, gone, *(() if keep else (first,)))
         if not keep:
             await chunks.aclose()
-    return _EventStream(request, first, chunks, ping_seconds)
+    return _EventStream(request, first, chunks, ping_seconds, wire)
 
 
 async def whole(request: Request, body: Awaitable[Any]) -> Response:
@@ -70,10 +112,15 @@ class _EventStream(StreamingResponse):
     go on decoding for nobody."""
 
     def __init__(
-        self, request: Request, first: asyncio.Future[Any], rest: AsyncGenerator[Any], ping_seconds: float
+        self,
+        request: Request,
+        first: asyncio.Future[Any],
+        rest: AsyncGenerator[Any],
+        ping_seconds: float,
+        wire: Wire,
     ) -> None:
         super().__init__(self._events(request), headers=_HEADERS, media_type="text/event-stream")
-        self._first, self._rest, self._ping_seconds = first, rest, ping_seconds
+        self._first, self._rest, self._ping_seconds, self._wire = first, rest, ping_seconds, wire
 
     async def stream_response(self, send: Send) -> None:
         loop = asyncio.get_running_loop()
@@ -105,15 +152,16 @@ class _EventStream(StreamingResponse):
 
     async def _events(self, request: Request) -> AsyncGenerator[bytes]:
         try:
-            yield event(await self._first)
+            yield self._wire.event(await self._first)
             async for chunk in self._rest:
-                yield event(chunk)
+                yield self._wire.event(chunk)
         except Exception as error:  # noqa: BLE001 -- the status is sent; an event is what is left to say it with
             if not isinstance(error, (ApiError, ThalwegError)):
                 _log.exception("a stream broke off")
-            yield event(told(request, error).body())
+            yield self._wire.error(told(request, error))
         else:
-            yield DONE
+            if self._wire.end:
+                yield self._wire.end
 
 
 async def _end(*tasks: asyncio.Future[Any]) -> None:

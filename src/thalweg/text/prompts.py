@@ -57,7 +57,13 @@ def check_params(params: SamplingParams, tokenizer: Tokenizer | None, vocab_size
     """What SamplingParams cannot check alone. Raises InvalidRequest."""
     if params.stop and tokenizer is None:
         raise InvalidRequest("stop has strings and the model folder has no tokenizer; use stop_token_ids")
-    for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+    marks = () if params.thinking is None else (params.thinking.begin, params.thinking.end)
+    named: tuple[tuple[str, Iterable[int]], ...] = (
+        ("logit_bias", params.logit_bias),
+        ("stop_token_ids", params.stop_token_ids),
+        ("thinking", marks),
+    )
+    for name, ids in named:
         for token in ids:
             if not 0 <= token < vocab_size:
                 raise InvalidRequest(f"{name} names token id {token}; expected 0 to {vocab_size - 1}")

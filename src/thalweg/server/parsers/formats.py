@@ -8,6 +8,7 @@ from typing import Any
 
 from thalweg.core import SamplingParams
 from thalweg.errors import ConfigError
+from thalweg.sampling.thinking import ThinkingCount
 from thalweg.server.parsers import hermes, kimi_k2, qwen3_coder, thinking
 from thalweg.server.parsers.calls import CallParser, NewId, new_call_id
 from thalweg.server.parsers.marks import CALL, KIMI_CALL, THINK, THINK_END, marks_by_id
@@ -106,11 +107,22 @@ class OutputFormat:
             params.include_stop_str_in_output,
         )
 
+    @property
+    def thinking_tokens(self) -> tuple[int, int] | None:
+        """The marks of reasoning; None if it is not looked for, or they are no tokens."""
+        begin, end = self.added_tokens.get(THINK), self.added_tokens.get(THINK_END)
+        return None if not self.thinking or begin is None or end is None else (begin, end)
+
+    def thinking_count(self, prompt_ids: Sequence[int]) -> ThinkingCount | None:
+        """What counts the tokens of reasoning in one output; None if they cannot be told apart."""
+        marks = self.thinking_tokens
+        return None if marks is None else ThinkingCount(*marks, self.begins_thinking(prompt_ids))
+
     def reasoning_lark(self, begun: bool) -> str:
         """What may come before an answer that is held to a grammar: nothing where reasoning is not marked by tokens."""
-        begin, end = self.added_tokens.get(THINK), self.added_tokens.get(THINK_END)
-        if not self.thinking or begin is None or end is None:
+        if (marks := self.thinking_tokens) is None:
             return ""
+        begin, end = marks
         rest = rf"/(.|\n)*/ <[{end}]> /[ \n]{{0,4}}/"
         return rest if begun else f"(<[{begin}]> {rest})?"
 

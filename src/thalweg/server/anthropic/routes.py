@@ -1,0 +1,46 @@
+"""POST /v1/messages and /v1/messages/count_tokens: Anthropic's Messages API over the same generation as chats."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from thalweg.server.anthropic.answer import MessageAnswer
+from thalweg.server.anthropic.schemas import CountBody, MessagesBody
+from thalweg.server.anthropic.translate import SPELLING, chat_fields
+from thalweg.server.bodies import BodyRoute
+from thalweg.server.conversation import chat_body, converse, encode
+from thalweg.server.errors import ApiError
+from thalweg.server.responses import new_id
+from thalweg.server.service import ServiceDep
+from thalweg.server.streaming import NamedEvents, stream, whole
+
+router = APIRouter(route_class=BodyRoute)
+
+
+@router.post("/v1/messages")
+async def messages(body: MessagesBody, request: Request, service: ServiceDep) -> Response:
+    """Answer a conversation in Anthropic's form: content in blocks of text, thinking and tool_use.
+
+    Where the request is silent, sampling is as in chats. A conversation that ends with the assistant's message is
+    gone on with from there.
+    """
+    service.check(body.model)
+    with SPELLING.applied():
+        chat = chat_body(chat_fields(body))
+    talk = await converse(chat, request, service, new_id("msg", "_"), SPELLING)
+    answer = MessageAnswer(service, talk, body.thinking is not None and body.thinking.display == "omitted")
+    if not body.stream:
+        return await whole(request, answer.whole())
+    wire = NamedEvents(ApiError.anthropic_body)
+    return await stream(request, answer.events(), talk.taken, service.settings.ping_seconds, wire)
+
+
+@router.post("/v1/messages/count_tokens")
+async def count_tokens(body: CountBody, request: Request, service: ServiceDep) -> dict[str, Any]:
+    """How many tokens the prompt of such a message has."""
+    service.check(body.model)
+    with SPELLING.applied():
+        prompt_ids, _ = await encode(chat_body(chat_fields(body)), request, service)
+    return {"input_tokens": len(prompt_ids)}

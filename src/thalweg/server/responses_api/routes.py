@@ -1,0 +1,86 @@
+"""/v1/responses: OpenAI's Responses API over the same generation as chats, and what is kept of its answers."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from thalweg.server.bodies import BodyRoute
+from thalweg.server.conversation import chat_body, converse
+from thalweg.server.errors import ApiError
+from thalweg.server.guard import caller
+from thalweg.server.responses import encode, new_id
+from thalweg.server.responses_api.answer import ResponseAnswer
+from thalweg.server.responses_api.schemas import ResponsesBody
+from thalweg.server.responses_api.store import Stored
+from thalweg.server.responses_api.translate import SPELLING, chat_fields, messages_of
+from thalweg.server.service import Service, ServiceDep
+from thalweg.server.streaming import NamedEvents, stream, whole
+
+router = APIRouter(route_class=BodyRoute)
+
+
+@router.post("/v1/responses")
+async def responses(body: ResponsesBody, request: Request, service: ServiceDep) -> Response:
+    """Answer a text or a conversation with items: messages, reasoning, function calls.
+
+    The answer is kept for a while, unless `store` is false; `previous_response_id` goes on from one that is kept.
+    """
+    service.check(body.model)
+    with SPELLING.applied():
+        messages = _earlier(body, request, service) + messages_of(body.input)
+        chat = chat_body(chat_fields(body, messages))
+    talk = await converse(chat, request, service, new_id("resp", "_"), SPELLING)
+    keep, owner = body.store is not False and service.stored.keeps, caller(request)
+
+    def finished(response: dict[str, Any], message: dict[str, Any]) -> None:
+        if keep:
+            service.stored.put(talk.id, owner, encode(response), _conversation(messages, message))
+
+    with SPELLING.applied():
+        answer = ResponseAnswer(service, talk, body, keep, finished)
+    if not body.stream:
+        return await whole(request, answer.whole())
+    wire = NamedEvents(answer.failed)
+    return await stream(request, answer.events(), talk.taken, service.settings.ping_seconds, wire)
+
+
+@router.get("/v1/responses/{response_id}")
+async def retrieve_response(response_id: str, request: Request, service: ServiceDep) -> Response:
+    """An answer that is kept, for the caller whose API key asked for it."""
+    return Response(_stored(response_id, request, service).response, media_type="application/json")
+
+
+@router.delete("/v1/responses/{response_id}")
+async def delete_response(response_id: str, request: Request, service: ServiceDep) -> dict[str, Any]:
+    """Forget an answer."""
+    if not service.stored.delete(response_id, caller(request)):
+        raise _unknown(response_id)
+    return {"id": response_id, "object": "response", "deleted": True}
+
+
+def _earlier(body: ResponsesBody, request: Request, service: Service) -> list[dict[str, Any]]:
+    if body.previous_response_id is None:
+        return []
+    stored = _stored(body.previous_response_id, request, service, "previous_response_id")
+    messages: list[dict[str, Any]] = json.loads(stored.messages)
+    return messages
+
+
+def _conversation(messages: list[dict[str, Any]], answer: dict[str, Any]) -> bytes:
+    return json.dumps([*messages, answer]).encode()  # halves of surrogate pairs stay as they came
+
+
+def _stored(response_id: str, request: Request, service: Service, param: str | None = None) -> Stored:
+    stored = service.stored.get(response_id, caller(request))
+    if stored is None:
+        raise _unknown(response_id, param)
+    return stored
+
+
+def _unknown(response_id: str, param: str | None = None) -> ApiError:
+    reason = "it was not stored (store, --max-stored-responses), has expired (--stored-response-ttl), gave way to newer"
+    message = f"no response {response_id[:80]!r} is kept here: {reason} ones, or belongs to another API key"
+    return ApiError(404, message, param=param, code="response_not_found")

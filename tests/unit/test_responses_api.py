@@ -1,0 +1,393 @@
+"""OpenAI's Responses API: shapes, events, items, what is kept of answers, errors. The engine is a double."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from tests.unit.server_double import ANSWER, ClientDouble, run, serving
+from tests.unit.test_anthropic_api import CALLS, TEMPLATE
+from thalweg.server.responses_api.store import ResponseStore
+from thalweg.server.settings import ServerSettings, StoreLimits
+
+HI = {"input": "hi"}
+TOOLS = [
+    {
+        "type": "function",
+        "name": "weather",
+        "parameters": {"type": "object", "properties": {"city": {}}},
+        "strict": None,
+    },
+    {"type": "function", "name": "time", "description": "now", "parameters": {"type": "object"}},
+]
+
+
+def post(body: dict[str, Any], client: ClientDouble | None = None) -> Any:
+    async def work(http: Any, _: ClientDouble) -> Any:
+        return await http.post("/v1/responses", json=body)
+
+    return run(work, client)
+
+
+def prompt_of(client: ClientDouble, i: int = -1) -> str:
+    return bytes(i for i in client.seen[i].prompt_token_ids if i < 256).decode()
+
+
+def events_of(text: str) -> list[dict[str, Any]]:
+    events = []
+    for each in text.removesuffix("\n\n").split("\n\n"):
+        name, data = each.split("\n")
+        events.append(json.loads(data.removeprefix("data: ")))
+        assert name == f"event: {events[-1]['type']}"
+    assert [e["sequence_number"] for e in events] == [*range(len(events))]
+    return events
+
+
+def folded(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The output that the deltas add up to; every event that repeats some of it says the same."""
+    output: list[dict[str, Any]] = []
+    for e in events:
+        kind = e["type"].removeprefix("response.")
+        if kind == "output_item.added":
+            assert e["output_index"] == len(output)
+            output.append(json.loads(json.dumps(e["item"])))
+        if "item_id" in e:
+            item = output[e["output_index"]]
+            assert item["id"] == e["item_id"]
+        if kind == "content_part.added":
+            item["content"].append(dict(e["part"]))
+        elif kind.endswith("text.delta"):
+            part = item["content"][e["content_index"]]
+            part["text"] += e["delta"]
+            part.get("logprobs", []).extend(e.get("logprobs", []))
+        elif kind.endswith("text.done"):
+            assert item["content"][e["content_index"]]["text"] == e["text"]
+        elif kind == "content_part.done":
+            assert item["content"][e["content_index"]] == e["part"]
+        elif kind == "function_call_arguments.delta":
+            item["arguments"] += e["delta"]
+        elif kind == "function_call_arguments.done":
+            assert item["arguments"] == e["arguments"]
+        elif kind == "output_item.done":
+            output[e["output_index"]]["status"] = e["item"]["status"]
+            assert output[e["output_index"]] == e["item"]
+    return output
+
+
+def without_ids(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: without_ids(v) for k, v in value.items() if k not in ("id", "call_id", "created_at", "item_id")}
+    return [without_ids(v) for v in value] if isinstance(value, list) else value
+
+
+def test_an_answer_has_openais_shape_and_counts_right() -> None:
+    answer = post({**HI, "metadata": {"a": "b"}, "temperature": 0.5, "user": "u"}, ClientDouble(cached=3)).json()
+    prompt, output = len(b"user:hi\nassistant:"), len(ANSWER.encode()) + 1
+    assert answer["id"].startswith("resp_")
+    assert (answer["object"], answer["status"], answer["model"], answer["store"]) == (
+        "response",
+        "completed",
+        "double",
+        True,
+    )
+    assert (answer["metadata"], answer["temperature"], answer["user"]) == ({"a": "b"}, 0.5, "u")
+    [message] = answer["output"]
+    assert (message["type"], message["role"], message["status"]) == ("message", "assistant", "completed")
+    assert message["content"] == [{"type": "output_text", "text": ANSWER, "annotations": [], "logprobs": []}]
+    assert answer["usage"] == {
+        "input_tokens": prompt,
+        "input_tokens_details": {"cached_tokens": 3, "cache_write_tokens": 0},
+        "output_tokens": output,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": prompt + output,
+    }
+
+
+@pytest.mark.parametrize(
+    ("answer", "more", "kinds"),
+    [
+        (ANSWER, {}, ["message"]),
+        (ANSWER, {"max_output_tokens": 1}, ["message"]),
+        (ANSWER, {"include": ["message.output_text.logprobs"], "top_logprobs": 2}, ["message"]),
+        (CALLS, {"tools": TOOLS}, ["reasoning", "message", "function_call", "function_call"]),
+        (CALLS, {"tools": TOOLS, "parallel_tool_calls": False}, ["reasoning", "message", "function_call"]),
+        (CALLS, {"tools": TOOLS, "max_output_tokens": 60}, ["reasoning", "message", "function_call"]),
+        ("<think>so", {}, ["reasoning"]),
+        ("", {}, []),
+    ],
+)
+def test_a_stream_adds_up_to_the_whole(answer: str, more: dict[str, Any], kinds: list[str]) -> None:
+    whole = post({**HI, **more}, ClientDouble(answer=answer, template=TEMPLATE)).json()
+    events = events_of(post({**HI, **more, "stream": True}, ClientDouble(answer=answer, template=TEMPLATE)).text)
+    assert [item["type"] for item in whole["output"]] == kinds
+    assert [e["type"] for e in events[:2]] == ["response.created", "response.in_progress"]
+    assert events[0]["response"]["status"] == "in_progress"
+    assert events[-1]["type"] == f"response.{whole['status']}"
+    assert folded(events) == events[-1]["response"]["output"]
+    assert without_ids(events[-1]["response"]) == without_ids(whole)
+
+
+def test_an_answer_that_was_cut_off_says_so() -> None:
+    answer = post({**HI, "max_output_tokens": 3}).json()
+    assert (answer["status"], answer["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
+    assert answer["output"][0]["status"] == "incomplete"
+
+
+def test_items_of_reasoning_text_and_calls() -> None:
+    answer = post({**HI, "tools": TOOLS}, ClientDouble(answer=CALLS, template=TEMPLATE)).json()
+    reasoning, message, weather, time = answer["output"]
+    assert (reasoning["summary"], reasoning["content"]) == ([], [{"type": "reasoning_text", "text": "hm, two"}])
+    assert message["content"][0]["text"] == "I look."
+    assert (weather["name"], json.loads(weather["arguments"]), weather["status"]) == (
+        "weather",
+        {"city": "Örebro"},
+        "completed",
+    )
+    assert (time["name"], time["arguments"]) == ("time", "{}")
+    assert answer["usage"]["output_tokens_details"] == {"reasoning_tokens": len("hm, two")}
+
+
+def test_log_probabilities_of_the_text() -> None:
+    body = {**HI, "include": ["message.output_text.logprobs"], "top_logprobs": 1}
+    logprobs = post(body).json()["output"][0]["content"][0]["logprobs"]
+    assert "".join(e["token"] for e in logprobs[:5]) == "Hello"
+    assert all(len(e["top_logprobs"]) == 1 for e in logprobs)
+
+
+def test_a_conversation_is_laid_out_by_the_template() -> None:
+    items = [
+        {"role": "developer", "content": "D"},
+        {"role": "user", "content": [{"type": "input_text", "text": "a"}]},
+        {"type": "reasoning", "id": "rs_1", "summary": [], "content": [{"type": "reasoning_text", "text": "T"}]},
+        {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "b", "annotations": []}]},
+        {"type": "function_call", "call_id": "t1", "name": "weather", "arguments": '{"city": "X"}'},
+        {"type": "function_call_output", "call_id": "t1", "output": "sunny"},
+        {"type": "reasoning", "summary": [{"type": "summary_text", "text": "U"}]},
+        {"type": "function_call", "call_id": "t2", "name": "time", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "t2", "output": [{"type": "input_text", "text": "noon"}]},
+        {"type": "message", "role": "assistant", "content": "c"},
+        {"role": "user", "content": "and?"},
+    ]
+    client = ClientDouble(template=TEMPLATE)
+    assert post({"instructions": "S", "input": items}, client).status_code == 200
+    assert prompt_of(client).endswith(
+        '[system:S][system:D][user:a][assistant:bTt1=weather{"city": "X"}][tool:sunnyt1][assistant:Ut2=time{}]'
+        "[tool:noont2][assistant:c][user:and?]assistant:"
+    )
+
+
+def test_parameters_reach_the_engine() -> None:
+    client = ClientDouble(template=TEMPLATE)
+    more = {"temperature": 0.5, "top_p": 0.9, "top_k": 4, "stop": "x", "seed": 3, "cache_salt": "s", "min_p": 0.1}
+    body = {**HI, **more, "max_output_tokens": 9, "max_thinking_tokens": 5, "reasoning": {"effort": "low"}}
+    assert post(body, client).status_code == 200
+    p = client.seen[0].params
+    assert (p.max_tokens, p.temperature, p.top_p, p.top_k, p.stop, p.seed) == (9, 0.5, 0.9, 4, ("x",), 3)
+    assert (p.cache_salt, p.min_p) == ("s", 0.1)
+    assert p.thinking is not None
+    assert p.thinking.max_tokens == 5
+    assert "low" in prompt_of(client)
+
+
+def test_a_schema_and_a_required_call_hold_the_output_to_them() -> None:
+    schema = {
+        "type": "json_schema",
+        "name": "n",
+        "schema": {"type": "object", "properties": {"a": {"type": "integer"}}},
+    }
+    for more, said in (
+        ({"text": {"format": schema}}, '"integer"'),
+        ({"text": {"format": {"type": "json_object"}}}, '"object"'),
+        ({"tools": TOOLS, "tool_choice": "required"}, "weather"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "name": "time"}}, "time"),
+    ):
+        client = ClientDouble(template=TEMPLATE)
+        assert post({**HI, **more}, client).status_code == 200
+        grammar = client.seen[0].params.grammar
+        assert grammar is not None
+        assert said in grammar.text
+
+
+def test_an_answer_that_is_kept_can_be_gone_on_from_read_and_deleted() -> None:
+    async def work(http: Any, client: ClientDouble) -> None:
+        first = (await http.post("/v1/responses", json={"input": "one", "instructions": "I"})).json()
+        streamed = await http.post(
+            "/v1/responses", json={"input": "two", "previous_response_id": first["id"], "stream": True}
+        )
+        second = events_of(streamed.text)[-1]["response"]
+        assert second["previous_response_id"] == first["id"]
+        third = await http.post(
+            "/v1/responses", json={"input": "three", "previous_response_id": second["id"], "store": False}
+        )
+        assert prompt_of(client) == (
+            f"user:one\nassistant:{ANSWER}\nuser:two\nassistant:{ANSWER}\nuser:three\nassistant:"
+        )
+        assert third.json()["store"] is False
+        assert (await http.get(f"/v1/responses/{second['id']}")).json() == second
+        assert (await http.get(f"/v1/responses/{third.json()['id']}")).status_code == 404
+        deleted = await http.delete(f"/v1/responses/{second['id']}")
+        assert deleted.json() == {"id": second["id"], "object": "response", "deleted": True}
+        assert (await http.delete(f"/v1/responses/{second['id']}")).status_code == 404
+        gone = await http.post("/v1/responses", json={"input": "x", "previous_response_id": second["id"]})
+        assert (gone.status_code, gone.json()["error"]["param"]) == (404, "previous_response_id")
+        assert (await http.get(f"/v1/responses/{first['id']}")).status_code == 200
+
+    run(work)
+
+
+def test_calls_and_results_go_on_from_an_answer_that_is_kept() -> None:
+    async def work(http: Any, client: ClientDouble) -> None:
+        first = (await http.post("/v1/responses", json={"input": "x", "tools": TOOLS})).json()
+        call = next(item for item in first["output"] if item["type"] == "function_call")
+        result = {"type": "function_call_output", "call_id": call["call_id"], "output": "sunny"}
+        body = {"input": [result], "previous_response_id": first["id"], "tools": TOOLS}
+        assert (await http.post("/v1/responses", json=body)).status_code == 200
+        assert f"[assistant:I look.hm, two{call['call_id']}=weather" in prompt_of(client)
+        assert prompt_of(client).endswith(f"[tool:sunny{call['call_id']}]assistant:")
+
+    run(work, ClientDouble(answer=CALLS, template=TEMPLATE))
+
+
+def test_an_answer_belongs_to_the_key_that_asked_for_it() -> None:
+    async def work() -> None:
+        async with serving(ClientDouble(), ServerSettings(api_keys=("one", "two"))) as http:
+            one, two = {"Authorization": "Bearer one"}, {"x-api-key": "two"}
+            made = (await http.post("/v1/responses", json=HI, headers=one)).json()
+            path, goes_on = f"/v1/responses/{made['id']}", {**HI, "previous_response_id": made["id"]}
+            for refused in (
+                await http.get(path, headers=two),
+                await http.delete(path, headers=two),
+                await http.post("/v1/responses", json=goes_on, headers=two),
+            ):
+                assert (refused.status_code, refused.json()["error"]["code"]) == (404, "response_not_found")
+            assert (await http.get(path, headers={"x-api-key": "one"})).json() == made
+            assert (await http.post("/v1/responses", json=goes_on, headers=one)).status_code == 200
+
+    asyncio.run(work())
+
+
+def test_a_server_may_keep_nothing() -> None:
+    async def work() -> None:
+        async with serving(ClientDouble(), ServerSettings(stored=StoreLimits(count=0))) as http:
+            made = (await http.post("/v1/responses", json={**HI, "store": True})).json()
+            assert made["store"] is False
+            assert (await http.get(f"/v1/responses/{made['id']}")).status_code == 404
+
+    asyncio.run(work())
+
+
+def test_the_store_is_bounded_in_number_bytes_and_time() -> None:
+    time = 0.0
+    store = ResponseStore(StoreLimits(count=3, bytes=100, seconds=10), clock=lambda: time)
+    for i in range(5):
+        store.put(str(i), b"", b"x", b"y")
+    assert [i for i in range(5) if store.get(str(i), b"")] == [2, 3, 4]
+    store.put("large", b"", b"x" * 50, b"y" * 47)
+    assert (len(store), store.bytes) == (2, 99)
+    store.put("too large", b"", b"x" * 101, b"")
+    assert store.get("too large", b"") is None
+    assert store.get("large", b"") is not None
+    time = 10.0
+    assert store.get("large", b"") is None
+    assert (len(store), store.bytes) == (0, 0)
+
+
+@pytest.mark.parametrize("word", ["FAIL", "DIE"])
+def test_a_stream_that_breaks_off_says_so_and_is_not_kept(word: str) -> None:
+    async def work(http: Any, _: ClientDouble) -> None:
+        events = events_of((await http.post("/v1/responses", json={"input": word, "stream": True})).text)
+        assert events[-1]["type"] == "response.failed"
+        failed = events[-1]["response"]
+        assert (failed["status"], bool(failed["error"]["message"])) == ("failed", True)
+        assert (await http.get(f"/v1/responses/{failed['id']}")).status_code == 404
+
+    run(work)
+
+
+@pytest.mark.parametrize(
+    ("more", "param", "message"),
+    [
+        ({"input": None}, "input", "input: "),
+        ({"input": []}, "input", "input: expected a string or a list of 1 to"),
+        ({"input": [{"role": "tool", "content": "x"}]}, "input", 'input[0].role is "tool"; expected user, assistant'),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input", 'input[0] is of type "item_reference"; expected'),
+        ({"input": [{"type": {}, "id": "x"}]}, "input", "input[0] is of type {}; expected"),
+        ({"input": [{"role": "user"}]}, "input", "input[0].content is a NoneType; expected a string or a list"),
+        (
+            {"input": [{"role": "user", "content": [{"type": "input_image"}]}]},
+            "input",
+            'input[0].content[0] is of type "input_image"; expected text',
+        ),
+        ({"input": [{"type": "function_call", "name": "x"}]}, "input", "input[0].arguments is null; expected a string"),
+        ({"input": [{"type": "function_call_output", "output": "x"}]}, "input", "input[0].call_id is null"),
+        ({"input": "REFUSE"}, "input", "the prompt has 9 tokens"),
+        ({"max_output_tokens": 0}, "max_output_tokens", "max_output_tokens: "),
+        ({"temperature": -1}, "temperature", "temperature is -1.0; expected"),
+        ({"tools": [{"type": "web_search"}]}, "tools", 'tools[0] is of type "web_search"'),
+        ({"tools": [{"type": "function", "name": "a b"}]}, "tools", 'tools[0].name is "a b"; expected'),
+        (
+            {"tools": TOOLS, "tool_choice": {"type": "function", "name": "x"}},
+            "tool_choice",
+            "tool_choice is the function",
+        ),
+        ({"tools": TOOLS, "tool_choice": {"type": "mcp"}}, "tool_choice", "tool_choice is "),
+        ({"text": {"format": {"type": "x"}}}, "text", "text.format is "),
+        ({"text": {"format": {"type": "json_schema", "schema": {"type": 3}}}}, "text", "text.format.schema"),
+        ({"text": {"verbosity": "low"}}, "text", "text.verbosity is "),
+        ({"background": True}, "background", "background is true, which is not supported"),
+        ({"truncation": "auto"}, "truncation", "truncation is "),
+        ({"conversation": "c"}, "conversation", "conversation is "),
+        ({"prompt": {"id": "p"}}, "prompt", "prompt is "),
+        ({"top_logprobs": 2}, "top_logprobs", "top_logprobs is given and include has no"),
+        ({"metadata": {"a": 1}}, "metadata", "metadata: expected at most 16 strings"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "messages", "messages is a field of /v1/chat/completions"),
+        ({"n": 2}, "n", "n is a field of /v1/chat/completions"),
+    ],
+)
+def test_bad_fields_name_themselves(more: dict[str, Any], param: str, message: str) -> None:
+    response = post({**HI, **more}, ClientDouble(template=TEMPLATE))
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert error["message"].startswith(message), error
+    assert error["param"] == param
+
+
+def test_what_goes_back_with_an_answer_is_bounded_and_can_be_sent() -> None:
+    deep: Any = {}
+    for _ in range(200):
+        deep = {"a": deep}
+    client = ClientDouble(template=TEMPLATE)
+    for more in (
+        {"text": {"format": {"type": "text", "x": deep}}},
+        {"tool_choice": {"type": "function", "name": "time", "x": deep}, "tools": TOOLS},
+    ):
+        refused = post({**HI, **more}, client)
+        assert (refused.status_code, "deep" in refused.text) == (400, True), refused.text
+    huge = {"type": "function", "name": "f", "parameters": {"type": "object", "maximum": 10**400, "minimum": 10**30}}
+    body = {
+        "input": "\ud800",
+        "instructions": "\udfff",
+        "tools": [huge],
+        "user": "\ud800",
+    }
+
+    async def work(http: Any, _: ClientDouble) -> None:
+        made = await http.post("/v1/responses", content=json.dumps(body), headers={"content-type": "application/json"})
+        assert made.status_code == 200, made.text
+        more = await http.post("/v1/responses", json={"input": "x", "previous_response_id": made.json()["id"]})
+        assert more.status_code == 200, more.text
+
+    run(work, client)
+
+
+@pytest.mark.parametrize("body", [b"[", b'{"input":' + b"[" * 5000 + b"]" * 5000 + b"}", b'{"input":{"x":1}}', b"[1]"])
+def test_hostile_bodies_get_an_error_and_harm_no_other(body: bytes) -> None:
+    async def work(http: Any, _: ClientDouble) -> None:
+        response = await http.post("/v1/responses", content=body, headers={"content-type": "application/json"})
+        assert (response.status_code, response.json()["error"]["type"]) == (400, "invalid_request_error")
+        assert (await http.post("/v1/responses", json=HI)).json()["status"] == "completed"
+
+    run(work)
