@@ -10,9 +10,16 @@ import pytest
 import torch
 
 from tests.models import random_checkpoint as random
+from tests.models import random_qwen
 from thalweg import LLM, SamplingParams
+from thalweg.assembly import rank
+from thalweg.config.engine import EngineConfig
 from thalweg.core import Prefill, StepPlan
+from thalweg.ops.delta.kda import KDA_PREFILL, KdaDims
+from thalweg.ops.delta.kda_mixer import KDA_MIXER_DECODE, KdaMixerDims
 from thalweg.ops.host_tables import Limits, StepSequences, Tables, UnknownWhileCapturing, contexts, pieces, table
+from thalweg.ops.registry import Resolver, Where
+from thalweg.runner import prefill_graphs
 from thalweg.runner import step as step_module
 from thalweg.runner.prefill_graphs import CONTEXTS, PREFILLS, TOKENS, PrefillGraphs, Shape, token_sizes
 
@@ -158,6 +165,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return random.write(tmp_path_factory.mktemp("model"), c, random.weights(c))
 
 
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    c = random_qwen.config()
+    tensors = random_qwen.published(c, random_qwen.weights(c))
+    return random_qwen.write(tmp_path_factory.mktemp("qwen"), random_qwen.nested(c), tensors)
+
+
 def generate(folder: Path, **options: Any) -> list[list[int]]:
     """Requests of every kind, joining and leaving, so that prompts come alone, together, beside rows that decode, in
     chunks and after cached tokens."""
@@ -182,8 +196,23 @@ def generate(folder: Path, **options: Any) -> list[list[int]]:
     return tokens
 
 
-@pytest.mark.parametrize("keeps", [False, True])
-def test_static_steps_give_the_tokens_of_eager_ones(folder: Path, keeps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def with_static_steps(monkeypatch: pytest.MonkeyPatch) -> list[step_module.ModelRunner]:
+    """Lets runners on a CPU have static steps too, and gives them."""
+    original, made = step_module.ModelRunner.__init__, []
+
+    def init(self: Any, *args: Any) -> None:
+        original(self, *args[:4], prefill_sizes=[64, 128, 256])
+        made.append(self)
+
+    monkeypatch.setattr(step_module.ModelRunner, "__init__", init)
+    return made
+
+
+@pytest.mark.parametrize(("model", "keeps"), [("folder", False), ("folder", True), ("qwen", True)])
+def test_static_steps_give_the_tokens_of_eager_ones(
+    model: str, keeps: bool, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = request.getfixturevalue(model)
     options = {"enable_prefix_caching": keeps, "snapshot_interval": 64}
     expected = generate(folder, **options)
     met: list[tuple[Shape, StepPlan]] = []
@@ -193,13 +222,8 @@ def test_static_steps_give_the_tokens_of_eager_ones(folder: Path, keeps: bool, m
             met.append((shape, plan))
             return super().run(plan, shape)
 
-    original = step_module.ModelRunner.__init__
-
-    def with_static_steps(self: Any, *args: Any) -> None:
-        original(self, *args[:4], prefill_sizes=[64, 128, 256])
-
     monkeypatch.setattr(step_module, "PrefillGraphs", Uncaptured)
-    monkeypatch.setattr(step_module.ModelRunner, "__init__", with_static_steps)
+    with_static_steps(monkeypatch)
     assert generate(folder, **options) == expected
     assert len(met) >= 7
     assert {shape.rows for shape, _ in met} == {0, 5}
@@ -208,3 +232,66 @@ def test_static_steps_give_the_tokens_of_eager_ones(folder: Path, keeps: bool, m
     assert any(len(plan.prefills) > 1 for _, plan in met)
     assert any(plan.boundaries for _, plan in met) == keeps
     assert any(plan.restores for _, plan in met) == keeps
+
+
+def test_shapes_of_one_prompt_are_captured_at_the_start_and_others_when_they_are_met_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = generate(folder)
+    captured: list[Shape] = []
+
+    def capture(step: Any, pool: Any) -> tuple[Any, str]:
+        """A graph that only looks like one."""
+        static = step.args[0]
+        assert static.tables.frozen
+        assert pool == ("pool" if captured else None)
+        captured.append(static.shape)
+        return step, "pool"
+
+    monkeypatch.setattr(prefill_graphs, "captured", capture)
+    runners = with_static_steps(monkeypatch)
+    build = rank.build_rank
+
+    def build_and_start(*args: Any, **options: Any) -> Any:
+        runner, info = build(*args, **options)
+        runner.capture()
+        return runner, info
+
+    monkeypatch.setattr(rank, "build_rank", build_and_start)
+    assert generate(folder) == expected
+    graphs = runners[0].prefill_graphs
+    assert graphs is not None
+    assert captured[:3] == [Shape(0, 1, n, n) for n in (256, 128, 64)]
+    assert len(set(captured)) == len(captured) > 3
+    assert set(captured) == set(graphs._replays)
+    once = [shape for shape in graphs._statics if shape not in graphs._replays]
+    assert graphs.steps["uncaptured"] == len(once) + len(captured) - 3
+    assert graphs.steps["captured"] > 0
+
+
+def test_a_capture_of_ops_that_look_at_what_changes_fails_and_leaves_steps_as_they_were(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def capture(step: Any, pool: Any) -> tuple[Any, Any]:
+        step()
+        return step, pool
+
+    monkeypatch.setattr(prefill_graphs, "captured", capture)
+    with_static_steps(monkeypatch)
+    runner, _ = rank.build_rank(EngineConfig(str(folder), max_num_seqs=3, cache_memory=1 << 24), 0, "")
+    with pytest.raises(UnknownWhileCapturing, match="not known while a graph is captured"):
+        runner.capture()
+    assert runner.prefill_graphs is not None
+    assert not runner.prefill_graphs._replays
+    assert not any(static.tables.frozen for static in runner.prefill_graphs._statics.values())
+
+
+@pytest.mark.parametrize(("rows", "most"), [("decodes", 8), ("prefills", 100)])
+def test_ops_say_whether_steps_of_their_rows_can_be_captured(rows: Any, most: int) -> None:
+    resolver = Resolver({"kda_prefill": "reference", "kda_mixer_decode": "reference"})
+    where = Where("cpu", "float32")
+    resolver.resolve(KDA_PREFILL, where, KdaDims(H=2, K=8, V=8))
+    resolver.resolve(KDA_MIXER_DECODE, where, KdaMixerDims(H=2, K=8, V=8, R=4, W=3))
+    reasons = [choice.why_not_captured(rows, most) for choice in resolver.explain()]
+    of_prefills = "op kda_prefill is served by 'reference', which cannot be captured"
+    assert reasons == [of_prefills if rows == "prefills" else None, None]

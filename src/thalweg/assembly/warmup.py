@@ -32,7 +32,7 @@ def make_kernels(runner: ModelRunner, one_of_each: Model, split: MemorySplit, ma
 def warm_up(runner: ModelRunner, split: MemorySplit, max_num_batched_tokens: int) -> None:
     """Run the plans. What they leave in slots and blocks is gone once a request is admitted to them. Every rank calls
     this, since plans run on all of them."""
-    finish = [runner.launch(plan) for plan in plans(split, max_num_batched_tokens)]
+    finish = [runner.launch(plan, eagerly=True) for plan in plans(split, max_num_batched_tokens)]
     for wait in finish:
         wait()
 

@@ -32,7 +32,7 @@ class BatchLatency:
     ttft is the time of a run that generates one token; tpot what each further token adds to it, and None when only
     one is asked for; e2el the time of the whole batch. host_us is processor time, since planning and bookkeeping run
     beside the model on another thread; host_us_per_step is its sum. launches counts a decode step's kernels and copies
-    on a CUDA device, and is None elsewhere.
+    on a CUDA device, prompt_launches those from the prompts to their first tokens; both are None elsewhere.
     """
 
     batch_size: int
@@ -46,6 +46,7 @@ class BatchLatency:
     host_us: dict[str, float]
     host_us_per_step: float
     launches: float | None
+    prompt_launches: int | None
     floor: Floor | None = None  # for one rank
 
     def to_dict(self) -> dict[str, Any]:
@@ -60,6 +61,7 @@ class BatchLatency:
         values["output_throughput"] = self.output_throughput
         values["host_us"], values["host_us_per_step"] = self.host_us, self.host_us_per_step
         values["launches_per_step"] = self.launches
+        values["launches_of_prompts"] = self.prompt_launches
         values["floor"] = None if self.floor is None else self.floor.to_dict()
         return values
 
@@ -108,27 +110,31 @@ def measure_latency(
         host_us=host_us,
         host_us_per_step=sum(host_us.values()),
         launches=_launches(llm, batch_size, time_batch),
+        prompt_launches=_count(llm, lambda: time_batch(input_len, 1)),
     )
 
 
 def _launches(llm: LLM, batch_size: int, time_batch: Callable[[int, int], float]) -> float | None:
-    """Kernels and copies of one decode step: what more of them a longer output has, as the profiler counts."""
+    """Kernels and copies of one decode step: what more of them a longer output has."""
+    short, long = 2, 10
+    input_len = max(1, min(16, llm.info.max_num_batched_tokens // batch_size, llm.info.max_model_len - long))
+    few, many = (_count(llm, lambda n=n: time_batch(input_len, n)) for n in (short, long))  # type: ignore[misc]
+    return None if few is None or many is None else (many - few) / (long - short)
+
+
+def _count(llm: LLM, run: Callable[[], float]) -> int | None:
+    """Kernels and copies on the CUDA device during `run`, as the profiler counts."""
     import torch
 
     if not torch.cuda.is_available() or llm.info.device == "cpu":
         return None
     from torch.profiler import ProfilerActivity, profile
 
-    short, long = 2, 10
-    input_len = max(1, min(16, llm.info.max_num_batched_tokens // batch_size, llm.info.max_model_len - long))
-    counts = []
-    for output_len in (short, long):
-        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-            time_batch(input_len, output_len)
-            torch.cuda.synchronize()
-        events: Any = profiler.events()
-        counts.append(sum(1 for e in events if str(e.device_type).endswith("CUDA")))
-    return (counts[1] - counts[0]) / (long - short)
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        run()
+        torch.cuda.synchronize()
+    events: Any = profiler.events()
+    return sum(1 for e in events if str(e.device_type).endswith("CUDA"))
 
 
 def check_lengths(batch_sizes: Sequence[int], input_len: int, output_len: int) -> None:

@@ -208,7 +208,7 @@ def _print_latency(results: list[BatchLatency], measured_on: dict[str, Any], sta
     first = results[0]
     console.print(f"input {first.input_len} tokens, output {first.output_len}, {first.num_iters} runs\n")
     headings = ("batch", "TTFT ms", "/floor", "TPOT ms", "floor ms", "/floor", "E2EL ms", "output\ntok/s")
-    table = plain_table(*headings, "launches\na step", "host\nus/step", numbers=True)
+    table = plain_table(*headings, "launches\na step", "of the\nprompts", "host\nus/step", numbers=True)
     for r in results:
         tpot, floor = r.tpot_ms, r.floor
         table.add_row(
@@ -221,6 +221,7 @@ def _print_latency(results: list[BatchLatency], measured_on: dict[str, Any], sta
             r.e2el_ms.show(1),
             f"{r.output_throughput:.1f}",
             "-" if r.launches is None else f"{r.launches:.0f}",
+            "-" if r.prompt_launches is None else str(r.prompt_launches),
             f"{r.host_us_per_step:.0f}",
         )
     console.print(table)

@@ -130,16 +130,23 @@ class PrefillGraphs:
         self._ids = torch.zeros(self._rows[-1] + PREFILLS[-1] + 1, dtype=torch.int64, device=batches.slots.device)
         self.steps: Counter[str] = Counter()  # how many ran captured, uncaptured and, as none could serve, eagerly
 
-    def start(self) -> None:
-        """From now on shapes are captured: those of one prompt alone at once, on the sinks, the largest first, so that
-        the others fit into its memory."""
-        self._started = True
+    def rehearse(self) -> list[Static]:
+        """A step on the sinks of every shape of one prompt alone, the largest first."""
+        steps = []
         for size in reversed([n for n in self._sizes if n <= self._batches.slots.max_model_len]):
             static = self._static(Shape(0, 1, size, size))
             image = np.zeros(static.size, dtype=np.int64)
             static.write(StepPlan(0, [], [], [], [], []), image)
             static.memory.copy_(torch.from_numpy(image))
             self._step(static)
+            steps.append(static)
+        return steps
+
+    def start(self) -> None:
+        """From now on shapes are captured: those of one prompt alone at once. The largest is the first, so that the
+        others fit into its memory."""
+        self._started = True
+        for static in self.rehearse():
             self._capture(static)
 
     def shape_of(self, plan: StepPlan) -> Shape | None:

@@ -64,8 +64,10 @@ class ModelRunner:
             self._use(model)
             if self._graphs is not None:
                 self._graphs.rehearse()
+            if self.prefill_graphs is not None:
+                self.prefill_graphs.rehearse()
             for plan in plans:
-                self.launch(plan)
+                self.launch(plan, eagerly=True)
         finally:
             self._use(whole)
 
@@ -81,8 +83,9 @@ class ModelRunner:
         return self.launch(plan)()
 
     @torch.inference_mode()
-    def launch(self, plan: StepPlan) -> Finish:
-        """Run the step as far as the device allows without waiting; the returned call waits and gives the result."""
+    def launch(self, plan: StepPlan, *, eagerly: bool = False) -> Finish:
+        """Run the step as far as the device allows without waiting; the returned call waits and gives the result.
+        `eagerly`: even if graphs could run its prompts."""
         cache = self.slots.cache
         for slot, snapshot in plan.snapshots:
             cache.copy_slot(slot, cache.slot_of(snapshot))
@@ -94,7 +97,7 @@ class ModelRunner:
             self.slots.add_blocks(plan.new_blocks)
         if self._graphs is not None and self._graphs.serves(plan):
             return self._launch_graph(self._graphs, plan)
-        if self.prefill_graphs is not None and (shape := self._shape_of(plan)) is not None:
+        if not eagerly and self.prefill_graphs is not None and (shape := self._shape_of(plan)) is not None:
             return self._launch_prefill_graph(self.prefill_graphs, plan, shape)
         return self._launch_eager(plan)
 
