@@ -44,7 +44,7 @@ class SplitNormsCase:
 
 
 def split_norms_case(
-    T: int, Q: int, R: int, P: int, dtype: torch.dtype, device: str = "cpu", gap: int = 0
+    T: int, Q: int, R: int, P: int, dtype: torch.dtype, device: str = "cpu", gap: int = 0, rotated: bool = True
 ) -> SplitNormsCase:
     rng = torch.Generator(device).manual_seed(T)
 
@@ -58,7 +58,7 @@ def split_norms_case(
         q_weight=randn(Q).to(dtype) if Q else None,
         kv_weight=randn(R).to(dtype),
         positions=torch.randint(0, 130_000, (T,), generator=rng, device=device),
-        frequencies=50000 ** -torch.linspace(0, 1, P // 2, device=device),
+        frequencies=50000 ** -torch.linspace(0, 1, P // 2 if rotated else 0, device=device),
         blocks=blocks,
         block_rows=torch.randperm(blocks[1:, :, 0].numel(), generator=rng, device=device)[:T] + S,
     )

@@ -22,7 +22,7 @@ from thalweg.models.kimi_k2.family import KimiK2
 from thalweg.models.kimi_linear.config import read
 from thalweg.models.kimi_linear.family import KimiLinear
 from thalweg.models.qwen.family import Qwen35
-from thalweg.ops.registry import Resolver
+from thalweg.ops.registry import Resolver, Rows
 from thalweg.ops.toolchain import cuda_build, triton_support
 from thalweg.parallel.mesh import Mesh
 from thalweg.parallel.shards import Shards
@@ -106,11 +106,11 @@ def test_decode_rows_and_prompts_of_the_published_shape() -> None:
         "kda_mixer_decode": ["cuda"],
         "mla_mixer_decode": ["gluon"],
         "batched_projection": ["reference"],
-        "mla_write": ["reference"],
+        "split_norms": ["triton"],
         "split_heads": ["reference"],
         "merge_heads": ["reference"],
         **{op: ["triton"] for op in ("conv1d_prefill", "kda_gate", "kda_prefill", "gated_rms_norm")},
-        **{op: ["triton"] for op in ("mla_prefill", "rms_norm", "silu_and_mul")},
+        **{op: ["triton"] for op in ("mla_prefill", "silu_and_mul")},
     }
 
 
@@ -193,15 +193,24 @@ def test_a_preference_that_a_shape_cannot_have_is_an_error() -> None:
         resolved(prefer={"experts": "cuda"})
 
 
-def why_eager(resolver: Resolver, rows: int) -> str | None:
-    return _why_eager(EngineConfig(device="cuda"), torch.device("cuda"), resolver, rows)
+def why_eager(resolver: Resolver, most: int, rows: Rows = "decodes") -> str | None:
+    return _why_eager(EngineConfig(device="cuda"), torch.device("cuda"), resolver, rows, most)
 
 
 def test_graphs_ask_only_what_decode_rows_run() -> None:
     assert why_eager(resolved(), 512) is None
-    waits = "op experts is served by 'reference', which waits for the device"
+    waits = "op experts is served by 'reference', which cannot be captured"
     assert why_eager(resolved(prefer={"experts": "reference"}), 1) == waits
     assert why_eager(resolved(prefer={"mla_mixer_decode": "reference"}), 1) is not None
+    assert why_eager(resolved(prefer={"mla_prefill": "reference"}), 512) is None
+
+
+def test_graphs_of_prompts_ask_only_what_prompts_run() -> None:
+    assert why_eager(resolved(), 2048, "prefills") is None
+    assert why_eager(resolved(prefer={"mla_mixer_decode": "reference"}), 2048, "prefills") is None
+    for op in ("mla_prefill", "kda_prefill", "conv1d_prefill", "experts"):
+        expected = f"op {op} is served by 'reference', which cannot be captured"
+        assert why_eager(resolved(prefer={op: "reference"}), 2048, "prefills") == expected
 
 
 def test_graphs_do_not_mind_what_waits_for_the_device_beyond_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +220,7 @@ def test_graphs_do_not_mind_what_waits_for_the_device_beyond_their_rows(monkeypa
     monkeypatch.setitem(registry._implementations, "experts", list(few))
     resolver = resolved()  # the reference serves beyond 512 tokens
     assert why_eager(resolver, 512) is None
-    assert why_eager(resolver, 513) == "op experts is served by 'reference', which waits for the device"
+    assert why_eager(resolver, 513) == "op experts is served by 'reference', which cannot be captured"
 
 
 def test_the_published_config_is_that_shape(shared_dir: Path) -> None:

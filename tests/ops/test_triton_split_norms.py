@@ -34,14 +34,24 @@ def test_without_queries_of_low_rank() -> None:
     assert not rows.isnan().any()
 
 
+@pytest.mark.parametrize("Q", [0, 24])
+def test_without_positions_the_shared_part_is_written_as_it_is(Q: int) -> None:
+    case = split_norms_case(5, Q, 16, 7, torch.float32, rotated=False)
+    q, rows, others = case.run(reference.split_norms)
+    assert q.shape == (5, Q)
+    assert torch.equal(rows[:, 16:], case.x[:, Q + 16 :])
+    assert others.isnan().all()
+
+
 def check_split_norms() -> None:
     from thalweg.ops.attention.mla_down_norms.triton import split_norms, split_norms_by_parts
 
     for T, Q, R, P in ((5, 48, 20, 8), (3, 20, 48, 2), (0, 16, 16, 4), (1, 1, 1, 6), (4, 0, 20, 4)):
-        case = split_norms_case(T, Q, R, P, torch.float32, gap=8)
-        for op in (split_norms, split_norms_by_parts):
-            for out, truth in zip(case.run(op), case.run(reference.split_norms), strict=True):
-                torch.testing.assert_close(out, truth, equal_nan=True, rtol=1e-5, atol=1e-5)
+        for rotated in (True, False):
+            case = split_norms_case(T, Q, R, P, torch.float32, gap=8, rotated=rotated)
+            for op in (split_norms, split_norms_by_parts):
+                for out, truth in zip(case.run(op), case.run(reference.split_norms), strict=True):
+                    torch.testing.assert_close(out, truth, equal_nan=True, rtol=1e-5, atol=1e-5)
 
 
 def test_under_the_interpreter() -> None:
@@ -49,8 +59,8 @@ def test_under_the_interpreter() -> None:
     run_interpreted(check_split_norms)
 
 
-@pytest.mark.parametrize("Q", [1536, 0])
-def test_compiles_for_hopper_without_spills(Q: int) -> None:
+@pytest.mark.parametrize(("Q", "rotated"), [(1536, True), (0, True), (0, False)])
+def test_compiles_for_hopper_without_spills(Q: int, rotated: bool) -> None:
     pytest.importorskip("triton")
     from thalweg.ops.attention.mla_down_norms.triton import _split_norms
 
@@ -58,7 +68,9 @@ def test_compiles_for_hopper_without_spills(Q: int) -> None:
     types |= {"positions_ptr": "*i64", "block_rows_ptr": "*i64", "frequencies_ptr": "*fp32"}
     types |= {"x_stride": "i32", "eps": "fp32", "rope_scale": "fp32"}
     blocks = {"BLOCK_Q": 2048, "BLOCK_R": 512, "BLOCK_P": 64}
-    compiled = compile_sm90(_split_norms, types, {"Q": Q, "R": 512, "P": 64, **blocks, "PDL": True}, 4)
+    compiled = compile_sm90(
+        _split_norms, types, {"Q": Q, "R": 512, "P": 64, **blocks, "ROTATED": rotated, "PDL": True}, 4
+    )
     assert compiled.spilled_bytes == 0
     assert compiled.ptx.count("griddepcontrol.wait") == 3  # one in each branch
 

@@ -14,8 +14,8 @@ from thalweg.cache.specs import PagedSpec
 from thalweg.layers.batch import Batch
 from thalweg.layers.context import BuildContext, LayerCache
 from thalweg.layers.linear import Linear, LinearAdd, NormLinear
-from thalweg.layers.norm import NormWeight, RMSNorm
-from thalweg.ops.attention.mla import MLA_PREFILL, MLA_WRITE, MlaPrefillDims, MlaWriteDims
+from thalweg.layers.norm import NormWeight
+from thalweg.ops.attention.mla import MLA_PREFILL, MlaPrefillDims
 from thalweg.ops.attention.mla_down_norms import SPLIT_NORMS, SplitNormsDims
 from thalweg.ops.attention.mla_mixer import MLA_DECODE, MLA_MIXER_DECODE, MlaMixerDims
 from thalweg.ops.attention.mla_rope import MLA_ROPE, MlaRopeDims
@@ -75,17 +75,18 @@ class LatentAttention(nn.Module):
 class MultiHeadLatentAttention(LatentAttention):
     """Without positions: a decode row's mixer is one op, from the projection of q and latent to the heads' outputs."""
 
+    frequencies_F: Tensor  # none
+
     def __init__(
         self, ctx: BuildContext, *, width: int, heads: int, nope: int, rope: int, value: int, rank: int, eps: float
     ) -> None:
         scale = (nope + rope) ** -0.5
         super().__init__(ctx, width=width, heads=heads, nope=nope, rope=rope, value=value, rank=rank, scale=scale)
-        self.split = [self.H * (nope + rope), rank, rope]
-        self.in_proj = NormLinear(
-            ctx.below("in_proj"), width, [self.split[0], rank + rope], eps
-        )  # q_proj and kv_a_proj in one
-        self.kv_norm = RMSNorm(ctx, rank, eps)
-        self._write = ctx.op(MLA_WRITE, MlaWriteDims(R=rank, P=rope))
+        self.queries = self.H * (nope + rope)  # columns of in_proj, which has q_proj and kv_a_proj in one
+        self.in_proj = NormLinear(ctx.below("in_proj"), width, [self.queries, rank + rope], eps)
+        self.kv_norm = NormWeight(ctx, rank, eps)
+        self.register_buffer("frequencies_F", torch.empty(0, device=ctx.device))
+        self._norms = ctx.op(SPLIT_NORMS, SplitNormsDims(Q=0, R=rank, P=rope, rotated=False))
         self._mixer_decode = ctx.op(MLA_MIXER_DECODE, MlaMixerDims(**self.sizes, S=ctx.block_size))
 
     def forward(self, x_TD: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
@@ -108,9 +109,18 @@ class MultiHeadLatentAttention(LatentAttention):
                 )
             )
         if n < len(proj_TX):
-            q_TO, c_TR, k_rope_TP = proj_TX[n:].split(self.split, dim=-1)
-            self._write(torch.cat([self.kv_norm(c_TR), k_rope_TP], dim=-1), latent_MSC, batch.block_rows_T[n:])
-            parts.append(self.of_prefills(self._split_heads(q_TO), latent_MSC, batch))
+            self._norms(
+                proj_TX[n:, self.queries :],
+                None,
+                self.kv_norm.weight,
+                self.kv_norm.eps,
+                positions_T=batch.positions_T[n:],
+                frequencies_F=self.frequencies_F,
+                rope_scale=1.0,
+                blocks_MSC=latent_MSC,
+                block_rows_T=batch.block_rows_T[n:],
+            )
+            parts.append(self.of_prefills(self._split_heads(proj_TX[n:, : self.queries]), latent_MSC, batch))
         return self.out_proj.of_parts(parts, x_TD)
 
 

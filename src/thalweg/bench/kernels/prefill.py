@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from thalweg.bench.kernels.case import Arguments, Case, Draw, Setting, candidates_of
 from thalweg.bench.kernels.decode import block_tables
 from thalweg.ops.attention.gqa import GQA_PREFILL, GqaDims
-from thalweg.ops.attention.mla import MLA_PREFILL, MLA_WRITE, MlaPrefillDims, MlaWriteDims
+from thalweg.ops.attention.mla import MLA_PREFILL, MlaPrefillDims
 from thalweg.ops.delta.conv1d import CONV1D_PREFILL, Conv1dDims
 from thalweg.ops.delta.gdn import GDN_PREFILL, GdnDims
 from thalweg.ops.delta.kda import KDA_GATE, KDA_PREFILL, KdaDims
@@ -107,25 +107,6 @@ def gdn(setting: Setting, dims: GdnDims) -> Iterator[Case]:
             num_bytes=setting.dtype.itemsize * T * (2 * G * K + 2 * H * V + 2 * H) + 8 * B * H * K * V,
             flops=6 * T * H * K * V,
             changed=lambda a: (a.named["state_NHVK"],),
-            timed="eager",
-        )
-
-
-def mla_write(setting: Setting, dims: MlaWriteDims) -> Iterator[Case]:
-    C, S = dims.R + dims.P, setting.model.config.block_size
-    for _, T, _, label in _prompts(setting):
-
-        def make(copy: int, T: int = T) -> Arguments:
-            draw = Draw(setting, copy)
-            return Arguments(draw(T, C), draw(-(-T // S) + 1, S, C), draw.order(T) + (S - 1))
-
-        yield Case(
-            MLA_WRITE.name,
-            f"{C} wide, {label}",
-            candidates_of(setting, MLA_WRITE, dims, T),
-            make,
-            num_bytes=setting.dtype.itemsize * 2 * T * C,
-            changed=lambda a: (a.args[1].flatten(0, 1)[a.args[2]],),
             timed="eager",
         )
 

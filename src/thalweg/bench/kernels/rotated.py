@@ -25,7 +25,7 @@ def split_norms(setting: Setting, dims: SplitNormsDims, *, published: str = "") 
                 draw(Q, scale=0.1).add_(1) if Q else None,
                 draw(R, scale=0.1).add_(1),
                 EPS,
-                **_rotation(setting, P),
+                **_rotation(setting, P if dims.rotated else 0),
                 positions_T=_positions(setting, T),
                 blocks_MSC=draw(T + 1, 1, R + P),
                 block_rows_T=draw.order(T),

@@ -15,7 +15,7 @@ from thalweg.bench.kernels.seeds import SEEDS
 from thalweg.errors import ConfigError
 from thalweg.ops.activation import SILU_AND_MUL
 from thalweg.ops.attention.gqa import GQA_DECODE, GQA_PREFILL, GQA_PREPARE
-from thalweg.ops.attention.mla import MLA_PREFILL, MLA_WRITE
+from thalweg.ops.attention.mla import MLA_PREFILL
 from thalweg.ops.attention.mla_down_norms import SPLIT_NORMS
 from thalweg.ops.attention.mla_mixer import MLA_DECODE, MLA_MIXER_DECODE
 from thalweg.ops.attention.mla_rope import MLA_ROPE
@@ -67,7 +67,6 @@ PREFILL: Makers = [
     (GATED_RMS_NORM, feed_forward.gated_rms_norm),
     (SPLIT_NORMS, rotated.split_norms),
     (MLA_ROPE, rotated.mla_rope),
-    (MLA_WRITE, prefill.mla_write),
     (MLA_PREFILL, prefill.mla),
     (GQA_PREPARE, decode.gqa_prepare),
     (GQA_PREFILL, prefill.gqa),

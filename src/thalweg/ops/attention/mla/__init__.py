@@ -1,5 +1,5 @@
-"""Ops "mla_write" and "mla_prefill": multi-head latent attention over a paged latent cache. Package attention/mla_mixer
-has what decode rows do.
+"""Op "mla_prefill": multi-head latent attention over a paged latent cache. Package attention/mla_mixer has what decode
+rows do, and attention/mla_down_norms what comes before.
 
 blocks_MSC [blocks, block size, C] holds one row per token: the latent of rank R, then P channels that all heads
 share as keys only (the "rope" part, rotated or not before it gets here), C = R + P. block_tables_BN int32
@@ -22,26 +22,12 @@ from thalweg.ops.toolchain.triton_support import why_not
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MlaWriteDims:
-    R: int  # rank of the latent
-    P: int  # shared key part
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class MlaPrefillDims:
     H: int
     K: int  # of a head's key, without the shared part
     V: int
     R: int  # rank of the latent
     P: int  # shared key part
-
-
-class MlaWrite(Protocol):
-    def __call__(self, latent_TC: Tensor, blocks_MSC: Tensor, block_rows_T: Tensor, /) -> None:
-        """Store latent_TC[t] in row block_rows_T[t] of the flattened blocks.
-
-        Rows are int64, block * block size + place in the block. Values are converted to the blocks' dtype.
-        """
 
 
 class MlaPrefill(Protocol):
@@ -66,7 +52,6 @@ class MlaPrefill(Protocol):
         """
 
 
-MLA_WRITE: Op[MlaWriteDims, MlaWrite] = Op("mla_write", MlaWriteDims)
 MLA_PREFILL: Op[MlaPrefillDims, MlaPrefill] = Op("mla_prefill", MlaPrefillDims, rows="prefills")
 
 
@@ -83,6 +68,5 @@ def _prefill_refuses(where: Where, dims: MlaPrefillDims) -> Refusal:
     return why_not(where) if where.dtype == "bfloat16" else f"needs bfloat16, not {where.dtype}"
 
 
-register(MLA_WRITE, "reference", lambda *_: reference.mla_write)
 register(MLA_PREFILL, "reference", lambda *_: reference.mla_prefill)
 register(MLA_PREFILL, "triton", _triton_prefill, supports=_prefill_refuses, priority=10, capturable=True)

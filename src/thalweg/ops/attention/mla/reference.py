@@ -13,6 +13,7 @@ MAX_ELEMENTS = 2**24
 
 
 def mla_write(latent_TC: Tensor, blocks_MSC: Tensor, block_rows_T: Tensor) -> None:
+    """Store latent_TC[t] in row block_rows_T[t] of the flattened blocks, in the blocks' dtype."""
     blocks_MSC.view(-1, blocks_MSC.shape[-1])[block_rows_T] = latent_TC.to(blocks_MSC.dtype)
 
 

@@ -1,5 +1,5 @@
-"""Op "split_norms": all that lies between the down-projection of a layer with rotated latent attention (Kimi-K2), the
-projection of its queries, and the cache.
+"""Op "split_norms": all that lies between the down-projection of a layer with latent attention, the projection of its
+queries, if they are of low rank, and the cache. With rotated positions (Kimi-K2) or without (Kimi-Linear).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ class SplitNormsDims:
     Q: int  # rank of the queries; 0: they are not of low rank, and not here
     R: int  # rank of the latent
     P: int  # shared key part
+    rotated: bool = True
 
 
 class SplitNorms(Protocol):
@@ -37,7 +38,8 @@ class SplitNorms(Protocol):
         block_rows_T: Tensor,
     ) -> Tensor:
         """rms_norm(q)_TQ of x_TX = [q (Q) | latent (R) | shared key part (P)], which has a unit last stride. The normed
-        latent and the rotated shared part are in row block_rows_T[t] of the flattened blocks afterwards.
+        latent and the rotated shared part are in row block_rows_T[t] of the flattened blocks afterwards. Without
+        frequencies (F = 0) the shared part stays as it is.
 
         The norms are those of op "rms_norm": fp32, rounded once to x's dtype. The rotation is that of op "mla_rope".
         blocks_MSC [blocks, block size, R + P] are contiguous and of x's dtype; block_rows_T and positions_T are int64.
@@ -62,7 +64,7 @@ def _separate(where: Where, dims: SplitNormsDims) -> SplitNorms:
 
 
 def _triton_refuses(where: Where, dims: SplitNormsDims) -> Refusal:
-    if not (0 <= dims.Q <= 16384 and 1 <= dims.R <= 16384 and 2 <= dims.P <= 16384):
+    if not (0 <= dims.Q <= 16384 and 1 <= dims.R <= 16384 and 1 <= dims.P <= 16384):
         return f"needs parts of at most 16384, not {dims.Q}, {dims.R} and {dims.P}"
     return why_not(where)
 

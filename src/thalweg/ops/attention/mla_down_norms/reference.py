@@ -23,7 +23,9 @@ def split_norms(
     block_rows_T: Tensor,
 ) -> Tensor:
     Q = 0 if q_weight_Q is None else len(q_weight_Q)
-    q_TQ, c_TR, shared_TP = x_TX.split([Q, len(kv_weight_R), 2 * len(frequencies_F)], dim=-1)
-    shared_TP = turned(shared_TP.unsqueeze(1), positions_T, frequencies_F, rope_scale).squeeze(1)
+    R = len(kv_weight_R)
+    q_TQ, c_TR, shared_TP = x_TX[:, :Q], x_TX[:, Q : Q + R], x_TX[:, Q + R :]
+    if len(frequencies_F):
+        shared_TP = turned(shared_TP.unsqueeze(1), positions_T, frequencies_F, rope_scale).squeeze(1)
     mla_write(torch.cat([rms_norm(c_TR, kv_weight_R, eps), shared_TP], dim=-1), blocks_MSC, block_rows_T)
     return q_TQ if q_weight_Q is None else rms_norm(q_TQ, q_weight_Q, eps)

@@ -33,6 +33,7 @@ def _split_norms(
     BLOCK_Q: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    ROTATED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -53,6 +54,11 @@ def _split_norms(
             if PDL:
                 gdc_wait()
             store_normed(load_row(x_ptr + Q, R, BLOCK_R), weight_R, block_row_ptr, eps, R, BLOCK_R)
+        elif not ROTATED:
+            p = tl.arange(0, BLOCK_P)
+            if PDL:
+                gdc_wait()
+            tl.store(block_row_ptr + R + p, tl.load(x_ptr + Q + R + p, mask=p < P, other=0.0), mask=p < P)
         else:
             x_ptr += Q + R
             rotate_heads(
@@ -88,7 +94,8 @@ def split_norms(
     blocks_MSC: Tensor,
     block_rows_T: Tensor,
 ) -> Tensor:
-    Q, R, P = 0 if q_weight_Q is None else len(q_weight_Q), len(kv_weight_R), 2 * len(frequencies_F)
+    Q, R = 0 if q_weight_Q is None else len(q_weight_Q), len(kv_weight_R)
+    P = x_TX.shape[1] - Q - R
     q_TQ = x_TX.new_empty(len(x_TX), Q)
     if len(x_TX):
         _split_norms[(len(x_TX), 3 if Q else 2)](
@@ -109,6 +116,7 @@ def split_norms(
             triton.next_power_of_2(max(Q, 1)),
             triton.next_power_of_2(R),
             triton.next_power_of_2(P),
+            len(frequencies_F) > 0,
             num_warps=_num_warps(Q, R),
             **pdl_options(x_TX),
         )
@@ -129,7 +137,8 @@ def split_norms_by_parts(
 ) -> Tensor:
     """The unfused path: the same arithmetic in the same order, a launch for each norm, the rotation and the write, and
     one that puts together what is written."""
-    Q, R, P = 0 if q_weight_Q is None else len(q_weight_Q), len(kv_weight_R), 2 * len(frequencies_F)
+    Q, R = 0 if q_weight_Q is None else len(q_weight_Q), len(kv_weight_R)
+    P = x_TX.shape[1] - Q - R
     q_TQ, latent_TR, shared_T1P = (x_TX.new_empty(len(x_TX), *sizes) for sizes in ((Q,), (R,), (1, P)))
     if len(x_TX):
         options = dict(num_warps=_num_warps(Q, R), **pdl_options(x_TX))
@@ -137,6 +146,9 @@ def split_norms_by_parts(
             if weight is not None:
                 D = len(weight)
                 _rms_norm[(len(x_TX),)](x, weight, y, x.stride(0), eps, D, triton.next_power_of_2(D), **options)
-        rotate(x_TX[:, None, Q + R :], shared_T1P, positions_T, frequencies_F, rope_scale)
+        if len(frequencies_F):
+            rotate(x_TX[:, None, Q + R :], shared_T1P, positions_T, frequencies_F, rope_scale)
+        else:
+            shared_T1P = x_TX[:, None, Q + R :]
         mla_write(torch.cat([latent_TR, shared_T1P.squeeze(1)], dim=-1), blocks_MSC, block_rows_T)
     return q_TQ
