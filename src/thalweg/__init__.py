@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "Grammar", "SamplingParams", "__version__"]
+__all__ = ["LLM", "Grammar", "SamplingParams", "ThinkingLimit", "__version__"]
 
 if TYPE_CHECKING:
-    from thalweg.core import Grammar, SamplingParams
+    from thalweg.core import Grammar, SamplingParams, ThinkingLimit
     from thalweg.engine.llm import LLM
 
 
@@ -18,7 +18,7 @@ def __getattr__(name: str) -> Any:
         from thalweg.engine.llm import LLM
 
         return LLM
-    if name in ("Grammar", "SamplingParams"):
+    if name in ("Grammar", "SamplingParams", "ThinkingLimit"):
         from thalweg import core
 
         return getattr(core, name)

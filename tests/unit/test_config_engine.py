@@ -142,7 +142,7 @@ def test_what_is_no_size_is_refused(text: str) -> None:
         parse_size(text, "--cache-memory")
 
 
-def test_a_model_is_a_folder_and_never_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_is_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("x")
     assert model_folder(str(tmp_path)) == tmp_path
@@ -150,8 +150,6 @@ def test_a_model_is_a_folder_and_never_downloaded(tmp_path: Path, monkeypatch: p
     assert model_folder(None).name == "thalweg-tiny"
     with pytest.raises(ConfigError, match=r"MODEL is .*file'?, a file; expected a folder"):
         model_folder(str(tmp_path / "file"))
-    with pytest.raises(ConfigError, match="no such folder; fetch it first"):
-        model_folder("someone/some-model")
     with pytest.raises(ConfigError, match=r"no such folder$"):
         model_folder("./nowhere/at/all")
     (tmp_path / "thalweg-tiny").mkdir()  # a folder of the user's own comes first

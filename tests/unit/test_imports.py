@@ -32,6 +32,7 @@ RULES = [
     ("triton", "ops/"),
     ("fastapi", "server/"),
     ("llguidance", "sampling/"),
+    ("huggingface_hub", "config/hub.py"),
     ("einops", ("ops/heads/einops.py", "bench/kernels/rearrange.py")),  # to be measured, never to be used unasked
     ("pickle", None),
     ("dill", None),

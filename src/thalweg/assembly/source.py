@@ -14,6 +14,7 @@ from thalweg.config.engine import EngineConfig
 from thalweg.config.gguf.keys import GgufKeys, end_ids, sampling_defaults
 from thalweg.config.gguf.model import is_gguf, model_name, open_gguf
 from thalweg.config.hf import GenerationConfig, read_config, read_generation_config, without_keys
+from thalweg.config.hub import hub_name
 from thalweg.config.model_source import model_folder
 from thalweg.core import SamplingParams
 from thalweg.errors import ConfigError, InvalidRequest
@@ -47,7 +48,9 @@ class ModelSource:
 
     @property
     def name(self) -> str:
-        return self.folder.resolve().name if self.gguf is None else model_name(self.folder)
+        if self.gguf is not None:
+            return model_name(self.folder)
+        return hub_name(self.folder) or self.folder.resolve().name
 
     def open_weights(self) -> WeightFiles:
         """Raises CheckpointError or UnsupportedError."""
@@ -103,7 +106,7 @@ def open_source(config: EngineConfig) -> ModelSource:
         if not path.is_file():
             raise ConfigError(f"--config-file is {config.config_file!r}, and there is no such file")
         folder, raw = path.parent, read_object(path.parent, path.name)
-    elif is_gguf(path := model_folder(config.model)):
+    elif is_gguf(path := model_folder(config.model, config.revision, weights=config.load_format != "dummy")):
         folder = path
         architecture_gguf, raw = _read_gguf(path)
     else:

@@ -29,7 +29,14 @@ def _sampling(*names: str, **options: Any) -> Any:
 
 def engine_config(
     model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="Model folder or GGUF file; the bundled model if left out.")
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="Model folder, GGUF file, or OWNER/NAME on Hugging Face; the bundled model if left out.",
+        ),
+    ] = None,
+    revision: Annotated[
+        str | None, _engine(metavar="REVISION", help="Branch, tag or commit of a MODEL named OWNER/NAME.")
     ] = None,
     tokenizer: Annotated[
         str | None, _engine(metavar="FOLDER", help="Take tokenizer and chat template from here.")
@@ -167,6 +174,7 @@ def engine_config(
         )
     return EngineConfig(
         model=model,
+        revision=revision,
         tokenizer=tokenizer,
         generation_config=generation_config,
         dtype=dtype,

@@ -25,7 +25,8 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)(b?)\s*", re.IGNORECASE)
 class EngineConfig:
     """Options of one engine. Raises ConfigError, in the command line's spelling, on a value out of range.
 
-    `model` is a folder (None: the bundled model) and `tokenizer` another folder to take the tokenizer from.
+    `model` is a folder (None: the bundled model), a GGUF file, or OWNER/NAME on a hub, of which `revision` is a branch,
+    tag or commit. `tokenizer` is another folder to take the tokenizer from.
     `state_dtype` is what recurrent states are stored in, whatever they are computed in. `max_num_seqs` None means
     64 on a CPU; on a GPU what its memory allows (cache.memory.default_num_seqs). `max_num_batched_tokens` None
     means 8192 on an accelerator, where a step that reads all experts anyway should have many tokens, and 2048 on a
@@ -44,6 +45,7 @@ class EngineConfig:
     """
 
     model: str | None = None
+    revision: str | None = None
     tokenizer: str | None = None
     generation_config: str = "auto"
     dtype: str = "auto"
@@ -97,7 +99,12 @@ class EngineConfig:
         )
         self._need(self.state_dtype in STATE_DTYPES, "state_dtype", " or ".join(STATE_DTYPES))
         self._need(self.load_format in LOAD_FORMATS, "load_format", _one_of(LOAD_FORMATS))
-        for name, kind in (("model", "a folder"), ("tokenizer", "a folder"), ("config_file", "a config.json")):
+        for name, kind in (
+            ("model", "a folder"),
+            ("revision", "a branch, tag or commit"),
+            ("tokenizer", "a folder"),
+            ("config_file", "a config.json"),
+        ):
             value = getattr(self, name)
             self._need(value is None or (isinstance(value, str) and value != ""), name, kind)
         source = self.generation_config

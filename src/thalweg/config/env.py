@@ -8,6 +8,10 @@ VARIABLES = {
     "THALWEG_API_KEY": "the key clients of the server must send; --api-key comes first",
     "OMP_NUM_THREADS": "threads of one rank on a CPU; by default chosen by the model's size",
     "THALWEG_LOG_LEVEL": "debug, info, warning or error",
+    "HF_HUB_CACHE": "where models are kept that are named OWNER/NAME; HF_HOME/hub if unset",
+    "HF_HOME": "the folder of that; ~/.cache/huggingface if unset, or huggingface in XDG_CACHE_HOME",
+    "XDG_CACHE_HOME": "see HF_HOME",
+    "HF_HUB_OFFLINE": "1: models are never downloaded",
 }
 
 

@@ -35,6 +35,7 @@ class LLM:
         self,
         model: str | None = None,
         *,
+        revision: str | None = None,
         tokenizer: str | None = None,
         generation_config: str = "auto",
         dtype: str = "auto",
@@ -64,6 +65,7 @@ class LLM:
     ) -> None:
         self.config = EngineConfig(
             model=None if model is None else str(model),
+            revision=revision,
             tokenizer=tokenizer,
             generation_config=generation_config,
             dtype=dtype,
