@@ -25,13 +25,13 @@ def compile_cuda(source: Path, folder: Path, **macros: int) -> CompiledCuda:
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("nvcc is not installed")
-    command = [nvcc, "-cubin", "-arch=sm_90", "-use_fast_math", "--ptxas-options=-v", str(source)]
+    command = [nvcc, "-cubin", "-arch=sm_90a", "-use_fast_math", "--ptxas-options=-v", str(source)]
     command += ["-I", str(HEADER.parent)]
     command += ["-o", f"{folder}/k.cubin", *(f"-D{key}={value}" for key, value in macros.items())]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     assert "warning" not in run.stderr, run.stderr
-    found = re.search(r"Used (\d+) registers.* (\d+) bytes smem", run.stderr)
+    found = re.search(r"Used (\d+) registers(?:.* (\d+) bytes smem)?", run.stderr)
     assert found is not None, run.stderr
     spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", run.stderr))
-    return CompiledCuda(int(found[1]), spilled, int(found[2]))
+    return CompiledCuda(int(found[1]), spilled, int(found[2] or 0))

@@ -109,8 +109,8 @@ def mla_case(
         block_tables_BN=tables.int().to(device),
         context_lens=cached,
         offsets=offsets,
-        w_uk_HKR=w[:, :K],
-        w_uv_HVR=w[:, K:],
+        up_HXR=w,
+        value_dims=V,
         scale=(K + P) ** -0.5,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import shutil
 import subprocess
 from functools import cache
@@ -12,6 +13,8 @@ from typing import Any
 
 import pytest
 from torch import Tensor
+
+from thalweg.ops.toolchain.tensor_map import TensorMap
 
 HEADERS = Path(__file__).parent / "host"
 WRONG = {
@@ -27,7 +30,7 @@ def _library(source: Path, name: str, macros: tuple[tuple[str, int], ...]) -> An
     if compiler is None:
         pytest.skip("g++ is not installed")
     folder = Path(mkdtemp())
-    code = source.read_text().replace("extern __shared__ __align__(128) u8 shared[];", "")
+    code = re.sub(r"extern __shared__ __align__\(\d+\) u8 shared\[\];", "", source.read_text())
     code += '\nextern "C" int run(int blocks, int threads, int shared_bytes, void** args) {\n'
     code += f"    return run_kernel({name}, blocks, threads, shared_bytes, args);\n}}\n"
     (folder / "kernel.cpp").write_text(code)
@@ -40,6 +43,14 @@ def _library(source: Path, name: str, macros: tuple[tuple[str, int], ...]) -> An
     return library
 
 
+def host_tensor_map(x_RHX: Tensor, rows: int) -> TensorMap:
+    """In place of `tensor_map`: what the host's `copy_tile` reads."""
+    assert x_RHX.data_ptr() % 16 == 0
+    assert all(2 * n % 16 == 0 for n in x_RHX.stride()[:2])
+    (R, H, X), strides = x_RHX.shape, x_RHX.stride()
+    return TensorMap((ctypes.c_uint64 * 16)(x_RHX.data_ptr(), R, H, X, strides[0], strides[1], rows))
+
+
 class HostKernel:
     """In place of a CudaKernel: `cuda_kernel` of a module that launches is to be this class."""
 
@@ -47,7 +58,9 @@ class HostKernel:
         self._run, self._threads = _library(source, name, tuple(macros.items())).run, threads
 
     def launch(self, grid: tuple[int, int, int], shared_bytes: int, *args: Tensor | tuple[Any, int | float]) -> None:
-        values = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else a[0](a[1]) for a in args]
+        values = [
+            ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else a[0](a[1]) if a[0] else a[1] for a in args
+        ]
         addresses = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         code = self._run(grid[0], self._threads, shared_bytes, addresses)
         assert code == 0, WRONG.get(code, code)

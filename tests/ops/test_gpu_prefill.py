@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -90,24 +92,34 @@ def test_gate_norm_and_activation(dtype: torch.dtype) -> None:
     assert ratio(silu_and_mul(x), activation.silu_and_mul(x)) < bound
 
 
+def mla_of(form: str) -> Callable[..., torch.Tensor]:
+    if form == "triton":
+        from thalweg.ops.attention.mla.triton.prefill import mla_prefill
+    else:
+        from thalweg.ops.attention.mla.cuda import mla_prefill
+    return mla_prefill
+
+
+@pytest.mark.parametrize("form", ["triton", "cuda"])
 @pytest.mark.parametrize("most", [16384, 300])
 @pytest.mark.parametrize(("cached", "new"), [([0], [1000]), ([0, 65, 0, 700, 0], [1, 64, 0, 130, 300]), ([1000], [7])])
-def test_mla(most: int, cached: list[int], new: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    from thalweg.ops.attention.mla import reference, triton
+def test_mla(form: str, most: int, cached: list[int], new: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    from thalweg.ops.attention.mla import expanded, reference
 
-    monkeypatch.setattr(triton, "MAX_CONTEXT", most)
+    monkeypatch.setattr(expanded, "MAX_CONTEXT", most)
     shape = dict(H=4, K=128, P=64, V=128, R=512, block_size=64)
     arguments = mla_case(cached, new, torch.bfloat16, "cuda", **shape)
-    assert ratio(triton.mla_prefill(**arguments), reference.mla_prefill(**arguments)) < 0.006
+    assert ratio(mla_of(form)(**arguments), reference.mla_prefill(**arguments)) < 0.006
 
 
+@pytest.mark.parametrize("form", ["triton", "cuda"])
 @pytest.mark.parametrize("H", [64, 32, 16, 8])
-def test_mla_of_kimi_k2_over_1_to_8_ranks(H: int) -> None:
-    from thalweg.ops.attention.mla import reference, triton
+def test_mla_of_kimi_k2_over_1_to_8_ranks(H: int, form: str) -> None:
+    from thalweg.ops.attention.mla import reference
 
     shape = dict(H=H, K=128, P=64, V=128, R=512, block_size=64)
     arguments = mla_case([0, 65, 0, 700], [1, 64, 0, 130], torch.bfloat16, "cuda", **shape)
-    assert ratio(triton.mla_prefill(**arguments), reference.mla_prefill(**arguments)) < 0.006
+    assert ratio(mla_of(form)(**arguments), reference.mla_prefill(**arguments)) < 0.006
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.005), (torch.float32, 1e-5)])

@@ -106,6 +106,19 @@ def test_gqa_prefill(shape: GqaShape, dtype: torch.dtype, tolerance: float) -> N
     assert_near(case.prefill(library.gqa_prefill, q), case.truth()[1], tolerance)
 
 
+@pytest.mark.parametrize("shape", [*GQA_SHAPES[:2], GqaShape(8, 2, 256, 64, 16)], ids=str)
+@pytest.mark.parametrize(
+    ("cached", "new"), [([0, 5, 0, 130, 64], [1, 100, 0, 1, 64]), ([700, 0], [300, 129]), ([0], [1000])]
+)
+def test_gqa_prefill_in_cuda(shape: GqaShape, cached: list[int], new: list[int]) -> None:
+    from thalweg.ops.attention import prompt_cuda
+    from thalweg.ops.attention.gqa import triton
+
+    case = GqaCase(shape, cached, new, torch.bfloat16, "cuda")
+    q = case.check_prepare(triton.gqa_prepare, 2**-6)
+    assert_near(case.prefill(prompt_cuda.gqa_prefill, q), case.truth()[1], 2**-6)
+
+
 @pytest.mark.parametrize("first", [30_000, 1_000_000])
 def test_positions_far_out(first: int) -> None:
     from thalweg.ops.attention.gqa import triton

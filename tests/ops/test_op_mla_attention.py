@@ -69,7 +69,8 @@ def prefill(s: Sequences, new: list[int]) -> tuple[Tensor, Tensor, list[int]]:
 
 def attend(s: Sequences, q: Tensor, prefixes: list[int], offsets: list[int]) -> Tensor:
     where = dict(block_tables_BN=s.tables, context_lens=prefixes, offsets=offsets)
-    return mla_prefill(q, s.blocks, **where, w_uk_HKR=s.w_uk, w_uv_HVR=s.w_uv, scale=SCALE)
+    up = torch.cat((s.w_uk, s.w_uv), dim=1)
+    return mla_prefill(q, s.blocks, **where, up_HXR=up, value_dims=V, scale=SCALE)
 
 
 def check_prefill(s: Sequences, new: list[int], tolerance: float = 1e-5) -> None:

@@ -110,13 +110,14 @@ def check_gdn_by_the_kernels_of_kda() -> None:
 
 
 def check_mla() -> None:
-    from thalweg.ops.attention.mla import reference, triton
+    from thalweg.ops.attention.mla import expanded, reference
+    from thalweg.ops.attention.mla.triton.prefill import mla_prefill
 
-    for most in (triton.MAX_CONTEXT, 50):  # sequences together; one by one, and in parts
-        triton.MAX_CONTEXT = most
+    for most in (expanded.MAX_CONTEXT, 50):  # sequences together; one by one, and in parts
+        expanded.MAX_CONTEXT = most
         for cached, new in (([0], [130]), ([0, 5, 0, 33, 0], [1, 64, 0, 20, 70]), ([100], [7]), ([3, 0], [0, 200])):
             arguments = mla_case(cached, new, torch.float32)
-            assert ratio(triton.mla_prefill(**arguments), reference.mla_prefill(**arguments)) < 1e-6
+            assert ratio(mla_prefill(**arguments), reference.mla_prefill(**arguments)) < 1e-6
 
 
 # The last sequence pads the step.
@@ -155,7 +156,7 @@ def check_kda_in_graphs() -> None:
 
 
 def check_mla_in_graphs() -> None:
-    from thalweg.ops.attention.mla.triton import mla_prefill
+    from thalweg.ops.attention.mla.triton.prefill import mla_prefill
 
     arguments = mla_case([130] * 4, [32] * 4, torch.float32)
 
@@ -215,7 +216,7 @@ def test_mla_and_experts_under_the_interpreter() -> None:
     run_interpreted(check_mla_in_graphs, check_mla, check_experts)
 
 
-BF16 = [*"qkvoxwhyupf", "out", "latent", "blocks", "q_decayed", "k_decayed", "gate", "weight"]
+BF16 = ["kv", *"qkvoxwhyupf", "out", "latent", "blocks", "q_decayed", "k_decayed", "gate", "weight"]
 FP32 = ["beta", "G", "g", "A_log", "dt_bias", "acc", "most", "total", "weights", "state"]
 INT32 = [
     "pieces",
@@ -279,7 +280,7 @@ def test_experts_compile_for_hopper() -> None:
 
 def test_mla_compiles_for_hopper() -> None:
     pytest.importorskip("triton")
-    from thalweg.ops.attention.mla.triton import attend_kernel
+    from thalweg.ops.attention.mla.triton.prefill import attend_kernel
 
     shape = dict(H=32, K=128, V=128, R=512, BLOCK_M=128, BLOCK_N=64, STAGES=3)
     for part, P in ((False, 64), (True, 64), (True, 128)):

@@ -58,15 +58,14 @@ class LatentAttention(nn.Module):
 
     def of_prefills(self, q_THX: Tensor, latent_MSC: Tensor, batch: Batch) -> Tensor:
         """o_TO of the tokens that are no decode rows, whose latents are in the cache already."""
-        w_uk_HKR, w_uv_HVR = self.up_weights()
         o_THV = self._prefill(
             q_THX,
             latent_MSC,
             block_tables_BN=batch.block_tables_BN[batch.num_decodes :],
             context_lens=batch.starts,
             offsets=batch.prefill_offsets,
-            w_uk_HKR=w_uk_HKR,
-            w_uv_HVR=w_uv_HVR,
+            up_HXR=self.kv_b_proj.weight,
+            value_dims=self.value,
             scale=self.scale,
         )
         return self._merge_heads(o_THV)

@@ -73,6 +73,7 @@ class Contexts(NamedTuple):
     total: int  # tokens; in a captured step, the most that there may be
     cut: Pieces
     totals_B3: Tensor  # int32: 0, all tokens of the sequence, those before the step
+    first: int = 0  # token of the sequence: above 0 in a later part of a single one, of which `total` counts the tokens
 
 
 def contexts(starts: Sequence[int], offsets: Sequence[int], size: int, device: torch.device) -> Contexts:

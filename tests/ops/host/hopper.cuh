@@ -28,6 +28,7 @@ using std::min;
 #define __global__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __align__(n) alignas(n)
 #define __shared__ static  // but for `extern __shared__`, of which the source is rid
 
@@ -141,7 +142,7 @@ inline uint4 load16(const void* p) {
 inline bf16 load_bf16(const bf16* p) { return *p; }
 inline int load_id(const long long* p) { return (int)*p; }
 
-static u8 shared[1 << 18] __attribute__((aligned(128)));
+static u8 shared[1 << 18] __attribute__((aligned(1024)));
 inline u32 shared_address(const void* p) { return (u32)((const u8*)p - shared); }
 inline u8* at_address(u32 address) { return shared + (int)address; }
 
@@ -247,6 +248,106 @@ inline void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 inline void mma_fp16(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     multiply_add(c, {a0, a1, a2, a3, b0, b1}, half_low, half_high);
 }
+
+#define LOWEST (-INFINITY)
+inline void load_matrices(u32 (&x)[4], u32 row, bool transposed = false) {
+    if (row % 16) fail("a row of a matrix is not aligned");
+    Warp& w = warp_here();
+    const int lane = threadIdx.x % 32;
+    w.of_lane[lane][0] = row;
+    w.all.arrive_and_wait();
+    for (int i = 0; i < 4; i++) {
+        u16 two[2];
+        for (int e = 0; e < 2; e++) {
+            const int r = transposed ? lane % 4 * 2 + e : lane / 4, c = transposed ? lane / 4 : lane % 4 * 2 + e;
+            two[e] = ((const u16*)at_address(w.of_lane[8 * i + r][0]))[c];
+        }
+        memcpy(&x[i], two, 4);
+    }
+    w.all.arrive_and_wait();
+}
+inline void load_matrices_transposed(u32 (&x)[4], u32 row) { load_matrices(x, row, true); }
+inline u32 transpose_matrix(u32 x) {
+    Warp& w = warp_here();
+    const int lane = threadIdx.x % 32;
+    w.of_lane[lane][0] = x;
+    w.all.arrive_and_wait();
+    u16 two[2];
+    for (int e = 0; e < 2; e++) memcpy(&two[e], (const u16*)&w.of_lane[(lane % 4 * 2 + e) * 4 + lane / 8][0] + lane / 4 % 2, 2);
+    w.all.arrive_and_wait();
+    memcpy(&x, two, 4);
+    return x;
+}
+
+// The matrix unit as a warpgroup uses it: at once, so that order is tested and overlap is not. What is asked for before
+// `commit_products` is counted, and `settle` before the wait is not seen.
+struct Operand { u32 start, slab; };
+inline Operand describe(u32 address, u32 slab_bytes) {
+    if (address % 16) fail("an operand is not aligned");
+    return {address, slab_bytes};
+}
+inline u32 swizzled(u32 address) { return address ^ (address >> 7 & 7) << 4; }
+inline float value_at(u32 address) { return from_bf16(*(const bf16*)at_address(swizzled(address))); }
+inline float of_row(Operand x, int row, int k) { return value_at(x.start + row / 8 * 1024 + row % 8 * 128 + 2 * k); }
+inline float of_column(Operand x, int column, int k) {
+    return value_at(x.start + column / 64 * x.slab + column % 64 * 2 + k / 8 * 1024 + k % 8 * 128);
+}
+inline void begin_products() { __syncwarp(); }
+inline void commit_products() { __syncwarp(); }
+template <int PENDING> void wait_for_products() { __syncwarp(); }
+template <int COUNT> void settle(float (&)[COUNT]) {}
+template <int COLUMNS> void multiply_rows(float (&d)[COLUMNS / 2], Operand a, Operand b, int add) {
+    const int lane = threadIdx.x % 32, top = threadIdx.x % 128 / 32 * 16 + lane / 4;
+    for (int r = 0; r < 2; r++) {
+        float row[16];
+        for (int k = 0; k < 16; k++) row[k] = of_row(a, top + 8 * r, k);
+        for (int j = 0; j < COLUMNS / 4; j++) {
+            float& x = d[j / 2 * 4 + 2 * r + j % 2];
+            if (!add) x = 0;
+            for (int k = 0; k < 16; k++) x += row[k] * of_row(b, j / 2 * 8 + lane % 4 * 2 + j % 2, k);
+        }
+    }
+}
+template <int COLUMNS>
+void multiply_columns(float (&d)[COLUMNS / 2], u32 a0, u32 a1, u32 a2, u32 a3, Operand b) {
+    Warp& w = warp_here();
+    const int lane = threadIdx.x % 32;
+    const u32 mine[4] = {a0, a1, a2, a3};
+    memcpy(w.of_lane[lane], mine, sizeof mine);
+    w.all.arrive_and_wait();
+    for (int r = 0; r < 2; r++) {
+        float row[16];
+        for (int k = 0; k < 16; k++) {
+            const u32 two = w.of_lane[lane / 4 * 4 + k % 8 / 2][r + 2 * (k / 8)];
+            row[k] = k % 2 ? high(two) : low(two);
+        }
+        for (int j = 0; j < COLUMNS / 4; j++)
+            for (int k = 0; k < 16; k++)
+                d[j / 2 * 4 + 2 * r + j % 2] += row[k] * of_column(b, j / 2 * 8 + lane % 4 * 2 + j % 2, k);
+    }
+    w.all.arrive_and_wait();
+}
+struct TensorMap {
+    const bf16* data;
+    u64 rows, heads, columns, row_stride, head_stride, box, rest[9];
+};
+inline void copy_tile(u32 to, const TensorMap* map, int column, int head, int row, u32 barrier) {
+    if (to % 1024) fail("a tile is not aligned");
+    for (int r = 0; r < (int)map->box; r++)
+        for (int c = 0; c < 64; c += 8) {
+            u8* at = at_address(swizzled(to + r * 128 + c * 2));
+            if (row + r < (int)map->rows && head < (int)map->heads && column + c < (int)map->columns)
+                memcpy(at, map->data + (row + r) * map->row_stride + head * map->head_stride + column + c, 16);
+            else
+                memset(at, 0, 16);
+        }
+    std::lock_guard lock(one_at_a_time);
+    barrier_at(barrier).bytes -= 128 * (int)map->box;
+    turn(barrier_at(barrier));
+}
+inline void share_writes() {}
+template <int COUNT> void give_registers_back() {}
+template <int COUNT> void take_registers() {}
 
 // Runs a kernel with arguments by address, as the driver takes them.
 template <class... A, size_t... I>

@@ -119,15 +119,14 @@ def mla(setting: Setting, dims: MlaPrefillDims) -> Iterator[Case]:
         def make(copy: int, B: int = B, T: int = T, offsets: list[int] = offsets) -> Arguments:
             draw = Draw(setting, copy)
             tables = block_tables(draw, B, L, S).int()
-            w = draw(H, K + V, R, scale=R**-0.5)
             return Arguments(
                 draw(T, H, K + P),
                 draw(tables.numel() + 1, S, R + P),
                 block_tables_BN=tables,
                 context_lens=[0] * B,
                 offsets=offsets,
-                w_uk_HKR=w[:, :K],
-                w_uv_HVR=w[:, K:],
+                up_HXR=draw(H, K + V, R, scale=R**-0.5),
+                value_dims=V,
                 scale=(K + P) ** -0.5,
             )
 

@@ -45,7 +45,8 @@ class CudaKernel:
         self.name, self._threads = f"{name} of {source.name}", threads
         check = partial(_check, during=f"{self.name} could not be loaded")
         major, minor = torch.cuda.get_device_capability()
-        module = check(driver.cuModuleLoadData(cached_cubin(source, f"sm_{major}{minor}", **macros)))
+        own = "a" if (major, minor) == (9, 0) else ""  # with the instructions that Hopper alone has
+        module = check(driver.cuModuleLoadData(cached_cubin(source, f"sm_{major}{minor}{own}", **macros)))
         self._function = check(driver.cuModuleGetFunction(module, name.encode()))
         limit = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
         fixed = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES
@@ -57,10 +58,11 @@ class CudaKernel:
         larger = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
         check(driver.cuFuncSetAttribute(self._function, larger, 1))  # up to 16 blocks, of those who have clusters
 
-    def launch(self, grid: tuple[int, int, int], shared_bytes: int, *args: Tensor | tuple[Any, int | float]) -> None:
+    def launch(self, grid: tuple[int, int, int], shared_bytes: int, *args: Tensor | tuple[Any, Any]) -> None:
         """On torch's current stream, starting before the kernel ahead has ended; it must wait by griddepcontrol.wait.
 
-        `args` are tensors, passed by address, and (ctypes type, value) pairs. In a rehearsal nothing is launched.
+        `args` are tensors, passed by address, and (ctypes type, value) pairs; the type is None of a structure of the
+        driver's. In a rehearsal nothing is launched.
 
         Raises KernelError with the driver's code if it refuses the launch, or with the runtime's if a call before this
         one left an error: a kernel fails while the host goes on, and the next to ask is told.

@@ -87,6 +87,28 @@ template <int N> __device__ __forceinline__ void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
+#define LOWEST __uint_as_float(0xff800000u)  // minus infinity
+
+// Four [8, 8] matrices of 16 bits from shared memory, whose rows the lanes point at, 8 lanes to a matrix; as they are, and
+// each transposed.
+__device__ __forceinline__ void load_matrices(u32 (&x)[4], u32 row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"(row)
+                 : "memory");
+}
+__device__ __forceinline__ void load_matrices_transposed(u32 (&x)[4], u32 row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"(row)
+                 : "memory");
+}
+__device__ __forceinline__ u32 transpose_matrix(u32 x) {  // of a warp, [8, 8]
+    u32 y;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+    return y;
+}
+
 // A barrier in shared memory opens once so many have arrived and the copies it expects have come. They start on multiples
 // of 16 bytes.
 __device__ __forceinline__ void init_barrier(u32 barrier, u32 count = 1) {
@@ -129,4 +151,82 @@ __device__ __forceinline__ void mma_fp16(float (&c)[4], u32 a0, u32 a1, u32 a2, 
         "{%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// The matrix unit as a warpgroup uses it: operands in shared memory, or a in registers, and sums in registers, which may be
+// read after the wait and `settle`. An operand in shared memory has slabs of 64 values (128 bytes) of each row, swizzled.
+__device__ __forceinline__ u64 describe(u32 address, u32 slab_bytes) {
+    return (u64)((address & 0x3ffff) >> 4) | (u64)(slab_bytes >> 4) << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
+}
+__device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// For all products but those of the last PENDING commits.
+template <int PENDING> __device__ __forceinline__ void wait_for_products() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+// What the matrix unit wrote is not read above this.
+template <int COUNT> __device__ __forceinline__ void settle(float (&x)[COUNT]) {
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) asm volatile("" : "+f"(x[i])::"memory");
+}
+
+#define TEN(t) "%" t "0, %" t "1, %" t "2, %" t "3, %" t "4, %" t "5, %" t "6, %" t "7, %" t "8, %" t "9"
+#define FOUR(t) "%" t "0, %" t "1, %" t "2, %" t "3"
+#define EIGHT(t) FOUR(t) ", %" t "4, %" t "5, %" t "6, %" t "7"
+#define LIST32 TEN("") ", " TEN("1") ", " TEN("2") ", %30, %31"
+#define LIST40 TEN("") ", " TEN("1") ", " TEN("2") ", " TEN("3")
+#define LIST48 LIST40 ", " EIGHT("4")
+#define LIST64 LIST40 ", " TEN("4") ", " TEN("5") ", " FOUR("6")
+#define LIST128 LIST40 ", " TEN("4") ", " TEN("5") ", " TEN("6") ", " TEN("7") ", " TEN("8") ", " TEN("9") ", " TEN("10") ", " TEN("11") ", " EIGHT("12")
+#define OUT8(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define OUT32(d, i) OUT8(d, i), OUT8(d, i + 8), OUT8(d, i + 16), OUT8(d, i + 24)
+#define OUT40(d, i) OUT32(d, i), OUT8(d, i + 32)
+#define OUT48(d, i) OUT40(d, i), OUT8(d, i + 40)
+#define OUT64(d, i) OUT32(d, i), OUT32(d, i + 32)
+#define OUT128(d, i) OUT64(d, i), OUT64(d, i + 64)
+#define OF_SHARED(n, regs, a_at, b_at, more) \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" more ", 0;\n" \
+                 "wgmma.mma_async.sync.aligned.m64n" n "k16.f32.bf16.bf16 {" LIST##regs "}, %" a_at ", %" b_at \
+                 ", p, 1, 1, 0, 0;\n}" \
+                 : OUT##regs(d, 0) \
+                 : "l"(a), "l"(b), "r"(add))
+#define OF_REGISTERS(n, regs, at0, at1, at2, at3, b_at) \
+    asm volatile("{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n" \
+                 "wgmma.mma_async.sync.aligned.m64n" n "k16.f32.bf16.bf16 {" LIST##regs "}, {%" at0 ", %" at1 \
+                 ", %" at2 ", %" at3 "}, %" b_at ", p, 1, 1, 1;\n}" \
+                 : OUT##regs(d, 0) \
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b))
+
+// d [64, COLUMNS] = a b^T of 16 values of each row, + d with `add`.
+template <int COLUMNS> __device__ __forceinline__ void multiply_rows(float (&d)[COLUMNS / 2], u64 a, u64 b, int add) {
+    if constexpr (COLUMNS == 64) OF_SHARED("64", 32, "32", "33", "34");
+    if constexpr (COLUMNS == 80) OF_SHARED("80", 40, "40", "41", "42");
+    if constexpr (COLUMNS == 128) OF_SHARED("128", 64, "64", "65", "66");
+}
+// d [64, COLUMNS] += a b, a [64, 16] in registers as mma has it, b 16 rows.
+template <int COLUMNS>
+__device__ __forceinline__ void multiply_columns(float (&d)[COLUMNS / 2], u32 a0, u32 a1, u32 a2, u32 a3, u64 b) {
+    if constexpr (COLUMNS == 128) OF_REGISTERS("128", 64, "64", "65", "66", "67", "68");
+    if constexpr (COLUMNS == 256) OF_REGISTERS("256", 128, "128", "129", "130", "131", "132");
+}
+
+// What the copy unit is told of a tensor: ops/toolchain/tensor_map.py. A copy of 64 columns of neighbouring rows.
+struct alignas(64) TensorMap {
+    u64 words[16];
+};
+__device__ __forceinline__ void copy_tile(u32 to, const TensorMap* map, int column, int head, int row, u32 barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(
+            to),
+        "l"(map), "r"(barrier), "r"(column), "r"(head), "r"(row)
+        : "memory");
+}
+// What threads wrote to shared memory is there for copies and for the matrix unit.
+__device__ __forceinline__ void share_writes() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// Registers of a thread, from now on, of all threads of a warpgroup.
+template <int COUNT> __device__ __forceinline__ void give_registers_back() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+template <int COUNT> __device__ __forceinline__ void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
 }

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from thalweg.ops.attention.gqa import reference
 from thalweg.ops.registry import Op, Refusal, Where, register
-from thalweg.ops.toolchain.triton_support import why_not
+from thalweg.ops.toolchain import cuda_build
+from thalweg.ops.toolchain.triton_support import why_not, why_not_hopper
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,9 +124,24 @@ def _library_refuses(where: Where, dims: GqaDims) -> Refusal:
     return None if where.device == "cuda" else f"torch's attention with a cached prefix is for cuda, not {where.device}"
 
 
+def _cuda_prefill(where: Where, dims: GqaDims) -> GqaPrefill:
+    from thalweg.ops.attention.prompt_cuda import gqa_prefill
+
+    return gqa_prefill
+
+
+def _cuda_prefill_refuses(where: Where, dims: GqaDims) -> Refusal:
+    if dims.K != 256 or dims.S % 16:
+        return f"needs heads of 256 dims and blocks of a multiple of 16 tokens, not {dims.K} and {dims.S}"
+    if where.dtype != "bfloat16":
+        return f"needs bfloat16, not {where.dtype}"
+    return cuda_build.why_not(where) or why_not_hopper()
+
+
 register(GQA_PREPARE, "reference", lambda *_: reference.gqa_prepare)
 register(GQA_PREPARE, "triton", _triton_prepare, supports=_triton_refuses, priority=10)
 register(GQA_DECODE, "reference", lambda *_: reference.gqa_decode, capturable=False)
 register(GQA_DECODE, "triton", _triton_decode, supports=_triton_refuses, priority=10)
 register(GQA_PREFILL, "reference", lambda *_: reference.gqa_prefill)
 register(GQA_PREFILL, "library", _library_prefill, supports=_library_refuses, priority=10)
+register(GQA_PREFILL, "cuda", _cuda_prefill, supports=_cuda_prefill_refuses, priority=20, capturable=True)

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from thalweg.ops.attention.mla import reference
 from thalweg.ops.registry import Op, Refusal, Where, register
-from thalweg.ops.toolchain.triton_support import why_not
+from thalweg.ops.toolchain import cuda_build
+from thalweg.ops.toolchain.triton_support import why_not, why_not_hopper
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,16 +40,17 @@ class MlaPrefill(Protocol):
         block_tables_BN: Tensor,
         context_lens: Sequence[int],
         offsets: Sequence[int],
-        w_uk_HKR: Tensor,
-        w_uv_HVR: Tensor,
+        up_HXR: Tensor,
+        value_dims: int,
         scale: float,
     ) -> Tensor:
         """o_THV: causal attention of each sequence's new tokens over its cached prefix and themselves.
 
         q_THX is [nope (K), rope (P)] per head and may have any strides. Sequence b owns tokens
         offsets[b]:offsets[b + 1] and has context_lens[b] tokens before them; the latents of all of them are in the
-        blocks already. Keys and values are expanded from the latents (k = [latent @ w_uk.T, shared part], v = latent @
-        w_uv.T), in chunks: working memory does not grow with the context.
+        blocks already. up_HXR, contiguous, makes keys and values of the latents: of each head's rows the last
+        `value_dims` the values (V), those before them the keys (K) without their shared part. They are made in chunks:
+        working memory does not grow with the context.
         """
 
 
@@ -56,9 +58,9 @@ MLA_PREFILL: Op[MlaPrefillDims, MlaPrefill] = Op("mla_prefill", MlaPrefillDims, 
 
 
 def _triton_prefill(where: Where, dims: MlaPrefillDims) -> MlaPrefill:
-    from thalweg.ops.attention.mla import triton
+    from thalweg.ops.attention.mla.triton.prefill import mla_prefill
 
-    return triton.mla_prefill
+    return mla_prefill
 
 
 def _prefill_refuses(where: Where, dims: MlaPrefillDims) -> Refusal:
@@ -68,5 +70,19 @@ def _prefill_refuses(where: Where, dims: MlaPrefillDims) -> Refusal:
     return why_not(where) if where.dtype == "bfloat16" else f"needs bfloat16, not {where.dtype}"
 
 
+def _cuda_prefill(where: Where, dims: MlaPrefillDims) -> MlaPrefill:
+    from thalweg.ops.attention.mla.cuda import mla_prefill
+
+    return mla_prefill
+
+
+def _cuda_refuses(where: Where, dims: MlaPrefillDims) -> Refusal:
+    if (dims.K, dims.V, dims.P) != (128, 128, 64) or dims.R % 8:
+        sizes = ", ".join(map(str, (dims.K, dims.V, dims.P, dims.R)))
+        return f"needs K = V = 128, P = 64 and a multiple of 8 for R, not {sizes}"
+    return _prefill_refuses(where, dims) or cuda_build.why_not(where) or why_not_hopper()
+
+
 register(MLA_PREFILL, "reference", lambda *_: reference.mla_prefill)
 register(MLA_PREFILL, "triton", _triton_prefill, supports=_prefill_refuses, priority=10, capturable=True)
+register(MLA_PREFILL, "cuda", _cuda_prefill, supports=_cuda_refuses, priority=20, capturable=True)

@@ -72,12 +72,12 @@ def mla_prefill(
     block_tables_BN: Tensor,
     context_lens: Sequence[int],
     offsets: Sequence[int],
-    w_uk_HKR: Tensor,
-    w_uv_HVR: Tensor,
+    up_HXR: Tensor,
+    value_dims: int,
     scale: float,
 ) -> Tensor:
-    o_THV = q_THX.new_empty(*q_THX.shape[:2], w_uv_HVR.shape[1])
-    w_uk_HRK, w_uv_HRV = w_uk_HKR.float().transpose(1, 2), w_uv_HVR.float().transpose(1, 2)
+    o_THV = q_THX.new_empty(*q_THX.shape[:2], value_dims)
+    w_uk_HRK, w_uv_HRV = up_HXR.float().transpose(1, 2).split([up_HXR.shape[1] - value_dims, value_dims], dim=2)
     for b, (start, end) in enumerate(pairwise(offsets)):
         if end > start:
             q_HLX = q_THX[start:end].transpose(0, 1).float() * scale
