@@ -1,6 +1,7 @@
 # `make demo` and `make test` need nothing but Python 3.11 or later, make and git.
 VENV   ?= .venv
 LOWEST ?= .venv-lowest
+BUILD  ?= .venv-build
 # An interpreter of a tested version (3.11 to 3.13) if there is one, else a newer one; override with `make PYTHON=...`.
 PYTHON ?= $(shell for v in 13 99; do for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c "import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, $$v))" 2>/dev/null && echo $$p && exit; done; done)
@@ -15,7 +16,7 @@ MODEL  ?=
 REPORT ?= perf-report.md
 QUESTION ?= Ben fills 6 boxes with 12 pears each. 7 pears are bad. How many good pears are there?
 
-.PHONY: demo chat test quick test-lowest lint format perf-report clean
+.PHONY: demo chat test quick test-lowest lint build format perf-report clean
 
 demo: $(VENV)/ready  ## answer a question with the bundled model
 	@$(BIN)/thalweg generate --chat --prompt "$(QUESTION)"
@@ -39,6 +40,12 @@ lint: $(VENV)/ready-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+build: $(BUILD)/ready  ## sdist and wheel in dist/, checked, and used in a clean environment
+	rm -rf dist
+	$(BUILD)/bin/python -m build --outdir dist .
+	$(BUILD)/bin/twine check --strict dist/*
+	$(BUILD)/bin/python scripts/check_wheel.py dist/*.whl --torch "$(TORCH)"
+
 perf-report: $(VENV)/ready  ## what each function costs in two commits: make perf-report BASE=commit
 	@test -n "$(BASE)" || { echo "error: which commit to compare with? make perf-report BASE=commit [HEAD=commit] [MODEL=folder] [REPORT=file]"; exit 2; }
 	@$(BIN)/thalweg bench functions $(MODEL) --base "$(BASE)" --head "$(HEAD)" --report "$(REPORT)"
@@ -48,7 +55,7 @@ format: $(VENV)/ready-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(LOWEST)
+	rm -rf $(VENV) $(LOWEST) $(BUILD) dist
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or later found; install one, or name it: make PYTHON=/path/to/python3.11"; exit 2; }
@@ -59,7 +66,7 @@ $(VENV)/bin/python:
 $(VENV)/ready: pyproject.toml | $(VENV)/bin/python
 	@echo "Installing packages (once; a few minutes)"
 	@$(BIN)/python -m pip install -q --disable-pip-version-check $(TORCH)
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -e .
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[all]'
 	@touch $@
 
 $(VENV)/ready-dev: $(VENV)/ready
@@ -67,6 +74,12 @@ $(VENV)/ready-dev: $(VENV)/ready
 	@# CPU builds of torch bring no Triton; the tests interpret and compile kernels without a GPU.
 	@$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install -q --disable-pip-version-check $(TRITON) \
 		|| echo "no Triton for this platform: its tests will be skipped"
+	@touch $@
+
+$(BUILD)/ready:
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or later found; name one: make PYTHON=/path/to/python3.11"; exit 2; }
+	@$(PYTHON) -m venv $(BUILD)
+	@$(BUILD)/bin/python -m pip install -q --disable-pip-version-check 'build>=1.2,<2' 'twine>=7,<8'
 	@touch $@
 
 # All but torch, of which every version is a download of its own that may not be had: TORCH says which one, as above.

@@ -32,7 +32,8 @@ def requirements(pyproject: Path = PYPROJECT) -> Iterator[str]:
     """What the package and its tests require."""
     project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
     yield from project["dependencies"]
-    yield from (r for r in project["optional-dependencies"]["dev"] if "==" not in r)
+    extras = [r for extra in project["optional-dependencies"].values() for r in extra]
+    yield from (r for r in extras if "==" not in r and not r.startswith(f"{project['name']}["))
 
 
 def main() -> int:

@@ -6,6 +6,7 @@ import io
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated
 
 import pytest
@@ -16,6 +17,7 @@ from thalweg.cli import main
 from thalweg.cli.bench import _integers
 from thalweg.cli.options import engine_config, sampling_params, takes
 from thalweg.config.engine import EngineConfig
+from thalweg.config.extras import why_missing
 from thalweg.core import SamplingParams
 from thalweg.errors import ConfigError
 
@@ -153,3 +155,26 @@ def test_integers() -> None:
     for text in ("", "1,", "-1", "1.5", "9" * 12, "²"):
         with pytest.raises(ConfigError, match="--x"):
             _integers(text, "--x")
+
+
+def test_a_library_that_is_missing_is_one_line_that_names_its_extra(
+    run: Callable[[str], tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    trace = tmp_path / "trace.json"
+    trace.write_text('{"traceEvents": [{"ph": "X", "name": "step", "ts": 0, "dur": 1, "pid": 1, "tid": 1}]}')
+    for module, library, extra, command in (
+        ("thalweg.server.run", "uvicorn", "serve", "serve"),
+        ("thalweg.profiler.sql", "duckdb", "trace", f"trace {trace} --sql select"),
+    ):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+        monkeypatch.setitem(sys.modules, library, None)
+        code, _, said = run(command)
+        assert (code, said) == (
+            2,
+            f"error: this needs {library}, which is not installed; pip install 'thalweg[{extra}]'\n",
+        )
+
+
+def test_a_module_that_no_extra_has_is_a_mistake_of_our_own() -> None:
+    assert why_missing(ModuleNotFoundError(name="thalweg.nothing")) is None
+    assert why_missing(ModuleNotFoundError(name="fastapi.routing")) is not None

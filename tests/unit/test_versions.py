@@ -11,9 +11,13 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from thalweg.config.extras import EXTRAS as MODULES
+
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-RANGES = {r.name: r.specifier for r in map(Requirement, PROJECT["dependencies"])}
+EXTRAS = PROJECT["optional-dependencies"]
+BASE = {r.name: r.specifier for r in map(Requirement, PROJECT["dependencies"])}
+RANGES = BASE | {r.name: r.specifier for extra in ("serve", "hub", "trace") for r in map(Requirement, EXTRAS[extra])}
 
 
 @pytest.mark.parametrize("name", RANGES)
@@ -47,3 +51,15 @@ def test_the_lowest_versions_are_listed_for_make_test_lowest() -> None:
     assert {"pytest", "hypothesis", "safetensors"} <= lowest.keys()
     assert "ruff" not in lowest  # pinned, and no part of what the tests need
     assert all(f">={lowest[name]}" in map(str, RANGES[name]) for name in RANGES.keys() - {"torch"})
+
+
+def test_the_library_brings_neither_the_server_nor_what_reads_traces() -> None:
+    assert not BASE.keys() & {"fastapi", "uvicorn", "pydantic", "prometheus-client", "duckdb", "huggingface_hub"}
+    assert Requirement(EXTRAS["all"][0]).extras == EXTRAS.keys() - {"all", "dev"}
+
+
+def test_every_module_of_an_extra_is_known_by_it() -> None:
+    imported = {"prometheus-client": "prometheus_client"}
+    for extra in ("serve", "hub", "trace"):
+        for requirement in map(Requirement, EXTRAS[extra]):
+            assert MODULES[imported.get(requirement.name, requirement.name)] == extra

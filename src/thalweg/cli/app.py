@@ -23,6 +23,7 @@ from thalweg.cli.inspect import inspect
 from thalweg.cli.profile import profile
 from thalweg.cli.serve import serve
 from thalweg.cli.trace import trace
+from thalweg.config.extras import why_missing
 from thalweg.config.streams import forgo_stdout, hold_closed_streams, say, why_unwritable
 from thalweg.errors import EngineDeadError, ThalwegError
 
@@ -33,8 +34,9 @@ _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 app = typer.Typer(
     name="thalweg",
-    help="Thalweg runs hybrid linear-attention language models. MODEL is a folder in Hugging Face layout, or a GGUF "
-    "file; without one, every command takes the small model that comes with the package.",
+    help="Thalweg runs hybrid linear-attention language models. MODEL is a folder in Hugging Face layout, "
+    "OWNER/NAME on Hugging Face, or a GGUF file; without one, every command takes the small model that comes with the "
+    "package.",
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -104,6 +106,10 @@ def _run(args: Sequence[str] | None) -> int:
         return ENGINE_DIED
     except ThalwegError as e:
         return _fail(str(e))
+    except ModuleNotFoundError as e:
+        if (reason := why_missing(e)) is None:
+            raise
+        return _fail(reason)
     except (KeyboardInterrupt, typer.Abort):
         say("", error=True)
         return INTERRUPTED
