@@ -264,7 +264,7 @@ def test_no_thread_outlives_the_engine(folder: Path) -> None:
         ({"max_model_len": 10_000}, "--max-model-len"),
         ({"tensor_parallel_size": 3}, "--tensor-parallel-size"),
         ({"op_preference": {"kda_prefill": "magic"}}, "magic"),
-        ({"op_preference": {"split_norms": "reference"}}, "does not use"),
+        ({"op_preference": {"mla_rope": "reference"}}, "does not use"),
     ],
 )
 def test_an_engine_that_cannot_start_says_why(folder: Path, options: dict, says: str) -> None:
