@@ -53,7 +53,7 @@ def shapes(**options: Any) -> PrefillGraphs:
         (0, [(0, 30), (0, 40)], Shape(0, 4, 128, 128)),
         (3, [(7, 65)], Shape(8, 1, 128, CONTEXTS[0])),
         (20, [(CONTEXTS[0], 9), (0, 9)], Shape(20, 4, 64, CONTEXTS[1])),
-        (20, [(CONTEXTS[1], 9)], None),
+        (20, [(CONTEXTS[-1], 9)], None),
         (21, [(0, 9)], None),
         (0, [(0, 257)], None),
         (0, [(0, 1)] * (PREFILLS[-1] + 1), None),
