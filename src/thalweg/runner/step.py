@@ -64,10 +64,10 @@ class ModelRunner:
             self._use(model)
             if self._graphs is not None:
                 self._graphs.rehearse()
-            if self.prefill_graphs is not None:
-                self.prefill_graphs.rehearse()
             for plan in plans:
                 self.launch(plan, eagerly=True)
+            if self.prefill_graphs is not None:
+                self.prefill_graphs.rehearse()
         finally:
             self._use(whole)
 
