@@ -54,12 +54,12 @@ def test_a_long_prompt_is_cut_beside_decodes_alone() -> None:
     h = Harness(max_num_batched_tokens=8, threshold=3)
     h.add("a", [2] * 8, ignore_eos=True)  # whole: nobody waits
     h.add("b", [3] * 7, ignore_eos=True)
-    h.add("c", [4] * 2, ignore_eos=True)
+    h.add("c", [4] * 3, ignore_eos=True)
     assert rows(h.plan()) == ([], [(1, 0, 8, True)])
     assert rows(h.plan()) == ([(1, 8)], [(2, 0, 3, False)])
     assert rows(h.plan()) == ([(1, 9)], [(2, 3, 3, False)])
-    assert rows(h.plan()) == ([(1, 10)], [(2, 6, 1, True), (3, 0, 2, True)])
-    assert rows(h.plan()) == ([(1, 11), (2, 7), (3, 2)], [])
+    assert rows(h.plan()) == ([(1, 10)], [(2, 6, 1, True), (3, 0, 3, True)])
+    assert rows(h.plan()) == ([(1, 11), (2, 7), (3, 3)], [])
 
 
 def test_samples_in_flight_count_towards_max_tokens_and_max_model_len() -> None:

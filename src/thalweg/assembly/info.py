@@ -40,7 +40,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
-    long_prefill_token_threshold: int  # tokens of prompts beside rows that decode, at most; 0: as many as fit
+    long_prefill_token_threshold: int  # tokens of a prompt beside rows that decode, at most; 0: as many as fit
     block_size: int
     num_blocks: int
     num_slots: int

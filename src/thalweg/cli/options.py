@@ -92,8 +92,8 @@ def engine_config(
         str,
         _engine(
             metavar="TOKENS",
-            help="Prompt tokens at most in a step that also decodes, e.g. 2k: long prompts hold up other requests less,"
-            " and take longer. 0: as many as fit.",
+            help="Tokens of a prompt at most in a step that also decodes, e.g. 2k: long prompts hold up other requests"
+            " less, and take longer. 0: as many as fit.",
         ),
     ] = str(_DEFAULTS.long_prefill_token_threshold),
     block_size: Annotated[int, _engine(metavar="TOKENS", help="Tokens per block of the cache.")] = _DEFAULTS.block_size,

@@ -30,7 +30,7 @@ class EngineConfig:
     `state_dtype` is what recurrent states are stored in, whatever they are computed in. `max_num_seqs` None means
     64 on a CPU; on a GPU what its memory allows (cache.memory.default_num_seqs). `max_num_batched_tokens` None
     means 8192 on an accelerator, where a step that reads all experts anyway should have many tokens, and 2048 on a
-    CPU. A step that also decodes takes at most `long_prefill_token_threshold` tokens of prompts; 0 means as many as
+    CPU. A step that also decodes takes at most `long_prefill_token_threshold` tokens of a prompt; 0 means as many as
     fit. `max_model_len` None means the model's context length, or what fits in memory. `cache_memory` is in bytes
     and takes the place of `gpu_memory_utilization`, the share of the device's memory that weights and cache may
     fill. `enable_prefix_caching` None means yes on a CPU and no elsewhere, where its tests have yet to be seen to

@@ -33,8 +33,8 @@ class Scheduler:
     """Continuous batching with chunked prefill and preemption by recomputation.
 
     A step runs at most max_num_batched_tokens tokens: decodes first, then the prefill that is under way, then
-    admissions. Beside decodes, which wait for it, a step takes at most long_prefill_token_threshold tokens of prefills
-    (0: as many as fit). A prefill is cut short only when the step is full.
+    admissions. Beside decodes, which wait for it, a prefill has at most long_prefill_token_threshold tokens of a step
+    (0: as many as fit). Otherwise it is cut short only when the step is full.
     """
 
     def __init__(
@@ -153,16 +153,16 @@ class Scheduler:
         new_blocks = self._prefixes.new_blocks
         decodes, slots, starts = self._plan_decodes(new_blocks)
         budget = self.max_num_batched_tokens - len(decodes)
-        if decodes and self.long_prefill_token_threshold:
-            budget = min(budget, self.long_prefill_token_threshold)
+        most = (decodes and self.long_prefill_token_threshold) or budget
         admissions: list[Admission] = []
         prefills: list[Prefill] = []
         prefill_seqs: list[Sequence] = []
         while budget > 0:
-            seq = self._roster.prefilling or self._admit(admissions, new_blocks, budget, whole=bool(prefills))
+            room = min(budget, most)
+            seq = self._roster.prefilling or self._admit(admissions, new_blocks, room, whole=bool(prefills))
             if seq is None:
                 break
-            prefill = self._plan_prefill(seq, budget)
+            prefill = self._plan_prefill(seq, room)
             prefills.append(prefill)
             prefill_seqs.append(seq)
             budget -= prefill.length
