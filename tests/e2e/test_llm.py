@@ -263,7 +263,7 @@ def test_no_thread_outlives_the_engine(folder: Path) -> None:
         ({"cache_memory": 1000}, "--max-num-seqs"),
         ({"max_model_len": 10_000}, "--max-model-len"),
         ({"tensor_parallel_size": 3}, "--tensor-parallel-size"),
-        ({"op_preference": {"kda_prefill": "magic"}}, "magic"),
+        ({"op_preference": {"kda_mixer_prefill": "magic"}}, "magic"),
         ({"op_preference": {"mla_rope": "reference"}}, "does not use"),
     ],
 )

@@ -14,8 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from thalweg import LLM, SamplingParams
 from thalweg.cache.storage import CacheStorage
 from thalweg.core import StepPlan
-from thalweg.ops.delta.conv1d import reference as conv1d
-from thalweg.ops.delta.kda import reference as kda
+from thalweg.ops.delta.kda_mixer import reference as kda_mixer
 from thalweg.runner.step import ModelRunner
 from thalweg.text.results import RequestOutput
 
@@ -228,8 +227,7 @@ class _Count(TorchDispatchMode):
 
 def test_steps_in_which_nothing_is_shared_launch_what_they_do_without(monkeypatch: pytest.MonkeyPatch) -> None:
     """But for the ops that write states at boundaries, which have them at hand in a kernel, and not in plain torch."""
-    monkeypatch.setattr(kda, "kda_prefill", lambda q, k, v, *_, **__: torch.zeros_like(v))
-    monkeypatch.setattr(conv1d, "conv1d_prefill", lambda x, *_, **__: torch.zeros_like(x))
+    monkeypatch.setattr(kda_mixer, "kda_mixer_prefill", lambda proj, up, **_: torch.zeros_like(up[:, 0]))
     launch = ModelRunner.launch
     counts: list[tuple[bool, bool, int]] = []
 

@@ -34,7 +34,7 @@ def rows(T: int, columns: int, dtype: torch.dtype, contiguous: bool) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("H", "K", "R"), [(4, 16, 8), (1, 128, 3), (32, 24, 24)])
 def test_a_kda_layer(H: int, K: int, R: int, dtype: torch.dtype, contiguous: bool) -> None:
-    """Call by call, as the layer has them ahead of "kda_prefill" and behind it."""
+    """Call by call, as heads are cut out of projections and merged."""
     for T in TOKENS:
         x = rows(T, 3 * H * K + H + 2 * R, dtype, contiguous)
         qkv, _, low = x.split([3 * H * K, H, 2 * R], dim=-1)

@@ -235,14 +235,15 @@ def test_dims_of_another_op_and_misspelt_or_missing_ones_are_type_errors() -> No
 
 WRONG = """
 from torch import Tensor
-from thalweg.ops.norm import GATED_RMS_NORM, RMS_NORM, RmsNormDims
+from thalweg.ops.delta.kda_mixer import KDA_MIXER_PREFILL
+from thalweg.ops.norm import RMS_NORM, RmsNormDims
 from thalweg.ops.registry import Resolver, Where, register
 
 where, x = Where("cpu", "float32"), Tensor()
 Resolver().resolve(RMS_NORM, where, RmsNormDims(D=4))(x, x, 1e-5)
 Resolver().resolve(RMS_NORM, where, RmsNormDims(d=4))
 Resolver().resolve(RMS_NORM, where, RmsNormDims())
-Resolver().resolve(GATED_RMS_NORM, where, RmsNormDims(D=4))
+Resolver().resolve(KDA_MIXER_PREFILL, where, RmsNormDims(D=4))
 Resolver().resolve(RMS_NORM, where, RmsNormDims(D=4))(x, 1e-5)
 
 def other(x: Tensor) -> Tensor:

@@ -107,9 +107,9 @@ def test_decode_rows_and_prompts_of_the_published_shape() -> None:
         "mla_mixer_decode": ["gluon"],
         "batched_projection": ["reference"],
         "split_norms": ["triton"],
+        "kda_mixer_prefill": ["cuda"],
         "split_heads": ["reference"],
         "merge_heads": ["reference"],
-        **{op: ["triton"] for op in ("conv1d_prefill", "kda_gate", "kda_prefill", "gated_rms_norm")},
         "mla_prefill": ["cuda"],
         "silu_and_mul": ["triton"],
     }
@@ -209,7 +209,7 @@ def test_graphs_ask_only_what_decode_rows_run() -> None:
 def test_graphs_of_prompts_ask_only_what_prompts_run() -> None:
     assert why_eager(resolved(), 2048, "prefills") is None
     assert why_eager(resolved(prefer={"mla_mixer_decode": "reference"}), 2048, "prefills") is None
-    for op in ("mla_prefill", "kda_prefill", "conv1d_prefill", "experts"):
+    for op in ("mla_prefill", "kda_mixer_prefill", "experts"):
         expected = f"op {op} is served by 'reference', which cannot be captured"
         assert why_eager(resolved(prefer={op: "reference"}), 2048, "prefills") == expected
 

@@ -22,7 +22,8 @@ from tests.ops.prefill_case import (
 )
 from thalweg.ops import Op, Resolver, Where
 from thalweg.ops.attention.mla import MLA_PREFILL, MlaPrefillDims
-from thalweg.ops.delta.conv1d import CONV1D_PREFILL, Conv1dDims
+from thalweg.ops.delta.gdn import GDN_MIXER_PREFILL, GdnDims
+from thalweg.ops.delta.kda_mixer import KDA_MIXER_PREFILL, KdaMixerDims
 from thalweg.ops.host_tables import StepSequences
 from thalweg.ops.moe.router import NORM_ROUTER, NormRouterDims
 
@@ -293,7 +294,8 @@ def test_mla_compiles_for_hopper() -> None:
 @pytest.mark.parametrize(
     ("op", "dims", "reason"),
     [
-        (CONV1D_PREFILL, Conv1dDims(C=96, W=17), "at most 16 inputs, not 17"),
+        (KDA_MIXER_PREFILL, KdaMixerDims(H=2, K=16, V=16, R=16, W=17), "at most 16 inputs, not 17"),
+        (GDN_MIXER_PREFILL, GdnDims(G=1, H=2, K=256, V=16, W=3), "heads of at most 128, not 256 and 16"),
         (MLA_PREFILL, MlaPrefillDims(H=8, K=256, V=128, R=512, P=64), "from 16 to 128, not 256, 128, 64"),
         (NORM_ROUTER, NormRouterDims(E=8, D=128, K=6, G=8, S=1), "groups of 2 experts or more, not 8 in 8"),
     ],

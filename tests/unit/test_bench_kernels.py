@@ -159,9 +159,9 @@ def test_suites_run_on_a_cpu_and_nothing_in_them_is_wrong(suite: str, family: st
     found = list(dict.fromkeys(m.op for m in results))
     mixers = {
         ("kimi", "decode"): ["kda_mixer_decode", "mla_mixer_decode"],
-        ("kimi", "prefill"): ["conv1d_prefill", "batched_projection", "kda_gate", "kda_prefill", "mla_prefill"],
+        ("kimi", "prefill"): ["batched_projection", "kda_mixer_prefill", "mla_prefill"],
         ("qwen", "decode"): ["gdn_mixer_decode", "gqa_prepare", "gqa_decode"],
-        ("qwen", "prefill"): ["conv1d_prefill", "gdn_prefill", "gqa_prepare", "gqa_prefill"],
+        ("qwen", "prefill"): ["gdn_mixer_prefill", "gqa_prepare", "gqa_prefill"],
         ("k2", "decode"): ["split_norms", "mla_decode"],
         ("k2", "prefill"): ["split_norms", "mla_rope", "mla_prefill"],
     }[family, suite]

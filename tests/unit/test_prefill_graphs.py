@@ -15,8 +15,7 @@ from thalweg import LLM, SamplingParams
 from thalweg.assembly import rank
 from thalweg.config.engine import EngineConfig
 from thalweg.core import Prefill, StepPlan
-from thalweg.ops.delta.kda import KDA_PREFILL, KdaDims
-from thalweg.ops.delta.kda_mixer import KDA_MIXER_DECODE, KdaMixerDims
+from thalweg.ops.delta.kda_mixer import KDA_MIXER_DECODE, KDA_MIXER_PREFILL, KdaMixerDims
 from thalweg.ops.host_tables import Limits, StepSequences, Tables, UnknownWhileCapturing, contexts, pieces, table
 from thalweg.ops.registry import Resolver, Where
 from thalweg.runner import prefill_graphs
@@ -288,10 +287,9 @@ def test_a_capture_of_ops_that_look_at_what_changes_fails_and_leaves_steps_as_th
 
 @pytest.mark.parametrize(("rows", "most"), [("decodes", 8), ("prefills", 100)])
 def test_ops_say_whether_steps_of_their_rows_can_be_captured(rows: Any, most: int) -> None:
-    resolver = Resolver({"kda_prefill": "reference", "kda_mixer_decode": "reference"})
-    where = Where("cpu", "float32")
-    resolver.resolve(KDA_PREFILL, where, KdaDims(H=2, K=8, V=8))
-    resolver.resolve(KDA_MIXER_DECODE, where, KdaMixerDims(H=2, K=8, V=8, R=4, W=3))
+    resolver = Resolver({"kda_mixer_prefill": "reference", "kda_mixer_decode": "reference"})
+    for op in (KDA_MIXER_PREFILL, KDA_MIXER_DECODE):
+        resolver.resolve(op, Where("cpu", "float32"), KdaMixerDims(H=2, K=8, V=8, R=4, W=3))
     reasons = [choice.why_not_captured(rows, most) for choice in resolver.explain()]
-    of_prefills = "op kda_prefill is served by 'reference', which cannot be captured"
+    of_prefills = "op kda_mixer_prefill is served by 'reference', which cannot be captured"
     assert reasons == [of_prefills if rows == "prefills" else None, None]

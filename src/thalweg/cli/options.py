@@ -292,6 +292,6 @@ def _preferences(pairs: list[str]) -> dict[str, str]:
     for pair in pairs:
         op, equals, implementation = pair.partition("=")
         if not (op and equals and implementation):
-            raise ConfigError(f"--op is {pair!r}; expected OP=IMPL, e.g. kda_prefill=reference")
+            raise ConfigError(f"--op is {pair!r}; expected OP=IMPL, e.g. kda_mixer_prefill=reference")
         preferences[op] = implementation
     return preferences

@@ -11,10 +11,7 @@ from thalweg.layers.context import BuildContext, LayerCache
 from thalweg.layers.delta import DeltaMixer, ShortConv
 from thalweg.layers.linear import LinearAdd, NormLinear
 from thalweg.layers.norm import NormWeight
-from thalweg.ops.delta.conv1d import CONV1D_PREFILL, Conv1dDims
-from thalweg.ops.delta.gdn import GDN_MIXER_DECODE, GDN_PREFILL, GdnDims
-from thalweg.ops.heads import MERGE_HEADS, SPLIT_HEADS, HeadsDims
-from thalweg.ops.norm import GATED_RMS_NORM, GatedRmsNormDims
+from thalweg.ops.delta.gdn import GDN_MIXER_DECODE, GDN_MIXER_PREFILL, GdnDims
 
 
 class GatedDeltaNet(DeltaMixer):
@@ -41,7 +38,6 @@ class GatedDeltaNet(DeltaMixer):
         H = ctx.shards.count(value_heads, "linear_num_value_heads")
         K, V, W = key_dim, value_dim, taps - 1
         C = 2 * G * K + H * V
-        self.split, self.split_qkv = [C, H * V, H, H], [G * K, G * K, H * V]
         self.in_proj = NormLinear(ctx.below("in_proj"), width, [G * K, G * K, H * V, H * V, H, H], eps)
         self.conv = ShortConv(ctx, C, taps)
         self.A_log = ctx.weight(H, dtype=torch.float32)
@@ -54,12 +50,7 @@ class GatedDeltaNet(DeltaMixer):
         }
         dims = GdnDims(G=G, H=H, K=K, V=V, W=W)
         self._mixer_decode = ctx.op(GDN_MIXER_DECODE, dims)
-        self._prefill = ctx.op(GDN_PREFILL, dims)
-        self._conv = ctx.op(CONV1D_PREFILL, Conv1dDims(C=C, W=W))
-        self._gated_norm = ctx.op(GATED_RMS_NORM, GatedRmsNormDims(H=H, V=V))
-        self._split_keys = ctx.op(SPLIT_HEADS, HeadsDims(X=K))
-        self._split_values = ctx.op(SPLIT_HEADS, HeadsDims(X=V))
-        self._merge_heads = ctx.op(MERGE_HEADS, HeadsDims(X=V))
+        self._mixer_prefill = ctx.op(GDN_MIXER_PREFILL, dims)
 
     def _mix_decode(self, proj_BX: Tensor, slots_B: Tensor, cache: LayerCache) -> Tensor:
         return self._mixer_decode(
@@ -75,23 +66,16 @@ class GatedDeltaNet(DeltaMixer):
         )
 
     def _mix_prefill(self, proj_TX: Tensor, slots_B: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
-        qkv_TC, z_TO, b_TH, a_TH = proj_TX.split(self.split, dim=-1)
-        qkv_TC = self._conv(
-            qkv_TC, cache["conv"], slots_B, batch.prefill_offsets, self.conv.weight, boundaries=batch.boundaries
-        )
-        q_TO, k_TO, v_TO = qkv_TC.split(self.split_qkv, dim=-1)
-        o_THV = self._prefill(
-            self._split_keys(q_TO),  # t (g k) -> t g k
-            self._split_keys(k_TO),
-            self._split_values(v_TO),  # t (h v) -> t h v
-            a_TH,
-            b_TH,
+        return self._mixer_prefill(
+            proj_TX,
+            conv_weight_CW=self.conv.weight,
+            conv_state_NWC=cache["conv"],
             A_log_H=self.A_log,
             dt_bias_H=self.dt_bias,
+            norm_weight_V=self.out_norm.weight,
+            eps=self.out_norm.eps,
             state_NHVK=cache["recurrent"],
             slots_B=slots_B,
             offsets=batch.prefill_offsets,
             boundaries=batch.boundaries,
         )
-        o_THV = self._gated_norm(o_THV, self._split_values(z_TO), self.out_norm.weight, self.out_norm.eps, silu=True)
-        return self._merge_heads(o_THV)  # t h v -> t (h v)

@@ -11,11 +11,7 @@ from thalweg.layers.context import BuildContext, LayerCache
 from thalweg.layers.delta import DeltaMixer, ShortConv
 from thalweg.layers.linear import LinearAdd, NormLinear
 from thalweg.layers.norm import NormWeight
-from thalweg.ops.delta.conv1d import CONV1D_PREFILL, Conv1dDims
-from thalweg.ops.delta.kda import KDA_GATE, KDA_PREFILL, KdaDims
-from thalweg.ops.delta.kda_mixer import KDA_MIXER_DECODE, KdaMixerDims
-from thalweg.ops.heads import MERGE_HEADS, SPLIT_HEADS, HeadsDims
-from thalweg.ops.norm import GATED_RMS_NORM, GatedRmsNormDims
+from thalweg.ops.delta.kda_mixer import KDA_MIXER_DECODE, KDA_MIXER_PREFILL, KdaMixerDims
 from thalweg.ops.projection import BATCHED_PROJECTION, BatchedProjectionDims
 
 
@@ -44,7 +40,6 @@ class KimiDeltaAttention(DeltaMixer):
         super().__init__()
         H, K = ctx.shards.count(heads, "the number of KDA heads"), head_dim
         self.R = rank
-        self.split = [3 * H * K, H, 2 * rank]
         self.in_proj = NormLinear(ctx.below("in_proj"), width, [H * K, H * K, H * K, H, rank, rank], eps)
         self.up_proj = LowRankUp(ctx, rank, H * K)
         self.conv = ShortConv(ctx, 3 * H * K, taps)
@@ -56,13 +51,9 @@ class KimiDeltaAttention(DeltaMixer):
             "conv": StateSpec((taps - 1, 3 * H * K), ctx.dtype_name),
             "recurrent": StateSpec((H, K, K), ctx.state_dtype),
         }
-        self._mixer_decode = ctx.op(KDA_MIXER_DECODE, KdaMixerDims(H=H, K=K, V=K, R=rank, W=taps - 1))
-        self._conv = ctx.op(CONV1D_PREFILL, Conv1dDims(C=3 * H * K, W=taps - 1))
-        self._gate = ctx.op(KDA_GATE, KdaDims(H=H, K=K, V=K))
-        self._prefill = ctx.op(KDA_PREFILL, KdaDims(H=H, K=K, V=K))
-        self._gated_norm = ctx.op(GATED_RMS_NORM, GatedRmsNormDims(H=H, V=K))
-        self._split_heads = ctx.op(SPLIT_HEADS, HeadsDims(X=K))
-        self._merge_heads = ctx.op(MERGE_HEADS, HeadsDims(X=K))
+        dims = KdaMixerDims(H=H, K=K, V=K, R=rank, W=taps - 1)
+        self._mixer_decode = ctx.op(KDA_MIXER_DECODE, dims)
+        self._mixer_prefill = ctx.op(KDA_MIXER_PREFILL, dims)
 
     def _mix_decode(self, proj_BX: Tensor, slots_B: Tensor, cache: LayerCache) -> Tensor:
         return self._mixer_decode(
@@ -79,24 +70,18 @@ class KimiDeltaAttention(DeltaMixer):
         )
 
     def _mix_prefill(self, proj_TX: Tensor, slots_B: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
-        qkv_TC, beta_TH, low_T2R = proj_TX.split(self.split, dim=-1)
-        up_T2O = self.up_proj(low_T2R.unflatten(-1, (2, self.R)))  # t (two r) -> t two r
-        g_THK = self._gate(self._split_heads(up_T2O[:, 0]), self.A_log, self.dt_bias)
-        qkv_TC = self._conv(
-            qkv_TC, cache["conv"], slots_B, batch.prefill_offsets, self.conv.weight, boundaries=batch.boundaries
-        )
-        q, k, v = self._split_heads(qkv_TC).chunk(3, dim=1)
-        beta_TH = beta_TH.float().sigmoid()
-        o_THV = self._prefill(
-            q,
-            k,
-            v,
-            g_THK,
-            beta_TH,
+        low_T2R = proj_TX[:, -2 * self.R :].unflatten(-1, (2, self.R))  # t (two r) -> t two r
+        return self._mixer_prefill(
+            proj_TX,
+            self.up_proj(low_T2R),
+            conv_weight_CW=self.conv.weight,
+            conv_state_NWC=cache["conv"],
+            A_log_H=self.A_log,
+            dt_bias_HK=self.dt_bias,
+            norm_weight_V=self.out_norm.weight,
+            eps=self.out_norm.eps,
             state_NHVK=cache["recurrent"],
             slots_B=slots_B,
             offsets=batch.prefill_offsets,
             boundaries=batch.boundaries,
         )
-        o_THV = self._gated_norm(o_THV, self._split_heads(up_T2O[:, 1]), self.out_norm.weight, self.out_norm.eps)
-        return self._merge_heads(o_THV)

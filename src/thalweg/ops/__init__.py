@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from thalweg.ops import activation, heads, linear, norm, projection, residual, sample
 from thalweg.ops.attention import gqa, mla, mla_down_norms, mla_mixer, mla_rope
-from thalweg.ops.delta import conv1d, gdn, kda, kda_mixer
+from thalweg.ops.delta import gdn, kda_mixer
 from thalweg.ops.linear import fp8
 from thalweg.ops.moe import experts, router
 from thalweg.ops.registry import Choice, Op, Resolver, Tokens, Where
@@ -19,13 +19,11 @@ __all__ = [
     "Tokens",
     "Where",
     "activation",
-    "conv1d",
     "experts",
     "fp8",
     "gdn",
     "gqa",
     "heads",
-    "kda",
     "kda_mixer",
     "linear",
     "mla",

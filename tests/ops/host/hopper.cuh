@@ -29,11 +29,13 @@ using std::min;
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __grid_constant__
-#define __align__(n) alignas(n)
+#define __align__(n) __attribute__((aligned(n)))
 #define __shared__ static  // but for `extern __shared__`, of which the source is rid
 
+struct alignas(8) uint2 { u32 x, y; };
+inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 struct alignas(16) uint4 { u32 x, y, z, w; };
-struct float2 { float x, y; };
+struct alignas(8) float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
@@ -99,6 +101,7 @@ inline u32 __byte_perm(u32 a, u32 b, u32 selector) {
 }
 inline float rsqrtf(float x) { return 1 / sqrtf(x); }
 inline float __expf(float x) { return expf(x); }
+inline float __logf(float x) { return logf(x); }
 
 inline float from_bits(u32 bits) { float x; memcpy(&x, &bits, 4); return x; }
 inline float low(u32 pair) { return from_bits(pair << 16); }
@@ -121,6 +124,10 @@ inline u32 pack_half(float a, float b) {
     u32 pair;
     memcpy(&pair, both, 4);
     return pair;
+}
+template <class T> void forget(T&) {}
+inline u32 mul_halves(u32 a, u32 b) {
+    return pack_half(half_low(a) * half_low(b), half_high(a) * half_high(b));
 }
 inline float widened(u8 q) {  // e4m3
     const int exponent = q >> 3 & 15, fraction = q & 7;

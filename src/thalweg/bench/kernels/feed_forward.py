@@ -15,7 +15,7 @@ from thalweg.errors import ConfigError
 from thalweg.ops.activation import SILU_AND_MUL, SiluAndMulDims
 from thalweg.ops.moe.experts import EXPERTS, SCHEMES, ExpertsDims
 from thalweg.ops.moe.router import NORM_ROUTER, NormRouterDims
-from thalweg.ops.norm import GATED_RMS_NORM, RMS_NORM, GatedRmsNormDims, RmsNormDims
+from thalweg.ops.norm import RMS_NORM, RmsNormDims
 from thalweg.ops.sample import SAMPLE, SampleDims
 from thalweg.quant import INT4_EXPERTS, PLAIN, scheme_named
 from thalweg.quant.fp8_blocks import quantize_experts
@@ -129,19 +129,6 @@ def rms_norm(setting: Setting, dims: RmsNormDims) -> Iterator[Case]:
 
         candidates, num_bytes = candidates_of(setting, RMS_NORM, dims, T), es * D * (2 * T + 1)
         yield Case(RMS_NORM.name, f"{D} wide, {size}", candidates, make, num_bytes=num_bytes, timed=setting.timed)
-
-
-def gated_rms_norm(setting: Setting, dims: GatedRmsNormDims) -> Iterator[Case]:
-    H, V = dims.H, dims.V
-    for _, T, size in setting.calls():
-
-        def make(copy: int, T: int = T) -> Arguments:
-            draw = Draw(setting, copy)
-            return Arguments(draw(T, H, V), draw(T, H, V), draw(V, scale=0.1).add_(1), EPS)
-
-        candidates = candidates_of(setting, GATED_RMS_NORM, dims, T)
-        num_bytes, label = setting.dtype.itemsize * (3 * T * H * V + V), f"{H} heads of {V}, {size}"
-        yield Case(GATED_RMS_NORM.name, label, candidates, make, num_bytes=num_bytes, timed=setting.timed)
 
 
 def sample(setting: Setting, dims: SampleDims) -> Iterator[Case]:

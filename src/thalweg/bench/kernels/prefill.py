@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from typing import Any
 
 import torch
-import torch.nn.functional as F
+from torch import Tensor
 
-from thalweg.bench.kernels.case import Arguments, Case, Draw, Setting, candidates_of
+from thalweg.bench.kernels.case import Arguments, Candidate, Case, Draw, Setting, candidates_of
 from thalweg.bench.kernels.decode import block_tables
+from thalweg.bench.kernels.projections import EPS
 from thalweg.ops.attention.gqa import GQA_PREFILL, GqaDims
 from thalweg.ops.attention.mla import MLA_PREFILL, MlaPrefillDims
-from thalweg.ops.delta.conv1d import CONV1D_PREFILL, Conv1dDims
-from thalweg.ops.delta.gdn import GDN_PREFILL, GdnDims
-from thalweg.ops.delta.kda import KDA_GATE, KDA_PREFILL, KdaDims
+from thalweg.ops.delta.gdn import GDN_MIXER_PREFILL, GdnDims
+from thalweg.ops.delta.kda_mixer import KDA_MIXER_PREFILL, KdaMixerDims, reference
 
 
 def _prompts(setting: Setting) -> Iterator[tuple[int, int, list[int], str]]:
@@ -22,93 +24,100 @@ def _prompts(setting: Setting) -> Iterator[tuple[int, int, list[int], str]]:
         yield B, T, [b * setting.context for b in range(B + 1)], label
 
 
-def conv1d(setting: Setting, dims: Conv1dDims) -> Iterator[Case]:
-    C, W, es = dims.C, dims.W, setting.dtype.itemsize
+def kda_mixer(setting: Setting, dims: KdaMixerDims) -> Iterator[Case]:
+    H, K, V, W, f32 = dims.H, dims.K, dims.V, dims.W, torch.float32
+    C, es = 3 * H * K, setting.dtype.itemsize
     for B, T, offsets, label in _prompts(setting):
 
         def make(copy: int, B: int = B, T: int = T, offsets: list[int] = offsets) -> Arguments:
             draw = Draw(setting, copy)
-            return Arguments(draw(T, C), draw(B + 1, W, C), draw.order(B), offsets, draw(C, W + 1, scale=0.5))
-
-        yield Case(
-            CONV1D_PREFILL.name,
-            f"{C} channels, {label}",
-            candidates_of(setting, CONV1D_PREFILL, dims, T),
-            make,
-            num_bytes=es * C * (2 * T + 2 * B * W + W + 1),
-            flops=2 * T * C * (W + 1),
-            changed=lambda a: (a.args[1],),
-            timed="eager",
-        )
-
-
-def kda_gate(setting: Setting, dims: KdaDims) -> Iterator[Case]:
-    H, K = dims.H, dims.K
-    for _, T, _, label in _prompts(setting):
-
-        def make(copy: int, T: int = T) -> Arguments:
-            draw = Draw(setting, copy)
-            return Arguments(draw(T, H, K), draw(H, dtype=torch.float32), draw(H, K, dtype=torch.float32))
-
-        yield Case(
-            KDA_GATE.name,
-            f"{H} heads, {label}",
-            candidates_of(setting, KDA_GATE, dims, T),
-            make,
-            num_bytes=T * H * K * (setting.dtype.itemsize + 4),
-            timed="eager",
-        )
-
-
-def kda(setting: Setting, dims: KdaDims) -> Iterator[Case]:
-    H, K, V, f32 = dims.H, dims.K, dims.V, torch.float32
-    for B, T, offsets, label in _prompts(setting):
-
-        def make(copy: int, B: int = B, T: int = T, offsets: list[int] = offsets) -> Arguments:
-            draw = Draw(setting, copy)
-            q, k, v = draw(T, H, K), draw(T, H, K), draw(T, H, V)
-            g, beta = -F.softplus(draw(T, H, K, dtype=f32)), draw(T, H, dtype=f32).sigmoid_()
-            state = draw(B + 1, H, V, K, scale=0.1, dtype=f32)
-            return Arguments(q, k, v, g, beta, state_NHVK=state, slots_B=draw.order(B), offsets=offsets)
-
-        yield Case(
-            KDA_PREFILL.name,
-            f"{H} heads, {label}",
-            candidates_of(setting, KDA_PREFILL, dims, T),
-            make,
-            num_bytes=T * H * ((2 * K + 2 * V) * setting.dtype.itemsize + 4 * K + 4) + 8 * B * H * K * V,
-            flops=6 * T * H * K * V,  # of the recurrence; a chunked form does more, on faster units
-            changed=lambda a: (a.named["state_NHVK"],),
-            timed="eager",
-        )
-
-
-def gdn(setting: Setting, dims: GdnDims) -> Iterator[Case]:
-    G, H, K, V, f32 = dims.G, dims.H, dims.K, dims.V, torch.float32
-    for B, T, offsets, label in _prompts(setting):
-
-        def make(copy: int, B: int = B, T: int = T, offsets: list[int] = offsets) -> Arguments:
-            draw = Draw(setting, copy)
-            tokens = draw(T, G, K), draw(T, G, K), draw(T, H, V), draw(T, H), draw(T, H)
             return Arguments(
-                *tokens,
+                draw(T, C + H),
+                draw(T, 2, H * K),
+                conv_weight_CW=draw(C, W + 1, scale=0.5),
+                conv_state_NWC=draw(B + 1, W, C),
                 A_log_H=draw(H, dtype=f32),
-                dt_bias_H=draw(H, dtype=f32),
+                dt_bias_HK=draw(H, K, dtype=f32),
+                norm_weight_V=draw(V, scale=0.1).add_(1),
+                eps=EPS,
                 state_NHVK=draw(B + 1, H, V, K, scale=0.1, dtype=f32),
                 slots_B=draw.order(B),
                 offsets=offsets,
             )
 
         yield Case(
-            GDN_PREFILL.name,
-            f"{H} heads over {G}, {label}",
-            candidates_of(setting, GDN_PREFILL, dims, T),
+            KDA_MIXER_PREFILL.name,
+            f"{H} heads, {label}",
+            (*candidates_of(setting, KDA_MIXER_PREFILL, dims, T), _by_fla(setting)),
             make,
-            num_bytes=setting.dtype.itemsize * T * (2 * G * K + 2 * H * V + 2 * H) + 8 * B * H * K * V,
-            flops=6 * T * H * K * V,
-            changed=lambda a: (a.named["state_NHVK"],),
+            num_bytes=es * (T * (C + H + 2 * H * K + H * V) + C * (W + 1) + 2 * B * W * C) + 8 * B * H * K * V,
+            flops=T * H * (6 * K * V + 6 * K * (W + 1)),  # of the recurrence; chunks do more, on faster units
+            changed=_states,
             timed="eager",
         )
+
+
+def _by_fla(setting: Setting) -> Candidate:
+    """flash-linear-attention's chunk_kda for the delta rule, and this project's kernels for what is around it."""
+    if find_spec("fla") is None:
+        return Candidate("fla", reference.kda_mixer_prefill, "flash-linear-attention (fla) is not installed")
+    if setting.device.type != "cuda":
+        return Candidate("fla", reference.kda_mixer_prefill, f"takes cuda, not {setting.device.type}")
+    from fla.ops.kda import chunk_kda
+
+    from thalweg.ops.delta.conv1d.triton import conv1d_prefill
+    from thalweg.ops.delta.kda.triton.gate import kda_gate
+    from thalweg.ops.norm.triton.gated import gated_rms_norm
+
+    def rule(*inputs: Tensor, state_NHVK: Tensor, slots_B: Tensor, offsets: Sequence[int], boundaries: Any) -> Tensor:
+        o, state_BHKV = chunk_kda(
+            *(x.contiguous()[None] for x in inputs),
+            initial_state=state_NHVK[slots_B].transpose(-1, -2).contiguous(),
+            output_final_state=True,
+            use_qk_l2norm_in_kernel=True,
+            cu_seqlens=torch.tensor(offsets, device=slots_B.device),
+        )
+        state_NHVK[slots_B] = state_BHKV.transpose(-1, -2)
+        out: Tensor = o[0]
+        return out
+
+    return Candidate("fla", reference.prefill_by(conv1d_prefill, kda_gate, rule, gated_rms_norm))
+
+
+def gdn_mixer(setting: Setting, dims: GdnDims) -> Iterator[Case]:
+    G, H, K, V, W, f32 = dims.G, dims.H, dims.K, dims.V, dims.W, torch.float32
+    C, es = 2 * G * K + H * V, setting.dtype.itemsize
+    for B, T, offsets, label in _prompts(setting):
+
+        def make(copy: int, B: int = B, T: int = T, offsets: list[int] = offsets) -> Arguments:
+            draw = Draw(setting, copy)
+            return Arguments(
+                draw(T, C + H * V + 2 * H),
+                conv_weight_CW=draw(C, W + 1, scale=0.5),
+                conv_state_NWC=draw(B + 1, W, C),
+                A_log_H=draw(H, dtype=f32),
+                dt_bias_H=draw(H, dtype=f32),
+                norm_weight_V=draw(V, scale=0.1, dtype=f32).add_(1),
+                eps=EPS,
+                state_NHVK=draw(B + 1, H, V, K, scale=0.1, dtype=f32),
+                slots_B=draw.order(B),
+                offsets=offsets,
+            )
+
+        yield Case(
+            GDN_MIXER_PREFILL.name,
+            f"{H} heads over {G}, {label}",
+            candidates_of(setting, GDN_MIXER_PREFILL, dims, T),
+            make,
+            num_bytes=es * (T * (C + 2 * H * V + 2 * H) + C * (W + 1) + 2 * B * W * C) + 8 * B * H * K * V,
+            flops=T * (6 * H * K * V + 2 * C * (W + 1)),
+            changed=_states,
+            timed="eager",
+        )
+
+
+def _states(a: Arguments) -> tuple[Tensor, ...]:
+    return a.named["conv_state_NWC"], a.named["state_NHVK"]
 
 
 def mla(setting: Setting, dims: MlaPrefillDims) -> Iterator[Case]:

@@ -19,15 +19,13 @@ from thalweg.ops.attention.mla import MLA_PREFILL
 from thalweg.ops.attention.mla_down_norms import SPLIT_NORMS
 from thalweg.ops.attention.mla_mixer import MLA_DECODE, MLA_MIXER_DECODE
 from thalweg.ops.attention.mla_rope import MLA_ROPE
-from thalweg.ops.delta.conv1d import CONV1D_PREFILL
-from thalweg.ops.delta.gdn import GDN_MIXER_DECODE, GDN_PREFILL
-from thalweg.ops.delta.kda import KDA_GATE, KDA_PREFILL
-from thalweg.ops.delta.kda_mixer import KDA_MIXER_DECODE
+from thalweg.ops.delta.gdn import GDN_MIXER_DECODE, GDN_MIXER_PREFILL
+from thalweg.ops.delta.kda_mixer import KDA_MIXER_DECODE, KDA_MIXER_PREFILL
 from thalweg.ops.linear import LINEAR, LINEAR_ADD, LINEAR_GGML, NORM_LINEAR
 from thalweg.ops.linear.fp8 import LINEAR_ADD_FP8, LINEAR_FP8, NORM_LINEAR_FP8
 from thalweg.ops.moe.experts import EXPERTS
 from thalweg.ops.moe.router import NORM_ROUTER
-from thalweg.ops.norm import GATED_RMS_NORM, RMS_NORM
+from thalweg.ops.norm import RMS_NORM
 from thalweg.ops.projection import BATCHED_PROJECTION
 from thalweg.ops.registry import Op
 from thalweg.ops.sample import SAMPLE
@@ -59,12 +57,9 @@ DECODE: Makers = [
 ]
 PREFILL: Makers = [
     *_OF_TOKENS,
-    (CONV1D_PREFILL, prefill.conv1d),
     (BATCHED_PROJECTION, projections.batched_projection),
-    (KDA_GATE, prefill.kda_gate),
-    (KDA_PREFILL, prefill.kda),
-    (GDN_PREFILL, prefill.gdn),
-    (GATED_RMS_NORM, feed_forward.gated_rms_norm),
+    (KDA_MIXER_PREFILL, prefill.kda_mixer),
+    (GDN_MIXER_PREFILL, prefill.gdn_mixer),
     (SPLIT_NORMS, rotated.split_norms),
     (MLA_ROPE, rotated.mla_rope),
     (MLA_PREFILL, prefill.mla),

@@ -22,11 +22,30 @@ __device__ __forceinline__ u32 max_pairs(u32 a, u32 b) {  // of each of the two 
     return c;
 }
 
+// Nothing, but the compiler no longer knows what x came from: it computes again what it would keep in registers.
+__device__ __forceinline__ void forget(float& x) { asm volatile("" : "+f"(x)); }
+__device__ __forceinline__ void forget(int& x) { asm volatile("" : "+r"(x)); }
+
 // Two fp16 of a register.
 __device__ __forceinline__ u32 pack_half(float a, float b) {
     u32 pair;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(b), "f"(a));
     return pair;
+}
+__device__ __forceinline__ float half_low(u32 pair) {
+    float x;
+    asm("{.reg .b16 a, b;\nmov.b32 {a, b}, %1;\ncvt.f32.f16 %0, a;}" : "=f"(x) : "r"(pair));
+    return x;
+}
+__device__ __forceinline__ float half_high(u32 pair) {
+    float x;
+    asm("{.reg .b16 a, b;\nmov.b32 {a, b}, %1;\ncvt.f32.f16 %0, b;}" : "=f"(x) : "r"(pair));
+    return x;
+}
+__device__ __forceinline__ u32 mul_halves(u32 a, u32 b) {
+    u32 c;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+    return c;
 }
 __device__ __forceinline__ u32 widen_half(u16 two) {  // of two float8 (e4m3)
     u32 pair;

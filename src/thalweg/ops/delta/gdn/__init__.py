@@ -1,11 +1,12 @@
-"""Ops "gdn_prefill" and "gdn_mixer_decode": Gated DeltaNet (arXiv:2412.06464), the delta rule of package kda with one
-decay per head, and H value heads of which H / G neighbours share each of G key heads.
+"""Ops "gdn_mixer_decode" and "gdn_mixer_prefill": everything between the input and the output projection of a Gated
+DeltaNet layer (arXiv:2412.06464), for one token of each sequence and for prompts. It is the delta rule of package kda
+with one decay per head, and H value heads of which H / G neighbours share each of G key heads.
 
     g    = -exp(A_log) * softplus(a + dt_bias)     a log decay per value head, <= 0
     beta = sigmoid(b)
 
 Package kda says what a state is, how it is updated, and what holds for slots that are named twice or not at all, and
-package kda_mixer when a mixer may read slot numbers and states.
+package kda_mixer when a mixer of a decode step may read slot numbers and states.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from typing import Protocol
 
 from torch import Tensor
 
+from thalweg.ops.delta.conv1d import PIECE
 from thalweg.ops.delta.gdn import reference
-from thalweg.ops.delta.kda import KDA_PREFILL, KdaDims
 from thalweg.ops.host_tables import Boundaries
-from thalweg.ops.registry import Op, Refusal, Resolver, Where, register
+from thalweg.ops.registry import Op, Refusal, Where, register
 from thalweg.ops.toolchain import cuda_build
+from thalweg.ops.toolchain.triton_support import why_not
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,26 +32,6 @@ class GdnDims:
     K: int
     V: int
     W: int  # inputs that a convolution's state remembers
-
-
-class GdnPrefill(Protocol):
-    def __call__(
-        self,
-        q_TGK: Tensor,
-        k_TGK: Tensor,
-        v_THV: Tensor,
-        a_TH: Tensor,
-        b_TH: Tensor,
-        *,
-        A_log_H: Tensor,
-        dt_bias_H: Tensor,
-        state_NHVK: Tensor,
-        slots_B: Tensor,
-        offsets: Sequence[int],
-        boundaries: Boundaries = (),
-    ) -> Tensor:
-        """o_THV for sequences of any length, as op "kda_prefill" gives it for repeated key heads; g and beta are
-        computed in fp32; `boundaries` likewise. Inputs of tokens may have any strides."""
 
 
 class GdnMixerDecode(Protocol):
@@ -76,19 +58,46 @@ class GdnMixerDecode(Protocol):
         """
 
 
-GDN_PREFILL: Op[GdnDims, GdnPrefill] = Op("gdn_prefill", GdnDims, rows="prefills")
+class GdnMixerPrefill(Protocol):
+    def __call__(
+        self,
+        proj_TX: Tensor,
+        *,
+        conv_weight_CW: Tensor,
+        conv_state_NWC: Tensor,
+        A_log_H: Tensor,
+        dt_bias_H: Tensor,
+        norm_weight_V: Tensor,
+        eps: float,
+        state_NHVK: Tensor,
+        slots_B: Tensor,
+        offsets: Sequence[int],
+        boundaries: Boundaries = (),
+    ) -> Tensor:
+        """o_TO for sequences of any length, proj_TX as in "gdn_mixer_decode", sequences and boundaries as in
+        "kda_mixer_prefill". The convolution's outputs may be rounded to proj's dtype."""
+
+
 GDN_MIXER_DECODE: Op[GdnDims, GdnMixerDecode] = Op("gdn_mixer_decode", GdnDims, rows="decodes")
+GDN_MIXER_PREFILL: Op[GdnDims, GdnMixerPrefill] = Op("gdn_mixer_prefill", GdnDims, rows="prefills")
 
 MAX_RATIO = 8  # blocks of a cluster that every Hopper GPU takes
 
 
-def _by_kda(where: Where, dims: GdnDims) -> GdnPrefill:
-    kda_prefill = Resolver().resolve(KDA_PREFILL, where, KdaDims(H=dims.H, K=dims.K, V=dims.V))
-    return reference.prefill_by(kda_prefill)
+def _triton_prefill(where: Where, dims: GdnDims) -> GdnMixerPrefill:
+    from thalweg.ops.delta.conv1d.triton import conv1d_prefill
+    from thalweg.ops.delta.kda.triton.prefill import kda_prefill
+    from thalweg.ops.norm.triton.gated import gated_rms_norm
+
+    return reference.mixer_prefill_by(conv1d_prefill, reference.prefill_by(kda_prefill), gated_rms_norm)
 
 
-def _by_kda_refuses(where: Where, dims: GdnDims) -> Refusal:
-    return None if where.device == "cuda" else f"takes the kernels of cuda, not of {where.device}"
+def _triton_prefill_refuses(where: Where, dims: GdnDims) -> Refusal:
+    if not 1 <= min(dims.K, dims.V) <= max(dims.K, dims.V) <= 128:
+        return f"needs heads of at most 128, not {dims.K} and {dims.V}"
+    if dims.W > PIECE:  # a later piece would reach back to the state, which the sequence's first one moves on
+        return f"needs a convolution that remembers at most {PIECE} inputs, not {dims.W}"
+    return why_not(where)
 
 
 def _cuda_mixer(where: Where, dims: GdnDims) -> GdnMixerDecode:
@@ -108,7 +117,22 @@ def _cuda_mixer_refuses(where: Where, dims: GdnDims) -> Refusal:
     return cuda_build.why_not(where)
 
 
-register(GDN_PREFILL, "reference", lambda *_: reference.gdn_prefill)
-register(GDN_PREFILL, "kda", _by_kda, supports=_by_kda_refuses, priority=10, capturable=True)
+def _cuda_prefill(where: Where, dims: GdnDims) -> GdnMixerPrefill:
+    from thalweg.ops.delta import prefill_cuda
+
+    return prefill_cuda.gdn_mixer_prefill
+
+
+def _cuda_prefill_refuses(where: Where, dims: GdnDims) -> Refusal:
+    if (dims.K, dims.V, dims.W) != (128, 128, 3):
+        return f"needs K = V = 128 and W = 3, not {dims.K}, {dims.V} and {dims.W}"
+    if where.dtype != "bfloat16":
+        return f"needs bfloat16, not {where.dtype}"
+    return why_not(where) or cuda_build.why_not(where)
+
+
 register(GDN_MIXER_DECODE, "reference", lambda *_: reference.gdn_mixer_decode)
 register(GDN_MIXER_DECODE, "cuda", _cuda_mixer, supports=_cuda_mixer_refuses, priority=20)
+register(GDN_MIXER_PREFILL, "reference", lambda *_: reference.gdn_mixer_prefill)
+register(GDN_MIXER_PREFILL, "triton", _triton_prefill, supports=_triton_prefill_refuses, priority=10, capturable=True)
+register(GDN_MIXER_PREFILL, "cuda", _cuda_prefill, supports=_cuda_prefill_refuses, priority=20, capturable=True)

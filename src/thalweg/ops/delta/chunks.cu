@@ -1,0 +1,486 @@
+// The part of a prompt's delta rule that needs no state, for Hopper: K = V = 128, bf16 activations, 4 taps. A block makes
+// of CHUNK tokens of a head all that states.cu needs of them. With a_i the decays of token i, one per channel, S0 the
+// state before the chunk, and products of decays written as ranges (j, i] of tokens:
+//
+//     (I + A) U = beta (V - (K a[0, i]) S0^T),   A_ij = beta_i k_i . (k_j a(j, i]),  j < i
+//     O = (Q a[0, i]) S0^T + P U,                P_ij = q_i . (k_j a(j, i]),  j <= i
+//     S = S0 a[0, C) + U^T (K a(j, C))
+//
+// so it writes -W = -(I + A)^-1 beta (K a[0, i]), U0 = (I + A)^-1 beta V, Q a[0, i], K a(j, C), P and a[0, C).
+//
+// No decay is ever divided by another: all are products of the a's, at most 1, however strong the gate. A thread has two
+// channels of the 16 tokens of a sub-block, so such products are running ones in its registers. Between sub-blocks, a(j, i]
+// is a(j, end) a[begin, i] and what lies between. Within one, tokens pair by halves of 8, 4, 2 and 1: those of the second
+// half are decayed from its beginning, those of the first to their end.
+//
+// What is at most 1 goes into products as fp16, which is finer than bf16 there; values as bf16. (I + A) is inverted for
+// sub-blocks, by the same halves, and solved for from one sub-block to the next.
+//
+// Tiles lie in shared memory and in `work` as the matrix unit's operands: for a block of 16 by 16, lane l has 16 bytes,
+// the pairs of neighbours in a row that are its a operand, {row, row + 8} of columns {first, last 8}. By tokens: rows are
+// tokens, pairs are of channels. By channels: rows are channels, pairs are of tokens, {first, last 8 tokens} of {row,
+// row + 8}. As a b operand, the pairs are those of a column.
+
+#include "hopper.cuh"
+
+constexpr int K = 128, CHUNK = 64, SUB = 16, THREADS = 256;
+constexpr int BLOCK = 512, TILE = CHUNK * K * 2;  // bytes of a block of 16 by 16, and of a tile
+// Where in `work` a chunk of a head has its parts.
+constexpr int W_AT = 0, Q_AT = TILE, K_AT = 2 * TILE, P_AT = 3 * TILE, A_AT = P_AT + 10 * BLOCK, U_AT = A_AT + 4 * K;
+constexpr int WORK = U_AT + TILE;
+constexpr float SCALE = 0.08838834764831845f;  // 128^-0.5
+
+__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + __expf(-x)); }
+// The decay of a token's channel from what projects to it.
+__device__ __forceinline__ float decay(float x, float rate) {
+    return __expf(-rate * (fmaxf(x, 0.0f) + __logf(1.0f + __expf(-fabsf(x)))));
+}
+__device__ __forceinline__ u32 pack_half(float2 x) { return pack_half(x.x, x.y); }
+__device__ __forceinline__ float2 times(float2 a, float2 b) { return {a.x * b.x, a.y * b.y}; }
+
+// Sums of v[i] over the lanes of a warp, in lanes i and i + 16.
+__device__ __forceinline__ float sum_of_16(float (&v)[16], int lane) {
+#pragma unroll
+    for (int m = 8; m; m /= 2)
+#pragma unroll
+        for (int i = 0; i < m; i++) {
+            const bool upper = lane & m;
+            const float other = __shfl_xor_sync(~0u, upper ? v[i] : v[i + m], m);
+            v[i] = (upper ? v[i + m] : v[i]) + other;
+        }
+    return v[0] + __shfl_xor_sync(~0u, v[0], 16);
+}
+
+// Keys and queries of HALF tokens decayed from their beginning, and keys of the HALF before them to their end. Such
+// queries are in no pair, and stay.
+template <int HALF>
+__device__ __forceinline__ void decay_halves(u32 (&k_x)[SUB], u32 (&q_x)[SUB], const u32 (&k)[SUB], const u32 (&q)[SUB],
+                                             const float2 (&a)[SUB]) {
+#pragma unroll
+    for (int g = 0; g < SUB; g += 2 * HALF) {
+        const int middle = g + HALF - 1;
+        float2 x = {1.0f, 1.0f};
+        k_x[middle] = k[middle], q_x[middle] = q[middle];
+#pragma unroll
+        for (int t = middle - 1; t >= g; t--) {
+            x = times(x, a[t + 1]);
+            k_x[t] = mul_halves(k[t], pack_half(x)), q_x[t] = q[t];
+        }
+        x = {1.0f, 1.0f};
+#pragma unroll
+        for (int t = middle + 1; t < g + 2 * HALF; t++) {
+            x = times(x, a[t]);
+            k_x[t] = mul_halves(k[t], pack_half(x)), q_x[t] = mul_halves(q[t], pack_half(x));
+        }
+    }
+}
+
+// Lower triangular matrices of 16 by 16: the pairs {upper left, lower left, lower right} of a lane.
+__device__ __forceinline__ void multiply(float (&c)[6], const u32 (&x)[3], const u32 (&y_transposed)[3]) {
+    float left[4] = {}, right[4] = {};
+    mma_fp16(left, x[0], x[1], 0, x[2], y_transposed[0], y_transposed[1]);
+    mma_fp16(right, x[0], x[1], 0, x[2], 0, y_transposed[2]);
+#pragma unroll
+    for (int e = 0; e < 4; e++) c[e] = left[e];
+    c[4] = right[2], c[5] = right[3];
+}
+__device__ __forceinline__ void pack_blocks(u32 (&to)[3], const float (&x)[6]) {
+#pragma unroll
+    for (int e = 0; e < 3; e++) to[e] = pack_half(x[2 * e], x[2 * e + 1]);
+}
+__device__ __forceinline__ void transpose_blocks(u32 (&to)[3], const float (&x)[6]) {
+#pragma unroll
+    for (int e = 0; e < 3; e++) to[e] = transpose_matrix(pack_half(x[2 * e], x[2 * e + 1]));
+}
+// Whether this lane's element {0, 1} of an 8 by 8 block pairs tokens of neighbouring halves of `half`.
+__device__ __forceinline__ bool pairs(int lane, int e, int half) {
+    const int i = lane / 4, j = 2 * (lane % 4) + e;
+    return i > j && (i ^ j) >= half && (i ^ j) < 2 * half;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+    chunks(const bf16* qkv, const bf16* beta, const bf16* gate, const bf16* conv_weight, bf16* conv_state,
+           const float* A_log, const float* dt_bias, const long long* slots, const int* pieces, const int* offsets,
+           const int* saves, u8* work, long long qkv_stride, long long beta_stride, long long gate_stride, int H) {
+    const int tid = threadIdx.x, lane = tid % 32;
+    const int warp = __shfl_sync(~0u, tid / 32, 0);
+    const int s = warp / 2, c = tid % 64;  // sub-block, and pair of channels
+    const int n = blockIdx.x / H, h = blockIdx.x % H, key_heads = H / RATIO, C = (2 * key_heads + H) * K;
+    // Where q, k and v of the head begin among the channels.
+    auto part = [&](int p) { return (p < 2 ? p * key_heads + h / RATIO : 2 * key_heads + h) * K; };
+    extern __shared__ __align__(128) u8 shared[];
+    u8 *const k_tile = shared, *const q_tile = shared + TILE, *const end_tile = shared + 2 * TILE;
+    u8 *const start_tile = shared + 3 * TILE, *const v_tile = shared + 4 * TILE;
+    u8 *const A_half = shared + 5 * TILE, *const A_wide = A_half + 6 * BLOCK;  // -A below its diagonal blocks
+    u8 *const T_half = A_wide + 6 * BLOCK, *const T_wide = T_half + 4 * BLOCK;  // and their inverses, less I
+    __shared__ __align__(16) float total_s[4][K], beta_s[CHUNK], sums_s[8][48], scales_s[8][32], qk_s[CHUNK];
+
+    start_kernel_behind();
+    const float rate = __expf(A_log[h]);
+#if GDN
+    const float bias = dt_bias[h];
+#else
+    const float2 bias = *(const float2*)(dt_bias + h * K + 2 * c);
+#endif
+    wait_for_kernel_ahead();
+
+    const int sequence = pieces[2 * n], first = pieces[2 * n + 1], save = saves[n];
+    const bool begins = first == offsets[sequence];
+    const int count = min(CHUNK, offsets[sequence + 1] - first);
+    if (count <= 0) return;
+    u8* const out = work + (long long)blockIdx.x * WORK;
+
+    // 19 inputs of a convolution at this thread's channels, of its tokens and the 3 before them.
+    auto load_inputs = [&](u32 (&x)[19], int p) {
+        const int channel = part(p) + 2 * c;
+        int stride = (int)qkv_stride;
+        forget(stride);
+        const bf16* from = qkv + first * qkv_stride + channel;
+        const bf16* before = conv_state + (begins ? slots[sequence] : 0) * 3 * C + channel;
+#pragma unroll
+        for (int j = 0; j < 19; j++) {
+            const int t = SUB * s + j - 3;
+            const bf16* at = t < 0 && begins ? before + (3 + t) * C : from + t * stride;
+            x[j] = t < count ? *(const u32*)at : 0;
+        }
+        if (save > 0 && s == 3)
+#pragma unroll
+            for (int j = 0; j < 3; j++) *(u32*)(conv_state + ((long long)save * 3 + j) * C + channel) = x[16 + j];
+    };
+    auto taps_of = [&](int p) { return load16(conv_weight + 4 * (part(p) + 2 * c)); };
+    auto convolve = [&](const u32 (&x)[19], uint4 w, int t) {
+        const float y0 = low(x[t]) * low(w.x) + low(x[t + 1]) * high(w.x) + low(x[t + 2]) * low(w.y) + low(x[t + 3]) * high(w.y);
+        const float y1 = high(x[t]) * low(w.z) + high(x[t + 1]) * high(w.z) + high(x[t + 2]) * low(w.w) + high(x[t + 3]) * high(w.w);
+        return float2{y0 * sigmoid(y0), y1 * sigmoid(y1)};
+    };
+
+    // Keys and queries of length 1, the decays.
+    if (c < SUB) {
+        const int t = SUB * s + c;
+        beta_s[t] = t < count ? sigmoid(from_bf16(beta[(first + t) * beta_stride + h])) : 0.0f;
+    }
+    u32 k[SUB], q[SUB];
+    float2 a[SUB];
+    {
+        float2 raw[SUB];
+        auto convolve_all = [&](int p) {
+            u32 x[19];
+            load_inputs(x, p);
+            const uint4 taps = taps_of(p);
+#pragma unroll
+            for (int t = 0; t < SUB; t++) raw[t] = convolve(x, taps, t);
+        };
+        // Keys wait for their length in shared memory, in what the first levels below do not use yet.
+        auto waiting = [&](int t) { return (float2*)((t < 8 ? start_tile : v_tile) + (t % 8 * 4 + s) * BLOCK) + c; };
+        float sums[SUB];
+        convolve_all(1);
+#pragma unroll
+        for (int t = 0; t < SUB; t++) *waiting(t) = raw[t], sums[t] = raw[t].x * raw[t].x + raw[t].y * raw[t].y;
+        const float kk = sum_of_16(sums, lane);
+        convolve_all(0);
+#pragma unroll
+        for (int t = 0; t < SUB; t++) sums[t] = raw[t].x * raw[t].x + raw[t].y * raw[t].y;
+        const float qq = sum_of_16(sums, lane);
+#pragma unroll
+        for (int t = 0; t < SUB; t++) sums[t] = raw[t].x * waiting(t)->x + raw[t].y * waiting(t)->y;
+        const float qk = sum_of_16(sums, lane);
+        if (lane < SUB) sums_s[warp][lane] = kk, sums_s[warp][16 + lane] = qq, sums_s[warp][32 + lane] = qk;
+        wait_at<64>(1 + s);
+        const float other = sums_s[warp ^ 1][lane];
+        const float scale = rsqrtf((lane < SUB ? kk : qq) + other + 1e-6f);
+        const float other_scale = __shfl_xor_sync(~0u, scale, 16);
+        scales_s[warp][lane] = scale;
+        if (warp % 2 && lane < SUB) qk_s[SUB * s + lane] = (qk + sums_s[warp ^ 1][32 + lane]) * scale * other_scale;
+        __syncwarp();
+#pragma unroll
+        for (int t = 0; t < SUB; t++) {
+            const float k_scale = scales_s[warp][t], q_scale = scales_s[warp][16 + t];
+            k[t] = pack_half(waiting(t)->x * k_scale, waiting(t)->y * k_scale);
+            q[t] = pack_half(raw[t].x * q_scale, raw[t].y * q_scale);
+        }
+#if GDN
+        // A lane has a decay of the sub-block, and gets the others.
+        const int own = SUB * s + lane % SUB;
+        float x = 1.0f;
+        if (own < count) x = decay(from_bf16(gate[(first + own) * gate_stride + h]) + bias, rate);
+#pragma unroll
+        for (int t = 0; t < SUB; t++) a[t].x = a[t].y = __shfl_sync(~0u, x, t);
+#else
+        const bf16* from = gate + first * gate_stride + h * K + 2 * c;
+        u32 x[SUB];
+#pragma unroll
+        for (int t = 0; t < SUB; t++) x[t] = SUB * s + t < count ? *(const u32*)(from + (SUB * s + t) * gate_stride) : 0;
+#pragma unroll
+        for (int t = 0; t < SUB; t++) {
+            a[t] = float2{decay(low(x[t]) + bias.x, rate), decay(high(x[t]) + bias.y, rate)};
+            if (SUB * s + t >= count) a[t] = float2{1.0f, 1.0f};
+        }
+#endif
+    }
+
+    // Where this thread's pairs of channels of tokens t and t + 8 go in a tile by tokens. Blocks of odd columns have
+    // neighbouring rows swapped, so that the channels of a warp fall into different banks.
+    const int odd = c / 8 % 2, at_token = (c / 8 * 4 + s) * BLOCK + c % 4 * 16 + c / 4 % 2 * 8;
+    auto store_tokens = [&](u8* tile, const u32 (&x)[SUB]) {
+        u8 *const even_rows = tile + at_token + 64 * odd, *const odd_rows = tile + at_token - 64 * odd;
+#pragma unroll
+        for (int t = 0; t < 8; t++)
+            *(uint2*)((t % 2 ? odd_rows : even_rows) + 64 * t) = make_uint2(x[t], x[t + 8]);
+    };
+    auto block_of = [&](const u8* tile, int column, int row) {
+        return *(const uint4*)(tile + (column * 4 + row) * BLOCK + (lane ^ column % 2 * 4) * 16);
+    };
+
+    auto forget_decays = [&] {
+#pragma unroll
+        for (int t = 0; t < SUB; t++) {
+            forget(a[t].x);
+            if (GDN) a[t].y = a[t].x;
+            else forget(a[t].y);
+        }
+    };
+
+    // Blocks on the diagonals of A and P, half by half: even warps make A's, odd ones P's.
+    float diagonal[6] = {};
+    auto level = [&](const u32 (&k_x)[SUB], const u32 (&q_x)[SUB], u8* k_to, u8* q_to, int half) {
+        store_tokens(k_to, k_x);
+        store_tokens(q_to, q_x);
+        wait_at<64>(1 + s);
+        float left[4] = {}, right[4] = {};
+        const u8* rows = warp % 2 ? q_to : k_to;
+#pragma unroll 4
+        for (int column = 0; column < 8; column++) {
+            const uint4 x = block_of(rows, column, s), y = block_of(k_to, column, s);
+            mma_fp16(left, x.x, x.y, x.z, x.w, y.x, y.z);
+            if (half < 8) mma_fp16(right, x.x, x.y, x.z, x.w, y.y, y.w);
+        }
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            if (half == 8) diagonal[2 + e] = left[2 + e];
+            else if (pairs(lane, e, half)) diagonal[e] = left[e], diagonal[4 + e] = right[2 + e];
+        }
+    };
+    {
+        u32 k_x[SUB], q_x[SUB];
+        forget_decays(), decay_halves<8>(k_x, q_x, k, q, a), level(k_x, q_x, k_tile, q_tile, 8);
+        forget_decays(), decay_halves<4>(k_x, q_x, k, q, a), level(k_x, q_x, start_tile, v_tile, 4);
+        forget_decays(), decay_halves<2>(k_x, q_x, k, q, a), level(k_x, q_x, k_tile, q_tile, 2);
+        forget_decays(), decay_halves<1>(k_x, q_x, k, q, a), level(k_x, q_x, start_tile, v_tile, 1);
+    }
+
+    // Tokens decayed from the beginning of their sub-block, and to its end.
+    {
+        u32 k_x[SUB], q_x[SUB];
+        float2 x = {1.0f, 1.0f};
+        forget_decays();
+#pragma unroll
+        for (int t = 0; t < SUB; t++) {
+            x = times(x, a[t]);
+            k_x[t] = mul_halves(k[t], pack_half(x)), q_x[t] = mul_halves(q[t], pack_half(x));
+        }
+        *(float2*)(total_s[s] + 2 * c) = x;
+        store_tokens(k_tile, k_x);
+        store_tokens(q_tile, q_x);
+        x = {1.0f, 1.0f};
+        k_x[SUB - 1] = k[SUB - 1];
+#pragma unroll
+        for (int t = SUB - 2; t >= 0; t--) x = times(x, a[t + 1]), k_x[t] = mul_halves(k[t], pack_half(x));
+        store_tokens(end_tile, k_x);
+    }
+    __syncthreads();
+
+    // And from the beginning of the chunk, and to its end. By channels, positions are swapped for the banks too.
+    const int at_channel = (c / 8 * 4 + s) * BLOCK + c % 4 * 128 + c / 4 % 2 * 8;
+    const int swap = c % 4 ^ odd * 4;
+    auto store_channels = [&](u8* tile, int position, u32 x, u32 y) {
+        *(uint2*)(tile + at_channel + (position ^ swap) * 16) = make_uint2(x, y);
+    };
+    {
+        float2 x = {1.0f, 1.0f}, y = {1.0f, 1.0f};
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const float2 of = *(const float2*)(total_s[i] + 2 * c);
+            if (i < s) x = times(x, of);
+            if (i > s) y = times(y, of);
+        }
+        if (s == 3) *(float2*)(out + A_AT + 8 * c) = times(x, *(const float2*)(total_s[3] + 2 * c));
+        // Pairs of tokens of the first and of the second channel, and of k and q their channels.
+        u32 first_of[8], second_of[8], q_start[SUB];
+        float2 even;
+#pragma unroll
+        for (int t = 0; t < SUB; t++) {
+            x = times(x, a[t]);
+            q_start[t] = pack(half_low(q[t]) * x.x * SCALE, half_high(q[t]) * x.y * SCALE);
+            const float b = beta_s[SUB * s + t];
+            const float2 k_start = {half_low(k[t]) * x.x * b, half_high(k[t]) * x.y * b};
+            if (t % 2) {
+                first_of[t / 2] = pack_half(even.x, k_start.x);
+                second_of[t / 2] = pack_half(even.y, k_start.y);
+            }
+            even = k_start;
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            store_channels(start_tile, i, first_of[i], first_of[i + 4]);
+            store_channels(start_tile, 4 + i, second_of[i], second_of[i + 4]);
+        }
+#pragma unroll
+        for (int t = 0; t < 8; t++) *(uint2*)(out + Q_AT + at_token + t * 64) = make_uint2(q_start[t], q_start[t + 8]);
+#pragma unroll
+        for (int t = SUB - 1; t >= 0; t--) {
+            const float2 k_end = {half_low(k[t]) * y.x, half_high(k[t]) * y.y};
+            y = times(y, a[t]);
+            if (t % 2 == 0) first_of[t / 2] = pack(k_end.x, even.x), second_of[t / 2] = pack(k_end.y, even.y);
+            even = k_end;
+        }
+        u8* to = out + K_AT + at_channel;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            *(uint2*)(to + 16 * i) = make_uint2(first_of[i], first_of[i + 4]);
+            *(uint2*)(to + 16 * (4 + i)) = make_uint2(second_of[i], second_of[i + 4]);
+        }
+    }
+    {
+        u32 inputs[19];
+        load_inputs(inputs, 2);
+        const uint4 taps = taps_of(2);
+        float2 v[SUB];
+#pragma unroll
+        for (int t = 0; t < SUB; t++) {
+            const float b = beta_s[SUB * s + t];
+            v[t] = times(convolve(inputs, taps, t), float2{b, b});
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int t = 2 * i;
+            store_channels(v_tile, i, pack(v[t].x, v[t + 1].x), pack(v[t + 8].x, v[t + 9].x));
+            store_channels(v_tile, 4 + i, pack(v[t].y, v[t + 1].y), pack(v[t + 8].y, v[t + 9].y));
+        }
+    }
+
+    // Blocks below the diagonals: 6 of A and 6 of P, 2 for each odd warp, 1 for each even one, which inverts as well.
+    const int row = lane / 4;
+    auto below = [&](int task) {
+        const int pair = task % 6, i = pair < 1 ? 1 : pair < 3 ? 2 : 3, j = pair - i * (i - 1) / 2;
+        const u8* rows = task < 6 ? k_tile : q_tile;
+        float left[4] = {}, right[4] = {};
+#pragma unroll
+        for (int column = 0; column < 8; column++) {
+            uint4 x = block_of(rows, column, i);
+            const uint4 y = block_of(end_tile, column, j);
+            if (i - j > 1) {
+                const int at = 16 * column + 2 * (lane % 4);
+                float2 lo = *(const float2*)(total_s[j + 1] + at), hi = *(const float2*)(total_s[j + 1] + at + 8);
+                if (i - j > 2) {
+                    lo = times(lo, *(const float2*)(total_s[2] + at));
+                    hi = times(hi, *(const float2*)(total_s[2] + at + 8));
+                }
+                const u32 first_8 = pack_half(lo), last_8 = pack_half(hi);
+                x.x = mul_halves(x.x, first_8), x.y = mul_halves(x.y, first_8);
+                x.z = mul_halves(x.z, last_8), x.w = mul_halves(x.w, last_8);
+            }
+            mma_fp16(left, x.x, x.y, x.z, x.w, y.x, y.z);
+            mma_fp16(right, x.x, x.y, x.z, x.w, y.y, y.w);
+        }
+        const bool is_A = task < 6;
+        const float f0 = is_A ? -beta_s[SUB * i + row] : SCALE, f1 = is_A ? -beta_s[SUB * i + row + 8] : SCALE;
+#pragma unroll
+        for (int e = 0; e < 2; e++) left[e] *= f0, right[e] *= f0, left[2 + e] *= f1, right[2 + e] *= f1;
+        const uint4 wide = make_uint4(pack(left[0], left[1]), pack(left[2], left[3]), pack(right[0], right[1]), pack(right[2], right[3]));
+        if (is_A) {
+            *(uint4*)(A_wide + pair * BLOCK + lane * 16) = wide;
+            *(uint4*)(A_half + pair * BLOCK + lane * 16) = make_uint4(
+                pack_half(left[0], left[1]), pack_half(left[2], left[3]), pack_half(right[0], right[1]), pack_half(right[2], right[3]));
+        } else {
+            *(uint4*)(out + P_AT + (i * (i + 1) / 2 + j) * BLOCK + lane * 16) = wide;
+        }
+    };
+    if (warp % 2) {
+        // P's diagonal, where nothing decays.
+#pragma unroll
+        for (int e = 0; e < 2; e++)
+            if (row == 2 * (lane % 4) + e) diagonal[e] = qk_s[SUB * s + row], diagonal[4 + e] = qk_s[SUB * s + row + 8];
+        u32 P[3];
+#pragma unroll
+        for (int e = 0; e < 3; e++) P[e] = pack(diagonal[2 * e] * SCALE, diagonal[2 * e + 1] * SCALE);
+        *(uint4*)(out + P_AT + (s * (s + 3) / 2) * BLOCK + lane * 16) = make_uint4(P[0], P[1], 0, P[2]);
+        below(warp - 1), below(warp);
+    } else {
+        const float b0 = beta_s[SUB * s + row], b1 = beta_s[SUB * s + row + 8];
+        float T[6], part[6], Z[6];
+#pragma unroll
+        for (int e = 0; e < 6; e++) diagonal[e] *= e < 2 ? b0 : b1;
+        // T inverts blocks of `half` tokens on the diagonal: T - T A_half T those of twice as many.
+#pragma unroll
+        for (int e = 0; e < 6; e++) {
+            const bool on_diagonal = e / 2 != 1 && row == 2 * (lane % 4) + e % 2;
+            T[e] = (on_diagonal ? 1.0f : 0.0f) - (e / 2 != 1 && pairs(lane, e % 2, 1) ? diagonal[e] : 0.0f);
+        }
+#pragma unroll
+        for (int half = 2; half <= 8; half *= 2) {
+#pragma unroll
+            for (int e = 0; e < 6; e++)
+                part[e] = (half == 8 ? e / 2 == 1 : e / 2 != 1 && pairs(lane, e % 2, half)) ? diagonal[e] : 0.0f;
+            u32 x[3], y[3];
+            pack_blocks(x, T), transpose_blocks(y, part);
+            multiply(Z, x, y);
+            pack_blocks(x, Z), transpose_blocks(y, T);
+            multiply(Z, x, y);
+#pragma unroll
+            for (int e = 0; e < 6; e++) T[e] -= Z[e];
+        }
+#pragma unroll
+        for (int e = 0; e < 6; e++)
+            if (e / 2 != 1 && row == 2 * (lane % 4) + e % 2) T[e] = 0.0f;
+        *(uint4*)(T_half + s * BLOCK + lane * 16) = make_uint4(pack_half(T[0], T[1]), pack_half(T[2], T[3]), 0, pack_half(T[4], T[5]));
+        *(uint4*)(T_wide + s * BLOCK + lane * 16) = make_uint4(pack(T[0], T[1]), pack(T[2], T[3]), 0, pack(T[4], T[5]));
+        below(8 + warp / 2);
+    }
+    __syncthreads();
+
+    // U0 and W by this warp's 16 channels, transposed: a sub-block's are those of beta V (or K a[0, i]) less what the
+    // ones before it account for, times T.
+    auto at_channels = [&](const u8* tile, int i) {
+        return *(const uint4*)(tile + (warp * 4 + i) * BLOCK + (lane ^ lane / 8 % 4 ^ warp % 2 * 4) * 16);
+    };
+    auto block = [&](const u8* of, int i) { return *(const uint4*)(of + i * BLOCK + lane * 16); };
+    uint4 solved[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const uint4 v = at_channels(v_tile, i);
+        float left[4] = {low(v.x), high(v.x), low(v.z), high(v.z)}, right[4] = {low(v.y), high(v.y), low(v.w), high(v.w)};
+#pragma unroll
+        for (int j = 0; j < i; j++) {
+            const uint4 A = block(A_wide, i * (i - 1) / 2 + j), u = solved[j];
+            mma(left, u.x, u.y, u.z, u.w, A.x, A.z);
+            mma(right, u.x, u.y, u.z, u.w, A.y, A.w);
+        }
+        const uint4 T = block(T_wide, i);
+        const u32 x0 = pack(left[0], left[1]), x1 = pack(left[2], left[3]), x2 = pack(right[0], right[1]), x3 = pack(right[2], right[3]);
+        mma(left, x0, x1, x2, x3, T.x, T.z);
+        mma(right, x0, x1, x2, x3, T.y, T.w);
+        solved[i] = make_uint4(pack(left[0], left[1]), pack(left[2], left[3]), pack(right[0], right[1]), pack(right[2], right[3]));
+        *(uint4*)(out + U_AT + (warp * 4 + i) * BLOCK + lane * 16) = solved[i];
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const uint4 v = at_channels(start_tile, i);
+        float left[4] = {half_low(v.x), half_high(v.x), half_low(v.z), half_high(v.z)};
+        float right[4] = {half_low(v.y), half_high(v.y), half_low(v.w), half_high(v.w)};
+#pragma unroll
+        for (int j = 0; j < i; j++) {
+            const uint4 A = block(A_half, i * (i - 1) / 2 + j), w = solved[j];
+            mma_fp16(left, w.x, w.y, w.z, w.w, A.x, A.z);
+            mma_fp16(right, w.x, w.y, w.z, w.w, A.y, A.w);
+        }
+        const uint4 T = block(T_half, i);
+        const u32 x0 = pack_half(left[0], left[1]), x1 = pack_half(left[2], left[3]);
+        const u32 x2 = pack_half(right[0], right[1]), x3 = pack_half(right[2], right[3]);
+        mma_fp16(left, x0, x1, x2, x3, T.x, T.z);
+        mma_fp16(right, x0, x1, x2, x3, T.y, T.w);
+        solved[i] = make_uint4(pack_half(left[0], left[1]), pack_half(left[2], left[3]), pack_half(right[0], right[1]), pack_half(right[2], right[3]));
+        const u32 y0 = transpose_matrix(pack(-left[0], -left[1])), y1 = transpose_matrix(pack(-left[2], -left[3]));
+        const u32 y2 = transpose_matrix(pack(-right[0], -right[1])), y3 = transpose_matrix(pack(-right[2], -right[3]));
+        *(uint4*)(out + W_AT + (warp * 4 + i) * BLOCK + lane * 16) = make_uint4(y0, y2, y1, y3);
+    }
+}

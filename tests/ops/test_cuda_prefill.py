@@ -1,0 +1,137 @@
+"""The delta rule over prompts in CUDA C++: on the host, compiled for Hopper, when it is chosen. On a GPU:
+test_gpu_mixer_prefill."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.ops.compile_cuda import compile_cuda
+from tests.ops.mixer_prefill_case import MixerPrefillCase, mixer_boundaries
+from tests.ops.prefill_case import check_in_graphs
+from tests.ops.run_on_host import HostKernel
+from thalweg.ops.delta.gdn import GDN_MIXER_PREFILL, GdnDims
+from thalweg.ops.delta.kda_mixer import KDA_MIXER_PREFILL, KdaMixerDims
+from thalweg.ops.host_tables import StepSequences
+from thalweg.ops.norm import reference as norm
+from thalweg.ops.registry import Resolver, Where
+
+
+@pytest.fixture
+def on_host(monkeypatch: pytest.MonkeyPatch) -> Any:
+    pytest.importorskip("triton")
+    from thalweg.ops.delta import prefill_cuda
+
+    monkeypatch.setattr(prefill_cuda, "cuda_kernel", HostKernel)
+    monkeypatch.setattr(prefill_cuda, "gated_rms_norm", norm.gated_rms_norm)
+    return prefill_cuda
+
+
+@pytest.mark.parametrize(
+    ("lengths", "options"),
+    [
+        ((0, 2, 81, 0), {}),
+        ((65,), {"gate": 30.0, "rate": 4.5}),  # log decays of -2700 for a token
+        ((17,), {"gate": -30.0, "fresh": True, "state_dtype": torch.bfloat16}),
+    ],
+)
+def test_kda_on_the_host(on_host: Any, lengths: tuple[int, ...], options: dict[str, Any]) -> None:
+    case = MixerPrefillCase(lengths, 1, **options)
+    case.check(case.run(on_host.kda_mixer_prefill), 0.005)
+
+
+@pytest.mark.parametrize(("lengths", "gate"), [((70,), None), ((0, 2, 17, 0), 30.0)])
+def test_gdn_on_the_host(on_host: Any, lengths: tuple[int, ...], gate: float | None) -> None:
+    case = MixerPrefillCase(lengths, 2, G=1, gate=gate)
+    case.check(case.run(on_host.gdn_mixer_prefill), 0.005)
+
+
+@pytest.mark.slow
+def test_states_at_boundaries_on_the_host(on_host: Any) -> None:
+    mixer_boundaries(on_host.kda_mixer_prefill, "cpu", 1)
+    mixer_boundaries(on_host.gdn_mixer_prefill, "cpu", 2, 1)
+
+
+@pytest.mark.slow
+def test_kda_in_graphs_on_the_host(on_host: Any) -> None:
+    case = MixerPrefillCase((128,), 1)
+    before = [torch.randn(8, *x.shape[1:]).to(x.dtype) for x in (case.state, case.conv)]
+
+    def run(offsets: Any, starts: Any, boundaries: Any) -> list[torch.Tensor]:
+        state, conv = (x.clone() for x in before)
+        where = {"state_NHVK": state, "conv_state_NWC": conv, "slots_B": torch.tensor([1, 2, 3, 0])}
+        op = on_host.kda_mixer_prefill
+        return [op(*case.inputs, **case.weights, **where, offsets=offsets, boundaries=boundaries), state, conv]
+
+    steps = [StepSequences([0, 70, 70, 100, 128], [0] * 4, [(0, 64, 5)]), StepSequences([0, 1, 2, 3, 128], [0] * 4, [])]
+    check_in_graphs(run, steps, 128)
+
+
+@pytest.mark.parametrize(("gdn", "ratio"), [(0, 1), (1, 1), (1, 2), (1, 8)])
+def test_chunks_compile_for_hopper(tmp_path: Path, gdn: int, ratio: int) -> None:
+    pytest.importorskip("triton")
+    from thalweg.ops.delta.prefill_cuda import CHUNKS, CHUNKS_SHARED
+
+    compiled = compile_cuda(CHUNKS, tmp_path, GDN=gdn, RATIO=ratio)
+    assert compiled.spilled_bytes <= 96
+    assert compiled.registers <= 128
+    assert 2 * (CHUNKS_SHARED + compiled.static_shared_bytes + 1024) <= 228 * 1024
+
+
+@pytest.mark.parametrize(("warps", "stages"), [(2, 3), (4, 2)])
+@pytest.mark.parametrize("state_bf16", [0, 1])
+def test_states_compile_for_hopper(tmp_path: Path, warps: int, stages: int, state_bf16: int) -> None:
+    pytest.importorskip("triton")
+    from thalweg.ops.delta.prefill_cuda import BLOCK, FIXED, HANDED, STATES
+
+    compiled = compile_cuda(STATES, tmp_path, WARPS=warps, STAGES=stages, STATE_BF16=state_bf16, RATIO=2)
+    assert compiled.spilled_bytes == 0
+    shared_bytes = stages * (FIXED + warps * 4 * BLOCK) + warps * HANDED + compiled.static_shared_bytes
+    assert shared_bytes + 1024 <= 228 * 1024
+
+
+def test_blocks_are_as_large_as_there_are_sequences() -> None:
+    pytest.importorskip("triton")
+    from thalweg.ops.delta.prefill_cuda import walkers
+
+    assert [walkers(heads, 132) for heads in (1, 8, 32, 33)] == [(2, 3)] * 4
+    assert [walkers(heads, 132) for heads in (64, 128, 512)] == [(4, 2)] * 3
+
+
+def test_constants_are_those_of_the_sources() -> None:
+    pytest.importorskip("triton")
+    from thalweg.ops.delta.prefill_cuda import BLOCK, CHUNK, CHUNKS, CHUNKS_SHARED, FIXED, STATES, K
+
+    layouts = [re.findall(r"constexpr int (?:W_AT|WORK) = .*", path.read_text()) for path in (CHUNKS, STATES)]
+    assert layouts[0] == layouts[1]
+    for path in (CHUNKS, STATES):
+        source = path.read_text()
+        assert f"K = {K}, CHUNK = {CHUNK}" in source
+        assert f"BLOCK = {BLOCK}, TILE = CHUNK * K * 2" in source
+    assert FIXED == 3 * CHUNK * K * 2 + 10 * BLOCK + 4 * K
+    assert "T_half + 4 * BLOCK" in CHUNKS.read_text()  # the last but one of what lies in shared memory
+    assert CHUNKS_SHARED == 5 * CHUNK * K * 2 + (6 + 6 + 4 + 4) * BLOCK
+
+
+@pytest.mark.parametrize(
+    ("dims", "dtype", "reason"),
+    [
+        ({"K": 64, "V": 64}, "bfloat16", "needs K = V = 128"),
+        ({"W": 2}, "bfloat16", "needs K = V = 128, W = 3"),
+        ({"H": 3}, "bfloat16", "an even number of heads"),
+        ({}, "float32", "needs bfloat16, not float32"),
+    ],
+)
+def test_what_it_does_not_serve_it_refuses_with_a_reason(dims: dict[str, int], dtype: str, reason: str) -> None:
+    resolver = Resolver()
+    kda = {"H": 32, "K": 128, "V": 128, "R": 128, "W": 3} | dims
+    resolver.resolve(KDA_MIXER_PREFILL, Where("cuda", dtype), KdaMixerDims(**kda))
+    assert reason in dict(resolver.explain()[0].refused)["cuda"]
+    if "H" not in dims:
+        gdn = {"G": 16, "H": 32, "K": 128, "V": 128, "W": 3} | dims
+        resolver.resolve(GDN_MIXER_PREFILL, Where("cuda", dtype), GdnDims(**gdn))
+        assert "needs" in dict(resolver.explain()[1].refused)["cuda"]
