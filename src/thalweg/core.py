@@ -203,11 +203,21 @@ class Prefill(msgspec.Struct, frozen=True, array_like=True):
     sample: bool
 
 
+class HostCopies(msgspec.Struct, frozen=True, array_like=True):
+    """Copies between the device and numbered places of host memory: first those to it, then those from it."""
+
+    block_saves: list[tuple[int, int]]  # (block, place)
+    snapshot_saves: list[tuple[int, int]]
+    block_fetches: list[tuple[int, int]]  # (place, block)
+    snapshot_fetches: list[tuple[int, int]]
+
+
 class StepPlan(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     """One forward pass, as plain data. A log of plans replays a run.
 
-    Before any row runs, states as the steps before left them are copied into snapshots; then admissions begin; then
-    states are restored from snapshots. Rows run in this order: decodes, then prefills. A decode row's input token is
+    Before any row runs, blocks and snapshots as the steps before left them are copied to host memory, and others from
+    it; states as those steps left them are copied into snapshots; then admissions begin; then states are restored from
+    snapshots. Rows run in this order: decodes, then prefills. A decode row's input token is
     the last one sampled for its slot, which lives on the device and which the scheduler may not know yet. Steps run in
     the order they were planned.
     """
@@ -222,6 +232,7 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     boundaries: list[tuple[int, int, int]] = []
     snapshots: list[tuple[int, int]] = []  # (slot, snapshot to copy its states into)
     restores: list[tuple[int, int]] = []  # (slot, snapshot that its states come from)
+    host: HostCopies | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -242,7 +253,8 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True):
     """What one step gave. token_ids has one entry per sampling row: every decode, then prefills with sample=True.
 
     The dicts are sparse and keyed by slot. An entry in `errors` ends that request alone; its token id means nothing.
-    `prompt_logits` (float32 tensors [length, V]) never leaves the process.
+    `prompt_logits` (float32 tensors [length, V]) never leaves the process. `fetching`: whether copies from host memory
+    that this or an earlier plan asked for were still under way on rank 0.
     """
 
     step: int
@@ -251,6 +263,7 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True):
     prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
     errors: dict[int, str] = {}
     prompt_logits: dict[int, Any] = {}
+    fetching: bool = False
 
 
 class RequestUpdate(msgspec.Struct, frozen=True, array_like=True):
@@ -284,4 +297,10 @@ class SchedulerStats(msgspec.Struct, frozen=True, array_like=True):
     snapshots_total: int = 0
     prefix_queries: int = 0  # tokens of prompts that were looked up in the prefix cache
     prefix_hits: int = 0  # tokens of them that were found
+    prefix_host_hits: int = 0  # tokens that came back from host memory for a request
+    host_blocks_used: int = 0
+    host_blocks_total: int = 0
+    host_snapshots_used: int = 0
+    host_snapshots_total: int = 0
+    host_copies: dict[str, int] = {}  # blocks_saved, blocks_fetched, snapshots_saved, snapshots_fetched
     prefix_misses: dict[str, int] = {}  # requests that found nothing, by reason

@@ -11,7 +11,9 @@ import torch
 from tests.models.served import BF16_LOGPROB, FAMILIES
 from tests.models.test_prefix_cache import GREEDY, conversation, ids, one_by_one, tokens
 from thalweg import LLM, SamplingParams
+from thalweg.cache.host_storage import HostStorage
 from thalweg.cache.storage import CacheStorage
+from thalweg.core import StepPlan
 
 pytestmark = pytest.mark.gpu
 
@@ -27,7 +29,7 @@ def snapshots_begin_as_nan(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def poisoned(self: CacheStorage, *args: Any, **options: Any) -> None:
         make(self, *args, **options)
-        for states in self._states:
+        for states in self.states:
             states[:, self.num_slots + 1 :] = torch.nan
 
     monkeypatch.setattr(CacheStorage, "__init__", poisoned)
@@ -95,3 +97,38 @@ def test_no_step_with_snapshots_waits_for_the_device(folder: Path) -> None:
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert all(o.num_cached_tokens for o in outputs)
+
+
+@pytest.mark.parametrize("delayed", [False, True])
+def test_what_comes_back_from_host_memory_is_cold(folder: Path, delayed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`delayed`: copies begin late, so that a step which does not wait for them reads something else."""
+    copy = HostStorage.copy
+
+    def late(self: HostStorage, plan: StepPlan) -> None:
+        if plan.host is not None and self._stream is not None:
+            with torch.cuda.stream(self._stream):
+                torch.cuda._sleep(20_000_000)
+        copy(self, plan)
+
+    if delayed:
+        monkeypatch.setattr(HostStorage, "copy", late)
+    long = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
+    prompts = [ids(200 + i, 20 + i) for i in range(8)]
+    with engine(folder, "float32", False) as llm:
+        cold = tokens(one_by_one(llm, prompts, long))
+        block, states = llm.info.bytes_per_token * 64, llm.info.bytes_per_sequence
+    with LLM(
+        str(folder),
+        device="cuda",
+        dtype="float32",
+        max_num_seqs=2,
+        max_model_len=320,
+        cache_memory=6 * states + 8 * block,
+        cpu_cache_memory=100 * (block + states),
+    ) as llm:
+        for _ in range(2):
+            assert tokens(one_by_one(llm, prompts, long)) == cold
+        for _ in range(3):
+            assert tokens(llm.generate(prompts, long)) == cold
+        stats = llm.engine.core.stats()
+        assert stats.prefix_host_hits >= 8 * 192

@@ -248,6 +248,52 @@ def test_steps_in_which_nothing_is_shared_launch_what_they_do_without(monkeypatc
     assert found[0] == found[1]
 
 
+def small_with_host_memory(llm: LLM, **options: Any) -> LLM:
+    """An engine like `llm` whose device has room for about two prompts of 200 tokens, and host memory for all."""
+    block, states = llm.info.bytes_per_token * llm.info.block_size, llm.info.bytes_per_sequence
+    return engine(
+        llm.config.model,
+        max_num_seqs=2,
+        max_model_len=384,
+        cache_memory=(2 + 1 + 3) * states + 600 // llm.info.block_size * block,
+        cpu_cache_memory=100 * (block + states),
+        **options,
+    )
+
+
+@pytest.mark.parametrize("block_size", [64, 16])
+def test_what_comes_back_from_host_memory_is_cold(model: str | None, block_size: int) -> None:
+    others = [ids(200 + i, 20 + i) for i in range(4)]
+    with engine(model, on=False, block_size=block_size) as llm:
+        prompts = conversation(llm)
+        cold = tokens(one_by_one(llm, prompts + others))
+        small = small_with_host_memory(llm, block_size=block_size)
+    with small as llm:
+        assert "for what falls out of the device's cache" in "".join(llm.info.memory_split)
+        assert tokens(one_by_one(llm, prompts + others)) == cold
+        again = one_by_one(llm, prompts + others)
+        assert tokens(again) == cold
+        assert all(o.num_cached_tokens >= 128 for o in again)
+        stats = llm.engine.core.stats()
+        assert stats.prefix_host_hits >= 128 * len(others)
+        assert min(stats.host_copies["blocks_saved"], stats.host_copies["blocks_fetched"]) > 0
+        assert tokens(llm.generate(prompts + others, GREEDY)) == cold
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_ranks_share_host_memory(name: str, shared_dir: Path) -> None:
+    others = [ids(200 + i, 20 + i) for i in range(4)]
+    with engine(model_of(name, shared_dir), on=False) as llm:
+        prompts = conversation(llm) + others
+        cold = tokens(one_by_one(llm, prompts))
+        small = small_with_host_memory(llm, tensor_parallel_size=2)
+    with small as llm:
+        for _ in range(2):
+            assert tokens(one_by_one(llm, prompts)) == cold
+        assert llm.engine.core.stats().prefix_host_hits > 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_ranks_share_the_same_prefixes(name: str, shared_dir: Path) -> None:

@@ -17,6 +17,7 @@ from itertools import accumulate
 from thalweg.cache.manager import CacheManager
 from thalweg.core import (
     Admission,
+    HostCopies,
     Request,
     RequestUpdate,
     SamplingParams,
@@ -87,10 +88,16 @@ class Slot:
 class Device:
     """Runs plans in order. With num_blocks 0 its model has no paged layers; not `stateful`, it keeps no state."""
 
-    def __init__(self, num_blocks: int, num_slots: int, block_size: int, stateful: bool = True, chunk: int = 1) -> None:
+    def __init__(
+        self, num_blocks: int, num_slots: int, block_size: int, stateful: bool = True, chunk: int = 1, slow: int = 0
+    ) -> None:
+        """`slow`: results that come before what a plan fetched from host memory is said to be there."""
         self.num_blocks, self.num_slots, self.block_size, self.chunk = num_blocks, num_slots, block_size, chunk
         self.stateful = stateful
         self.snapshots: dict[int, int] = {}
+        self.slow, self.last_fetch = slow, -slow
+        self.host_pages: dict[int, list[tuple[int, int]]] = {}  # place -> a block's
+        self.host_states: dict[int, int] = {}
         self.pages: dict[tuple[int, int], tuple[int, int]] = {}  # (block, place in it) -> token, hash up to it
         self.owner: dict[int, int] = {}
         self.written: dict[int, int] = {}  # block -> step that wrote into it last
@@ -107,6 +114,8 @@ class Device:
         for copies in (plan.snapshots, plan.boundaries):
             assert len({copy[-1] for copy in copies}) == len(copies), "a snapshot is written once"
         assert {slot for slot, *_ in plan.boundaries} <= {p.slot for p in plan.prefills}
+        if plan.host is not None:
+            self._copy(plan.host, plan.step, {snapshot for _, snapshot in plan.restores})
         for slot, snapshot in plan.snapshots:
             assert snapshot >= 1
             self.snapshots[snapshot] = self.slots[slot].state
@@ -141,7 +150,7 @@ class Device:
         rows = plan.decode_slots + [p.slot for p in plan.prefills]
         assert len(set(rows)) == len(rows), "one row a slot"
         assert {a.slot for a in plan.admissions} <= {p.slot for p in plan.prefills}
-        result = StepResult(plan.step, [], {}, {}, {}, {})
+        result = StepResult(plan.step, [], {}, {}, {}, {}, plan.step - self.last_fetch < self.slow)
         for number, start in zip(plan.decode_slots, plan.decode_starts, strict=True):
             slot = self.slots[number]
             assert slot.last is not None, "a decode needs a sampled token to feed on"
@@ -162,6 +171,25 @@ class Device:
             if p.sample:
                 self._sample(p.slot, result)
         return result
+
+    def _copy(self, copies: HostCopies, step: int, restored: set[int]) -> None:
+        for kind in (copies.block_saves, copies.snapshot_saves, copies.block_fetches, copies.snapshot_fetches):
+            assert len({target for _, target in kind}) == len(kind), "a place is written once"
+        for block, place in copies.block_saves:
+            assert self.written[block] < step
+            self.host_pages[place] = [self.pages.pop((block, i)) for i in range(self.block_size)]
+        for snapshot, place in copies.snapshot_saves:
+            self.host_states[place] = self.snapshots[snapshot]
+            if snapshot not in restored:
+                del self.snapshots[snapshot]  # for it goes to another
+        for place, block in copies.block_fetches:
+            self.owner.pop(block, None)
+            self.written[block] = step - 1
+            self.pages.update({(block, i): page for i, page in enumerate(self.host_pages[place])})
+        for place, snapshot in copies.snapshot_fetches:
+            self.snapshots[snapshot] = self.host_states[place]
+        if copies.block_fetches or copies.snapshot_fetches:
+            self.last_fetch = step
 
     def _feed(self, number: int, start: int, tokens: list[int]) -> None:
         slot = self.slots[number]
@@ -227,16 +255,25 @@ class Harness:
         interval: int = 1024,
         chunk: int | None = None,
         threshold: int = 0,
+        host: tuple[int, int] = (0, 0),
+        slow: int = 0,
     ) -> None:
-        """num_snapshots None with `keep_prefixes`: the model keeps no state. `chunk` None: as `grid`."""
+        """num_snapshots None with `keep_prefixes`: the model keeps no state. `chunk` None: as `grid`. `host`:
+        places for blocks and snapshots in host memory, which is `slow` (see Device)."""
         cache = CacheManager(
-            num_blocks, max_num_seqs, block_size, keep_prefixes=keep_prefixes, num_snapshots=num_snapshots
+            num_blocks,
+            max_num_seqs,
+            block_size,
+            keep_prefixes=keep_prefixes,
+            num_snapshots=num_snapshots,
+            num_host_blocks=host[0] if num_blocks else 0,
+            num_host_snapshots=host[1] if num_snapshots is not None else 0,
         )
         limits = max_num_seqs, max_num_batched_tokens, max_model_len
         grid = grid or block_size
         self.scheduler = Scheduler(*limits, cache, EOS, seed, grid, interval, chunk or grid, threshold)
         stateful = not keep_prefixes or num_snapshots is not None
-        self.device = Device(num_blocks, max_num_seqs, block_size, stateful, chunk or grid)
+        self.device = Device(num_blocks, max_num_seqs, block_size, stateful, chunk or grid, slow)
         self.depth = depth
         self.pending: deque[StepPlan] = deque()
         self.plans: list[StepPlan] = []

@@ -39,6 +39,8 @@ limits = st.fixed_dictionaries(
         "seed": st.integers(0, 2**64 - 1),
         "depth": st.integers(0, 3),
         "num_snapshots": st.sampled_from([None, 1, 2, 3, 8, 30]),
+        "host": st.sampled_from([(0, 0), (0, 0), (1, 1), (4, 2), (60, 20)]),
+        "slow": st.integers(0, 3),
     }
 )
 more_limits = st.tuples(  # grid in blocks, interval in grids, chunk in tokens
@@ -111,6 +113,8 @@ def test_fuzz_over_shared_trees(seed: int) -> None:
         "seed": seed,
         "depth": seed % 4,
         "num_snapshots": rng.choice([None, 2, 6, 40]),
+        "host": rng.choice([(0, 0), (5, 2), (100, 40)]),
+        "slow": rng.choice([0, 2]),
     }
     h = harness(limits, (rng.choice([1, 2]), rng.choice([1, 3]), rng.choice([None, 3])))
     trees = [[rng.randrange(40) for _ in range(24)] for _ in range(3)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 
@@ -10,7 +11,7 @@ from tests.scheduler.device_simulator import Harness
 from tests.scheduler.test_scheduler_properties import check_invariants
 
 
-def harness(num_snapshots: int | None = 32, **options: int) -> Harness:
+def harness(num_snapshots: int | None = 32, **options: Any) -> Harness:
     defaults = {"num_blocks": 64, "block_size": 4, "max_num_batched_tokens": 64, "max_model_len": 256}
     return Harness(**{**defaults, **options}, keep_prefixes=True, num_snapshots=num_snapshots)
 
@@ -321,10 +322,10 @@ def test_a_short_answers_snapshot_goes_before_a_prompts() -> None:
     assert [ask(h, f"turn {i}", turns[i], max_tokens=1) for i in range(4)] == [28, 28, 28, 28]
 
 
-def share_of_hits(num_conversations: int, num_blocks: int, num_snapshots: int) -> float:
+def share_of_hits(num_conversations: int, num_blocks: int, num_snapshots: int, host: tuple[int, int] = (0, 0)) -> float:
     """Of conversations of 5 turns that take turns at random, in tokens: 1 with room for all."""
     rng = random.Random(0)
-    h = harness(num_snapshots, num_blocks=num_blocks, max_num_seqs=4, max_model_len=1000)
+    h = harness(num_snapshots, num_blocks=num_blocks, max_num_seqs=4, max_model_len=1000, host=host, slow=1)
     prompts = [[rng.randrange(40) for _ in range(60)] for _ in range(num_conversations)]
     could = found = 0
     for n, i in enumerate(rng.sample(list(range(num_conversations)) * 5, 5 * num_conversations)):
@@ -342,6 +343,13 @@ def test_conversations_that_need_twice_the_room_hit_half_of_the_time() -> None:
     assert share_of_hits(24, 2 * blocks, 2 * snapshots) > 0.95
     assert share_of_hits(24, 2 * blocks, snapshots) > 0.8
     assert share_of_hits(24, blocks // 2, snapshots // 2) > 0.4
+
+
+def test_conversations_that_need_twice_the_room_hit_nearly_always_with_host_memory() -> None:
+    blocks, snapshots = 24 * 85, 24
+    unbounded = share_of_hits(24, 2 * blocks, 2 * snapshots)
+    assert share_of_hits(24, blocks // 2, snapshots // 2, (blocks // 2, snapshots)) > 0.8 * unbounded
+    assert share_of_hits(24, blocks // 2, snapshots // 2, (blocks, 2 * snapshots)) > 0.98 * unbounded
 
 
 def test_an_evicted_snapshot_is_a_shorter_hit() -> None:
@@ -478,3 +486,110 @@ def test_a_long_path_without_blocks_is_evicted_at_once() -> None:
     ask(h, "other", tokens(10, 5), max_tokens=1)
     assert h.scheduler.cache.tree is not None
     assert h.scheduler.cache.tree.num_nodes < 20
+
+
+# Host memory
+
+
+@pytest.mark.parametrize("num_snapshots", [4, None])
+def test_what_falls_out_of_the_device_comes_back(num_snapshots: int | None) -> None:
+    h = harness(num_snapshots, num_blocks=12, host=(40, 20))
+    for i in range(6):
+        assert ask(h, f"{i}", tokens(21, 6 * i), max_tokens=1) == 0
+    for i in range(6):
+        assert ask(h, f"{i} again", tokens(21, 6 * i), max_tokens=1) == 20
+    stats = h.scheduler.stats()
+    assert 40 <= stats.prefix_host_hits <= 120
+    assert stats.host_copies["blocks_fetched"] >= 20
+    assert stats.host_blocks_used > 0
+
+
+@pytest.mark.parametrize("slow", [0, 1, 3])
+def test_a_request_waits_for_host_memory_while_others_run(slow: int) -> None:
+    h = harness(4, num_blocks=24, max_num_seqs=2, host=(40, 20), slow=slow)
+    ask(h, "first", tokens(41), max_tokens=1)
+    ask(h, "displaces it", tokens(60, 5), max_tokens=1)
+    h.add("runs", tokens(5, 20), max_tokens=30, ignore_eos=True)
+    h.step()
+    before = len(h.plans)
+    h.add("again", tokens(41), max_tokens=3, ignore_eos=True)
+    h.drain()
+    plans = h.plans[before:]
+    fetched = next(i for i, plan in enumerate(plans) if plan.host is not None and plan.host.block_fetches)
+    begun = next(i for i, plan in enumerate(plans) if plan.admissions)
+    assert (fetched, begun) == (0, 1 + slow)
+    assert all(plan.decode_slots for plan in plans[: begun + 1])
+    h.check_against_solo()
+    assert h.cached("again") == 40
+
+
+def test_others_begin_while_one_waits_for_host_memory() -> None:
+    h = harness(4, num_blocks=30, max_num_seqs=4, host=(40, 20), slow=3)
+    ask(h, "first", tokens(41), max_tokens=1)
+    ask(h, "displaces it", tokens(90, 5), max_tokens=1)
+    h.add("runs", tokens(5, 20), max_tokens=30, ignore_eos=True)
+    h.step()
+    h.add("again", tokens(41), max_tokens=3, ignore_eos=True)
+    h.add("behind", tokens(9, 30), max_tokens=3, ignore_eos=True)
+    h.drain()
+    begun = [a.request_id for plan in h.plans for a in plan.admissions]
+    assert begun[-2:] == ["behind", "again"]
+    h.check_against_solo()
+    assert h.cached("again") == 40
+
+
+def test_nobody_waits_for_host_memory_while_nothing_runs() -> None:
+    h = harness(4, num_blocks=12, host=(40, 20), slow=5)
+    ask(h, "first", tokens(41), max_tokens=1)
+    ask(h, "displaces it", tokens(41, 5), max_tokens=1)
+    assert ask(h, "again", tokens(41), max_tokens=1) == 40
+    assert h.plans[-1].host is not None
+    assert h.plans[-1].admissions
+
+
+def test_host_memory_gives_up_what_was_used_least_recently() -> None:
+    h = harness(2, num_blocks=12, host=(20, 4))
+    for i in range(8):
+        ask(h, f"{i}", tokens(21, 4 * i), max_tokens=1)
+    hits = [ask(h, f"{i} again", tokens(21, 4 * i), max_tokens=1) for i in (7, 6, 5, 4, 0, 1)]
+    assert hits == [20, 20, 20, 20, 0, 0]
+
+
+def test_one_long_prompt_leaves_most_of_host_memorys_snapshots_to_others() -> None:
+    h = harness(4, num_blocks=60, interval=4, host=(400, 16), max_num_batched_tokens=8)
+    for i in range(5):
+        ask(h, f"short {i}", tokens(10, 6 * i), max_tokens=1)
+    ask(h, "long", tokens(200, 3), max_tokens=1)
+    ask(h, "displaces it", tokens(200, 9), max_tokens=1)
+    assert [ask(h, f"again {i}", tokens(10, 6 * i), max_tokens=1) for i in range(5)] == [8] * 5
+
+
+def test_what_a_failed_request_computed_leaves_host_memory_too() -> None:
+    h = harness(2, num_blocks=40, host=(40, 20), max_num_batched_tokens=8)
+    h.device.errors["bad", 60] = "not finite"
+    h.add("bad", tokens(59), ignore_eos=True)  # several steps, in which others take its snapshots
+    for i in range(3):
+        h.add(f"{i}", tokens(9, 9 * i + 5), max_tokens=30, ignore_eos=True)
+    h.drain()
+    assert h.updates["bad"][-1].finish_reason == "error"
+    del h.requests["bad"]
+    check_invariants(h)
+    assert ask(h, "same", tokens(59)) == 0
+
+
+def test_a_plan_that_is_not_made_keeps_its_copies_for_the_next() -> None:
+    """What displaced prefixes, and then was not run, does not lose them."""
+    h = harness(4, num_blocks=12, max_num_seqs=1, host=(40, 20))
+    ask(h, "first", tokens(41), max_tokens=1)
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    h.add("interrupted", tokens(41, 5), max_tokens=3, ignore_eos=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(h.scheduler._roster, "prefilled", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            h.scheduler.schedule()
+    h.abort("interrupted")
+    check_invariants(h)
+    assert ask(h, "again", tokens(41), max_tokens=1) == 40

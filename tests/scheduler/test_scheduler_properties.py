@@ -80,21 +80,30 @@ def tree_blocks(cache: CacheManager) -> set[int]:
     holders = Counter(id(node) for held in cache._held.values() for node in lineage(held.tail))
     nodes, saved = list(tree._roots.values()), []
     blocks: set[int] = set()
+    host_blocks, host_snapshots = [], []
     for root in nodes:
         assert root.refs == holders[id(root)]
         assert root.refs or root.children
     for node in nodes:  # grows as it goes
+        assert node.near == sum(child.here for child in node.children.values())
         for key, child in node.children.items():
+            assert node.here or not child.here, "nothing on the device is below what is not"
+            assert child.here or not (child.block or child.snapshot or child.refs)
+            assert child.here or child.host_block
+            host_blocks += [child.host_block] if child.host_block else []
+            host_snapshots += [child.host_snapshot] if child.host_snapshot else []
             assert (child.parent, child.key, child.depth, child.gone) == (node, key, node.depth + 1, False)
             assert child.refs == holders[id(child)] <= node.refs or not node.refs
             nodes.append(child)
-            blocks.add(child.block)
+            blocks |= {child.block} if child.here else set()
             saved += [child] if child.snapshot else []
-    in_tree = nodes[len(tree._roots) :]
+    assert sorted(host_blocks) == cache.host.blocks.taken()
+    assert sorted(host_snapshots) == cache.host.snapshots.taken()
+    in_tree = [node for node in nodes[len(tree._roots) :] if node.here]
     assert len(in_tree) == tree.num_nodes
     assert sum(not node.refs for node in in_tree) == tree.num_evictable
-    assert set(saved) == set(tree.saved())
-    assert len(saved) == tree.num_saved
+    assert set(saved) == set(tree.saved)
+    assert len(saved) == len(tree.saved)
     pending = [held.pending[1] for held in cache._held.values() if held.pending]
     assert sorted([node.snapshot for node in saved] + pending) == cache.snapshots.taken()
     if not cache.blocks.num_blocks:

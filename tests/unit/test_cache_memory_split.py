@@ -145,6 +145,25 @@ def test_snapshots_of_the_published_model() -> None:
     assert f"{s.num_snapshots} snapshots of states x 41.41 MiB, as much as blocks of 5384 tokens" in s.describe()[3]
 
 
+def test_host_memory_is_divided_between_snapshots_and_blocks() -> None:
+    s = split(prefix_caching=True, host_bytes=40 * GIB)
+    assert s.num_host_snapshots == 20 * GIB // s.bytes_per_slot
+    assert 40 * GIB - s.num_host_snapshots * s.bytes_per_slot >= s.num_host_blocks * s.bytes_per_block
+    assert 40 * GIB - s.num_host_snapshots * s.bytes_per_slot < (s.num_host_blocks + 1) * s.bytes_per_block
+    assert any(line.startswith("host memory     40.00 GiB = 494 snapshots x 41.41 MiB + ") for line in s.describe())
+    assert split([PAGED], prefix_caching=True, host_bytes=GIB).num_host_snapshots == 0
+    only = split([STATE], memory_bytes=GIB, prefix_caching=True, host_bytes=GIB)
+    assert (only.num_host_snapshots, only.num_host_blocks) == (GIB // only.bytes_per_slot, 0)
+    with pytest.raises(ConfigError, match=r"--cpu-cache-memory is 1\.00 MiB; expected at least"):
+        split(prefix_caching=True, host_bytes=1 << 20)
+
+
+def test_host_memory_without_a_prefix_cache_is_said_to_be_unused() -> None:
+    s = split(host_bytes=GIB)
+    assert (s.num_host_blocks, s.num_host_snapshots) == (0, 0)
+    assert "host memory     1.00 GiB, unused: the prefix cache is off" in s.describe()
+
+
 def test_snapshots_are_few_if_few_sequences_run() -> None:
     s = split(max_num_seqs=4, max_model_len=1000, prefix_caching=True)
     assert s.num_snapshots == 16 + 4 * 4

@@ -46,6 +46,7 @@ from thalweg.errors import ConfigError
         ("op_preference", {"*": 1}),
         ("enable_prefix_caching", "yes"),
         ("snapshot_interval", 0),
+        ("cpu_cache_memory", 0),
     ],
 )
 def test_a_value_out_of_range_is_one_line_that_names_the_option(option: str, value: object) -> None:

@@ -47,6 +47,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     keeps_prefixes: bool  # whether the prefix cache is on
     num_snapshots: int  # of states, for the prefix cache
     snapshot_interval: int  # tokens
+    num_host_blocks: int  # places in host memory for what falls out of the device's cache
+    num_host_snapshots: int
     bytes_per_token: int  # paged cache, per rank
     bytes_per_sequence: int  # state, per rank
     weight_bytes: int  # per rank

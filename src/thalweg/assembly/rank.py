@@ -14,6 +14,7 @@ from thalweg import ops as _ops  # noqa: F401 -- registers every op's implementa
 from thalweg.assembly.info import EngineInfo, OpChoice, OpSpan
 from thalweg.assembly.model import open_model
 from thalweg.assembly.warmup import make_kernels, warm_up
+from thalweg.cache.host_storage import HostStorage
 from thalweg.cache.memory import MemorySplit, default_num_seqs, split_memory
 from thalweg.cache.specs import LayerSpecs, bytes_per_sequence, bytes_per_token
 from thalweg.cache.storage import CacheStorage
@@ -77,6 +78,9 @@ def build_rank(
         split.num_slots, c.vocab_size, device=device, eos_token_ids=frozenset(eos), grammars=grammars
     )
     slots = SlotTable(cache, sampling, split.max_model_len)
+    host = None
+    if split.num_host_blocks or split.num_host_snapshots:
+        host = HostStorage(cache, split.num_host_blocks, split.num_host_snapshots)
     graph_sizes = buckets(split.num_slots)
     eager = _why_eager(config, device, resolver, "decodes", graph_sizes[-1])
     graph_sizes = [] if eager else graph_sizes
@@ -84,7 +88,7 @@ def build_rank(
     prefills_eager = eager or _why_eager(config, device, resolver, "prefills", max(prefill_sizes, default=0))
     prefill_sizes = [] if prefills_eager else prefill_sizes
     laps.end("cache")
-    runner = ModelRunner(model, slots, Sampler(sampling, sample), mesh, graph_sizes, prefill_sizes)
+    runner = ModelRunner(model, slots, Sampler(sampling, sample), mesh, graph_sizes, prefill_sizes, host)
     if device.type == "cuda":
         make_kernels(runner, partial(model, layers=model.one_of_each()), split, config.max_num_batched_tokens)
         laps.end("kernels")
@@ -113,6 +117,8 @@ def build_rank(
         keeps_prefixes=split.keeps_prefixes,
         num_snapshots=split.num_snapshots,
         snapshot_interval=config.snapshot_interval,
+        num_host_blocks=split.num_host_blocks,
+        num_host_snapshots=split.num_host_snapshots,
         bytes_per_token=bytes_per_token(specs),
         bytes_per_sequence=bytes_per_sequence(specs),
         weight_bytes=weight_bytes,
@@ -206,6 +212,7 @@ def split_cache(
         max_model_len=config.max_model_len,
         model_max_len=context_len,
         prefix_caching=bool(config.enable_prefix_caching),
+        host_bytes=config.cpu_cache_memory or 0,
     )
     return replace(split, num_slots_from=reason)
 

@@ -11,6 +11,7 @@ from thalweg.cache.node import Node
 from thalweg.cache.prefix import PrefixTree
 from thalweg.cache.slots import SlotPool
 from thalweg.cache.snapshots import SnapshotPool
+from thalweg.cache.tiers import HostPools, TieredTree
 
 Key = Callable[[int], bytes]
 
@@ -39,7 +40,8 @@ class CacheManager:
 
     num_blocks 0 means a model without paged layers: its sequences need no block, whatever their length. With
     `keep_prefixes`, full blocks outlive their sequence until others need the room; num_snapshots None means that they
-    can be used without a snapshot of states.
+    can be used without a snapshot of states. num_host_blocks and num_host_snapshots are the places in host memory for
+    what falls out of the device's.
     """
 
     def __init__(
@@ -50,6 +52,8 @@ class CacheManager:
         *,
         keep_prefixes: bool = False,
         num_snapshots: int | None = None,
+        num_host_blocks: int = 0,
+        num_host_snapshots: int = 0,
     ) -> None:
         if num_slots < 1 or block_size < 1:
             raise CacheAccountingError(f"{num_slots} slots, blocks of {block_size} tokens; expected 1 or more of each")
@@ -58,7 +62,12 @@ class CacheManager:
         self.slots = SlotPool(num_slots)
         self.snapshots = SnapshotPool(num_snapshots or 0)
         stateless = num_snapshots is None
-        self.tree = PrefixTree(self.blocks, None if stateless else self.snapshots) if keep_prefixes else None
+        self.tree: PrefixTree | None = None
+        self.host = HostPools(num_host_blocks, num_host_snapshots)
+        if keep_prefixes:
+            pools = self.blocks, None if stateless else self.snapshots
+            tiered = num_host_blocks or num_host_snapshots
+            self.tree = TieredTree(*pools, self.host) if tiered else PrefixTree(*pools)
         self._held: dict[str, _Held] = {}
         self._decoding_snapshots = 0
 
@@ -240,7 +249,7 @@ class CacheManager:
         blocks, slots = self.blocks.taken(), self.slots.taken()
         kept = self.tree.num_nodes if self.tree is not None and self.blocks.num_blocks else 0
         leaked = blocks if len(blocks) != self.num_kept or kept != self.num_kept else []
-        saved = 0 if self.tree is None else self.tree.num_saved
+        saved = 0 if self.tree is None else len(self.tree.saved)
         if saved + self.snapshots.num_free != self.snapshots.num_snapshots:
             raise CacheAccountingError(f"leaked at idle: snapshots {self.snapshots.taken()}, {saved} of them in use")
         if leaked or slots or self._held or self._decoding_snapshots:
@@ -260,8 +269,7 @@ class CacheManager:
 
     def _forget(self, held: _Held, tree: PrefixTree) -> None:
         for node in held.saved:
-            if node.snapshot:
-                tree.drop_snapshot(node)
+            tree.forget_states(node)
         if held.first is not None:
             tree.forget(held.first)
 

@@ -29,6 +29,9 @@ class MemorySplit:
     num_slots_from: str = "--max-num-seqs"  # what decided how many sequences run at once
     prefix_caching: bool = False
     num_snapshots: int = 0  # of states, for the prefix cache
+    host_bytes: int = 0  # what the prefix cache was offered of host memory
+    num_host_blocks: int = 0
+    num_host_snapshots: int = 0
 
     @property
     def state_bytes(self) -> int:
@@ -70,9 +73,21 @@ class MemorySplit:
         else:
             lines.append("blocks          none, no layer caches by token")
         lines.append(f"prefix cache    {self._describe_prefixes()}")
+        if self.host_bytes:
+            lines.append(f"host memory     {self._describe_host()}")
         lines.append(f"max model len   {self.max_model_len} tokens")
         lines.append(f"max num seqs    {self.num_slots}: {self.num_slots_from}")
         return lines
+
+    def _describe_host(self) -> str:
+        if not self.keeps_prefixes:
+            return f"{_size(self.host_bytes)}, unused: the prefix cache is off"
+        parts = []
+        if self.num_host_snapshots:
+            parts.append(f"{self.num_host_snapshots} snapshots x {_size(self.bytes_per_slot)}")
+        if self.num_host_blocks:
+            parts.append(f"{self.num_host_blocks} blocks x {_size(self.bytes_per_block)}")
+        return f"{_size(self.host_bytes)} = {' + '.join(parts)}, for what falls out of the device's cache"
 
     def _describe_prefixes(self) -> str:
         if not self.prefix_caching:
@@ -128,6 +143,7 @@ def split_memory(
     max_model_len: int | None,
     model_max_len: int,
     prefix_caching: bool = False,
+    host_bytes: int = 0,
 ) -> MemorySplit:
     """Divides memory_bytes: state slots first, which cost the same whatever is run, then snapshots of states if
     prefixes are cached, then blocks from the rest.
@@ -136,7 +152,8 @@ def split_memory(
     max_model_len None means model_max_len (tokens, from the model's config), lowered to what one sequence can cache.
     Snapshots get half of what the slots leave, since blocks without a snapshot are of no use to the next request, nor
     snapshots without blocks; but not what one sequence of full length needs, be it that its length is lowered, when
-    they get a quarter. There are at most 16 and 4 for each sequence that runs.
+    they get a quarter. There are at most 16 and 4 for each sequence that runs. `host_bytes` of host memory are divided
+    between snapshots and blocks in halves, or go to what there is of them.
     Raises ConfigError when the slots, or the blocks of one sequence of max_model_len, do not fit.
     """
     for option, value in (("--block-size", block_size), ("--max-num-seqs", max_num_seqs)):
@@ -179,7 +196,17 @@ def split_memory(
         if max_model_len is None:
             length = min(length, num_blocks * block_size)
     split = MemorySplit(max_num_seqs, num_blocks, block_size, length, slot, block, memory_bytes)
-    return replace(split, prefix_caching=prefix_caching, num_snapshots=num_snapshots)
+    split = replace(split, prefix_caching=prefix_caching, num_snapshots=num_snapshots, host_bytes=host_bytes)
+    if not split.keeps_prefixes or not host_bytes:
+        return split
+    host_snapshots = host_bytes // (2 if block else 1) // slot if slot else 0
+    host_blocks = (host_bytes - host_snapshots * slot) // block if block else 0
+    if (slot and not host_snapshots) or (block and not host_blocks):
+        raise ConfigError(
+            f"--cpu-cache-memory is {_size(host_bytes)}; expected at least {_size(2 * max(slot, block))}, which holds a"
+            " block and a snapshot of states, or leave it out"
+        )
+    return replace(split, num_host_snapshots=host_snapshots, num_host_blocks=host_blocks)
 
 
 def _size(num_bytes: int) -> str:

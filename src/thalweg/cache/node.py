@@ -25,14 +25,19 @@ class Node:
         "due",
         "gone",
         "hash",
+        "here",
+        "host_block",
+        "host_snapshot",
         "key",
         "lost",
+        "near",
         "parent",
         "ready",
         "refs",
         "reuses",
         "snapshot",
         "stamp",
+        "written",
     )
 
     def __init__(self, parent: Node | None, key: bytes, block: int, ready: int) -> None:
@@ -46,13 +51,18 @@ class Node:
         self.snapshot = 0  # of the states at its end; 0: none
         self.due = 0  # from which step on its snapshot is there
         self.lost = False  # it had a snapshot
+        self.written = 0  # the step that writes its snapshot
         self.reuses = 0  # sequences that began from its snapshot
+        self.here = True  # whether its block, if its model has any, is on the device
+        self.near = 0  # children that are
+        self.host_block = self.host_snapshot = 0  # places in host memory that have them too; 0: none
 
 
 class Match(NamedTuple):
     """How much of a prompt is known."""
 
     node: Node  # where computing may go on
+    far: Node | None  # where it could once what host memory has is fetched, if that is further down
     seen: int  # blocks that are in the tree
     soon: bool  # the next plan may go on from further down
     reason: MissReason  # why the rest cannot be used

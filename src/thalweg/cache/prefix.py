@@ -8,15 +8,13 @@ to be shared or, oldest first and from the ends of branches, to be evicted.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from heapq import heapify, heappop, heappush
-from itertools import chain
 
 from thalweg.cache.blocks import BlockPool, CacheAccountingError
 from thalweg.cache.node import Match, MissReason, Node
-from thalweg.cache.snapshots import SnapshotPool
+from thalweg.cache.snapshots import SnapshotOrder, SnapshotPool
 
-PATH_SHARE = 4  # one path, from the root to a node, has at most a quarter of the snapshots (2 at least)
 GHOSTS = 1 << 16  # evicted prefixes that are remembered, to tell them from new ones
 
 
@@ -31,48 +29,49 @@ class PrefixTree:
         self._blocks, self._snapshots = blocks, snapshots
         self._roots: dict[str, Node] = {}
         self._first: Counter[bytes] = Counter()  # roots that have this first block
-        # Nodes with a snapshot, least recently used first, in the order in which they are given up: those that paths
-        # went past, those that are little more than the one above them, all others.
-        self._passed: OrderedDict[Node, None] = OrderedDict()
-        self._minor: OrderedDict[Node, None] = OrderedDict()
-        self._major: OrderedDict[Node, None] = OrderedDict()
+        self.saved = SnapshotOrder()  # nodes with a snapshot
         self._leaves: list[tuple[int, int, Node]] = []  # heap of nodes that may be evicted, some of them no longer
         self._ghosts: OrderedDict[int, None] = OrderedDict()
         self._clock = 0
         self._pushed = 0
-        self.num_nodes = 0
-        self.num_evictable = 0  # nodes that no sequence holds
+        self.step = 0  # the plan that is being made
+        self.num_nodes = 0  # on the device
+        self.num_evictable = 0  # those of them that no sequence holds
 
     def find(self, salt: str, key: Callable[[int], bytes], limit: int, step: int) -> Match:
         """Follow a prompt whose block i is key(i), `limit` blocks at most, for plan `step`. Changes nothing."""
         node = self._roots.get(salt) or Node(None, salt.encode(), 0, 0)
-        usable, soon, lost = node, False, False
+        usable = best = node
+        here, soon, lost = True, False, False
         for i in range(limit):
             child = node.children.get(key(i))
             if child is None:
                 break
             node = child
+            here = here and child.here
             if self._snapshots is None:
                 later = child.ready > step
-                usable = usable if later else child
+                if not later:
+                    usable, best = child if here else usable, child
             else:
                 later = child.due > step
                 lost = lost or child.lost
-                if child.snapshot and not later:
-                    usable, soon, lost = child, False, False
+                if (child.snapshot or child.host_snapshot) and not later:
+                    best, soon, lost = child, False, False
+                    usable = child if here and child.snapshot else usable
             soon = soon or later
         reason: MissReason
         if limit == 0:
             reason = "too_short"
         elif lost or (node.depth < limit and hash((node.hash, key(node.depth))) in self._ghosts):
             reason = "evicted"
-        elif node is not usable:
+        elif node is not best:
             reason = "no_snapshot"
         elif node.depth == 0 and self._first[key(0)]:
             reason = "other_salt"
         else:
             reason = "unseen"
-        return Match(usable, node.depth, soon, reason)
+        return Match(usable, None if best is usable else best, node.depth, soon, reason)
 
     def path_blocks(self, node: Node) -> list[int]:
         """Blocks from the root to `node`; 0 for each if the model has none."""
@@ -92,7 +91,7 @@ class PrefixTree:
     def hold(self, node: Node) -> None:
         """A sequence begins from `node`: nothing above it may be evicted."""
         while True:
-            if node.refs == 0 and node.parent is not None:
+            if node.refs == 0 and node.parent is not None and node.here:
                 self.num_evictable -= 1
             node.refs += 1
             if node.parent is None:
@@ -101,16 +100,21 @@ class PrefixTree:
             node = node.parent
 
     def extend(self, tail: Node, key: bytes, block: int, ready: int) -> tuple[Node, bool]:
-        """The node after `tail`, which the holder of `tail` now holds too. Whether it is new, and `block` its own:
-        another sequence may have put it there."""
+        """The node after `tail`, which the holder of `tail` now holds too. Whether `block` is its block: another
+        sequence may have put it there."""
         child = tail.children.get(key)
         if new := child is None:
             child = tail.children[key] = Node(tail, key, block, ready)
-            self.num_nodes += 1
             if tail.parent is None:
                 self._first[key] += 1
+        elif not child.here:  # it was in host memory alone
+            new, child.block, child.here, child.ready = True, block, True, ready
+            self._came_back(child)
         elif child.refs == 0:
             self.num_evictable -= 1
+        if new:
+            self.num_nodes += 1
+            tail.near += 1
         child.refs += 1
         return child, new
 
@@ -126,7 +130,7 @@ class PrefixTree:
                 if node.gone:
                     self._free(node)
                 else:
-                    self.num_evictable += 1
+                    self.num_evictable += node.here
                     self._offer(node)
             node = above
         node.refs -= 1
@@ -143,19 +147,19 @@ class PrefixTree:
             each = below.pop()
             below += each.children.values()
             each.gone = True
-            self.num_nodes -= 1
-            if each.snapshot:
-                self.drop_snapshot(each)
+            self.num_nodes -= each.here
+            self.forget_snapshot(each)
+            self._leave_host(each)
             if each.refs == 0:
-                self.num_evictable -= 1
+                self.num_evictable -= each.here
                 self._free(each)
 
     def evict_block(self) -> None:
         """Evict the end of the branch that was used least recently. Raises CacheAccountingError if all is held."""
         while self._leaves:
             stamp, _, node = heappop(self._leaves)
-            if not (node.gone or node.refs or node.children) and node.stamp == stamp:
-                above = self._remove(node)
+            if node.here and not (node.gone or node.refs or node.near) and node.stamp == stamp:
+                above = self._give_up(node)
                 if above is not None:
                     self._offer(above)
                 return
@@ -168,15 +172,6 @@ class PrefixTree:
         """Whether a prefix can be used only where there is a snapshot."""
         return self._snapshots is not None
 
-    @property
-    def num_saved(self) -> int:
-        """Nodes that have a snapshot."""
-        return len(self._passed) + len(self._minor) + len(self._major)
-
-    def saved(self) -> Iterator[Node]:
-        """Nodes that have a snapshot, in the order in which they would lose it."""
-        return chain(self._passed, self._minor, self._major)
-
     def take_snapshot(self, node: Node, minor: bool = False) -> int:
         """A snapshot to fill on behalf of the path to `node`; 0 if there is none to be had.
 
@@ -185,22 +180,21 @@ class PrefixTree:
         """
         assert self._snapshots is not None
         path = _saved_above(node)
-        if len(path) >= max(2, self._snapshots.num_snapshots // PATH_SHARE):
-            own = set(path)
-            self.drop_snapshot(next(each for each in self.saved() if each in own))
+        if len(path) >= self._snapshots.most_per_path:
+            self.drop_snapshot(self.saved.first_of(path))
         elif not self._snapshots.num_free:
-            if not self.num_saved or (minor and not self._passed and not self._minor):
+            saved = self.saved
+            if not saved or (minor and not (saved.passed or saved.minor or self.keeps_displaced)):
                 return 0
-            self.drop_snapshot(next(self.saved()))
+            self.drop_snapshot(next(iter(saved)))
         return self._snapshots.allocate()
 
     def pass_by(self, node: Node) -> None:
         """A prompt goes on to `node`, which gets a snapshot. Those above it where no path has parted, and from which
         one sequence began at most, are likely of no more use: earlier turns of a conversation."""
         for above in _saved_above(node):
-            if above.reuses <= 1 and len(above.children) == 1 and above not in self._passed:
-                self._leave(above)
-                self._passed[above] = None
+            if above.reuses <= 1 and len(above.children) == 1 and above not in self.saved.passed:
+                self.saved.move(above, self.saved.passed)
 
     def attach(self, node: Node, snapshot: int, ready: int) -> bool:
         """Give `node` a snapshot, which is freed if it has one or is gone."""
@@ -208,63 +202,89 @@ class PrefixTree:
         if node.gone or node.snapshot:
             self._snapshots.free(snapshot)
             return False
-        node.snapshot, node.due, node.reuses = snapshot, ready, 0
-        self._major[node] = None
+        node.snapshot, node.due, node.written, node.reuses = snapshot, ready, self.step, 0
+        self.saved.move(node, self.saved.major)
         return True
 
     def is_minor(self, tail: Node, depth: int) -> bool:
         """Whether a snapshot that decoding leaves `depth` blocks down the path of `tail` is worth less than the one
         above it: less was decoded since that one than was computed for it."""
-        depths = [each.depth for each in _saved_above(tail) if each not in self._passed and each.depth < depth]
+        depths = [each.depth for each in _saved_above(tail) if each not in self.saved.passed and each.depth < depth]
         return bool(depths) and depth - depths[0] <= depths[0] - (*depths, 0)[1]
 
     def mark_minor(self, node: Node) -> None:
         """`node`'s snapshot goes before all major ones, until a sequence begins from it."""
-        self._leave(node)
-        self._minor[node] = None
+        self.saved.move(node, self.saved.minor)
 
     def detach_snapshot(self, node: Node) -> int:
         """Take `node`'s snapshot, which becomes the caller's."""
         snapshot, node.snapshot = node.snapshot, 0
-        self._leave(node)
+        self.saved.remove(node)
         return snapshot
 
     def drop_snapshot(self, node: Node) -> None:
-        """Free `node`'s snapshot; its block stays."""
+        """Free `node`'s snapshot for another; its block stays."""
+        self._save(node)
+        self.forget_snapshot(node)
+        node.lost = True
+
+    def forget_snapshot(self, node: Node) -> None:
+        """Free `node`'s snapshot, if it has one, which is not to be used again."""
+        if not node.snapshot:
+            return
         assert self._snapshots is not None
         self._snapshots.free(self.detach_snapshot(node))
-        node.lost = True
         if not (self._blocks.num_blocks or node.refs or node.gone):
             self._offer(node)
 
+    def forget_states(self, node: Node) -> None:
+        """Nobody is to go on from `node` as it was computed."""
+        self.forget_snapshot(node)
+
     def use_snapshot(self, node: Node) -> int:
         """The snapshot that a sequence begins from."""
-        self._leave(node)
-        self._major[node] = None
+        self.saved.move(node, self.saved.major)
         node.reuses += 1
         return node.snapshot
 
-    # Inside
+    # What a tree with a further tier adds
 
-    def _leave(self, node: Node) -> None:
-        for saved in (self._passed, self._minor, self._major):
-            saved.pop(node, None)
+    keeps_displaced = False  # whether snapshots that make room for others are kept elsewhere
+
+    def _give_up(self, node: Node) -> Node | None:
+        """Free the block of `node`, which nobody holds and nothing on the device is below: what is above it, if nobody
+        holds that either."""
+        return self._remove(node)
+
+    def _save(self, node: Node) -> None:
+        """`node` is about to lose its snapshot."""
+
+    def _came_back(self, node: Node) -> None:
+        """`node` is on the device again."""
+
+    def _leave_host(self, node: Node) -> None:
+        """`node` is gone."""
+
+    # Inside
 
     def _offer(self, node: Node) -> None:
         """`node`, which nobody holds, may be evicted if nothing is below it; at once if it is of no use, and then what
         is above it likewise."""
-        while not (node.children or self._blocks.num_blocks or node.snapshot):
+        while not (node.children or self._blocks.num_blocks or node.snapshot or node.host_snapshot):
             above = self._remove(node)
             if above is None:
                 return
             node = above
-        if node.children:
-            return
+        if not node.near:
+            self._push(self._leaves, node, self.num_nodes)
+
+    def _push(self, leaves: list[tuple[int, int, Node]], node: Node, about: int) -> None:
+        """Put `node` into a heap of leaves, of which `about` are not out of date."""
         self._pushed += 1
-        heappush(self._leaves, (node.stamp, self._pushed, node))
-        if len(self._leaves) > 64 + 2 * self.num_nodes:
-            self._leaves = [e for e in self._leaves if not (e[2].gone or e[2].refs) and e[2].stamp == e[0]]
-            heapify(self._leaves)
+        heappush(leaves, (node.stamp, self._pushed, node))
+        if len(leaves) > 64 + 2 * about:
+            leaves[:] = [e for e in leaves if not (e[2].gone or e[2].refs) and e[2].stamp == e[0]]
+            heapify(leaves)
 
     def _remove(self, node: Node) -> Node | None:
         """Take a leaf that nobody holds out of the tree: what is above it, if nobody holds that either."""
@@ -272,10 +292,10 @@ class PrefixTree:
         assert parent is not None
         self._detach(node)
         node.gone = True
-        self.num_nodes -= 1
-        self.num_evictable -= 1
-        if node.snapshot:
-            self.drop_snapshot(node)
+        self.num_nodes -= node.here
+        self.num_evictable -= node.here
+        self.forget_snapshot(node)
+        self._leave_host(node)
         self._free(node)
         self._ghosts[node.hash] = None
         if len(self._ghosts) > GHOSTS:
@@ -288,6 +308,7 @@ class PrefixTree:
     def _detach(self, node: Node) -> None:
         assert node.parent is not None
         del node.parent.children[node.key]
+        node.parent.near -= node.here
         if node.depth == 1:
             self._first[node.key] -= 1
             if not self._first[node.key]:

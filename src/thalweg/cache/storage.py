@@ -33,26 +33,28 @@ class CacheStorage:
     ) -> None:
         self.num_slots, self.block_size, self.device = num_slots, block_size, device
         self.layers: list[dict[str, Tensor]] = [{} for _ in specs]
+        self.paged: list[Tensor] = []  # all tensors of PagedSpecs
         alike: dict[StateSpec, list[tuple[int, str]]] = defaultdict(list)
         for i, layer in enumerate(specs):
             for name, spec in layer.items():
                 if isinstance(spec, PagedSpec):
                     shape = (num_blocks + 1, block_size, *spec.shape)
                     self.layers[i][name] = torch.zeros(shape, dtype=_dtype(spec.dtype), device=device)
+                    self.paged.append(self.layers[i][name])
                 else:
                     alike[spec].append((i, name))
         # States of one shape and dtype lie in one tensor [owners, num_slots + 1 + num_snapshots, *shape], so that one
         # launch resets slots in all of them, and kernels write snapshots where they write slots.
-        self._states: list[Tensor] = []
+        self.states: list[Tensor] = []
         for spec, owners in alike.items():
             states = _aligned(len(owners), (num_slots + 1 + num_snapshots, *spec.shape), spec.dtype, device)
-            self._states.append(states.view(torch.int8) if states.itemsize == 1 else states)
+            self.states.append(states.view(torch.int8) if states.itemsize == 1 else states)
             for (i, name), state in zip(owners, states, strict=True):
                 self.layers[i][name] = state
 
     def reset_slots(self, slots: Tensor) -> None:
         """Zero the states of slots (int64 [n]) that begin a sequence, so that nothing of an earlier one shows."""
-        for states in self._states:
+        for states in self.states:
             states.index_fill_(1, slots, 0)
 
     def slot_of(self, snapshot: int) -> int:
@@ -61,7 +63,7 @@ class CacheStorage:
 
     def copy_slot(self, source: int, target: int) -> None:
         """Copy all states of a slot into another, in one launch per shape and dtype."""
-        for states in self._states:
+        for states in self.states:
             states[:, target].copy_(states[:, source])
 
 

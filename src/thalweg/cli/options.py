@@ -112,6 +112,14 @@ def engine_config(
             help="Prefix cache: keep the states about every so many tokens of a long prompt, besides at its end.",
         ),
     ] = f"{_DEFAULTS.snapshot_interval // 1024}k",
+    cpu_cache_memory: Annotated[
+        str | None,
+        _engine(
+            metavar="SIZE",
+            help="Host memory per rank for what falls out of the prefix cache on the device, e.g. 32GiB; it comes back"
+            " when a prompt needs it. Default: none.",
+        ),
+    ] = None,
     cache_memory: Annotated[
         str | None,
         _engine(
@@ -189,6 +197,7 @@ def engine_config(
         block_size=block_size,
         enable_prefix_caching=enable_prefix_caching,
         snapshot_interval=parse_size(snapshot_interval, "--snapshot-interval"),
+        cpu_cache_memory=_size(cpu_cache_memory, "--cpu-cache-memory"),
         cache_memory=_size(cache_memory, "--cache-memory"),
         gpu_memory_utilization=gpu_memory_utilization,
         tensor_parallel_size=tensor_parallel_size,

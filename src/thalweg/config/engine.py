@@ -25,23 +25,24 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)(b?)\s*", re.IGNORECASE)
 class EngineConfig:
     """Options of one engine. Raises ConfigError, in the command line's spelling, on a value out of range.
 
-    `model` is a folder (None: the bundled model), a GGUF file, or OWNER/NAME on a hub, of which `revision` is a branch,
-    tag or commit. `tokenizer` is another folder to take the tokenizer from.
-    `state_dtype` is what recurrent states are stored in, whatever they are computed in. `max_num_seqs` None means
-    64 on a CPU; on a GPU what its memory allows (cache.memory.default_num_seqs). `max_num_batched_tokens` None
-    means 8192 on an accelerator, where a step that reads all experts anyway should have many tokens, and 2048 on a
-    CPU. A step that also decodes takes at most `long_prefill_token_threshold` tokens of a prompt; 0 means as many as
-    fit. `max_model_len` None means the model's context length, or what fits in memory. `cache_memory` is in bytes
-    and takes the place of `gpu_memory_utilization`, the share of the device's memory that weights and cache may
-    fill. `enable_prefix_caching` None means yes on a CPU and no elsewhere, where its tests have yet to be seen to
-    pass. `snapshot_interval` is the number of prompt tokens after which the prefix cache takes a further snapshot
-    of a model's states. `quantization` "fp8" quantizes the experts' weights as they are loaded. `generation_config`
-    says where sampling defaults come from: the model's generation_config.json ("auto"), that of another folder, or
-    the engine's own ("vllm", "none"). Steps with at most `prefill_graph_tokens` tokens of prompts run as CUDA graphs,
-    as far as there are graphs for so many. `dequantize` brings weights in GGUF's blocks to `dtype` as they are loaded;
-    None means that on an accelerator, whose kernels want them so, and not on a CPU. config.json is read as though
-    the keys in `ignore_config_key` were not in it. `op_preference` maps an op's name, or "*", to the implementation
-    that must serve it.
+    `model` is a folder (None: the bundled model), a GGUF file, or OWNER/NAME on a hub, of which `revision` is a
+    branch, tag or commit. `tokenizer` is another folder to take the tokenizer from. `state_dtype` is what recurrent
+    states are stored in, whatever they are computed in. `max_num_seqs` None means 64 on a CPU; on a GPU what its
+    memory allows (cache.memory.default_num_seqs). `max_num_batched_tokens` None means 8192 on an accelerator, where a
+    step that reads all experts anyway should have many tokens, and 2048 on a CPU. A step that also decodes takes at
+    most `long_prefill_token_threshold` tokens of a prompt; 0 means as many as fit. `max_model_len` None means the
+    model's context length, or what fits in memory. `cache_memory` is in bytes and takes the place of
+    `gpu_memory_utilization`, the share of the device's memory that weights and cache may fill.
+    `enable_prefix_caching` None means yes on a CPU and no elsewhere, where its tests have yet to be seen to pass.
+    `snapshot_interval` is the number of prompt tokens after which the prefix cache takes a further snapshot of a
+    model's states. `cpu_cache_memory` is bytes of host memory per rank for what falls out of the prefix cache on the
+    device, which is on if they are given. `quantization` "fp8" quantizes the experts' weights as they are loaded.
+    `generation_config` says where sampling defaults come from: the model's generation_config.json ("auto"), that of
+    another folder, or the engine's own ("vllm", "none"). Steps with at most `prefill_graph_tokens` tokens of prompts
+    run as CUDA graphs, as far as there are graphs for so many. `dequantize` brings weights in GGUF's blocks to
+    `dtype` as they are loaded; None means that on an accelerator, whose kernels want them so, and not on a CPU.
+    config.json is read as though the keys in `ignore_config_key` were not in it. `op_preference` maps an op's name,
+    or "*", to the implementation that must serve it.
     """
 
     model: str | None = None
@@ -60,6 +61,7 @@ class EngineConfig:
     block_size: int = 64
     enable_prefix_caching: bool | None = None
     snapshot_interval: int = 8192
+    cpu_cache_memory: int | None = None
     cache_memory: int | None = None
     gpu_memory_utilization: float = 0.9
     tensor_parallel_size: int = 1
@@ -81,6 +83,7 @@ class EngineConfig:
         self._integer("prefill_graph_tokens", 0, 2**24)
         self._integer("block_size", 1, 65_536)
         self._integer("cache_memory", 1, 2**50, optional=True)
+        self._integer("cpu_cache_memory", 1, 2**50, optional=True)
         self._integer("tensor_parallel_size", 1, MAX_TENSOR_PARALLEL)
         self._integer("num_layers", 1, 1_000, optional=True)
         self._integer("seed", -(2**63), 2**64 - 1)
@@ -119,6 +122,8 @@ class EngineConfig:
         self._integer("snapshot_interval", 1, 2**31 - 1)
         self._need(isinstance(self.enforce_eager, bool), "enforce_eager", "true or false")
         self._need(isinstance(self.enable_prefix_caching, bool | None), "enable_prefix_caching", "true, false or None")
+        if self.cpu_cache_memory is not None and self.enable_prefix_caching is False:
+            raise ConfigError("--cpu-cache-memory is for the prefix cache, which --no-enable-prefix-caching turns off")
         self._need(isinstance(self.dequantize, bool | None), "dequantize", "true or false")
         device = self.device
         self._need(isinstance(device, str) and bool(_DEVICE.fullmatch(device)), "device", "auto, cpu, cuda or cuda:N")
@@ -158,7 +163,9 @@ class EngineConfig:
             load_format=load_format,
             max_num_batched_tokens=tokens,
             enable_prefix_caching=(
-                chosen == "cpu" if self.enable_prefix_caching is None else self.enable_prefix_caching
+                chosen == "cpu" or self.cpu_cache_memory is not None
+                if self.enable_prefix_caching is None
+                else self.enable_prefix_caching
             ),
         )
 

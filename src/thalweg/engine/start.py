@@ -84,6 +84,8 @@ def new_scheduler(info: EngineInfo, seed: int) -> Scheduler:
         info.block_size,
         keep_prefixes=info.keeps_prefixes,
         num_snapshots=info.num_snapshots if info.bytes_per_sequence else None,
+        num_host_blocks=info.num_host_blocks,
+        num_host_snapshots=info.num_host_snapshots,
     )
     grid = snapshot_grid(info.block_size)
     return Scheduler(

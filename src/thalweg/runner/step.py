@@ -10,6 +10,7 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from thalweg import tracing
+from thalweg.cache.host_storage import HostStorage
 from thalweg.core import Prefill, StepPlan, StepResult
 from thalweg.ops.host_tables import to_device
 from thalweg.parallel.mesh import Mesh
@@ -39,9 +40,12 @@ class ModelRunner:
         mesh: Mesh,
         graph_sizes: list[int] | None = None,
         prefill_sizes: list[int] | None = None,
+        host: HostStorage | None = None,
     ) -> None:
-        """`sampler` reads `slots.sampling`. The sizes are rows of steps that decode, and tokens of prefills."""
+        """`sampler` reads `slots.sampling`. The sizes are rows of steps that decode, and tokens of prefills.
+        `host`: the cache's second tier."""
         self.model, self.slots, self._sampler, self.mesh = model, slots, sampler, mesh
+        self.host = host
         self._batches = BatchBuilder(slots)
         self.waits = slots.device.type == "cuda"
         self._readback = Readback(slots.device)
@@ -86,7 +90,7 @@ class ModelRunner:
     def launch(self, plan: StepPlan, *, eagerly: bool = False) -> Finish:
         """Run the step as far as the device allows without waiting; the returned call waits and gives the result.
         `eagerly`: even if graphs could run its prompts."""
-        cache = self.slots.cache
+        cache, host = self.slots.cache, self.host
         for slot, snapshot in plan.snapshots:
             cache.copy_slot(slot, cache.slot_of(snapshot))
         if plan.admissions:
@@ -96,12 +100,23 @@ class ModelRunner:
         if plan.new_blocks:
             self.slots.add_blocks(plan.new_blocks)
         if self._graphs is not None and self._graphs.serves(plan):
-            return self._launch_graph(self._graphs, plan)
-        if not eagerly and self.prefill_graphs is not None and (shape := self._shape_of(plan)) is not None:
-            return self._launch_prefill_graph(self.prefill_graphs, plan, shape)
-        return self._launch_eager(plan)
+            finish = self._launch_graph(self._graphs, plan)
+        elif not eagerly and self.prefill_graphs is not None and (shape := self._shape_of(plan)) is not None:
+            finish = self._launch_prefill_graph(self.prefill_graphs, plan, shape)
+        else:
+            finish = self._launch_eager(plan)
+        if host is None:
+            return finish
+
+        def told() -> StepResult:
+            result = finish()
+            return replace(result, fetching=True) if host.fetching() else result
+
+        return told
 
     def close(self) -> None:
+        if self.host is not None:
+            self.host.close()
         self.mesh.close()
 
     def _use(self, model: Model) -> None:

@@ -9,6 +9,8 @@ from typing import TypeVar
 
 from thalweg.cache.manager import CacheManager
 from thalweg.cache.node import MISS_REASONS, Match
+from thalweg.cache.tiers import TieredTree
+from thalweg.core import HostCopies
 from thalweg.scheduler.sequence import Sequence
 
 Copy = TypeVar("Copy", tuple[int, int], tuple[int, int, int])
@@ -33,13 +35,15 @@ class Prefixes:
         self.least = grid if self._with_states else 1  # tokens that a further prefill of a step has to have room for
         # Where snapshots of decoding are taken if no block's end marks the place; 0: blocks do.
         self.grid_without_blocks = 0 if cache.blocks.num_blocks or not self._with_states else grid
-        self.queries = self.hits = 0  # prompt tokens looked up, and found
+        self.queries = self.hits = self.host_hits = 0  # prompt tokens looked up, found, fetched from host memory
         self.misses: Counter[str] = Counter(dict.fromkeys(MISS_REASONS, 0))
         self.begin(0)
 
     def begin(self, step: int) -> None:
         """A new plan."""
         self._step = step
+        if self._tree is not None:
+            self._tree.step = step
         self.new_blocks: list[tuple[int, int, int]] = []  # as in a plan
         self._boundaries: list[tuple[int, int, int]] = []
         self._snapshots: list[tuple[int, int]] = []
@@ -49,12 +53,29 @@ class Prefixes:
         """The plan's boundaries, snapshots and restores."""
         return self._boundaries, self._snapshots, self._restores
 
+    def host_copies(self) -> HostCopies | None:
+        """The plan's copies from and to host memory; once it is sure to run, for they are not told again."""
+        return self._tree.copies() if isinstance(self._tree, TieredTree) else None
+
     def find(self, seq: Sequence) -> Match | None:
         """What is known of a sequence's tokens, at least one of which is left to compute. None: no prefix is kept."""
         if self._tree is None:
             return None
         limit = 0 if _whole(seq) else (seq.num_known - 1) // self._block_size
         return self._tree.find(seq.params.cache_salt, self._key(seq), limit, self._step)
+
+    def fetch(self, match: Match) -> bool:
+        """Have this plan bring back what host memory has of a prompt, if there is room."""
+        node = match.far
+        if node is None or not isinstance(self._tree, TieredTree):
+            return False
+        if not self._tree.fetch(node, {snapshot for _, snapshot in self._restores}):
+            return False
+        if node.snapshot:  # which was to hold something else
+            self._snapshots = _but(self._snapshots, node.snapshot)
+            self._boundaries = _but(self._boundaries, node.snapshot)
+        self.host_hits += (node.depth - match.node.depth) * self._block_size
+        return True
 
     def admitted(self, seq: Sequence, match: Match) -> None:
         """`seq` got its slot, and begins where `match` says."""

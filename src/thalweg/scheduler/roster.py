@@ -48,19 +48,24 @@ class Roster:
                 return
             yield seq
 
-    def admit(self, seq: Sequence, start: Node | None, overtaken: Seq[Sequence] = ()) -> list[int] | None:
-        """Moves one of the queue, who overtakes those before it, to `prefilling`; gives it a slot and the blocks for
-        all its tokens, of which those down to `start` are computed.
+    def has_room(self, seq: Sequence, start: Node | None, overtaken: Seq[Sequence] = ()) -> bool:
+        """Whether one of the queue may be admitted, to begin after `start`, while those before it wait.
 
-        None when it must wait. A block is left for every running sequence that may still need one: otherwise the one
-        admitted would soon be preempted, its prefill wasted. So are a slot and blocks for those that it overtakes.
+        A block is left for every running sequence that may still need one: otherwise the one admitted would soon be
+        preempted, its prefill wasted. So are a slot and blocks for those that it overtakes.
         """
-        num_tokens, ahead = seq.num_known, len(overtaken)
+        ahead = len(overtaken)
         if self.num_running + ahead >= self.max_num_seqs or self.cache.slots.num_free <= ahead:
-            return None
+            return False
         reserve = sum(other.capacity < other.max_computed for other in self.decoding)
         reserve += sum(other.lacks for other in overtaken)
-        if not self.cache.can_admit(num_tokens, reserve, start):
+        return self.cache.can_admit(seq.num_known, reserve, start)
+
+    def admit(self, seq: Sequence, start: Node | None, overtaken: Seq[Sequence] = ()) -> list[int] | None:
+        """Moves one of the queue, who overtakes those before it, to `prefilling`; gives it a slot and the blocks for
+        all its tokens, of which those down to `start` are computed. None when it must wait."""
+        num_tokens = seq.num_known
+        if not self.has_room(seq, start, overtaken):
             return None
         for other in reversed(overtaken):
             seq.order, other.order = other.order, seq.order

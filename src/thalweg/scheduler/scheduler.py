@@ -64,6 +64,7 @@ class Scheduler:
         self._next_step = 0
         self._planning = False  # whether a plan is being made, or its making was interrupted
         self._steps_done = 0  # every step below this number has its result
+        self._landed = -1  # what plans up to this one fetched from host memory is there
         self._last_served = -1  # order of the decode served last when there were too many for a step
         self._arrivals = 0
         self._prompt_tokens = 0
@@ -124,7 +125,7 @@ class Scheduler:
 
     def stats(self) -> SchedulerStats:
         """Lengths and use now, and counts since start. A prompt counts once, when first admitted."""
-        blocks, slots, snapshots = self.cache.blocks, self.cache.slots, self.cache.snapshots
+        blocks, slots, snapshots, host = self.cache.blocks, self.cache.slots, self.cache.snapshots, self.cache.host
         return SchedulerStats(
             num_running=self._roster.num_running,
             num_waiting=len(self._roster.waiting),
@@ -140,6 +141,12 @@ class Scheduler:
             snapshots_total=snapshots.num_snapshots,
             prefix_queries=self._prefixes.queries,
             prefix_hits=self._prefixes.hits,
+            prefix_host_hits=self._prefixes.host_hits,
+            host_blocks_used=host.blocks.num_blocks - host.blocks.num_free,
+            host_blocks_total=host.blocks.num_blocks,
+            host_snapshots_used=host.snapshots.num_snapshots - host.snapshots.num_free,
+            host_snapshots_total=host.snapshots.num_snapshots,
+            host_copies=host.counts(),
             prefix_misses=dict(self._prefixes.misses),
         )
 
@@ -158,8 +165,8 @@ class Scheduler:
         prefills: list[Prefill] = []
         prefill_seqs: list[Sequence] = []
         while budget > 0:
-            room = min(budget, most)
-            seq = self._roster.prefilling or self._admit(admissions, new_blocks, room, whole=bool(prefills))
+            room, idle = min(budget, most), not decodes and not prefills
+            seq = self._roster.prefilling or self._admit(admissions, new_blocks, room, bool(prefills), idle)
             if seq is None:
                 break
             prefill = self._plan_prefill(seq, room)
@@ -173,7 +180,8 @@ class Scheduler:
             return None
         self._next_step = step + 1
         self._in_flight.append((step, decodes, prefill_seqs))
-        plan = StepPlan(step, admissions, new_blocks, slots, starts, prefills, *self._prefixes.copies())
+        copies = *self._prefixes.copies(), self._prefixes.host_copies()
+        plan = StepPlan(step, admissions, new_blocks, slots, starts, prefills, *copies)
         self._planning = False
         return plan
 
@@ -215,20 +223,26 @@ class Scheduler:
         return early + late
 
     def _admit(
-        self, admissions: list[Admission], new_blocks: NewBlocks, budget: int, *, whole: bool
+        self, admissions: list[Admission], new_blocks: NewBlocks, budget: int, whole: bool, idle: bool
     ) -> Sequence | None:
         """Who begins next, if anybody can: the head of the queue or, while it waits for what this plan computes of its
-        prompt, the first one behind it that does not, and has room as a whole. `whole`: and if the budget has room for
-        all of it, or at least for what the prefix cache wants in one piece."""
+        prompt or for what comes from host memory, the first one behind it that does not, and has room as a whole.
+        `whole`: and if the budget has room for all of it, or at least for what the prefix cache wants in one piece.
+        `idle`: nothing runs while copies come, so that nobody is to wait for them before its step does."""
         step = self._next_step
         waiting: list[Sequence] = []
         match: Match | None = None
         for seq in self._roster.candidates(self._steps_done):
             if seq.waits_in != step:
                 match = self._prefixes.find(seq)
-                if match is None or not match.soon:
+                if match is None:
                     break
-                seq.waits_in, seq.lacks = step, self.cache.blocks_for(seq.num_known) - match.seen
+                if match.far is not None and not match.soon and seq.fetched_in < 0:
+                    match = self._fetch(seq, match, waiting)
+                if not match.soon and (seq.fetched_in <= self._landed or idle):
+                    break
+                known = match.seen if match.soon else match.node.depth
+                seq.waits_in, seq.lacks = step, self.cache.blocks_for(seq.num_known) - known
             waiting.append(seq)
             if len(waiting) == MOST_OVERTAKEN:
                 return None
@@ -250,6 +264,16 @@ class Scheduler:
         new_blocks.extend((seq.slot, index, block) for index, block in enumerate(blocks))
         admissions.append(seq.admission())
         return seq
+
+    def _fetch(self, seq: Sequence, match: Match, waiting: list[Sequence]) -> Match:
+        """Have this plan bring back what host memory has of a prompt that could begin now. What is known of it then."""
+        if not self._roster.has_room(seq, match.node, waiting):
+            return match
+        if self._prefixes.fetch(match):
+            seq.fetched_in = self._next_step
+        found = self._prefixes.find(seq)
+        assert found is not None
+        return found
 
     def _plan_prefill(self, seq: Sequence, budget: int) -> Prefill:
         start = seq.computed
@@ -277,6 +301,8 @@ class Scheduler:
             raise RuntimeError(f"step {plan.step} gave {len(result.token_ids)} tokens; expected {num_rows}")
         _, decodes, prefill_seqs = self._in_flight.popleft()
         self._steps_done = plan.step + 1
+        if not result.fetching:
+            self._landed = plan.step
         updates: list[RequestUpdate] = []
         tokens = iter(result.token_ids)
         for seq, slot, token in zip(decodes, plan.decode_slots, tokens, strict=False):

@@ -20,6 +20,7 @@ class Sequence:
     __slots__ = (
         "capacity",
         "computed",
+        "fetched_in",
         "finished",
         "keys",
         "lacks",
@@ -69,6 +70,7 @@ class Sequence:
         self.num_cached = 0  # prompt tokens that came from the prefix cache when it was first admitted
         self.keys: list[bytes] = []  # its first full blocks of tokens, as the prefix tree knows them
         self.marks: list[int] = []  # positions to keep its states of, the next one last
+        self.fetched_in = -1  # the plan that brings its prefix back from host memory
         self.waits_in = -1  # the plan that computes what it would otherwise compute too
         self.lacks = 0  # blocks that it will need besides those
         self.save_at = 0  # where its prefill was cut, so that the next step copies its states first
@@ -109,6 +111,7 @@ class Sequence:
         """Back to waiting after a preemption; its cache is gone."""
         self.slot = self.target = self.computed = self.capacity = self.save_at = 0
         self.ready_after = ready_after
+        self.fetched_in = -1
 
     def take_token(self, token: int, slot: int, result: StepResult) -> RequestUpdate:
         """A sampled token has arrived from the row that ran in `slot`."""

@@ -162,6 +162,19 @@ class _EngineCollector(Collector):
         queries, hits = (s.prefix_queries, s.prefix_hits) if s else (0, 0)
         yield counter("prefix_cache_queries_total", "Prompt tokens that were looked up in the prefix cache.", queries)
         yield counter("prefix_cache_hits_total", "Prompt tokens that were found in it.", hits)
+        host_hits = s.prefix_host_hits if s else 0
+        yield counter("prefix_cache_host_hits_total", "Tokens of them that came from host memory.", host_hits)
+        if s is not None and (s.host_blocks_total or s.host_snapshots_total):
+            yield gauge("host_blocks_used", "Blocks of the prefix cache in host memory.", s.host_blocks_used)
+            yield gauge("host_blocks_total", "Blocks that host memory has room for.", s.host_blocks_total)
+            yield gauge("host_snapshots_used", "Snapshots of states in host memory.", s.host_snapshots_used)
+            yield gauge("host_snapshots_total", "Snapshots that host memory has room for.", s.host_snapshots_total)
+            copies = CounterMetricFamily(
+                PREFIX + "host_copies", "Blocks and snapshots copied to and from host memory.", labels=["kind"]
+            )
+            for kind, count in s.host_copies.items():
+                copies.add_metric([kind], count)
+            yield copies
         misses = CounterMetricFamily(
             PREFIX + "prefix_cache_misses",
             "Requests that found nothing in the prefix cache, by reason.",
