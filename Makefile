@@ -9,6 +9,8 @@ TORCH  ?= torch==2.13.0
 TRITON ?= triton==3.6.0
 BIN    := $(VENV)/bin
 HEAD   ?= HEAD
+# Of a release: `make build TAG=v1.2.3` fails for any other version.
+TAG    ?=
 # Test files are shared out over as many processes as there are cores, with one thread each.
 JOBS   ?= auto
 PYTEST := python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile
@@ -16,7 +18,7 @@ MODEL  ?=
 REPORT ?= perf-report.md
 QUESTION ?= Ben fills 6 boxes with 12 pears each. 7 pears are bad. How many good pears are there?
 
-.PHONY: demo chat test quick test-lowest lint build format perf-report clean
+.PHONY: demo chat test quick test-lowest test-gpu lint check-docs build format perf-report clean
 
 demo: $(VENV)/ready  ## answer a question with the bundled model
 	@$(BIN)/thalweg generate --chat --prompt "$(QUESTION)"
@@ -34,15 +36,22 @@ quick: $(VENV)/ready-dev  ## leave out the slow tests
 test-lowest: $(LOWEST)/ready  ## the quick tests with the lowest version of everything that pyproject.toml allows
 	OMP_NUM_THREADS=1 $(LOWEST)/bin/$(PYTEST) -m "not slow" --ignore=tests/ops --ignore=tests/models
 
+test-gpu: $(VENV)/ready-dev  ## the tests of a CUDA device, one after the other
+	$(BIN)/python -m pytest -m gpu
+
 lint: $(VENV)/ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+check-docs: $(VENV)/ready-dev  ## links, tables, options and tests that the pages name
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit/test_docs.py tests/unit/test_security_page.py tests/unit/test_server_dialects.py
+
 build: $(BUILD)/ready  ## sdist and wheel in dist/, checked, and used in a clean environment
 	rm -rf dist
 	$(BUILD)/bin/python -m build --outdir dist .
+	@test -z "$(TAG)" || test -f "dist/thalweg-$(patsubst v%,%,$(TAG)).tar.gz" || { echo "error: the tag is $(TAG) and dist/ has" dist/*; exit 2; }
 	$(BUILD)/bin/twine check --strict dist/*
 	$(BUILD)/bin/python scripts/check_wheel.py dist/*.whl --torch "$(TORCH)"
 
