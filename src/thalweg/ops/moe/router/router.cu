@@ -25,7 +25,7 @@ constexpr int OF_LANE = (VECTORS + 31) / 32;
 constexpr int MINE = (TOKENS + WARPS - 1) / WARPS;   // tokens that a warp norms
 constexpr int TILES = TOKENS / 8;
 constexpr int LIST = (K + 3) / 4 * 4;
-constexpr int LOWEST = -2147483647 - 1;
+constexpr int LOWEST_KEY = -2147483647 - 1;
 static_assert(GROUPS == 1 || GROUPS == WARPS, "a warp ranks the experts of a group");
 
 __device__ __forceinline__ void unpack(float (&to)[8], uint4 from) {
@@ -88,7 +88,7 @@ __device__ __forceinline__ void send4(int block, u64* barrier, float* to, float4
         : "memory");
 }
 
-// Floats as integers in the same order. NaN is as low as -infinity, and that above LOWEST.
+// Floats as integers in the same order. NaN is as low as -infinity, and that above LOWEST_KEY.
 __device__ __forceinline__ int order(float x) {
     const int bits = x == x ? __float_as_int(x) : (int)0xff800000;
     return bits < 0 ? bits ^ 0x7fffffff : bits;
@@ -294,7 +294,7 @@ extern "C" __global__ void __cluster_dims__(BLOCKS) __launch_bounds__(E)
         if (above >= TOP_GROUPS) key = order(-__int_as_float(0x7f800000));
     }
     if (place < K) list_key[warp][place] = key, list_score[warp][place] = score, list_id[warp][place] = tid;
-    if (lane < LIST - K) list_key[warp][K + lane] = LOWEST;
+    if (lane < LIST - K) list_key[warp][K + lane] = LOWEST_KEY;
     __syncthreads();
     // The place among all, which 4 lanes find together.
 #pragma unroll
