@@ -20,7 +20,10 @@ from thalweg.config.model_source import model_folder
 from thalweg.http_client import HttpClient
 from thalweg.tokenizer.load import load_tokenizer
 
-KINDS = ("streamed", "whole", "together", "left a stream", "left before the answer", "bad", "broke off", "refused")
+KINDS = (
+    *("streamed", "whole", "together", "other api", "left a stream", "left before the answer", "bad", "broke off"),
+    "refused",
+)
 
 
 @pytest.mark.slow

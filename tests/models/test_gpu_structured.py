@@ -1,4 +1,4 @@
-"""Grammars on a CUDA device: rows held to one, among rows that are not, with graphs and without."""
+"""Grammars and budgets of reasoning on a CUDA device, among rows without, with graphs and without."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from thalweg import LLM, Grammar, SamplingParams
+from thalweg import LLM, Grammar, SamplingParams, ThinkingLimit
 from thalweg.config.model_source import model_folder
 
 pytestmark = pytest.mark.gpu
@@ -37,3 +37,22 @@ def test_json_among_plain_rows(eager: bool) -> None:
     for output in outputs[1::2]:
         assert output.finish_reason == "stop"
         assert list(json.loads(output.text)) == ["name", "n"]
+
+
+@pytest.mark.parametrize("eager", [True, False])
+def test_budgets_of_reasoning_among_plain_rows(eager: bool) -> None:
+    """The closing mark comes when the budget is spent, and neither a neighbour's tokens nor the text before it move."""
+    if not (model_folder(None) / "model.safetensors").exists():
+        pytest.skip("the bundled model has no weights in this checkout")
+    with LLM(device="cuda", dtype="float32", max_num_seqs=8, enforce_eager=eager) as llm:
+        assert llm.tokenizer is not None
+        begin, end = (llm.tokenizer.added_tokens[mark] for mark in ("<think>", "</think>"))
+        ids = [*llm.codec.chat_ids([{"role": "user", "content": QUESTION}]), begin]
+        budgets = (None, 0, 3, 7)
+        limits = [None if most is None else ThinkingLimit(begin, end, most, begun=True) for most in budgets]
+        params = [SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, thinking=limit) for limit in limits]
+        expected = llm.generate([ids], params[0])[0].outputs[0].token_ids
+        outputs = [o.outputs[0].token_ids for o in llm.generate([ids] * 4, params)]
+    assert outputs[0] == expected
+    for most, tokens in zip((0, 3, 7), outputs[1:], strict=True):
+        assert tokens[: most + 1] == [*expected[:most], end]

@@ -383,11 +383,21 @@ def test_large_bodies_are_refused_with_and_without_a_length() -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("prompt", ["HANG", "QUEUED", ["HANG", "QUEUED", "x"]])
-def test_a_client_that_leaves_ends_its_sequences(prompt: Any, stream: bool) -> None:
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        *(("/v1/completions", {"prompt": prompt}) for prompt in ("HANG", "QUEUED", ["HANG", "QUEUED", "x"])),
+        *(("/v1/responses", {"input": prompt}) for prompt in ("HANG", "QUEUED")),
+        *(
+            ("/v1/messages", {"messages": [{"role": "user", "content": prompt}], "max_tokens": 9})
+            for prompt in ("HANG", "QUEUED")
+        ),
+    ],
+)
+def test_a_client_that_leaves_ends_its_sequences(path: str, fields: dict[str, Any], stream: bool) -> None:
     async def work(http: Any, client: ClientDouble) -> None:
         left = asyncio.Event()
-        body = json.dumps({"prompt": prompt, "stream": stream}).encode()
+        body = json.dumps({**fields, "stream": stream}).encode()
         requests = iter([{"type": "http.request", "body": body, "more_body": False}])
 
         async def receive() -> dict[str, Any]:
@@ -403,8 +413,8 @@ def test_a_client_that_leaves_ends_its_sequences(prompt: Any, stream: bool) -> N
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.3"},
             "method": "POST",
-            "path": "/v1/completions",
-            "raw_path": b"/v1/completions",
+            "path": path,
+            "raw_path": path.encode(),
             "query_string": b"",
             "root_path": "",
             "scheme": "http",
@@ -414,11 +424,14 @@ def test_a_client_that_leaves_ends_its_sequences(prompt: Any, stream: bool) -> N
             "headers": [(b"content-type", b"application/json")],
         }
         app = asyncio.create_task(http.app(scope, receive, send))
-        await asyncio.sleep(0.05)
+        many = isinstance(fields.get("prompt"), list)
+        while len(client.seen) < (3 if many else 1):
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.2 if many else 0.05)  # in which the last of several prompts is answered
         assert not client.aborted
         left.set()
         await asyncio.wait_for(app, 1)
-        assert len(client.aborted) == (2 if isinstance(prompt, list) else 1)
+        assert len(client.aborted) == (2 if many else 1)
         metrics = (await http.get("/metrics")).text
         assert f'request_success_total{{finished_reason="abort"}} {len(client.aborted)}.0' in metrics
 

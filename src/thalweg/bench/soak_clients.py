@@ -17,6 +17,7 @@ from thalweg.errors import ThalwegError
 from thalweg.http_client import Answer, HttpClient, HttpError, error_message
 from thalweg.tokenizer.base import Tokenizer
 
+MESSAGES, RESPONSES = "/v1/messages", "/v1/responses"
 WAIT_SECONDS = 300.0  # for one answer
 
 
@@ -74,6 +75,7 @@ class Clients:
             (self._stream, 30),
             (self._whole, 25),
             (self._together, 8),
+            (self._other_api, 8),
             (self._leave_stream, 12),
             (self._leave_whole, 8),
             (self._bad, 12),
@@ -133,6 +135,29 @@ class Clients:
                 return self.fault(f"choice {i} of several prompts is {text[:60]!r}; expected {expected[:60]!r}")
         return "together"
 
+    async def _other_api(self) -> str:
+        """A chat's request in the form of another API, whose answer is the same."""
+        chats = [c for c in self._cases if c.endpoint == CHAT and "ignore_eos" not in c.options]
+        if not chats:
+            return await self._whole()
+        case = self._random.choice(chats)
+        body = {"model": self._model, **case.options}
+        turn = [{"role": "user", "content": case.request.prompt}]
+        if self._random.random() < 0.5:
+            path, body = MESSAGES, {**body, "messages": turn, "max_tokens": case.request.output_len}
+        else:
+            path, body = (
+                RESPONSES,
+                {**body, "input": turn, "max_output_tokens": case.request.output_len, "store": False},
+            )
+        status, content = await self._post(path, body)
+        if status != 200:
+            return await self._refused(f"{status}: ") or self.fault(f"{path}: {status}: {error_message(content)}")
+        answer = json.loads(content)
+        items = answer["content"] if path == MESSAGES else [p for item in answer["output"] for p in item["content"]]
+        text = "".join(item["text"] for item in items if item["type"] in ("text", "output_text"))
+        return self._same(case, text, answer["usage"]["output_tokens"], "other api")
+
     async def _leave_stream(self) -> str:
         case = self._random.choice(self._cases)
         events_read = self._random.randint(0, 8)
@@ -168,6 +193,9 @@ class Clients:
                 (COMPLETIONS, {"model": self._model, "prompt": [0] * 2_000_000}, 400),
                 (case.endpoint, {**ok, "model": "another"}, 404),
                 ("/v1/nothing", ok, 404),
+                (MESSAGES, {"max_tokens": 1, "messages": [{"role": "user", "content": [{"type": "image"}]}]}, 400),
+                (RESPONSES, {"input": [{"type": "item_reference"}]}, 400),
+                (RESPONSES, {"input": "x", "previous_response_id": "resp_none"}, 404),
                 (COMPLETIONS, {"prompt": "x" * (11 << 20)}, 413),
             ]
         )
