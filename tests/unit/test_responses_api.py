@@ -391,3 +391,14 @@ def test_hostile_bodies_get_an_error_and_harm_no_other(body: bytes) -> None:
         assert (await http.post("/v1/responses", json=HI)).json()["status"] == "completed"
 
     run(work)
+
+
+def test_input_tokens_are_counted_as_an_answer_would_have_them() -> None:
+    async def work(http: Any, _: ClientDouble) -> None:
+        first = (await http.post("/v1/responses", json={**HI, "tools": TOOLS, "instructions": "I"})).json()
+        body = {"input": "more", "previous_response_id": first["id"], "tools": TOOLS}
+        counted = (await http.post("/v1/responses/input_tokens", json=body)).json()
+        usage = (await http.post("/v1/responses", json=body)).json()["usage"]
+        assert counted == {"object": "response.input_tokens", "input_tokens": usage["input_tokens"]}
+
+    run(work, ClientDouble(template=TEMPLATE))

@@ -75,3 +75,59 @@ def test_private_characters_that_a_model_spells_are_no_marks_where_it_has_no_mar
     message = ask(client, CHAT)["choices"][0]["message"]
     assert message["reasoning_content"] == "a" + "\ufffd" * 12
     assert message["content"] == "b" + "\ufffd" * 12 + "c"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_tokens_of_reasoning_are_counted_where_they_can_be_told(stream: bool) -> None:
+    body = {**CHAT, "n": 2, "stream": stream} | ({"stream_options": {"include_usage": True}} if stream else {})
+    got = ask(ClientDouble(answer="<think>One.</think>Two.", template=KIMI), body)
+    usage = (got[-1] if stream else got)["usage"]
+    assert usage["completion_tokens_details"] == {"reasoning_tokens": 2 * len("One.")}
+    assert "completion_tokens_details" not in ask(ClientDouble(), {"messages": CHAT["messages"]})["usage"]
+
+
+THINKS = "{{ enable_thinking }}{{ reasoning_effort }};{# <think> </think> #}"
+SCHEMA = {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}}
+
+
+@pytest.mark.parametrize(
+    ("more", "prompt", "may_think"),
+    [
+        ({}, ";", True),
+        ({"reasoning_effort": "low"}, "low;", True),
+        ({"reasoning_effort": "none"}, "Falsenone;", False),
+        ({"enable_thinking": False}, "False;", False),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, "False;", False),
+        ({"reasoning_effort": "none", "chat_template_kwargs": {"enable_thinking": True}}, "Truenone;", True),
+    ],
+)
+def test_reasoning_that_is_switched_off_has_no_place_before_a_schema(
+    more: dict[str, Any], prompt: str, may_think: bool
+) -> None:
+    client = ClientDouble(template=THINKS)
+    ask(client, {"messages": CHAT["messages"], "response_format": SCHEMA, **more})
+    [request] = client.seen
+    assert bytes(request.prompt_token_ids).decode() == prompt
+    assert request.params.grammar is not None
+    assert bool(request.params.grammar.before) == may_think
+
+
+@pytest.mark.parametrize("field", ["max_thinking_tokens", "thinking_token_budget", "thinking_budget_tokens"])
+def test_a_budget_reaches_the_engine_or_is_refused(field: str) -> None:
+    body = {"messages": CHAT["messages"], field: 7}
+    client = ClientDouble(template=THINKS)
+    ask(client, body)
+    limit = client.seen[0].params.thinking
+    assert limit is not None
+    assert (limit.max_tokens, limit.begun) == (7, False)
+    error = ask(ClientDouble(), body)["error"]
+    assert (error["code"], error["param"]) == ("unsupported", field)
+    assert ask(ClientDouble(), {"messages": CHAT["messages"], field: -1})["choices"]
+
+
+def test_a_budget_counts_from_the_prompt_if_that_begins_reasoning() -> None:
+    client = ClientDouble(template="{{ messages[0].content }}<think>{# </think> #}")
+    ask(client, {"messages": CHAT["messages"], "max_thinking_tokens": 7})
+    limit = client.seen[0].params.thinking
+    assert limit is not None
+    assert limit.begun

@@ -42,7 +42,7 @@ class ChatAnswer:
         self._prompt_ids, self._with_ids = talk.prompt_ids, with_ids
         self._model, self._created = service.names[0], now()
         self._tokenizer: Tokenizer | None = service.client.codec.tokenizer
-        self._choices = [Choice(talk.use) for _ in range(n)]
+        self._choices = [Choice(talk, service.output) for _ in range(n)]
         self._functions = talk.use.functions
 
     async def whole(self) -> Envelope:
@@ -112,7 +112,9 @@ class ChatAnswer:
             self._cached_tokens += delta.num_cached_tokens
 
     def _usage(self) -> Usage:
-        return Usage.of(self._prompt_tokens, self._completion_tokens, self._cached_tokens)
+        reasoning = [c.reasoning_tokens for c in self._choices if c.reasoning_tokens is not None]
+        total = sum(reasoning) if reasoning else None
+        return Usage.of(self._prompt_tokens, self._completion_tokens, self._cached_tokens, total)
 
     def _envelope(self, kind: str, choices: list[Any], **more: Any) -> Envelope:
         return Envelope(id=self.id, object=kind, created=self._created, model=self._model, choices=choices, **more)

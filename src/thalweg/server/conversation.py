@@ -21,6 +21,7 @@ from thalweg.server.functions import as_tools, in_older_words
 from thalweg.server.generation import News, generate, jobs_of, naming_fields
 from thalweg.server.params import refuse_unsupported, sampling_params, thinking_limit, truncated
 from thalweg.server.parsers.events import CallBegin, Content, Event, Reasoning
+from thalweg.server.parsers.formats import OutputFormat
 from thalweg.server.schemas import ChatBody
 from thalweg.server.service import Service
 from thalweg.server.structured import held_to, wanted
@@ -74,7 +75,7 @@ def chat_body(fields: Mapping[str, Any]) -> ChatBody:
         raise as_api_error(RequestValidationError(wrong)) from None
 
 
-async def encode(body: ChatBody, request: Request, service: Service) -> tuple[list[int], ToolUse]:
+async def encode_prompt(body: ChatBody, request: Request, service: Service) -> tuple[list[int], ToolUse]:
     """The prompt's ids as the chat template has them, and what the model may do with tools."""
     use = _tool_use(body, service)
     ids = await service.encode_chat(request, body.messages, tools=use.tools or None, **body.template_options())
@@ -94,9 +95,10 @@ async def converse(
         refuse_unsupported(body, service.client.codec.tokenizer)
         text = await wanted(body)
         max_tokens = body.limit(service.suggested.get("max_tokens"))
-        prompt_ids, use = await encode(body, request, service)
+        prompt_ids, use = await encode_prompt(body, request, service)
         prompt_ids = truncated(prompt_ids, body, service.client.info.max_model_len, max_tokens)
-        held = await held_to(service.output, use, text, service.output.begins_thinking(prompt_ids))
+        thinks = body.template_options().get("enable_thinking") is not False
+        held = await held_to(service.output, use, text, service.output.begins_thinking(prompt_ids), thinks)
         params = sampling_params(
             body,
             service.suggested,
@@ -116,13 +118,22 @@ async def converse(
 
 
 class Choice:
-    """What one sequence's deltas say, by the rules of the request's tools."""
+    """What one sequence's deltas say, by the rules of the request's tools; and how many of its tokens are reasoning,
+    None where that cannot be told."""
 
-    def __init__(self, use: ToolUse) -> None:
-        self._parallel = use.parallel  # otherwise all calls but the first are left out
+    def __init__(self, talk: Conversation, output: OutputFormat) -> None:
+        self._parallel = talk.use.parallel  # otherwise all calls but the first are left out
+        self._count = output.thinking_count(talk.prompt_ids)
         self.called = False
 
+    @property
+    def reasoning_tokens(self) -> int | None:
+        return None if self._count is None else self._count.tokens
+
     def events(self, delta: Delta) -> list[Event]:
+        if self._count is not None:
+            for token in delta.token_ids:
+                self._count.take(token)
         events = delta.events
         if events is None:
             return [Content(delta.text)] if delta.text else []

@@ -19,6 +19,10 @@ class PromptTokensDetails(Struct):
     cached_tokens: int  # that came from the prefix cache
 
 
+class CompletionTokensDetails(Struct):
+    reasoning_tokens: int
+
+
 class Usage(Struct):
     """Tokens. A prompt counts once however many choices it has; the token that ended a choice counts."""
 
@@ -26,10 +30,13 @@ class Usage(Struct):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | UnsetType = UNSET
 
     @classmethod
-    def of(cls, prompt: int, completion: int, cached: int) -> Usage:
-        return cls(prompt, completion, prompt + completion, PromptTokensDetails(cached))
+    def of(cls, prompt: int, completion: int, cached: int, reasoning: int | None = None) -> Usage:
+        """`reasoning`: None where it cannot be told from the answer."""
+        details = UNSET if reasoning is None else CompletionTokensDetails(reasoning)
+        return cls(prompt, completion, prompt + completion, PromptTokensDetails(cached), details)
 
 
 class FunctionCall(Struct, omit_defaults=True):

@@ -64,18 +64,20 @@ def _says_nothing(field: str, value: Any) -> bool:
     return value is None or value == ""
 
 
-async def held_to(output: OutputFormat, use: ToolUse, text: Wanted | None, begun: bool) -> Wanted | None:
+async def held_to(
+    output: OutputFormat, use: ToolUse, text: Wanted | None, begun: bool, thinks: bool = True
+) -> Wanted | None:
     """What all of a chat answer must be: tool calls where they are required, `text`, or either where both may be.
 
-    Reasoning may come first; `begun`: the prompt ends within it.
+    Reasoning may come first if the request does not forbid it (`thinks`); `begun`: the prompt ends within it.
     """
     if text is None and use.choice != "required":
         return None
-    return await asyncio.to_thread(_held_to, output, use, text, begun)
+    before = output.reasoning_lark(begun) if begun or thinks else ""
+    return await asyncio.to_thread(_held_to, output, use, text, before)
 
 
-def _held_to(output: OutputFormat, use: ToolUse, text: Wanted | None, begun: bool) -> Wanted | None:
-    before = output.reasoning_lark(begun)
+def _held_to(output: OutputFormat, use: ToolUse, text: Wanted | None, before: str) -> Wanted | None:
     if use.choice != "none" and output.calls is not None:
         calls = output.calls.lark(use.callable_, output.added_tokens, use.parallel)
         if use.choice == "required":

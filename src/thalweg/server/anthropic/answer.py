@@ -26,8 +26,7 @@ class MessageAnswer:
 
     def __init__(self, service: Service, talk: Conversation, omit: bool) -> None:
         self._talk, self._model, self._omit = talk, service.names[0], omit
-        self._thinking = service.output.thinking_count(talk.prompt_ids)
-        self._choice, self._parts = Choice(talk.use), Parts()
+        self._choice, self._parts = Choice(talk, service.output), Parts()
         self._output_tokens = self._cached_tokens = 0
         self._stop_reason: str | None = None
         self._stop_sequence: str | None = None
@@ -61,9 +60,6 @@ class MessageAnswer:
         """What `delta` adds, counted."""
         self._output_tokens += len(delta.token_ids)
         self._cached_tokens += delta.num_cached_tokens
-        if self._thinking is not None:
-            for token in delta.token_ids:
-                self._thinking.take(token)
         steps = list(self._parts.feed(self._choice.events(delta)))
         if delta.finish_reason is not None:
             steps += self._parts.end()
@@ -101,7 +97,7 @@ class MessageAnswer:
             "cache_creation_input_tokens": 0,
             "cache_read_input_tokens": self._cached_tokens,
             "output_tokens": self._output_tokens,
-            "output_tokens_details": {"thinking_tokens": 0 if self._thinking is None else self._thinking.tokens},
+            "output_tokens_details": {"thinking_tokens": self._choice.reasoning_tokens or 0},
         }
 
 

@@ -10,7 +10,7 @@ from thalweg.server.anthropic.answer import MessageAnswer
 from thalweg.server.anthropic.schemas import CountBody, MessagesBody
 from thalweg.server.anthropic.translate import SPELLING, chat_fields
 from thalweg.server.bodies import BodyRoute
-from thalweg.server.conversation import chat_body, converse, encode
+from thalweg.server.conversation import chat_body, converse, encode_prompt
 from thalweg.server.errors import ApiError
 from thalweg.server.responses import new_id
 from thalweg.server.service import ServiceDep
@@ -42,5 +42,5 @@ async def count_tokens(body: CountBody, request: Request, service: ServiceDep) -
     """How many tokens the prompt of such a message has."""
     service.check(body.model)
     with SPELLING.applied():
-        prompt_ids, _ = await encode(chat_body(chat_fields(body)), request, service)
+        prompt_ids, _ = await encode_prompt(chat_body(chat_fields(body)), request, service)
     return {"input_tokens": len(prompt_ids)}

@@ -28,10 +28,9 @@ class ResponseAnswer:
         self, service: Service, talk: Conversation, body: ResponsesBody, stored: bool, finished: Finished
     ) -> None:
         self._talk, self._finished = talk, finished
-        self._choice, self._parts = Choice(talk.use), Parts()
+        self._choice, self._parts = Choice(talk, service.output), Parts()
         self._tokenizer = service.client.codec.tokenizer
         self._items: list[_Item] = []
-        self._reasoning = service.output.thinking_count(talk.prompt_ids)
         self._output_tokens = self._cached_tokens = 0
         self._entries: list[Any] = []  # log-probabilities that no text has come for yet
         self._status, self._incomplete = "in_progress", False
@@ -68,9 +67,6 @@ class ResponseAnswer:
         """What `delta` adds, counted."""
         self._output_tokens += len(delta.token_ids)
         self._cached_tokens += delta.num_cached_tokens
-        if self._reasoning is not None:
-            for token in delta.token_ids:
-                self._reasoning.take(token)
         if delta.logprobs is not None:
             self._entries.append(delta.logprobs)
         events = self._choice.events(delta)
@@ -155,7 +151,7 @@ class ResponseAnswer:
             "input_tokens": prompt,
             "input_tokens_details": {"cached_tokens": self._cached_tokens, "cache_write_tokens": 0},
             "output_tokens": output,
-            "output_tokens_details": {"reasoning_tokens": 0 if self._reasoning is None else self._reasoning.tokens},
+            "output_tokens_details": {"reasoning_tokens": self._choice.reasoning_tokens or 0},
             "total_tokens": prompt + output,
         }
 

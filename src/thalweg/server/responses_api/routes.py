@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from thalweg.server.bodies import BodyRoute
-from thalweg.server.conversation import chat_body, converse
+from thalweg.server.conversation import chat_body, converse, encode_prompt
 from thalweg.server.errors import ApiError
 from thalweg.server.guard import caller
 from thalweg.server.responses import encode, new_id
@@ -45,6 +45,16 @@ async def responses(body: ResponsesBody, request: Request, service: ServiceDep) 
         return await whole(request, answer.whole())
     wire = NamedEvents(answer.failed)
     return await stream(request, answer.events(), talk.taken, service.settings.ping_seconds, wire)
+
+
+@router.post("/v1/responses/input_tokens")
+async def count_input_tokens(body: ResponsesBody, request: Request, service: ServiceDep) -> dict[str, Any]:
+    """How many tokens the prompt of such a response has."""
+    service.check(body.model)
+    with SPELLING.applied():
+        messages = _earlier(body, request, service) + messages_of(body.input)
+        prompt_ids, _ = await encode_prompt(chat_body(chat_fields(body, messages)), request, service)
+    return {"object": "response.input_tokens", "input_tokens": len(prompt_ids)}
 
 
 @router.get("/v1/responses/{response_id}")
