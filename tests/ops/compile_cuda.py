@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from thalweg.ops.toolchain.cuda_build import HEADER
+from thalweg.ops.toolchain.cuda_build import HEADERS
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ def compile_cuda(source: Path, folder: Path, **macros: int) -> CompiledCuda:
     if nvcc is None:
         pytest.skip("nvcc is not installed")
     command = [nvcc, "-cubin", "-arch=sm_90a", "-use_fast_math", "--ptxas-options=-v", str(source)]
-    command += ["-I", str(HEADER.parent)]
+    command += ["-I", str(HEADERS[0].parent)]
     command += ["-o", f"{folder}/k.cubin", *(f"-D{key}={value}" for key, value in macros.items())]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr

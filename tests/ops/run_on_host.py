@@ -34,7 +34,19 @@ def _library(source: Path, name: str, macros: tuple[tuple[str, int], ...]) -> An
     code += '\nextern "C" int run(int blocks, int threads, int shared_bytes, void** args) {\n'
     code += f"    return run_kernel({name}, blocks, threads, shared_bytes, args);\n}}\n"
     (folder / "kernel.cpp").write_text(code)
-    command = [compiler, "-O0", "-std=c++20", "-shared", "-fPIC", "-w", "-pthread", "-I", str(HEADERS)]
+    command = [
+        compiler,
+        "-O0",
+        "-std=c++20",
+        "-shared",
+        "-fPIC",
+        "-w",
+        "-pthread",
+        "-I",
+        str(HEADERS),
+        "-I",
+        str(source.parent),
+    ]
     command += [f"-D{key}={value}" for key, value in macros]
     run = subprocess.run([*command, "kernel.cpp", "-o", "kernel.so"], cwd=folder, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +101,7 @@ def test_decode_rows_and_prompts_of_the_published_shape() -> None:
         "linear_add 4096": ["1-16: cuda", "17-: in_place"],  # out of the mixers
         "linear_add 9216": ["1-8: cuda", "9-: in_place"],  # down, of the layer without experts
         "norm_router": ["1-128: cuda", "129-512: triton", "513-: library"],
-        "experts": ["1-2: pairs", "3-512: tiles", "513-: grouped"],
+        "experts": ["1-2: pairs", "3-512: tiles", "513-: matrix"],
         "kda_mixer_decode": ["cuda"],
         "mla_mixer_decode": ["gluon"],
         "batched_projection": ["reference"],
@@ -131,7 +130,7 @@ def test_attention_of_kimi_k2_has_kernels_for_every_share_of_its_heads(shared_di
 @pytest.mark.parametrize(
     ("name", "spans"),
     [
-        ("kimi_k2_instruct", ["1-8: cuda", "9-512: tiles", "513-: grouped"]),
+        ("kimi_k2_instruct", ["1-8: cuda", "9-512: tiles", "513-: w8a8"]),
         ("kimi_k2_5_text_int4", ["1-512: tiles", "513-: grouped"]),
     ],
 )
@@ -170,7 +169,7 @@ def test_linears_in_float8_have_kernels_for_any_number_of_tokens(shared_dir: Pat
 def test_over_ranks_in_fp8_and_with_other_blocks() -> None:
     found = tables(resolved(ranks=4, scheme="fp8", block_size=16))
     assert found["linear 1024"] == ["1-16: cuda", "17-: reference"]
-    assert found["experts"] == ["1-16: cuda", "17-256: tiles", "257-: grouped"]
+    assert found["experts"] == ["1-16: cuda", "17-256: tiles", "257-: w8a8"]
     assert found["mla_mixer_decode"] == ["triton"]
 
 
@@ -180,7 +179,7 @@ def test_over_ranks_in_fp8_and_with_other_blocks() -> None:
         ("norm_linear", "cuda", ["1-32: cuda", "33-: triton"]),
         ("norm_linear", "separate", ["separate"]),
         ("norm_router", "triton", ["1-512: triton", "513-: library"]),
-        ("experts", "tiles", ["1-512: tiles", "513-: grouped"]),
+        ("experts", "tiles", ["1-512: tiles", "513-: matrix"]),
         ("experts", "grouped", ["grouped"]),
     ],
 )
@@ -217,8 +216,8 @@ def test_graphs_of_prompts_ask_only_what_prompts_run() -> None:
 def test_graphs_do_not_mind_what_waits_for_the_device_beyond_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     from thalweg.ops import registry
 
-    few: Iterable[registry.Implementation] = [i for i in registry.implementations("experts") if i.name != "grouped"]
-    monkeypatch.setitem(registry._implementations, "experts", list(few))
+    few = [i for i in registry.implementations("experts") if i.name not in ("grouped", "matrix")]
+    monkeypatch.setitem(registry._implementations, "experts", few)
     resolver = resolved()  # the reference serves beyond 512 tokens
     assert why_eager(resolver, 512) is None
     assert why_eager(resolver, 513) == "op experts is served by 'reference', which cannot be captured"

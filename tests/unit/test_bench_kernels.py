@@ -122,8 +122,21 @@ def test_floor_is_the_longer_of_traffic_and_arithmetic() -> None:
     assert (m.bound, m.floor_us) == ("bytes", pytest.approx(2000))
     (m,) = measured(Candidate("a", right), num_bytes=2e6, flops=5e9)
     assert (m.bound, m.floor_us) == ("flops", pytest.approx(5000))
+    (m,) = measured(Candidate("a", right), num_bytes=2e6, flops=5e9, rate=2.0)
+    assert (m.bound, m.floor_us) == ("flops", pytest.approx(2500))
     (m,) = measured(Candidate("a", right))
     assert (m.bound, m.floor_us) == (None, None)
+
+
+def test_a_result_may_be_off_by_what_its_candidate_rounds() -> None:
+    def off(x: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y, ids = right(x, state)
+        return y * 1.03, ids
+
+    _, exact, coarse = measured(Candidate("a", right), Candidate("b", off), Candidate("c", off, rounding=0.04))
+    assert exact.wrong
+    assert not coarse.wrong
+    assert coarse.us is not None
 
 
 def run(setting: Setting, suite: str, op: str | None = None) -> list[Measurement]:

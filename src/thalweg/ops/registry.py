@@ -70,6 +70,7 @@ class Implementation:
     tokens: Callable[[Any], Tokens]
     priority: int  # higher is tried first; the reference has 0 and serves everywhere, so below 0 only --op chooses
     capturable: bool  # whether it can be part of a CUDA graph
+    rounding: float  # that it does by its own choice, as ||error|| / ||result||, beside the dtype's
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,13 +116,15 @@ def register(
     tokens: Tokens | Callable[[D], Tokens] = ANY,
     priority: int = 0,
     capturable: bool | None = None,
+    rounding: float = 0.0,
 ) -> None:
     """Add an implementation of `op`. Called at import time by the op's package.
 
     `build` gives the function, once the implementation is chosen: it may import what not every machine has. A negative
     priority is for what serves only if --op asks for it. An implementation that reads values back from the device says
     capturable=False. One of an op of prefills alone is not captured unless it says capturable=True: that it takes
-    `PerStep` offsets, starts and boundaries, of which it makes nothing but tables (`ops/host_tables.py`).
+    `PerStep` offsets, starts and boundaries, of which it makes nothing but tables (`ops/host_tables.py`). One that
+    quantizes activations says as `rounding` how far off that puts results at most.
     """
     if capturable is None:
         capturable = op.rows != "prefills"
@@ -129,7 +132,7 @@ def register(
     if any(i.name == name for i in found):
         raise ConfigError(f"op {op.name!r} already has an implementation named {name!r}")
     span = tokens if callable(tokens) else lambda _: tokens
-    found.append(Implementation(op, name, build, supports, span, priority, capturable))
+    found.append(Implementation(op, name, build, supports, span, priority, capturable, rounding))
     found.sort(key=lambda i: -i.priority)
 
 

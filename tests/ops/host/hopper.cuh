@@ -204,7 +204,7 @@ inline void share_barriers() {}
 inline void expect_bytes(u32 barrier, u32 bytes) {
     std::lock_guard lock(one_at_a_time);
     Barrier& b = barrier_at(barrier);
-    if (b.pending != b.count) fail("a barrier is used again before its copies have come");
+    if (b.pending == 0) fail("a barrier is used again before its copies have come");
     b.pending--, b.bytes += (int)bytes;
     turn(b);
 }
@@ -367,6 +367,7 @@ int run_kernel(void (*kernel)(A...), int blocks, int threads, int shared_bytes, 
         Block here(threads);
         block = &here;
         memset(shared, 0xff, sizeof shared);  // not a number
+        for (Numbered& b : numbered) b.arrived = 0;
         std::vector<std::thread> all;
         for (int t = 0; t < threads; t++)
             all.emplace_back([=] {

@@ -87,6 +87,7 @@ class Candidate:
     refusal: str | None = None
     capturable: bool = True
     serves: bool = False  # whether the model runs it
+    rounding: float = 0.0  # that it does beside the dtype's
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,8 @@ class Case:
     """Candidates take the arguments that `make(copy)` returns; `changed` picks from those what they change in place.
 
     The first candidate that can run is what the others' results are checked against; `same_bits_as` names the one whose
-    bits theirs are compared with, where it is another. num_bytes and flops are those of one call.
+    bits theirs are compared with, where it is another. num_bytes and flops are those of one call; `rate` is how many
+    times faster than the machine's measured products these may be, on operands of fewer bits.
 
     timed: "graph" in a CUDA graph where there are such, "eager" one call after another, "host" the processor's time of
     a call that gives the device nothing to do.
@@ -108,6 +110,7 @@ class Case:
     make: Callable[[int], Arguments]
     num_bytes: float = 0.0
     flops: float = 0.0
+    rate: float = 1.0
     changed: Callable[[Arguments], tuple[Tensor, ...]] = lambda _: ()
     same_bits_as: str | None = None
     timed: Literal["graph", "eager", "host"] = "graph"
@@ -130,7 +133,7 @@ def candidates_of(setting: Setting, op: Op[D, Any], dims: D, tokens: int) -> tup
         if refusal is None and tokens not in serves:
             refusal = f"serves {serves} tokens, not {tokens}"
         fn = i.build(setting.where, dims) if refusal is None else _refused
-        candidates.append(Candidate(i.name, fn, refusal, i.capturable, i.name == serving))
+        candidates.append(Candidate(i.name, fn, refusal, i.capturable, i.name == serving, i.rounding))
     return tuple(candidates)
 
 

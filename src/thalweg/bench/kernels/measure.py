@@ -68,7 +68,7 @@ def measure_case(case: Case, setting: Setting, ceilings: Ceilings) -> Iterator[M
         try:
             found = _outputs(case, candidate)
             checked = _compare(case, candidate, found, outputs)
-            wrong = _what_is_wrong(checked.pop("unequal"), checked["error"], setting.dtype)
+            wrong = _what_is_wrong(checked.pop("unequal"), checked["error"], setting.dtype, candidate.rounding)
             if wrong:
                 yield result(**checked, wrong=wrong)
                 continue
@@ -82,7 +82,7 @@ def measure_case(case: Case, setting: Setting, ceilings: Ceilings) -> Iterator[M
 
 
 def _floor(case: Case, ceilings: Ceilings) -> dict[str, Any]:
-    bytes_s, flops_s = case.num_bytes / ceilings.bytes_per_s, case.flops / ceilings.flops_per_s
+    bytes_s, flops_s = case.num_bytes / ceilings.bytes_per_s, case.flops / (case.rate * ceilings.flops_per_s)
     return {
         "num_bytes": case.num_bytes,
         "flops": case.flops,
@@ -144,8 +144,8 @@ def _unequal(x: Tensor, expected: Tensor) -> float:
     return float((x != expected).float().mean()) if x.shape == expected.shape else 1.0
 
 
-def _what_is_wrong(unequal: float, error: float | None, dtype: torch.dtype) -> str:
-    tolerance = TOLERANCE_32_BITS if dtype.itemsize == 4 else TOLERANCE_16_BITS
+def _what_is_wrong(unequal: float, error: float | None, dtype: torch.dtype, rounding: float) -> str:
+    tolerance = (TOLERANCE_32_BITS if dtype.itemsize == 4 else TOLERANCE_16_BITS) + rounding
     if error is not None and not error <= tolerance:
         return f"error {error:.2g}, at most {tolerance:g} expected"
     if unequal > MOST_UNEQUAL:

@@ -24,13 +24,18 @@ from thalweg.ops.registry import Op
 from thalweg.quant import FP8_LINEARS, scheme_named
 
 EPS = 1e-5
+FP8_RATE = 2.0  # of products in float8 to those in 16 bits, on every matrix unit that has both
 
 
 def linear(setting: Setting, dims: LinearDims) -> Iterator[Case]:
+    """In the model's dtype; of prompts also in float8, whatever the model has. The other two likewise."""
+
     def make(draw: Draw, T: int) -> Arguments:
         return Arguments(draw(T, dims.D), draw(dims.O, dims.D, scale=dims.D**-0.5))
 
     yield from _products(setting, LINEAR, dims, dims.D, dims.O, f"{dims.D} to {dims.O}", make)
+    if setting.prompts:
+        yield from linear_fp8(setting, Fp8LinearDims(D=dims.D, O=dims.O))
 
 
 def linear_add(setting: Setting, dims: LinearDims) -> Iterator[Case]:
@@ -38,6 +43,8 @@ def linear_add(setting: Setting, dims: LinearDims) -> Iterator[Case]:
         return Arguments(draw(T, dims.D), draw(dims.O, dims.D, scale=dims.D**-0.5), draw(T, dims.O))
 
     yield from _products(setting, LINEAR_ADD, dims, dims.D, dims.O, f"{dims.D} to {dims.O}", make, results=2)
+    if setting.prompts:
+        yield from linear_add_fp8(setting, Fp8LinearDims(D=dims.D, O=dims.O))
 
 
 def norm_linear(setting: Setting, dims: NormLinearDims) -> Iterator[Case]:
@@ -49,6 +56,8 @@ def norm_linear(setting: Setting, dims: NormLinearDims) -> Iterator[Case]:
 
     parts = f" ({' + '.join(map(str, dims.parts))})" if len(dims.parts) > 1 else ""
     yield from _products(setting, NORM_LINEAR, dims, dims.D, O, f"{dims.D} to {O}{parts}", make)
+    if setting.prompts:
+        yield from norm_linear_fp8(setting, Fp8LinearDims(D=dims.D, O=O))
 
 
 def linear_fp8(setting: Setting, dims: Fp8LinearDims) -> Iterator[Case]:
@@ -85,7 +94,8 @@ def _fp8_products(
     es, rows = setting.dtype.itemsize, dims.O + dims.rest
     label = f"{dims.D} to {dims.O}" + (f" + {dims.rest}" if dims.rest else "")
     weight_bytes = (FP8_LINEARS.bytes_per_weight(es) * dims.O + es * dims.rest) / rows
-    yield from _products(setting, op, dims, dims.D, rows, label, arguments, results, weight_bytes)
+    rate = FP8_RATE if setting.prompts else 1.0
+    yield from _products(setting, op, dims, dims.D, rows, label, arguments, results, weight_bytes, rate)
 
 
 def linear_ggml(setting: Setting, dims: LinearGgmlDims) -> Iterator[Case]:
@@ -111,6 +121,7 @@ def _products(
     arguments: Any,
     results: int = 1,
     weight_bytes: float | None = None,
+    rate: float = 1.0,
 ) -> Iterator[Case]:
     es = setting.dtype.itemsize
     for _, T, size in setting.calls():
@@ -126,6 +137,7 @@ def _products(
             make,
             num_bytes=es * (T * D + results * T * O) + (es if weight_bytes is None else weight_bytes) * O * D,
             flops=2 * T * D * O,
+            rate=rate,
             timed=setting.timed,
         )
 

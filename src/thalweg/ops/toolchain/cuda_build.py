@@ -1,8 +1,9 @@
 """CUDA C++ kernels, compiled on first use by NVRTC and launched through the driver.
 
 Both come with torch's CUDA builds for Linux (packages nvidia-cuda-nvrtc and cuda-bindings), so neither a compiler nor
-CUDA's headers need be installed; a source of a few hundred lines, which includes hopper.cuh alone, takes 0.1 to 0.3 s.
-What is compiled lies in Triton's kernel cache beside Triton's own kernels.
+CUDA's headers need be installed; a source of a few hundred lines, which includes `headers_of` it alone, takes 0.1 to
+0.3 s, or a second if it has products of many sizes. What is compiled lies in Triton's kernel cache beside Triton's own
+kernels.
 """
 
 from __future__ import annotations
@@ -23,7 +24,12 @@ from thalweg.errors import KernelError
 from thalweg.ops.registry import Refusal, Where
 from thalweg.ops.toolchain.triton_compile import rehearsing
 
-HEADER = Path(__file__).with_name("hopper.cuh")
+HEADERS = tuple(Path(__file__).with_name(name) for name in ("hopper.cuh", "matrix_unit.cuh"))
+
+
+def headers_of(source: Path) -> list[Path]:
+    """What a source may include: the shared headers, and those beside it."""
+    return [*HEADERS, *sorted(source.parent.glob("*.cuh"))]
 
 
 def why_not(where: Where) -> Refusal:
@@ -113,7 +119,7 @@ def cached_cubin(source: Path, arch: str, **macros: int) -> bytes:
         from triton.runtime.cache import get_cache_manager
     except ImportError:
         return compile_cubin(source, arch, **macros)
-    key = hashlib.sha256(HEADER.read_bytes() + source.read_bytes())
+    key = hashlib.sha256(b"".join(path.read_bytes() for path in (*headers_of(source), source)))
     key.update(repr((_compiler_version(), _options(arch, macros))).encode())
     cache, name = get_cache_manager(key.hexdigest()), f"{source.stem}.cubin"
     if (path := cache.get_file(name)) is None:
@@ -139,8 +145,9 @@ def compile_cubin(source: Path, arch: str, **macros: int) -> bytes:
     from cuda.bindings import nvrtc
 
     options = _options(arch, macros)
-    headers = ([HEADER.read_bytes()], [HEADER.name.encode()])
-    program = _check(nvrtc.nvrtcCreateProgram(source.read_bytes(), source.name.encode(), 1, *headers))
+    paths = headers_of(source)
+    headers = ([path.read_bytes() for path in paths], [path.name.encode() for path in paths])
+    program = _check(nvrtc.nvrtcCreateProgram(source.read_bytes(), source.name.encode(), len(paths), *headers))
     try:
         (result,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
         if result:

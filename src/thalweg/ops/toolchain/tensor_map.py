@@ -25,7 +25,7 @@ def tensor_map(x_RHX: Tensor, rows: int) -> TensorMap:
     return _tensor_map(x_RHX.data_ptr(), tuple(x_RHX.shape), x_RHX.stride(), rows)
 
 
-@lru_cache(maxsize=512)  # the caches of all layers, and what a step's layers have alike
+@lru_cache(maxsize=4096)  # weights and caches of all layers, and what a step's layers have alike
 def _tensor_map(address: int, shape: tuple[int, ...], strides: tuple[int, ...], rows: int) -> TensorMap:
     memory = (c_char * 192)()
     result = TensorMap.from_buffer(memory, -addressof(memory) % 64)  # where the driver wants it

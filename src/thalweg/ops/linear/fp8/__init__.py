@@ -1,14 +1,15 @@
 """Ops "linear_fp8", "norm_linear_fp8" and "linear_add_fp8": those of ops/linear over weights in float8.
 
 A weight is q * scale: q float8_e4m3fn [O, D], and one fp32 scale, any positive number, for each row and 128 columns. It
-is rounded to x's dtype or used as it is; activations are not quantized. Below it may lie rows in x's dtype: what a
-checkpoint keeps out of float8 of matrices that are fused.
+is rounded to x's dtype or used as it is. Whether activations are quantized is open in bf16, each 128 columns of a row
+with a scale of their own; they are not in fp32. Below the weight may lie rows in x's dtype: what a checkpoint keeps out
+of float8 of matrices that are fused.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -56,6 +57,8 @@ NORM_LINEAR_FP8: Op[Fp8LinearDims, NormLinearFp8] = Op("norm_linear_fp8", Fp8Lin
 LINEAR_ADD_FP8: Op[Fp8LinearDims, LinearAddFp8] = Op("linear_add_fp8", Fp8LinearDims)
 
 FEW = Tokens(last=16)  # beyond, x does not fit the registers of a block
+MANY = Tokens(first=257)  # of fewer, tiles leave multiprocessors idle, and weights are all there is to read
+W8A8: dict[str, Any] = {"tokens": MANY, "priority": 5, "rounding": 0.04}  # 0.027 for normally distributed activations
 MAX_NORM = 16384  # columns that the norm's kernel takes
 MAX_CUDA_NORM, MAX_NORM_ROWS = 8192, 2**16  # beyond both a norm's weight and the sums do not fit shared memory
 MAX_ROWS = 2**18  # of which the sums over passes fit shared memory
@@ -85,6 +88,36 @@ def _cuda_norm_refuses(where: Where, dims: Fp8LinearDims) -> Refusal:
     if dims.D > MAX_CUDA_NORM and dims.O > MAX_NORM_ROWS:  # the norm would not fit beside the sums
         return f"needs D of at most {MAX_CUDA_NORM} or O of at most {MAX_NORM_ROWS}, not {dims.D} and {dims.O}"
     return _cuda_refuses(where, dims)
+
+
+def _w8a8_refuses(where: Where, dims: Fp8LinearDims) -> Refusal:
+    if dims.D % BLOCK or not dims.D:
+        return f"needs D to be a multiple of {BLOCK}, not {dims.D}"
+    if dims.O % 8 or dims.rest % 8 or not dims.O:
+        return f"needs O and the rest to be multiples of 8, not {dims.O} and {dims.rest}"
+    return _triton_refuses(where, dims) or cuda_build.why_not(where) or why_not_hopper()
+
+
+def _w8a8_norm_refuses(where: Where, dims: Fp8LinearDims) -> Refusal:
+    return _triton_norm_refuses(where, dims) or _w8a8_refuses(where, dims)
+
+
+def _w8a8_linear(where: Where, dims: Fp8LinearDims) -> LinearFp8:
+    from thalweg.ops.linear.fp8 import w8a8
+
+    return w8a8.linear_fp8
+
+
+def _w8a8_norm_linear(where: Where, dims: Fp8LinearDims) -> NormLinearFp8:
+    from thalweg.ops.linear.fp8 import w8a8
+
+    return w8a8.norm_linear_fp8
+
+
+def _w8a8_linear_add(where: Where, dims: Fp8LinearDims) -> LinearAddFp8:
+    from thalweg.ops.linear.fp8 import w8a8
+
+    return w8a8.linear_add_fp8
 
 
 def _triton_linear(where: Where, dims: Fp8LinearDims) -> LinearFp8:
@@ -125,12 +158,15 @@ def _cuda_linear_add(where: Where, dims: Fp8LinearDims) -> LinearAddFp8:
 
 register(LINEAR_FP8, "reference", lambda *_: reference.linear_fp8)
 register(LINEAR_FP8, "triton", _triton_linear, supports=_triton_refuses, priority=10)
+register(LINEAR_FP8, "w8a8", _w8a8_linear, supports=_w8a8_refuses, **W8A8)
 register(LINEAR_FP8, "cuda", _cuda_linear, supports=_cuda_refuses, tokens=FEW, priority=20)
 
 register(NORM_LINEAR_FP8, "reference", lambda *_: reference.norm_linear_fp8)
 register(NORM_LINEAR_FP8, "triton", _triton_norm_linear, supports=_triton_norm_refuses, priority=10)
+register(NORM_LINEAR_FP8, "w8a8", _w8a8_norm_linear, supports=_w8a8_norm_refuses, **W8A8)
 register(NORM_LINEAR_FP8, "cuda", _cuda_norm_linear, supports=_cuda_norm_refuses, tokens=FEW, priority=20)
 
 register(LINEAR_ADD_FP8, "reference", lambda *_: reference.linear_add_fp8)
 register(LINEAR_ADD_FP8, "triton", _triton_linear_add, supports=_triton_refuses, priority=10)
+register(LINEAR_ADD_FP8, "w8a8", _w8a8_linear_add, supports=_w8a8_refuses, **W8A8)
 register(LINEAR_ADD_FP8, "cuda", _cuda_linear_add, supports=_cuda_refuses, tokens=FEW, priority=20)

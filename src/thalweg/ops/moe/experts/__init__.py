@@ -1,7 +1,9 @@
 """Op "experts": the experts' SwiGLU networks with the sum that ends them, over weights that carry their scheme.
 
-Four forms, by how many tokens share an expert: pairs and tiles for decode, sorted pairs for prompts (all in Triton, for
-the schemes of SCHEMES), and products in CUDA C++ for a few tokens over fp8 ("cuda").
+Six forms, by how many tokens share an expert: pairs and tiles for decode, sorted pairs for prompts (all in Triton, for
+the schemes of SCHEMES), products in CUDA C++ for a few tokens over fp8 ("cuda"), and, for prompts on Hopper, products
+of sorted pairs at the rate of the matrix unit: in bf16 ("matrix"), and over fp8, for which activations are quantized
+("w8a8").
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from torch import Tensor
 from thalweg.ops.moe.experts import reference
 from thalweg.ops.registry import Op, Refusal, Tokens, Where, register
 from thalweg.ops.toolchain import cuda_build
-from thalweg.ops.toolchain.triton_support import why_not
+from thalweg.ops.toolchain.triton_support import why_not, why_not_hopper
 from thalweg.quant import scheme_named
 from thalweg.quant.blocks import BLOCK
 
@@ -61,10 +63,10 @@ class Experts(Protocol):
 
         "fp8": (q float8_e4m3fn, scales fp32), and a weight is w = q * the scale of its block of 128 x 128. Scales of
         down are [E, ceil(D / 128), ceil(I / 128)], those of gate_up [E, 2 ceil(I / 128), ceil(D / 128)], whose halves
-        belong to gate and up: where 128 does not divide I, up's first block begins at its first row. Activations are
-        not quantized. A scale is any normal number above zero. If it is a power of two, w is exact in every dtype; or
-        else it is open whether the scale and w are each rounded to x's dtype, or fp16, before the product, or not at
-        all.
+        belong to gate and up: where 128 does not divide I, up's first block begins at its first row. Whether
+        activations are quantized is open in bf16, each 128 columns of a row with a scale of their own; they are not in
+        fp32. A scale is any normal number above zero. If it is a power of two, w is exact in every dtype; or else it is
+        open whether the scale and w are each rounded to x's dtype, or fp16, before the product, or not at all.
 
         "int4": (words int32, scales in x's dtype), and a weight is w = (nibble - 8) * the scale of its group of 32
         columns. Words are [E, 2I, D / 8] and [E, D, I / 8], eight elements of a row in each, the first in the lowest
@@ -136,6 +138,16 @@ def _cuda_refuses(where: Where, dims: ExpertsDims) -> Refusal:
     return cuda_build.why_not(where) or why_not(where)
 
 
+def _matrix_refuses(where: Where, dims: ExpertsDims, scheme: str, columns: int) -> Refusal:
+    if dims.scheme != scheme:
+        return f"needs weights in scheme {scheme}, not {dims.scheme}"
+    if dims.D % columns or dims.I % columns or not dims.D or not dims.I:
+        return f"needs D and I to be multiples of {columns}, not {dims.D} and {dims.I}"
+    if where.dtype != "bfloat16":
+        return f"needs bfloat16, not {where.dtype}"
+    return why_not(where) or cuda_build.why_not(where) or why_not_hopper()
+
+
 def _reference(where: Where, dims: ExpertsDims) -> Experts:
     schemes = [scheme_named(name) for name in dims.scheme.split(" | ")]
     return partial(reference.experts, schemes[0], down_scheme=schemes[-1])
@@ -145,6 +157,12 @@ def _grouped(where: Where, dims: ExpertsDims) -> Experts:
     from thalweg.ops.moe.experts.triton import grouped
 
     return grouped.experts_of_groups
+
+
+def _matrix(where: Where, dims: ExpertsDims) -> Experts:
+    from thalweg.ops.moe.experts import matrix
+
+    return matrix.experts
 
 
 def _tiles(where: Where, dims: ExpertsDims) -> Experts:
@@ -191,6 +209,9 @@ def _separate_refuses(where: Where, dims: ExpertsDims) -> Refusal:
 register(EXPERTS, "reference", _reference, capturable=False)
 register(EXPERTS, "separate", _separate, supports=_separate_refuses, priority=-10)
 register(EXPERTS, "grouped", _grouped, supports=_triton_refuses, priority=10)
+register(EXPERTS, "matrix", _matrix, supports=partial(_matrix_refuses, scheme="none", columns=64), priority=15)
+_w8a8_refuses = partial(_matrix_refuses, scheme="fp8", columns=BLOCK)
+register(EXPERTS, "w8a8", _matrix, supports=_w8a8_refuses, priority=15, rounding=0.06)
 register(EXPERTS, "tiles", _tiles, supports=_triton_refuses, tokens=_some, priority=20)
 register(EXPERTS, "pairs", _pairs, supports=_pairs_refuses, tokens=_few, priority=30)
 register(EXPERTS, "cuda", _cuda, supports=_cuda_refuses, tokens=_fewer, priority=40)

@@ -8,6 +8,7 @@ neighbours, and the sum has one fixed order.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from thalweg.ops.activation.triton import silu_and_mul
-from thalweg.ops.moe.experts.triton.grouping import Groups, sort_pairs
+from thalweg.ops.moe.experts.triton.grouping import Groups, rows_per_block, sort_pairs
 from thalweg.ops.moe.experts.triton.half import in_half
 from thalweg.ops.moe.experts.triton.nibbles import in_order, ordered_width
 from thalweg.ops.moe.experts.triton.products import down_sums, gate_up_sums, h_width, scheme_of, store_h
@@ -199,15 +200,31 @@ def experts_of_groups(
     own: tuple[Tensor, Tensor] | None = None,
     scale: float = 1.0,
 ) -> Tensor:
-    """A pair's output is rounded to x's dtype before the sum. The own expert's products are the library's."""
+    def outputs(x: Tensor, ids: Tensor) -> Tensor:
+        rows = rows_per_block(ids.numel(), len(down[0]), FEW[scheme_of(*down)])
+        groups = sort_pairs(ids, len(down[0]), num_shared, rows)
+        return run_down(run_gate_up(x, groups, ids.shape[1], *gate_up), groups, gate_up[0].shape[1] // 2, *down)
+
+    return in_slices(outputs, x_TD, weights_Tk, ids_Tk, residual_TD, own, scale)
+
+
+def in_slices(
+    outputs: Callable[[Tensor, Tensor], Tensor],
+    x_TD: Tensor,
+    weights_Tk: Tensor,
+    ids_Tk: Tensor,
+    residual_TD: Tensor | None,
+    own: tuple[Tensor, Tensor] | None,
+    scale: float,
+) -> Tensor:
+    """Of x and ids of some tokens, `outputs` gives those of their pairs, [T * k, D] by token, and they are summed up
+    here. A pair's output is rounded to x's dtype before the sum. The own expert's products are the library's."""
     out_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
     block = min(1024, triton.next_power_of_2(x_TD.shape[1]))
     for start in range(0, len(x_TD), SLICE):
         x, weights, ids, out = (t[start : start + SLICE] for t in (x_TD, weights_Tk, ids_Tk, out_TD))
         residual = None if residual_TD is None else residual_TD[start : start + SLICE]
-        groups = sort_pairs(ids, len(down[0]), num_shared, FEW[scheme_of(*down)])
-        h_PI = run_gate_up(x, groups, ids.shape[1], *gate_up)
-        y_PD = run_down(h_PI, groups, gate_up[0].shape[1] // 2, *down)
+        y_PD = outputs(x, ids)
         own_TD = None if own is None else F.linear(silu_and_mul(F.linear(x, own[0])), own[1])
         weighted_sum(y_PD, weights, out, residual, own_TD, scale, block, warps=4)
     return out_TD

@@ -144,6 +144,7 @@ def place_kernel(
     K: tl.constexpr,
     SHARED: tl.constexpr,
     ROWS: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
@@ -158,13 +159,17 @@ def place_kernel(
     rank = tl.load(ranks_ptr + pair, mask=inside, other=0)
     tl.store(sorted_ptr + tl.gather(starts, expert_of_pair, 0) + rank, pair, mask=inside)
 
-    ends = tl.cumsum((counts + ROWS - 1) // ROWS, 0)  # of an expert's blocks
+    own = (counts + ROWS - 1) // ROWS  # an expert's blocks
+    ends = tl.cumsum(own, 0)
+    own = tl.maximum(own, 1)
+    each = ((counts + UNIT - 1) // UNIT + own - 1) // own * UNIT
     block = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     past = ends[None, :] <= block[:, None]
     owner = tl.minimum(tl.sum(past.to(tl.int32), 1), E2 - 1)
     before = tl.max(tl.where(past, ends[None, :], 0), 1)
-    done = (block - before) * ROWS
-    rows = tl.minimum(tl.maximum(tl.gather(counts, owner, 0) - done, 0), ROWS)
+    most = tl.gather(each, owner, 0)
+    done = (block - before) * most
+    rows = tl.minimum(tl.maximum(tl.gather(counts, owner, 0) - done, 0), most)
     tl.store(blocks_ptr + 3 * block, owner, mask=block < blocks)
     tl.store(blocks_ptr + 3 * block + 1, tl.gather(starts, owner, 0) + done, mask=block < blocks)
     tl.store(blocks_ptr + 3 * block + 2, rows, mask=block < blocks)
@@ -230,7 +235,8 @@ def list_pairs(x_TD: Tensor, ids_Tk: Tensor, experts: int, ordered: bool) -> tup
 class Groups(NamedTuple):
     """Pairs by expert, and blocks of at most `rows` of them of one expert.
 
-    A block is (expert, its first place in sorted_P, how many). There are as many as could be needed; the rest have 0.
+    A block is (expert, its first place in sorted_P, how many). There are as many as could be needed; the rest, which
+    come last, have 0.
     """
 
     sorted_P: Tensor  # int32
@@ -244,10 +250,13 @@ def rows_per_block(pairs: int, experts: int, few: int) -> int:
     return 64 if pairs <= few * experts else 128
 
 
-def sort_pairs(ids_Tk: Tensor, experts: int, num_shared: int, few: int) -> Groups:
-    """In two launches and a fill. The order within an expert, which atomic counters give, changes from run to run."""
+def sort_pairs(ids_Tk: Tensor, experts: int, num_shared: int, rows: int, unit: int | None = None) -> Groups:
+    """In two launches and a fill. The order within an expert, which atomic counters give, changes from run to run.
+
+    With `unit`, which divides rows, an expert's blocks are about equally high, all but the last a multiple of it; or
+    else all but the last have `rows`.
+    """
     P, K, device = ids_Tk.numel(), ids_Tk.shape[1], ids_Tk.device
-    rows = rows_per_block(P, experts, few)
     counts_E = torch.zeros(experts, dtype=torch.int32, device=device)
     ranks_P, sorted_P = (torch.empty(P, dtype=torch.int32, device=device) for _ in range(2))
     blocks = P // rows + min(experts, P)
@@ -267,6 +276,7 @@ def sort_pairs(ids_Tk: Tensor, experts: int, num_shared: int, few: int) -> Group
         K=K,
         SHARED=num_shared,
         ROWS=rows,
+        UNIT=unit or rows,
         BLOCK=512,
         BLOCK_B=max(16, triton.next_power_of_2(triton.cdiv(blocks, programs))),
         num_warps=4,

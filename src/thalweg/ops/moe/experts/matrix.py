@@ -1,0 +1,45 @@
+"""Experts for the many tokens of a prompt at the rate of Hopper's matrix unit (ops/products says how it works): pairs
+sorted by expert, two grouped products in CUDA C++, and the weighted sum.
+
+Over fp8, x and h go to fp8 as well, in blocks of 128 columns of a row.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from thalweg.ops.moe.experts.triton.grouped import in_slices
+from thalweg.ops.moe.experts.triton.grouping import sort_pairs
+from thalweg.ops.products.cuda import UNIT, grouped, most_rows
+from thalweg.ops.products.triton import quantize_blocks
+from thalweg.ops.toolchain.cuda_build import aligned_rows
+
+
+def experts(
+    x_TD: Tensor,
+    weights_Tk: Tensor,
+    ids_Tk: Tensor,
+    gate_up: tuple[Tensor, ...],
+    down: tuple[Tensor, ...],
+    *,
+    residual_TD: Tensor | None = None,
+    num_shared: int = 0,
+    own: tuple[Tensor, Tensor] | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    is_fp8 = len(down) == 2
+
+    def outputs(x: Tensor, ids: Tensor) -> Tensor:
+        (E, D, I), k = down[0].shape, ids.shape[1]
+        most = most_rows(gate_up[0].element_size())
+        cluster = 2 if ids.numel() > E * most else 1  # halves of fewer rows would wait for the weights
+        groups = sort_pairs(ids, E, num_shared, cluster * most, UNIT)
+        h_PI = torch.empty(ids.numel(), I, dtype=x.dtype, device=x.device)
+        y_PD = torch.empty(ids.numel(), D, dtype=x.dtype, device=x.device)
+        for rows, weights, out in ((x, gate_up, h_PI), (h_PI, down, y_PD)):
+            rows, scales = quantize_blocks(rows) if is_fp8 else (aligned_rows(rows), None)
+            grouped(rows, weights, *groups[:2], out, scales, gated=out is h_PI, share=k, cluster=cluster)
+        return y_PD
+
+    return in_slices(outputs, x_TD, weights_Tk, ids_Tk, residual_TD, own, scale)

@@ -1,0 +1,124 @@
+"""Launches products of many rows on Hopper (products.cu says how they work)."""
+
+from __future__ import annotations
+
+from ctypes import c_int, c_longlong
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from thalweg.ops.toolchain.cuda_build import aligned_rows, cuda_kernel
+from thalweg.ops.toolchain.tensor_map import tensor_map
+from thalweg.ops.toolchain.triton_support import multiprocessors
+
+SOURCE = Path(__file__).with_name("products.cu")
+STAGES, STEP_BYTES, UNIT, BOX_ROWS, PART, THREADS = 4, 128, 16, 128, 256, 384  # as in the source
+WAIT_ROWS = 48  # what a tile of linears costs beside its rows, in rows
+UNITS = {1: 9, 2: 10}  # of rows of x at most in a tile, by bytes of an element: what registers hold
+
+
+def most_rows(element_size: int) -> int:
+    """Rows of x in a tile."""
+    return UNIT * UNITS[element_size]
+
+
+def shared_bytes(units: int, dense: bool, fp8: bool) -> int:
+    """As struct Shared of the source."""
+    most = UNIT * units
+    scales = most + (PART if dense else 2) if fp8 else 1
+    size = STAGES * (PART + most) * STEP_BYTES + 4 * 2 * UNIT * STEP_BYTES
+    size += 4 * (STAGES * scales + 4 * (1 if dense else most))
+    return -(-(-(-size // 8) * 8 + 16 * STAGES) // 1024) * 1024
+
+
+def grouped(
+    x_RD: Tensor,
+    weights: tuple[Tensor, ...],
+    sorted_P: Tensor,
+    blocks_N3: Tensor,
+    out_PO: Tensor,
+    x_scales_RB: Tensor | None = None,
+    *,
+    gated: bool,
+    share: int,
+    cluster: int = 1,
+) -> None:
+    """Products of pairs with their experts' weights [E, rows, D], which in fp8 have scales behind them, of blocks.
+
+    gated: out [P, rows / 2], by expert, is silu(gate x) * up x of x [P / share, D], by token. Otherwise out [P, rows],
+    by token, is of x [P, D], by expert. Pairs are sorted, as `sort_pairs` of ops/moe does it, in blocks of at most
+    `most_rows` rows for each block of a cluster (1 or 2), which shares the weights.
+    """
+    E, rows, _ = weights[0].shape
+    macros = dict(GATED=int(gated), DENSE=0, ADD=0, CLUSTER=cluster)
+    counts = (share, len(blocks_N3), 0)
+    _launch(x_RD, weights, E * rows, out_PO, None, x_scales_RB, (sorted_P, blocks_N3), counts, macros)
+
+
+def dense(
+    x_TD: Tensor,
+    q_OD: Tensor,
+    x_scales_BT: Tensor,
+    w_scales_BO: Tensor,
+    out_TO: Tensor,
+    residual_TO: Tensor | None = None,
+    *,
+    cluster: int = 1,
+) -> None:
+    """out = x w^T, both in fp8 with scales for each row and 128 columns, as `quantize_rows` gives them, plus the
+    residual. out's rows begin at multiples of 16 bytes, its last stride and the residual's are 1."""
+    T, O = out_TO.shape
+    macros = dict(GATED=0, DENSE=1, ADD=int(residual_TO is not None), CLUSTER=cluster)
+    blocks = dense_blocks(T, O, cluster * UNITS[1], multiprocessors(x_TD.device) // cluster)
+    _launch(x_TD, (q_OD, w_scales_BO), O, out_TO, residual_TO, x_scales_BT, (x_TD, x_TD), (1, blocks, T), macros)
+
+
+@lru_cache(maxsize=4096)
+def dense_blocks(T: int, O: int, units: int, processors: int) -> int:
+    """Into how many blocks T rows are cut: so that tiles come out even over multiprocessors, whose cost is that of
+    their rows and of the weights they wait for."""
+    most, units, parts = units, -(-T // UNIT), -(-O // PART)
+    least = -(-units // most)
+
+    def cost(blocks: int) -> int:
+        rows = UNIT * -(-units // blocks)
+        return -(-parts * blocks // processors) * (rows + WAIT_ROWS)
+
+    return min(range(least, min(8 * least, units) + 1), key=cost)
+
+
+def _launch(
+    x: Tensor,
+    weights: tuple[Tensor, ...],
+    rows: int,
+    out: Tensor,
+    residual: Tensor | None,
+    x_scales: Tensor | None,
+    pairs: tuple[Tensor, Tensor],
+    counts: tuple[int, int, int],
+    macros: dict[str, int],
+) -> None:
+    size, D = weights[0].element_size(), weights[0].shape[-1]
+    macros = macros | dict(FP8=int(size == 1), UNITS=UNITS[size])
+    residual = out if residual is None else aligned_rows(residual)
+    cuda_kernel(SOURCE, "products", THREADS, x.device, **macros).launch(
+        (multiprocessors(x.device) // macros["CLUSTER"] * macros["CLUSTER"], 1, 1),
+        shared_bytes(UNITS[size], bool(macros["DENSE"]), size == 1),
+        (None, tensor_map(weights[0].view(torch.bfloat16).view(rows, 1, -1), BOX_ROWS)),
+        x,
+        x if x_scales is None else x_scales,
+        weights[-1],
+        *pairs,
+        out,
+        residual,
+        (c_longlong, x.stride(0) * size),
+        (c_longlong, out.stride(0)),
+        (c_longlong, residual.stride(0)),
+        (c_int, 0 if x_scales is None else x_scales.stride(0)),
+        (c_int, weights[-1].stride(0) if weights[-1].ndim == 2 else 0),
+        (c_int, D * size // STEP_BYTES),
+        (c_int, out.shape[1]),
+        *((c_int, n) for n in counts),
+    )

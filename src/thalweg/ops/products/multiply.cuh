@@ -1,0 +1,162 @@
+// How a warpgroup of products.cu multiplies a tile, and stores it.
+
+// Where rows go, and what is added to them.
+struct Out {
+    u16* rows;
+    long long stride;
+    int columns;
+    const u16* residual;
+    long long residual_stride;
+};
+
+__device__ __forceinline__ u32 add_pairs(u32 a, u32 b) { return pack(low(a) + low(b), high(a) + high(b)); }
+
+template <int N> __device__ __forceinline__ void store_chunks(
+    float (&a)[8 * N], float (&b)[8 * N], const Work& work, u8* stage, const int* to, const Out& out, int column, int group,
+    int& turn) {
+    const int tid = threadIdx.x % 128, lane = tid % 32, warp = tid / 32;
+    const u32 write = shared_address(stage) + (lane / 16 * 8 + lane % 8) * STEP_BYTES + ((warp * 2 + lane / 8 % 2 ^ lane % 8) << 4);
+#pragma unroll
+    for (int u = 0; u < N; u += 2) {
+#pragma unroll
+        for (int v = u; v < u + 2 && v < N; v++) {
+            u32 two[4];
+#pragma unroll
+            for (int q = 0; q < 4; q++) {
+                const float x = a[8 * v + 2 * q], y = a[8 * v + 2 * q + 1];
+#if GATED
+                two[q] = pack(x / (1.0f + __expf(-x)) * b[8 * v + 2 * q], y / (1.0f + __expf(-y)) * b[8 * v + 2 * q + 1]);
+#else
+                two[q] = pack(x, y);
+#endif
+            }
+            store_turned(write + turn * OUT_BYTES + (v - u) * UNIT * STEP_BYTES, two[0], two[1], two[2], two[3]);
+        }
+#if ADD
+        uint4 residual[2];
+#pragma unroll
+        for (int v = u; v < u + 2 && v < N; v++) {
+            const long long row = work.first + min(UNIT * v + tid / 8, max(work.count, 1) - 1);
+            const bool inside = column + tid % 8 * 8 < out.columns;
+            residual[v - u] = inside ? load16(out.residual + row * out.residual_stride + column + tid % 8 * 8) : make_uint4(0, 0, 0, 0);
+        }
+#endif
+        wait_at<128>(1 + group);
+#pragma unroll
+        for (int v = u; v < u + 2 && v < N; v++) {
+            const int within = (v - u) * UNIT + tid / 8, row = UNIT * v + tid / 8;
+            uint4 x = *(const uint4*)(stage + turn * OUT_BYTES + within * STEP_BYTES + ((tid % 8 ^ within % 8) << 4));
+#if ADD
+            const uint4 y = residual[v - u];
+            x = make_uint4(add_pairs(x.x, y.x), add_pairs(x.y, y.y), add_pairs(x.z, y.z), add_pairs(x.w, y.w));
+#endif
+            if (row < work.count && column + tid % 8 * 8 < out.columns) {
+                const long long place = to ? to[row] : work.first + row;
+                *(uint4*)(out.rows + place * out.stride + column + tid % 8 * 8) = x;
+            }
+        }
+        turn ^= 1;
+    }
+}
+
+template <int N> __device__ __forceinline__ void multiply_tile(
+    Shared& s, Ring& ring, int steps, const Work& work, const int* sorted, const Out& out, int group, int& turn, int& parity) {
+    const int tid = threadIdx.x % 128, lane = tid % 32;
+#if !GATED && !DENSE
+    int place[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+        place[i] = tid + 128 * i < UNIT * N ? load_int(sorted + work.first + min(tid + 128 * i, max(work.count, 1) - 1)) : 0;
+#endif
+    float c[2][8 * N];
+    auto release = [&](int stage) {
+        if (lane == 0) arrive_at_barrier(shared_address(&s.empty[stage]));
+        if (CLUSTER > 1 && lane == 0) arrive_at_barrier_of(1 - blockIdx.x % 2, shared_address(&s.empty[stage]));
+    };
+#pragma unroll
+    for (int i = 0; i < 8 * N; i++) c[0][i] = c[1][i] = 0.0f;
+#if FP8
+#pragma unroll 1
+    for (int k = 0; k < steps; k++) {
+        const int stage = ring.stage;
+        wait_at_barrier(shared_address(&s.full[stage]), ring.phase);
+        share_writes();
+        const u32 rows = shared_address(s.rows[stage]);
+        const float* scales = s.scales[stage];
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const u32 weights = shared_address(s.weights[stage]) + half * BOX + group * 64 * STEP_BYTES;
+            float p[8 * N];
+            settle(p);
+            begin_products();
+#pragma unroll
+            for (int i = 0; i < STEP_BYTES; i += 32) multiply<N, FP8>(p, describe(weights + i, 16), describe(rows + i, 16), i);
+            commit_products();
+#if DENSE
+            const float* of = scales + MOST + half * 128 + group * 64 + tid / 32 * 16 + lane / 4;
+            const float low_scale = of[0], high_scale = of[8];
+#else
+            const float low_scale = scales[MOST + half], high_scale = low_scale;
+#endif
+            wait_for_products<0>();
+            settle(p);
+#pragma unroll
+            for (int j = 0; j < 2 * N; j++) {
+                const float2 x = *(const float2*)(scales + 8 * j + lane % 4 * 2);
+                c[half][4 * j] += p[4 * j] * (x.x * low_scale);
+                c[half][4 * j + 1] += p[4 * j + 1] * (x.y * low_scale);
+                c[half][4 * j + 2] += p[4 * j + 2] * (x.x * high_scale);
+                c[half][4 * j + 3] += p[4 * j + 3] * (x.y * high_scale);
+            }
+        }
+        __syncwarp();
+        release(stage);
+        ring.advance();
+    }
+#else
+    settle(c[0]);
+    settle(c[1]);
+    int before = 0;
+#pragma unroll 1
+    for (int k = 0; k < steps; k++) {
+        const int stage = ring.stage;
+        wait_at_barrier(shared_address(&s.full[stage]), ring.phase);
+        share_writes();
+        const u32 weights = shared_address(s.weights[stage]) + group * 64 * STEP_BYTES, rows = shared_address(s.rows[stage]);
+        begin_products();
+#pragma unroll
+        for (int i = 0; i < STEP_BYTES; i += 32)
+#pragma unroll
+            for (int half = 0; half < 2; half++)
+                multiply<N, FP8>(c[half], describe(weights + half * BOX + i, 16), describe(rows + i, 16), 1);
+        commit_products();
+        wait_for_products<1>();
+        if (k > 0) release(before);
+        before = stage;
+        ring.advance();
+    }
+    wait_for_products<0>();
+    release(before);
+    settle(c[0]);
+    settle(c[1]);
+#endif
+    const int* to = nullptr;
+#if !GATED && !DENSE
+    int* places = s.to[group][parity];
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+        if (tid + 128 * i < UNIT * N) places[tid + 128 * i] = place[i];
+    to = places;
+    parity ^= 1;
+#endif
+    u8* stage = s.out[group][0];
+#if GATED
+    store_chunks<N>(c[0], c[1], work, stage, to, out, work.part * 128 + group * 64, group, turn);
+#else
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int column = work.part * 256 + half * 128 + group * 64;
+        store_chunks<N>(c[half], c[half], work, stage, to, out, column, group, turn);
+    }
+#endif
+}

@@ -1,0 +1,56 @@
+// Tiles of products.cu: what they are made of, who works on which, where they lie in shared memory.
+
+constexpr int STAGES = 4, STEP_BYTES = 128, UNIT = 16, MOST = UNIT * UNITS;
+constexpr int BOX = 128 * STEP_BYTES;  // bytes of weights that a copy brings
+constexpr int SCALES = FP8 ? MOST + (DENSE ? 256 : 2) : 0;  // floats of a step: of x's rows, then of the weights
+constexpr int WEIGHTS = 2 * BOX, ROWS = MOST * STEP_BYTES;
+constexpr int OUT_BYTES = 2 * UNIT * STEP_BYTES;  // of 32 rows of 64 columns, swizzled
+constexpr int COPIERS = 128, MULTIPLIERS = 256;
+
+struct Work { int all, expert, first, count, part; };  // `all` the rows of the cluster, of which `count` are the block's
+
+struct Shared {
+    alignas(1024) u8 weights[STAGES][WEIGHTS];
+    u8 rows[STAGES][ROWS];
+    u8 out[2][2][OUT_BYTES];         // by warpgroup, by turns
+    alignas(16) float scales[STAGES][SCALES ? SCALES : 1];
+    int to[2][2][DENSE ? 1 : MOST];  // by warpgroup, by turns: where rows go
+    u64 full[STAGES], empty[STAGES];
+};
+
+struct Ring {
+    int stage = 0;
+    u32 phase = 0;
+    __device__ __forceinline__ void advance() {
+        if (++stage == STAGES) stage = 0, phase ^= 1;
+    }
+};
+
+// What all warps know of the tiles.
+struct Tiles {
+    const int* blocks;
+    int parts, count, tokens;
+    // Tile i of the launch; nothing, and a count of 0, behind the last.
+    __device__ __forceinline__ Work at(int i) const {
+#if DENSE
+        constexpr int GROUP = 12;  // tiles of rows that go together, for the weights they share
+        const int group = i / (GROUP * parts), width = min(count - group * GROUP, GROUP), within = i - group * GROUP * parts;
+        if (group * GROUP >= count) return {0, 0, 0, 0, 0};
+        const int block = group * GROUP + within % width;
+        const int units = (tokens + UNIT - 1) / UNIT, first = UNIT * (int)((long long)block * units / count);
+        const int end = UNIT * (int)((long long)(block + 1) * units / count);
+        return share_out(0, first, min(end, tokens) - first, within / width);
+#else
+        const int block = i / parts;
+        if (block >= count) return {0, 0, 0, 0, 0};
+        const int* at = blocks + 3 * block;
+        return share_out(load_int(at), load_int(at + 1), load_int(at + 2), i - block * parts);
+#endif
+    }
+    __device__ __forceinline__ Work share_out(int expert, int first, int all, int part) const {
+        if (CLUSTER == 1) return {all, expert, first, all, part};
+        const int half = min(all, (all + 2 * UNIT - 1) / (2 * UNIT) * UNIT);
+        if (blockIdx.x % 2 == 0) return {all, expert, first, half, part};
+        return {all, expert, all > half ? first + half : first, all - half, part};
+    }
+};

@@ -1,0 +1,85 @@
+// What kernels share, beside hopper.cuh, whose products have a number of columns that varies, and whose blocks form
+// clusters.
+
+// To the same place of every block of a cluster that `blocks` has a bit of, whose barrier there is told.
+__device__ __forceinline__ void copy_tile_to(u16 blocks, u32 to, const TensorMap* map, int column, int row, u32 barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+        " [%0], [%1, {%2, 0, %3}], [%4], %5;" ::"r"(to),
+        "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(blocks)
+        : "memory");
+}
+// At the same barrier of another block of the cluster.
+__device__ __forceinline__ void arrive_at_barrier_of(u32 block, u32 barrier) {
+    asm volatile(
+        "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
+        "r"(block)
+        : "memory");
+}
+__device__ __forceinline__ void wait_for_cluster() {
+    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+// Arrives once this thread's copies so far have come.
+__device__ __forceinline__ void arrive_after_copies(u32 barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+#define T1 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define T2 T1 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define T3 T2 ", %16, %17, %18, %19, %20, %21, %22, %23"
+#define T4 T3 ", %24, %25, %26, %27, %28, %29, %30, %31"
+#define T5 T4 ", %32, %33, %34, %35, %36, %37, %38, %39"
+#define T6 T5 ", %40, %41, %42, %43, %44, %45, %46, %47"
+#define T7 T6 ", %48, %49, %50, %51, %52, %53, %54, %55"
+#define T8 T7 ", %56, %57, %58, %59, %60, %61, %62, %63"
+#define T9 T8 ", %64, %65, %66, %67, %68, %69, %70, %71"
+#define T10 T9 ", %72, %73, %74, %75, %76, %77, %78, %79"
+#define R8(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), "+f"(c[i + 5]), "+f"(c[i + 6]), "+f"(c[i + 7])
+#define R1 R8(0)
+#define R2 R1, R8(8)
+#define R3 R2, R8(16)
+#define R4 R3, R8(24)
+#define R5 R4, R8(32)
+#define R6 R5, R8(40)
+#define R7 R6, R8(48)
+#define R8_ R7, R8(56)
+#define R9 R8_, R8(64)
+#define R10 R9, R8(72)
+// c (+)= a b, of 64 rows and 16 N columns, over 32 bytes of each: in bf16, or in float8 (e4m3).
+template <int N, bool E4M3> __device__ void multiply(float (&c)[8 * N], u64 a, u64 b, int add);
+#define MULTIPLY_IN(n, fp8, shape, signs, registers, va, vb, vp)                                             \
+    template <> __device__ __forceinline__ void multiply<n, fp8>(float(&c)[8 * n], u64 a, u64 b, int add) {  \
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " vp ", 0;\n"                                        \
+                     "wgmma.mma_async.sync.aligned." shape " {" T##n "}, " va ", " vb ", p, 1, 1" signs ";\n}" \
+                     : registers                                                                             \
+                     : "l"(a), "l"(b), "r"(add));                                                            \
+    }
+#define MULTIPLY(n, columns, registers, va, vb, vp)                                                              \
+    MULTIPLY_IN(n, false, "m64n" columns "k16.f32.bf16.bf16", ", 0, 0", ALL(registers), va, vb, vp)            \
+    MULTIPLY_IN(n, true, "m64n" columns "k32.f32.e4m3.e4m3", "", ALL(registers), va, vb, vp)
+#define ALL(...) __VA_ARGS__
+MULTIPLY(1, "16", ALL(R1), "%8", "%9", "%10")
+MULTIPLY(2, "32", ALL(R2), "%16", "%17", "%18")
+MULTIPLY(3, "48", ALL(R3), "%24", "%25", "%26")
+MULTIPLY(4, "64", ALL(R4), "%32", "%33", "%34")
+MULTIPLY(5, "80", ALL(R5), "%40", "%41", "%42")
+MULTIPLY(6, "96", ALL(R6), "%48", "%49", "%50")
+MULTIPLY(7, "112", ALL(R7), "%56", "%57", "%58")
+MULTIPLY(8, "128", ALL(R8_), "%64", "%65", "%66")
+MULTIPLY(9, "144", ALL(R9), "%72", "%73", "%74")
+MULTIPLY(10, "160", ALL(R10), "%80", "%81", "%82")
+
+// Four matrices of 8 x 8, each turned over: the lane's two of a column are of rows 2 i and 2 i + 1 in memory.
+__device__ __forceinline__ void store_turned(u32 to, u32 a, u32 b, u32 c, u32 d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a), "r"(b),
+                 "r"(c), "r"(d)
+                 : "memory");
+}
+
+// By L2: another kernel may have written it just now.
+__device__ __forceinline__ int load_int(const int* p) {
+    int x;
+    asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(x) : "l"(p));
+    return x;
+}

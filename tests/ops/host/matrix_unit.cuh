@@ -1,0 +1,40 @@
+// The functions of ops/toolchain/matrix_unit.cuh for a host, where a block has no cluster.
+
+#define __grid_constant__
+#define __cluster_dims__(...)
+
+inline int load_int(const int* p) { return *p; }
+inline void copy_tile_to(u16, u32, const TensorMap*, int, int, u32) { fail("there are no clusters here"); }
+inline void arrive_at_barrier_of(u32, u32) { fail("there are no clusters here"); }
+inline void wait_for_cluster() { fail("there are no clusters here"); }
+inline void arrive_after_copies(u32 barrier) {
+    commit_copies();
+    wait_for_copies<0>();
+    arrive_at_barrier(barrier);
+}
+
+inline float float8_of_row(Operand x, int row, int k) {
+    return widened(*at_address(swizzled(x.start + row / 8 * 1024 + row % 8 * 128 + k)));
+}
+template <int N, bool E4M3> void multiply(float (&c)[8 * N], Operand a, Operand b, int add) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
+    for (int e = 0; e < 8 * N; e++) {
+        const int row = 16 * warp + lane / 4 + 8 * (e / 2 % 2), column = e / 4 * 8 + 2 * (lane % 4) + e % 2;
+        float sum = add ? c[e] : 0;
+        for (int k = 0; k < (E4M3 ? 32 : 16); k++)
+            sum += E4M3 ? float8_of_row(a, row, k) * float8_of_row(b, column, k) : of_row(a, row, k) * of_row(b, column, k);
+        c[e] = sum;
+    }
+}
+
+inline void store_turned(u32 to, u32 a, u32 b, u32 c, u32 d) {
+    Warp& w = warp_here();
+    const int lane = threadIdx.x % 32, row = lane % 8;
+    const u32 mine[6] = {a, b, c, d};
+    memcpy(w.of_lane[lane], mine, sizeof mine);
+    w.all.arrive_and_wait();
+    u16 of_row[8];
+    for (int i = 0; i < 8; i++) of_row[i] = (u16)(w.of_lane[4 * i + row / 2][lane / 8] >> 16 * (row % 2));
+    memcpy(at_address(to), of_row, 16);
+    w.all.arrive_and_wait();
+}

@@ -1,0 +1,165 @@
+"""Products of many rows in CUDA C++: on the host, compiled for Hopper, cut into blocks. On a GPU: test_gpu_products."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.ops.compile_cuda import compile_cuda
+from tests.ops.fp8_linear_case import draw
+from tests.ops.interpreted import run_interpreted
+from tests.ops.moe_case import rmse_ratio
+from tests.ops.run_on_host import HostKernel, host_tensor_map
+from thalweg.ops.products import cuda
+from thalweg.quant.blocks import BLOCK
+
+KINDS = [  # (gated, dense, fp8, add)
+    (1, 0, 0, 0),
+    (0, 0, 0, 0),
+    (1, 0, 1, 0),
+    (0, 0, 1, 0),
+    (0, 1, 1, 0),
+    (0, 1, 1, 1),
+]
+
+
+@pytest.fixture
+def on_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "cuda_kernel", HostKernel)
+    monkeypatch.setattr(cuda, "multiprocessors", lambda device: 2)
+    monkeypatch.setattr(cuda, "tensor_map", host_tensor_map)
+
+
+@pytest.mark.parametrize(("gated", "dense", "fp8", "add"), KINDS)
+def test_they_compile_for_hopper(tmp_path: Path, gated: int, dense: int, fp8: int, add: int) -> None:
+    units = cuda.UNITS[1 if fp8 else 2]
+    macros = dict(GATED=gated, DENSE=dense, FP8=fp8, ADD=add, UNITS=units, CLUSTER=1 + gated)
+    compiled = compile_cuda(cuda.SOURCE, tmp_path, **macros)
+    assert compiled.spilled_bytes == 0
+    assert compiled.registers == 168  # of which the warpgroup that copies gives 128 to the two that multiply
+    assert cuda.shared_bytes(units, bool(dense), bool(fp8)) <= 227 * 1024
+
+
+def scaled(x: Tensor, scales: Tensor, rows: int) -> Tensor:
+    """Float8 and scales of blocks of rows x 128, in float64."""
+    return x.double() * scales.double().repeat_interleave(rows, -2).repeat_interleave(BLOCK, -1)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+def test_grouped_products_on_the_host(on_host: None, gated: bool, fp8: bool) -> None:
+    """Blocks of one unit of rows and of three, with rows to spare, of two experts and none; more steps than stages."""
+    torch.manual_seed(0)
+    E, P, D, O, share = 3, 44, 640 if fp8 else 384, 256, 2 if gated else 1
+    blocks = [[2, 0, 37], [0, 37, 1], [0, 38, 6], [0, 0, 0]]
+    x, w = torch.randn(P // share, D), torch.randn(E, O, D) * D**-0.5
+    scales: Any = None
+    if fp8:
+        x, w = x.to(torch.float8_e4m3fn), w.to(torch.float8_e4m3fn)
+        scales = 0.5 + torch.rand(len(x), D // BLOCK), 0.5 + torch.rand(E, O // BLOCK, D // BLOCK)
+        wide_x, wide_w = scaled(x, scales[0], 1), scaled(w, scales[1], BLOCK)
+    else:
+        x, w = x.bfloat16(), w.bfloat16()
+        wide_x, wide_w = x.double(), w.double()
+    sorted_P = torch.randperm(P).int()
+    out = torch.full((P, O // 2 if gated else O), torch.nan, dtype=torch.bfloat16)
+    weights = (w, scales[1]) if fp8 else (w,)
+    table = torch.tensor(blocks, dtype=torch.int32)
+    cuda.grouped(x, weights, sorted_P, table, out, scales[0] if fp8 else None, gated=gated, share=share)
+    for expert, first, count in blocks:
+        pairs = sorted_P[first : first + count].long()
+        if gated:
+            gate, up = (wide_x[pairs // share] @ wide_w[expert].T).chunk(2, -1)
+            want, got = F.silu(gate) * up, out[first : first + count]
+        else:
+            want, got = wide_x[first : first + count] @ wide_w[expert].T, out[pairs]
+        assert not count or rmse_ratio(got, want) < 0.003
+
+
+@pytest.mark.parametrize("add", [False, True])
+def test_dense_products_on_the_host(on_host: None, add: bool) -> None:
+    """Rows and columns to spare, an output and a residual with strides of their own."""
+    T, D, O = 21, 256, 264
+    case = draw(T, D, O, torch.bfloat16)
+    x = case.x_TD.to(torch.float8_e4m3fn)
+    scales = 0.5 + torch.rand(T, D // BLOCK)
+    out = torch.full((T, O + 8), torch.nan, dtype=torch.bfloat16)
+    residual = case.residual_TO * 30 if add else None
+    padded = [F.pad(s.T, (0, -len(s) % 256), value=torch.nan).contiguous() for s in (scales, case.scale_OB)]
+    cuda.dense(x, case.q_OD, *padded, out[:, :O], residual)
+    want = scaled(x, scales, 1) @ scaled(case.q_OD, case.scale_OB, 1).T
+    assert rmse_ratio(out[:, :O], want if residual is None else want + residual.double()) < 0.003
+    assert out[:, O:].isnan().all()
+
+
+def test_constants_are_those_of_the_source() -> None:
+    source = cuda.SOURCE.read_text() + cuda.SOURCE.with_name("tiles.cuh").read_text()
+    assert f"STAGES = {cuda.STAGES}, STEP_BYTES = {cuda.STEP_BYTES}, UNIT = {cuda.UNIT}," in source
+    assert f"BOX = {cuda.BOX_ROWS} * STEP_BYTES" in source
+    assert f"PART = GATED ? {cuda.PART // 2} : {cuda.PART};" in source
+    assert f"COPIERS = 128, MULTIPLIERS = {cuda.THREADS - 128};" in source
+
+
+def test_rows_of_dense_products_fill_multiprocessors_evenly() -> None:
+    for T in (1, 16, 257, 1000, 8192):
+        for O in (8, 2304, 12672):
+            blocks = cuda.dense_blocks(T, O, 9, 132)
+            units = -(-T // 16)
+            assert -(-units // 9) <= blocks <= units
+    assert cuda.dense_blocks(1024, 2304, 9, 132) == 13  # 9 x 13 tiles at once, not 9 x 8
+
+
+def check_quantized_rows() -> None:
+    from thalweg.ops.products.triton import quantize_blocks, quantize_rows
+
+    # Halves of powers of two below 448 scales: exact, which the interpreter's conversion is for nothing else.
+    x = torch.randint(-8, 9, (5, 392)).float()[:, :384]
+    x[:, ::BLOCK] = 448.0
+    x[1], x[2, :BLOCK] = x[1] * 2.0**60, 0.0
+    of_weights = torch.rand(40, 3)
+    q, scales_BT, weights_BO = quantize_rows(x.bfloat16(), of_weights)
+    assert torch.equal(scales_BT[:, 0], torch.ones(3))
+    assert torch.equal(weights_BO[:, :40].T, of_weights)
+    torch.testing.assert_close(scaled(q, scales_BT[:, :5].T, 1), x.double(), rtol=1e-6, atol=0)
+    again, scales_TB = quantize_blocks(x.bfloat16())
+    assert torch.equal(again.view(torch.uint8), q.view(torch.uint8))
+    assert torch.equal(scales_TB, scales_BT[:, :5].T)
+
+
+def test_quantized_rows() -> None:
+    pytest.importorskip("triton")
+    run_interpreted(check_quantized_rows)
+
+
+def check_even_blocks() -> None:
+    from thalweg.ops.moe.experts.triton.grouping import sort_pairs
+
+    ids = torch.rand(500, 7).topk(2).indices
+    ids[:, 1][ids[:, 1] == 3] = 4  # an expert of few
+    ids = torch.cat([ids, torch.full((500, 1), 7)], 1)
+    groups = sort_pairs(ids, 8, 1, 160, 16)
+    counts: dict[int, list[int]] = {}
+    end = 0
+    for expert, first, count in groups.blocks_N3.tolist():
+        assert first == end or not count
+        end += count
+        counts.setdefault(expert, []).extend([count] if count else [])
+        assert (ids.flatten()[groups.sorted_P[first : first + count].long()] == expert).all()
+    assert end == ids.numel()
+    assert counts[7] == [128, 128, 128, 116]
+    assert all(sum(c) == int((ids == expert).sum()) for expert, c in counts.items() if c)
+    for c in filter(None, counts.values()):
+        assert len(c) == -(-sum(c) // 160)
+        assert all(count == c[0] and count % 16 == 0 for count in c[:-1])
+        assert c[-1] <= c[0]
+    assert groups.blocks_N3[-1, 2] == 0
+
+
+def test_blocks_of_an_expert_are_about_equally_high() -> None:
+    pytest.importorskip("triton")
+    run_interpreted(check_even_blocks)
