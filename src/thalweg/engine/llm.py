@@ -45,7 +45,7 @@ class LLM:
         device: str = "auto",
         max_num_seqs: int | None = None,
         max_num_batched_tokens: int | None = None,
-        long_prefill_token_threshold: int = 0,
+        long_prefill_token_threshold: int = 4096,
         max_model_len: int | None = None,
         block_size: int = 64,
         enable_prefix_caching: bool | None = None,
