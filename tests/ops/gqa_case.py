@@ -133,13 +133,49 @@ class GqaCase:
         lens = torch.tensor([n + 1 for n in self.cached], dtype=torch.int32, device=self.device)
         return op(q_THK, self.proj, **self.blocks, context_lens_B=lens)
 
+    def mix(self, op: Callable[..., Tensor], padding: int = 0) -> Tensor:
+        """o_BO of "gqa_mixer_decode", of rows but those of `padding`, which name the sink."""
+        lens = [n + 1 for n in self.cached] + [1] * padding
+        zeros = dict(dtype=torch.int64, device=self.device)
+        out = op(
+            torch.cat((self.proj, self.proj[:1].expand(padding, -1))),
+            q_norm_weight_K=self.q_norm.to(self.device),
+            k_norm_weight_K=self.k_norm.to(self.device),
+            eps=self.eps,
+            frequencies_F=self.frequencies.to(self.device),
+            rope_scale=self.scale,
+            positions_B=torch.cat((self.positions, torch.zeros(padding, **zeros))),
+            keys_MSGK=self.keys,
+            values_MSGK=self.values,
+            block_rows_B=torch.cat((self.rows, torch.zeros(padding, **zeros))),
+            block_tables_BN=torch.cat((self.tables, self.tables.new_zeros(padding, self.tables.shape[1]))),
+            context_lens_B=torch.tensor(lens, dtype=torch.int32, device=self.device),
+        )
+        assert out.isfinite().all()
+        return out[: len(self.cached)]
+
+    def check_mix(self, op: Callable[..., Tensor], tolerance: float, padding: int = 0) -> None:
+        """Holds results, the rows that are written and those that are not."""
+        found: list[Tensor] = []
+
+        def prepared(*args: Any, **named: Any) -> Tensor:
+            found.append(self.mix(op, padding))
+            return self.truth()[0].to(self.device, self.dtype)
+
+        sink = [x[0].clone() for x in (self.keys, self.values)]
+        self.check_prepare(prepared, tolerance, sink=sink if padding else None)
+        assert_near(found[0], self.truth()[1], tolerance)
+
     def prefill(self, op: Callable[..., Tensor], q_THK: Tensor) -> Tensor:
         return op(q_THK, self.proj, **self.blocks, starts=self.cached, offsets=self.offsets)
 
-    def check_prepare(self, op: Callable[..., Tensor], tolerance: float) -> Tensor:
-        """Holds the queries, the rows that are written and those that are not; returns q_THK."""
+    def check_prepare(self, op: Callable[..., Tensor], tolerance: float, sink: list[Tensor] | None = None) -> Tensor:
+        """Holds the queries, the rows that are written and those that are not; returns q_THK. `sink` is put back into
+        the first block of keys and values, which may have been written."""
         before = [x.clone() for x in (self.keys, self.values)]
         q = self.prepare(op)
+        for x, rows in zip((self.keys, self.values), sink or (), strict=False):
+            x[0] = rows
         assert q.is_contiguous()
         assert q.dtype == self.dtype
         assert_near(q, self.truth()[0], tolerance)

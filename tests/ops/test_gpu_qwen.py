@@ -96,6 +96,30 @@ def test_gqa_decode(shape: GqaShape, dtype: torch.dtype, tolerance: float) -> No
     assert_near(case.decode(triton.gqa_decode, q), case.truth()[1], tolerance)
 
 
+MIXER_SHAPES = [*GQA_SHAPES[:2], GqaShape(16, 4, 256, 64, 64), GqaShape(4, 2, 256, 128, 16)]
+
+
+@pytest.mark.parametrize("shape", MIXER_SHAPES, ids=str)
+@pytest.mark.parametrize("choice", [None, (1, 1), (1, 2), (2, 2), (3, 1), (5, 2), (8, 2), (16, 2)], ids=str)
+def test_gqa_mixer(shape: GqaShape, choice: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one block, in clusters of any size, and as the device would have it; with rows that share the sink."""
+    from thalweg.ops.attention.gqa import cuda
+
+    if choice is not None:
+        monkeypatch.setattr(cuda, "cut", lambda *_, **__: choice)
+    case = GqaCase(shape, [*CONTEXTS, 5000], [1] * (len(CONTEXTS) + 1), torch.bfloat16, "cuda")
+    case.check_mix(cuda.gqa_mixer_decode, 2**-6, padding=3)
+
+
+@pytest.mark.parametrize("B", [1, 2, 3, 8, 9, 32, 70, 130])
+@pytest.mark.parametrize(("H", "G"), [(16, 2), (16, 4), (24, 4), (2, 1)])
+def test_gqa_mixer_by_batch(B: int, H: int, G: int) -> None:
+    from thalweg.ops.attention.gqa import cuda
+
+    case = GqaCase(GqaShape(H, G, 256, 64, 64), [(37 * b) % 150 for b in range(B)], [1] * B, torch.bfloat16, "cuda")
+    case.check_mix(cuda.gqa_mixer_decode, 2**-6)
+
+
 @pytest.mark.parametrize("shape", GQA_SHAPES, ids=str)
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
 def test_gqa_prefill(shape: GqaShape, dtype: torch.dtype, tolerance: float) -> None:

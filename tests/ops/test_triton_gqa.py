@@ -8,7 +8,7 @@ import torch
 from tests.ops.compile_sm90 import Compiled, compile_sm90
 from tests.ops.gqa_case import GqaCase, GqaShape, assert_near
 from tests.ops.interpreted import run_interpreted
-from thalweg.ops.attention.gqa import GQA_DECODE, GQA_PREPARE, GqaDims
+from thalweg.ops.attention.gqa import GQA_MIXER_DECODE, GQA_PREPARE, GqaDims
 from thalweg.ops.registry import Resolver, Where
 from thalweg.runner.graphs import buckets
 
@@ -123,7 +123,7 @@ def test_kernels_compile_for_hopper_without_spills(H: int, G: int, dtype: str) -
     ],
 )
 def test_other_shapes_go_to_the_reference_and_say_why(dims: GqaDims, reason: str) -> None:
-    for op in (GQA_PREPARE, GQA_DECODE):
+    for op in (GQA_PREPARE, GQA_MIXER_DECODE):
         resolver = Resolver()
         resolver.resolve(op, Where("cuda", "bfloat16"), dims)
         (choice,) = resolver.explain()

@@ -173,7 +173,7 @@ def test_suites_run_on_a_cpu_and_nothing_in_them_is_wrong(suite: str, family: st
     mixers = {
         ("kimi", "decode"): ["kda_mixer_decode", "mla_mixer_decode"],
         ("kimi", "prefill"): ["batched_projection", "kda_mixer_prefill", "mla_prefill"],
-        ("qwen", "decode"): ["gdn_mixer_decode", "gqa_prepare", "gqa_decode"],
+        ("qwen", "decode"): ["gdn_mixer_decode", "gqa_mixer_decode"],
         ("qwen", "prefill"): ["gdn_mixer_prefill", "gqa_prepare", "gqa_prefill"],
         ("k2", "decode"): ["split_norms", "mla_decode"],
         ("k2", "prefill"): ["split_norms", "mla_rope", "mla_prefill"],

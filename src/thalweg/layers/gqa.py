@@ -12,7 +12,7 @@ from thalweg.layers.batch import Batch
 from thalweg.layers.context import BuildContext, LayerCache
 from thalweg.layers.linear import LinearAdd, NormLinear
 from thalweg.layers.norm import NormWeight
-from thalweg.ops.attention.gqa import GQA_DECODE, GQA_PREFILL, GQA_PREPARE, GqaDims
+from thalweg.ops.attention.gqa import GQA_MIXER_DECODE, GQA_PREFILL, GQA_PREPARE, GqaDims
 
 
 class GatedAttention(nn.Module):
@@ -48,39 +48,45 @@ class GatedAttention(nn.Module):
         spec = PagedSpec((G, K), ctx.dtype_name)
         self.cache_specs = {"keys": spec, "values": spec}
         dims = GqaDims(H=H, G=G, K=K, R=2 * len(frequencies), S=ctx.block_size)
+        self._mixer_decode = ctx.op(GQA_MIXER_DECODE, dims)
         self._prepare = ctx.op(GQA_PREPARE, dims)
-        self._decode = ctx.op(GQA_DECODE, dims)
         self._prefill = ctx.op(GQA_PREFILL, dims)
 
     def forward(self, x_TD: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
         proj_TX = self.in_proj(x_TD)
         keys_MSGK, values_MSGK = cache["keys"], cache["values"]
-        q_THK = self._prepare(
-            proj_TX,
-            q_norm_weight_K=self.q_norm.weight,
-            k_norm_weight_K=self.k_norm.weight,
-            eps=self.q_norm.eps,
-            frequencies_F=self.frequencies_F,
-            rope_scale=self.rope_scale,
-            positions_T=batch.positions_T,
-            keys_MSGK=keys_MSGK,
-            values_MSGK=values_MSGK,
-            block_rows_T=batch.block_rows_T,
-        )
         n, tables, parts = batch.num_decodes, batch.block_tables_BN, []
         if n:
-            o_BO = self._decode(
-                q_THK[:n],
+            o_BO = self._mixer_decode(
                 proj_TX[:n],
+                q_norm_weight_K=self.q_norm.weight,
+                k_norm_weight_K=self.k_norm.weight,
+                eps=self.q_norm.eps,
+                frequencies_F=self.frequencies_F,
+                rope_scale=self.rope_scale,
+                positions_B=batch.positions_T[:n],
                 keys_MSGK=keys_MSGK,
                 values_MSGK=values_MSGK,
+                block_rows_B=batch.block_rows_T[:n],
                 block_tables_BN=tables[:n],
                 context_lens_B=batch.context_lens_B,
             )
             parts.append(o_BO)
         if n < len(proj_TX):
+            q_THK = self._prepare(
+                proj_TX[n:],
+                q_norm_weight_K=self.q_norm.weight,
+                k_norm_weight_K=self.k_norm.weight,
+                eps=self.q_norm.eps,
+                frequencies_F=self.frequencies_F,
+                rope_scale=self.rope_scale,
+                positions_T=batch.positions_T[n:],
+                keys_MSGK=keys_MSGK,
+                values_MSGK=values_MSGK,
+                block_rows_T=batch.block_rows_T[n:],
+            )
             o_TO = self._prefill(
-                q_THK[n:],
+                q_THK,
                 proj_TX[n:],
                 keys_MSGK=keys_MSGK,
                 values_MSGK=values_MSGK,

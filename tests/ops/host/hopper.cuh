@@ -1,6 +1,6 @@
 // The functions of ops/toolchain/hopper.cuh for a host: a kernel's block runs as a thread for each of its own, block by
-// block. Bulk copies are made when they are asked for, so their order is tested and overlap is not; other copies are made
-// when they are waited for.
+// block. Bulk copies are made when they are asked for, so their order is tested and overlap is not; other copies are
+// made when they are waited for.
 
 #include <atomic>
 #include <barrier>
@@ -153,6 +153,13 @@ static u8 shared[1 << 18] __attribute__((aligned(1024)));
 inline u32 shared_address(const void* p) { return (u32)((const u8*)p - shared); }
 inline u8* at_address(u32 address) { return shared + (int)address; }
 
+// Of a cluster of one block.
+inline void meet_cluster() { __syncthreads(); }
+inline float load_from(const float* p, int rank) {
+    if (rank) fail("there is no such block in the cluster");
+    return *p;
+}
+
 struct Copy { u32 to; const void* from; int bytes; };
 static thread_local std::vector<std::vector<Copy>> copies;  // by commit; the last has none yet
 inline void copy(u32 to, const void* from, int bytes) {
@@ -280,7 +287,8 @@ inline u32 transpose_matrix(u32 x) {
     w.of_lane[lane][0] = x;
     w.all.arrive_and_wait();
     u16 two[2];
-    for (int e = 0; e < 2; e++) memcpy(&two[e], (const u16*)&w.of_lane[(lane % 4 * 2 + e) * 4 + lane / 8][0] + lane / 4 % 2, 2);
+    for (int e = 0; e < 2; e++)
+        memcpy(&two[e], (const u16*)&w.of_lane[(lane % 4 * 2 + e) * 4 + lane / 8][0] + lane / 4 % 2, 2);
     w.all.arrive_and_wait();
     memcpy(&x, two, 4);
     return x;

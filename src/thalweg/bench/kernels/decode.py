@@ -10,7 +10,7 @@ from torch import Tensor
 
 from thalweg.bench.kernels.case import Arguments, Case, Draw, Setting, candidates_of
 from thalweg.bench.kernels.projections import EPS
-from thalweg.ops.attention.gqa import GQA_DECODE, GQA_PREPARE, GqaDims
+from thalweg.ops.attention.gqa import GQA_MIXER_DECODE, GqaDims
 from thalweg.ops.attention.mla_mixer import MLA_MIXER_DECODE, MlaMixerDims
 from thalweg.ops.delta.gdn import GDN_MIXER_DECODE, GdnDims
 from thalweg.ops.delta.kda_mixer import KDA_MIXER_DECODE, KdaMixerDims
@@ -100,7 +100,7 @@ def mla_mixer(setting: Setting, dims: MlaMixerDims) -> Iterator[Case]:
                 w_uv_HVR=w[:, K:],
                 blocks_MSC=draw(tables.numel() + 1, S, R + P),
                 **cached(tables, context),
-                block_rows_B=_last_rows(tables, context, S),
+                block_rows_B=last_rows(tables, context, S),
                 scale=(K + P) ** -0.5,
                 eps=EPS,
             )
@@ -116,65 +116,42 @@ def mla_mixer(setting: Setting, dims: MlaMixerDims) -> Iterator[Case]:
         )
 
 
-def gqa_prepare(setting: Setting, dims: GqaDims) -> Iterator[Case]:
-    """Of one new token of each sequence, or of all tokens of prompts."""
-    H, G, K, S, es = dims.H, dims.G, dims.K, dims.S, setting.dtype.itemsize
-    columns = 2 * (H + G) * K
-    for B, T, size in setting.calls():
+def gqa_mixer(setting: Setting, dims: GqaDims) -> Iterator[Case]:
+    H, G, K, S, es, context = dims.H, dims.G, dims.K, dims.S, setting.dtype.itemsize, setting.context
+    for B, _, size in setting.calls():
 
-        def make(copy: int, B: int = B, T: int = T) -> Arguments:
+        def make(copy: int, B: int = B) -> Arguments:
             draw, device = Draw(setting, copy), setting.device
-            tables = block_tables(draw, B, setting.context, S)
-            rows = _last_rows(tables, setting.context, S)
-            positions = torch.full((T,), setting.context - 1, device=device)
-            if setting.prompts:
-                positions = torch.arange(setting.context, device=device).repeat(B)
-                rows = (tables[:, :, None] * S + torch.arange(S, device=device)).flatten(1)[:, : setting.context]
+            tables = block_tables(draw, B, context, S)
             return Arguments(
-                draw(T, columns),
+                draw(B, 2 * (H + G) * K),
                 q_norm_weight_K=draw(K, scale=0.1).add_(1),
                 k_norm_weight_K=draw(K, scale=0.1).add_(1),
                 eps=EPS,
                 frequencies_F=10_000.0 ** -torch.linspace(0, 1, dims.R // 2, device=device),
                 rope_scale=1.0,
-                positions_T=positions,
+                positions_B=torch.full((B,), context - 1, device=device),
                 keys_MSGK=draw(tables.numel() + 1, S, G, K),
                 values_MSGK=draw(tables.numel() + 1, S, G, K),
-                block_rows_T=rows.flatten(),
+                block_rows_B=last_rows(tables, context, S),
+                **cached(tables, context),
             )
 
         yield Case(
-            GQA_PREPARE.name,
-            f"{H} heads over {G}, {size}",
-            candidates_of(setting, GQA_PREPARE, dims, T),
-            make,
-            num_bytes=2 * es * T * (H + 2 * G) * K,
-            changed=lambda a: tuple(
-                a.named[name].flatten(0, 1)[a.named["block_rows_T"]] for name in ("keys_MSGK", "values_MSGK")
-            ),
-            timed=setting.timed,
-        )
-
-
-def gqa(setting: Setting, dims: GqaDims) -> Iterator[Case]:
-    H, G, K, S, es, context = dims.H, dims.G, dims.K, dims.S, setting.dtype.itemsize, setting.context
-    for B, _, size in setting.calls():
-
-        def make(copy: int, B: int = B) -> Arguments:
-            draw = Draw(setting, copy)
-            tables = block_tables(draw, B, context, S)
-            keys, values = (draw(tables.numel() + 1, S, G, K) for _ in range(2))
-            context_of = cached(tables, context)
-            return Arguments(draw(B, H, K), draw(B, 2 * (H + G) * K), keys_MSGK=keys, values_MSGK=values, **context_of)
-
-        yield Case(
-            GQA_DECODE.name,
+            GQA_MIXER_DECODE.name,
             f"{H} heads over {G}, context {context}, {size}",
-            candidates_of(setting, GQA_DECODE, dims, B),
+            candidates_of(setting, GQA_MIXER_DECODE, dims, B),
             make,
-            num_bytes=es * (2 * B * context * G * K + 3 * B * H * K),
+            num_bytes=es * (2 * B * context * G * K + B * (3 * H + 2 * G) * K),
             flops=4 * B * H * K * context,
+            changed=written_rows,
         )
+
+
+def written_rows(a: Arguments) -> tuple[Tensor, ...]:
+    """The new tokens' keys and values."""
+    rows = a.named["block_rows_B"] if "block_rows_B" in a.named else a.named["block_rows_T"]
+    return tuple(a.named[name].flatten(0, 1)[rows] for name in ("keys_MSGK", "values_MSGK"))
 
 
 def block_tables(draw: Draw, B: int, context: int, S: int) -> Tensor:
@@ -189,5 +166,5 @@ def cached(tables: Tensor, context: int) -> dict[str, Any]:
     return {"block_tables_BN": tables.int(), "context_lens_B": lens}
 
 
-def _last_rows(tables: Tensor, context: int, S: int) -> Tensor:
+def last_rows(tables: Tensor, context: int, S: int) -> Tensor:
     return tables[:, (context - 1) // S] * S + (context - 1) % S

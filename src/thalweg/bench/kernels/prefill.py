@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from thalweg.bench.kernels.case import Arguments, Candidate, Case, Draw, Setting, candidates_of
-from thalweg.bench.kernels.decode import block_tables
+from thalweg.bench.kernels.decode import block_tables, written_rows
 from thalweg.bench.kernels.projections import EPS
-from thalweg.ops.attention.gqa import GQA_PREFILL, GqaDims
+from thalweg.ops.attention.gqa import GQA_PREFILL, GQA_PREPARE, GqaDims
 from thalweg.ops.attention.mla import MLA_PREFILL, MlaPrefillDims
 from thalweg.ops.delta.gdn import GDN_MIXER_PREFILL, GdnDims
 from thalweg.ops.delta.kda_mixer import KDA_MIXER_PREFILL, KdaMixerDims, reference
@@ -147,6 +147,38 @@ def mla(setting: Setting, dims: MlaPrefillDims) -> Iterator[Case]:
             num_bytes=es * (T * (H * (K + V + P) + R + P) + H * (K + V) * R),
             flops=B * L * (L + 1) * H * (K + V + P) + 2 * T * R * H * (K + V),
             timed="eager",
+        )
+
+
+def gqa_prepare(setting: Setting, dims: GqaDims) -> Iterator[Case]:
+    H, G, K, S, es = dims.H, dims.G, dims.K, dims.S, setting.dtype.itemsize
+    for B, T, _, label in _prompts(setting):
+
+        def make(copy: int, B: int = B, T: int = T) -> Arguments:
+            draw, device = Draw(setting, copy), setting.device
+            tables = block_tables(draw, B, setting.context, S)
+            rows = (tables[:, :, None] * S + torch.arange(S, device=device)).flatten(1)[:, : setting.context]
+            return Arguments(
+                draw(T, 2 * (H + G) * K),
+                q_norm_weight_K=draw(K, scale=0.1).add_(1),
+                k_norm_weight_K=draw(K, scale=0.1).add_(1),
+                eps=EPS,
+                frequencies_F=10_000.0 ** -torch.linspace(0, 1, dims.R // 2, device=device),
+                rope_scale=1.0,
+                positions_T=torch.arange(setting.context, device=device).repeat(B),
+                keys_MSGK=draw(tables.numel() + 1, S, G, K),
+                values_MSGK=draw(tables.numel() + 1, S, G, K),
+                block_rows_T=rows.flatten(),
+            )
+
+        yield Case(
+            GQA_PREPARE.name,
+            f"{H} heads over {G}, {label}",
+            candidates_of(setting, GQA_PREPARE, dims, T),
+            make,
+            num_bytes=2 * es * T * (H + 2 * G) * K,
+            changed=written_rows,
+            timed=setting.timed,
         )
 
 

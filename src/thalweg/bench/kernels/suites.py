@@ -14,7 +14,7 @@ from thalweg.bench.kernels.model import ModelOps
 from thalweg.bench.kernels.seeds import SEEDS
 from thalweg.errors import ConfigError
 from thalweg.ops.activation import SILU_AND_MUL
-from thalweg.ops.attention.gqa import GQA_DECODE, GQA_PREFILL, GQA_PREPARE
+from thalweg.ops.attention.gqa import GQA_MIXER_DECODE, GQA_PREFILL, GQA_PREPARE
 from thalweg.ops.attention.mla import MLA_PREFILL
 from thalweg.ops.attention.mla_down_norms import SPLIT_NORMS
 from thalweg.ops.attention.mla_mixer import MLA_DECODE, MLA_MIXER_DECODE
@@ -51,8 +51,7 @@ DECODE: Makers = [
     (MLA_MIXER_DECODE, decode.mla_mixer),
     (SPLIT_NORMS, rotated.split_norms),
     (MLA_DECODE, rotated.mla_decode),
-    (GQA_PREPARE, decode.gqa_prepare),
-    (GQA_DECODE, decode.gqa),
+    (GQA_MIXER_DECODE, decode.gqa_mixer),
     (SAMPLE, feed_forward.sample),
 ]
 PREFILL: Makers = [
@@ -63,7 +62,7 @@ PREFILL: Makers = [
     (SPLIT_NORMS, rotated.split_norms),
     (MLA_ROPE, rotated.mla_rope),
     (MLA_PREFILL, prefill.mla),
-    (GQA_PREPARE, decode.gqa_prepare),
+    (GQA_PREPARE, prefill.gqa_prepare),
     (GQA_PREFILL, prefill.gqa),
 ]
 SUITES = ("seeds", "decode", "prefill")

@@ -1,15 +1,17 @@
-// Attention of prompts for Hopper: a running softmax over tiles of keys (FlashAttention-3, arXiv:2407.08608), for latent
-// attention with expanded keys and values and for gated attention of grouped heads over keys and values in blocks.
+// Attention of prompts for Hopper: a running softmax over tiles of keys (FlashAttention-3, arXiv:2407.08608), for
+// latent attention with expanded keys and values and for gated attention of grouped heads over keys and values in
+// blocks.
 //
-// A block stays on its multiprocessor and takes pieces of M queries of a head in turn. One of its warps copies queries and
-// keys to shared memory, another one values; each of two warpgroups owns half of the queries. While the matrix unit
+// A block stays on its multiprocessor and takes pieces of M queries of a head in turn. One of its warps copies queries
+// and keys to shared memory, another one values; each of two warpgroups owns half of the queries. While the matrix unit
 // multiplies one tile's weights with its values and the next tile's keys with the queries, the softmax of that next
-// tile has to wait only for the latter; the warpgroups take turns in asking, so that one's softmax runs under the other's
-// products. Weights go from registers to the matrix unit. Keys run from the last that a piece sees back to the first.
+// tile has to wait only for the latter; the warpgroups take turns in asking, so that one's softmax runs under the
+// other's products. Weights go from registers to the matrix unit. Keys run from the last that a piece sees back to the
+// first.
 //
-// Macros: LATENT, 1 for latent attention (192 dims of keys, of which the last 64 are one for all heads, and 128 of values)
-// and 0 for grouped heads (256 and 256). TILE, keys of a tile. RATIO, query heads per key head. BOX, rows of a copy: rows that
-// are neighbours for sure. BLOCK, tokens of a block. PART, 1 if sums begin and end in memory.
+// Macros: LATENT, 1 for latent attention (192 dims of keys, of which the last 64 are one for all heads, and 128 of
+// values) and 0 for grouped heads (256 and 256). TILE, keys of a tile. RATIO, query heads per key head. BOX, rows of a
+// copy: rows that are neighbours for sure. BLOCK, tokens of a block. PART, 1 if sums begin and end in memory.
 
 #include "hopper.cuh"
 
@@ -19,10 +21,10 @@ constexpr int DQK = 192, DV = 128, SHARED = 1;  // slabs of 64 key dims that all
 constexpr int DQK = 256, DV = 256, SHARED = 0;
 #endif
 constexpr int M = 128, STAGES = 2, GROUPS = 2, THREADS = 128 * (GROUPS + 1);
-constexpr int QK_SLABS = DQK / 64, V_SLABS = DV / 64, CHUNKS = TILE / BOX;  // a slab has 64 dims, 128 bytes, of each row
+constexpr int QK_SLABS = DQK / 64, V_SLABS = DV / 64, CHUNKS = TILE / BOX;  // a slab has 64 dims of each row
 constexpr int Q_BYTES = M * DQK * 2, K_BYTES = TILE * DQK * 2, V_BYTES = TILE * DV * 2, SLAB = TILE * 128;
-constexpr int RECORD = 8;  // ints of a piece: first token, past the sequence's last one, position of the first, position of
-                           // the first key, past the last key of the sequence, tiles, row of the first key or sequence
+constexpr int RECORD = 8;  // ints of a piece: first token, past the sequence's last one, position of the first, position
+                           // of the first key, past the last key, tiles, row of the first key or sequence
 
 // Lane `pair` of four has the pair of values `pair` of each of 4 blocks, and gets all of block `pair`; and back.
 __device__ __forceinline__ void transpose(u32 (&x)[4], int pair) {
@@ -104,7 +106,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                     if (SHARED && keys && slab == slabs - 1)
                         copy_tile(to, &shared_map, shared_column, 0, row[j], full + 8 * stage);
                     else
-                        copy_tile(to, map, slab * 64 + (LATENT && !keys ? 128 : 0), head / RATIO, row[j], full + 8 * stage);
+                        copy_tile(to, map, slab * 64 + (LATENT && !keys ? 128 : 0), head / RATIO, row[j],
+                                  full + 8 * stage);
                 }
                 if (keys && tile == tiles - 1) {
                     wait_at_barrier(q_empty, (q_used++ + 1) % 2);
@@ -129,8 +132,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         const u32 q = q_s + group * 64 * 128, k = k_s + k_used % STAGES * K_BYTES;
         begin_products();
 #pragma unroll
-        for (int i = 0; i < DQK / 16; i++)
-            multiply_rows<TILE>(s, describe(q + i / 4 * M * 128 + i % 4 * 32, 16), describe(k + i / 4 * SLAB + i % 4 * 32, 16), i > 0);
+        for (int i = 0; i < DQK / 16; i++) {
+            const int within = i % 4 * 32;  // the slab
+            const auto rows_of_q = describe(q + i / 4 * M * 128 + within, 16);
+            multiply_rows<TILE>(s, rows_of_q, describe(k + i / 4 * SLAB + within, 16), i);
+        }
         commit_products();
     };
     auto ask_for_sums = [&]() {

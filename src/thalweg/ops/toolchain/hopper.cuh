@@ -90,7 +90,20 @@ template <int THREADS> __device__ __forceinline__ void arrive_at(int barrier) {
     asm volatile("barrier.cta.arrive %0, %1;" ::"r"(barrier), "n"(THREADS) : "memory");
 }
 
+__device__ __forceinline__ void meet_cluster() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+// From the shared memory of the block of that rank in the cluster, at the place that `p` has here.
+__device__ __forceinline__ float load_from(const float* p, int rank) {
+    u32 there;
+    float x;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(p)), "r"(rank));
+    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(x) : "r"(there) : "memory");
+    return x;
+}
 
 // To shared memory while the thread goes on. The line beside the one asked for is next, and comes to L2 with it.
 __device__ __forceinline__ void copy16(u32 to, const void* from) {
@@ -108,8 +121,8 @@ template <int N> __device__ __forceinline__ void wait_for_copies() {
 
 #define LOWEST __uint_as_float(0xff800000u)  // minus infinity
 
-// Four [8, 8] matrices of 16 bits from shared memory, whose rows the lanes point at, 8 lanes to a matrix; as they are, and
-// each transposed.
+// Four [8, 8] matrices of 16 bits from shared memory, whose rows the lanes point at, 8 lanes to a matrix; as they are,
+// and each transposed.
 __device__ __forceinline__ void load_matrices(u32 (&x)[4], u32 row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
@@ -128,8 +141,8 @@ __device__ __forceinline__ u32 transpose_matrix(u32 x) {  // of a warp, [8, 8]
     return y;
 }
 
-// A barrier in shared memory opens once so many have arrived and the copies it expects have come. They start on multiples
-// of 16 bytes.
+// A barrier in shared memory opens once so many have arrived and the copies it expects have come. They start on
+// multiples of 16 bytes.
 __device__ __forceinline__ void init_barrier(u32 barrier, u32 count = 1) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
 }
@@ -172,8 +185,9 @@ __device__ __forceinline__ void mma_fp16(float (&c)[4], u32 a0, u32 a1, u32 a2, 
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// The matrix unit as a warpgroup uses it: operands in shared memory, or a in registers, and sums in registers, which may be
-// read after the wait and `settle`. An operand in shared memory has slabs of 64 values (128 bytes) of each row, swizzled.
+// The matrix unit as a warpgroup uses it: operands in shared memory, or a in registers, and sums in registers, which
+// may be read after the wait and `settle`. An operand in shared memory has slabs of 64 values (128 bytes) of each row,
+// swizzled.
 __device__ __forceinline__ u64 describe(u32 address, u32 slab_bytes) {
     return (u64)((address & 0x3ffff) >> 4) | (u64)(slab_bytes >> 4) << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
 }
@@ -192,15 +206,14 @@ template <int COUNT> __device__ __forceinline__ void settle(float (&x)[COUNT]) {
 #define TEN(t) "%" t "0, %" t "1, %" t "2, %" t "3, %" t "4, %" t "5, %" t "6, %" t "7, %" t "8, %" t "9"
 #define FOUR(t) "%" t "0, %" t "1, %" t "2, %" t "3"
 #define EIGHT(t) FOUR(t) ", %" t "4, %" t "5, %" t "6, %" t "7"
-#define LIST32 TEN("") ", " TEN("1") ", " TEN("2") ", %30, %31"
 #define LIST40 TEN("") ", " TEN("1") ", " TEN("2") ", " TEN("3")
-#define LIST48 LIST40 ", " EIGHT("4")
 #define LIST64 LIST40 ", " TEN("4") ", " TEN("5") ", " FOUR("6")
-#define LIST128 LIST40 ", " TEN("4") ", " TEN("5") ", " TEN("6") ", " TEN("7") ", " TEN("8") ", " TEN("9") ", " TEN("10") ", " TEN("11") ", " EIGHT("12")
-#define OUT8(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define LIST110 LIST40 ", " TEN("4") ", " TEN("5") ", " TEN("6") ", " TEN("7") ", " TEN("8") ", " TEN("9") ", " TEN("10")
+#define LIST128 LIST110 ", " TEN("11") ", " EIGHT("12")
+#define OUT4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define OUT8(d, i) OUT4(d, i), OUT4(d, i + 4)
 #define OUT32(d, i) OUT8(d, i), OUT8(d, i + 8), OUT8(d, i + 16), OUT8(d, i + 24)
 #define OUT40(d, i) OUT32(d, i), OUT8(d, i + 32)
-#define OUT48(d, i) OUT40(d, i), OUT8(d, i + 40)
 #define OUT64(d, i) OUT32(d, i), OUT32(d, i + 32)
 #define OUT128(d, i) OUT64(d, i), OUT64(d, i + 64)
 #define OF_SHARED(n, regs, a_at, b_at, more) \
@@ -218,7 +231,7 @@ template <int COUNT> __device__ __forceinline__ void settle(float (&x)[COUNT]) {
 
 // d [64, COLUMNS] = a b^T of 16 values of each row, + d with `add`.
 template <int COLUMNS> __device__ __forceinline__ void multiply_rows(float (&d)[COLUMNS / 2], u64 a, u64 b, int add) {
-    if constexpr (COLUMNS == 64) OF_SHARED("64", 32, "32", "33", "34");
+    static_assert(COLUMNS == 80 || COLUMNS == 128);
     if constexpr (COLUMNS == 80) OF_SHARED("80", 40, "40", "41", "42");
     if constexpr (COLUMNS == 128) OF_SHARED("128", 64, "64", "65", "66");
 }

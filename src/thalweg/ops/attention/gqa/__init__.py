@@ -1,4 +1,5 @@
-"""Ops "gqa_prepare", "gqa_decode" and "gqa_prefill": gated attention of grouped heads over keys and values in blocks.
+"""Ops "gqa_mixer_decode", "gqa_prepare" and "gqa_prefill": gated attention of grouped heads over keys and values in
+blocks.
 
 keys_MSGK and values_MSGK [blocks, block size, G, K] hold one row per token. block_tables_BN int32 [B, N] lists the
 blocks of each sequence in order; entries past its end are any valid block. Rows beyond a sequence's tokens are never
@@ -55,21 +56,29 @@ class GqaPrepare(Protocol):
         """
 
 
-class GqaDecode(Protocol):
+class GqaMixerDecode(Protocol):
     def __call__(
         self,
-        q_BHK: Tensor,
         proj_BX: Tensor,
         *,
+        q_norm_weight_K: Tensor,
+        k_norm_weight_K: Tensor,
+        eps: float,
+        frequencies_F: Tensor,
+        rope_scale: float,
+        positions_B: Tensor,
         keys_MSGK: Tensor,
         values_MSGK: Tensor,
+        block_rows_B: Tensor,
         block_tables_BN: Tensor,
         context_lens_B: Tensor,
     ) -> Tensor:
-        """o_BO, O = H * K: softmax(q k / sqrt(K)) v of one new token of each sequence, times sigmoid of its gate.
+        """o_BO, O = H * K, of one new token of each sequence: what "gqa_prepare" does, then softmax(q k / sqrt(K)) v
+        over all of the sequence's tokens, times sigmoid of the query's gate.
 
-        q is what "gqa_prepare" gave for proj. context_lens_B (int32) counts the tokens in the blocks, the new one
-        included; at 0 the result is any finite value.
+        context_lens_B (int32) counts the tokens in the blocks, the new one included; at 0 the result is any finite
+        value. Implementations may read positions, tables, lengths and the earlier tokens' rows while the kernel ahead
+        of them in the stream still runs: what package kda_mixer says of slot numbers and states holds for those here.
         """
 
 
@@ -86,11 +95,12 @@ class GqaPrefill(Protocol):
         offsets: Sequence[int],
     ) -> Tensor:
         """o_TO of sequences of any length: sequence b owns tokens offsets[b]:offsets[b + 1], which follow starts[b]
-        tokens that the blocks have already, and attends causally; the result is gated as in "gqa_decode"."""
+        tokens that the blocks have already, and attends causally; the result is gated as in
+        "gqa_mixer_decode"."""
 
 
-GQA_PREPARE: Op[GqaDims, GqaPrepare] = Op("gqa_prepare", GqaDims)
-GQA_DECODE: Op[GqaDims, GqaDecode] = Op("gqa_decode", GqaDims, rows="decodes")
+GQA_MIXER_DECODE: Op[GqaDims, GqaMixerDecode] = Op("gqa_mixer_decode", GqaDims, rows="decodes")
+GQA_PREPARE: Op[GqaDims, GqaPrepare] = Op("gqa_prepare", GqaDims, rows="prefills")
 GQA_PREFILL: Op[GqaDims, GqaPrefill] = Op("gqa_prefill", GqaDims, rows="prefills")
 
 
@@ -108,10 +118,24 @@ def _triton_prepare(where: Where, dims: GqaDims) -> GqaPrepare:
     return triton.gqa_prepare
 
 
-def _triton_decode(where: Where, dims: GqaDims) -> GqaDecode:
+def _triton_mixer(where: Where, dims: GqaDims) -> GqaMixerDecode:
     from thalweg.ops.attention.gqa import triton
 
-    return triton.gqa_decode
+    return triton.gqa_mixer_decode
+
+
+def _cuda_mixer(where: Where, dims: GqaDims) -> GqaMixerDecode:
+    from thalweg.ops.attention.gqa import cuda
+
+    return cuda.gqa_mixer_decode
+
+
+def _cuda_mixer_refuses(where: Where, dims: GqaDims) -> Refusal:
+    if dims.H > 8 * dims.G or dims.R % 64:
+        return (
+            f"needs at most 8 heads to a key head and a multiple of 64 rotated dims, not {dims.H // dims.G}, {dims.R}"
+        )
+    return _cuda_refuses(where, dims)
 
 
 def _library_prefill(where: Where, dims: GqaDims) -> GqaPrefill:
@@ -130,7 +154,7 @@ def _cuda_prefill(where: Where, dims: GqaDims) -> GqaPrefill:
     return gqa_prefill
 
 
-def _cuda_prefill_refuses(where: Where, dims: GqaDims) -> Refusal:
+def _cuda_refuses(where: Where, dims: GqaDims) -> Refusal:
     if dims.K != 256 or dims.S % 16:
         return f"needs heads of 256 dims and blocks of a multiple of 16 tokens, not {dims.K} and {dims.S}"
     if where.dtype != "bfloat16":
@@ -138,10 +162,11 @@ def _cuda_prefill_refuses(where: Where, dims: GqaDims) -> Refusal:
     return cuda_build.why_not(where) or why_not_hopper()
 
 
-register(GQA_PREPARE, "reference", lambda *_: reference.gqa_prepare)
-register(GQA_PREPARE, "triton", _triton_prepare, supports=_triton_refuses, priority=10)
-register(GQA_DECODE, "reference", lambda *_: reference.gqa_decode, capturable=False)
-register(GQA_DECODE, "triton", _triton_decode, supports=_triton_refuses, priority=10)
+register(GQA_MIXER_DECODE, "reference", lambda *_: reference.gqa_mixer_decode, capturable=False)
+register(GQA_MIXER_DECODE, "triton", _triton_mixer, supports=_triton_refuses, priority=10)
+register(GQA_MIXER_DECODE, "cuda", _cuda_mixer, supports=_cuda_mixer_refuses, priority=5)
+register(GQA_PREPARE, "reference", lambda *_: reference.gqa_prepare, capturable=True)
+register(GQA_PREPARE, "triton", _triton_prepare, supports=_triton_refuses, priority=10, capturable=True)
 register(GQA_PREFILL, "reference", lambda *_: reference.gqa_prefill)
 register(GQA_PREFILL, "library", _library_prefill, supports=_library_refuses, priority=10)
-register(GQA_PREFILL, "cuda", _cuda_prefill, supports=_cuda_prefill_refuses, priority=20, capturable=True)
+register(GQA_PREFILL, "cuda", _cuda_prefill, supports=_cuda_refuses, priority=20, capturable=True)
