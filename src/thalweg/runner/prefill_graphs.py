@@ -28,7 +28,7 @@ from thalweg.sampling.sampler import Sampler
 
 TOKENS = (64, 128, 256, 384, 512, 768, 1024, 1280, 1536, 2048)  # beyond, a step is longer than launching it
 CONTEXTS = (4096, 8192, 16384)  # beyond those without cached tokens; more would be computed for nothing
-PREFILLS = (1, 4, 16)
+PREFILLS = (1, 15)  # and the one that pads the step: logits of few enough rows for kernels that stream the head once
 ROWS = (0, 8, 32, 64, 128, 256)
 MAX_SHAPES = 96  # that are captured; others run eagerly from then on
 
