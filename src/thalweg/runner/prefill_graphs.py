@@ -131,10 +131,13 @@ class PrefillGraphs:
         self.steps: Counter[str] = Counter()  # how many ran captured, uncaptured and, as none could serve, eagerly
 
     def rehearse(self) -> list[Static]:
-        """A step on the sinks of every shape of one prompt alone, the largest first."""
+        """A step on the sinks of every shape of one prompt alone, the largest first, and before them of one of many
+        prompts, for which kernels may be others."""
         steps = []
-        for size in reversed([n for n in self._sizes if n <= self._batches.slots.max_model_len]):
-            static = self._static(Shape(0, 1, size, size))
+        sizes = [n for n in self._sizes if n <= self._batches.slots.max_model_len]
+        shapes = [Shape(0, n, sizes[-1], sizes[-1]) for n in PREFILLS[1:]] if sizes else []
+        for shape in shapes + [Shape(0, PREFILLS[0], size, size) for size in reversed(sizes)]:
+            static = self._static(shape)
             image = np.zeros(static.size, dtype=np.int64)
             static.write(StepPlan(0, [], [], [], [], []), image)
             static.memory.copy_(torch.from_numpy(image))

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from thalweg.ops.host_tables import Boundaries, pieces
+from thalweg.ops.host_tables import Boundaries, PerStep, pieces
 from thalweg.ops.norm.triton.gated import gated_rms_norm
 from thalweg.ops.toolchain.cuda_build import cuda_kernel
 from thalweg.ops.toolchain.triton_support import multiprocessors
@@ -117,7 +117,8 @@ def rule(
         (c_int, H),
     )
     sequences = len(offsets) - 1
-    warps, stages = walkers(sequences * H, multiprocessors(device))
+    long = sequences - isinstance(offsets, PerStep)  # one of a captured step is there to pad it
+    warps, stages = walkers(long * H, multiprocessors(device))
     is_bf16 = state_NHVK.dtype == torch.bfloat16
     macros = {"WARPS": warps, "STAGES": stages, "STATE_BF16": int(is_bf16), "RATIO": ratio}
     walk = cuda_kernel(STATES, "states", 32 * (2 * warps + 1), device, **macros)
