@@ -24,25 +24,18 @@ from thalweg.core import Admission, Prefill, SamplingParams, StepPlan
 
 pytestmark = pytest.mark.gpu
 
-BLOCKS = 11  # of 64 tokens, for each slot
+LONGEST, BLOCKS = 600, 10  # tokens of a sequence, and blocks of 64 that each slot has
 LENGTHS = [70, 300, 33, 5]  # 104 fewer than a shape has
 
 
 class Rank:
     """A runner, its steps' logits, and plans for it."""
 
-    def __init__(self, folder: Path, dtype: str) -> None:
-        config = EngineConfig(
-            str(folder),
-            device="cuda",
-            dtype=dtype,
-            max_num_seqs=8,
-            max_model_len=700,
-            cache_memory=1 << 29,
-            enable_prefix_caching=True,
-            snapshot_interval=64,
-            prefill_graph_tokens=1024,
-        )
+    def __init__(self, folder: Path | None, dtype: str, **options: Any) -> None:
+        limits = dict(max_num_seqs=8, max_model_len=LONGEST, cache_memory=1 << 30, prefill_graph_tokens=1024)
+        cached = dict(enable_prefix_caching=True, snapshot_interval=64)
+        model = None if folder is None else str(folder)
+        config = EngineConfig(model, device="cuda", dtype=dtype, **{**limits, **cached, **options})
         self.runner, self.info = build_rank(config, 0, "")
         self._model: Any = self.runner.model
         self._step = 0
@@ -198,7 +191,7 @@ def test_in_float32_a_graph_gives_the_logits_of_eager_steps(tmp_path: Path) -> N
     rank = Rank(random_checkpoint.write(tmp_path / "model", c, random_checkpoint.weights(c)), "float32")
     if rank.runner.prefill_graphs is None:
         pytest.skip(rank.info.prefill_steps)
-    for lengths in ([1], [100], [64, 65], LENGTHS, [700], [20] * 8):
+    for lengths in ([1], [100], [64, 65], LENGTHS, [LONGEST - 1], [20] * 8):
         prompts = {slot: ids_of(n, seed=slot) for slot, n in enumerate(lengths, 1)}
         _, expected = rank.eager(rank.plan(prompts))
         for _ in range(3):
