@@ -41,3 +41,11 @@ class EngineDeadError(ThalwegError, RuntimeError):
 
 class KernelError(ThalwegError, RuntimeError):
     """A kernel that could not be loaded or launched, or that the device gave up; it names the kernel and the code."""
+
+
+class SessionNotFound(ThalwegError, LookupError):
+    """A session that does not exist, or not for who asks."""
+
+
+class SessionConflict(ThalwegError):
+    """A session's name that is in use, or a session that changed while a request went on from it."""

@@ -87,3 +87,23 @@ def test_a_benchmark_of_conversations_finds_what_it_should(tmp_path: Path) -> No
     assert found["completed"] == conversations * turns
     assert found["total_input_tokens"] == conversations * sum(prompts)
     assert found["total_cached_tokens"] == conversations * sum((p + output - 1) // 64 * 64 for p in prompts[:-1])
+
+
+def test_forks_of_a_session_compute_its_prompt_once(tmp_path: Path) -> None:
+    if not (model_folder(None) / "model.safetensors").exists():
+        pytest.skip("the bundled model has no weights in this checkout")
+    with server_process(tmp_path / "log", {"enable_prefix_caching": True}, {}) as server:
+        sessions, completions = f"{server.url}/v1/sessions", f"{server.url}/v1/completions"
+        root = ask(sessions, name="root", prompt=STORY)
+        names = ["root/1", "root/2", "root/3"]
+        assert [each["id"] for each in ask(f"{sessions}/root/fork", names=names)["data"]] == names
+        kept = root["points"][0]["cached"]
+        assert root["tokens"] - 65 <= kept < root["tokens"]
+        said = [ask(completions, session=name, prompt=" And", session_save=True) for name in names]
+        assert [cached(each) for each in said] == [kept] * 3
+        assert len({each["choices"][0]["text"] for each in said}) == 1
+        plain = ask(completions, session="root", prompt=" And")
+        assert plain["choices"][0]["text"] == said[0]["choices"][0]["text"]
+        assert ask(f"{sessions}/root/1/rollback", point=0)["tokens"] == root["tokens"]
+        again = ask(completions, session="root/2", prompt="")
+        assert cached(again) >= kept

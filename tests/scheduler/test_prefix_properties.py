@@ -28,7 +28,8 @@ add = st.tuples(st.just("add"), prompts, params, st.sampled_from([False, False, 
 again = st.tuples(st.just("again"), st.integers(0, 30), st.integers(0, 12), params)
 abort = st.tuples(st.just("abort"), st.integers(0, 30))
 step = st.tuples(st.just("step"), st.integers(1, 5))
-events = st.lists(st.one_of(add, again, again, step, step, abort, st.just(("plan",))), min_size=10, max_size=40)
+keep = st.tuples(st.sampled_from(["keep", "release"]), st.integers(0, 30))
+events = st.lists(st.one_of(add, again, again, step, step, abort, keep, st.just(("plan",))), min_size=10, max_size=40)
 limits = st.fixed_dictionaries(
     {
         "num_blocks": st.sampled_from([0, 3, 5, 8, 12, 20, 40]),
@@ -72,6 +73,13 @@ def replay(h: Harness, script: list[Any]) -> None:
             name = list(h.requests)[event[1] % len(h.requests)]
             if name not in h.aborted and not h.ended(name):
                 h.abort(name)
+            check_invariants(h)
+        elif event[0] in ("keep", "release") and h.requests:
+            name = list(h.requests)[event[1] % len(h.requests)]
+            if event[0] == "keep":
+                h.scheduler.keep(name, "", h.requests[name].prompt_token_ids)
+            else:
+                h.scheduler.release(name)
             check_invariants(h)
         elif event[0] in ("step", "plan"):
             run(h, [event])
@@ -120,13 +128,15 @@ def test_fuzz_over_shared_trees(seed: int) -> None:
     trees = [[rng.randrange(40) for _ in range(24)] for _ in range(3)]
     script: list[Any] = []
     for _ in range(160):
-        kind = rng.choice(["add", "again", "step", "step", "step", "plan", "abort"])
+        kind = rng.choice(["add", "again", "step", "step", "step", "plan", "abort", "keep", "release"])
         options = {"max_tokens": rng.choice([None, 0, 1, 5, 30]), "ignore_eos": rng.random() < 0.7, "seed": 0}
         if kind == "add":
             tree, own = rng.choice(trees), [rng.randrange(40) for _ in range(rng.randint(0, 6))]
             script.append(("add", tree[: rng.randint(1, 24)] + own, options, rng.random() < 0.1))
         elif kind == "again":
             script.append(("again", rng.randrange(200), rng.randint(0, 5), options))
+        elif kind in ("keep", "release"):
+            script.append((kind, rng.randrange(100)))
         elif kind == "abort":
             script.append(("abort", rng.randrange(100) if rng.random() < 0.3 else 0))
         else:

@@ -593,3 +593,43 @@ def test_a_plan_that_is_not_made_keeps_its_copies_for_the_next() -> None:
     h.abort("interrupted")
     check_invariants(h)
     assert ask(h, "again", tokens(41), max_tokens=1) == 40
+
+
+# What sessions keep
+
+
+@pytest.mark.parametrize("host", [(0, 0), (4, 1)])
+@pytest.mark.parametrize("num_snapshots", [4, None])
+def test_what_is_kept_makes_room_last(num_snapshots: int | None, host: tuple[int, int]) -> None:
+    h = harness(num_snapshots, num_blocks=20, host=host)
+    ask(h, "kept", tokens(21), max_tokens=1)
+    assert h.scheduler.keep("a", "", tokens(21)) == 20
+    assert h.scheduler.keep("other salt", "mine", tokens(21)) == 0
+    for i in range(20):
+        ask(h, f"{i}", tokens(21, 3 * i + 5), max_tokens=1)
+    assert ask(h, "again", tokens(21) + [9] * 8, max_tokens=1) == 20
+    h.scheduler.release("a")
+    for i in range(20):
+        ask(h, f"more {i}", tokens(21, 3 * i + 5), max_tokens=1)
+    assert ask(h, "after", tokens(21), max_tokens=1) == 0
+
+
+def test_what_is_kept_makes_room_all_the_same_for_who_needs_all() -> None:
+    h = harness(4, num_blocks=20)
+    ask(h, "kept", tokens(21), max_tokens=1)
+    h.scheduler.keep("a", "", tokens(21))
+    ask(h, "large", tokens(75, 7), max_tokens=1)
+    assert ask(h, "again", tokens(21), max_tokens=1) == 0
+    h.scheduler.release("a")
+    check_invariants(h)
+
+
+def test_a_point_of_a_conversation_that_is_kept_outlives_what_went_past_it() -> None:
+    h = harness(4)
+    prompt = tokens(20)
+    for turn in range(12):
+        ask(h, f"turn {turn}", prompt, max_tokens=10)
+        if turn == 1:
+            h.scheduler.keep("point", "", prompt)
+        prompt = prompt + h.tokens(f"turn {turn}") + tokens(2, turn)
+    assert ask(h, "back", [*tokens(20), *h.tokens("turn 0"), *tokens(2, 0), 9, 9], max_tokens=1) == 28

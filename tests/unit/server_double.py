@@ -80,6 +80,8 @@ class ClientDouble:
             self.codec.chat_ids = self.codec.template.encode_chat
         vocab_size = max(260, tokenizer.vocab_size)
         self.info = SimpleNamespace(name="double", max_model_len=1000, max_num_seqs=4, vocab_size=vocab_size)
+        self.info.most_session_points = None
+        self.kept: dict[str, list[int]] = {}
         self.stats: SchedulerStats | None = None
         self.profiler: Any = None
         self.dead: EngineDeadError | None = None
@@ -94,6 +96,14 @@ class ClientDouble:
 
     async def close(self) -> None:
         self.closed = True
+
+    async def keep(self, name: str, salt: str, ids: list[int]) -> int:
+        assert name not in self.kept
+        self.kept[name] = ids
+        return len(ids) // 2
+
+    def release(self, name: str) -> None:
+        del self.kept[name]
 
     async def generate(
         self, ids: list[int], params: SamplingParams, request_id: str, reader: TextReader | None = None

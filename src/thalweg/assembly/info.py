@@ -61,5 +61,12 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     start_seconds: dict[str, float]  # what building took, part by part, in order
 
     @property
+    def most_session_points(self) -> int | None:
+        """Points that sessions may keep: as many as half of the snapshots; None if nothing needs any."""
+        if not self.bytes_per_sequence or not self.keeps_prefixes:
+            return None
+        return (self.num_snapshots + self.num_host_snapshots) // 2
+
+    @property
     def load_seconds(self) -> float:
         return sum(self.start_seconds.values())

@@ -32,6 +32,7 @@ class Node:
         "lost",
         "near",
         "parent",
+        "pins",
         "ready",
         "refs",
         "reuses",
@@ -52,6 +53,7 @@ class Node:
         self.due = 0  # from which step on its snapshot is there
         self.lost = False  # it had a snapshot
         self.written = 0  # the step that writes its snapshot
+        self.pins = 0  # who asked for it to be kept as long as can be
         self.reuses = 0  # sequences that began from its snapshot
         self.here = True  # whether its block, if its model has any, is on the device
         self.near = 0  # children that are

@@ -15,6 +15,7 @@ from thalweg.cache.blocks import BlockPool, CacheAccountingError
 from thalweg.cache.node import Match, MissReason, Node
 from thalweg.cache.snapshots import SnapshotOrder, SnapshotPool
 
+PINNED = 1 << 60  # what pinned nodes were used later than all others
 GHOSTS = 1 << 16  # evicted prefixes that are remembered, to tell them from new ones
 
 
@@ -136,6 +137,23 @@ class PrefixTree:
         node.refs -= 1
         self._drop_root(node)
 
+    def pin(self, node: Node) -> None:
+        """Give up `node` and what it needs after all others; until as many calls of `unpin`."""
+        node.pins += 1
+        self._pins_changed(node)
+
+    def unpin(self, node: Node) -> None:
+        node.pins -= 1
+        self._pins_changed(node)
+
+    def _pins_changed(self, node: Node) -> None:
+        if node.gone:
+            return
+        if node.snapshot:
+            self.saved.move(node, self.saved.major)
+        if node.refs == 0:
+            self._offer(node)
+
     def forget(self, node: Node) -> None:
         """Take `node` and all below it out of the tree. What sequences hold of it is freed when they let go."""
         assert node.parent is not None
@@ -158,7 +176,7 @@ class PrefixTree:
         """Evict the end of the branch that was used least recently. Raises CacheAccountingError if all is held."""
         while self._leaves:
             stamp, _, node = heappop(self._leaves)
-            if node.here and not (node.gone or node.refs or node.near) and node.stamp == stamp:
+            if node.here and not (node.gone or node.refs or node.near) and age(node) == stamp:
                 above = self._give_up(node)
                 if above is not None:
                     self._offer(above)
@@ -281,9 +299,9 @@ class PrefixTree:
     def _push(self, leaves: list[tuple[int, int, Node]], node: Node, about: int) -> None:
         """Put `node` into a heap of leaves, of which `about` are not out of date."""
         self._pushed += 1
-        heappush(leaves, (node.stamp, self._pushed, node))
+        heappush(leaves, (age(node), self._pushed, node))
         if len(leaves) > 64 + 2 * about:
-            leaves[:] = [e for e in leaves if not (e[2].gone or e[2].refs) and e[2].stamp == e[0]]
+            leaves[:] = [e for e in leaves if not (e[2].gone or e[2].refs) and age(e[2]) == e[0]]
             heapify(leaves)
 
     def _remove(self, node: Node) -> Node | None:
@@ -322,6 +340,11 @@ class PrefixTree:
         salt = root.key.decode()
         if root.refs == 0 and not root.children and self._roots.get(salt) is root:
             del self._roots[salt]
+
+
+def age(node: Node) -> int:
+    """When `node` was let go last, for the order of eviction."""
+    return node.stamp + PINNED if node.pins else node.stamp
 
 
 def _saved_above(node: Node) -> list[Node]:

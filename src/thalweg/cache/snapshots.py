@@ -37,29 +37,33 @@ class SnapshotPool(Pool):
 
 class SnapshotOrder:
     """Nodes that have a snapshot, in the order in which they are given up: those that paths went past, those that are
-    little more than the one above them, all others; the least recently used first."""
+    little more than the one above them, all others, those that are pinned; the least recently used first."""
 
     def __init__(self) -> None:
         self.passed: OrderedDict[Node, None] = OrderedDict()
         self.minor: OrderedDict[Node, None] = OrderedDict()
         self.major: OrderedDict[Node, None] = OrderedDict()
+        self.pinned: OrderedDict[Node, None] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self.passed) + len(self.minor) + len(self.major)
+        return sum(map(len, self._classes()))
 
     def __iter__(self) -> Iterator[Node]:
-        return chain(self.passed, self.minor, self.major)
+        return chain(*self._classes())
 
     def move(self, node: Node, to: OrderedDict[Node, None]) -> None:
-        """`node` is in class `to`, used just now."""
+        """`node` is in class `to`, unless it is pinned, used just now."""
         self.remove(node)
-        to[node] = None
+        (self.pinned if node.pins else to)[node] = None
 
     def remove(self, node: Node) -> None:
-        for nodes in (self.passed, self.minor, self.major):
+        for nodes in self._classes():
             nodes.pop(node, None)
 
     def first_of(self, path: Collection[Node]) -> Node:
         """The one of `path` to be given up first."""
         own = set(path)
         return next(each for each in self if each in own)
+
+    def _classes(self) -> tuple[OrderedDict[Node, None], ...]:
+        return self.passed, self.minor, self.major, self.pinned

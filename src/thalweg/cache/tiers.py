@@ -12,7 +12,7 @@ from heapq import heappop
 
 from thalweg.cache.blocks import BlockPool
 from thalweg.cache.node import Node
-from thalweg.cache.prefix import PrefixTree
+from thalweg.cache.prefix import PrefixTree, age
 from thalweg.cache.snapshots import SnapshotPool
 from thalweg.core import HostCopies
 
@@ -105,7 +105,7 @@ class TieredTree(PrefixTree):
     def pass_by(self, node: Node) -> None:
         super().pass_by(node)
         for above in _path(node):
-            if above.host_snapshot and above is not node and above.reuses <= 1 and len(above.children) == 1:
+            if above.host_snapshot and above is not node and _is_past(above):
                 self._list(above, self._snapshots_passed)
                 if above in self._snapshots_read:
                     self._snapshots_read[above] = True
@@ -211,6 +211,7 @@ class TieredTree(PrefixTree):
         yield from self._snapshots_passed
         yield from self._snapshot_copies
         if not lesser:
+            yield from (node for node in self._snapshots_alone if not node.pins)
             yield from self._snapshots_alone
 
     def _list(self, node: Node, among: OrderedDict[Node, None] | None = None) -> None:
@@ -227,7 +228,7 @@ class TieredTree(PrefixTree):
             node.host_block = 0
         while not blocks.num_free and self._far_leaves:
             stamp, _, node = heappop(self._far_leaves)
-            if not (node.here or node.gone or node.refs or node.children) and node.stamp == stamp:
+            if not (node.here or node.gone or node.refs or node.children) and age(node) == stamp:
                 above = self._remove(node)
                 if above is not None:
                     self._offer(above)
@@ -272,6 +273,11 @@ class TieredTree(PrefixTree):
                 return
             node = above
         super()._offer(node)
+
+
+def _is_past(node: Node) -> bool:
+    """Whether a path that goes on from `node` leaves it of likely no more use."""
+    return node.reuses <= 1 and len(node.children) == 1 and not node.pins
 
 
 def _path(node: Node) -> Iterator[Node]:

@@ -14,10 +14,12 @@ from thalweg.cli.options import engine_config, takes
 from thalweg.config import env
 from thalweg.config.engine import EngineConfig, parse_size
 from thalweg.engine.processes.messages import ProfilerOptions
+from thalweg.engine.sessions import SessionLimits
 from thalweg.errors import ConfigError
 from thalweg.server.settings import KEEP_ALIVE_SECONDS, MAX_QUEUED_REQUESTS, PING_SECONDS, Cors, StoreLimits
 
 _STORED = StoreLimits()
+_SESSIONS = SessionLimits()
 
 
 def _limit(**options: Any) -> Any:
@@ -30,6 +32,10 @@ def _profiler(**options: Any) -> Any:
 
 def _stored(**options: Any) -> Any:
     return typer.Option(rich_help_panel="Stored answers of /v1/responses", **options)
+
+
+def _sessions(**options: Any) -> Any:
+    return typer.Option(rich_help_panel="Sessions", **options)
 
 
 def _cors(**options: Any) -> Any:
@@ -98,6 +104,12 @@ def serve(
         str, _stored(metavar="SIZE", help="Memory that they may take, the oldest giving way.")
     ] = "256MiB",
     stored_response_ttl: Annotated[float, _stored(metavar="SECONDS", help="How long each is kept.")] = _STORED.seconds,
+    max_sessions: Annotated[
+        int, _sessions(metavar="N", help="Sessions of /v1/sessions that are kept; 0: none.")
+    ] = _SESSIONS.count,
+    session_ttl: Annotated[
+        float, _sessions(metavar="SECONDS", help="How long a session is kept after its last use, at most.")
+    ] = _SESSIONS.seconds,
     enable_profiler: Annotated[
         str | None,
         _profiler(metavar="DIR", help="Let clients record traces there: POST /start_profile, /stop_profile."),
@@ -144,6 +156,7 @@ def serve(
             parse_size(stored_responses_memory, "--stored-responses-memory"),
             stored_response_ttl,
         ),
+        sessions=SessionLimits(count=max_sessions, seconds=session_ttl),
         profiler=_profiler_options(enable_profiler, profiler_max_steps, profiler_max_bytes),
         log_level=log_level or env.read("THALWEG_LOG_LEVEL") or "warning",
     )

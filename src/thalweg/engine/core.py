@@ -36,6 +36,14 @@ class EngineCore:
         """End a request without further updates and free what it holds. False if it is not (any more) here."""
         return self.scheduler.abort(request_id)
 
+    def keep(self, name: str, salt: str, token_ids: list[int]) -> int:
+        """Have what is cached of these tokens make room for others last: how many of them that is."""
+        return self.scheduler.keep(name, salt, token_ids)
+
+    def release(self, name: str) -> None:
+        """Undo `keep`."""
+        self.scheduler.release(name)
+
     def is_queued(self, request_id: str) -> bool:
         """Whether a request waits for its first slot."""
         return self.scheduler.is_queued(request_id)

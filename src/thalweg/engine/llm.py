@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, SupportsIndex, cast
 from thalweg import tracing
 from thalweg.config.engine import EngineConfig
 from thalweg.core import Request, RequestUpdate, SamplingParams
+from thalweg.engine.llm_sessions import LLMSessions, Session
 from thalweg.engine.start import Engine
 from thalweg.errors import EngineDeadError, InvalidRequest
 from thalweg.text.codec import load_codec
@@ -101,6 +102,7 @@ class LLM:
         self._engine = Engine(self.config)
         self.info = self._engine.info
         self._ids = itertools.count()
+        self._sessions = LLMSessions(self)
 
     @property
     def suggested(self) -> dict[str, Any]:
@@ -188,6 +190,18 @@ class LLM:
                         chunks.append(update.prompt_logits)
                     ended = update.finish_reason is not None
         return torch.cat(chunks)
+
+    def session(self, name: str, prompt: Prompt | None = None, *, cache_salt: str = "") -> Session:
+        """A sequence by name. With `prompt`, a text or token ids, a new one, which is computed; else the one that there
+        is. Raises InvalidRequest, SessionConflict if the name is in use, SessionNotFound."""
+        if prompt is None:
+            return self._sessions.get(name, cache_salt)
+        return self._sessions.add(name, prompt, cache_salt)
+
+    def fork(self, session: Session | str, names: Sequence[str] | int, *, cache_salt: str = "") -> list[Session]:
+        """Sessions that go on from where `session` is, by their names, or so many of them: NAME/1, NAME/2, ... What was
+        computed of it is not computed again. Raises as `session`."""
+        return self._sessions.fork(session, names, cache_salt)
 
     def close(self) -> None:
         if self._engine is not None:

@@ -70,3 +70,13 @@ class Pump:
         """End a request whose caller has all he wants of it."""
         with self._lock:
             self._core.abort(request_id)
+
+    def keep(self, name: str, salt: str, token_ids: list[int]) -> int:
+        """As EngineCore.keep."""
+        with self._lock:
+            return self._core.keep(name, salt, token_ids)
+
+    def release(self, name: str) -> None:
+        """As EngineCore.release."""
+        with self._lock:
+            self._core.release(name)

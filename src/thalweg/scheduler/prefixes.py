@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections import Counter
 from collections.abc import Callable
 from typing import TypeVar
 
 from thalweg.cache.manager import CacheManager
-from thalweg.cache.node import MISS_REASONS, Match
+from thalweg.cache.node import MISS_REASONS, Match, Node
 from thalweg.cache.tiers import TieredTree
 from thalweg.core import HostCopies
-from thalweg.scheduler.sequence import Sequence
+from thalweg.scheduler.sequence import Sequence, keys_of
 
 Copy = TypeVar("Copy", tuple[int, int], tuple[int, int, int])
 _log = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ class Prefixes:
         # Where snapshots of decoding are taken if no block's end marks the place; 0: blocks do.
         self.grid_without_blocks = 0 if cache.blocks.num_blocks or not self._with_states else grid
         self.queries = self.hits = self.host_hits = 0  # prompt tokens looked up, found, fetched from host memory
+        self._kept: dict[str, Node] = {}
         self.misses: Counter[str] = Counter(dict.fromkeys(MISS_REASONS, 0))
         self.begin(0)
 
@@ -63,6 +65,26 @@ class Prefixes:
             return None
         limit = 0 if _whole(seq) else (seq.num_known - 1) // self._block_size
         return self._tree.find(seq.params.cache_salt, self._key(seq), limit, self._step)
+
+    def keep(self, name: str, salt: str, token_ids: list[int]) -> int:
+        """Keep what is cached of these tokens, under a new name, longer than all that is not so kept: how many of them
+        a prompt that begins so will not compute, until even this has to make room."""
+        if self._tree is None or name in self._kept:
+            return 0
+        keys = keys_of(token_ids, self._block_size)
+        match = self._tree.find(salt, lambda block: keys[block], len(keys), sys.maxsize)
+        node = match.far or match.node
+        if node.parent is None:
+            return 0
+        self._tree.pin(node)
+        self._kept[name] = node
+        return node.depth * self._block_size
+
+    def release(self, name: str) -> None:
+        """Keep it no longer than anything else; nothing if there is no such name."""
+        node = self._kept.pop(name, None)
+        if node is not None and self._tree is not None:
+            self._tree.unpin(node)
 
     def fetch(self, match: Match) -> bool:
         """Have this plan bring back what host memory has of a prompt, if there is room."""

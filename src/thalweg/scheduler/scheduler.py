@@ -108,6 +108,14 @@ class Scheduler:
         self._roster.end(seq, self._next_step, failed=self._planning)
         return True
 
+    def keep(self, name: str, salt: str, token_ids: list[int]) -> int:
+        """See Prefixes.keep."""
+        return self._prefixes.keep(name, salt, token_ids)
+
+    def release(self, name: str) -> None:
+        """See Prefixes.release."""
+        self._prefixes.release(name)
+
     def is_queued(self, request_id: str) -> bool:
         """Whether a request waits and has never run; one that had to give way has begun."""
         seq = self._roster.waiting.get(request_id)

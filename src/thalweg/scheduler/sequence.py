@@ -84,10 +84,7 @@ class Sequence:
         """The tokens of full block `block`, all of which are known."""
         keys = self.keys
         if not keys:  # the prompt's, all at once
-            packed = array("I", self.prompt[: self.num_prompt // block_size * block_size])
-            size = block_size * packed.itemsize
-            text = packed.tobytes()
-            keys += [text[i : i + size] for i in range(0, len(text), size)]
+            keys += keys_of(self.prompt, block_size)
         while len(keys) <= block:
             start = len(keys) * block_size
             end = start + block_size
@@ -154,6 +151,14 @@ class Sequence:
 
     def _failed(self, error: str) -> RequestUpdate:
         return RequestUpdate(self.request_id, [], "error", None, error)
+
+
+def keys_of(token_ids: list[int], block_size: int) -> list[bytes]:
+    """Full blocks of tokens, as the prefix tree knows them."""
+    packed = array("I", token_ids[: len(token_ids) // block_size * block_size])
+    size = block_size * packed.itemsize
+    text = packed.tobytes()
+    return [text[i : i + size] for i in range(0, len(text), size)]
 
 
 def derive_seed(engine_seed: int, arrival: int) -> int:

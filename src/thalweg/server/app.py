@@ -13,7 +13,7 @@ from starlette.types import ASGIApp
 
 from thalweg import __version__
 from thalweg.engine.processes.client import EngineClient
-from thalweg.server import chat, completions, docs, errors, health, models, page, profile, tokenization
+from thalweg.server import chat, completions, docs, errors, health, models, page, profile, sessions, tokenization
 from thalweg.server.anthropic import routes as anthropic
 from thalweg.server.guard import Guard
 from thalweg.server.manners import REQUEST_ID, Manners
@@ -50,7 +50,19 @@ def create_app(client: EngineClient, settings: ServerSettings, on_started: Start
         max_body_bytes=settings.max_body_bytes,
         body_seconds=settings.body_seconds,
     )
-    for room in (chat, completions, responses_api, anthropic, docs, models, tokenization, health, page, profile):
+    for room in (
+        chat,
+        completions,
+        responses_api,
+        anthropic,
+        docs,
+        models,
+        sessions,
+        tokenization,
+        health,
+        page,
+        profile,
+    ):
         app.include_router(room.router)
     return app
 

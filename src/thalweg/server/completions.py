@@ -12,6 +12,7 @@ from fastapi import APIRouter, Request, Response
 from msgspec import UNSET
 
 from thalweg.core import SamplingParams, TokenLogprobs
+from thalweg.engine.sessions import SavedSession
 from thalweg.server.bodies import BodyRoute
 from thalweg.server.errors import ApiError
 from thalweg.server.generation import Job, News, generate, jobs_of, naming_fields
@@ -20,6 +21,7 @@ from thalweg.server.params import refuse_unsupported, sampling_params, truncated
 from thalweg.server.responses import CompletionChoice, CompletionLogprobs, Envelope, Usage, new_id, now
 from thalweg.server.schemas import CompletionBody
 from thalweg.server.service import Service, ServiceDep
+from thalweg.server.sessions import saving, session_of
 from thalweg.server.settings import MAX_PROMPTS
 from thalweg.server.streaming import stream, whole
 from thalweg.server.structured import wanted
@@ -56,7 +58,11 @@ async def completions(body: CompletionBody, request: Request, service: ServiceDe
         raise ApiError(
             400, f"{len(prompts)} prompts with n {n} came; expected at most {MAX_PROMPTS} choices", param="n"
         )
-    encoded = await service.encode_prompts(prompts)
+    session = session_of(service, request, body, len(prompts) * n)
+    encoded = await _encoded(service, prompts, session)
+    new = encoded[0]
+    if session is not None:
+        encoded = [session.ids + new]
     if body.truncate_prompt_tokens is not None:
         encoded = [truncated(ids, body, service.client.info.max_model_len, max_tokens) for ids in encoded]
         prompts = list(encoded)
@@ -71,6 +77,8 @@ async def completions(body: CompletionBody, request: Request, service: ServiceDe
     fields = body.spelled() | ({} if text is None else {"grammar": text.field})
     taken = asyncio.Event()
     news = naming_fields(generate(service, jobs, arrived, taken), fields)
+    if session is not None and body.session_save:
+        news = saving(service, session, news, new)
     if not body.stream:
         return await whole(request, completion.answer(news))
     usage = body.stream_options is not None and bool(body.stream_options.include_usage)
@@ -195,6 +203,15 @@ def _prompts(body: CompletionBody) -> list[Prompt]:
     if isinstance(prompt, str) or not prompt or isinstance(prompt[0], int):
         return [prompt]  # type: ignore[list-item]
     return list(prompt)
+
+
+async def _encoded(service: Service, prompts: list[Prompt], session: SavedSession | None) -> list[list[int]]:
+    """Token ids of the prompts; of one alone, which may be empty, if it goes on from a session."""
+    if session is None:
+        return await service.encode_prompts(prompts)
+    if len(prompts) != 1:
+        raise ApiError(400, f"prompt has {len(prompts)} texts; expected one, to go on from a session", param="prompt")
+    return await service.encode_prompts(prompts) if prompts[0] else [[]]
 
 
 async def _text(service: Service, prompt: Prompt, ids: list[int]) -> str:

@@ -19,6 +19,8 @@ from thalweg.errors import (
     ProfileConflict,
     QueueTimeout,
     RequestTimeout,
+    SessionConflict,
+    SessionNotFound,
     ThalwegError,
 )
 from thalweg.tokenizer.base import valid_unicode
@@ -100,6 +102,10 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(504, str(error), code="request_timeout")
     if isinstance(error, ProfileConflict):
         return ApiError(409, str(error), code="profile_conflict")
+    if isinstance(error, SessionNotFound):
+        return ApiError(404, str(error), code="session_not_found")
+    if isinstance(error, SessionConflict):
+        return ApiError(409, str(error), code="session_conflict")
     if isinstance(error, InvalidRequest):
         param = _param_of(str(error))
         code = "context_length_exceeded" if _TOO_LONG.match(str(error)) else None

@@ -17,6 +17,7 @@ from thalweg.config.engine import EngineConfig
 from thalweg.config.streams import say
 from thalweg.engine.processes.client import EngineClient, RequestLimits
 from thalweg.engine.processes.messages import ProfilerOptions
+from thalweg.engine.sessions import SessionLimits
 from thalweg.errors import ConfigError
 from thalweg.server.app import create_app
 from thalweg.server.connections import listen, raise_file_limit
@@ -58,6 +59,7 @@ def serve(
     sse_ping_interval: float = PING_SECONDS,
     cors: Cors | None = None,
     stored: StoreLimits | None = None,
+    sessions: SessionLimits | None = None,
     profiler: ProfilerOptions | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT, then let requests under way finish for up to `shutdown_timeout` seconds, end the
@@ -66,9 +68,9 @@ def serve(
     `queue_timeout` and `request_timeout` are the seconds a request may wait for its slot and take in all; more than
     `max_queued_requests` waiting sequences are refused. A connection may be idle for `keep_alive_timeout` seconds; a
     stream with nothing to say sends a comment every `sse_ping_interval` seconds (0: never). `profiler` lets clients
-    record traces; `stored` bounds what is kept of answers of /v1/responses. Clients must send `api_key`, or one of
-    several. Port 0 takes a free one. Where it listens is printed once requests can be served; "info" logs each
-    request.
+    record traces; `stored` bounds what is kept of answers of /v1/responses, `sessions` those of /v1/sessions. Clients
+    must send `api_key`, or one of several. Port 0 takes a free one. Where it listens is printed once requests can be
+    served; "info" logs each request.
 
     Raises ConfigError for an option that cannot be honoured, whatever kept the engine from starting, and
     EngineDeadError if the engine died later, once its requests were told.
@@ -91,6 +93,7 @@ def serve(
         ping_seconds=sse_ping_interval,
         cors=cors or Cors(),
         stored=stored or StoreLimits(),
+        sessions=sessions or SessionLimits(),
     )
     failure: Exception | None = None
 

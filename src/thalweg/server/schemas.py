@@ -16,6 +16,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from thalweg.core import MAX_STOP_STRINGS
+from thalweg.engine.sessions import MAX_FORKS
 from thalweg.server import dialects
 from thalweg.server.errors import ApiError
 from thalweg.server.settings import (
@@ -256,6 +257,8 @@ class CompletionBody(GenerationBody):
     echo: bool | None = says("begin the text with the prompt")
     logprobs: Count | None = says("give log-probabilities, of so many likely tokens too; with echo, the prompt's")
     suffix: str | None = says("taken if it is empty")
+    session: str | None = says("a session of /v1/sessions, which the prompt goes on from")
+    session_save: bool | None = says("add prompt and answer to the session, as a new point of it")
 
 
 # What else the other kind has says nothing here.
@@ -266,6 +269,36 @@ CompletionBody.ELSEWHERE = dict.fromkeys(
     "/v1/chat/completions",
 )
 ChatBody.ELSEWHERE = dict.fromkeys(CompletionBody.model_fields.keys() - ChatBody.model_fields.keys(), "/v1/completions")
+
+
+class SessionBody(Body):
+    """A new session: of a prompt, or what another one is."""
+
+    name: str = says("1 to 128 letters, digits or any of . _ : / -", required=True)
+    prompt: Annotated[str | TokenIds, expecting("a string or a list of token ids")] | None = says(
+        "a text or token ids, which are computed"
+    )
+    ttl: float | None = says("seconds that it is kept after its last use; at most what --session-ttl says")
+    cache_salt: str | None = says("as in requests; the session is found with the same one alone")
+
+
+class SessionPromptBody(Body):
+    prompt: Annotated[str | TokenIds, expecting("a string or a list of token ids")] = says(
+        "a text or token ids to go on by, which are computed", required=True
+    )
+    cache_salt: str | None = says("the session's")
+
+
+class ForkBody(Body):
+    names: Annotated[list[str], Field(min_length=1, max_length=MAX_FORKS, fail_fast=True)] = says(
+        "of the new sessions, which are what this one is", required=True
+    )
+    cache_salt: str | None = says("the session's")
+
+
+class RollBackBody(Body):
+    point: int = says("index of the point that becomes the last; negative: from the end", required=True)
+    cache_salt: str | None = says("the session's")
 
 
 class TokenizeBody(Body, TemplateOptions):

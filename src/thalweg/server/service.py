@@ -10,6 +10,7 @@ from typing import Annotated, Any, TypeVar
 from fastapi import Depends, Request
 
 from thalweg.engine.processes.client import EngineClient
+from thalweg.engine.sessions import Sessions
 from thalweg.server.errors import RETRY_AFTER, ApiError
 from thalweg.server.functions import newer_messages
 from thalweg.server.metrics import Metrics
@@ -37,6 +38,7 @@ class Service:
         self._also_names = frozenset({*self.names, source.name, str(source.folder)})
         self.created = now()
         self.stored = ResponseStore(settings.stored)
+        self.sessions = Sessions(settings.sessions, client.release)
         self._ready = False
         self._unfinished = 0
 
@@ -47,6 +49,7 @@ class Service:
         except Exception as error:  # noqa: BLE001 -- whatever it was ends the server, which says so
             on_started(error)
         else:
+            self.sessions.most_points = self.client.info.most_session_points
             self._ready = True
             on_started(None)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from thalweg.engine.sessions import SessionLimits
 from thalweg.errors import ConfigError
 
 MAX_CHOICES = 16  # n: continuations of one prompt
@@ -70,7 +71,8 @@ class ServerSettings:
     `tool_call_parser` and `reasoning_parser` name formats of server/parsers/formats.py; "auto" goes by the chat
     template. With `api_keys` every route but /health wants one of them. `max_queued_requests` sequences may wait
     beyond those that the engine runs at once. A body must have come within `body_seconds`; a stream with nothing to
-    say sends a comment every `ping_seconds` (0: never). `stored` bounds what is kept of /v1/responses.
+    say sends a comment every `ping_seconds` (0: never). `stored` bounds what is kept of /v1/responses,
+    `sessions` those of /v1/sessions.
     """
 
     served_model_names: tuple[str, ...] = ()
@@ -83,3 +85,4 @@ class ServerSettings:
     ping_seconds: float = PING_SECONDS
     cors: Cors = Cors()
     stored: StoreLimits = StoreLimits()
+    sessions: SessionLimits = field(default_factory=SessionLimits)

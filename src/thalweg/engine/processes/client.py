@@ -20,7 +20,7 @@ from thalweg.config.engine import EngineConfig
 from thalweg.core import Request, RequestUpdate, SamplingParams, SchedulerStats
 from thalweg.engine.processes import messages as m
 from thalweg.engine.processes.ipc import SocketFolder, address, tell_to_leave
-from thalweg.engine.processes.questions import Questions, same_error
+from thalweg.engine.processes.questions import Question, Questions, same_error
 from thalweg.errors import EngineDeadError, InvalidRequest, RequestTimeout, ThalwegError
 from thalweg.scheduler.scheduler import check_prompt_length
 from thalweg.text.codec import TextCodec, load_codec
@@ -168,11 +168,20 @@ class EngineClient:
     async def stop_profile(self) -> m.Trace:
         """End the recording, or take the trace of the last one if it ended by itself. Raises as start_profile, and
         ThalwegError if the trace could not be written."""
-        trace = await self._ask(m.StopProfile)
-        assert trace is not None
+        trace: m.Trace = await self._ask(m.StopProfile)
         return trace
 
-    async def _ask(self, make: Callable[[int], m.StartProfile | m.StopProfile]) -> m.Trace | None:
+    async def keep(self, name: str, salt: str, token_ids: list[int]) -> int:
+        """As EngineCore.keep. Raises EngineDeadError, or RequestTimeout if the engine does not answer."""
+        kept: int = await self._ask(lambda question_id: m.Keep(question_id, name, salt, token_ids))
+        return kept
+
+    def release(self, name: str) -> None:
+        """As EngineCore.release."""
+        if self.dead is None and not self._closing:
+            self._post(m.Release(name))
+
+    async def _ask(self, make: Callable[[int], Question]) -> Any:
         if self.dead is not None:
             raise self.dead
         return await self._questions.ask(self._post, make)
@@ -212,7 +221,7 @@ class EngineClient:
                 queue = self._queues.get(message.request_id)
                 if queue is not None:
                     queue.put_nowait(same_error(message.kind, message.reason, InvalidRequest))
-            elif isinstance(message, m.Profiled):
+            elif isinstance(message, m.Profiled | m.Kept):
                 self._questions.take(message)
             elif isinstance(message, m.Dead):
                 self._die(f"the engine died: {message.reason}")

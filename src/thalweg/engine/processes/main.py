@@ -89,6 +89,11 @@ class EngineProcess:
                     self._profiler.ended(request_id)
             # No update tells of the end of an aborted request, so what it freed is told here.
             self._send([])
+        elif isinstance(message, m.Keep):
+            kept = self._core.keep(message.name, message.salt, message.token_ids)
+            self._socket.send(m.encode(m.Kept(message.id, kept)))
+        elif isinstance(message, m.Release):
+            self._core.release(message.name)
         elif isinstance(message, m.StartProfile | m.StopProfile) and self._profiler is not None:
             self._profiler.take(message)
 

@@ -50,6 +50,21 @@ class StopProfile(msgspec.Struct, frozen=True, tag=True):
     id: int
 
 
+class Keep(msgspec.Struct, frozen=True, tag=True):
+    """See EngineCore.keep; answered by Kept."""
+
+    id: int
+    name: str
+    salt: str
+    token_ids: list[int]
+
+
+class Release(msgspec.Struct, frozen=True, tag=True):
+    """See EngineCore.release."""
+
+    name: str
+
+
 class Stop(msgspec.Struct, frozen=True, tag=True):
     """End the process; requests still running are dropped."""
 
@@ -101,8 +116,15 @@ class Profiled(msgspec.Struct, frozen=True, tag=True):
     reason: str = ""
 
 
-ToEngine = Start | Add | Abort | StartProfile | StopProfile | Stop
-FromEngine = Ready | Updates | Refused | Profiled | Dead
+class Kept(msgspec.Struct, frozen=True, tag=True):
+    """The answer to Keep `id`."""
+
+    id: int
+    tokens: int
+
+
+ToEngine = Start | Add | Abort | StartProfile | StopProfile | Keep | Release | Stop
+FromEngine = Ready | Updates | Refused | Profiled | Kept | Dead
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode

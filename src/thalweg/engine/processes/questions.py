@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import thalweg.errors as errors
 from thalweg.engine.processes import messages as m
 from thalweg.errors import EngineDeadError, RequestTimeout, ThalwegError
 
+Question = m.StartProfile | m.StopProfile | m.Keep
 ANSWER_SECONDS = 240.0  # the profiler waits for its ranks to write
 
 
@@ -18,11 +20,9 @@ class Questions:
 
     def __init__(self) -> None:
         self._ids = itertools.count()
-        self._open: dict[int, asyncio.Future[m.Trace | None]] = {}
+        self._open: dict[int, asyncio.Future[Any]] = {}
 
-    async def ask(
-        self, post: Callable[[m.ToEngine], None], make: Callable[[int], m.StartProfile | m.StopProfile]
-    ) -> m.Trace | None:
+    async def ask(self, post: Callable[[m.ToEngine], None], make: Callable[[int], Question]) -> Any:
         """Send what `make` gives for a new id and wait. Raises the error that comes for an answer, RequestTimeout, and
         what `lose` is called with."""
         question = make(next(self._ids))
@@ -31,15 +31,18 @@ class Questions:
             post(question)
             return await asyncio.wait_for(answer, ANSWER_SECONDS)
         except TimeoutError:
-            raise RequestTimeout(f"the profiler has not answered within {ANSWER_SECONDS:g} s") from None
+            what = "engine" if isinstance(question, m.Keep) else "profiler"
+            raise RequestTimeout(f"the {what} has not answered within {ANSWER_SECONDS:g} s") from None
         finally:
             del self._open[question.id]
 
-    def take(self, message: m.Profiled) -> None:
+    def take(self, message: m.Profiled | m.Kept) -> None:
         answer = self._open.get(message.id)
         if answer is None or answer.done():
             return
-        if message.kind is None:
+        if isinstance(message, m.Kept):
+            answer.set_result(message.tokens)
+        elif message.kind is None:
             answer.set_result(message.trace)
         else:
             answer.set_exception(same_error(message.kind, message.reason, ThalwegError))

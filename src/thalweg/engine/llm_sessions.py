@@ -1,0 +1,108 @@
+"""Sessions of the offline API: a sequence by name, to go on from, fork and roll back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from msgspec.structs import replace
+
+from thalweg.core import SamplingParams
+from thalweg.engine.sessions import SavedSession, SessionLimits, Sessions
+from thalweg.errors import InvalidRequest, SessionConflict
+from thalweg.text.prompts import Prompt, encode_prompt
+from thalweg.text.results import RequestOutput
+
+if TYPE_CHECKING:
+    from thalweg.engine.llm import LLM
+
+
+class Session:
+    """A saved sequence of an LLM, as LLM.session and LLM.fork give it."""
+
+    def __init__(self, owner: LLMSessions, saved: SavedSession) -> None:
+        self._owner, self._saved = owner, saved
+
+    @property
+    def name(self) -> str:
+        return self._saved.name
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self._saved.ids
+
+    @property
+    def points(self) -> list[int]:
+        """Tokens at each saved point; the last one is the session's end."""
+        return [point.tokens for point in self._saved.points]
+
+    def generate(
+        self, prompt: Prompt = (), sampling_params: SamplingParams | None = None, *, save: bool = True
+    ) -> RequestOutput:
+        """Go on by `prompt`, a text or token ids, or nothing. With `save` the session then has prompt and answer, and a
+        new point at its end; else it stays as it is. Raises InvalidRequest, SessionNotFound."""
+        return self._owner.generate(self._saved, prompt, sampling_params, save)
+
+    def roll_back(self, point: int) -> None:
+        """Back to a saved point, by its index in `points`. Raises InvalidRequest, SessionNotFound."""
+        self._owner.roll_back(self._saved, point)
+
+    def delete(self) -> None:
+        """Forget it. What is cached of it then makes room like everything else."""
+        self._owner.registry.delete(self._saved)
+
+
+class LLMSessions:
+    """The sessions of one LLM."""
+
+    def __init__(self, llm: LLM) -> None:
+        self._llm = llm
+        self.registry = Sessions(SessionLimits(count=100_000, seconds=1e9), lambda key: llm.engine.pump.release(key))
+        self.registry.most_points = llm.info.most_session_points
+
+    def add(self, name: str, prompt: Prompt, salt: str) -> Session:
+        llm = self._llm
+        ids = encode_prompt(prompt, llm.tokenizer, llm.info.vocab_size)
+        self.registry.check_new([name], len(ids), 1)
+        output = llm.generate([ids], SamplingParams(max_tokens=0, cache_salt=salt))[0]
+        if output.error is not None:
+            raise InvalidRequest(f"the prompt could not be computed: {output.error}")
+        saved = self.registry.add(name, ids, salt=salt)
+        self._keep(saved)
+        return Session(self, saved)
+
+    def get(self, name: str, salt: str) -> Session:
+        return Session(self, self.registry.get(name, salt=salt))
+
+    def fork(self, session: Session | str, names: Sequence[str] | int, salt: str) -> list[Session]:
+        name = session if isinstance(session, str) else session.name
+        saved = self.registry.get(name, salt=salt if isinstance(session, str) else session._saved.salt)
+        if isinstance(names, int):
+            taken = {each.name for each in self.registry.all(salt=saved.salt)}
+            free = (f"{name}/{i}" for i in range(1, len(taken) + names + 2))
+            names = [each for each in free if each not in taken][:names]
+        return [Session(self, each) for each in self.registry.fork(saved, list(names))]
+
+    def generate(self, saved: SavedSession, prompt: Prompt, params: SamplingParams | None, save: bool) -> RequestOutput:
+        llm = self._llm
+        self._check(saved)
+        new = encode_prompt(prompt, llm.tokenizer, llm.info.vocab_size) if len(prompt) else []
+        params = replace(params or llm.get_default_sampling_params(), cache_salt=saved.salt)
+        version = saved.version
+        output = llm.generate([saved.ids + new], params)[0]
+        if save and output.error is None:
+            self.registry.extend(saved, version, new + output.outputs[0].token_ids)
+            self._keep(saved)
+        return output
+
+    def roll_back(self, saved: SavedSession, point: int) -> None:
+        self._check(saved)
+        self.registry.roll_back(saved, point)
+
+    def _check(self, saved: SavedSession) -> None:
+        if self.registry.get(saved.name, saved.owner, saved.salt) is not saved:
+            raise SessionConflict(f"session {saved.name!r} was deleted, and another has its name; get that one")
+
+    def _keep(self, saved: SavedSession) -> None:
+        point = saved.points[-1]
+        point.cached = self._llm.engine.pump.keep(point.key, saved.salt, saved.ids)

@@ -1,0 +1,107 @@
+"""Sessions of models: whatever is saved, forked or rolled back, tokens are a cold run's."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+from tests.models.test_prefix_cache import engine, ids, model_of, small_with_host_memory, tokens
+from thalweg import LLM, SamplingParams
+from thalweg.errors import InvalidRequest, SessionConflict, SessionNotFound
+
+GREEDY = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)
+
+
+@pytest.fixture(params=["kimi_linear", "tiny_gdn", "kimi_k2"])
+def model(request: pytest.FixtureRequest) -> str | None:
+    shared = request.getfixturevalue("shared_dir") if request.param == "kimi_k2" else Path()
+    return model_of(request.param, shared)
+
+
+def check(llm: LLM, cold: LLM) -> None:
+    """A tree of thoughts over one long prompt, beside an engine that keeps nothing."""
+
+    def same(token_ids: list[int], answer: list[int]) -> None:
+        assert [answer] == tokens(cold.generate([token_ids], GREEDY))
+
+    root = llm.session("root", ids(200))
+    before = llm.engine.core.stats().prefix_hits
+    forks = llm.fork(root, 3)
+    assert [fork.name for fork in forks] == ["root/1", "root/2", "root/3"]
+    for i, fork in enumerate(forks):
+        said = fork.generate(ids(30, i), GREEDY)
+        assert said.num_cached_tokens == 192  # one prefill for all of them
+        same(ids(200) + ids(30, i), said.outputs[0].token_ids)
+        assert fork.points == [200, 250]
+    assert llm.engine.core.stats().prefix_hits - before == 3 * 192
+    first = forks[0]
+    second = first.generate(ids(40, 9), GREEDY)
+    assert second.num_cached_tokens >= 192
+    same(first.token_ids[:290], second.outputs[0].token_ids)
+    first.roll_back(1)
+    assert len(first.token_ids) == 250
+    other = first.generate(ids(5, 11), GREEDY, save=False)
+    assert first.points == [200, 250]
+    same(first.token_ids + ids(5, 11), other.outputs[0].token_ids)
+    nested = llm.fork("root/1", ["a", "b"])
+    first.delete()
+    same(nested[1].token_ids, nested[1].generate((), GREEDY).outputs[0].token_ids)
+
+
+def test_forks_and_points_are_cold(model: str | None) -> None:
+    with engine(model, on=False) as cold, engine(model) as llm:
+        check(llm, cold)
+
+
+def test_sessions_outlive_what_displaces_them(model: str | None) -> None:
+    with engine(model, on=False) as cold, small_with_host_memory(cold) as llm:
+        root = llm.session("root", ids(200))
+        for i in range(5):
+            llm.generate([ids(200 + i, 20 + i)], GREEDY)
+        said = root.generate(ids(9, 3), GREEDY)
+        assert said.num_cached_tokens == 192
+        assert tokens([said]) == tokens(cold.generate([ids(200) + ids(9, 3)], GREEDY))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["kimi_linear", "tiny_gdn"])
+def test_ranks_fork_alike(name: str) -> None:
+    model = model_of(name, Path())
+    with engine(model, on=False) as cold, engine(model, tensor_parallel_size=2) as llm:
+        check(llm, cold)
+
+
+def test_names_salts_and_errors() -> None:
+    with engine(None) as llm:
+        mine = llm.session("a", ids(70), cache_salt="mine")
+        with pytest.raises(SessionNotFound):
+            llm.session("a")
+        with pytest.raises(SessionConflict, match="in use"):
+            llm.session("a", ids(3))
+        assert llm.session("a", cache_salt="mine").token_ids == ids(70)
+        assert mine.generate(ids(3), GREEDY).num_cached_tokens == 64
+        assert llm.generate([ids(70)], GREEDY)[0].num_cached_tokens == 0
+        with pytest.raises(InvalidRequest, match="point is 7"):
+            mine.roll_back(7)
+        mine.delete()
+        with pytest.raises(SessionNotFound):
+            mine.generate(ids(3), GREEDY)
+
+
+def test_without_a_prefix_cache_sessions_are_computed_again() -> None:
+    with engine(None, on=False) as llm:
+        said = llm.session("a", ids(100)).generate(ids(3), GREEDY)
+        assert said.num_cached_tokens == 0
+        assert tokens([said]) == tokens(llm.generate([ids(100) + ids(3)], GREEDY))
+
+
+def test_the_example_computes_its_prompt_once(capsys: pytest.CaptureFixture[str]) -> None:
+    script = Path(__file__).resolve().parents[2] / "scripts" / "examples" / "fork.py"
+    names = runpy.run_path(str(script))["main"]()
+    assert names == ["problem/1", "problem/2", "problem/3"]
+    lines = capsys.readouterr().out.splitlines()
+    cached, total = zip(*((int(line.split()[1]), int(line.split()[3])) for line in lines), strict=True)
+    assert len(set(cached)) == 1
+    assert min(cached) > max(total) - 100

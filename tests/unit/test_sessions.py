@@ -1,0 +1,133 @@
+"""The registry of sessions: names, points, limits, owners."""
+
+from __future__ import annotations
+
+import pytest
+
+from thalweg.engine.sessions import SessionLimits, Sessions
+from thalweg.errors import ConfigError, InvalidRequest, SessionConflict, SessionNotFound
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def registry(**limits: float) -> tuple[Sessions, list[str], Clock]:
+    released: list[str] = []
+    clock = Clock()
+    return Sessions(SessionLimits(**limits), released.append, clock), released, clock  # type: ignore[arg-type]
+
+
+def test_a_session_goes_on_forks_and_rolls_back() -> None:
+    sessions, released, _ = registry()
+    root = sessions.add("root", [1, 2, 3])
+    left, right = sessions.fork(root, ["left", "right"])
+    sessions.extend(left, left.version, [4, 5])
+    sessions.extend(left, left.version, [6])
+    assert (left.ids, right.ids, root.ids) == ([1, 2, 3, 4, 5, 6], [1, 2, 3], [1, 2, 3])
+    assert [point.tokens for point in left.points] == [3, 5, 6]
+    gone = left.points[2].key
+    sessions.roll_back(left, 1)
+    assert (left.ids, released) == ([1, 2, 3, 4, 5], [gone])
+    sessions.roll_back(left, -2)
+    assert left.ids == [1, 2, 3]
+    assert [each.name for each in sessions.all()] == ["root", "left", "right"]
+
+
+def test_points_that_forks_share_are_released_with_the_last() -> None:
+    sessions, released, _ = registry()
+    root = sessions.add("root", [1, 2, 3])
+    (fork,) = sessions.fork(root, ["fork"])
+    sessions.delete(root)
+    assert released == []
+    assert fork.ids == [1, 2, 3]
+    sessions.delete(fork)
+    assert released == [fork.points[0].key]
+    with pytest.raises(SessionNotFound):
+        sessions.get("fork")
+
+
+def test_others_find_nothing() -> None:
+    sessions, _, _ = registry()
+    sessions.add("mine", [1], owner=b"me", salt="s")
+    sessions.add("mine", [2], owner=b"you", salt="s")
+    assert sessions.get("mine", b"me", "s").ids == [1]
+    for owner, salt in ((b"me", ""), (b"", "s"), (b"other", "s")):
+        with pytest.raises(SessionNotFound, match="there is no session 'mine'"):
+            sessions.get("mine", owner, salt)
+        assert sessions.all(owner, salt) == []
+
+
+def test_sessions_expire_after_their_last_use() -> None:
+    sessions, released, clock = registry(seconds=10.0)
+    sessions.add("long", [1])
+    sessions.add("short", [1], seconds=2.0)
+    clock.now = 1.5
+    sessions.get("short")
+    clock.now = 3.0
+    assert len(sessions) == 2
+    clock.now = 3.6
+    assert [each.name for each in sessions.all()] == ["long"]
+    clock.now = 10.1
+    assert len(sessions) == 0
+    assert len(released) == 2
+
+
+def test_limits() -> None:
+    sessions, _, _ = registry(count=2, tokens=10)
+    first = sessions.add("a", [0] * 4)
+    with pytest.raises(InvalidRequest, match="4 of at most 10 tokens in all"):
+        sessions.add("b", [0] * 7)
+    sessions.add("b", [0] * 4)
+    with pytest.raises(InvalidRequest, match="2 of at most 2 are kept"):
+        sessions.add("c", [0])
+    with pytest.raises(InvalidRequest, match="8 of at most 10 tokens"):
+        sessions.extend(first, first.version, [0] * 3)
+    sessions.most_points = 2
+    with pytest.raises(InvalidRequest, match="2 of at most 2 points"):
+        sessions.extend(first, first.version, [0])
+    with pytest.raises(InvalidRequest, match="ttl is 3601; expected seconds, above 0 and at most 3600"):
+        sessions.check_seconds(3601)
+    for wrong in ({"count": -1}, {"seconds": 0.0}):
+        with pytest.raises(ConfigError):
+            SessionLimits(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["", "a b", "ü", "x" * 129, "a\n"])
+def test_names(name: str) -> None:
+    sessions, _, _ = registry()
+    with pytest.raises(InvalidRequest, match="name is"):
+        sessions.add(name, [1])
+    root = sessions.add("root", [1])
+    for names in ([name], ["x", "x"], [], ["x"] * 257):
+        with pytest.raises(InvalidRequest):
+            sessions.fork(root, names)
+    with pytest.raises(SessionConflict, match="in use"):
+        sessions.add("root", [1])
+    assert len(sessions) == 1
+
+
+def test_a_session_that_changed_meanwhile_is_not_saved() -> None:
+    sessions, _, _ = registry()
+    one = sessions.add("one", [1, 2])
+    version = one.version
+    sessions.extend(one, version, [3])
+    with pytest.raises(SessionConflict, match="has changed"):
+        sessions.extend(one, version, [4])
+    sessions.delete(one)
+    again = sessions.add("one", [1])
+    with pytest.raises(SessionConflict):
+        sessions.extend(one, one.version, [4])
+    assert again.ids == [1]
+
+
+@pytest.mark.parametrize("point", [2, -3])
+def test_points_that_are_not_there(point: int) -> None:
+    sessions, _, _ = registry()
+    one = sessions.add("one", [1, 2])
+    sessions.extend(one, one.version, [3])
+    with pytest.raises(InvalidRequest, match=f"point is {point}; expected -2 to 1"):
+        sessions.roll_back(one, point)
