@@ -42,6 +42,17 @@ BODIES: dict[str, tuple[str, dict[str, Any]]] = {
         "/tokenize",
         {"messages": [{"role": "user", "content": TEXT[i : i + 2000]} for i in range(0, 6_000_000, 2000)]},
     ),
+    "messages": ("/v1/messages", {"max_tokens": 1, "messages": [{"role": "user", "content": TEXT[:6_000_000]}]}),
+    "many blocks": (
+        "/v1/messages/count_tokens",
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "x" * 50}] * 45_000}]},
+    ),
+    "responses": ("/v1/responses", {"input": TEXT[:6_000_000]}),
+    "many parts": ("/v1/responses", {"input": [{"role": "user", "content": [{"type": "text", "text": "x"}] * 45_000}]}),
+    "metadata of tools": (
+        "/v1/responses",
+        {"input": "x", "tool_choice": "none", "tools": [{"type": "function", "name": "f", "x": [1] * 2_000_000}]},
+    ),
     "detokenize": ("/detokenize", {"tokens": [65, 66, 67, 32] * 500_000}),
     "unknown": ("/tokenize", {"prompt": "x", "x": [{"a": [1, {"b": "c"}]}] * 300_000}),
     "containers": ("/tokenize", {"prompt": [{"a": [1, {"b": "c"}]}] * 300_000}),

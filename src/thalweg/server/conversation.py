@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,7 +23,7 @@ from thalweg.server.params import refuse_unsupported, sampling_params, thinking_
 from thalweg.server.parsers.events import CallBegin, Content, Event, Reasoning
 from thalweg.server.parsers.formats import OutputFormat
 from thalweg.server.schemas import ChatBody
-from thalweg.server.service import Service
+from thalweg.server.service import Service, maybe_in_thread
 from thalweg.server.structured import held_to, wanted
 from thalweg.server.tools import ToolUse, tool_use
 from thalweg.text.output import Delta
@@ -66,8 +66,14 @@ class Spelling:
 CHATS = Spelling({})
 
 
-def chat_body(fields: Mapping[str, Any]) -> ChatBody:
-    """A request of another API in the form of a chat's. Raises ApiError in a chat's words."""
+async def translated(request: Request, fields: Callable[[], Mapping[str, Any]], spelling: Spelling) -> ChatBody:
+    """A request of another API in the form of a chat's, of the `fields` that are made of its body. Raises ApiError."""
+    size = len(await request.body())
+    with spelling.applied():
+        return await maybe_in_thread(size, lambda: _chat_body(fields()))
+
+
+def _chat_body(fields: Mapping[str, Any]) -> ChatBody:
     try:
         return ChatBody.model_validate({name: value for name, value in fields.items() if value is not None})
     except ValidationError as error:

@@ -10,7 +10,7 @@ from thalweg.server.anthropic.answer import MessageAnswer
 from thalweg.server.anthropic.schemas import CountBody, MessagesBody
 from thalweg.server.anthropic.translate import SPELLING, chat_fields
 from thalweg.server.bodies import BodyRoute
-from thalweg.server.conversation import chat_body, converse, encode_prompt
+from thalweg.server.conversation import converse, encode_prompt, translated
 from thalweg.server.errors import ApiError
 from thalweg.server.responses import new_id
 from thalweg.server.service import ServiceDep
@@ -27,8 +27,7 @@ async def messages(body: MessagesBody, request: Request, service: ServiceDep) ->
     gone on with from there.
     """
     service.check(body.model)
-    with SPELLING.applied():
-        chat = chat_body(chat_fields(body))
+    chat = await translated(request, lambda: chat_fields(body), SPELLING)
     talk = await converse(chat, request, service, new_id("msg", "_"), SPELLING)
     answer = MessageAnswer(service, talk, body.thinking is not None and body.thinking.display == "omitted")
     if not body.stream:
@@ -41,6 +40,7 @@ async def messages(body: MessagesBody, request: Request, service: ServiceDep) ->
 async def count_tokens(body: CountBody, request: Request, service: ServiceDep) -> dict[str, Any]:
     """How many tokens the prompt of such a message has."""
     service.check(body.model)
+    chat = await translated(request, lambda: chat_fields(body), SPELLING)
     with SPELLING.applied():
-        prompt_ids, _ = await encode_prompt(chat_body(chat_fields(body)), request, service)
+        prompt_ids, _ = await encode_prompt(chat, request, service)
     return {"input_tokens": len(prompt_ids)}

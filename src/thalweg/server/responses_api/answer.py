@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import aclosing
 from typing import Any
 
@@ -17,7 +17,7 @@ from thalweg.server.service import Service
 from thalweg.text.output import Delta
 from thalweg.tokenizer.messages import plain_data
 
-Finished = Callable[[dict[str, Any], dict[str, Any]], None]  # (response, the assistant's message)
+Finished = Callable[[dict[str, Any], dict[str, Any]], Awaitable[None]]  # (response, the assistant's message)
 
 
 class ResponseAnswer:
@@ -42,7 +42,7 @@ class ResponseAnswer:
             async for _, delta in news:
                 for _ in self._events(delta):
                     pass
-        return self._end()
+        return await self._end()
 
     async def events(self) -> AsyncGenerator[dict[str, Any]]:
         async with aclosing(self._talk.news) as news:
@@ -52,7 +52,7 @@ class ResponseAnswer:
                     yield self._event("response.in_progress", response=self._response())
                 for event in self._events(delta):
                     yield event
-        response = self._end()
+        response = await self._end()
         yield self._event(f"response.{self._status}", response=response)
 
     def failed(self, error: ApiError) -> dict[str, Any]:
@@ -114,10 +114,10 @@ class ResponseAnswer:
         number, self._number = self._number, self._number + 1
         return {"type": kind, "sequence_number": number, **more}
 
-    def _end(self) -> dict[str, Any]:
+    async def _end(self) -> dict[str, Any]:
         self._status = "incomplete" if self._incomplete else "completed"
         response = self._response()
-        self._finished(response, self._message())
+        await self._finished(response, self._message())
         return response
 
     def _message(self) -> dict[str, Any]:

@@ -8,15 +8,15 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from thalweg.server.bodies import BodyRoute
-from thalweg.server.conversation import chat_body, converse, encode_prompt
+from thalweg.server.conversation import converse, encode_prompt, translated
 from thalweg.server.errors import ApiError
 from thalweg.server.guard import caller
 from thalweg.server.responses import encode, new_id
 from thalweg.server.responses_api.answer import ResponseAnswer
 from thalweg.server.responses_api.schemas import ResponsesBody
 from thalweg.server.responses_api.store import Stored
-from thalweg.server.responses_api.translate import SPELLING, chat_fields, messages_of
-from thalweg.server.service import Service, ServiceDep
+from thalweg.server.responses_api.translate import SPELLING, chat_fields
+from thalweg.server.service import Service, ServiceDep, maybe_in_thread
 from thalweg.server.streaming import NamedEvents, stream, whole
 
 router = APIRouter(route_class=BodyRoute)
@@ -29,18 +29,22 @@ async def responses(body: ResponsesBody, request: Request, service: ServiceDep) 
     The answer is kept for a while, unless `store` is false; `previous_response_id` goes on from one that is kept.
     """
     service.check(body.model)
-    with SPELLING.applied():
-        messages = _earlier(body, request, service) + messages_of(body.input)
-        chat = chat_body(chat_fields(body, messages))
+    earlier = await _earlier(body, request, service)
+    chat = await translated(request, lambda: chat_fields(body, earlier), SPELLING)
     talk = await converse(chat, request, service, new_id("resp", "_"), SPELLING)
     keep, owner = body.store is not False and service.stored.keeps, caller(request)
 
-    def finished(response: dict[str, Any], message: dict[str, Any]) -> None:
+    async def finished(response: dict[str, Any], message: dict[str, Any]) -> None:
         if keep:
-            service.stored.put(talk.id, owner, encode(response), _conversation(messages, message))
+            first = 0 if body.instructions is None else 1
+            messages = [*chat.messages[first:], message]
+            # In JSON's own escapes, in which halves of surrogate pairs stay as they came.
+            kept = await maybe_in_thread(len(talk.prompt_ids), lambda: json.dumps(messages).encode())
+            service.stored.put(talk.id, owner, encode(response), kept)
 
+    size = len(await request.body())
     with SPELLING.applied():
-        answer = ResponseAnswer(service, talk, body, keep, finished)
+        answer = await maybe_in_thread(size, lambda: ResponseAnswer(service, talk, body, keep, finished))
     if not body.stream:
         return await whole(request, answer.whole())
     wire = NamedEvents(answer.failed)
@@ -51,9 +55,10 @@ async def responses(body: ResponsesBody, request: Request, service: ServiceDep) 
 async def count_input_tokens(body: ResponsesBody, request: Request, service: ServiceDep) -> dict[str, Any]:
     """How many tokens the prompt of such a response has."""
     service.check(body.model)
+    earlier = await _earlier(body, request, service)
+    chat = await translated(request, lambda: chat_fields(body, earlier), SPELLING)
     with SPELLING.applied():
-        messages = _earlier(body, request, service) + messages_of(body.input)
-        prompt_ids, _ = await encode_prompt(chat_body(chat_fields(body, messages)), request, service)
+        prompt_ids, _ = await encode_prompt(chat, request, service)
     return {"object": "response.input_tokens", "input_tokens": len(prompt_ids)}
 
 
@@ -71,16 +76,13 @@ async def delete_response(response_id: str, request: Request, service: ServiceDe
     return {"id": response_id, "object": "response", "deleted": True}
 
 
-def _earlier(body: ResponsesBody, request: Request, service: Service) -> list[dict[str, Any]]:
+async def _earlier(body: ResponsesBody, request: Request, service: Service) -> list[dict[str, Any]]:
+    """The conversation that the request goes on from."""
     if body.previous_response_id is None:
         return []
-    stored = _stored(body.previous_response_id, request, service, "previous_response_id")
-    messages: list[dict[str, Any]] = json.loads(stored.messages)
+    kept = _stored(body.previous_response_id, request, service, "previous_response_id").messages
+    messages: list[dict[str, Any]] = await maybe_in_thread(len(kept), lambda: json.loads(kept))
     return messages
-
-
-def _conversation(messages: list[dict[str, Any]], answer: dict[str, Any]) -> bytes:
-    return json.dumps([*messages, answer]).encode()  # halves of surrogate pairs stay as they came
 
 
 def _stored(response_id: str, request: Request, service: Service, param: str | None = None) -> Stored:

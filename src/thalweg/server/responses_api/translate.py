@@ -33,8 +33,11 @@ _SAME = (
 )
 
 
-def chat_fields(body: ResponsesBody, messages: list[dict[str, Any]]) -> dict[str, Any]:
-    """The fields of a ChatBody over `messages`, which begin after the instructions. Raises ApiError."""
+def chat_fields(body: ResponsesBody, earlier: list[dict[str, Any]]) -> dict[str, Any]:
+    """The fields of a ChatBody, whose messages are the instructions, if any, `earlier` ones, and the input's.
+
+    Raises ApiError.
+    """
     _refuse_unsupported(body)
     with_logprobs = LOGPROBS in (body.include or ())
     if body.top_logprobs and not with_logprobs:
@@ -42,7 +45,7 @@ def chat_fields(body: ResponsesBody, messages: list[dict[str, Any]]) -> dict[str
         raise ApiError(400, reason, param="top_logprobs")
     told = [] if body.instructions is None else [{"role": "system", "content": body.instructions}]
     return {name: getattr(body, name) for name in _SAME} | {
-        "messages": told + messages,
+        "messages": told + earlier + messages_of(body.input),
         "max_tokens": body.max_output_tokens,
         "tools": None if body.tools is None else [_tool(tool, i) for i, tool in enumerate(body.tools)],
         "tool_choice": _tool_choice(body.tool_choice),
