@@ -59,4 +59,5 @@ def test_an_operation_takes_the_longest_of_traffic_arithmetic_and_what_it_sends(
     ceilings = Ceilings(bytes_per_s=10.0, flops_per_s=100.0, link_bytes_per_s=2.0)
     costs = [Cost("read", bytes=20.0, flops=10.0), Cost("product", bytes=1.0, flops=300.0), Cost("reduce", sent=8.0)]
     assert ceilings.floor_s(costs) == 2.0 + 3.0 + 4.0
+    assert ceilings.floor_s([Cost("product in float8", bytes=1.0, flops=300.0, rate=2.0)]) == 1.5
     assert Ceilings(10.0, 100.0).floor_s(costs) == 5.0  # nothing to send to

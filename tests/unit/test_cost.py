@@ -12,6 +12,7 @@ from thalweg.models import family_of
 from thalweg.models.family import DecoderConfig, step_costs
 from thalweg.models.parts.part import Cost, Step
 from thalweg.parallel.shards import Shards
+from thalweg.quant import scheme_named
 
 BANDWIDTH, RATE = 4.3e12, 781e12
 
@@ -47,6 +48,19 @@ def test_the_floor_of_each_operation_is_counted_by_itself(config: DecoderConfig,
     costs = step_costs(config, Step(1, new=length))
     floor = sum(max(c.bytes / BANDWIDTH, c.flops / RATE) for c in costs) * 1e3
     assert floor == pytest.approx(ms, rel=0.05)
+
+
+def test_products_in_float8_may_be_twice_as_fast_in_prompts(config: DecoderConfig) -> None:
+    """Whose activations are quantized too; not those of decode rows, nor in float32."""
+
+    def rates(step: Step) -> set[float]:
+        return {c.rate for c in step_costs(config, step) if c.what == "experts"}
+
+    fp8 = scheme_named("fp8")
+    assert rates(Step(1, new=8192, scheme=fp8)) == {2.0}
+    assert rates(Step(8, cached=100, scheme=fp8)) == {1.0}
+    assert rates(Step(1, new=8192, scheme=fp8, dtype_bytes=4)) == {1.0}
+    assert rates(Step(1, new=8192)) == {1.0}
 
 
 def test_prompts_of_one_token_cost_what_a_step_on_empty_caches_does(config: DecoderConfig) -> None:

@@ -29,7 +29,8 @@ class Ceilings:
     def floor_s(self, costs: Iterable[Cost]) -> float:
         """The time that neither traffic nor arithmetic of one operation after another can go below."""
         return sum(
-            max(c.bytes / self.bytes_per_s, c.flops / self.flops_per_s, c.sent / self.link_bytes_per_s) for c in costs
+            max(c.bytes / self.bytes_per_s, c.flops / (c.rate * self.flops_per_s), c.sent / self.link_bytes_per_s)
+            for c in costs
         )
 
     def describe(self) -> dict[str, str | int]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class Fp8Blocks:
     """Weights [E, O, D] of experts. Every part (gate, up) has blocks of its own, counted from its first row."""
 
-    name, file_dtype, packed, as_stored = "fp8", "F8_E4M3", 1, False
+    name, file_dtype, packed, as_stored, rate = "fp8", "F8_E4M3", 1, False, 2.0
 
     def bytes_per_weight(self, model_bytes: int) -> float:
         return 1 + 4 / BLOCK**2
@@ -70,7 +70,7 @@ class Fp8Rows:
     and cut between any rows.
     """
 
-    name, file_dtype, packed, as_stored = "fp8_rows", "F8_E4M3", 1, False
+    name, file_dtype, packed, as_stored, rate = "fp8_rows", "F8_E4M3", 1, False, 2.0
 
     def bytes_per_weight(self, model_bytes: int) -> float:
         return 1 + 4 / BLOCK

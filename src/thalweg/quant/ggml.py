@@ -36,7 +36,7 @@ class GgmlRows:
 
     file_dtype = None
     packed = 1
-    as_stored = True
+    as_stored, rate = True, 1.0
 
     @staticmethod
     def of(segments: Sequence[Segment], tile: Tile | None = None) -> GgmlRows:

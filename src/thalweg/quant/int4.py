@@ -28,7 +28,7 @@ class Int4Groups:
     """Weights [E, O, D] of experts as checkpoints store them: words int32 [E, O, D / 8], scales [E, O, ceil(D / 32)] in
     the model's dtype."""
 
-    name, file_dtype, packed, as_stored = "int4", "I32", WORD, False
+    name, file_dtype, packed, as_stored, rate = "int4", "I32", WORD, False, 1.0
 
     def bytes_per_weight(self, model_bytes: int) -> float:
         return 0.5 + model_bytes / GROUP

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from thalweg.bench.kernels.case import Arguments, Case, Draw, Setting, candidates_of
-from thalweg.bench.kernels.projections import EPS, FP8_RATE
+from thalweg.bench.kernels.projections import EPS
 from thalweg.errors import ConfigError
 from thalweg.ops.activation import SILU_AND_MUL, SiluAndMulDims
 from thalweg.ops.moe.experts import EXPERTS, SCHEMES, ExpertsDims
 from thalweg.ops.moe.router import NORM_ROUTER, NormRouterDims
 from thalweg.ops.norm import RMS_NORM, RmsNormDims
 from thalweg.ops.sample import SAMPLE, SampleDims
-from thalweg.quant import FP8_EXPERTS, INT4_EXPERTS, PLAIN, scheme_named
+from thalweg.quant import INT4_EXPERTS, PLAIN, scheme_named
 from thalweg.quant.fp8_blocks import quantize_experts
 
 
@@ -98,7 +98,7 @@ def _experts(setting: Setting, dims: ExpertsDims) -> Iterator[Case]:
             make,
             num_bytes=expert_bytes * (S + distinct_experts(E, k, T)) + es * 3 * D * (T + dims.own),
             flops=6 * T * D * ((k + S) * I + dims.own),
-            rate=FP8_RATE if dims.scheme == FP8_EXPERTS.name and setting.prompts else 1.0,
+            rate=scheme.rate if setting.prompts else 1.0,
             timed=setting.timed,
         )
 

@@ -24,7 +24,6 @@ from thalweg.ops.registry import Op
 from thalweg.quant import FP8_LINEARS, scheme_named
 
 EPS = 1e-5
-FP8_RATE = 2.0  # of products in float8 to those in 16 bits, on every matrix unit that has both
 
 
 def linear(setting: Setting, dims: LinearDims) -> Iterator[Case]:
@@ -94,7 +93,7 @@ def _fp8_products(
     es, rows = setting.dtype.itemsize, dims.O + dims.rest
     label = f"{dims.D} to {dims.O}" + (f" + {dims.rest}" if dims.rest else "")
     weight_bytes = (FP8_LINEARS.bytes_per_weight(es) * dims.O + es * dims.rest) / rows
-    rate = FP8_RATE if setting.prompts else 1.0
+    rate = FP8_LINEARS.rate if setting.prompts else 1.0
     yield from _products(setting, op, dims, dims.D, rows, label, arguments, results, weight_bytes, rate)
 
 

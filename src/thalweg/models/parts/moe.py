@@ -151,7 +151,7 @@ class MoeDims:
             gated = [product("shared expert", width * (3 * inner + 1), step)]
         return [
             product("router", E * width, step, scheme=PLAIN),
-            Cost("experts", touched * expert, 2.0 * T * (k + self.shared) * expert),
+            Cost("experts", touched * expert, 2.0 * T * (k + self.shared) * expert, rate=step.rate(step.scheme)),
             *gated,
             *all_reduce("experts' sum over ranks", width, step),
         ]

@@ -56,26 +56,36 @@ class Step:
     def tokens(self) -> int:
         return self.sequences * self.new
 
+    def rate(self, scheme: Scheme) -> float:
+        """Of products with weights in `scheme`: activations are quantized in prompts alone, and not in float32."""
+        return scheme.rate if self.new > 1 and self.dtype_bytes == 2 else 1.0
+
 
 @dataclass(frozen=True, slots=True)
 class Cost:
     """The least that one operation of a step takes on one rank.
 
     Bytes through device memory, each input read once and each output written once, activations left out (they stay in
-    the caches of the chip); floating-point operations; and bytes that the rank sends to others.
+    the caches of the chip); floating-point operations, `rate` times as fast as in 16 bits; and bytes that the rank
+    sends to others.
     """
 
     what: str
     bytes: float = 0.0
     flops: float = 0.0
     sent: float = 0.0
+    rate: float = 1.0
 
 
 def product(what: str, elements: float, step: Step, *, rows: int | None = None, scheme: Scheme | None = None) -> Cost:
     """A matrix of `elements`, in `scheme` (None: that of linears), read once and multiplied with `rows` rows (None:
     every token of the step)."""
-    weight_bytes = (scheme or step.linears).bytes_per_weight(step.dtype_bytes)
-    return Cost(what, elements * weight_bytes, 2 * elements * (step.tokens if rows is None else rows))
+    scheme = scheme or step.linears
+    weight_bytes, flops = (
+        scheme.bytes_per_weight(step.dtype_bytes),
+        2 * elements * (step.tokens if rows is None else rows),
+    )
+    return Cost(what, elements * weight_bytes, flops, rate=step.rate(scheme))
 
 
 def all_reduce(what: str, width: int, step: Step) -> list[Cost]:
