@@ -56,7 +56,7 @@ class Driver(ModuleType):
         if name.startswith("__"):
             raise AttributeError(name)
         if name in ("CUlaunchAttribute", "CUlaunchConfig"):
-            return lambda: SimpleNamespace(value=SimpleNamespace())
+            return lambda: SimpleNamespace(value=SimpleNamespace(clusterDim=SimpleNamespace()))
         if name == "CUstream":
             return int
         if name.startswith("CU"):
@@ -80,6 +80,7 @@ ATTRIBUTES = [
     "CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES",
     "CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES",
     "CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED",
+    "CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION",
     "CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION",
 ]
 
