@@ -29,7 +29,7 @@ from thalweg.sampling.sampler import Sampler
 TOKENS = (64, 128, 256, 384, 512, 768, 1024, 1280, 1536, 2048)  # beyond, a step is longer than launching it
 CONTEXTS = (4096, 8192, 16384)  # beyond those without cached tokens; more would be computed for nothing
 PREFILLS = (1, 15)  # and the one that pads the step: logits of few enough rows for kernels that stream the head once
-ROWS = (0, 8, 32, 64, 128, 256)
+ROWS = (0, 8, 32, 64, 128, 256)  # beyond, a step is long, and logits of so many rows are much memory
 MAX_SHAPES = 96  # that are captured; others run eagerly from then on
 
 
@@ -119,38 +119,49 @@ class PrefillGraphs:
     ) -> None:
         self.model, self._batches, self._sampler, self._mesh = model, batches, sampler, mesh
         self._sizes = sizes  # of tokens, ascending
-        self._rows = [n for n in ROWS if n < max_num_seqs] + [max_num_seqs]
+        most = min(max_num_seqs, ROWS[-1])
+        self._rows = [n for n in ROWS if n < most] + [most]
         self._statics: dict[Shape, Static] = {}
         self._replays: dict[Shape, Callable[[], None]] = {}
         self._stage: list[Tensor] = []
         self._turn = 0
         self._started = False
         self._pool: Any = None
-        self._logits: dict[int, Tensor] = {}  # by the number of their rows
+        self._logits: Tensor | None = None
         self._ids = torch.zeros(self._rows[-1] + PREFILLS[-1] + 1, dtype=torch.int64, device=batches.slots.device)
         self.steps: Counter[str] = Counter()  # how many ran captured, uncaptured and, as none could serve, eagerly
 
-    def rehearse(self) -> list[Static]:
-        """A step on the sinks of every shape of one prompt alone, the largest first, and before them of one of many
-        prompts, for which kernels may be others."""
-        steps = []
-        sizes = [n for n in self._sizes if n <= self._batches.slots.max_model_len]
-        shapes = [Shape(0, n, sizes[-1], sizes[-1]) for n in PREFILLS[1:]] if sizes else []
-        for shape in shapes + [Shape(0, PREFILLS[0], size, size) for size in reversed(sizes)]:
-            static = self._static(shape)
-            image = np.zeros(static.size, dtype=np.int64)
-            static.write(StepPlan(0, [], [], [], [], []), image)
-            static.memory.copy_(torch.from_numpy(image))
-            self._step(static)
-            steps.append(static)
-        return steps
+    def rehearse(self) -> None:
+        """A step on the sinks of every kind of shape, so that its kernels are met."""
+        beside = [Shape(d, n, size, size) for d in self._rows[1:] for n in PREFILLS for size in self._whole()[::-1][:1]]
+        for shape in self._usual() + beside:
+            self._at_rest(shape)
 
     def start(self) -> None:
-        """From now on shapes are captured: those of one prompt alone at once. The largest is the first, so that the
-        others fit into its memory."""
+        """From now on shapes are captured: the usual ones at once. The largest comes first, so that the others fit into
+        its memory."""
         self._started = True
-        for static in self.rehearse():
-            self._capture(static)
+        for shape in self._usual():
+            self._capture(self._at_rest(shape))
+
+    def _whole(self) -> list[int]:
+        """Numbers of tokens that one prompt can have, so that one can pad a step of them."""
+        return [n for n in self._sizes if n <= self._batches.slots.max_model_len]
+
+    def _usual(self) -> list[Shape]:
+        """Of many prompts, and of one alone."""
+        sizes = self._whole()[::-1]
+        many = [Shape(0, n, size, size) for n in PREFILLS[1:] for size in sizes[:1]]
+        return many + [Shape(0, PREFILLS[0], size, size) for size in sizes]
+
+    def _at_rest(self, shape: Shape) -> Static:
+        """A step of the shape on the sinks."""
+        static = self._static(shape)
+        image = np.zeros(static.size, dtype=np.int64)
+        static.write(StepPlan(0, [], [], [], [], []), image)
+        static.memory.copy_(torch.from_numpy(image))
+        self._step(static)
+        return static
 
     def shape_of(self, plan: StepPlan) -> Shape | None:
         """The shape that a step runs in; None: in none."""
@@ -184,8 +195,8 @@ class PrefillGraphs:
         self.steps["uncaptured" if replay is None else "captured"] += 1
         (replay or partial(self._step, static))()
         d, sampling = len(plan.decode_slots), sum(p.sample for p in plan.prefills)
-        logits = self._logits[shape.rows + shape.prefills + 1]
-        return _rows(logits, d, shape.rows, sampling), _rows(self._ids, d, shape.rows, sampling)
+        assert self._logits is not None
+        return _rows(self._logits, d, shape.rows, sampling), _rows(self._ids, d, shape.rows, sampling)
 
     def _static(self, shape: Shape) -> Static:
         if shape not in self._statics:
@@ -203,9 +214,9 @@ class PrefillGraphs:
 
     def _step(self, static: Static) -> None:
         logits, ids = static.run(self.model, self._sampler, self._mesh)
-        if len(logits) not in self._logits:
-            self._logits[len(logits)] = torch.empty_like(logits)
-        self._logits[len(logits)].copy_(logits)  # what a graph has of its own would be kept for each of them
+        if self._logits is None:
+            self._logits = logits.new_empty(len(self._ids), logits.shape[1])
+        self._logits[: len(logits)] = logits  # a copy: what a graph has of its own would be kept for each of them
         self._ids[: len(ids)] = ids
 
     def _capture(self, static: Static) -> None:
