@@ -266,6 +266,7 @@ def test_shapes_of_one_prompt_are_captured_at_the_start_and_others_when_they_are
     once = [shape for shape in graphs._statics if shape not in graphs._replays]
     assert graphs.steps["uncaptured"] == len(once) + len(captured) - 4
     assert graphs.steps["captured"] > 0
+    assert graphs.steps["eager"] == 2  # prompts whose log-probabilities are asked for, in both rounds
 
 
 def test_a_capture_of_ops_that_look_at_what_changes_fails_and_leaves_steps_as_they_were(

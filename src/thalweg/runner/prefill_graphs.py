@@ -129,7 +129,7 @@ class PrefillGraphs:
         self._pool: Any = None
         self._logits: Tensor | None = None
         self._ids = torch.zeros(self._rows[-1] + PREFILLS[-1] + 1, dtype=torch.int64, device=batches.slots.device)
-        self.steps: Counter[str] = Counter()  # how many ran captured, uncaptured and, as none could serve, eagerly
+        self.steps: Counter[str] = Counter()  # how many ran "captured", "uncaptured", or "eager", in no shape
 
     def rehearse(self) -> None:
         """A step on the sinks of every kind of shape, so that its kernels are met."""

@@ -137,10 +137,13 @@ class ModelRunner:
 
     def _shape_of(self, plan: StepPlan) -> Shape | None:
         """The shape of graphs that the step runs in, if any."""
-        assert self.prefill_graphs is not None
-        if any(self.slots[p.slot].inspected for p in plan.prefills):
-            return None
-        return self.prefill_graphs.shape_of(plan)
+        graphs = self.prefill_graphs
+        assert graphs is not None
+        inspected = any(self.slots[p.slot].inspected for p in plan.prefills)
+        shape = None if inspected else graphs.shape_of(plan)
+        if shape is None and plan.prefills:
+            graphs.steps["eager"] += 1
+        return shape
 
     def _launch_prefill_graph(self, graphs: PrefillGraphs, plan: StepPlan, shape: Shape) -> Finish:
         with tracing.span("model"):
