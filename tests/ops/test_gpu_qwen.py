@@ -100,19 +100,19 @@ MIXER_SHAPES = [*GQA_SHAPES[:2], GqaShape(16, 4, 256, 64, 64), GqaShape(4, 2, 25
 
 
 @pytest.mark.parametrize("shape", MIXER_SHAPES, ids=str)
-@pytest.mark.parametrize("choice", [None, (1, 1), (1, 2), (2, 2), (3, 1), (5, 2), (8, 2), (16, 2)], ids=str)
+@pytest.mark.parametrize("choice", [None, (1, 1), (3, 2), (16, 2)], ids=str)
 def test_gqa_mixer(shape: GqaShape, choice: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one block, in clusters of any size, and as the device would have it; with rows that share the sink."""
     from thalweg.ops.attention.gqa import cuda
 
     if choice is not None:
         monkeypatch.setattr(cuda, "cut", lambda *_, **__: choice)
-    case = GqaCase(shape, [*CONTEXTS, 5000], [1] * (len(CONTEXTS) + 1), torch.bfloat16, "cuda")
+    case = GqaCase(shape, [*CONTEXTS, 2000], [1] * (len(CONTEXTS) + 1), torch.bfloat16, "cuda")
     case.check_mix(cuda.gqa_mixer_decode, 2**-6, padding=3)
 
 
-@pytest.mark.parametrize("B", [1, 2, 3, 8, 9, 32, 70, 130])
-@pytest.mark.parametrize(("H", "G"), [(16, 2), (16, 4), (24, 4), (2, 1)])
+@pytest.mark.parametrize("B", [1, 3, 9, 32, 130])
+@pytest.mark.parametrize(("H", "G"), [(16, 2), (24, 4)])
 def test_gqa_mixer_by_batch(B: int, H: int, G: int) -> None:
     from thalweg.ops.attention.gqa import cuda
 
@@ -131,9 +131,7 @@ def test_gqa_prefill(shape: GqaShape, dtype: torch.dtype, tolerance: float) -> N
 
 
 @pytest.mark.parametrize("shape", [*GQA_SHAPES[:2], GqaShape(8, 2, 256, 64, 16)], ids=str)
-@pytest.mark.parametrize(
-    ("cached", "new"), [([0, 5, 0, 130, 64], [1, 100, 0, 1, 64]), ([700, 0], [300, 129]), ([0], [1000])]
-)
+@pytest.mark.parametrize(("cached", "new"), [([0, 5, 0, 130, 64], [1, 100, 0, 1, 64]), ([700, 0], [300, 129])])
 def test_gqa_prefill_in_cuda(shape: GqaShape, cached: list[int], new: list[int]) -> None:
     from thalweg.ops.attention import prompt_cuda
     from thalweg.ops.attention.gqa import triton
