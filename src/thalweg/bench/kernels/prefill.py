@@ -1,4 +1,6 @@
-"""Cases of the mixers over prompts: `batch` of them with `context` tokens each, from an empty cache, called in turn."""
+"""Cases of the mixers over prompts: `batch` of them with `context` tokens each, from an empty cache, called in turn.
+
+Attention is timed behind cached tokens too."""
 
 from __future__ import annotations
 
@@ -120,32 +122,41 @@ def _states(a: Arguments) -> tuple[Tensor, ...]:
     return a.named["conv_state_NWC"], a.named["state_NHVK"]
 
 
+def _behind(setting: Setting) -> Iterator[tuple[int, int, int, list[int], str]]:
+    """Calls of attention: (tokens cached before each prompt, and what _prompts gives), from an empty cache and behind
+    as many tokens again."""
+    for cached in (0, setting.context):
+        for B, T, offsets, label in _prompts(setting):
+            yield cached, B, T, offsets, f"{label} behind {cached}" if cached else label
+
+
 def mla(setting: Setting, dims: MlaPrefillDims) -> Iterator[Case]:
     H, K, V, R, P = dims.H, dims.K, dims.V, dims.R, dims.P
     L, S, es = setting.context, setting.model.config.block_size, setting.dtype.itemsize
-    for B, T, offsets, label in _prompts(setting):
+    for before, B, T, offsets, label in _behind(setting):
 
-        def make(copy: int, B: int = B, T: int = T, offsets: list[int] = offsets) -> Arguments:
+        def make(copy: int, before: int = before, B: int = B, T: int = T, offsets: list[int] = offsets) -> Arguments:
             draw = Draw(setting, copy)
-            tables = block_tables(draw, B, L, S).int()
+            tables = block_tables(draw, B, before + L, S).int()
             return Arguments(
                 draw(T, H, K + P),
                 draw(tables.numel() + 1, S, R + P),
                 block_tables_BN=tables,
-                context_lens=[0] * B,
+                context_lens=[before] * B,
                 offsets=offsets,
                 up_HXR=draw(H, K + V, R, scale=R**-0.5),
                 value_dims=V,
                 scale=(K + P) ** -0.5,
             )
 
+        all_tokens = T + B * before
         yield Case(
             MLA_PREFILL.name,
             f"{H} heads, {label}",
             candidates_of(setting, MLA_PREFILL, dims, T),
             make,
-            num_bytes=es * (T * (H * (K + V + P) + R + P) + H * (K + V) * R),
-            flops=B * L * (L + 1) * H * (K + V + P) + 2 * T * R * H * (K + V),
+            num_bytes=es * (T * H * (K + V + P) + all_tokens * (R + P) + H * (K + V) * R),
+            flops=B * L * (2 * before + L + 1) * H * (K + V + P) + 2 * all_tokens * R * H * (K + V),
             timed="eager",
         )
 
@@ -184,11 +195,11 @@ def gqa_prepare(setting: Setting, dims: GqaDims) -> Iterator[Case]:
 
 def gqa(setting: Setting, dims: GqaDims) -> Iterator[Case]:
     H, G, K, S, L = dims.H, dims.G, dims.K, dims.S, setting.context
-    for B, T, offsets, label in _prompts(setting):
+    for before, B, T, offsets, label in _behind(setting):
 
-        def make(copy: int, B: int = B, T: int = T, offsets: list[int] = offsets) -> Arguments:
+        def make(copy: int, before: int = before, B: int = B, T: int = T, offsets: list[int] = offsets) -> Arguments:
             draw = Draw(setting, copy)
-            tables = block_tables(draw, B, L, S)
+            tables = block_tables(draw, B, before + L, S)
             keys, values = (draw(tables.numel() + 1, S, G, K) for _ in range(2))
             return Arguments(
                 draw(T, H, K),
@@ -196,7 +207,7 @@ def gqa(setting: Setting, dims: GqaDims) -> Iterator[Case]:
                 keys_MSGK=keys,
                 values_MSGK=values,
                 block_tables_BN=tables.int(),
-                starts=[0] * B,
+                starts=[before] * B,
                 offsets=offsets,
             )
 
@@ -205,7 +216,7 @@ def gqa(setting: Setting, dims: GqaDims) -> Iterator[Case]:
             f"{H} heads over {G}, {label}",
             candidates_of(setting, GQA_PREFILL, dims, T),
             make,
-            num_bytes=setting.dtype.itemsize * T * (3 * H + 2 * G) * K,
-            flops=2 * B * L * (L + 1) * H * K,
+            num_bytes=setting.dtype.itemsize * (3 * T * H + 2 * (T + B * before) * G) * K,
+            flops=2 * B * L * (2 * before + L + 1) * H * K,
             timed="eager",
         )
