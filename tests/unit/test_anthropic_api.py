@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tests.unit.server_double import ANSWER, ClientDouble, run, serving
+from thalweg.core import SamplingParams
+from thalweg.server.anthropic.answer import MessageAnswer
+from thalweg.server.conversation import Conversation
+from thalweg.server.parsers.formats import OutputFormat
 from thalweg.server.settings import ServerSettings
+from thalweg.server.tools import ToolUse
+from thalweg.text.output import Delta
 
 HI = {"max_tokens": 400, "messages": [{"role": "user", "content": "hi"}]}
 TEMPLATE = (
@@ -344,6 +352,14 @@ def test_a_key_may_come_as_x_api_key() -> None:
                 assert refused.status_code == 401
                 assert refused.json()["error"]["type"] == "authentication_error"
 
-    import asyncio
-
     asyncio.run(work())
+
+
+def test_an_answer_that_fills_the_context_says_so() -> None:
+    async def news() -> Any:
+        yield 0, Delta("m", "hi", [1, 2], "length")
+
+    service: Any = SimpleNamespace(names=("m",), output=OutputFormat(None, False, None))
+    for most, reason in ((2, "max_tokens"), (3, "model_context_window_exceeded")):
+        talk = Conversation("m", [1], SamplingParams(max_tokens=most), ToolUse([]), news(), asyncio.Event())
+        assert asyncio.run(MessageAnswer(service, talk, omit=False).whole())["stop_reason"] == reason

@@ -327,6 +327,13 @@ def test_a_stream_that_breaks_off_says_so_and_is_not_kept(word: str) -> None:
         ({"max_output_tokens": 0}, "max_output_tokens", "max_output_tokens: "),
         ({"temperature": -1}, "temperature", "temperature is -1.0; expected"),
         ({"tools": [{"type": "web_search"}]}, "tools", 'tools[0] is of type "web_search"'),
+        ({"tools": [{"type": "namespace", "name": "n"}]}, "tools", "tools[0].tools is a NoneType; expected a list"),
+        ({"tools": [{"type": "namespace", "tools": [TOOLS[0]]}]}, "tools", "tools[0].name is null; expected a string"),
+        (
+            {"tools": [{"type": "namespace", "name": "n", "tools": [{"type": "custom"}]}]},
+            "tools",
+            'tools[0].tools[0] is of type "custom"',
+        ),
         ({"tools": [{"type": "function", "name": "a b"}]}, "tools", 'tools[0].name is "a b"; expected'),
         (
             {"tools": TOOLS, "tool_choice": {"type": "function", "name": "x"}},
@@ -402,3 +409,24 @@ def test_input_tokens_are_counted_as_an_answer_would_have_them() -> None:
         assert counted == {"object": "response.input_tokens", "input_tokens": usage["input_tokens"]}
 
     run(work, ClientDouble(template=TEMPLATE))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_functions_of_a_namespace_are_told_apart(stream: bool) -> None:
+    tools = [{"type": "namespace", "name": "city", "description": "d", "tools": TOOLS}, TOOLS[1]]
+    answer = CALLS.replace('"weather"', '"city.weather"')
+    client = ClientDouble(answer=answer, template=TEMPLATE)
+    earlier = {"type": "function_call", "call_id": "t1", "name": "time", "namespace": "city", "arguments": "{}"}
+    body = {"input": [{"role": "user", "content": "x"}, earlier], "tools": tools, "stream": stream}
+    response = post(body, client)
+    made = events_of(response.text)[-1]["response"] if stream else response.json()
+    assert "t1=city.time{}" in prompt_of(client)
+    weather, time = made["output"][-2:]
+    assert (weather["namespace"], weather["name"]) == ("city", "weather")
+    assert (time.get("namespace"), time["name"]) == (None, "time")
+    assert made["tools"] == tools
+    choice = {"type": "function", "namespace": "city", "name": "time"}
+    forced = ClientDouble(template=TEMPLATE)
+    assert post({**body, "stream": False, "tool_choice": choice}, forced).status_code == 200
+    assert forced.seen[0].params.grammar is not None
+    assert "city.time" in forced.seen[0].params.grammar.text

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from contextlib import aclosing
 from typing import Any
 
@@ -13,6 +13,7 @@ from thalweg.server.parsers.events import Content
 from thalweg.server.parts import Part, Parts, Step
 from thalweg.server.responses import new_id, now, sendable
 from thalweg.server.responses_api.schemas import ResponsesBody
+from thalweg.server.responses_api.translate import namespaces
 from thalweg.server.service import Service
 from thalweg.text.output import Delta
 from thalweg.tokenizer.messages import plain_data
@@ -35,6 +36,7 @@ class ResponseAnswer:
         self._entries: list[Any] = []  # log-probabilities that no text has come for yet
         self._status, self._incomplete = "in_progress", False
         self._number = 0
+        self._namespaces = namespaces(body.tools)
         self._given = _given(body, talk, service.names[0], stored)
 
     async def whole(self) -> dict[str, Any]:
@@ -81,7 +83,7 @@ class ResponseAnswer:
 
     def _of_step(self, kind: str, part: Part, text: str) -> Iterator[dict[str, Any]]:
         if kind == "begin":
-            self._items.append(_Item(part))
+            self._items.append(_Item(part, self._namespaces))
         item = self._items[part.index]
         if kind == "begin":
             yield self._event("response.output_item.added", output_index=part.index, item=item.shown("in_progress"))
@@ -94,7 +96,7 @@ class ResponseAnswer:
             # Whatever is cut off by the limit is the last part.
             item.status = "incomplete" if self._incomplete and part is self._parts.all[-1] else "completed"
             name = "arguments" if part.kind == "call" else "text"
-            more = {"logprobs": item.logprobs} if part.kind == "text" else {"name": part.call.name} if part.call else {}
+            more = {"logprobs": item.logprobs} if part.kind == "text" else {"name": item.name} if part.call else {}
             yield self._of_item(f"response.{item.EVENTS[part.kind]}.done", item, **{name: part.text}, **more)
             if (last := item.content(part.text)) is not None:
                 yield self._of_item("response.content_part.done", item, part=last)
@@ -162,7 +164,11 @@ class _Item:
     PREFIXES = {"text": "msg", "reasoning": "rs", "call": "fc"}  # noqa: RUF012
     EVENTS = {"text": "output_text", "reasoning": "reasoning_text", "call": "function_call_arguments"}  # noqa: RUF012
 
-    def __init__(self, part: Part) -> None:
+    def __init__(self, part: Part, namespaces: Mapping[str, tuple[str, str]]) -> None:
+        self.name = "" if part.call is None else part.call.name
+        self.namespace: str | None = None
+        if self.name in namespaces:
+            self.namespace, self.name = namespaces[self.name]
         self.part, self.id = part, new_id(self.PREFIXES[part.kind], "_")
         self.status = "in_progress"
         self.logprobs: list[dict[str, Any]] = []
@@ -180,7 +186,9 @@ class _Item:
         text = "" if status == "in_progress" else self.part.text
         content = [] if status == "in_progress" else [self.content(text)]
         if (call := self.part.call) is not None:
-            kind: dict[str, Any] = {"type": "function_call", "call_id": call.id, "name": call.name, "arguments": text}
+            kind: dict[str, Any] = {"type": "function_call", "call_id": call.id, "name": self.name, "arguments": text}
+            if self.namespace is not None:
+                kind["namespace"] = self.namespace
         elif self.part.kind == "reasoning":
             kind = {"type": "reasoning", "summary": [], "content": content}
         else:

@@ -73,8 +73,9 @@ class ResponsesBody(Body):
     @classmethod
     def _check_dialect(cls, body: Any) -> Any:
         if isinstance(body, dict):
-            dialects.check(body, cls.model_fields.keys() | {"max_tool_calls"}, _ELSEWHERE)
+            dialects.check(body, cls.model_fields.keys() | _FREE, _ELSEWHERE)
         return body
 
 
+_FREE = {"max_tool_calls", "client_metadata"}  # of tools that are not done here; of the client's own
 _ELSEWHERE = dict.fromkeys(ChatBody.model_fields.keys() - ResponsesBody.model_fields.keys(), "/v1/chat/completions")

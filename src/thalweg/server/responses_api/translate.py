@@ -47,7 +47,7 @@ def chat_fields(body: ResponsesBody, earlier: list[dict[str, Any]]) -> dict[str,
     return {name: getattr(body, name) for name in _SAME} | {
         "messages": told + earlier + messages_of(body.input),
         "max_tokens": body.max_output_tokens,
-        "tools": None if body.tools is None else [_tool(tool, i) for i, tool in enumerate(body.tools)],
+        "tools": None if body.tools is None else [t for i, tool in enumerate(body.tools) for t in _tools(tool, i)],
         "tool_choice": _tool_choice(body.tool_choice),
         "response_format": _response_format(body),
         "reasoning_effort": None if body.reasoning is None else body.reasoning.effort,
@@ -78,7 +78,8 @@ def messages_of(given: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _add(turn: dict[str, Any], item: dict[str, Any], kind: str, where: str) -> bool:
     """Add an item to an assistant's message; False if it belongs to the next one."""
     if kind == "function_call":
-        function = {"name": _string(item, "name", where), "arguments": _string(item, "arguments", where)}
+        name = full_name(_string(item, "name", where), item.get("namespace"))
+        function = {"name": name, "arguments": _string(item, "arguments", where)}
         call = {"id": _string(item, "call_id", where), "type": "function", "function": function}
         turn.setdefault("tool_calls", []).append(call)
         return True
@@ -128,22 +129,52 @@ def _parts(content: Any, where: str) -> Iterator[dict[str, Any]]:
 
 def _string(item: Mapping[str, Any], name: str, where: str) -> str:
     if not isinstance(value := item.get(name), str):
-        raise _wrong(f"{where}.{name} is {shown(value)}; expected a string")
+        raise ApiError(400, f"{where}.{name} is {shown(value)}; expected a string", param=where.partition("[")[0])
     return value
 
 
-def _tool(tool: dict[str, Any], i: int) -> dict[str, Any]:
-    if (kind := tool.get("type")) != "function":
-        reason = f"tools[{i}] is of type {shown(kind)}, which is not done here; expected function"
-        raise ApiError(400, reason, param="tools", code="unsupported")
-    tool = plain_data(tool, f"tools[{i}]")  # bounds its depth: it goes back with the answer
-    names = ("name", "description", "parameters", "strict")
-    return {"type": "function", "function": {name: tool[name] for name in names if tool.get(name) is not None}}
+def _tools(tool: dict[str, Any], i: int) -> Iterator[dict[str, Any]]:
+    """A function, or those of a namespace, under names that tell them apart."""
+    where, kind = f"tools[{i}]", tool.get("type")
+    if kind == "namespace":
+        inner = tool.get("tools")
+        if not isinstance(inner, list):
+            raise _wrong_tool(f"{where}.tools is a {type(inner).__name__}; expected a list of functions")
+        for j, each in enumerate(inner):
+            yield _function(each, f"{where}.tools[{j}]", _string(tool, "name", where))
+    else:
+        yield _function(tool, where, None)
+
+
+def _function(tool: Any, where: str, namespace: str | None) -> dict[str, Any]:
+    if not isinstance(tool, dict) or tool.get("type") != "function":
+        kind = shown(tool.get("type")) if isinstance(tool, dict) else type(tool).__name__
+        raise _wrong_tool(
+            f"{where} is of type {kind}, which is not run here; expected function, or it left out", "unsupported"
+        )
+    tool = plain_data(tool, where)  # bounds its depth: it goes back with the answer
+    function = {
+        name: tool[name] for name in ("name", "description", "parameters", "strict") if tool.get(name) is not None
+    }
+    if namespace is not None:
+        function["name"] = full_name(_string(tool, "name", where), namespace)
+    return {"type": "function", "function": function}
+
+
+def full_name(name: str, namespace: Any) -> str:
+    """What a function of a namespace is called in the prompt."""
+    return f"{namespace}.{name}" if isinstance(namespace, str) else name
+
+
+def namespaces(tools: list[dict[str, Any]] | None) -> dict[str, tuple[str, str]]:
+    """{full name: (namespace, name)} of the functions in namespaces."""
+    inner = [(t["name"], f["name"]) for t in tools or () if t.get("type") == "namespace" for f in t["tools"]]
+    return {full_name(name, namespace): (namespace, name) for namespace, name in inner}
 
 
 def _tool_choice(choice: Any) -> Any:
-    if isinstance(choice, dict) and choice.get("type") == "function":
-        return {"type": "function", "function": {"name": choice.get("name")}}
+    if isinstance(choice, dict) and choice.get("type") == "function" and isinstance(choice.get("name"), str):
+        return {"type": "function", "function": {"name": full_name(choice["name"], choice.get("namespace"))}}
     return choice
 
 
@@ -169,3 +200,7 @@ def _refuse_unsupported(body: ResponsesBody) -> None:
 
 def _wrong(message: str, code: str | None = None) -> ApiError:
     return ApiError(400, message, param="input", code=code)
+
+
+def _wrong_tool(message: str, code: str | None = None) -> ApiError:
+    return ApiError(400, message, param="tools", code=code)
