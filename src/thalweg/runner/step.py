@@ -91,6 +91,8 @@ class ModelRunner:
         """Run the step as far as the device allows without waiting; the returned call waits and gives the result.
         `eagerly`: even if graphs could run its prompts."""
         cache, host = self.slots.cache, self.host
+        if host is not None:
+            host.copy(plan)
         for slot, snapshot in plan.snapshots:
             cache.copy_slot(slot, cache.slot_of(snapshot))
         if plan.admissions:
