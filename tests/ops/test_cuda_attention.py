@@ -43,6 +43,40 @@ def test_grouped_heads(shape: GqaShape, cached: list[int], new: list[int]) -> No
     assert ratio(case.prefill(prompt_cuda.gqa_prefill, q), case.prefill(reference.gqa_prefill, q)) < 0.004
 
 
+def test_few_queries_behind_a_long_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys in parts, of which the short sequence has fewer than the long one."""
+    monkeypatch.setattr(prompt_cuda, "LEAST_TILES", 1)
+    monkeypatch.setattr(prompt_cuda, "multiprocessors", lambda device: 6)
+    case = GqaCase(GqaShape(1, 1, 256, 64, 16), [310, 0], [20, 9], torch.bfloat16)
+    q = case.prepare(reference.gqa_prepare)
+    assert prompt_cuda._pieces(case.offsets, case.cached, 80, q.device, at_once=6)[1] == 3
+    assert ratio(case.prefill(prompt_cuda.gqa_prefill, q), case.prefill(reference.gqa_prefill, q)) < 0.004
+
+
+def test_parts_have_all_tiles_once_and_those_that_are_few_or_short_none() -> None:
+    every = prompt_cuda.cut([0, 128, 130], [1000, 0], 80, None, rows=False)
+    found = prompt_cuda.in_parts(every, 4, 80)
+    assert found[:, [0, 3, 5, 7]].tolist() == [
+        [0, 0, 3, 0],
+        [0, 240, 4, 1],
+        [0, 560, 4, 2],
+        [0, 880, 4, 3],
+        [128, 0, 1, 3],
+    ]
+    device = torch.device("cpu")
+    parts = {
+        (new, cached, at_once): prompt_cuda._pieces([0, new], [cached], 80, device, at_once=at_once)[1]
+        for new, cached, at_once in [
+            (100, 9000, 6),
+            (200, 9000, 8),
+            (1000, 9000, 8),
+            (100, 4000, 8),
+            (9, 99_999, 66),
+        ]
+    }
+    assert list(parts.values()) == [6, 4, 1, 1, 16]
+
+
 class LatentCase:
     """Expanded keys and values of one head, of sequences with `starts` tokens before their `new` ones."""
 
@@ -128,9 +162,9 @@ def test_latent_attention_compiles_for_hopper_without_spills(tmp_path: Path, par
     assert compiled.static_shared_bytes + prompt_cuda.shared_bytes(128, 192, 128) <= HOPPER_SHARED
 
 
-@pytest.mark.parametrize(("ratio", "block"), [(4, 64), (8, 64), (8, 16)])
-def test_grouped_heads_compile_for_hopper_without_spills(tmp_path: Path, ratio: int, block: int) -> None:
-    compiled = compile_cuda(prompt_cuda.SOURCE, tmp_path, **prompt_cuda.grouped_macros(ratio, block))
+@pytest.mark.parametrize(("ratio", "block", "part"), [(4, 64, 0), (8, 16, 0), (8, 64, 2)])
+def test_grouped_heads_compile_for_hopper_without_spills(tmp_path: Path, ratio: int, block: int, part: int) -> None:
+    compiled = compile_cuda(prompt_cuda.SOURCE, tmp_path, **prompt_cuda.grouped_macros(ratio, block, part))
     assert compiled.spilled_bytes == 0
     assert compiled.static_shared_bytes + prompt_cuda.shared_bytes(80, 256, 256) <= HOPPER_SHARED
 

@@ -11,7 +11,8 @@
 //
 // Macros: LATENT, 1 for latent attention (192 dims of keys, of which the last 64 are one for all heads, and 128 of
 // values) and 0 for grouped heads (256 and 256). TILE, keys of a tile. RATIO, query heads per key head. BOX, rows of a
-// copy: rows that are neighbours for sure. BLOCK, tokens of a block. PART, 1 if sums begin and end in memory.
+// copy: rows that are neighbours for sure. BLOCK, tokens of a block. PART, 1 if sums begin and end in
+// memory, 2 if they only end there, of parts of the keys, which `join` joins.
 
 #include "hopper.cuh"
 
@@ -23,8 +24,8 @@ constexpr int DQK = 256, DV = 256, SHARED = 0;
 constexpr int M = 128, STAGES = 2, GROUPS = 2, THREADS = 128 * (GROUPS + 1);
 constexpr int QK_SLABS = DQK / 64, V_SLABS = DV / 64, CHUNKS = TILE / BOX;  // a slab has 64 dims of each row
 constexpr int Q_BYTES = M * DQK * 2, K_BYTES = TILE * DQK * 2, V_BYTES = TILE * DV * 2, SLAB = TILE * 128;
-constexpr int RECORD = 8;  // ints of a piece: first token, past the sequence's last one, position of the first, position
-                           // of the first key, past the last key, tiles, row of the first key or sequence
+constexpr int RECORD = 8;  // ints of a piece: first token, past the sequence's last, position of the first, position of
+                           // the first key, past the last key, tiles, row of the first key or sequence, part
 
 // Lane `pair` of four has the pair of values `pair` of each of 4 blocks, and gets all of block `pair`; and back.
 __device__ __forceinline__ void transpose(u32 (&x)[4], int pair) {
@@ -46,7 +47,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     attend(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
            const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap shared_map, const int* pieces,
            const int* tables, const bf16* proj, bf16* out, float* sums, float* most_of, float* total_of,
-           long long table_stride, long long proj_stride, int num_pieces, int H, int shared_column, float scale) {
+           long long table_stride, long long proj_stride, int num_pieces, int T, int H, int shared_column,
+           float scale) {
     extern __shared__ __align__(1024) u8 shared[];
     const u32 q_s = shared_address(shared), k_s = q_s + Q_BYTES, v_s = k_s + STAGES * K_BYTES;
     const u32 barriers = v_s + STAGES * V_BYTES;
@@ -164,7 +166,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         float most[2] = {LOWEST, LOWEST}, sum[2] = {0, 0};
 #pragma unroll
         for (int j = 0; j < DV / 2; j++) o[j] = 0;
-#if PART
+#if PART == 1
 #pragma unroll
         for (int r = 0; r < 2; r++)
             if (token + 8 * r < end) {
@@ -277,7 +279,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             sum[r] += __shfl_xor_sync(~0u, sum[r], 1);
             sum[r] += __shfl_xor_sync(~0u, sum[r], 2);
             const bool there = token + 8 * r < end;
-            const long long row = (long long)(token + 8 * r) * H + head;
+            const long long row = ((long long)(PART == 2 ? piece[7] * T : 0) + token + 8 * r) * H + head;
 #if PART
             if (there) {
                 if (pair == 0) most_of[row] = most[r], total_of[row] = sum[r];
@@ -313,3 +315,38 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     }
     if (group == 0) wait_at<256>(1);  // for the turn that was not taken
 }
+
+#if PART == 2
+// A warp to a query of a head: its sums [PARTS, T, H, DV], as far as they were written, which the largest scores tell.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    join(const float* sums, const float* most_of, const float* total_of, const bf16* proj, bf16* out,
+         long long proj_stride, int T, int H, int parts, float scale) {
+    wait_for_kernel_ahead();
+    start_kernel_behind();
+    const int lane = threadIdx.x % 32, row = blockIdx.x * (THREADS / 32) + threadIdx.x / 32;
+    if (row >= T * H) return;
+    float largest = LOWEST, total = 0, x[DV / 128][4] = {};
+    for (int part = 0; part < parts; part++) largest = fmaxf(largest, most_of[part * T * H + row]);
+    for (int part = 0; part < parts; part++) {
+        const long long of_part = (long long)part * T * H + row;
+        if (most_of[of_part] == LOWEST) continue;
+        const float by = exp2f((most_of[of_part] - largest) * scale);
+        total += by * total_of[of_part];
+#pragma unroll
+        for (int j = 0; j < DV / 128; j++) {
+            const float4 y = *(const float4*)(sums + of_part * DV + 128 * j + 4 * lane);
+            x[j][0] += by * y.x, x[j][1] += by * y.y, x[j][2] += by * y.z, x[j][3] += by * y.w;
+        }
+    }
+    const bf16* gates = proj + row / H * proj_stride + (2 * (row % H) + 1) * DV + 4 * lane;
+#pragma unroll
+    for (int j = 0; j < DV / 128; j++)
+#pragma unroll
+        for (int e = 0; e < 4; e += 2) {
+            const u32 gate = *(const u32*)(gates + 128 * j + e);
+            const float a = x[j][e] / total / (1.0f + __expf(-low(gate)));
+            const float b = x[j][e + 1] / total / (1.0f + __expf(-high(gate)));
+            *(u32*)(out + (long long)row * DV + 128 * j + 4 * lane + e) = pack(a, b);
+        }
+}
+#endif

@@ -21,6 +21,7 @@ from thalweg.ops.toolchain.triton_support import multiprocessors
 SOURCE = Path(__file__).with_name("prompt.cu")
 QUERIES, THREADS, STAGES, RECORD = 128, 384, 2, 8  # as in the source
 LATENT_TILE, GROUPED_TILE = 128, 80  # keys of a tile
+LEAST_TILES, MOST_PARTS = 16, 16  # of a part of a piece; of a piece, which has four times as many tiles at least
 LOG2_E = 1.4426950408889634
 
 
@@ -29,9 +30,9 @@ def shared_bytes(tile: int, key_dims: int, value_dims: int) -> int:
     return 2 * (QUERIES * key_dims + STAGES * tile * (key_dims + value_dims)) + 128
 
 
-def grouped_macros(ratio: int, block: int) -> dict[str, int]:
+def grouped_macros(ratio: int, block: int, part: int) -> dict[str, int]:
     box = gcd(GROUPED_TILE, block)
-    return dict(LATENT=0, TILE=GROUPED_TILE, RATIO=ratio, BOX=box, BLOCK=block, PART=0)
+    return dict(LATENT=0, TILE=GROUPED_TILE, RATIO=ratio, BOX=box, BLOCK=block, PART=part)
 
 
 def latent_macros(part: int) -> dict[str, int]:
@@ -51,18 +52,41 @@ def gqa_prefill(
     (T, H, K), (S, G), device = q_THK.shape, keys_MSGK.shape[1:3], q_THK.device
     proj_TX = aligned_rows(proj_TX)
     o_TO = torch.empty(T, H * K, dtype=q_THK.dtype, device=device)
-    pieces_N8 = _pieces(offsets, starts, GROUPED_TILE, device)
+    processors = multiprocessors(device)
+    pieces_N8, parts = _pieces(offsets, starts, GROUPED_TILE, device, at_once=processors // H)
     box = gcd(GROUPED_TILE, S)
     keys, values = (tensor_map(x.flatten(0, 1), box) for x in (keys_MSGK, values_MSGK))
+    # Both, so that no long prefix compiles a kernel while requests wait.
+    kernels = [
+        cuda_kernel(SOURCE, name, THREADS, device, **grouped_macros(H // G, S, part))
+        for name, part in (("attend", 0), ("attend", 2), ("join", 2))
+    ]
+    sums: tuple[Tensor, ...] = (o_TO, o_TO, o_TO)
+    if parts > 1:
+        acc_PTHK = torch.empty(parts, T, H, K, dtype=torch.float32, device=device)
+        sums = acc_PTHK, acc_PTHK.new_full((parts, T, H), -torch.inf), acc_PTHK.new_empty(parts, T, H)
     _launch(
+        kernels[parts > 1],
         (tensor_map(q_THK, QUERIES), keys, values, keys),
         pieces_N8,
-        (block_tables_BN, proj_TX, o_TO, o_TO, o_TO, o_TO),
+        (block_tables_BN, proj_TX, o_TO, *sums),
         (block_tables_BN.stride(0), proj_TX.stride(0)),
-        (H, 0, K**-0.5),
-        cuda_kernel(SOURCE, "attend", THREADS, device, **grouped_macros(H // G, S)),
+        (T, H, 0, K**-0.5),
         shared_bytes(GROUPED_TILE, K, K),
     )
+    if parts > 1:
+        kernels[2].launch(
+            (-(-T * H * 32 // THREADS), 1, 1),
+            0,
+            *sums,
+            proj_TX,
+            o_TO,
+            (c_longlong, proj_TX.stride(0)),
+            (c_int, T),
+            (c_int, H),
+            (c_int, parts),
+            (c_float, K**-0.5 * LOG2_E),
+        )
     return o_TO
 
 
@@ -80,32 +104,33 @@ def attend_latent(
     """As mla.expanded.Attend says, of heads of 128 + 64 dims with values of 128."""
     H, device = q_LHX.shape[1], q_LHX.device
     q_LHX = aligned_rows(q_LHX.flatten(1)).unflatten(1, (H, -1))
-    pieces_N8 = _pieces(offsets, starts, LATENT_TILE, device, (part.first, part.total) if sums else None, rows=True)
+    of = (part.first, part.total) if sums else None
+    pieces_N8, _ = _pieces(offsets, starts, LATENT_TILE, device, of, rows=True)
     acc, most, total = sums or (o_LHV, o_LHV, o_LHV)
     kv = tensor_map(kv_SHX, LATENT_TILE)
     # Both, so that no long context compiles a kernel while requests wait.
     kernels = [cuda_kernel(SOURCE, "attend", THREADS, device, **latent_macros(of_part)) for of_part in (0, 1)]
     _launch(
+        kernels[bool(sums)],
         (tensor_map(q_LHX, QUERIES), kv, kv, tensor_map(latent_SC.unsqueeze(1), LATENT_TILE)),
         pieces_N8,
         (pieces_N8, o_LHV, o_LHV, acc, most, total),
         (0, 0),
-        (H, latent_SC.shape[1] - 64, scale),
-        kernels[bool(sums)],
+        (len(q_LHX), H, latent_SC.shape[1] - 64, scale),
         shared_bytes(LATENT_TILE, 192, 128),
     )
 
 
 def _launch(
+    kernel: CudaKernel,
     maps: Sequence[TensorMap],
     pieces_N8: Tensor,
     tensors: Sequence[Tensor],
     strides: tuple[int, int],
-    numbers: tuple[int, int, float],
-    kernel: CudaKernel,
+    numbers: tuple[int, int, int, float],
     shared: int,
 ) -> None:
-    (H, shared_column, scale), device, num = numbers, pieces_N8.device, len(pieces_N8)
+    (T, H, shared_column, scale), device, num = numbers, pieces_N8.device, len(pieces_N8)
     if num == 0:
         return
     kernel.launch(
@@ -116,6 +141,7 @@ def _launch(
         *tensors,
         *((c_longlong, each) for each in strides),
         (c_int, num),
+        (c_int, T),
         (c_int, H),
         (c_int, shared_column),
         (c_float, scale * LOG2_E),
@@ -129,9 +155,11 @@ def _pieces(
     device: torch.device,
     part: tuple[int, int] | None = None,
     rows: bool = False,
-) -> Tensor:
-    """int32 [pieces, 8], as in the source: QUERIES queries of a sequence each, those that see most first. The layers
-    of a step ask alike, and get the same tensor.
+    at_once: int = 0,
+) -> tuple[Tensor, int]:
+    """int32 [pieces, 8], as in the source: QUERIES queries of a sequence each, those that see most first. And in how
+    many parts their keys are cut: as many as let `at_once` pieces run side by side, if they are few and see much; 1 in
+    a captured step. The layers of a step ask alike, and get the same tensor.
 
     The keys of a sequence are all of its tokens, or of a single one a `part`: (the first, how many). With `rows` the
     keys of all sequences lie one after another, otherwise in blocks.
@@ -146,8 +174,8 @@ def _pieces(
             every[: len(found)] = found
             return every.ravel()
 
-        return offsets.tables.table(("attention", tile, rows), num * RECORD, make).view(num, RECORD)
-    return _pieces_of(tuple(offsets), tuple(starts), tile, device, part, rows)
+        return offsets.tables.table(("attention", tile, rows), num * RECORD, make).view(num, RECORD), 1
+    return _pieces_of(tuple(offsets), tuple(starts), tile, device, part, rows, at_once)
 
 
 @lru_cache(maxsize=16)
@@ -158,8 +186,13 @@ def _pieces_of(
     device: torch.device,
     part: tuple[int, int] | None,
     rows: bool,
-) -> Tensor:
-    return to_device(cut(offsets, starts, tile, part, rows), device)
+    at_once: int,
+) -> tuple[Tensor, int]:
+    every = cut(offsets, starts, tile, part, rows)
+    parts = 1
+    if len(every) and every[0, 5] >= 4 * LEAST_TILES:  # fewer are no sooner done, for the launches that it adds
+        parts = max(1, min(at_once // len(every), int(every[0, 5]) // LEAST_TILES, MOST_PARTS))
+    return to_device(in_parts(every, parts, tile), device), parts
 
 
 def cut(
@@ -178,3 +211,15 @@ def cut(
         row += hi - lo if end > first else 0
     every = np.concatenate(pieces)
     return every[np.argsort(-every[:, 5], kind="stable")]
+
+
+def in_parts(every: np.ndarray, parts: int, tile: int) -> np.ndarray:
+    """The pieces once for each part of their tiles, without parts that have none."""
+    found = []
+    for part in range(parts):
+        piece = every.copy()
+        begin, end = every[:, 5] * part // parts, every[:, 5] * (part + 1) // parts
+        piece[:, 3] += begin * tile
+        piece[:, 5], piece[:, 7] = end - begin, part
+        found.append(piece[end > begin])
+    return np.concatenate(found)
