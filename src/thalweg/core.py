@@ -212,6 +212,17 @@ class HostCopies(msgspec.Struct, frozen=True, array_like=True):
     snapshot_fetches: list[tuple[int, int]]
 
 
+class SaveCache(msgspec.Struct, frozen=True, array_like=True, tag="save"):
+    """Write blocks and snapshots, named as image.Sources names them, into the file of the rank in `folder`, with
+    `index`, which says what they are."""
+
+    folder: str
+    image: int
+    blocks: list[int]
+    snapshots: list[int]
+    index: bytes
+
+
 class StepPlan(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     """One forward pass, as plain data. A log of plans replays a run.
 

@@ -105,3 +105,38 @@ def test_the_example_computes_its_prompt_once(capsys: pytest.CaptureFixture[str]
     cached, total = zip(*((int(line.split()[1]), int(line.split()[3])) for line in lines), strict=True)
     assert len(set(cached)) == 1
     assert min(cached) > max(total) - 100
+
+
+def test_a_session_comes_back_from_its_file_and_the_cache_folder(model: str | None, tmp_path: Path) -> None:
+    options = {"cpu_cache_memory": 16 << 20, "max_model_len": 512, "cache_folder": str(tmp_path / "cache")}
+    with engine(model, **options) as llm:
+        one = llm.session("one", ids(150))
+        one.generate(ids(9, 1), GREEDY)
+        one.write(tmp_path / "one.json")
+        said = one.generate(ids(9, 2), GREEDY, save=False)
+    with engine(model, **options) as llm:
+        again = llm.load_session(tmp_path / "one.json", "again")
+        assert again.points == [150, 179]
+        assert llm.engine.core.stats().prefix_host_hits >= 128
+        assert tokens([again.generate(ids(9, 2), GREEDY)]) == tokens([said])
+
+
+def test_a_session_of_another_model_or_version_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "one.json"
+    with engine(None) as llm:
+        llm.session("one", ids(70)).write(path)
+    text = path.read_text()
+    with engine(model_of("tiny_gdn", Path())) as llm, pytest.raises(InvalidRequest, match="is of another model"):
+        llm.load_session(path, "one")
+    with engine(None) as llm:
+        for wrong, says in (
+            (text.replace('"format":1', '"format":2'), "is of another model"),
+            (text[:-5], "cannot be read"),
+            (text.replace('"points":[70]', '"points":[71]'), "contradicts itself"),
+            (text.replace('"token_ids":[', '"token_ids":[-'), "contradicts itself"),
+        ):
+            path.write_text(wrong)
+            with pytest.raises(InvalidRequest, match=says):
+                llm.load_session(path, "one")
+        with pytest.raises(InvalidRequest, match="cannot be read: No such file"):
+            llm.load_session(tmp_path / "none", "one")

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from tests.scheduler.device_simulator import Harness
 from tests.scheduler.test_scheduler_properties import check_invariants, check_prompt_rows, run
+from thalweg.cache import image
+from thalweg.cache.tiers import TieredTree
 
 # Prompts that begin alike: from a tree of few tokens, in pieces of a few lengths.
 piece = st.tuples(st.integers(2, 4), st.sampled_from([1, 2, 3, 4, 8]))
@@ -143,3 +145,55 @@ def test_fuzz_over_shared_trees(seed: int) -> None:
             script.append((kind, rng.randint(1, 8)) if kind == "step" else (kind,))
     replay(h, script)
     finish(h)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_restart_from_an_image_is_cold_too(seed: int) -> None:
+    """What was cached is written down, read by a new engine with as much or less room, and used."""
+    rng = random.Random(seed)
+    num_blocks = rng.choice([0, 24, 60])
+    limits = {
+        "num_blocks": num_blocks,
+        "block_size": 2,
+        "max_num_seqs": 3,
+        "max_num_batched_tokens": rng.choice([5, 64]),
+        "max_model_len": 40,
+        "seed": seed,
+        "depth": seed % 3,
+        "num_snapshots": rng.choice([None, 3, 12]) if num_blocks else 4,
+        "host": (200, 40),
+        "slow": 1,
+    }
+    trees = [[rng.randrange(40) for _ in range(24)] for _ in range(3)]
+
+    def ask(h: Harness) -> int:
+        for i in range(12):
+            own = [rng.randrange(40) for _ in range(rng.randint(0, 4))]
+            prompt = rng.choice(trees)[: rng.randint(8, 24)] + own
+            h.add(f"r{i}", prompt, max_tokens=6, ignore_eos=True, seed=0, cache_salt=rng.choice(["", "", "s"]))
+            for _ in range(rng.randint(0, 6)):
+                h.step()
+        finish(h)
+        return h.scheduler.stats().prefix_hits
+
+    more = (rng.choice([1, 2]), 5, None)
+    first = harness(limits, more)
+    ask(first)
+    tree = first.scheduler.cache.tree
+    assert isinstance(tree, TieredTree)
+    found, sources = image.take(tree, rng.choice([5, 200]), rng.choice([2, 40]))
+    count = len(sources.blocks) if num_blocks else None
+    read = image.decode(image.encode(found), 2, count, len(sources.snapshots))
+    room = rng.choice([(200, 40), (4, 3)])
+    second = harness({**limits, "host": room}, more)
+    device, old = second.device, first.device
+    for place, source in enumerate(sources.blocks[: room[0]], start=1):
+        there = [old.pages[-source, i] for i in range(2)] if source < 0 else old.host_pages[source]
+        device.host_pages[place] = there
+    for place, source in enumerate(sources.snapshots[: room[1]], start=1):
+        device.host_states[place] = old.snapshots[-source] if source < 0 else old.host_states[source]
+    new = second.scheduler.cache.tree
+    assert isinstance(new, TieredTree)
+    assert image.restore(new, read) == (min(len(read.keys), room[0]) if num_blocks else len(read.keys))
+    check_invariants(second)
+    assert ask(second) > 0 or room[0] == 4 or not read.keys

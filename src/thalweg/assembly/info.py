@@ -49,6 +49,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     snapshot_interval: int  # tokens
     num_host_blocks: int  # places in host memory for what falls out of the device's cache
     num_host_snapshots: int
+    identity: str  # of the model, this version and all else that cached bytes depend on
     bytes_per_token: int  # paged cache, per rank
     bytes_per_sequence: int  # state, per rank
     weight_bytes: int  # per rank

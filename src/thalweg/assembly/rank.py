@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from thalweg import ops as _ops  # noqa: F401 -- registers every op's implementations
+from thalweg.assembly.identity import cache_identity
 from thalweg.assembly.info import EngineInfo, OpChoice, OpSpan
 from thalweg.assembly.model import open_model
 from thalweg.assembly.warmup import make_kernels, warm_up
@@ -19,11 +22,13 @@ from thalweg.cache.memory import MemorySplit, default_num_seqs, split_memory
 from thalweg.cache.specs import LayerSpecs, bytes_per_sequence, bytes_per_token
 from thalweg.cache.storage import CacheStorage
 from thalweg.config.engine import EngineConfig
-from thalweg.errors import ConfigError
+from thalweg.errors import CheckpointError, ConfigError
 from thalweg.models.decoder import Decoder
 from thalweg.ops.registry import Resolver, Rows, Where, dims_of
 from thalweg.ops.sample import SAMPLE, Sample, SampleDims
 from thalweg.parallel.mesh import Mesh, join_mesh
+from thalweg.runner.cache_file import CacheIndex, newest_image
+from thalweg.runner.cache_file import read as read_file
 from thalweg.runner.graphs import MAX_ROWS, buckets
 from thalweg.runner.prefill_graphs import token_sizes
 from thalweg.runner.slots import SlotTable
@@ -33,6 +38,7 @@ from thalweg.sampling.sampler import Sampler
 from thalweg.sampling.table import SamplingTable
 from thalweg.weights.plan import parameters
 
+_log = logging.getLogger(__name__)
 CPU_NUM_SEQS = 64
 CPU_CACHE_MEMORY = 4 << 30  # default on a CPU, where blocks cost memory only once they are written
 
@@ -81,6 +87,8 @@ def build_rank(
     host = None
     if split.num_host_blocks or split.num_host_snapshots:
         host = HostStorage(cache, split.num_host_blocks, split.num_host_snapshots)
+    identity = cache_identity(config, source, device.type, [repr(layer) for layer in specs])
+    index = read_cache(host, config, identity, mesh, device) if host is not None else None
     graph_sizes = buckets(split.num_slots)
     eager = _why_eager(config, device, resolver, "decodes", graph_sizes[-1])
     graph_sizes = [] if eager else graph_sizes
@@ -89,6 +97,7 @@ def build_rank(
     prefill_sizes = [] if prefills_eager else prefill_sizes
     laps.end("cache")
     runner = ModelRunner(model, slots, Sampler(sampling, sample), mesh, graph_sizes, prefill_sizes, host)
+    runner.identity, runner.cache_index = identity, index
     if device.type == "cuda":
         make_kernels(runner, partial(model, layers=model.one_of_each()), split, config.max_num_batched_tokens)
         laps.end("kernels")
@@ -119,6 +128,7 @@ def build_rank(
         snapshot_interval=config.snapshot_interval,
         num_host_blocks=split.num_host_blocks,
         num_host_snapshots=split.num_host_snapshots,
+        identity=identity,
         bytes_per_token=bytes_per_token(specs),
         bytes_per_sequence=bytes_per_sequence(specs),
         weight_bytes=weight_bytes,
@@ -131,6 +141,28 @@ def build_rank(
         start_seconds=laps.seconds,
     )
     return runner, info
+
+
+def read_cache(
+    host: HostStorage, config: EngineConfig, identity: str, mesh: Mesh, device: torch.device
+) -> CacheIndex | None:
+    """Fill host memory with what an earlier engine wrote into --cache-folder: what it is, or None, on all ranks, if
+    there is nothing, or any rank's file is damaged or of something else, which is logged."""
+    if config.cache_folder is None:
+        return None
+    found = newest_image(Path(config.cache_folder))
+    image, read = -1, None  # type: int, CacheIndex | None
+    if found is not None:
+        try:
+            image, read = read_file(host, found, identity, mesh.tp_rank)
+        except (CheckpointError, OSError) as e:
+            _log.warning("the prefix cache begins empty: %s", e)
+    least, most = mesh.minimum(image, device), -mesh.minimum(-image, device)
+    if least == most and least >= 0:
+        return read
+    if read is not None:
+        _log.warning("the prefix cache begins empty: %s is not whole on every rank", found)
+    return None
 
 
 def resolve_sample(resolver: Resolver, device: torch.device, vocab_size: int) -> Sample:

@@ -29,8 +29,8 @@ class HostStorage:
     def __init__(self, cache: CacheStorage, num_blocks: int, num_snapshots: int) -> None:
         self._cache, self._device = cache, cache.device
         self._cuda = self._device.type == "cuda"
-        self.blocks = _Rows([t.unsqueeze(0) for t in cache.paged], num_blocks, self._device)
-        self.snapshots = _Rows(cache.states, num_snapshots, self._device)
+        self.blocks = Rows([t.unsqueeze(0) for t in cache.paged], num_blocks, self._device)
+        self.snapshots = Rows(cache.states, num_snapshots, self._device)
         self._stream = torch.cuda.Stream(self._device) if self._cuda else None
         self._fetched: torch.cuda.Event | None = None  # when all that was asked for is there; None: it is
         self._targets: tuple[set[int], set[int]] = set(), set()  # blocks and snapshots not known to be there
@@ -61,9 +61,13 @@ class HostStorage:
             self._fetched.record(self._stream)
             self._wait(plan, None)
 
-    def close(self) -> None:
+    def settle(self) -> None:
+        """Wait for all copies."""
         if self._stream is not None:
             self._stream.synchronize()
+
+    def close(self) -> None:
+        self.settle()
         self.blocks.close()
         self.snapshots.close()
 
@@ -83,7 +87,7 @@ class HostStorage:
             targets.clear()
 
 
-class _Rows:
+class Rows:
     """`rows` of host memory, each of which holds a row of every tensor in `parts` [owners, rows, ...] of the device."""
 
     def __init__(self, parts: list[Tensor], count: int, device: torch.device) -> None:
@@ -134,6 +138,19 @@ class _Rows:
                 for i, place, n in _runs([place for place, _ in some]):
                     self._in[i : i + n].copy_(self.rows[place : place + n], non_blocking=True)
                 self._scatter(self._in[: len(some)], [row for _, row in some])
+
+    @property
+    def row_bytes(self) -> int:
+        return self.rows.shape[1] * self.rows.itemsize
+
+    def take(self, sources: list[int]) -> Tensor:
+        """[n, width] on the host: places, and rows of the device as minus their number."""
+        taken = self.rows[[max(source, 0) for source in sources]]
+        there = [i for i, source in enumerate(sources) if source < 0]
+        if there:
+            self._gather([-sources[i] for i in there], into := self._empty(len(there)))
+            taken[there] = into.cpu()
+        return taken
 
     def close(self) -> None:
         if self._pinned:

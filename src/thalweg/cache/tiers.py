@@ -115,6 +115,46 @@ class TieredTree(PrefixTree):
         if node.host_snapshot:
             self._drop_host_snapshot(node)
 
+    # For images of the tree
+
+    @property
+    def has_blocks(self) -> bool:
+        return self._blocks.num_blocks > 0
+
+    def roots(self) -> list[Node]:
+        return list(self._roots.values())
+
+    def root(self, salt: str) -> Node:
+        return self._roots.setdefault(salt, Node(None, salt.encode(), 0, 0))
+
+    def rank(self, node: Node) -> int:
+        """The higher, the later it is given up."""
+        return age(node)
+
+    def adopt(self, parent: Node, key: bytes, stamp: int, snapshot: int) -> Node:
+        """A node that host memory has in its next free place, and a snapshot, unless 0, if there is room."""
+        node = parent.children[key] = Node(parent, key, 0, 0)
+        node.stamp = stamp
+        if parent.parent is None:
+            self._first[key] += 1
+        if self.has_blocks:
+            node.here = False
+            (node.host_block,) = self.host.blocks.allocate(1)
+        else:
+            parent.near += 1
+            self.num_nodes += 1
+            self.num_evictable += 1
+        if snapshot and self.host.snapshots.num_free:
+            node.host_snapshot = self.host.snapshots.allocate()
+        return node
+
+    def adopted(self, node: Node) -> None:
+        """All nodes are there. To be called for each, the least worth first."""
+        if node.host_snapshot:
+            self._list(node, self._snapshots_alone)
+        if not node.gone and not node.children:
+            self._offer(node)
+
     def _fetch(self, node: Node, restored: Collection[int]) -> bool:
         missing = [each for each in _path(node) if not each.here]
         if len(missing) > self._blocks.num_free + self.num_evictable:

@@ -120,6 +120,17 @@ def engine_config(
             " when a prompt needs it. Default: none.",
         ),
     ] = None,
+    cache_folder: Annotated[
+        str | None,
+        _engine(
+            metavar="FOLDER",
+            help="Write what --cpu-cache-memory holds there at the end, and read it at the next start of the same"
+            " model. It has what prompts said.",
+        ),
+    ] = None,
+    cache_folder_size: Annotated[
+        str | None, _engine(metavar="SIZE", help="How much that may be, over all ranks. Default: all of it.")
+    ] = None,
     cache_memory: Annotated[
         str | None,
         _engine(
@@ -198,6 +209,8 @@ def engine_config(
         enable_prefix_caching=enable_prefix_caching,
         snapshot_interval=parse_size(snapshot_interval, "--snapshot-interval"),
         cpu_cache_memory=_size(cpu_cache_memory, "--cpu-cache-memory"),
+        cache_folder=cache_folder,
+        cache_folder_size=_size(cache_folder_size, "--cache-folder-size"),
         cache_memory=_size(cache_memory, "--cache-memory"),
         gpu_memory_utilization=gpu_memory_utilization,
         tensor_parallel_size=tensor_parallel_size,

@@ -36,13 +36,15 @@ class EngineConfig:
     `enable_prefix_caching` None means yes on a CPU and no elsewhere, where its tests have yet to be seen to pass.
     `snapshot_interval` is the number of prompt tokens after which the prefix cache takes a further snapshot of a
     model's states. `cpu_cache_memory` is bytes of host memory per rank for what falls out of the prefix cache on the
-    device, which is on if they are given. `quantization` "fp8" quantizes the experts' weights as they are loaded.
-    `generation_config` says where sampling defaults come from: the model's generation_config.json ("auto"), that of
-    another folder, or the engine's own ("vllm", "none"). Steps with at most `prefill_graph_tokens` tokens of prompts
-    run as CUDA graphs, as far as there are graphs for so many. `dequantize` brings weights in GGUF's blocks to
-    `dtype` as they are loaded; None means that on an accelerator, whose kernels want them so, and not on a CPU.
-    config.json is read as though the keys in `ignore_config_key` were not in it. `op_preference` maps an op's name,
-    or "*", to the implementation that must serve it.
+    device, which is on if they are given. `cache_folder` is a folder that host memory's part of the prefix cache is
+    written to when the engine ends, and read from when it starts, at most `cache_folder_size` bytes over all ranks.
+    `quantization` "fp8" quantizes the experts' weights as they are loaded. `generation_config` says where sampling
+    defaults come from: the model's generation_config.json ("auto"), that of another folder, or the engine's own
+    ("vllm", "none"). Steps with at most `prefill_graph_tokens` tokens of prompts run as CUDA graphs, as far as there
+    are graphs for so many. `dequantize` brings weights in GGUF's blocks to `dtype` as they are loaded; None means
+    that on an accelerator, whose kernels want them so, and not on a CPU. config.json is read as though the keys in
+    `ignore_config_key` were not in it. `op_preference` maps an op's name, or "*", to the implementation that must
+    serve it.
     """
 
     model: str | None = None
@@ -62,6 +64,8 @@ class EngineConfig:
     enable_prefix_caching: bool | None = None
     snapshot_interval: int = 8192
     cpu_cache_memory: int | None = None
+    cache_folder: str | None = None
+    cache_folder_size: int | None = None
     cache_memory: int | None = None
     gpu_memory_utilization: float = 0.9
     tensor_parallel_size: int = 1
@@ -84,6 +88,7 @@ class EngineConfig:
         self._integer("block_size", 1, 65_536)
         self._integer("cache_memory", 1, 2**50, optional=True)
         self._integer("cpu_cache_memory", 1, 2**50, optional=True)
+        self._integer("cache_folder_size", 1, 2**50, optional=True)
         self._integer("tensor_parallel_size", 1, MAX_TENSOR_PARALLEL)
         self._integer("num_layers", 1, 1_000, optional=True)
         self._integer("seed", -(2**63), 2**64 - 1)
@@ -124,6 +129,10 @@ class EngineConfig:
         self._need(isinstance(self.enable_prefix_caching, bool | None), "enable_prefix_caching", "true, false or None")
         if self.cpu_cache_memory is not None and self.enable_prefix_caching is False:
             raise ConfigError("--cpu-cache-memory is for the prefix cache, which --no-enable-prefix-caching turns off")
+        if self.cache_folder is not None and self.cpu_cache_memory is None:
+            raise ConfigError("--cache-folder keeps what is in host memory; expected --cpu-cache-memory too")
+        if self.cache_folder_size is not None and self.cache_folder is None:
+            raise ConfigError("--cache-folder-size is given without --cache-folder; expected both")
         self._need(isinstance(self.dequantize, bool | None), "dequantize", "true or false")
         device = self.device
         self._need(isinstance(device, str) and bool(_DEVICE.fullmatch(device)), "device", "auto, cpu, cuda or cuda:N")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, SupportsIndex, cast
 
@@ -52,6 +53,8 @@ class LLM:
         enable_prefix_caching: bool | None = None,
         snapshot_interval: int = 8192,
         cpu_cache_memory: int | None = None,
+        cache_folder: str | None = None,
+        cache_folder_size: int | None = None,
         cache_memory: int | None = None,
         gpu_memory_utilization: float = 0.9,
         tensor_parallel_size: int = 1,
@@ -83,6 +86,8 @@ class LLM:
             enable_prefix_caching=enable_prefix_caching,
             snapshot_interval=snapshot_interval,
             cpu_cache_memory=cpu_cache_memory,
+            cache_folder=None if cache_folder is None else str(cache_folder),
+            cache_folder_size=cache_folder_size,
             cache_memory=cache_memory,
             gpu_memory_utilization=gpu_memory_utilization,
             tensor_parallel_size=tensor_parallel_size,
@@ -197,6 +202,11 @@ class LLM:
         if prompt is None:
             return self._sessions.get(name, cache_salt)
         return self._sessions.add(name, prompt, cache_salt)
+
+    def load_session(self, path: str | Path, name: str) -> Session:
+        """The session that Session.write wrote, under a name; what is not cached of it is computed. Raises
+        InvalidRequest if the file is damaged or of another model or version, SessionConflict."""
+        return self._sessions.load(Path(path), name)
 
     def fork(self, session: Session | str, names: Sequence[str] | int, *, cache_salt: str = "") -> list[Session]:
         """Sessions that go on from where `session` is, by their names, or so many of them: NAME/1, NAME/2, ... What was

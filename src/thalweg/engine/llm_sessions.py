@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
 from msgspec.structs import replace
 
 from thalweg.core import SamplingParams
-from thalweg.engine.sessions import SavedSession, SessionLimits, Sessions
+from thalweg.engine.sessions import (
+    FILE_FORMAT,
+    SavedSession,
+    SessionFile,
+    SessionLimits,
+    Sessions,
+    read_session_file,
+)
 from thalweg.errors import InvalidRequest, SessionConflict
 from thalweg.text.prompts import Prompt, encode_prompt
 from thalweg.text.results import RequestOutput
@@ -47,6 +57,13 @@ class Session:
         """Back to a saved point, by its index in `points`. Raises InvalidRequest, SessionNotFound."""
         self._owner.roll_back(self._saved, point)
 
+    def write(self, path: str | Path) -> None:
+        """Write its tokens and points to a file, for LLM.load_session. What was computed of them stays in the engine,
+        or in its --cache-folder. Raises OSError."""
+        identity = self._owner.identity
+        saved = SessionFile(FILE_FORMAT, identity, self._saved.salt, self.points, self.token_ids)
+        Path(path).write_bytes(msgspec.json.encode(saved))
+
     def delete(self) -> None:
         """Forget it. What is cached of it then makes room like everything else."""
         self._owner.registry.delete(self._saved)
@@ -64,12 +81,24 @@ class LLMSessions:
         llm = self._llm
         ids = encode_prompt(prompt, llm.tokenizer, llm.info.vocab_size)
         self.registry.check_new([name], len(ids), 1)
-        output = llm.generate([ids], SamplingParams(max_tokens=0, cache_salt=salt))[0]
-        if output.error is not None:
-            raise InvalidRequest(f"the prompt could not be computed: {output.error}")
+        self._compute(ids, salt)
         saved = self.registry.add(name, ids, salt=salt)
         self._keep(saved)
         return Session(self, saved)
+
+    @property
+    def identity(self) -> str:
+        return self._llm.info.identity
+
+    def load(self, path: Path, name: str) -> Session:
+        found = read_session_file(path, self.identity, self._llm.info.vocab_size)
+        session = self.add(name, found.token_ids[: found.points[0]], found.salt)
+        saved = session._saved
+        for start, end in pairwise(found.points):
+            self.registry.extend(saved, saved.version, found.token_ids[start:end])
+            self._compute(saved.ids, saved.salt)
+            self._keep(saved)
+        return session
 
     def get(self, name: str, salt: str) -> Session:
         return Session(self, self.registry.get(name, salt=salt))
@@ -98,6 +127,11 @@ class LLMSessions:
     def roll_back(self, saved: SavedSession, point: int) -> None:
         self._check(saved)
         self.registry.roll_back(saved, point)
+
+    def _compute(self, ids: list[int], salt: str) -> None:
+        output = self._llm.generate([ids], SamplingParams(max_tokens=0, cache_salt=salt))[0]
+        if output.error is not None:
+            raise InvalidRequest(f"the prompt could not be computed: {output.error}")
 
     def _check(self, saved: SavedSession) -> None:
         if self.registry.get(saved.name, saved.owner, saved.salt) is not saved:

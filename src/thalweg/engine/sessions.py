@@ -9,11 +9,15 @@ import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
 
 from thalweg.errors import ConfigError, InvalidRequest, SessionConflict, SessionNotFound
 
 _NAME = re.compile(r"[\w.:/-]{1,128}", re.ASCII)
 MAX_FORKS = 256  # of one call
+FILE_FORMAT = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +63,35 @@ class SavedSession:
     @property
     def ids(self) -> list[int]:
         return self.token_ids.tolist()
+
+
+class SessionFile(msgspec.Struct, frozen=True):
+    """A session as it is written down, in JSON. `identity`: of the model and all else that its computing depends on."""
+
+    format: int
+    identity: str
+    salt: str
+    points: list[int]
+    token_ids: list[int]
+
+
+def read_session_file(path: Path, identity: str, vocab_size: int) -> SessionFile:
+    """Raises InvalidRequest, one line, if it cannot be read, is damaged, or is of another model or version."""
+    try:
+        found = msgspec.json.decode(path.read_bytes(), type=SessionFile)
+    except (OSError, msgspec.DecodeError) as e:
+        reason = e.strerror if isinstance(e, OSError) else e
+        raise InvalidRequest(f"session file {path} cannot be read: {reason}") from None
+    if found.format != FILE_FORMAT or found.identity != identity:
+        raise InvalidRequest(f"session file {path} is of another model, version, dtype or layout of the cache")
+    ends, ids = found.points, found.token_ids
+    if not ends or ends != sorted(ends) or ends[0] < 1 or ends[-1] != len(ids) or not _are_ids(ids, vocab_size):
+        raise InvalidRequest(f"session file {path} contradicts itself")
+    return found
+
+
+def _are_ids(ids: list[int], vocab_size: int) -> bool:
+    return min(ids) >= 0 and max(ids) < vocab_size
 
 
 class Sessions:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from concurrent.futures import Future
 from pathlib import Path
@@ -10,13 +11,17 @@ from typing import Any
 from thalweg.assembly.info import EngineInfo
 from thalweg.assembly.source import open_source
 from thalweg.cache.manager import CacheManager
+from thalweg.cache.tiers import TieredTree
 from thalweg.config.engine import EngineConfig
 from thalweg.core import StepPlan, StepResult
+from thalweg.engine import cache_folder
 from thalweg.engine.core import EngineCore
 from thalweg.engine.processes.ranks import OtherRanks
 from thalweg.engine.pump import Pump
 from thalweg.engine.recording import Recording
+from thalweg.errors import EngineDeadError
 from thalweg.recorder.orders import Order
+from thalweg.runner.cache_file import CacheIndex
 from thalweg.runner.executor import Executor, Runner
 from thalweg.sampling.grammars import Grammars, Vocabulary
 from thalweg.scheduler.scheduler import Scheduler
@@ -38,13 +43,18 @@ class Engine:
             source.plan(0, config.tensor_parallel_size)  # refuses what ranks do not divide
         self.ranks = OtherRanks(config, folder) if config.tensor_parallel_size > 1 else None
 
+        self._config = config
+        if config.cache_folder is not None:
+            cache_folder.prepare(config.cache_folder)
         self.grammars = Grammars(lambda: _vocabulary(config))
+        cached: list[CacheIndex | None] = []
 
         def build() -> tuple[Runner, EngineInfo]:
             from thalweg.assembly.rank import build_rank  # torch comes in on the rank's own thread
             from thalweg.recorder.window import RecordedRunner
 
             runner, info = build_rank(config, 0, self.ranks.rendezvous_file if self.ranks else "", self.grammars)
+            cached.append(runner.cache_index)
             return RecordedRunner(runner), info
 
         self._executor: Executor[EngineInfo] = Executor(build, self.ranks.send if self.ranks else None)
@@ -57,6 +67,9 @@ class Engine:
             raise
         self.recording = Recording(self._executor, config.tensor_parallel_size)
         scheduler = new_scheduler(info, config.seed)
+        tree = scheduler.cache.tree
+        if isinstance(tree, TieredTree) and cached[0] is not None:
+            cache_folder.restore(tree, cached[0], info)
         self.core = EngineCore(scheduler, self._executor, config.step_timeout, self.recording.submit)
         self.pump = Pump(self.core)
 
@@ -69,11 +82,24 @@ class Engine:
         return self._executor.order(order)
 
     def close(self) -> None:
+        self._save_cache()
         self.grammars.close()
         self._executor.close()
         if self.ranks is not None:
             # A build that failed elsewhere may still be on its way to meet the ranks; it holds on to this object.
             self.ranks.close(keep_folder=self._executor.running)
+
+    def _save_cache(self) -> None:
+        """Write the prefix cache down, if that is wanted and the ranks live."""
+        core = getattr(self, "core", None)
+        if self._config.cache_folder is None or core is None:
+            return
+        tree = core.scheduler.cache.tree
+        with contextlib.suppress(EngineDeadError):
+            core.check()
+            if isinstance(tree, TieredTree):
+                size = self._config.cache_folder_size
+                cache_folder.save(tree, self.info, Path(self._config.cache_folder), size, self.order)
 
 
 def new_scheduler(info: EngineInfo, seed: int) -> Scheduler:

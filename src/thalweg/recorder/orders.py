@@ -6,6 +6,8 @@ from pathlib import Path
 
 import msgspec
 
+from thalweg.core import SaveCache
+
 
 class StartRecording(msgspec.Struct, frozen=True, array_like=True, tag="record"):
     """Record the steps from the next one on."""
@@ -27,7 +29,7 @@ class MeasureLink(msgspec.Struct, frozen=True, array_like=True, tag="link"):
     size: int
 
 
-Order = StartRecording | StopRecording | FillCache | MeasureLink
+Order = StartRecording | StopRecording | FillCache | MeasureLink | SaveCache
 
 
 class Recorded(msgspec.Struct, frozen=True):

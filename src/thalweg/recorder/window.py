@@ -14,7 +14,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from thalweg import tracing
-from thalweg.core import StepPlan, StepResult
+from thalweg.core import SaveCache, StepPlan, StepResult
 from thalweg.errors import ThalwegError
 from thalweg.recorder.measure import fill_cache, link_bytes_per_s
 from thalweg.recorder.orders import FillCache, MeasureLink, Order, Recorded, StartRecording, rank_file
@@ -73,6 +73,9 @@ class RecordedRunner:
             return None
         if isinstance(order, MeasureLink):
             return link_bytes_per_s(self._runner, order.size)
+        if isinstance(order, SaveCache):
+            self._runner.save_cache(order)
+            return None
         if isinstance(order, StartRecording) == (self._profile is not None):
             raise ThalwegError(f"rank {self._rank} is {'not ' * (self._profile is None)}recording")
         if isinstance(order, StartRecording):

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from thalweg import tracing
 from thalweg.cache.host_storage import HostStorage
-from thalweg.core import Prefill, StepPlan, StepResult
+from thalweg.core import Prefill, SaveCache, StepPlan, StepResult
 from thalweg.ops.host_tables import to_device
 from thalweg.parallel.mesh import Mesh
+from thalweg.runner import cache_file
 from thalweg.runner.batch import BatchBuilder
 from thalweg.runner.graphs import DecodeGraphs, Model
 from thalweg.runner.prefill_graphs import PrefillGraphs, Shape
@@ -46,6 +47,8 @@ class ModelRunner:
         `host`: the cache's second tier."""
         self.model, self.slots, self._sampler, self.mesh = model, slots, sampler, mesh
         self.host = host
+        self.identity = ""  # of the model and all that cached bytes depend on
+        self.cache_index: cache_file.CacheIndex | None = None  # of what host memory was filled with
         self._batches = BatchBuilder(slots)
         self.waits = slots.device.type == "cuda"
         self._readback = Readback(slots.device)
@@ -115,6 +118,13 @@ class ModelRunner:
             return replace(result, fetching=True) if host.fetching() else result
 
         return told
+
+    @torch.inference_mode()
+    def save_cache(self, order: SaveCache) -> None:
+        """Write this rank's part of the prefix cache down. Raises OSError."""
+        assert self.host is not None
+        self.host.settle()
+        cache_file.write(self.host, self.slots.cache, order, self.identity, self.mesh.tp_rank)
 
     def close(self) -> None:
         if self.host is not None:

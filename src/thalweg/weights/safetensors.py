@@ -95,6 +95,11 @@ class SafetensorsFile:
         stop = info.shape[dim] if stop is None else stop
         return tensor.narrow(dim, start, stop - start)
 
+    def raw(self, name: str) -> Tensor:
+        """The tensor's bytes, uint8 [n]. Not a copy."""
+        info = self.tensors[name]
+        return self._bytes[info.start : info.stop]
+
 
 def unsupported_dtype(name: str, dtype: str, path: Path, expected: str | None = None) -> str:
     """The line that says why a tensor's dtype cannot be loaded where `expected` is (None: a plain number)."""

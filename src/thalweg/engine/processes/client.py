@@ -28,6 +28,7 @@ from thalweg.text.output import Delta, OutputProcessor, TextReader
 from thalweg.text.prompts import check_params, check_token_ids
 
 MAX_UNREAD = 16_384  # updates that may wait for whoever asked for them
+SAVE_SECONDS = 900.0  # that an engine may take to end when it writes its cache to --cache-folder
 SILENCE = 1.5  # step timeouts without a word after which an engine that has work is taken to hang
 
 
@@ -198,7 +199,8 @@ class EngineClient:
         self._lose(EngineDeadError("the engine was closed"))
         for task in self._tasks:
             task.cancel()
-        await self._end_process()
+        # It may have a cache to write down first.
+        await self._end_process(10.0 if self.config.cache_folder is None else SAVE_SECONDS)
 
     def _post(self, message: m.ToEngine) -> None:
         """Send without waiting, so that cancelled tasks can too. The queue has no limit; a dead engine gets nothing,

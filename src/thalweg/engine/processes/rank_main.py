@@ -34,8 +34,8 @@ def main(address: str) -> int:
             continue
         try:
             runner.obey(message)
-        except Exception as e:  # noqa: BLE001 -- the trace will lack this rank, which is said; steps go on
-            print(f"thalweg rank {start.tp_rank}: no trace: {e}", file=sys.stderr, flush=True)
+        except Exception as e:  # noqa: BLE001 -- rank 0 misses this rank's file, and says so; steps go on
+            print(f"thalweg rank {start.tp_rank}: {type(message).__name__} failed: {e}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,149 @@
+"""The prefix cache on disk: what an engine wrote, the next one of the same model goes on from, and nothing else."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.models.test_prefix_cache import GREEDY, engine, ids, model_of, one_by_one, tokens
+from thalweg import LLM
+from thalweg.errors import ConfigError
+
+PROMPTS = [ids(150), ids(150)[:140] + ids(30, 1), ids(200, 5), ids(90, 6)]
+OPTIONS = {"cpu_cache_memory": 16 << 20, "max_model_len": 512}
+
+
+@pytest.fixture(params=["kimi_linear", "tiny_gdn", "kimi_k2"])
+def model(request: pytest.FixtureRequest) -> str | None:
+    shared = request.getfixturevalue("shared_dir") if request.param == "kimi_k2" else Path()
+    return model_of(request.param, shared)
+
+
+def opened(model: str | None, folder: Path, **options: Any) -> LLM:
+    return engine(model, cache_folder=str(folder), **{**OPTIONS, **options})
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("image-*/*"))
+
+
+def test_a_restart_finds_what_was_cached(model: str | None, tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    with engine(model, on=False) as llm:
+        cold = tokens(one_by_one(llm, PROMPTS))
+    with opened(model, folder) as llm:
+        assert tokens(one_by_one(llm, PROMPTS)) == cold
+        warm = one_by_one(llm, PROMPTS)
+    (file,) = files(folder)
+    assert file.name == "rank-0.safetensors"
+    assert os.stat(folder).st_mode & 0o077 == os.stat(file).st_mode & 0o077 == 0
+    for _ in range(2):
+        with opened(model, folder) as llm:
+            again = one_by_one(llm, PROMPTS)
+            assert tokens(again) == cold
+            assert [o.num_cached_tokens for o in again] == [o.num_cached_tokens for o in warm]
+            assert llm.engine.core.stats().prefix_host_hits > 0
+    assert len(files(folder)) == 1
+
+
+def test_less_room_and_a_size_limit_keep_what_was_used_last(tmp_path: Path) -> None:
+    with opened(None, tmp_path) as llm:
+        block, states = llm.info.bytes_per_token * 64, llm.info.bytes_per_sequence
+        one_by_one(llm, PROMPTS)
+    limit = files(tmp_path)[0].stat().st_size // 2
+    with opened(None, tmp_path, cpu_cache_memory=6 * (block + states)) as llm:
+        assert llm.generate([PROMPTS[3]], GREEDY)[0].num_cached_tokens == 64
+    with opened(None, tmp_path, cache_folder_size=limit) as llm:
+        one_by_one(llm, PROMPTS)
+    assert files(tmp_path)[0].stat().st_size < limit + 4096
+
+
+@pytest.mark.parametrize("damage", ["bytes", "cut", "header", "other", "empty", "index"])
+def test_a_damaged_or_foreign_file_is_refused_and_never_served(
+    damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with engine(None, on=False) as llm:
+        cold = tokens(one_by_one(llm, PROMPTS))
+    with opened(None, tmp_path) as llm:
+        one_by_one(llm, PROMPTS)
+    (file,) = files(tmp_path)
+    data = bytearray(file.read_bytes())
+    if damage == "bytes":
+        data[-1000] ^= 1
+    elif damage == "cut":
+        del data[-1000:]
+    elif damage == "header":
+        data[:8] = b"\xff" * 8
+    elif damage == "other":
+        data = data.replace(b'"identity":"', b'"identity":"x')[: len(data)]
+    elif damage == "empty":
+        data.clear()
+    elif damage == "index":
+        at = data.index(b'"crc32"') + 300
+        data[at] ^= 0xFF
+    file.write_bytes(data)
+    with caplog.at_level(logging.WARNING), opened(None, tmp_path) as llm:
+        again = one_by_one(llm, PROMPTS)
+    assert tokens(again) == cold
+    assert again[0].num_cached_tokens == 0
+    (line,) = [message for message in caplog.messages if "begins empty" in message]
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"block_size": 32}, {"state_dtype": "bfloat16"}])
+def test_other_options_read_nothing(options: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with opened(None, tmp_path) as llm:
+        one_by_one(llm, PROMPTS[:1])
+    with caplog.at_level(logging.WARNING), opened(None, tmp_path, **options) as llm:
+        assert one_by_one(llm, PROMPTS[:1])[0].num_cached_tokens == 0
+    assert "is of another model, version, dtype or layout" in caplog.text
+
+
+def test_another_model_reads_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with opened(None, tmp_path) as llm:
+        one_by_one(llm, PROMPTS[:1])
+    with caplog.at_level(logging.WARNING), opened(model_of("tiny_gdn", Path()), tmp_path) as llm:
+        assert one_by_one(llm, PROMPTS[:1])[0].num_cached_tokens == 0
+    assert "is of another model" in caplog.text
+
+
+def test_salts_stay_apart(tmp_path: Path) -> None:
+    from msgspec.structs import replace
+
+    with opened(None, tmp_path) as llm:
+        llm.generate([PROMPTS[0]], replace(GREEDY, cache_salt="mine"))
+    with opened(None, tmp_path) as llm:
+        assert llm.generate([PROMPTS[0]], GREEDY)[0].num_cached_tokens == 0
+        assert llm.generate([PROMPTS[0]], replace(GREEDY, cache_salt="mine"))[0].num_cached_tokens == 128
+
+
+def test_options_that_need_each_other() -> None:
+    with pytest.raises(ConfigError, match="expected --cpu-cache-memory too"):
+        LLM(cache_folder="x")
+    with pytest.raises(ConfigError, match="--cache-folder-size is given without"):
+        LLM(cache_folder_size=1, cpu_cache_memory=1 << 20)
+    with pytest.raises(ConfigError, match="--cache-folder is '/proc/x', which cannot be made"):
+        LLM(cache_folder="/proc/x", cpu_cache_memory=1 << 24)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["kimi_linear", "tiny_gdn"])
+def test_ranks_write_and_read_together(name: str, tmp_path: Path) -> None:
+    model = model_of(name, Path())
+    with engine(model, on=False) as llm:
+        cold = tokens(one_by_one(llm, PROMPTS))
+    for first in (True, False):
+        with opened(model, tmp_path, tensor_parallel_size=2) as llm:
+            outputs = one_by_one(llm, PROMPTS)
+            assert tokens(outputs) == cold
+            assert bool(outputs[0].num_cached_tokens) is not first
+        assert [path.name for path in files(tmp_path)] == ["rank-0.safetensors", "rank-1.safetensors"]
+    files(tmp_path)[1].write_bytes(b"")
+    with opened(model, tmp_path, tensor_parallel_size=2) as llm:
+        outputs = one_by_one(llm, PROMPTS)
+        assert tokens(outputs) == cold
+        assert outputs[0].num_cached_tokens == 0
