@@ -144,14 +144,14 @@ def install(app: FastAPI) -> None:
     """Have every failed request of `app` answered in the shape of its API."""
 
     async def handle(request: Request, error: Exception) -> Response:
-        return told(request, error).response(request.url.path)
+        return told(request, error).response(request.scope["path"])
 
     async def handle_http(request: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException) and error.status_code in (404, 405):
             message = f"{request.method} {request.url.path[:200]} is not a route of this server; see /docs"
             headers = dict(error.headers or {})
             error = ApiError(error.status_code, message, code="unknown_route", headers=headers)
-        return told(request, error).response(request.url.path)
+        return told(request, error).response(request.scope["path"])
 
     for kind in (ApiError, ThalwegError, RequestValidationError, Exception):
         app.add_exception_handler(kind, handle)
