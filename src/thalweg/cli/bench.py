@@ -97,6 +97,7 @@ def latency(
         "seed": config.seed,
         "temperature": temperature,
         "decode_steps": info.decode_steps.split(" of ")[0],
+        "prefill_steps": info.prefill_steps.split(" of ")[0],
         "start_s": round(start_s, 1),
     }
     write_json(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,15 +14,24 @@ def captured(step: Callable[[], None], pool: Any, warm_up: int = 0) -> tuple[Cal
     needs of libraries. Graphs of one pool share memory, so they must not run at the same time, and none may rely on
     what an earlier run of it left there.
 
-    Other threads may go on with what is theirs, as waiting for results, meanwhile.
+    Other threads may go on with what is theirs, as waiting for results, meanwhile. Memory that is cached for eager
+    steps stays cached, or the next of them would wait until all of it is allocated anew.
     """
-    stream = torch.cuda.Stream()
+    graph, stream = torch.cuda.CUDAGraph(), _stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(warm_up):
             step()
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        try:
+            step()
+        finally:
+            graph.capture_end()
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        step()
     return graph.replay, pool or graph.pool()
+
+
+@cache
+def _stream(device: int) -> torch.cuda.Stream:
+    """One for all captures on a device, as memory of a pool is shared within a stream."""
+    return torch.cuda.Stream(device)
