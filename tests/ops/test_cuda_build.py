@@ -4,6 +4,7 @@ that fails says which kernel it was and why."""
 from __future__ import annotations
 
 import sys
+import threading
 from enum import IntEnum
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -14,6 +15,7 @@ import torch
 
 from thalweg.errors import KernelError
 from thalweg.ops.toolchain import cuda_build
+from thalweg.ops.toolchain.triton_compile import compiled_together
 
 
 def test_a_source_is_compiled_once_for_all_it_depends_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,6 +136,32 @@ def test_a_kernel_that_cannot_be_loaded_says_which_and_why(driver: Driver) -> No
     said = r"few of some.cu could not be loaded: CUDA_ERROR_INVALID_IMAGE \(200\): device kernel image is invalid"
     with pytest.raises(KernelError, match=said):
         cuda_build.CudaKernel(Path("some.cu"), "few", 256)
+
+
+def test_kernels_met_in_a_rehearsal_compile_beside_it_and_are_loaded_when_they_are_launched(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton.runtime._async_compile")
+    go, threads, loaded = threading.Event(), [], []
+
+    def compile(*_: Any, **__: Any) -> bytes:
+        assert go.wait(10)
+        threads.append(threading.current_thread().name)
+        return b"code"
+
+    monkeypatch.setattr(cuda_build, "cached_cubin", compile)
+    load = driver.cuModuleLoadData
+    monkeypatch.setattr(driver, "cuModuleLoadData", lambda code: loaded.append(code) or load(code), raising=False)
+    with compiled_together():
+        kernel, other = (cuda_build.CudaKernel(Path("some.cu"), name, 256) for name in ("few", "many"))
+        kernel.launch((1, 1, 1), 0)
+        go.set()
+        assert other.shared_limit == 231424  # which some have to know: it waits
+    assert len(threads) == 2
+    assert all(name.startswith("thalweg-compile") for name in threads)
+    assert (loaded, driver.launched) == ([b"code"], [])
+    kernel.launch((1, 1, 1), 0)
+    assert (loaded, len(driver.launched)) == ([b"code"] * 2, 1)
 
 
 @pytest.mark.gpu

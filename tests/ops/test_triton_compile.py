@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from thalweg.ops.toolchain.triton_compile import compiled_together, rehearsing
+from thalweg.ops.toolchain.triton_compile import beside, compiled_together, rehearsing
 
 
 @pytest.fixture
@@ -128,3 +128,28 @@ def test_a_kernel_that_fails_ends_the_rehearsal_with_its_error(at: str) -> None:
         rehearse()
     assert not rehearsing()
     assert active_mode.get() is None
+
+
+def test_what_compiles_beside_a_rehearsal_is_done_at_its_end() -> None:
+    pytest.importorskip("triton.runtime._async_compile")
+    go, threads = threading.Event(), []
+
+    def compile() -> bytes:
+        assert go.wait(10)
+        threads.append(threading.current_thread().name)
+        return b"code"
+
+    with compiled_together():
+        futures = [beside(compile) for _ in range(3)]
+        assert not futures[0].done()
+        go.set()
+    assert [future.result(0) for future in futures] == [b"code"] * 3
+    assert all(name.startswith("thalweg-compile") for name in threads)
+
+    def rehearse() -> None:
+        with compiled_together():
+            beside(lambda: 1 / 0)
+
+    with pytest.raises(ZeroDivisionError):
+        rehearse()
+    assert not rehearsing()

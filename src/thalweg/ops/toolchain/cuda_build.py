@@ -11,8 +11,8 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-from collections.abc import Sequence
-from functools import cache, partial
+from collections.abc import Callable, Sequence
+from functools import cache, cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from thalweg.errors import KernelError
 from thalweg.ops.registry import Refusal, Where
-from thalweg.ops.toolchain.triton_compile import rehearsing
+from thalweg.ops.toolchain.triton_compile import beside, rehearsing
 
 HEADERS = tuple(Path(__file__).with_name(name) for name in ("hopper.cuh", "matrix_unit.cuh"))
 
@@ -43,33 +43,50 @@ def why_not(where: Where) -> Refusal:
 
 
 class CudaKernel:
-    """One `extern "C"` kernel of a source file, compiled for the current device with the given macros."""
+    """One `extern "C"` kernel of a source file, compiled for the current device with the given macros: at once, or in a
+    rehearsal beside it, and then loaded when it is first asked for."""
 
     def __init__(self, source: Path, name: str, threads: int, **macros: int) -> None:
-        from cuda.bindings import driver
-
         self.name, self._threads = f"{name} of {source.name}", threads
-        check = partial(_check, during=f"{self.name} could not be loaded")
         major, minor = torch.cuda.get_device_capability()
         own = "a" if (major, minor) == (9, 0) else ""  # with the instructions that Hopper alone has
-        module = check(driver.cuModuleLoadData(cached_cubin(source, f"sm_{major}{minor}{own}", **macros)))
-        self._function = check(driver.cuModuleGetFunction(module, name.encode()))
+        read = partial(cached_cubin, source, f"sm_{major}{minor}{own}", **macros)
+        self._function_name = name.encode()
+        self._code: Callable[[], bytes] = read
+        if rehearsing():
+            self._code = beside(read).result
+        else:
+            self._loaded  # noqa: B018 -- whoever makes it is told if it cannot be
+
+    @property
+    def shared_limit(self) -> int:
+        """Bytes of shared memory that a launch may ask for."""
+        return self._loaded[1]
+
+    @cached_property
+    def _loaded(self) -> tuple[Any, int]:
+        """The function, and its shared_limit."""
+        from cuda.bindings import driver
+
+        check = partial(_check, during=f"{self.name} could not be loaded")
+        module = check(driver.cuModuleLoadData(self._code()))
+        function = check(driver.cuModuleGetFunction(module, self._function_name))
         limit = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
         fixed = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES
         dynamic = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        self.shared_limit: int = check(driver.cuDeviceGetAttribute(limit, torch.cuda.current_device()))
-        self.shared_limit -= check(driver.cuFuncGetAttribute(fixed, self._function))
-        """Bytes of shared memory that a launch may ask for."""
-        check(driver.cuFuncSetAttribute(self._function, dynamic, self.shared_limit))
+        shared_limit: int = check(driver.cuDeviceGetAttribute(limit, torch.cuda.current_device()))
+        shared_limit -= check(driver.cuFuncGetAttribute(fixed, function))
+        check(driver.cuFuncSetAttribute(function, dynamic, shared_limit))
         larger = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
-        check(driver.cuFuncSetAttribute(self._function, larger, 1))  # up to 16 blocks, of those who have clusters
+        check(driver.cuFuncSetAttribute(function, larger, 1))  # up to 16 blocks, of those who have clusters
+        return function, shared_limit
 
     def at_once(self, shared_bytes: int, cluster: int) -> int:
         """Clusters of so many blocks that the device runs at a time."""
         from cuda.bindings import driver
 
         config = self._config((cluster, 1, 1), shared_bytes, cluster)
-        found: int = _check(driver.cuOccupancyMaxActiveClusters(self._function, config), f"{self.name}, its clusters")
+        found: int = _check(driver.cuOccupancyMaxActiveClusters(self._loaded[0], config), f"{self.name}, its clusters")
         return found
 
     def _config(self, grid: tuple[int, int, int], shared_bytes: int, cluster: int) -> Any:
@@ -112,7 +129,7 @@ class CudaKernel:
         config = self._config(grid, shared_bytes, cluster)
         pairs = [(ctypes.c_void_p, a.data_ptr()) if isinstance(a, Tensor) else a for a in args]
         values, types = tuple(v for _, v in pairs), tuple(t for t, _ in pairs)
-        (status,) = driver.cuLaunchKernelEx(config, self._function, (values, types), 0)
+        (status,) = driver.cuLaunchKernelEx(config, self._loaded[0], (values, types), 0)
         runtime = runtime_error()
         if status or runtime:
             shape = f"grid {grid}, block ({self._threads}, 1, 1), {shared_bytes} bytes of shared memory"

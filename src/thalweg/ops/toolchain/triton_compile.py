@@ -8,10 +8,12 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.overrides import TorchFunctionMode
+
+T = TypeVar("T")
 
 MAX_THREADS = 32
 SWITCH_S = 0.0005  # how long a thread that compiles may keep the interpreter from the one that rehearses
@@ -32,8 +34,8 @@ _EMPTY_TO_ZEROS = {
 @contextmanager
 def compiled_together() -> Iterator[None]:
     """Inside, Triton kernels of this thread are handed to threads that compile and load them and are not launched; at
-    the end all are ready. Those in CUDA C++ are compiled as they come and not launched either (`rehearsing`). Other
-    threads, as those of another engine, launch theirs as ever.
+    the end all are ready. Those in CUDA C++ are compiled there too (`beside`), and not launched either (`rehearsing`).
+    Other threads, as those of another engine, launch theirs as ever.
 
     What a kernel would have written is zeros instead, in tensors made by torch.empty and its kin, so that ids taken
     from them stay in range. Without Triton, or with one that compiles on one thread alone, this does nothing.
@@ -52,17 +54,28 @@ def compiled_together() -> Iterator[None]:
         stack.enter_context(AsyncCompileMode(_Loading(pool, loader)))
         stack.enter_context(_Zeros())
         stack.enter_context(_not_launched())
-        _here.rehearsing = True
+        futures: list[Future[Any]] = []
+        _here.rehearsing, _here.beside = True, pool
+        _here.futures = futures
         try:
             yield
         finally:
             _here.rehearsing = False
+        for future in futures:
+            future.result()
 
 
 def rehearsing() -> bool:
     """Whether this thread is inside compiled_together(), where tensors that a kernel would have written are zeros: ids
     that another one takes for different ones are not."""
     return getattr(_here, "rehearsing", False)
+
+
+def beside(compile: Callable[[], T]) -> Future[T]:
+    """Have `compile` called by a thread of the rehearsal that this thread is in, which ends once it is done."""
+    future: Future[T] = _here.beside.submit(compile)
+    _here.futures.append(future)
+    return future
 
 
 def _device() -> int | None:
