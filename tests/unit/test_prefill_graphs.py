@@ -253,6 +253,7 @@ def test_shapes_of_one_prompt_are_captured_at_the_start_and_others_when_they_are
 
     def build_and_start(*args: Any, **options: Any) -> Any:
         runner, info = build(*args, **options)
+        runner.rehearse(runner.model, [])
         runner.capture()
         return runner, info
 

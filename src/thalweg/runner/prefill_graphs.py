@@ -141,6 +141,7 @@ class PrefillGraphs:
         """From now on shapes are captured: the usual ones at once. The largest comes first, so that the others fit into
         its memory."""
         self._started = True
+        self._statics.clear()  # in a rehearsal nothing ran
         for shape in self._usual():
             self._capture(self._at_rest(shape))
 
