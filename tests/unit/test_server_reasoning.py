@@ -131,3 +131,15 @@ def test_a_budget_counts_from_the_prompt_if_that_begins_reasoning() -> None:
     limit = client.seen[0].params.thinking
     assert limit is not None
     assert limit.begun
+
+
+@pytest.mark.parametrize("more", [{"enable_thinking": False}, {"reasoning_effort": "none"}])
+def test_reasoning_that_is_switched_off_is_closed_where_the_template_begins_it_all_the_same(more: Any) -> None:
+    client = ClientDouble(template="{{ messages[0].content }}<think>{# </think> #}")
+    for body, most in ((more, 0), ({**more, "max_thinking_tokens": 3}, 3)):
+        ask(client, {"messages": CHAT["messages"], **body})
+        limit = client.seen[-1].params.thinking
+        assert limit is not None
+        assert (limit.max_tokens, limit.begun) == (most, True)
+    ask(client, {"messages": CHAT["messages"]})
+    assert client.seen[-1].params.thinking is None

@@ -68,14 +68,20 @@ def sampling_params(
 
 
 def thinking_limit(body: ChatBody, output: OutputFormat, prompt_ids: list[int]) -> ThinkingLimit | None:
-    """What max_thinking_tokens asks for. Raises ApiError if this model's reasoning cannot be told from its answer."""
-    most = body.max_thinking_tokens
-    if most is None or most < 0:
+    """What max_thinking_tokens asks for; none at all where enable_thinking is false and the template begins reasoning
+    all the same. Raises ApiError if this model's reasoning cannot be told from its answer."""
+    most = -1 if body.max_thinking_tokens is None else body.max_thinking_tokens
+    off = body.template_options().get("enable_thinking") is False
+    if most < 0 and not off:
         return None
-    if output.thinking_tokens is None:
+    if (marks := output.thinking_tokens) is None:
+        if most < 0:
+            return None
         raise dialects.unsupported(body.spelled().get("max_thinking_tokens", "max_thinking_tokens"), most, (-1,))
-    begin, end = output.thinking_tokens
-    return ThinkingLimit(begin, end, most, output.begins_thinking(prompt_ids))
+    begun = output.begins_thinking(prompt_ids)
+    if most < 0:
+        return ThinkingLimit(*marks, 0, begun) if begun else None
+    return ThinkingLimit(*marks, most, begun)
 
 
 def per_choice(params: SamplingParams, n: int) -> list[SamplingParams]:
