@@ -135,7 +135,7 @@ def test_inspect_needs_a_config_only(shared_dir: Path, tmp_path: Path, capsys: p
     assert found["memory"]["num_slots"] == 64
     assert found["memory"]["num_blocks"] > 0
     assert "no weight files" in found["weight_files"]
-    assert {op["op"] for op in found["ops"]} >= {"rms_norm", "kda_mixer_prefill", "mla_prefill", "experts"}
+    assert {op["op"] for op in found["ops"]} >= {"norm_linear", "kda_mixer_prefill", "mla_prefill", "experts"}
 
     assert main(["inspect", str(tmp_path), "--cache-memory", "1MiB"]) == 0  # described, though it would not start
     out = capsys.readouterr().out
