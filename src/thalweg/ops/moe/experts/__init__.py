@@ -93,7 +93,7 @@ class Most:
     tiles: int
 
 
-SCHEMES = {"none": Most(pairs=2, tiles=512), "fp8": Most(pairs=4, tiles=256), "int4": Most(pairs=0, tiles=512)}
+SCHEMES = {"none": Most(pairs=2, tiles=192), "fp8": Most(pairs=4, tiles=192), "int4": Most(pairs=0, tiles=512)}
 """Those that the kernels in Triton have a tile loader for."""
 
 
