@@ -69,13 +69,7 @@ class HostKernel:
     def __init__(self, source: Path, name: str, threads: int, device: object, **macros: int) -> None:
         self._run, self._threads = _library(source, name, tuple(macros.items())).run, threads
 
-    def at_once(self, shared_bytes: int, cluster: int) -> int:
-        return 1 if cluster == 1 else 0
-
-    def launch(
-        self, grid: tuple[int, int, int], shared_bytes: int, *args: Tensor | tuple[Any, Any], cluster: int = 1
-    ) -> None:
-        assert cluster == 1
+    def launch(self, grid: tuple[int, int, int], shared_bytes: int, *args: Tensor | tuple[Any, Any]) -> None:
         values = [
             ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else a[0](a[1]) if a[0] else a[1] for a in args
         ]

@@ -10,17 +10,18 @@ import torch
 
 from tests.ops.compile_cuda import compile_cuda
 from tests.ops.gqa_case import GqaCase, GqaShape
-from tests.ops.run_on_host import HostKernel, host_tensor_map
+from tests.ops.run_on_host import HostKernel
 from thalweg.ops.attention.gqa import GQA_MIXER_DECODE, GqaDims, cuda
 from thalweg.ops.registry import Resolver, Where
 
+FORMS = cuda.FORMS
 HOPPER_SHARED = 227 * 1024  # bytes of shared memory that a multiprocessor's blocks may have
 
 
 @pytest.fixture(autouse=True)
 def on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "cuda_kernel", HostKernel)
-    monkeypatch.setattr(cuda, "tensor_map", host_tensor_map)
+    monkeypatch.setattr(cuda, "FORMS", [(1, 1), (1, 2)])  # without clusters
 
 
 @pytest.mark.parametrize(
@@ -34,7 +35,7 @@ def on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_results_and_the_rows_that_are_written(
     shape: GqaShape, contexts: list[int], choice: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cuda, "cut", lambda *_, **__: choice)
+    monkeypatch.setattr(cuda, "form_for", lambda *_: choice)
     case = GqaCase(shape, contexts, [1] * len(contexts), torch.bfloat16, scale=1.1)
     case.check_mix(cuda.gqa_mixer_decode, 2**-6, padding=1)
 
@@ -51,32 +52,24 @@ def test_no_rows() -> None:
     assert case.mix(cuda.gqa_mixer_decode).shape == (0, 512)
 
 
-class Device:
-    """132 multiprocessors that run whole clusters in groups of 16, and four more."""
-
-    def __init__(self, *_: object, STAGES: int, **__: object) -> None:
-        self._each = 2 if STAGES == 1 else 1
-
-    def at_once(self, shared_bytes: int, cluster: int) -> int:
-        return 132 * self._each if cluster == 1 else 8 * (16 * self._each // cluster)
+def test_contexts_fill_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "FORMS", FORMS)
+    forms = [cuda.form_for(groups, 132) for groups in (1, 8, 9, 16, 32, 34, 66, 67, 132, 133, 264, 512)]
+    assert forms == [(16, 1), (16, 1), (8, 1), (8, 1), (4, 1), (2, 2), (2, 2), (1, 2), (1, 2), (1, 1), (1, 1), (1, 1)]
+    assert set(forms) == set(FORMS)
 
 
-def test_contexts_are_shared_out_so_that_all_are_done_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "cuda_kernel", Device)
-    device = torch.device("cuda")
-    cuts = [cuda.cut.__wrapped__(groups, device) for groups in (2, 4, 16, 32, 64, 128, 132, 264, 512)]
-    assert cuts == [(16, 2), (16, 2), (8, 2), (4, 2), (2, 2), (1, 2), (1, 2), (1, 1), (1, 1)]
-
-
-@pytest.mark.parametrize("stages", [1, 2])
-@pytest.mark.parametrize(("ratio", "norm_float"), [(4, 0), (8, 1), (6, 1)])
-def test_it_compiles_for_hopper_without_spills(tmp_path: Path, ratio: int, norm_float: int, stages: int) -> None:
-    macros = dict(RATIO=ratio, HALF=32, NORM_FLOAT=norm_float, STAGES=stages, BLOCK=64)
+@pytest.mark.parametrize(("splits", "stages"), cuda.FORMS)
+@pytest.mark.parametrize(("ratio", "norm_float"), [(4, 0), (8, 1)])
+def test_it_compiles_for_hopper_without_spills(
+    tmp_path: Path, ratio: int, norm_float: int, splits: int, stages: int
+) -> None:
+    macros = dict(RATIO=ratio, HALF=32, NORM_FLOAT=norm_float, SPLITS=splits, STAGES=stages, BLOCK=64)
     compiled = compile_cuda(cuda.SOURCE, tmp_path, **macros)
     blocks = 3 - stages
     assert compiled.spilled_bytes == 0
     assert compiled.registers * cuda.THREADS * blocks <= 65536
-    assert (compiled.static_shared_bytes + cuda.shared_bytes(stages) + 1024) * blocks <= HOPPER_SHARED + 1024
+    assert blocks * (compiled.static_shared_bytes + cuda.shared_bytes(stages) + 1024) <= HOPPER_SHARED + 1024
 
 
 DIMS = dict(H=16, G=2, K=256, R=64, S=64)

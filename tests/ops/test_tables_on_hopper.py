@@ -133,7 +133,7 @@ def test_attention_of_qwen_has_kernels_for_every_share_of_its_heads(shared_dir: 
     raw["text_config"] |= {"num_hidden_layers": 4, "layer_types": raw["text_config"]["layer_types"][:4]}
     found = tables(resolved_qwen(raw, ranks))
     attention = {op: table for op, table in found.items() if op.startswith("gqa")}
-    assert attention == {"gqa_mixer_decode": ["triton"], "gqa_prepare": ["triton"], "gqa_prefill": ["cuda"]}
+    assert attention == {"gqa_mixer_decode": ["cuda"], "gqa_prepare": ["triton"], "gqa_prefill": ["cuda"]}
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])

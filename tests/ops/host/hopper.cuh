@@ -153,13 +153,6 @@ static u8 shared[1 << 18] __attribute__((aligned(1024)));
 inline u32 shared_address(const void* p) { return (u32)((const u8*)p - shared); }
 inline u8* at_address(u32 address) { return shared + (int)address; }
 
-// Of a cluster of one block.
-inline void meet_cluster() { __syncthreads(); }
-inline float load_from(const float* p, int rank) {
-    if (rank) fail("there is no such block in the cluster");
-    return *p;
-}
-
 struct Copy { u32 to; const void* from; int bytes; };
 static thread_local std::vector<std::vector<Copy>> copies;  // by commit; the last has none yet
 inline void copy(u32 to, const void* from, int bytes) {

@@ -81,43 +81,11 @@ class CudaKernel:
         check(driver.cuFuncSetAttribute(function, larger, 1))  # up to 16 blocks, of those who have clusters
         return function, shared_limit
 
-    def at_once(self, shared_bytes: int, cluster: int) -> int:
-        """Clusters of so many blocks that the device runs at a time."""
-        from cuda.bindings import driver
-
-        config = self._config((cluster, 1, 1), shared_bytes, cluster)
-        found: int = _check(driver.cuOccupancyMaxActiveClusters(self._loaded[0], config), f"{self.name}, its clusters")
-        return found
-
-    def _config(self, grid: tuple[int, int, int], shared_bytes: int, cluster: int) -> Any:
-        from cuda.bindings import driver
-
-        early, together = driver.CUlaunchAttribute(), driver.CUlaunchAttribute()
-        early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-        early.value.programmaticStreamSerializationAllowed = 1
-        together.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-        together.value.clusterDim.x, together.value.clusterDim.y, together.value.clusterDim.z = cluster, 1, 1
-        config = driver.CUlaunchConfig()
-        config.gridDimX, config.gridDimY, config.gridDimZ = grid
-        config.blockDimX, config.blockDimY, config.blockDimZ = self._threads, 1, 1
-        config.sharedMemBytes = shared_bytes
-        config.hStream = driver.CUstream(torch.cuda.current_stream().cuda_stream)
-        config.attrs = [early, together] if cluster > 1 else [early]
-        config.numAttrs = len(config.attrs)
-        return config
-
-    def launch(
-        self,
-        grid: tuple[int, int, int],
-        shared_bytes: int,
-        *args: Tensor | tuple[Any, Any],
-        cluster: int = 1,
-    ) -> None:
+    def launch(self, grid: tuple[int, int, int], shared_bytes: int, *args: Tensor | tuple[Any, Any]) -> None:
         """On torch's current stream, starting before the kernel ahead has ended; it must wait by griddepcontrol.wait.
 
         `args` are tensors, passed by address, and (ctypes type, value) pairs; the type is None of a structure of the
-        driver's. `cluster` blocks side by side in x are a cluster, unless the source says how many. In a rehearsal
-        nothing is launched.
+        driver's. In a rehearsal nothing is launched.
 
         Raises KernelError with the driver's code if it refuses the launch, or with the runtime's if a call before this
         one left an error: a kernel fails while the host goes on, and the next to ask is told.
@@ -126,7 +94,15 @@ class CudaKernel:
             return
         from cuda.bindings import driver
 
-        config = self._config(grid, shared_bytes, cluster)
+        early = driver.CUlaunchAttribute()
+        early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        early.value.programmaticStreamSerializationAllowed = 1
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid
+        config.blockDimX, config.blockDimY, config.blockDimZ = self._threads, 1, 1
+        config.sharedMemBytes = shared_bytes
+        config.hStream = driver.CUstream(torch.cuda.current_stream().cuda_stream)
+        config.attrs, config.numAttrs = [early], 1
         pairs = [(ctypes.c_void_p, a.data_ptr()) if isinstance(a, Tensor) else a for a in args]
         values, types = tuple(v for _, v in pairs), tuple(t for t, _ in pairs)
         (status,) = driver.cuLaunchKernelEx(config, self._loaded[0], (values, types), 0)

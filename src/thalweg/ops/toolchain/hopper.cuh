@@ -90,20 +90,7 @@ template <int THREADS> __device__ __forceinline__ void arrive_at(int barrier) {
     asm volatile("barrier.cta.arrive %0, %1;" ::"r"(barrier), "n"(THREADS) : "memory");
 }
 
-__device__ __forceinline__ void meet_cluster() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
-// From the shared memory of the block of that rank in the cluster, at the place that `p` has here.
-__device__ __forceinline__ float load_from(const float* p, int rank) {
-    u32 there;
-    float x;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(p)), "r"(rank));
-    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(x) : "r"(there) : "memory");
-    return x;
-}
 
 // To shared memory while the thread goes on. The line beside the one asked for is next, and comes to L2 with it.
 __device__ __forceinline__ void copy16(u32 to, const void* from) {

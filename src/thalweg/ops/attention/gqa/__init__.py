@@ -164,7 +164,7 @@ def _cuda_refuses(where: Where, dims: GqaDims) -> Refusal:
 
 register(GQA_MIXER_DECODE, "reference", lambda *_: reference.gqa_mixer_decode, capturable=False)
 register(GQA_MIXER_DECODE, "triton", _triton_mixer, supports=_triton_refuses, priority=10)
-register(GQA_MIXER_DECODE, "cuda", _cuda_mixer, supports=_cuda_mixer_refuses, priority=5)
+register(GQA_MIXER_DECODE, "cuda", _cuda_mixer, supports=_cuda_mixer_refuses, priority=20)
 register(GQA_PREPARE, "reference", lambda *_: reference.gqa_prepare, capturable=True)
 register(GQA_PREPARE, "triton", _triton_prepare, supports=_triton_refuses, priority=10, capturable=True)
 register(GQA_PREFILL, "reference", lambda *_: reference.gqa_prefill)

@@ -2,49 +2,32 @@
 
 from __future__ import annotations
 
-import math
 from ctypes import c_float, c_int, c_longlong
-from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from thalweg.ops.toolchain.cuda_build import CudaKernel, aligned_rows, cuda_kernel
-from thalweg.ops.toolchain.tensor_map import tensor_map
+from thalweg.ops.toolchain.cuda_build import aligned_rows, cuda_kernel
+from thalweg.ops.toolchain.triton_support import multiprocessors
 
 SOURCE = Path(__file__).with_name("decode.cu")
-K, THREADS, WARPS, PITCH, TILE_BYTES = 256, 128, 4, 528, 16384  # as in the source
-TOKENS = 16  # of a tile
-CHOICES = [(1, 1), *((splits, 2) for splits in (1, 2, 3, 4, 5, 6, 8, 12, 16))]  # the first of equals
+K, THREADS, WARPS, PITCH, TILE_BYTES = 256, 128, 4, 528, 16896  # as in the source
+FORMS = [(1, 1), (1, 2), (2, 2), (4, 1), (8, 1), (16, 1)]
+"""(Blocks that share a context, a cluster; tiles of a warp's ring.) One tile leaves room for two blocks on a
+multiprocessor, two for one, which is then as fast. Clusters of four blocks and more do not lie on all multiprocessors,
+if they have one to a block: two blocks on some are better."""
 LOG2_E = 1.4426950408889634
 
 
 def shared_bytes(stages: int) -> int:
-    return WARPS * stages * TILE_BYTES + 8 * K * 4 + 10 * PITCH + 8 * 4 * 2 * (WARPS + 1) + 8 * WARPS * stages
+    return WARPS * stages * TILE_BYTES + 8 * K * 4 + 10 * PITCH
 
 
-def kernel_for(device: torch.device, stages: int, **macros: int) -> CudaKernel:
-    return cuda_kernel(SOURCE, "decode", THREADS, device, STAGES=stages, **macros)
-
-
-@lru_cache(maxsize=1024)
-def cut(groups: int, device: torch.device, **macros: int) -> tuple[int, int]:
-    """(blocks that share a context, a cluster, tiles of a warp's ring) with which the device is done first with so many
-    contexts, if they are alike.
-
-    As many clusters run at once as the driver says. A block has some work beside its tokens. Two stages leave room for
-    one block on a multiprocessor, which is enough to keep it busy; one leaves room for two, of which one works while
-    another begins or ends.
-    """
-
-    def time(choice: tuple[int, int]) -> float:
-        splits, stages = choice
-        at_once = kernel_for(device, stages, **macros).at_once(shared_bytes(stages), splits)
-        rounds = -(-groups // at_once) if at_once else math.inf
-        return rounds * (1 / splits + 0.02) * (2.0 if stages == 1 else 1.0)
-
-    return min(CHOICES, key=time)
+def form_for(groups: int, processors: int) -> tuple[int, int]:
+    """Of so many contexts: blocks for all multiprocessors once, or for twice as many if they are more."""
+    splits = max((n for n, _ in FORMS if n * groups <= processors), default=1)
+    return splits, 2 if splits <= 2 and groups <= processors else 1
 
 
 def gqa_mixer_decode(
@@ -74,11 +57,14 @@ def gqa_mixer_decode(
         NORM_FLOAT=int(q_norm_weight_K.dtype == torch.float32),
         BLOCK=S,
     )
-    splits, stages = cut(B * G, device, **macros)
-    kernel_for(device, stages, **macros).launch(
+    # All of them, so that no batch compiles a kernel while requests wait.
+    kernels = {
+        form: cuda_kernel(SOURCE, "decode", THREADS, device, SPLITS=form[0], STAGES=form[1], **macros) for form in FORMS
+    }
+    splits, stages = form = form_for(B * G, multiprocessors(device))
+    kernels[form].launch(
         (B * G * splits, 1, 1),
         shared_bytes(stages),
-        *((None, tensor_map(x.flatten(0, 1), TOKENS)) for x in (keys_MSGK, values_MSGK)),
         proj_BX,
         q_norm_weight_K,
         k_norm_weight_K,
@@ -93,10 +79,8 @@ def gqa_mixer_decode(
         (c_longlong, proj_BX.stride(0)),
         (c_longlong, block_tables_BN.stride(0)),
         (c_int, G),
-        (c_int, splits),
         (c_float, eps),
         (c_float, rope_scale),
         (c_float, K**-0.5 * LOG2_E),
-        cluster=splits,
     )
     return o_BO

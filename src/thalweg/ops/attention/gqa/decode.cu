@@ -2,24 +2,42 @@
 // for Hopper: heads of 256 dims, norms and rotation of queries and key, the new token's rows in the cache, attention
 // over the cached tokens, and the gate.
 //
-// A cluster of blocks serves the RATIO query heads of a key head of one sequence; each block has a part of the context.
-// Its warps take tiles of 16 tokens in turn, each through a ring of its own in shared memory, so that none waits for
-// another. The matrix unit gets tokens (or dims of values) as its 16 rows, and heads as its 8 columns. Sums of the
-// warps are joined in each block, those of the blocks through the cluster's shared memory.
+// A cluster of SPLITS blocks serves the RATIO query heads of a key head of one sequence; each block has a part of the
+// context. Its warps take tiles of 16 tokens in turn, each through a ring of its own in shared memory by bulk copies,
+// so that none waits for another. The matrix unit gets tokens (or dims of values) as its 16 rows, and heads as its 8
+// columns. Sums of the warps are joined in each block, those of the blocks through the cluster's shared memory.
 //
 // Above the wait for the kernel ahead stand the loads of what the op's contract says was written before the step, keys
 // and values of earlier tokens among it.
 //
-// Macros: RATIO, at most 8. HALF, half of the dims that are rotated, a multiple of 32. NORM_FLOAT, 1 if the norms'
-// weights are fp32. STAGES, tiles of a warp's ring. BLOCK, tokens of a block of the cache, a multiple of 16.
+// Macros: RATIO, at most 8. SPLITS. HALF, half of the dims that are rotated, a multiple of 32. NORM_FLOAT, 1 if the
+// norms' weights are fp32. STAGES, tiles of a warp's ring. BLOCK, tokens of a block of the cache.
 
 #include "hopper.cuh"
 
-constexpr int MAX_SPLITS = 16, K = 256, WARPS = 4, THREADS = 32 * WARPS, TOKENS = 16, HEADS = 8;
-constexpr int PITCH = 2 * K + 16, ACC_PITCH = K + 4;  // bytes, and floats, between rows: no bank conflicts
-constexpr int SLAB = 128 * TOKENS;                    // 64 dims of a tile's keys or values, swizzled
-constexpr int TILE_BYTES = 2 * K / 64 * SLAB, RING_BYTES = STAGES * TILE_BYTES;
+constexpr int K = 256, WARPS = 4, THREADS = 32 * WARPS, TOKENS = 16, HEADS = 8;
+constexpr int PITCH = 2 * K + 16;  // bytes between rows in shared memory: no bank conflicts
+constexpr int TILE_BYTES = 2 * TOKENS * PITCH, RING_BYTES = STAGES * TILE_BYTES, ACC_PITCH = K + 4;
 constexpr int WIDE = K / 32;  // dims of a lane: lane, lane + 32 and so on
+
+#if SPLITS > 1
+#define CLUSTER __cluster_dims__(SPLITS, 1, 1)
+__device__ __forceinline__ void meet_cluster() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// Of the block of that rank in the cluster, at the place that `p` has here.
+__device__ __forceinline__ float load_from(const float* p, int rank) {
+    u32 there;
+    float x;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(p)), "r"(rank));
+    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(x) : "r"(there) : "memory");
+    return x;
+}
+#else
+#define CLUSTER
+__device__ __forceinline__ void meet_cluster() { __syncthreads(); }
+__device__ __forceinline__ float load_from(const float* p, int) { return *p; }
+#endif
 
 #if NORM_FLOAT
 typedef float Weight;
@@ -50,25 +68,22 @@ __device__ __forceinline__ void prepare(float (&x)[WIDE], const Weight* weight, 
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
-    decode(const __grid_constant__ TensorMap key_map, const __grid_constant__ TensorMap value_map, const bf16* proj,
-           const Weight* q_norm, const Weight* k_norm, const float* frequencies, const long long* positions, bf16* keys,
-           bf16* values, const long long* rows, const int* tables, const int* lens, bf16* out, long long proj_stride,
-           long long table_stride, int G, int splits, float eps, float rope_scale, float scale) {
+extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, 1)
+    decode(const bf16* proj, const Weight* q_norm, const Weight* k_norm, const float* frequencies,
+           const long long* positions, bf16* keys, bf16* values, const long long* rows, const int* tables,
+           const int* lens, bf16* out, long long proj_stride, long long table_stride, int G, float eps,
+           float rope_scale, float scale) {
     const int tid = threadIdx.x, lane = tid % 32, quad = lane / 4, pair = lane % 4;
     const int warp = __shfl_sync(~0u, tid / 32, 0);  // so that the compiler knows it for the same in all lanes
-    const int rank = blockIdx.x % splits, g = blockIdx.x / splits % G, b = blockIdx.x / splits / G, H = G * RATIO;
+    const int rank = blockIdx.x % SPLITS, g = blockIdx.x / SPLITS % G, b = blockIdx.x / SPLITS / G, H = G * RATIO;
 
-    extern __shared__ __align__(1024) u8 shared[];
+    extern __shared__ __align__(128) u8 shared[];
     u8* const ring_s = shared + warp * RING_BYTES;
     float* const joined_s = (float*)(shared + WARPS * RING_BYTES);  // [HEADS, K]
     u8* const q_s = (u8*)(joined_s + HEADS * K);                    // [HEADS, PITCH]
     u8* const new_s = q_s + HEADS * PITCH;                          // key and value of the new token, PITCH each
-    float* const most_s = (float*)(new_s + 2 * PITCH);              // [WARPS, HEADS]
-    float* const sum_s = most_s + WARPS * HEADS;
-    float* const joined_most_s = sum_s + WARPS * HEADS;  // [HEADS]
-    float* const joined_sum_s = joined_most_s + HEADS;
-    u64* const full_s = (u64*)(joined_sum_s + HEADS);  // [WARPS, STAGES]
+    __shared__ u64 full_s[WARPS * STAGES];
+    __shared__ float most_s[WARPS][HEADS], sum_s[WARPS][HEADS], joined_most_s[HEADS], joined_sum_s[HEADS];
 
     start_kernel_behind();
     const u32 full = shared_address(full_s + warp * STAGES), ring = shared_address(ring_s);
@@ -79,20 +94,23 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     __syncwarp();
 
     const int n = lens[b], cached = n - 1, tiles = (n + TOKENS - 1) / TOKENS;
-    const int first = (int)((long long)tiles * rank / splits), last = (int)((long long)tiles * (rank + 1) / splits);
-    const bool has_new = rank == splits - 1;
-    // This warp's tiles are first + warp, and every WARPS-th behind it.
+    const int first = (int)((long long)tiles * rank / SPLITS), last = (int)((long long)tiles * (rank + 1) / SPLITS);
+    const bool has_new = rank == SPLITS - 1;
+    // This warp's tiles are first + warp, and every WARPS-th behind it; a lane copies the key or the value of a token.
     int asked = first + warp, asked_place = 0;
     auto ask = [&]() {
         if (asked >= last) return;
+        const int token = asked * TOKENS + lane % TOKENS, there = max(0, min(TOKENS, cached - asked * TOKENS));
         const u32 barrier = full + 8 * asked_place;
-        if (lane == 0) expect_bytes(barrier, TILE_BYTES);
-        const int row = tables[b * table_stride + asked * TOKENS / BLOCK] * BLOCK + asked * TOKENS % BLOCK;
+        if (lane == 0) expect_bytes(barrier, 2 * there * 2 * K);
         __syncwarp();
-        if (lane < TILE_BYTES / SLAB) {
-            const int slab = lane % (K / 64);
-            const TensorMap* map = lane < K / 64 ? &key_map : &value_map;
-            copy_tile(ring + asked_place * TILE_BYTES + lane * SLAB, map, 64 * slab, g, row, barrier);
+        const u32 to = ring + asked_place * TILE_BYTES + lane * PITCH;
+        if (token < cached) {
+            const long long row = (long long)tables[b * table_stride + token / BLOCK] * BLOCK + token % BLOCK;
+            copy_bytes(to, (lane < TOKENS ? keys : values) + (row * G + g) * K, 2 * K, barrier);
+        } else {
+            u8* const row_s = ring_s + asked_place * TILE_BYTES + lane * PITCH;
+            for (int j = 0; j < 2 * K; j += 16) *(uint4*)(row_s + j) = make_uint4(0, 0, 0, 0);
         }
         asked += WARPS;
         if (++asked_place == STAGES) asked_place = 0;
@@ -139,29 +157,22 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     for (int tile = first + warp; tile < last; tile += WARPS) {
         wait_at_barrier(full + 8 * place, phase);
         u8* const tile_s = ring_s + place * TILE_BYTES;
-        if (n - tile * TOKENS <= TOKENS) {
-            // The last tile. Rows behind the new token's may hold anything, and 0 * NaN is NaN.
+        const int of_new = cached - tile * TOKENS;  // the new token's place in the tile
+        if (of_new < TOKENS) {
             __syncwarp();
-            for (int row = cached - tile * TOKENS; row < TOKENS; row++) {
-                const bool is_new = row == cached - tile * TOKENS;
-                const int place_in_row = lane / 8 * SLAB + row * 128 + (lane ^ row) % 8 * 16;
-#pragma unroll
-                for (int j = 0; j < 2; j++)
-                    *(uint4*)(tile_s + j * (K / 64) * SLAB + place_in_row) =
-                        is_new ? *(const uint4*)(new_s + j * PITCH + 16 * lane) : make_uint4(0, 0, 0, 0);
-            }
+            *(uint4*)(tile_s + of_new * PITCH + 16 * lane) = *(const uint4*)(new_s + 16 * lane);
+            *(uint4*)(tile_s + (TOKENS + of_new) * PITCH + 16 * lane) = *(const uint4*)(new_s + PITCH + 16 * lane);
             __syncwarp();
         }
+        const u32 at = ring + place * TILE_BYTES;
         // [8 tokens, 8 dims] four times, tokens first; and for values dims first, transposed.
-        const u32 at = ring + place * TILE_BYTES, swizzle = lane % 8 * 16;
-        const u32 key_at = at + lane % 16 * 128, key_chunk = lane / 16 * 16 ^ swizzle;
-        const u32 value_at = at + K / 64 * SLAB + (lane % 8 + lane / 16 * 8) * 128;
-        const u32 value_chunk = lane / 8 % 2 * 16 ^ swizzle;
+        const u32 key_at = at + lane % 16 * PITCH + lane / 16 * 16;
+        const u32 value_at = at + (TOKENS + lane % 8 + lane / 16 * 8) * PITCH + lane / 8 % 2 * 16;
         float c[2][4] = {};
 #pragma unroll
         for (int i = 0; i < K / 16; i++) {
             u32 a[4];
-            load_matrices(a, key_at + i / 4 * SLAB + (i % 4 * 32 ^ key_chunk));
+            load_matrices(a, key_at + 32 * i);
             mma(c[i % 2], a[0], a[1], a[2], a[3], q[i][0], q[i][1]);
         }
         float p[4], keep[2];
@@ -187,7 +198,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
         for (int i = 0; i < K / 16; i++) {
             u32 a[4];
-            load_matrices_transposed(a, value_at + i / 4 * SLAB + (i % 4 * 32 ^ value_chunk));
+            load_matrices_transposed(a, value_at + 32 * i);
             mma(o[i], a[0], a[1], a[2], a[3], p0, p1);
         }
         __syncwarp();
@@ -205,18 +216,18 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     for (int h = 0; h < 2; h++) {
 #pragma unroll
         for (int m = 4; m < 32; m *= 2) sum[h] += __shfl_xor_sync(~0u, sum[h], m);
-        if (quad == 0) most_s[warp * HEADS + 2 * pair + h] = most[h], sum_s[warp * HEADS + 2 * pair + h] = sum[h];
+        if (quad == 0) most_s[warp][2 * pair + h] = most[h], sum_s[warp][2 * pair + h] = sum[h];
     }
     __syncthreads();
     {
         const int head = tid / 16;
-        float largest = most_s[head], by[WARPS], total = 0;
+        float largest = most_s[0][head], by[WARPS], total = 0;
 #pragma unroll
-        for (int w = 1; w < WARPS; w++) largest = fmaxf(largest, most_s[w * HEADS + head]);
+        for (int w = 1; w < WARPS; w++) largest = fmaxf(largest, most_s[w][head]);
 #pragma unroll
         for (int w = 0; w < WARPS; w++) {
-            by[w] = largest == LOWEST ? 0 : exp2f(most_s[w * HEADS + head] - largest);
-            total += by[w] * sum_s[w * HEADS + head];
+            by[w] = largest == LOWEST ? 0 : exp2f(most_s[w][head] - largest);
+            total += by[w] * sum_s[w][head];
         }
         if (tid % 16 == 0) joined_most_s[head] = largest, joined_sum_s[head] = total;
         if (head < RATIO)
@@ -234,23 +245,19 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
     meet_cluster();
 
-    constexpr int PAIRS = RATIO * K / 2;  // of results, of which this block has a part
+    constexpr int EACH = RATIO * K / SPLITS;  // results of this block
 #pragma unroll 1
-    for (int e = 2 * (PAIRS * rank / splits + tid); e < 2 * (PAIRS * (rank + 1) / splits); e += 2 * THREADS) {
+    for (int e = rank * EACH + 2 * tid; e < (rank + 1) * EACH; e += 2 * THREADS) {
         const int head = e / K, dim = e % K;
-        float largest = LOWEST, of_rank[MAX_SPLITS], x = 0, y = 0, total = 0;
+        float largest = LOWEST, of_rank[SPLITS], x = 0, y = 0, total = 0;
 #pragma unroll
-        for (int s = 0; s < MAX_SPLITS; s++) {
-            of_rank[s] = s < splits ? load_from(joined_most_s + head, s) : LOWEST;
-            largest = fmaxf(largest, of_rank[s]);
+        for (int s = 0; s < SPLITS; s++) largest = fmaxf(largest, of_rank[s] = load_from(joined_most_s + head, s));
+#pragma unroll
+        for (int s = 0; s < SPLITS; s++) {
+            const float by = of_rank[s] == LOWEST ? 0 : exp2f(of_rank[s] - largest);
+            total += by * load_from(joined_sum_s + head, s);
+            x += by * load_from(joined_s + e, s), y += by * load_from(joined_s + e + 1, s);
         }
-#pragma unroll
-        for (int s = 0; s < MAX_SPLITS; s++)
-            if (s < splits) {
-                const float by = of_rank[s] == LOWEST ? 0 : exp2f(of_rank[s] - largest);
-                total += by * load_from(joined_sum_s + head, s);
-                x += by * load_from(joined_s + e, s), y += by * load_from(joined_s + e + 1, s);
-            }
         const u32 gate = *(const u32*)(token_proj + (2 * (g * RATIO + head) + 1) * K + dim);
         const float by = 1.0f / fmaxf(total, 1e-30f);
         x *= by / (1.0f + __expf(-low(gate))), y *= by / (1.0f + __expf(-high(gate)));
