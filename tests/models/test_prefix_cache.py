@@ -306,3 +306,35 @@ def test_ranks_share_the_same_prefixes(name: str, shared_dir: Path) -> None:
         again = llm.generate(prompts, GREEDY)
         assert tokens(again) == cold
         assert all(o.num_cached_tokens for o in again)
+
+
+def share_of_hits(model: str | None, room: float, host: float) -> float:
+    """Of six conversations of three turns that take turns at random, in tokens. `room` is what the device holds of what
+    they have at their end, blocks and a snapshot each, `host` what host memory does."""
+    conversations, turns, blocks_each = 6, 3, 7
+    with engine(model, on=False) as llm:
+        block, states = llm.info.bytes_per_token * 64, llm.info.bytes_per_sequence
+    half = max(int(room * conversations) * states, int(room * conversations * blocks_each) * block)
+    places = int(host * conversations * 2 * max(blocks_each * block, states))
+    memory = (4 + 1) * states + 2 * half + block
+    rng = random.Random(1)
+    known = found = 0
+    with engine(model, max_model_len=448, cache_memory=memory, cpu_cache_memory=places or None) as llm:
+        prompts = [ids(200, i) for i in range(conversations)]
+        for i in rng.sample(list(range(conversations)) * turns, turns * conversations):
+            (said,) = llm.generate([prompts[i]], SamplingParams(max_tokens=2, temperature=0, ignore_eos=True))
+            if len(prompts[i]) > 200:
+                known += (len(prompts[i]) - 63) // 64 * 64  # what was computed, as far as it is on the grid
+                found += min(said.num_cached_tokens, (len(prompts[i]) - 63) // 64 * 64)
+            prompts[i] = prompts[i] + said.outputs[0].token_ids + ids(62, rng.randrange(1 << 30))
+    return found / known
+
+
+@pytest.mark.parametrize("name", ["kimi_linear", pytest.param("tiny_gdn", marks=pytest.mark.slow)])
+def test_conversations_that_need_twice_the_room_hit_as_host_memory_lets_them(name: str) -> None:
+    model = model_of(name, Path())
+    unbounded = share_of_hits(model, 4, 0)
+    assert unbounded > 0.95
+    without, with_host = share_of_hits(model, 0.5, 0), share_of_hits(model, 0.5, 1)
+    assert 0.4 * unbounded < without < 0.95 * unbounded
+    assert with_host > max(0.95 * unbounded, without)
