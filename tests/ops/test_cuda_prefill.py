@@ -3,7 +3,6 @@ test_gpu_mixer_prefill."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -104,17 +103,16 @@ def test_blocks_are_as_large_as_there_are_sequences() -> None:
 
 def test_constants_are_those_of_the_sources() -> None:
     pytest.importorskip("triton")
-    from thalweg.ops.delta.prefill_cuda import BLOCK, CHUNK, CHUNKS, CHUNKS_SHARED, FIXED, STATES, K
+    from thalweg.ops.delta.prefill_cuda import BLOCK, CHUNK, CHUNKS, CHUNKS_SHARED, FIXED, TILE, WORK, K
 
-    layouts = [re.findall(r"constexpr int (?:W_AT|WORK) = .*", path.read_text()) for path in (CHUNKS, STATES)]
-    assert layouts[0] == layouts[1]
-    for path in (CHUNKS, STATES):
-        source = path.read_text()
-        assert f"K = {K}, CHUNK = {CHUNK}" in source
-        assert f"BLOCK = {BLOCK}, TILE = CHUNK * K * 2" in source
-    assert FIXED == 3 * CHUNK * K * 2 + 10 * BLOCK + 4 * K
+    layout = CHUNKS.with_name("delta.cuh").read_text()
+    assert f"K = {K}, CHUNK = {CHUNK}, BLOCK = {BLOCK}, TILE = CHUNK * K * 2;" in layout
+    assert "P_AT = 3 * TILE, A_AT = P_AT + 10 * BLOCK, U_AT = A_AT + 4 * K;\n" in layout
+    assert "constexpr int WORK = U_AT + TILE;" in layout
+    assert (TILE, FIXED) == (CHUNK * K * 2, 3 * TILE + 10 * BLOCK + 4 * K)
+    assert WORK == FIXED + TILE
     assert "T_half + 4 * BLOCK" in CHUNKS.read_text()  # the last but one of what lies in shared memory
-    assert CHUNKS_SHARED == 5 * CHUNK * K * 2 + (6 + 6 + 4 + 4) * BLOCK
+    assert CHUNKS_SHARED == 5 * TILE + (6 + 6 + 4 + 4) * BLOCK
 
 
 @pytest.mark.parametrize(

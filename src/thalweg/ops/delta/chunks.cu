@@ -1,6 +1,6 @@
-// The part of a prompt's delta rule that needs no state, for Hopper: K = V = 128, bf16 activations, 4 taps. A block makes
-// of CHUNK tokens of a head all that states.cu needs of them. With a_i the decays of token i, one per channel, S0 the
-// state before the chunk, and products of decays written as ranges (j, i] of tokens:
+// The part of a prompt's delta rule that needs no state, for Hopper: K = V = 128, bf16 activations, 4 taps. A block
+// makes of CHUNK tokens of a head all that states.cu needs of them. With a_i the decays of token i, one per channel, S0
+// the state before the chunk, and products of decays written as ranges (j, i] of tokens:
 //
 //     (I + A) U = beta (V - (K a[0, i]) S0^T),   A_ij = beta_i k_i . (k_j a(j, i]),  j < i
 //     O = (Q a[0, i]) S0^T + P U,                P_ij = q_i . (k_j a(j, i]),  j <= i
@@ -8,10 +8,11 @@
 //
 // so it writes -W = -(I + A)^-1 beta (K a[0, i]), U0 = (I + A)^-1 beta V, Q a[0, i], K a(j, C), P and a[0, C).
 //
-// No decay is ever divided by another: all are products of the a's, at most 1, however strong the gate. A thread has two
-// channels of the 16 tokens of a sub-block, so such products are running ones in its registers. Between sub-blocks, a(j, i]
-// is a(j, end) a[begin, i] and what lies between. Within one, tokens pair by halves of 8, 4, 2 and 1: those of the second
-// half are decayed from its beginning, those of the first to their end.
+// No decay is ever divided by another: all are products of the a's, at most 1, however strong the gate. A thread has
+// two channels of the 16 tokens of a sub-block, so such products are running ones in its registers. Between sub-blocks,
+// a(j, i] is a(j, end) a[begin, i] and what lies between. Within one, tokens pair by halves of 8, 4, 2 and 1: those of
+// the second half are decayed from its beginning, those of the first to their end. Gated DeltaNet has one decay for all
+// channels: it multiplies products of keys and queries as they are.
 //
 // What is at most 1 goes into products as fp16, which is finer than bf16 there; values as bf16. (I + A) is inverted for
 // sub-blocks, by the same halves, and solved for from one sub-block to the next.
@@ -20,83 +21,16 @@
 // the pairs of neighbours in a row that are its a operand, {row, row + 8} of columns {first, last 8}. By tokens: rows are
 // tokens, pairs are of channels. By channels: rows are channels, pairs are of tokens, {first, last 8 tokens} of {row,
 // row + 8}. As a b operand, the pairs are those of a column.
+//
+// Macros: GDN, 1 for Gated DeltaNet. RATIO, value heads per key head.
 
 #include "hopper.cuh"
+#include "delta.cuh"
+#include "chunk_parts.cuh"
 
-constexpr int K = 128, CHUNK = 64, SUB = 16, THREADS = 256;
-constexpr int BLOCK = 512, TILE = CHUNK * K * 2;  // bytes of a block of 16 by 16, and of a tile
-// Where in `work` a chunk of a head has its parts.
-constexpr int W_AT = 0, Q_AT = TILE, K_AT = 2 * TILE, P_AT = 3 * TILE, A_AT = P_AT + 10 * BLOCK, U_AT = A_AT + 4 * K;
-constexpr int WORK = U_AT + TILE;
+constexpr int THREADS = 256;
+constexpr int ROWS = CHUNK + 3, ROW = 2 * K;  // of an input of the convolutions
 constexpr float SCALE = 0.08838834764831845f;  // 128^-0.5
-
-__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + __expf(-x)); }
-// The decay of a token's channel from what projects to it.
-__device__ __forceinline__ float decay(float x, float rate) {
-    return __expf(-rate * (fmaxf(x, 0.0f) + __logf(1.0f + __expf(-fabsf(x)))));
-}
-__device__ __forceinline__ u32 pack_half(float2 x) { return pack_half(x.x, x.y); }
-__device__ __forceinline__ float2 times(float2 a, float2 b) { return {a.x * b.x, a.y * b.y}; }
-
-// Sums of v[i] over the lanes of a warp, in lanes i and i + 16.
-__device__ __forceinline__ float sum_of_16(float (&v)[16], int lane) {
-#pragma unroll
-    for (int m = 8; m; m /= 2)
-#pragma unroll
-        for (int i = 0; i < m; i++) {
-            const bool upper = lane & m;
-            const float other = __shfl_xor_sync(~0u, upper ? v[i] : v[i + m], m);
-            v[i] = (upper ? v[i + m] : v[i]) + other;
-        }
-    return v[0] + __shfl_xor_sync(~0u, v[0], 16);
-}
-
-// Keys and queries of HALF tokens decayed from their beginning, and keys of the HALF before them to their end. Such
-// queries are in no pair, and stay.
-template <int HALF>
-__device__ __forceinline__ void decay_halves(u32 (&k_x)[SUB], u32 (&q_x)[SUB], const u32 (&k)[SUB], const u32 (&q)[SUB],
-                                             const float2 (&a)[SUB]) {
-#pragma unroll
-    for (int g = 0; g < SUB; g += 2 * HALF) {
-        const int middle = g + HALF - 1;
-        float2 x = {1.0f, 1.0f};
-        k_x[middle] = k[middle], q_x[middle] = q[middle];
-#pragma unroll
-        for (int t = middle - 1; t >= g; t--) {
-            x = times(x, a[t + 1]);
-            k_x[t] = mul_halves(k[t], pack_half(x)), q_x[t] = q[t];
-        }
-        x = {1.0f, 1.0f};
-#pragma unroll
-        for (int t = middle + 1; t < g + 2 * HALF; t++) {
-            x = times(x, a[t]);
-            k_x[t] = mul_halves(k[t], pack_half(x)), q_x[t] = mul_halves(q[t], pack_half(x));
-        }
-    }
-}
-
-// Lower triangular matrices of 16 by 16: the pairs {upper left, lower left, lower right} of a lane.
-__device__ __forceinline__ void multiply(float (&c)[6], const u32 (&x)[3], const u32 (&y_transposed)[3]) {
-    float left[4] = {}, right[4] = {};
-    mma_fp16(left, x[0], x[1], 0, x[2], y_transposed[0], y_transposed[1]);
-    mma_fp16(right, x[0], x[1], 0, x[2], 0, y_transposed[2]);
-#pragma unroll
-    for (int e = 0; e < 4; e++) c[e] = left[e];
-    c[4] = right[2], c[5] = right[3];
-}
-__device__ __forceinline__ void pack_blocks(u32 (&to)[3], const float (&x)[6]) {
-#pragma unroll
-    for (int e = 0; e < 3; e++) to[e] = pack_half(x[2 * e], x[2 * e + 1]);
-}
-__device__ __forceinline__ void transpose_blocks(u32 (&to)[3], const float (&x)[6]) {
-#pragma unroll
-    for (int e = 0; e < 3; e++) to[e] = transpose_matrix(pack_half(x[2 * e], x[2 * e + 1]));
-}
-// Whether this lane's element {0, 1} of an 8 by 8 block pairs tokens of neighbouring halves of `half`.
-__device__ __forceinline__ bool pairs(int lane, int e, int half) {
-    const int i = lane / 4, j = 2 * (lane % 4) + e;
-    return i > j && (i ^ j) >= half && (i ^ j) < 2 * half;
-}
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
     chunks(const bf16* qkv, const bf16* beta, const bf16* gate, const bf16* conv_weight, bf16* conv_state,
@@ -130,28 +64,47 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     if (count <= 0) return;
     u8* const out = work + (long long)blockIdx.x * WORK;
 
-    // 19 inputs of a convolution at this thread's channels, of its tokens and the 3 before them.
-    auto load_inputs = [&](u32 (&x)[19], int p) {
-        const int channel = part(p) + 2 * c;
-        int stride = (int)qkv_stride;
-        forget(stride);
-        const bf16* from = qkv + first * qkv_stride + channel;
-        const bf16* before = conv_state + (begins ? slots[sequence] : 0) * 3 * C + channel;
+    // What the convolutions read, and what decays come from, all on its way at once: rows of 256 bytes, from 3 tokens
+    // before the chunk on. The sequence's own only, and what its slot remembers; zeros behind its end.
+    auto input_of = [&](int p) { return shared + (p == 2 ? 4 * TILE : p * ROWS * ROW); };
+    auto fetch = [&](int p) {
+        const bf16* from = qkv + (first - 3) * qkv_stride + part(p);
+        const bf16* before = conv_state + (begins ? slots[sequence] : 0) * 3 * C + part(p);
 #pragma unroll
-        for (int j = 0; j < 19; j++) {
-            const int t = SUB * s + j - 3;
-            const bf16* at = t < 0 && begins ? before + (3 + t) * C : from + t * stride;
-            x[j] = t < count ? *(const u32*)at : 0;
+        for (int i = tid; i < ROWS * 16; i += THREADS) {
+            const int row = i / 16, piece = i % 16;
+            u8* to = input_of(p) + i * 16;
+            if (row - 3 < count) {
+                const bf16* at = row < 3 && begins ? before + row * C : from + row * qkv_stride;
+                copy16(shared_address(to), at + 8 * piece);
+            } else {
+                *(uint4*)to = make_uint4(0, 0, 0, 0);
+            }
         }
-        if (save > 0 && s == 3)
-#pragma unroll
-            for (int j = 0; j < 3; j++) *(u32*)(conv_state + ((long long)save * 3 + j) * C + channel) = x[16 + j];
     };
+    fetch(1), fetch(0);
+    commit_copies();
+    fetch(2);
+#if !GDN
+    u8* const decays = shared + 2 * ROWS * ROW;
+#pragma unroll
+    for (int i = tid; i < CHUNK * 16; i += THREADS)
+        if (i / 16 < count)
+            copy16(shared_address(decays + i * 16), gate + (first + i / 16) * gate_stride + h * K + i % 16 * 8);
+#endif
+    commit_copies();
     auto taps_of = [&](int p) { return load16(conv_weight + 4 * (part(p) + 2 * c)); };
-    auto convolve = [&](const u32 (&x)[19], uint4 w, int t) {
-        const float y0 = low(x[t]) * low(w.x) + low(x[t + 1]) * high(w.x) + low(x[t + 2]) * low(w.y) + low(x[t + 3]) * high(w.y);
-        const float y1 = high(x[t]) * low(w.z) + high(x[t + 1]) * high(w.z) + high(x[t + 2]) * low(w.w) + high(x[t + 3]) * high(w.w);
-        return float2{y0 * sigmoid(y0), y1 * sigmoid(y1)};
+    auto convolve = [&](float2 (&y)[SUB], int p, uint4 w) {
+        const u8* rows = input_of(p) + SUB * s * ROW + 4 * c;
+        u32 x0 = *(const u32*)rows, x1 = *(const u32*)(rows + ROW), x2 = *(const u32*)(rows + 2 * ROW);
+#pragma unroll
+        for (int t = 0; t < SUB; t++) {
+            const u32 x3 = *(const u32*)(rows + (t + 3) * ROW);
+            const float a = low(x0) * low(w.x) + low(x1) * high(w.x) + low(x2) * low(w.y) + low(x3) * high(w.y);
+            const float b = high(x0) * low(w.z) + high(x1) * high(w.z) + high(x2) * low(w.w) + high(x3) * high(w.w);
+            y[t] = float2{a * sigmoid(a), b * sigmoid(b)};
+            x0 = x1, x1 = x2, x2 = x3;
+        }
     };
 
     // Keys and queries of length 1, the decays.
@@ -161,29 +114,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     }
     u32 k[SUB], q[SUB];
     float2 a[SUB];
+    u32 first_of[8], second_of[8];  // of pairs of tokens, this thread's two channels
     {
-        float2 raw[SUB];
-        auto convolve_all = [&](int p) {
-            u32 x[19];
-            load_inputs(x, p);
-            const uint4 taps = taps_of(p);
-#pragma unroll
-            for (int t = 0; t < SUB; t++) raw[t] = convolve(x, taps, t);
-        };
-        // Keys wait for their length in shared memory, in what the first levels below do not use yet.
-        auto waiting = [&](int t) { return (float2*)((t < 8 ? start_tile : v_tile) + (t % 8 * 4 + s) * BLOCK) + c; };
+        float2 k_raw[SUB], q_raw[SUB];
         float sums[SUB];
-        convolve_all(1);
+        const uint4 k_taps = taps_of(1), q_taps = taps_of(0);
+        wait_for_copies<1>();
+        __syncthreads();
+        convolve(k_raw, 1, k_taps);
 #pragma unroll
-        for (int t = 0; t < SUB; t++) *waiting(t) = raw[t], sums[t] = raw[t].x * raw[t].x + raw[t].y * raw[t].y;
+        for (int t = 0; t < SUB; t++) sums[t] = k_raw[t].x * k_raw[t].x + k_raw[t].y * k_raw[t].y;
         const float kk = sum_of_16(sums, lane);
-        convolve_all(0);
+        convolve(q_raw, 0, q_taps);
 #pragma unroll
-        for (int t = 0; t < SUB; t++) sums[t] = raw[t].x * raw[t].x + raw[t].y * raw[t].y;
+        for (int t = 0; t < SUB; t++) sums[t] = q_raw[t].x * q_raw[t].x + q_raw[t].y * q_raw[t].y;
         const float qq = sum_of_16(sums, lane);
 #pragma unroll
-        for (int t = 0; t < SUB; t++) sums[t] = raw[t].x * waiting(t)->x + raw[t].y * waiting(t)->y;
-        const float qk = sum_of_16(sums, lane);
+        for (int t = 0; t < SUB; t++) sums[t] = k_raw[t].x * q_raw[t].x + k_raw[t].y * q_raw[t].y;
+        const float qk = GDN ? 0.0f : sum_of_16(sums, lane);
         if (lane < SUB) sums_s[warp][lane] = kk, sums_s[warp][16 + lane] = qq, sums_s[warp][32 + lane] = qk;
         wait_at<64>(1 + s);
         const float other = sums_s[warp ^ 1][lane];
@@ -195,9 +143,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
 #pragma unroll
         for (int t = 0; t < SUB; t++) {
             const float k_scale = scales_s[warp][t], q_scale = scales_s[warp][16 + t];
-            k[t] = pack_half(waiting(t)->x * k_scale, waiting(t)->y * k_scale);
-            q[t] = pack_half(raw[t].x * q_scale, raw[t].y * q_scale);
+            k[t] = pack_half(k_raw[t].x * k_scale, k_raw[t].y * k_scale);
+            q[t] = pack_half(q_raw[t].x * q_scale, q_raw[t].y * q_scale);
         }
+    }
+    wait_for_copies<0>();
+    __syncthreads();
+    if (save > 0 && tid < 9 * 16) {
+        const int p = tid / 48, row = tid / 16 % 3, piece = tid % 16;
+        const uint4 x = *(const uint4*)(input_of(p) + (CHUNK + row) * ROW + piece * 16);
+        *(uint4*)(conv_state + ((long long)save * 3 + row) * C + part(p) + piece * 8) = x;
+    }
+    {
 #if GDN
         // A lane has a decay of the sub-block, and gets the others.
         const int own = SUB * s + lane % SUB;
@@ -206,17 +163,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
 #pragma unroll
         for (int t = 0; t < SUB; t++) a[t].x = a[t].y = __shfl_sync(~0u, x, t);
 #else
-        const bf16* from = gate + first * gate_stride + h * K + 2 * c;
-        u32 x[SUB];
-#pragma unroll
-        for (int t = 0; t < SUB; t++) x[t] = SUB * s + t < count ? *(const u32*)(from + (SUB * s + t) * gate_stride) : 0;
 #pragma unroll
         for (int t = 0; t < SUB; t++) {
-            a[t] = float2{decay(low(x[t]) + bias.x, rate), decay(high(x[t]) + bias.y, rate)};
+            const u32 x = *(const u32*)(decays + (SUB * s + t) * ROW + 4 * c);
+            a[t] = float2{decay(low(x) + bias.x, rate), decay(high(x) + bias.y, rate)};
             if (SUB * s + t >= count) a[t] = float2{1.0f, 1.0f};
         }
 #endif
     }
+    __syncthreads();  // all inputs but those of values have been read
+
+    // By channels: positions are swapped so that the channels of a warp fall into different banks.
+    const int at_channel = (c / 8 * 4 + s) * BLOCK + c % 4 * 128 + c / 4 % 2 * 8;
+    auto store_channels = [&](u8* tile) {
+        int swap = c % 4 ^ c / 8 % 2 * 4;
+        forget(swap);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            *(uint2*)(tile + at_channel + (i ^ swap) * 16) = make_uint2(first_of[i], first_of[i + 4]);
+            *(uint2*)(tile + at_channel + (4 + i ^ swap) * 16) = make_uint2(second_of[i], second_of[i + 4]);
+        }
+    };
 
     // Where this thread's pairs of channels of tokens t and t + 8 go in a tile by tokens. Blocks of odd columns have
     // neighbouring rows swapped, so that the channels of a warp fall into different banks.
@@ -240,11 +207,58 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
         }
     };
 
-    // Blocks on the diagonals of A and P, half by half: even warps make A's, odd ones P's.
+    // Blocks on the diagonals of A and P, of which even warps make A's, odd ones P's.
     float diagonal[6] = {};
-    auto level = [&](const u32 (&k_x)[SUB], const u32 (&q_x)[SUB], u8* k_to, u8* q_to, int half) {
-        store_tokens(k_to, k_x);
-        store_tokens(q_to, q_x);
+#if GDN
+    // A head's decays multiply products of keys and queries as they are: those between tokens of a sub-block, and those
+    // from its beginning and to its end.
+    __shared__ float between_s[4][SUB][SUB], from_start_s[CHUNK], to_end_s[CHUNK];
+    store_tokens(k_tile, k);
+    store_tokens(q_tile, q);
+    {
+        float x = 1.0f;
+        if (c < SUB) {
+#pragma unroll
+            for (int t = 0; t < SUB; t++) {
+                if (t > c) x *= a[t].x;
+                between_s[s][t][c] = t < c ? 0.0f : x;
+            }
+        }
+        x = 1.0f;
+#pragma unroll
+        for (int t = 0; t < SUB; t++) {
+            x *= a[t].x;
+            if (c == SUB) from_start_s[SUB * s + t] = x;
+        }
+        *(float2*)(total_s[s] + 2 * c) = float2{x, x};
+        x = 1.0f;
+#pragma unroll
+        for (int t = SUB - 1; t >= 0; t--) {
+            if (c == SUB + 1) to_end_s[SUB * s + t] = x;
+            x *= a[t].x;
+        }
+    }
+    __syncthreads();
+    {
+        float left[4] = {}, right[4] = {};
+        const u8* rows = warp % 2 ? q_tile : k_tile;
+#pragma unroll 4
+        for (int column = 0; column < 8; column++) {
+            const uint4 x = block_of(rows, column, s), y = block_of(k_tile, column, s);
+            mma_fp16(left, x.x, x.y, x.z, x.w, y.x, y.z);
+            mma_fp16(right, x.x, x.y, x.z, x.w, y.y, y.w);
+        }
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            const int i = lane / 4, j = 2 * (lane % 4) + e;
+            diagonal[e] = left[e] * between_s[s][i][j];
+            diagonal[2 + e] = left[2 + e] * between_s[s][i + 8][j];
+            diagonal[4 + e] = right[2 + e] * between_s[s][i + 8][j + 8];
+        }
+    }
+#else
+    // Half by half.
+    auto level = [&](u8* k_to, u8* q_to, int half) {
         wait_at<64>(1 + s);
         float left[4] = {}, right[4] = {};
         const u8* rows = warp % 2 ? q_to : k_to;
@@ -261,11 +275,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
         }
     };
     {
-        u32 k_x[SUB], q_x[SUB];
-        forget_decays(), decay_halves<8>(k_x, q_x, k, q, a), level(k_x, q_x, k_tile, q_tile, 8);
-        forget_decays(), decay_halves<4>(k_x, q_x, k, q, a), level(k_x, q_x, start_tile, v_tile, 4);
-        forget_decays(), decay_halves<2>(k_x, q_x, k, q, a), level(k_x, q_x, k_tile, q_tile, 2);
-        forget_decays(), decay_halves<1>(k_x, q_x, k, q, a), level(k_x, q_x, start_tile, v_tile, 1);
+        u32 x[SUB];
+        forget_decays(), decay_halves<8, true>(x, k, a), store_tokens(k_tile, x);
+        forget_decays(), decay_halves<8, false>(x, q, a), store_tokens(q_tile, x);
+        level(k_tile, q_tile, 8);
+        forget_decays(), decay_halves<4, true>(x, k, a), store_tokens(start_tile, x);
+        forget_decays(), decay_halves<4, false>(x, q, a), store_tokens(end_tile, x);
+        level(start_tile, end_tile, 4);
+        forget_decays(), decay_halves<2, true>(x, k, a), store_tokens(k_tile, x);
+        forget_decays(), decay_halves<2, false>(x, q, a), store_tokens(q_tile, x);
+        level(k_tile, q_tile, 2);
+        forget_decays(), decay_halves<1, true>(x, k, a), store_tokens(start_tile, x);
+        forget_decays(), decay_halves<1, false>(x, q, a), store_tokens(end_tile, x);
+        level(start_tile, end_tile, 1);
     }
 
     // Tokens decayed from the beginning of their sub-block, and to its end.
@@ -285,16 +307,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
         k_x[SUB - 1] = k[SUB - 1];
 #pragma unroll
         for (int t = SUB - 2; t >= 0; t--) x = times(x, a[t + 1]), k_x[t] = mul_halves(k[t], pack_half(x));
+        wait_at<64>(1 + s);  // the last level has been read
         store_tokens(end_tile, k_x);
     }
     __syncthreads();
+#endif
 
-    // And from the beginning of the chunk, and to its end. By channels, positions are swapped for the banks too.
-    const int at_channel = (c / 8 * 4 + s) * BLOCK + c % 4 * 128 + c / 4 % 2 * 8;
-    const int swap = c % 4 ^ odd * 4;
-    auto store_channels = [&](u8* tile, int position, u32 x, u32 y) {
-        *(uint2*)(tile + at_channel + (position ^ swap) * 16) = make_uint2(x, y);
-    };
+    // And from the beginning of the chunk, and to its end.
     {
         float2 x = {1.0f, 1.0f}, y = {1.0f, 1.0f};
 #pragma unroll
@@ -304,13 +323,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
             if (i > s) y = times(y, of);
         }
         if (s == 3) *(float2*)(out + A_AT + 8 * c) = times(x, *(const float2*)(total_s[3] + 2 * c));
-        // Pairs of tokens of the first and of the second channel, and of k and q their channels.
-        u32 first_of[8], second_of[8], q_start[SUB];
         float2 even;
+        forget_decays();
 #pragma unroll
         for (int t = 0; t < SUB; t++) {
             x = times(x, a[t]);
-            q_start[t] = pack(half_low(q[t]) * x.x * SCALE, half_high(q[t]) * x.y * SCALE);
+            q[t] = pack(half_low(q[t]) * x.x * SCALE, half_high(q[t]) * x.y * SCALE);
             const float b = beta_s[SUB * s + t];
             const float2 k_start = {half_low(k[t]) * x.x * b, half_high(k[t]) * x.y * b};
             if (t % 2) {
@@ -319,13 +337,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
             }
             even = k_start;
         }
+        store_channels(start_tile);
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            store_channels(start_tile, i, first_of[i], first_of[i + 4]);
-            store_channels(start_tile, 4 + i, second_of[i], second_of[i + 4]);
-        }
-#pragma unroll
-        for (int t = 0; t < 8; t++) *(uint2*)(out + Q_AT + at_token + t * 64) = make_uint2(q_start[t], q_start[t + 8]);
+        for (int t = 0; t < 8; t++) *(uint2*)(out + Q_AT + at_token + t * 64) = make_uint2(q[t], q[t + 8]);
 #pragma unroll
         for (int t = SUB - 1; t >= 0; t--) {
             const float2 k_end = {half_low(k[t]) * y.x, half_high(k[t]) * y.y};
@@ -333,7 +347,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
             if (t % 2 == 0) first_of[t / 2] = pack(k_end.x, even.x), second_of[t / 2] = pack(k_end.y, even.y);
             even = k_end;
         }
-        u8* to = out + K_AT + at_channel;
+        u8* const to = out + K_AT + at_channel;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             *(uint2*)(to + 16 * i) = make_uint2(first_of[i], first_of[i + 4]);
@@ -341,34 +355,32 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
         }
     }
     {
-        u32 inputs[19];
-        load_inputs(inputs, 2);
-        const uint4 taps = taps_of(2);
         float2 v[SUB];
+        convolve(v, 2, taps_of(2));
 #pragma unroll
-        for (int t = 0; t < SUB; t++) {
-            const float b = beta_s[SUB * s + t];
-            v[t] = times(convolve(inputs, taps, t), float2{b, b});
+        for (int t = 0; t < SUB; t += 2) {
+            const float b0 = beta_s[SUB * s + t], b1 = beta_s[SUB * s + t + 1];
+            first_of[t / 2] = pack(v[t].x * b0, v[t + 1].x * b1);
+            second_of[t / 2] = pack(v[t].y * b0, v[t + 1].y * b1);
         }
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const int t = 2 * i;
-            store_channels(v_tile, i, pack(v[t].x, v[t + 1].x), pack(v[t + 8].x, v[t + 9].x));
-            store_channels(v_tile, 4 + i, pack(v[t].y, v[t + 1].y), pack(v[t + 8].y, v[t + 9].y));
-        }
+        __syncthreads();  // where their inputs were go the values
+        store_channels(v_tile);
     }
 
     // Blocks below the diagonals: 6 of A and 6 of P, 2 for each odd warp, 1 for each even one, which inverts as well.
     const int row = lane / 4;
+    auto store_P = [&](int i, int j, uint4 x) {
+        *(uint4*)(out + P_AT + (i * (i + 1) / 2 + j) * BLOCK + lane * 16) = x;
+    };
     auto below = [&](int task) {
         const int pair = task % 6, i = pair < 1 ? 1 : pair < 3 ? 2 : 3, j = pair - i * (i - 1) / 2;
         const u8* rows = task < 6 ? k_tile : q_tile;
         float left[4] = {}, right[4] = {};
-#pragma unroll
+#pragma unroll 4
         for (int column = 0; column < 8; column++) {
             uint4 x = block_of(rows, column, i);
-            const uint4 y = block_of(end_tile, column, j);
-            if (i - j > 1) {
+            const uint4 y = block_of(GDN ? k_tile : end_tile, column, j);
+            if (!GDN && i - j > 1) {
                 const int at = 16 * column + 2 * (lane % 4);
                 float2 lo = *(const float2*)(total_s[j + 1] + at), hi = *(const float2*)(total_s[j + 1] + at + 8);
                 if (i - j > 2) {
@@ -383,27 +395,39 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
             mma_fp16(right, x.x, x.y, x.z, x.w, y.y, y.w);
         }
         const bool is_A = task < 6;
-        const float f0 = is_A ? -beta_s[SUB * i + row] : SCALE, f1 = is_A ? -beta_s[SUB * i + row + 8] : SCALE;
+        float f0 = is_A ? -beta_s[SUB * i + row] : SCALE, f1 = is_A ? -beta_s[SUB * i + row + 8] : SCALE;
+#if GDN
+        float rest = 1.0f;  // of the sub-blocks that lie between
+        for (int m = j + 1; m < i; m++) rest *= total_s[m][0];
+        f0 *= from_start_s[SUB * i + row] * rest, f1 *= from_start_s[SUB * i + row + 8] * rest;
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            const float* to_end = to_end_s + SUB * j + 2 * (lane % 4) + e % 2;
+            left[e] *= to_end[0], right[e] *= to_end[8];
+        }
+#endif
 #pragma unroll
         for (int e = 0; e < 2; e++) left[e] *= f0, right[e] *= f0, left[2 + e] *= f1, right[2 + e] *= f1;
-        const uint4 wide = make_uint4(pack(left[0], left[1]), pack(left[2], left[3]), pack(right[0], right[1]), pack(right[2], right[3]));
+        const uint4 wide = pack_block(left, right);
         if (is_A) {
             *(uint4*)(A_wide + pair * BLOCK + lane * 16) = wide;
-            *(uint4*)(A_half + pair * BLOCK + lane * 16) = make_uint4(
-                pack_half(left[0], left[1]), pack_half(left[2], left[3]), pack_half(right[0], right[1]), pack_half(right[2], right[3]));
+            *(uint4*)(A_half + pair * BLOCK + lane * 16) = pack_block_half(left, right);
         } else {
-            *(uint4*)(out + P_AT + (i * (i + 1) / 2 + j) * BLOCK + lane * 16) = wide;
+            store_P(i, j, wide);
         }
     };
     if (warp % 2) {
         // P's diagonal, where nothing decays.
 #pragma unroll
         for (int e = 0; e < 2; e++)
-            if (row == 2 * (lane % 4) + e) diagonal[e] = qk_s[SUB * s + row], diagonal[4 + e] = qk_s[SUB * s + row + 8];
+            if (!GDN && row == 2 * (lane % 4) + e) {
+                diagonal[e] = qk_s[SUB * s + row];
+                diagonal[4 + e] = qk_s[SUB * s + row + 8];
+            }
         u32 P[3];
 #pragma unroll
         for (int e = 0; e < 3; e++) P[e] = pack(diagonal[2 * e] * SCALE, diagonal[2 * e + 1] * SCALE);
-        *(uint4*)(out + P_AT + (s * (s + 3) / 2) * BLOCK + lane * 16) = make_uint4(P[0], P[1], 0, P[2]);
+        store_P(s, s, make_uint4(P[0], P[1], 0, P[2]));
         below(warp - 1), below(warp);
     } else {
         const float b0 = beta_s[SUB * s + row], b1 = beta_s[SUB * s + row + 8];
@@ -432,7 +456,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
 #pragma unroll
         for (int e = 0; e < 6; e++)
             if (e / 2 != 1 && row == 2 * (lane % 4) + e % 2) T[e] = 0.0f;
-        *(uint4*)(T_half + s * BLOCK + lane * 16) = make_uint4(pack_half(T[0], T[1]), pack_half(T[2], T[3]), 0, pack_half(T[4], T[5]));
+        *(uint4*)(T_half + s * BLOCK + lane * 16) =
+            make_uint4(pack_half(T[0], T[1]), pack_half(T[2], T[3]), 0, pack_half(T[4], T[5]));
         *(uint4*)(T_wide + s * BLOCK + lane * 16) = make_uint4(pack(T[0], T[1]), pack(T[2], T[3]), 0, pack(T[4], T[5]));
         below(8 + warp / 2);
     }
@@ -448,7 +473,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const uint4 v = at_channels(v_tile, i);
-        float left[4] = {low(v.x), high(v.x), low(v.z), high(v.z)}, right[4] = {low(v.y), high(v.y), low(v.w), high(v.w)};
+        float left[4] = {low(v.x), high(v.x), low(v.z), high(v.z)};
+        float right[4] = {low(v.y), high(v.y), low(v.w), high(v.w)};
 #pragma unroll
         for (int j = 0; j < i; j++) {
             const uint4 A = block(A_wide, i * (i - 1) / 2 + j), u = solved[j];
@@ -456,10 +482,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
             mma(right, u.x, u.y, u.z, u.w, A.y, A.w);
         }
         const uint4 T = block(T_wide, i);
-        const u32 x0 = pack(left[0], left[1]), x1 = pack(left[2], left[3]), x2 = pack(right[0], right[1]), x3 = pack(right[2], right[3]);
-        mma(left, x0, x1, x2, x3, T.x, T.z);
-        mma(right, x0, x1, x2, x3, T.y, T.w);
-        solved[i] = make_uint4(pack(left[0], left[1]), pack(left[2], left[3]), pack(right[0], right[1]), pack(right[2], right[3]));
+        const uint4 x = pack_block(left, right);
+        mma(left, x.x, x.y, x.z, x.w, T.x, T.z);
+        mma(right, x.x, x.y, x.z, x.w, T.y, T.w);
+        solved[i] = pack_block(left, right);
         *(uint4*)(out + U_AT + (warp * 4 + i) * BLOCK + lane * 16) = solved[i];
     }
 #pragma unroll
@@ -474,11 +500,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
             mma_fp16(right, w.x, w.y, w.z, w.w, A.y, A.w);
         }
         const uint4 T = block(T_half, i);
-        const u32 x0 = pack_half(left[0], left[1]), x1 = pack_half(left[2], left[3]);
-        const u32 x2 = pack_half(right[0], right[1]), x3 = pack_half(right[2], right[3]);
-        mma_fp16(left, x0, x1, x2, x3, T.x, T.z);
-        mma_fp16(right, x0, x1, x2, x3, T.y, T.w);
-        solved[i] = make_uint4(pack_half(left[0], left[1]), pack_half(left[2], left[3]), pack_half(right[0], right[1]), pack_half(right[2], right[3]));
+        const uint4 x = pack_block_half(left, right);
+        mma_fp16(left, x.x, x.y, x.z, x.w, T.x, T.z);
+        mma_fp16(right, x.x, x.y, x.z, x.w, T.y, T.w);
+        solved[i] = pack_block_half(left, right);
         const u32 y0 = transpose_matrix(pack(-left[0], -left[1])), y1 = transpose_matrix(pack(-left[2], -left[3]));
         const u32 y2 = transpose_matrix(pack(-right[0], -right[1])), y3 = transpose_matrix(pack(-right[2], -right[3]));
         *(uint4*)(out + W_AT + (warp * 4 + i) * BLOCK + lane * 16) = make_uint4(y0, y2, y1, y3);

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from thalweg.ops.host_tables import Boundaries, PerStep, pieces
 from thalweg.ops.norm.triton.gated import gated_rms_norm
-from thalweg.ops.toolchain.cuda_build import cuda_kernel
+from thalweg.ops.toolchain.cuda_build import aligned_rows, cuda_kernel
 from thalweg.ops.toolchain.triton_support import multiprocessors
 
 CHUNKS, STATES = (Path(__file__).with_name(name) for name in ("chunks.cu", "states.cu"))
@@ -92,10 +92,12 @@ def rule(
     o_THV = torch.empty(T, H, K, dtype=qkv_TC.dtype, device=device)
     if not T:
         return o_THV
+    is_gdn = dt_bias.ndim == 1
+    qkv_TC, gate_TX = aligned_rows(qkv_TC), gate_TX if is_gdn else aligned_rows(gate_TX)
     ratio = 2 * H // (len(conv_weight_CW) // K - H)
     cut = pieces(offsets, CHUNK, device, boundaries)
     work = torch.empty(cut.num * H * WORK, dtype=torch.uint8, device=device)
-    chunks = cuda_kernel(CHUNKS, "chunks", 256, device, GDN=int(dt_bias.ndim == 1), RATIO=ratio)
+    chunks = cuda_kernel(CHUNKS, "chunks", 256, device, GDN=int(is_gdn), RATIO=ratio)
     chunks.launch(
         (cut.num * H, 1, 1),
         CHUNKS_SHARED,

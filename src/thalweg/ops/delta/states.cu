@@ -14,10 +14,8 @@
 // of the ring. RATIO, value heads per key head.
 
 #include "hopper.cuh"
+#include "delta.cuh"
 
-constexpr int K = 128, CHUNK = 64, BLOCK = 512, TILE = CHUNK * K * 2;
-constexpr int W_AT = 0, Q_AT = TILE, K_AT = 2 * TILE, P_AT = 3 * TILE, A_AT = P_AT + 10 * BLOCK, U_AT = A_AT + 4 * K;
-constexpr int WORK = U_AT + TILE;
 constexpr int SLICES = 8 / WARPS, U_BYTES = WARPS * 4 * BLOCK, STAGE = U_AT + U_BYTES;
 constexpr int HANDED = 12 * BLOCK;  // the state's 8 blocks of 16 by 16 and U's 4
 #if STATE_BF16
