@@ -231,6 +231,16 @@ def test_products_in_float8_are_those_of_the_model(maker: str, rest: int, result
     assert all(m.us and not m.wrong for case in cases for m in measure_case(case, setting(), CEILINGS) if not m.refusal)
 
 
+@pytest.mark.parametrize("prompts", [False, True])
+def test_prompts_have_linears_in_float8_beside_the_model_s_own(prompts: bool) -> None:
+    from thalweg.bench.kernels import projections
+    from thalweg.ops.linear import LinearDims
+
+    cases = list(projections.linear_add(replace(setting(), prompts=prompts), LinearDims(D=256, O=24)))
+    found = {(case.op, case.rate) for case in cases}
+    assert found == ({("linear_add", 1.0), ("linear_add_fp8", 2.0)} if prompts else {("linear_add", 1.0)})
+
+
 def test_bytes_of_a_projection_are_its_tensors() -> None:
     s = setting()
     (build,) = choose_ops("decode", "linear_add", s.model)
