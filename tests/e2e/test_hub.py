@@ -72,6 +72,7 @@ def test_a_model_is_downloaded_once_and_only_what_is_read_of_it(hub: SmallHub, t
     assert (again.returncode, again.stdout, hub.asked) == (0, first.stdout, [])
 
 
+@pytest.mark.slow
 def test_a_download_that_broke_off_is_gone_on_with(hub: SmallHub, tmp_path: Path) -> None:
     hub.cut, hub.ranges = {"model.safetensors": CUT}, []
     env = variables(hub, tmp_path)
@@ -99,6 +100,7 @@ def test_a_revision_and_no_weights_where_none_are_needed(hub: SmallHub, tmp_path
     assert (snapshot / "chat_template.jinja").read_text().endswith("{# v1 #}")
 
 
+@pytest.mark.slow
 def test_what_is_not_there_is_one_line(hub: SmallHub, tmp_path: Path) -> None:
     for arguments, said in (
         (["me/nothing"], f"{hub.url} has no such model, or only for those who may see it (HF_TOKEN)"),
