@@ -262,4 +262,4 @@ def test_mypy_finds_wrong_dims_wrong_calls_and_wrong_implementations(tmp_path: P
     command, env = [sys.executable, "-m", "mypy", *options, str(file)], {**os.environ, "MYPYPATH": "src"}
     found = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=280, check=False)
     errors = [json.loads(line) for line in found.stdout.splitlines()]
-    assert {error["line"] for error in errors} == {8, 9, 10, 11, 16}, found.stdout + found.stderr
+    assert {error["line"] for error in errors} == {9, 10, 11, 12, 17}, found.stdout + found.stderr
