@@ -27,6 +27,16 @@ def check(case: MoeCase, *names: str, bound: float = 1e-5) -> None:
 
 def check_kernels() -> None:
     check(moe_case_int4(3, 40, 24, 2, 1, torch.float32, own=16, scale=2.5), "tiles", "grouped")  # a part of a group
+    check_order_of_pairs()
+
+
+def check_order_of_pairs() -> None:
+    """A lane has a group's words, nibbles 4 apart as pairs, and the matrix unit two pairs of a lane at a time."""
+    from thalweg.ops.moe.experts.triton.nibbles import in_order_of_pairs
+
+    x = torch.randn(3, 384)
+    wanted = x.unflatten(-1, (3, 4, 4, 2, 2, 2)).permute(0, 1, 3, 5, 6, 2, 4).flatten(1)
+    assert torch.equal(in_order_of_pairs(x[:, :]), wanted)
 
 
 def check_more_sizes() -> None:

@@ -1,9 +1,9 @@
 """Op "experts": the experts' SwiGLU networks with the sum that ends them, over weights that carry their scheme.
 
 Six forms, by how many tokens share an expert: pairs and tiles for decode, sorted pairs for prompts (all in Triton, for
-the schemes of SCHEMES), products in CUDA C++ for a few tokens over fp8 ("cuda"), and, for prompts on Hopper, products
-of sorted pairs at the rate of the matrix unit: in bf16 ("matrix"), and over fp8, for which activations are quantized
-("w8a8").
+the schemes of SCHEMES), products in CUDA C++ for a few tokens over fp8 and int4 ("cuda"), and, for prompts on Hopper,
+products of sorted pairs at the rate of the matrix unit: in bf16 and over int4 ("matrix"), and over fp8, for which
+activations are quantized ("w8a8").
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Protocol
 from torch import Tensor
 
 from thalweg.ops.moe.experts import reference
+from thalweg.ops.moe.experts.int4 import few as int4_few
+from thalweg.ops.moe.experts.int4 import many_refusal
 from thalweg.ops.registry import Op, Refusal, Tokens, Where, register
 from thalweg.ops.toolchain import cuda_build
 from thalweg.ops.toolchain.triton_support import why_not, why_not_hopper
@@ -82,6 +84,9 @@ MAX_WIDTH = 16384  # with fp8, one program holds a token's row in registers
 MANY_EXPERTS = 384  # of which each has few tokens still where fewer experts would have many
 MAX_CUDA_EXPERTS = 1024  # a block of the CUDA C++ kernels has all of them in shared memory
 MAX_CUDA_WARPS = 12
+INT4_PROMPTS = (
+    3072  # tokens from which on words are widened between products of warpgroups; fewer leave these too small
+)
 WIDE_STEPS, MAX_WIDE_WARPS = 4, 14  # over fp8, for up to 8 tokens: more would not fit the registers
 
 
@@ -124,8 +129,10 @@ def steps_per_warp(columns: int) -> int | None:
 
 
 def _cuda_refuses(where: Where, dims: ExpertsDims) -> Refusal:
+    if dims.scheme == "int4":
+        return int4_few.refusal(dims.E, dims.D, dims.I, dims.own) or _no_cuda(where) or why_not_hopper()
     if dims.scheme != "fp8":
-        return f"needs weights in scheme fp8, not {dims.scheme}"
+        return f"needs weights in scheme fp8 or int4, not {dims.scheme}"
     if dims.own:
         return "has no products for an expert of its own"
     if dims.E > MAX_CUDA_EXPERTS:
@@ -133,19 +140,23 @@ def _cuda_refuses(where: Where, dims: ExpertsDims) -> Refusal:
     if steps_per_warp(dims.D) is None or steps_per_warp(dims.I) is None:
         most = "up to 12, an even number up to 24 or four times up to 14, times 128"
         return f"needs D and I of {most}, not {dims.D} and {dims.I}"
+    return _no_cuda(where)
+
+
+def _no_cuda(where: Where) -> Refusal:
     if where.dtype != "bfloat16":
         return f"needs bfloat16, not {where.dtype}"
     return cuda_build.why_not(where) or why_not(where)
 
 
 def _matrix_refuses(where: Where, dims: ExpertsDims, scheme: str, columns: int) -> Refusal:
+    if scheme == "none" and dims.scheme == "int4":
+        return many_refusal(dims.D, dims.I) or _no_cuda(where) or why_not_hopper()
     if dims.scheme != scheme:
-        return f"needs weights in scheme {scheme}, not {dims.scheme}"
+        return f"needs weights in scheme {scheme}{' or int4' if scheme == 'none' else ''}, not {dims.scheme}"
     if dims.D % columns or dims.I % columns or not dims.D or not dims.I:
         return f"needs D and I to be multiples of {columns}, not {dims.D} and {dims.I}"
-    if where.dtype != "bfloat16":
-        return f"needs bfloat16, not {where.dtype}"
-    return why_not(where) or cuda_build.why_not(where) or why_not_hopper()
+    return _no_cuda(where) or why_not_hopper()
 
 
 def _reference(where: Where, dims: ExpertsDims) -> Experts:
@@ -160,6 +171,10 @@ def _grouped(where: Where, dims: ExpertsDims) -> Experts:
 
 
 def _matrix(where: Where, dims: ExpertsDims) -> Experts:
+    if dims.scheme == "int4":
+        from thalweg.ops.moe.experts.int4 import many
+
+        return many.experts
     from thalweg.ops.moe.experts import matrix
 
     return matrix.experts
@@ -178,6 +193,8 @@ def _pairs(where: Where, dims: ExpertsDims) -> Experts:
 
 
 def _cuda(where: Where, dims: ExpertsDims) -> Experts:
+    if dims.scheme == "int4":
+        return int4_few.experts
     from thalweg.ops.moe.experts import cuda_fp8
 
     return cuda_fp8.experts
@@ -188,12 +205,18 @@ def _few(dims: ExpertsDims) -> Tokens:
 
 
 def _fewer(dims: ExpertsDims) -> Tokens:
+    if dims.scheme == "int4":
+        return Tokens(last=int4_few.MAX_TOKENS)
     return Tokens(last=8 if WIDE_STEPS in (steps_per_warp(dims.D), steps_per_warp(dims.I)) else 16)
 
 
 def _some(dims: ExpertsDims) -> Tokens:
     most = SCHEMES[dims.scheme].tiles
     return Tokens(last=min(512, 2 * most) if dims.E >= MANY_EXPERTS else most)
+
+
+def _prompts(dims: ExpertsDims) -> Tokens:
+    return Tokens(first=INT4_PROMPTS) if dims.scheme == "int4" else Tokens()
 
 
 def _separate(where: Where, dims: ExpertsDims) -> Experts:
@@ -209,7 +232,8 @@ def _separate_refuses(where: Where, dims: ExpertsDims) -> Refusal:
 register(EXPERTS, "reference", _reference, capturable=False)
 register(EXPERTS, "separate", _separate, supports=_separate_refuses, priority=-10)
 register(EXPERTS, "grouped", _grouped, supports=_triton_refuses, priority=10)
-register(EXPERTS, "matrix", _matrix, supports=partial(_matrix_refuses, scheme="none", columns=64), priority=15)
+_matrix_supports = partial(_matrix_refuses, scheme="none", columns=64)
+register(EXPERTS, "matrix", _matrix, supports=_matrix_supports, tokens=_prompts, priority=15)
 _w8a8_refuses = partial(_matrix_refuses, scheme="fp8", columns=BLOCK)
 register(EXPERTS, "w8a8", _matrix, supports=_w8a8_refuses, priority=15, rounding=0.06)
 register(EXPERTS, "tiles", _tiles, supports=_triton_refuses, tokens=_some, priority=20)

@@ -188,3 +188,21 @@ def in_order(x_TD: Tensor) -> Tensor:
     block = max(128, triton.next_power_of_2(D))
     order_kernel[(T,)](x_TD, ordered, x_TD.stride(0), D=D, BLOCK_D=block, num_warps=8)
     return ordered
+
+
+@triton.jit
+def pairs_order_kernel(x_ptr, ordered_ptr, x_stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK_D)
+    x = tl.load(x_ptr + row * x_stride + at, mask=at < D, other=0.0)
+    x = tl.permute(tl.reshape(x, [BLOCK_D // 128, 4, 4, 2, 2, 2]), (0, 2, 4, 5, 1, 3))
+    tl.store(ordered_ptr + row * D + at, tl.reshape(x, [BLOCK_D]), mask=at < D)
+
+
+def in_order_of_pairs(x_TD: Tensor) -> Tensor:
+    """x with the columns of every 128 as the kernels of int4/many.cu take them; 128 divides D."""
+    T, D = x_TD.shape
+    ordered_TD = torch.empty(T, D, dtype=x_TD.dtype, device=x_TD.device)
+    block = max(128, triton.next_power_of_2(D))
+    pairs_order_kernel[(T,)](x_TD, ordered_TD, x_TD.stride(0), D=D, BLOCK_D=block, num_warps=8)
+    return ordered_TD
