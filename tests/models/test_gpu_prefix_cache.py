@@ -132,3 +132,18 @@ def test_what_comes_back_from_host_memory_is_cold(folder: Path, delayed: bool, m
             assert tokens(llm.generate(prompts, long)) == cold
         stats = llm.engine.core.stats()
         assert stats.prefix_host_hits >= 8 * 192
+
+
+@pytest.mark.parametrize(("snapshot_dtype", "close"), [("bfloat16", 0.05), ("int8", 0.4)])
+def test_smaller_snapshots_go_on_near_a_cold_run(folder: Path, snapshot_dtype: str, close: float) -> None:
+    prompts = [ids(n) for n in (65, 130, 200, 300)]
+    with engine(folder, "float32", False) as llm:
+        cold = one_by_one(llm, prompts)
+    options = {"dtype": "float32", "max_num_seqs": 4, "max_num_batched_tokens": 512, "cache_memory": 1 << 30}
+    with LLM(str(folder), device="cuda", enable_prefix_caching=True, snapshot_dtype=snapshot_dtype, **options) as llm:
+        one_by_one(llm, prompts)
+        warm = one_by_one(llm, prompts)
+    assert all(o.num_cached_tokens for o in warm)
+    for a, b in zip(cold, warm, strict=True):
+        first, second = (x.outputs[0].logprobs[0] for x in (a, b))  # type: ignore[index]
+        assert abs(first.logprob - second.logprob) < close

@@ -280,6 +280,46 @@ def test_what_comes_back_from_host_memory_is_cold(model: str | None, block_size:
         assert tokens(llm.generate(prompts + others, GREEDY)) == cold
 
 
+@pytest.mark.parametrize(("snapshot_dtype", "close", "smaller"), [("bfloat16", 0.15, 1.7), ("int8", 0.4, 2.7)])
+def test_smaller_snapshots_go_on_near_a_cold_run(
+    with_states: str | None, snapshot_dtype: str, close: float, smaller: float
+) -> None:
+    prompts = [ids(n) for n in (65, 130, 200, 300)]
+    with engine(with_states, on=False) as llm:
+        cold, states = one_by_one(llm, prompts), llm.info.bytes_per_sequence
+    with engine(with_states, snapshot_dtype=snapshot_dtype) as llm:
+        one_by_one(llm, prompts)
+        warm = one_by_one(llm, prompts)
+        assert states / llm.info.bytes_per_snapshot > smaller
+        assert llm.info.num_snapshots > 32  # what there is at most of those of full size
+        assert f"snapshots of states x {llm.info.bytes_per_snapshot / 1024:.2f} KiB in {snapshot_dtype}" in "".join(
+            llm.info.memory_split
+        )
+    assert all(o.num_cached_tokens for o in warm)
+    for a, b in zip(cold, warm, strict=True):
+        first, second = (x.outputs[0].logprobs[0] for x in (a, b))  # type: ignore[index]
+        torch.testing.assert_close(torch.tensor(second.logprob), torch.tensor(first.logprob), atol=close, rtol=0)
+    memory = (2 + 1 + 2 * (8 + 1)) * states  # of which two or three snapshots
+    small = {"cache_memory": memory, "max_num_seqs": 2, "max_model_len": 384, "cpu_cache_memory": 32 << 20}
+    with engine(with_states, snapshot_dtype=snapshot_dtype, **small) as llm:
+        one_by_one(llm, prompts)
+        again = one_by_one(llm, prompts)
+        assert llm.engine.core.stats().host_copies["snapshots_fetched"] > 0
+    for a, b in zip(again, warm, strict=True):
+        assert (a.num_cached_tokens, a.outputs[0].logprobs) == (b.num_cached_tokens, b.outputs[0].logprobs)
+
+
+def test_a_step_packs_as_many_snapshots_as_it_has_room_for() -> None:
+    """What further prompts of the step leave is no snapshot, and no error."""
+    with engine(None, on=False, max_num_seqs=16, max_num_batched_tokens=2048) as llm:
+        cold = tokens(llm.generate([ids(70, i) for i in range(16)], GREEDY))
+    with engine(None, max_num_seqs=16, max_num_batched_tokens=2048, snapshot_dtype="int8") as llm:
+        prompts = [ids(70, i) for i in range(16)]
+        assert tokens(llm.generate(prompts, GREEDY)) == cold
+        again = llm.generate(prompts, GREEDY)
+        assert sum(o.num_cached_tokens > 0 for o in again) == llm.info.num_staged == 8
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_ranks_share_host_memory(name: str, shared_dir: Path) -> None:

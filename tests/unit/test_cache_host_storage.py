@@ -35,7 +35,7 @@ def test_blocks_and_snapshots_come_back_to_other_places(dtype: str, width: int) 
         tensor.fill_(0)
     host.copy(plan(block_fetches=[(1, 3), (4, 1)], snapshot_fetches=[(2, 3), (1, 2)]))
     assert not host.fetching()
-    assert cache.slot_of(1) == 3
+    assert cache.saved_row(1) == 3
     for tensor, was in zip(tensors, before, strict=True):
         paged = len(tensor) == 7
         moved = {5: 3, 2: 1} if paged else {3: 5, 5: 4}

@@ -71,7 +71,7 @@ def test_a_snapshot_keeps_every_state_of_a_slot_and_nothing_else(dtype: str) -> 
         "latent": PagedSpec((9,), dtype),
     }
     cache = CacheStorage([layer] * 3, num_blocks=4, num_slots=4, block_size=2, device=CPU, num_snapshots=2)
-    first, second = cache.slot_of(1), cache.slot_of(2)
+    first, second = cache.saved_row(1), cache.saved_row(2)
     assert (first, second) == (5, 6)
     states = [tensors[name] for tensors in cache.layers for name in ("state", "other")]
     for i, state in enumerate(states):
@@ -92,5 +92,5 @@ def test_a_copy_is_one_launch_per_shape() -> None:
     layer: LayerSpecs = {"conv": StateSpec((3, 5), "bfloat16"), "recurrent": StateSpec((3, 3, 3), "float32")}
     cache = CacheStorage([layer] * 20, num_blocks=0, num_slots=6, block_size=64, device=CPU, num_snapshots=1)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        cache.copy_slot(2, cache.slot_of(1))
+        cache.copy_slot(2, cache.saved_row(1))
     assert sum(e.count for e in profile.key_averages() if e.key == "aten::copy_") == 2

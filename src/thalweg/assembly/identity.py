@@ -16,6 +16,7 @@ _OPTIONS = (
     "quantization",
     "dequantize",
     "state_dtype",
+    "snapshot_dtype",
     "block_size",
     "tensor_parallel_size",
     "num_layers",

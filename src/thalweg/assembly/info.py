@@ -46,6 +46,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     num_slots: int
     keeps_prefixes: bool  # whether the prefix cache is on
     num_snapshots: int  # of states, for the prefix cache
+    bytes_per_snapshot: int  # per rank
+    num_staged: int  # snapshots that a step's prefills may write; 0: any number
     snapshot_interval: int  # tokens
     num_host_blocks: int  # places in host memory for what falls out of the device's cache
     num_host_snapshots: int

@@ -78,7 +78,8 @@ def build_rank(
     specs: list[LayerSpecs] = model.cache_specs
     weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     split = split_cache(config, specs, cache_memory(config, device, mesh), device, mesh, c.context_len)
-    cache = CacheStorage(specs, split.num_blocks, split.num_slots, config.block_size, device, split.num_snapshots)
+    snapshots = split.num_snapshots, split.snapshot_dtype, split.num_staged
+    cache = CacheStorage(specs, split.num_blocks, split.num_slots, config.block_size, device, *snapshots)
     eos = source.eos_token_ids
     sampling = SamplingTable(
         split.num_slots, c.vocab_size, device=device, eos_token_ids=frozenset(eos), grammars=grammars
@@ -125,6 +126,8 @@ def build_rank(
         num_slots=split.num_slots,
         keeps_prefixes=split.keeps_prefixes,
         num_snapshots=split.num_snapshots,
+        bytes_per_snapshot=split.bytes_per_snapshot,
+        num_staged=split.num_staged,
         snapshot_interval=config.snapshot_interval,
         num_host_blocks=split.num_host_blocks,
         num_host_snapshots=split.num_host_snapshots,
@@ -245,6 +248,7 @@ def split_cache(
         model_max_len=context_len,
         prefix_caching=bool(config.enable_prefix_caching),
         host_bytes=config.cpu_cache_memory or 0,
+        snapshot_dtype=config.snapshot_dtype,
     )
     return replace(split, num_slots_from=reason)
 

@@ -30,7 +30,7 @@ class HostStorage:
         self._cache, self._device = cache, cache.device
         self._cuda = self._device.type == "cuda"
         self.blocks = Rows([t.unsqueeze(0) for t in cache.paged], num_blocks, self._device)
-        self.snapshots = Rows(cache.states, num_snapshots, self._device)
+        self.snapshots = Rows(cache.saved, num_snapshots, self._device)
         self._stream = torch.cuda.Stream(self._device) if self._cuda else None
         self._fetched: torch.cuda.Event | None = None  # when all that was asked for is there; None: it is
         self._targets: tuple[set[int], set[int]] = set(), set()  # blocks and snapshots not known to be there
@@ -47,9 +47,9 @@ class HostStorage:
             self._wait(plan, copies)
         if copies is None:
             return
-        slot_of = self._cache.slot_of
-        saved = [(slot_of(snapshot), place) for snapshot, place in copies.snapshot_saves]
-        fetched = [(place, slot_of(snapshot)) for place, snapshot in copies.snapshot_fetches]
+        row_of = self._cache.saved_row
+        saved = [(row_of(snapshot), place) for snapshot, place in copies.snapshot_saves]
+        fetched = [(place, row_of(snapshot)) for place, snapshot in copies.snapshot_fetches]
         self.blocks.save(copies.block_saves, self._stream)
         self.snapshots.save(saved, self._stream)
         self.blocks.fetch(copies.block_fetches, self._stream)

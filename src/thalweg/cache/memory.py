@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from thalweg.cache.specs import LayerSpecs, bytes_per_sequence, bytes_per_token
+from thalweg.cache.specs import LayerSpecs, bytes_per_sequence, bytes_per_snapshot, bytes_per_token
 from thalweg.errors import ConfigError
 
 # Of the default --max-num-seqs on a GPU. A row of a step also costs memory outside the cache, logits that decode graphs
 # keep and activations, so that small devices run fewer; and blocks, not states, are what long sequences need.
 DEVICE_MIB_PER_SEQUENCE = 128
 STATE_SHARE = 3
+STAGED = 8  # snapshots that one step's prefills may write if they are packed after
 SNAPSHOTS_LEAST, SNAPSHOTS_PER_SEQUENCE = 16, 4  # at most, in sum
 
 
@@ -29,6 +30,9 @@ class MemorySplit:
     num_slots_from: str = "--max-num-seqs"  # what decided how many sequences run at once
     prefix_caching: bool = False
     num_snapshots: int = 0  # of states, for the prefix cache
+    bytes_per_snapshot: int = 0
+    snapshot_dtype: str = "auto"
+    num_staged: int = 0  # rows of states that prefills write snapshots to before they are packed
     host_bytes: int = 0  # what the prefix cache was offered of host memory
     num_host_blocks: int = 0
     num_host_snapshots: int = 0
@@ -47,7 +51,7 @@ class MemorySplit:
 
     @property
     def snapshot_bytes(self) -> int:
-        return self.num_snapshots * self.bytes_per_slot
+        return self.num_snapshots * self.bytes_per_snapshot + self.num_staged * self.bytes_per_slot
 
     @property
     def keeps_prefixes(self) -> bool:
@@ -84,7 +88,7 @@ class MemorySplit:
             return f"{_size(self.host_bytes)}, unused: the prefix cache is off"
         parts = []
         if self.num_host_snapshots:
-            parts.append(f"{self.num_host_snapshots} snapshots x {_size(self.bytes_per_slot)}")
+            parts.append(f"{self.num_host_snapshots} snapshots x {_size(self.bytes_per_snapshot)}")
         if self.num_host_blocks:
             parts.append(f"{self.num_host_blocks} blocks x {_size(self.bytes_per_block)}")
         return f"{_size(self.host_bytes)} = {' + '.join(parts)}, for what falls out of the device's cache"
@@ -99,9 +103,14 @@ class MemorySplit:
                 "off: one sequence of --max-model-len leaves no room for a snapshot of states; lower it or"
                 " --max-num-seqs, or raise --cache-memory / --gpu-memory-utilization"
             )
-        line = f"{_size(self.snapshot_bytes)} = {self.num_snapshots} snapshots of states x {_size(self.bytes_per_slot)}"
+        each = self.bytes_per_snapshot
+        line = f"{_size(self.snapshot_bytes)} = {self.num_snapshots} snapshots of states x {_size(each)}"
+        if self.num_staged:
+            line += (
+                f" in {self.snapshot_dtype} + {self.num_staged} that are being written x {_size(self.bytes_per_slot)}"
+            )
         if self.bytes_per_block:
-            line += f", as much as blocks of {self.bytes_per_slot * self.block_size // self.bytes_per_block} tokens"
+            line += f", as much as blocks of {each * self.block_size // self.bytes_per_block} tokens"
         return line
 
 
@@ -144,6 +153,7 @@ def split_memory(
     model_max_len: int,
     prefix_caching: bool = False,
     host_bytes: int = 0,
+    snapshot_dtype: str = "auto",
 ) -> MemorySplit:
     """Divides memory_bytes: state slots first, which cost the same whatever is run, then snapshots of states if
     prefixes are cached, then blocks from the rest.
@@ -152,8 +162,9 @@ def split_memory(
     max_model_len None means model_max_len (tokens, from the model's config), lowered to what one sequence can cache.
     Snapshots get half of what the slots leave, since blocks without a snapshot are of no use to the next request, nor
     snapshots without blocks; but not what one sequence of full length needs, be it that its length is lowered, when
-    they get a quarter. There are at most 16 and 4 for each sequence that runs. `host_bytes` of host memory are divided
-    between snapshots and blocks in halves, or go to what there is of them.
+    they get a quarter. There are at most 16 and 4 for each sequence that runs, and as many more as a `snapshot_dtype`
+    makes them smaller. `host_bytes` of host memory are divided between snapshots and blocks in halves, or go to what
+    there is of them.
     Raises ConfigError when the slots, or the blocks of one sequence of max_model_len, do not fit.
     """
     for option, value in (("--block-size", block_size), ("--max-num-seqs", max_num_seqs)):
@@ -183,12 +194,17 @@ def split_memory(
             f" {f'--max-model-len {length}' if max_model_len else 'any length'} {_size(least)} of blocks;"
             f" {' or '.join(ways)}"
         )
-    num_snapshots = 0
+    num_snapshots = num_staged = 0
+    snapshot = bytes_per_snapshot(specs, snapshot_dtype)
     if prefix_caching and slot:
         full = (1 + -(-length // block_size)) * block
         room = max(left - full, 0 if max_model_len else min(left // 4, left - least))
-        num_snapshots = min(min(left // 2, room) // slot, SNAPSHOTS_LEAST + SNAPSHOTS_PER_SEQUENCE * max_num_seqs)
-        left -= num_snapshots * slot
+        num_staged = 0 if snapshot_dtype == "auto" else STAGED
+        share = min(left // 2, room) - num_staged * slot
+        most = SNAPSHOTS_LEAST + SNAPSHOTS_PER_SEQUENCE * max_num_seqs
+        num_snapshots = max(0, min(share // snapshot, most * slot // snapshot))
+        num_staged = num_staged if num_snapshots else 0
+        left -= num_snapshots * snapshot + num_staged * slot
     num_blocks = 0
     if block:
         most = max_num_seqs * -(-length // block_size) * (2 if prefix_caching else 1)
@@ -196,15 +212,23 @@ def split_memory(
         if max_model_len is None:
             length = min(length, num_blocks * block_size)
     split = MemorySplit(max_num_seqs, num_blocks, block_size, length, slot, block, memory_bytes)
-    split = replace(split, prefix_caching=prefix_caching, num_snapshots=num_snapshots, host_bytes=host_bytes)
+    split = replace(
+        split,
+        prefix_caching=prefix_caching,
+        num_snapshots=num_snapshots,
+        bytes_per_snapshot=snapshot,
+        snapshot_dtype=snapshot_dtype,
+        num_staged=num_staged,
+        host_bytes=host_bytes,
+    )
     if not split.keeps_prefixes or not host_bytes:
         return split
-    host_snapshots = host_bytes // (2 if block else 1) // slot if slot else 0
-    host_blocks = (host_bytes - host_snapshots * slot) // block if block else 0
+    host_snapshots = host_bytes // (2 if block else 1) // snapshot if slot else 0
+    host_blocks = (host_bytes - host_snapshots * snapshot) // block if block else 0
     if (slot and not host_snapshots) or (block and not host_blocks):
         raise ConfigError(
-            f"--cpu-cache-memory is {_size(host_bytes)}; expected at least {_size(2 * max(slot, block))}, which holds a"
-            " block and a snapshot of states, or leave it out"
+            f"--cpu-cache-memory is {_size(host_bytes)}; expected at least {_size(2 * max(snapshot, block))}, which"
+            " holds a block and a snapshot of states, or leave it out"
         )
     return replace(split, num_host_snapshots=host_snapshots, num_host_blocks=host_blocks)
 

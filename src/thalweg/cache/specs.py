@@ -34,6 +34,13 @@ class StateSpec(_Spec):
     """A tensor of `shape` kept for every sequence, whatever its length: a recurrent state (H, V, K)."""
 
 
+def packs(spec: StateSpec, dtype: str) -> bool:
+    """Whether snapshots of a state are stored in `dtype`: of recurrent states (heads, value, key) if that is smaller;
+    the inputs that convolutions keep stay as they are."""
+    return dtype != "auto" and len(spec.shape) == 3 and _SNAPSHOT_BYTES[dtype] < DTYPE_BYTES[spec.dtype]
+
+
+_SNAPSHOT_BYTES = {"bfloat16": 2, "int8": 1}
 Spec = PagedSpec | StateSpec
 LayerSpecs = Mapping[str, Spec]
 """What one layer caches, by names of its own, e.g. {"conv": StateSpec(...), "recurrent": StateSpec(...)}."""
@@ -47,3 +54,15 @@ def bytes_per_token(layers: Iterable[LayerSpecs]) -> int:
 def bytes_per_sequence(layers: Iterable[LayerSpecs]) -> int:
     """Bytes of state that one more sequence costs, over all layers, whatever its length."""
     return sum(s.bytes for layer in layers for s in layer.values() if isinstance(s, StateSpec))
+
+
+def bytes_per_snapshot(layers: Iterable[LayerSpecs], dtype: str) -> int:
+    """Bytes of one snapshot of all states, in bfloat16, int8 or, as "auto", their own dtype."""
+    total = 0
+    for spec in (s for layer in layers for s in layer.values() if isinstance(s, StateSpec)):
+        if not packs(spec, dtype):
+            total += spec.bytes
+        else:
+            total += prod(spec.shape) * _SNAPSHOT_BYTES[dtype]
+            total += 4 * spec.shape[0] * (spec.shape[1] + spec.shape[2]) if dtype == "int8" else 0  # scales
+    return total

@@ -9,6 +9,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from thalweg.cache.packed import PackedSnapshots
 from thalweg.cache.specs import LayerSpecs, PagedSpec, StateSpec
 from thalweg.quant.dtypes import DTYPE_BYTES
 
@@ -19,7 +20,9 @@ class CacheStorage:
     """`layers` has the tensors of each layer by the names of its specs, zeros at first:
     [num_blocks + 1, block_size, *shape] of a PagedSpec, [num_slots + 1 + num_snapshots, *shape] of a StateSpec.
 
-    Block 0 and slot 0 are the sinks that padding rows write to; nobody reads them.
+    Block 0 and slot 0 are the sinks that padding rows write to; nobody reads them. If snapshots are packed, in a
+    `snapshot_dtype` other than "auto", the rows after the slots are `num_staged` ones, which prefills write their
+    states at boundaries to; `settle` packs them.
     """
 
     def __init__(
@@ -30,6 +33,8 @@ class CacheStorage:
         block_size: int,
         device: torch.device,
         num_snapshots: int = 0,
+        snapshot_dtype: str = "auto",
+        num_staged: int = 0,
     ) -> None:
         self.num_slots, self.block_size, self.device = num_slots, block_size, device
         self.layers: list[dict[str, Tensor]] = [{} for _ in specs]
@@ -46,20 +51,57 @@ class CacheStorage:
         # States of one shape and dtype lie in one tensor [owners, num_slots + 1 + num_snapshots, *shape], so that one
         # launch resets slots in all of them, and kernels write snapshots where they write slots.
         self.states: list[Tensor] = []
+        self._packed: list[PackedSnapshots] | None = None if snapshot_dtype == "auto" else []
+        rows = num_slots + 1 + (num_snapshots if self._packed is None else num_staged)
         for spec, owners in alike.items():
-            states = _aligned(len(owners), (num_slots + 1 + num_snapshots, *spec.shape), spec.dtype, device)
+            states = _aligned(len(owners), (rows, *spec.shape), spec.dtype, device)
             self.states.append(states.view(torch.int8) if states.itemsize == 1 else states)
             for (i, name), state in zip(owners, states, strict=True):
                 self.layers[i][name] = state
+            if self._packed is not None:
+                self._packed.append(PackedSnapshots(self.states[-1], spec, num_snapshots, snapshot_dtype))
 
     def reset_slots(self, slots: Tensor) -> None:
         """Zero the states of slots (int64 [n]) that begin a sequence, so that nothing of an earlier one shows."""
         for states in self.states:
             states.index_fill_(1, slots, 0)
 
-    def slot_of(self, snapshot: int) -> int:
-        """The slot that is a snapshot (numbered from 1), after those of sequences."""
-        return self.num_slots + snapshot
+    @property
+    def saved(self) -> list[Tensor]:
+        """Tensors [owners, rows, ...] that hold snapshots, each in row `saved_row(snapshot)`."""
+        if self._packed is None:
+            return self.states
+        return [part for packed in self._packed for part in packed.parts]
+
+    def saved_row(self, snapshot: int) -> int:
+        return self.num_slots + snapshot if self._packed is None else snapshot
+
+    def boundary_row(self, index: int, snapshot: int) -> int:
+        """The row of states that a step's boundary number `index`, of a snapshot (numbered from 1), is written to."""
+        return self.num_slots + (snapshot if self._packed is None else 1 + index)
+
+    def settle(self, snapshots: Sequence[int]) -> None:
+        """The snapshots of a step's boundaries, in their order, are in their rows."""
+        if self._packed is not None:
+            for index, snapshot in enumerate(snapshots):
+                for packed in self._packed:
+                    packed.save(self.boundary_row(index, snapshot), snapshot)
+
+    def save(self, slot: int, snapshot: int) -> None:
+        """Copy all states of a slot into a snapshot, in one launch per shape and dtype unless it is packed."""
+        if self._packed is None:
+            self.copy_slot(slot, self.saved_row(snapshot))
+            return
+        for packed in self._packed:
+            packed.save(slot, snapshot)
+
+    def restore(self, snapshot: int, slot: int) -> None:
+        """Copy a snapshot into a slot."""
+        if self._packed is None:
+            self.copy_slot(self.saved_row(snapshot), slot)
+            return
+        for packed in self._packed:
+            packed.restore(snapshot, slot)
 
     def copy_slot(self, source: int, target: int) -> None:
         """Copy all states of a slot into another, in one launch per shape and dtype."""

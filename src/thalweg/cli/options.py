@@ -112,6 +112,13 @@ def engine_config(
             help="Prefix cache: keep the states about every so many tokens of a long prompt, besides at its end.",
         ),
     ] = f"{_DEFAULTS.snapshot_interval // 1024}k",
+    snapshot_dtype: Annotated[
+        str,
+        _engine(
+            help="Prefix cache: auto keeps states as they are; bfloat16 or int8 round the recurrent ones, so that more"
+            " fit, and prompts that go on from them differ a little."
+        ),
+    ] = _DEFAULTS.snapshot_dtype,
     cpu_cache_memory: Annotated[
         str | None,
         _engine(
@@ -208,6 +215,7 @@ def engine_config(
         block_size=block_size,
         enable_prefix_caching=enable_prefix_caching,
         snapshot_interval=parse_size(snapshot_interval, "--snapshot-interval"),
+        snapshot_dtype=snapshot_dtype,
         cpu_cache_memory=_size(cpu_cache_memory, "--cpu-cache-memory"),
         cache_folder=cache_folder,
         cache_folder_size=_size(cache_folder_size, "--cache-folder-size"),

@@ -14,6 +14,7 @@ from thalweg.quant import QUANTIZATIONS
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 STATE_DTYPES = ("float32", "bfloat16")
+SNAPSHOT_DTYPES = ("auto", "bfloat16", "int8")
 LOAD_FORMATS = ("auto", "dummy", "safetensors")
 MAX_TENSOR_PARALLEL = 1024
 
@@ -35,16 +36,17 @@ class EngineConfig:
     `gpu_memory_utilization`, the share of the device's memory that weights and cache may fill.
     `enable_prefix_caching` None means yes on a CPU and no elsewhere, where its tests have yet to be seen to pass.
     `snapshot_interval` is the number of prompt tokens after which the prefix cache takes a further snapshot of a
-    model's states. `cpu_cache_memory` is bytes of host memory per rank for what falls out of the prefix cache on the
-    device, which is on if they are given. `cache_folder` is a folder that host memory's part of the prefix cache is
-    written to when the engine ends, and read from when it starts, at most `cache_folder_size` bytes over all ranks.
-    `quantization` "fp8" quantizes the experts' weights as they are loaded. `generation_config` says where sampling
-    defaults come from: the model's generation_config.json ("auto"), that of another folder, or the engine's own
-    ("vllm", "none"). Steps with at most `prefill_graph_tokens` tokens of prompts run as CUDA graphs, as far as there
-    are graphs for so many. `dequantize` brings weights in GGUF's blocks to `dtype` as they are loaded; None means
-    that on an accelerator, whose kernels want them so, and not on a CPU. config.json is read as though the keys in
-    `ignore_config_key` were not in it. `op_preference` maps an op's name, or "*", to the implementation that must
-    serve it.
+    model's states. `snapshot_dtype` is what snapshots of recurrent states are stored in: "auto" as the states are, or
+    rounded to "bfloat16" or "int8". `cpu_cache_memory` is bytes of host memory per rank for what falls out of the
+    prefix cache on the device, which is on if they are given. `cache_folder` is a folder that host memory's part of
+    the prefix cache is written to when the engine ends, and read from when it starts, at most `cache_folder_size`
+    bytes over all ranks. `quantization` "fp8" quantizes the experts' weights as they are loaded. `generation_config`
+    says where sampling defaults come from: the model's generation_config.json ("auto"), that of another folder, or
+    the engine's own ("vllm", "none"). Steps with at most `prefill_graph_tokens` tokens of prompts run as CUDA graphs,
+    as far as there are graphs for so many. `dequantize` brings weights in GGUF's blocks to `dtype` as they are
+    loaded; None means that on an accelerator, whose kernels want them so, and not on a CPU. config.json is read as
+    though the keys in `ignore_config_key` were not in it. `op_preference` maps an op's name, or "*", to the
+    implementation that must serve it.
     """
 
     model: str | None = None
@@ -63,6 +65,7 @@ class EngineConfig:
     block_size: int = 64
     enable_prefix_caching: bool | None = None
     snapshot_interval: int = 8192
+    snapshot_dtype: str = "auto"
     cpu_cache_memory: int | None = None
     cache_folder: str | None = None
     cache_folder_size: int | None = None
@@ -106,6 +109,7 @@ class EngineConfig:
             f"{_one_of(QUANTIZATIONS)}, or none at all",
         )
         self._need(self.state_dtype in STATE_DTYPES, "state_dtype", " or ".join(STATE_DTYPES))
+        self._need(self.snapshot_dtype in SNAPSHOT_DTYPES, "snapshot_dtype", _one_of(SNAPSHOT_DTYPES))
         self._need(self.load_format in LOAD_FORMATS, "load_format", _one_of(LOAD_FORMATS))
         for name, kind in (
             ("model", "a folder"),

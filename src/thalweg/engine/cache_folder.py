@@ -54,7 +54,7 @@ def save(
     be written is logged."""
     host = tree.host
     blocks, snapshots = host.blocks.num_blocks, host.snapshots.num_snapshots
-    block, slot = info.bytes_per_token * info.block_size, info.bytes_per_sequence
+    block, slot = info.bytes_per_token * info.block_size, info.bytes_per_snapshot
     if most_bytes is not None:
         share = most_bytes / (info.tensor_parallel_size * max(1, blocks * block + snapshots * slot))
         blocks, snapshots = (int(count * min(1.0, share)) for count in (blocks, snapshots))

@@ -124,6 +124,7 @@ def new_scheduler(info: EngineInfo, seed: int) -> Scheduler:
         snapshot_grid=grid,
         snapshot_interval=max(1, info.snapshot_interval // grid) * grid,
         state_chunk=STATE_CHUNK,
+        most_boundaries=info.num_staged,
         long_prefill_token_threshold=info.long_prefill_token_threshold,
     )
 

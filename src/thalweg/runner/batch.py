@@ -87,11 +87,14 @@ class BatchBuilder:
     def sequences(self, plan: StepPlan) -> StepSequences:
         """What the host knows of the plan's prefills."""
         place_of = {p.slot: i for i, p in enumerate(plan.prefills)} if plan.boundaries else {}
-        slot_of = self.slots.cache.slot_of
+        row_of = self.slots.cache.boundary_row
+        boundaries = [
+            (place_of[slot], tokens, row_of(i, snapshot)) for i, (slot, tokens, snapshot) in enumerate(plan.boundaries)
+        ]
         return StepSequences(
             offsets=[*accumulate((p.length for p in plan.prefills), initial=0)],
             starts=[p.start for p in plan.prefills],
-            boundaries=[(place_of[slot], tokens, slot_of(snapshot)) for slot, tokens, snapshot in plan.boundaries],
+            boundaries=boundaries,
         )
 
     def write_prefills(self, plan: StepPlan, out: Sequence[IntArray]) -> None:

@@ -59,7 +59,7 @@ def file_of(image: Path, rank: int) -> Path:
 def write(host: HostStorage, cache: CacheStorage, order: SaveCache, identity: str, rank: int) -> None:
     """The rank's file, which is there only once it is whole. Raises OSError."""
     blocks, snapshots = host.blocks, host.snapshots
-    slots = [s if s > 0 else -cache.slot_of(-s) for s in order.snapshots]
+    slots = [s if s > 0 else -cache.saved_row(-s) for s in order.snapshots]
     path = file_of(Path(order.folder), rank)
     unfinished = path.with_suffix(".unfinished")
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC

@@ -97,11 +97,11 @@ class ModelRunner:
         if host is not None:
             host.copy(plan)
         for slot, snapshot in plan.snapshots:
-            cache.copy_slot(slot, cache.slot_of(snapshot))
+            cache.save(slot, snapshot)
         if plan.admissions:
             self.slots.admit(plan.admissions)
         for slot, snapshot in plan.restores:
-            cache.copy_slot(cache.slot_of(snapshot), slot)
+            cache.restore(snapshot, slot)
         if plan.new_blocks:
             self.slots.add_blocks(plan.new_blocks)
         if self._graphs is not None and self._graphs.serves(plan):
@@ -110,6 +110,8 @@ class ModelRunner:
             finish = self._launch_prefill_graph(self.prefill_graphs, plan, shape)
         else:
             finish = self._launch_eager(plan)
+        if plan.boundaries:
+            cache.settle([snapshot for *_, snapshot in plan.boundaries])
         if host is None:
             return finish
 

@@ -26,12 +26,14 @@ class Prefixes:
     left to compute; where a prompt leaves what the tree knows of it, and so is seen a second time; every `interval`
     tokens of a long prompt; and at every block's end of decoding, where only the latest stays. Prefills write
     those on their way that are a multiple of `chunk` tokens after their start. At others they are cut, and the next
-    step copies the states before it goes on, as decoding does.
+    step copies the states before it goes on, as decoding does. A plan has `most_boundaries` of the former, if that is
+    not 0; further ones are left out.
     """
 
-    def __init__(self, cache: CacheManager, grid: int, interval: int, chunk: int) -> None:
+    def __init__(self, cache: CacheManager, grid: int, interval: int, chunk: int, most_boundaries: int = 0) -> None:
         self._cache, self._tree = cache, cache.tree
         self._block_size, self._grid, self._interval, self._chunk = cache.block_size, grid, interval, chunk
+        self._most_boundaries = most_boundaries or sys.maxsize
         self._with_states = cache.tree is not None and cache.tree.needs_snapshots
         self.least = grid if self._with_states else 1  # tokens that a further prefill of a step has to have room for
         # Where snapshots of decoding are taken if no block's end marks the place; 0: blocks do.
@@ -156,6 +158,8 @@ class Prefixes:
             mark = seq.marks.pop()
             blocks = mark // self._block_size
             if self._on_the_way(start, mark):
+                if len(self._boundaries) >= self._most_boundaries:
+                    continue
                 snapshot = self._cache.snapshot(seq.request_id, blocks, self._step + 1)
                 if snapshot:
                     self._boundaries = [*_but(self._boundaries, snapshot), (seq.slot, mark - start, snapshot)]

@@ -49,8 +49,9 @@ class Scheduler:
         snapshot_interval: int = 1,
         state_chunk: int | None = None,
         long_prefill_token_threshold: int = 0,
+        most_boundaries: int = 0,
     ) -> None:
-        """`snapshot_grid`, `snapshot_interval`, `state_chunk`: see Prefixes."""
+        """`snapshot_grid`, `snapshot_interval`, `state_chunk`, `most_boundaries`: see Prefixes."""
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.long_prefill_token_threshold = long_prefill_token_threshold
@@ -58,7 +59,9 @@ class Scheduler:
         self.cache = cache
         self.eos_token_ids = eos_token_ids
         self.seed = seed
-        self._prefixes = Prefixes(cache, snapshot_grid, snapshot_interval, state_chunk or snapshot_grid)
+        self._prefixes = Prefixes(
+            cache, snapshot_grid, snapshot_interval, state_chunk or snapshot_grid, most_boundaries
+        )
         self._roster = Roster(cache, max_num_seqs, self._prefixes)
         self._in_flight: deque[tuple[int, list[Sequence], list[Sequence]]] = deque()  # step, decodes, prefills
         self._next_step = 0
