@@ -107,3 +107,19 @@ def test_forks_of_a_session_compute_its_prompt_once(tmp_path: Path) -> None:
         assert ask(f"{sessions}/root/1/rollback", point=0)["tokens"] == root["tokens"]
         again = ask(completions, session="root/2", prompt="")
         assert cached(again) >= kept
+
+
+@pytest.mark.slow
+def test_a_server_begins_with_what_the_last_one_had_cached(tmp_path: Path) -> None:
+    if not (model_folder(None) / "model.safetensors").exists():
+        pytest.skip("the bundled model has no weights in this checkout")
+    engine = {"cpu_cache_memory": 64 << 20, "cache_folder": str(tmp_path / "cache"), "max_model_len": 2048}
+    found = []
+    for i in range(2):
+        with server_process(tmp_path / f"log-{i}", engine, {}) as server:
+            found.append(cached(ask(f"{server.url}/v1/completions", prompt=STORY)))
+            text = urllib.request.urlopen(f"{server.url}/metrics", timeout=60).read().decode()
+    assert found[0] == 0
+    assert found[1] > 128
+    assert re.search(rf"^thalweg_prefix_cache_host_hits_total {found[1]}\.0$", text, re.MULTILINE)
+    assert 'thalweg_host_copies_total{kind="blocks_fetched"}' in text

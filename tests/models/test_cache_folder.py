@@ -121,6 +121,33 @@ def test_salts_stay_apart(tmp_path: Path) -> None:
         assert llm.generate([PROMPTS[0]], replace(GREEDY, cache_salt="mine"))[0].num_cached_tokens == 128
 
 
+def test_requests_under_way_and_an_interrupted_plan_leave_what_is_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with engine(None, on=False) as llm:
+        cold = tokens(one_by_one(llm, PROMPTS))
+    llm = opened(None, tmp_path)
+    one_by_one(llm, PROMPTS[2:])
+    under_way = llm.stream(PROMPTS[0], GREEDY)
+    next(under_way)
+    llm.close()
+    del under_way
+    with opened(None, tmp_path) as llm:
+        outputs = one_by_one(llm, PROMPTS)
+        assert tokens(outputs) == cold
+        assert outputs[0].num_cached_tokens == 128
+    before = files(tmp_path)
+    with opened(None, tmp_path) as llm:
+
+        def interrupt() -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(llm.engine.core.scheduler._roster, "prefilled", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate([ids(100, 77)], GREEDY)
+    assert files(tmp_path) == before
+
+
 def test_options_that_need_each_other() -> None:
     with pytest.raises(ConfigError, match="expected --cpu-cache-memory too"):
         LLM(cache_folder="x")

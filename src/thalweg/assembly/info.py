@@ -65,10 +65,10 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def most_session_points(self) -> int | None:
-        """Points that sessions may keep: as many as half of the snapshots; None if nothing needs any."""
+        """Points that sessions may keep: as many as half of the snapshots, 1 at least; None if nothing needs any."""
         if not self.bytes_per_sequence or not self.keeps_prefixes:
             return None
-        return (self.num_snapshots + self.num_host_snapshots) // 2
+        return max(1, (self.num_snapshots + self.num_host_snapshots) // 2)
 
     @property
     def load_seconds(self) -> float:

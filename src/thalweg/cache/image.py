@@ -57,8 +57,8 @@ def take(tree: TieredTree, most_blocks: int, most_snapshots: int) -> tuple[Image
         index[node] = len(index)
         image.keys.append(node.key)
         if with_blocks:
-            sources.blocks.append(node.host_block or -node.block)
-        saved = node.host_snapshot or -node.snapshot
+            sources.blocks.append(_source(node.host_block, node.block, tree.host.saves[0]))
+        saved = _source(node.host_snapshot, node.snapshot, tree.host.saves[1])
         if saved and len(sources.snapshots) < most_snapshots:
             sources.snapshots.append(saved)
             image.snapshots.append(len(sources.snapshots))
@@ -66,6 +66,11 @@ def take(tree: TieredTree, most_blocks: int, most_snapshots: int) -> tuple[Image
             image.snapshots.append(0)
     image.salts.extend(salts)
     return image, sources
+
+
+def _source(place: int, number: int, saves: dict[int, int]) -> int:
+    """Where something is, as Sources has it. `saves`: copies to places that no plan has made yet."""
+    return -saves[place] if place in saves else place or -number
 
 
 def decode(data: bytes, block_size: int, num_blocks: int | None, num_snapshots: int) -> Image:

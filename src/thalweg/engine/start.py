@@ -92,7 +92,7 @@ class Engine:
     def _save_cache(self) -> None:
         """Write the prefix cache down, if that is wanted and the ranks live."""
         core = getattr(self, "core", None)
-        if self._config.cache_folder is None or core is None:
+        if self._config.cache_folder is None or core is None or core.scheduler.interrupted:
             return
         tree = core.scheduler.cache.tree
         with contextlib.suppress(EngineDeadError):

@@ -124,6 +124,11 @@ class Scheduler:
         seq = self._roster.waiting.get(request_id)
         return seq is not None and not seq.ready_after
 
+    @property
+    def interrupted(self) -> bool:
+        """Whether the making of a plan was interrupted, so that what it was to compute is in the books alone."""
+        return self._planning
+
     def has_work(self) -> bool:
         """Whether any request is unfinished. Steps of ended requests may be in flight all the same."""
         return bool(self._roster.sequences)
