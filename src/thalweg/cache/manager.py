@@ -7,11 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from thalweg.cache.blocks import BlockPool, CacheAccountingError
+from thalweg.cache.host_pools import HostPools
 from thalweg.cache.node import Node
 from thalweg.cache.prefix import PrefixTree
 from thalweg.cache.slots import SlotPool
 from thalweg.cache.snapshots import SnapshotPool
-from thalweg.cache.tiers import HostPools, TieredTree
+from thalweg.cache.tiers import TieredTree
 
 Key = Callable[[int], bytes]
 

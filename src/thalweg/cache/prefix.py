@@ -13,13 +13,14 @@ from heapq import heapify, heappop, heappush
 
 from thalweg.cache.blocks import BlockPool, CacheAccountingError
 from thalweg.cache.node import Match, MissReason, Node
-from thalweg.cache.snapshots import SnapshotOrder, SnapshotPool
+from thalweg.cache.saving import SavingTree
+from thalweg.cache.snapshots import SnapshotPool
 
 PINNED = 1 << 60  # what pinned nodes were used later than all others
 GHOSTS = 1 << 16  # evicted prefixes that are remembered, to tell them from new ones
 
 
-class PrefixTree:
+class PrefixTree(SavingTree):
     """Nodes own their blocks and snapshots, which come from and go back to the pools.
 
     `snapshots` None: the model keeps no state, so that a prefix can be used at every block. Without blocks in `blocks`
@@ -27,15 +28,14 @@ class PrefixTree:
     """
 
     def __init__(self, blocks: BlockPool, snapshots: SnapshotPool | None) -> None:
-        self._blocks, self._snapshots = blocks, snapshots
+        super().__init__(snapshots)
+        self._blocks = blocks
         self._roots: dict[str, Node] = {}
         self._first: Counter[bytes] = Counter()  # roots that have this first block
-        self.saved = SnapshotOrder()  # nodes with a snapshot
         self._leaves: list[tuple[int, int, Node]] = []  # heap of nodes that may be evicted, some of them no longer
         self._ghosts: OrderedDict[int, None] = OrderedDict()
         self._clock = 0
         self._pushed = 0
-        self.step = 0  # the plan that is being made
         self.num_nodes = 0  # on the device
         self.num_evictable = 0  # those of them that no sequence holds
 
@@ -183,99 +183,12 @@ class PrefixTree:
                 return
         raise CacheAccountingError("no node can be evicted")
 
-    # Snapshots
-
-    @property
-    def needs_snapshots(self) -> bool:
-        """Whether a prefix can be used only where there is a snapshot."""
-        return self._snapshots is not None
-
-    def take_snapshot(self, node: Node, minor: bool = False) -> int:
-        """A snapshot to fill on behalf of the path to `node`; 0 if there is none to be had.
-
-        A path that has its share gives up its own least recently used one, else the tree does, though not a major one
-        for a `minor`.
-        """
-        assert self._snapshots is not None
-        path = _saved_above(node)
-        if len(path) >= self._snapshots.most_per_path:
-            self.drop_snapshot(self.saved.first_of(path))
-        elif not self._snapshots.num_free:
-            saved = self.saved
-            if not saved or (minor and not (saved.passed or saved.minor or self.keeps_displaced)):
-                return 0
-            self.drop_snapshot(next(iter(saved)))
-        return self._snapshots.allocate()
-
-    def pass_by(self, node: Node) -> None:
-        """A prompt goes on to `node`, which gets a snapshot. Those above it where no path has parted, and from which
-        one sequence began at most, are likely of no more use: earlier turns of a conversation."""
-        for above in _saved_above(node):
-            if above.reuses <= 1 and len(above.children) == 1 and above not in self.saved.passed:
-                self.saved.move(above, self.saved.passed)
-
-    def attach(self, node: Node, snapshot: int, ready: int) -> bool:
-        """Give `node` a snapshot, which is freed if it has one or is gone."""
-        assert self._snapshots is not None
-        if node.gone or node.snapshot:
-            self._snapshots.free(snapshot)
-            return False
-        node.snapshot, node.due, node.written, node.reuses = snapshot, ready, self.step, 0
-        self.saved.move(node, self.saved.major)
-        return True
-
-    def is_minor(self, tail: Node, depth: int) -> bool:
-        """Whether a snapshot that decoding leaves `depth` blocks down the path of `tail` is worth less than the one
-        above it: less was decoded since that one than was computed for it."""
-        depths = [each.depth for each in _saved_above(tail) if each not in self.saved.passed and each.depth < depth]
-        return bool(depths) and depth - depths[0] <= depths[0] - (*depths, 0)[1]
-
-    def mark_minor(self, node: Node) -> None:
-        """`node`'s snapshot goes before all major ones, until a sequence begins from it."""
-        self.saved.move(node, self.saved.minor)
-
-    def detach_snapshot(self, node: Node) -> int:
-        """Take `node`'s snapshot, which becomes the caller's."""
-        snapshot, node.snapshot = node.snapshot, 0
-        self.saved.remove(node)
-        return snapshot
-
-    def drop_snapshot(self, node: Node) -> None:
-        """Free `node`'s snapshot for another; its block stays."""
-        self._save(node)
-        self.forget_snapshot(node)
-        node.lost = True
-
-    def forget_snapshot(self, node: Node) -> None:
-        """Free `node`'s snapshot, if it has one, which is not to be used again."""
-        if not node.snapshot:
-            return
-        assert self._snapshots is not None
-        self._snapshots.free(self.detach_snapshot(node))
-        if not (self._blocks.num_blocks or node.refs or node.gone):
-            self._offer(node)
-
-    def forget_states(self, node: Node) -> None:
-        """Nobody is to go on from `node` as it was computed."""
-        self.forget_snapshot(node)
-
-    def use_snapshot(self, node: Node) -> int:
-        """The snapshot that a sequence begins from."""
-        self.saved.move(node, self.saved.major)
-        node.reuses += 1
-        return node.snapshot
-
     # What a tree with a further tier adds
-
-    keeps_displaced = False  # whether snapshots that make room for others are kept elsewhere
 
     def _give_up(self, node: Node) -> Node | None:
         """Free the block of `node`, which nobody holds and nothing on the device is below: what is above it, if nobody
         holds that either."""
         return self._remove(node)
-
-    def _save(self, node: Node) -> None:
-        """`node` is about to lose its snapshot."""
 
     def _came_back(self, node: Node) -> None:
         """`node` is on the device again."""
@@ -284,6 +197,10 @@ class PrefixTree:
         """`node` is gone."""
 
     # Inside
+
+    def _lost_snapshot(self, node: Node) -> None:
+        if not (self._blocks.num_blocks or node.refs or node.gone):
+            self._offer(node)
 
     def _offer(self, node: Node) -> None:
         """`node`, which nobody holds, may be evicted if nothing is below it; at once if it is of no use, and then what
@@ -345,14 +262,3 @@ class PrefixTree:
 def age(node: Node) -> int:
     """When `node` was let go last, for the order of eviction."""
     return node.stamp + PINNED if node.pins else node.stamp
-
-
-def _saved_above(node: Node) -> list[Node]:
-    """`node` and those above it that have a snapshot, from the last."""
-    found = []
-    each: Node | None = node
-    while each is not None:
-        if each.snapshot:
-            found.append(each)
-        each = each.parent
-    return found

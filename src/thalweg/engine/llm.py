@@ -5,14 +5,13 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, SupportsIndex, cast
 
 from thalweg import tracing
 from thalweg.config.engine import EngineConfig
 from thalweg.core import Request, RequestUpdate, SamplingParams
-from thalweg.engine.llm_sessions import LLMSessions, Session
+from thalweg.engine.llm_sessions import LLMSessions, WithSessions
 from thalweg.engine.start import Engine
 from thalweg.errors import EngineDeadError, InvalidRequest
 from thalweg.text.codec import load_codec
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 Messages = Sequence[Mapping[str, Any]]
 
 
-class LLM:
+class LLM(WithSessions):
     """Loads a model and generates, many prompts at a time. Calls may overlap, also from several threads.
 
     `model` is a folder in Hugging Face layout (None: the bundled model). The other options are EngineConfig's. Use it
@@ -197,23 +196,6 @@ class LLM:
                         chunks.append(update.prompt_logits)
                     ended = update.finish_reason is not None
         return torch.cat(chunks)
-
-    def session(self, name: str, prompt: Prompt | None = None, *, cache_salt: str = "") -> Session:
-        """A sequence by name. With `prompt`, a text or token ids, a new one, which is computed; else the one that there
-        is. Raises InvalidRequest, SessionConflict if the name is in use, SessionNotFound."""
-        if prompt is None:
-            return self._sessions.get(name, cache_salt)
-        return self._sessions.add(name, prompt, cache_salt)
-
-    def load_session(self, path: str | Path, name: str) -> Session:
-        """The session that Session.write wrote, under a name; what is not cached of it is computed. Raises
-        InvalidRequest if the file is damaged or of another model or version, SessionConflict."""
-        return self._sessions.load(Path(path), name)
-
-    def fork(self, session: Session | str, names: Sequence[str] | int, *, cache_salt: str = "") -> list[Session]:
-        """Sessions that go on from where `session` is, by their names, or so many of them: NAME/1, NAME/2, ... What was
-        computed of it is not computed again. Raises as `session`."""
-        return self._sessions.fork(session, names, cache_salt)
 
     def close(self) -> None:
         if self._engine is not None:

@@ -140,3 +140,26 @@ class LLMSessions:
     def _keep(self, saved: SavedSession) -> None:
         point = saved.points[-1]
         point.cached = self._llm.engine.pump.keep(point.key, saved.salt, saved.ids)
+
+
+class WithSessions:
+    """What an LLM offers of sessions."""
+
+    _sessions: LLMSessions
+
+    def session(self, name: str, prompt: Prompt | None = None, *, cache_salt: str = "") -> Session:
+        """A sequence by name. With `prompt`, a text or token ids, a new one, which is computed; else the one that there
+        is. Raises InvalidRequest, SessionConflict if the name is in use, SessionNotFound."""
+        if prompt is None:
+            return self._sessions.get(name, cache_salt)
+        return self._sessions.add(name, prompt, cache_salt)
+
+    def load_session(self, path: str | Path, name: str) -> Session:
+        """The session that Session.write wrote, under a name; what is not cached of it is computed. Raises
+        InvalidRequest if the file is damaged or of another model or version, SessionConflict."""
+        return self._sessions.load(Path(path), name)
+
+    def fork(self, session: Session | str, names: Sequence[str] | int, *, cache_salt: str = "") -> list[Session]:
+        """Sessions that go on from where `session` is, by their names, or so many of them: NAME/1, NAME/2, ... What was
+        computed of it is not computed again. Raises as `session`."""
+        return self._sessions.fork(session, names, cache_salt)
