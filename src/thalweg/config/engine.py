@@ -34,7 +34,7 @@ class EngineConfig:
     most `long_prefill_token_threshold` tokens of a prompt; 0 means as many as fit. `max_model_len` None means the
     model's context length, or what fits in memory. `cache_memory` is in bytes and takes the place of
     `gpu_memory_utilization`, the share of the device's memory that weights and cache may fill.
-    `enable_prefix_caching` None means yes on a CPU and no elsewhere, where its tests have yet to be seen to pass.
+    `enable_prefix_caching` None means yes on a CPU, and no elsewhere, where short prompts were slower with it.
     `snapshot_interval` is the number of prompt tokens after which the prefix cache takes a further snapshot of a
     model's states. `snapshot_dtype` is what snapshots of recurrent states are stored in: "auto" as the states are, or
     rounded to "bfloat16" or "int8". `cpu_cache_memory` is bytes of host memory per rank for what falls out of the
