@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import deque
 
 from thalweg.cache.manager import CacheManager
-from thalweg.cache.node import Match
 from thalweg.core import (
     Admission,
     Prefill,
@@ -22,11 +21,11 @@ from thalweg.core import (
 )
 from thalweg.errors import InvalidRequest
 from thalweg.scheduler.prefixes import Prefixes
+from thalweg.scheduler.queue import Queue
 from thalweg.scheduler.roster import Roster
 from thalweg.scheduler.sequence import MASK64, Sequence, derive_seed
 
 NewBlocks = list[tuple[int, int, int]]
-MOST_OVERTAKEN = 64  # requests that one plan passes over, each of which costs a look
 
 
 class Scheduler:
@@ -63,11 +62,11 @@ class Scheduler:
             cache, snapshot_grid, snapshot_interval, state_chunk or snapshot_grid, most_boundaries
         )
         self._roster = Roster(cache, max_num_seqs, self._prefixes)
+        self._queue = Queue(cache, self._roster, self._prefixes)
         self._in_flight: deque[tuple[int, list[Sequence], list[Sequence]]] = deque()  # step, decodes, prefills
         self._next_step = 0
         self._planning = False  # whether a plan is being made, or its making was interrupted
         self._steps_done = 0  # every step below this number has its result
-        self._landed = -1  # what plans up to this one fetched from host memory is there
         self._last_served = -1  # order of the decode served last when there were too many for a step
         self._arrivals = 0
         self._prompt_tokens = 0
@@ -241,55 +240,15 @@ class Scheduler:
     def _admit(
         self, admissions: list[Admission], new_blocks: NewBlocks, budget: int, whole: bool, idle: bool
     ) -> Sequence | None:
-        """Who begins next, if anybody can: the head of the queue or, while it waits for what this plan computes of its
-        prompt or for what comes from host memory, the first one behind it that does not, and has room as a whole.
-        `whole`: and if the budget has room for all of it, or at least for what the prefix cache wants in one piece.
-        `idle`: nothing runs while copies come, so that nobody is to wait for them before its step does."""
-        step = self._next_step
-        waiting: list[Sequence] = []
-        match: Match | None = None
-        for seq in self._roster.candidates(self._steps_done):
-            if seq.waits_in != step:
-                match = self._prefixes.find(seq)
-                if match is None:
-                    break
-                if match.far is not None and not match.soon and seq.fetched_in < 0:
-                    match = self._fetch(seq, match, waiting)
-                if not match.soon and (seq.fetched_in <= self._landed or idle):
-                    break
-                known = match.seen if match.soon else match.node.depth
-                seq.waits_in, seq.lacks = step, self.cache.blocks_for(seq.num_known) - known
-            waiting.append(seq)
-            if len(waiting) == MOST_OVERTAKEN:
-                return None
-        else:
+        begun = self._queue.begin(self._next_step, self._steps_done, budget, whole, idle)
+        if begun is None:
             return None
-        cached = 0 if match is None else match.node.depth * self.cache.block_size
-        least = seq.num_known - cached
-        if whole and not waiting:
-            least = min(least, self._prefixes.least)
-        if budget < least and (whole or waiting):
-            return None
-        blocks = self._roster.admit(seq, None if match is None else match.node, waiting)
-        if blocks is None:
-            return None
-        if match is not None:
-            self._prefixes.admitted(seq, match)
+        seq, blocks = begun
         if not seq.ready_after:  # it was never preempted
             self._prompt_tokens += seq.num_prompt
         new_blocks.extend((seq.slot, index, block) for index, block in enumerate(blocks))
         admissions.append(seq.admission())
         return seq
-
-    def _fetch(self, seq: Sequence, match: Match, waiting: list[Sequence]) -> Match:
-        """Have this plan bring back what host memory has of a prompt that could begin now. What is known of it then."""
-        if not self._roster.has_room(seq, match.node, waiting):
-            return match
-        if self._prefixes.fetch(match):
-            seq.fetched_in = self._next_step
-        found = self._prefixes.find(seq)
-        assert found is not None
-        return found
 
     def _plan_prefill(self, seq: Sequence, budget: int) -> Prefill:
         start = seq.computed
@@ -318,7 +277,7 @@ class Scheduler:
         _, decodes, prefill_seqs = self._in_flight.popleft()
         self._steps_done = plan.step + 1
         if not result.fetching:
-            self._landed = plan.step
+            self._queue.landed = plan.step
         updates: list[RequestUpdate] = []
         tokens = iter(result.token_ids)
         for seq, slot, token in zip(decodes, plan.decode_slots, tokens, strict=False):
