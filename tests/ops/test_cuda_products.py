@@ -13,7 +13,7 @@ from torch import Tensor
 from tests.ops.compile_cuda import compile_cuda
 from tests.ops.fp8_linear_case import draw
 from tests.ops.interpreted import run_interpreted
-from tests.ops.moe_case import rmse_ratio
+from tests.ops.moe_case import moe_case, rmse_ratio
 from tests.ops.run_on_host import HostKernel, host_tensor_map
 from thalweg.ops.products import cuda
 from thalweg.quant.blocks import BLOCK
@@ -163,3 +163,32 @@ def check_even_blocks() -> None:
 def test_blocks_of_an_expert_are_about_equally_high() -> None:
     pytest.importorskip("triton")
     run_interpreted(check_even_blocks)
+
+
+def check_forms_in_clusters() -> None:
+    from thalweg.ops.moe.experts import matrix
+
+    asked: list[tuple[bool, int, int]] = []
+
+    def grouped(*args: Any, gated: bool, share: int, cluster: int) -> None:
+        asked.append((gated, cluster, int(args[3][:, 2].max())))
+        args[4].zero_()
+
+    matrix.grouped = grouped
+
+    def forms(T: int) -> list[tuple[bool, int, int]]:
+        asked.clear()
+        case = moe_case(T, 64, 64, 2, 1, 0, torch.bfloat16)
+        case.ids[:] = torch.arange(T)[:, None] % 2
+        case.run(matrix.experts)
+        return list(asked)
+
+    assert forms(320) == [(True, 1, 160), (False, 1, 160)]
+    assert forms(322) == [(True, 2, 161), (False, 2, 161)]
+    matrix.rehearsing = lambda: True
+    assert [(gated, cluster) for gated, cluster, _ in forms(320)] == [(True, 1), (False, 1), (True, 2), (False, 2)]
+
+
+def test_experts_form_clusters_where_they_have_more_rows_than_a_tile_and_both_forms_are_rehearsed() -> None:
+    pytest.importorskip("triton")
+    run_interpreted(check_forms_in_clusters)

@@ -14,6 +14,7 @@ from thalweg.ops.moe.experts.triton.grouping import sort_pairs
 from thalweg.ops.products.cuda import UNIT, grouped, most_rows
 from thalweg.ops.products.triton import quantize_blocks
 from thalweg.ops.toolchain.cuda_build import aligned_rows
+from thalweg.ops.toolchain.triton_compile import rehearsing
 
 
 def experts(
@@ -29,11 +30,16 @@ def experts(
     scale: float = 1.0,
 ) -> Tensor:
     is_fp8 = len(down) == 2
+    E, D, I = down[0].shape
+    most, k = most_rows(gate_up[0].element_size()), ids_Tk.shape[1]
 
     def outputs(x: Tensor, ids: Tensor) -> Tensor:
-        (E, D, I), k = down[0].shape, ids.shape[1]
-        most = most_rows(gate_up[0].element_size())
-        cluster = 2 if ids.numel() > E * most else 1  # halves of fewer rows would wait for the weights
+        if rehearsing():  # a step of several prompts may have more tokens than the longest that is rehearsed
+            in_clusters(x, ids, 1)
+            return in_clusters(x, ids, 2)
+        return in_clusters(x, ids, 2 if ids.numel() > E * most else 1)  # halves of fewer rows would wait for weights
+
+    def in_clusters(x: Tensor, ids: Tensor, cluster: int) -> Tensor:
         groups = sort_pairs(ids, E, num_shared, cluster * most, UNIT)
         h_PI = torch.empty(ids.numel(), I, dtype=x.dtype, device=x.device)
         y_PD = torch.empty(ids.numel(), D, dtype=x.dtype, device=x.device)

@@ -262,8 +262,8 @@ def sort_pairs(ids_Tk: Tensor, experts: int, num_shared: int, rows: int, unit: i
     blocks = P // rows + min(experts, P)
     blocks_N3 = torch.empty(blocks, 3, dtype=torch.int32, device=device)
     rank_kernel[(triton.cdiv(P, 256),)](ids_Tk, counts_E, ranks_P, P, K, num_shared, 256, num_warps=4)
-    programs = triton.cdiv(P, 512)
-    place_kernel[(programs,)](
+    at_a_time = 64  # blocks of a program, whatever their number: another would be compiled when it is first met
+    place_kernel[(max(triton.cdiv(P, 512), triton.cdiv(blocks, at_a_time)),)](
         ids_Tk,
         counts_E,
         ranks_P,
@@ -278,7 +278,7 @@ def sort_pairs(ids_Tk: Tensor, experts: int, num_shared: int, rows: int, unit: i
         ROWS=rows,
         UNIT=unit or rows,
         BLOCK=512,
-        BLOCK_B=max(16, triton.next_power_of_2(triton.cdiv(blocks, programs))),
+        BLOCK_B=at_a_time,
         num_warps=4,
     )
     return Groups(sorted_P, blocks_N3, rows)
