@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import os
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +98,24 @@ def test_dense_products_on_the_host(on_host: None, add: bool) -> None:
     want = scaled(x, scales, 1) @ scaled(case.q_OD, case.scale_OB, 1).T
     assert rmse_ratio(out[:, :O], want if residual is None else want + residual.double()) < 0.003
     assert out[:, O:].isnan().all()
+
+
+def test_dense_products_read_nothing_behind_the_scales(on_host: None) -> None:
+    """Behind the last tile there is none: the scales end where a page does that may not be read."""
+    T, D, O, page = 21, 256, 256, mmap.PAGESIZE
+    memory = mmap.mmap(-1, 2 * page)
+    behind = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + page
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(behind), page, 0) == 0
+    case = draw(T, D, O, torch.bfloat16)
+    w_scales = torch.frombuffer(memory, dtype=torch.float32, count=2 * O, offset=page - 8 * O).view(2, O)
+    w_scales.copy_(case.scale_OB.T)
+    x, x_scales = case.x_TD.to(torch.float8_e4m3fn), torch.ones(2, 256)
+    out = torch.empty(T, O, dtype=torch.bfloat16)
+    child = os.fork()
+    if child == 0:
+        cuda.dense(x, case.q_OD, x_scales, w_scales, out)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_constants_are_those_of_the_source() -> None:

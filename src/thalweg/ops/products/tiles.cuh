@@ -35,7 +35,7 @@ struct Tiles {
 #if DENSE
         constexpr int GROUP = 12;  // tiles of rows that go together, for the weights they share
         const int group = i / (GROUP * parts), width = min(count - group * GROUP, GROUP), within = i - group * GROUP * parts;
-        if (group * GROUP >= count) return {0, 0, 0, 0, 0};
+        if (group * GROUP >= count || within >= width * parts) return {0, 0, 0, 0, 0};
         const int block = group * GROUP + within % width;
         const int units = (tokens + UNIT - 1) / UNIT, first = UNIT * (int)((long long)block * units / count);
         const int end = UNIT * (int)((long long)(block + 1) * units / count);

@@ -57,7 +57,7 @@ NORM_LINEAR_FP8: Op[Fp8LinearDims, NormLinearFp8] = Op("norm_linear_fp8", Fp8Lin
 LINEAR_ADD_FP8: Op[Fp8LinearDims, LinearAddFp8] = Op("linear_add_fp8", Fp8LinearDims)
 
 FEW = Tokens(last=16)  # beyond, x does not fit the registers of a block
-MANY = Tokens(first=1025)  # of fewer, time does not fall any further with tokens
+MANY = Tokens(first=1025)  # of fewer it has not been timed since it stops at its last tile
 W8A8: dict[str, Any] = {"tokens": MANY, "priority": 15, "rounding": 0.04}  # 0.027 for normally distributed activations
 MAX_NORM = 16384  # columns that the norm's kernel takes
 MAX_CUDA_NORM, MAX_NORM_ROWS = 8192, 2**16  # beyond both a norm's weight and the sums do not fit shared memory
