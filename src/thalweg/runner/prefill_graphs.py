@@ -56,12 +56,8 @@ class Static:
 
     def __init__(self, shape: Shape, batches: BatchBuilder) -> None:
         self.shape, self._batches = shape, batches
-        d, B = shape.rows, shape.prefills + 1
-        self.limits = Limits(B, shape.tokens, shape.context)
-        sizes = prefill_sizes(d, B, shape.tokens, d + B)
-        *self._places, self._chosen, self._positions, self._tables = places_of(
-            (*sizes, d + B, d + B, -(-Tables.words(self.limits) // 2))
-        )
+        self.limits, places = _layout(shape)
+        *self._places, self._chosen, self._positions, self._tables = places
         self.size = self._tables.stop
         self.memory = torch.zeros(self.size, dtype=torch.int64, device=batches.slots.device)
         self.tables = Tables(self.limits, self.memory[self._tables].view(torch.int32))
@@ -123,12 +119,15 @@ class PrefillGraphs:
         self._rows = [n for n in ROWS if n < most] + [most]
         self._statics: dict[Shape, Static] = {}
         self._replays: dict[Shape, Callable[[], None]] = {}
-        self._stage: list[Tensor] = []
+        _, places = _layout(Shape(most, PREFILLS[-1], sizes[-1], max(CONTEXTS[-1], sizes[-1])))
+        device = batches.slots.device
+        pinned = device.type == "cuda"
+        self._stage = [torch.zeros(places[-1].stop, dtype=torch.int64, pin_memory=pinned) for _ in range(STAGES)]
         self._turn = 0
         self._started = False
         self._pool: Any = None
         self._logits: Tensor | None = None
-        self._ids = torch.zeros(self._rows[-1] + PREFILLS[-1] + 1, dtype=torch.int64, device=batches.slots.device)
+        self._ids = torch.zeros(self._rows[-1] + PREFILLS[-1] + 1, dtype=torch.int64, device=device)
         self.steps: Counter[str] = Counter()  # how many ran "captured", "uncaptured", or "eager", in no shape
 
     def rehearse(self) -> None:
@@ -206,10 +205,6 @@ class PrefillGraphs:
 
     def _next_stage(self, size: int) -> Tensor:
         """int64 [size] on the host: a copy to the device may still be reading those before it."""
-        if not self._stage or len(self._stage[0]) < size:
-            pinned = self._ids.is_cuda
-            torch.cuda.synchronize() if pinned else None
-            self._stage = [torch.zeros(size, dtype=torch.int64, pin_memory=pinned) for _ in range(STAGES)]
         self._turn = (self._turn + 1) % STAGES
         return self._stage[self._turn][:size]
 
@@ -226,6 +221,15 @@ class PrefillGraphs:
             self._replays[static.shape], self._pool = captured(partial(self._step, static), self._pool)
         finally:
             static.tables.frozen = False
+
+
+def _layout(shape: Shape) -> tuple[Limits, list[slice]]:
+    """Where a step's inputs lie in one array of int64: what write_prefills writes, slots and positions of the rows that
+    are chosen for, and tables."""
+    d, B = shape.rows, shape.prefills + 1
+    limits = Limits(B, shape.tokens, shape.context)
+    sizes = prefill_sizes(d, B, shape.tokens, d + B)
+    return limits, places_of((*sizes, d + B, d + B, -(-Tables.words(limits) // 2)))
 
 
 def _least(sizes: Sequence[int], n: int) -> int:
