@@ -28,7 +28,7 @@ def divergences(expected: Tensor, found: Tensor) -> Tensor:
 
 def logits(folder: Path, ids_BT: np.ndarray, dtype: str, device: str) -> Tensor:
     """float32 [B, T, V] on the CPU, computed in `dtype`."""
-    with LLM(str(folder), dtype=dtype, device=device, max_num_seqs=2) as llm:
+    with LLM(str(folder), dtype=dtype, device=device, max_num_seqs=2, cache_memory=1 << 30) as llm:
         return torch.stack([llm.prompt_logits(row.tolist()).float().cpu() for row in ids_BT])
 
 

@@ -28,7 +28,7 @@ def main(folder: str) -> None:
             super().__init__(source, name, threads, **macros)
             compiled.append(f"{source.name} {macros}")
 
-    limits = dict(max_num_seqs=6, max_num_batched_tokens=1000, prefill_graph_tokens=2048)
+    limits = dict(max_num_seqs=6, max_num_batched_tokens=1000, cache_memory=1 << 30)
     with LLM(folder, device="cuda", dtype="bfloat16", **limits) as llm:
         triton.knobs.runtime.jit_post_compile_hook = note
         cuda_build.CudaKernel = NotedKernel  # type: ignore[misc]

@@ -73,6 +73,11 @@ def qwen3_5_moe_fp8() -> Model:
 FAMILIES = {f.__name__: f for f in (kimi_linear, qwen3_5, qwen3_next, qwen3_5_moe_fp8)}
 
 
+def on_gpu(model: Path, dtype: str, **options: Any) -> LLM:
+    """With a cache of 1 GiB, not all of the device's memory: several tests may have a model there at once."""
+    return LLM(str(model), device="cuda", dtype=dtype, cache_memory=1 << 30, **options)
+
+
 def prompts(n: int) -> list[list[int]]:
     rng = np.random.default_rng(5)
     return [rng.integers(0, VOCAB, 3 + 17 * i).tolist() for i in range(n)]

@@ -25,7 +25,7 @@ def kimi_linear(folder: Path) -> Path:
 
 
 def log_probs(path: Path, **options: object) -> Tensor:
-    with LLM(str(path), max_num_seqs=4, **options) as llm:  # type: ignore[arg-type]
+    with LLM(str(path), max_num_seqs=4, cache_memory=1 << 30, **options) as llm:  # type: ignore[arg-type]
         for output in llm.generate(prompts(3), PARAMS):
             assert output.outputs[0].finish_reason == "length"
         eager = llm.info.decode_steps.startswith("eager")

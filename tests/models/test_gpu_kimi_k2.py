@@ -10,12 +10,10 @@ import pytest
 from tests.models import naive_kimi_k2 as naive
 from tests.models import random_kimi_k2 as random
 from tests.models.oracle_kl import divergences
-from tests.models.served import BF16_KL, BF16_LOGPROB, PARAMS, VOCAB, Model, decode_against_prompts, prompts
-from thalweg import LLM
+from tests.models.served import BF16_KL, BF16_LOGPROB, PARAMS, VOCAB, Model, decode_against_prompts, on_gpu, prompts
 
 pytestmark = pytest.mark.gpu
 
-DEVICE = "cuda"
 SHAPE = dict(layers=3, hidden=256, heads=4, q_rank=128, rank=128, nope=128, rope=64, value=128, experts=16, top_k=4,
              inner=256, dense_inner=512, vocab=VOCAB, max_position_embeddings=600)  # fmt: skip
 
@@ -40,15 +38,15 @@ def test_logits_in_float32_and_bfloat16(served: tuple[Path, Model]) -> None:
     ids = prompts(5)[4]
     expected = found.twin(ids)
     for chunk in (512, 20, 1):
-        with LLM(str(folder), device=DEVICE, dtype="float32", max_num_seqs=2, max_num_batched_tokens=chunk) as llm:
+        with on_gpu(folder, "float32", max_num_seqs=2, max_num_batched_tokens=chunk) as llm:
             logits = llm.prompt_logits(ids).cpu()
         np.testing.assert_allclose(logits.numpy(), expected.numpy(), atol=1e-3, rtol=0)
-    with LLM(str(folder), device=DEVICE, dtype="bfloat16", max_num_seqs=2) as llm:
+    with on_gpu(folder, "bfloat16", max_num_seqs=2) as llm:
         assert divergences(expected, llm.prompt_logits(ids).cpu()).mean() < BF16_KL
 
 
 def test_decode_steps_in_bfloat16_say_what_prompts_say(served: tuple[Path, Model]) -> None:
-    with LLM(str(served[0]), device=DEVICE, dtype="bfloat16", max_num_seqs=6, max_num_batched_tokens=64) as llm:
+    with on_gpu(served[0], "bfloat16", max_num_seqs=6, max_num_batched_tokens=64) as llm:
         assert llm.info.decode_steps.startswith("CUDA graphs"), llm.info.decode_steps
         assert decode_against_prompts(llm).mean() < BF16_LOGPROB
 
@@ -56,6 +54,6 @@ def test_decode_steps_in_bfloat16_say_what_prompts_say(served: tuple[Path, Model
 def test_kernels_give_the_tokens_of_references_in_float32(served: tuple[Path, Model]) -> None:
     results = []
     for prefer in ({"*": "reference"}, {}):
-        with LLM(str(served[0]), device=DEVICE, dtype="float32", max_num_seqs=4, op_preference=prefer) as llm:
+        with on_gpu(served[0], "float32", max_num_seqs=4, op_preference=prefer) as llm:
             results.append([o.outputs[0].token_ids for o in llm.generate(prompts(6), PARAMS * 2)])
     assert results[0] == results[1]

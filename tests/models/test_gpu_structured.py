@@ -28,7 +28,7 @@ def test_json_among_plain_rows(eager: bool) -> None:
     grammar = Grammar("json_schema", json.dumps(SCHEMA))
     plain = SamplingParams(max_tokens=40, temperature=0)
     held = [SamplingParams(max_tokens=200, temperature=1.2, seed=i, grammar=grammar) for i in range(4)]
-    with LLM(device="cuda", dtype="float32", max_num_seqs=8, enforce_eager=eager) as llm:
+    with LLM(device="cuda", cache_memory=1 << 30, dtype="float32", max_num_seqs=8, enforce_eager=eager) as llm:
         expected = llm.generate(QUESTION, plain)[0].outputs[0].token_ids
         outputs = [o.outputs[0] for o in llm.generate([QUESTION] * 8, [p for h in held for p in (plain, h)])]
         stats = llm.engine.core.stats()
@@ -44,7 +44,7 @@ def test_budgets_of_reasoning_among_plain_rows(eager: bool) -> None:
     """The closing mark comes when the budget is spent, and neither a neighbour's tokens nor the text before it move."""
     if not (model_folder(None) / "model.safetensors").exists():
         pytest.skip("the bundled model has no weights in this checkout")
-    with LLM(device="cuda", dtype="float32", max_num_seqs=8, enforce_eager=eager) as llm:
+    with LLM(device="cuda", cache_memory=1 << 30, dtype="float32", max_num_seqs=8, enforce_eager=eager) as llm:
         assert llm.tokenizer is not None
         begin, end = (llm.tokenizer.added_tokens[mark] for mark in ("<think>", "</think>"))
         ids = [*llm.codec.chat_ids([{"role": "user", "content": QUESTION}]), begin]

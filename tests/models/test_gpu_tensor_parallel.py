@@ -35,8 +35,8 @@ def test_logits_and_tokens_in_float32(folder: Path) -> None:
     results = []
     for size in (1, 2):
         with LLM(
-            str(folder), device="cuda", dtype="float32", max_num_seqs=4, max_num_batched_tokens=40,
-            tensor_parallel_size=size,
+            str(folder), device="cuda", cache_memory=1 << 30, dtype="float32", max_num_seqs=4,
+            max_num_batched_tokens=40, tensor_parallel_size=size,
         ) as llm:  # fmt: skip
             tokens = [o.outputs[0].token_ids for o in llm.generate(prompts(6), PARAMS * 2)]
             results.append((tokens, llm.prompt_logits(IDS).cpu()))
@@ -50,8 +50,8 @@ def hold_in_bfloat16(folder: Path, **options: Any) -> None:
     logits = []
     for size in (1, 2):
         with LLM(
-            str(folder), device="cuda", dtype="bfloat16", max_num_seqs=6, max_num_batched_tokens=64,
-            tensor_parallel_size=size, **options,
+            str(folder), device="cuda", cache_memory=1 << 30, dtype="bfloat16", max_num_seqs=6,
+            max_num_batched_tokens=64, tensor_parallel_size=size, **options,
         ) as llm:  # fmt: skip
             assert llm.info.decode_steps.startswith("CUDA graphs"), llm.info.decode_steps
             assert decode_against_prompts(llm).mean() < BF16_LOGPROB
