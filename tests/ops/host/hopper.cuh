@@ -140,7 +140,6 @@ static std::atomic<int> threads_that_waited, threads_that_let_go;
 inline void wait_for_kernel_ahead() { threads_that_waited++; }
 inline void start_kernel_behind() { threads_that_let_go++; }
 
-inline u32 fp16_of(u32 word, u32 mask) { return (word & mask) | 0x64006400; }
 inline uint4 load16(const void* p) {
     if ((uintptr_t)p % 16) fail("a load of 16 bytes is not aligned");
     uint4 x;
@@ -148,7 +147,6 @@ inline uint4 load16(const void* p) {
     return x;
 }
 inline bf16 load_bf16(const bf16* p) { return *p; }
-inline float load_fp32(const float* p) { return *p; }
 inline int load_id(const long long* p) { return (int)*p; }
 
 static u8 shared[1 << 18] __attribute__((aligned(1024)));

@@ -53,13 +53,6 @@ __device__ __forceinline__ u32 widen_half(u16 two) {  // of two float8 (e4m3)
     return pair;
 }
 
-// The bits of a word that a mask has, as the last ones of two fp16 that are 1024 and more.
-__device__ __forceinline__ u32 fp16_of(u32 word, u32 mask) {
-    u32 pair;
-    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(pair) : "r"(word), "r"(mask), "r"(0x64006400));
-    return pair;
-}
-
 __device__ __forceinline__ float from_bf16(bf16 x) { return __uint_as_float((u32)x << 16); }
 __device__ __forceinline__ void store_bf16(bf16* to, float x) { *to = (bf16)pack(x, 0.0f); }
 __device__ __forceinline__ float as_bf16(float x) { return low(pack(x, 0.0f)); }
@@ -82,11 +75,6 @@ __device__ __forceinline__ bf16 load_bf16(const bf16* p) {
     return x;
 }
 
-__device__ __forceinline__ float load_fp32(const float* p) {
-    float x;
-    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(x) : "l"(p));
-    return x;
-}
 // An int64 that fits an int.
 __device__ __forceinline__ int load_id(const long long* p) {
     long long x;

@@ -1,7 +1,7 @@
 """Op "experts": the experts' SwiGLU networks with the sum that ends them, over weights that carry their scheme.
 
 Six forms, by how many tokens share an expert: pairs and tiles for decode, sorted pairs for prompts (all in Triton, for
-the schemes of SCHEMES), products in CUDA C++ for a few tokens over fp8 and int4 ("cuda"), and, for prompts on Hopper,
+the schemes of SCHEMES), products in CUDA C++ for a few tokens over fp8 ("cuda"), and, for prompts on Hopper,
 products of sorted pairs at the rate of the matrix unit: in bf16 and over int4 ("matrix"), and over fp8, for which
 activations are quantized ("w8a8").
 """
@@ -15,8 +15,6 @@ from typing import Protocol
 from torch import Tensor
 
 from thalweg.ops.moe.experts import reference
-from thalweg.ops.moe.experts.int4 import few as int4_few
-from thalweg.ops.moe.experts.int4 import many_refusal
 from thalweg.ops.registry import Op, Refusal, Tokens, Where, register
 from thalweg.ops.toolchain import cuda_build
 from thalweg.ops.toolchain.triton_support import why_not, why_not_hopper
@@ -129,10 +127,8 @@ def steps_per_warp(columns: int) -> int | None:
 
 
 def _cuda_refuses(where: Where, dims: ExpertsDims) -> Refusal:
-    if dims.scheme == "int4":
-        return int4_few.refusal(dims.E, dims.D, dims.I, dims.own) or _no_cuda(where) or why_not_hopper()
     if dims.scheme != "fp8":
-        return f"needs weights in scheme fp8 or int4, not {dims.scheme}"
+        return f"needs weights in scheme fp8, not {dims.scheme}"
     if dims.own:
         return "has no products for an expert of its own"
     if dims.E > MAX_CUDA_EXPERTS:
@@ -151,7 +147,9 @@ def _no_cuda(where: Where) -> Refusal:
 
 def _matrix_refuses(where: Where, dims: ExpertsDims, scheme: str, columns: int) -> Refusal:
     if scheme == "none" and dims.scheme == "int4":
-        return many_refusal(dims.D, dims.I) or _no_cuda(where) or why_not_hopper()
+        if dims.D % 256 or dims.I % 128 or not dims.D or not dims.I:
+            return f"needs D to be a multiple of 256 and I of 128, not {dims.D} and {dims.I}"
+        return _no_cuda(where) or why_not_hopper()
     if dims.scheme != scheme:
         return f"needs weights in scheme {scheme}{' or int4' if scheme == 'none' else ''}, not {dims.scheme}"
     if dims.D % columns or dims.I % columns or not dims.D or not dims.I:
@@ -172,9 +170,9 @@ def _grouped(where: Where, dims: ExpertsDims) -> Experts:
 
 def _matrix(where: Where, dims: ExpertsDims) -> Experts:
     if dims.scheme == "int4":
-        from thalweg.ops.moe.experts.int4 import many
+        from thalweg.ops.moe.experts import matrix_int4
 
-        return many.experts
+        return matrix_int4.experts
     from thalweg.ops.moe.experts import matrix
 
     return matrix.experts
@@ -193,8 +191,6 @@ def _pairs(where: Where, dims: ExpertsDims) -> Experts:
 
 
 def _cuda(where: Where, dims: ExpertsDims) -> Experts:
-    if dims.scheme == "int4":
-        return int4_few.experts
     from thalweg.ops.moe.experts import cuda_fp8
 
     return cuda_fp8.experts
@@ -205,8 +201,6 @@ def _few(dims: ExpertsDims) -> Tokens:
 
 
 def _fewer(dims: ExpertsDims) -> Tokens:
-    if dims.scheme == "int4":
-        return Tokens(last=int4_few.MAX_TOKENS)
     return Tokens(last=8 if WIDE_STEPS in (steps_per_warp(dims.D), steps_per_warp(dims.I)) else 16)
 
 

@@ -200,7 +200,7 @@ def pairs_order_kernel(x_ptr, ordered_ptr, x_stride, D: tl.constexpr, BLOCK_D: t
 
 
 def in_order_of_pairs(x_TD: Tensor) -> Tensor:
-    """x with the columns of every 128 as the kernels of int4/many.cu take them; 128 divides D."""
+    """x with the columns of every 128 as the kernels of matrix_int4.cu take them; 128 divides D."""
     T, D = x_TD.shape
     ordered_TD = torch.empty(T, D, dtype=x_TD.dtype, device=x_TD.device)
     block = max(128, triton.next_power_of_2(D))

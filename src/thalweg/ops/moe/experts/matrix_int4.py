@@ -1,5 +1,5 @@
 """Experts in int4 for the many tokens of a prompt at the rate of Hopper's matrix unit: pairs sorted by expert, two
-grouped products in CUDA C++ (many.cu says how they work), and the weighted sum."""
+grouped products in CUDA C++ (matrix_int4.cu says how they work), and the weighted sum."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from thalweg.ops.moe.experts.triton.grouping import Groups, sort_pairs
 from thalweg.ops.moe.experts.triton.nibbles import in_order_of_pairs
 from thalweg.ops.toolchain.cuda_build import cuda_kernel
 
-SOURCE = Path(__file__).with_name("many.cu")
+SOURCE = Path(__file__).with_name("matrix_int4.cu")
 TOKENS, UNIT = 128, 32  # of a block at most, and the multiple that its products are made for
 STEP, THREADS, STAGES = 128, 384, 4
 STAGE_BYTES = 2 * TOKENS * STEP + 256 * STEP // 2 + 256 * STEP // 16
