@@ -93,6 +93,7 @@ def build_rank(
     graph_sizes = buckets(split.num_slots)
     eager = _why_eager(config, device, resolver, "decodes", graph_sizes[-1])
     graph_sizes = [] if eager else graph_sizes
+    assert config.prefill_graph_tokens is not None
     prefill_sizes = token_sizes(min(config.prefill_graph_tokens, config.max_num_batched_tokens), split.max_model_len)
     prefills_eager = eager or _why_eager(config, device, resolver, "prefills", max(prefill_sizes, default=0))
     prefill_sizes = [] if prefills_eager else prefill_sizes

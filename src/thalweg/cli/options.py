@@ -160,11 +160,12 @@ def engine_config(
         bool, _engine("--enforce-eager", help="Launch every kernel by itself: no CUDA graphs, a quicker start.")
     ] = False,
     prefill_graph_tokens: Annotated[
-        str,
+        str | None,
         _engine(
-            metavar="TOKENS", help="Run steps with at most so many prompt tokens as CUDA graphs, e.g. 2k. 0: none."
+            metavar="TOKENS",
+            help="Run steps with at most so many prompt tokens as CUDA graphs; 0: none. Default: 2k, over ranks 0.",
         ),
-    ] = str(_DEFAULTS.prefill_graph_tokens),
+    ] = None,
     step_timeout: Annotated[
         float, _engine(metavar="SECONDS", help="A step that takes longer ends the engine: a rank hangs.")
     ] = _DEFAULTS.step_timeout,
@@ -225,7 +226,7 @@ def engine_config(
         load_format=load_format,
         seed=seed,
         enforce_eager=enforce_eager,
-        prefill_graph_tokens=parse_size(prefill_graph_tokens, "--prefill-graph-tokens"),
+        prefill_graph_tokens=_size(prefill_graph_tokens, "--prefill-graph-tokens"),
         step_timeout=step_timeout,
         config_file=config_file,
         num_layers=num_layers,

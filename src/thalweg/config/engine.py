@@ -43,7 +43,8 @@ class EngineConfig:
     bytes over all ranks. `quantization` "fp8" quantizes the experts' weights as they are loaded. `generation_config`
     says where sampling defaults come from: the model's generation_config.json ("auto"), that of another folder, or
     the engine's own ("vllm", "none"). Steps with at most `prefill_graph_tokens` tokens of prompts run as CUDA graphs,
-    as far as there are graphs for so many. `dequantize` brings weights in GGUF's blocks to `dtype` as they are
+    as far as there are graphs for so many; None means 2048 for one rank, and none for several, whose collectives have
+    yet to be seen in them. `dequantize` brings weights in GGUF's blocks to `dtype` as they are
     loaded; None means that on an accelerator, whose kernels want them so, and not on a CPU. config.json is read as
     though the keys in `ignore_config_key` were not in it. `op_preference` maps an op's name, or "*", to the
     implementation that must serve it.
@@ -75,7 +76,7 @@ class EngineConfig:
     load_format: str = "auto"
     seed: int = 0
     enforce_eager: bool = False
-    prefill_graph_tokens: int = 2048
+    prefill_graph_tokens: int | None = None
     step_timeout: float = 300.0
     config_file: str | None = None
     num_layers: int | None = None
@@ -87,7 +88,7 @@ class EngineConfig:
         self._integer("max_num_batched_tokens", 1, 2**24, optional=True)
         self._integer("long_prefill_token_threshold", 0, 2**24)
         self._integer("max_model_len", 1, 2**31 - 1, optional=True)
-        self._integer("prefill_graph_tokens", 0, 2**24)
+        self._integer("prefill_graph_tokens", 0, 2**24, optional=True)
         self._integer("block_size", 1, 65_536)
         self._integer("cache_memory", 1, 2**50, optional=True)
         self._integer("cpu_cache_memory", 1, 2**50, optional=True)
@@ -175,12 +176,18 @@ class EngineConfig:
             dequantize=chosen != "cpu" if self.dequantize is None else self.dequantize,
             load_format=load_format,
             max_num_batched_tokens=tokens,
+            prefill_graph_tokens=self._graph_tokens(),
             enable_prefix_caching=(
                 chosen == "cpu" or self.cpu_cache_memory is not None
                 if self.enable_prefix_caching is None
                 else self.enable_prefix_caching
             ),
         )
+
+    def _graph_tokens(self) -> int:
+        if self.prefill_graph_tokens is not None:
+            return self.prefill_graph_tokens
+        return 2048 if self.tensor_parallel_size == 1 else 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values by option name, for messages; EngineConfig(**d) gives the same config."""

@@ -61,7 +61,7 @@ class LLM(WithSessions):
         load_format: str = "auto",
         seed: int = 0,
         enforce_eager: bool = False,
-        prefill_graph_tokens: int = 2048,
+        prefill_graph_tokens: int | None = None,
         step_timeout: float = 300.0,
         config_file: str | None = None,
         num_layers: int | None = None,
