@@ -32,7 +32,7 @@ def op_named(name: str, H: int, G: int | None, dtype: str = "bfloat16") -> Calla
 @pytest.mark.parametrize("fresh", [False, True])
 def test_mixed_lengths(H: int, G: int | None, fresh: bool) -> None:
     case = MixerPrefillCase(LENGTHS, H, G=G, device="cuda", fresh=fresh)
-    case.check(case.run(op_named("cuda", H, G)), 0.005)
+    case.check(case.run(op_named("cuda", H, G)), 0.005, reference=op_named("reference", H, G))
 
 
 @pytest.mark.parametrize("G", [None, 2])
