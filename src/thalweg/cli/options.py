@@ -163,7 +163,7 @@ def engine_config(
         str | None,
         _engine(
             metavar="TOKENS",
-            help="Run steps with at most so many prompt tokens as CUDA graphs; 0: none. Default: 2k, over ranks 0.",
+            help="Run steps with at most so many prompt tokens as CUDA graphs. Default: 2k on one rank, else 0: none.",
         ),
     ] = None,
     step_timeout: Annotated[
