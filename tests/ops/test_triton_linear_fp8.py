@@ -124,10 +124,10 @@ def test_parts_are_summed_in_registers() -> None:
 @pytest.mark.parametrize(
     ("D", "O", "table"),
     [
-        (7168, 2112, {"1-16": "cuda", "17-": "triton"}),
-        (12288, 4096, {"1-16": "cuda", "17-": "triton"}),
+        (7168, 2112, {"1-16": "cuda", "17-1024": "triton", "1025-": "w8a8"}),
+        (12288, 4096, {"1-16": "cuda", "17-1024": "triton", "1025-": "w8a8"}),
         (7168, 2113, {"any": "triton"}),
-        (4352, 5120, {"any": "triton"}),
+        (4352, 5120, {"1-1024": "triton", "1025-": "w8a8"}),
         (64, 2048, {"any": "triton"}),
         (200, 2048, {"any": "reference"}),
     ],
