@@ -30,12 +30,12 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def keep(
     cache: Path, name: str, files: dict[str, str], commit: str = COMMIT, refs: tuple[str, ...] = ("main",)
 ) -> Path:
-    """A model in the cache as huggingface_hub lays it out: files are links to blobs."""
+    """A model in the cache as huggingface_hub lays it out, with a tokenizer: files are links to blobs."""
     repository = cache / f"models--{name.replace('/', '--')}"
     folder = repository / "snapshots" / commit
     folder.mkdir(parents=True)
     (repository / "blobs").mkdir(exist_ok=True)
-    for i, (path, text) in enumerate(files.items()):
+    for i, (path, text) in enumerate(({"tokenizer.json": "{}"} | files).items()):
         blob = repository / "blobs" / f"{commit[:4]}{i}"
         blob.write_text(text)
         (folder / path).symlink_to(Path("../../blobs") / blob.name)
@@ -76,6 +76,25 @@ def test_a_folder_of_that_name_comes_first(cache: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(cache.parent)
     (cache.parent / "me/tiny").mkdir(parents=True)
     assert model_folder("me/tiny") == Path("me/tiny")
+
+
+@pytest.mark.parametrize("name", ["here/typo", "here/kimi.gguf", "elsewhere/kimi.gguf"])
+def test_a_path_that_is_misspelt_is_no_name(cache: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    keep(cache, name, {"config.json": "{}", "model.safetensors": ""})
+    monkeypatch.chdir(cache.parent)
+    (cache.parent / "here").mkdir()
+    with pytest.raises(ConfigError, match=f"MODEL is '{name}', and there is no such folder$"):
+        model_folder(name)
+
+
+def test_weights_alone_are_not_all_that_is_needed(cache: Path) -> None:
+    folder = keep(cache, "me/tiny", {"config.json": "{}", "model.safetensors": ""})
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ConfigError, match=r"has no tokenizer\.json or tiktoken\.model; pip install"):
+        model_folder("me/tiny")
+    assert model_folder("me/tiny", weights=False) == folder
+    (folder / "tiktoken.model").write_text("")
+    assert model_folder("me/tiny") == folder
 
 
 @pytest.mark.parametrize(

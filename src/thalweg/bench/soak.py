@@ -82,7 +82,8 @@ class _Soak:
     async def run(self, seconds: float, concurrency: int, on_tick: Callable[[float, Clients], object]) -> None:
         result, server, http = self._result, self._server, self._http
         [model] = (await http.json("GET", "/v1/models"))["data"]
-        tokenizer = load_tokenizer(model_folder(self._config.model, self._config.revision))
+        weights = self._config.load_format != "dummy"
+        tokenizer = load_tokenizer(model_folder(self._config.model, self._config.revision, weights=weights))
         cases = draw_cases(tokenizer, NUM_CASES, model["max_model_len"], self._seed)
         cases = [await solo(http, model["id"], case) for case in cases]
         vocab_size = 2**31 - 1  # of any model, no token has this id

@@ -17,9 +17,10 @@ from thalweg.config.streams import say
 from thalweg.errors import CheckpointError, ConfigError
 
 INDEX, SINGLE, SHARDS = "model.safetensors.index.json", "model.safetensors", "model-*-of-*.safetensors"
+TOKENIZERS = ("tokenizer.json", "tiktoken.model")
 SMALL_FILES = (
     *("config.json", "generation_config.json", INDEX),
-    *("tokenizer.json", "tokenizer_config.json", "tiktoken.model", "chat_template.jinja"),
+    *(*TOKENIZERS, "tokenizer_config.json", "chat_template.jinja"),
 )
 MAX_INDEX_BYTES = 64 << 20
 
@@ -65,7 +66,7 @@ def hub_folder(name: str, revision: str | None = None, weights: bool = True) -> 
         raise ConfigError(f"{said}; {install}, or name a folder that has it") from None
     _download(huggingface_hub, name, revision, weights, said)
     try:
-        return _found(cache_folder(), name, revision, weights)
+        return _found(cache_folder(), name, revision, weights, tokenizer=False)  # the hub's own may have none
     except LookupError as error:
         raise ConfigError(f"MODEL is {name!r}, of which the hub has not all that is needed{at}: {error}") from None
 
@@ -81,8 +82,9 @@ def cache_folder() -> Path:
 
 
 @lru_cache(maxsize=8)
-def _found(cache: Path, name: str, revision: str | None, weights: bool) -> Path:
-    """The folder. Raises LookupError that says why there is none that would do."""
+def _found(cache: Path, name: str, revision: str | None, weights: bool, tokenizer: bool = True) -> Path:
+    """The folder. Raises LookupError that says why there is none that would do; with `weights` and `tokenizer` it has
+    a tokenizer's file too, which others who fetched the weights may have left out."""
     repository = cache / f"models--{name.replace('/', '--')}"
     if not repository.is_dir():
         raise LookupError(f"the Hugging Face cache has no {repository}")
@@ -93,6 +95,8 @@ def _found(cache: Path, name: str, revision: str | None, weights: bool) -> Path:
         raise LookupError(f"{repository} has no revision {revision or 'main'}")
     if (lacking := _lacking(folder, weights)) is not None:
         raise LookupError(f"{folder} has no {lacking}")
+    if weights and tokenizer and not any((folder / file).is_file() for file in TOKENIZERS):
+        raise LookupError(f"{folder} has no {' or '.join(TOKENIZERS)}")
     return folder
 
 

@@ -15,7 +15,7 @@ _BUNDLED_FOLDER = Path(__file__).resolve().parent.parent / "bundled" / BUNDLED
 def model_folder(model: str | None, revision: str | None = None, *, weights: bool = True) -> Path:
     """The folder or the GGUF file of `model`: None or "thalweg-tiny" is the bundled one, a folder without config.json
     stands for the only GGUF model in it, and OWNER/NAME for a model on a hub (hub.hub_folder): its `revision`, and
-    without `weights` its small files alone.
+    without `weights` its small files alone. OWNER/NAME whose OWNER is a folder here, or that ends in .gguf, is no name.
 
     Raises ConfigError, naming MODEL, the command line's argument, when there is neither.
     """
@@ -31,7 +31,8 @@ def model_folder(model: str | None, revision: str | None = None, *, weights: boo
         raise ConfigError(
             f"MODEL is {model!r}, a file; expected a folder with config.json and safetensors files, or a {SUFFIX} file"
         )
-    if is_hub_name(model):
+    # What reads as a path of here and is misspelt does not leave the machine as a name.
+    if is_hub_name(model) and folder.suffix != SUFFIX and not folder.parent.is_dir():
         return hub_folder(model, revision, weights)
     raise ConfigError(f"MODEL is {model!r}, and there is no such folder")
 
