@@ -12,6 +12,7 @@ import pytest
 from tests.models.test_prefix_cache import GREEDY, engine, ids, model_of, one_by_one, tokens
 from thalweg import LLM
 from thalweg.errors import ConfigError
+from thalweg.runner.cache_file import file_of, image_folder, images, newest_image
 
 PROMPTS = [ids(150), ids(150)[:140] + ids(30, 1), ids(200, 5), ids(90, 6)]
 OPTIONS = {"cpu_cache_memory": 16 << 20, "max_model_len": 512}
@@ -174,3 +175,12 @@ def test_ranks_write_and_read_together(name: str, tmp_path: Path) -> None:
         outputs = one_by_one(llm, PROMPTS)
         assert tokens(outputs) == cold
         assert outputs[0].num_cached_tokens == 0
+
+
+def test_only_images_that_rank_0_finished_are_taken(tmp_path: Path) -> None:
+    for name in ("image-of-my-cat", "image-00000000000000000001", "image-00000000000000000002"):
+        (tmp_path / name).mkdir()
+    assert newest_image(tmp_path) is None
+    file_of(image_folder(tmp_path, 1), 0).touch()
+    assert newest_image(tmp_path) == image_folder(tmp_path, 1)
+    assert [path.name for path in images(tmp_path)] == [f"image-{i:020d}" for i in (1, 2)]

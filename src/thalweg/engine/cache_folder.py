@@ -16,7 +16,7 @@ from thalweg.cache import image
 from thalweg.cache.tiers import TieredTree
 from thalweg.core import SaveCache
 from thalweg.errors import CheckpointError, ConfigError
-from thalweg.runner.cache_file import CacheIndex, file_of, image_folder
+from thalweg.runner.cache_file import CacheIndex, file_of, image_folder, images
 
 _log = logging.getLogger(__name__)
 SAVE_SECONDS = 600.0
@@ -77,7 +77,7 @@ def save(
         _log.warning("the prefix cache could not be written to %s: %s: %s", target, type(e).__name__, e)
         shutil.rmtree(target, ignore_errors=True)
         return
-    for other in folder.glob("image-*"):
+    for other in images(folder):
         if other != target:
             with contextlib.suppress(OSError):
                 shutil.rmtree(other)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,9 +48,14 @@ def image_folder(folder: Path, image: int) -> Path:
     return folder / f"image-{image:020d}"
 
 
+def images(folder: Path) -> list[Path]:
+    """The folders that images were written to, oldest first; nothing else that lies there."""
+    return sorted(path for path in folder.glob("image-*") if re.fullmatch(r"image-\d{20}", path.name))
+
+
 def newest_image(folder: Path) -> Path | None:
-    """The folder that was written last; None if there is none."""
-    return max(folder.glob("image-*"), default=None)
+    """The folder that was written last, as far as rank 0 had done; None if there is none."""
+    return max((image for image in images(folder) if file_of(image, 0).exists()), default=None)
 
 
 def file_of(image: Path, rank: int) -> Path:

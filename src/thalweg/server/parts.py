@@ -27,16 +27,22 @@ Step = tuple[Literal["begin", "more", "end"], Part, str]  # what came, of which 
 
 
 class Parts:
-    """Takes a sequence's events; each part ends before the next one begins."""
+    """Takes a sequence's events; each part ends before the next one begins. What a model writes between the pieces of
+    a call's arguments comes after the call: arguments are whole."""
 
     def __init__(self) -> None:
         self.all: list[Part] = []
         self._open: Part | None = None
+        self._held: list[Event] = []
 
     def feed(self, events: Iterable[Event]) -> Iterator[Step]:
         for event in events:
             if isinstance(event, CallBegin):
+                yield from self.end()
                 yield from self._begin("call", event)
+                continue
+            if self._open is not None and self._open.kind == "call" and isinstance(event, Content | Reasoning):
+                self._held.append(event)
                 continue
             kind: Literal["reasoning", "text", "call"] = (
                 "text" if isinstance(event, Content) else "reasoning" if isinstance(event, Reasoning) else "call"
@@ -48,13 +54,20 @@ class Parts:
             yield "more", self._open, event.text
 
     def end(self) -> Iterator[Step]:
-        """The end of the last part, once nothing more comes."""
+        """The end of the last part, and what was held back behind it, once nothing more comes."""
+        yield from self._end()
+        held, self._held = self._held, []
+        if held:
+            yield from self.feed(held)
+            yield from self._end()
+
+    def _end(self) -> Iterator[Step]:
         if (part := self._open) is not None:
             self._open = None
             yield "end", part, ""
 
     def _begin(self, kind: Literal["reasoning", "text", "call"], call: CallBegin | None = None) -> Iterator[Step]:
-        yield from self.end()
+        yield from self._end()
         self._open = Part(len(self.all), kind, call)
         self.all.append(self._open)
         yield "begin", self._open, ""
