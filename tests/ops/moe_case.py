@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -173,3 +173,27 @@ def moe_case_int4(
             for rows, columns in ((2 * own, D), (D, own))
         )  # type: ignore[assignment]
     return case
+
+
+def check_chained_in_a_graph(layers: Sequence[MoeCase], op: Experts, replays: int = 50) -> None:
+    """Each kernel may start before the one ahead is done; replays must still equal a run with nothing in flight."""
+    first, D = layers[0].x, layers[0].x.shape[1]
+
+    def chain(wait: bool) -> Tensor:
+        x = first
+        for case in layers:
+            case.x = F.rms_norm(x, (D,))
+            x = case.run(op, residual_TD=x)
+            if wait:
+                torch.cuda.synchronize()
+        return x
+
+    expected = chain(wait=True).clone()
+    assert expected.isfinite().all()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = chain(wait=False)
+    for _ in range(replays):
+        y.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(y, expected)

@@ -8,7 +8,14 @@ from functools import partial
 import pytest
 import torch
 
-from tests.ops.moe_case import MoeCase, experts_in_float64, moe_case_fp8, rmse_ratio, triton_experts
+from tests.ops.moe_case import (
+    MoeCase,
+    check_chained_in_a_graph,
+    experts_in_float64,
+    moe_case_fp8,
+    rmse_ratio,
+    triton_experts,
+)
 from thalweg.ops.moe.experts import EXPERTS, Experts, reference
 from thalweg.ops.registry import Resolver, Where
 from thalweg.quant import scheme_named
@@ -85,25 +92,5 @@ def test_nan_stays_in_its_row(T: int, implementation: str) -> None:
 @pytest.mark.parametrize("implementation", ["cuda", "triton"])
 @pytest.mark.parametrize("T", [1, 8, 12, 40])
 def test_chained_in_a_graph(T: int, implementation: str) -> None:
-    """Each kernel may start before the one ahead is done; replays must still equal a run with nothing in flight."""
     layers = [moe_case_fp8(T, 512, 256, 64, 8, 1, torch.bfloat16, "cuda", seed=i) for i in range(10)]
-    op, first = experts_of(layers[0], implementation), layers[0].x
-
-    def chain(wait: bool) -> torch.Tensor:
-        x = first
-        for case in layers:
-            case.x = torch.nn.functional.rms_norm(x, (512,))
-            x = case.run(op, residual_TD=x)
-            if wait:
-                torch.cuda.synchronize()
-        return x
-
-    expected = chain(wait=True).clone()
-    assert expected.isfinite().all()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = chain(wait=False)
-    for _ in range(50):
-        y.fill_(torch.nan)
-        graph.replay()
-        assert torch.equal(y, expected)
+    check_chained_in_a_graph(layers, experts_of(layers[0], implementation))

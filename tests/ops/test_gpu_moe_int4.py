@@ -7,7 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.ops.moe_case import MoeCase, experts_in_float64, implementation, moe_case_int4, rmse_ratio
+from tests.ops.moe_case import (
+    MoeCase,
+    check_chained_in_a_graph,
+    experts_in_float64,
+    implementation,
+    moe_case_int4,
+    rmse_ratio,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -64,25 +71,5 @@ def test_sum_and_residual_are_those_of_the_parts_by_themselves(T: int) -> None:
 
 @pytest.mark.parametrize("T", [1, 8, 13, 40])
 def test_chained_in_a_graph(T: int) -> None:
-    """Each kernel may start before the one ahead is done; replays must still equal a run with nothing in flight."""
     layers = [moe_case_int4(T, 512, 256, 64, 8, torch.bfloat16, "cuda", seed=i, own=256, scale=2.5) for i in range(10)]
-    op, first = implementation("tiles", "int4"), layers[0].x
-
-    def chain(wait: bool) -> torch.Tensor:
-        x = first
-        for case in layers:
-            case.x = torch.nn.functional.rms_norm(x, (512,))
-            x = case.run(op, residual_TD=x)
-            if wait:
-                torch.cuda.synchronize()
-        return x
-
-    expected = chain(wait=True).clone()
-    assert expected.isfinite().all()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = chain(wait=False)
-    for _ in range(50):
-        y.fill_(torch.nan)
-        graph.replay()
-        assert torch.equal(y, expected)
+    check_chained_in_a_graph(layers, implementation("tiles", "int4"))

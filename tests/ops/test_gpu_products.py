@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.ops.fp8_linear_case import draw, expected
-from tests.ops.moe_case import MoeCase, experts_in_float64, moe_case, moe_case_fp8, rmse_ratio
+from tests.ops.moe_case import MoeCase, check_chained_in_a_graph, experts_in_float64, moe_case, moe_case_fp8, rmse_ratio
 from thalweg.ops.linear.fp8 import LINEAR_ADD_FP8, LINEAR_FP8, NORM_LINEAR_FP8, Fp8LinearDims
 from thalweg.ops.moe.experts import EXPERTS, Experts
 from thalweg.ops.products.triton import quantize_blocks, quantize_rows
@@ -64,28 +64,8 @@ def test_a_row_does_not_depend_on_its_neighbours(scheme: str) -> None:
 
 @pytest.mark.parametrize("scheme", ["none", "fp8"])
 def test_chained_in_a_graph(scheme: str) -> None:
-    """Each kernel may start before the one ahead is done; replays must still equal a run with nothing in flight."""
     layers = [case_of(scheme, 600, 512, 256, 64, 8, 1, seed=i) for i in range(6)]
-    op, first = experts_of(layers[0]), layers[0].x
-
-    def chain(wait: bool) -> torch.Tensor:
-        x = first
-        for case in layers:
-            case.x = torch.nn.functional.rms_norm(x, (512,))
-            x = case.run(op, residual_TD=x)
-            if wait:
-                torch.cuda.synchronize()
-        return x
-
-    expected_y = chain(wait=True).clone()
-    assert expected_y.isfinite().all()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = chain(wait=False)
-    for _ in range(20):
-        y.fill_(torch.nan)
-        graph.replay()
-        assert torch.equal(y, expected_y)
+    check_chained_in_a_graph(layers, experts_of(layers[0]), replays=20)
 
 
 @pytest.mark.parametrize("T", [257, 300, 1000])

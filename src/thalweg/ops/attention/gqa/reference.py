@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -59,41 +59,49 @@ def gqa_decode(
     return gated(o_BHK, proj_BX)
 
 
-def gqa_mixer_decode(
-    proj_BX: Tensor,
-    *,
-    q_norm_weight_K: Tensor,
-    k_norm_weight_K: Tensor,
-    eps: float,
-    frequencies_F: Tensor,
-    rope_scale: float,
-    positions_B: Tensor,
-    keys_MSGK: Tensor,
-    values_MSGK: Tensor,
-    block_rows_B: Tensor,
-    block_tables_BN: Tensor,
-    context_lens_B: Tensor,
-) -> Tensor:
-    q_BHK = gqa_prepare(
-        proj_BX,
-        q_norm_weight_K=q_norm_weight_K,
-        k_norm_weight_K=k_norm_weight_K,
-        eps=eps,
-        frequencies_F=frequencies_F,
-        rope_scale=rope_scale,
-        positions_T=positions_B,
-        keys_MSGK=keys_MSGK,
-        values_MSGK=values_MSGK,
-        block_rows_T=block_rows_B,
-    )
-    return gqa_decode(
-        q_BHK,
-        proj_BX,
-        keys_MSGK=keys_MSGK,
-        values_MSGK=values_MSGK,
-        block_tables_BN=block_tables_BN,
-        context_lens_B=context_lens_B,
-    )
+def mixer_by(prepare: Callable[..., Tensor], decode: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """ "gqa_mixer_decode" by implementations of its parts."""
+
+    def gqa_mixer_decode(
+        proj_BX: Tensor,
+        *,
+        q_norm_weight_K: Tensor,
+        k_norm_weight_K: Tensor,
+        eps: float,
+        frequencies_F: Tensor,
+        rope_scale: float,
+        positions_B: Tensor,
+        keys_MSGK: Tensor,
+        values_MSGK: Tensor,
+        block_rows_B: Tensor,
+        block_tables_BN: Tensor,
+        context_lens_B: Tensor,
+    ) -> Tensor:
+        q_BHK = prepare(
+            proj_BX,
+            q_norm_weight_K=q_norm_weight_K,
+            k_norm_weight_K=k_norm_weight_K,
+            eps=eps,
+            frequencies_F=frequencies_F,
+            rope_scale=rope_scale,
+            positions_T=positions_B,
+            keys_MSGK=keys_MSGK,
+            values_MSGK=values_MSGK,
+            block_rows_T=block_rows_B,
+        )
+        return decode(
+            q_BHK,
+            proj_BX,
+            keys_MSGK=keys_MSGK,
+            values_MSGK=values_MSGK,
+            block_tables_BN=block_tables_BN,
+            context_lens_B=context_lens_B,
+        )
+
+    return gqa_mixer_decode
+
+
+gqa_mixer_decode = mixer_by(gqa_prepare, gqa_decode)
 
 
 def gqa_prefill(

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from thalweg.ops.norm.triton.rms import rms_norm
+from thalweg.ops.linear.fp8.by_product import linears_by
 from thalweg.ops.toolchain.triton_dot import done
 from thalweg.ops.toolchain.triton_launch import pdl_options
 from thalweg.ops.toolchain.triton_support import multiprocessors
@@ -205,35 +205,6 @@ def tile_of(T: int, D: int, O: int, processors: int) -> Tile:
     return tile._replace(splits=max(1, min(round(wanted / tiles), D // 512, 8)))
 
 
-def linear_fp8(x_TD: Tensor, q_OD: Tensor, scale_OB: Tensor, rest_RD: Tensor | None = None) -> Tensor:
-    """The rest goes by the library."""
-    if rest_RD is None:
-        return product(x_TD, q_OD, scale_OB)
-    O = len(q_OD)
-    y_TX = x_TD.new_empty(len(x_TD), O + len(rest_RD))
-    product(x_TD, q_OD, scale_OB, out_TO=y_TX[:, :O])
-    torch.mm(x_TD, rest_RD.T, out=y_TX[:, O:])
-    return y_TX
-
-
-def norm_linear_fp8(
-    x_TD: Tensor,
-    norm_weight_D: Tensor,
-    eps: float,
-    q_OD: Tensor,
-    scale_OB: Tensor,
-    rest_RD: Tensor | None = None,
-) -> Tensor:
-    """The rest goes by the library, behind a norm of its own."""
-    if rest_RD is None:
-        return product(x_TD, q_OD, scale_OB, norm=(norm_weight_D, eps))
-    return linear_fp8(rms_norm(x_TD, norm_weight_D, eps), q_OD, scale_OB, rest_RD)
-
-
-def linear_add_fp8(x_TD: Tensor, q_OD: Tensor, scale_OB: Tensor, residual_TO: Tensor) -> Tensor:
-    return product(x_TD, q_OD, scale_OB, residual_TO)
-
-
 def product(
     x_TD: Tensor,
     q_OD: Tensor,
@@ -314,3 +285,6 @@ def product(
             **pdl_options(x_TD),
         )
     return y_TO
+
+
+linear_fp8, norm_linear_fp8, linear_add_fp8 = linears_by(product)
