@@ -37,7 +37,8 @@ def test_token_sizes_end_with_the_budget_and_are_no_further_apart_than_a_sequenc
 
 def shapes(**options: Any) -> PrefillGraphs:
     graphs = PrefillGraphs.__new__(PrefillGraphs)
-    graphs._sizes, graphs._rows, graphs._replays, graphs._started = [64, 128, 256], [0, 8, 20], {}, False
+    graphs._sizes, graphs._most_tokens, graphs._rows = [64, 128, 256], 256, [0, 8, 20]
+    graphs._replays, graphs._started = {}, False
     for name, value in options.items():
         setattr(graphs, name, value)
     return graphs
@@ -200,7 +201,7 @@ def with_static_steps(monkeypatch: pytest.MonkeyPatch) -> list[step_module.Model
     original, made = step_module.ModelRunner.__init__, []
 
     def init(self: Any, *args: Any) -> None:
-        original(self, *args[:4], prefill_sizes=[64, 128, 256])
+        original(self, *args[:4], prefill_tokens=256)
         made.append(self)
 
     monkeypatch.setattr(step_module.ModelRunner, "__init__", init)

@@ -94,11 +94,12 @@ def build_rank(
     eager = _why_eager(config, device, resolver, "decodes", graph_sizes[-1])
     graph_sizes = [] if eager else graph_sizes
     assert config.prefill_graph_tokens is not None
-    prefill_sizes = token_sizes(min(config.prefill_graph_tokens, config.max_num_batched_tokens), split.max_model_len)
+    prefill_tokens = min(config.prefill_graph_tokens, config.max_num_batched_tokens)
+    prefill_sizes = token_sizes(prefill_tokens, split.max_model_len)
     prefills_eager = eager or _why_eager(config, device, resolver, "prefills", max(prefill_sizes, default=0))
-    prefill_sizes = [] if prefills_eager else prefill_sizes
+    prefill_tokens = 0 if prefills_eager or not prefill_sizes else min(prefill_tokens, prefill_sizes[-1])
     laps.end("cache")
-    runner = ModelRunner(model, slots, Sampler(sampling, sample), mesh, graph_sizes, prefill_sizes, host)
+    runner = ModelRunner(model, slots, Sampler(sampling, sample), mesh, graph_sizes, prefill_tokens, host)
     runner.identity, runner.cache_index = identity, index
     if device.type == "cuda":
         make_kernels(runner, partial(model, layers=model.one_of_each()), split, config.max_num_batched_tokens)
@@ -140,7 +141,7 @@ def build_rank(
         layers=[describe_layer(layer, spec) for layer, spec in zip(model.layers, specs, strict=True)],
         eos_token_ids=list(eos),
         decode_steps=f"eager: {eager}" if eager else f"CUDA graphs of {', '.join(map(str, graph_sizes))} rows",
-        prefill_steps=_prefill_steps(prefills_eager, prefill_sizes),
+        prefill_steps=_prefill_steps(config, prefills_eager, prefill_tokens),
         ops=op_choices(resolver),
         start_seconds=laps.seconds,
     )
@@ -200,10 +201,16 @@ def _why_eager(config: EngineConfig, device: torch.device, resolver: Resolver, r
     return next((reason for reason in reasons if reason is not None), None)
 
 
-def _prefill_steps(eager: str | None, sizes: list[int]) -> str:
-    if eager or not sizes:
-        return f"eager: {eager or '--prefill-graph-tokens or --max-model-len is too small for graphs'}"
-    return f"CUDA graphs of up to {sizes[-1]} tokens, eager beyond"
+def _prefill_steps(config: EngineConfig, eager: str | None, tokens: int) -> str:
+    """How steps with prompts run, of which those of up to `tokens` tokens are graphs, unless `eager` says why not."""
+    if eager:
+        return f"eager: {eager}"
+    if tokens:
+        return f"CUDA graphs of up to {tokens} tokens, eager beyond"
+    if config.prefill_graph_tokens:
+        return "eager: --max-model-len is too small for graphs"
+    default = ", the default with several ranks" if config.tensor_parallel_size > 1 else ""
+    return f"eager: --prefill-graph-tokens is 0{default}"
 
 
 def cache_memory(config: EngineConfig, device: torch.device, mesh: Mesh) -> int:

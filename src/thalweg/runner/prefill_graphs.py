@@ -41,8 +41,8 @@ class Shape(NamedTuple):
 
 
 def token_sizes(most: int, max_model_len: int) -> list[int]:
-    """Numbers of prompt tokens to capture, for steps of up to `most`. What pads a step is one sequence, so it fits into
-    a sequence."""
+    """Numbers of prompt tokens to capture, for steps of up to `most`, which the last of them may exceed. What pads a
+    step is one sequence, so it fits into a sequence."""
     found = []
     for size, before in zip(TOKENS, (0, *TOKENS), strict=False):
         if size - before > max_model_len or before >= most:
@@ -111,10 +111,12 @@ class PrefillGraphs:
         sampler: Sampler,
         mesh: Mesh,
         max_num_seqs: int,
-        sizes: Sequence[int],
+        tokens: int,
     ) -> None:
+        """For steps of up to `tokens` prompt tokens, for which there is a size at least (`token_sizes`)."""
         self.model, self._batches, self._sampler, self._mesh = model, batches, sampler, mesh
-        self._sizes = sizes  # of tokens, ascending
+        self._sizes = sizes = token_sizes(tokens, batches.slots.max_model_len)  # of tokens, ascending
+        self._most_tokens = min(tokens, sizes[-1])
         most = min(max_num_seqs, ROWS[-1])
         self._rows = [n for n in ROWS if n < most] + [most]
         self._statics: dict[Shape, Static] = {}
@@ -167,7 +169,7 @@ class PrefillGraphs:
         """The shape that a step runs in; None: in none."""
         prefills, d = plan.prefills, len(plan.decode_slots)
         tokens = sum(p.length for p in prefills)
-        if not prefills or tokens > self._sizes[-1] or len(prefills) > PREFILLS[-1] or d > self._rows[-1]:
+        if not prefills or tokens > self._most_tokens or len(prefills) > PREFILLS[-1] or d > self._rows[-1]:
             return None
         size = _least(self._sizes, tokens)
         context = size + sum(p.start for p in prefills if p.length)

@@ -40,11 +40,11 @@ class ModelRunner:
         sampler: Sampler,
         mesh: Mesh,
         graph_sizes: list[int] | None = None,
-        prefill_sizes: list[int] | None = None,
+        prefill_tokens: int = 0,
         host: HostStorage | None = None,
     ) -> None:
-        """`sampler` reads `slots.sampling`. The sizes are rows of steps that decode, and tokens of prefills.
-        `host`: the cache's second tier."""
+        """`sampler` reads `slots.sampling`. `graph_sizes` are rows of steps that decode. Steps of up to
+        `prefill_tokens` prompt tokens can be graphs; 0: none. `host`: the cache's second tier."""
         self.model, self.slots, self._sampler, self.mesh = model, slots, sampler, mesh
         self.host = host
         self.identity = ""  # of the model and all that cached bytes depend on
@@ -57,10 +57,10 @@ class ModelRunner:
             with torch.inference_mode():
                 self._graphs = DecodeGraphs(model, self._batches, sampler, mesh, graph_sizes)
         self.prefill_graphs = None
-        if prefill_sizes:
+        if prefill_tokens:
             most = slots.cache.num_slots
             with torch.inference_mode():
-                self.prefill_graphs = PrefillGraphs(model, self._batches, sampler, mesh, most, prefill_sizes)
+                self.prefill_graphs = PrefillGraphs(model, self._batches, sampler, mesh, most, prefill_tokens)
 
     @torch.inference_mode()
     def rehearse(self, model: Model, plans: Iterable[StepPlan]) -> None:
