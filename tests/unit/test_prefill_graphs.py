@@ -38,7 +38,7 @@ def test_token_sizes_end_with_the_budget_and_are_no_further_apart_than_a_sequenc
 def shapes(**options: Any) -> PrefillGraphs:
     graphs = PrefillGraphs.__new__(PrefillGraphs)
     graphs._sizes, graphs._most_tokens, graphs._rows = [64, 128, 256], 256, [0, 8, 20]
-    graphs._replays, graphs._started = {}, False
+    graphs._replays, graphs._refused, graphs._started = {}, set(), False
     for name, value in options.items():
         setattr(graphs, name, value)
     return graphs
@@ -269,6 +269,35 @@ def test_shapes_of_one_prompt_are_captured_at_the_start_and_others_when_they_are
     assert graphs.steps["uncaptured"] == len(once) + len(captured) - 4
     assert graphs.steps["captured"] > 0
     assert graphs.steps["eager"] == 2  # prompts whose log-probabilities are asked for, in both rounds
+
+
+def test_a_shape_too_large_to_capture_runs_eagerly_and_harms_no_request(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = generate(folder)
+    tried: list[Shape] = []
+
+    def capture(step: Any, pool: Any) -> Any:
+        tried.append(step.args[0].shape)
+        raise torch.OutOfMemoryError("no memory: a test")
+
+    monkeypatch.setattr(prefill_graphs, "captured", capture)
+    runners = with_static_steps(monkeypatch)
+    build = rank.build_rank
+
+    def build_and_start(*args: Any, **options: Any) -> Any:
+        runner, info = build(*args, **options)
+        runner.prefill_graphs._started = True
+        return runner, info
+
+    monkeypatch.setattr(rank, "build_rank", build_and_start)
+    assert generate(folder) == expected
+    graphs = runners[0].prefill_graphs
+    assert graphs is not None
+    assert len(tried) == len(set(tried)) > 0
+    assert set(tried) == graphs._refused
+    assert not any(static.tables.frozen for static in graphs._statics.values())
+    assert caplog.text.count("no memory: a test") == len(tried)
 
 
 def test_a_capture_of_ops_that_look_at_what_changes_fails_and_leaves_steps_as_they_were(

@@ -7,6 +7,7 @@ that the step lacks, and prefills between them and its own have none. Shapes are
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -19,12 +20,14 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from thalweg.core import Prefill, StepPlan
-from thalweg.ops.host_tables import Limits, Tables
+from thalweg.ops.host_tables import Limits, Tables, UnknownWhileCapturing
 from thalweg.parallel.mesh import Mesh
 from thalweg.runner.batch import BatchBuilder, places_of, prefill_sizes
 from thalweg.runner.capture import captured
 from thalweg.runner.graphs import STAGES, Model
 from thalweg.sampling.sampler import Sampler
+
+_log = logging.getLogger(__name__)
 
 TOKENS = (64, 128, 256, 384, 512, 768, 1024, 1280, 1536, 2048)  # beyond, a step is longer than launching it
 CONTEXTS = (4096, 8192, 16384)  # beyond those without cached tokens; more would be computed for nothing
@@ -121,6 +124,7 @@ class PrefillGraphs:
         self._rows = [n for n in ROWS if n < most] + [most]
         self._statics: dict[Shape, Static] = {}
         self._replays: dict[Shape, Callable[[], None]] = {}
+        self._refused: set[Shape] = set()  # of which a capture failed: steps of these run eagerly
         _, places = _layout(Shape(most, PREFILLS[-1], sizes[-1], max(CONTEXTS[-1], sizes[-1])))
         device = batches.slots.device
         pinned = device.type == "cuda"
@@ -179,7 +183,7 @@ class PrefillGraphs:
             context = _least(CONTEXTS, context)
         shape = Shape(_least(self._rows, d), _least(PREFILLS, len(prefills)), size, context)
         full = self._started and len(self._replays) >= MAX_SHAPES
-        return None if full and shape not in self._replays else shape
+        return None if shape in self._refused or (full and shape not in self._replays) else shape
 
     def run(self, plan: StepPlan, shape: Shape) -> tuple[Tensor, Tensor]:
         """Launch the step in the shape that `shape_of` gave.
@@ -192,7 +196,7 @@ class PrefillGraphs:
         static.write(plan, stage.numpy())
         static.memory.copy_(stage, non_blocking=True)
         if self._started and not new and shape not in self._replays:
-            self._capture(static)
+            self._try_to_capture(static)
         replay = self._replays.get(shape)
         self.steps["uncaptured" if replay is None else "captured"] += 1
         (replay or partial(self._step, static))()
@@ -216,6 +220,16 @@ class PrefillGraphs:
             self._logits = logits.new_empty(len(self._ids), logits.shape[1])
         self._logits[: len(logits)] = logits  # a copy: what a graph has of its own would be kept for each of them
         self._ids[: len(ids)] = ids
+
+    def _try_to_capture(self, static: Static) -> None:
+        """A shape that requests brought ends none of them by being too large for the memory that is left."""
+        try:
+            self._capture(static)
+        except (torch.OutOfMemoryError, UnknownWhileCapturing) as error:
+            _log.warning("steps with prompts of shape %s run eagerly: a graph of them failed: %s", static.shape, error)
+            self._refused.add(static.shape)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
     def _capture(self, static: Static) -> None:
         static.tables.frozen = True
