@@ -101,7 +101,7 @@ class Rows:
         if self._pinned:
             _pin(self.rows)
             most = max(1, min(count, STAGING_BYTES // (width * self.rows.itemsize)))
-            # One for each way, so that neither waits for the other.
+            # One for each way; the copies themselves go one after the other, on one stream.
             self._out, self._in = (torch.empty(most, width, dtype=self.dtype, device=device) for _ in range(2))
             self._out_free: torch.cuda.Event | None = None
 

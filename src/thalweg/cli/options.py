@@ -124,7 +124,7 @@ def engine_config(
         _engine(
             metavar="SIZE",
             help="Host memory per rank for what falls out of the prefix cache on the device, e.g. 32GiB; it comes back"
-            " when a prompt needs it. Default: none.",
+            " when a prompt needs it. Turns the prefix cache on. Default: none.",
         ),
     ] = None,
     cache_folder: Annotated[

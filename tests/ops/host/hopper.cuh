@@ -114,7 +114,6 @@ inline u32 rounded(float x) {
 inline u32 pack(float a, float b) { return rounded(a) | rounded(b) << 16; }
 inline float from_bf16(bf16 x) { return low(x); }
 inline void store_bf16(bf16* to, float x) { *to = (bf16)rounded(x); }
-inline float as_bf16(float x) { return low(rounded(x)); }
 inline float __int_as_float(int bits) { return from_bits((u32)bits); }
 inline u32 max_pairs(u32 a, u32 b) { return pack(fmaxf(low(a), low(b)), fmaxf(high(a), high(b))); }
 inline float half_low(u32 pair) { _Float16 x; memcpy(&x, &pair, 2); return (float)x; }

@@ -55,7 +55,6 @@ __device__ __forceinline__ u32 widen_half(u16 two) {  // of two float8 (e4m3)
 
 __device__ __forceinline__ float from_bf16(bf16 x) { return __uint_as_float((u32)x << 16); }
 __device__ __forceinline__ void store_bf16(bf16* to, float x) { *to = (bf16)pack(x, 0.0f); }
-__device__ __forceinline__ float as_bf16(float x) { return low(pack(x, 0.0f)); }
 
 // Launches are dependent ones: a kernel may read and write what others do only after this wait.
 __device__ __forceinline__ void wait_for_kernel_ahead() { asm volatile("griddepcontrol.wait;" ::: "memory"); }

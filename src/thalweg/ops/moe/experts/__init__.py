@@ -82,9 +82,8 @@ MAX_WIDTH = 16384  # with fp8, one program holds a token's row in registers
 MANY_EXPERTS = 384  # of which each has few tokens still where fewer experts would have many
 MAX_CUDA_EXPERTS = 1024  # a block of the CUDA C++ kernels has all of them in shared memory
 MAX_CUDA_WARPS = 12
-INT4_PROMPTS = (
-    3072  # tokens from which on words are widened between products of warpgroups; fewer leave these too small
-)
+# Tokens from which on words are widened between products of warpgroups; fewer leave these too small.
+INT4_PROMPTS = 3072
 WIDE_STEPS, MAX_WIDE_WARPS = 4, 14  # over fp8, for up to 8 tokens: more would not fit the registers
 
 
