@@ -140,3 +140,38 @@ def test_a_session_of_another_model_or_version_is_refused(tmp_path: Path) -> Non
                 llm.load_session(path, "one")
         with pytest.raises(InvalidRequest, match="cannot be read: No such file"):
             llm.load_session(tmp_path / "none", "one")
+
+
+def test_a_session_that_fails_to_load_keeps_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with engine(None) as llm:
+        one = llm.session("one", ids(70))
+        one.generate(ids(9, 1), GREEDY)
+        one.write(tmp_path / "one.json")
+        with monkeypatch.context() as patch:
+
+            def extend(*_: object) -> None:
+                raise InvalidRequest("no room: a test")
+
+            patch.setattr(llm._sessions.registry, "extend", extend)
+            with pytest.raises(InvalidRequest, match="no room"):
+                llm.load_session(tmp_path / "one.json", "again")
+        assert llm.load_session(tmp_path / "one.json", "again").points == one.points
+
+
+def test_a_session_replaces_its_file_once_it_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "one.json"
+    with engine(None) as llm:
+        one = llm.session("one", ids(70))
+        one.write(path)
+        assert path.stat().st_mode & 0o777 == 0o600
+        before = path.read_bytes()
+        one.generate(ids(9, 1), GREEDY)
+
+        def replace(*_: object) -> None:
+            raise OSError("the disk is full: a test")
+
+        monkeypatch.setattr("os.replace", replace)
+        with pytest.raises(OSError, match="full"):
+            one.write(path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]

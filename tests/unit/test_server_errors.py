@@ -13,6 +13,7 @@ import pytest
 
 from tests.unit.server_double import ClientDouble, run, serving
 from thalweg.core import SchedulerStats
+from thalweg.server.errors import shown
 from thalweg.server.settings import MAX_PROMPTS, ServerSettings
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
@@ -495,3 +496,11 @@ def test_ids_that_are_no_tokens_name_their_field() -> None:
         assert error_of(response)["message"].startswith("token 1 is 1000000")
 
     run(work)
+
+
+def test_a_value_nested_too_deep_to_show_is_named_by_its_type() -> None:
+    value: list[Any] = []
+    for _ in range(100_000):
+        value = [value]
+    assert shown(value) == "list"
+    assert shown(["x"]) == '["x"]'

@@ -95,7 +95,7 @@ class MemorySplit:
 
     def _describe_prefixes(self) -> str:
         if not self.prefix_caching:
-            return "off (--enable-prefix-caching or --cpu-cache-memory turns it on; by default it is on only on a CPU)"
+            return "off (--enable-prefix-caching or --cpu-cache-memory turns it on; on a CPU it is the default)"
         if not self.bytes_per_slot:
             return "on; every full block can be shared"
         if not self.num_snapshots:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -58,11 +60,19 @@ class Session:
         self._owner.roll_back(self._saved, point)
 
     def write(self, path: str | Path) -> None:
-        """Write its tokens and points to a file, for LLM.load_session. What was computed of them stays in the engine,
-        or in its --cache-folder. Raises OSError."""
+        """Write its tokens and points to a file of the user's own, for LLM.load_session; a file that is there is
+        replaced once the new one is whole. What was computed stays in the engine, or in its --cache-folder. Raises
+        OSError."""
         identity = self._owner.identity
         saved = SessionFile(FILE_FORMAT, identity, self._saved.salt, self.points, self.token_ids)
-        Path(path).write_bytes(msgspec.json.encode(saved))
+        handle, name = tempfile.mkstemp(dir=Path(path).parent, prefix=f"{Path(path).name}.")
+        try:
+            with open(handle, "wb") as file:
+                file.write(msgspec.json.encode(saved))
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
 
     def delete(self) -> None:
         """Forget it. What is cached of it then makes room like everything else."""
@@ -94,10 +104,14 @@ class LLMSessions:
         found = read_session_file(path, self.identity, self._llm.info.vocab_size)
         session = self.add(name, found.token_ids[: found.points[0]], found.salt)
         saved = session._saved
-        for start, end in pairwise(found.points):
-            self.registry.extend(saved, saved.version, found.token_ids[start:end])
-            self._compute(saved.ids, saved.salt)
-            self._keep(saved)
+        try:
+            for start, end in pairwise(found.points):
+                self.registry.extend(saved, saved.version, found.token_ids[start:end])
+                self._compute(saved.ids, saved.salt)
+                self._keep(saved)
+        except BaseException:
+            self.registry.delete(saved)  # half a session keeps no name
+            raise
         return session
 
     def get(self, name: str, salt: str) -> Session:

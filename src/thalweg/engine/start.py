@@ -81,8 +81,10 @@ class Engine:
         """Have every rank do something after the steps that were handed over; rank 0's outcome."""
         return self._executor.order(order)
 
-    def close(self) -> None:
-        self._save_cache()
+    def close(self, *, save: bool = True) -> None:
+        """Without `save` the prefix cache is not written down: after an error its books may be wrong."""
+        if save:
+            self._save_cache()
         self.grammars.close()
         self._executor.close()
         if self.ranks is not None:

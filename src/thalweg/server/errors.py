@@ -86,8 +86,11 @@ class ApiError(Exception):
 
 
 def shown(value: Any) -> str:
-    """A value of a request in a message about it: as JSON, its beginning."""
-    return json.dumps(value, ensure_ascii=False)[:80]
+    """A value of a request in a message about it: as JSON, its beginning; its type if it is nested too deep."""
+    try:
+        return json.dumps(value, ensure_ascii=False)[:80]
+    except RecursionError:
+        return type(value).__name__
 
 
 def as_api_error(error: Exception) -> ApiError:

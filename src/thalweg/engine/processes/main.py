@@ -152,7 +152,7 @@ def main(address: str) -> int:
     socket.setsockopt(zmq.RCVHWM, 0)
     socket.setsockopt(zmq.SNDHWM, 0)
     socket.bind(address)
-    engine = None
+    engine, failed = None, False
     try:
         start = m.decode_to_engine(socket.recv())
         if not isinstance(start, m.Start):
@@ -170,10 +170,11 @@ def main(address: str) -> int:
             socket.send(m.encode(m.Dead(kind, str(e) if isinstance(e, ThalwegError) else f"{kind}: {e}")))
         if not isinstance(e, ThalwegError):
             sys.excepthook(*sys.exc_info())
+        failed = True
         return 2
     finally:
         if engine is not None:
-            engine.close()
+            engine.close(save=not failed)
         socket.close()
         zmq.Context.instance().term()
     return 0
