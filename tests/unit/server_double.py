@@ -49,7 +49,7 @@ class ClientDouble:
 
     FAIL: the request fails after two tokens. DIE: the engine is lost after two tokens. HANG: nothing comes after two
     tokens. STUCK: its grammar gives up after two tokens. QUEUED: nothing comes once it is taken in. REFUSE: the
-    engine does not take it. WAITED, LATE: it waited or took too long.
+    engine does not take it. WAITED, LATE: it waited or took too long. EXPIRED: so it did, after its stream began.
     """
 
     def __init__(
@@ -136,7 +136,9 @@ class ClientDouble:
         if b"REFUSE" in prompt:
             raise InvalidRequest("the prompt has 9 tokens; expected at most 8 in all (--max-model-len)")
         yield RequestUpdate(name, [])
-        if b"WAITED" in prompt:
+        if b"EXPIRED" in prompt:
+            await asyncio.sleep(0.02)
+        if b"WAITED" in prompt or b"EXPIRED" in prompt:
             raise QueueTimeout("the request waited for 1 s and was not begun (--queue-timeout)")
         if b"LATE" in prompt:
             raise RequestTimeout("the request has not ended after 1 s (--request-timeout)")

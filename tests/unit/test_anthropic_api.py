@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.fixtures.qwen_templates import qwen_template
 from tests.unit.server_double import ANSWER, ClientDouble, run, serving
 from thalweg.core import SamplingParams
 from thalweg.server.anthropic.answer import MessageAnswer
@@ -150,6 +151,38 @@ def test_a_stop_sequence_is_named() -> None:
     assert (answer["content"], answer["stop_sequence"]) == ([{"type": "text", "text": "Hello"}], ", w")
 
 
+@pytest.mark.parametrize("answer", ["", ANSWER])
+def test_a_stream_begins_without_a_stop_reason_even_if_it_ends_at_once(answer: str) -> None:
+    async def news() -> Any:
+        yield 0, Delta("m", answer, [72], "stop", ", w")
+
+    service: Any = SimpleNamespace(names=["m"], output=OutputFormat(None, False, None))
+    talk = Conversation("msg_1", [1, 2, 3], SamplingParams(max_tokens=9), ToolUse([]), news(), asyncio.Event())
+
+    async def events() -> list[Any]:
+        return [event async for event in MessageAnswer(service, talk, False).events()]
+
+    first, *_, delta, _ = asyncio.run(events())
+    assert (first["message"]["stop_reason"], first["message"]["stop_sequence"]) == (None, None)
+    assert delta["delta"] == {"stop_reason": "stop_sequence", "stop_sequence": ", w"}
+
+
+def test_later_system_messages_reach_templates_that_take_one_at_the_beginning() -> None:
+    client = ClientDouble(template=qwen_template("3.8"))
+    messages = [
+        {"role": "system", "content": [{"type": "text", "text": "B"}]},
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "two"},
+        {"role": "system", "content": "C"},
+        {"role": "user", "content": "three"},
+    ]
+    response = post({"max_tokens": 9, "system": "A", "messages": messages}, client)
+    assert response.status_code == 200, response.text
+    prompt = bytes(i for i in client.seen[0].prompt_token_ids if i < 256).decode()
+    assert "<|im_start|>system\nA\n\nB<|im_end|>\n<|im_start|>user\none<|im_end|>" in prompt
+    assert "<|im_start|>user\nC<|im_end|>\n<|im_start|>user\nthree<|im_end|>" in prompt
+
+
 def test_a_conversation_is_laid_out_by_the_template() -> None:
     messages = [
         {"role": "user", "content": [{"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}]},
@@ -282,6 +315,10 @@ def test_tokens_are_counted_as_an_answer_would_have_them() -> None:
         ({"tools": [{"name": "a b"}]}, 'tools[0].name is "a b"; expected'),
         ({"tools": [{"name": "a", "input_schema": 4}]}, "tools[0].input_schema is a int; expected a JSON schema"),
         (
+            {"tools": [{"name": "a].function.parameters"}]},
+            'tools[0].name is "a].function.parameters"; expected 1 to 64',
+        ),
+        (
             {"tools": TOOLS, "tool_choice": {"type": "tool", "name": "x"}},
             'tool_choice is the tool "x"; expected a tool',
         ),
@@ -304,6 +341,8 @@ def test_bad_fields_name_themselves_in_anthropics_shape(more: dict[str, Any], me
 def test_a_budget_needs_marks_that_are_tokens() -> None:
     error = post({**HI, "thinking": {"type": "enabled", "budget_tokens": 9}}).json()["error"]
     assert error["message"].startswith("thinking is 9, which is not supported")
+    error = post({**HI, "max_thinking_tokens": 9}).json()["error"]
+    assert error["message"].startswith("max_thinking_tokens is 9, which is not supported")
 
 
 @pytest.mark.parametrize(

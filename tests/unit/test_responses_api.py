@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from typing import Any
 
 import pytest
 
+from tests.fixtures.qwen_templates import qwen_template
 from tests.unit.server_double import ANSWER, ClientDouble, run, serving
 from tests.unit.test_anthropic_api import CALLS, TEMPLATE
 from thalweg.server.responses_api.store import ResponseStore
-from thalweg.server.settings import ServerSettings, StoreLimits
+from thalweg.server.settings import LONG_TEXT, ServerSettings, StoreLimits
 
 HI = {"input": "hi"}
 TOOLS = [
@@ -179,6 +181,28 @@ def test_a_conversation_is_laid_out_by_the_template() -> None:
     )
 
 
+def test_instructions_and_later_system_messages_reach_templates_that_take_one_system_message() -> None:
+    items = [
+        {"role": "developer", "content": [{"type": "input_text", "text": "B"}, {"type": "input_text", "text": "C"}]},
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "two"},
+        {"role": "system", "content": "D"},
+        {"role": "user", "content": "three"},
+    ]
+    client = ClientDouble(template=qwen_template("3.5"))
+
+    async def work(http: Any, _: ClientDouble) -> None:
+        first = await http.post("/v1/responses", json={"instructions": "A", "input": items})
+        assert first.status_code == 200, first.text
+        more = {"instructions": "E", "input": "four", "previous_response_id": first.json()["id"]}
+        assert (await http.post("/v1/responses", json=more)).status_code == 200
+
+    run(work, client)
+    turns = "<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\ntwo<|im_end|>\n<|im_start|>user\nD<|im_end|>\n"
+    assert prompt_of(client, 0).startswith(f"<|im_start|>system\nA\n\nB\nC<|im_end|>\n{turns}<|im_start|>user\nthree")
+    assert prompt_of(client, 1).startswith(f"<|im_start|>system\nE\n\nB\nC<|im_end|>\n{turns}")
+
+
 def test_parameters_reach_the_engine() -> None:
     client = ClientDouble(template=TEMPLATE)
     more = {"temperature": 0.5, "top_p": 0.9, "top_k": 4, "stop": "x", "seed": 3, "cache_salt": "s", "min_p": 0.1}
@@ -269,6 +293,42 @@ def test_an_answer_belongs_to_the_key_that_asked_for_it() -> None:
     asyncio.run(work())
 
 
+def test_a_long_conversation_that_is_gone_on_from_is_encoded_off_the_event_loop() -> None:
+    client = ClientDouble()
+    on_loop: list[bool] = []
+    encode = client.codec.chat_ids
+
+    def chat_ids(*args: Any, **options: Any) -> list[int]:
+        on_loop.append(threading.current_thread() is threading.main_thread())
+        return encode(*args, **options)[-100:]
+
+    client.codec.chat_ids = chat_ids
+
+    async def work(http: Any, _: ClientDouble) -> None:
+        short = (await http.post("/v1/responses", json=HI)).json()["id"]
+        long = (await http.post("/v1/responses", json={"input": "x" * LONG_TEXT})).json()["id"]
+        for path in ("/v1/responses", "/v1/responses/input_tokens"):
+            for earlier in (short, long):
+                await http.post(path, json={**HI, "previous_response_id": earlier})
+
+    run(work, client)
+    assert on_loop == [True, False, True, False, True, False]
+
+
+def test_an_answer_too_large_to_be_kept_says_that_it_is_not() -> None:
+    async def work() -> None:
+        async with serving(ClientDouble(), ServerSettings(stored=StoreLimits(bytes=2000))) as http:
+            assert (await http.post("/v1/responses", json=HI)).json()["store"] is True
+            large = (
+                await http.post("/v1/responses", json={**HI, "metadata": {"a": "b" * 500}, "user": "c" * 1500})
+            ).json()
+            assert large["store"] is False
+            gone = (await http.get(f"/v1/responses/{large['id']}")).json()["error"]["message"]
+            assert "--stored-responses-memory" in gone
+
+    asyncio.run(work())
+
+
 def test_a_server_may_keep_nothing() -> None:
     async def work() -> None:
         async with serving(ClientDouble(), ServerSettings(stored=StoreLimits(count=0))) as http:
@@ -295,11 +355,15 @@ def test_the_store_is_bounded_in_number_bytes_and_time() -> None:
     assert (len(store), store.bytes) == (0, 0)
 
 
-@pytest.mark.parametrize("word", ["FAIL", "DIE"])
+@pytest.mark.parametrize("word", ["FAIL", "DIE", "EXPIRED"])
 def test_a_stream_that_breaks_off_says_so_and_is_not_kept(word: str) -> None:
     async def work(http: Any, _: ClientDouble) -> None:
         events = events_of((await http.post("/v1/responses", json={"input": word, "stream": True})).text)
-        assert events[-1]["type"] == "response.failed"
+        kinds = [e["type"] for e in events]
+        assert kinds[:2] == ["response.created", "response.in_progress"]
+        assert [e["response"]["status"] for e in events[:2]] == ["in_progress", "in_progress"]
+        assert kinds[-1] == "response.failed"
+        assert (word == "EXPIRED") == (len(events) == 3)
         failed = events[-1]["response"]
         assert (failed["status"], bool(failed["error"]["message"])) == ("failed", True)
         assert (await http.get(f"/v1/responses/{failed['id']}")).status_code == 404
@@ -335,6 +399,21 @@ def test_a_stream_that_breaks_off_says_so_and_is_not_kept(word: str) -> None:
             'tools[0].tools[0] is of type "custom"',
         ),
         ({"tools": [{"type": "function", "name": "a b"}]}, "tools", 'tools[0].name is "a b"; expected'),
+        (
+            {
+                "tools": [
+                    {"type": "namespace", "name": "n", "tools": TOOLS},
+                    {"type": "function", "name": "a.function.b c"},
+                ]
+            },
+            "tools",
+            'tools[1].name is "a.function.b c"; expected',
+        ),
+        (
+            {"tools": [TOOLS[0], {"type": "namespace", "name": "n", "tools": [TOOLS[1], {**TOOLS[1], "name": "a b"}]}]},
+            "tools",
+            'tools[1].tools[1].name is "n.a b"; expected',
+        ),
         (
             {"tools": TOOLS, "tool_choice": {"type": "function", "name": "x"}},
             "tool_choice",

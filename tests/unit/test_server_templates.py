@@ -71,6 +71,34 @@ def test_tokenize_lays_a_conversation_out_as_a_chat_does() -> None:
     assert bytes(run(work, ClientDouble(template=template))["tokens"]).decode() == text
 
 
+SYSTEM = [
+    {"role": "system", "content": "A"},
+    {"role": "developer", "content": [{"type": "text", "text": "B"}, {"type": "text", "text": "C"}]},
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": "ho"},
+    {"role": "system", "content": "D"},
+    {"role": "user", "content": "you"},
+]
+ONLY_FIRST = "{% if m.role == 'system' and not loop.first %}{{ raise_exception('late') }}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("check", "text"),
+    [
+        ("", "system:A;system:B\nC;user:hi;assistant:ho;system:D;user:you;"),
+        (ONLY_FIRST, "system:A\n\nB\nC;user:hi;assistant:ho;user:D;user:you;"),
+    ],
+)
+def test_system_messages_are_changed_only_for_a_template_that_refuses_them(check: str, text: str) -> None:
+    assert prompt(LOOP + check + "{{ m.role }}:{{ m.content }}" + END, SYSTEM) == text
+
+
+def test_a_bad_part_of_a_second_system_message_is_still_named() -> None:
+    messages = [SYSTEM[0], {"role": "system", "content": [{"type": "image_url"}]}, SYSTEM[2]]
+    client = ClientDouble(template=LOOP + ONLY_FIRST + "{{ m.content }}" + END)
+    assert "messages[1].content[0] is of type 'image_url'" in ask(client, {"messages": messages})["error"]["message"]
+
+
 @pytest.mark.parametrize("kind", ["image_url", "input_audio", "video_url", "file"])
 def test_parts_that_are_no_text_are_refused_by_name(kind: str) -> None:
     content = [{"type": "text", "text": "What is it?"}, {"type": kind, kind: {"url": "https://example.com/a"}}]

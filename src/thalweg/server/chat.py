@@ -26,7 +26,7 @@ async def chat_completions(body: ChatBody, request: Request, service: ServiceDep
     service.check(body.model)
     if body.top_logprobs and not body.logprobs:
         raise ApiError(400, "top_logprobs is given and logprobs is not true; expected both", param="top_logprobs")
-    talk = await converse(body, request, service, new_id("chatcmpl"))
+    talk = await converse(body, len(await request.body()), service, new_id("chatcmpl"))
     answer = ChatAnswer(service, talk, body.n or 1, bool(body.return_token_ids))
     if not body.stream:
         return await whole(request, answer.whole())

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 
 from thalweg.core import SamplingParams
-from thalweg.errors import InvalidRequest
-from thalweg.server.errors import ApiError, as_api_error, respelled
+from thalweg.server.errors import ApiError, as_api_error
 from thalweg.server.functions import as_tools, in_older_words
 from thalweg.server.generation import News, generate, jobs_of, naming_fields
 from thalweg.server.params import refuse_unsupported, sampling_params, thinking_limit, truncated
@@ -24,6 +21,7 @@ from thalweg.server.parsers.events import CallBegin, Content, Event, Reasoning
 from thalweg.server.parsers.formats import OutputFormat
 from thalweg.server.schemas import ChatBody
 from thalweg.server.service import Service, maybe_in_thread
+from thalweg.server.spelling import CHATS, Spelling
 from thalweg.server.structured import held_to, wanted
 from thalweg.server.tools import ToolUse, tool_use
 from thalweg.text.output import Delta
@@ -42,35 +40,16 @@ class Conversation:
     taken: asyncio.Event
 
 
-@dataclass(frozen=True, slots=True)
-class Spelling:
-    """How an API's requests say what a ChatBody says: `fields` {chat's: theirs}, and (chat's, theirs) in messages."""
+async def translated(size: int, fields: Callable[[], Mapping[str, Any]], spelling: Spelling) -> ChatBody:
+    """A request of another API in the form of a chat's, of the `fields` that are made of its `size` bytes, which count
+    what it goes on from. Raises ApiError."""
 
-    fields: Mapping[str, str]
-    words: tuple[tuple[str, str], ...] = ()
+    def chat() -> ChatBody:
+        made = fields()  # whose errors are in the request's words
+        with spelling.applied():
+            return _chat_body(made)
 
-    @contextmanager
-    def applied(self) -> Iterator[None]:
-        """Errors that name a field of a chat, raised again with the request's own name for it."""
-        try:
-            yield
-        except (ApiError, InvalidRequest) as error:
-            said = as_api_error(error)
-            message = str(said)
-            for chats, theirs in self.words:
-                message = message.replace(chats, theirs)
-            said = ApiError(said.status, message, param=said.param, code=said.code, headers=said.headers)
-            raise respelled(said, self.fields) from None
-
-
-CHATS = Spelling({})
-
-
-async def translated(request: Request, fields: Callable[[], Mapping[str, Any]], spelling: Spelling) -> ChatBody:
-    """A request of another API in the form of a chat's, of the `fields` that are made of its body. Raises ApiError."""
-    size = len(await request.body())
-    with spelling.applied():
-        return await maybe_in_thread(size, lambda: _chat_body(fields()))
+    return await maybe_in_thread(size, chat)
 
 
 def _chat_body(fields: Mapping[str, Any]) -> ChatBody:
@@ -81,17 +60,17 @@ def _chat_body(fields: Mapping[str, Any]) -> ChatBody:
         raise as_api_error(RequestValidationError(wrong)) from None
 
 
-async def encode_prompt(body: ChatBody, request: Request, service: Service) -> tuple[list[int], ToolUse]:
+async def encode_prompt(body: ChatBody, size: int, service: Service) -> tuple[list[int], ToolUse]:
     """The prompt's ids as the chat template has them, and what the model may do with tools."""
     use = _tool_use(body, service)
-    ids = await service.encode_chat(request, body.messages, tools=use.tools or None, **body.template_options())
+    ids = await service.encode_chat(size, body.messages, tools=use.tools or None, **body.template_options())
     return ids, use
 
 
 async def converse(
-    body: ChatBody, request: Request, service: Service, response_id: str, spelling: Spelling = CHATS
+    body: ChatBody, size: int, service: Service, response_id: str, spelling: Spelling = CHATS
 ) -> Conversation:
-    """Check a request and make of it what the engine needs; nothing runs before `news` is read.
+    """Check a request of `size` bytes and make of it what the engine needs; nothing runs before `news` is read.
 
     Raises ApiError or InvalidRequest, whose fields are those of the request as `spelling` says.
     """
@@ -101,7 +80,7 @@ async def converse(
         refuse_unsupported(body, service.client.codec.tokenizer)
         text = await wanted(body)
         max_tokens = body.limit(service.suggested.get("max_tokens"))
-        prompt_ids, use = await encode_prompt(body, request, service)
+        prompt_ids, use = await encode_prompt(body, size, service)
         prompt_ids = truncated(prompt_ids, body, service.client.info.max_model_len, max_tokens)
         thinks = body.template_options().get("enable_thinking") is not False
         held = await held_to(service.output, use, text, service.output.begins_thinking(prompt_ids), thinks)

@@ -7,6 +7,7 @@ from typing import Any
 
 from thalweg.server.errors import ApiError, shown
 from thalweg.server.schemas import ChatBody
+from thalweg.server.spelling import reworded
 
 # What is said of the newer fields, in terms of the older ones.
 _WORDS = (("tool_choice", "function_call"), (".function.", "."), ("tools", "functions"))
@@ -29,11 +30,8 @@ def as_tools(body: ChatBody) -> ChatBody:
 
 def in_older_words(error: ApiError) -> ApiError:
     """What is wrong with tools, said of functions."""
-    message, param = str(error), error.param
-    for newer, older in _WORDS:
-        message = message.replace(newer, older)
-        param = older if param == newer else param
-    return ApiError(error.status, message, param=param, code=error.code, headers=error.headers)
+    param = dict(_WORDS).get(error.param or "", error.param)
+    return ApiError(error.status, reworded(str(error), _WORDS), param=param, code=error.code, headers=error.headers)
 
 
 def newer_messages(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from thalweg.server.parsers.formats import OutputFormat
 from thalweg.server.responses import now
 from thalweg.server.responses_api.store import ResponseStore
 from thalweg.server.settings import LONG_TEXT, ServerSettings
+from thalweg.server.system_messages import one_system_message
 from thalweg.text.prompts import Prompt, check_token_ids, encode_prompt
 
 Result = TypeVar("Result")
@@ -109,11 +110,21 @@ class Service:
 
         return await maybe_in_thread(sum(map(len, prompts)), encode)
 
-    async def encode_chat(self, request: Request, messages: list[dict[str, Any]], /, **options: Any) -> list[int]:
-        """Token ids of the conversation in `request`, by the chat template under `options`. Raises InvalidRequest."""
-        # The body's size, because text may be anywhere in it: in parts of a content, in calls, in tools.
-        size = len(await request.body())
-        return await maybe_in_thread(size, lambda: self.client.codec.chat_ids(newer_messages(messages), **options))
+    async def encode_chat(self, size: int, messages: list[dict[str, Any]], /, **options: Any) -> list[int]:
+        """Token ids of a conversation, by the chat template under `options`. Raises InvalidRequest.
+
+        `size`: of the request's body and what it goes on from, in bytes, because text may be anywhere in them: in
+        parts of a content, in calls, in tools.
+        """
+        codec = self.client.codec
+
+        def encode() -> list[int]:
+            laid_out: Sequence[dict[str, Any]] = newer_messages(messages)
+            if codec.template is not None:
+                laid_out = one_system_message(laid_out, codec.template)
+            return codec.chat_ids(laid_out, **options)
+
+        return await maybe_in_thread(size, encode)
 
     async def decode(self, token_ids: list[int]) -> str:
         """The text of ids, special tokens included. Raises InvalidRequest on one that no token has."""

@@ -31,7 +31,7 @@ class Wire(Protocol):
     def event(self, chunk: Any) -> bytes: ...
 
     def error(self, error: ApiError) -> bytes:
-        """The last event of a stream that broke off."""
+        """The last events of a stream that broke off."""
 
 
 class Chunks:
@@ -47,18 +47,18 @@ class Chunks:
 
 
 class NamedEvents:
-    """Events that are named by their `type`; `failed` makes the last one of what a stream broke off with."""
+    """Events that are named by their `type`; `failed` makes the last ones of what a stream broke off with."""
 
     end = b""
 
-    def __init__(self, failed: Callable[[ApiError], dict[str, Any]]) -> None:
+    def __init__(self, failed: Callable[[ApiError], list[dict[str, Any]]]) -> None:
         self._failed = failed
 
     def event(self, chunk: dict[str, Any]) -> bytes:
         return b"event: %b\ndata: %b\n\n" % (chunk["type"].encode(), encode(chunk))
 
     def error(self, error: ApiError) -> bytes:
-        return self.event(self._failed(error))
+        return b"".join(map(self.event, self._failed(error)))
 
 
 _CHUNKS = Chunks()

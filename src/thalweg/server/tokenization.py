@@ -31,7 +31,8 @@ async def tokenize(body: TokenizeBody, request: Request, service: ServiceDep) ->
     tokenizer = service.client.codec.tokenizer
     refuse_special_tokens(body.add_special_tokens, tokenizer)
     if body.messages is not None:
-        ids = await service.encode_chat(request, body.messages, tools=body.tools, **body.template_options())
+        size = len(await request.body())
+        ids = await service.encode_chat(size, body.messages, tools=body.tools, **body.template_options())
     else:
         assert body.prompt is not None
         ids = (await service.encode_prompts([body.prompt]))[0] if body.prompt else []

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,19 @@ class ChatTemplate:
             )
             ids = [i for part in strict for i in part]
         return ids
+
+    @cached_property
+    def system_comes_first(self) -> bool:
+        """Whether the template refuses a system message anywhere but at the beginning."""
+        usual = [{"role": role, "content": "x"} for role in ("system", "user", "assistant", "system", "user")]
+        return self._refuses(usual) and not self._refuses([usual[0], usual[1]])
+
+    def _refuses(self, messages: Sequence[JSONObject]) -> bool:
+        try:
+            self.render(messages)
+        except InvalidRequest:
+            return True
+        return False
 
     def _encode(
         self, pieces: list[tuple[str, bool]], has_stand_in: re.Pattern[str], stand_ins: dict[str, str]

@@ -45,9 +45,8 @@ class MessageAnswer:
                 steps = list(self._steps(delta))
                 if not begun:
                     begun = True
-                    reasons, self._stop_reason = self._stop_reason, None
-                    yield {"type": "message_start", "message": self._message([])}
-                    self._stop_reason = reasons
+                    none = {"stop_reason": None, "stop_sequence": None}
+                    yield {"type": "message_start", "message": self._message([]) | none}
                 for kind, part, text in steps:
                     if kind != "more" or not self._omits(part):
                         for event in _events(kind, part, text):

@@ -8,10 +8,9 @@ from fastapi import APIRouter, Request, Response
 
 from thalweg.server.anthropic.answer import MessageAnswer
 from thalweg.server.anthropic.schemas import CountBody, MessagesBody
-from thalweg.server.anthropic.translate import SPELLING, chat_fields
+from thalweg.server.anthropic.translate import chat_fields, spelling_of
 from thalweg.server.bodies import BodyRoute
 from thalweg.server.conversation import converse, encode_prompt, translated
-from thalweg.server.errors import ApiError
 from thalweg.server.responses import new_id
 from thalweg.server.service import ServiceDep
 from thalweg.server.streaming import NamedEvents, stream, whole
@@ -27,12 +26,13 @@ async def messages(body: MessagesBody, request: Request, service: ServiceDep) ->
     gone on with from there.
     """
     service.check(body.model)
-    chat = await translated(request, lambda: chat_fields(body), SPELLING)
-    talk = await converse(chat, request, service, new_id("msg", "_"), SPELLING)
+    size, spelling = len(await request.body()), spelling_of(body)
+    chat = await translated(size, lambda: chat_fields(body), spelling)
+    talk = await converse(chat, size, service, new_id("msg", "_"), spelling)
     answer = MessageAnswer(service, talk, body.thinking is not None and body.thinking.display == "omitted")
     if not body.stream:
         return await whole(request, answer.whole())
-    wire = NamedEvents(ApiError.anthropic_body)
+    wire = NamedEvents(lambda error: [error.anthropic_body()])
     return await stream(request, answer.events(), talk.taken, service.settings.ping_seconds, wire)
 
 
@@ -40,7 +40,8 @@ async def messages(body: MessagesBody, request: Request, service: ServiceDep) ->
 async def count_tokens(body: CountBody, request: Request, service: ServiceDep) -> dict[str, Any]:
     """How many tokens the prompt of such a message has."""
     service.check(body.model)
-    chat = await translated(request, lambda: chat_fields(body), SPELLING)
-    with SPELLING.applied():
-        prompt_ids, _ = await encode_prompt(chat, request, service)
+    size, spelling = len(await request.body()), spelling_of(body)
+    chat = await translated(size, lambda: chat_fields(body), spelling)
+    with spelling.applied():
+        prompt_ids, _ = await encode_prompt(chat, size, service)
     return {"input_tokens": len(prompt_ids)}

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from thalweg.server.anthropic.schemas import CountBody, MessagesBody
-from thalweg.server.conversation import Spelling
 from thalweg.server.dialects import unsupported
 from thalweg.server.errors import ApiError, shown
 from thalweg.server.parsers.objects import to_json
+from thalweg.server.spelling import Spelling
 from thalweg.tokenizer.messages import plain_data
 
-SPELLING = Spelling(
+_SPELLING = Spelling(
     {
         "stop": "stop_sequences",
         "response_format": "output_config",
@@ -21,8 +22,8 @@ SPELLING = Spelling(
         "parallel_tool_calls": "tool_choice",
     },
     (
-        (".function.parameters", ".input_schema"),
-        (".function.", "."),
+        ("].function.parameters", "].input_schema"),
+        ("].function.", "]."),
         ("none, auto, required or a function", "none, auto, any or a tool"),
         ("a function that tools has", "a tool that tools has"),
         ("is the function", "is the tool"),
@@ -32,6 +33,13 @@ SPELLING = Spelling(
 )
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 _MAX_NAME = 40
+
+
+def spelling_of(body: CountBody) -> Spelling:
+    """How the request says what the chat made of it says."""
+    if getattr(body, "max_thinking_tokens", None) is None:
+        return _SPELLING
+    return replace(_SPELLING, fields={k: v for k, v in _SPELLING.fields.items() if k != "max_thinking_tokens"})
 
 
 def chat_fields(body: CountBody) -> dict[str, Any]:

@@ -18,12 +18,12 @@ from thalweg.server.service import Service
 from thalweg.text.output import Delta
 from thalweg.tokenizer.messages import plain_data
 
-Finished = Callable[[dict[str, Any], dict[str, Any]], Awaitable[None]]  # (response, the assistant's message)
+Finished = Callable[[dict[str, Any], dict[str, Any]], Awaitable[bool]]  # (response, the assistant's message)
 
 
 class ResponseAnswer:
     """`whole` or `events`, once. What the events add up to is the whole. `finished` hears of the answer before its end
-    is sent, if it did not fail."""
+    is sent, if it did not fail, and says whether it was stored; `stored` is what is said of that until then."""
 
     def __init__(
         self, service: Service, talk: Conversation, body: ResponsesBody, stored: bool, finished: Finished
@@ -49,21 +49,25 @@ class ResponseAnswer:
     async def events(self) -> AsyncGenerator[dict[str, Any]]:
         async with aclosing(self._talk.news) as news:
             async for _, delta in news:
-                if not self._number:
-                    yield self._event("response.created", response=self._response())
-                    yield self._event("response.in_progress", response=self._response())
+                for event in self._begun():
+                    yield event
                 for event in self._events(delta):
                     yield event
         response = await self._end()
         yield self._event(f"response.{self._status}", response=response)
 
-    def failed(self, error: ApiError) -> dict[str, Any]:
-        """The last event of a stream that broke off."""
+    def failed(self, error: ApiError) -> list[dict[str, Any]]:
+        """The last events of a stream that broke off."""
+        begun = self._begun()
         self._status = "failed"
-        code = error.code or "server_error"
-        return self._event(
-            "response.failed", response=self._response() | {"error": {"code": code, "message": str(error)}}
-        )
+        said = {"code": error.code or "server_error", "message": str(error)}
+        return [*begun, self._event("response.failed", response=self._response() | {"error": said, "store": False})]
+
+    def _begun(self) -> list[dict[str, Any]]:
+        """What a stream begins with, once, whatever comes of it."""
+        if self._number:
+            return []
+        return [self._event(f"response.{kind}", response=self._response()) for kind in ("created", "in_progress")]
 
     def _events(self, delta: Delta) -> Iterator[dict[str, Any]]:
         """What `delta` adds, counted."""
@@ -119,7 +123,7 @@ class ResponseAnswer:
     async def _end(self) -> dict[str, Any]:
         self._status = "incomplete" if self._incomplete else "completed"
         response = self._response()
-        await self._finished(response, self._message())
+        response["store"] = await self._finished(response, self._message())
         return response
 
     def _message(self) -> dict[str, Any]:

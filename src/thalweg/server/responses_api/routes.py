@@ -15,8 +15,10 @@ from thalweg.server.responses import encode, new_id
 from thalweg.server.responses_api.answer import ResponseAnswer
 from thalweg.server.responses_api.schemas import ResponsesBody
 from thalweg.server.responses_api.store import Stored
-from thalweg.server.responses_api.translate import SPELLING, chat_fields
+from thalweg.server.responses_api.translate import chat_fields, spelling_of
+from thalweg.server.schemas import ChatBody
 from thalweg.server.service import Service, ServiceDep, maybe_in_thread
+from thalweg.server.spelling import Spelling
 from thalweg.server.streaming import NamedEvents, stream, whole
 
 router = APIRouter(route_class=BodyRoute)
@@ -28,22 +30,20 @@ async def responses(body: ResponsesBody, request: Request, service: ServiceDep) 
 
     The answer is kept for a while, unless `store` is false; `previous_response_id` goes on from one that is kept.
     """
-    service.check(body.model)
-    earlier = await _earlier(body, request, service)
-    chat = await translated(request, lambda: chat_fields(body, earlier), SPELLING)
-    talk = await converse(chat, request, service, new_id("resp", "_"), SPELLING)
+    chat, size, spelling = await _chat(body, request, service)
+    talk = await converse(chat, size, service, new_id("resp", "_"), spelling)
     keep, owner = body.store is not False and service.stored.keeps, caller(request)
 
-    async def finished(response: dict[str, Any], message: dict[str, Any]) -> None:
-        if keep:
-            first = 0 if body.instructions is None else 1
-            messages = [*chat.messages[first:], message]
-            # In JSON's own escapes, in which halves of surrogate pairs stay as they came.
-            kept = await maybe_in_thread(len(talk.prompt_ids), lambda: json.dumps(messages).encode())
-            service.stored.put(talk.id, owner, encode(response), kept)
+    async def finished(response: dict[str, Any], message: dict[str, Any]) -> bool:
+        if not keep:
+            return False
+        first = 0 if body.instructions is None else 1
+        messages = [*chat.messages[first:], message]
+        # In JSON's own escapes, in which halves of surrogate pairs stay as they came.
+        kept = await maybe_in_thread(size, lambda: json.dumps(messages).encode())
+        return service.stored.put(talk.id, owner, encode(response), kept)
 
-    size = len(await request.body())
-    with SPELLING.applied():
+    with spelling.applied():
         answer = await maybe_in_thread(size, lambda: ResponseAnswer(service, talk, body, keep, finished))
     if not body.stream:
         return await whole(request, answer.whole())
@@ -54,11 +54,9 @@ async def responses(body: ResponsesBody, request: Request, service: ServiceDep) 
 @router.post("/v1/responses/input_tokens")
 async def count_input_tokens(body: ResponsesBody, request: Request, service: ServiceDep) -> dict[str, Any]:
     """How many tokens the prompt of such a response has."""
-    service.check(body.model)
-    earlier = await _earlier(body, request, service)
-    chat = await translated(request, lambda: chat_fields(body, earlier), SPELLING)
-    with SPELLING.applied():
-        prompt_ids, _ = await encode_prompt(chat, request, service)
+    chat, size, spelling = await _chat(body, request, service)
+    with spelling.applied():
+        prompt_ids, _ = await encode_prompt(chat, size, service)
     return {"object": "response.input_tokens", "input_tokens": len(prompt_ids)}
 
 
@@ -76,13 +74,15 @@ async def delete_response(response_id: str, request: Request, service: ServiceDe
     return {"id": response_id, "object": "response", "deleted": True}
 
 
-async def _earlier(body: ResponsesBody, request: Request, service: Service) -> list[dict[str, Any]]:
-    """The conversation that the request goes on from."""
-    if body.previous_response_id is None:
-        return []
-    kept = _stored(body.previous_response_id, request, service, "previous_response_id").messages
-    messages: list[dict[str, Any]] = await maybe_in_thread(len(kept), lambda: json.loads(kept))
-    return messages
+async def _chat(body: ResponsesBody, request: Request, service: Service) -> tuple[ChatBody, int, Spelling]:
+    """The request as a chat with what it goes on from, how many bytes these are, and how the request says it."""
+    service.check(body.model)
+    size, kept = len(await request.body()), b"[]"
+    if body.previous_response_id is not None:
+        kept = _stored(body.previous_response_id, request, service, "previous_response_id").messages
+        size += len(kept)
+    spelling = spelling_of(body)
+    return await translated(size, lambda: chat_fields(body, json.loads(kept)), spelling), size, spelling
 
 
 def _stored(response_id: str, request: Request, service: Service, param: str | None = None) -> Stored:
@@ -93,6 +93,7 @@ def _stored(response_id: str, request: Request, service: Service, param: str | N
 
 
 def _unknown(response_id: str, param: str | None = None) -> ApiError:
-    reason = "it was not stored (store, --max-stored-responses), has expired (--stored-response-ttl), gave way to newer"
-    message = f"no response {response_id[:80]!r} is kept here: {reason} ones, or belongs to another API key"
+    reason = "it was not stored (store, --max-stored-responses), was larger than --stored-responses-memory, has expired"
+    reason += " (--stored-response-ttl), gave way to newer ones, or belongs to another API key"
+    message = f"no response {response_id[:80]!r} is kept here: {reason}"
     return ApiError(404, message, param=param, code="response_not_found")

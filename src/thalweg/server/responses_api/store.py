@@ -41,14 +41,15 @@ class ResponseStore:
         """Whether anything is kept at all."""
         return self._limits.count > 0
 
-    def put(self, response_id: str, owner: bytes, response: bytes, messages: bytes) -> None:
-        """Keep an answer; one that alone is larger than all that may be kept is not."""
+    def put(self, response_id: str, owner: bytes, response: bytes, messages: bytes) -> bool:
+        """Keep an answer. False, and it is not kept, if it alone is larger than all that may be kept."""
         stored = Stored(owner, response, messages, self._clock() + self._limits.seconds)
         if stored.size > self._limits.bytes:
-            return
+            return False
         self._kept[response_id] = stored
         self.bytes += stored.size
         self._trim()
+        return True
 
     def get(self, response_id: str, owner: bytes) -> Stored | None:
         self._trim()

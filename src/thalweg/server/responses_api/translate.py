@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from thalweg.server import dialects
-from thalweg.server.conversation import Spelling
 from thalweg.server.errors import ApiError, shown
 from thalweg.server.responses_api.schemas import ResponsesBody
+from thalweg.server.spelling import Spelling
 from thalweg.tokenizer.messages import plain_data
 
-SPELLING = Spelling(
+_SPELLING = Spelling(
     {
         "messages": "input",
         "max_tokens": "max_output_tokens",
@@ -19,7 +20,7 @@ SPELLING = Spelling(
         "reasoning_effort": "reasoning",
     },
     (
-        (".function.", "."),
+        ("].function.", "]."),
         ("response_format.json_schema.schema", "text.format.schema"),
         ("response_format.schema", "text.format.schema"),
         ("response_format", "text.format"),
@@ -31,6 +32,19 @@ _SAME = (
     *("model", "stream", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "cache_salt"),
     *("chat_template_kwargs", "parallel_tool_calls", "max_thinking_tokens"),
 )
+
+
+def spelling_of(body: ResponsesBody) -> Spelling:
+    """How the request says what the chat made of it says."""
+    return replace(_SPELLING, tools=[place for i, tool in enumerate(body.tools or ()) for place in _places(tool, i)])
+
+
+def _places(tool: dict[str, Any], i: int) -> Iterator[str]:
+    """Where each of the functions stands that _tools makes of a tool."""
+    if tool.get("type") == "namespace" and isinstance(inner := tool.get("tools"), list):
+        yield from (f"tools[{i}].tools[{j}]" for j in range(len(inner)))
+    else:
+        yield f"tools[{i}]"
 
 
 def chat_fields(body: ResponsesBody, earlier: list[dict[str, Any]]) -> dict[str, Any]:
