@@ -11,7 +11,7 @@ DRAWN = SamplingParams(max_tokens=24, temperature=0.8, seed=1)
 
 
 def main(model: str | None = None) -> list[str]:
-    with LLM(model, enable_prefix_caching=True) as llm:
+    with LLM(model) as llm:
         root = llm.session("problem", PROBLEM)
         branches = llm.fork(root, 3)
         for i, branch in enumerate(branches):

@@ -35,8 +35,7 @@ def cached(answer: dict[str, Any]) -> int:
 def test_the_second_turn_is_cached_and_said_to_be(tmp_path: Path) -> None:
     if not (model_folder(None) / "model.safetensors").exists():
         pytest.skip("the bundled model has no weights in this checkout")
-    engine = {"enable_prefix_caching": True}
-    with server_process(tmp_path / "log", engine, {"log_level": "debug"}) as server:
+    with server_process(tmp_path / "log", {}, {"log_level": "debug"}) as server:
         chat, completions = f"{server.url}/v1/chat/completions", f"{server.url}/v1/completions"
         messages = [{"role": "user", "content": STORY}]
         first = ask(chat, messages=messages, max_tokens=100)
@@ -92,7 +91,7 @@ def test_a_benchmark_of_conversations_finds_what_it_should(tmp_path: Path) -> No
 def test_forks_of_a_session_compute_its_prompt_once(tmp_path: Path) -> None:
     if not (model_folder(None) / "model.safetensors").exists():
         pytest.skip("the bundled model has no weights in this checkout")
-    with server_process(tmp_path / "log", {"enable_prefix_caching": True}, {}) as server:
+    with server_process(tmp_path / "log", {}, {}) as server:
         sessions, completions = f"{server.url}/v1/sessions", f"{server.url}/v1/completions"
         root = ask(sessions, name="root", prompt=STORY)
         names = ["root/1", "root/2", "root/3"]

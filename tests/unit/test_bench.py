@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from thalweg import tracing
 from thalweg.bench.host import measure_host
-from thalweg.bench.latency import check_lengths
+from thalweg.bench.latency import check_lengths, measure_latency
 from thalweg.bench.machine import describe_machine
 from thalweg.bench.spread import Spread
 from thalweg.config.model_source import model_folder
@@ -71,3 +73,19 @@ def test_machine_is_plain_data() -> None:
     assert machine["cores"] >= 1
     assert machine["torch"]
     assert all(isinstance(value, str | int) for value in machine.values())
+
+
+def test_no_prompt_of_latency_is_like_another_whatever_the_batch_size() -> None:
+    asked: list[tuple[int, ...]] = []
+
+    def generate(prompts: list[list[int]], params: Any) -> list[Any]:
+        asked.extend(map(tuple, prompts))
+        answer = SimpleNamespace(token_ids=[0] * params.max_tokens)
+        return [SimpleNamespace(error=None, outputs=[answer]) for _ in prompts]
+
+    info = SimpleNamespace(vocab_size=1000, max_num_batched_tokens=64, max_model_len=100, device="cpu")
+    llm: Any = SimpleNamespace(generate=generate, info=info)
+    for size in (1, 2, 8):
+        measure_latency(llm, size, 16, 3, num_iters_warmup=1, num_iters=2)
+    assert len(asked) > 30
+    assert len(set(asked)) == len(asked)

@@ -16,6 +16,7 @@ from thalweg.bench.serve_figures import lines, read_goodput, summarise, tokens_p
 from thalweg.bench.serve_load import CHAT, COMPLETIONS, Load, Outcome, Target, run_load
 from thalweg.bench.serve_plot import draw
 from thalweg.cli import main
+from thalweg.cli.bench_serve import _warm_up
 from thalweg.config.model_source import model_folder
 from thalweg.errors import ConfigError
 from thalweg.http_client import HttpClient, HttpError
@@ -369,3 +370,16 @@ def test_a_line_the_endpoint_does_not_take_is_refused_before_anything_is_sent(
     options = ["--base-url", "http://127.0.0.1:9", "--model", "m", "--num-warmups", "0", "--num-prompts", "2"]
     assert main(["bench", "serve", *options, "--dataset-name", "custom", "--dataset-path", str(file)]) == 2
     assert "expected --endpoint" in capsys.readouterr().err
+
+
+def test_what_warms_a_server_up_is_no_prefix_of_what_is_measured() -> None:
+    work = [BenchRequest([1, 2, 3], 1), BenchRequest("ab", 1), BenchRequest([{"role": "user", "content": "c"}], 1)]
+
+    async def warm_up(http: HttpClient) -> None:
+        await _warm_up(Target(http, COMPLETIONS, "m", {}), work[:2], 3)
+        await _warm_up(Target(http, CHAT, "m", {}), work[2:], 1)
+
+    answer = OK + chunked(event("x"), USAGE, DONE)
+    _, server = against([answer] * 4, warm_up)
+    assert [body["prompt"] for body in server.bodies[:3]] == [[3, 2, 1], "ba", [3, 2, 1]]
+    assert server.bodies[3]["messages"] == work[2].prompt

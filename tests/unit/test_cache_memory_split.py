@@ -129,7 +129,7 @@ def test_describe() -> None:
         "cache memory    4.00 MiB, of which 71.00 KiB stay unused",
         "state slots     65.00 KiB = 64 sequences + 1 sink x 1.00 KiB",
         "blocks          3.87 MiB = 54 blocks + 1 sink x 72.00 KiB; 3456 tokens in blocks of 64",
-        "prefix cache    off (--enable-prefix-caching or --cpu-cache-memory turns it on; on a CPU it is the default)",
+        "prefix cache    off (--no-enable-prefix-caching)",
         "max model len   3456 tokens",
         "max num seqs    64: --max-num-seqs",
     ]

@@ -254,7 +254,7 @@ def split_cache(
         max_num_seqs=seqs,
         max_model_len=config.max_model_len,
         model_max_len=context_len,
-        prefix_caching=bool(config.enable_prefix_caching),
+        prefix_caching=config.enable_prefix_caching,
         host_bytes=config.cpu_cache_memory or 0,
         snapshot_dtype=config.snapshot_dtype,
     )

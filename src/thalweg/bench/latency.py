@@ -77,8 +77,9 @@ def measure_latency(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> BatchLatency:
-    """Run `num_iters` pairs of batches of random prompts, one token and `output_len` tokens long, after a warm-up."""
-    rng = random.Random(seed)
+    """Run `num_iters` pairs of batches of random prompts, one token and `output_len` tokens long, after a warm-up. No
+    two prompts are alike, those of other batch sizes included, so that the prefix cache has none of them."""
+    rng = random.Random(f"{seed} {batch_size}")
 
     def time_batch(input_len: int, output_len: int) -> float:
         return _time_batch(llm, rng, batch_size, input_len, output_len, temperature)

@@ -95,7 +95,7 @@ class MemorySplit:
 
     def _describe_prefixes(self) -> str:
         if not self.prefix_caching:
-            return "off (--enable-prefix-caching or --cpu-cache-memory turns it on; on a CPU it is the default)"
+            return "off (--no-enable-prefix-caching)"
         if not self.bytes_per_slot:
             return "on; every full block can be shared"
         if not self.num_snapshots:

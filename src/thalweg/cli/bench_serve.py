@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -255,8 +255,12 @@ async def _measure(
 
 
 async def _warm_up(target: Target, requests: list[BenchRequest], count: int) -> None:
-    """A server that cannot answer one request is not worth a thousand."""
+    """A server that cannot answer one request is not worth a thousand. Prompts are those of the requests backwards, so
+    that a prefix cache has nothing of these; messages stay as they are."""
     for i in range(count):
-        outcome = await target.send(requests[i % len(requests)])
+        request = requests[i % len(requests)]
+        if not isinstance(request.prompt[0], dict):
+            request = replace(request, prompt=request.prompt[::-1])
+        outcome = await target.send(request)
         if outcome.error is not None:
             raise ThalwegError(f"the first request failed: {outcome.error}")

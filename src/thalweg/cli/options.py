@@ -98,13 +98,12 @@ def engine_config(
     ] = str(_DEFAULTS.long_prefill_token_threshold),
     block_size: Annotated[int, _engine(metavar="TOKENS", help="Tokens per block of the cache.")] = _DEFAULTS.block_size,
     enable_prefix_caching: Annotated[
-        bool | None,
+        bool,
         _engine(
             "--enable-prefix-caching/--no-enable-prefix-caching",
-            help="Keep what was computed, so that a prompt that begins alike costs only its new tokens. Default: on a"
-            " CPU yes, else no.",
+            help="Keep what was computed, so that a prompt that begins alike costs only its new tokens.",
         ),
-    ] = None,
+    ] = _DEFAULTS.enable_prefix_caching,
     snapshot_interval: Annotated[
         str,
         _engine(
@@ -124,7 +123,7 @@ def engine_config(
         _engine(
             metavar="SIZE",
             help="Host memory per rank for what falls out of the prefix cache on the device, e.g. 32GiB; it comes back"
-            " when a prompt needs it. Turns the prefix cache on. Default: none.",
+            " when a prompt needs it. Default: none.",
         ),
     ] = None,
     cache_folder: Annotated[

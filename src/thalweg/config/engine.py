@@ -34,20 +34,20 @@ class EngineConfig:
     most `long_prefill_token_threshold` tokens of a prompt; 0 means as many as fit. `max_model_len` None means the
     model's context length, or what fits in memory. `cache_memory` is in bytes and takes the place of
     `gpu_memory_utilization`, the share of the device's memory that weights and cache may fill.
-    `enable_prefix_caching` None means yes on a CPU, and no elsewhere, where short prompts were slower with it.
+    `enable_prefix_caching` keeps what was computed of prompts and answers for those that begin alike.
     `snapshot_interval` is the number of prompt tokens after which the prefix cache takes a further snapshot of a
     model's states. `snapshot_dtype` is what snapshots of recurrent states are stored in: "auto" as the states are, or
     rounded to "bfloat16" or "int8". `cpu_cache_memory` is bytes of host memory per rank for what falls out of the
-    prefix cache on the device, which is on if they are given. `cache_folder` is a folder that host memory's part of
-    the prefix cache is written to when the engine ends, and read from when it starts, at most `cache_folder_size`
-    bytes over all ranks. `quantization` "fp8" quantizes the experts' weights as they are loaded. `generation_config`
-    says where sampling defaults come from: the model's generation_config.json ("auto"), that of another folder, or
-    the engine's own ("vllm", "none"). Steps with at most `prefill_graph_tokens` tokens of prompts run as CUDA graphs,
-    as far as there are graphs for so many; None means 2048 for one rank, and none for several, whose collectives have
-    yet to be seen in them. `dequantize` brings weights in GGUF's blocks to `dtype` as they are
-    loaded; None means that on an accelerator, whose kernels want them so, and not on a CPU. config.json is read as
-    though the keys in `ignore_config_key` were not in it. `op_preference` maps an op's name, or "*", to the
-    implementation that must serve it.
+    prefix cache on the device. `cache_folder` is a folder that host memory's part of the prefix cache is written to
+    when the engine ends, and read from when it starts, at most `cache_folder_size` bytes over all ranks.
+    `quantization` "fp8" quantizes the experts' weights as they are loaded. `generation_config` says where sampling
+    defaults come from: the model's generation_config.json ("auto"), that of another folder, or the engine's own
+    ("vllm", "none"). Steps with at most `prefill_graph_tokens` tokens of prompts run as CUDA graphs, as far as there
+    are graphs for so many; None means 2048 for one rank, and none for several, whose collectives have yet to be seen
+    in them. `dequantize` brings weights in GGUF's blocks to `dtype` as they are loaded; None means that on an
+    accelerator, whose kernels want them so, and not on a CPU. config.json is read as though the keys in
+    `ignore_config_key` were not in it. `op_preference` maps an op's name, or "*", to the implementation that must
+    serve it.
     """
 
     model: str | None = None
@@ -64,7 +64,7 @@ class EngineConfig:
     long_prefill_token_threshold: int = 4096
     max_model_len: int | None = None
     block_size: int = 64
-    enable_prefix_caching: bool | None = None
+    enable_prefix_caching: bool = True
     snapshot_interval: int = 8192
     snapshot_dtype: str = "auto"
     cpu_cache_memory: int | None = None
@@ -131,8 +131,8 @@ class EngineConfig:
         self._need(is_number and 0 < seconds <= 1e6, "step_timeout", "a number of seconds above 0")
         self._integer("snapshot_interval", 1, 2**31 - 1)
         self._need(isinstance(self.enforce_eager, bool), "enforce_eager", "true or false")
-        self._need(isinstance(self.enable_prefix_caching, bool | None), "enable_prefix_caching", "true, false or None")
-        if self.cpu_cache_memory is not None and self.enable_prefix_caching is False:
+        self._need(isinstance(self.enable_prefix_caching, bool), "enable_prefix_caching", "true or false")
+        if self.cpu_cache_memory is not None and not self.enable_prefix_caching:
             raise ConfigError("--cpu-cache-memory is for the prefix cache, which --no-enable-prefix-caching turns off")
         if self.cache_folder is not None and self.cpu_cache_memory is None:
             raise ConfigError("--cache-folder keeps what is in host memory; expected --cpu-cache-memory too")
@@ -177,11 +177,6 @@ class EngineConfig:
             load_format=load_format,
             max_num_batched_tokens=tokens,
             prefill_graph_tokens=self._graph_tokens(),
-            enable_prefix_caching=(
-                chosen == "cpu" or self.cpu_cache_memory is not None
-                if self.enable_prefix_caching is None
-                else self.enable_prefix_caching
-            ),
         )
 
     def _graph_tokens(self) -> int:

@@ -49,7 +49,7 @@ class LLM(WithSessions):
         long_prefill_token_threshold: int = 4096,
         max_model_len: int | None = None,
         block_size: int = 64,
-        enable_prefix_caching: bool | None = None,
+        enable_prefix_caching: bool = True,
         snapshot_interval: int = 8192,
         snapshot_dtype: str = "auto",
         cpu_cache_memory: int | None = None,
