@@ -2,6 +2,7 @@
 VENV   ?= .venv
 LOWEST ?= .venv-lowest
 BUILD  ?= .venv-build
+DOCS   ?= .venv-docs
 # An interpreter of a tested version (3.11 to 3.13) if there is one, else a newer one; override with `make PYTHON=...`.
 PYTHON ?= $(shell for v in 13 99; do for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c "import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, $$v))" 2>/dev/null && echo $$p && exit; done; done)
@@ -18,7 +19,7 @@ MODEL  ?=
 REPORT ?= perf-report.md
 QUESTION ?= Ben fills 6 boxes with 12 pears each. 7 pears are bad. How many good pears are there?
 
-.PHONY: demo chat test quick test-lowest test-gpu lint check-docs build format perf-report clean
+.PHONY: demo chat test quick test-lowest test-gpu lint docs check-docs build format perf-report clean
 
 demo: $(VENV)/ready  ## answer a question with the bundled model
 	@$(BIN)/thalweg generate --chat --prompt "$(QUESTION)"
@@ -44,6 +45,10 @@ lint: $(VENV)/ready-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/actionlint
+
+docs: $(DOCS)/ready  ## the site of docs/, in site/
+	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
 
 check-docs: $(VENV)/ready-dev  ## links, tables, options and tests that the pages name
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit/test_docs.py tests/unit/test_security_page.py tests/unit/test_server_dialects.py
@@ -64,7 +69,7 @@ format: $(VENV)/ready-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(LOWEST) $(BUILD) dist
+	rm -rf $(VENV) $(LOWEST) $(BUILD) $(DOCS) dist site
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or later found; install one, or name it: make PYTHON=/path/to/python3.11"; exit 2; }
@@ -89,6 +94,14 @@ $(BUILD)/ready:
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or later found; name one: make PYTHON=/path/to/python3.11"; exit 2; }
 	@$(PYTHON) -m venv $(BUILD)
 	@$(BUILD)/bin/python -m pip install -q --disable-pip-version-check 'build>=1.2,<2' 'twine>=7,<8'
+	@touch $@
+
+# Without torch and the package. pip reads dependency groups from 25.1 on.
+$(DOCS)/ready: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or later found; name one: make PYTHON=/path/to/python3.11"; exit 2; }
+	@$(PYTHON) -m venv $(DOCS)
+	@$(DOCS)/bin/python -m pip install -q --disable-pip-version-check 'pip>=25.1'
+	@$(DOCS)/bin/python -m pip install -q --disable-pip-version-check --group docs
 	@touch $@
 
 # All but torch, of which every version is a download of its own that may not be had: TORCH says which one, as above.

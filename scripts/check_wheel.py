@@ -13,6 +13,7 @@ import tempfile
 import time
 import urllib.request
 import venv
+import zipfile
 from pathlib import Path
 
 QUESTION = "Ben fills 6 boxes with 12 pears each. 7 pears are bad. How many good pears are there?"
@@ -26,6 +27,7 @@ def main() -> int:
     parser.add_argument("--torch", default="torch", metavar="REQUIREMENT", help="installed first and by itself")
     given = parser.parse_args()
     wheel = given.wheel.resolve()
+    _check_description(wheel)
     with tempfile.TemporaryDirectory(prefix="thalweg-wheel-") as folder:
         venv.create(folder, with_pip=True)
         binaries = Path(folder) / "bin"
@@ -36,6 +38,15 @@ def main() -> int:
         _check_server(binaries)
     print(f"{wheel.name}: installed, answered and served in a clean environment")
     return 0
+
+
+def _check_description(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as files:
+        [name] = [n for n in files.namelist() if n.endswith(".dist-info/METADATA")]
+        text = files.read(name).decode()
+    relative = re.search(r"\]\((?![a-z]+:|#)[^)]*\)", text)
+    _need(relative is None, f"the description has a link that works only beside its files: {relative and relative[0]}")
+    _need("## Quick start" in text, "the description is not README's")
 
 
 def _check_library(binaries: Path) -> None:

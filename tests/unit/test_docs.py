@@ -20,7 +20,17 @@ ENTRY = re.compile(r"(\d{4}-\d\d-\d\d) ((?:Kept|Dropped|Measured|Open): .+) \(co
 # A page of the model that a parser's docstring cites, and a placeholder.
 ELSEWHERE = {"docs/tool_call_guidance.md", "docs/adr/NNNN-name.md"}
 # Options of other programs, and one of ours that exists to be refused.
-OTHERS = {"--tasks", "--no-deps", "--no-binary", "--backend", "--lm-eval", "--trust-remote-code"}
+OTHERS = {
+    "--tasks",
+    "--gpus",
+    "--target",
+    "--local-dir",
+    "--no-deps",
+    "--no-binary",
+    "--backend",
+    "--lm-eval",
+    "--trust-remote-code",
+}
 
 
 def anchors(page: Path) -> set[str]:

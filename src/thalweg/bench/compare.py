@@ -71,7 +71,7 @@ def compare_files(a: str, b: str) -> Comparison:
     """Match the rows of two files that `thalweg bench` or `thalweg eval` wrote with --output-json by what they
     measured. Raises ConfigError."""
     first, second = read_results(a), read_results(b)
-    rows_a, rows_b = _rows(first, a), _rows(second, b)
+    rows_a, rows_b = rows_of(first, a), rows_of(second, b)
     both = [key for key in rows_a if key in rows_b]
     changes = [
         Change(key, name, value, rows_b[key][name])
@@ -108,7 +108,8 @@ def read_results(path: str) -> dict[str, Any]:
         raise ConfigError(str(e)) from None
 
 
-def _rows(file: Mapping[str, Any], path: str) -> dict[Key, dict[str, Value]]:
+def rows_of(file: Mapping[str, Any], path: str) -> dict[Key, dict[str, Value]]:
+    """The figures of each row, by what was measured. Raises ConfigError for what is no results file."""
     results = file.get("results")
     if not isinstance(results, list) or not results or not all(isinstance(r, dict) for r in results):
         raise ConfigError(f"{path} has no results; expected a file that thalweg bench or eval --output-json wrote")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -18,18 +19,40 @@ if TYPE_CHECKING:
 
 def compare(
     a: Annotated[str, typer.Argument(metavar="A.json", help="What bench or eval --output-json wrote: before.")],
-    b: Annotated[str, typer.Argument(metavar="B.json", help="After: the same benchmark or eval.")],
+    b: Annotated[
+        str | None,
+        typer.Argument(metavar="B.json", help="After: the same benchmark or eval. Only --markdown needs none."),
+    ] = None,
     fail_if_slower: Annotated[
         float | None,
         typer.Option(metavar="PERCENT", help="Exit with 1 if a time grew by more than this and beyond its spread."),
     ] = None,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the medians as a Markdown table, of A alone or of both files.")
+    ] = False,
+    figure: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="A column of that table, e.g. tpot_ms. May be repeated.")
+    ] = None,
+    label: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="What that table calls A and B: give it twice. Default: the files' names."),
+    ] = None,
 ) -> None:
-    """Two results files side by side: B over A, and whether a figure moved beyond its spread.
+    """Compare two results files: B over A, and whether a figure moved beyond its spread.
 
     Moved means that least..greatest of the two do not overlap; an accuracy moved if it changed by more than the
     standard error of the difference, of pairs if both files have the answers to the same questions. Other figures are
     shown, not judged. Of two files of bench functions: what was modified, added and removed, and what moved.
     """
+    if markdown:
+        if fail_if_slower is not None:
+            raise ConfigError("--markdown prints figures and judges none; expected it without --fail-if-slower")
+        _print_table([path for path in (a, b) if path is not None], figure or [], label or [])
+        return
+    if b is None or figure or label:
+        raise ConfigError(
+            "expected two results files to compare; --markdown prints one, and takes --figure and --label"
+        )
     if fail_if_slower is not None and not (math.isfinite(fail_if_slower) and fail_if_slower >= 0):
         raise ConfigError(f"--fail-if-slower is {fail_if_slower}; expected a percentage of 0 or more")
     from thalweg.bench.compare import compare_files, read_results
@@ -44,6 +67,17 @@ def compare(
     if fail_if_slower is not None and (slower := [c for c in found.changes if c.slower_by(fail_if_slower)]):
         print(f"{len(slower)} times grew by more than {fail_if_slower:g} %")
         raise typer.Exit(1)
+
+
+def _print_table(paths: Sequence[str], figures: Sequence[str], labels: Sequence[str]) -> None:
+    from thalweg.bench.compare import read_results, rows_of
+    from thalweg.bench.results_table import results_table
+
+    if labels and len(labels) != len(paths):
+        raise ConfigError(f"--label is given {len(labels)} times for {len(paths)} files; expected one for each")
+    names = labels or [Path(path).stem for path in paths]
+    files = [(name, rows_of(read_results(path), path)) for name, path in zip(names, paths, strict=True)]
+    print(results_table(files, figures), end="")
 
 
 def _compare_functions(files: Sequence[Mapping[str, Any]], paths: Sequence[str], fail_if_slower: float | None) -> None:
