@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,10 @@ import pytest
 
 from tests.models.test_prefix_cache import GREEDY, engine, ids, model_of, one_by_one, tokens
 from thalweg import LLM
+from thalweg.engine import cache_folder
 from thalweg.errors import ConfigError
-from thalweg.runner.cache_file import file_of, image_folder, images, newest_image
+from thalweg.runner import cache_file
+from thalweg.runner.cache_file import images
 
 PROMPTS = [ids(150), ids(150)[:140] + ids(30, 1), ids(200, 5), ids(90, 6)]
 OPTIONS = {"cpu_cache_memory": 16 << 20, "max_model_len": 512}
@@ -154,7 +158,7 @@ def test_options_that_need_each_other() -> None:
         LLM(cache_folder="x")
     with pytest.raises(ConfigError, match="--cache-folder-size is given without"):
         LLM(cache_folder_size=1, cpu_cache_memory=1 << 20)
-    with pytest.raises(ConfigError, match="--cache-folder is '/proc/x', which cannot be made"):
+    with pytest.raises(ConfigError, match="--cache-folder is '/proc/x', which cannot be made or written to"):
         LLM(cache_folder="/proc/x", cpu_cache_memory=1 << 24)
 
 
@@ -177,10 +181,85 @@ def test_ranks_write_and_read_together(name: str, tmp_path: Path) -> None:
         assert outputs[0].num_cached_tokens == 0
 
 
-def test_only_images_that_rank_0_finished_are_taken(tmp_path: Path) -> None:
-    for name in ("image-of-my-cat", "image-00000000000000000001", "image-00000000000000000002"):
-        (tmp_path / name).mkdir()
-    assert newest_image(tmp_path) is None
-    file_of(image_folder(tmp_path, 1), 0).touch()
-    assert newest_image(tmp_path) == image_folder(tmp_path, 1)
-    assert [path.name for path in images(tmp_path)] == [f"image-{i:020d}" for i in (1, 2)]
+def test_nothing_but_finished_images_is_taken_and_what_was_not_finished_goes_at_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine that is killed while it writes leaves the image before, and a folder that is no image."""
+    with opened(None, tmp_path) as llm:
+        one_by_one(llm, PROMPTS)
+    before = files(tmp_path)
+    (tmp_path / "image-of-my-cat").mkdir()
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cache_folder, "_wait", killed)
+        llm = opened(None, tmp_path)
+        one_by_one(llm, [ids(150, 40)])
+        with pytest.raises(KeyboardInterrupt):
+            llm.close()
+        del llm
+    (leftover,) = tmp_path.glob("unfinished-*")
+    assert (files(tmp_path), images(tmp_path)) == (before, [before[0].parent])
+    with opened(None, tmp_path) as llm:
+        assert one_by_one(llm, PROMPTS)[0].num_cached_tokens > 0
+        assert not leftover.exists()
+    assert (tmp_path / "image-of-my-cat").is_dir()
+
+
+@pytest.mark.slow
+def test_a_rank_that_cannot_write_holds_nobody_up_and_the_image_before_stays(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = model_of("tiny_gdn", Path())
+    with opened(model, tmp_path, tensor_parallel_size=2) as llm:
+        one_by_one(llm, PROMPTS[:1])
+    before = files(tmp_path)
+    llm = opened(model, tmp_path, tensor_parallel_size=2)
+    one_by_one(llm, PROMPTS)
+    send = llm.engine.order
+
+    def order(order: Any) -> Any:
+        (Path(order.folder) / "rank-1.unfinished").mkdir()  # which rank 1 cannot write to
+        return send(order)
+
+    llm.engine.order = order  # type: ignore[method-assign]
+    began = time.monotonic()
+    llm.close()
+    assert time.monotonic() - began < 30
+    assert "rank 1: IsADirectoryError" in caplog.text
+    assert files(tmp_path) == before
+    assert not list(tmp_path.glob("unfinished-*"))
+
+
+def test_a_file_that_cannot_be_written_whole_leaves_its_reason_and_its_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    left: list[str] = []
+    wait = cache_folder.shutil.rmtree
+
+    def rmtree(path: Path, **options: Any) -> None:
+        left.extend(each.name for each in path.iterdir())
+        wait(path, **options)
+
+    monkeypatch.setattr(cache_file, "_taken", full)
+    monkeypatch.setattr(cache_folder.shutil, "rmtree", rmtree)
+    with opened(None, tmp_path) as llm:
+        one_by_one(llm, PROMPTS[:1])
+    assert left == ["rank-0.failed"]
+    assert "No space left on device" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
+def test_a_folder_is_for_one_engine_at_a_time(tmp_path: Path) -> None:
+    with opened(None, tmp_path):
+        with pytest.raises(ConfigError, match="which another engine uses; expected one of its own"):
+            opened(None, tmp_path)
+        lock = tmp_path / "lock"
+        assert os.stat(lock).st_mode & 0o077 == 0
+    with opened(None, tmp_path):
+        pass

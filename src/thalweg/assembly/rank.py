@@ -27,7 +27,7 @@ from thalweg.models.decoder import Decoder
 from thalweg.ops.registry import Resolver, Rows, Where, dims_of
 from thalweg.ops.sample import SAMPLE, Sample, SampleDims
 from thalweg.parallel.mesh import Mesh, join_mesh
-from thalweg.runner.cache_file import CacheIndex, newest_image
+from thalweg.runner.cache_file import CacheIndex, images
 from thalweg.runner.cache_file import read as read_file
 from thalweg.runner.graphs import MAX_ROWS, buckets
 from thalweg.runner.prefill_graphs import token_sizes
@@ -155,7 +155,7 @@ def read_cache(
     there is nothing, or any rank's file is damaged or of something else, which is logged."""
     if config.cache_folder is None:
         return None
-    found = newest_image(Path(config.cache_folder))
+    found = max(images(Path(config.cache_folder)), default=None)
     image, read = -1, None  # type: int, CacheIndex | None
     if found is not None:
         try:

@@ -41,11 +41,10 @@ class Engine:
         if config.tensor_parallel_size > 1:
             source = open_source(config)
             source.plan(0, config.tensor_parallel_size)  # refuses what ranks do not divide
+        self._cache_folder = None if config.cache_folder is None else cache_folder.take(config.cache_folder)
         self.ranks = OtherRanks(config, folder) if config.tensor_parallel_size > 1 else None
 
         self._config = config
-        if config.cache_folder is not None:
-            cache_folder.prepare(config.cache_folder)
         self.grammars = Grammars(lambda: _vocabulary(config))
         cached: list[CacheIndex | None] = []
 
@@ -83,13 +82,20 @@ class Engine:
 
     def close(self, *, save: bool = True) -> None:
         """Without `save` the prefix cache is not written down: after an error its books may be wrong."""
-        if save:
-            self._save_cache()
+        try:
+            if save:
+                self._save_cache()
+        finally:  # also if somebody has no patience for it
+            self._end()
+
+    def _end(self) -> None:
         self.grammars.close()
         self._executor.close()
         if self.ranks is not None:
             # A build that failed elsewhere may still be on its way to meet the ranks; it holds on to this object.
             self.ranks.close(keep_folder=self._executor.running)
+        if self._cache_folder is not None:
+            self._cache_folder.close()
 
     def _save_cache(self) -> None:
         """Write the prefix cache down, if that is wanted and the ranks live."""
@@ -101,7 +107,7 @@ class Engine:
             core.check()
             if isinstance(tree, TieredTree):
                 size = self._config.cache_folder_size
-                cache_folder.save(tree, self.info, Path(self._config.cache_folder), size, self.order)
+                cache_folder.save(tree, self.info, Path(self._config.cache_folder), size, self.order, core.check)
 
 
 def new_scheduler(info: EngineInfo, seed: int) -> Scheduler:

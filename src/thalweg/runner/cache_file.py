@@ -3,6 +3,7 @@ snapshots, the index that says what they are, and what it all is of."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -44,32 +45,53 @@ class CacheIndex(NamedTuple):
     num_snapshots: int
 
 
-def image_folder(folder: Path, image: int) -> Path:
-    return folder / f"image-{image:020d}"
+def new_image(folder: Path, number: int) -> tuple[Path, Path]:
+    """Where ranks write a new image, and what it is called once all of them have."""
+    return folder / f"unfinished-{number:020d}", folder / f"image-{number:020d}"
 
 
 def images(folder: Path) -> list[Path]:
-    """The folders that images were written to, oldest first; nothing else that lies there."""
-    return sorted(path for path in folder.glob("image-*") if re.fullmatch(r"image-\d{20}", path.name))
+    """The images of all ranks, oldest first; nothing else that lies there."""
+    return _named(folder, "image")
 
 
-def newest_image(folder: Path) -> Path | None:
-    """The folder that was written last, as far as rank 0 had done; None if there is none."""
-    return max((image for image in images(folder) if file_of(image, 0).exists()), default=None)
+def leftovers(folder: Path) -> list[Path]:
+    """Images that were never finished."""
+    return _named(folder, "unfinished")
+
+
+def _named(folder: Path, kind: str) -> list[Path]:
+    return sorted(path for path in folder.glob(f"{kind}-*") if re.fullmatch(rf"{kind}-\d{{20}}", path.name))
 
 
 def file_of(image: Path, rank: int) -> Path:
     return image / f"rank-{rank}.safetensors"
 
 
+def failure_of(image: Path, rank: int) -> Path:
+    """A file that says why the rank has not written its own."""
+    return image / f"rank-{rank}.failed"
+
+
 def write(host: HostStorage, cache: CacheStorage, order: SaveCache, identity: str, rank: int) -> None:
-    """The rank's file, which is there only once it is whole. Raises OSError."""
-    blocks, snapshots = host.blocks, host.snapshots
-    slots = [s if s > 0 else -cache.saved_row(-s) for s in order.snapshots]
+    """The rank's file, which is there only once it is whole; if it cannot be, a file says why. Raises OSError."""
     path = file_of(Path(order.folder), rank)
     unfinished = path.with_suffix(".unfinished")
+    try:
+        _write(unfinished, host, cache, order, identity, rank)
+        unfinished.rename(path)
+    except Exception as e:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()  # room for the other, if the disk is full
+        failure_of(path.parent, rank).write_text(f"{type(e).__name__}: {e}")
+        raise
+
+
+def _write(path: Path, host: HostStorage, cache: CacheStorage, order: SaveCache, identity: str, rank: int) -> None:
+    blocks, snapshots = host.blocks, host.snapshots
+    slots = [s if s > 0 else -cache.saved_row(-s) for s in order.snapshots]
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-    with open(os.open(unfinished, flags, 0o600), "wb") as file:
+    with open(os.open(path, flags, 0o600), "wb") as file:
         about_bytes = 256 + len(identity)
         sizes = {
             "about": (about_bytes,),
@@ -98,7 +120,6 @@ def write(host: HostStorage, cache: CacheStorage, order: SaveCache, identity: st
             sums.append(crc)
         file.seek(begin)
         file.write(msgspec.json.encode(About(FORMAT, identity, order.image, rank, sums)))
-    unfinished.rename(path)
 
 
 def read(host: HostStorage, image: Path, identity: str, rank: int) -> tuple[int, CacheIndex]:
