@@ -1,4 +1,6 @@
-"""Writes tests/fixtures/outside_logits.npz: what Hugging Face transformers computes on a random checkpoint per family.
+"""Writes tests/fixtures/outside_logits.npz: what Hugging Face transformers computes on random checkpoints.
+
+There is one of each architecture, and one of each published format of quantised weights, which are dequantised first.
 
 tests/models/test_outside_logits.py holds the engine to it. transformers lives in an environment of its own and is no
 dependency of the package; it computes in float32 on a CPU, with its plain implementations and no code of a checkpoint:
@@ -25,7 +27,7 @@ def main() -> int:
     found: dict[str, Any] = {"transformers": np.array(transformers.__version__)}
     for name in CASES:
         with tempfile.TemporaryDirectory() as folder:
-            path, fingerprint = write(name, Path(folder))
+            path, fingerprint = write(name, Path(folder), dequantised=True)
             model = loaded(path)
         ids = prompts(model.config.vocab_size)
         with torch.inference_mode():

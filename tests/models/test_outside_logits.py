@@ -1,7 +1,8 @@
-"""Each family against logits and tokens that Hugging Face transformers computed on the same random checkpoint.
+"""Each architecture and published format against logits and tokens that Hugging Face transformers computed on the same
+random checkpoint.
 
 What was computed is stored; scripts/outside_logits.py computes it anew. The oracles beside a developer's checkout
-(test_oracles.py) are larger, and of every published format.
+(test_oracles.py) are larger.
 """
 
 from __future__ import annotations
