@@ -9,6 +9,7 @@ import pytest
 
 from tests.models.test_prefix_cache import engine, ids, model_of, small_with_host_memory, tokens
 from thalweg import LLM, SamplingParams
+from thalweg.engine.sessions import SessionLimits
 from thalweg.errors import InvalidRequest, SessionConflict, SessionNotFound
 
 GREEDY = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)
@@ -175,3 +176,17 @@ def test_a_session_replaces_its_file_once_it_is_whole(tmp_path: Path, monkeypatc
             one.write(path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_no_answer_is_computed_that_there_is_no_room_to_save() -> None:
+    with engine(None, max_model_len=512) as llm:
+        session = llm.session("a", ids(100))
+        queries = llm.engine.core.stats().prefix_queries
+        llm._sessions.registry.limits = SessionLimits(tokens=120)
+        with pytest.raises(InvalidRequest, match="no room; they have at most 120 tokens"):
+            session.generate(ids(10, 1), SamplingParams(max_tokens=11, temperature=0))
+        assert llm.engine.core.stats().prefix_queries == queries
+        session.generate(ids(10, 1), SamplingParams(max_tokens=11, temperature=0), save=False)
+        session.generate(ids(10, 1), SamplingParams(max_tokens=10, temperature=0))
+        assert session.points[0] == 100
+        assert 110 < session.points[1] <= 120

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.unit.server_double import ANSWER, EOS, ClientDouble, run
+from tests.unit.server_double import ANSWER, EOS, ClientDouble, run, serving
+from thalweg.engine.sessions import SessionLimits
+from thalweg.errors import SessionConflict
+from thalweg.server import service as service_module
+from thalweg.server.service import Service
+from thalweg.server.sessions import saving
 from thalweg.server.settings import ServerSettings
 
 SAID = [*ANSWER.encode(), EOS]
@@ -94,8 +100,6 @@ def test_other_salts_and_keys_find_nothing() -> None:
     run(work)
 
     async def with_keys() -> None:
-        from tests.unit.server_double import serving
-
         settings = ServerSettings(api_keys=("one", "two"))
         async with serving(ClientDouble(), settings) as http:
             one, two = ({"Authorization": f"Bearer {key}"} for key in ("one", "two"))
@@ -104,8 +108,6 @@ def test_other_salts_and_keys_find_nothing() -> None:
             assert (await http.get("/v1/sessions", headers=two)).json()["data"] == []
             assert (await http.get("/v1/sessions/a", headers=one)).status_code == 200
             assert (await http.get("/v1/sessions/a")).status_code == 401
-
-    import asyncio
 
     asyncio.run(with_keys())
 
@@ -136,5 +138,80 @@ def test_what_cannot_be_done_says_so(path: str, body: dict[str, Any], status: in
         assert answer.status_code == status, answer.text
         assert says in answer.json()["error"]["message"]
         assert (await http.get("/v1/sessions/a")).json()["tokens"] == 4
+
+    run(work)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_nothing_is_computed_that_there_is_no_room_to_save(stream: bool) -> None:
+    async def work() -> None:
+        client = ClientDouble()
+        async with serving(client, ServerSettings(sessions=SessionLimits(tokens=20))) as http:
+            await http.post("/v1/sessions", json={"name": "a", "prompt": "abcd"})
+            seen = len(client.seen)
+            body = {"session": "a", "session_save": True, "prompt": "x", "stream": stream}
+            answer = await http.post("/v1/completions", json={**body, "max_tokens": 16})
+            assert (answer.status_code, len(client.seen)) == (400, seen)
+            said = answer.json()["error"]["message"]
+            assert said == "sessions: there is no room; they have at most 20 tokens in all"
+            assert (await http.post("/v1/sessions/a/save", json={"prompt": "x" * 17})).status_code == 400
+            assert len(client.seen) == seen
+            assert (await http.post("/v1/completions", json={**body, "max_tokens": 15})).status_code == 200
+            assert (await http.get("/v1/sessions/a")).json()["tokens"] > 5
+
+    asyncio.run(work())
+
+
+def test_a_session_that_changed_after_its_tokens_were_read_is_not_saved_to() -> None:
+    async def work() -> None:
+        service = Service(ClientDouble(), ServerSettings())  # type: ignore[arg-type]
+        session = service.sessions.add("a", [1, 2])
+        version = session.version
+        service.sessions.extend(session, version, [3])
+        begun = False
+
+        async def news() -> Any:
+            nonlocal begun
+            begun = True
+            yield
+
+        with pytest.raises(SessionConflict):
+            await anext(saving(service, session, version, news(), [4], 1))
+        assert not begun
+
+    asyncio.run(work())
+
+
+def test_what_is_kept_of_expired_sessions_goes_although_nobody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service_module, "TEND_SECONDS", 0.02)
+
+    async def work() -> None:
+        client = ClientDouble()
+        async with serving(client, ServerSettings()) as http:
+            await http.post("/v1/sessions", json={"name": "a", "prompt": "abcd", "ttl": 0.05})
+            await http.post("/v1/sessions", json={"name": "b", "prompt": "abcd"})
+            assert len(client.kept) == 2
+            for _ in range(200):
+                await asyncio.sleep(0.01)
+                if len(client.kept) == 1:
+                    break
+            assert list(client.kept.values()) == [list(b"abcd")]
+            assert (await http.get("/v1/sessions/b")).status_code == 200
+
+    asyncio.run(work())
+
+
+def test_a_salt_in_the_header_is_utf_8_as_in_bodies() -> None:
+    async def work(http: httpx.AsyncClient, client: ClientDouble) -> None:
+        salt = "schlüssel"
+        await http.post("/v1/sessions", json={"name": "a", "prompt": "abcd", "cache_salt": salt})
+        found = await http.get("/v1/sessions/a", headers={"X-Cache-Salt": salt.encode()})
+        assert found.status_code == 200
+        listed = await http.get("/v1/sessions", headers={"X-Cache-Salt": salt.encode()})
+        assert [each["id"] for each in listed.json()["data"]] == ["a"]
+        for wrong, status in ((salt.encode("latin-1"), 400), (b"schl", 404)):
+            answer = await http.delete("/v1/sessions/a", headers={"X-Cache-Salt": wrong})
+            assert answer.status_code == status
+        assert (await http.delete("/v1/sessions/a", headers={"X-Cache-Salt": salt.encode()})).status_code == 200
 
     run(work)

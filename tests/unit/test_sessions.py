@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from thalweg.engine.sessions import SessionLimits, Sessions
+from thalweg.engine.sessions import SessionLimits, Sessions, longest_answer
 from thalweg.errors import ConfigError, InvalidRequest, SessionConflict, SessionNotFound
 
 
@@ -79,15 +79,15 @@ def test_sessions_expire_after_their_last_use() -> None:
 def test_limits() -> None:
     sessions, _, _ = registry(count=2, tokens=10)
     first = sessions.add("a", [0] * 4)
-    with pytest.raises(InvalidRequest, match="4 of at most 10 tokens in all"):
+    with pytest.raises(InvalidRequest, match="no room; they have at most 10 tokens in all"):
         sessions.add("b", [0] * 7)
     sessions.add("b", [0] * 4)
-    with pytest.raises(InvalidRequest, match="2 of at most 2 are kept"):
+    with pytest.raises(InvalidRequest, match="no room; at most 2 are kept"):
         sessions.add("c", [0])
-    with pytest.raises(InvalidRequest, match="8 of at most 10 tokens"):
+    with pytest.raises(InvalidRequest, match="at most 10 tokens"):
         sessions.extend(first, first.version, [0] * 3)
     sessions.most_points = 2
-    with pytest.raises(InvalidRequest, match="2 of at most 2 points"):
+    with pytest.raises(InvalidRequest, match="no room; they keep at most 2 points"):
         sessions.extend(first, first.version, [0])
     with pytest.raises(InvalidRequest, match="ttl is 3601; expected seconds, above 0 and at most 3600"):
         sessions.check_seconds(3601)
@@ -131,3 +131,42 @@ def test_points_that_are_not_there(point: int) -> None:
     sessions.extend(one, one.version, [3])
     with pytest.raises(InvalidRequest, match=f"point is {point}; expected -2 to 1"):
         sessions.roll_back(one, point)
+
+
+def test_what_is_under_way_has_room_and_a_session_that_does_not_expire() -> None:
+    sessions, _, clock = registry(tokens=10, seconds=5.0)
+    sessions.most_points = 4
+    one, two = sessions.add("one", [1, 2]), sessions.add("two", [1, 2])
+    with sessions.extending(one, one.version, 4) as extension:
+        with pytest.raises(InvalidRequest, match="no room"), sessions.extending(two, two.version, 3):
+            pytest.fail("it was begun")
+        with sessions.extending(two, two.version, 2), pytest.raises(InvalidRequest, match="no room"):
+            sessions.extend(two, two.version, [0])  # by something else: what is left is held
+        with pytest.raises(InvalidRequest, match="no room"):
+            sessions.add("three", [0] * 3)
+        clock.now = 7.0
+        sessions.expire()
+        assert [each.name for each in sessions.all()] == ["one"]
+        sessions.extend(one, one.version, [0] * 4, extension)
+    assert one.ids == [1, 2, 0, 0, 0, 0]
+    clock.now = 11.9
+    assert len(sessions) == 1
+    clock.now = 12.0
+    assert len(sessions) == 0
+
+
+def test_nothing_is_begun_for_a_session_that_has_changed() -> None:
+    sessions, _, _ = registry()
+    one = sessions.add("one", [1, 2])
+    before = one.version
+    sessions.extend(one, before, [3])
+    with pytest.raises(SessionConflict), sessions.extending(one, before, 1):
+        pytest.fail("it was begun")
+    with pytest.raises(KeyError), sessions.extending(one, one.version, 1 << 20):
+        raise KeyError
+    assert not sessions._under_way
+
+
+@pytest.mark.parametrize(("max_tokens", "prompt", "expected"), [(5, 10, 5), (None, 10, 90), (50, 70, 30), (1, 101, 0)])
+def test_the_longest_answer_is_bounded_by_the_context(max_tokens: int | None, prompt: int, expected: int) -> None:
+    assert longest_answer(max_tokens, prompt, 100) == expected

@@ -22,8 +22,9 @@ class HostStorage:
     of each is nobody's.
 
     On a CUDA device the rows are pinned and copies run on a stream of their own, in the order of the plans, behind the
-    steps before: `copy` waits for nothing. Steps that touch what is being fetched wait, on the device. Elsewhere
-    everything is copied at once.
+    steps before. The host waits for none of them. On the device a step waits for what it touches of what is being
+    fetched, and, if it saves, until what was saved last has left the buffer for that; both ways share the stream, so
+    what was fetched before that is then there too. Elsewhere everything is copied at once.
     """
 
     def __init__(self, cache: CacheStorage, num_blocks: int, num_snapshots: int) -> None:

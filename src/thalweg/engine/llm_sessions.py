@@ -19,6 +19,7 @@ from thalweg.engine.sessions import (
     SessionFile,
     SessionLimits,
     Sessions,
+    longest_answer,
     read_session_file,
 )
 from thalweg.errors import InvalidRequest, SessionConflict
@@ -131,11 +132,15 @@ class LLMSessions:
         self._check(saved)
         new = encode_prompt(prompt, llm.tokenizer, llm.info.vocab_size) if len(prompt) else []
         params = replace(params or llm.get_default_sampling_params(), cache_salt=saved.salt)
-        version = saved.version
-        output = llm.generate([saved.ids + new], params)[0]
-        if save and output.error is None:
-            self.registry.extend(saved, version, new + output.outputs[0].token_ids)
-            self._keep(saved)
+        version, ids = saved.version, saved.ids + new
+        if not save:
+            return llm.generate([ids], params)[0]
+        most = len(new) + longest_answer(params.max_tokens, len(ids), llm.info.max_model_len)
+        with self.registry.extending(saved, version, most) as extension:
+            output = llm.generate([ids], params)[0]
+            if output.error is None:
+                self.registry.extend(saved, version, new + output.outputs[0].token_ids, extension)
+                self._keep(saved)
         return output
 
     def roll_back(self, saved: SavedSession, point: int) -> None:

@@ -8,6 +8,7 @@ import re
 import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,7 +49,8 @@ class Point:
 
 @dataclass(slots=True)
 class SavedSession:
-    """`owner` and `salt` say who may use it. `version` changes whenever its tokens do."""
+    """`owner` and `salt` say who may use it. `version` changes whenever its tokens do. `users` are those that are about
+    to extend it."""
 
     name: str
     owner: bytes
@@ -59,10 +61,18 @@ class SavedSession:
     expires: float
     created: int = field(default_factory=lambda: int(time.time()))
     version: int = 0
+    users: int = 0
 
     @property
     def ids(self) -> list[int]:
         return self.token_ids.tolist()
+
+
+@dataclass(eq=False, frozen=True, slots=True)
+class Extension:
+    """Something that is under way and will extend a session by at most so many `tokens`, for which room is held."""
+
+    tokens: int
 
 
 class SessionFile(msgspec.Struct, frozen=True):
@@ -94,6 +104,12 @@ def _are_ids(ids: list[int], vocab_size: int) -> bool:
     return min(ids) >= 0 and max(ids) < vocab_size
 
 
+def longest_answer(max_tokens: int | None, prompt: int, max_model_len: int) -> int:
+    """Tokens that a request may generate after a prompt of so many."""
+    room = max(0, max_model_len - prompt)
+    return room if max_tokens is None else min(max_tokens, room)
+
+
 class Sessions:
     """Names to tokens. Callers compute what is new and tell the prefix cache what to keep; `release` is called with the
     keys of points that nobody has any more. Whoever is not the owner, or has another salt, finds nothing."""
@@ -105,21 +121,22 @@ class Sessions:
         self.most_points: int | None = None  # of all sessions, if snapshots bound them
         self._release, self._clock = release, clock
         self._sessions: dict[tuple[bytes, str], SavedSession] = {}
+        self._under_way: set[Extension] = set()
         self._keys = itertools.count()
         self._version = itertools.count(1)
 
     def __len__(self) -> int:
-        self._expire()
+        self.expire()
         return len(self._sessions)
 
     def all(self, owner: bytes = b"", salt: str = "") -> list[SavedSession]:
         """The owner's sessions of this salt, the oldest first."""
-        self._expire()
+        self.expire()
         return [each for each in self._sessions.values() if each.owner == owner and each.salt == salt]
 
     def get(self, name: str, owner: bytes = b"", salt: str = "") -> SavedSession:
         """The session, which lives on for its time. Raises SessionNotFound."""
-        self._expire()
+        self.expire()
         found = self._sessions.get((owner, name))
         if found is None or found.salt != salt:
             raise SessionNotFound(f"there is no session {name[:128]!r}; it was not made, has expired, or is another's")
@@ -129,7 +146,7 @@ class Sessions:
     def check_new(self, names: Sequence[str], tokens: int, points: int, owner: bytes = b"") -> None:
         """Raises InvalidRequest or SessionConflict if sessions of these names, each of so many tokens, can not be made;
         `points` are new."""
-        self._expire()
+        self.expire()
         for name in names:
             if not isinstance(name, str) or not _NAME.fullmatch(name):
                 raise InvalidRequest(f"name is {name!r:.140}; expected 1 to 128 letters, digits or any of . _ : / -")
@@ -168,11 +185,31 @@ class Sessions:
             made.append(fork)
         return made
 
-    def extend(self, session: SavedSession, version: int, token_ids: Sequence[int]) -> Point:
-        """Go on by these tokens, to a new point. Raises SessionConflict if the session is not what it was at
-        `version`, InvalidRequest if there is no room."""
-        if self._sessions.get((session.owner, session.name)) is not session or session.version != version:
-            raise SessionConflict(f"session {session.name!r} has changed since the request began; it was not saved")
+    @contextmanager
+    def extending(self, session: SavedSession, version: int, tokens: int) -> Iterator[Extension]:
+        """While something is under way that will extend the session, by at most so many tokens: it does not expire,
+        and there is room for it. Raises as `extend`, so that nothing is begun that could not be saved."""
+        self.expire()
+        self._check_version(session, version)
+        self._check_room(0, tokens, 1)
+        extension = Extension(tokens)
+        self._under_way.add(extension)
+        session.users += 1
+        try:
+            yield extension
+        finally:
+            self._under_way.discard(extension)
+            session.users -= 1
+            session.expires = self._clock() + session.seconds
+
+    def extend(
+        self, session: SavedSession, version: int, token_ids: Sequence[int], extension: Extension | None = None
+    ) -> Point:
+        """Go on by these tokens, to a new point, with the room of an `extension`. Raises SessionConflict if the session
+        is not what it was at `version`, InvalidRequest if there is no room."""
+        self._check_version(session, version)
+        if extension is not None:
+            self._under_way.discard(extension)
         self._check_room(0, len(token_ids), 1)
         session.token_ids.extend(token_ids)
         point = self._point(len(session.token_ids))
@@ -204,23 +241,30 @@ class Sessions:
             raise InvalidRequest(f"ttl is {seconds!r:.40}; expected seconds, above 0 and at most {most:g}")
         return float(seconds)
 
+    def expire(self) -> None:
+        """Delete those whose time is over."""
+        now = self._clock()
+        for session in [each for each in self._sessions.values() if each.expires <= now and not each.users]:
+            self.delete(session)
+
+    def _check_version(self, session: SavedSession, version: int) -> None:
+        if self._sessions.get((session.owner, session.name)) is not session or session.version != version:
+            raise SessionConflict(f"session {session.name!r} has changed since the request began; it was not saved")
+
     def _check_room(self, sessions: int, tokens: int, points: int) -> None:
+        """Raises InvalidRequest, which does not say how much there is: it may be others'."""
         limits = self.limits
         if len(self._sessions) + sessions > limits.count:
-            raise InvalidRequest(
-                f"sessions: {len(self._sessions)} of at most {limits.count} are kept (--max-sessions); delete one"
-            )
-        held = sum(len(each.token_ids) for each in self._sessions.values())
+            raise InvalidRequest(f"sessions: there is no room; at most {limits.count} are kept (--max-sessions)")
+        held = sum(len(each.token_ids) for each in self._sessions.values()) + sum(e.tokens for e in self._under_way)
         if held + tokens > limits.tokens:
-            raise InvalidRequest(f"sessions: they have {held} of at most {limits.tokens} tokens in all; delete one")
+            raise InvalidRequest(f"sessions: there is no room; they have at most {limits.tokens} tokens in all")
         most = self.most_points
-        if most is not None and points:
-            kept = sum(1 for _ in self._points())
-            if kept + points > most:
-                raise InvalidRequest(
-                    f"sessions: they keep {kept} of at most {most} points, half of the snapshots of states; delete one,"
-                    " or raise --cpu-cache-memory"
-                )
+        if most is not None and points and sum(1 for _ in self._points()) + len(self._under_way) + points > most:
+            raise InvalidRequest(
+                f"sessions: there is no room; they keep at most {most} points, half of the snapshots of states"
+                " (--cpu-cache-memory has more)"
+            )
 
     def _points(self) -> Iterator[str]:
         """The keys of all points, each once."""
@@ -234,8 +278,3 @@ class Sessions:
             point.shares -= 1
             if not point.shares:
                 self._release(point.key)
-
-    def _expire(self) -> None:
-        now = self._clock()
-        for session in [each for each in self._sessions.values() if each.expires <= now]:
-            self.delete(session)

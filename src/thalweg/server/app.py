@@ -33,11 +33,13 @@ def create_app(client: EngineClient, settings: ServerSettings, on_started: Start
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         starting = asyncio.create_task(service.start(on_started or (lambda error: None)))
+        tasks = [starting, asyncio.create_task(service.tend())]
         try:
             yield
         finally:
-            starting.cancel()
-            await asyncio.gather(starting, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             await client.close()
 
     # The framework's documentation pages would load scripts from elsewhere; docs.py has one that does not.

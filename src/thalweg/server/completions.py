@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request, Response
 from msgspec import UNSET
 
 from thalweg.core import SamplingParams, TokenLogprobs
-from thalweg.engine.sessions import SavedSession
+from thalweg.engine.sessions import SavedSession, longest_answer
 from thalweg.server.bodies import BodyRoute
 from thalweg.server.errors import ApiError
 from thalweg.server.generation import Job, News, generate, jobs_of, naming_fields
@@ -60,9 +60,9 @@ async def completions(body: CompletionBody, request: Request, service: ServiceDe
         )
     session = session_of(service, request, body, len(prompts) * n)
     encoded = await _encoded(service, prompts, session)
-    new = encoded[0]
+    new, version = encoded[0], 0
     if session is not None:
-        encoded = [session.ids + new]
+        encoded, version = [session.ids + new], session.version
     if body.truncate_prompt_tokens is not None:
         encoded = [truncated(ids, body, service.client.info.max_model_len, max_tokens) for ids in encoded]
         prompts = list(encoded)
@@ -78,7 +78,8 @@ async def completions(body: CompletionBody, request: Request, service: ServiceDe
     taken = asyncio.Event()
     news = naming_fields(generate(service, jobs, arrived, taken), fields)
     if session is not None and body.session_save:
-        news = saving(service, session, news, new)
+        answer = longest_answer(max_tokens, len(encoded[0]), service.client.info.max_model_len)
+        news = saving(service, session, version, news, new, answer)
     if not body.stream:
         return await whole(request, completion.answer(news))
     usage = body.stream_options is not None and bool(body.stream_options.include_usage)

@@ -22,6 +22,7 @@ from thalweg.server.system_messages import one_system_message
 from thalweg.text.prompts import Prompt, check_token_ids, encode_prompt
 
 Result = TypeVar("Result")
+TEND_SECONDS = 5.0
 StartListener = Callable[[Exception | None], None]
 
 
@@ -53,6 +54,12 @@ class Service:
             self.sessions.most_points = self.client.info.most_session_points
             self._ready = True
             on_started(None)
+
+    async def tend(self) -> None:
+        """End sessions in time, used or not: what is kept of them is then free for others. Never returns."""
+        while True:
+            await asyncio.sleep(TEND_SECONDS)
+            self.sessions.expire()
 
     @contextmanager
     def room_for(self, count: int) -> Iterator[None]:

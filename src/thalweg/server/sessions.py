@@ -44,20 +44,20 @@ async def create(body: SessionBody, request: Request, service: ServiceDep) -> Re
 async def every(request: Request, service: ServiceDep) -> Response:
     """The sessions of this API key and cache salt."""
     service.check_alive()
-    found = service.sessions.all(caller(request), request.headers.get(SALT, ""))
+    found = service.sessions.all(caller(request), _salt(request))
     return json_response({"object": "list", "data": [_described(service, each) for each in found]})
 
 
 @router.get("/v1/sessions/{name:path}")
 async def one(name: str, request: Request, service: ServiceDep) -> Response:
     service.check_alive()
-    return json_response(_described(service, _of(service, request, name, request.headers.get(SALT))))
+    return json_response(_described(service, _of(service, request, name, _salt(request))))
 
 
 @router.delete("/v1/sessions/{name:path}")
 async def delete(name: str, request: Request, service: ServiceDep) -> Response:
     service.check_alive()
-    service.sessions.delete(_of(service, request, name, request.headers.get(SALT)))
+    service.sessions.delete(_of(service, request, name, _salt(request)))
     return json_response({"id": name, "object": "session.deleted", "deleted": True})
 
 
@@ -66,10 +66,11 @@ async def save(name: str, body: SessionPromptBody, request: Request, service: Se
     """Go on by a prompt, to a new point."""
     service.check(body.model)
     session = _of(service, request, name, body.cache_salt)
-    version = session.version
     new = (await service.encode_prompts([body.prompt]))[0]
-    await _compute(service, session.ids + new, session.salt)
-    await _extend(service, session, version, new)
+    version = session.version
+    with service.sessions.extending(session, version, len(new)) as extension:
+        await _compute(service, session.ids + new, session.salt)
+        await _keep(service, session, service.sessions.extend(session, version, new, extension))
     return json_response(_described(service, session))
 
 
@@ -102,15 +103,19 @@ def session_of(service: Service, request: Request, body: CompletionBody, choices
     return _of(service, request, body.session, body.cache_salt)
 
 
-async def saving(service: Service, session: SavedSession, news: News, prompt_token_ids: list[int]) -> News:
-    """`news` of one choice, with its tokens added to the session before the last of them is passed on."""
-    version, new = session.version, list(prompt_token_ids)
+async def saving(
+    service: Service, session: SavedSession, version: int, news: News, prompt_token_ids: list[int], answer: int
+) -> News:
+    """`news` of one choice, with its tokens added to the session, which had `version`, before the last of them is
+    passed on. Nothing is begun without room for `prompt_token_ids` and the `answer`, of at most so many tokens."""
+    new = list(prompt_token_ids)
     async with aclosing(news):
-        async for index, delta in news:
-            new += delta.token_ids
-            if delta.finish_reason is not None:
-                await _extend(service, session, version, new)
-            yield index, delta
+        with service.sessions.extending(session, version, len(new) + answer) as extension:
+            async for index, delta in news:
+                new += delta.token_ids
+                if delta.finish_reason is not None:
+                    await _keep(service, session, service.sessions.extend(session, version, new, extension))
+                yield index, delta
 
 
 async def _compute(service: Service, ids: list[int], salt: str) -> None:
@@ -121,14 +126,18 @@ async def _compute(service: Service, ids: list[int], salt: str) -> None:
             pass
 
 
-async def _extend(service: Service, session: SavedSession, version: int, new: list[int]) -> None:
-    await _keep(service, session, service.sessions.extend(session, version, new))
-
-
 async def _keep(service: Service, session: SavedSession, point: Point) -> None:
     point.cached = await service.client.keep(point.key, session.salt, session.ids[: point.tokens])
     if point.shares < 1:  # it was deleted meanwhile
         service.client.release(point.key)
+
+
+def _salt(request: Request) -> str:
+    """The header's salt, in UTF-8 as bodies are. Raises ApiError."""
+    try:
+        return request.headers.get(SALT, "").encode("latin-1").decode()  # servers give a header's bytes as latin-1
+    except UnicodeDecodeError:
+        raise ApiError(400, "X-Cache-Salt is not UTF-8", param="X-Cache-Salt") from None
 
 
 def _of(service: Service, request: Request, name: str, salt: str | None) -> SavedSession:
