@@ -48,7 +48,7 @@ lint: $(VENV)/ready-dev
 	$(BIN)/actionlint
 
 docs: $(DOCS)/ready  ## the site of docs/, in site/
-	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
 
 check-docs: $(VENV)/ready-dev  ## links, tables, options and tests that the pages name
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit/test_docs.py tests/unit/test_security_page.py tests/unit/test_server_dialects.py
