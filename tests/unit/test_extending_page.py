@@ -16,11 +16,11 @@ from thalweg.errors import ConfigError
 from thalweg.models.family import weight_plan
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "extending.md"
-CONFIG: dict[str, Any] = {
-    **{"architectures": ["BrookForCausalLM"], "model_type": "brook", "hidden_act": "silu", "torch_dtype": "float32"},
-    **{"hidden_size": 32, "num_heads": 2, "intermediate_size": 48, "vocab_size": 64, "num_hidden_layers": 2},
-    **{"rms_norm_eps": 1e-5, "max_position_embeddings": 128, "eos_token_id": 1},
-}
+CONFIG = dict(
+    architectures=["BrookForCausalLM"], model_type="brook", hidden_act="silu", torch_dtype="float32", hidden_size=32,
+    num_heads=2, intermediate_size=48, vocab_size=64, num_hidden_layers=2, rms_norm_eps=1e-5,
+    max_position_embeddings=128, eos_token_id=1,
+)  # fmt: skip
 
 
 @pytest.fixture
