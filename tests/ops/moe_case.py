@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from thalweg.ops.moe.experts import EXPERTS, Experts, ExpertsDims
+from thalweg.ops.moe.experts import EXPERTS, Experts, ExpertsDims, sort
 from thalweg.ops.registry import Where, implementations
 from thalweg.quant import PLAIN, scheme_named
 from thalweg.quant.fp8_blocks import quantize_experts
@@ -173,6 +173,22 @@ def moe_case_int4(
             for rows, columns in ((2 * own, D), (D, own))
         )  # type: ignore[assignment]
     return case
+
+
+def check_sort(ids: Tensor, experts: int, rows: int) -> None:
+    """The sort of one launch: an expert's pairs stay in order, and its blocks are cut as the Triton form cuts them."""
+    groups = sort.sort_pairs(ids, experts, rows, 16)
+    assert torch.equal(groups.sorted_P.long(), ids.flatten().sort(stable=True).indices)
+    expected = []
+    for e, count in enumerate(ids.flatten().bincount(minlength=experts).tolist()):
+        blocks = -(-count // rows)
+        units = -(-count // 16)
+        most = -(-units // blocks) * 16 if blocks else 0
+        expected += [(e, j * most, min(count - j * most, most)) for j in range(blocks)]
+    firsts = [0, *ids.flatten().bincount(minlength=experts).cumsum(0).tolist()]
+    found = groups.blocks_N3.tolist()
+    assert found[: len(expected)] == [[e, firsts[e] + first, count] for e, first, count in expected]
+    assert all(count == 0 for *_, count in found[len(expected) :])
 
 
 def check_chained_in_a_graph(layers: Sequence[MoeCase], op: Experts, replays: int = 50) -> None:

@@ -10,7 +10,7 @@ import torch
 from tests.ops.compile_cuda import compile_cuda
 from tests.ops.moe_case import moe_case_int4, rmse_ratio
 from tests.ops.run_on_host import HostKernel
-from thalweg.ops.moe.experts.triton.grouping import Groups
+from thalweg.ops.moe.experts.sort import Groups
 from thalweg.quant import INT4_EXPERTS
 
 pytest.importorskip("triton")

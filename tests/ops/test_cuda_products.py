@@ -16,8 +16,9 @@ from torch import Tensor
 from tests.ops.compile_cuda import compile_cuda
 from tests.ops.fp8_linear_case import draw
 from tests.ops.interpreted import run_interpreted
-from tests.ops.moe_case import moe_case, rmse_ratio
+from tests.ops.moe_case import check_sort, moe_case, rmse_ratio
 from tests.ops.run_on_host import HostKernel, host_tensor_map
+from thalweg.ops.moe.experts import MAX_SORTED_EXPERTS, sort
 from thalweg.ops.products import cuda
 from thalweg.quant.blocks import BLOCK
 
@@ -186,8 +187,33 @@ def test_blocks_of_an_expert_are_about_equally_high() -> None:
     run_interpreted(check_even_blocks)
 
 
+def sort_on_host() -> None:
+    """The host has no clusters, and no patience for many threads."""
+    sort.cuda_kernel = HostKernel  # type: ignore[assignment, misc]
+    sort.BLOCKS, sort.WARPS = 1, 4
+
+
+@pytest.mark.parametrize(("T", "E", "k", "shared"), [(500, 7, 2, 1), (70, 200, 3, 1), (1, 5, 2, 0), (33, 140, 1, 0)])
+def test_sort(T: int, E: int, k: int, shared: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("cuda_kernel", "BLOCKS", "WARPS"):
+        monkeypatch.setattr(sort, name, getattr(sort, name))  # and back
+    sort_on_host()
+    check_sort(moe_case(T, 8, 8, E, k, shared, torch.float32).ids, E + shared, 160)
+
+
+@pytest.mark.parametrize("experts", [257, 513])
+def test_the_sort_compiles_for_hopper_without_spills(experts: int, tmp_path: Path) -> None:
+    compiled = compile_cuda(sort.SOURCE, tmp_path, E=experts, BLOCKS=sort.BLOCKS, WARPS=sort.WARPS)
+    assert compiled.spilled_bytes == 0
+    assert compiled.registers <= 64  # of a block of 1024 threads
+    most = sort.shared_bytes(MAX_SORTED_EXPERTS, 32 * -(-16384 * 16 // (32 * sort.BLOCKS * sort.WARPS)))
+    assert most <= 227 * 1024
+
+
 def check_forms_in_clusters() -> None:
     from thalweg.ops.moe.experts import matrix
+
+    sort_on_host()
 
     asked: list[tuple[bool, int, int]] = []
 

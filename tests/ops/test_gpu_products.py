@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from tests.ops.fp8_linear_case import draw, expected
-from tests.ops.moe_case import MoeCase, check_chained_in_a_graph, experts_in_float64, moe_case, moe_case_fp8, rmse_ratio
+from tests.ops.moe_case import (
+    MoeCase,
+    check_chained_in_a_graph,
+    check_sort,
+    experts_in_float64,
+    moe_case,
+    moe_case_fp8,
+    rmse_ratio,
+)
 from thalweg.ops.linear.fp8 import LINEAR_ADD_FP8, LINEAR_FP8, NORM_LINEAR_FP8, Fp8LinearDims
 from thalweg.ops.moe.experts import EXPERTS, Experts
 from thalweg.ops.products.triton import quantize_blocks, quantize_rows
@@ -36,6 +44,14 @@ def case_of(scheme: str, T: int, D: int, I: int, E: int, k: int, shared: int, se
 def test_experts(scheme: str, tolerance: float, T: int, D: int, I: int, E: int, k: int, shared: int) -> None:
     case = case_of(scheme, T, D, I, E, k, shared, seed=T)
     assert rmse_ratio(case.run(experts_of(case)), experts_in_float64(case)) < tolerance
+
+
+@pytest.mark.parametrize(
+    ("T", "E", "k", "shared"),
+    [(1, 5, 2, 0), (300, 64, 3, 0), (1024, 256, 8, 1), (8191, 512, 10, 1), (16384, 256, 8, 1), (9000, 1279, 16, 1)],
+)
+def test_sort(T: int, E: int, k: int, shared: int) -> None:
+    check_sort(moe_case(T, 8, 8, E, k, shared, torch.bfloat16, "cuda", seed=T).ids, E + shared, 320)
 
 
 @pytest.mark.parametrize("scheme", ["none", "fp8"])

@@ -92,6 +92,11 @@ inline u32 __ballot_sync(u32 all, bool x) {
     for (int lane = 0; lane < 32; lane++) votes |= (u32)__shfl_sync(all, (int)x, lane) << lane;
     return votes;
 }
+inline u32 __match_any_sync(u32 all, int x) {
+    u32 same = 0;
+    for (int lane = 0; lane < 32; lane++) same |= (u32)(__shfl_sync(all, x, lane) == x) << lane;
+    return same;
+}
 
 inline u32 __byte_perm(u32 a, u32 b, u32 selector) {
     const u64 both = (u64)b << 32 | a;

@@ -20,6 +20,16 @@ __device__ __forceinline__ void arrive_at_barrier_of(u32 block, u32 barrier) {
 __device__ __forceinline__ void wait_for_cluster() {
     asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
+// What lies in another block of the cluster where p is in this one.
+__device__ __forceinline__ int load_of_block(u32 block, const int* p) {
+    int x;
+    asm volatile(
+        "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %1, %2;\nld.shared::cluster.u32 %0, [there];\n}"
+        : "=r"(x)
+        : "r"(shared_address(p)), "r"(block)
+        : "memory");
+    return x;
+}
 // Arrives once this thread's copies so far have come.
 __device__ __forceinline__ void arrive_after_copies(u32 barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");

@@ -81,6 +81,7 @@ EXPERTS: Op[ExpertsDims, Experts] = Op("experts", ExpertsDims)
 MAX_WIDTH = 16384  # with fp8, one program holds a token's row in registers
 MANY_EXPERTS = 384  # of which each has few tokens still where fewer experts would have many
 MAX_CUDA_EXPERTS = 1024  # a block of the CUDA C++ kernels has all of them in shared memory
+MAX_SORTED_EXPERTS = 1280  # of which a block of the sort has counts in shared memory, for each of its warps
 MAX_CUDA_WARPS = 12
 # Tokens from which on words are widened between products of warpgroups; fewer leave these too small.
 INT4_PROMPTS = 3072
@@ -145,6 +146,8 @@ def _no_cuda(where: Where) -> Refusal:
 
 
 def _matrix_refuses(where: Where, dims: ExpertsDims, scheme: str, columns: int) -> Refusal:
+    if dims.E > MAX_SORTED_EXPERTS:
+        return f"needs at most {MAX_SORTED_EXPERTS} experts, not {dims.E}"
     if scheme == "none" and dims.scheme == "int4":
         if dims.D % 256 or dims.I % 128 or not dims.D or not dims.I:
             return f"needs D to be a multiple of 256 and I of 128, not {dims.D} and {dims.I}"

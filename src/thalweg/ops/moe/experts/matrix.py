@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from thalweg.ops.moe.experts.sort import sort_pairs
 from thalweg.ops.moe.experts.triton.grouped import in_slices
-from thalweg.ops.moe.experts.triton.grouping import sort_pairs
 from thalweg.ops.products.cuda import UNIT, grouped, most_rows
 from thalweg.ops.products.triton import quantize_blocks
 from thalweg.ops.toolchain.cuda_build import aligned_rows
@@ -40,7 +40,7 @@ def experts(
         return in_clusters(x, ids, 2 if ids.numel() > E * most else 1)  # halves of fewer rows would wait for weights
 
     def in_clusters(x: Tensor, ids: Tensor, cluster: int) -> Tensor:
-        groups = sort_pairs(ids, E, num_shared, cluster * most, UNIT)
+        groups = sort_pairs(ids, E, cluster * most, UNIT)
         h_PI = torch.empty(ids.numel(), I, dtype=x.dtype, device=x.device)
         y_PD = torch.empty(ids.numel(), D, dtype=x.dtype, device=x.device)
         for rows, weights, out in ((x, gate_up, h_PI), (h_PI, down, y_PD)):

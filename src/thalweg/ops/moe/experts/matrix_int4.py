@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from thalweg.ops.moe.experts.sort import Groups, sort_pairs
 from thalweg.ops.moe.experts.triton.grouped import in_slices
-from thalweg.ops.moe.experts.triton.grouping import Groups, sort_pairs
 from thalweg.ops.moe.experts.triton.nibbles import in_order_of_pairs
 from thalweg.ops.toolchain.cuda_build import cuda_kernel
 
@@ -44,7 +44,7 @@ def experts(
 ) -> Tensor:
     def outputs(x: Tensor, ids: Tensor) -> Tensor:
         E, D, I = down[0].shape[0], down[0].shape[1], gate_up[0].shape[1] // 2
-        groups = sort_pairs(ids, E, num_shared, TOKENS, UNIT)
+        groups = sort_pairs(ids, E, TOKENS, UNIT)
         h_PI, y_PD = (torch.empty(ids.numel(), width, dtype=x.dtype, device=x.device) for width in (I, D))
         product(in_order_of_pairs(x), groups, gate_up, h_PI, gated=True, share=ids.shape[1])
         product(h_PI, groups, down, y_PD, gated=False, share=1)

@@ -18,7 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from thalweg.ops.activation.triton import silu_and_mul
-from thalweg.ops.moe.experts.triton.grouping import Groups, rows_per_block, sort_pairs
+from thalweg.ops.moe.experts.sort import Groups
+from thalweg.ops.moe.experts.triton.grouping import rows_per_block, sort_pairs
 from thalweg.ops.moe.experts.triton.half import in_half
 from thalweg.ops.moe.experts.triton.nibbles import in_order, ordered_width
 from thalweg.ops.moe.experts.triton.products import down_sums, gate_up_sums, h_width, scheme_of, store_h

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from thalweg.ops.moe.experts.sort import Groups, most_blocks
 from thalweg.ops.moe.experts.triton.half import store_half_row
 from thalweg.ops.moe.experts.triton.nibbles import ordered_width, store_ordered_row
 from thalweg.ops.toolchain.triton_launch import pdl_options
@@ -232,18 +233,6 @@ def list_pairs(x_TD: Tensor, ids_Tk: Tensor, experts: int, ordered: bool) -> tup
     return Lists(expert_G, count_G, list_GT), ready_TD, scale_T
 
 
-class Groups(NamedTuple):
-    """Pairs by expert, and blocks of at most `rows` of them of one expert.
-
-    A block is (expert, its first place in sorted_P, how many). There are as many as could be needed; the rest, which
-    come last, have 0.
-    """
-
-    sorted_P: Tensor  # int32
-    blocks_N3: Tensor  # int32
-    rows: int
-
-
 def rows_per_block(pairs: int, experts: int, few: int) -> int:
     """Rows of a tile, by whether an expert has `few` pairs on average: its last tile is partly empty, and a tile of
     fewer rows reads the weights more often."""
@@ -259,7 +248,7 @@ def sort_pairs(ids_Tk: Tensor, experts: int, num_shared: int, rows: int, unit: i
     P, K, device = ids_Tk.numel(), ids_Tk.shape[1], ids_Tk.device
     counts_E = torch.zeros(experts, dtype=torch.int32, device=device)
     ranks_P, sorted_P = (torch.empty(P, dtype=torch.int32, device=device) for _ in range(2))
-    blocks = P // rows + min(experts, P)
+    blocks = most_blocks(P, experts, rows)
     blocks_N3 = torch.empty(blocks, 3, dtype=torch.int32, device=device)
     rank_kernel[(triton.cdiv(P, 256),)](ids_Tk, counts_E, ranks_P, P, K, num_shared, 256, num_warps=4)
     at_a_time = 64  # blocks of a program, whatever their number: another would be compiled when it is first met
