@@ -25,6 +25,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         layers=8, hidden=48, value_heads=6, key_dim=12, value_dim=20, heads=6, head_dim=24, rotary=0.5, experts=12,
         top_k=4, inner=20, shared=36, vocab=777, tie_word_embeddings=True,
     ),
+    "a shared expert as wide as the others": dict(inner=28, shared=28),
     "dense, one key head": dict(dense=56, key_heads=1, value_heads=3, heads=3, kv_heads=1, head_dim=16, rotary=1.0),
     "all experts, as many key heads as value heads": dict(experts=3, top_k=3, value_heads=2, heads=2, layers=2,
                                                           full_attention_interval=2),

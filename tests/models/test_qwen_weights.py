@@ -186,6 +186,31 @@ def test_every_layout_lands_in_the_same_place(tmp_path: Path) -> None:
     assert torch.equal(one["layers.2.mlp.shared.in_proj.weight"], torch.cat(shared))
 
 
+def test_a_shared_expert_as_wide_as_the_others_stands_behind_them(tmp_path: Path) -> None:
+    """Its gate is the last row of the router's weight. One that is stored otherwise is an MLP of its own."""
+    c = random.config(inner=24, shared=24)
+    w = random.weights(c)
+    random.write(tmp_path / "model", c, random.published(c, w, prefix="model.", stacked=True))
+    one, m = filled(c, tmp_path / "model", 0, 1), "model.layers.2.mlp."
+    assert not [name for name in one if ".shared." in name]
+    assert one["layers.2.mlp.experts.gate_up"].shape == (7, 48, 32)
+    shared = [w[f"{m}shared_expert.{x}_proj.weight"] for x in ("gate", "up")]
+    assert torch.equal(one["layers.2.mlp.experts.gate_up"][6], torch.cat(shared))
+    assert torch.equal(one["layers.2.mlp.experts.down"][6], w[f"{m}shared_expert.down_proj.weight"])
+    router = torch.cat([w[f"{m}gate.weight"], w[f"{m}shared_expert_gate.weight"]])
+    assert torch.equal(one["layers.2.mlp.router.weight"], router)
+    halves = [filled(c, tmp_path / "model", rank, 2)["layers.2.mlp.experts.down"] for rank in range(2)]
+    assert torch.equal(torch.cat(halves, dim=2), one["layers.2.mlp.experts.down"])
+
+    kept = [f"model.language_model.layers.1.mlp.shared_expert.{x}_proj" for x in ("gate", "up", "down")]
+    c = random.config(inner=24, shared=24, quantization_config={**FP8, "modules_to_not_convert": kept})
+    plan = {t.name: t for t in plan_of(c)}
+    for n, experts in enumerate((7, 6, 7)):
+        assert plan[f"layers.{n}.mlp.experts.down"].shape[0] == experts
+        assert plan[f"layers.{n}.mlp.router.weight"].shape[0] == experts
+        assert (f"layers.{n}.mlp.shared.down.weight" in plan) == (experts == 6)
+
+
 def test_norms_lose_nothing_where_one_is_added() -> None:
     """In bfloat16 1 + w would keep 8 bits of w; the weight stays in float32."""
     plan = {t.name: t for t in plan_of(random.config())}

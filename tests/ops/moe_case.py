@@ -46,9 +46,19 @@ class MoeCase:
 
 
 def moe_case(
-    T: int, D: int, I: int, E: int, k: int, num_shared: int, dtype: torch.dtype, device: str = "cpu", seed: int = 0
+    T: int,
+    D: int,
+    I: int,
+    E: int,
+    k: int,
+    num_shared: int,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    seed: int = 0,
+    gated: bool = False,
 ) -> MoeCase:
-    """`k` routed experts a token of `E`, and the shared ones behind them; the routing is random, not the router's."""
+    """`k` routed experts a token of `E`, and the shared ones behind them, with a gate in the router's weight if
+    `gated`; the routing is random, not the router's."""
     g = torch.Generator(device).manual_seed(seed)
 
     def draw(*shape: int, scale: float = 1.0) -> Tensor:
@@ -61,7 +71,7 @@ def moe_case(
         draw(T, D),
         draw(T, D),
         1 + draw(D, scale=0.2),
-        draw(E, D, scale=0.05),
+        draw(E + int(gated), D, scale=0.05),
         torch.randn(E, generator=g, device=device) * 0.05,
         torch.cat([weights, torch.ones(T, num_shared, device=device)], 1),
         torch.cat([routed, shared], 1),

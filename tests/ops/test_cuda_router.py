@@ -16,12 +16,15 @@ SHARED_OF_TWO = 227 * 1024 // 2 - 1024  # of which two blocks find room on a mul
 
 
 @pytest.mark.parametrize("tokens", [8, 16])
-@pytest.mark.parametrize(("E", "D", "K", "softmax"), [(256, 2304, 8, 0), (64, 1024, 6, 1), (512, 2304, 30, 0)])
+@pytest.mark.parametrize(
+    ("E", "D", "K", "softmax", "gated"),
+    [(256, 2304, 8, 0, 0), (64, 1024, 6, 1, 0), (512, 2304, 30, 0, 0), (256, 2048, 8, 1, 1), (512, 2048, 10, 1, 1)],
+)
 def test_it_compiles_for_hopper_without_spills(
-    tmp_path: Path, tokens: int, E: int, D: int, K: int, softmax: int
+    tmp_path: Path, tokens: int, E: int, D: int, K: int, softmax: int, gated: int
 ) -> None:
     macros = {"E": E, "D": D, "K": K, "SHARED": 1, "SOFTMAX": softmax, "RENORMALIZE": 1, "TOKENS": tokens}
-    macros |= {"PARTS": parts(E, D), "GROUPS": 1, "TOP_GROUPS": 1}
+    macros |= {"PARTS": parts(E, D), "GROUPS": 1, "TOP_GROUPS": 1, "GATED": gated, "NORM_FLOAT": gated}
     compiled = compile_cuda(SOURCE, tmp_path, **macros)
     assert compiled.spilled_bytes == 0
     if E == 256:  # two blocks a multiprocessor, so that 16 clusters of 8 or 16 tokens find room beside each other
@@ -33,6 +36,7 @@ def test_it_compiles_for_hopper_without_spills(
 def test_it_compiles_for_weights_in_two_parts(tmp_path: Path, E: int, groups: int) -> None:
     assert parts(E, 7168) == 2
     macros = {"E": E, "D": 7168, "K": 8, "SHARED": 1, "SOFTMAX": 0, "RENORMALIZE": 1, "TOKENS": 8, "PARTS": 2}
+    macros |= {"GATED": 0, "NORM_FLOAT": 0}
     compiled = compile_cuda(SOURCE, tmp_path, **macros, GROUPS=groups, TOP_GROUPS=(groups + 1) // 2)
     assert compiled.spilled_bytes == 0
     assert shared_bytes(E, 7168, 8, 2) + compiled.static_shared_bytes <= 227 * 1024

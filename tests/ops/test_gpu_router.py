@@ -17,13 +17,15 @@ pytestmark = pytest.mark.gpu
 
 
 def check(case: MoeCase, k: int, renormalize: bool = True, scale: float = 2.446, scoring: str = "sigmoid") -> None:
-    (T, D), E, shared = case.x.shape, case.router_weight.shape[0], case.num_shared
-    dims = NormRouterDims(E=E, D=D, K=k, G=1, S=shared)
+    (T, D), E, shared = case.x.shape, len(case.bias), case.num_shared
+    dims = NormRouterDims(
+        E=E, D=D, K=k, G=1, S=shared, gated=len(case.router_weight) > E, norm_fp32=case.norm.dtype == torch.float32
+    )
     op = Resolver().resolve(NORM_ROUTER, Where("cuda", "bfloat16"), dims)  # many tokens: others
     normed, weights, ids = routed(op, case, k, renormalize, scale, scoring)
     torch.testing.assert_close(normed, rms_norm(case.x, case.norm, 1e-5), rtol=2**-7, atol=1e-6)
     # Of the rows as they were normed. Where it chose otherwise, the two experts must be as good as equal.
-    logits = normed.double() @ case.router_weight.double().T
+    logits, gate = (normed.double() @ case.router_weight.double().T).tensor_split([E], dim=1)
     scores = logits.sigmoid() if scoring == "sigmoid" else logits.softmax(-1)
     choice = scores + case.bias.double()
     torch.testing.assert_close(choice.gather(1, ids[:, :k]), choice.topk(k).values, rtol=0, atol=1e-5)
@@ -33,7 +35,10 @@ def check(case: MoeCase, k: int, renormalize: bool = True, scale: float = 2.446,
         chosen = chosen / chosen.sum(1, keepdim=True)
     torch.testing.assert_close(weights[:, :k].double(), chosen * scale, rtol=0, atol=1e-5)
     assert ids[:, k:].tolist() == [list(range(E, E + shared))] * T
-    assert (weights[:, k:] == 1).all()
+    if gate.shape[1]:
+        torch.testing.assert_close(weights[:, k:].double(), gate.sigmoid().expand(-1, shared), rtol=0, atol=1e-5)
+    else:
+        assert (weights[:, k:] == 1).all()
 
 
 @pytest.mark.parametrize("T", [1, 2, 3, 7, 8, 9, 31, 32, 33, 64, 100, 127, 128, 129, 257, 600])
@@ -56,6 +61,15 @@ def test_batch_sizes(T: int) -> None:
 )
 def test_other_shapes(T: int, D: int, E: int, k: int, shared: int) -> None:
     check(moe_case(T, D, 16, E, k, shared, torch.bfloat16, "cuda", seed=T), k)
+
+
+@pytest.mark.parametrize("T", [1, 5, 32, 40, 128, 129, 600])
+@pytest.mark.parametrize(("D", "E", "k", "shared"), [(2048, 256, 8, 1), (2048, 512, 10, 1), (7168, 384, 8, 2)])
+def test_gated_shared_experts_behind_a_norm_in_float32(T: int, D: int, E: int, k: int, shared: int) -> None:
+    case = moe_case(T, D, 16, E, k, shared, torch.bfloat16, "cuda", seed=T, gated=True)
+    case.norm = 1 + torch.randn(D, device="cuda") * 0.2
+    case.bias.zero_()
+    check(case, k, scale=1.0, scoring="softmax")
 
 
 @pytest.mark.parametrize("T", [1, 8, 9, 64, 100])

@@ -28,6 +28,17 @@ def test_reference_router_norms_and_appends_the_shared_experts() -> None:
     assert (weights[:, 3:] == 1).all()
 
 
+def test_reference_router_weighs_shared_experts_by_their_gate() -> None:
+    case = moe_case(5, 32, 16, 8, 3, 2, torch.float32, gated=True)
+    normed, weights, ids = routed(reference.norm_router, case, 3, True, 2.5, "softmax")
+    gate, case.router_weight = case.router_weight[8], case.router_weight[:8]
+    plain = routed(reference.norm_router, case, 3, True, 2.5, "softmax")
+    assert torch.equal(normed, plain[0])
+    assert torch.equal(ids, plain[2])
+    torch.testing.assert_close(weights[:, :3], plain[1][:, :3])
+    torch.testing.assert_close(weights[:, 3:], (normed @ gate).sigmoid()[:, None].expand(-1, 2))
+
+
 def test_reference_experts_with_a_shared_one() -> None:
     case = moe_case(5, 32, 16, 8, 3, 1, torch.float32)
     y = case.run(partial(experts_reference.experts, PLAIN))
@@ -44,10 +55,11 @@ def check_router() -> None:
             (5, 256, 64, 8, 0, "softmax", False),
             (19, 100, 64, 3, 2, "sigmoid", True),
         ):
-            case = moe_case(T, D, 16, E, k, shared, torch.float32)
-            both = (routed(f, case, k, renormalize, 2.446, scoring) for f in (op, reference.norm_router))
-            for found, expected in zip(*both, strict=True):
-                torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+            for gated in (False, True):
+                case = moe_case(T, D, 16, E, k, shared, torch.float32, gated=gated)
+                both = (routed(f, case, k, renormalize, 2.446, scoring) for f in (op, reference.norm_router))
+                for found, expected in zip(*both, strict=True):
+                    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
         with pytest.raises(ConfigError, match="router scoring is 'relu'"):
             routed(op, case, k, scoring="relu")
         for T, E, groups, kept, k in ((3, 64, 8, 4, 8), (5, 36, 3, 1, 4), (2, 40, 20, 5, 2)):
@@ -108,6 +120,8 @@ TYPES = {
     "weights_ptr": "*fp32",
     "ids_ptr": "*i64",
     "tokens": "i32",
+    "split_stride": "i32",
+    "row_stride": "i32",
     "T": "i32",
     "residual_ptr": "*bf16",
     "pairs": "i32",
@@ -132,9 +146,10 @@ def test_router_compiles_for_hopper() -> None:
 
     logits = dict(E=256, D=2304, BLOCK_T=16, BLOCK_E=32, BLOCK_D=256, PDL=True)
     assert compiled(logits_kernel, logits).spilled_bytes == 0
-    choose = dict(E=256, K=8, SHARED=1, SOFTMAX=False, RENORMALIZE=True, G=1, TOP_G=1, G2=1, S2=256, K2=16, PDL=True)
-    for splits in (1, 9):
-        result = compiled(choose_kernel, choose | dict(SPLITS=splits), num_warps=1)
+    choose = dict(E=256, K=8, SHARED=1, GATED=False, SOFTMAX=False, RENORMALIZE=True, G=1, TOP_G=1, G2=1, S2=256)
+    choose |= dict(K2=16, PDL=True)
+    for splits, gated in ((1, False), (9, False), (9, True)):
+        result = compiled(choose_kernel, choose | dict(SPLITS=splits, GATED=gated), num_warps=1)
         assert result.spilled_bytes == 0
         assert "redux" in result.ptx
     for E, G in ((256, 8), (384, 1), (384, 12)):

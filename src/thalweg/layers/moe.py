@@ -47,10 +47,11 @@ class Router(nn.Module):
         topk_groups: int,
         scoring: Scoring,
         shared: int,
+        gated: bool,
     ) -> None:
         super().__init__()
         self.norm = NormWeight(ctx, width, eps)
-        self.weight = ctx.weight(experts, width)
+        self.weight = ctx.weight(experts + int(gated), width)
         if scoring == "sigmoid":
             self.bias = ctx.weight(experts, dtype=torch.float32)
         else:
@@ -58,12 +59,12 @@ class Router(nn.Module):
         self.scoring = scoring
         self.top_k, self.renormalize, self.scale = top_k, renormalize, scale
         self.groups, self.topk_groups, self.shared = groups, topk_groups, shared
-        dims = NormRouterDims(E=experts, D=width, K=top_k, G=groups, S=shared, norm_fp32=ctx.norm_fp32)
+        dims = NormRouterDims(E=experts, D=width, K=top_k, G=groups, S=shared, gated=gated, norm_fp32=ctx.norm_fp32)
         self._router = ctx.op(NORM_ROUTER, dims)
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(norm(x), weights float32, expert ids), the latter two [T, top_k + shared]; the shared experts come last,
-        with weight 1."""
+        with weight 1 or, if `gated`, the sigmoid of what the last row of the weight gives."""
         return self._router(
             x_TD,
             self.norm.weight,
@@ -162,9 +163,9 @@ class SharedExpert(nn.Module):
 
 
 class MoE(nn.Module):
-    """x plus its routed experts and the shared ones: as further experts that every token takes with weight 1; as one
-    expert beside the routed ones, if the plan stores them in the model's dtype and the routed ones otherwise; or as an
-    MLP of their own, if they have a gate."""
+    """x plus its routed experts and the shared ones: as further experts that every token takes, with weight 1 or what
+    their gate says; if the plan stores them otherwise than the routed ones, as one expert beside these where they are
+    in the model's dtype and have no gate, or as an MLP of their own."""
 
     def __init__(
         self,
@@ -186,8 +187,10 @@ class MoE(nn.Module):
         super().__init__()
         self.mesh = ctx.mesh
         self.shared: SharedExpert | OwnExpert | None = None
-        own = 0
-        if gated_shared:
+        own, gated = 0, gated_shared == inner and "shared.down.weight" not in ctx
+        if gated:
+            shared = 1
+        elif gated_shared:
             self.shared = SharedExpert(ctx.below("shared"), width, gated_shared, gated=True)
         elif shared and "shared.down.weight" in ctx:
             plain = all(ctx.planned(f"shared.{name}.weight") is None for name in ("in_proj", "down"))
@@ -210,6 +213,7 @@ class MoE(nn.Module):
             topk_groups=topk_groups,
             scoring=scoring,
             shared=shared,
+            gated=gated,
         )
         local = ctx.shards.count(inner, "moe_intermediate_size")
         own_scale = scale if own else 1.0

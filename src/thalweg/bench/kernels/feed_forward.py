@@ -32,7 +32,7 @@ def norm_router(setting: Setting, dims: NormRouterDims) -> Iterator[Case]:
             draw = Draw(setting, copy)
             norm = draw(D, scale=0.1, dtype=torch.float32 if dims.norm_fp32 else None).add_(1)
             bias = draw(E, scale=0.05, dtype=torch.float32)
-            return Arguments(draw(T, D), norm, EPS, draw(E, D, scale=D**-0.5), bias, **routing)
+            return Arguments(draw(T, D), norm, EPS, draw(E + int(dims.gated), D, scale=D**-0.5), bias, **routing)
 
         yield Case(
             NORM_ROUTER.name,

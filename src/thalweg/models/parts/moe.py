@@ -23,8 +23,9 @@ from thalweg.quant import FP8_EXPERTS, INT4_EXPERTS, PLAIN
 from thalweg.quant.fp8 import scales_into
 from thalweg.quant.ggml_types import TYPES
 from thalweg.quant.scheme import Range
-from thalweg.weights.plan import Source, Target, placed, whole
+from thalweg.weights.plan import Source, Target, concat, placed, whole
 
+PLAIN_TYPES = frozenset({"none"} | {name for name, kind in TYPES.items() if kind.is_plain})
 WIDTH, SHARED_WIDTH = "moe_intermediate_size", "shared_expert_intermediate_size"
 
 
@@ -35,6 +36,7 @@ class MoeDims:
     Scores are sigmoids with a correction bias for the choice only, or a softmax over all experts; they are renormalised
     over the chosen if `renormalize` and multiplied by `scale`. Experts compete in `top_groups` of `groups` groups
     (DeepSeek-V3). A shared expert of another kind is `gated_shared` wide, its output times a sigmoid per token (Qwen).
+    There is at most one kind.
     """
 
     experts: int
@@ -52,40 +54,49 @@ class MoeDims:
         """Experts stacked: gate_up [E + S, 2*I, D] (gate above up), down [E + S, D, I]. The router is replicated.
 
         Checkpoints store the S shared experts as one MLP of width S*I. A sum over its width is a sum over S slices of
-        it, so each slice is one more expert behind the routed ones, and one kernel serves all. Only if a checkpoint
-        stores them otherwise than the routed ones (these alone in int4, or in other types of blocks) they are an MLP of
-        their own.
+        it, so each slice is one more expert behind the routed ones, and one kernel serves all. So is a gated one as
+        wide as the routed ones, its gate one more row of the router. Only if a checkpoint stores them otherwise than
+        the routed ones (these alone in int4, or in other types of blocks) they are an MLP of their own.
         Names: norm, router, bias (sigmoid only); gate, up, down with {e} for the expert's number, or stacked_gate_up
         and stacked_down; shared_gate, shared_up, shared_down; shared_scale for the gate of a gated shared expert.
         """
         E, D = self.experts, ctx.width
         start, stop = ctx.shards.even(self.inner, WIDTH)
-        local, total = stop - start, E + self.shared
+        count = self._like_routed
+        local, total = stop - start, E + count
         gate_up, down = self._stacked(names, D, (start, stop)) if "stacked_down" in names else ([], [])
         if not gate_up:
             for e in range(E):
                 one = {x: names[x].format(e=e) for x in ("gate", "up", "down")}
                 self._expert(one, e, (start, stop), self.inner, D, gate_up, down)
-        shared = {x: names[f"shared_{x}"] for x in ("gate", "up", "down") if self.shared}
+        shared = {x: names[f"shared_{x}"] for x in ("gate", "up", "down") if count}
         routed = {"gate": gate_up[0].name, "up": gate_up[1].name, "down": down[0].name}
         apart = any(ctx.stored_as(name) != ctx.stored_as(routed[x]) for x, name in shared.items())
-        total -= self.shared if apart else 0
-        for i in range(0 if apart else self.shared):
+        gate = [names["shared_scale"]] if self.gated_shared and count else []
+        apart = apart or any(ctx.stored_as(name) not in PLAIN_TYPES for name in gate)
+        total -= count if apart else 0
+        for i in range(0 if apart else count):
             part = (i * self.inner + start, i * self.inner + stop)
-            self._expert(shared, E + i, part, self.shared * self.inner, D, gate_up, down)
+            self._expert(shared, E + i, part, count * self.inner, D, gate_up, down)
+        router = [Source(names["router"], (E, D)), *(Source(name, (1, D)) for name in gate if not apart)]
         targets = [
             ctx.norm(f"{ours}.router.norm.weight", names["norm"], D),
-            whole(f"{ours}.router.weight", names["router"], (E, D)),
+            concat(f"{ours}.router.weight", router),
             self._experts(f"{ours}.experts.gate_up", (total, 2 * local, D), gate_up, ctx, 2),
             self._experts(f"{ours}.experts.down", (total, D, local), down, ctx, 1),
         ]
         if self.scoring == "sigmoid":
             targets.append(whole(f"{ours}.router.bias", names["bias"], (E,), dtype="float32", init="zeros"))
+        if self.gated_shared and (apart or not count):
+            return targets + self._own_mlp(f"{ours}.shared", names, ctx, self.gated_shared, SHARED_WIDTH)
         if apart:
             return targets + self._own_mlp(f"{ours}.shared", names, ctx, self.shared * self.inner, WIDTH)
-        if self.gated_shared:
-            return targets + self._own_mlp(f"{ours}.shared", names, ctx, self.gated_shared, SHARED_WIDTH)
         return targets
+
+    @property
+    def _like_routed(self) -> int:
+        """How many of the shared experts are as wide as the routed ones."""
+        return 1 if self.gated_shared == self.inner else self.shared
 
     @staticmethod
     def _experts(ours: str, shape: tuple[int, ...], pieces: list[Source], ctx: PlanContext, parts: int) -> Target:
@@ -144,14 +155,14 @@ class MoeDims:
         E, k, T = self.experts, self.top_k, step.tokens
         expert = 3 * width * step.shards.count(self.inner, WIDTH)
         touched = E * (1 - (1 - k / E) ** T) * step.scheme.bytes_per_weight(step.dtype_bytes)
-        touched += self.shared * (step.shared or step.scheme).bytes_per_weight(step.dtype_bytes)
-        gated = []
-        if self.gated_shared:
+        touched += self._like_routed * (step.shared or step.scheme).bytes_per_weight(step.dtype_bytes)
+        gated, rows = [], E + int(self.gated_shared == self.inner)
+        if self.gated_shared != self.inner and self.gated_shared:
             inner = step.shards.count(self.gated_shared, SHARED_WIDTH)
             gated = [product("shared expert", width * (3 * inner + 1), step)]
         return [
-            product("router", E * width, step, scheme=PLAIN),
-            Cost("experts", touched * expert, 2.0 * T * (k + self.shared) * expert, rate=step.rate(step.scheme)),
+            product("router", rows * width, step, scheme=PLAIN),
+            Cost("experts", touched * expert, 2.0 * T * (k + self._like_routed) * expert, rate=step.rate(step.scheme)),
             *gated,
             *all_reduce("experts' sum over ranks", width, step),
         ]

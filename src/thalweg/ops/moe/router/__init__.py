@@ -22,6 +22,7 @@ class NormRouterDims:
     K: int  # experts per token
     G: int  # groups of experts
     S: int  # shared experts, appended to those chosen
+    gated: bool = False  # whether these have a gate
     norm_fp32: bool = False  # whether the norm's weight is fp32 whatever x is
 
 
@@ -47,7 +48,8 @@ class NormRouter(Protocol):
 
         The products are of values converted to fp32: rounding logits would flip choices. The shared experts
         follow the chosen ones as ids E .. E + num_shared - 1 with weight 1, so that "experts" can hold them
-        behind the routed ones. The routed order within a token is best first. Raises ConfigError as `route`.
+        behind the routed ones. They have a gate if w has one row more than bias_E: then their weight is sigmoid of
+        what that row gives. The routed order within a token is best first. Raises ConfigError as `route`.
 
         x has a unit last stride and any row stride. It shares its dtype with both weights, which are contiguous, unless
         the norm's is fp32; bias_E is fp32.
@@ -73,8 +75,6 @@ def _triton_refuses(where: Where, dims: NormRouterDims) -> Refusal:
 def _cuda_refuses(where: Where, dims: NormRouterDims) -> Refusal:
     if where.dtype != "bfloat16":
         return f"needs bfloat16, not {where.dtype}"
-    if dims.norm_fp32:
-        return "needs the norm's weight in bfloat16, not float32"
     return cuda.refusal(dims.E, dims.D, dims.K + dims.S, dims.G) or cuda_build.why_not(where) or why_not_hopper()
 
 

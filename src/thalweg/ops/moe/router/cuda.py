@@ -68,12 +68,13 @@ def norm_router(
     topk_group: int = 1,
     num_shared: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    (T, D), E, k, device = x_TD.shape, w_ED.shape[0], top_k + num_shared, x_TD.device
+    (T, D), E, k, device = x_TD.shape, len(bias_E), top_k + num_shared, x_TD.device
     normed_TD = torch.empty(T, D, dtype=x_TD.dtype, device=device)
     weights_Tk = torch.empty(T, k, dtype=torch.float32, device=device)
     ids_Tk = torch.empty(T, k, dtype=torch.int64, device=device)
     choice = {"K": top_k, "SHARED": num_shared, "SOFTMAX": is_softmax(scoring), "RENORMALIZE": renormalize}
-    choice |= {"GROUPS": n_group, "TOP_GROUPS": topk_group, "PARTS": parts(E, D)}
+    choice |= {"GROUPS": n_group, "TOP_GROUPS": topk_group, "PARTS": parts(E, D), "GATED": len(w_ED) > E}
+    choice["NORM_FLOAT"] = norm_weight_D.dtype == torch.float32
     if T == 0:
         return normed_TD, weights_Tk, ids_Tk
     x_TD, tokens = aligned_rows(x_TD), tokens_per_cluster(T, choice["PARTS"])

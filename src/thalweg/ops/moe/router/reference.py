@@ -67,10 +67,12 @@ def norm_router(
     num_shared: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     normed_TD = rms_norm(x_TD, norm_weight_D, eps)
-    logits_TE = F.linear(normed_TD.float(), w_ED.float())
+    E = len(bias_E)
+    logits_TE, gates_TG = F.linear(normed_TD.float(), w_ED.float()).tensor_split([E], dim=-1)
     weights_Tk, ids_Tk = route(logits_TE, bias_E, top_k, renormalize, scale, scoring, n_group, topk_group)
     if num_shared:
-        T, E = logits_TE.shape
-        shared_TS = torch.arange(E, E + num_shared, device=ids_Tk.device).expand(T, -1)
-        weights_Tk, ids_Tk = F.pad(weights_Tk, (0, num_shared), value=1.0), torch.cat((ids_Tk, shared_TS), dim=1)
+        shared_TS = torch.arange(E, E + num_shared, device=ids_Tk.device).expand(len(ids_Tk), -1)
+        gates_TG = gates_TG.sigmoid() if gates_TG.shape[1] else torch.ones_like(weights_Tk[:, :1])
+        weights_Tk = torch.cat((weights_Tk, gates_TG.expand(-1, num_shared)), dim=1)
+        ids_Tk = torch.cat((ids_Tk, shared_TS), dim=1)
     return normed_TD, weights_Tk, ids_Tk

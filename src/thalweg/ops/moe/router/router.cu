@@ -10,9 +10,12 @@
 // A block's part of the weights comes in PARTS: if it is more than shared memory has room for, the first half of the
 // columns goes on to registers, and the second takes its place, both above the wait.
 //
-// Macros: E, D and K as in the op's contract; SHARED experts behind the chosen ones; SOFTMAX and RENORMALIZE, 0 or 1;
-// TOKENS of a cluster, 8 or 16; PARTS, 1 or 2; GROUPS of experts, 1 or as many as warps, of which the best TOP_GROUPS
-// compete.
+// A gate of the shared experts is one more row of the weights. The warp that norms a token multiplies it, as it has the
+// token in registers.
+//
+// Macros: E, D and K as in the op's contract; SHARED experts behind the chosen ones; GATED, whether these have a gate;
+// SOFTMAX and RENORMALIZE, 0 or 1; NORM_FLOAT, whether the norm's weight is fp32; TOKENS of a cluster, 8 or 16; PARTS, 1
+// or 2; GROUPS of experts, 1 or as many as warps, of which the best TOP_GROUPS compete.
 
 #include "hopper.cuh"
 
@@ -31,6 +34,16 @@ static_assert(GROUPS == 1 || GROUPS == WARPS, "a warp ranks the experts of a gro
 __device__ __forceinline__ void unpack(float (&to)[8], uint4 from) {
     to[0] = low(from.x), to[1] = high(from.x), to[2] = low(from.y), to[3] = high(from.y);
     to[4] = low(from.z), to[5] = high(from.z), to[6] = low(from.w), to[7] = high(from.w);
+}
+__device__ __forceinline__ void unpack_norm(float (&to)[8], const uint4 (&from)[1 + NORM_FLOAT]) {
+    if (NORM_FLOAT) {
+        const uint4 a = from[0], b = from[NORM_FLOAT];
+        const u32 bits[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+#pragma unroll
+        for (int e = 0; e < 8; e++) to[e] = __uint_as_float(bits[e]);
+    } else {
+        unpack(to, from[0]);
+    }
 }
 // From shared memory, and not later than written here.
 __device__ __forceinline__ uint2 load8(const bf16* p) {
@@ -95,7 +108,7 @@ __device__ __forceinline__ int order(float x) {
 }
 
 extern "C" __global__ void __cluster_dims__(BLOCKS) __launch_bounds__(E)
-    norm_router(const bf16* x, const bf16* norm_weight, const bf16* w, const float* bias, bf16* normed, float* weights,
+    norm_router(const bf16* x, const u8* norm_weight, const bf16* w, const float* bias, bf16* normed, float* weights,
                 long long* ids, long long x_stride, int T, float eps, float scale) {
     const int tid = threadIdx.x, lane = tid % 32, quad = lane / 4, pair = lane % 4;
     const int warp = __shfl_sync(~0u, tid / 32, 0);  // so that the compiler knows it for the same in all lanes
@@ -105,7 +118,7 @@ extern "C" __global__ void __cluster_dims__(BLOCKS) __launch_bounds__(E)
     float* logits = (float*)shared;            // [BLOCKS, E], what each block adds to them
     bf16* n_s = (bf16*)(logits + BLOCKS * E);  // [TOKENS, ROW]
     bf16* w_s = n_s + TOKENS * ROW;            // [E, W_ROW]
-    __shared__ __align__(16) float squares[TOKENS][BLOCKS];
+    __shared__ __align__(16) float squares[TOKENS][BLOCKS], gates[BLOCKS];
     __shared__ __align__(16) int keys[E], list_key[WARPS][LIST];
     __shared__ int list_id[WARPS][LIST], chosen_id[K];
     __shared__ float list_score[WARPS][LIST], chosen_score[K];
@@ -113,7 +126,7 @@ extern "C" __global__ void __cluster_dims__(BLOCKS) __launch_bounds__(E)
 
     if (tid == 0) {
         expect(&squares_here, 4 * BLOCKS * n);
-        expect(&logits_here, 4 * BLOCKS * E);
+        expect(&logits_here, 4 * BLOCKS * (E + GATED));
         publish_barriers();
     }
     cluster_arrive();
@@ -129,10 +142,16 @@ extern "C" __global__ void __cluster_dims__(BLOCKS) __launch_bounds__(E)
     copy(w_s + row * W_ROW, w_from, 2 * 16 * STEPS, weights_here + warp);
     const int column = rank * COLUMNS + 8 * lane;
     const uint4 none = make_uint4(0, 0, 0, 0);
-    uint4 norm_weight8[OF_LANE];
+    constexpr int NORM_WORDS = 1 + NORM_FLOAT;  // of 16 bytes, to 8 columns
+    uint4 norm_weight8[OF_LANE][NORM_WORDS], gate8[OF_LANE];
 #pragma unroll
-    for (int v = 0; v < OF_LANE; v++)
-        norm_weight8[v] = lane + 32 * v < VECTORS ? load16(norm_weight + column + 256 * v) : none;
+    for (int v = 0; v < OF_LANE; v++) {
+        const bool is = lane + 32 * v < VECTORS;
+#pragma unroll
+        for (int i = 0; i < NORM_WORDS; i++)
+            norm_weight8[v][i] = is ? load16(norm_weight + (column + 256 * v) * 2 * NORM_WORDS + 16 * i) : none;
+        if (GATED) gate8[v] = is ? load16(w + (long long)E * D + column + 256 * v) : none;
+    }
     const float shift = bias[tid];
 
     // Operands of the products.
@@ -198,18 +217,30 @@ extern "C" __global__ void __cluster_dims__(BLOCKS) __launch_bounds__(E)
             sum.x += four.x, sum.y += four.y, sum.z += four.z, sum.w += four.w;
         }
         const float r = rsqrtf(((sum.x + sum.y) + (sum.z + sum.w)) * (1.0f / D) + eps);
+        float gate = 0;
 #pragma unroll
         for (int v = 0; v < OF_LANE; v++) {
             float y[8], weight[8];
             unpack(y, x8[i][v]);
-            unpack(weight, norm_weight8[v]);
+            unpack_norm(weight, norm_weight8[v]);
 #pragma unroll
             for (int e = 0; e < 8; e++) y[e] = y[e] * r * weight[e];
             if (lane + 32 * v < VECTORS) {
                 const uint4 n8 = make_uint4(pack(y[0], y[1]), pack(y[2], y[3]), pack(y[4], y[5]), pack(y[6], y[7]));
                 *(uint4*)(n_s + t * ROW + 8 * lane + 256 * v) = n8;
                 *(uint4*)(normed + (long long)(first + t) * D + column + 256 * v) = n8;
+                if (GATED) {
+                    unpack(y, n8);
+                    unpack(weight, gate8[v]);
+#pragma unroll
+                    for (int e = 0; e < 8; e++) gate += y[e] * weight[e];
+                }
             }
+        }
+        if (GATED) {
+#pragma unroll
+            for (int m = 1; m < 32; m *= 2) gate += __shfl_xor_sync(~0u, gate, m);
+            if (lane == 0) send(t, &logits_here, &gates[rank], gate);
         }
     }
     __syncthreads();
@@ -327,7 +358,14 @@ extern "C" __global__ void __cluster_dims__(BLOCKS) __launch_bounds__(E)
         for (int j = 0; j < K; j++) total += chosen_score[j];
         const float divisor = RENORMALIZE ? total + 1e-20f : 1.0f;
         const long long out = (long long)(first + rank) * (K + SHARED) + tid;
-        weights[out] = tid < K ? chosen_score[tid] / divisor * scale : 1.0f;
+        float shared_weight = 1;
+        if (GATED) {
+            float gate[4] = {};
+#pragma unroll
+            for (int b = 0; b < BLOCKS; b++) gate[b % 4] += gates[b];
+            shared_weight = 1.0f / (1.0f + __expf(-((gate[0] + gate[1]) + (gate[2] + gate[3]))));
+        }
+        weights[out] = tid < K ? chosen_score[tid] / divisor * scale : shared_weight;
         ids[out] = tid < K ? chosen_id[tid] : E - K + tid;
     }
 }

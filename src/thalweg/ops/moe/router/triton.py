@@ -69,18 +69,20 @@ def _competes(choice, G2: tl.constexpr, S2: tl.constexpr, TOP_G: tl.constexpr):
     return tl.reshape(tl.broadcast_to(kept[:, None], [G2, S2]), [G2 * S2])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["split_stride"])
 def choose_kernel(
-    partial_ptr,  # [SPLITS, T, E] fp32
+    partial_ptr,  # [SPLITS, T, E or more] fp32; column E of a gate
     bias_ptr,
     weights_ptr,
     ids_ptr,
     scale,
-    T,
+    split_stride,
+    row_stride,
     SPLITS: tl.constexpr,
     E: tl.constexpr,
     K: tl.constexpr,
     SHARED: tl.constexpr,
+    GATED: tl.constexpr,
     SOFTMAX: tl.constexpr,
     RENORMALIZE: tl.constexpr,
     G: tl.constexpr,
@@ -92,7 +94,7 @@ def choose_kernel(
 ):
     if PDL:
         gdc_launch_dependents()
-    token = tl.program_id(0)
+    token = tl.program_id(0).to(tl.int64)
     E2: tl.constexpr = G2 * S2
     S: tl.constexpr = E // G
     place = tl.arange(0, E2)
@@ -102,8 +104,12 @@ def choose_kernel(
     if PDL:
         gdc_wait()
     logits = tl.zeros([E2], tl.float32)
+    gate = 0.0
     for s in tl.static_range(SPLITS):
-        logits += tl.load(partial_ptr + (s * T + token) * E + columns, mask=inside, other=0.0)
+        row_ptr = partial_ptr + s * split_stride + token * row_stride
+        logits += tl.load(row_ptr + columns, mask=inside, other=0.0)
+        if GATED:
+            gate += tl.load(row_ptr + E)
     if SOFTMAX:
         logits = tl.where(inside, logits, float("-inf"))
         scores = tl.exp(logits - tl.max(logits, 0))
@@ -127,8 +133,11 @@ def choose_kernel(
     routed = tl.gather(scores, tl.where(slots < K, ids // S * S2 + ids % S, 0), 0)
     if RENORMALIZE:
         routed = routed / (tl.sum(tl.where(slots < K, routed, 0.0), 0) + 1e-20)
+    shared = 1.0
+    if GATED:
+        shared = 1.0 / (1.0 + tl.exp(-gate))
     out = token * (K + SHARED) + slots
-    tl.store(weights_ptr + out, tl.where(slots < K, routed * scale, 1.0), mask=slots < K + SHARED)
+    tl.store(weights_ptr + out, tl.where(slots < K, routed * scale, shared), mask=slots < K + SHARED)
     tl.store(ids_ptr + out, ids.to(tl.int64), mask=slots < K + SHARED)
 
 
@@ -170,9 +179,12 @@ def norm_router_by_library(
     """As norm_router, of a product that the library has whole."""
     normed_TD = rms_norm(x_TD, norm_weight_D, eps)
     as_fp32 = {} if x_TD.dtype == torch.float32 else {"out_dtype": torch.float32}
-    logits_STE = torch.mm(normed_TD, w_ED.t(), **as_fp32)[None]
+    # Rows that begin at odd places the library and the choice would write and read value by value.
+    rows = len(w_ED)
+    logits_TE = torch.empty(len(x_TD), -(-rows // 16) * 16, dtype=torch.float32, device=x_TD.device)[:, :rows]
+    torch.mm(normed_TD, w_ED.t(), **as_fp32, out=logits_TE)
     groups = (n_group, topk_group)
-    return normed_TD, *run_choose(logits_STE, bias_E, top_k, renormalize, scale, scoring, num_shared, groups)
+    return normed_TD, *run_choose(logits_TE[None], bias_E, top_k, renormalize, scale, scoring, num_shared, groups)
 
 
 def run_choose(
@@ -185,9 +197,9 @@ def run_choose(
     num_shared: int,
     groups: tuple[int, int] = (1, 1),
 ) -> tuple[Tensor, Tensor]:
-    """(weights fp32, ids int64), both [T, top_k + num_shared], of parts of the logits; groups are how many there are,
-    and how many compete."""
-    (S, T, E), k, device = logits_STE.shape, top_k + num_shared, logits_STE.device
+    """(weights fp32, ids int64), both [T, top_k + num_shared], of parts of the logits, and of a gate's behind those of
+    all experts; groups are how many there are, and how many compete."""
+    (S, T, rows), E, k, device = logits_STE.shape, len(bias_E), top_k + num_shared, logits_STE.device
     weights_Tk = torch.empty(T, k, dtype=torch.float32, device=device)
     ids_Tk = torch.empty(T, k, dtype=torch.int64, device=device)
     softmax = is_softmax(scoring)
@@ -198,11 +210,13 @@ def run_choose(
             weights_Tk,
             ids_Tk,
             float(scale),
-            T,
+            logits_STE.stride(0),
+            logits_STE.stride(1),
             SPLITS=S,
             E=E,
             K=top_k,
             SHARED=num_shared,
+            GATED=rows > E,
             SOFTMAX=softmax,
             RENORMALIZE=renormalize,
             G=groups[0],
