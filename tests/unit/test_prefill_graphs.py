@@ -201,7 +201,7 @@ def with_static_steps(monkeypatch: pytest.MonkeyPatch) -> list[step_module.Model
     original, made = step_module.ModelRunner.__init__, []
 
     def init(self: Any, *args: Any) -> None:
-        original(self, *args[:4], prefill_tokens=256)
+        original(self, *args[:4], prefill_tokens=256, keeps_prefixes=args[7])
         made.append(self)
 
     monkeypatch.setattr(step_module.ModelRunner, "__init__", init)
@@ -234,11 +234,40 @@ def test_static_steps_give_the_tokens_of_eager_ones(
     assert any(plan.restores for _, plan in met) == keeps
 
 
-def test_shapes_of_one_prompt_are_captured_at_the_start_and_others_when_they_are_met_again(
+def start_before_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets ranks capture at their start, as on a GPU."""
+    build = rank.build_rank
+
+    def build_and_start(*args: Any, **options: Any) -> Any:
+        runner, info = build(*args, **options)
+        runner.rehearse(runner.model, [])
+        runner.capture()
+        return runner, info
+
+    monkeypatch.setattr(rank, "build_rank", build_and_start)
+
+
+def test_a_conversations_second_turn_waits_for_no_capture(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefill_graphs, "captured", lambda step, pool: (step, pool))
+    runners = with_static_steps(monkeypatch)
+    start_before_ready(monkeypatch)
+    first = [j % 128 for j in range(200)]
+    greedy = SamplingParams(max_tokens=3, temperature=0)
+    with LLM(str(folder), max_num_seqs=2, max_num_batched_tokens=512) as llm:
+        said = llm.generate([first], greedy)[0].outputs[0].token_ids
+        turn = llm.generate([first + said + first[:40]], greedy)[0]
+    assert turn.num_cached_tokens == 192
+    graphs = runners[0].prefill_graphs
+    assert graphs is not None
+    assert graphs.steps == {"captured": 2}
+
+
+def test_shapes_of_one_prompt_and_of_a_next_turn_are_captured_at_the_start_and_others_when_they_are_met_again(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = generate(folder)
     captured: list[Shape] = []
+    monkeypatch.setattr(prefill_graphs, "TURN", 128)
 
     def capture(step: Any, pool: Any) -> tuple[Any, str]:
         """A graph that only looks like one."""
@@ -250,23 +279,17 @@ def test_shapes_of_one_prompt_are_captured_at_the_start_and_others_when_they_are
 
     monkeypatch.setattr(prefill_graphs, "captured", capture)
     runners = with_static_steps(monkeypatch)
-    build = rank.build_rank
-
-    def build_and_start(*args: Any, **options: Any) -> Any:
-        runner, info = build(*args, **options)
-        runner.rehearse(runner.model, [])
-        runner.capture()
-        return runner, info
-
-    monkeypatch.setattr(rank, "build_rank", build_and_start)
+    start_before_ready(monkeypatch)
     assert generate(folder) == expected
     graphs = runners[0].prefill_graphs
     assert graphs is not None
-    assert captured[:4] == [Shape(0, 15, 256, 256), *(Shape(0, 1, n, n) for n in (256, 128, 64))]
-    assert len(set(captured)) == len(captured) > 4
+    turns = [Shape(d, 1, n, CONTEXTS[0]) for d in (0,) for n in (128, 64)]
+    usual = [Shape(0, 15, 256, 256), *turns, *(Shape(0, 1, n, n) for n in (256, 128, 64))]
+    assert captured[: len(usual)] == usual
+    assert len(set(captured)) == len(captured) > len(usual)
     assert set(captured) == set(graphs._replays)
     once = [shape for shape in graphs._statics if shape not in graphs._replays]
-    assert graphs.steps["uncaptured"] == len(once) + len(captured) - 4
+    assert graphs.steps["uncaptured"] == len(once) + len(captured) - len(usual)
     assert graphs.steps["captured"] > 0
     assert graphs.steps["eager"] == 2  # prompts whose log-probabilities are asked for, in both rounds
 

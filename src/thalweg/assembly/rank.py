@@ -99,7 +99,8 @@ def build_rank(
     prefills_eager = eager or _why_eager(config, device, resolver, "prefills", max(prefill_sizes, default=0))
     prefill_tokens = 0 if prefills_eager or not prefill_sizes else min(prefill_tokens, prefill_sizes[-1])
     laps.end("cache")
-    runner = ModelRunner(model, slots, Sampler(sampling, sample), mesh, graph_sizes, prefill_tokens, host)
+    sampler = Sampler(sampling, sample)
+    runner = ModelRunner(model, slots, sampler, mesh, graph_sizes, prefill_tokens, host, split.keeps_prefixes)
     runner.identity, runner.cache_index = identity, index
     if device.type == "cuda":
         make_kernels(runner, partial(model, layers=model.one_of_each()), split, config.max_num_batched_tokens)

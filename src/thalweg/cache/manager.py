@@ -247,15 +247,16 @@ class CacheManager:
     def check_idle(self) -> None:
         """Raises CacheAccountingError that lists what is still taken, and not merely kept. For when no sequence
         should be left."""
-        blocks, slots = self.blocks.taken(), self.slots.taken()
+        taken = self.blocks.num_blocks - self.blocks.num_free
         kept = self.tree.num_nodes if self.tree is not None and self.blocks.num_blocks else 0
-        leaked = blocks if len(blocks) != self.num_kept or kept != self.num_kept else []
+        leaked = taken != self.num_kept or kept != self.num_kept
         saved = 0 if self.tree is None else len(self.tree.saved)
         if saved + self.snapshots.num_free != self.snapshots.num_snapshots:
             raise CacheAccountingError(f"leaked at idle: snapshots {self.snapshots.taken()}, {saved} of them in use")
-        if leaked or slots or self._held or self._decoding_snapshots:
+        if leaked or self.slots.num_free < self.slots.num_slots or self._held or self._decoding_snapshots:
+            blocks, slots = self.blocks.taken() if leaked else [], self.slots.taken()
             raise CacheAccountingError(
-                f"leaked at idle: blocks {leaked}, slots {slots}, held by sequences {sorted(self._held)}"
+                f"leaked at idle: blocks {blocks}, slots {slots}, held by sequences {sorted(self._held)}"
             )
 
     def _attach_latest(self, held: _Held, node: Node, snapshot: int, ready: int) -> None:

@@ -31,6 +31,7 @@ _log = logging.getLogger(__name__)
 
 TOKENS = (64, 128, 256, 384, 512, 768, 1024, 1280, 1536, 2048)  # beyond, a step is longer than launching it
 CONTEXTS = (4096, 8192, 16384)  # beyond those without cached tokens; more would be computed for nothing
+TURN = 512  # most tokens of a prompt after a cached prefix whose shapes are captured at the start
 PREFILLS = (1, 15)  # and the one that pads the step: logits of few enough rows for kernels that stream the head once
 ROWS = (0, 8, 32, 64, 128, 256)  # beyond, a step is long, and logits of so many rows are much memory
 MAX_SHAPES = 96  # that are captured; others run eagerly from then on
@@ -115,8 +116,11 @@ class PrefillGraphs:
         mesh: Mesh,
         max_num_seqs: int,
         tokens: int,
+        keeps_prefixes: bool = False,
     ) -> None:
-        """For steps of up to `tokens` prompt tokens, for which there is a size at least (`token_sizes`)."""
+        """For steps of up to `tokens` prompt tokens, for which there is a size at least (`token_sizes`).
+        `keeps_prefixes`: prompts may begin after cached tokens."""
+        self._keeps_prefixes = keeps_prefixes
         self.model, self._batches, self._sampler, self._mesh = model, batches, sampler, mesh
         self._sizes = sizes = token_sizes(tokens, batches.slots.max_model_len)  # of tokens, ascending
         self._most_tokens = min(tokens, sizes[-1])
@@ -155,10 +159,16 @@ class PrefillGraphs:
         return [n for n in self._sizes if n <= self._batches.slots.max_model_len]
 
     def _usual(self) -> list[Shape]:
-        """Of many prompts, and of one alone."""
-        sizes = self._whole()[::-1]
+        """Of many prompts, of one alone, and of a short one after a cached prefix, as a conversation's next turn is."""
+        sizes, longest = self._whole()[::-1], self._batches.slots.max_model_len
         many = [Shape(0, n, size, size) for n in PREFILLS[1:] for size in sizes[:1]]
-        return many + [Shape(0, PREFILLS[0], size, size) for size in sizes]
+        one = [Shape(0, PREFILLS[0], size, size) for size in sizes]
+        if not self._keeps_prefixes:
+            return many + one
+        contexts = [n for n, less in zip(CONTEXTS, (0, *CONTEXTS), strict=False) if less < longest]
+        short = [size for size in sizes if size <= TURN]
+        turns = [Shape(0, PREFILLS[0], size, n) for n in contexts[::-1] for size in short]
+        return many + turns + one
 
     def _at_rest(self, shape: Shape) -> Static:
         """A step of the shape on the sinks."""

@@ -42,9 +42,11 @@ class ModelRunner:
         graph_sizes: list[int] | None = None,
         prefill_tokens: int = 0,
         host: HostStorage | None = None,
+        keeps_prefixes: bool = False,
     ) -> None:
         """`sampler` reads `slots.sampling`. `graph_sizes` are rows of steps that decode. Steps of up to
-        `prefill_tokens` prompt tokens can be graphs; 0: none. `host`: the cache's second tier."""
+        `prefill_tokens` prompt tokens can be graphs; 0: none. `host`: the cache's second tier. `keeps_prefixes`:
+        whether prompts may begin after cached tokens."""
         self.model, self.slots, self._sampler, self.mesh = model, slots, sampler, mesh
         self.host = host
         self.identity = ""  # of the model and all that cached bytes depend on
@@ -60,7 +62,9 @@ class ModelRunner:
         if prefill_tokens:
             most = slots.cache.num_slots
             with torch.inference_mode():
-                self.prefill_graphs = PrefillGraphs(model, self._batches, sampler, mesh, most, prefill_tokens)
+                self.prefill_graphs = PrefillGraphs(
+                    model, self._batches, sampler, mesh, most, prefill_tokens, keeps_prefixes
+                )
 
     @torch.inference_mode()
     def rehearse(self, model: Model, plans: Iterable[StepPlan]) -> None:
