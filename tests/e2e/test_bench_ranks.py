@@ -44,6 +44,11 @@ def test_decode_steps_beside_the_floor_of_a_rank(
         assert 0.5 * alone["floor_bytes"] <= one["floor_bytes"] < 0.7 * alone["floor_bytes"]  # some are replicated
 
 
+def test_decode_has_all_of_the_caches_memory_for_its_sequences() -> None:
+    sizes = ["--batch-size", "4", "--context", "2000", "--steps", "2", "--num-iters", "1"]
+    assert main(["bench", "decode", "--load-format", "dummy", "--device", "cpu", "--cache-memory", "8MiB", *sizes]) == 0
+
+
 @pytest.mark.parametrize("ranks", RANKS)
 def test_latency_beside_the_floor_of_a_rank(ranks: int, tmp_path: Path) -> None:
     sizes = ("--batch-size", "2", "--input-len", "8", "--output-len", "4", "--num-iters", "1", "-tp", str(ranks))

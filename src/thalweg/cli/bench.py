@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 bench = typer.Typer(help="Measure speed.")
 bench.command()(compare)
 
+_PREFIX_CACHE = ("enable_prefix_caching", "snapshot_interval", "snapshot_dtype", "cpu_cache_memory", "cache_folder",
+                 "cache_folder_size")  # fmt: skip
+
 Temperature = Annotated[float, typer.Option(metavar="T", help="0 takes the likeliest token each time.")]
 OutputJson = Annotated[str | None, typer.Option(metavar="FILE", help="Write the figures to this file too.")]
 
@@ -113,7 +116,7 @@ def latency(
 
 
 @bench.command()
-@takes(config=engine_config, leave_out=("max_num_seqs", "generation_config"))
+@takes(config=engine_config, leave_out=("max_num_seqs", "generation_config", *_PREFIX_CACHE))
 def decode(
     config: EngineConfig,
     batch_size: Annotated[str, typer.Option(metavar="N,N,...", help="Rows of a step; several sizes in turn.")] = "1,8",
@@ -140,7 +143,7 @@ def decode(
     from thalweg.bench.machine import describe_machine
     from thalweg.engine.start import Engine
 
-    config = replace(config, max_num_seqs=max(sizes))
+    config = replace(config, max_num_seqs=max(sizes), enable_prefix_caching=False)  # all memory is for the sequences
     if config.max_model_len is None:
         config = replace(config, max_model_len=length + WARMUP_STEPS + steps + config.block_size)
     ceilings = measure_ceilings(choose_device(config, 0), torch.bfloat16)
