@@ -15,7 +15,7 @@ from torch import Tensor
 from thalweg.ops.linear import reference, separate
 from thalweg.ops.norm import RMS_NORM, RmsNormDims
 from thalweg.ops.registry import Op, Refusal, Resolver, Tokens, Where, register
-from thalweg.ops.toolchain import cuda_build
+from thalweg.ops.toolchain import cpu_build, cuda_build
 from thalweg.ops.toolchain.triton_support import why_not, why_not_hopper
 from thalweg.quant import GgmlRows
 
@@ -77,6 +77,7 @@ LINEAR_GGML: Op[LinearGgmlDims, LinearGgml] = Op("linear_ggml", LinearGgmlDims)
 
 MAX_COLUMNS, MAX_ROWS = 2**15, 2**18  # of the weight: a norm's weight, and sums over passes, fit shared memory
 FEW = Tokens(last=16)  # beyond, the registers of a block hold too little of x
+CPU_FEW = Tokens(last=16)  # beyond, the library's products of blocks are as fast
 WIDE, WIDE_FEW = 4096, Tokens(last=8)  # more columns: blocks read x for longer, and the library is as fast from 9 on
 NORM_COLUMNS, NORM_FEW = 2304, Tokens(last=32)  # so few do; there a norm inside saves its launch, and no time
 
@@ -90,6 +91,10 @@ def _cuda_refuses(where: Where, dims: LinearDims | NormLinearDims) -> Refusal:
     if where.dtype != "bfloat16":
         return f"needs bfloat16, not {where.dtype}"
     return why_not(where) or cuda_build.why_not(where) or why_not_hopper()
+
+
+def _cpp_refuses(where: Where, dims: LinearDims | NormLinearDims) -> Refusal:
+    return cpu_build.why_not(where)
 
 
 def _in_place_refuses(where: Where, dims: LinearDims) -> Refusal:
@@ -133,6 +138,24 @@ def _cuda_linear_add(where: Where, dims: LinearDims) -> LinearAdd:
     return cuda.linear_add
 
 
+def _cpp_linear(where: Where, dims: LinearDims) -> Linear:
+    from thalweg.ops.linear import cpp
+
+    return cpp.linear
+
+
+def _cpp_norm_linear(where: Where, dims: NormLinearDims) -> NormLinear:
+    from thalweg.ops.linear import cpp
+
+    return cpp.norm_linear
+
+
+def _cpp_linear_add(where: Where, dims: LinearDims) -> LinearAdd:
+    from thalweg.ops.linear import cpp
+
+    return cpp.linear_add
+
+
 def _triton_norm_linear(where: Where, dims: NormLinearDims) -> NormLinear:
     from thalweg.ops.linear import triton
 
@@ -140,15 +163,18 @@ def _triton_norm_linear(where: Where, dims: NormLinearDims) -> NormLinear:
 
 
 register(LINEAR, "reference", lambda *_: reference.linear)
+register(LINEAR, "cpp", _cpp_linear, supports=_cpp_refuses, tokens=CPU_FEW, priority=10)
 register(LINEAR, "cuda", _cuda_linear, supports=_cuda_refuses, tokens=_few, priority=20)
 
 register(NORM_LINEAR, "reference", lambda *_: reference.norm_linear)
 register(NORM_LINEAR, "separate", _separate, priority=-10)
+register(NORM_LINEAR, "cpp", _cpp_norm_linear, supports=_cpp_refuses, tokens=CPU_FEW, priority=10)
 register(NORM_LINEAR, "triton", _triton_norm_linear, supports=why_not, priority=10)
 register(NORM_LINEAR, "cuda", _cuda_norm_linear, supports=_cuda_refuses, tokens=_norm_few, priority=20)
 
 register(LINEAR_ADD, "reference", lambda *_: reference.linear_add)
 register(LINEAR_ADD, "in_place", lambda *_: reference.linear_add_in_place, supports=_in_place_refuses, priority=10)
+register(LINEAR_ADD, "cpp", _cpp_linear_add, supports=_cpp_refuses, tokens=CPU_FEW, priority=10)
 register(LINEAR_ADD, "cuda", _cuda_linear_add, supports=_cuda_refuses, tokens=_few, priority=20)
 
 register(LINEAR_GGML, "reference", _ggml, capturable=False)

@@ -7,8 +7,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from thalweg.ops.registry import Op, Where, register
+from thalweg.ops.registry import Op, Refusal, Where, register
 from thalweg.ops.sample import reference
+from thalweg.ops.toolchain import cpu_build
 from thalweg.ops.toolchain.triton_support import why_not
 
 
@@ -43,6 +44,16 @@ class Sample(Protocol):
 SAMPLE: Op[SampleDims, Sample] = Op("sample", SampleDims)
 
 
+def _cpp(where: Where, dims: SampleDims) -> Sample:
+    from thalweg.ops.sample import cpp
+
+    return cpp.sample
+
+
+def _cpp_refuses(where: Where, dims: SampleDims) -> Refusal:
+    return cpu_build.why_not(where)
+
+
 def _triton(where: Where, dims: SampleDims) -> Sample:
     from thalweg.ops.sample import triton
 
@@ -50,4 +61,5 @@ def _triton(where: Where, dims: SampleDims) -> Sample:
 
 
 register(SAMPLE, "reference", lambda *_: reference.sample)
+register(SAMPLE, "cpp", _cpp, supports=_cpp_refuses, priority=10)
 register(SAMPLE, "triton", _triton, supports=why_not, priority=10)

@@ -21,7 +21,7 @@ from thalweg.ops.delta.conv1d import PIECE
 from thalweg.ops.delta.gdn import reference
 from thalweg.ops.host_tables import Boundaries
 from thalweg.ops.registry import Op, Refusal, Where, register
-from thalweg.ops.toolchain import cuda_build
+from thalweg.ops.toolchain import cpu_build, cuda_build
 from thalweg.ops.toolchain.triton_support import why_not
 
 
@@ -117,6 +117,18 @@ def _cuda_mixer_refuses(where: Where, dims: GdnDims) -> Refusal:
     return cuda_build.why_not(where)
 
 
+def _cpp(where: Where, dims: GdnDims) -> GdnMixerDecode:
+    from thalweg.ops.delta import mixer_cpp
+
+    return mixer_cpp.gdn_mixer_decode
+
+
+def _cpp_refuses(where: Where, dims: GdnDims) -> Refusal:
+    if dims.K % 16 or dims.V % 16:
+        return f"needs K and V to be multiples of 16, not {dims.K} and {dims.V}"
+    return cpu_build.why_not(where)
+
+
 def _cuda_prefill(where: Where, dims: GdnDims) -> GdnMixerPrefill:
     from thalweg.ops.delta import prefill_cuda
 
@@ -132,6 +144,7 @@ def _cuda_prefill_refuses(where: Where, dims: GdnDims) -> Refusal:
 
 
 register(GDN_MIXER_DECODE, "reference", lambda *_: reference.gdn_mixer_decode)
+register(GDN_MIXER_DECODE, "cpp", _cpp, supports=_cpp_refuses, priority=10)
 register(GDN_MIXER_DECODE, "cuda", _cuda_mixer, supports=_cuda_mixer_refuses, priority=20)
 register(GDN_MIXER_PREFILL, "reference", lambda *_: reference.gdn_mixer_prefill)
 register(GDN_MIXER_PREFILL, "triton", _triton_prefill, supports=_triton_prefill_refuses, priority=10, capturable=True)

@@ -23,7 +23,7 @@ from thalweg.ops.delta.conv1d import PIECE
 from thalweg.ops.delta.kda_mixer import reference
 from thalweg.ops.host_tables import Boundaries
 from thalweg.ops.registry import Op, Refusal, Where, register
-from thalweg.ops.toolchain import cuda_build
+from thalweg.ops.toolchain import cpu_build, cuda_build
 from thalweg.ops.toolchain.triton_support import why_not
 
 
@@ -120,6 +120,18 @@ def _cuda_refuses(where: Where, dims: KdaMixerDims) -> Refusal:
     return cuda_build.why_not(where)
 
 
+def _cpp(where: Where, dims: KdaMixerDims) -> KdaMixerDecode:
+    from thalweg.ops.delta import mixer_cpp
+
+    return mixer_cpp.kda_mixer_decode
+
+
+def _cpp_refuses(where: Where, dims: KdaMixerDims) -> Refusal:
+    if dims.K != dims.V or dims.K % 16:
+        return f"needs K = V, a multiple of 16, not {dims.K} and {dims.V}"
+    return cpu_build.why_not(where)
+
+
 def _triton_prefill(where: Where, dims: KdaMixerDims) -> KdaMixerPrefill:
     from thalweg.ops.delta.conv1d.triton import conv1d_prefill
     from thalweg.ops.delta.kda.triton.gate import kda_gate
@@ -152,6 +164,7 @@ def _cuda_prefill_refuses(where: Where, dims: KdaMixerDims) -> Refusal:
 
 
 register(KDA_MIXER_DECODE, "reference", lambda *_: reference.kda_mixer_decode)
+register(KDA_MIXER_DECODE, "cpp", _cpp, supports=_cpp_refuses, priority=10)
 register(KDA_MIXER_DECODE, "triton", _triton, supports=_triton_refuses, priority=10)
 register(KDA_MIXER_DECODE, "cuda", _cuda, supports=_cuda_refuses, priority=20)
 register(KDA_MIXER_PREFILL, "reference", lambda *_: reference.kda_mixer_prefill)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from thalweg.ops.moe.experts import reference
 from thalweg.ops.registry import Op, Refusal, Tokens, Where, register
-from thalweg.ops.toolchain import cuda_build
+from thalweg.ops.toolchain import cpu_build, cuda_build
 from thalweg.ops.toolchain.triton_support import why_not, why_not_hopper
 from thalweg.quant import scheme_named
 from thalweg.quant.blocks import BLOCK
@@ -83,6 +83,7 @@ MANY_EXPERTS = 384  # of which each has few tokens still where fewer experts wou
 MAX_CUDA_EXPERTS = 1024  # a block of the CUDA C++ kernels has all of them in shared memory
 MAX_SORTED_EXPERTS = 1280  # of which a block of the sort has counts in shared memory, for each of its warps
 MAX_CUDA_WARPS = 12
+CPU_FEW = Tokens(last=64)  # beyond, an expert has so many tokens that the library's products are faster
 # Tokens from which on words are widened between products of warpgroups; fewer leave these too small.
 INT4_PROMPTS = 3072
 WIDE_STEPS, MAX_WIDE_WARPS = 4, 14  # over fp8, for up to 8 tokens: more would not fit the registers
@@ -211,6 +212,18 @@ def _some(dims: ExpertsDims) -> Tokens:
     return Tokens(last=min(512, 2 * most) if dims.E >= MANY_EXPERTS else most)
 
 
+def _cpp(where: Where, dims: ExpertsDims) -> Experts:
+    from thalweg.ops.moe.experts import cpp
+
+    return cpp.experts
+
+
+def _cpp_refuses(where: Where, dims: ExpertsDims) -> Refusal:
+    if dims.scheme != "none" or dims.own:
+        return f"needs weights in the model's dtype alone, not {dims.scheme}"
+    return cpu_build.why_not(where)
+
+
 def _prompts(dims: ExpertsDims) -> Tokens:
     return Tokens(first=INT4_PROMPTS) if dims.scheme == "int4" else Tokens()
 
@@ -227,6 +240,7 @@ def _separate_refuses(where: Where, dims: ExpertsDims) -> Refusal:
 
 register(EXPERTS, "reference", _reference, capturable=False)
 register(EXPERTS, "separate", _separate, supports=_separate_refuses, priority=-10)
+register(EXPERTS, "cpp", _cpp, supports=_cpp_refuses, tokens=CPU_FEW, priority=10)
 register(EXPERTS, "grouped", _grouped, supports=_triton_refuses, priority=10)
 _matrix_supports = partial(_matrix_refuses, scheme="none", columns=64)
 register(EXPERTS, "matrix", _matrix, supports=_matrix_supports, tokens=_prompts, priority=15)

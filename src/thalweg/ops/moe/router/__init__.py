@@ -9,7 +9,7 @@ from torch import Tensor
 
 from thalweg.ops.moe.router import cuda, reference
 from thalweg.ops.registry import Op, Refusal, Tokens, Where, register
-from thalweg.ops.toolchain import cuda_build
+from thalweg.ops.toolchain import cpu_build, cuda_build
 from thalweg.ops.toolchain.triton_support import why_not, why_not_hopper
 
 Scoring = Literal["sigmoid", "softmax"]
@@ -59,6 +59,7 @@ class NormRouter(Protocol):
 NORM_ROUTER: Op[NormRouterDims, NormRouter] = Op("norm_router", NormRouterDims)
 
 MAX_WIDTH = 16384  # of a row that is normed
+CPU_FEW = Tokens(last=64)  # beyond, the library's product is as fast
 MAX_EXPERTS = 1024  # one program holds all scores of a token in registers
 
 
@@ -76,6 +77,16 @@ def _cuda_refuses(where: Where, dims: NormRouterDims) -> Refusal:
     if where.dtype != "bfloat16":
         return f"needs bfloat16, not {where.dtype}"
     return cuda.refusal(dims.E, dims.D, dims.K + dims.S, dims.G) or cuda_build.why_not(where) or why_not_hopper()
+
+
+def _cpp(where: Where, dims: NormRouterDims) -> NormRouter:
+    from thalweg.ops.moe.router import cpp
+
+    return cpp.norm_router
+
+
+def _cpp_refuses(where: Where, dims: NormRouterDims) -> Refusal:
+    return cpu_build.why_not(where)
 
 
 def _library(where: Where, dims: NormRouterDims) -> NormRouter:
@@ -96,6 +107,7 @@ def _few(dims: NormRouterDims) -> Tokens:
 
 
 register(NORM_ROUTER, "reference", lambda *_: reference.norm_router)
+register(NORM_ROUTER, "cpp", _cpp, supports=_cpp_refuses, tokens=CPU_FEW, priority=10)
 register(NORM_ROUTER, "library", _library, supports=_triton_refuses, priority=10)
 # Beyond, a product fills the device without being split.
 register(NORM_ROUTER, "triton", _triton, supports=_triton_refuses, tokens=Tokens(last=512), priority=20)

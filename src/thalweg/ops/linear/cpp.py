@@ -1,0 +1,61 @@
+"""Linear projections of few tokens on a CPU, in C++ (few.cpp)."""
+
+from __future__ import annotations
+
+from ctypes import c_float, c_int, c_int64, c_void_p
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thalweg.ops.toolchain.cpu_build import DTYPES, function
+
+
+@cache
+def _run() -> Any:
+    sizes = (c_int64, c_int64, c_int64, c_int)
+    norm, residual, y = (c_int, c_void_p, c_float), (c_void_p, c_int64), (c_void_p, c_int64)
+    return function("linear", c_int, c_void_p, c_int64, c_void_p, *norm, *residual, *y, *sizes)
+
+
+def linear(x_TD: Tensor, w_OD: Tensor) -> Tensor:
+    return _few(x_TD, w_OD, x_TD.new_empty(len(x_TD), len(w_OD)))
+
+
+def norm_linear(x_TD: Tensor, norm_weight_D: Tensor, eps: float, w_OD: Tensor) -> Tensor:
+    return _few(x_TD, w_OD, x_TD.new_empty(len(x_TD), len(w_OD)), norm_weight_D, eps)
+
+
+def linear_add(x_TD: Tensor, w_OD: Tensor, residual_TO: Tensor) -> Tensor:
+    """The residual is overwritten with the result."""
+    return _few(x_TD, w_OD, residual_TO, residual_TO=residual_TO)
+
+
+def _few(
+    x_TD: Tensor,
+    w_OD: Tensor,
+    y_TO: Tensor,
+    norm_weight_D: Tensor | None = None,
+    eps: float = 0.0,
+    residual_TO: Tensor | None = None,
+) -> Tensor:
+    (T, D), dtype = x_TD.shape, DTYPES[x_TD.dtype]
+    _run()(
+        dtype,
+        x_TD.data_ptr(),
+        x_TD.stride(0),
+        w_OD.data_ptr(),
+        dtype if norm_weight_D is None else DTYPES[norm_weight_D.dtype],
+        None if norm_weight_D is None else norm_weight_D.data_ptr(),
+        eps,
+        None if residual_TO is None else residual_TO.data_ptr(),
+        0 if residual_TO is None else residual_TO.stride(0),
+        y_TO.data_ptr(),
+        y_TO.stride(0),
+        T,
+        D,
+        len(w_OD),
+        torch.get_num_threads(),
+    )
+    return y_TO

@@ -1,0 +1,120 @@
+// Op "experts" over weights in the model's dtype: one pass for the products of gate and up, one for those of down with
+// the weighted sum and the residual.
+//
+// The pairs of token and expert are sorted by expert, so that a weight is read once for all its tokens. A token's sum
+// over its experts is in the order of its ids. Values are rounded to T where the reference rounds them, which serves
+// prompts: the same token comes out of both as nearly alike as can be.
+#include "rows.h"
+
+using namespace thalweg;
+
+namespace {
+
+constexpr int64_t CHUNK = 32;  // rows of a weight in a task
+
+template <class T>
+void experts(
+    const T* x,
+    int64_t x_stride,
+    const float* weights,
+    const int64_t* ids,
+    const T* gate_up,
+    const T* down,
+    const T* residual,
+    int64_t residual_stride,
+    T* y,
+    int64_t tokens,
+    int64_t k,
+    int64_t E,
+    int64_t D,
+    int64_t I,
+    int threads) {
+  int64_t pairs = tokens * k, wide = padded(D), inner = padded(I);
+  // Where each expert's pairs begin, which pair of the caller's stands where, and which experts have any.
+  int64_t* begin = (int64_t*)scratch<2>(2 * (E + 1 + 2 * pairs + E));
+  int64_t *place = begin + E + 1, *order = place + pairs, *used = order + pairs, count_used = 0;
+  for (int64_t e = 0; e <= E; e++) begin[e] = 0;
+  for (int64_t p = 0; p < pairs; p++) begin[ids[p] + 1]++;
+  for (int64_t e = 0; e < E; e++) {
+    if (begin[e + 1]) used[count_used++] = e;
+    begin[e + 1] += begin[e];
+  }
+  for (int64_t p = pairs; p-- > 0;) {  // from behind: what begins at begin[e] afterwards began at begin[e + 1] before
+    place[p] = --begin[ids[p] + 1];
+    order[place[p]] = p;
+  }
+  // begin[e + 1] is now where expert e begins; the next one's beginning is where it ends.
+  auto first = [&](int64_t e) { return begin[e + 1]; };
+  auto end = [&](int64_t e) { return e + 1 < E ? begin[e + 2] : pairs; };
+
+  float* wide_x = scratch<0>(pairs * (wide + inner));
+  float* hidden = wide_x + pairs * wide;
+  for (int64_t i = 0; i < pairs; i++)
+    widen(x + order[i] / k * x_stride, 0, (const T*)nullptr, 0.f, 1, D, wide_x + i * wide);
+  if (inner != I) memset(hidden, 0, 4 * pairs * inner);
+
+  int64_t bytes = count_used * I * D * (int64_t)sizeof(T);
+  int64_t chunks = (I + CHUNK - 1) / CHUNK;
+  parallel_for(worth(threads, 2 * bytes), count_used * chunks, [&](int64_t task) {
+    int64_t e = used[task / chunks], row = task % chunks * CHUNK, rows = I - row < CHUNK ? I - row : CHUNK;
+    int64_t n = end(e) - first(e);
+    float* gate = scratch<1>(2 * n * CHUNK);
+    float* up = gate + n * CHUNK;
+    const float* in = wide_x + first(e) * wide;
+    const T* w = gate_up + (e * 2 * I + row) * D;
+    rows_times(w, rows, D, in, wide, n, gate, CHUNK);
+    rows_times(w + I * D, rows, D, in, wide, n, up, CHUNK);
+    for (int64_t i = 0; i < n; i++)
+      in_lanes(rows, [&](int64_t r, int64_t some) {
+        Vec g = rounded<T>(load(gate + i * CHUNK + r, some)), u = rounded<T>(load(up + i * CHUNK + r, some));
+        store(hidden + (first(e) + i) * inner + row + r, rounded<T>(silu(g) * u), some);
+      });
+  });
+
+  int64_t out_chunks = (D + CHUNK - 1) / CHUNK;
+  parallel_for(worth(threads, bytes), out_chunks, [&](int64_t task) {
+    int64_t row = task * CHUNK, rows = D - row < CHUNK ? D - row : CHUNK;
+    float* products = scratch<1>(pairs * CHUNK);
+    for (int64_t u = 0; u < count_used; u++) {
+      int64_t e = used[u], from = first(e);
+      rows_times(
+          down + (e * D + row) * I, rows, I, hidden + from * inner, inner, end(e) - from, products + from * CHUNK, CHUNK);
+    }
+    for (int64_t t = 0; t < tokens; t++)
+      in_lanes(rows, [&](int64_t r, int64_t some) {
+        Vec total = {};
+        for (int64_t j = t * k; j < (t + 1) * k; j++)
+          total += rounded<T>(load(products + place[j] * CHUNK + r, some)) * weights[j];
+        if (residual) total = rounded<T>(total) + load(residual + t * residual_stride + row + r, some);
+        store(y + t * D + row + r, total, some);
+      });
+  });
+}
+
+}  // namespace
+
+extern "C" void thalweg_experts(
+    int dtype,
+    const void* x,
+    int64_t x_stride,
+    const float* weights,
+    const int64_t* ids,
+    const void* gate_up,
+    const void* down,
+    const void* residual,
+    int64_t residual_stride,
+    void* y,
+    int64_t tokens,
+    int64_t k,
+    int64_t E,
+    int64_t D,
+    int64_t I,
+    int threads) {
+  auto run = [&](auto t) {
+    using T = decltype(t);
+    experts<T>(
+        (const T*)x, x_stride, weights, ids, (const T*)gate_up, (const T*)down, (const T*)residual, residual_stride,
+        (T*)y, tokens, k, E, D, I, threads);
+  };
+  dtype == FLOAT32 ? run(float{}) : run(bf16{});
+}

@@ -1,0 +1,64 @@
+"""Norm and routing of few tokens on a CPU, in C++ (router.cpp)."""
+
+from __future__ import annotations
+
+from ctypes import c_float, c_int, c_int64, c_void_p
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thalweg.ops.moe.router.reference import is_softmax
+from thalweg.ops.toolchain.cpu_build import DTYPES, function
+
+
+@cache
+def _run() -> Any:
+    x, norm, weights, results = (c_void_p, c_int64), (c_int, c_void_p, c_float), [c_void_p] * 2, [c_void_p] * 3
+    return function("norm_router", c_int, *x, *norm, *weights, *results, *[c_int64] * 7, c_int, c_int, c_float, c_int)
+
+
+def norm_router(
+    x_TD: Tensor,
+    norm_weight_D: Tensor,
+    eps: float,
+    w_ED: Tensor,
+    bias_E: Tensor,
+    *,
+    top_k: int,
+    renormalize: bool,
+    scale: float,
+    scoring: str = "sigmoid",
+    n_group: int = 1,
+    topk_group: int = 1,
+    num_shared: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    (T, D), k = x_TD.shape, top_k + num_shared
+    normed_TD = x_TD.new_empty(T, D)
+    weights_Tk, ids_Tk = x_TD.new_empty(T, k, dtype=torch.float32), x_TD.new_empty(T, k, dtype=torch.int64)
+    _run()(
+        DTYPES[x_TD.dtype],
+        x_TD.data_ptr(),
+        x_TD.stride(0),
+        DTYPES[norm_weight_D.dtype],
+        norm_weight_D.data_ptr(),
+        eps,
+        w_ED.data_ptr(),
+        bias_E.data_ptr(),
+        normed_TD.data_ptr(),
+        weights_Tk.data_ptr(),
+        ids_Tk.data_ptr(),
+        T,
+        D,
+        len(w_ED),
+        top_k,
+        n_group,
+        topk_group,
+        num_shared,
+        is_softmax(scoring),
+        renormalize,
+        scale,
+        torch.get_num_threads(),
+    )
+    return normed_TD, weights_Tk, ids_Tk

@@ -1,0 +1,185 @@
+"""C++ for the CPU: all sources of the ops as one library, compiled at first use by the machine's compiler.
+
+The library is plain C: ctypes calls it with addresses and sizes. It knows nothing of Python or torch, so it is compiled
+in a few seconds and is the same for all of their versions. It lies in a cache folder under a name made of sources,
+options and compiler; one that finds no compiler, or whose compiler fails, leaves the ops to their references, and
+`why_not` says so.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from thalweg.config import env
+from thalweg.ops.registry import Refusal, Where
+
+OPS = Path(__file__).parents[1]
+HEADERS = Path(__file__).with_name("cpu")
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # as the sources number them
+OPTIONS = ("-std=c++20", "-O3", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-pthread")
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """A set of instructions: the processor's flags that it needs, as Linux names them, and the compiler's options."""
+
+    name: str
+    flags: frozenset[str]
+    options: tuple[str, ...]
+
+
+_AVX2 = frozenset({"avx2", "fma", "f16c", "bmi1", "bmi2", "movbe"})
+_AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+LEVELS = {
+    "x86_64": (
+        Level("avx512", _AVX512, ("-march=x86-64-v4", "-mprefer-vector-width=512")),
+        Level("avx2", _AVX2, ("-march=x86-64-v3",)),
+    ),
+    "aarch64": (Level("neon", frozenset(), ()),),
+}
+LEVELS["arm64"] = LEVELS["aarch64"]  # as macOS names it
+"""By machine, the widest first."""
+
+
+class BuildError(Exception):
+    """The library cannot be had; one line says why."""
+
+
+def why_not(where: Where) -> Refusal:
+    """Why C++ for the CPU cannot serve there, or None. The first call in a process loads the library, and the first on
+    a machine compiles it."""
+    if where.device != "cpu":
+        return f"needs cpu, not {where.device}"
+    if where.dtype not in ("float32", "bfloat16"):
+        return f"needs float32 or bfloat16, not {where.dtype}"
+    loaded = _loaded()
+    return loaded if isinstance(loaded, str) else None
+
+
+def function(name: str, *types: Any) -> Callable[..., None]:
+    """The library's function `thalweg_<name>`, which takes arguments of these ctypes types and lets other Python
+    threads run. Raises BuildError."""
+    loaded = _loaded()
+    if isinstance(loaded, str):
+        raise BuildError(loaded)
+    found: Any = loaded[f"thalweg_{name}"]
+    found.argtypes, found.restype = types, None
+    call: Callable[..., None] = found
+    return call
+
+
+def levels() -> tuple[Level, ...]:
+    """Those of this kind of machine, the widest first."""
+    return LEVELS.get(platform.machine().lower(), ())
+
+
+def level() -> Level:
+    """The widest instructions of this processor. Raises BuildError if there are none for it."""
+    for found in levels():
+        if found.flags <= processor_flags():
+            return found
+    known = " or ".join(found.name for found in levels())
+    raise BuildError(f"needs a processor with {known}" if known else f"has no code for {platform.machine()}")
+
+
+@cache
+def _loaded() -> ctypes.CDLL | str:
+    """The library, or why there is none."""
+    try:
+        return ctypes.CDLL(str(built(level())))
+    except (BuildError, OSError) as e:
+        _log.warning("no C++ on this CPU, whose ops run in plain torch: %s", e)
+        return str(e)
+
+
+def built(level: Level) -> Path:
+    """The library for such a processor, compiled unless it is in the cache. Raises BuildError or OSError."""
+    compiler = _compiler()
+    sources = sorted(OPS.rglob("*.cpp"))
+    key = hashlib.sha256(repr((level.options, OPTIONS, compiler, os.stat(compiler).st_mtime_ns)).encode())
+    for path in (*sorted(HEADERS.glob("*.h")), *sources):
+        key.update(path.read_bytes())
+    name = f"cpu-{level.name}-{key.hexdigest()[:24]}.so"
+    folder = _cache_folder()
+    target = folder / name
+    if not target.exists():
+        began = time.monotonic()
+        with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as scratch:
+            library = Path(scratch, name)
+            _compile(compiler, level, sources, library)
+            os.replace(library, target)  # two processes may build at once: each puts a whole one there
+        _log.info("compiled the CPU's ops for %s in %.1f s", level.name, time.monotonic() - began)
+    return target
+
+
+def _compile(compiler: str, level: Level, sources: Sequence[Path], library: Path) -> None:
+    options = [*OPTIONS, *level.options, f"-I{HEADERS}"]
+    objects = [library.with_name(f"{i}.o") for i in range(len(sources))]
+    commands = [
+        [compiler, *options, "-c", str(source), "-o", str(out)] for source, out in zip(sources, objects, strict=True)
+    ]
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        list(pool.map(_call, commands))
+    _call([compiler, "-shared", "-pthread", *map(str, objects), "-o", str(library)])
+
+
+def _call(command: Sequence[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["?"]
+        raise BuildError(f"{Path(command[0]).name} failed: {lines[0][:300]}")
+
+
+def _compiler() -> str:
+    asked = env.read("CXX")
+    for name in [asked] if asked else ["c++", "g++", "clang++"]:
+        found = shutil.which(name)
+        if found is not None:
+            return os.path.realpath(found)
+    raise BuildError(f"CXX is {asked!r}, which is not there" if asked else "needs a C++ compiler (c++, g++ or clang++)")
+
+
+def _cache_folder() -> Path:
+    base = env.read("XDG_CACHE_HOME")
+    folder = (Path(base) if base else Path.home() / ".cache") / "thalweg"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    return _private_folder()
+
+
+@cache
+def _private_folder() -> Path:
+    """For this process alone, if the cache cannot be written to."""
+    return Path(tempfile.mkdtemp(prefix="thalweg-"))
+
+
+@cache
+def processor_flags() -> frozenset[str]:
+    """As Linux names them; none elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    found = next((line.split(":")[1].split() for line in lines if line.startswith("flags")), ())
+    return frozenset(found)

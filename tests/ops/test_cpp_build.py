@@ -1,0 +1,106 @@
+"""How the CPU's C++ comes to be: compiled once, refused with a reason, and sound after a fork."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.ops.cpp_case import needs_cpp
+from thalweg.errors import ConfigError
+from thalweg.ops.linear import LINEAR, LinearDims
+from thalweg.ops.registry import Resolver, Where
+from thalweg.ops.toolchain import cpu_build
+
+THREADED = """
+import os, torch
+from thalweg.ops.linear import cpp
+torch.set_num_threads(3)
+x, w = torch.ones(4, 1024), torch.ones(1024, 1024)
+assert (cpp.linear(x, w) == 1024).all()
+pid = os.fork()
+if pid == 0:
+    good = all((cpp.linear(x, w) == 1024).all() for _ in range(50))
+    os._exit(0 if good else 1)
+assert os.waitpid(pid, 0)[1] == 0
+assert (cpp.linear(x, w) == 1024).all()
+"""
+MANY_CALLERS = """
+import threading, torch
+from thalweg.ops.linear import cpp
+torch.set_num_threads(3)
+bad = []
+def call(n):
+    x, w = torch.full((2, 512), float(n)), torch.ones(1024, 512)
+    for _ in range(200):
+        if not (cpp.linear(x, w) == 512.0 * n).all():
+            bad.append(n)
+callers = [threading.Thread(target=call, args=(n,)) for n in range(4)]
+[c.start() for c in callers]; [c.join() for c in callers]
+assert not bad
+"""
+
+
+def run(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, **variables}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=240)
+
+
+@needs_cpp
+@pytest.mark.parametrize("code", [THREADED, MANY_CALLERS], ids=["fork", "callers"])
+def test_threads_are_there(code: str) -> None:
+    done = run(code)
+    assert done.returncode == 0, done.stderr
+
+
+@needs_cpp
+@pytest.mark.slow
+@pytest.mark.parametrize("level", cpu_build.levels(), ids=lambda level: level.name)
+def test_every_set_of_instructions_compiles(level: cpu_build.Level) -> None:
+    assert cpu_build.built(level).stat().st_size > 0
+
+
+@needs_cpp
+def test_a_built_library_is_taken_from_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = cpu_build.built(cpu_build.level())
+    monkeypatch.setattr(cpu_build, "_compile", lambda *_: pytest.fail("compiled again"))
+    assert cpu_build.built(cpu_build.level()) == built
+
+
+def test_without_a_compiler_the_reference_serves_and_the_reason_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cpu_build._loaded.cache_clear()
+    try:
+        resolver = Resolver()
+        resolver.resolve(LINEAR, Where("cpu", "float32"), LinearDims(D=8, O=8))
+        [choice] = resolver.explain()
+        assert [span.name for span in choice.table] == ["reference"]
+        assert "CXX is 'no-such-compiler', which is not there" in dict(choice.refused)["cpp"]
+        assert "whose ops run in plain torch" in caplog.text
+        with pytest.raises(ConfigError, match=r"linear.*cannot be served by 'cpp'.*no-such-compiler"):
+            Resolver({"linear": "cpp"}).resolve(LINEAR, Where("cpu", "float32"), LinearDims(D=8, O=8))
+    finally:
+        cpu_build._loaded.cache_clear()
+
+
+@needs_cpp
+def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\necho 'few.cpp:1: error: no such thing' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(cpu_build.BuildError, match=r"c\+\+ failed: few.cpp:1: error: no such thing"):
+        cpu_build.built(cpu_build.level())
+    assert list((tmp_path / "cache" / "thalweg").iterdir()) == []
+
+
+def test_other_devices_and_dtypes_are_refused() -> None:
+    assert cpu_build.why_not(Where("cuda", "float32")) == "needs cpu, not cuda"
+    assert cpu_build.why_not(Where("cpu", "float16")) == "needs float32 or bfloat16, not float16"

@@ -1,0 +1,217 @@
+"""The CPU's ops in C++ against float64 and their references, at every set of instructions that this processor has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.ops.cpp_case import LEVELS, instructions, needs_cpp, threads
+from tests.ops.gdn_case import DecodeCase, GdnShape
+from tests.ops.kda_mixer_case import check_kda_mixer, error, kda_mixer_case
+from tests.ops.mla_mixer_case import check_mla_mixer, mla_mixer_case
+from tests.ops.moe_case import experts_in_float64, implementation, moe_case, rmse_ratio, routed
+from thalweg.ops.activation import cpp as activation
+from thalweg.ops.activation import reference as activation_reference
+from thalweg.ops.attention.mla_mixer import cpp as mla_mixer
+from thalweg.ops.delta import mixer_cpp
+from thalweg.ops.delta.kda_mixer import reference as kda_mixer_reference
+from thalweg.ops.linear import cpp as linear
+from thalweg.ops.moe.experts import cpp as experts
+from thalweg.ops.moe.router import cpp as router
+from thalweg.ops.moe.router import reference as router_reference
+from thalweg.ops.sample import cpp as sample
+from thalweg.ops.sample import reference as sample_reference
+
+pytestmark = needs_cpp
+DTYPES = [torch.float32, torch.bfloat16]
+TOLERANCE = {torch.float32: 5e-7, torch.bfloat16: 6e-3}  # one rounding to bfloat16 is 1.7e-3
+
+
+@pytest.fixture(params=LEVELS, ids=lambda level: level.name, autouse=True, scope="module")
+def _level(request: pytest.FixtureRequest) -> Iterator[None]:
+    with instructions(request.param):
+        yield
+
+
+def randn(*shape: int, dtype: torch.dtype, seed: int = 0, scale: float = 1.0) -> Tensor:
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    T=st.integers(0, 17),
+    D=st.integers(1, 200),
+    O=st.integers(1, 140),
+    dtype=st.sampled_from(DTYPES),
+    norm_fp32=st.booleans(),
+)
+def test_linears_of_any_shape(T: int, D: int, O: int, dtype: torch.dtype, norm_fp32: bool) -> None:
+    x = randn(T, D + 3, dtype=dtype)[:, :D]  # rows with a stride
+    w, norm = randn(O, D, dtype=dtype, seed=1, scale=D**-0.5), 1 + randn(D, dtype=dtype, seed=2, scale=0.1)
+    residual = randn(T, O + 2, dtype=dtype, seed=3)[:, :O]
+    norm = norm.float() if norm_fp32 else norm
+    product, added = x.double() @ w.double().T, residual.double()
+    normed = x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-5).rsqrt() * norm.double()
+    got = linear.linear(x, w), linear.norm_linear(x, norm, 1e-5, w), linear.linear_add(x, w, residual)
+    for y, truth in zip(got, (product, normed @ w.double().T, added + product), strict=True):
+        assert y.dtype == dtype
+        assert y.shape == (T, O)
+        size = max(truth.norm().item(), y.numel() ** 0.5)  # elements are about 1; a few may cancel out
+        assert (y.double() - truth).norm() <= (6e-3 if dtype == torch.bfloat16 else 5e-7) * size
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("B", "H", "K", "R"), [(1, 4, 64, 64), (5, 3, 32, 24), (2, 2, 128, 128)])
+def test_kda_mixer(B: int, H: int, K: int, R: int, dtype: torch.dtype) -> None:
+    case = kda_mixer_case(B, H, K, R, dtype)
+    of_state = 3e-3 if dtype == torch.bfloat16 else 5e-7
+    check_kda_mixer(mixer_cpp.kda_mixer_decode, case, TOLERANCE[dtype], of_state)
+    by_reference = case.copy().run(kda_mixer_reference.kda_mixer_decode)
+    assert error(case.run(mixer_cpp.kda_mixer_decode), by_reference.double()) < 5e-4  # rounded at the same places
+
+
+@pytest.mark.parametrize("gate", [0.0, 30.0])
+def test_kda_mixer_of_states_that_stay_and_that_go_at_once(gate: float) -> None:
+    check_kda_mixer(mixer_cpp.kda_mixer_decode, kda_mixer_case(2, 2, 64, 64, torch.float32, gate=gate), 5e-7, 5e-7)
+
+
+def test_kda_mixer_over_states_in_bfloat16() -> None:
+    case = kda_mixer_case(3, 2, 64, 64, torch.bfloat16)
+    case.state = case.state.bfloat16()
+    check_kda_mixer(mixer_cpp.kda_mixer_decode, case, 8e-3, 5e-3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [GdnShape(2, 6, 16, 32), GdnShape(1, 4, 64, 16, 1), GdnShape(2, 2, 128, 128)])
+def test_gdn_mixer(shape: GdnShape, dtype: torch.dtype) -> None:
+    case = DecodeCase(shape, B=3, dtype=dtype)
+    case.check(mixer_cpp.gdn_mixer_decode, TOLERANCE[dtype] * 2, padding=2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("H", "K", "R", "P", "V", "S"), [(4, 32, 64, 16, 64, 64), (3, 24, 40, 8, 20, 8)])
+def test_mla_mixer(H: int, K: int, R: int, P: int, V: int, S: int, dtype: torch.dtype) -> None:
+    for spread in (1.0, 30.0):
+        case = mla_mixer_case([5, 1, 70, 33], H, K, R, P, V, S, dtype, spread=spread)
+        check_mla_mixer(mla_mixer.mla_mixer_decode, case, 8e-3 if dtype == torch.bfloat16 else 2e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("T", "D", "I", "E", "k", "shared"), [(1, 64, 48, 8, 2, 1), (5, 37, 21, 4, 3, 0), (40, 96, 80, 6, 2, 2)]
+)
+def test_experts(T: int, D: int, I: int, E: int, k: int, shared: int, dtype: torch.dtype) -> None:
+    case = moe_case(T, D, I, E, k, shared, dtype)
+    truth = experts_in_float64(case)
+    assert rmse_ratio(case.run(experts.experts), truth) < TOLERANCE[dtype]
+    assert rmse_ratio(case.run(experts.experts), case.run(implementation("reference"))) < 5e-4
+    before = case.residual.clone()
+    out = case.run(experts.experts, residual_TD=case.residual)
+    assert rmse_ratio(out, truth + case.residual.double()) < TOLERANCE[dtype]
+    assert torch.equal(case.residual, before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("E", "k", "options"),
+    [
+        (8, 2, {}),
+        (60, 4, {"scoring": "softmax", "renormalize": False}),
+        (32, 6, {"n_group": 4, "topk_group": 2, "scale": 2.5}),
+    ],
+)
+def test_router(E: int, k: int, options: dict[str, bool], dtype: torch.dtype) -> None:
+    case = moe_case(9, 77, 16, E, k, 1, dtype)
+    got, expected = (routed(f, case, k, **options) for f in (router.norm_router, router_reference.norm_router))
+    assert torch.equal(got[2], expected[2])
+    torch.testing.assert_close(got[1], expected[1], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got[0], expected[0], rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
+
+
+def test_router_gives_different_experts_even_of_nan() -> None:
+    case = moe_case(3, 64, 16, 16, 4, 0, torch.float32)
+    case.x[1] = torch.nan
+    _, _, ids = routed(router.norm_router, case, 4, n_group=4, topk_group=2)
+    assert all(len(set(row)) == 4 and min(row) >= 0 and max(row) < 16 for row in ids.tolist())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sampling_chooses_as_the_reference(dtype: torch.dtype) -> None:
+    logits = randn(64, 5001, dtype=dtype, scale=3.0)
+    logits[:, 4999] = torch.nan
+    temperatures = torch.tensor([0.0, 0.3, 1.0, 20.0]).repeat(16)
+    seeds, positions = torch.arange(64) * 2**57 - 2**62, torch.arange(64) * 1000
+    logits[0] = 1.0  # ties go to the lowest index
+    slots = torch.arange(64).flip(0)
+    for options in ((), (slots,)):
+        arguments = (logits, temperatures, seeds, positions, *options)
+        assert torch.equal(sample.sample(*arguments), sample_reference.sample(*arguments))
+
+
+def test_sampling_finds_rows_that_are_not_finite() -> None:
+    logits = randn(4, 100, dtype=torch.float32)
+    logits[1, 99], logits[2, 0] = torch.nan, -torch.inf
+    zeros = torch.zeros(4, dtype=torch.int64)
+    ids = sample.sample(logits, torch.zeros(4), zeros, zeros, check=True)
+    assert ids.tolist() == [int(logits[0].argmax()), -1, -1, int(logits[3].argmax())]
+    logits[0] = torch.nan
+    assert sample.sample(logits, torch.ones(4), zeros, zeros)[0] == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_silu_and_mul(dtype: torch.dtype) -> None:
+    x = randn(6, 75, dtype=dtype, scale=40.0)[:, :74].unflatten(0, (2, 3))
+    y, truth = activation.silu_and_mul(x), activation_reference.silu_and_mul(x.double())
+    assert y.shape == (2, 3, 37)
+    assert error(y, truth) < TOLERANCE[dtype]
+
+
+def everything(dtype: torch.dtype, rows: slice = slice(None)) -> list[Tensor]:
+    """Results of each op at sizes that several threads share, for some of eight tokens."""
+    x, w = randn(8, 512, dtype=dtype)[rows], randn(2000, 512, dtype=dtype, seed=1)
+    norm = randn(512, dtype=dtype, seed=2)
+    moe = moe_case(8, 256, 256, 16, 4, 1, dtype)
+    for name in ("x", "weights", "ids"):
+        setattr(moe, name, getattr(moe, name)[rows])
+    choice = moe_case(8, 512, 16, 256, 8, 0, dtype)
+    choice.x = choice.x[rows]
+    kda, mla = kda_mixer_case(8, 16, 64, 64, dtype), mla_mixer_case([300] * 8, 8, 64, 128, 32, 64, 64, dtype)
+    gdn = DecodeCase(GdnShape(8, 16, 64, 64), B=8, steps=1, dtype=dtype)
+    gdn.proj = gdn.proj[:, rows]
+    kda.proj, kda.slots, gdn.slots, gdn.B = kda.proj[rows], kda.slots[rows], gdn.slots[rows], len(x)
+    for name in ("proj", "tables", "lens", "block_rows"):
+        setattr(mla, name, getattr(mla, name)[rows])
+    seeds = torch.arange(8)[rows]
+    return [
+        linear.norm_linear(x, norm, 1e-5, w),
+        linear.linear_add(x, w, torch.zeros(len(x), 2000, dtype=dtype)),
+        moe.run(experts.experts),
+        *routed(router.norm_router, choice, 8),
+        kda.run(mixer_cpp.kda_mixer_decode),
+        gdn.run(mixer_cpp.gdn_mixer_decode)[0],
+        mla.run(mla_mixer.mla_mixer_decode),
+        sample.sample(randn(8, 20000, dtype=dtype, seed=5)[rows], seeds + 1.0, seeds, seeds),
+    ]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_number_of_threads_gives_the_same_bits(dtype: torch.dtype) -> None:
+    with threads(1):
+        alone = everything(dtype)
+    for count in (2, 5):
+        with threads(count):
+            for got, expected in zip(everything(dtype), alone, strict=True):
+                assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_has_the_same_bits_alone_and_in_a_batch(dtype: torch.dtype) -> None:
+    batch = everything(dtype)
+    for rows in (slice(3, 4), slice(1, 4), slice(2, 8)):
+        for got, expected in zip(everything(dtype, rows), batch, strict=True):
+            assert torch.equal(got, expected[rows])
