@@ -20,7 +20,7 @@ IntArray = np.ndarray
 class Admitted:
     """What a sequence was admitted with, as far as prefills ask for it."""
 
-    token_ids: IntArray  # int64 [n]
+    token_ids: Sequence[int]  # a list: after a cached prefix few of them are ever looked at
     prompt_logits: bool  # to be reported: the prompt's logits,
     prompt_logprobs: int | None  # and log-probabilities of its tokens, with this many most likely ones
 
@@ -59,8 +59,7 @@ class SlotTable:
         self.cache.reset_slots(slots)
         self.sampling.admit(admissions, slots)
         for a in admissions:
-            ids = np.asarray(a.token_ids, dtype=np.int64)
-            self._admitted[a.slot] = Admitted(ids, a.prompt_logits, a.params.prompt_logprobs)
+            self._admitted[a.slot] = Admitted(a.token_ids, a.prompt_logits, a.params.prompt_logprobs)
 
     def add_blocks(self, new_blocks: Sequence[tuple[int, int, int]]) -> None:
         """Take in (slot, index in its block table, block) of a plan, before its rows are built."""
