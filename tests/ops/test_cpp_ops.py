@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -116,6 +117,14 @@ def test_experts(T: int, D: int, I: int, E: int, k: int, shared: int, dtype: tor
     assert torch.equal(case.residual, before)
 
 
+def test_experts_that_are_not_there_are_refused() -> None:
+    for wrong in (-1, 9, 2**40):
+        case = moe_case(2, 32, 16, 8, 2, 1, torch.float32)
+        case.ids[1, 1] = wrong
+        with pytest.raises(IndexError, match=r"ids of experts are .* expected 0 to 8"):
+            case.run(experts.experts)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("E", "k", "options"),
@@ -123,10 +132,12 @@ def test_experts(T: int, D: int, I: int, E: int, k: int, shared: int, dtype: tor
         (8, 2, {}),
         (60, 4, {"scoring": "softmax", "renormalize": False}),
         (32, 6, {"n_group": 4, "topk_group": 2, "scale": 2.5}),
+        (16, 2, {"gated": True}),
     ],
 )
-def test_router(E: int, k: int, options: dict[str, bool], dtype: torch.dtype) -> None:
-    case = moe_case(9, 77, 16, E, k, 1, dtype)
+def test_router(E: int, k: int, options: dict[str, Any], dtype: torch.dtype) -> None:
+    options = dict(options)
+    case = moe_case(9, 77, 16, E, k, 1, dtype, gated=options.pop("gated", False))
     got, expected = (routed(f, case, k, **options) for f in (router.norm_router, router_reference.norm_router))
     assert torch.equal(got[2], expected[2])
     torch.testing.assert_close(got[1], expected[1], rtol=1e-5, atol=1e-6)

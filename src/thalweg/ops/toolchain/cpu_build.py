@@ -73,15 +73,15 @@ def why_not(where: Where) -> Refusal:
     return loaded if isinstance(loaded, str) else None
 
 
-def function(name: str, *types: Any) -> Callable[..., None]:
+def function(name: str, *types: Any) -> Callable[..., int]:
     """The library's function `thalweg_<name>`, which takes arguments of these ctypes types and lets other Python
-    threads run. Raises BuildError."""
+    threads run; what it gives means something if it is no void one. Raises BuildError."""
     loaded = _loaded()
     if isinstance(loaded, str):
         raise BuildError(loaded)
     found: Any = loaded[f"thalweg_{name}"]
-    found.argtypes, found.restype = types, None
-    call: Callable[..., None] = found
+    found.argtypes = types
+    call: Callable[..., int] = found
     return call
 
 

@@ -32,7 +32,7 @@ def experts(
 ) -> Tensor:
     (T, k), (E, D, I) = ids_Tk.shape, down[0].shape
     y_TD = x_TD.new_empty(T, D)
-    _run()(
+    served = _run()(
         DTYPES[x_TD.dtype],
         x_TD.data_ptr(),
         x_TD.stride(0),
@@ -50,4 +50,6 @@ def experts(
         I,
         torch.get_num_threads(),
     )
+    if not served:
+        raise IndexError(f"ids of experts are {ids_Tk.min()} to {ids_Tk.max()}; expected 0 to {E - 1}")
     return y_TD

@@ -12,8 +12,9 @@ namespace {
 
 constexpr int64_t CHUNK = 32;  // rows of a weight in a task
 
+// False if an id is none of the experts'.
 template <class T>
-void experts(
+bool experts(
     const T* x,
     int64_t x_stride,
     const float* weights,
@@ -34,7 +35,10 @@ void experts(
   int64_t* begin = (int64_t*)scratch<2>(2 * (E + 1 + 2 * pairs + E));
   int64_t *place = begin + E + 1, *order = place + pairs, *used = order + pairs, count_used = 0;
   for (int64_t e = 0; e <= E; e++) begin[e] = 0;
-  for (int64_t p = 0; p < pairs; p++) begin[ids[p] + 1]++;
+  for (int64_t p = 0; p < pairs; p++) {
+    if (ids[p] < 0 || ids[p] >= E) return false;
+    begin[ids[p] + 1]++;
+  }
   for (int64_t e = 0; e < E; e++) {
     if (begin[e + 1]) used[count_used++] = e;
     begin[e + 1] += begin[e];
@@ -89,11 +93,12 @@ void experts(
         store(y + t * D + row + r, total, some);
       });
   });
+  return true;
 }
 
 }  // namespace
 
-extern "C" void thalweg_experts(
+extern "C" int thalweg_experts(
     int dtype,
     const void* x,
     int64_t x_stride,
@@ -112,9 +117,9 @@ extern "C" void thalweg_experts(
     int threads) {
   auto run = [&](auto t) {
     using T = decltype(t);
-    experts<T>(
+    return experts<T>(
         (const T*)x, x_stride, weights, ids, (const T*)gate_up, (const T*)down, (const T*)residual, residual_stride,
         (T*)y, tokens, k, E, D, I, threads);
   };
-  dtype == FLOAT32 ? run(float{}) : run(bf16{});
+  return dtype == FLOAT32 ? run(float{}) : run(bf16{});
 }

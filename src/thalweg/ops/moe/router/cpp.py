@@ -16,7 +16,7 @@ from thalweg.ops.toolchain.cpu_build import DTYPES, function
 @cache
 def _run() -> Any:
     x, norm, weights, results = (c_void_p, c_int64), (c_int, c_void_p, c_float), [c_void_p] * 2, [c_void_p] * 3
-    return function("norm_router", c_int, *x, *norm, *weights, *results, *[c_int64] * 7, c_int, c_int, c_float, c_int)
+    return function("norm_router", c_int, *x, *norm, *weights, *results, *[c_int64] * 7, *[c_int] * 3, c_float, c_int)
 
 
 def norm_router(
@@ -34,7 +34,7 @@ def norm_router(
     topk_group: int = 1,
     num_shared: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    (T, D), k = x_TD.shape, top_k + num_shared
+    (T, D), E, k = x_TD.shape, len(bias_E), top_k + num_shared
     normed_TD = x_TD.new_empty(T, D)
     weights_Tk, ids_Tk = x_TD.new_empty(T, k, dtype=torch.float32), x_TD.new_empty(T, k, dtype=torch.int64)
     _run()(
@@ -51,13 +51,14 @@ def norm_router(
         ids_Tk.data_ptr(),
         T,
         D,
-        len(w_ED),
+        E,
         top_k,
         n_group,
         topk_group,
         num_shared,
         is_softmax(scoring),
         renormalize,
+        len(w_ED) > E,
         scale,
         torch.get_num_threads(),
     )

@@ -25,13 +25,14 @@ void best_of(const float* values, int64_t n, int64_t count, bool* taken, int64_t
 
 struct Routing {
   int64_t E, top_k, groups, topk_groups, shared;
-  bool softmax, renormalize;
+  bool softmax, renormalize, gated;
   float scale;
 };
 
-// Weights and ids of one token, of its logits, which become scores.
+// Weights and ids of one token, of its logits, which become scores; behind them is the shared experts' gate, if any.
 void route(const Routing& r, float* logits, const float* bias, float* weights, int64_t* ids) {
   const int64_t E = r.E, padded_E = padded(E);
+  const float shared_weight = r.gated ? sigmoid(logits[E]) : 1.f;
   if (r.softmax) {
     float most = logits[0], total = 0;
     for (int64_t e = 1; e < E; e++) most = logits[e] > most ? logits[e] : most;
@@ -66,7 +67,7 @@ void route(const Routing& r, float* logits, const float* bias, float* weights, i
   float divisor = r.renormalize ? total + 1e-20f : 1.f;
   for (int64_t j = 0; j < r.top_k; j++) weights[j] = weights[j] / divisor * r.scale;
   for (int64_t j = 0; j < r.shared; j++) {
-    weights[r.top_k + j] = 1.f;
+    weights[r.top_k + j] = shared_weight;
     ids[r.top_k + j] = E + j;
   }
 }
@@ -86,15 +87,15 @@ void norm_router(
     int64_t D,
     const Routing& r,
     int threads) {
-  const int64_t stride = padded(D), scores = padded(r.E), k = r.top_k + r.shared;
+  const int64_t rows = r.E + r.gated, stride = padded(D), scores = padded(rows), k = r.top_k + r.shared;
   float* wide = scratch<0>(tokens * (stride + scores));
   float* logits = wide + tokens * stride;
   widen(x, x_stride, norm, eps, tokens, D, wide);
   for (int64_t t = 0; t < tokens; t++)
     in_lanes(D, [&](int64_t i, int64_t n) { store(normed + t * D + i, load(wide + t * stride + i), n); });
   constexpr int64_t CHUNK = 32;
-  parallel_for(worth(threads, r.E * D * (int64_t)sizeof(T)), (r.E + CHUNK - 1) / CHUNK, [&](int64_t c) {
-    int64_t first = c * CHUNK, count = r.E - first < CHUNK ? r.E - first : CHUNK;
+  parallel_for(worth(threads, rows * D * (int64_t)sizeof(T)), (rows + CHUNK - 1) / CHUNK, [&](int64_t c) {
+    int64_t first = c * CHUNK, count = rows - first < CHUNK ? rows - first : CHUNK;
     rows_times(w + first * D, count, D, wide, stride, tokens, logits + first, scores);
   });
   for (int64_t t = 0; t < tokens; t++) route(r, logits + t * scores, bias, weights + t * k, ids + t * k);
@@ -123,9 +124,10 @@ extern "C" void thalweg_norm_router(
     int64_t shared,
     int softmax,
     int renormalize,
+    int gated,
     float scale,
     int threads) {
-  Routing r{E, top_k, groups, topk_groups, shared, softmax != 0, renormalize != 0, scale};
+  Routing r{E, top_k, groups, topk_groups, shared, softmax != 0, renormalize != 0, gated != 0, scale};
   auto run = [&](auto t, auto n) {
     using T = decltype(t);
     using N = decltype(n);
