@@ -34,9 +34,9 @@ _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 app = typer.Typer(
     name="thalweg",
-    help="Thalweg runs hybrid linear-attention language models. MODEL is a folder in Hugging Face layout, "
-    "OWNER/NAME on Hugging Face, or a GGUF file; without one, every command takes the small model that comes with the "
-    "package.",
+    help="Thalweg runs language models that mix linear attention with full attention. MODEL is a folder in Hugging "
+    "Face layout, OWNER/NAME on Hugging Face, or a GGUF file. Without MODEL, every command takes the small model that "
+    "comes with the package.",
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

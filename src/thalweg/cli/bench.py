@@ -27,8 +27,10 @@ bench.command()(compare)
 _PREFIX_CACHE = ("enable_prefix_caching", "snapshot_interval", "snapshot_dtype", "cpu_cache_memory", "cache_folder",
                  "cache_folder_size")  # fmt: skip
 
-Temperature = Annotated[float, typer.Option(metavar="T", help="0 takes the likeliest token each time.")]
-OutputJson = Annotated[str | None, typer.Option(metavar="FILE", help="Write the figures to this file too.")]
+Temperature = Annotated[
+    float, typer.Option(metavar="T", help="Sampling temperature; 0 always takes the likeliest token.")
+]
+OutputJson = Annotated[str | None, typer.Option(metavar="FILE", help="Also write the figures to this file.")]
 
 
 @bench.command()
@@ -37,10 +39,10 @@ def latency(
     config: EngineConfig,
     batch_size: Annotated[
         str,
-        typer.Option(metavar="N,N,...", help="Requests that start together; several sizes are run one after another."),
+        typer.Option(metavar="N,N,...", help="Requests that start together. Several sizes run one after another."),
     ] = "1,8",
     input_len: Annotated[int, typer.Option(metavar="TOKENS", help="Random tokens in each prompt.")] = 128,
-    output_len: Annotated[int, typer.Option(metavar="TOKENS", help="Tokens each request generates.")] = 64,
+    output_len: Annotated[int, typer.Option(metavar="TOKENS", help="Tokens that each request generates.")] = 64,
     num_iters_warmup: Annotated[int, typer.Option(metavar="N", min=0, help="Runs before those that count.")] = 1,
     num_iters: Annotated[int, typer.Option(metavar="N", min=1, help="Runs that count.")] = 5,
     temperature: Temperature = 1.0,
@@ -119,7 +121,9 @@ def latency(
 @takes(config=engine_config, leave_out=("max_num_seqs", "generation_config", *_PREFIX_CACHE))
 def decode(
     config: EngineConfig,
-    batch_size: Annotated[str, typer.Option(metavar="N,N,...", help="Rows of a step; several sizes in turn.")] = "1,8",
+    batch_size: Annotated[
+        str, typer.Option(metavar="N,N,...", help="Sequences of a step. Several sizes run one after another.")
+    ] = "1,8",
     context: Annotated[str, typer.Option(metavar="TOKENS", help="Cached tokens of each sequence.")] = "1024",
     steps: Annotated[int, typer.Option(metavar="N", min=1, help="Steps of a run.")] = 64,
     num_iters: Annotated[int, typer.Option(metavar="N", min=1, help="Runs that count.")] = 5,
@@ -181,7 +185,8 @@ def host(
     num_seqs: Annotated[int, typer.Option(metavar="N", min=1, max=4096, help="Requests that run at once.")] = 64,
     steps: Annotated[int, typer.Option(metavar="N", min=1, max=100_000, help="Decode steps that count.")] = 500,
     finished: Annotated[
-        str, typer.Option(metavar="N,N,...", help="Requests that ended before; several are run one after another.")
+        str,
+        typer.Option(metavar="N,N,...", help="Requests that have ended before. Several numbers run one after another."),
     ] = "0,10000",
     output_json: OutputJson = None,
 ) -> None:

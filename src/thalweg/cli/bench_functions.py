@@ -18,7 +18,7 @@ TOP = 12
 
 def functions(
     model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="A small model's folder; the bundled model if left out.")
+        str | None, typer.Argument(metavar="MODEL", help="Folder of a small model. Default: the bundled model.")
     ] = None,
     save: Annotated[
         str | None,
@@ -27,7 +27,7 @@ def functions(
         ),
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Fewer runs of a smaller workload: a try, not a result.")
+        bool, typer.Option("--quick", help="Run a smaller workload less often, to try the command out.")
     ] = False,
     base: Annotated[
         str | None,

@@ -22,7 +22,7 @@ def kernels(
     suite: Annotated[
         str, typer.Option(help="decode, prefill, or seeds: the published results this project grew from.")
     ] = "decode",
-    op: Annotated[str | None, typer.Option(metavar="NAME", help="This op of the suite alone.")] = None,
+    op: Annotated[str | None, typer.Option(metavar="NAME", help="Measure only this op of the suite.")] = None,
     batch_size: Annotated[
         str | None,
         typer.Option(metavar="N,N,...", help="Sequences. Default: 1,8,32,128 (CPU: 1,8); prefill: 1."),
@@ -48,7 +48,7 @@ def kernels(
         ),
     ] = None,
     num_layers: Annotated[
-        int | None, typer.Option(metavar="N", help="The first N layers alone; others may ask for other sizes.")
+        int | None, typer.Option(metavar="N", help="Take the sizes of the first N layers only.")
     ] = None,
     tensor_parallel_size: Annotated[
         int,

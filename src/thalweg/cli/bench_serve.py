@@ -37,16 +37,14 @@ def serve(
         str, typer.Option(metavar="PATH", help="/v1/completions or /v1/chat/completions.")
     ] = "/v1/completions",
     model: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Name of the model in requests; the server's first if left out.")
+        str | None, typer.Option(metavar="NAME", help="Name of the model in requests. Default: the server's first.")
     ] = None,
     api_key: Annotated[
-        str | None, typer.Option(metavar="KEY", help="The server's key; THALWEG_API_KEY if left out, else none.")
+        str | None, typer.Option(metavar="KEY", help="The server's key. Default: THALWEG_API_KEY, or no key.")
     ] = None,
     tokenizer: Annotated[
         str | None,
-        _option(
-            _DATA, metavar="FOLDER", help="Draw random tokens from this tokenizer; the bundled model's if left out."
-        ),
+        _option(_DATA, metavar="FOLDER", help="Draw random tokens from this tokenizer. Default: the bundled model's."),
     ] = None,
     dataset_name: Annotated[
         str, _option(_DATA, metavar="NAME", help="random, prefix_repetition, multi_turn, or custom: JSON lines.")
@@ -77,7 +75,7 @@ def serve(
         int, _option(_DATA, metavar="TOKENS", min=1, help="Where a line has no output_len.")
     ] = 256,
     request_rate: Annotated[
-        float, _option(_LOAD, metavar="R", help="Requests a second, a Poisson process; inf sends all at once.")
+        float, _option(_LOAD, metavar="R", help="Requests per second, as a Poisson process; inf sends all at once.")
     ] = math.inf,
     burstiness: Annotated[
         float, _option(_LOAD, metavar="B", help="Gaps are gamma-distributed: below 1 in bursts, above 1 more even.")
@@ -86,22 +84,22 @@ def serve(
         None
     ),
     ignore_eos: Annotated[bool, _option(_LOAD, "--ignore-eos", help="Every request generates all its tokens.")] = False,
-    temperature: Annotated[float, _option(_LOAD, metavar="T", help="Sampling; 0 is greedy.")] = 0.0,
+    temperature: Annotated[float, _option(_LOAD, metavar="T", help="Sampling temperature; 0 is greedy.")] = 0.0,
     extra_body: Annotated[
         str | None, _option(_LOAD, metavar="JSON", help='More fields of each request, e.g. {"top_p": 0.9}.')
     ] = None,
     request_timeout: Annotated[
-        float, _option(_LOAD, metavar="SECONDS", help="A request that takes longer has failed.")
+        float, _option(_LOAD, metavar="SECONDS", help="A request that takes longer counts as failed.")
     ] = 3600.0,
     num_warmups: Annotated[
         int, _option(_LOAD, metavar="N", min=0, help="Requests sent one by one before those that count.")
     ] = 1,
     profile: Annotated[
         bool,
-        _option(_LOAD, "--profile", help="Have the server record a trace of the load; it needs --enable-profiler DIR."),
+        _option(_LOAD, "--profile", help="Let the server record a trace of the load; it needs --enable-profiler DIR."),
     ] = False,
     profile_steps: Annotated[
-        int | None, _option(_LOAD, metavar="N", min=1, help="Steps of that trace; what the server allows if left out.")
+        int | None, _option(_LOAD, metavar="N", min=1, help="Steps of that trace. Default: what the server allows.")
     ] = None,
     seed: Annotated[int, _option(_LOAD, metavar="S", help="Of prompts, lengths and arrivals.")] = 0,
     percentile_metrics: Annotated[
@@ -110,15 +108,17 @@ def serve(
     metric_percentiles: Annotated[str, _option(_OUT, metavar="P,...", help="Percentiles of each.")] = "99",
     goodput: Annotated[
         list[str] | None,
-        _option(_OUT, metavar="NAME:MS", help="Bound that a good request keeps: ttft, tpot or e2el. May be repeated."),
+        _option(
+            _OUT, metavar="NAME:MS", help="Bound that a good request keeps, for ttft, tpot or e2el. May be repeated."
+        ),
     ] = None,
     save_result: Annotated[bool, _option(_OUT, "--save-result", help="Write the figures to a JSON file.")] = False,
     save_detailed: Annotated[
-        bool, _option(_OUT, "--save-detailed", help="And every request's times and text.")
+        bool, _option(_OUT, "--save-detailed", help="Also write every request's times and text.")
     ] = False,
     result_dir: Annotated[str, _option(_OUT, metavar="FOLDER", help="Folder of that file.")] = ".",
     result_filename: Annotated[
-        str | None, _option(_OUT, metavar="NAME", help="Its name; made of model, rate and time if left out.")
+        str | None, _option(_OUT, metavar="NAME", help="Name of that file. Default: made of model, rate and time.")
     ] = None,
     plot: Annotated[
         str | None, _option(_OUT, metavar="FILE.svg", help="Draw latency percentiles and throughput over time.")

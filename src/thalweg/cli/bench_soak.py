@@ -25,7 +25,9 @@ def soak(
     minutes: Annotated[float, typer.Option(metavar="N", help="How long.")] = 1.0,
     concurrency: Annotated[int, typer.Option(metavar="N", min=1, max=10_000, help="Clients at once.")] = 48,
     max_queued_requests: Annotated[int, typer.Option(metavar="N", min=0, help="The server's option.")] = 16,
-    output_json: Annotated[str | None, typer.Option(metavar="FILE", help="Write the figures to this file too.")] = None,
+    output_json: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Also write the figures to this file.")
+    ] = None,
 ) -> None:
     """Start a server and send it short and long prompts, streamed and not, disconnects, bad requests, half requests,
     and SIGTERM in the end.

@@ -25,7 +25,10 @@ def chat(
     params: GivenParams,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system message to begin with.")] = None,
 ) -> None:
-    """Talk with a model. /reset forgets the conversation; /exit or Ctrl-D ends it. Lines on stdin are turns too."""
+    """Talk with a model. /reset forgets the conversation, /exit or Ctrl-D ends it.
+
+    If stdin is no terminal, each of its lines is a turn.
+    """
     from rich.console import Console
 
     from thalweg.engine.llm import LLM

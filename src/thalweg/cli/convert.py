@@ -19,7 +19,7 @@ def convert(
         Path, typer.Option("--output", "-o", metavar="PATH", help="The .gguf file, or the folder, to write.")
     ],
     model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="Model folder or GGUF file; the bundled model if left out.")
+        str | None, typer.Argument(metavar="MODEL", help="Model folder or GGUF file. Default: the bundled model.")
     ] = None,
     outtype: Annotated[
         str | None,
@@ -29,7 +29,7 @@ def convert(
         ),
     ] = None,
 ) -> None:
-    """Convert a model to or from GGUF, llama.cpp's format, its tokenizer and chat template included."""
+    """Convert a model to or from GGUF, llama.cpp's format, with its tokenizer and chat template."""
     from thalweg.assembly.convert import to_gguf, to_safetensors
 
     if to not in FORMATS:

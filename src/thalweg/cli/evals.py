@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 evals = typer.Typer(help="Measure the accuracy of a model, or of a server with --base-url.")
 
 NumQuestions = Annotated[int, typer.Option(metavar="N", min=1, max=100_000, help="Problems to ask.")]
-MaxNewTokens = Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of one answer at most.")]
+MaxNewTokens = Annotated[int, typer.Option(metavar="N", min=1, help="Most tokens of one answer.")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,18 +49,18 @@ def run_options(
     ] = None,
     served_model: Annotated[
         str | None,
-        typer.Option("--model", metavar="NAME", help="Name of the server's model; its first if left out."),
+        typer.Option("--model", metavar="NAME", help="Name of the server's model. Default: its first."),
     ] = None,
     api_key: Annotated[
-        str | None, typer.Option(metavar="KEY", help="The server's key; THALWEG_API_KEY if left out, else none.")
+        str | None, typer.Option(metavar="KEY", help="The server's key. Default: THALWEG_API_KEY, or no key.")
     ] = None,
     request_timeout: Annotated[
-        float, typer.Option(metavar="SECONDS", help="A server's answer that takes longer has failed.")
+        float, typer.Option(metavar="SECONDS", help="An answer of a server that takes longer counts as failed.")
     ] = 600.0,
     max_retries: Annotated[
         int,
         typer.Option(
-            metavar="N", min=0, max=100, help="Send a request again that a server refused for now, or lost, N times."
+            metavar="N", min=0, max=100, help="How often a request is sent again that a server refused for now or lost."
         ),
     ] = 3,
     parallel: Annotated[int, typer.Option(metavar="N", min=1, max=65_536, help="Problems under way at once.")] = 128,

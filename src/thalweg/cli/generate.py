@@ -17,13 +17,13 @@ from thalweg.config.engine import EngineConfig
 def generate(
     config: EngineConfig,
     params: GivenParams,
-    prompt: Annotated[str, typer.Option(metavar="TEXT", help="What to continue.")],
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="The text to continue.")],
     chat: Annotated[
-        bool, typer.Option("--chat", help="Ask TEXT as a user's message, by the model's chat template.")
+        bool, typer.Option("--chat", help="Ask TEXT as a user's message, with the model's chat template.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming text.")] = False,
 ) -> None:
-    """Continue a prompt: the text goes to stdout as it comes, its figures to stderr."""
+    """Continue a prompt. The text goes to stdout while it is generated, figures go to stderr."""
     from thalweg.engine.llm import LLM
     from thalweg.text.prompts import encode_prompt
 

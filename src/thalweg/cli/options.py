@@ -32,44 +32,46 @@ def engine_config(
         str | None,
         typer.Argument(
             metavar="MODEL",
-            help="Model folder, GGUF file, or OWNER/NAME on Hugging Face; the bundled model if left out.",
+            help="Model folder, GGUF file, or OWNER/NAME on Hugging Face. Default: the bundled model.",
         ),
     ] = None,
     revision: Annotated[
         str | None, _engine(metavar="REVISION", help="Branch, tag or commit of a MODEL named OWNER/NAME.")
     ] = None,
     tokenizer: Annotated[
-        str | None, _engine(metavar="FOLDER", help="Take tokenizer and chat template from here.")
+        str | None, _engine(metavar="FOLDER", help="Folder of another tokenizer and chat template.")
     ] = None,
     generation_config: Annotated[
         str,
         _engine(
             metavar="SOURCE",
-            help="Sampling defaults: auto, from the model's generation_config.json; a FOLDER with another one; vllm or"
-            " none, the engine's own.",
+            help="Where sampling defaults come from: auto is the model's generation_config.json, FOLDER has another"
+            " one, vllm or none are the engine's own.",
         ),
     ] = _DEFAULTS.generation_config,
     dtype: Annotated[
         str,
-        _engine(help="auto, float32, bfloat16 or float16. auto: float32 on a CPU, else the checkpoint's."),
+        _engine(help="auto, float32, bfloat16 or float16. auto is float32 on a CPU, else the checkpoint's."),
     ] = "auto",
     quantization: Annotated[
         str | None,
-        _engine(metavar="METHOD", help="fp8: quantize the experts' weights as they are loaded. Default: not at all."),
+        _engine(
+            metavar="METHOD", help="fp8 quantizes the experts' weights while they are loaded. Default: no quantization."
+        ),
     ] = None,
     dequantize: Annotated[
         bool | None,
         _engine(
             "--dequantize/--no-dequantize",
-            help="Bring a GGUF file's quantized weights to --dtype as they are loaded, or keep them as they are."
-            " Default: kept on a CPU.",
+            help="Convert a GGUF file's quantized weights to --dtype while they are loaded, or keep them quantized."
+            " Default: keep them on a CPU, convert them on a GPU.",
         ),
     ] = None,
     state_dtype: Annotated[
         str,
         _engine(
-            help="float32, or bfloat16: half the memory and traffic of recurrent states, which are then rounded at"
-            " every token and lose accuracy over long outputs."
+            help="float32 or bfloat16. bfloat16 halves the memory and traffic of recurrent states, but rounds them at"
+            " every token, so that long outputs lose accuracy."
         ),
     ] = _DEFAULTS.state_dtype,
     device: Annotated[str, _engine(help="auto, cpu, cuda or cuda:N.")] = "auto",
@@ -77,23 +79,26 @@ def engine_config(
         str | None,
         _engine(
             metavar="TOKENS",
-            help="Prompt and output of one request at most, e.g. 32k. Default: the model's, or what fits.",
+            help="Most tokens of one request, prompt and output, e.g. 32k. Default: the model's, or what fits.",
         ),
     ] = None,
     max_num_seqs: Annotated[
         int | None,
-        _engine(metavar="N", help="Requests that run at once. Default: 64 on a CPU, else what memory allows, to 512."),
+        _engine(
+            metavar="N",
+            help="Most sequences that run at once. Default: 64 on a CPU, else what fits, up to 512.",
+        ),
     ] = None,
     max_num_batched_tokens: Annotated[
         str | None,
-        _engine(metavar="TOKENS", help="Tokens of one step at most, e.g. 8k. Default: 2k on a CPU, else 8k."),
+        _engine(metavar="TOKENS", help="Most tokens of one step, e.g. 8k. Default: 2k on a CPU, else 8k."),
     ] = None,
     long_prefill_token_threshold: Annotated[
         str,
         _engine(
             metavar="TOKENS",
-            help="Tokens of a prompt at most in a step that also decodes, e.g. 2k: long prompts hold up other requests"
-            " less, and take longer. 0: as many as fit.",
+            help="Most tokens of a prompt in a step that also decodes, e.g. 2k. With fewer, long prompts delay other"
+            " requests less and take longer. 0 is as many as fit.",
         ),
     ] = str(_DEFAULTS.long_prefill_token_threshold),
     block_size: Annotated[int, _engine(metavar="TOKENS", help="Tokens per block of the cache.")] = _DEFAULTS.block_size,
@@ -101,86 +106,91 @@ def engine_config(
         bool,
         _engine(
             "--enable-prefix-caching/--no-enable-prefix-caching",
-            help="Keep what was computed, so that a prompt that begins alike costs only its new tokens.",
+            help="Prefix cache: keep what was computed, so that a prompt that begins alike costs only its new tokens.",
         ),
     ] = _DEFAULTS.enable_prefix_caching,
     snapshot_interval: Annotated[
         str,
         _engine(
             metavar="TOKENS",
-            help="Prefix cache: keep the states about every so many tokens of a long prompt, besides at its end.",
+            help="Prefix cache: take a snapshot of the states every so many tokens of a long prompt, and at its end.",
         ),
     ] = f"{_DEFAULTS.snapshot_interval // 1024}k",
     snapshot_dtype: Annotated[
         str,
         _engine(
-            help="Prefix cache: auto keeps states as they are; bfloat16 or int8 round the recurrent ones, so that more"
-            " fit, and prompts that go on from them differ a little."
+            help="Prefix cache: auto keeps snapshots as they are. bfloat16 and int8 round their recurrent states: more"
+            " snapshots fit, and prompts that continue from them differ a little."
         ),
     ] = _DEFAULTS.snapshot_dtype,
     cpu_cache_memory: Annotated[
         str | None,
         _engine(
             metavar="SIZE",
-            help="Host memory per rank for what falls out of the prefix cache on the device, e.g. 32GiB; it comes back"
-            " when a prompt needs it. Default: none.",
+            help="Prefix cache: host memory per rank for what has to leave the device, e.g. 32GiB. It comes back when a"
+            " prompt needs it. Default: none.",
         ),
     ] = None,
     cache_folder: Annotated[
         str | None,
         _engine(
             metavar="FOLDER",
-            help="Write what --cpu-cache-memory holds there at the end, and read it at the next start of the same"
-            " model. It has what prompts said.",
+            help="Prefix cache: write it here at the end, and read it at the next start of the same model. Needs"
+            " --cpu-cache-memory. The files contain what prompts said.",
         ),
     ] = None,
     cache_folder_size: Annotated[
-        str | None, _engine(metavar="SIZE", help="How much that may be, over all ranks. Default: all of it.")
+        str | None, _engine(metavar="SIZE", help="Most bytes in --cache-folder, over all ranks. Default: everything.")
     ] = None,
     cache_memory: Annotated[
         str | None,
         _engine(
             metavar="SIZE",
-            help="Memory for blocks and state, e.g. 4GiB; takes the place of --gpu-memory-utilization.",
+            help="Memory for blocks, states and snapshots, e.g. 4GiB, instead of --gpu-memory-utilization.",
         ),
     ] = None,
     gpu_memory_utilization: Annotated[
-        float, _engine(metavar="SHARE", help="Share of a GPU's memory that weights and cache may fill.")
+        float, _engine(metavar="SHARE", help="Share of a GPU's memory for weights and cache.")
     ] = _DEFAULTS.gpu_memory_utilization,
     tensor_parallel_size: Annotated[
         int,
-        _engine("--tensor-parallel-size", "-tp", metavar="N", help="Ranks that the model is sharded over."),
+        _engine("--tensor-parallel-size", "-tp", metavar="N", help="Number of ranks (GPUs) that share the model."),
     ] = _DEFAULTS.tensor_parallel_size,
     load_format: Annotated[
-        str, _engine(help="auto (safetensors) or dummy (random weights of the real shapes).")
+        str, _engine(help="auto reads the checkpoint; dummy draws random weights of the real shapes.")
     ] = "auto",
-    seed: Annotated[int, _engine(metavar="S", help="Seed of sampling, and of dummy weights.")] = _DEFAULTS.seed,
+    seed: Annotated[int, _engine(metavar="S", help="Seed of sampling and of dummy weights.")] = _DEFAULTS.seed,
     enforce_eager: Annotated[
-        bool, _engine("--enforce-eager", help="Launch every kernel by itself: no CUDA graphs, a quicker start.")
+        bool, _engine("--enforce-eager", help="Use no CUDA graphs: a faster start and slower steps.")
     ] = False,
     prefill_graph_tokens: Annotated[
         str | None,
         _engine(
             metavar="TOKENS",
-            help="Run steps with at most so many prompt tokens as CUDA graphs. Default: 2k on one rank, else 0: none.",
+            help="Run steps with up to so many prompt tokens as CUDA graphs; 0: none. Default: 2k on one rank, else 0.",
         ),
     ] = None,
     step_timeout: Annotated[
-        float, _engine(metavar="SECONDS", help="A step that takes longer ends the engine: a rank hangs.")
+        float, _engine(metavar="SECONDS", help="End the engine if a step takes longer, since a rank must be hanging.")
     ] = _DEFAULTS.step_timeout,
     config_file: Annotated[
         str | None,
-        _engine("--config-file", "--config", metavar="FILE", help="A config.json to run with --load-format dummy."),
+        _engine(
+            "--config-file",
+            "--config",
+            metavar="FILE",
+            help="Run the model of this config.json, with --load-format dummy.",
+        ),
     ] = None,
     num_layers: Annotated[
-        int | None, _engine(metavar="N", help="Run the first N layers only, with --load-format dummy.")
+        int | None, _engine(metavar="N", help="Run only the first N layers, with --load-format dummy.")
     ] = None,
     ignore_config_key: Annotated[
         list[str] | None,
         _engine(
             "--ignore-config-key",
             metavar="KEY",
-            help="Read config.json as though it had no KEY, e.g. sliding_window or section.key. May be repeated.",
+            help="Ignore this key of config.json, e.g. sliding_window or section.key. May be repeated.",
         ),
     ] = None,
     op: Annotated[
@@ -188,7 +198,7 @@ def engine_config(
         _engine(
             "--op",
             metavar="OP=IMPL",
-            help="Let IMPL serve OP ('*': all ops), e.g. '*=reference'. May be repeated.",
+            help="Let implementation IMPL serve OP, or all ops ('*'), e.g. '*=reference'. May be repeated.",
         ),
     ] = None,
     trust_remote_code: Annotated[bool, _engine("--trust-remote-code", hidden=True)] = False,
@@ -237,27 +247,40 @@ def engine_config(
 def sampling_params(
     max_tokens: Annotated[
         int | None,
-        _sampling(metavar="N", help="Tokens to generate at most; never more than the context holds."),
+        _sampling(metavar="N", help="Most tokens to generate; never more than the context holds."),
     ] = 256,
     temperature: Annotated[
-        float | None, _sampling(metavar="T", help="0 takes the likeliest token each time. Default: the model's, or 0.")
+        float | None,
+        _sampling(
+            metavar="T", help="Sampling temperature; 0 always takes the likeliest token. Default: the model's, or 0."
+        ),
     ] = None,
     top_p: Annotated[
         float | None,
-        _sampling(metavar="P", help="Keep the likeliest tokens that make up this probability. Default: the model's."),
+        _sampling(
+            metavar="P",
+            help="Sample from the likeliest tokens that together have this probability. Default: the model's.",
+        ),
     ] = None,
     top_k: Annotated[
         int | None,
-        _sampling(metavar="K", help="Keep this many of the likeliest tokens; 0 keeps all. Default: the model's."),
+        _sampling(
+            metavar="K", help="Sample from so many of the likeliest tokens; 0 is all of them. Default: the model's."
+        ),
     ] = None,
     min_p: Annotated[
         float | None,
         _sampling(
-            metavar="P", help="Drop tokens below this share of the likeliest one's probability. Default: the model's."
+            metavar="P",
+            help="Leave out tokens below this share of the likeliest one's probability. Default: the model's.",
         ),
     ] = None,
-    stop: Annotated[list[str] | None, _sampling(metavar="TEXT", help="End before this text. May be repeated.")] = None,
-    ignore_eos: Annotated[bool, _sampling("--ignore-eos", help="Go on past the model's end-of-text tokens.")] = False,
+    stop: Annotated[
+        list[str] | None, _sampling(metavar="TEXT", help="End the output before this text. May be repeated.")
+    ] = None,
+    ignore_eos: Annotated[
+        bool, _sampling("--ignore-eos", help="Continue past the model's end-of-text tokens.")
+    ] = False,
 ) -> GivenParams:
     """How tokens are chosen, as far as it is said. Raises InvalidRequest."""
     numbers: dict[str, Any] = {

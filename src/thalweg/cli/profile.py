@@ -22,7 +22,7 @@ def profile(
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Requests that run together.")] = 1,
     input_len: Annotated[int, typer.Option(metavar="TOKENS", min=1, help="Random tokens in each prompt.")] = 128,
     prefill: Annotated[
-        bool, typer.Option("--prefill", help="Record from the prompts on, rather than once all requests decode.")
+        bool, typer.Option("--prefill", help="Record from the prompts on. Default: once all requests decode.")
     ] = False,
 ) -> None:
     """Record steps of the engine with torch's profiler, after a warm-up, for Perfetto and `thalweg trace`.

@@ -46,85 +46,99 @@ def _cors(**options: Any) -> Any:
 def serve(
     config: EngineConfig,
     host: Annotated[
-        str, typer.Option(metavar="ADDRESS", help="Address to listen on; 0.0.0.0 is all of them.")
+        str, typer.Option(metavar="ADDRESS", help="Address to listen on; 0.0.0.0 is all addresses.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(metavar="PORT", help="Port to listen on; 0 takes a free one.")] = 8000,
+    port: Annotated[int, typer.Option(metavar="PORT", help="Port to listen on; 0 takes a free port.")] = 8000,
     api_key: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="KEY", help="Key that clients must send; THALWEG_API_KEY if left out, else none. May be repeated."
+            metavar="KEY", help="Key that clients must send. Default: THALWEG_API_KEY, or no key. May be repeated."
         ),
     ] = None,
     served_model_name: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="Name of the model in requests; its folder's if left out. May be repeated."),
+        typer.Option(
+            metavar="NAME", help="Name of the model in requests. Default: the folder's name. May be repeated."
+        ),
     ] = None,
     tool_call_parser: Annotated[
         str,
         typer.Option(
             metavar="FORMAT",
-            help="How the model writes tool calls: kimi_k2, hermes, qwen3_coder or none; auto: by the template.",
+            help="How the model writes tool calls: kimi_k2, hermes, qwen3_coder or none; auto asks the template.",
         ),
     ] = "auto",
     reasoning_parser: Annotated[
         str,
-        typer.Option(metavar="FORMAT", help="How the model marks reasoning: think or none; auto: by the template."),
+        typer.Option(metavar="FORMAT", help="How the model marks reasoning: think or none; auto asks the template."),
     ] = "auto",
     max_queued_requests: Annotated[
-        int, _limit(metavar="N", help="Sequences that may wait beyond --max-num-seqs; more are refused with 429.")
+        int, _limit(metavar="N", help="Most sequences that wait while --max-num-seqs run; more get a 429.")
     ] = MAX_QUEUED_REQUESTS,
     queue_timeout: Annotated[
-        float | None, _limit(metavar="SECONDS", help="A request that waits longer for its slot is refused with 503.")
+        float | None,
+        _limit(metavar="SECONDS", help="A request that waits longer for a slot gets a 503. Default: no limit."),
     ] = None,
     request_timeout: Annotated[
-        float | None, _limit(metavar="SECONDS", help="A request that takes longer in all ends with 504.")
+        float | None,
+        _limit(metavar="SECONDS", help="A request that takes longer in all gets a 504. Default: no limit."),
     ] = None,
     shutdown_timeout: Annotated[
-        float, _limit(metavar="SECONDS", help="After SIGTERM or SIGINT, how long requests under way may finish.")
+        float, _limit(metavar="SECONDS", help="How long requests under way may take to finish after SIGTERM or SIGINT.")
     ] = 30.0,
     keep_alive_timeout: Annotated[
-        int, _limit(metavar="SECONDS", help="How long a connection may be idle; longer than a proxy keeps its own.")
+        int, _limit(metavar="SECONDS", help="How long a connection may be idle. Make it longer than a proxy's.")
     ] = KEEP_ALIVE_SECONDS,
     sse_ping_interval: Annotated[
-        float, _limit(metavar="SECONDS", help="How often a stream with nothing to say sends a comment; 0: never.")
+        float, _limit(metavar="SECONDS", help="How often a stream without news sends a comment; 0 is never.")
     ] = PING_SECONDS,
     allowed_origins: Annotated[
         list[str] | None,
-        _cors(metavar="ORIGIN", help="Sites whose pages may use the server, as https://HOST, or * for all. None else."),
+        _cors(
+            metavar="ORIGIN", help="Site whose pages may use the server, as https://HOST, or * for all. Default: none."
+        ),
     ] = None,
-    allowed_methods: Annotated[list[str] | None, _cors(metavar="METHOD", help="Methods they may use; all.")] = None,
-    allowed_headers: Annotated[list[str] | None, _cors(metavar="HEADER", help="Headers they may send; all.")] = None,
+    allowed_methods: Annotated[
+        list[str] | None, _cors(metavar="METHOD", help="Method that such pages may use. Default: all.")
+    ] = None,
+    allowed_headers: Annotated[
+        list[str] | None, _cors(metavar="HEADER", help="Header that such pages may send. Default: all.")
+    ] = None,
     allow_credentials: Annotated[
-        bool, _cors(help="Let their visitors' browsers send passwords by themselves; not with *.")
+        bool, _cors(help="Let browsers send stored passwords from such pages; not with *.")
     ] = False,
     max_stored_responses: Annotated[
-        int, _stored(metavar="N", help="Answers that are kept for requests that go on from them; 0: none.")
+        int, _stored(metavar="N", help="Most answers that are kept for previous_response_id; 0 is none.")
     ] = _STORED.count,
     stored_responses_memory: Annotated[
-        str, _stored(metavar="SIZE", help="Memory that they may take, the oldest giving way.")
+        str, _stored(metavar="SIZE", help="Most memory of kept answers; the oldest are forgotten first.")
     ] = "256MiB",
-    stored_response_ttl: Annotated[float, _stored(metavar="SECONDS", help="How long each is kept.")] = _STORED.seconds,
+    stored_response_ttl: Annotated[
+        float, _stored(metavar="SECONDS", help="How long an answer is kept.")
+    ] = _STORED.seconds,
     max_sessions: Annotated[
-        int, _sessions(metavar="N", help="Sessions of /v1/sessions that are kept; 0: none.")
+        int, _sessions(metavar="N", help="Most sessions of /v1/sessions; 0 is none.")
     ] = _SESSIONS.count,
     session_ttl: Annotated[
-        float, _sessions(metavar="SECONDS", help="How long a session is kept after its last use, at most.")
+        float, _sessions(metavar="SECONDS", help="The longest time that a session is kept after its last use.")
     ] = _SESSIONS.seconds,
     enable_profiler: Annotated[
         str | None,
-        _profiler(metavar="DIR", help="Let clients record traces there: POST /start_profile, /stop_profile."),
+        _profiler(
+            metavar="DIR", help="Let clients record traces into this folder: POST /start_profile, /stop_profile."
+        ),
     ] = None,
     profiler_max_steps: Annotated[
-        int, _profiler(metavar="N", min=1, max=100_000, help="Steps of one trace at most.")
+        int, _profiler(metavar="N", min=1, max=100_000, help="Most steps of one trace.")
     ] = 1000,
     profiler_max_bytes: Annotated[
-        str, _profiler(metavar="SIZE", help="Memory that a trace may take on a rank, and about its size unpacked.")
+        str, _profiler(metavar="SIZE", help="Most memory of a trace on a rank, which is about its size unpacked.")
     ] = "256MiB",
     log_level: Annotated[
         str | None,
         typer.Option(
             metavar="LEVEL",
-            help="error, warning, info (each request) or debug; THALWEG_LOG_LEVEL if left out, else warning.",
+            help="error, warning, info (logs each request) or debug. Default: THALWEG_LOG_LEVEL, or warning.",
         ),
     ] = None,
 ) -> None:

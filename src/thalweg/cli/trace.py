@@ -18,7 +18,9 @@ def trace(
     file: Annotated[str, typer.Argument(metavar="FILE", help="A trace of `thalweg profile` or of torch's profiler.")],
     sql: Annotated[
         str | None,
-        typer.Option(metavar="QUERY", help="Ask this instead: one SELECT over Perfetto's table slice, in DuckDB."),
+        typer.Option(
+            metavar="QUERY", help="Answer this instead: one SELECT in DuckDB over a table slice like Perfetto's."
+        ),
     ] = None,
     top: Annotated[int, typer.Option(metavar="N", min=1, help="Kernels and gaps to show.")] = 20,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
