@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from thalweg.server.errors import ApiError
 
 OPEN_PATHS = frozenset({"/health"})
-PAGE = "/"
+PAGES = frozenset({"/", "/dashboard"})
 _CALLER = "thalweg.caller"
 
 
@@ -47,8 +47,8 @@ class Guard:
                 "the API key is missing or wrong; expected the header Authorization: Bearer KEY, or x-api-key: KEY"
                 " (--api-key)",
                 code="invalid_api_key",
-                # Where the page is, a browser asks for the key, as the password of whatever name.
-                headers={"WWW-Authenticate": 'Basic realm="API key"' if path == PAGE else "Bearer"},
+                # Where the pages are, a browser asks for the key, as the password of whatever name.
+                headers={"WWW-Authenticate": 'Basic realm="API key"' if path in PAGES else "Bearer"},
             )
             await refused.response(path)(scope, receive, send)
             return

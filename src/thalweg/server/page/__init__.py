@@ -1,4 +1,5 @@
-"""GET /: a page to chat with the model in a browser. Plain files, nothing from elsewhere, nothing to build."""
+"""GET / is a page to chat with the model in a browser, /dashboard one of its metrics. Plain files, nothing from
+elsewhere, nothing to build."""
 
 from __future__ import annotations
 
@@ -29,6 +30,11 @@ _HEADERS = {
 @router.get("/")
 async def index() -> Response:
     return _file("index.html")
+
+
+@router.get("/dashboard")
+async def dashboard() -> Response:
+    return _file("dashboard.html")
 
 
 @router.get("/page/{name}")

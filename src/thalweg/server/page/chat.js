@@ -1,19 +1,8 @@
 "use strict";
 
-const $ = (id) => document.getElementById(id);
 let messages = []; // what the model is sent, without the system message
 let running = null; // AbortController of the answer under way
 const boxes = new Map(); // {message: its box}; an answer that failed has one, too, and is none of the messages
-
-function theme(name) {
-  document.documentElement.dataset.theme = name;
-  $("theme").setAttribute("aria-pressed", String(name === "dark"));
-  try { localStorage.setItem("theme", name); } catch { /* storage may be off */ }
-}
-
-function storedTheme() {
-  try { return localStorage.getItem("theme"); } catch { return null; }
-}
 
 function number(id) {
   const value = $(id).value.trim();
@@ -189,6 +178,4 @@ $("new").addEventListener("click", () => {
   $("log").replaceChildren();
   $("prompt").focus();
 });
-$("theme").addEventListener("click", () => theme(document.documentElement.dataset.theme === "dark" ? "light" : "dark"));
-theme(storedTheme() ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light"));
 connect();
