@@ -13,11 +13,14 @@ from torch import Tensor
 
 from tests.ops.cpp_case import LEVELS, instructions, needs_cpp, threads
 from tests.ops.gdn_case import DecodeCase, GdnShape
+from tests.ops.gqa_case import SHAPES as GQA_SHAPES
+from tests.ops.gqa_case import GqaCase, GqaShape
 from tests.ops.kda_mixer_case import check_kda_mixer, error, kda_mixer_case
-from tests.ops.mla_mixer_case import check_mla_mixer, mla_mixer_case
+from tests.ops.mla_mixer_case import check_mla_decode, check_mla_mixer, mla_mixer_case
 from tests.ops.moe_case import experts_in_float64, implementation, moe_case, rmse_ratio, routed
 from thalweg.ops.activation import cpp as activation
 from thalweg.ops.activation import reference as activation_reference
+from thalweg.ops.attention.gqa import cpp as gqa
 from thalweg.ops.attention.mla_mixer import cpp as mla_mixer
 from thalweg.ops.delta import mixer_cpp
 from thalweg.ops.delta.kda_mixer import reference as kda_mixer_reference
@@ -100,6 +103,22 @@ def test_mla_mixer(H: int, K: int, R: int, P: int, V: int, S: int, dtype: torch.
     for spread in (1.0, 30.0):
         case = mla_mixer_case([5, 1, 70, 33], H, K, R, P, V, S, dtype, spread=spread)
         check_mla_mixer(mla_mixer.mla_mixer_decode, case, 8e-3 if dtype == torch.bfloat16 else 2e-6)
+        check_mla_decode(mla_mixer.mla_decode, case, 8e-3 if dtype == torch.bfloat16 else 2e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [*GQA_SHAPES, GqaShape(16, 2, 256, 64, 16)])
+def test_gqa_mixer(shape: GqaShape, dtype: torch.dtype) -> None:
+    cached = [0, 40, 3, 17]
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 2e-5
+    case = GqaCase(shape, cached, [1] * 4, dtype, scale=1.2, first_position=1000)
+    case.check_mix(gqa.gqa_mixer_decode, tolerance, padding=2)
+
+
+def test_attention_without_tokens_is_finite() -> None:
+    case = GqaCase(GQA_SHAPES[0], [5], [1])
+    case.cached = [-1]
+    assert case.mix(gqa.gqa_mixer_decode).isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -194,6 +213,9 @@ def everything(dtype: torch.dtype, rows: slice = slice(None)) -> list[Tensor]:
     kda, mla = kda_mixer_case(8, 16, 64, 64, dtype), mla_mixer_case([300] * 8, 8, 64, 128, 32, 64, 64, dtype)
     gdn = DecodeCase(GdnShape(8, 16, 64, 64), B=8, steps=1, dtype=dtype)
     gdn.proj = gdn.proj[:, rows]
+    attention = GqaCase(GqaShape(8, 2, 64, 32, 16), [300] * 8, [1] * 8, dtype)
+    for name in ("proj", "positions", "rows", "tables", "cached"):
+        setattr(attention, name, getattr(attention, name)[rows])
     kda.proj, kda.slots, gdn.slots, gdn.B = kda.proj[rows], kda.slots[rows], gdn.slots[rows], len(x)
     for name in ("proj", "tables", "lens", "block_rows"):
         setattr(mla, name, getattr(mla, name)[rows])
@@ -206,6 +228,7 @@ def everything(dtype: torch.dtype, rows: slice = slice(None)) -> list[Tensor]:
         kda.run(mixer_cpp.kda_mixer_decode),
         gdn.run(mixer_cpp.gdn_mixer_decode)[0],
         mla.run(mla_mixer.mla_mixer_decode),
+        attention.mix(gqa.gqa_mixer_decode),
         sample.sample(randn(8, 20000, dtype=dtype, seed=5)[rows], seeds + 1.0, seeds, seeds),
     ]
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from thalweg.ops.attention.gqa import reference
 from thalweg.ops.registry import Op, Refusal, Where, register
-from thalweg.ops.toolchain import cuda_build
+from thalweg.ops.toolchain import cpu_build, cuda_build
 from thalweg.ops.toolchain.triton_support import why_not, why_not_hopper
 
 
@@ -124,6 +124,16 @@ def _triton_mixer(where: Where, dims: GqaDims) -> GqaMixerDecode:
     return triton.gqa_mixer_decode
 
 
+def _cpp_mixer(where: Where, dims: GqaDims) -> GqaMixerDecode:
+    from thalweg.ops.attention.gqa import cpp
+
+    return cpp.gqa_mixer_decode
+
+
+def _cpp_refuses(where: Where, dims: GqaDims) -> Refusal:
+    return cpu_build.why_not(where)
+
+
 def _cuda_mixer(where: Where, dims: GqaDims) -> GqaMixerDecode:
     from thalweg.ops.attention.gqa import cuda
 
@@ -163,6 +173,7 @@ def _cuda_refuses(where: Where, dims: GqaDims) -> Refusal:
 
 
 register(GQA_MIXER_DECODE, "reference", lambda *_: reference.gqa_mixer_decode, capturable=False)
+register(GQA_MIXER_DECODE, "cpp", _cpp_mixer, supports=_cpp_refuses, priority=10)
 register(GQA_MIXER_DECODE, "triton", _triton_mixer, supports=_triton_refuses, priority=10)
 register(GQA_MIXER_DECODE, "cuda", _cuda_mixer, supports=_cuda_mixer_refuses, priority=20)
 register(GQA_PREPARE, "reference", lambda *_: reference.gqa_prepare, capturable=True)

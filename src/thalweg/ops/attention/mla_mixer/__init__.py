@@ -93,6 +93,12 @@ def _cpp_refuses(where: Where, dims: MlaMixerDims) -> Refusal:
     return cpu_build.why_not(where)
 
 
+def _cpp_decode(where: Where, dims: MlaMixerDims) -> MlaDecode:
+    from thalweg.ops.attention.mla_mixer import cpp
+
+    return cpp.mla_decode
+
+
 def _triton(where: Where, dims: MlaMixerDims) -> MlaMixerDecode:
     from thalweg.ops.attention.mla_mixer.triton import mixer
 
@@ -150,5 +156,6 @@ register(MLA_MIXER_DECODE, "cpp", _cpp, supports=_cpp_refuses, priority=10)
 register(MLA_MIXER_DECODE, "triton", _triton, supports=_triton_refuses, priority=10)
 register(MLA_MIXER_DECODE, "gluon", _gluon, supports=_gluon_refuses, priority=20)
 register(MLA_DECODE, "reference", lambda *_: reference.mla_decode, capturable=False)
+register(MLA_DECODE, "cpp", _cpp_decode, supports=_cpp_refuses, priority=10)
 register(MLA_DECODE, "triton", _triton_decode, supports=_triton_refuses, priority=10)
 register(MLA_DECODE, "gluon", _gluon_decode, supports=_gluon_refuses, priority=20)

@@ -1,0 +1,67 @@
+// Attention of a few queries over a sequence's tokens, a tile after the other with running sums: a softmax needs no
+// second pass. The tiles are fixed, so neither the number of threads nor other sequences change a bit.
+#pragma once
+
+#include <limits>
+
+#include "rows.h"
+
+namespace thalweg {
+
+constexpr int64_t TILE = 16;  // tokens
+
+// sums[h] = softmax(q[h] . keys) values over `length` tokens, zeros if there are none. fill(first, count) puts tokens
+// first .. first + count into `keys` and `values`, which may be the same tile. Widths are whole vectors; q is scaled.
+template <class Fill>
+inline void attend(
+    const float* q,
+    int64_t heads,
+    int64_t key_width,
+    const float* keys,
+    const float* values,
+    int64_t value_stride,
+    int64_t value_width,
+    int64_t length,
+    Fill&& fill,
+    float* sums) {
+  float* scores = scratch<3>(heads * (TILE + 2));
+  float *most = scores + heads * TILE, *total = most + heads;
+  memset(sums, 0, 4 * heads * value_width);
+  for (int64_t h = 0; h < heads; h++) most[h] = -std::numeric_limits<float>::infinity(), total[h] = 0;
+  for (int64_t first = 0; first < length; first += TILE) {
+    int64_t count = length - first < TILE ? length - first : TILE;
+    fill(first, count);
+    rows_times(keys, count, key_width, q, key_width, heads, scores, TILE);
+    for (int64_t h = 0; h < heads; h++) {
+      float *p = scores + h * TILE, *to = sums + h * value_width, top = most[h];
+      for (int64_t t = 0; t < count; t++) top = p[t] > top ? p[t] : top;
+      float keep = std::exp(most[h] - top);
+      most[h] = top;
+      for (int64_t t = count; t < TILE; t++) p[t] = -std::numeric_limits<float>::infinity();
+      for (int64_t t = 0; t < TILE; t += LANES) store(p + t, exp(load(p + t) - top));
+      total[h] *= keep;
+      for (int64_t t = 0; t < count; t++) total[h] += p[t];
+      for (int64_t i = 0; i < value_width; i += LANES) {
+        Vec sum = load(to + i) * keep;
+        for (int64_t t = 0; t < count; t++) sum += load(values + t * value_stride + i) * p[t];
+        store(to + i, sum);
+      }
+    }
+  }
+  for (int64_t h = 0; h < heads; h++) {
+    float inverse = length > 0 ? 1.f / total[h] : 0.f;
+    for (int64_t i = 0; i < value_width; i += LANES)
+      store(sums + h * value_width + i, load(sums + h * value_width + i) * inverse);
+  }
+}
+
+// Cosines and sines of `pairs` angles at a position, times `scale`.
+inline void turns(int64_t position, const float* frequencies, int64_t pairs, float scale, float* cosines, float* sines) {
+  for (int64_t i = 0; i < pairs; i++) {
+    float angle = (float)position * frequencies[i];
+    cosines[i] = std::cos(angle) * scale;
+    sines[i] = std::sin(angle) * scale;
+  }
+}
+
+}  // namespace thalweg
