@@ -72,6 +72,7 @@ def latency(
         from thalweg.bench.ceilings import measure_ceilings
         from thalweg.bench.floor import batch_floor
         from thalweg.bench.machine import describe_machine
+        from thalweg.bench.served import in_words, served_by
 
         source = open_source(config)
         on_gpu = info.device != "cpu"
@@ -110,11 +111,13 @@ def latency(
         {
             "engine": engine,
             "start_seconds": info.start_seconds,
+            "ops": (served := served_by(info.ops)),
             "machine": machine,
             "results": [r.to_dict() for r in results],
         },
     )
     _print_latency(results, {**engine, **machine}, info.start_seconds)
+    print(f"\n{in_words(served)}")
 
 
 @bench.command()

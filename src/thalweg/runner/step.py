@@ -220,7 +220,7 @@ class ModelRunner:
     def _sample(self, result: StepResult, logits: Tensor, slots: list[int], positions: list[int]) -> Finish:
         """`result` with tokens chosen from logits [R, V] for `slots`, at their positions."""
         device = logits.device
-        if self.waits and self._sampler.simple(slots):  # nothing here waits for the device
+        if self._sampler.simple(slots):  # nothing here waits for the device
             with tracing.span("sample"):
                 slots_R, positions_R = to_device(slots, device), to_device(positions, device)
                 ids = self.mesh.broadcast(self._sampler.sample_rows(logits, slots_R, positions_R))
