@@ -41,7 +41,7 @@ class Grammar(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if self.kind not in ("json_schema", "regex", "lark"):
             raise InvalidRequest(f"the grammar is of kind {self.kind!r:.80}; expected json_schema, regex or lark")
         if not _is_text(self.text) or not _is_text(self.before):
-            raise InvalidRequest("the grammar is no text; expected a string that has a UTF-8 form")
+            raise InvalidRequest("the grammar is not a text; expected a string that has a UTF-8 form")
         if len(self.text) + len(self.before) > MAX_GRAMMAR_CHARS:
             size = len(self.text) + len(self.before)
             raise InvalidRequest(f"the grammar has {size} characters; expected at most {MAX_GRAMMAR_CHARS}")

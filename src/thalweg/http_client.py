@@ -85,7 +85,7 @@ class HttpClient:
         try:
             return json.loads(content)
         except ValueError:
-            raise HttpError(f"{method} {path} answered what is not JSON: {content[:80]!r}") from None
+            raise HttpError(f"{method} {path} gave an answer that is not JSON: {content[:80]!r}") from None
 
     async def first_model(self) -> str:
         """The first name that /v1/models lists. Raises HttpError."""

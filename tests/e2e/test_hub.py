@@ -105,7 +105,7 @@ def test_what_is_not_there_is_one_line(hub: SmallHub, tmp_path: Path) -> None:
     for arguments, said in (
         (["me/nothing"], f"{hub.url} has no such model, or only for those who may see it (HF_TOKEN)"),
         ([NAME, "--revision", "v9"], f"{hub.url} has no revision 'v9' of it (--revision)"),
-        (["me/pickled"], "the hub has not all that is needed: "),
+        (["me/pickled"], "the hub lacks files that it needs: "),
     ):
         done = thalweg("generate", *arguments, "--prompt", "1", env=variables(hub, tmp_path))
         assert done.returncode == 2

@@ -131,7 +131,7 @@ def test_a_damaged_file_is_named(path: tuple[str, ...], value: Any, said: str) -
     for name in path[:-1]:
         inner = inner[name]
     inner[path[-1]] = value
-    with pytest.raises(ConfigError, match=f"B is no file that thalweg bench functions --save wrote: .*{said}"):
+    with pytest.raises(ConfigError, match=f"B is not a file that thalweg bench functions --save wrote: .*{said}"):
         compare(made_up(), b)
 
 
@@ -162,4 +162,4 @@ def test_bench_compare_takes_such_files(tmp_path: Path, capsys: pytest.CaptureFi
     assert main([*line, "--fail-if-slower", "50"]) == 0
     (tmp_path / "other.json").write_text(json.dumps({"results": [{"op": "x", "us": 1}]}))
     assert main(["bench", "compare", str(files[0]), str(tmp_path / "other.json")]) == 2
-    assert "B is no file of thalweg bench functions" in capsys.readouterr().err
+    assert "B is not a file of thalweg bench functions" in capsys.readouterr().err

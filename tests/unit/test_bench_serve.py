@@ -197,7 +197,7 @@ def test_connections_are_used_again_and_one_closed_meanwhile_is_no_failure() -> 
         (b"SSH-2.0-x\r\n\r\n", "does not speak HTTP"),
         (OK + chunked(event("a"), end=False), "broke off"),
         (OK + chunked(event("a")), "without [DONE]"),
-        (OK + chunked(b"data: nonsense\n\n"), "no JSON object"),
+        (OK + chunked(b"data: nonsense\n\n"), "not a JSON object"),
         (OK + chunked(event("a"), b'data: {"error": {"message": "lost"}}\n\n', DONE), "lost"),
         (b'HTTP/1.1 429 X\r\nContent-Length: 30\r\n\r\n{"error": {"message": "busy"}}', "429: busy"),
     ],

@@ -80,7 +80,7 @@ def test_getters_give_typed_values_and_defaults() -> None:
         (lambda: reader(n=3).agree("n", 4), "n is 3; expected 4 from the other keys"),
         (
             lambda: reader(a=1, b=2, c=3).finish({"b"}),
-            "unknown keys a, c, not supported; if it does not change the model, --ignore-config-key a passes",
+            "unknown keys a, c, not supported; if it does not change the model, --ignore-config-key a ignores",
         ),
         (lambda: reader(s="x\ny" * 100).get_int("s"), "expected an integer"),
     ],

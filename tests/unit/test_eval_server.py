@@ -199,10 +199,10 @@ def test_retry_after_is_seconds_or_a_date_and_bounded() -> None:
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("arith --model m", "--model is about a server"),
-        ("arith --api-key k", "--api-key is about a server"),
-        ("arith --base-url http://127.0.0.1:9 folder", "MODEL is about an engine"),
-        ("arith --base-url http://127.0.0.1:9 --dtype float32", "--dtype is about an engine"),
+        ("arith --model m", "--model is for a server"),
+        ("arith --api-key k", "--api-key is for a server"),
+        ("arith --base-url http://127.0.0.1:9 folder", "MODEL is for an engine"),
+        ("arith --base-url http://127.0.0.1:9 --dtype float32", "--dtype is for an engine"),
         ("arith --base-url 127.0.0.1:9", "--base-url"),
         ("arith --base-url http://127.0.0.1:9 --seed 3", "connection refused"),
         ("arith --request-timeout 0", "--request-timeout"),

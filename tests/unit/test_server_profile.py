@@ -68,9 +68,9 @@ def test_profiles_are_started_and_stopped() -> None:
         (b'{"output_dir": "/etc"}', "output_dir is not supported here"),
         (b'{"num_steps": "5"}', 'num_steps is "5"'),
         (b'{"num_steps": true}', "num_steps is true"),
-        (b"[]", "no JSON object"),
-        (b"{", "no JSON object"),
-        (b"[" * 100_000, "no JSON object"),
+        (b"[]", "not a JSON object"),
+        (b"{", "not a JSON object"),
+        (b"[" * 100_000, "not a JSON object"),
     ],
 )
 def test_bad_bodies_start_nothing(body: bytes, words: str) -> None:

@@ -148,7 +148,7 @@ def test_a_file_without_a_tokenizer(tmp_path: Path) -> None:
         ({"tokenizer.ggml.model": "llama"}, UnsupportedError, "'llama'; expected 'gpt2'"),
         ({"tokenizer.ggml.pre": "falcon"}, UnsupportedError, "'falcon', whose split pattern is not known"),
         ({"tokenizer.ggml.pre": ["qwen2"]}, UnsupportedError, "whose split pattern is not known"),
-        ({"tokenizer.ggml.tokens": [1, 2]}, CheckpointError, "no array of strings"),
+        ({"tokenizer.ggml.tokens": [1, 2]}, CheckpointError, "not an array of strings"),
         ({"tokenizer.ggml.token_type": [1]}, CheckpointError, "a number for each"),
         ({"tokenizer.ggml.eos_token_id": 10**6}, CheckpointError, "eos_token_id is 1000000; expected an id below"),
         ({"tokenizer.ggml.tokens": ["a"] * 518}, CheckpointError, "twice"),

@@ -137,7 +137,7 @@ def _telling(tensor: NewTensor, advance: Callable[[int], None]) -> NewTensor:
 
 def _refuse_present(output: Path) -> None:
     if output.exists():
-        raise ConfigError(f"--output is {str(output)!r}, which is there already; expected a name that is not")
+        raise ConfigError(f"--output is {str(output)!r}, which exists already; expected a new name")
     if not output.parent.is_dir():
         raise ConfigError(f"--output is {str(output)!r}, and there is no folder {str(output.parent)!r}")
 

@@ -39,7 +39,7 @@ def build_drafter(config: EngineConfig) -> Drafter:
     """Raises ConfigError for more than one rank or a model without an MTP layer, and what opening a model raises."""
     if config.tensor_parallel_size != 1:
         raise ConfigError(
-            f"--tensor-parallel-size is {config.tensor_parallel_size}; expected 1, all that drafts are measured on"
+            f"--tensor-parallel-size is {config.tensor_parallel_size}; expected 1: drafts are measured on one rank"
         )
     opened = open_model(replace(config, dequantize=True), 0, mtp=True)  # a head in blocks is no matrix to step through
     context = opened.context(Mesh(), Resolver(config.op_preference))

@@ -226,7 +226,8 @@ def cache_memory(config: EngineConfig, device: torch.device, mesh: Mesh) -> int:
     if memory <= 0:
         raise ConfigError(
             f"--gpu-memory-utilization {config.gpu_memory_utilization} leaves nothing for the cache:"
-            f" {(total - free) >> 20} MiB of {total >> 20} MiB are taken; raise it or use more ranks"
+            f" {(total - free) >> 20} MiB of {total >> 20} MiB are taken;"
+            " raise it, free memory on the GPU, or use more ranks"
         )
     return memory
 

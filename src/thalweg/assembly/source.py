@@ -162,5 +162,5 @@ def _read_generation(folder: Path, source: str) -> GenerationConfig:
     try:
         SamplingParams(**generation.sampling)
     except InvalidRequest as e:
-        raise ConfigError(f"{generation.where}: {e}; --generation-config none passes its defaults over") from None
+        raise ConfigError(f"{generation.where}: {e}; --generation-config none ignores its defaults") from None
     return generation

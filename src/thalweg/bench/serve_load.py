@@ -209,7 +209,7 @@ def _chunk(data: bytes) -> dict[str, Any]:
     except ValueError:
         chunk = None
     if not isinstance(chunk, dict):
-        raise HttpError(f"an event is no JSON object: {data[:80]!r}")
+        raise HttpError(f"an event is not a JSON object: {data[:80]!r}")
     return chunk
 
 

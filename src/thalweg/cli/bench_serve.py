@@ -155,7 +155,9 @@ def serve(
     options |= read_object(extra_body)
     for option, path in (("--result-dir", Path(result_dir) / "x"), ("--plot", Path(plot or "x"))):
         if not path.expanduser().resolve().parent.is_dir():
-            raise ConfigError(f"{option} is {plot if option == '--plot' else result_dir!r}, a folder that is not there")
+            raise ConfigError(
+                f"{option} is {plot if option == '--plot' else result_dir!r}, a folder that does not exist"
+            )
 
     requests: list[BenchRequest] = []
     conversations: list[Conversation] = []

@@ -38,7 +38,7 @@ def soak(
     if not (math.isfinite(minutes) and minutes > 0):
         raise ConfigError(f"--minutes is {minutes}; expected a number above 0")
     if output_json is not None and not Path(output_json).expanduser().resolve().parent.is_dir():
-        raise ConfigError(f"--output-json is {output_json!r}, in a folder that is not there")
+        raise ConfigError(f"--output-json is {output_json!r}, in a folder that does not exist")
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 

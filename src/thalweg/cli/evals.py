@@ -72,7 +72,7 @@ def run_options(
 ) -> Run:
     if base_url is None and (served_model is not None or api_key is not None):
         option = "--model" if served_model is not None else "--api-key"
-        raise ConfigError(f"{option} is about a server; expected --base-url with it, or MODEL, a folder, instead")
+        raise ConfigError(f"{option} is for a server; expected --base-url too, or MODEL instead")
     if not 0 < request_timeout < math.inf:
         raise ConfigError(f"--request-timeout is {request_timeout}; expected seconds")
     check_writable(output_json)
@@ -226,7 +226,9 @@ def _refuse_engine_options(config: EngineConfig) -> None:
     for name in (f.name for f in fields(config)):
         if getattr(config, name) != getattr(default, name):
             option = "MODEL" if name == "model" else "--" + name.replace("_", "-")
-            raise ConfigError(f"{option} is about an engine here and --base-url asks a server; expected one of them")
+            raise ConfigError(
+                f"{option} is for an engine in this process, and --base-url asks a server; expected one of the two"
+            )
 
 
 def _print(score: Score, retries: int) -> None:

@@ -219,7 +219,7 @@ def parse_size(text: str, option: str) -> int:
     base = 1000 if is_bytes and not binary else 1024
     value = float(number) * base ** " kmgt".index(suffix.lower() or " ")
     if not value.is_integer() or value > 2**53:
-        raise ConfigError(f"{option} is {text!r}, which is no whole number below 2**53; expected e.g. 4096 or 32k")
+        raise ConfigError(f"{option} is {text!r}, which is not a whole number below 2**53; expected e.g. 4096 or 32k")
     return int(value)
 
 

@@ -191,7 +191,7 @@ class ConfigReader:
             names = ", ".join(_clip(k) for k in unknown[:20]) + (" ..." if len(unknown) > 20 else "")
             raise ConfigError(
                 f"{self.where}: unknown {'keys' if len(unknown) > 1 else 'key'} {names}, not supported; if it does not"
-                f" change the model, --ignore-config-key {_clip(self._path + unknown[0])} passes it over"
+                f" change the model, --ignore-config-key {_clip(self._path + unknown[0])} ignores it"
             )
 
     def _get(self, key: str, default: Any, expected: str) -> Any:

@@ -68,7 +68,7 @@ def hub_folder(name: str, revision: str | None = None, weights: bool = True) -> 
     try:
         return _found(cache_folder(), name, revision, weights, tokenizer=False)  # the hub's own may have none
     except LookupError as error:
-        raise ConfigError(f"MODEL is {name!r}, of which the hub has not all that is needed{at}: {error}") from None
+        raise ConfigError(f"MODEL is {name!r}, and the hub lacks files that it needs{at}: {error}") from None
 
 
 def cache_folder() -> Path:

@@ -128,11 +128,11 @@ def read(host: HostStorage, image: Path, identity: str, rank: int) -> tuple[int,
     path = file_of(image, rank)
     file = SafetensorsFile(path)
     if set(file.tensors) != {"about", "index", "blocks", "snapshots"}:
-        raise CheckpointError(f"{path} is no file of the prefix cache")
+        raise CheckpointError(f"{path} is not a file of the prefix cache")
     try:
         about = msgspec.json.decode(file.raw("about").numpy().tobytes().strip(), type=About)
     except msgspec.DecodeError as e:
-        raise CheckpointError(f"{path} does not say what it is of: {e}") from None
+        raise CheckpointError(f"{path} does not say what it belongs to: {e}") from None
     if about.format != FORMAT:
         raise CheckpointError(f"{path} is of format {about.format}; expected {FORMAT}")
     if about.identity != identity:

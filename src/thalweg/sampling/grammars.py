@@ -133,13 +133,13 @@ def _guidance(grammar: Grammar) -> str:
         try:
             schema = json.loads(grammar.text)
         except (ValueError, RecursionError):
-            raise InvalidRequest("the grammar is no JSON schema: it is not JSON, or nests too deep") from None
+            raise InvalidRequest("the grammar is not a JSON schema: it is not JSON, or nests too deep") from None
         try:
             text = llguidance.LLMatcher.grammar_from_json_schema(
                 schema, overrides={"whitespace_pattern": JSON_WHITESPACE}
             )
         except ValueError as error:
-            raise InvalidRequest(f"the grammar is no JSON schema: {' '.join(str(error).split())[:200]}") from None
+            raise InvalidRequest(f"the grammar is not a JSON schema: {' '.join(str(error).split())[:200]}") from None
     elif grammar.kind == "regex":
         text = llguidance.LLMatcher.grammar_from_regex(grammar.text)
     else:
@@ -161,7 +161,7 @@ def _lark(text: str) -> str:
         return gbnf_to_lark(_UNICODE_ESCAPE.sub(_character, text))
     except Exception as error:  # noqa: BLE001 -- it raises whatever parsing comes upon
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InvalidRequest(f"the grammar is no GBNF: {reason}") from None
+        raise InvalidRequest(f"the grammar is not GBNF: {reason}") from None
 
 
 def _character(escape: re.Match[str]) -> str:

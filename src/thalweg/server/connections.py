@@ -23,7 +23,7 @@ def listen(host: str, port: int, stalled_seconds: int = STALLED_SECONDS) -> sock
         listener = socket.create_server((host, port), family=family, backlog=_BACKLOG)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
-        raise ConfigError(f"--host {host} --port {port} cannot be listened on: {reason}") from None
+        raise ConfigError(f"--host {host} --port {port} cannot be used: {reason}") from None
     # Without it a small answer waits for the last one's acknowledgement.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

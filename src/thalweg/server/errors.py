@@ -170,7 +170,7 @@ def _invalid_body(error: RequestValidationError) -> ApiError:
     path = [str(part) for part in first["loc"][1:]]
     if not path:
         expected = "expected a JSON object with Content-Type: application/json"
-        return ApiError(400, f"the body is missing or no JSON object; {expected}", code="invalid_json")
+        return ApiError(400, f"the body is missing or not a JSON object; {expected}", code="invalid_json")
     reason = str(first["msg"])
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     return ApiError(400, f"{'.'.join(path)[:200]}: {reason[:1].lower()}{reason[1:]}{more}", param=path[0][:64])

@@ -46,7 +46,7 @@ def _num_steps(body: bytes) -> int | None:
     except (ValueError, RecursionError):
         fields = None
     if not isinstance(fields, dict):
-        raise ApiError(400, 'the body is no JSON object; expected {"num_steps": N}, or no body', code="invalid_json")
+        raise ApiError(400, 'the body is not a JSON object; expected {"num_steps": N}, or no body', code="invalid_json")
     for name, value in fields.items():
         if name != "num_steps" and value is not None:
             reason = f"{name[:80]} is not supported here; expected num_steps alone (--enable-profiler says where to)"

@@ -35,7 +35,7 @@ class StrictConnection(h11.Connection):
             return super().next_event()
         except h11.RemoteProtocolError as error:
             status = 431 if error.error_status_hint == 431 else 400
-            self.refusal = ApiError(status, f"this is no valid HTTP request: {error}", code="invalid_http")
+            self.refusal = ApiError(status, f"this is not a valid HTTP request: {error}", code="invalid_http")
             raise
 
     def _check_head(self, data: bytes) -> None:

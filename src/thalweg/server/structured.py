@@ -86,7 +86,7 @@ def _held_to(output: OutputFormat, use: ToolUse, text: Wanted | None, before: st
             if text.grammar.kind != "json_schema":
                 raise ApiError(
                     400,
-                    f"{text.field} is no JSON schema and tools are given; expected one of the two, or tool_choice none",
+                    f"{text.field} is not a JSON schema and tools are given; expected one of them, or tool_choice none",
                     param=text.field,
                 )
             answer = json_lark(json.loads(text.grammar.text))
@@ -151,7 +151,7 @@ def _parsed(field: str, where: str, text: str) -> Any:
     try:
         return plain_data(json.loads(text[: MAX_GRAMMAR_CHARS + 1]), field)
     except (ValueError, RecursionError):
-        reason = f"{where} is no JSON, or more than {MAX_GRAMMAR_CHARS} characters of it; expected a JSON schema"
+        reason = f"{where} is not JSON, or has more than {MAX_GRAMMAR_CHARS} characters of it; expected a JSON schema"
         raise ApiError(400, reason, param=field) from None
 
 

@@ -42,8 +42,8 @@ def tool_use(body: ChatBody, output: OutputFormat) -> ToolUse:
     if output.calls is None:
         raise ApiError(
             400,
-            "tools are given, and how this model writes tool calls is not known; expected --tool-call-parser when the"
-            " server starts, or tool_choice none",
+            "tools are given, but it is not known how this model writes tool calls; expected --tool-call-parser when"
+            " the server starts, or tool_choice none",
             param="tools",
             code="unsupported",
         )
@@ -51,7 +51,7 @@ def tool_use(body: ChatBody, output: OutputFormat) -> ToolUse:
     if len(names) > MAX_TOOLS:
         raise ApiError(400, f"{len(names)} tools came; expected at most {MAX_TOOLS}", param="tools")
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise ApiError(400, f"tools has {twice!r} twice; expected names of their own", param="tools")
+        raise ApiError(400, f"tools has {twice!r} twice; expected different names", param="tools")
     parallel = body.parallel_tool_calls is not False
     if choice in ("auto", "required"):
         return ToolUse(tools, choice, tuple(tools), parallel)
@@ -70,7 +70,7 @@ def _checked_name(tool: dict[str, Any], i: int) -> str:
     where = f"tools[{i}]"
     if not _is_function(tool):
         expected = '{"type": "function", "function": {"name": ..., "parameters": ...}}'
-        raise ApiError(400, f"{where} is no function; expected {expected}", param="tools")
+        raise ApiError(400, f"{where} is not a function; expected {expected}", param="tools")
     name, parameters = tool["function"].get("name"), tool["function"].get("parameters")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         reason = f"{where}.function.name is {shown(name)}; expected 1 to 64 letters, digits, '_', '-' or '.'"

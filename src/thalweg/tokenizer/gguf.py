@@ -103,7 +103,7 @@ def byte_level_data(metadata: Mapping[str, Any], path: Path) -> dict[str, Any]:
     types = metadata.get(TYPES) or [NORMAL] * len(tokens)
     merges = [merge.split(" ") for merge in _strings(metadata, MERGES, path)]
     if any(len(pair) != 2 for pair in merges):
-        raise CheckpointError(f"{path}: {MERGES} has an entry that is no pair; expected two tokens and a space")
+        raise CheckpointError(f"{path}: {MERGES} has an entry that is not a pair; expected two tokens and a space")
     vocab = {token: i for i, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
         raise CheckpointError(f"{path}: {TOKENS} has a token twice; expected every one once")
@@ -131,7 +131,7 @@ def byte_level_data(metadata: Mapping[str, Any], path: Path) -> dict[str, Any]:
 def _strings(metadata: Mapping[str, Any], key: str, path: Path) -> list[str]:
     value = metadata.get(key)
     if not isinstance(value, list) or not all(isinstance(token, str) for token in value):
-        raise CheckpointError(f"{path}: {key} is missing or no array of strings; expected one")
+        raise CheckpointError(f"{path}: {key} is missing or not an array of strings; expected one")
     return value
 
 

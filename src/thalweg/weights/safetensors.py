@@ -137,7 +137,7 @@ def _read_header(file: BinaryIO, size: int, path: Path) -> dict[str, TensorInfo]
 
 def _check_metadata(metadata: Any, path: Path) -> None:
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise CheckpointError(f"{path}: __metadata__ is no object of strings; expected one, or none")
+        raise CheckpointError(f"{path}: __metadata__ is not an object of strings; expected one, or none")
 
 
 def _tensor_info(name: str, entry: Any, data_start: int, size: int, path: Path) -> TensorInfo:

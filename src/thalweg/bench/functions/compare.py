@@ -101,11 +101,11 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> FunctionsComparison:
     """Raises ConfigError for files without functions, or of different workloads."""
     for file, name in ((a, "A"), (b, "B")):
         if not is_functions(file):
-            raise ConfigError(f"{name} is no file of thalweg bench functions; expected one that --save wrote")
+            raise ConfigError(f"{name} is not a file of thalweg bench functions; expected one that --save wrote")
         try:
             msgspec.convert(file, _File)
         except msgspec.ValidationError as e:
-            raise ConfigError(f"{name} is no file that thalweg bench functions --save wrote: {e}") from None
+            raise ConfigError(f"{name} is not a file that thalweg bench functions --save wrote: {e}") from None
     for fact in ("workload", "quick", "model"):
         one, other = a["engine"].get(fact), b["engine"].get(fact)
         if one != other:

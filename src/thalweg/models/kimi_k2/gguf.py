@@ -71,6 +71,8 @@ def metadata(config: DecoderConfig) -> dict[str, Any]:
     if (stretched := mla.rotation.yarn) is None:
         return keys
     if not math.isclose(mla.rotation.scale, 1):
-        raise UnsupportedError("YaRN scales cosines here (mscale is not mscale_all_dim), which GGUF files do not say")
+        raise UnsupportedError(
+            "YaRN scales cosines here (mscale is not mscale_all_dim), which GGUF files cannot express"
+        )
     weight = (math.sqrt(stretched.score_factor) - 1) / math.log(stretched.factor)
     return {**keys, "rope.scaling.yarn_log_multiplier": round(weight, 6)}

@@ -57,7 +57,9 @@ def metadata(config: DecoderConfig) -> dict[str, Any]:
     kda = next((layer.mixer for layer in config.layers if isinstance(layer.mixer, KdaDims)), None)
     mla = next((layer.mixer for layer in config.layers if isinstance(layer.mixer, MlaDims)), None)
     if kda is None or mla is None or kda.heads != mla.heads:
-        raise UnsupportedError("GGUF files have KDA and MLA layers with as many heads; this model does not")
+        raise UnsupportedError(
+            "GGUF files need as many heads in KDA layers as in MLA layers; this model has other numbers"
+        )
     return {
         **latent_attention_keys(mla),
         "attention.head_count_kv": [int(isinstance(layer.mixer, MlaDims)) for layer in config.layers],

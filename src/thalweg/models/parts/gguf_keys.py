@@ -20,7 +20,9 @@ def common(keys: GgufKeys) -> dict[str, Any]:
     """Width, depth and vocabulary. Layers that draft tokens are left out."""
     embedding = keys.tensors.get(EMBEDDING)
     if embedding is None or len(embedding.shape) != 2:
-        raise CheckpointError(f"{keys.where}: {EMBEDDING} is missing or no matrix; expected one of [vocabulary, width]")
+        raise CheckpointError(
+            f"{keys.where}: {EMBEDDING} is missing or not a matrix; expected one of [vocabulary, width]"
+        )
     vocab_size, width = embedding.shape
     keys.agree("vocab_size", vocab_size)
     keys.agree("embedding_length", width)

@@ -99,7 +99,9 @@ def metadata(config: DecoderConfig) -> dict[str, Any]:
     gdn = next((layer.mixer for layer in config.layers if isinstance(layer.mixer, GdnDims)), None)
     gqa = next((layer.mixer for layer in config.layers if isinstance(layer.mixer, GqaDims)), None)
     if gdn is None or gqa is None or gdn.key_dim != gdn.value_dim:
-        raise UnsupportedError("GGUF files have GDN layers with keys as wide as values, and attention; this model not")
+        raise UnsupportedError(
+            "GGUF files need attention layers, and GDN layers with keys as wide as values; this model differs"
+        )
     layers = config.layers if config.mtp is None else (*config.layers, config.mtp)
     full = [isinstance(layer.mixer, GqaDims) for layer in layers]
     return {

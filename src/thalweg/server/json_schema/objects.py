@@ -33,7 +33,7 @@ def _properties(walk: Walk, schema: dict[str, Any], path: Path) -> dict[str, Any
     if isinstance(properties, dict):
         return {key: walk.walk(value, (*path, "properties", key)) for key, value in properties.items()}
     if properties is not None:
-        walk.give_up((*path, "properties"), "is no object")
+        walk.give_up((*path, "properties"), "is not an object")
     return {}
 
 
@@ -54,7 +54,7 @@ def _dependencies(walk: Walk, schema: dict[str, Any], path: Path, made: dict[str
         if value is None:
             continue
         if not isinstance(value, dict):
-            walk.give_up((*path, keyword), "is no object")
+            walk.give_up((*path, keyword), "is not an object")
             continue
         for name, needed in value.items():
             if isinstance(needed, list):
@@ -67,7 +67,7 @@ def _patterns(walk: Walk, schema: dict[str, Any], path: Path, rest: Any) -> tupl
     """(patternProperties, additionalProperties): what is dropped of the former may be anything."""
     given, kept = schema.get("patternProperties"), {}
     if given is not None and not isinstance(given, dict):
-        walk.give_up((*path, "patternProperties"), "is no object")
+        walk.give_up((*path, "patternProperties"), "is not an object")
         given = None
     for pattern, value in (given or {}).items():
         own = walk.walk(value, (*path, "patternProperties", pattern))
