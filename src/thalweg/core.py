@@ -26,11 +26,13 @@ JSON_WHITESPACE = r"( |\n {0,16})?"
 
 
 class Grammar(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What an output must be, from its first token to its end. Raises InvalidRequest on a wrong type or size.
+    """A language that an output must be in, from its first token to its end. Raises InvalidRequest on a wrong type or
+    size.
 
-    `text` is a JSON schema, a regular expression (as Rust's regex crate has them, without look-around), or, as "lark",
-    a grammar in llguidance's variant of Lark with a rule `start`, or in llama.cpp's GBNF with a rule `root`. `before`
-    is a Lark expression of what may come before it.
+    kind: "json_schema"; "regex", in the syntax of Rust's regex crate, without look-around; or "lark", which is a
+        grammar in llguidance's variant of Lark with a rule `start`, or in llama.cpp's GBNF with a rule `root`.
+    text: the schema, the expression or the grammar.
+    before: a Lark expression of what may come before it.
     """
 
     kind: Literal["json_schema", "regex", "lark"]
@@ -48,10 +50,12 @@ class Grammar(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ThinkingLimit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How many tokens may stand between the tokens `begin` and `end` in an output; `begun`: it starts between them.
+    """A bound on the tokens of reasoning in an output. Raises InvalidRequest on a wrong type or value.
 
-    When they are spent `end` is the next token, as soon as the grammar allows it if there is one, and `begin` is not
-    chosen again. Raises InvalidRequest on a wrong type or value.
+    begin, end: the token ids that mark reasoning.
+    max_tokens: tokens that may stand between them. When they are spent, `end` is the next token, or under a grammar as
+        soon as that allows it, and `begin` is not chosen again.
+    begun: whether the output starts within reasoning.
     """
 
     begin: int
@@ -69,13 +73,13 @@ class ThinkingLimit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How one request's tokens are chosen. Raises InvalidRequest on a value out of range.
+    """How the tokens of one request are chosen. Raises InvalidRequest on a value out of range.
 
     Filters apply in this order: logit_bias, penalties, temperature, top_k, top_p, min_p.
     """
 
-    max_tokens: int | None = 16  # generated tokens at most; None: up to the context. 0 prefills only
-    min_tokens: int = 0  # before this many tokens eos and stop_token_ids are never chosen
+    max_tokens: int | None = 16  # most tokens to generate; None: up to the end of the context. 0 only prefills
+    min_tokens: int = 0  # until there are so many, end-of-sequence tokens and stop_token_ids are not chosen
     temperature: float = 1.0  # 0 is greedy
     top_p: float = 1.0
     top_k: int = 0  # 0 (or -1): off
@@ -85,16 +89,16 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     frequency_penalty: float = 0.0  # over output
     logit_bias: dict[int, float] = {}
     seed: int | None = None  # None: drawn from the engine's seed and the request's arrival number
-    stop: tuple[str, ...] = ()  # one string, None or a list will do too
+    stop: tuple[str, ...] = ()  # one string, None and a list are accepted too
     stop_token_ids: tuple[int, ...] = ()
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
-    logprobs: int | None = None  # of the chosen token and this many most likely ones
-    prompt_logprobs: int | None = None  # the same for every prompt token but the first
+    logprobs: int | None = None  # log-probabilities of the chosen token and of so many most likely ones
+    prompt_logprobs: int | None = None  # the same for every prompt token except the first
     skip_special_tokens: bool = True
-    grammar: Grammar | None = None  # what the output must be
+    grammar: Grammar | None = None  # a language that the output must be in
     thinking: ThinkingLimit | None = None  # how long reasoning may be
-    cache_salt: str = ""  # cached prefixes are shared only with requests of the same salt
+    cache_salt: str = ""  # cached prefixes are shared only with requests that have the same salt
 
     def __post_init__(self) -> None:
         def need(ok: bool, name: str, expected: str) -> None:

@@ -8,7 +8,7 @@ class ThalwegError(Exception):
 
 
 class ConfigError(ThalwegError, ValueError):
-    """An option or a config.json value that cannot be honoured."""
+    """An option, or a value in config.json, that cannot be honoured."""
 
 
 class CheckpointError(ThalwegError, ValueError):
@@ -16,19 +16,19 @@ class CheckpointError(ThalwegError, ValueError):
 
 
 class InvalidRequest(ThalwegError, ValueError):
-    """A request refused before it runs: bad parameters, too long, token ids out of range."""
+    """A request that is refused before it runs: wrong parameters, too many tokens, token ids out of range."""
 
 
 class UnsupportedError(ThalwegError, NotImplementedError):
-    """Something Thalweg does not do (yet); the message says what would."""
+    """Something that Thalweg does not support; the message says what it does support."""
 
 
 class RequestTimeout(ThalwegError):
-    """A request that took longer than the server lets one take, or whose client does not read its answer."""
+    """A request that took longer than the server allows, or whose client does not read its answer."""
 
 
 class QueueTimeout(ThalwegError):
-    """A request that waited longer than it may before a slot was free."""
+    """A request that waited too long for a free slot."""
 
 
 class ProfileConflict(ThalwegError):
@@ -44,8 +44,8 @@ class KernelError(ThalwegError, RuntimeError):
 
 
 class SessionNotFound(ThalwegError, LookupError):
-    """A session that does not exist, or not for who asks."""
+    """A session that does not exist, or does not belong to the caller."""
 
 
 class SessionConflict(ThalwegError):
-    """A session's name that is in use, or a session that changed while a request went on from it."""
+    """A session's name that is in use, or a session that changed while a request continued it."""

@@ -6,12 +6,15 @@ And the records of experiments: a title has date, verdict and commit, a cell one
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import typer
 
 from thalweg.cli.app import app
+from thalweg.core import SamplingParams
+from thalweg.text.results import CompletionOutput, RequestOutput
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(p for room in ("docs", "src", "scripts") for p in ROOT.glob(f"{room}/**/*.md"))])
@@ -89,6 +92,24 @@ def test_index_of_experiments_has_the_latest_entry_of_each_file() -> None:
     index = (ROOT / "docs" / "experiments" / "README.md").read_text()
     rows = re.findall(r"^\| \[([\w-]+)\.md\]\(\1\.md\) \| .* \| (.*) \|$", index, re.MULTILINE)
     assert dict(rows) == {page.stem: entries(page)[0][1] for page in EXPERIMENTS}
+
+
+def test_index_of_decisions_has_every_record() -> None:
+    folder = ROOT / "docs" / "adr"
+    rows = re.findall(
+        r"^\| \[(\d{4})\]\((\1-[\w-]+\.md)\) \| (.*) \|$", (folder / "README.md").read_text(), re.MULTILINE
+    )
+    titles = {page.name: page.read_text().splitlines()[0] for page in folder.glob("0*.md")}
+    assert {name: f"# {number} {title}" for number, name, title in rows} == titles
+
+
+def test_the_python_page_has_every_parameter_and_output() -> None:
+    page = (ROOT / "docs" / "python.md").read_text()
+    names = [f.name for kind in (RequestOutput, CompletionOutput) for f in fields(kind)] + list(
+        SamplingParams.__struct_fields__
+    )
+    missing = [name for name in names if not re.search(rf"[`.]{name}\b", page)]
+    assert missing == ["request_id", "prompt", "index"]
 
 
 def options(command: object) -> set[str]:

@@ -26,28 +26,44 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)(b?)\s*", re.IGNORECASE)
 class EngineConfig:
     """Options of one engine. Raises ConfigError, in the command line's spelling, on a value out of range.
 
-    `model` is a folder (None: the bundled model), a GGUF file, or OWNER/NAME on a hub, of which `revision` is a
-    branch, tag or commit. `tokenizer` is another folder to take the tokenizer from. `state_dtype` is what recurrent
-    states are stored in, whatever they are computed in. `max_num_seqs` None means 64 on a CPU; on a GPU what its
-    memory allows (cache.memory.default_num_seqs). `max_num_batched_tokens` None means 8192 on an accelerator, where a
-    step that reads all experts anyway should have many tokens, and 2048 on a CPU. A step that also decodes takes at
-    most `long_prefill_token_threshold` tokens of a prompt; 0 means as many as fit. `max_model_len` None means the
-    model's context length, or what fits in memory. `cache_memory` is in bytes and takes the place of
-    `gpu_memory_utilization`, the share of the device's memory that weights and cache may fill.
-    `enable_prefix_caching` keeps what was computed of prompts and answers for those that begin alike.
-    `snapshot_interval` is the number of prompt tokens after which the prefix cache takes a further snapshot of a
-    model's states. `snapshot_dtype` is what snapshots of recurrent states are stored in: "auto" as the states are, or
-    rounded to "bfloat16" or "int8". `cpu_cache_memory` is bytes of host memory per rank for what falls out of the
-    prefix cache on the device. `cache_folder` is a folder that host memory's part of the prefix cache is written to
-    when the engine ends, and read from when it starts, at most `cache_folder_size` bytes over all ranks.
-    `quantization` "fp8" quantizes the experts' weights as they are loaded. `generation_config` says where sampling
-    defaults come from: the model's generation_config.json ("auto"), that of another folder, or the engine's own
-    ("vllm", "none"). Steps with at most `prefill_graph_tokens` tokens of prompts run as CUDA graphs, as far as there
-    are graphs for so many; None means 2048 for one rank, and none for several, whose collectives have yet to be seen
-    in them. `dequantize` brings weights in GGUF's blocks to `dtype` as they are loaded; None means that on an
-    accelerator, whose kernels want them so, and not on a CPU. config.json is read as though the keys in
-    `ignore_config_key` were not in it. `op_preference` maps an op's name, or "*", to the implementation that must
-    serve it.
+    model: a folder, a GGUF file, or OWNER/NAME on a hub; None is the bundled model.
+    revision: branch, tag or commit of OWNER/NAME.
+    tokenizer: another folder to take tokenizer and chat template from.
+    generation_config: where sampling defaults come from: "auto" is the model's generation_config.json, a folder has
+        another one, "vllm" and "none" are the engine's own.
+    dtype: of weights and activations; "auto" is float32 on a CPU, else the checkpoint's.
+    quantization: "fp8" quantizes the experts' weights while they are loaded.
+    dequantize: whether weights in GGUF's blocks become `dtype` while they are loaded. None: on an accelerator, whose
+        kernels need that, and not on a CPU.
+    state_dtype: what recurrent states are stored in, whatever they are computed in.
+    device: "auto", "cpu", "cuda" or "cuda:N".
+    max_num_seqs: sequences that run at once. None: 64 on a CPU; on a GPU what its memory allows
+        (cache.memory.default_num_seqs).
+    max_num_batched_tokens: tokens of one step at most. None: 8192 on an accelerator, where a step that reads all
+        experts anyway should have many tokens, and 2048 on a CPU.
+    long_prefill_token_threshold: tokens of a prompt at most in a step that also decodes; 0 is as many as fit.
+    max_model_len: tokens of a request at most, prompt and output. None: the model's context length, or what fits.
+    block_size: tokens per block of the cache.
+    enable_prefix_caching: whether what was computed of prompts and answers is kept for prompts that begin alike.
+    snapshot_interval: prompt tokens after which the prefix cache takes a further snapshot of a model's states.
+    snapshot_dtype: what snapshots of recurrent states are stored in: "auto" as the states are, or rounded to
+        "bfloat16" or "int8".
+    cpu_cache_memory: bytes of host memory per rank for what has to leave the prefix cache on the device.
+    cache_folder: where the prefix cache is written when the engine ends, and read from when it starts.
+    cache_folder_size: bytes in `cache_folder` at most, over all ranks. None: everything.
+    cache_memory: bytes for blocks, states and snapshots, instead of `gpu_memory_utilization`.
+    gpu_memory_utilization: share of the device's memory for weights and cache.
+    tensor_parallel_size: ranks that share the model.
+    load_format: "auto" or "safetensors" read the checkpoint, "dummy" draws random weights.
+    seed: of sampling and of dummy weights.
+    enforce_eager: whether steps run without CUDA graphs.
+    prefill_graph_tokens: steps with so many prompt tokens at most run as CUDA graphs, if there are graphs for so many.
+        None: 2048 on one rank, and 0 on several, whose collectives have yet to be seen in such graphs.
+    step_timeout: seconds after which a step that has not ended ends the engine.
+    config_file: a config.json to run with dummy weights.
+    num_layers: how many of the model's layers run, with dummy weights.
+    ignore_config_key: keys of config.json that are ignored.
+    op_preference: an op's name, or "*", to the implementation that must serve it.
     """
 
     model: str | None = None

@@ -26,10 +26,11 @@ Messages = Sequence[Mapping[str, Any]]
 
 
 class LLM(WithSessions):
-    """Loads a model and generates, many prompts at a time. Calls may overlap, also from several threads.
+    """Loads a model and generates for many prompts at a time. Calls may overlap, also from several threads.
 
-    `model` is a folder in Hugging Face layout (None: the bundled model). The other options are EngineConfig's. Use it
-    as a context manager, or call close(). Raises ConfigError or CheckpointError, one line each, when it cannot start.
+    `model` is a folder in Hugging Face layout, a GGUF file, or OWNER/NAME on Hugging Face; None is the bundled model.
+    EngineConfig describes the other options. Use an LLM as a context manager, or call close(). Raises ConfigError or
+    CheckpointError, one line each, if it cannot start.
     """
 
     def __init__(
@@ -112,11 +113,11 @@ class LLM(WithSessions):
 
     @property
     def suggested(self) -> dict[str, Any]:
-        """The sampling defaults that generation_config.json gives, by SamplingParams' names."""
+        """The sampling defaults of generation_config.json, under the names of SamplingParams."""
         return self.codec.source.generation.sampling
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What `generate` and `stream` take where no sampling_params are given."""
+        """The parameters that `generate` and `stream` use if none are given."""
         return SamplingParams(**self.suggested)
 
     def generate(
@@ -125,12 +126,13 @@ class LLM(WithSessions):
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         on_finished: Callable[[RequestOutput], object] = lambda _: None,
     ) -> list[RequestOutput]:
-        """Continue one prompt or many, each a text or a list of token ids; outputs come in the prompts' order.
+        """Continue one prompt or many; outputs come in the order of the prompts.
 
-        `sampling_params` is one for all, or one per prompt, taken as they are; None: get_default_sampling_params().
-        `on_finished` is called as each request ends.
-        Raises InvalidRequest, before anything runs, if any prompt or parameter cannot be served. A request that fails
-        while running ends with finish_reason "error" alone.
+        A prompt is a text or a list of token ids. `sampling_params` is one object for all prompts or one per prompt;
+        None is get_default_sampling_params(). `on_finished` is called when a request ends.
+
+        Raises InvalidRequest, before anything runs, if a prompt or parameter cannot be served. A request that fails
+        while it runs ends alone, with the finish_reason "error".
         """
         items = _as_list(prompts)
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
@@ -148,10 +150,10 @@ class LLM(WithSessions):
         sampling_params: SamplingParams | None = None,
         **template_options: Any,
     ) -> list[RequestOutput]:
-        """Answer one conversation, or many, by the model's chat template. Messages have "role" and "content".
+        """Answer one conversation or many, with the model's chat template. Messages have "role" and "content".
 
-        Default parameters are generation_config.json's; where it is silent, greedy up to the context's end. Raises
-        InvalidRequest.
+        Without `sampling_params`, the values of generation_config.json hold; what it does not give is greedy, up to the
+        end of the context. `template_options` are variables of the template. Raises InvalidRequest.
         """
         if isinstance(messages, (str, bytes, Mapping)) or not messages:
             raise InvalidRequest(f"messages are {messages!r:.40}; expected a list with one message or more")
@@ -162,9 +164,9 @@ class LLM(WithSessions):
         return self._collect([self._request(p, params) for p in prompts], prompts)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[Delta]:
-        """Continue one prompt, giving each step's news as it comes; the last one has a finish_reason.
+        """Continue one prompt and yield what is new after each step; the last Delta has a finish_reason.
 
-        Leaving the iterator early aborts the request.
+        Closing the iterator early aborts the request.
         """
         request = self._request(prompt, sampling_params or self.get_default_sampling_params())
         outputs = self._outputs()
@@ -179,7 +181,7 @@ class LLM(WithSessions):
                             return
 
     def prompt_logits(self, token_ids: Sequence[int]) -> Tensor:
-        """Float32 logits [T, V] after every one of the T tokens, prefilled in chunks as any prompt would be."""
+        """Float32 logits [T, V] after each of the T tokens, which are prefilled in chunks as any prompt is."""
         import torch
 
         ids = check_token_ids(token_ids, self.info.vocab_size)
@@ -210,7 +212,7 @@ class LLM(WithSessions):
 
     @property
     def engine(self) -> Engine:
-        """What answers. Raises EngineDeadError once this is closed."""
+        """The engine. Raises EngineDeadError after close()."""
         if self._engine is None:
             raise EngineDeadError("this LLM is closed; make a new one")
         return self._engine

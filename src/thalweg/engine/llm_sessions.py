@@ -1,4 +1,4 @@
-"""Sessions of the offline API: a sequence by name, to go on from, fork and roll back."""
+"""Sessions of the offline API: named sequences that can be continued, forked and rolled back."""
 
 from __future__ import annotations
 
@@ -46,24 +46,24 @@ class Session:
 
     @property
     def points(self) -> list[int]:
-        """Tokens at each saved point; the last one is the session's end."""
+        """The number of tokens at each saved point; the last point is the session's end."""
         return [point.tokens for point in self._saved.points]
 
     def generate(
         self, prompt: Prompt = (), sampling_params: SamplingParams | None = None, *, save: bool = True
     ) -> RequestOutput:
-        """Go on by `prompt`, a text or token ids, or nothing. With `save` the session then has prompt and answer, and a
-        new point at its end; else it stays as it is. Raises InvalidRequest, SessionNotFound."""
+        """Continue the session's tokens and `prompt` (a text, token ids or nothing). With `save`, prompt and answer
+        become a new point; without, the session stays as it is. Raises InvalidRequest, SessionNotFound."""
         return self._owner.generate(self._saved, prompt, sampling_params, save)
 
     def roll_back(self, point: int) -> None:
-        """Back to a saved point, by its index in `points`. Raises InvalidRequest, SessionNotFound."""
+        """Make a saved point the session's end, by its index in `points`. Raises InvalidRequest, SessionNotFound."""
         self._owner.roll_back(self._saved, point)
 
     def write(self, path: str | Path) -> None:
-        """Write its tokens and points to a file of the user's own, for LLM.load_session; a file that is there is
-        replaced once the new one is whole. What was computed stays in the engine, or in its --cache-folder. Raises
-        OSError."""
+        """Write the session's tokens and points to a file for LLM.load_session. Only the user may read it. An existing
+        file is replaced once the new one is complete. What was computed stays in the engine, or in its cache folder.
+        Raises OSError."""
         identity = self._owner.identity
         saved = SessionFile(FILE_FORMAT, identity, self._saved.salt, self.points, self.token_ids)
         handle, name = tempfile.mkstemp(dir=Path(path).parent, prefix=f"{Path(path).name}.")
@@ -76,7 +76,7 @@ class Session:
             raise
 
     def delete(self) -> None:
-        """Forget it. What is cached of it then makes room like everything else."""
+        """Forget the session. What is cached of it then makes room like everything else."""
         self._owner.registry.delete(self._saved)
 
 
@@ -167,18 +167,18 @@ class WithSessions:
     _sessions: LLMSessions
 
     def session(self, name: str, prompt: Prompt | None = None, *, cache_salt: str = "") -> Session:
-        """A sequence by name. With `prompt`, a text or token ids, a new one, which is computed; else the one that there
-        is. Raises InvalidRequest, SessionConflict if the name is in use, SessionNotFound."""
+        """A session by its name. With `prompt` (a text or token ids), a new session, whose prompt is computed; without,
+        the existing one. Raises InvalidRequest, SessionConflict if the name is in use, SessionNotFound."""
         if prompt is None:
             return self._sessions.get(name, cache_salt)
         return self._sessions.add(name, prompt, cache_salt)
 
     def load_session(self, path: str | Path, name: str) -> Session:
-        """The session that Session.write wrote, under a name; what is not cached of it is computed. Raises
+        """A session from the file that Session.write wrote, under `name`. What is not cached of it is computed. Raises
         InvalidRequest if the file is damaged or of another model or version, SessionConflict."""
         return self._sessions.load(Path(path), name)
 
     def fork(self, session: Session | str, names: Sequence[str] | int, *, cache_salt: str = "") -> list[Session]:
-        """Sessions that go on from where `session` is, by their names, or so many of them: NAME/1, NAME/2, ... What was
-        computed of it is not computed again. Raises as `session`."""
+        """New sessions that are equal to `session`. `names` is their names, or a number of them: NAME/1, NAME/2, ...
+        Nothing of the session is computed again. Raises as `session`."""
         return self._sessions.fork(session, names, cache_salt)

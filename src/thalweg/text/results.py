@@ -9,7 +9,7 @@ from thalweg.core import FinishReason, TokenLogprobs
 
 @dataclass(slots=True)
 class CompletionOutput:
-    """One continuation. token_ids includes the token that stopped it; text does not."""
+    """One continuation of a prompt. `token_ids` includes the token that ended it, `text` does not."""
 
     index: int = 0
     text: str = ""
@@ -34,7 +34,7 @@ class RequestMetrics:
 
 @dataclass(slots=True)
 class RequestOutput:
-    """A prompt and what came of it. `error` is set, and only then, when the finish reason is "error"."""
+    """A prompt and its outputs. `error` is set if, and only if, the finish reason is "error"."""
 
     request_id: str
     prompt: str | None
