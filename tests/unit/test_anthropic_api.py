@@ -281,8 +281,8 @@ def test_tokens_are_counted_as_an_answer_would_have_them() -> None:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"max_tokens": None}, "max_tokens: "),
-        ({"messages": []}, "messages: "),
+        ({"max_tokens": None}, "max_tokens is null; expected a valid integer"),
+        ({"messages": []}, "messages has 0 items; expected at least 1"),
         ({"messages": [{"role": "tool", "content": "x"}]}, 'messages[0].role is "tool"; expected user, assistant'),
         ({"messages": [{"role": "user"}]}, "messages[0].content is a NoneType; expected a string or a list"),
         ({"messages": [{"role": "user", "content": ["x"]}]}, "messages[0].content[0] is a str; expected a block"),
@@ -302,12 +302,12 @@ def test_tokens_are_counted_as_an_answer_would_have_them() -> None:
             {"messages": [{"role": "user", "content": [{"type": "tool_result"}]}]},
             "messages[0].content[0].tool_use_id is",
         ),
-        ({"system": 5}, "system: expected a string or a list of text blocks"),
+        ({"system": 5}, "system is 5; expected a string or a list of text blocks"),
         ({"system": [{"type": "image"}]}, 'system[0] is of type "image"; expected text'),
         ({"temperature": -1}, "temperature is -1.0; expected"),
         ({"stop_sequences": ["x" * 2000]}, "stop_sequences is ("),
-        ({"thinking": {"type": "enabled", "budget_tokens": -1}}, "thinking.budget_tokens: "),
-        ({"thinking": {"type": "x"}}, "thinking.type: "),
+        ({"thinking": {"type": "enabled", "budget_tokens": -1}}, "thinking.budget_tokens is -1; expected a number"),
+        ({"thinking": {"type": "x"}}, "thinking.type is \"x\"; expected 'enabled', 'adaptive'"),
         (
             {"tools": [{"type": "web_search_20250305", "name": "web_search"}]},
             'tools[0] is of type "web_search_20250305"',

@@ -374,8 +374,8 @@ def test_a_stream_that_breaks_off_says_so_and_is_not_kept(word: str) -> None:
 @pytest.mark.parametrize(
     ("more", "param", "message"),
     [
-        ({"input": None}, "input", "input: "),
-        ({"input": []}, "input", "input: expected a string or a list of 1 to"),
+        ({"input": None}, "input", "input is null; expected a string or a list"),
+        ({"input": []}, "input", "input is []; expected a string or a list of 1 to"),
         ({"input": [{"role": "tool", "content": "x"}]}, "input", 'input[0].role is "tool"; expected user, assistant'),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input", 'input[0] is of type "item_reference"; expected'),
         ({"input": [{"type": {}, "id": "x"}]}, "input", "input[0] is of type {}; expected"),
@@ -388,7 +388,11 @@ def test_a_stream_that_breaks_off_says_so_and_is_not_kept(word: str) -> None:
         ({"input": [{"type": "function_call", "name": "x"}]}, "input", "input[0].arguments is null; expected a string"),
         ({"input": [{"type": "function_call_output", "output": "x"}]}, "input", "input[0].call_id is null"),
         ({"input": "REFUSE"}, "input", "the prompt has 9 tokens"),
-        ({"max_output_tokens": 0}, "max_output_tokens", "max_output_tokens: "),
+        (
+            {"max_output_tokens": 0},
+            "max_output_tokens",
+            "max_output_tokens is 0; expected a number",
+        ),
         ({"temperature": -1}, "temperature", "temperature is -1.0; expected"),
         ({"tools": [{"type": "web_search"}]}, "tools", 'tools[0] is of type "web_search"'),
         ({"tools": [{"type": "namespace", "name": "n"}]}, "tools", "tools[0].tools is a NoneType; expected a list"),
@@ -428,7 +432,7 @@ def test_a_stream_that_breaks_off_says_so_and_is_not_kept(word: str) -> None:
         ({"conversation": "c"}, "conversation", "conversation is "),
         ({"prompt": {"id": "p"}}, "prompt", "prompt is "),
         ({"top_logprobs": 2}, "top_logprobs", "top_logprobs is given and include has no"),
-        ({"metadata": {"a": 1}}, "metadata", "metadata: expected at most 16 strings"),
+        ({"metadata": {"a": 1}}, "metadata", "metadata is an object; expected at most 16 strings"),
         ({"messages": [{"role": "user", "content": "x"}]}, "messages", "messages is a field of /v1/chat/completions"),
         ({"n": 2}, "n", "n is a field of /v1/chat/completions"),
     ],

@@ -354,13 +354,16 @@ def test_api_key_from_a_browser() -> None:
 def test_the_page_loads_nothing_from_elsewhere() -> None:
     async def main() -> None:
         async with serving(ClientDouble()) as http:
-            page = await http.get("/")
-            assert page.headers["content-type"] == "text/html; charset=utf-8"
-            assert "default-src 'none'" in page.headers["content-security-policy"]
-            parts = re.findall(r'(?:src|href)="([^"]*)"', page.text)
-            assert sorted(parts) == ["page/chat.css", "page/chat.js"]
-            for part in parts:
-                assert "http" not in (await http.get(f"/{part}")).text.replace("http-equiv", "")
+            for path in ("/", "/dashboard"):
+                page = await http.get(path)
+                assert page.headers["content-type"] == "text/html; charset=utf-8"
+                assert "default-src 'none'" in page.headers["content-security-policy"]
+                parts = re.findall(r'(?:src|href)="([^"]*)"', page.text)
+                assert {"page/chat.css", "page/theme.js"} <= set(parts)
+                for part in parts:
+                    found = await http.get(f"/{part}")
+                    assert (found.status_code, "//" in part) == (200, False)
+                    assert not re.search(r"(?:src|href|url|import|fetch)\W{1,3}(?:https?:)?//", found.text)
             for wrong in ("/page/__init__.py", "/page/..%2fguard.py", "/page/"):
                 assert (await http.get(wrong)).status_code == 404
 
@@ -504,3 +507,47 @@ def test_a_value_nested_too_deep_to_show_is_named_by_its_type() -> None:
         value = [value]
     assert shown(value) == "list"
     assert shown(["x"]) == '["x"]'
+
+
+@pytest.mark.parametrize(
+    ("content", "headers", "status", "message"),
+    [
+        (b"", {}, 400, "the body is empty; expected a JSON object"),
+        (b"[1]", {}, 400, "the body is a list; expected a JSON object"),
+        (b'"x"', {}, 400, 'the body is "x"; expected a JSON object'),
+        (b"{}", {"content-type": "application/x-www-form-urlencoded"}, 400, "the body did not come as JSON; expected"),
+        (b"\x1f\x8b", {"content-encoding": "gzip"}, 415, "the body is encoded as gzip; expected it without"),
+        (b"{}", {}, 400, "messages is missing; expected a value"),
+        (b'{"messages": "x"}', {}, 400, 'messages is "x"; expected a valid list'),
+        (b'{"messages": [7]}', {}, 400, "messages[0] is 7; expected a valid dictionary"),
+        (b'{"messages": [{}], "max_tokens": "5"}', {}, 400, 'max_tokens is "5"; expected a valid integer'),
+        (b'{"messages": [{}], "stream": [[1]]}', {}, 400, "stream is a list; expected a valid boolean"),
+        (b'{"messages": [{}], "stop": {"a": 1}}', {}, 400, "stop is an object; expected a string or a list"),
+        (b'{"messages": [{}], "n": 99}', {}, 400, "n is 99; expected a number less than or equal to 16"),
+    ],
+)
+def test_a_body_that_cannot_be_read_is_told_what_came(
+    content: bytes, headers: dict[str, str], status: int, message: str
+) -> None:
+    async def work(http: Any, _: ClientDouble) -> Any:
+        every = {"content-type": "application/json", **headers}
+        return await http.post("/v1/chat/completions", content=content, headers=every)
+
+    response = run(work)
+    assert response.status_code == status
+    assert error_of(response)["message"].startswith(message), response.text
+
+
+def test_a_base_url_with_a_v1_too_many_or_too_few_is_told_the_route() -> None:
+    async def work(http: Any, _: ClientDouble) -> None:
+        for path, expected in (
+            ("/v1/v1/messages", "expected /v1/messages"),
+            ("/chat/completions", "expected /v1/chat/completions"),
+            ("/v1/tokenize", "see /docs"),
+            ("/v1/v1/x", "see /docs"),
+        ):
+            response = await http.post(path, json={})
+            assert response.status_code == 404
+            assert response.json()["error"]["message"] == f"POST {path} is not a route of this server; {expected}"
+
+    run(work)

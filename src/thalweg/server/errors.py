@@ -12,6 +12,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.routing import Match
 
 from thalweg.errors import (
     EngineDeadError,
@@ -151,7 +152,7 @@ def install(app: FastAPI) -> None:
 
     async def handle_http(request: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException) and error.status_code in (404, 405):
-            message = f"{request.method} {request.url.path[:200]} is not a route of this server; see /docs"
+            message = f"{request.method} {request.url.path[:200]} is not a route of this server; {_nearest(request)}"
             headers = dict(error.headers or {})
             error = ApiError(error.status_code, message, code="unknown_route", headers=headers)
         return told(request, error).response(request.scope["path"])
@@ -159,6 +160,15 @@ def install(app: FastAPI) -> None:
     for kind in (ApiError, ThalwegError, RequestValidationError, Exception):
         app.add_exception_handler(kind, handle)
     app.add_exception_handler(HTTPException, handle_http)
+
+
+def _nearest(request: Request) -> str:
+    """Where to look instead: clients differ in whether their base URL ends with /v1."""
+    path = request.scope["path"]
+    other = path.removeprefix("/v1") if path.startswith("/v1/v1/") else f"/v1{path}"
+    scope = {**request.scope, "path": other}
+    known = any(route.matches(scope)[0] is Match.FULL for route in request.app.routes)
+    return f"expected {other[:200]}" if known else "see /docs"
 
 
 def _invalid_body(error: RequestValidationError) -> ApiError:
@@ -169,11 +179,40 @@ def _invalid_body(error: RequestValidationError) -> ApiError:
         return ApiError(400, f"the body is not valid JSON: {first['ctx']['error']}", code="invalid_json")
     path = [str(part) for part in first["loc"][1:]]
     if not path:
-        expected = "expected a JSON object with Content-Type: application/json"
-        return ApiError(400, f"the body is missing or not a JSON object; {expected}", code="invalid_json")
-    reason = str(first["msg"])
+        return ApiError(400, _not_an_object(error.body), code="invalid_json")
+    place = "".join(f"[{part}]" if part.isdecimal() else f".{part}" for part in path)[1:]
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-    return ApiError(400, f"{'.'.join(path)[:200]}: {reason[:1].lower()}{reason[1:]}{more}", param=path[0][:64])
+    return ApiError(400, f"{place[:200]}{_wrong(first)}{more}", param=path[0][:64])
+
+
+def _not_an_object(body: Any) -> str:
+    if isinstance(body, bytes):
+        return "the body did not come as JSON; expected the header Content-Type: application/json"
+    return f"the body is {'empty' if body is None else _came(body)}; expected a JSON object"
+
+
+def _wrong(error: Mapping[str, Any]) -> str:
+    """What pydantic says of a field, to follow its name: what came and what was expected."""
+    reason, bounds = str(error["msg"]), error.get("ctx", {})
+    if error["type"] == "missing":
+        return " is missing; expected a value"
+    if error["type"] in ("too_short", "too_long") and isinstance(bounds.get("actual_length"), int):
+        bound = f"at least {bounds['min_length']}" if "min_length" in bounds else f"at most {bounds['max_length']}"
+        return f" has {bounds['actual_length']} items; expected {bound}"
+    expected = reason.removeprefix("Input should be ").removeprefix("expected ")
+    if expected == reason:
+        return f": {reason[:1].lower()}{reason[1:]}"
+    number = "a number " if expected.startswith(("greater", "less")) else ""
+    return f" is {_came(error.get('input'))}; expected {number}{expected}"
+
+
+def _came(value: Any) -> str:
+    """A value that may be large, in few words."""
+    if isinstance(value, str):
+        return shown(value[:80])
+    if isinstance(value, (list, dict)) and value:
+        return "a list" if isinstance(value, list) else "an object"
+    return shown(value)
 
 
 def _param_of(message: str) -> str | None:

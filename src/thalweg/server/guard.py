@@ -55,6 +55,10 @@ class Guard:
         if int(headers.get(b"content-length", b"0")) > self._max_body_bytes:
             await self._too_large().response(path)(scope, receive, send)
             return
+        if (encoding := headers.get(b"content-encoding", b"identity")).lower() != b"identity":
+            said = f"the body is encoded as {encoding[:40].decode('latin-1')}; expected it without Content-Encoding"
+            await ApiError(415, said, code="unsupported").response(path)(scope, receive, send)
+            return
         await self._app(scope, self._bounded(receive), send)
 
     def _digest(self, headers: dict[bytes, bytes]) -> bytes | None:
