@@ -107,6 +107,7 @@ inline u32 __byte_perm(u32 a, u32 b, u32 selector) {
 inline float rsqrtf(float x) { return 1 / sqrtf(x); }
 inline float __expf(float x) { return expf(x); }
 inline float __logf(float x) { return logf(x); }
+inline float __log2f(float x) { return log2f(x); }
 
 inline float from_bits(u32 bits) { float x; memcpy(&x, &bits, 4); return x; }
 inline float low(u32 pair) { return from_bits(pair << 16); }

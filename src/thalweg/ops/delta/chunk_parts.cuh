@@ -3,9 +3,11 @@
 constexpr int SUB = 16;  // tokens of a sub-block
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + __expf(-x)); }
-// The decay of a token's channel from what projects to it.
-__device__ __forceinline__ float decay(float x, float rate) {
-    return __expf(-rate * (fmaxf(x, 0.0f) + __logf(1.0f + __expf(-fabsf(x)))));
+constexpr float LOG2_E = 1.4426950408889634f;
+// The decay of a token's channel from what projects to it, with the bias in units of ln 2.
+__device__ __forceinline__ float decay(float x, float bias, float rate) {
+    const float y = x * LOG2_E + bias;
+    return exp2f(-rate * (fmaxf(y, 0.0f) + __log2f(1.0f + exp2f(-fabsf(y)))));
 }
 __device__ __forceinline__ u32 pack_half(float2 x) { return pack_half(x.x, x.y); }
 __device__ __forceinline__ float2 times(float2 a, float2 b) { return {a.x * b.x, a.y * b.y}; }
@@ -25,24 +27,45 @@ __device__ __forceinline__ float sum_of_16(float (&v)[16], int lane) {
 }
 
 // Of 2 HALF tokens each, the second half decayed from its beginning, the first to its end or, for queries, which are in
-// no pair there, not at all.
-template <int HALF, bool KEYS>
-__device__ __forceinline__ void decay_halves(u32 (&to)[SUB], const u32 (&from)[SUB], const float2 (&a)[SUB]) {
-#pragma unroll
-    for (int g = 0; g < SUB; g += 2 * HALF) {
-        const int middle = g + HALF - 1;
+// no pair there, not at all. `store(tile, t, x, y)` takes what becomes of tokens t and t + 8.
+template <int HALF, class Store>
+__device__ __forceinline__ void decay_halves(const u32 (&k)[SUB], const u32 (&q)[SUB], const float2 (&a)[SUB], u8* k_to,
+                                             u8* q_to, Store store) {
+    if constexpr (HALF == 8) {
+        u32 k_first[8];
         float2 x = {1.0f, 1.0f};
-        to[middle] = from[middle];
+        k_first[7] = k[7];
 #pragma unroll
-        for (int t = middle - 1; t >= g; t--) {
-            if (KEYS) x = times(x, a[t + 1]);
-            to[t] = KEYS ? mul_halves(from[t], pack_half(x)) : from[t];
-        }
+        for (int t = 6; t >= 0; t--) x = times(x, a[t + 1]), k_first[t] = mul_halves(k[t], pack_half(x));
         x = {1.0f, 1.0f};
 #pragma unroll
-        for (int t = middle + 1; t < g + 2 * HALF; t++) {
-            x = times(x, a[t]);
-            to[t] = mul_halves(from[t], pack_half(x));
+        for (int t = 0; t < 8; t++) {
+            x = times(x, a[t + 8]);
+            const u32 factor = pack_half(x);
+            store(k_to, t, k_first[t], mul_halves(k[t + 8], factor));
+            store(q_to, t, q[t], mul_halves(q[t + 8], factor));
+        }
+    } else {
+#pragma unroll
+        for (int g = 0; g < 8; g += 2 * HALF) {
+            const int middle = g + HALF - 1;
+            float2 x = {1.0f, 1.0f}, y = {1.0f, 1.0f};
+            store(k_to, middle, k[middle], k[middle + 8]);
+            store(q_to, middle, q[middle], q[middle + 8]);
+#pragma unroll
+            for (int t = middle - 1; t >= g; t--) {
+                x = times(x, a[t + 1]), y = times(y, a[t + 9]);
+                store(k_to, t, mul_halves(k[t], pack_half(x)), mul_halves(k[t + 8], pack_half(y)));
+                store(q_to, t, q[t], q[t + 8]);
+            }
+            x = y = {1.0f, 1.0f};
+#pragma unroll
+            for (int t = middle + 1; t < g + 2 * HALF; t++) {
+                x = times(x, a[t]), y = times(y, a[t + 8]);
+                const u32 one = pack_half(x), other = pack_half(y);
+                store(k_to, t, mul_halves(k[t], one), mul_halves(k[t + 8], other));
+                store(q_to, t, mul_halves(q[t], one), mul_halves(q[t + 8], other));
+            }
         }
     }
 }

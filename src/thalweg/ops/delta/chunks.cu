@@ -52,9 +52,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     start_kernel_behind();
     const float rate = __expf(A_log[h]);
 #if GDN
-    const float bias = dt_bias[h];
+    const float bias = dt_bias[h] * LOG2_E;
 #else
-    const float2 bias = *(const float2*)(dt_bias + h * K + 2 * c);
+    const float2 bias = times(*(const float2*)(dt_bias + h * K + 2 * c), float2{LOG2_E, LOG2_E});
 #endif
     wait_for_kernel_ahead();
 
@@ -67,10 +67,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     // What the convolutions read, and what decays come from, all on its way at once: rows of 256 bytes, from 3 tokens
     // before the chunk on. The sequence's own only, and what its slot remembers; zeros behind its end.
     auto input_of = [&](int p) { return shared + (p == 2 ? 4 * TILE : p * ROWS * ROW); };
+    const bool whole = !begins && count == CHUNK;
+    auto copy_rows = [&](u8* tile, const bf16* from, long long stride, int more) {  // CHUNK rows, and so many more
+        const u32 to = shared_address(tile) + tid * 16;
+        from += tid / 16 * stride + tid % 16 * 8;
+#pragma unroll
+        for (int i = 0; i < CHUNK / 16; i++, from += 16 * stride) copy16(to + i * 16 * ROW, from);
+        if (tid < 16 * more) copy16(to + CHUNK * ROW, from);
+    };
     auto fetch = [&](int p) {
         const bf16* from = qkv + (first - 3) * qkv_stride + part(p);
+        if (whole) return copy_rows(input_of(p), from, qkv_stride, 3);
         const bf16* before = conv_state + (begins ? slots[sequence] : 0) * 3 * C + part(p);
-#pragma unroll
+#pragma unroll 1
         for (int i = tid; i < ROWS * 16; i += THREADS) {
             const int row = i / 16, piece = i % 16;
             u8* to = input_of(p) + i * 16;
@@ -87,10 +96,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     fetch(2);
 #if !GDN
     u8* const decays = shared + 2 * ROWS * ROW;
-#pragma unroll
-    for (int i = tid; i < CHUNK * 16; i += THREADS)
-        if (i / 16 < count)
-            copy16(shared_address(decays + i * 16), gate + (first + i / 16) * gate_stride + h * K + i % 16 * 8);
+    const bf16* const decays_from = gate + first * gate_stride + h * K;
+    if (whole) {
+        copy_rows(decays, decays_from, gate_stride, 0);
+    } else {
+#pragma unroll 1
+        for (int i = tid; i < count * 16; i += THREADS)
+            copy16(shared_address(decays + i * 16), decays_from + i / 16 * gate_stride + i % 16 * 8);
+    }
 #endif
     commit_copies();
     auto taps_of = [&](int p) { return load16(conv_weight + 4 * (part(p) + 2 * c)); };
@@ -159,16 +172,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
         // A lane has a decay of the sub-block, and gets the others.
         const int own = SUB * s + lane % SUB;
         float x = 1.0f;
-        if (own < count) x = decay(from_bf16(gate[(first + own) * gate_stride + h]) + bias, rate);
+        if (own < count) x = decay(from_bf16(gate[(first + own) * gate_stride + h]), bias, rate);
 #pragma unroll
         for (int t = 0; t < SUB; t++) a[t].x = a[t].y = __shfl_sync(~0u, x, t);
 #else
 #pragma unroll
         for (int t = 0; t < SUB; t++) {
             const u32 x = *(const u32*)(decays + (SUB * s + t) * ROW + 4 * c);
-            a[t] = float2{decay(low(x) + bias.x, rate), decay(high(x) + bias.y, rate)};
-            if (SUB * s + t >= count) a[t] = float2{1.0f, 1.0f};
+            a[t] = float2{decay(low(x), bias.x, rate), decay(high(x), bias.y, rate)};
         }
+        if (count < CHUNK)
+#pragma unroll
+            for (int t = 0; t < SUB; t++)
+                if (SUB * s + t >= count) a[t] = float2{1.0f, 1.0f};
 #endif
     }
     __syncthreads();  // all inputs but those of values have been read
@@ -188,11 +204,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     // Where this thread's pairs of channels of tokens t and t + 8 go in a tile by tokens. Blocks of odd columns have
     // neighbouring rows swapped, so that the channels of a warp fall into different banks.
     const int odd = c / 8 % 2, at_token = (c / 8 * 4 + s) * BLOCK + c % 4 * 16 + c / 4 % 2 * 8;
+    const int even_row = at_token + 64 * odd, odd_row = at_token - 64 * odd;
+    auto store_pair = [&](u8* tile, int t, u32 x, u32 y) {
+        *(uint2*)(tile + (t % 2 ? odd_row : even_row) + 64 * t) = make_uint2(x, y);
+    };
     auto store_tokens = [&](u8* tile, const u32 (&x)[SUB]) {
-        u8 *const even_rows = tile + at_token + 64 * odd, *const odd_rows = tile + at_token - 64 * odd;
 #pragma unroll
-        for (int t = 0; t < 8; t++)
-            *(uint2*)((t % 2 ? odd_rows : even_rows) + 64 * t) = make_uint2(x[t], x[t + 8]);
+        for (int t = 0; t < 8; t++) store_pair(tile, t, x[t], x[t + 8]);
     };
     auto block_of = [&](const u8* tile, int column, int row) {
         return *(const uint4*)(tile + (column * 4 + row) * BLOCK + (lane ^ column % 2 * 4) * 16);
@@ -274,21 +292,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
             else if (pairs(lane, e, half)) diagonal[e] = left[e], diagonal[4 + e] = right[2 + e];
         }
     };
-    {
-        u32 x[SUB];
-        forget_decays(), decay_halves<8, true>(x, k, a), store_tokens(k_tile, x);
-        forget_decays(), decay_halves<8, false>(x, q, a), store_tokens(q_tile, x);
-        level(k_tile, q_tile, 8);
-        forget_decays(), decay_halves<4, true>(x, k, a), store_tokens(start_tile, x);
-        forget_decays(), decay_halves<4, false>(x, q, a), store_tokens(end_tile, x);
-        level(start_tile, end_tile, 4);
-        forget_decays(), decay_halves<2, true>(x, k, a), store_tokens(k_tile, x);
-        forget_decays(), decay_halves<2, false>(x, q, a), store_tokens(q_tile, x);
-        level(k_tile, q_tile, 2);
-        forget_decays(), decay_halves<1, true>(x, k, a), store_tokens(start_tile, x);
-        forget_decays(), decay_halves<1, false>(x, q, a), store_tokens(end_tile, x);
-        level(start_tile, end_tile, 1);
-    }
+    forget_decays(), decay_halves<8>(k, q, a, k_tile, q_tile, store_pair), level(k_tile, q_tile, 8);
+    forget_decays(), decay_halves<4>(k, q, a, start_tile, end_tile, store_pair), level(start_tile, end_tile, 4);
+    forget_decays(), decay_halves<2>(k, q, a, k_tile, q_tile, store_pair), level(k_tile, q_tile, 2);
+    forget_decays(), decay_halves<1>(k, q, a, start_tile, end_tile, store_pair), level(start_tile, end_tile, 1);
 
     // Tokens decayed from the beginning of their sub-block, and to its end.
     {
@@ -329,6 +336,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
         for (int t = 0; t < SUB; t++) {
             x = times(x, a[t]);
             q[t] = pack(half_low(q[t]) * x.x * SCALE, half_high(q[t]) * x.y * SCALE);
+            if (t >= 8) *(uint2*)(out + Q_AT + at_token + (t - 8) * 64) = make_uint2(q[t - 8], q[t]);
             const float b = beta_s[SUB * s + t];
             const float2 k_start = {half_low(k[t]) * x.x * b, half_high(k[t]) * x.y * b};
             if (t % 2) {
@@ -338,8 +346,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
             even = k_start;
         }
         store_channels(start_tile);
-#pragma unroll
-        for (int t = 0; t < 8; t++) *(uint2*)(out + Q_AT + at_token + t * 64) = make_uint2(q[t], q[t + 8]);
 #pragma unroll
         for (int t = SUB - 1; t >= 0; t--) {
             const float2 k_end = {half_low(k[t]) * y.x, half_high(k[t]) * y.y};
