@@ -50,8 +50,9 @@ lint: $(VENV)/ready-dev
 docs: $(DOCS)/ready  ## the site of docs/, in site/
 	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
 
-check-docs: $(VENV)/ready-dev  ## links, tables, options and tests that the pages name
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit/test_docs.py tests/unit/test_security_page.py tests/unit/test_server_dialects.py
+check-docs: $(VENV)/ready-dev  ## links, tables, options, code and tests in the pages
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit/test_docs.py tests/unit/test_security_page.py tests/unit/test_prefix_cache_page.py \
+		tests/unit/test_extending_page.py tests/unit/test_result_tables.py tests/unit/test_long_description.py tests/unit/test_server_dialects.py
 
 build: $(BUILD)/ready  ## sdist and wheel in dist/, checked, and used in a clean environment
 	rm -rf dist

@@ -19,7 +19,7 @@ REPEATS = 9
 
 @dataclass(frozen=True, slots=True)
 class Ceilings:
-    """Bytes a second of a copy within the device's memory, read and written counted; flop a second of a product; bytes
+    """Bytes per second of a copy within the device's memory, read and written counted; flop per second of a product; bytes
     a second that a rank sends to others while all of them do, infinite for one rank."""
 
     bytes_per_s: float

@@ -27,7 +27,7 @@ HOST_SPANS = ("schedule", "build", "update", "output")  # work of every step tha
 
 @dataclass(frozen=True, slots=True)
 class BatchLatency:
-    """Figures of one batch size. Times in milliseconds, host times in microseconds a step, medians over all steps.
+    """Figures of one batch size. Times in milliseconds, host times in microseconds per step, medians over all steps.
 
     ttft is the time of a run that generates one token; tpot what each further token adds to it, and None when only
     one is asked for; e2el the time of the whole batch. host_us is processor time, since planning and bookkeeping run

@@ -26,7 +26,7 @@ def fill_cache(runner: ModelRunner) -> None:
 
 @torch.inference_mode()
 def link_bytes_per_s(runner: ModelRunner, size: int) -> float:
-    """Bytes a second that a rank sends in an all-reduce of `size` bytes, as a ring sends them; the median of a few.
+    """Bytes per second that a rank sends in an all-reduce of `size` bytes, as a ring sends them; the median of a few.
     To be called on all ranks at once, two or more."""
     mesh, device = runner.mesh, runner.slots.device
     x = torch.zeros(size // 4, device=device)

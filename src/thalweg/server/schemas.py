@@ -70,7 +70,7 @@ def says(description: str, *, required: bool = False) -> Any:
 class Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
 
-    model: str | None = says("a name that /v1/models gives; the one served if not given")
+    model: str | None = says("a name of /v1/models; by default the model that is served")
 
 
 class StreamOptions(BaseModel):
@@ -88,10 +88,10 @@ class Grammars(BaseModel):
     structured_outputs: dict[str, Any] | None = says(
         "the same by one of: json (a schema), regex, choice (a list of texts), grammar (Lark or GBNF), json_object"
     )
-    guided_json: Schema | None = says("structured_outputs.json, as vLLM once had it")
-    guided_regex: str | None = says("structured_outputs.regex, as vLLM once had it")
-    guided_choice: list[str] | None = says("structured_outputs.choice, as vLLM once had it")
-    guided_grammar: str | None = says("structured_outputs.grammar, as vLLM once had it")
+    guided_json: Schema | None = says("structured_outputs.json, in vLLM's older form")
+    guided_regex: str | None = says("structured_outputs.regex, in vLLM's older form")
+    guided_choice: list[str] | None = says("structured_outputs.choice, in vLLM's older form")
+    guided_grammar: str | None = says("structured_outputs.grammar, in vLLM's older form")
     json_schema: Schema | None = says("structured_outputs.json, as llama.cpp and SGLang have it")
     regex: str | None = says("structured_outputs.regex, as SGLang has it")
     ebnf: str | None = says("structured_outputs.grammar, as SGLang has it")
@@ -114,7 +114,7 @@ class Synonyms(BaseModel):
     }
 
     n_predict: Annotated[int, Field(ge=-2, le=MAX_INT)] | None = says(
-        "llama.cpp's max_tokens; -1 and -2: as many as the context has room for"
+        "llama.cpp's max_tokens; -1 and -2 are as many as the context has room for"
     )
     max_new_tokens: Count | None = says("max_tokens, as TGI has it")
     min_new_tokens: Count | None = says("min_tokens, as SGLang has it")
@@ -146,12 +146,12 @@ class GenerationBody(Body, Grammars, Synonyms):
 
     ELSEWHERE: ClassVar[dict[str, str]] = {}  # fields of the other kind of request, and its route
 
-    stream: bool | None = says("send pieces as server-sent events, [DONE] at the end")
+    stream: bool | None = says("send the answer in pieces, as server-sent events with [DONE] at the end")
     stream_options: StreamOptions | None = says("include_usage: a last piece with the token counts")
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = says("choices of an answer")
-    max_tokens: Annotated[int, Field(ge=0, le=MAX_INT)] | None = says("generated tokens at most")
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = says("number of choices")
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_INT)] | None = says("most tokens to generate")
     max_completion_tokens: Count | None = says("the newer name of max_tokens")
-    min_tokens: Count | None = says("before as many tokens no token ends the text; stop does")
+    min_tokens: Count | None = says("until there are so many tokens, no token ends the text; stop strings do")
     temperature: float | None = says("0 is greedy; at most 100")
     top_p: float | None = says("in (0, 1]")
     top_k: Annotated[int, Field(ge=-1, le=MAX_INT)] | None = says("0 or -1: off")
@@ -163,22 +163,22 @@ class GenerationBody(Body, Grammars, Synonyms):
         "token id to a bias in [-100, 100]"
     )
     seed: int | None = says("the same seed draws the same tokens; choice i has seed + i")
-    stop: Stop | None = says("texts that end the output, themselves left out")
+    stop: Stop | None = says("texts that end the output and are left out of it")
     stop_token_ids: Annotated[list[Count], Field(max_length=MAX_STOP_TOKEN_IDS)] | None = says(
         "tokens that end the output"
     )
-    ignore_eos: bool | None = says("go on after an end-of-sequence token")
-    include_stop_str_in_output: bool | None = says("leave what stopped it in the text")
-    return_token_ids: bool | None = says("give token_ids with each choice, and the prompt's once")
-    cache_salt: str | None = says("cached prefixes are shared only with requests of the same salt")
-    skip_special_tokens: bool | None = says("leave control tokens out of the text; true if not given")
+    ignore_eos: bool | None = says("continue after an end-of-sequence token")
+    include_stop_str_in_output: bool | None = says("keep the stop string in the text")
+    return_token_ids: bool | None = says("give token_ids with each choice, and prompt_token_ids once")
+    cache_salt: str | None = says("cached prefixes are shared only with requests that have the same salt")
+    skip_special_tokens: bool | None = says("leave control tokens out of the text; true by default")
     truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=MAX_INT)] | None = says(
         "keep so many of the prompt's last tokens; -1: as many as leave room for max_tokens"
     )
-    add_special_tokens: bool | None = says("true is taken if the tokenizer adds none to a text")
-    best_of: int | None = says("taken if it equals n")
-    repeat_last_n: int | None = says("taken if it is -1, all of the text, or no penalty is asked for")
-    penalize_nl: bool | None = says("taken if it is true, or no penalty is asked for")
+    add_special_tokens: bool | None = says("true is accepted if the tokenizer adds no tokens to a text")
+    best_of: int | None = says("accepted if it equals n")
+    repeat_last_n: int | None = says("accepted if it is -1, all of the text, or if no penalty is asked for")
+    penalize_nl: bool | None = says("accepted if it is true, or if no penalty is asked for")
 
     def limit(self, default: int | None) -> int | None:
         """How many tokens may be generated; None: as many as the context has room for."""
@@ -199,10 +199,10 @@ class GenerationBody(Body, Grammars, Synonyms):
 class TemplateOptions(BaseModel):
     """How the chat template lays out `messages`."""
 
-    add_generation_prompt: bool | None = says("begin the assistant's turn; true if not given")
-    continue_final_message: bool | None = says("let the answer go on where the last message ends")
+    add_generation_prompt: bool | None = says("begin the assistant's turn; true by default")
+    continue_final_message: bool | None = says("continue the last message instead of a new turn")
     chat_template_kwargs: dict[str, Any] | None = says("variables for the chat template")
-    reasoning_effort: str | None = says("a variable of the chat template; none: enable_thinking is false too")
+    reasoning_effort: str | None = says("a variable of the chat template; none sets enable_thinking to false too")
     enable_thinking: bool | None = says("a variable of the chat template")
     documents: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = says("a variable of the chat template")
 
@@ -234,7 +234,7 @@ class ThinkingBudget(BaseModel):
         "max_thinking_tokens",
     )
 
-    max_thinking_tokens: Budget | None = says("tokens of reasoning at most, after which it is closed; -1: no limit")
+    max_thinking_tokens: Budget | None = says("most tokens of reasoning, which is then closed; -1 is no limit")
     thinking_token_budget: Budget | None = says("max_thinking_tokens, as vLLM has it")
     thinking_budget: Budget | None = says("max_thinking_tokens, as Qwen has it")
     thinking_budget_tokens: Budget | None = says("max_thinking_tokens, as llama.cpp has it")
@@ -244,21 +244,23 @@ class ThinkingBudget(BaseModel):
 class ChatBody(ThinkingBudget, GenerationBody, TemplateOptions):
     messages: Messages = says("the conversation: objects with role and content", required=True)
     logprobs: bool | None = says("give the log-probability of each token")
-    top_logprobs: Count | None = says("and of so many most likely ones")
+    top_logprobs: Count | None = says("also give those of so many most likely tokens")
     tools: Tools | None = says("functions that the model may call")
     tool_choice: Any = says("none, auto, required, or a function by name")
-    parallel_tool_calls: bool | None = says("false: one call at most")
-    functions: Tools | None = says("tools, as OpenAI once had them; calls come back as function_call")
-    function_call: Any = says('none, auto, or {"name": ...}; tool_choice to functions')
+    parallel_tool_calls: bool | None = says("false allows at most one call")
+    functions: Tools | None = says("OpenAI's older tools; calls come back as function_call")
+    function_call: Any = says('none, auto, or {"name": ...}: the tool_choice of functions')
 
 
 class CompletionBody(GenerationBody):
     prompt: Prompt = says("a text, token ids, or a list of either", required=True)
     echo: bool | None = says("begin the text with the prompt")
-    logprobs: Count | None = says("give log-probabilities, of so many likely tokens too; with echo, the prompt's")
-    suffix: str | None = says("taken if it is empty")
-    session: str | None = says("a session of /v1/sessions, which the prompt goes on from")
-    session_save: bool | None = says("add prompt and answer to the session, as a new point of it")
+    logprobs: Count | None = says(
+        "give log-probabilities, also of so many most likely tokens; with echo, the prompt's too"
+    )
+    suffix: str | None = says("accepted if it is empty")
+    session: str | None = says("a session of /v1/sessions, which the prompt continues")
+    session_save: bool | None = says("add prompt and answer to the session as a new point")
 
 
 # What else the other kind has says nothing here.
@@ -276,28 +278,30 @@ class SessionBody(Body):
 
     name: str = says("1 to 128 letters, digits or any of . _ : / -", required=True)
     prompt: Annotated[str | TokenIds, expecting("a string or a list of token ids")] | None = says(
-        "a text or token ids, which are computed"
+        "a text or token ids to compute"
     )
-    ttl: float | None = says("seconds that it is kept after its last use; at most what --session-ttl says")
-    cache_salt: str | None = says("as in requests; the session is found with the same one alone")
+    ttl: float | None = says("seconds that it is kept after its last use, at most --session-ttl")
+    cache_salt: str | None = says("as in requests; only the same salt finds the session")
 
 
 class SessionPromptBody(Body):
     prompt: Annotated[str | TokenIds, expecting("a string or a list of token ids")] = says(
-        "a text or token ids to go on by, which are computed", required=True
+        "a text or token ids to add, which are computed", required=True
     )
     cache_salt: str | None = says("the session's")
 
 
 class ForkBody(Body):
     names: Annotated[list[str], Field(min_length=1, max_length=MAX_FORKS, fail_fast=True)] = says(
-        "of the new sessions, which are what this one is", required=True
+        "names of the new sessions, which are equal to this one", required=True
     )
     cache_salt: str | None = says("the session's")
 
 
 class RollBackBody(Body):
-    point: int = says("index of the point that becomes the last; negative: from the end", required=True)
+    point: int = says(
+        "index of the point that becomes the last one; negative indices count from the end", required=True
+    )
     cache_salt: str | None = says("the session's")
 
 
@@ -307,8 +311,8 @@ class TokenizeBody(Body, TemplateOptions):
     prompt: str | None = None
     messages: Messages | None = None
     tools: Tools | None = says("functions, as in a chat request")
-    add_special_tokens: bool | None = says("true is taken if the tokenizer adds none to a text")
-    return_token_strs: bool | None = says("give the text of each token too, as token_strs")
+    add_special_tokens: bool | None = says("true is accepted if the tokenizer adds no tokens to a text")
+    return_token_strs: bool | None = says("also give the text of each token, as token_strs")
 
     @model_validator(mode="before")
     @classmethod
