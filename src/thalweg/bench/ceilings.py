@@ -19,8 +19,8 @@ REPEATS = 9
 
 @dataclass(frozen=True, slots=True)
 class Ceilings:
-    """Bytes per second of a copy within the device's memory, read and written counted; flop per second of a product; bytes
-    a second that a rank sends to others while all of them do, infinite for one rank."""
+    """The machine's measured rates: bytes per second of a copy within the device's memory, reads and writes counted;
+    flop per second of a product; bytes per second that a rank sends while all ranks do, infinite for one rank."""
 
     bytes_per_s: float
     flops_per_s: float
