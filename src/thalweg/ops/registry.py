@@ -36,7 +36,7 @@ class Op(Generic[D, F]):
 
 @dataclass(frozen=True, slots=True)
 class Where:
-    """On what an op will run: "cpu", "cuda"; "float32", "bfloat16"."""
+    """Where an op will run: device "cpu" or "cuda", dtype "float32" or "bfloat16"."""
 
     device: str
     dtype: str
@@ -44,7 +44,7 @@ class Where:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """A range of tokens, the rows of an op's first argument; last=None: no end. Whoever serves 1 serves 0 as well."""
+    """A range of tokens, the rows of an op's first argument. last=None is no end. A range with 1 has 0 too."""
 
     first: int = 1
     last: int | None = None
@@ -118,13 +118,16 @@ def register(
     capturable: bool | None = None,
     rounding: float = 0.0,
 ) -> None:
-    """Add an implementation of `op`. Called at import time by the op's package.
+    """Add an implementation of `op`. The op's package calls this when it is imported.
 
-    `build` gives the function, once the implementation is chosen: it may import what not every machine has. A negative
-    priority is for what serves only if --op asks for it. An implementation that reads values back from the device says
-    capturable=False. One of an op of prefills alone is not captured unless it says capturable=True: that it takes
-    `PerStep` offsets, starts and boundaries, of which it makes nothing but tables (`ops/host_tables.py`). One that
-    quantizes activations says as `rounding` how far off that puts results at most.
+    build: gives the function once the implementation is chosen, so it may import what not every machine has.
+    supports: None if it can serve there, else the reason why it cannot.
+    tokens: the range of rows of the first argument that it serves, or a function of the dims that gives one.
+    priority: the highest serves; the reference has 0. A negative one serves only if --op asks for it.
+    capturable: whether CUDA graphs can contain it. False for one that reads values back from the device. An op of
+        prefills alone needs True, which promises that it takes `PerStep` offsets, starts and boundaries and makes
+        nothing of them but tables (`ops/host_tables.py`).
+    rounding: how far off results are at most because it quantizes activations, as ||error|| / ||result||.
     """
     if capturable is None:
         capturable = op.rows != "prefills"
@@ -170,10 +173,10 @@ class Resolver:
         self._choices: dict[tuple[str, Where, Any], Choice] = {}
 
     def resolve(self, op: Op[D, F], where: Where, dims: D) -> F:
-        """What serves `op` there: the function itself if one serves any number of tokens, or else one that picks by
-        the rows of its first argument.
+        """The function that serves `op` there: that of one implementation if it serves any number of tokens, else one
+        that picks by the number of rows of its first argument.
 
-        Raises ConfigError when nobody can, or when the preferred implementation cannot.
+        Raises ConfigError if no implementation can serve, or if the preferred one cannot.
         """
         if type(dims) is not op.dims:
             raise TypeError(f"op {op.name!r} takes {op.dims.__name__}, not {type(dims).__name__}")

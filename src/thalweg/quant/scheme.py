@@ -1,4 +1,4 @@
-"""What a scheme says of itself, and the scheme that stores weights as they are."""
+"""The protocol of schemes, and the scheme that stores weights as they are."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class Scheme(Protocol):
 
     @property
     def name(self) -> str:
-        """As --quantization and op dims have it; "none" for weights in the model's dtype."""
+        """Its name in --quantization and in op dims; "none" for weights in the model's dtype."""
 
     @property
     def file_dtype(self) -> str | None:
-        """What checkpoints in the scheme store the first tensor as, spelt as safetensors does; None for plain ones."""
+        """The dtype of the first tensor in checkpoints, spelt as safetensors does; None for plain ones."""
 
     @property
     def packed(self) -> int:
@@ -41,14 +41,14 @@ class Scheme(Protocol):
 
     @property
     def as_stored(self) -> bool:
-        """Whether `put` takes bytes as a file has them, and not elements."""
+        """Whether `put` takes the bytes of a file instead of elements."""
 
     @property
     def rate(self) -> float:
-        """How many times as many products as of 16 bits a matrix unit does in a second, with activations in it too."""
+        """How many times faster than in 16 bits a matrix unit multiplies, if activations are in this scheme too."""
 
     def bytes_per_weight(self, model_bytes: int) -> float:
-        """Bytes that an element takes, scales included; `model_bytes` is what one of --dtype takes."""
+        """Bytes per element, scales included; `model_bytes` is that of --dtype."""
 
     def stored(self, shape: Shape, parts: int) -> tuple[Stored, ...]:
         """The tensors of a weight of `shape` made of `parts` parts, in the order in which ops take them."""
