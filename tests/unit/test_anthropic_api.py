@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from datetime import datetime
 from types import SimpleNamespace
 from typing import Any
 
@@ -211,6 +212,17 @@ def test_a_conversation_is_laid_out_by_the_template() -> None:
     )
 
 
+def test_a_document_of_text_is_text() -> None:
+    source = {"type": "text", "media_type": "text/plain", "data": "Grass is green."}
+    blocks = [
+        {"type": "document", "source": source, "title": "Facts", "context": "of a garden", "citations": None},
+        {"type": "text", "text": "So?"},
+    ]
+    assert "[user:Facts\nof a garden\nGrass is green.\nSo?]" in prompt_of(
+        {"messages": [{"role": "user", "content": blocks}]}
+    )
+
+
 def test_an_answer_that_is_begun_is_gone_on_with() -> None:
     client = ClientDouble()
     post({**HI, "messages": [*HI["messages"], {"role": "assistant", "content": "I am"}]}, client)  # type: ignore[misc]
@@ -302,6 +314,18 @@ def test_tokens_are_counted_as_an_answer_would_have_them() -> None:
             {"messages": [{"role": "user", "content": [{"type": "tool_result"}]}]},
             "messages[0].content[0].tool_use_id is",
         ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "document", "source": {"type": "base64"}}]}]},
+            'messages[0].content[0].source is of type "base64"; expected text',
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "document", "citations": {"enabled": True}, "source": None}]}
+                ]
+            },
+            'messages[0].content[0].citations is {"enabled": true}; expected it left out',
+        ),
         ({"system": 5}, "system is 5; expected a string or a list of text blocks"),
         ({"system": [{"type": "image"}]}, 'system[0] is of type "image"; expected text'),
         ({"temperature": -1}, "temperature is -1.0; expected"),
@@ -338,11 +362,35 @@ def test_bad_fields_name_themselves_in_anthropics_shape(more: dict[str, Any], me
     assert error["error"]["message"].startswith(message), error
 
 
-def test_a_budget_needs_marks_that_are_tokens() -> None:
-    error = post({**HI, "thinking": {"type": "enabled", "budget_tokens": 9}}).json()["error"]
-    assert error["message"].startswith("thinking is 9, which is not supported")
+def test_a_budget_needs_marks_that_are_tokens_unless_the_model_does_not_reason() -> None:
+    thinking = {**HI, "thinking": {"type": "enabled", "budget_tokens": 9}}
+
+    async def work() -> None:
+        async with serving(ClientDouble(), ServerSettings(reasoning_parser="think")) as http:
+            error = (await http.post("/v1/messages", json=thinking)).json()["error"]
+            assert error["message"].startswith("thinking is 9, which is not supported")
+
+    asyncio.run(work())
+    client = ClientDouble()
+    assert post(thinking, client).status_code == 200
+    assert client.seen[0].params.thinking is None
     error = post({**HI, "max_thinking_tokens": 9}).json()["error"]
     assert error["message"].startswith("max_thinking_tokens is 9, which is not supported")
+
+
+def test_models_and_request_ids_are_as_anthropics_clients_read_them() -> None:
+    async def work(http: Any, _: ClientDouble) -> None:
+        models = (await http.get("/v1/models")).json()
+        [model] = models["data"]
+        assert (models["has_more"], models["first_id"], models["last_id"]) == (False, "double", "double")
+        assert (model["type"], model["display_name"], model["max_input_tokens"]) == ("model", "double", 1000)
+        assert datetime.fromisoformat(model["created_at"]).timestamp() == model["created"]
+        for headers in ({}, {"x-request-id": "mine"}):
+            response = await http.post("/v1/messages", json=HI, headers=headers)
+            assert response.headers["request-id"] == response.headers["x-request-id"]
+        assert response.headers["request-id"] == "mine"
+
+    run(work)
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,8 @@ TOOLS = [
     {"type": "function", "name": "time", "description": "now", "parameters": {"type": "object"}},
 ]
 
+NAMED_X = {"type": "function", "name": "x"}
+
 
 def post(body: dict[str, Any], client: ClientDouble | None = None) -> Any:
     async def work(http: Any, _: ClientDouble) -> Any:
@@ -235,6 +237,20 @@ def test_a_schema_and_a_required_call_hold_the_output_to_them() -> None:
         assert said in grammar.text
 
 
+@pytest.mark.parametrize("mode", ["auto", "required"])
+def test_allowed_tools_are_all_that_the_model_is_told_of(mode: str) -> None:
+    client = ClientDouble(answer=CALLS, template=TEMPLATE)
+    choice = {"type": "allowed_tools", "mode": mode, "tools": [{"type": "function", "name": "time"}]}
+    answer = post({**HI, "tools": TOOLS, "tool_choice": choice}, client)
+    assert answer.status_code == 200, answer.text
+    assert "time" in prompt_of(client)
+    assert "weather" not in prompt_of(client)
+    grammar = client.seen[0].params.grammar
+    assert (grammar is not None, grammar is not None and "weather" in grammar.text) == (mode == "required", False)
+    assert answer.json()["tool_choice"] == choice
+    assert len(answer.json()["tools"]) == 2
+
+
 def test_an_answer_that_is_kept_can_be_gone_on_from_read_and_deleted() -> None:
     async def work(http: Any, client: ClientDouble) -> None:
         first = (await http.post("/v1/responses", json={"input": "one", "instructions": "I"})).json()
@@ -251,6 +267,8 @@ def test_an_answer_that_is_kept_can_be_gone_on_from_read_and_deleted() -> None:
         )
         assert third.json()["store"] is False
         assert (await http.get(f"/v1/responses/{second['id']}")).json() == second
+        as_stream = await http.get(f"/v1/responses/{second['id']}?stream=true")
+        assert (as_stream.status_code, as_stream.json()["error"]["param"]) == (400, "stream")
         assert (await http.get(f"/v1/responses/{third.json()['id']}")).status_code == 404
         deleted = await http.delete(f"/v1/responses/{second['id']}")
         assert deleted.json() == {"id": second["id"], "object": "response", "deleted": True}
@@ -424,6 +442,19 @@ def test_a_stream_that_breaks_off_says_so_and_is_not_kept(word: str) -> None:
             "tool_choice is the function",
         ),
         ({"tools": TOOLS, "tool_choice": {"type": "mcp"}}, "tool_choice", "tool_choice is "),
+        (
+            {"tools": TOOLS, "tool_choice": {"type": "allowed_tools", "mode": "any", "tools": []}},
+            "tool_choice",
+            'tool_choice is {"mode": "any", "tools": []}; expected mode auto or required',
+        ),
+        (
+            {
+                "tools": TOOLS,
+                "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [TOOLS[0] | {"name": "x"}]},
+            },
+            "tool_choice",
+            'tool_choice has "x"; expected functions that tools has',
+        ),
         ({"text": {"format": {"type": "x"}}}, "text", "text.format is "),
         ({"text": {"format": {"type": "json_schema", "schema": {"type": 3}}}}, "text", "text.format.schema"),
         ({"text": {"verbosity": "low"}}, "text", "text.verbosity is "),

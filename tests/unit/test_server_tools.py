@@ -339,3 +339,22 @@ def test_tools_without_a_known_format_name_the_option() -> None:
     error = ask(ClientDouble(template=TEMPLATE), CHAT)["error"]
     assert "--tool-call-parser" in error["message"]
     assert ask(ClientDouble(template=TEMPLATE), CHAT, ServerSettings(tool_call_parser="hermes"))["choices"]
+
+
+def test_allowed_tools_are_all_that_the_model_is_told_of() -> None:
+    tools = [{"type": "function", "function": {"name": name}} for name in ("f", "g")]
+    choice = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": tools[1:]}}
+    client = ClientDouble(template=HERMES)
+    ask(client, {**CHAT, "tools": tools, "tool_choice": choice})
+    told = ClientDouble(template=HERMES)
+    ask(told, {**CHAT, "tools": tools[1:], "tool_choice": "required"})
+    assert client.seen[0].prompt_token_ids == told.seen[0].prompt_token_ids
+    assert client.seen[0].params.grammar == told.seen[0].params.grammar
+    for wrong, said in (
+        ({"mode": "required", "tools": [{"type": "function", "function": {"name": "h"}}]}, 'has "h"; expected'),
+        ({"mode": "none", "tools": tools}, "expected mode auto or required"),
+        (None, "is null; expected mode auto or required"),
+    ):
+        body = {**CHAT, "tools": tools, "tool_choice": {"type": "allowed_tools", "allowed_tools": wrong}}
+        error = ask(client, body)["error"]
+        assert (error["param"], said in error["message"]) == ("tool_choice", True), error

@@ -11,6 +11,8 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.config import LOGGING_CONFIG
 
+from thalweg.server.errors import ANTHROPIC
+
 REQUEST_ID = b"x-request-id"
 MAX_ID_CHARS = 128
 
@@ -34,7 +36,8 @@ class Manners:
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = [(name, _ours(name, value)) for name, value in message["headers"]]
-                message = {**message, "headers": [*headers, (REQUEST_ID, request_id.encode())]}
+                ids = (REQUEST_ID, b"request-id") if scope["path"].startswith(ANTHROPIC) else (REQUEST_ID,)
+                message = {**message, "headers": [*headers, *((name, request_id.encode()) for name in ids)]}
             elif is_head:
                 message = {**message, "body": b""}
             await send(message)

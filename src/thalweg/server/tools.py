@@ -29,6 +29,8 @@ def tool_use(body: ChatBody, output: OutputFormat) -> ToolUse:
     """What the request says of tools. Raises ApiError that names the field."""
     tools = body.tools or []
     choice: Any = body.tool_choice if body.tool_choice is not None else "auto"
+    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
+        tools, choice = _allowed(tools, choice.get("allowed_tools"))
     if choice == "none" or (choice == "auto" and not tools):
         return ToolUse([])
     wanted = choice["function"].get("name") if _is_function(choice) else None
@@ -60,6 +62,20 @@ def tool_use(body: ChatBody, output: OutputFormat) -> ToolUse:
         reason = f"tool_choice is {said}; expected {expected}a function that tools has"
         raise ApiError(400, reason, param="tool_choice")
     return ToolUse(tools, "required", (tools[names.index(wanted)],), parallel=False)
+
+
+def _allowed(tools: list[dict[str, Any]], allowed: Any) -> tuple[list[dict[str, Any]], str]:
+    """Those of the tools that tool_choice allows, which are all that the model is told of, and what it may do."""
+    mode, listed = (allowed.get("mode"), allowed.get("tools")) if isinstance(allowed, dict) else (None, None)
+    if mode not in ("auto", "required") or not isinstance(listed, list) or not all(map(_is_function, listed)):
+        reason = f"tool_choice.allowed_tools is {shown(allowed)}; expected mode auto or required, and tools that are"
+        raise ApiError(400, f"{reason} functions", param="tool_choice")
+    names = [tool["function"].get("name") for tool in listed]
+    known = [_checked_name(tool, i) for i, tool in enumerate(tools)]
+    if unknown := [name for name in names if name not in known]:
+        reason = f"tool_choice.allowed_tools has {shown(unknown[0])}; expected functions that tools has"
+        raise ApiError(400, reason, param="tool_choice")
+    return [tool for tool, name in zip(tools, known, strict=True) if name in names], mode
 
 
 def _is_function(value: Any) -> bool:

@@ -27,7 +27,7 @@ async def messages(body: MessagesBody, request: Request, service: ServiceDep) ->
     """
     service.check(body.model)
     size, spelling = len(await request.body()), spelling_of(body)
-    chat = await translated(size, lambda: chat_fields(body), spelling)
+    chat = await translated(size, lambda: chat_fields(body, service.output.thinking), spelling)
     talk = await converse(chat, size, service, new_id("msg", "_"), spelling)
     answer = MessageAnswer(service, talk, body.thinking is not None and body.thinking.display == "omitted")
     if not body.stream:
@@ -41,7 +41,7 @@ async def count_tokens(body: CountBody, request: Request, service: ServiceDep) -
     """How many tokens the prompt of such a message has."""
     service.check(body.model)
     size, spelling = len(await request.body()), spelling_of(body)
-    chat = await translated(size, lambda: chat_fields(body), spelling)
+    chat = await translated(size, lambda: chat_fields(body, service.output.thinking), spelling)
     with spelling.applied():
         prompt_ids, _ = await encode_prompt(chat, size, service)
     return {"input_tokens": len(prompt_ids)}

@@ -42,8 +42,9 @@ def spelling_of(body: CountBody) -> Spelling:
     return replace(_SPELLING, fields={k: v for k, v in _SPELLING.fields.items() if k != "max_thinking_tokens"})
 
 
-def chat_fields(body: CountBody) -> dict[str, Any]:
-    """The fields of a ChatBody. Raises ApiError in the request's own words."""
+def chat_fields(body: CountBody, thinks: bool) -> dict[str, Any]:
+    """The fields of a ChatBody, for a model whose reasoning is looked for, or is not. Raises ApiError in the request's
+    own words."""
     if body.mcp_servers:
         raise unsupported("mcp_servers", body.mcp_servers)
     messages = [*_system(body.system), *(m for i, each in enumerate(body.messages) for m in _message(each, i))]
@@ -56,7 +57,7 @@ def chat_fields(body: CountBody) -> dict[str, Any]:
         "chat_template_kwargs": body.chat_template_kwargs,
         "continue_final_message": True if goes_on else None,
         **_tool_choice(body),
-        **_thinking(body),
+        **_thinking(body, thinks),
         **_output(body),
     }
     if isinstance(body, MessagesBody):
@@ -146,10 +147,24 @@ def _block(block: Any, where: str) -> dict[str, Any]:
 
 
 def _text(block: dict[str, Any], where: str) -> dict[str, Any]:
+    if block.get("type") == "document":
+        return {"type": "text", "text": _document(block, where)}
     if block.get("type") != "text":
         kind = shown(block.get("type"))
         raise _wrong(f"{where} is of type {kind}; expected text, the only kind this model reads there", "unsupported")
     return {"type": "text", "text": _string(block, "text", where)}
+
+
+def _document(block: dict[str, Any], where: str) -> str:
+    """A document's title, context and text, a line or more each."""
+    source, citations = block.get("source"), block.get("citations")
+    if isinstance(citations, dict) and citations.get("enabled"):
+        raise _wrong(f"{where}.citations is {shown(citations)}; expected it left out: nothing is cited", "unsupported")
+    if not isinstance(source, dict) or source.get("type") != "text":
+        kind = shown(source.get("type") if isinstance(source, dict) else source)
+        raise _wrong(f"{where}.source is of type {kind}; expected text, the only kind this model reads", "unsupported")
+    heads = [_string(block, name, where) for name in ("title", "context") if block.get(name) is not None]
+    return "\n".join([*heads, _string(source, "data", f"{where}.source")])
 
 
 def _string(block: Mapping[str, Any], name: str, where: str) -> str:
@@ -179,14 +194,15 @@ def _tool_choice(body: CountBody) -> dict[str, Any]:
     return {"tool_choice": wanted, "parallel_tool_calls": False if choice.disable_parallel_tool_use else None}
 
 
-def _thinking(body: CountBody) -> dict[str, Any]:
+def _thinking(body: CountBody, thinks: bool) -> dict[str, Any]:
     thinking = body.thinking
     if thinking is None:
         return {}
     if thinking.type == "disabled":
         return {"enable_thinking": False}
     begun = {} if thinking.type == "between_tools" else {"enable_thinking": True}
-    return {**begun, "max_thinking_tokens": thinking.budget_tokens}
+    # Clients send a budget to every model; one that does not reason stays within it.
+    return {**begun, "max_thinking_tokens": thinking.budget_tokens if thinks else None}
 
 
 def _output(body: CountBody) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request, Response
 
 from thalweg.server.bodies import BodyRoute
 from thalweg.server.conversation import converse, encode_prompt, translated
+from thalweg.server.dialects import unsupported
 from thalweg.server.errors import ApiError
 from thalweg.server.guard import caller
 from thalweg.server.responses import encode, new_id
@@ -61,8 +62,10 @@ async def count_input_tokens(body: ResponsesBody, request: Request, service: Ser
 
 
 @router.get("/v1/responses/{response_id}")
-async def retrieve_response(response_id: str, request: Request, service: ServiceDep) -> Response:
+async def retrieve_response(response_id: str, request: Request, service: ServiceDep, stream: bool = False) -> Response:
     """An answer that is kept, for the caller whose API key asked for it."""
+    if stream:  # of answers that are made in the background, whose events are kept
+        raise unsupported("stream", stream, (False,))
     return Response(_stored(response_id, request, service).response, media_type="application/json")
 
 

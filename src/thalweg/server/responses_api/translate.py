@@ -24,6 +24,7 @@ _SPELLING = Spelling(
         ("response_format.json_schema.schema", "text.format.schema"),
         ("response_format.schema", "text.format.schema"),
         ("response_format", "text.format"),
+        ("tool_choice.allowed_tools", "tool_choice"),
     ),
 )
 LOGPROBS = "message.output_text.logprobs"
@@ -187,6 +188,10 @@ def namespaces(tools: list[dict[str, Any]] | None) -> dict[str, tuple[str, str]]
 
 
 def _tool_choice(choice: Any) -> Any:
+    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
+        allowed = choice.get("tools")
+        listed = [_tool_choice(each) for each in allowed] if isinstance(allowed, list) else allowed
+        return {"type": "allowed_tools", "allowed_tools": {"mode": choice.get("mode"), "tools": listed}}
     if isinstance(choice, dict) and choice.get("type") == "function" and isinstance(choice.get("name"), str):
         return {"type": "function", "function": {"name": full_name(choice["name"], choice.get("namespace"))}}
     return choice
