@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,12 +25,19 @@ from thalweg.ops.attention.gqa import cpp as gqa
 from thalweg.ops.attention.mla_mixer import cpp as mla_mixer
 from thalweg.ops.delta import mixer_cpp
 from thalweg.ops.delta.kda_mixer import reference as kda_mixer_reference
+from thalweg.ops.linear import blocks_cpp
 from thalweg.ops.linear import cpp as linear
+from thalweg.ops.moe.experts import ExpertsDims
 from thalweg.ops.moe.experts import cpp as experts
 from thalweg.ops.moe.router import cpp as router
 from thalweg.ops.moe.router import reference as router_reference
+from thalweg.ops.norm import cpp as norms
+from thalweg.ops.norm import reference as norm_reference
 from thalweg.ops.sample import cpp as sample
 from thalweg.ops.sample import reference as sample_reference
+from thalweg.quant import GgmlRows
+from thalweg.quant.ggml_quantize import quantize
+from thalweg.quant.ggml_types import TYPES
 
 pytestmark = needs_cpp
 DTYPES = [torch.float32, torch.bfloat16]
@@ -67,6 +75,77 @@ def test_linears_of_any_shape(T: int, D: int, O: int, dtype: torch.dtype, norm_f
         assert y.shape == (T, O)
         size = max(truth.norm().item(), y.numel() ** 0.5)  # elements are about 1; a few may cancel out
         assert (y.double() - truth).norm() <= (6e-3 if dtype == torch.bfloat16 else 5e-7) * size
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("D", [1, 20, 512])
+def test_rms_norm(D: int, dtype: torch.dtype) -> None:
+    x, weight = randn(6, D + 1, dtype=dtype)[:, :D].unflatten(0, (2, 3)), 1 + randn(D, dtype=dtype, seed=1)
+    for w in (weight, weight.float()):
+        y, truth = norms.rms_norm(x, w, 1e-5), norm_reference.rms_norm(x.double().float(), w.float(), 1e-5)
+        assert y.shape == x.shape
+        assert y.dtype == dtype
+        assert error(y, truth.double()) < TOLERANCE[dtype]
+
+
+def blocks_of(w: Tensor, scheme: GgmlRows) -> Tensor:
+    """uint8 [..., bytes] of matrices [..., O, D]."""
+    kinds = [TYPES[name] for name, _ in scheme.segments]
+    parts = w.split([rows for _, rows in scheme.segments], dim=-2)
+    stored = (
+        quantize(p.reshape(-1, k.elements), k).reshape(*w.shape[:-2], -1) for p, k in zip(parts, kinds, strict=True)
+    )
+    return torch.cat(list(stored), dim=-1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("T", [0, 1, 3, 16])
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        *(GgmlRows.of([(kind, 37)]) for kind in blocks_cpp.SERVED),
+        GgmlRows.of([("Q4_K", 70), ("Q6_K", 3), ("Q8_0", 64)]),
+        GgmlRows((("Q8_0", 9),), tile=(2, 4, 64)),
+    ],
+    ids=lambda scheme: scheme.name,
+)
+def test_linears_over_blocks(scheme: GgmlRows, T: int, dtype: torch.dtype) -> None:
+    rows = sum(rows for _, rows in scheme.segments)
+    blocks = blocks_of(randn(rows, 512, dtype=torch.float32, scale=512**-0.5), scheme)
+    x = randn(T, 520, dtype=dtype, seed=1)[:, :512]
+    y, truth = (
+        blocks_cpp.BlockLinear(scheme)(x, blocks),
+        x.double() @ scheme.widened([blocks], 1, torch.float32).double().T,
+    )
+    assert y.dtype == dtype
+    assert (y.double() - truth).norm() <= TOLERANCE[dtype] * truth.norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("T", [1, 9])
+@pytest.mark.parametrize(
+    ("gate_up", "down"), [("Q8_0 512", "Q8_0 256"), ("Q4_K 256 + Q6_K 256", "Q5_K 100 + Q6_K 156")]
+)
+def test_experts_over_blocks(gate_up: str, down: str, T: int, dtype: torch.dtype) -> None:
+    case = moe_case(T, 256, 256, 6, 2, 1, dtype)
+    schemes = [GgmlRows.named(name) for name in (gate_up, down)]
+    assert schemes[0] is not None and schemes[1] is not None  # noqa: PT018 -- for mypy
+    stored = [blocks_of(w.float(), s) for w, s in zip((case.gate_up[0], case.down[0]), schemes, strict=True)]
+    plain = [s.widened([b], 1, torch.float32) for s, b in zip(schemes, stored, strict=True)]
+    case.gate_up, case.down = (plain[0],), (plain[1],)
+    truth = experts_in_float64(case)
+    case.gate_up, case.down, case.scheme = (stored[0],), (stored[1],), f"{gate_up} | {down}"
+    dims = ExpertsDims(E=7, D=256, I=256, scheme=case.scheme)
+    assert experts.refuses(dims) is None
+    assert rmse_ratio(case.run(experts.build(dims)), truth) < TOLERANCE[dtype]
+
+
+def test_what_c_has_no_code_for_is_refused() -> None:
+    dims = ExpertsDims(E=7, D=256, I=256, scheme="IQ4_XS 512 | Q8_0 256")
+    assert experts.refuses(dims) == "has no code for IQ4_XS"
+    assert "not none | Q8_0 256" in str(experts.refuses(replace(dims, scheme="none | Q8_0 256")))
+    assert "not fp8" in str(experts.refuses(replace(dims, scheme="fp8")))
+    assert "of its own" in str(experts.refuses(replace(dims, scheme="none", own=8)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -201,6 +280,9 @@ def test_silu_and_mul(dtype: torch.dtype) -> None:
     assert error(y, truth) < TOLERANCE[dtype]
 
 
+MIXED = [GgmlRows.of([("Q8_0", 600)]), GgmlRows.of([("Q4_K", 300), ("Q6_K", 200), ("Q5_0", 100)])]
+
+
 def everything(dtype: torch.dtype, rows: slice = slice(None)) -> list[Tensor]:
     """Results of each op at sizes that several threads share, for some of eight tokens."""
     x, w = randn(8, 512, dtype=dtype)[rows], randn(2000, 512, dtype=dtype, seed=1)
@@ -222,6 +304,7 @@ def everything(dtype: torch.dtype, rows: slice = slice(None)) -> list[Tensor]:
     seeds = torch.arange(8)[rows]
     return [
         linear.norm_linear(x, norm, 1e-5, w),
+        *(blocks_cpp.BlockLinear(s)(x, blocks_of(w[:600].float(), s)) for s in MIXED),
         linear.linear_add(x, w, torch.zeros(len(x), 2000, dtype=dtype)),
         moe.run(experts.experts),
         *routed(router.norm_router, choice, 8),

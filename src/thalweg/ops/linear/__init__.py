@@ -66,7 +66,7 @@ class LinearGgml(Protocol):
     def __call__(self, x_TD: Tensor, blocks: Tensor, /) -> Tensor:
         """y_TO = x @ w.T in x's dtype, w being rows of GGML's blocks one after another, uint8 [bytes].
 
-        w is rounded to x's dtype; activations are not quantized.
+        Whether w is rounded to x's dtype is open; activations are not quantized.
         """
 
 
@@ -144,6 +144,22 @@ def _cpp_linear(where: Where, dims: LinearDims) -> Linear:
     return cpp.linear
 
 
+def _cpp_ggml(where: Where, dims: LinearGgmlDims) -> LinearGgml:
+    from thalweg.ops.linear.blocks_cpp import BlockLinear
+
+    scheme = GgmlRows.named(dims.scheme)
+    assert scheme is not None
+    return BlockLinear(scheme)
+
+
+def _cpp_ggml_refuses(where: Where, dims: LinearGgmlDims) -> Refusal:
+    from thalweg.ops.linear.blocks_cpp import refusal
+
+    scheme = GgmlRows.named(dims.scheme)
+    assert scheme is not None
+    return refusal(scheme) or cpu_build.why_not(where)
+
+
 def _cpp_norm_linear(where: Where, dims: NormLinearDims) -> NormLinear:
     from thalweg.ops.linear import cpp
 
@@ -178,3 +194,4 @@ register(LINEAR_ADD, "cpp", _cpp_linear_add, supports=_cpp_refuses, tokens=CPU_F
 register(LINEAR_ADD, "cuda", _cuda_linear_add, supports=_cuda_refuses, tokens=_few, priority=20)
 
 register(LINEAR_GGML, "reference", _ggml, capturable=False)
+register(LINEAR_GGML, "cpp", _cpp_ggml, supports=_cpp_ggml_refuses, tokens=CPU_FEW, priority=10)

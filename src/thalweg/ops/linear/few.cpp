@@ -1,15 +1,15 @@
-// Ops "linear", "norm_linear" and "linear_add" of few tokens.
-#include "rows.h"
+// Ops "linear", "norm_linear", "linear_add" and "linear_ggml" of few tokens.
+#include "blocks.h"
 
 using namespace thalweg;
 
 namespace {
 
-template <class T, class N>
+template <class T, class N, class W>
 void linear(
     const T* x,
     int64_t x_stride,
-    const T* w,
+    const W& w,
     const N* norm,
     float eps,
     const T* residual,
@@ -20,18 +20,17 @@ void linear(
     int64_t columns,
     int64_t rows,
     int threads) {
-  const int64_t stride = padded(columns), CHUNK = rows_of_task(columns * sizeof(T));
+  const int64_t stride = padded(columns), chunk = rows_of_task(w.row_bytes());
   float* wide = scratch<0>(tokens * stride);
   widen(x, x_stride, norm, eps, tokens, columns, wide);
-  int64_t chunks = (rows + CHUNK - 1) / CHUNK;
-  threads = worth(threads, rows * columns * (int64_t)sizeof(T));
-  parallel_for(threads, chunks, [&](int64_t c) {
-    int64_t first = c * CHUNK, count = rows - first < CHUNK ? rows - first : CHUNK;
-    float* sums = scratch<1>(tokens * CHUNK);
-    rows_times(w + first * columns, count, columns, wide, stride, tokens, sums, CHUNK);
+  threads = worth(threads, rows * w.row_bytes());
+  parallel_for(threads, (rows + chunk - 1) / chunk, [&](int64_t c) {
+    int64_t first = c * chunk, count = rows - first < chunk ? rows - first : chunk;
+    float* sums = scratch<1>(tokens * chunk);
+    w.times(first, count, wide, stride, tokens, sums, chunk);
     for (int64_t t = 0; t < tokens; t++)
       in_lanes(count, [&](int64_t r, int64_t n) {
-        Vec v = load(sums + t * CHUNK + r, n);
+        Vec v = load(sums + t * chunk + r, n);
         if (residual) v += load(residual + t * residual_stride + first + r, n);
         store(y + t * y_stride + first + r, v, n);
       });
@@ -39,10 +38,6 @@ void linear(
 }
 
 }  // namespace
-
-#define ARGUMENTS(T, N)                                                                                      \
-  (const T*)x, x_stride, (const T*)w, (const N*)norm, eps, (const T*)residual, residual_stride, (T*)y, y_stride, \
-      tokens, columns, rows, threads
 
 extern "C" void thalweg_linear(
     int dtype,
@@ -60,10 +55,38 @@ extern "C" void thalweg_linear(
     int64_t columns,
     int64_t rows,
     int threads) {
+  auto run = [&](auto t, auto n) {
+    using T = decltype(t);
+    using N = decltype(n);
+    linear<T, N>(
+        (const T*)x, x_stride, PlainMatrix<T>{(const T*)w, columns}, (const N*)norm, eps, (const T*)residual,
+        residual_stride, (T*)y, y_stride, tokens, columns, rows, threads);
+  };
   if (dtype == FLOAT32)
-    linear<float, float>(ARGUMENTS(float, float));
-  else if (norm_dtype == FLOAT32)
-    linear<bf16, float>(ARGUMENTS(bf16, float));
+    run(float{}, float{});
   else
-    linear<bf16, bf16>(ARGUMENTS(bf16, bf16));
+    norm_dtype == FLOAT32 ? run(bf16{}, float{}) : run(bf16{}, bf16{});
+}
+
+extern "C" void thalweg_linear_ggml(
+    int dtype,
+    const void* x,
+    int64_t x_stride,
+    const uint8_t* w,
+    int segments,
+    const int32_t* types,
+    const int64_t* segment_rows,
+    void* y,
+    int64_t tokens,
+    int64_t columns,
+    int64_t rows,
+    int threads) {
+  BlockMatrix matrix{w, columns, segments, types, segment_rows};
+  auto run = [&](auto t) {
+    using T = decltype(t);
+    linear<T, T>(
+        (const T*)x, x_stride, matrix, (const T*)nullptr, 0.f, (const T*)nullptr, 0, (T*)y, rows, tokens, columns, rows,
+        threads);
+  };
+  dtype == FLOAT32 ? run(float{}) : run(bf16{});
 }

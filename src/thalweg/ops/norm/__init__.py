@@ -17,6 +17,7 @@ from torch import Tensor
 
 from thalweg.ops.norm import reference
 from thalweg.ops.registry import Op, Refusal, Where, register
+from thalweg.ops.toolchain import cpu_build
 from thalweg.ops.toolchain.triton_support import why_not
 
 
@@ -33,6 +34,16 @@ class RmsNorm(Protocol):
 RMS_NORM: Op[RmsNormDims, RmsNorm] = Op("rms_norm", RmsNormDims)
 
 
+def _cpp_rms_norm(where: Where, dims: RmsNormDims) -> RmsNorm:
+    from thalweg.ops.norm.cpp import rms_norm
+
+    return rms_norm
+
+
+def _cpp_refuses(where: Where, dims: RmsNormDims) -> Refusal:
+    return cpu_build.why_not(where)
+
+
 def _triton_rms_norm(where: Where, dims: RmsNormDims) -> RmsNorm:
     from thalweg.ops.norm.triton.rms import rms_norm
 
@@ -44,4 +55,5 @@ def _triton_refuses(where: Where, dims: RmsNormDims) -> Refusal:
 
 
 register(RMS_NORM, "reference", lambda *_: reference.rms_norm)
+register(RMS_NORM, "cpp", _cpp_rms_norm, supports=_cpp_refuses, priority=10)
 register(RMS_NORM, "triton", _triton_rms_norm, supports=_triton_refuses, priority=10)

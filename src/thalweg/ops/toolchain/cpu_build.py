@@ -9,6 +9,7 @@ options and compiler; one that finds no compiler, or whose compiler fails, leave
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import logging
 import os
@@ -17,8 +18,9 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -120,13 +122,23 @@ def built(level: Level) -> Path:
     folder = _cache_folder()
     target = folder / name
     if not target.exists():
-        began = time.monotonic()
-        with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as scratch:
-            library = Path(scratch, name)
-            _compile(compiler, level, sources, library)
-            os.replace(library, target)  # two processes may build at once: each puts a whole one there
-        _log.info("compiled the CPU's ops for %s in %.1f s", level.name, time.monotonic() - began)
+        with _alone(folder):
+            if not target.exists():
+                began = time.monotonic()
+                with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as scratch:
+                    library = Path(scratch, name)
+                    _compile(compiler, level, sources, library)
+                    os.replace(library, target)
+                _log.info("compiled the CPU's ops for %s in %.1f s", level.name, time.monotonic() - began)
     return target
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time: ranks and test runs that start together would all compile the same."""
+    with (folder / "cpu.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # gone with the process, however it ends
+        yield
 
 
 def _compile(compiler: str, level: Level, sources: Sequence[Path], library: Path) -> None:

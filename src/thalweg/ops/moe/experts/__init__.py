@@ -215,13 +215,13 @@ def _some(dims: ExpertsDims) -> Tokens:
 def _cpp(where: Where, dims: ExpertsDims) -> Experts:
     from thalweg.ops.moe.experts import cpp
 
-    return cpp.experts
+    return cpp.build(dims)
 
 
 def _cpp_refuses(where: Where, dims: ExpertsDims) -> Refusal:
-    if dims.scheme != "none" or dims.own:
-        return f"needs weights in the model's dtype alone, not {dims.scheme}"
-    return cpu_build.why_not(where)
+    from thalweg.ops.moe.experts import cpp
+
+    return cpp.refuses(dims) or cpu_build.why_not(where)
 
 
 def _prompts(dims: ExpertsDims) -> Tokens:

@@ -1,21 +1,54 @@
-"""Experts of few tokens on a CPU, in C++ (few.cpp), over weights in the model's dtype."""
+"""Experts of few tokens on a CPU, in C++ (few.cpp), over weights in the model's dtype or in GGML's blocks."""
 
 from __future__ import annotations
 
 from ctypes import c_int, c_int64, c_void_p
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from thalweg.ops.linear.blocks_cpp import Segments, refusal
+from thalweg.ops.moe.experts import Experts, ExpertsDims
+from thalweg.ops.registry import Refusal
 from thalweg.ops.toolchain.cpu_build import DTYPES, function
+from thalweg.quant import PLAIN, GgmlRows
+
+Layout = tuple[Any, Any, Any]  # of a weight: its Segments, or (0, None, None) if it is plain
+_PLAIN: Layout = (0, None, None)
+
+
+def build(dims: ExpertsDims) -> Experts:
+    if dims.scheme == PLAIN.name:
+        return experts
+    schemes = _schemes(dims)
+    gate_up, down = Segments.of(schemes[0]), Segments.of(schemes[-1])
+    return partial(experts, inner=dims.I, gate_up_layout=gate_up, down_layout=down)
+
+
+def refuses(dims: ExpertsDims) -> Refusal:
+    """Why it does not serve these dims on any CPU, or None."""
+    if dims.own:
+        return "has no products for an expert of its own"
+    if dims.scheme == PLAIN.name:
+        return None
+    schemes = _schemes(dims)
+    if len(schemes) < dims.scheme.count("|") + 1:
+        return f"needs weights in the model's dtype or in GGML's blocks, not {dims.scheme}"
+    return next(filter(None, map(refusal, schemes)), None)
+
+
+def _schemes(dims: ExpertsDims) -> list[GgmlRows]:
+    """Those that are GGML's."""
+    return [scheme for name in dims.scheme.split(" | ") if (scheme := GgmlRows.named(name)) is not None]
 
 
 @cache
 def _run() -> Any:
     x, routing, residual, sizes = (c_void_p, c_int64), [c_void_p] * 2, (c_void_p, c_int64), [c_int64] * 5
-    return function("experts", c_int, *x, *routing, c_void_p, c_void_p, *residual, c_void_p, *sizes, c_int)
+    weight = (c_void_p, c_int, c_void_p, c_void_p)
+    return function("experts", c_int, *x, *routing, *weight, *weight, *residual, c_void_p, *sizes, c_int)
 
 
 def experts(
@@ -29,8 +62,12 @@ def experts(
     num_shared: int = 0,
     own: tuple[Tensor, Tensor] | None = None,
     scale: float = 1.0,
+    inner: int | None = None,
+    gate_up_layout: Layout = _PLAIN,
+    down_layout: Layout = _PLAIN,
 ) -> Tensor:
-    (T, k), (E, D, I) = ids_Tk.shape, down[0].shape
+    (T, k), E, D = ids_Tk.shape, len(down[0]), x_TD.shape[1]
+    I = down[0].shape[2] if inner is None else inner
     y_TD = x_TD.new_empty(T, D)
     served = _run()(
         DTYPES[x_TD.dtype],
@@ -39,7 +76,9 @@ def experts(
         weights_Tk.data_ptr(),
         ids_Tk.data_ptr(),
         gate_up[0].data_ptr(),
+        *gate_up_layout,
         down[0].data_ptr(),
+        *down_layout,
         None if residual_TD is None else residual_TD.data_ptr(),
         0 if residual_TD is None else residual_TD.stride(0),
         y_TD.data_ptr(),

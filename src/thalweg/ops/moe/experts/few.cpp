@@ -1,10 +1,10 @@
-// Op "experts" over weights in the model's dtype: one pass for the products of gate and up, one for those of down with
+// Op "experts" over weights in the model's dtype or in GGML's blocks: one pass for the products of gate and up, one for those of down with
 // the weighted sum and the residual.
 //
 // The pairs of token and expert are sorted by expert, so that a weight is read once for all its tokens. A token's sum
 // over its experts is in the order of its ids. Values are rounded to T where the reference rounds them, which serves
 // prompts: the same token comes out of both as nearly alike as can be.
-#include "rows.h"
+#include "blocks.h"
 
 using namespace thalweg;
 
@@ -13,14 +13,14 @@ namespace {
 constexpr int64_t CHUNK = 32;  // rows of a weight in a task
 
 // False if an id is none of the experts'.
-template <class T>
+template <class T, class GateUp, class Down>
 bool experts(
     const T* x,
     int64_t x_stride,
     const float* weights,
     const int64_t* ids,
-    const T* gate_up,
-    const T* down,
+    const GateUp& gate_up,
+    const Down& down,
     const T* residual,
     int64_t residual_stride,
     T* y,
@@ -57,7 +57,7 @@ bool experts(
     widen(x + order[i] / k * x_stride, 0, (const T*)nullptr, 0.f, 1, D, wide_x + i * wide);
   if (inner != I) memset(hidden, 0, 4 * pairs * inner);
 
-  int64_t bytes = count_used * I * D * (int64_t)sizeof(T);
+  int64_t bytes = count_used * D * down.row_bytes();
   int64_t chunks = (I + CHUNK - 1) / CHUNK;
   parallel_for(worth(threads, 2 * bytes), count_used * chunks, [&](int64_t task) {
     int64_t e = used[task / chunks], row = task % chunks * CHUNK, rows = I - row < CHUNK ? I - row : CHUNK;
@@ -65,9 +65,9 @@ bool experts(
     float* gate = scratch<1>(2 * n * CHUNK);
     float* up = gate + n * CHUNK;
     const float* in = wide_x + first(e) * wide;
-    const T* w = gate_up + (e * 2 * I + row) * D;
-    rows_times(w, rows, D, in, wide, n, gate, CHUNK);
-    rows_times(w + I * D, rows, D, in, wide, n, up, CHUNK);
+    GateUp w = gate_up.from(e, 2 * I);
+    w.times(row, rows, in, wide, n, gate, CHUNK);
+    w.times(I + row, rows, in, wide, n, up, CHUNK);
     for (int64_t i = 0; i < n; i++)
       in_lanes(rows, [&](int64_t r, int64_t some) {
         Vec g = rounded<T>(load(gate + i * CHUNK + r, some)), u = rounded<T>(load(up + i * CHUNK + r, some));
@@ -81,8 +81,8 @@ bool experts(
     float* products = scratch<1>(pairs * CHUNK);
     for (int64_t u = 0; u < count_used; u++) {
       int64_t e = used[u], from = first(e);
-      rows_times(
-          down + (e * D + row) * I, rows, I, hidden + from * inner, inner, end(e) - from, products + from * CHUNK, CHUNK);
+      Down w = down.from(e, D);
+      w.times(row, rows, hidden + from * inner, inner, end(e) - from, products + from * CHUNK, CHUNK);
     }
     for (int64_t t = 0; t < tokens; t++)
       in_lanes(rows, [&](int64_t r, int64_t some) {
@@ -98,6 +98,7 @@ bool experts(
 
 }  // namespace
 
+// gate_up_segments 0: weights are in the model's dtype, and there are no types and rows.
 extern "C" int thalweg_experts(
     int dtype,
     const void* x,
@@ -105,7 +106,13 @@ extern "C" int thalweg_experts(
     const float* weights,
     const int64_t* ids,
     const void* gate_up,
+    int gate_up_segments,
+    const int32_t* gate_up_types,
+    const int64_t* gate_up_rows,
     const void* down,
+    int down_segments,
+    const int32_t* down_types,
+    const int64_t* down_rows,
     const void* residual,
     int64_t residual_stride,
     void* y,
@@ -115,11 +122,18 @@ extern "C" int thalweg_experts(
     int64_t D,
     int64_t I,
     int threads) {
-  auto run = [&](auto t) {
+  auto run = [&](auto t, const auto& in, const auto& out) {
     using T = decltype(t);
     return experts<T>(
-        (const T*)x, x_stride, weights, ids, (const T*)gate_up, (const T*)down, (const T*)residual, residual_stride,
-        (T*)y, tokens, k, E, D, I, threads);
+        (const T*)x, x_stride, weights, ids, in, out, (const T*)residual, residual_stride, (T*)y, tokens, k, E, D, I,
+        threads);
   };
-  return dtype == FLOAT32 ? run(float{}) : run(bf16{});
+  if (gate_up_segments) {
+    BlockMatrix in{(const uint8_t*)gate_up, D, gate_up_segments, gate_up_types, gate_up_rows};
+    BlockMatrix out{(const uint8_t*)down, I, down_segments, down_types, down_rows};
+    return dtype == FLOAT32 ? run(float{}, in, out) : run(bf16{}, in, out);
+  }
+  if (dtype == FLOAT32)
+    return run(float{}, PlainMatrix<float>{(const float*)gate_up, D}, PlainMatrix<float>{(const float*)down, I});
+  return run(bf16{}, PlainMatrix<bf16>{(const bf16*)gate_up, D}, PlainMatrix<bf16>{(const bf16*)down, I});
 }

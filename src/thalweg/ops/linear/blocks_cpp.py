@@ -1,0 +1,71 @@
+"""Matrices in GGML's blocks for C++ on a CPU, and their products with few tokens (few.cpp)."""
+
+from __future__ import annotations
+
+from ctypes import Array, c_int, c_int32, c_int64, c_void_p
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from thalweg.ops.registry import Refusal
+from thalweg.ops.toolchain.cpu_build import DTYPES, function
+from thalweg.quant import GgmlRows
+from thalweg.quant.ggml_types import TYPES
+
+SERVED = ("Q4_0", "Q5_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K")  # those that blocks.cpp has code for
+
+
+class Segments(NamedTuple):
+    """How many segments a matrix has, their types' numbers, and how many rows each has."""
+
+    segments: int
+    types: Array[c_int32]
+    rows: Array[c_int64]
+
+    @staticmethod
+    def of(scheme: GgmlRows) -> Segments:
+        n = len(scheme.segments)
+        types = (TYPES[name].id for name, _ in scheme.segments)
+        return Segments(n, (c_int32 * n)(*types), (c_int64 * n)(*(rows for _, rows in scheme.segments)))
+
+
+def refusal(scheme: GgmlRows) -> Refusal:
+    """Why C++ does not serve matrices stored so, or None."""
+    unserved = sorted({name for name, _ in scheme.segments if name not in SERVED})
+    return f"has no code for {', '.join(unserved)}" if unserved else None
+
+
+@cache
+def _run() -> Any:
+    matrix = (c_void_p, c_int, c_void_p, c_void_p)
+    return function("linear_ggml", c_int, c_void_p, c_int64, *matrix, c_void_p, *[c_int64] * 3, c_int)
+
+
+class BlockLinear:
+    """y_TO = x @ w.T of w in GGML's blocks, as op "linear_ggml" says."""
+
+    def __init__(self, scheme: GgmlRows) -> None:
+        self._segments, self._tile = Segments.of(scheme), scheme.tile
+        self._rows = sum(rows for _, rows in scheme.segments)
+
+    def __call__(self, x_TD: Tensor, blocks: Tensor, /) -> Tensor:
+        if self._tile is not None:  # columns of w are in a file's order: x follows them
+            R, G, V = self._tile
+            x_TD = x_TD.unflatten(-1, (G, R, V)).transpose(-3, -2).flatten(-3)
+        (T, D), O = x_TD.shape, self._rows
+        y_TO = x_TD.new_empty(T, O)
+        _run()(
+            DTYPES[x_TD.dtype],
+            x_TD.data_ptr(),
+            x_TD.stride(0),
+            blocks.data_ptr(),
+            *self._segments,
+            y_TO.data_ptr(),
+            T,
+            D,
+            O,
+            torch.get_num_threads(),
+        )
+        return y_TO
