@@ -64,7 +64,7 @@ class HttpClient:
                 answer = await connection.send(head, content)
             except BaseException as error:
                 connection.close()
-                # A server may close a kept connection just when it is used again; that is no answer to the request.
+                # A server may close a kept connection just when it is used again; that is not an answer to the request.
                 if kept is None or not isinstance(error, HttpError):
                     raise
         assert connection is not None

@@ -41,7 +41,7 @@ def build_drafter(config: EngineConfig) -> Drafter:
         raise ConfigError(
             f"--tensor-parallel-size is {config.tensor_parallel_size}; expected 1: drafts are measured on one rank"
         )
-    opened = open_model(replace(config, dequantize=True), 0, mtp=True)  # a head in blocks is no matrix to step through
+    opened = open_model(replace(config, dequantize=True), 0, mtp=True)  # a head in blocks is not a matrix
     context = opened.context(Mesh(), Resolver(config.op_preference))
     decoder = Decoder(context, opened.source.config)
     mtp = Mtp(context.below("mtp"), opened.source.config)

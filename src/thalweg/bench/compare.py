@@ -109,7 +109,7 @@ def read_results(path: str) -> dict[str, Any]:
 
 
 def rows_of(file: Mapping[str, Any], path: str) -> dict[Key, dict[str, Value]]:
-    """The figures of each row, by what was measured. Raises ConfigError for what is no results file."""
+    """The figures of each row, by what was measured. Raises ConfigError for what is not a results file."""
     results = file.get("results")
     if not isinstance(results, list) or not results or not all(isinstance(r, dict) for r in results):
         raise ConfigError(f"{path} has no results; expected a file that thalweg bench or eval --output-json wrote")

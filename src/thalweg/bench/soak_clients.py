@@ -227,7 +227,7 @@ class Clients:
         return await self._refused(f"{answer.status}: ") or self.fault(f"{answer.status}: {error_message(content)}")
 
     async def _refused(self, error: str) -> str:
-        """ "refused" after a moment when the queue was full, which is no fault; else ""."""
+        """ "refused" after a moment when the queue was full, which is not a fault; else ""."""
         if not error.startswith("429: "):
             return ""
         await asyncio.sleep(self._random.uniform(0.2, 1.0))

@@ -66,5 +66,5 @@ class Match(NamedTuple):
     node: Node  # where computing may go on
     far: Node | None  # where it could once what host memory has is fetched, if that is further down
     seen: int  # blocks that are in the tree
-    soon: bool  # the next plan may go on from further down
+    soon: bool  # the next plan may continue from further down
     reason: MissReason  # why the rest cannot be used

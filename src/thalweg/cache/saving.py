@@ -86,7 +86,7 @@ class SavingTree:
         self._lost_snapshot(node)
 
     def forget_states(self, node: Node) -> None:
-        """Nobody is to go on from `node` as it was computed."""
+        """Nobody is to continue from `node` as it was computed."""
         self.forget_snapshot(node)
 
     def use_snapshot(self, node: Node) -> int:

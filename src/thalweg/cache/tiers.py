@@ -279,7 +279,7 @@ class TieredTree(PrefixTree):
 
 
 def _is_past(node: Node) -> bool:
-    """Whether a path that goes on from `node` leaves it of likely no more use."""
+    """Whether a path that continues from `node` leaves it of likely no more use."""
     return node.reuses <= 1 and len(node.children) == 1 and not node.pins
 
 

@@ -27,7 +27,7 @@ def chat(
 ) -> None:
     """Talk with a model. /reset forgets the conversation, /exit or Ctrl-D ends it.
 
-    If stdin is no terminal, each of its lines is a turn.
+    If stdin is not a terminal, each of its lines is a turn.
     """
     from rich.console import Console
 

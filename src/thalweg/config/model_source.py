@@ -15,7 +15,7 @@ _BUNDLED_FOLDER = Path(__file__).resolve().parent.parent / "bundled" / BUNDLED
 def model_folder(model: str | None, revision: str | None = None, *, weights: bool = True) -> Path:
     """The folder or the GGUF file of `model`: None or "thalweg-tiny" is the bundled one, a folder without config.json
     stands for the only GGUF model in it, and OWNER/NAME for a model on a hub (hub.hub_folder): its `revision`, and
-    without `weights` its small files alone. OWNER/NAME whose OWNER is a folder here, or that ends in .gguf, is no name.
+    without `weights` only its small files. OWNER/NAME is not a name if OWNER is a folder here or it ends in .gguf.
 
     Raises ConfigError, naming MODEL, the command line's argument, when there is neither.
     """

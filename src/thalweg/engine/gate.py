@@ -18,7 +18,7 @@ class GrammarGate:
     """`add` gets a request when it may run, `refuse` the id of one whose grammar cannot be used, and why.
 
     Compilation goes on beside the loop that calls `poll`; a grammar that takes longer than COMPILE_SECONDS is given up.
-    One that had to wait so long for others' is no fault of its own: that is a QueueTimeout.
+    One that had to wait so long for others' is not a fault of its own: that is a QueueTimeout.
     """
 
     def __init__(

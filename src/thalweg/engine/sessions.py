@@ -1,5 +1,5 @@
 """Sessions: sequences of tokens by name, with points to go back to. What is computed of them is kept in the prefix
-cache as long as can be, so that going on from one, however often, costs only what is new."""
+cache as long as can be, so that continuing from one, however often, costs only what is new."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class SessionLimits:
 
 @dataclass(slots=True)
 class Point:
-    """A place that a session can go back to: after `tokens` tokens, of which a request that goes on from there did not
-    compute `cached` when it was made. `key` is the prefix cache's name for it; sessions that were forked share it."""
+    """A point that a session can go back to, after `tokens` tokens. `cached` of them were not computed again by a
+    request from there, when the point was made. `key` is the prefix cache's name for it, which forks share."""
 
     tokens: int
     key: str

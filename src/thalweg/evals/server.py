@@ -100,7 +100,7 @@ def _read(content: bytes) -> Reply:
         text = choice["text"] if "text" in choice else choice["message"]["content"]
         usage = answer.get("usage")
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
-        raise _Refused(f"the answer is no completion: {content[:80]!r}", again=False) from None
+        raise _Refused(f"the answer is not a completion: {content[:80]!r}", again=False) from None
     tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
     # Thoughts alone, or calls alone, leave no content.
     return Reply(text if isinstance(text, str) else "", tokens if type(tokens) is int else None)

@@ -57,7 +57,7 @@ class LatentAttention(nn.Module):
         return w_uk_HKR, w_uv_HVR
 
     def of_prefills(self, q_THX: Tensor, latent_MSC: Tensor, batch: Batch) -> Tensor:
-        """o_TO of the tokens that are no decode rows, whose latents are in the cache already."""
+        """o_TO of the tokens that are not decode rows, whose latents are in the cache already."""
         o_THV = self._prefill(
             q_THX,
             latent_MSC,

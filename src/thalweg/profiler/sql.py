@@ -42,7 +42,7 @@ class Answer:
 def query(slices: Sequence[Slice], sql: str) -> Answer:
     """The answer to one SELECT over the trace. It sees nothing else: no files, extensions, settings or variables.
 
-    Raises ConfigError, one line, for bad SQL, a statement that is no query, and one that needs too much memory.
+    Raises ConfigError, one line, for bad SQL, a statement that is not a query, and one that needs too much memory.
     """
     if sum(s.depth for s in slices) > MAX_ANCESTRY:
         raise ConfigError(f"the trace nests too deeply for --sql: over {MAX_ANCESTRY} pairs; record fewer steps")

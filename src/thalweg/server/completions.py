@@ -207,11 +207,11 @@ def _prompts(body: CompletionBody) -> list[Prompt]:
 
 
 async def _encoded(service: Service, prompts: list[Prompt], session: SavedSession | None) -> list[list[int]]:
-    """Token ids of the prompts; of one alone, which may be empty, if it goes on from a session."""
+    """Token ids of the prompts; of one alone, which may be empty, if it continues from a session."""
     if session is None:
         return await service.encode_prompts(prompts)
     if len(prompts) != 1:
-        raise ApiError(400, f"prompt has {len(prompts)} texts; expected one, to go on from a session", param="prompt")
+        raise ApiError(400, f"prompt has {len(prompts)} texts; expected one text after a session", param="prompt")
     return await service.encode_prompts(prompts) if prompts[0] else [[]]
 
 

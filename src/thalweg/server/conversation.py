@@ -42,7 +42,7 @@ class Conversation:
 
 async def translated(size: int, fields: Callable[[], Mapping[str, Any]], spelling: Spelling) -> ChatBody:
     """A request of another API in the form of a chat's, of the `fields` that are made of its `size` bytes, which count
-    what it goes on from. Raises ApiError."""
+    what it continues from. Raises ApiError."""
 
     def chat() -> ChatBody:
         made = fields()  # whose errors are in the request's words

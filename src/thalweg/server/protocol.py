@@ -1,4 +1,4 @@
-"""HTTP/1.1 on one connection: what is no request, how large its head may be, and how long anybody waits for it."""
+"""HTTP/1.1 on one connection: what is not a request, how large its head may be, and how long anybody waits for it."""
 
 from __future__ import annotations
 

@@ -120,7 +120,7 @@ class Service:
     async def encode_chat(self, size: int, messages: list[dict[str, Any]], /, **options: Any) -> list[int]:
         """Token ids of a conversation, by the chat template under `options`. Raises InvalidRequest.
 
-        `size`: of the request's body and what it goes on from, in bytes, because text may be anywhere in them: in
+        `size`: of the request's body and what it continues from, in bytes, because text may be anywhere in them: in
         parts of a content, in calls, in tools.
         """
         codec = self.client.codec

@@ -1,4 +1,4 @@
-"""/v1/sessions: sequences by name, which completions go on from, fork and roll back."""
+"""/v1/sessions: named sequences, which completions continue, and which can be forked and rolled back."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ async def roll_back(name: str, body: RollBackBody, request: Request, service: Se
 
 
 def session_of(service: Service, request: Request, body: CompletionBody, choices: int) -> SavedSession | None:
-    """The session that a completion goes on from, if any. Raises ApiError."""
+    """The session that a completion continues from, if any. Raises ApiError."""
     if body.session is None:
         if body.session_save:
             raise ApiError(400, "session_save is given without session; expected both", param="session_save")

@@ -48,8 +48,8 @@ class Cors:
 
 @dataclass(frozen=True, slots=True)
 class StoreLimits:
-    """What is kept of answers of /v1/responses, for those that go on from them: `count` of them, which have `bytes` in
-    all with their conversations, for `seconds`. A count of 0 keeps none. Raises ConfigError."""
+    """Bounds on the answers of /v1/responses that are kept for previous_response_id: their number, their `bytes` in all
+    with their conversations, and for how many seconds. A count of 0 keeps none. Raises ConfigError."""
 
     count: int = 1000
     bytes: int = 256 << 20

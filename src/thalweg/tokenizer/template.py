@@ -79,7 +79,7 @@ class ChatTemplate:
 
         messages: see thalweg.tokenizer.messages.plain_messages. With continue_final_message, which needs
         add_generation_prompt to be false, the last message is the assistant's, and the prompt ends exactly
-        where its content does, for the model to go on from there. template_kwargs are further variables for
+        where its content does, for the model to continue from there. template_kwargs are further variables for
         the template, such as enable_thinking. Raises InvalidRequest when the messages are not of that form,
         when the template refuses them or goes over a limit, and CheckpointError when it tries what the
         sandbox forbids.

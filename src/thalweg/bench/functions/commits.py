@@ -17,7 +17,7 @@ def record_commits(
     repository: Path, base: str, head: str, model: str | None, quick: bool, tell: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """What each commit costs: `base`'s figures, then `head`'s. Both run this version's workload, so an older commit
-    needs none of its own. Raises ConfigError for what is no commit, or has no src/thalweg, or does not run."""
+    needs none of its own. Raises ConfigError for what is not a commit, or has no src/thalweg, or does not run."""
     with ExitStack() as stack:
         return record([stack.enter_context(_checked_out(repository, c)) for c in (base, head)], model, quick, tell)
 

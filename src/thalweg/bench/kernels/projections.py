@@ -102,7 +102,7 @@ def linear_ggml(setting: Setting, dims: LinearGgmlDims) -> Iterator[Case]:
     (blocks,) = scheme.stored((dims.O, dims.D), 1)
 
     def make(draw: Draw, T: int) -> Arguments:
-        # Bytes below 64 are no part of a float16 that is infinite or NaN.
+        # Bytes below 64 are not part of a float16 that is infinite or NaN.
         small = draw(*blocks.shape, dtype=torch.float32).mul_(16).abs_().clamp_(max=63)
         return Arguments(draw(T, dims.D), small.to(torch.uint8))
 

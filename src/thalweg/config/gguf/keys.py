@@ -104,7 +104,7 @@ _SAMPLING = {
 
 
 def sampling_defaults(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Sampling values that a file suggests, by SamplingParams' names. What is no number is passed over."""
+    """Sampling values that a file suggests, by SamplingParams' names. What is not a number is passed over."""
     given = {name: metadata.get(key) for name, key in _SAMPLING.items()}
     return {
         name: shortest(value) if isinstance(value, float) else value

@@ -262,7 +262,7 @@ class EngineClient:
         allowed, loop = SILENCE * self.config.step_timeout, asyncio.get_running_loop()
         while True:
             await asyncio.sleep(min(1.0, allowed / 4))
-            # Answers that are done and not yet read are no business of the engine's.
+            # Answers that are done and not yet read do not concern the engine.
             if self._outputs.waiting and loop.time() - self._heard > allowed:
                 assert self._process is not None
                 self._die(f"the engine has said nothing for {allowed:g} s; it hangs (--step-timeout)")

@@ -195,7 +195,7 @@ def fp8_scales(piece: Source, *, per_row: bool = True) -> Source:
 
 
 def int4_sources(piece: Source) -> tuple[Source, Source]:
-    """The packed elements of an int4 matrix [N, D] and their scales. Raises ConfigError if D is no whole number of
+    """The packed elements of an int4 matrix [N, D] and their scales. Raises ConfigError if D is not a whole number of
     words, or a rank begins within a word, or within a group that it leaves."""
     rows, cols = piece.shape
     start, stop = piece.shard if piece.shard is not None and piece.shard_dim == 1 else (0, cols)

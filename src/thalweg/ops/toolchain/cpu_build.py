@@ -77,7 +77,7 @@ def why_not(where: Where) -> Refusal:
 
 def function(name: str, *types: Any) -> Callable[..., int]:
     """The library's function `thalweg_<name>`, which takes arguments of these ctypes types and lets other Python
-    threads run; what it gives means something if it is no void one. Raises BuildError."""
+    threads run; its result means something unless the function is void. Raises BuildError."""
     loaded = _loaded()
     if isinstance(loaded, str):
         raise BuildError(loaded)

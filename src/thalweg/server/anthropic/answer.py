@@ -90,7 +90,7 @@ class MessageAnswer:
         }
 
     def _usage(self) -> dict[str, Any]:
-        """Tokens from the prefix cache are no part of `input_tokens`."""
+        """Tokens from the prefix cache are not part of `input_tokens`."""
         return {
             "input_tokens": len(self._talk.prompt_ids) - self._cached_tokens,
             "cache_creation_input_tokens": 0,

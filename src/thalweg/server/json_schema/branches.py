@@ -19,7 +19,7 @@ def choices(walk: Walk, schema: dict[str, Any], path: Path, made: dict[str, Any]
         if branches is None:
             continue
         if not isinstance(branches, list) or not branches:
-            walk.give_up((*path, keyword), "is no list of schemas")
+            walk.give_up((*path, keyword), "is not a list of schemas")
             continue
         if keyword == "allOf":
             branches = [_with_known(branch, schema) for branch in branches]

@@ -43,7 +43,7 @@ def _required(walk: Walk, schema: dict[str, Any], path: Path) -> list[str]:
         return []
     if isinstance(required, list) and all(isinstance(name, str) for name in required):
         return list(dict.fromkeys(required))
-    walk.give_up((*path, "required"), "is no list of names")
+    walk.give_up((*path, "required"), "is not a list of names")
     return []
 
 
@@ -114,7 +114,7 @@ def _names(
         properties.update(dict.fromkeys(properties, False))
         return {}, False
     if not isinstance(names, dict):
-        walk.give_up(path, "is no schema")
+        walk.give_up(path, "is not a schema")
         return patterns, rest
     if (listed := finite(names)) is not None:
         allowed = [name for name in listed if isinstance(name, str)]

@@ -176,7 +176,7 @@ class Walk:
             if isinstance(schema["enum"], list) and schema["enum"]:
                 made["enum"] = schema["enum"]
             else:
-                self.give_up((*path, "enum"), "is no list of values")
+                self.give_up((*path, "enum"), "is not a list of values")
 
     def _numbers(self, schema: dict[str, Any], path: Path, made: dict[str, Any]) -> None:
         for keyword in _NUMBER:
@@ -199,7 +199,7 @@ class Walk:
         if isinstance(pattern, str):
             own["pattern"] = portable(pattern)
         elif pattern is not None:
-            self.give_up((*path, "pattern"), "is no string")
+            self.give_up((*path, "pattern"), "is not a string")
         if isinstance(form, str) and form in FORMATS and self.problem(own | {"format": form}) is None:
             own["format"] = form  # any other is an annotation, and so is one that does not go with the rest
         if "pattern" in own and (problem := self.problem(own)) is not None:

@@ -109,7 +109,7 @@ class OutputFormat:
 
     @property
     def thinking_tokens(self) -> tuple[int, int] | None:
-        """The marks of reasoning; None if it is not looked for, or they are no tokens."""
+        """The marks of reasoning; None if it is not looked for, or they are not tokens."""
         begin, end = self.added_tokens.get(THINK), self.added_tokens.get(THINK_END)
         return None if not self.thinking or begin is None or end is None else (begin, end)
 
@@ -129,7 +129,7 @@ class OutputFormat:
     def begins_thinking(self, prompt_ids: Sequence[int]) -> bool:
         """Whether the prompt ends within reasoning: of the tokens named by their text, the last one begins it.
 
-        Where <think> is no token, the prompt ends with its letters.
+        Where <think> is not a token, the prompt ends with its letters.
         """
         begin, added = self.added_tokens.get(THINK), frozenset(self.added_tokens.values())
         if begin is not None:

@@ -65,7 +65,7 @@ class Qwen3Coder(CallParser):
     def __init__(self, new_id: NewId, parameters: Mapping[str, Mapping[str, Any]]) -> None:
         super().__init__(new_id)
         self._documents = {name: Document(dict(schema)) for name, schema in parameters.items()}
-        self._none = Document({})  # of a function that is no tool
+        self._none = Document({})  # of a function that is not a tool
         self._in_block = False
         self._before: list[str] = []  # text since the last tag
         self._buffer = ""  # its end, which may be the beginning of a tag
@@ -171,7 +171,7 @@ class Qwen3Coder(CallParser):
         return self._key is not None
 
     def _close(self) -> None:
-        rest = self._buffer if self._name is None else ""  # in a call, the beginning of a tag is no text
+        rest = self._buffer if self._name is None else ""  # in a call, the beginning of a tag is not text
         text, self._before, self._buffer = "".join(self._before) + rest, [], ""
         if self._key is not None:
             self._end_value(text)

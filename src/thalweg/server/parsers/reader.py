@@ -14,8 +14,8 @@ from thalweg.tokenizer.stops import StopStrings
 class Reader:
     """Text of any size in, events out; adjacent ones of a kind come as one. It is a `text.output.TextReader`.
 
-    `marks`: {token id: its mark}; `spelled`: markers that are no tokens. `stop` strings end the output when they
-    occur in the content; what stands in reasoning and in calls is no business of theirs. Where calls are looked for,
+    `marks`: {token id: its mark}; `spelled`: markers that are not tokens. `stop` strings end the output when they
+    occur in the content; reasoning and calls are not searched. Where calls are looked for,
     white space before a call belongs to it, and so does white space at the end of an answer with calls.
     """
 

@@ -12,7 +12,7 @@ MARKERS = (THINK, THINK_END)
 
 class Part(Enum):
     REASONING = 1
-    CALL_IN_REASONING = 2  # marked text; what of it is no call is reasoning
+    CALL_IN_REASONING = 2  # marked text; what of it is not a call is reasoning
     ANSWER = 3  # marked text
 
 

@@ -29,7 +29,7 @@ router = APIRouter(route_class=BodyRoute)
 async def responses(body: ResponsesBody, request: Request, service: ServiceDep) -> Response:
     """Answer a text or a conversation with items: messages, reasoning, function calls.
 
-    The answer is kept for a while, unless `store` is false; `previous_response_id` goes on from one that is kept.
+    The answer is kept for a while, unless `store` is false; `previous_response_id` continues from one that is kept.
     """
     chat, size, spelling = await _chat(body, request, service)
     talk = await converse(chat, size, service, new_id("resp", "_"), spelling)
@@ -78,7 +78,7 @@ async def delete_response(response_id: str, request: Request, service: ServiceDe
 
 
 async def _chat(body: ResponsesBody, request: Request, service: Service) -> tuple[ChatBody, int, Spelling]:
-    """The request as a chat with what it goes on from, how many bytes these are, and how the request says it."""
+    """The request as a chat with what it continues from, how many bytes these are, and how the request says it."""
     service.check(body.model)
     size, kept = len(await request.body()), b"[]"
     if body.previous_response_id is not None:

@@ -40,8 +40,8 @@ class Text(BaseModel):
 
 class ResponsesBody(Body):
     input: Input = says("a text, or items: messages, function_call, function_call_output, reasoning", required=True)
-    instructions: str | None = says("what the model is told first; not kept for answers that go on from this one")
-    previous_response_id: str | None = says("an answer that is stored here, which this one goes on from")
+    instructions: str | None = says("what the model is told first; not kept for answers that continue from this one")
+    previous_response_id: str | None = says("a stored answer, which this one continues")
     store: bool | None = says("keep the answer, for a while; true if not given")
     stream: bool | None = says("send pieces as server-sent events")
     stream_options: StreamOptions | None = None

@@ -1,4 +1,4 @@
-"""Answers that are kept for requests that go on from them: so many, so many bytes, for so long."""
+"""Answers that are kept for requests that continue from them: so many, so many bytes, for so long."""
 
 from __future__ import annotations
 

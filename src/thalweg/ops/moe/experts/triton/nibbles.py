@@ -69,7 +69,7 @@ def column_at(place):
 
 @triton.constexpr_function
 def ordered_width(columns: int) -> int:
-    """Places that `columns` columns take; what is no column is zero."""
+    """Places that `columns` columns take; what is not a column is zero."""
     return -(-columns // 128) * 128
 
 
