@@ -293,7 +293,7 @@ def test_tokens_are_counted_as_an_answer_would_have_them() -> None:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"max_tokens": None}, "max_tokens is null; expected a valid integer"),
+        ({"max_tokens": None}, "max_tokens is null; expected an integer"),
         ({"messages": []}, "messages has 0 items; expected at least 1"),
         ({"messages": [{"role": "tool", "content": "x"}]}, 'messages[0].role is "tool"; expected user, assistant'),
         ({"messages": [{"role": "user"}]}, "messages[0].content is a NoneType; expected a string or a list"),
@@ -348,7 +348,7 @@ def test_tokens_are_counted_as_an_answer_would_have_them() -> None:
         ),
         ({"output_config": {"format": {"type": "x"}}}, "output_config.format is "),
         ({"mcp_servers": [{"url": "http://x"}]}, "mcp_servers is "),
-        ({"messages": [{"role": "user", "content": "REFUSE"}]}, "the prompt has 9 tokens"),
+        ({"messages": [{"role": "user", "content": "REFUSE"}]}, "prompt is too long: the prompt has 9 tokens"),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs has 'messages'"),
     ],
 )

@@ -28,6 +28,7 @@ from thalweg.tokenizer.base import valid_unicode
 
 MAX_MESSAGE_CHARS = 1000
 RETRY_AFTER = "1"  # seconds, as a header
+TOO_LONG = "context_length_exceeded"
 ANTHROPIC = "/v1/messages"  # what the paths of Anthropic's API begin with
 
 _ANTHROPIC_KINDS = {
@@ -50,6 +51,18 @@ _UNREADABLE: dict[type, str] = {
     UnicodeDecodeError: "it is not UTF-8",
     RecursionError: "it nests too deep",
     ValueError: "it holds a number of too many digits",
+}
+
+
+# What pydantic expects, in terms of JSON.
+_IN_JSON = {
+    "a valid boolean": "true or false",
+    "a valid dictionary": "an object",
+    "a valid dictionary or object to extract fields from": "an object",
+    "a valid integer": "an integer",
+    "a valid list": "a list",
+    "a valid number": "a number",
+    "a valid string": "a string",
 }
 
 
@@ -83,7 +96,10 @@ class ApiError(Exception):
     def anthropic_body(self) -> dict[str, Any]:
         """The same in Anthropic's shape, which has no place for `param` and `code`."""
         kind = _ANTHROPIC_KINDS.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
-        return {"type": "error", "error": {"type": kind, "message": self.body()["error"]["message"]}}
+        message = self.body()["error"]["message"]
+        if self.code == TOO_LONG:  # in the words by which clients know that they have to shorten the conversation
+            message = f"prompt is too long: {message}"
+        return {"type": "error", "error": {"type": kind, "message": message}}
 
 
 def shown(value: Any) -> str:
@@ -112,7 +128,7 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(409, str(error), code="session_conflict")
     if isinstance(error, InvalidRequest):
         param = _param_of(str(error))
-        code = "context_length_exceeded" if _TOO_LONG.match(str(error)) else None
+        code = TOO_LONG if _TOO_LONG.match(str(error)) else None
         return ApiError(400, str(error), param=param, code="invalid_grammar" if param == "grammar" else code)
     if isinstance(error, ThalwegError):  # the checkpoint's fault, such as a chat template that the sandbox stopped
         return ApiError(500, str(error), code="model_error")
@@ -202,8 +218,9 @@ def _wrong(error: Mapping[str, Any]) -> str:
     expected = reason.removeprefix("Input should be ").removeprefix("expected ")
     if expected == reason:
         return f": {reason[:1].lower()}{reason[1:]}"
-    number = "a number " if expected.startswith(("greater", "less")) else ""
-    return f" is {_came(error.get('input'))}; expected {number}{expected}"
+    if expected.startswith(("greater", "less")):
+        expected = f"a number {expected}"
+    return f" is {_came(error.get('input'))}; expected {_IN_JSON.get(expected, expected)}"
 
 
 def _came(value: Any) -> str:

@@ -176,8 +176,8 @@ def _string(block: Mapping[str, Any], name: str, where: str) -> str:
 def _tool(tool: dict[str, Any], i: int) -> dict[str, Any]:
     kind = tool.get("type")
     if kind not in (None, "custom"):
-        reason = f"tools[{i}] is of type {shown(kind)[:_MAX_NAME]}, which is not done here; expected tools of your own"
-        raise ApiError(400, reason, param="tools", code="unsupported")
+        reason = f"tools[{i}] is of type {shown(kind)[:_MAX_NAME]}, which is not done here; expected tools of your own:"
+        raise ApiError(400, f'{reason} {{"name": ..., "input_schema": ...}}', param="tools", code="unsupported")
     names = (("name", "name"), ("description", "description"), ("parameters", "input_schema"), ("strict", "strict"))
     function = {chats: tool[theirs] for chats, theirs in names if tool.get(theirs) is not None}
     return {"type": "function", "function": function}
