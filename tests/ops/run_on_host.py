@@ -6,6 +6,7 @@ import ctypes
 import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -17,6 +18,7 @@ from torch import Tensor
 from thalweg.ops.toolchain.tensor_map import TensorMap
 
 HEADERS = Path(__file__).parent / "host"
+TOGETHER = {"states": 4}  # blocks that tell each other something; those of other kernels run one after another
 WRONG = {
     1: "too much shared memory",
     2: "wrote past its shared memory",
@@ -25,14 +27,16 @@ WRONG = {
 
 
 @cache
-def _library(source: Path, name: str, macros: tuple[tuple[str, int], ...]) -> Any:
+def _libraries(source: Path, name: str, macros: tuple[tuple[str, int], ...]) -> list[Any]:
+    """One for each block that runs at a time: shared memory is static there."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("g++ is not installed")
     folder = Path(mkdtemp())
     code = re.sub(r"extern __shared__ __align__\(\d+\) u8 shared\[\];", "", source.read_text())
-    code += '\nextern "C" int run(int blocks, int threads, int shared_bytes, void** args) {\n'
-    code += f"    return run_kernel({name}, blocks, threads, shared_bytes, args);\n}}\n"
+    arguments = "first, blocks, grid, threads, shared_bytes, args"
+    code += '\nextern "C" int run(int first, int blocks, int grid, int threads, int shared_bytes, void** args) {\n'
+    code += f"    return run_kernel({name}, {arguments});\n}}\n"
     (folder / "kernel.cpp").write_text(code)
     command = [
         compiler,
@@ -40,6 +44,7 @@ def _library(source: Path, name: str, macros: tuple[tuple[str, int], ...]) -> An
         "-std=c++20",
         "-shared",
         "-fPIC",
+        "-fno-gnu-unique",
         "-w",
         "-pthread",
         "-I",
@@ -50,9 +55,12 @@ def _library(source: Path, name: str, macros: tuple[tuple[str, int], ...]) -> An
     command += [f"-D{key}={value}" for key, value in macros]
     run = subprocess.run([*command, "kernel.cpp", "-o", "kernel.so"], cwd=folder, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    library = ctypes.CDLL(str(folder / "kernel.so"))
+    libraries = []
+    for i in range(TOGETHER.get(name, 1)):
+        shutil.copy(folder / "kernel.so", folder / f"kernel{i}.so")
+        libraries.append(ctypes.CDLL(str(folder / f"kernel{i}.so")))
     shutil.rmtree(folder)
-    return library
+    return libraries
 
 
 def host_tensor_map(x_RHX: Tensor, rows: int) -> TensorMap:
@@ -67,12 +75,23 @@ class HostKernel:
     """In place of a CudaKernel: `cuda_kernel` of a module that launches is to be this class."""
 
     def __init__(self, source: Path, name: str, threads: int, device: object, **macros: int) -> None:
-        self._run, self._threads = _library(source, name, tuple(macros.items())).run, threads
+        self._libraries, self._threads = _libraries(source, name, tuple(macros.items())), threads
 
     def launch(self, grid: tuple[int, int, int], shared_bytes: int, *args: Tensor | tuple[Any, Any]) -> None:
         values = [
             ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else a[0](a[1]) if a[0] else a[1] for a in args
         ]
         addresses = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-        code = self._run(grid[0], self._threads, shared_bytes, addresses)
-        assert code == 0, WRONG.get(code, code)
+
+        def run(library: Any, first: int, blocks: int) -> None:
+            code = library.run(first, blocks, grid[0], self._threads, shared_bytes, addresses)
+            assert code == 0, WRONG.get(code, code)
+
+        count = len(self._libraries)
+        if count == 1:
+            run(self._libraries[0], 0, grid[0])
+            return
+        with ThreadPoolExecutor(count) as pool:
+            for first in range(0, grid[0], count):
+                blocks = range(first, min(first + count, grid[0]))
+                list(pool.map(lambda b: run(self._libraries[b % count], b, 1), blocks))

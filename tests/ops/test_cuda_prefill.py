@@ -16,7 +16,6 @@ from tests.ops.run_on_host import HostKernel
 from thalweg.ops.delta.gdn import GDN_MIXER_PREFILL, GdnDims
 from thalweg.ops.delta.kda_mixer import KDA_MIXER_PREFILL, KdaMixerDims
 from thalweg.ops.host_tables import StepSequences
-from thalweg.ops.norm import reference as norm
 from thalweg.ops.registry import Resolver, Where
 
 
@@ -26,7 +25,6 @@ def on_host(monkeypatch: pytest.MonkeyPatch) -> Any:
     from thalweg.ops.delta import prefill_cuda
 
     monkeypatch.setattr(prefill_cuda, "cuda_kernel", HostKernel)
-    monkeypatch.setattr(prefill_cuda, "gated_rms_norm", norm.gated_rms_norm)
     return prefill_cuda
 
 
@@ -47,6 +45,13 @@ def test_kda_on_the_host(on_host: Any, lengths: tuple[int, ...], options: dict[s
 def test_gdn_on_the_host(on_host: Any, lengths: tuple[int, ...], gate: float | None) -> None:
     case = MixerPrefillCase(lengths, 2, G=1, gate=gate)
     case.check(case.run(on_host.gdn_mixer_prefill), 0.005)
+
+
+def test_segments_on_the_host(on_host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two chunks, of one, and none at all."""
+    monkeypatch.setattr(on_host, "segments", lambda *_: 3)
+    case = MixerPrefillCase((321, 0, 66), 1, rate=-6.0)  # states outlive segments
+    case.check(case.run(on_host.kda_mixer_prefill), 0.005)
 
 
 @pytest.mark.slow
@@ -70,15 +75,18 @@ def test_kda_in_graphs_on_the_host(on_host: Any) -> None:
     check_in_graphs(run, steps, 128)
 
 
-@pytest.mark.parametrize(("gdn", "ratio"), [(0, 1), (1, 1), (1, 2), (1, 8)])
-def test_chunks_compile_for_hopper(tmp_path: Path, gdn: int, ratio: int) -> None:
+@pytest.mark.parametrize("ratio", [None, 1, 2, 8])
+def test_chunks_compile_for_hopper(tmp_path: Path, ratio: int | None) -> None:
     pytest.importorskip("triton")
-    from thalweg.ops.delta.prefill_cuda import CHUNKS, CHUNKS_SHARED
+    from thalweg.ops.delta.prefill_cuda import GDN_CHUNKS, GDN_SHARED, KDA_CHUNKS, KDA_SHARED
 
-    compiled = compile_cuda(CHUNKS, tmp_path, GDN=gdn, RATIO=ratio)
+    if ratio is None:
+        compiled, shared_bytes = compile_cuda(KDA_CHUNKS, tmp_path), KDA_SHARED
+    else:
+        compiled, shared_bytes = compile_cuda(GDN_CHUNKS, tmp_path, RATIO=ratio), GDN_SHARED
     assert compiled.spilled_bytes <= 96
     assert compiled.registers <= 128
-    assert 2 * (CHUNKS_SHARED + compiled.static_shared_bytes + 1024) <= 228 * 1024
+    assert 2 * (shared_bytes + compiled.static_shared_bytes + 1024) <= 228 * 1024
 
 
 @pytest.mark.parametrize(("warps", "stages"), [(2, 3), (4, 2)])
@@ -87,7 +95,8 @@ def test_states_compile_for_hopper(tmp_path: Path, warps: int, stages: int, stat
     pytest.importorskip("triton")
     from thalweg.ops.delta.prefill_cuda import BLOCK, FIXED, HANDED, STATES
 
-    compiled = compile_cuda(STATES, tmp_path, WARPS=warps, STAGES=stages, STATE_BF16=state_bf16, RATIO=2)
+    macros = {"RATIO": 2, "SPLIT": int(warps == 2), "SILU": 1, "NORM_BF16": 0}
+    compiled = compile_cuda(STATES, tmp_path, WARPS=warps, STAGES=stages, STATE_BF16=state_bf16, **macros)
     assert compiled.spilled_bytes == 0
     shared_bytes = stages * (FIXED + warps * 4 * BLOCK) + warps * HANDED + compiled.static_shared_bytes
     assert shared_bytes + 1024 <= 228 * 1024
@@ -103,16 +112,17 @@ def test_blocks_are_as_large_as_there_are_sequences() -> None:
 
 def test_constants_are_those_of_the_sources() -> None:
     pytest.importorskip("triton")
-    from thalweg.ops.delta.prefill_cuda import BLOCK, CHUNK, CHUNKS, CHUNKS_SHARED, FIXED, TILE, WORK, K
+    from thalweg.ops.delta.prefill_cuda import BLOCK, CHUNK, FIXED, GDN_SHARED, INPUT, KDA_SHARED, STATES, TILE, WORK, K
 
-    layout = CHUNKS.with_name("delta.cuh").read_text()
+    layout = STATES.with_name("delta.cuh").read_text()
     assert f"K = {K}, CHUNK = {CHUNK}, BLOCK = {BLOCK}, TILE = CHUNK * K * 2;" in layout
     assert "P_AT = 3 * TILE, A_AT = P_AT + 10 * BLOCK, U_AT = A_AT + 4 * K;\n" in layout
-    assert "constexpr int WORK = U_AT + TILE;" in layout
+    assert "SUMS_AT = U_AT + TILE, SUMS = 4 * CHUNK;\nconstexpr int WORK = SUMS_AT + 8 * SUMS;" in layout
     assert (TILE, FIXED) == (CHUNK * K * 2, 3 * TILE + 10 * BLOCK + 4 * K)
-    assert WORK == FIXED + TILE
-    assert "T_half + 4 * BLOCK" in CHUNKS.read_text()  # the last but one of what lies in shared memory
-    assert CHUNKS_SHARED == 5 * TILE + (6 + 6 + 4 + 4) * BLOCK
+    assert WORK == FIXED + TILE + 8 * 4 * CHUNK
+    solving = "constexpr int SOLVING = 20 * BLOCK;"
+    assert solving in STATES.with_name("chunk_solve.cuh").read_text()
+    assert (KDA_SHARED, GDN_SHARED) == (5 * TILE + 20 * BLOCK, 3 * INPUT + 2 * TILE + 20 * BLOCK)
 
 
 @pytest.mark.parametrize(

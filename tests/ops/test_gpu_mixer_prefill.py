@@ -70,6 +70,25 @@ def test_a_bfloat16_state(G: int | None) -> None:
     case.check(case.run(op_named("cuda", 4, G)), 0.005, state_tolerance=0.007)
 
 
+@pytest.mark.parametrize("G", [None, 2])
+def test_a_long_prompt_is_walked_in_segments(G: int | None) -> None:
+    from thalweg.ops.delta.prefill_cuda import segments
+    from thalweg.ops.toolchain.triton_support import multiprocessors
+
+    case = MixerPrefillCase((4100,), 8, G=G, device="cuda", rate=-6.0)  # states outlive segments
+    assert segments(8, 65, multiprocessors(torch.device("cuda"))) > 2
+    case.check(case.run(op_named("cuda", 8, G)), 0.005)
+
+
+@pytest.mark.parametrize("G", [None, 2])
+def test_segments_of_mixed_lengths(monkeypatch: pytest.MonkeyPatch, G: int | None) -> None:
+    from thalweg.ops.delta import prefill_cuda
+
+    monkeypatch.setattr(prefill_cuda, "segments", lambda *_: 4)
+    case = MixerPrefillCase(LENGTHS, 4, G=G, device="cuda", rate=-6.0)
+    case.check(case.run(op_named("cuda", 4, G)), 0.005)
+
+
 @pytest.mark.parametrize("name", ["cuda", "triton"])
 @pytest.mark.parametrize("G", [None, 2])
 def test_states_at_boundaries_are_those_of_calls_that_end_there(G: int | None, name: str) -> None:

@@ -121,6 +121,8 @@ inline u32 pack(float a, float b) { return rounded(a) | rounded(b) << 16; }
 inline float from_bf16(bf16 x) { return low(x); }
 inline void store_bf16(bf16* to, float x) { *to = (bf16)rounded(x); }
 inline float __int_as_float(int bits) { return from_bits((u32)bits); }
+inline float __uint_as_float(u32 bits) { return from_bits(bits); }
+inline u32 __float_as_uint(float x) { u32 bits; memcpy(&bits, &x, 4); return bits; }
 inline u32 max_pairs(u32 a, u32 b) { return pack(fmaxf(low(a), low(b)), fmaxf(high(a), high(b))); }
 inline float half_low(u32 pair) { _Float16 x; memcpy(&x, &pair, 2); return (float)x; }
 inline float half_high(u32 pair) { return half_low(pair >> 16); }
@@ -152,6 +154,14 @@ inline uint4 load16(const void* p) {
     return x;
 }
 inline bf16 load_bf16(const bf16* p) { return *p; }
+// Blocks that tell each other something run side by side, see run_on_host.py.
+inline void tell_blocks(u32* to, u32 x, u32 y) {
+    std::atomic_ref<u32>(to[0]).store(x), std::atomic_ref<u32>(to[1]).store(y);
+}
+inline uint2 ask_blocks(const u32* p) {
+    std::this_thread::yield();
+    return {std::atomic_ref<u32>(((u32*)p)[0]).load(), std::atomic_ref<u32>(((u32*)p)[1]).load()};
+}
 inline int load_id(const long long* p) { return (int)*p; }
 
 static u8 shared[1 << 18] __attribute__((aligned(1024)));
@@ -221,6 +231,7 @@ inline void arrive_at_barrier(u32 barrier) {
     b.pending--;
     turn(b);
 }
+inline void arrive_once_read(u32 barrier, u32, u32) { arrive_at_barrier(barrier); }
 inline void copy_bytes(u32 to, const void* from, u32 bytes, u32 barrier) {
     if (to % 16 || (uintptr_t)from % 16 || bytes % 16 || bytes == 0) fail("a copy is not of aligned blocks of 16 bytes");
     std::lock_guard lock(one_at_a_time);
@@ -363,14 +374,15 @@ inline void share_writes() {}
 template <int COUNT> void give_registers_back() {}
 template <int COUNT> void take_registers() {}
 
-// Runs a kernel with arguments by address, as the driver takes them.
+// Runs blocks of a kernel, from the first of them on, with arguments by address, as the driver takes them.
 template <class... A, size_t... I>
-int run_kernel(void (*kernel)(A...), int blocks, int threads, int shared_bytes, void** args, std::index_sequence<I...>) {
+int run_kernel(void (*kernel)(A...), int first, int blocks, int grid, int threads, int shared_bytes, void** args,
+               std::index_sequence<I...>) {
     constexpr int GUARD = 1024;
     if (shared_bytes + GUARD > (int)sizeof shared) return 1;
-    gridDim = {blocks, 1, 1};
+    gridDim = {grid, 1, 1};
     threads_that_waited = threads_that_let_go = 0;
-    for (int b = 0; b < blocks; b++) {
+    for (int b = first; b < first + blocks; b++) {
         Block here(threads);
         block = &here;
         memset(shared, 0xff, sizeof shared);  // not a number
@@ -388,6 +400,6 @@ int run_kernel(void (*kernel)(A...), int blocks, int threads, int shared_bytes, 
     return threads_that_waited == blocks * threads && threads_that_let_go >= blocks ? 0 : 4;
 }
 template <class... A>
-int run_kernel(void (*kernel)(A...), int blocks, int threads, int shared_bytes, void** args) {
-    return run_kernel(kernel, blocks, threads, shared_bytes, args, std::index_sequence_for<A...>());
+int run_kernel(void (*kernel)(A...), int first, int blocks, int grid, int threads, int shared_bytes, void** args) {
+    return run_kernel(kernel, first, blocks, grid, threads, shared_bytes, args, std::index_sequence_for<A...>());
 }

@@ -1,25 +1,17 @@
-// The small functions of chunks.cu.
+// The small functions of kda_chunks.cu and gdn_chunks.cu.
 
 constexpr int SUB = 16;  // tokens of a sub-block
+constexpr float SCALE = 0.08838834764831845f;  // 128^-0.5, of queries
 
-__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + __expf(-x)); }
 constexpr float LOG2_E = 1.4426950408889634f;
 // The decay of a token's channel from what projects to it, with the bias in units of ln 2.
 __device__ __forceinline__ float decay(float x, float bias, float rate) {
     const float y = x * LOG2_E + bias;
-    return exp2f(-rate * (fmaxf(y, 0.0f) + __log2f(1.0f + exp2f(-fabsf(y)))));
+    return exp2f(-rate * fmaxf(y, __log2f(1.0f + exp2f(fminf(y, 64.0f)))));  // above 64, 1 counts for nothing
 }
 __device__ __forceinline__ u32 pack_half(float2 x) { return pack_half(x.x, x.y); }
 __device__ __forceinline__ float2 times(float2 a, float2 b) { return {a.x * b.x, a.y * b.y}; }
 
-// COUNT of twice as many sums go on in this lane, the others in the one that differs by `mask`.
-template <int COUNT> __device__ __forceinline__ void halve(float (&v)[16], int lane, int mask) {
-#pragma unroll
-    for (int i = 0; i < COUNT; i++) {
-        const float other = __shfl_xor_sync(~0u, lane & mask ? v[i] : v[i + COUNT], mask);
-        v[i] = (lane & mask ? v[i + COUNT] : v[i]) + other;
-    }
-}
 // Sums of v[i] over the lanes of a warp, in lanes i and i + 16.
 __device__ __forceinline__ float sum_of_16(float (&v)[16], int lane) {
     halve<8>(v, lane, 8), halve<4>(v, lane, 4), halve<2>(v, lane, 2), halve<1>(v, lane, 1);

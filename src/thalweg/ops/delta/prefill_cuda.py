@@ -1,26 +1,30 @@
-"""Launches the delta rule over prompts in CUDA C++: chunks.cu, then states.cu, which say how they work."""
+"""Launches the delta rule over prompts in CUDA C++: kda_chunks.cu or gdn_chunks.cu, segments.cu for few heads, and
+states.cu, which say how they work."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from ctypes import c_int, c_longlong
+from ctypes import c_float, c_int, c_longlong
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from thalweg.ops.host_tables import Boundaries, PerStep, pieces
-from thalweg.ops.norm.triton.gated import gated_rms_norm
 from thalweg.ops.toolchain.cuda_build import aligned_rows, cuda_kernel
 from thalweg.ops.toolchain.triton_support import multiprocessors
 
-CHUNKS, STATES = (Path(__file__).with_name(name) for name in ("chunks.cu", "states.cu"))
+KDA_CHUNKS, GDN_CHUNKS, SEGMENTS, STATES = (
+    Path(__file__).with_name(f"{name}.cu") for name in ("kda_chunks", "gdn_chunks", "segments", "states")
+)
 K, CHUNK, BLOCK = 128, 64, 512  # as in the sources
 TILE = CHUNK * K * 2
 FIXED = 3 * TILE + 10 * BLOCK + 4 * K  # bytes of a chunk of a head that all of its rows of V need
-WORK = FIXED + TILE
-HANDED = 2 * 12 * BLOCK  # of a warp that keeps states, for the one that makes outputs
-CHUNKS_SHARED = 5 * TILE + 20 * BLOCK
+WORK = FIXED + TILE + 8 * 4 * CHUNK  # with sums of squares
+MOVE = 2 * 4 * K * K  # bytes of what a segment makes of a head's state
+HANDED = 2 * 12 * BLOCK  # of a warp that keeps states, for those that make outputs
+INPUT = (CHUNK + 3) * 2 * K  # of a convolution
+KDA_SHARED, GDN_SHARED = 5 * TILE + 20 * BLOCK, 3 * INPUT + 2 * TILE + 20 * BLOCK
 
 
 def walkers(heads: int, processors: int) -> tuple[int, int]:
@@ -28,6 +32,13 @@ def walkers(heads: int, processors: int) -> tuple[int, int]:
     multiprocessor. One with 64 rows of V takes 1.45 times as long as one with 32, and half as many do."""
     small, large = (-(-heads * blocks // processors) for blocks in (4, 2))
     return (2, 3) if small <= 1.45 * large else (4, 2)
+
+
+def segments(heads: int, chunks: int, processors: int) -> int:
+    """How many parts a sequence of so many chunks is walked in, side by side, for so many heads of sequences together.
+    That walks most of them twice, and pays from three on."""
+    count = min(8, processors // (4 * heads))
+    return count if count > 2 and chunks >= 16 * count else 1
 
 
 def kda_mixer_prefill(
@@ -49,8 +60,8 @@ def kda_mixer_prefill(
     qkv_TC, beta_TH = proj_TX[:, :C], proj_TX[:, C:]
     weights = (conv_weight_CW, A_log_H, dt_bias_HK)
     states = (conv_state_NWC, state_NHVK, slots_B)
-    o_THV = rule(qkv_TC, beta_TH, up_T2O[:, 0], weights, states, offsets, boundaries)
-    return gated_rms_norm(o_THV, up_T2O[:, 1].unflatten(-1, (-1, K)), norm_weight_V, eps).flatten(1)
+    gates = (up_T2O[:, 0], up_T2O[:, 1])
+    return _mixer(qkv_TC, beta_TH, gates, weights, states, (norm_weight_V, eps), offsets, boundaries)
 
 
 def gdn_mixer_prefill(
@@ -71,36 +82,42 @@ def gdn_mixer_prefill(
     qkv_TC, z_TO, b_TH, a_TH = proj_TX.split([C, H * K, H, H], dim=-1)
     weights = (conv_weight_CW, A_log_H, dt_bias_H)
     states = (conv_state_NWC, state_NHVK, slots_B)
-    o_THV = rule(qkv_TC, b_TH, a_TH, weights, states, offsets, boundaries)
-    return gated_rms_norm(o_THV, z_TO.unflatten(-1, (H, K)), norm_weight_V, eps, silu=True).flatten(1)
+    return _mixer(qkv_TC, b_TH, (a_TH, z_TO), weights, states, (norm_weight_V, eps), offsets, boundaries)
 
 
-def rule(
+def _mixer(
     qkv_TC: Tensor,
     beta_TH: Tensor,
-    gate_TX: Tensor,
+    gates: tuple[Tensor, Tensor],
     weights: tuple[Tensor, Tensor, Tensor],
     states: tuple[Tensor, Tensor, Tensor],
+    norm: tuple[Tensor, float],
     offsets: Sequence[int],
-    boundaries: Boundaries = (),
+    boundaries: Boundaries,
 ) -> Tensor:
-    """o_THV in bf16, of what the mixers normalise and gate. Decays come from gate_TX, of every channel or of a head,
-    `weights` are the convolution's, A_log and dt_bias, `states` those of the convolution, of the rule, and slots_B."""
+    """out_TO. `gates`: what the decays come from, of every channel or, for Gated DeltaNet, of a head, and what gates
+    outputs; `weights`: the convolution's, A_log and dt_bias; `states`: the convolution's, the rule's, slots_B; `norm`:
+    its weight and eps."""
     conv_weight_CW, A_log_H, dt_bias = weights
     conv_state_NWC, state_NHVK, slots_B = states
+    (gate_TX, gate_TO), (norm_weight_V, eps) = gates, norm
     T, H, device = len(qkv_TC), len(A_log_H), qkv_TC.device
-    o_THV = torch.empty(T, H, K, dtype=qkv_TC.dtype, device=device)
+    out_TO = torch.empty(T, H * K, dtype=qkv_TC.dtype, device=device)
     if not T:
-        return o_THV
+        return out_TO
     is_gdn = dt_bias.ndim == 1
-    qkv_TC, gate_TX = aligned_rows(qkv_TC), gate_TX if is_gdn else aligned_rows(gate_TX)
+    qkv_TC, gate_TO = aligned_rows(qkv_TC), aligned_rows(gate_TO)
+    gate_TX = gate_TX if is_gdn else aligned_rows(gate_TX)
     ratio = 2 * H // (len(conv_weight_CW) // K - H)
     cut = pieces(offsets, CHUNK, device, boundaries)
     work = torch.empty(cut.num * H * WORK, dtype=torch.uint8, device=device)
-    chunks = cuda_kernel(CHUNKS, "chunks", 256, device, GDN=int(is_gdn), RATIO=ratio)
+    if is_gdn:
+        chunks = cuda_kernel(GDN_CHUNKS, "gdn_chunks", 256, device, RATIO=ratio)
+    else:
+        chunks = cuda_kernel(KDA_CHUNKS, "kda_chunks", 256, device)
     chunks.launch(
-        (cut.num * H, 1, 1),
-        CHUNKS_SHARED,
+        (cut.num * (H // ratio), 1, 1),
+        GDN_SHARED if is_gdn else KDA_SHARED,
         qkv_TC,
         beta_TH,
         gate_TX,
@@ -119,24 +136,47 @@ def rule(
         (c_int, H),
     )
     sequences = len(offsets) - 1
-    long = sequences - isinstance(offsets, PerStep)  # one of a captured step is there to pad it
+    long = max(1, sequences - isinstance(offsets, PerStep))  # one of a captured step is there to pad it
     warps, stages = walkers(long * H, multiprocessors(device))
-    is_bf16 = state_NHVK.dtype == torch.bfloat16
-    macros = {"WARPS": warps, "STAGES": stages, "STATE_BF16": int(is_bf16), "RATIO": ratio}
-    walk = cuda_kernel(STATES, "states", 32 * (2 * warps + 1), device, **macros)
+    state_bf16, norm_bf16 = (int(x.dtype == torch.bfloat16) for x in (state_NHVK, norm_weight_V))
+    count, moves = segments(long * H, cut.num // long, multiprocessors(device)), work
+    if count > 1:
+        moves = torch.empty(sequences * (count - 1) * H * MOVE, dtype=torch.uint8, device=device)
+        ahead = cuda_kernel(SEGMENTS, "segments", 160, device, STAGES=4, STATE_BF16=state_bf16)
+        ahead.launch(
+            (sequences * (count - 1) * H * 4, 1, 1),
+            4 * (2 * TILE + 4 * K + 16 * BLOCK),
+            work,
+            state_NHVK,
+            slots_B,
+            cut.offsets_B1,
+            cut.firsts_B1,
+            moves,
+            (c_int, H),
+            (c_int, count),
+        )
+    macros = {"WARPS": warps, "STAGES": stages, "RATIO": ratio, "SPLIT": int(count > 1)}
+    macros |= {"SILU": int(is_gdn), "STATE_BF16": state_bf16, "NORM_BF16": norm_bf16}
+    walk = cuda_kernel(STATES, "states", 256 if warps == 2 else 288, device, **macros)
     walk.launch(
-        (sequences * H * (8 // warps), 1, 1),
+        (sequences * count * H * (8 // warps), 1, 1),
         stages * (FIXED + warps * 4 * BLOCK) + warps * HANDED,
         work,
         qkv_TC,
+        gate_TO,
+        norm_weight_V,
         conv_state_NWC,
         state_NHVK,
         slots_B,
         cut.offsets_B1,
         cut.firsts_B1,
         cut.saves_N,
-        o_THV,
+        moves,
+        out_TO,
         (c_longlong, qkv_TC.stride(0)),
+        (c_longlong, gate_TO.stride(0)),
+        (c_float, eps),
         (c_int, H),
+        (c_int, count),
     )
-    return o_THV
+    return out_TO

@@ -1,51 +1,54 @@
-// Carries states across the chunks of prompts, for Hopper: what chunks.cu makes of every chunk, in order. It says what the
-// parts are and how they lie in memory.
+// Carries states across the chunks of prompts, for Hopper: what kda_chunks.cu or gdn_chunks.cu makes of every
+// chunk, in order. They say what the parts are, and chunk_tiles.cuh how they lie in memory.
 //
 // A block has WARPS * 16 rows of V of a head's state, and walks a sequence. Of each 16 rows one warp keeps the state, in
-// fp32, as the matrix unit's result C, and packs it to bf16 for its operand a; another makes outputs, of what the first
-// hands over: the state before a chunk, and U. Nobody else waits for anybody. For a chunk
+// fp32, as the matrix unit's result C, and packs it to bf16 for its operand a; OUTS
+// others make outputs, in turn, of what the first hands over: the state before a chunk, and U. For a chunk
 //
-//     U^T = U0^T + S (-W)^T,    S <- S a + U^T K,    O^T = S Q^T + U^T P^T
+//     U^T = U0^T + S (-W)^T,    S <- S a + U^T K,    O = Q S^T + P U
 //
-// The last warp fetches the parts of the next chunks to a ring in shared memory. That of a head's first block also moves
-// the convolution's states on, which nothing reads any more.
+// and outputs are normalised over a head's V, and gated. Their squares are summed up by the rows of a warp and by token,
+// written where the head's other blocks look for them, and read until theirs are there. A sum is its own flag: it
+// replaces NOT_YET. The blocks of a head are neighbours in the grid, so that the first ones that have not ended are all
+// there and go on.
 //
-// Macros: STATE_BF16, 1 for states stored in bf16, 0 for fp32. WARPS: of those that keep the state, 1, 2, 4 or 8. STAGES
-// of the ring. RATIO, value heads per key head.
+// Where heads are few, a long sequence is walked in `count` segments side by side (SPLIT), from the states that
+// segments.cu makes for them.
+//
+// Another warp fetches the parts of the next chunks to a ring in shared memory, and one of a head's first block moves the
+// convolution's states on, which nothing reads any more.
+//
+// Macros: STATE_BF16, 1 for states stored in bf16, 0 for fp32. NORM_BF16, for the norm's weight. SILU, 1 for gates that
+// multiply by x sigmoid(x), 0 for sigmoid(x). WARPS: of those that keep the state, 2 or 4. STAGES of the ring, at least 2.
+// RATIO, value heads per key head. SPLIT, 1 if `count` may be above 1.
 
 #include "hopper.cuh"
 #include "delta.cuh"
+#include "walk.cuh"
 
+// A multiprocessor's quarter has every fourth warp. With 2 that keep states, those that make outputs run on the other two.
+constexpr int OUTS = 4 / WARPS, FETCHES = WARPS == 2 ? 4 : 8, MOVES = WARPS == 2 ? 5 : 4, THREADS = WARPS == 2 ? 256 : 288;
 constexpr int SLICES = 8 / WARPS, U_BYTES = WARPS * 4 * BLOCK, STAGE = U_AT + U_BYTES;
 constexpr int HANDED = 12 * BLOCK;  // the state's 8 blocks of 16 by 16 and U's 4
-#if STATE_BF16
-typedef bf16 State;
+#if NORM_BF16
+typedef bf16 Weight;
+__device__ __forceinline__ float load_weight(const Weight* from) { return from_bf16(*from); }
 #else
-typedef float State;
+typedef float Weight;
+__device__ __forceinline__ float load_weight(const Weight* from) { return *from; }
 #endif
 
-__device__ __forceinline__ float2 load_state(const State* from) {
-#if STATE_BF16
-    const u32 x = *(const u32*)from;
-    return {low(x), high(x)};
-#else
-    return *(const float2*)from;
-#endif
-}
-__device__ __forceinline__ void store_state(State* to, float x, float y) {
-#if STATE_BF16
-    *(u32*)to = pack(x, y);
-#else
-    *(float2*)to = float2{x, y};
-#endif
-}
+// What a gate multiplies by.
+__device__ __forceinline__ float opening(float x) { return SILU ? x * sigmoid(x) : sigmoid(x); }
 
-extern "C" __global__ void __launch_bounds__(32 * (2 * WARPS + 1))
-    states(const u8* work, const bf16* qkv, bf16* conv_state, State* state, const long long* slots, const int* offsets,
-           const int* firsts, const int* saves, bf16* out, long long qkv_stride, int H) {
+extern "C" __global__ void __launch_bounds__(THREADS)
+    states(u8* work, const bf16* qkv, const bf16* gate, const Weight* norm_weight, bf16* conv_state, State* state,
+           const long long* slots, const int* offsets, const int* firsts, const int* saves, const u8* moves, bf16* out,
+           long long qkv_stride, long long gate_stride, float eps, int H, int count) {
     const int tid = threadIdx.x, lane = tid % 32;
     const int warp = __shfl_sync(~0u, tid / 32, 0), part = warp % WARPS;
-    const int slice = blockIdx.x % SLICES, h = blockIdx.x / SLICES % H, sequence = blockIdx.x / SLICES / H;
+    const int slice = blockIdx.x % SLICES, h = blockIdx.x / SLICES % H;
+    const int segment = blockIdx.x / SLICES / H % count, sequence = blockIdx.x / SLICES / H / count;
     extern __shared__ __align__(128) u8 shared[];
     __shared__ u64 full_s[STAGES], empty_s[STAGES], handed_full_s[2 * WARPS], handed_empty_s[2 * WARPS];
     const u32 full = shared_address(full_s), empty = shared_address(empty_s), ring = shared_address(shared);
@@ -62,12 +65,13 @@ extern "C" __global__ void __launch_bounds__(32 * (2 * WARPS + 1))
     __syncthreads();
     wait_for_kernel_ahead();
 
-    const int first = offsets[sequence], end = offsets[sequence + 1];
-    if (first == end) return;
-    const int chunks = (end - first + CHUNK - 1) / CHUNK, begin = firsts[sequence];
-    const long long slot = slots[sequence];
+    // Tokens of the sequence, and chunks of the segment, of which `begin` is the first.
+    const int end = offsets[sequence + 1], all = (end - offsets[sequence] + CHUNK - 1) / CHUNK;
+    const int skipped = first_of_segment(segment, count, all), first = offsets[sequence] + skipped * CHUNK;
+    const int chunks = first_of_segment(segment + 1, count, all) - skipped, begin = firsts[sequence] + skipped;
+    if (chunks == 0) return;
 
-    if (warp == 2 * WARPS) {
+    if (warp == FETCHES) {
         const u8* from = work + ((long long)begin * H + h) * WORK;
         if (lane == 0)
 #pragma unroll 1
@@ -78,23 +82,6 @@ extern "C" __global__ void __launch_bounds__(32 * (2 * WARPS + 1))
                 copy_bytes(ring + place * STAGE, from, U_AT, full + 8 * place);
                 copy_bytes(ring + place * STAGE + U_AT, from + U_AT + slice * U_BYTES, U_BYTES, full + 8 * place);
             }
-        __syncwarp();
-        if (slice == 0) {
-            const int key_heads = H / RATIO, C = (2 * key_heads + H) * K, length = end - first;
-#pragma unroll 1
-            for (int i = h % RATIO ? K + lane : lane; i < 3 * K / 2; i += 32) {
-                const int p = i / 64, channel = (p < 2 ? p * key_heads + h / RATIO : 2 * key_heads + h) * K + i % 64 * 2;
-                bf16* remembered = conv_state + slot * 3 * C + channel;
-                u32 x[3];
-#pragma unroll
-                for (int j = 0; j < 3; j++) {
-                    const int t = length - 3 + j;
-                    x[j] = *(const u32*)(t < 0 ? remembered + (t + 3) * C : qkv + (first + t) * qkv_stride + channel);
-                }
-#pragma unroll
-                for (int j = 0; j < 3; j++) *(u32*)(remembered + j * C) = x[j];
-            }
-        }
         return;
     }
 
@@ -105,18 +92,86 @@ extern "C" __global__ void __launch_bounds__(32 * (2 * WARPS + 1))
     auto block = [&](int part_at, int i) {
         return *(const uint4*)(shared + place * STAGE + part_at + i * BLOCK + lane * 16);
     };
-    auto release = [&] {
+    const u32 nothing = (u32)H >> 20;
+    auto release = [&](int by, u32 seen) {  // and goes on by so many chunks
         __syncwarp();
-        if (lane == 0) arrive_at_barrier(empty + 8 * place);
-        if (++place == STAGES) place = 0, phase ^= 1;
+        if (lane == 0) arrive_once_read(empty + 8 * place, seen, nothing);
+        place += by;
+        if (place >= STAGES) place -= STAGES, phase ^= 1;
     };
 
+    if (slice == 0 && segment == 0 && warp == MOVES) {
+        const int key_heads = H / RATIO, C = (2 * key_heads + H) * K, length = end - first;
+#pragma unroll 2
+        for (int i = h % RATIO ? K + lane : lane; i < 3 * K / 2; i += 32) {
+            const int p = i / 64, channel = (p < 2 ? p * key_heads + h / RATIO : 2 * key_heads + h) * K + i % 64 * 2;
+            bf16* remembered = conv_state + slots[sequence] * 3 * C + channel;
+            u32 x[3];
+#pragma unroll
+            for (int j = 0; j < 3; j++) {
+                const int t = length - 3 + j;
+                x[j] = *(const u32*)(t < 0 ? remembered + (t + 3) * C : qkv + (first + t) * qkv_stride + channel);
+            }
+#pragma unroll
+            for (int j = 0; j < 3; j++) *(u32*)(remembered + j * C) = x[j];
+        }
+    }
+    if (WARPS == 2 && warp == MOVES) return;
+
     if (warp >= WARPS) {
-#pragma unroll 1
-        for (int n = 0; n < chunks; n++) {
+        float weight[4];
+#pragma unroll
+        for (int e = 0; e < 4; e++) weight[e] = load_weight(norm_weight + rows + column + e / 2 * 8 + e % 2);
+        // Of the chunk before among this warp's: token 8 i + row of it, two values and those 8 behind, and its gates.
+        u32 kept[8][2], gates[8][2];
+        uint2 told[8];
+        auto sums_of = [&](int n) { return work + ((long long)(begin + n) * H + h) * WORK + SUMS_AT + lane * 8; };
+        auto ask = [&](int n) {
+#pragma unroll
+            for (int p = 0; p < 8; p++) told[p] = ask_blocks((const u32*)(sums_of(n) + p * SUMS));
+        };
+        auto load_gates = [&](int n) {
+            const int t = first + n * CHUNK + row;
+            const bf16* from = gate + t * gate_stride + h * K + rows + column;
+#pragma unroll
+            for (int i = 0; i < 8; i++, from += 8 * gate_stride) {
+                const bool there = t + 8 * i < end;
+                gates[i][0] = there ? *(const u32*)from : 0, gates[i][1] = there ? *(const u32*)(from + 8) : 0;
+            }
+        };
+        auto finish = [&](int n) {
+            auto missing = [&] {
+                bool any = false;
+#pragma unroll
+                for (int p = 0; p < 8; p++) any |= told[p].x == NOT_YET || told[p].y == NOT_YET;
+                return any;
+            };
+            while (missing()) ask(n);
+            // Of tokens 16 (lane % 4) + row, and of those 8 behind.
+            float factors[2] = {};
+#pragma unroll
+            for (int p = 0; p < 8; p++)
+                factors[0] += __uint_as_float(told[p].x), factors[1] += __uint_as_float(told[p].y);
+#pragma unroll
+            for (int e = 0; e < 2; e++) factors[e] = rsqrtf(factors[e] * (1.0f / K) + eps);
+            __syncwarp();
+            const int t = first + n * CHUNK + row;
+            bf16* to = out + ((long long)t * H + h) * K + rows + column;
+#pragma unroll
+            for (int i = 0; i < 8; i++, to += 8 * H * K) {
+                const float factor = __shfl_sync(~0u, factors[i % 2], lane / 4 * 4 + i / 2);
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    const u32 o = kept[i][e], g = gates[i][e];
+                    const u32 y = pack(low(o) * factor * weight[2 * e] * opening(low(g)),
+                                       high(o) * factor * weight[2 * e + 1] * opening(high(g)));
+                    if (t + 8 * i < end) *(u32*)(to + 8 * e) = y;
+                }
+            }
+        };
+        auto make = [&](float (&o)[8][4], int n) {  // 16 tokens, 8 values, twice of each; and tells their squares
             const int turn = n % 2;
             const u8* handed = handed_here + turn * HANDED;
-            float o[8][4];
 #pragma unroll
             for (int i = 0; i < 8; i++)
 #pragma unroll
@@ -129,8 +184,8 @@ extern "C" __global__ void __launch_bounds__(32 * (2 * WARPS + 1))
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     const uint4 q = block(Q_AT, k * 4 + i);
-                    mma(o[2 * i], s.x, s.y, s.z, s.w, q.x, q.z);
-                    mma(o[2 * i + 1], s.x, s.y, s.z, s.w, q.y, q.w);
+                    mma(o[2 * i], q.x, q.y, q.z, q.w, s.x, s.z);
+                    mma(o[2 * i + 1], q.x, q.y, q.z, q.w, s.y, s.w);
                 }
             }
 #pragma unroll
@@ -139,89 +194,68 @@ extern "C" __global__ void __launch_bounds__(32 * (2 * WARPS + 1))
 #pragma unroll
                 for (int i = j; i < 4; i++) {
                     const uint4 P = block(P_AT, i * (i + 1) / 2 + j);
-                    mma(o[2 * i], u.x, u.y, u.z, u.w, P.x, P.z);
-                    mma(o[2 * i + 1], u.x, u.y, u.z, u.w, P.y, P.w);
+                    mma(o[2 * i], P.x, P.y, P.z, P.w, u.x, u.z);
+                    mma(o[2 * i + 1], P.x, P.y, P.z, P.w, u.y, u.w);
                 }
             }
-            release();
-            if (lane == 0) arrive_at_barrier(handed_empty + 8 * turn);
+            const u32 seen = seen_of(o);
+            release(OUTS, seen);
+            if (lane == 0) arrive_once_read(handed_empty + 8 * turn, seen, nothing);
+            float squares[8];
 #pragma unroll
             for (int i = 0; i < 8; i++) {
-                const int t = first + n * CHUNK + 8 * i + row;
-                const u32 x = transpose_matrix(pack(o[i][0], o[i][1])), y = transpose_matrix(pack(o[i][2], o[i][3]));
-                bf16* to = out + ((long long)t * H + h) * K + rows + column;
-                if (t < end) *(u32*)to = x, *(u32*)(to + 8) = y;
+                const float(&x)[4] = o[i / 2 * 2], (&y)[4] = o[i / 2 * 2 + 1];
+                const int e = i % 2 * 2;
+                squares[i] = x[e] * x[e] + x[e + 1] * x[e + 1] + y[e] * y[e] + y[e + 1] * y[e + 1];
             }
+            halve<4>(squares, lane, 2), halve<2>(squares, lane, 1);
+            u32* const sums = (u32*)(sums_of(n) + rows / 16 * SUMS);
+            tell_blocks(sums, __float_as_uint(squares[0]), __float_as_uint(squares[1]));
+        };
+        place = OUTS == 2 ? warp / 4 : 0;
+#pragma unroll 1
+        for (int n = place; n < chunks + OUTS; n += OUTS) {
+            const bool more = n < chunks, behind = n >= OUTS;
+            float o[8][4];
+            if (behind) ask(n - OUTS), load_gates(n - OUTS);
+            if (more) make(o, n);
+            if (behind) finish(n - OUTS);
+            if (more)
+#pragma unroll
+                for (int i = 0; i < 8; i++)
+#pragma unroll
+                    for (int e = 0; e < 2; e++) {
+                        const float* x = o[i / 2 * 2 + e] + i % 2 * 2;
+                        kept[i][e] = pack(x[0], x[1]);
+                    }
         }
         return;
     }
 
-    auto at = [&](long long of) { return state + ((of * H + h) * K + rows + row) * K + column; };
-    auto write = [&](const float (&S)[16][4], State* to) {
-#pragma unroll
-        for (int i = 0; i < 16; i++) {
-            store_state(to + 8 * i, S[i][0], S[i][1]);
-            store_state(to + 8 * K + 8 * i, S[i][2], S[i][3]);
-        }
-    };
+    State* const own = state + (h * K + rows + row) * K + column;  // of slot 0
+    auto at = [&](long long of) { return own + of * H * K * K; };
     float S[16][4];
-#pragma unroll
-    for (int i = 0; i < 16; i++) {
-        const float2 x = load_state(at(slot) + 8 * i), y = load_state(at(slot) + 8 * K + 8 * i);
-        S[i][0] = x.x, S[i][1] = x.y, S[i][2] = y.x, S[i][3] = y.y;
-    }
+    if (segment == 0) read_rows(S, at(slots[sequence]));
+#if SPLIT
+    else move_rows(S, moves + ((long long)sequence * (count - 1) * H + h) * MOVE, (long long)H * MOVE, rows, lane, segment);
+#endif
 #pragma unroll 1
     for (int n = 0; n < chunks; n++) {
         const int save = saves[begin + n], turn = n % 2;
         u8* handed = handed_here + turn * HANDED;
+        const u8* stage = shared + place * STAGE;
         wait_at_barrier(full + 8 * place, phase);
         if (n > 1) wait_at_barrier(handed_empty + 8 * turn, (n / 2 - 1) & 1);
-
         float u[8][4];
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const uint4 x = block(U_AT, part * 4 + i);
-            float(&a)[4] = u[2 * i], (&b)[4] = u[2 * i + 1];
-            a[0] = low(x.x), a[1] = high(x.x), a[2] = low(x.y), a[3] = high(x.y);
-            b[0] = low(x.z), b[1] = high(x.z), b[2] = low(x.w), b[3] = high(x.w);
-        }
-#pragma unroll
-        for (int k = 0; k < 8; k++) {
-            const float(&x)[4] = S[2 * k], (&y)[4] = S[2 * k + 1];
-            const uint4 s = make_uint4(pack(x[0], x[1]), pack(x[2], x[3]), pack(y[0], y[1]), pack(y[2], y[3]));
-            *(uint4*)(handed + k * BLOCK) = s;
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const uint4 w = block(W_AT, k * 4 + i);
-                mma(u[2 * i], s.x, s.y, s.z, s.w, w.x, w.z);
-                mma(u[2 * i + 1], s.x, s.y, s.z, s.w, w.y, w.w);
-            }
-        }
-        uint4 U[4];
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const float(&x)[4] = u[2 * i], (&y)[4] = u[2 * i + 1];
-            U[i] = make_uint4(pack(x[0], x[1]), pack(x[2], x[3]), pack(y[0], y[1]), pack(y[2], y[3]));
-            *(uint4*)(handed + (8 + i) * BLOCK) = U[i];
-        }
-        __syncwarp();
-        if (lane == 0) arrive_at_barrier(handed_full + 8 * turn);
-        const float* decays = (const float*)(shared + place * STAGE + A_AT) + column;
-#pragma unroll
-        for (int i = 0; i < 16; i++) {
-            const float2 a = *(const float2*)(decays + 8 * i);
-            S[i][0] *= a.x, S[i][1] *= a.y, S[i][2] *= a.x, S[i][3] *= a.y;
-        }
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-#pragma unroll
-            for (int k = 0; k < 8; k++) {
-                const uint4 x = block(K_AT, k * 4 + i);
-                mma(S[2 * k], U[i].x, U[i].y, U[i].z, U[i].w, x.x, x.y);
-                mma(S[2 * k + 1], U[i].x, U[i].y, U[i].z, U[i].w, x.z, x.w);
-            }
-        release();
-        if (save > 0) write(S, at(save));
+        read_U(u, stage + U_AT + part * 4 * BLOCK + lane * 16);
+        const float* decays = (const float*)(stage + A_AT) + column;
+        auto hand = [&](int i, uint4 x) { *(uint4*)(handed + i * BLOCK) = x; };
+        step(S, u, stage + W_AT + lane * 16, stage + K_AT + lane * 16, decays, hand, [&] {
+            __syncwarp();
+            if (lane == 0) arrive_at_barrier(handed_full + 8 * turn);
+        });
+        release(1, seen_of(S));
+        if (save > 0) write_rows(S, at(save));
     }
-    write(S, at(slot));
+    if (skipped + chunks == all) write_rows(S, at(slots[sequence]));
 }

@@ -74,6 +74,16 @@ __device__ __forceinline__ bf16 load_bf16(const bf16* p) {
     return x;
 }
 
+// Two values for other blocks of the same launch, each of which comes whole, and what is there of them.
+__device__ __forceinline__ void tell_blocks(u32* to, u32 x, u32 y) {
+    asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(x), "r"(y) : "memory");
+}
+__device__ __forceinline__ uint2 ask_blocks(const u32* p) {
+    uint2 x;
+    asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "l"(p) : "memory");
+    return x;
+}
+
 // An int64 that fits an int.
 __device__ __forceinline__ int load_id(const long long* p) {
     long long x;
@@ -142,6 +152,11 @@ __device__ __forceinline__ void share_barriers() {
 }
 __device__ __forceinline__ void arrive_at_barrier(u32 barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+// For whoever has read what others may overwrite after this. A load that has begun is not done, and an arrival does not
+// wait for it: `seen`, the last that was read, has to be here first. `nothing` is 0, which the compiler does not know.
+__device__ __forceinline__ void arrive_once_read(u32 barrier, u32 seen, u32 nothing) {
+    arrive_at_barrier(barrier + (seen & nothing));
 }
 __device__ __forceinline__ void expect_bytes(u32 barrier, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");

@@ -1,0 +1,106 @@
+// How kda_chunks.cu and gdn_chunks.cu make U0 and W of A: (I + A) is inverted for sub-blocks, by halves of 1, 2, 4 and 8
+// tokens, and solved for from one sub-block to the next.
+
+// In shared memory, as operands b: -A below its diagonal blocks, of those the inverses less I, in fp16 for W and in bf16
+// for U0.
+struct Solving {
+    u8 *A_half, *A_wide, *T_half, *T_wide;
+};
+constexpr int SOLVING = 20 * BLOCK;
+__device__ __forceinline__ Solving solving_at(u8* p) { return {p, p + 6 * BLOCK, p + 12 * BLOCK, p + 16 * BLOCK}; }
+
+__device__ __forceinline__ uint4 columns(uint4 x) { return make_uint4(x.x, x.z, x.y, x.w); }
+
+// Blocks below the diagonal: `pair` of 6 is block (row_of(pair), column).
+__device__ __forceinline__ int row_of(int pair) { return pair < 1 ? 1 : pair < 3 ? 2 : 3; }
+__device__ __forceinline__ int column_of(int pair) { return pair - row_of(pair) * (row_of(pair) - 1) / 2; }
+
+__device__ __forceinline__ void store_P(u8* out, int i, int j, uint4 x, int lane) {
+    *(uint4*)(out + P_AT + (i * (i + 1) / 2 + j) * BLOCK + lane * 16) = x;
+}
+__device__ __forceinline__ void store_A(const Solving& to, int pair, const float (&left)[4], const float (&right)[4],
+                                        int lane) {
+    *(uint4*)(to.A_wide + pair * BLOCK + lane * 16) = columns(pack_block(left, right));
+    *(uint4*)(to.A_half + pair * BLOCK + lane * 16) = columns(pack_block_half(left, right));
+}
+// Of lower triangular blocks this lane has {upper left, lower left, lower right} pairs, as in chunk_parts.cuh.
+__device__ __forceinline__ void store_P_diagonal(u8* out, const float (&x)[6], const Here& at) {
+    u32 P[3];
+#pragma unroll
+    for (int e = 0; e < 3; e++) P[e] = pack(x[2 * e], x[2 * e + 1]);
+    store_P(out, at.s, at.s, make_uint4(P[0], P[1], 0, P[2]), at.lane);
+}
+__device__ __forceinline__ void invert(const Solving& to, const float (&A)[6], const Here& at) {
+    const int lane = at.lane, row = lane / 4;
+    float T[6], part[6], Z[6];
+    // T inverts blocks of `half` tokens on the diagonal: T - T A_half T those of twice as many.
+#pragma unroll
+    for (int e = 0; e < 6; e++) {
+        const bool on_diagonal = e / 2 != 1 && row == 2 * (lane % 4) + e % 2;
+        T[e] = (on_diagonal ? 1.0f : 0.0f) - (e / 2 != 1 && pairs(lane, e % 2, 1) ? A[e] : 0.0f);
+    }
+#pragma unroll
+    for (int half = 2; half <= 8; half *= 2) {
+#pragma unroll
+        for (int e = 0; e < 6; e++)
+            part[e] = (half == 8 ? e / 2 == 1 : e / 2 != 1 && pairs(lane, e % 2, half)) ? A[e] : 0.0f;
+        u32 x[3], y[3];
+        pack_blocks(x, T), transpose_blocks(y, part);
+        multiply(Z, x, y);
+        pack_blocks(x, Z), transpose_blocks(y, T);
+        multiply(Z, x, y);
+#pragma unroll
+        for (int e = 0; e < 6; e++) T[e] -= Z[e];
+    }
+#pragma unroll
+    for (int e = 0; e < 6; e++)
+        if (e / 2 != 1 && row == 2 * (lane % 4) + e % 2) T[e] = 0.0f;
+    *(uint4*)(to.T_half + at.s * BLOCK + lane * 16) =
+        make_uint4(pack_half(T[0], T[1]), 0, pack_half(T[2], T[3]), pack_half(T[4], T[5]));
+    *(uint4*)(to.T_wide + at.s * BLOCK + lane * 16) = make_uint4(pack(T[0], T[1]), 0, pack(T[2], T[3]), pack(T[4], T[5]));
+}
+
+// U0 and -W by this warp's 16 channels, transposed: a sub-block's are those of beta V (or beta K a[0, i]) less what the
+// ones before it account for, times T.
+__device__ __forceinline__ void solve(u8* out, const Solving& of, const u8* v_tile, const u8* start_tile,
+                                      const Here& at) {
+    const int lane = at.lane;
+    auto block = [&](const u8* p, int i) { return *(const uint4*)(p + i * BLOCK + lane * 16); };
+    uint4 solved[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const uint4 v = channels_of(v_tile, at.warp, i, at);
+        float left[4] = {low(v.x), high(v.x), low(v.z), high(v.z)};
+        float right[4] = {low(v.y), high(v.y), low(v.w), high(v.w)};
+#pragma unroll
+        for (int j = 0; j < i; j++) {
+            const uint4 A = block(of.A_wide, i * (i - 1) / 2 + j), u = solved[j];
+            mma(left, u.x, u.y, u.z, u.w, A.x, A.y);
+            mma(right, u.x, u.y, u.z, u.w, A.z, A.w);
+        }
+        const uint4 T = block(of.T_wide, i), x = pack_block(left, right);
+        mma(left, x.x, x.y, x.z, x.w, T.x, T.y);
+        mma(right, x.x, x.y, x.z, x.w, T.z, T.w);
+        solved[i] = pack_block(left, right);
+        *(uint4*)(out + U_AT + (at.warp * 4 + i) * BLOCK + lane * 16) = solved[i];
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const uint4 v = channels_of(start_tile, at.warp, i, at);
+        float left[4] = {half_low(v.x), half_high(v.x), half_low(v.z), half_high(v.z)};
+        float right[4] = {half_low(v.y), half_high(v.y), half_low(v.w), half_high(v.w)};
+#pragma unroll
+        for (int j = 0; j < i; j++) {
+            const uint4 A = block(of.A_half, i * (i - 1) / 2 + j), w = solved[j];
+            mma_fp16(left, w.x, w.y, w.z, w.w, A.x, A.y);
+            mma_fp16(right, w.x, w.y, w.z, w.w, A.z, A.w);
+        }
+        const uint4 T = block(of.T_half, i), x = pack_block_half(left, right);
+        mma_fp16(left, x.x, x.y, x.z, x.w, T.x, T.y);
+        mma_fp16(right, x.x, x.y, x.z, x.w, T.z, T.w);
+        solved[i] = pack_block_half(left, right);
+        const u32 y0 = transpose_matrix(pack(-left[0], -left[1])), y1 = transpose_matrix(pack(-left[2], -left[3]));
+        const u32 y2 = transpose_matrix(pack(-right[0], -right[1])), y3 = transpose_matrix(pack(-right[2], -right[3]));
+        *(uint4*)(out + W_AT + (at.warp * 4 + i) * BLOCK + lane * 16) = make_uint4(y0, y1, y2, y3);
+    }
+}
