@@ -21,9 +21,16 @@ from thalweg.ops.norm import RMS_NORM, RmsNormDims
 from thalweg.ops.projection import BATCHED_PROJECTION, BatchedProjectionDims
 from thalweg.ops.registry import Op, Resolver, Where
 from thalweg.ops.residual import SCALED_RESIDUAL_ADD, ScaledResidualAddDims
+from thalweg.ops.toolchain import cpu_build
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOKENS = (0, 1, 2, 3, 8, 17, 64, 333)
+
+
+@pytest.fixture(autouse=True)
+def _torch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forms of the same library are compared, to the bit: C++ is left out."""
+    monkeypatch.setattr(cpu_build, "_loaded", lambda: "left out")
 
 
 def both(op: Op[Any, Any], dims: object, dtype: torch.dtype, other: str = "separate") -> tuple[Any, Any]:

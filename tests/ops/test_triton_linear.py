@@ -30,5 +30,5 @@ def test_refuses_with_a_reason() -> None:
     resolver = Resolver()
     resolver.resolve(NORM_LINEAR, Where("cpu", "float32"), NormLinearDims(D=64, parts=(48, 16)))
     (choice,) = resolver.explain()
-    assert [span.name for span in choice.table] == ["reference"]
+    assert "triton" not in [span.name for span in choice.table]
     assert ("triton", "needs cuda, not cpu") in choice.refused

@@ -25,7 +25,10 @@ from thalweg.config.engine import EngineConfig
 from thalweg.errors import ConfigError
 from thalweg.ops.delta.kda_mixer import KDA_MIXER_DECODE
 from thalweg.ops.linear import NORM_LINEAR
+from thalweg.ops.registry import Where
+from thalweg.ops.toolchain import cpu_build
 
+CPP = cpu_build.why_not(Where("cpu", "float32"))  # None: this machine has a compiler
 CEILINGS = Ceilings(bytes_per_s=1e9, flops_per_s=1e12)
 
 
@@ -181,7 +184,7 @@ def test_suites_run_on_a_cpu_and_nothing_in_them_is_wrong(suite: str, family: st
     assert set(mixers) | {"norm_linear", "linear_add", "norm_router", "experts", "silu_and_mul"} <= set(found)
     assert ("sample" in found) == (suite == "decode")
     check(results)
-    assert {m.implementation for m in results if m.serves} == {"reference"}
+    assert {m.implementation for m in results if m.serves} <= {"cpp", "reference"}
     labels = {m.case for m in results if m.op == "experts"}
     assert any(" in fp8, " in label for label in labels)
     assert any(" in int4, " in label for label in labels)
@@ -314,14 +317,15 @@ def test_command_prints_and_writes(tmp_path: Path, capfd: pytest.CaptureFixture[
     assert main(line.split()) == 0
     out = capfd.readouterr().out
     assert "silu_and_mul, 512 wide, batch 2" in out
-    assert "> reference (eager)" in out
+    assert ("> cpp (eager)" if CPP is None else "> reference (eager)") in out
     assert "triton: needs cuda, not cpu" in out
     figures = json.loads(file.read_text())
     assert figures["engine"]["suite"] == "decode"
-    first, second = figures["results"]
-    assert first["implementation"] == "reference"
+    by_name = {r["implementation"]: r for r in figures["results"]}
+    first = by_name["reference"]
     assert first["us"]["min"] <= first["us"]["median"] <= first["us"]["max"]
-    assert (second["us"], second["refusal"]) == (None, "needs cuda, not cpu")
+    assert (by_name["triton"]["us"], by_name["triton"]["refusal"]) == (None, "needs cuda, not cpu")
+    assert by_name["cpp"]["refusal"] == (CPP or "")
 
 
 @pytest.mark.parametrize(
