@@ -69,9 +69,10 @@ template <int N> __device__ __forceinline__ void multiply_tile(
         place[i] = tid + 128 * i < UNIT * N ? load_int(sorted + work.first + min(tid + 128 * i, max(work.count, 1) - 1)) : 0;
 #endif
     float c[2][8 * N];
-    auto release = [&](int stage) {
-        if (lane == 0) arrive_at_barrier(shared_address(&s.empty[stage]));
-        if (CLUSTER > 1 && lane == 0) arrive_at_barrier_of(1 - blockIdx.x % 2, shared_address(&s.empty[stage]));
+    auto release = [&](int stage, u32 seen = 0) {  // once what was read by loads is here (see arrive_once_read)
+        const u32 empty = shared_address(&s.empty[stage]) + (seen & (u32)steps >> 30);
+        if (lane == 0) arrive_at_barrier(empty);
+        if (CLUSTER > 1 && lane == 0) arrive_at_barrier_of(1 - blockIdx.x % 2, empty);
     };
 #pragma unroll
     for (int i = 0; i < 8 * N; i++) c[0][i] = c[1][i] = 0.0f;
@@ -110,7 +111,7 @@ template <int N> __device__ __forceinline__ void multiply_tile(
             }
         }
         __syncwarp();
-        release(stage);
+        release(stage, __float_as_uint(c[1][8 * N - 1]));
         ring.advance();
     }
 #else

@@ -127,7 +127,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                         sum[h][0] += part.x, sum[h][1] += part.y, sum[h][2] += part.z, sum[h][3] += part.w;
                     }
                 __syncwarp();
-                if (lane == 0) arrive_at_barrier(taken + 8 * buffer);
+                if (lane == 0) arrive_once_read(taken + 8 * buffer, __float_as_uint(sum[HALVES - 1][3]), (u32)T >> 30);
                 if (NORM && last && tile == 0)
 #pragma unroll
                     for (int h = 0; h < HALVES; h++)
