@@ -53,6 +53,38 @@ def test_a_continued_answer_is_left_open() -> None:
     assert prompt(template, messages, continue_final_message=True).endswith("ok</>;<assistant>It is ")
 
 
+@pytest.mark.parametrize(
+    ("last", "more", "end"),
+    [
+        ({"partial": True}, {}, "ok</>;<assistant>It is "),
+        ({"prefix": True}, {}, "ok</>;<assistant>It is "),
+        ({"partial": False}, {}, "<assistant>It is </>;<assistant>"),
+        ({"partial": True}, {"continue_final_message": False}, "<assistant>It is </>;<assistant>"),
+    ],
+)
+def test_an_answer_may_say_itself_that_it_is_begun(last: dict[str, Any], more: dict[str, Any], end: str) -> None:
+    messages = [*CALLING, {"role": "assistant", "content": "It is ", **last}]
+    template = LOOP + "<{{ m.role }}>{{ m.content }}</>" + END + "{% if add_generation_prompt %}<assistant>{% endif %}"
+    assert prompt(template, messages, **more).endswith(end)
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        ({}, "|"),
+        ({"enable_thinking": False}, "False|False"),
+        ({"thinking": {"type": "disabled"}}, "False|False"),
+        ({"thinking": {"type": "enabled"}}, "True|True"),
+        ({"reasoning_effort": "none"}, "False|False"),
+        ({"chat_template_kwargs": {"thinking": False}}, "False|False"),
+        ({"chat_template_kwargs": {"thinking": True}, "thinking": {"type": "disabled"}}, "True|True"),
+        ({"chat_template_kwargs": {"thinking": "much"}, "enable_thinking": True}, "True|much"),
+    ],
+)
+def test_reasoning_is_switched_under_the_names_that_templates_have_for_it(more: dict[str, Any], text: str) -> None:
+    assert prompt("{{ enable_thinking }}|{{ thinking }}", CALLING, **more) == text
+
+
 def test_tokenize_lays_a_conversation_out_as_a_chat_does() -> None:
     called = {"name": "f", "arguments": "{}"}
     messages = [

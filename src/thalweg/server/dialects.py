@@ -102,7 +102,6 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "verbosity": ("medium",),
     "reasoning": (),
-    "thinking": (),
     "think": (),
     "include_reasoning": (True,),
     "separate_reasoning": (True,),

@@ -26,6 +26,7 @@ from thalweg.server.settings import (
     MAX_PROMPTS,
     MAX_STOP_TOKEN_IDS,
 )
+from thalweg.server.template_options import TemplateOptions, says
 
 MAX_INT = 2**31 - 1  # beyond any token id or count; what a message to the engine can hold
 
@@ -61,10 +62,6 @@ Prompt = Annotated[
 Messages = Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MAX_MESSAGES)]
 Tools = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
 Schema = Annotated[dict[str, Any] | str, expecting("a JSON schema")]
-
-
-def says(description: str, *, required: bool = False) -> Any:
-    return Field(description=description) if required else Field(None, description=description)
 
 
 class Body(BaseModel):
@@ -194,36 +191,6 @@ class GenerationBody(Body, Grammars, Synonyms):
         if isinstance(body, dict):
             dialects.check(body, cls.model_fields, cls.ELSEWHERE)
         return body
-
-
-class TemplateOptions(BaseModel):
-    """How the chat template lays out `messages`."""
-
-    add_generation_prompt: bool | None = says("begin the assistant's turn; true by default")
-    continue_final_message: bool | None = says("continue the last message instead of a new turn")
-    chat_template_kwargs: dict[str, Any] | None = says("variables for the chat template")
-    reasoning_effort: str | None = says("a variable of the chat template; none sets enable_thinking to false too")
-    enable_thinking: bool | None = says("a variable of the chat template")
-    documents: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = says("a variable of the chat template")
-
-    def template_options(self) -> dict[str, Any]:
-        """Keyword arguments for the template. Its own names in chat_template_kwargs are refused with ApiError."""
-        options = dict(self.chat_template_kwargs or {})
-        for name in ("messages", "tools", "add_generation_prompt", "continue_final_message"):
-            if name in options:
-                reason = f"chat_template_kwargs has {name!r}; expected variables of the template's own"
-                raise ApiError(400, reason, param="chat_template_kwargs")
-        for name in ("reasoning_effort", "enable_thinking", "documents"):
-            if (value := getattr(self, name)) is not None:
-                options.setdefault(name, value)
-        if self.reasoning_effort == "none":
-            options.setdefault("enable_thinking", False)
-        if self.continue_final_message:
-            if self.add_generation_prompt:
-                reason = "continue_final_message and add_generation_prompt are both true; expected one of them"
-                raise ApiError(400, reason, param="continue_final_message")
-            return options | {"add_generation_prompt": False, "continue_final_message": True}
-        return options | {"add_generation_prompt": self.add_generation_prompt is not False}
 
 
 class ThinkingBudget(BaseModel):

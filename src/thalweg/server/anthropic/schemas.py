@@ -8,7 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from thalweg.core import MAX_STOP_STRINGS
 from thalweg.server import dialects
-from thalweg.server.schemas import MAX_INT, Body, Budget, ChatBody, Messages, Tools, expecting, says
+from thalweg.server.schemas import MAX_INT, Body, Budget, ChatBody, Messages, Tools, expecting
+from thalweg.server.template_options import says
 
 System = Annotated[
     str | Annotated[list[dict[str, Any]], Field(max_length=1024, fail_fast=True)],

@@ -7,8 +7,9 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from thalweg.server import dialects
-from thalweg.server.schemas import MAX_INT, Body, Budget, ChatBody, Count, Stop, StreamOptions, Tools, expecting, says
+from thalweg.server.schemas import MAX_INT, Body, Budget, ChatBody, Count, Stop, StreamOptions, Tools, expecting
 from thalweg.server.settings import MAX_MESSAGES
+from thalweg.server.template_options import says
 
 MAX_METADATA = 16
 
