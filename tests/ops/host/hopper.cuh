@@ -120,11 +120,6 @@ inline u32 rounded(float x) {
 inline u32 pack(float a, float b) { return rounded(a) | rounded(b) << 16; }
 inline float from_bf16(bf16 x) { return low(x); }
 inline void store_bf16(bf16* to, float x) { *to = (bf16)rounded(x); }
-inline u32 __float_as_uint(float x) {
-    u32 bits;
-    memcpy(&bits, &x, 4);
-    return bits;
-}
 inline float __int_as_float(int bits) { return from_bits((u32)bits); }
 inline float __uint_as_float(u32 bits) { return from_bits(bits); }
 inline u32 __float_as_uint(float x) { u32 bits; memcpy(&bits, &x, 4); return bits; }
