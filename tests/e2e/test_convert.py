@@ -134,7 +134,7 @@ def test_a_folder_of_one_file_is_that_file(tmp_path: Path) -> None:
         (["--to", "gguf", "-o", "x.gguf", "--outtype", "q3_k"], "--outtype is 'q3_k'; expected f32, f16, bf16, q8_0"),
         (["--to", "gguf", "-o", "x.bin"], "expected a file that ends in .gguf"),
         (["--to", "gguf", "-o", "no/x.gguf"], "there is no folder 'no'"),
-        (["--to", "gguf", "-o", "there.gguf"], "which is there already"),
+        (["--to", "gguf", "-o", "there.gguf"], "which exists already"),
         (["--to", "safetensors", "-o", "folder"], "which is in safetensors already; expected a .gguf file"),
         (["there.gguf", "--to", "safetensors", "-o", "x"], "expected a GGUF file"),
         (["there.gguf", "--to", "safetensors", "-o", "x", "--outtype", "q8_0"], "expected f32, f16, bf16 for saf"),

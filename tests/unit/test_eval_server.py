@@ -124,7 +124,9 @@ def test_one_that_fails_is_counted_and_the_others_go_on() -> None:
     score, examiner, stand_in = ask(handler, 10)
     assert (score.accuracy, score.invalid, score.errors) == (0.4, 0.6, 6)
     errors = [r.error for r in score.results]
-    for error, words in zip(errors, ["500: broken", "closed", "400: bad", "no comp", "no comp", "HTTP"], strict=False):
+    for error, words in zip(
+        errors, ["500: broken", "closed", "400: bad", "not a comp", "not a comp", "HTTP"], strict=False
+    ):
         assert error is not None
         assert words in error
     assert errors[6:] == [None] * 4
