@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 
 from thalweg.cli import main
+from thalweg.ops.registry import Where
+from thalweg.ops.toolchain import cpu_build
 from thalweg.profiler.chrome import Slice, read_trace
 from thalweg.profiler.sql import query
 
+CPP = cpu_build.why_not(Where("cpu", "float32"))  # None: this machine has a compiler
 DUMMY = ["--load-format", "dummy", "--device", "cpu", "--cache-memory", "64MiB"]
 
 
@@ -37,12 +40,13 @@ def test_decode_steps(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Non
     layers = [s for s in slices if s.name.startswith("nn.Module: DecoderLayer_")]
     assert len(layers) == 3 * len({s.name for s in layers}) > 0
     assert all(slices[s.parent_id].name == "nn.Module: Decoder_0" for s in layers)
+    product = "thalweg::linear" if CPP is None else "aten::mm"
     in_kda = (
-        "SELECT COUNT(*) FROM slice WHERE name = 'aten::mm' AND id IN (SELECT s.id FROM slice s"
+        f"SELECT COUNT(*) FROM slice WHERE name = '{product}' AND id IN (SELECT s.id FROM slice s"
         " JOIN ancestor_slice(s.id) a ON a.name GLOB 'nn.Module: KimiDeltaAttention_*')"
     )
     [(inside,)] = query(slices, in_kda).rows
-    assert 0 < inside < sum(1 for s in slices if s.name == "aten::mm")
+    assert 0 < inside < sum(1 for s in slices if s.name == product)
 
     # Both requests decode throughout the window. The two clocks are tied at one point, so its edges may differ a bit.
     requests = [s for s in slices if s.category == "request"]

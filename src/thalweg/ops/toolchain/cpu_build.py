@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import profiler
 
 from thalweg.config import env
 from thalweg.ops.registry import Refusal, Where
@@ -77,13 +78,21 @@ def why_not(where: Where) -> Refusal:
 
 def function(name: str, *types: Any) -> Callable[..., int]:
     """The library's function `thalweg_<name>`, which takes arguments of these ctypes types and lets other Python
-    threads run; its result means something unless the function is void. Raises BuildError."""
+    threads run; its result means something unless the function is void. The profiler shows calls as `thalweg::<name>`,
+    beside torch's own ops. Raises BuildError."""
     loaded = _loaded()
     if isinstance(loaded, str):
         raise BuildError(loaded)
     found: Any = loaded[f"thalweg_{name}"]
     found.argtypes = types
-    call: Callable[..., int] = found
+    seen = f"thalweg::{name}"
+
+    def call(*args: Any) -> Any:
+        if not profiler._is_profiler_enabled:
+            return found(*args)
+        with profiler.record_function(seen):
+            return found(*args)
+
     return call
 
 
