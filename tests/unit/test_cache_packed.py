@@ -29,9 +29,9 @@ def cache(dtype: str) -> CacheStorage:
 def test_states_come_back_rounded_by_channel_and_convolutions_exactly(dtype: str, bound: float) -> None:
     made = cache(dtype)
     before = [{name: t[1].clone() for name, t in layer.items()} for layer in made.layers]
-    made.save(1, 4)
+    made.save([(1, 4)])
     made.reset_slots(torch.tensor([1, 2]))
-    made.restore(4, 2)
+    made.restore([(2, 4)])
     for layer, was in zip(made.layers, before, strict=True):
         assert torch.equal(layer["conv"][2], was["conv"])
         error = (layer["recurrent"][2] - was["recurrent"]).abs()
@@ -51,11 +51,11 @@ def test_what_prefills_write_at_boundaries_is_packed_after(dtype: str) -> None:
     assert rows == [3, 4]
     made.settle([3, 1])
     for row, snapshot in zip(rows, (3, 1), strict=True):
-        made.restore(snapshot, 1)
+        made.restore([(1, snapshot)])
         for theirs, own in zip(other.layers, made.layers, strict=True):
             theirs["recurrent"][2], theirs["conv"][2] = own["recurrent"][row], own["conv"][row]
-        other.save(2, 2)
-        other.restore(2, 1)
+        other.save([(2, 2)])
+        other.restore([(1, 2)])
         for theirs, own in zip(other.layers, made.layers, strict=True):
             assert torch.equal(theirs["recurrent"][1], own["recurrent"][1])
 

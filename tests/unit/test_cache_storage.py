@@ -76,11 +76,11 @@ def test_a_snapshot_keeps_every_state_of_a_slot_and_nothing_else(dtype: str) -> 
     states = [tensors[name] for tensors in cache.layers for name in ("state", "other")]
     for i, state in enumerate(states):
         state.copy_(torch.arange(7).view(-1, *[1] * (state.ndim - 1)) + i)
-    cache.copy_slot(3, second)
-    cache.copy_slot(4, first)
+    cache.copy_slots([(3, second)])
+    cache.copy_slots([(4, first)])
     cache.reset_slots(torch.tensor([1, 2, 3, 4]))
-    cache.copy_slot(second, 2)
-    cache.copy_slot(first, 1)
+    cache.copy_slots([(second, 2)])
+    cache.copy_slots([(first, 1)])
     for i, state in enumerate(states):
         expected = [i, 4 + i, 3 + i, 0, 0, 4 + i, 3 + i]
         assert state.float().flatten(1).amin(1).tolist() == expected
@@ -88,9 +88,32 @@ def test_a_snapshot_keeps_every_state_of_a_slot_and_nothing_else(dtype: str) -> 
     assert not any(tensors["latent"].float().any() for tensors in cache.layers)
 
 
-def test_a_copy_is_one_launch_per_shape() -> None:
-    layer: LayerSpecs = {"conv": StateSpec((3, 5), "bfloat16"), "recurrent": StateSpec((3, 3, 3), "float32")}
-    cache = CacheStorage([layer] * 20, num_blocks=0, num_slots=6, block_size=64, device=CPU, num_snapshots=1)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        cache.copy_slot(2, cache.saved_row(1))
-    assert sum(e.count for e in profile.key_averages() if e.key == "aten::copy_") == 2
+@pytest.mark.parametrize(
+    ("pairs", "launches"),
+    [
+        ([(2, 1)], 2),
+        ([(i, i) for i in range(1, 65)], 2),  # of sequences that began together
+        ([(64 - i, 64 - i) for i in range(64)], 2),
+        ([(1, 5), (2, 6), (4, 7), (3, 9)], 6),
+    ],
+)
+def test_copies_are_one_launch_per_shape_for_slots_that_follow_each_other(
+    pairs: list[tuple[int, int]], launches: int
+) -> None:
+    layer: LayerSpecs = {"conv": StateSpec((3, 5), "bfloat16"), "recurrent": StateSpec((2, 3, 3), "float32")}
+    cache = CacheStorage([layer] * 20, num_blocks=0, num_slots=70, block_size=64, device=CPU, num_snapshots=70)
+    for states in cache.states:
+        states.copy_(torch.arange(states.numel()).view(states.shape) % 251)
+    for copy, source, target in (
+        (cache.save, lambda slot, _: slot, lambda _, snapshot: cache.saved_row(snapshot)),
+        (cache.restore, lambda _, snapshot: cache.saved_row(snapshot), lambda slot, _: slot),
+    ):
+        before = [states.clone() for states in cache.states]
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            copy(pairs)
+        assert sum(e.count for e in profile.key_averages() if e.key == "aten::copy_") == launches
+        for states, was in zip(cache.states, before, strict=True):
+            for pair in pairs:
+                was[:, target(*pair)] = was[:, source(*pair)]
+            assert torch.equal(states, was)
+            states.copy_(torch.arange(states.numel()).view(states.shape).flip(0) % 253)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import prod
 
 import torch
@@ -60,6 +60,7 @@ class CacheStorage:
                 self.layers[i][name] = state
             if self._packed is not None:
                 self._packed.append(PackedSnapshots(self.states[-1], spec, num_snapshots, snapshot_dtype))
+        self._wide = [_wide(states) for states in self.states]
 
     def reset_slots(self, slots: Tensor) -> None:
         """Zero the states of slots (int64 [n]) that begin a sequence, so that nothing of an earlier one shows."""
@@ -87,26 +88,46 @@ class CacheStorage:
                 for packed in self._packed:
                     packed.save(self.boundary_row(index, snapshot), snapshot)
 
-    def save(self, slot: int, snapshot: int) -> None:
-        """Copy all states of a slot into a snapshot, in one launch per shape and dtype unless it is packed."""
+    def save(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy all states of slots into snapshots, as (slot, snapshot)."""
         if self._packed is None:
-            self.copy_slot(slot, self.saved_row(snapshot))
+            self.copy_slots([(slot, self.saved_row(snapshot)) for slot, snapshot in pairs])
             return
-        for packed in self._packed:
-            packed.save(slot, snapshot)
+        for slot, snapshot in pairs:
+            for packed in self._packed:
+                packed.save(slot, snapshot)
 
-    def restore(self, snapshot: int, slot: int) -> None:
-        """Copy a snapshot into a slot."""
+    def restore(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy snapshots into slots, as (slot, snapshot)."""
         if self._packed is None:
-            self.copy_slot(self.saved_row(snapshot), slot)
+            self.copy_slots([(self.saved_row(snapshot), slot) for slot, snapshot in pairs])
             return
-        for packed in self._packed:
-            packed.restore(snapshot, slot)
+        for slot, snapshot in pairs:
+            for packed in self._packed:
+                packed.restore(snapshot, slot)
 
-    def copy_slot(self, source: int, target: int) -> None:
-        """Copy all states of a slot into another, in one launch per shape and dtype."""
-        for states in self.states:
-            states[:, target].copy_(states[:, source])
+    def copy_slots(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy all states of slots into others, as (source, target), none of which is both: in one launch per shape and
+        dtype for those that follow each other, as those of sequences that began together do."""
+        for source, target, n in _runs(sorted(pairs)):
+            for states in self._wide:
+                states[:, target : target + n].copy_(states[:, source : source + n])
+
+
+def _runs(pairs: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
+    """(source, target, n) of runs in which both grow by one."""
+    start = 0
+    for i in range(1, len(pairs) + 1):
+        source, target = pairs[start]
+        if i == len(pairs) or pairs[i] != (source + i - start, target + i - start):
+            yield source, target, i - start
+            start = i
+
+
+def _wide(states: Tensor) -> Tensor:
+    """[owners, rows, n] of int64, of which a copy is quicker than of what is in them, if rows are whole ones."""
+    flat = states.view(*states.shape[:2], -1)
+    return flat.view(torch.int64) if flat.shape[2] * flat.itemsize % 8 == 0 else flat
 
 
 def _aligned(count: int, shape: tuple[int, ...], dtype: str, device: torch.device) -> Tensor:

@@ -101,12 +101,12 @@ class ModelRunner:
         cache, host = self.slots.cache, self.host
         if host is not None:
             host.copy(plan)
-        for slot, snapshot in plan.snapshots:
-            cache.save(slot, snapshot)
+        if plan.snapshots:
+            cache.save(plan.snapshots)
         if plan.admissions:
             self.slots.admit(plan.admissions)
-        for slot, snapshot in plan.restores:
-            cache.restore(snapshot, slot)
+        if plan.restores:
+            cache.restore(plan.restores)
         if plan.new_blocks:
             self.slots.add_blocks(plan.new_blocks)
         if self._graphs is not None and self._graphs.serves(plan):

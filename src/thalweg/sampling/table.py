@@ -89,8 +89,9 @@ class SamplingTable:
         row = SlotSampling(logprobs=p.logprobs)
         if p.temperature > 0:
             row.draw = "filtered" if p.top_k > 0 or p.top_p < 1 or p.min_p > 0 else "plain"
-        prompt, output = a.token_ids[: a.num_prompt], a.token_ids[a.num_prompt :]
+        output = a.token_ids[a.num_prompt :]
         if LogitAdjuster.needed(p):
+            prompt = a.token_ids[: a.num_prompt]
             try:
                 row.adjuster = LogitAdjuster(p, prompt, output, self._eos_token_ids, self.vocab_size, self.device)
             except InvalidRequest as e:
