@@ -283,7 +283,7 @@ def test_shapes_of_one_prompt_and_of_a_next_turn_are_captured_at_the_start_and_o
     assert generate(folder) == expected
     graphs = runners[0].prefill_graphs
     assert graphs is not None
-    turns = [Shape(d, 1, n, CONTEXTS[0]) for d in (0,) for n in (128, 64)]
+    turns = [Shape(d, 1, n, CONTEXTS[0]) for d in (5, 0) for n in (128, 64)]
     usual = [Shape(0, 15, 256, 256), *turns, *(Shape(0, 1, n, n) for n in (256, 128, 64))]
     assert captured[: len(usual)] == usual
     assert len(set(captured)) == len(captured) > len(usual)

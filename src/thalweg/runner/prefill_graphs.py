@@ -34,7 +34,7 @@ CONTEXTS = (4096, 8192, 16384)  # beyond those without cached tokens; more would
 TURN = 512  # most tokens of a prompt after a cached prefix whose shapes are captured at the start
 PREFILLS = (1, 15)  # and the one that pads the step: logits of few enough rows for kernels that stream the head once
 ROWS = (0, 8, 32, 64, 128, 256)  # beyond, a step is long, and logits of so many rows are much memory
-MAX_SHAPES = 96  # that are captured; others run eagerly from then on
+MAX_SHAPES = 128  # that are captured; others run eagerly from then on
 
 
 class Shape(NamedTuple):
@@ -159,7 +159,8 @@ class PrefillGraphs:
         return [n for n in self._sizes if n <= self._batches.slots.max_model_len]
 
     def _usual(self) -> list[Shape]:
-        """Of many prompts, of one alone, and of a short one after a cached prefix, as a conversation's next turn is."""
+        """Of many prompts, of one alone, and of a short one after a cached prefix, as a conversation's next turn is,
+        alone or beside few rows that decode."""
         sizes, longest = self._whole()[::-1], self._batches.slots.max_model_len
         many = [Shape(0, n, size, size) for n in PREFILLS[1:] for size in sizes[:1]]
         one = [Shape(0, PREFILLS[0], size, size) for size in sizes]
@@ -167,7 +168,7 @@ class PrefillGraphs:
             return many + one
         contexts = [n for n, less in zip(CONTEXTS, (0, *CONTEXTS), strict=False) if less < longest]
         short = [size for size in sizes if size <= TURN]
-        turns = [Shape(0, PREFILLS[0], size, n) for n in contexts[::-1] for size in short]
+        turns = [Shape(d, PREFILLS[0], size, n) for d in self._rows[1::-1] for n in contexts[::-1] for size in short]
         return many + turns + one
 
     def _at_rest(self, shape: Shape) -> Static:
