@@ -1,4 +1,4 @@
-"""What the machine at hand can do: copy bandwidth and matrix rate, measured, since datasheets are hopes."""
+"""What the machine at hand can do: copy bandwidth and matrix rate, measured here, since data sheets promise more."""
 
 from __future__ import annotations
 

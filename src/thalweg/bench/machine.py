@@ -1,4 +1,4 @@
-"""What a figure was measured on: it means nothing without."""
+"""The machine and the software that a figure was measured on."""
 
 from __future__ import annotations
 

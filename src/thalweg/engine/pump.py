@@ -1,4 +1,4 @@
-"""One engine shared by the callers of one process: whoever waits drives it, everybody gets the news of his own."""
+"""One engine for the callers of one process: a caller that waits drives it, and each gets its own requests' updates."""
 
 from __future__ import annotations
 

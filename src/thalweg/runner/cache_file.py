@@ -1,5 +1,5 @@
 """What one rank writes down of the prefix cache, and reads again: a safetensors file with rows of blocks, rows of
-snapshots, the index that says what they are, and what it all is of."""
+snapshots, the index that says what they are, and what they belong to."""
 
 from __future__ import annotations
 

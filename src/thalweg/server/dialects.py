@@ -1,4 +1,4 @@
-"""Fields of other servers' requests that are not fields here: the ones that say nothing, and the ones that are refused.
+"""Fields of other servers' requests that are not fields here: those that are ignored, and those that are refused.
 
 Fields that are honoured are those of schemas.py. docs/api.md has all three kinds in one table, which the tests read.
 """

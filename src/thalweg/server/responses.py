@@ -1,4 +1,4 @@
-"""Response bodies in OpenAI's shapes: msgspec structs, because streams encode one a token."""
+"""Response bodies in OpenAI's shapes: msgspec structs, because streams encode one per token."""
 
 from __future__ import annotations
 

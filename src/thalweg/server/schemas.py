@@ -1,4 +1,4 @@
-"""Request bodies. Types are strict; a field that is null has its default; dialects.py has what is no field here."""
+"""Request bodies. Types are strict; null is the default of a field; dialects.py has fields that are not supported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A Jinja for templates nobody vouches for: rules for attributes, and bounds on time, steps and text.
+"""A Jinja for templates that are not trusted: rules for attributes, and bounds on time, steps and text.
 
 What Jinja's own sandbox renders, this one renders, to the same text; but that one bounds `range` alone. Here every
 loop pass, call and filter counts, operators, comparisons, joins and formats are measured. What reads other templates,
