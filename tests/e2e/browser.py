@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,23 +23,32 @@ FLAGS = (
 
 
 class Page:
-    """One tab. Methods of the protocol by name; scripts see the page's globals."""
+    """One tab. Methods of the protocol by name; scripts see the page's globals. `on` {event: what hears of it}; it may
+    `send`, and not `call`."""
 
     def __init__(self, read: int, write: int) -> None:
         self._read, self._write, self._rest, self._id = read, write, b"", 0
         self._session: str | None = None
+        self.on: dict[str, Callable[[dict[str, Any]], None]] = {}
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
 
-    def call(self, method: str, **params: Any) -> dict[str, Any]:
+    def send(self, method: str, **params: Any) -> int:
+        """Without waiting for the reply; its id."""
         self._id += 1
         message = {"id": self._id, "method": method, "params": params}
         if self._session is not None:
             message["sessionId"] = self._session
         os.write(self._write, json.dumps(message).encode() + b"\0")
+        return self._id
+
+    def call(self, method: str, **params: Any) -> dict[str, Any]:
+        number = self.send(method, **params)
         while True:
             reply = self._next()
-            if reply.get("id") == self._id:
+            if (heard := self.on.get(reply.get("method", ""))) is not None:
+                heard(reply["params"])
+            if reply.get("id") == number:
                 assert "error" not in reply, reply
                 found: dict[str, Any] = reply["result"]
                 return found

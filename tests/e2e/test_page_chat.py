@@ -270,6 +270,28 @@ def test_text_stands_out_in_both_themes(tab: Page, scheme: str) -> None:
     tab.call("Emulation.setEmulatedMedia", features=[])
 
 
+def test_a_browser_asks_for_the_key_once(tab: Page) -> None:
+    asked: list[str] = []
+
+    def paused(event: dict[str, Any]) -> None:
+        tab.send("Fetch.continueRequest", requestId=event["requestId"])
+
+    def prompted(event: dict[str, Any]) -> None:
+        asked.append(event["request"]["url"])
+        answer = {"response": "ProvideCredentials", "username": "whoever", "password": "k"}
+        tab.send("Fetch.continueWithAuth", requestId=event["requestId"], authChallengeResponse=answer)
+
+    tab.on = {"Fetch.requestPaused": paused, "Fetch.authRequired": prompted}
+    tab.call("Fetch.enable", handleAuthRequests=True)
+    with chat(tab, ClientDouble(), ServerSettings(api_keys=("k",))) as page:
+        send(page, "hi")
+        answered(page)
+        assert page.run("document.querySelector('.assistant .text').textContent") == ANSWER
+        assert asked == [page.run("location.href")]
+    tab.call("Fetch.disable")
+    tab.on = {}
+
+
 def test_strings_cannot_become_markup_or_script_and_nothing_comes_from_elsewhere(tab: Page) -> None:
     with chat(tab, ClientDouble()) as page:
         names = page.run("performance.getEntriesByType('resource').map((e) => e.name)")
