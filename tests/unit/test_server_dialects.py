@@ -152,6 +152,8 @@ def test_as_many_tokens_as_fit() -> None:
     for value in (-1, -2):
         assert params_of("completions", {"n_predict": value}).max_tokens is None
         assert params_of("chat", {"n_predict": value}).max_tokens is None
+    for kind in BODIES:
+        assert params_of(kind, {"max_tokens": -1}).max_tokens is None
 
 
 def test_errors_name_the_field_as_the_request_spells_it() -> None:

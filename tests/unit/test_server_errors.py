@@ -52,7 +52,7 @@ def post(path: str, **kwargs: Any) -> Any:
         ({**CHAT, "temperature": -0.1}, "temperature"),
         ({**CHAT, "top_p": 0}, "top_p"),
         ({**CHAT, "top_k": -2}, "top_k"),
-        ({**CHAT, "max_tokens": -1}, "max_tokens"),
+        ({**CHAT, "max_tokens": -2}, "max_tokens"),
         ({**CHAT, "max_tokens": 1.5}, "max_tokens"),
         ({**CHAT, "max_tokens": True}, "max_tokens"),
         ({**CHAT, "max_tokens": 10**30}, "max_tokens"),

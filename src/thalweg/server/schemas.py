@@ -146,7 +146,9 @@ class GenerationBody(Body, Grammars, Synonyms):
     stream: bool | None = says("send the answer in pieces, as server-sent events with [DONE] at the end")
     stream_options: StreamOptions | None = says("include_usage: a last piece with the token counts")
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = says("number of choices")
-    max_tokens: Annotated[int, Field(ge=0, le=MAX_INT)] | None = says("most tokens to generate")
+    max_tokens: Annotated[int, Field(ge=-1, le=MAX_INT)] | None = says(
+        "most tokens to generate; -1 is as many as the context has room for"
+    )
     max_completion_tokens: Count | None = says("the newer name of max_tokens")
     min_tokens: Count | None = says("until there are so many tokens, no token ends the text; stop strings do")
     temperature: float | None = says("0 is greedy; at most 100")
@@ -182,7 +184,7 @@ class GenerationBody(Body, Grammars, Synonyms):
         if self.max_completion_tokens is not None:
             return self.max_completion_tokens
         if self.max_tokens is not None:
-            return self.max_tokens
+            return None if self.max_tokens < 0 else self.max_tokens
         return default if self.n_predict is None else None
 
     @model_validator(mode="before")

@@ -13,6 +13,7 @@ from thalweg.server.parsers.objects import to_json
 from thalweg.server.spelling import Spelling
 from thalweg.tokenizer.messages import plain_data
 
+_BUDGET = ("it left out or -1", "it left out")  # of thinking; max_thinking_tokens may be -1
 _SPELLING = Spelling(
     {
         "stop": "stop_sequences",
@@ -27,6 +28,7 @@ _SPELLING = Spelling(
         ("none, auto, required or a function", "none, auto, any or a tool"),
         ("a function that tools has", "a tool that tools has"),
         ("is the function", "is the tool"),
+        _BUDGET,
         ("response_format.json_schema.schema", "output_config.format.schema"),
         ("response_format.schema", "output_config.format.schema"),
     ),
@@ -39,7 +41,8 @@ def spelling_of(body: CountBody) -> Spelling:
     """How the request says what the chat made of it says."""
     if getattr(body, "max_thinking_tokens", None) is None:
         return _SPELLING
-    return replace(_SPELLING, fields={k: v for k, v in _SPELLING.fields.items() if k != "max_thinking_tokens"})
+    fields = {name: theirs for name, theirs in _SPELLING.fields.items() if name != "max_thinking_tokens"}
+    return replace(_SPELLING, fields=fields, words=tuple(pair for pair in _SPELLING.words if pair != _BUDGET))
 
 
 def chat_fields(body: CountBody, thinks: bool) -> dict[str, Any]:
