@@ -30,7 +30,7 @@ class DeltaMixer(nn.Module):
         n, parts = batch.num_decodes, []
         if n:
             parts.append(self._mix_decode(proj_TX[:n], batch.slots_B[:n], cache))
-        if n < len(proj_TX):
+        if n < proj_TX.shape[0]:
             parts.append(self._mix_prefill(proj_TX[n:], batch.slots_B[n:], batch, cache))
         return self.out_proj.of_parts(parts, x_TD)
 

@@ -72,7 +72,7 @@ class GatedAttention(nn.Module):
                 context_lens_B=batch.context_lens_B,
             )
             parts.append(o_BO)
-        if n < len(proj_TX):
+        if n < proj_TX.shape[0]:
             q_THK = self._prepare(
                 proj_TX[n:],
                 q_norm_weight_K=self.q_norm.weight,

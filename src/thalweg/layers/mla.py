@@ -107,7 +107,7 @@ class MultiHeadLatentAttention(LatentAttention):
                     eps=self.kv_norm.eps,
                 )
             )
-        if n < len(proj_TX):
+        if n < proj_TX.shape[0]:
             self._norms(
                 proj_TX[n:, self.queries :],
                 None,
@@ -180,7 +180,7 @@ class RotatedLatentAttention(LatentAttention):
                     scale=self.scale,
                 )
             )
-        if n < len(q_TO):
+        if n < q_TO.shape[0]:
             q_THX = self._split_heads(q_TO[n:])
             self._rotate(
                 q_THX,

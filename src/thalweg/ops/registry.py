@@ -269,6 +269,6 @@ def _by_tokens(table: list[tuple[Tokens, Callable[..., Any]]]) -> Callable[..., 
     lasts = [tokens.last for tokens, _ in table[:-1]]
 
     def serve(first: Any, /, *args: Any, **options: Any) -> Any:
-        return functions[bisect_left(lasts, len(first))](first, *args, **options)  # type: ignore[type-var]
+        return functions[bisect_left(lasts, first.shape[0])](first, *args, **options)
 
     return serve

@@ -22,13 +22,13 @@ def silu_and_mul(x_T2I: Tensor) -> Tensor:
     rows = x_T2I if x_T2I.ndim == 2 else x_T2I.reshape(-1, columns)
     if rows.stride(-1) != 1:
         rows = rows.contiguous()
-    y_TI = rows.new_empty(len(rows), columns // 2)
+    y_TI = rows.new_empty(rows.shape[0], columns // 2)
     _run()(
         DTYPES[rows.dtype],
         rows.data_ptr(),
         rows.stride(0),
         y_TI.data_ptr(),
-        len(rows),
+        rows.shape[0],
         columns // 2,
         torch.get_num_threads(),
     )

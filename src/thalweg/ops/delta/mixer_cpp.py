@@ -39,7 +39,7 @@ def kda_mixer_decode(
     state_NHVK: Tensor,
     slots_B: Tensor,
 ) -> Tensor:
-    B, (H, K) = len(proj_BX), dt_bias_HK.shape
+    B, (H, K) = proj_BX.shape[0], dt_bias_HK.shape
     o_BO = proj_BX.new_empty(B, H * K)
     _kda()(
         DTYPES[proj_BX.dtype],
@@ -79,7 +79,7 @@ def gdn_mixer_decode(
     state_NHVK: Tensor,
     slots_B: Tensor,
 ) -> Tensor:
-    B, (_, H, V, K), (_, W, C) = len(proj_BX), state_NHVK.shape, conv_state_NWC.shape
+    B, (_, H, V, K), (_, W, C) = proj_BX.shape[0], state_NHVK.shape, conv_state_NWC.shape
     o_BO = proj_BX.new_empty(B, H * V)
     _gdn()(
         DTYPES[proj_BX.dtype],

@@ -20,11 +20,11 @@ def _run() -> Any:
 
 
 def linear(x_TD: Tensor, w_OD: Tensor) -> Tensor:
-    return _few(x_TD, w_OD, x_TD.new_empty(len(x_TD), len(w_OD)))
+    return _few(x_TD, w_OD, x_TD.new_empty(x_TD.shape[0], w_OD.shape[0]))
 
 
 def norm_linear(x_TD: Tensor, norm_weight_D: Tensor, eps: float, w_OD: Tensor) -> Tensor:
-    return _few(x_TD, w_OD, x_TD.new_empty(len(x_TD), len(w_OD)), norm_weight_D, eps)
+    return _few(x_TD, w_OD, x_TD.new_empty(x_TD.shape[0], w_OD.shape[0]), norm_weight_D, eps)
 
 
 def linear_add(x_TD: Tensor, w_OD: Tensor, residual_TO: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ def _few(
         y_TO.stride(0),
         T,
         D,
-        len(w_OD),
+        w_OD.shape[0],
         torch.get_num_threads(),
     )
     return y_TO

@@ -60,7 +60,7 @@ def gqa_mixer_decode(
         H,
         G,
         K,
-        len(frequencies_F),
+        frequencies_F.shape[0],
         S,
         torch.get_num_threads(),
     )

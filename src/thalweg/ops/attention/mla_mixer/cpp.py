@@ -90,7 +90,7 @@ def _decode(
     eps: float,
     rotation: tuple[int | None, int | None, float],
 ) -> Tensor:
-    B, (H, K, R), V, (_, S, C) = len(x_BX), w_uk_HKR.shape, w_uv_HVR.shape[1], blocks_MSC.shape
+    B, (H, K, R), V, (_, S, C) = x_BX.shape[0], w_uk_HKR.shape, w_uv_HVR.shape[1], blocks_MSC.shape
     o_BO = x_BX.new_empty(B, H * V)
     _run()(
         DTYPES[x_BX.dtype],

@@ -66,7 +66,7 @@ def experts(
     gate_up_layout: Layout = _PLAIN,
     down_layout: Layout = _PLAIN,
 ) -> Tensor:
-    (T, k), E, D = ids_Tk.shape, len(down[0]), x_TD.shape[1]
+    (T, k), E, D = ids_Tk.shape, down[0].shape[0], x_TD.shape[1]
     I = down[0].shape[2] if inner is None else inner
     y_TD = x_TD.new_empty(T, D)
     served = _run()(

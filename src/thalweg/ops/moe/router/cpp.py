@@ -34,7 +34,7 @@ def norm_router(
     topk_group: int = 1,
     num_shared: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    (T, D), E, k = x_TD.shape, len(bias_E), top_k + num_shared
+    (T, D), E, k = x_TD.shape, bias_E.shape[0], top_k + num_shared
     normed_TD = x_TD.new_empty(T, D)
     weights_Tk, ids_Tk = x_TD.new_empty(T, k, dtype=torch.float32), x_TD.new_empty(T, k, dtype=torch.int64)
     _run()(
@@ -58,7 +58,7 @@ def norm_router(
         num_shared,
         is_softmax(scoring),
         renormalize,
-        len(w_ED) > E,
+        w_ED.shape[0] > E,
         scale,
         torch.get_num_threads(),
     )
