@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from tests.ops.compile_cuda import compile_cuda
 from tests.ops.gqa_case import GqaCase, GqaShape
-from tests.ops.prefill_case import ratio
+from tests.ops.prefill_case import check_in_graphs, ratio
 from tests.ops.run_on_host import HostKernel, host_tensor_map
 from thalweg.ops.attention import prompt_cuda
 from thalweg.ops.attention.gqa import GQA_PREFILL, GqaDims, reference
@@ -49,8 +50,32 @@ def test_few_queries_behind_a_long_prefix(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(prompt_cuda, "multiprocessors", lambda device: 6)
     case = GqaCase(GqaShape(1, 1, 256, 64, 16), [310, 0], [20, 9], torch.bfloat16)
     q = case.prepare(reference.gqa_prepare)
-    assert prompt_cuda._pieces(case.offsets, case.cached, 80, q.device, at_once=6)[1] == 3
+    assert prompt_cuda._pieces(case.offsets, case.cached, 80, q.device, at_once=6)[1] == 5
     assert ratio(case.prefill(prompt_cuda.gqa_prefill, q), case.prefill(reference.gqa_prefill, q)) < 0.004
+
+
+@pytest.mark.slow
+def test_few_queries_behind_a_long_prefix_in_a_captured_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys in parts: as many as the shape has, of which a step with a shorter prefix leaves some out."""
+    monkeypatch.setattr(prompt_cuda, "LEAST_TILES", 1)
+    monkeypatch.setattr(prompt_cuda, "multiprocessors", lambda device: 6)
+    case = GqaCase(GqaShape(1, 1, 256, 64, 16), [310, 0], [20, 12], torch.bfloat16)
+    q = case.prepare(reference.gqa_prepare)
+    made: list[int] = []
+    join = prompt_cuda._pieces
+
+    def pieces(*args: Any, **options: Any) -> tuple[Tensor, int]:
+        made.append(join(*args, **options)[1])
+        return join(*args, **options)
+
+    monkeypatch.setattr(prompt_cuda, "_pieces", pieces)
+
+    def run(offsets: Any, starts: Any, boundaries: Any) -> list[Tensor]:
+        return [prompt_cuda.gqa_prefill(q, case.proj, **case.blocks, starts=starts, offsets=offsets)]
+
+    steps = [StepSequences(case.offsets, starts, []) for starts in ([310, 0], [230, 0], [0, 0])]
+    check_in_graphs(run, steps, context=512)
+    assert made == [6, 6, 5, 6, 4, 6, 1]
 
 
 def test_parts_have_all_tiles_once_and_those_that_are_few_or_short_none() -> None:

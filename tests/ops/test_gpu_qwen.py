@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
 from tests.ops import gdn_case, gqa_case
 from tests.ops.gdn_case import GdnShape
 from tests.ops.gqa_case import GqaCase, GqaShape, assert_near
+from tests.ops.prefill_case import check_in_graphs
 from thalweg.ops.delta.gdn import GDN_MIXER_DECODE, GdnDims, GdnMixerDecode
+from thalweg.ops.host_tables import StepSequences
 from thalweg.ops.registry import Resolver, Where
 
 pytestmark = pytest.mark.gpu
@@ -139,6 +144,20 @@ def test_gqa_prefill_in_cuda(shape: GqaShape, cached: list[int], new: list[int])
     case = GqaCase(shape, cached, new, torch.bfloat16, "cuda")
     q = case.check_prepare(triton.gqa_prepare, 2**-6)
     assert_near(case.prefill(prompt_cuda.gqa_prefill, q), case.truth()[1], 2**-6)
+
+
+def test_gqa_prefill_behind_a_long_prefix_in_captured_steps() -> None:
+    from thalweg.ops.attention import prompt_cuda
+    from thalweg.ops.attention.gqa import triton
+
+    case = GqaCase(GqaShape(16, 4, 256, 64, 64), [9000, 0], [164, 92], torch.bfloat16, "cuda")
+    q = case.prepare(triton.gqa_prepare)
+
+    def run(offsets: Any, starts: Any, boundaries: Any) -> list[Tensor]:
+        return [prompt_cuda.gqa_prefill(q, case.proj, **case.blocks, starts=starts, offsets=offsets)]
+
+    steps = [StepSequences(case.offsets, [start, 0], []) for start in (9000, 6000, 8000)]
+    check_in_graphs(run, steps, context=16384, device="cuda")
 
 
 @pytest.mark.parametrize("first", [30_000, 1_000_000])

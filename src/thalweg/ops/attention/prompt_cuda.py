@@ -158,23 +158,25 @@ def _pieces(
     at_once: int = 0,
 ) -> tuple[Tensor, int]:
     """int32 [pieces, 8], as in the source: QUERIES queries of a sequence each, those that see most first. And in how
-    many parts their keys are cut: as many as let `at_once` pieces run side by side, if they are few and see much; 1 in
-    a captured step. The layers of a step ask alike, and get the same tensor.
+    many parts their keys are cut, in a captured step at most: as many as let `at_once` pieces run side by side, if they
+    are few and see much. The layers of a step ask alike, and get the same tensor.
 
     The keys of a sequence are all of its tokens, or of a single one a `part`: (the first, how many). With `rows` the
     keys of all sequences lie one after another, otherwise in blocks.
     """
     if isinstance(offsets, PerStep):
         limits = offsets.tables.limits
-        num = limits.tokens // QUERIES + limits.sequences
+        most = _num_parts(max(1, limits.tokens // QUERIES), limits.context // tile, at_once)
+        num = (limits.tokens // QUERIES + limits.sequences) * most
 
         def make(step: StepSequences) -> np.ndarray:
             every = np.zeros((num, RECORD), dtype=np.int32)  # those with no tiles are nobody's
             found = cut(step.offsets, step.starts, tile, None, rows)
+            found = in_parts(found, min(most, _parts_of(found, at_once)), tile)
             every[: len(found)] = found
             return every.ravel()
 
-        return offsets.tables.table(("attention", tile, rows), num * RECORD, make).view(num, RECORD), 1
+        return offsets.tables.table(("attention", tile, rows), num * RECORD, make).view(num, RECORD), most
     return _pieces_of(tuple(offsets), tuple(starts), tile, device, part, rows, at_once)
 
 
@@ -189,10 +191,20 @@ def _pieces_of(
     at_once: int,
 ) -> tuple[Tensor, int]:
     every = cut(offsets, starts, tile, part, rows)
-    parts = 1
-    if len(every) and every[0, 5] >= 4 * LEAST_TILES:  # fewer are no sooner done, for the launches that it adds
-        parts = max(1, min(at_once // len(every), int(every[0, 5]) // LEAST_TILES, MOST_PARTS))
+    parts = _parts_of(every, at_once)
     return to_device(in_parts(every, parts, tile), device), parts
+
+
+def _parts_of(every: np.ndarray, at_once: int) -> int:
+    """In how many parts to cut the pieces, of which those that see little, as what pads a step, do not count."""
+    long = int((every[:, 5] >= 4 * LEAST_TILES).sum())
+    return _num_parts(long, int(every[0, 5]), at_once) if long else 1
+
+
+def _num_parts(pieces: int, tiles: int, at_once: int) -> int:
+    """In how many parts to cut so many pieces of so many tiles; fewer tiles are no sooner done, for the launches that
+    it adds."""
+    return max(1, min(at_once // pieces, tiles // LEAST_TILES, MOST_PARTS)) if tiles >= 4 * LEAST_TILES else 1
 
 
 def cut(
