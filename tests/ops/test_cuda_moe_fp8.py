@@ -74,7 +74,7 @@ def test_columns_are_shared_out_whole() -> None:
         ({**DIMS, "D": 200}, "bfloat16", "times 128, not 200 and 1024"),
         ({**DIMS, "I": 13 * 128}, "bfloat16", "times 128, not 2304 and 1664"),
         (DIMS, "float32", "needs bfloat16, not float32"),
-        ({**DIMS, "scheme": "none"}, "bfloat16", "needs weights in scheme fp8, not none"),
+        ({**DIMS, "scheme": "none"}, "bfloat16", "needs weights in scheme fp8 or int4, not none"),
     ],
 )
 def test_what_they_do_not_serve_they_refuse_with_a_reason(dims: dict[str, Any], dtype: str, reason: str) -> None:

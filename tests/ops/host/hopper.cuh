@@ -147,6 +147,8 @@ static std::atomic<int> threads_that_waited, threads_that_let_go;
 inline void wait_for_kernel_ahead() { threads_that_waited++; }
 inline void start_kernel_behind() { threads_that_let_go++; }
 
+inline float as_bf16(float x) { return low(pack(x, 0.0f)); }
+inline u32 fp16_of(u32 word, u32 mask) { return (word & mask) | 0x64006400; }
 inline uint4 load16(const void* p) {
     if ((uintptr_t)p % 16) fail("a load of 16 bytes is not aligned");
     uint4 x;
@@ -162,6 +164,7 @@ inline uint2 ask_blocks(const u32* p) {
     std::this_thread::yield();
     return {std::atomic_ref<u32>(((u32*)p)[0]).load(), std::atomic_ref<u32>(((u32*)p)[1]).load()};
 }
+inline float load_fp32(const float* p) { return *p; }
 inline int load_id(const long long* p) { return (int)*p; }
 
 static u8 shared[1 << 18] __attribute__((aligned(1024)));
@@ -231,6 +234,11 @@ inline void arrive_at_barrier(u32 barrier) {
     b.pending--;
     turn(b);
 }
+inline void bring_near(const void* from, u32 bytes) {
+    if ((uintptr_t)from % 16 || bytes % 16) fail("what is brought near is not aligned");
+    static volatile u8 sink;
+    sink = ((const u8*)from)[0] + ((const u8*)from)[bytes - 1];
+}
 inline void arrive_once_read(u32 barrier, u32, u32) { arrive_at_barrier(barrier); }
 inline void copy_bytes(u32 to, const void* from, u32 bytes, u32 barrier) {
     if (to % 16 || (uintptr_t)from % 16 || bytes % 16 || bytes == 0) fail("a copy is not of aligned blocks of 16 bytes");
@@ -269,6 +277,7 @@ void multiply_add(float (&c)[4], const u32 (&mine)[6], Low low, High high) {
 inline void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     multiply_add(c, {a0, a1, a2, a3, b0, b1}, low, high);
 }
+inline void mma_of_8(float (&c)[4], u32 a0, u32 a1, u32 b) { mma(c, a0, a1, 0, 0, b, 0); }
 inline void mma_fp16(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     multiply_add(c, {a0, a1, a2, a3, b0, b1}, half_low, half_high);
 }

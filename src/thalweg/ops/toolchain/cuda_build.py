@@ -154,7 +154,9 @@ def _compiler_version() -> tuple[int, int]:
 
 
 def _options(arch: str, macros: dict[str, int]) -> list[str]:
-    return [f"--gpu-architecture={arch}", "--use_fast_math", *(f"-D{key}={value}" for key, value in macros.items())]
+    # Functions are the device's unless they say otherwise, as generic lambdas cannot.
+    options = [f"--gpu-architecture={arch}", "--use_fast_math", "--device-as-default-execution-space"]
+    return options + [f"-D{key}={value}" for key, value in macros.items()]
 
 
 def compile_cubin(source: Path, arch: str, **macros: int) -> bytes:

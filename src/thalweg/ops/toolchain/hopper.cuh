@@ -53,8 +53,16 @@ __device__ __forceinline__ u32 widen_half(u16 two) {  // of two float8 (e4m3)
     return pair;
 }
 
+// The bits of a word that a mask has, as the last ones of two fp16 that are 1024 and more.
+__device__ __forceinline__ u32 fp16_of(u32 word, u32 mask) {
+    u32 pair;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(pair) : "r"(word), "r"(mask), "r"(0x64006400));
+    return pair;
+}
+
 __device__ __forceinline__ float from_bf16(bf16 x) { return __uint_as_float((u32)x << 16); }
 __device__ __forceinline__ void store_bf16(bf16* to, float x) { *to = (bf16)pack(x, 0.0f); }
+__device__ __forceinline__ float as_bf16(float x) { return low(pack(x, 0.0f)); }
 
 // Launches are dependent ones: a kernel may read and write what others do only after this wait.
 __device__ __forceinline__ void wait_for_kernel_ahead() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
@@ -84,6 +92,11 @@ __device__ __forceinline__ uint2 ask_blocks(const u32* p) {
     return x;
 }
 
+__device__ __forceinline__ float load_fp32(const float* p) {
+    float x;
+    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(x) : "l"(p));
+    return x;
+}
 // An int64 that fits an int.
 __device__ __forceinline__ int load_id(const long long* p) {
     long long x;
@@ -167,6 +180,10 @@ __device__ __forceinline__ void copy_bytes(u32 to, const void* from, u32 bytes, 
         "r"(bytes), "r"(barrier)
         : "memory");
 }
+// To L2, for a kernel behind; a multiple of 16 bytes.
+__device__ __forceinline__ void bring_near(const void* from, u32 bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
 __device__ __forceinline__ void wait_at_barrier(u32 barrier, u32 phase) {
     asm volatile(
         "{\n.reg .pred done;\n"
@@ -181,6 +198,12 @@ __device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a
         "{%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+// Of half as many columns: a [16, 8] and b [8, 8] in bf16.
+__device__ __forceinline__ void mma_of_8(float (&c)[4], u32 a0, u32 a1, u32 b) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(b));
 }
 __device__ __forceinline__ void mma_fp16(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {  // in fp16
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "

@@ -1,7 +1,7 @@
 """Op "experts": the experts' SwiGLU networks with the sum that ends them, over weights that carry their scheme.
 
 Six forms, by how many tokens share an expert: pairs and tiles for decode, sorted pairs for prompts (all in Triton, for
-the schemes of SCHEMES), products in CUDA C++ for a few tokens over fp8 ("cuda"), and, for prompts on Hopper,
+the schemes of SCHEMES), products in CUDA C++ for a few tokens over fp8 and int4 ("cuda"), and, for prompts on Hopper,
 products of sorted pairs at the rate of the matrix unit: in bf16 and over int4 ("matrix"), and over fp8, for which
 activations are quantized ("w8a8").
 """
@@ -84,6 +84,7 @@ MAX_CUDA_EXPERTS = 1024  # a block of the CUDA C++ kernels has all of them in sh
 MAX_SORTED_EXPERTS = 1280  # of which a block of the sort has counts in shared memory, for each of its warps
 MAX_CUDA_WARPS = 12
 CPU_FEW = Tokens(last=64)  # beyond, an expert has so many tokens that the library's products are faster
+INT4_COLUMNS, MAX_INT4_COLUMNS, MAX_INT4_TOKENS = 256, 7168, 64  # of a warp, and of as many as registers allow
 # Tokens from which on words are widened between products of warpgroups; fewer leave these too small.
 INT4_PROMPTS = 3072
 WIDE_STEPS, MAX_WIDE_WARPS = 4, 14  # over fp8, for up to 8 tokens: more would not fit the registers
@@ -128,8 +129,10 @@ def steps_per_warp(columns: int) -> int | None:
 
 
 def _cuda_refuses(where: Where, dims: ExpertsDims) -> Refusal:
+    if dims.scheme == "int4":
+        return _int4_refuses(dims) or _no_cuda(where) or why_not_hopper()
     if dims.scheme != "fp8":
-        return f"needs weights in scheme fp8, not {dims.scheme}"
+        return f"needs weights in scheme fp8 or int4, not {dims.scheme}"
     if dims.own:
         return "has no products for an expert of its own"
     if dims.E > MAX_CUDA_EXPERTS:
@@ -138,6 +141,16 @@ def _cuda_refuses(where: Where, dims: ExpertsDims) -> Refusal:
         most = "up to 12, an even number up to 24 or four times up to 14, times 128"
         return f"needs D and I of {most}, not {dims.D} and {dims.I}"
     return _no_cuda(where)
+
+
+def _int4_refuses(dims: ExpertsDims) -> Refusal:
+    if dims.own not in (0, dims.I):
+        return f"needs an own expert as wide as the others, {dims.I}, not {dims.own}"
+    if dims.E > MAX_CUDA_EXPERTS:
+        return f"needs at most {MAX_CUDA_EXPERTS} experts, not {dims.E}"
+    if any(n % INT4_COLUMNS or not 0 < n <= MAX_INT4_COLUMNS for n in (dims.D, dims.I)):
+        return f"needs D and I of a multiple of {INT4_COLUMNS} up to {MAX_INT4_COLUMNS}, not {dims.D} and {dims.I}"
+    return None
 
 
 def _no_cuda(where: Where) -> Refusal:
@@ -194,6 +207,10 @@ def _pairs(where: Where, dims: ExpertsDims) -> Experts:
 
 
 def _cuda(where: Where, dims: ExpertsDims) -> Experts:
+    if dims.scheme == "int4":
+        from thalweg.ops.moe.experts import cuda_int4
+
+        return cuda_int4.experts
     from thalweg.ops.moe.experts import cuda_fp8
 
     return cuda_fp8.experts
@@ -204,6 +221,8 @@ def _few(dims: ExpertsDims) -> Tokens:
 
 
 def _fewer(dims: ExpertsDims) -> Tokens:
+    if dims.scheme == "int4":
+        return Tokens(last=MAX_INT4_TOKENS)
     return Tokens(last=8 if WIDE_STEPS in (steps_per_warp(dims.D), steps_per_warp(dims.I)) else 16)
 
 

@@ -1,0 +1,173 @@
+"""Experts in int4 for a few tokens by two launches of CUDA C++ (experts_int4.cu says how they work)."""
+
+from __future__ import annotations
+
+from ctypes import c_float, c_int, c_longlong
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from thalweg.errors import KernelError
+from thalweg.ops.moe.experts import INT4_COLUMNS, MAX_INT4_COLUMNS, MAX_INT4_TOKENS
+from thalweg.ops.toolchain.cuda_build import aligned_rows, cuda_kernel
+from thalweg.ops.toolchain.triton_support import multiprocessors
+
+SOURCE = Path(__file__).with_name("experts_int4.cu")
+ROWS = 16  # as in the source
+MAX_WARPS = MAX_INT4_COLUMNS // INT4_COLUMNS  # that multiply, at 64 registers
+MAX_TOKENS = MAX_INT4_TOKENS
+SHARED = 227 * 1024  # bytes of a multiprocessor for blocks, of which each costs 1024 more than it asks for
+
+
+class Geometry(NamedTuple):
+    """How a product is cut: warps of a block that multiply, stages of the ring, buffers of sums, and blocks of a
+    multiprocessor."""
+
+    warps: int
+    stages: int
+    buffers: int
+    blocks: int
+
+    @property
+    def macros(self) -> dict[str, int]:
+        return {"STAGES": self.stages, "BUFFERS": self.buffers, "BLOCKS": self.blocks}
+
+    @property
+    def stage_bytes(self) -> int:
+        """A stage of the ring: rows of weights and of scales, or of the own expert's weights."""
+        piece, scales = 128 * self.warps, 16 * self.warps
+        return ROWS * max(piece + 16 + scales + (0 if self.warps % 2 else 16), piece + 64)
+
+    @property
+    def shared_bytes(self) -> int:
+        """What a launch asks for: the ring and buffers of sums."""
+        return self.stages * self.stage_bytes + self.warps * self.buffers * 32 * 16
+
+
+def static_bytes(E: int, K: int, tokens: int) -> int:
+    """Of shared memory, at most, besides what a launch asks for."""
+    return 10 * E + 18 * tokens * K + 384
+
+
+def geometry(columns: int, E: int, K: int, tokens: int) -> Geometry | None:
+    """None for columns that warps do not share out. What a warp does for an item is a chain, which others hide: a
+    multiprocessor has as many as its registers allow."""
+    warps, rest = divmod(columns, INT4_COLUMNS)
+    if rest or not 1 <= warps <= MAX_WARPS:
+        return None
+    blocks = min(3, max(1, (MAX_WARPS + 2) // (warps + 2)))
+    cut = Geometry(warps, 1, 2 if blocks == 1 else 4, blocks)  # of large blocks a stage counts for more than buffers
+    room = SHARED // blocks - 1024 - static_bytes(E, K, tokens) - cut.shared_bytes
+    stages = min(8, 1 + room // cut.stage_bytes)
+    return cut._replace(stages=stages) if stages >= 2 else None
+
+
+@cache
+def _arrivals(device: torch.device, strips: int) -> Tensor:
+    """How many parts of each strip of a token's columns have come: zero between launches, which leave them so."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise KernelError("experts ran for the first time while a graph was captured; run them once before")
+    return torch.zeros(strips, dtype=torch.int32, device=device)
+
+
+def _launch(
+    cut: Geometry | None, columns: int, ids_Tk: Tensor, words: Tensor, macros: dict[str, int], *args: Any
+) -> None:
+    (T, K), device, E = ids_Tk.shape, ids_Tk.device, len(words)
+    tokens = 1 if T == 1 else 8 if T <= 8 else MAX_TOKENS
+    cut = cut or geometry(columns, E, K, tokens)
+    assert cut is not None
+    macros = {"COLS": columns, "K": K, "TOKENS": tokens, "E": E} | macros | cut.macros
+    kernel = cuda_kernel(SOURCE, "experts", 32 * (cut.warps + 2), device, **macros)
+    kernel.launch((multiprocessors(device) * cut.blocks, 1, 1), cut.shared_bytes, *args)
+
+
+# The own expert's weights are None where it is not there; a kernel compiled not to read them is given another address.
+
+
+def run_gate_up(
+    x_TD: Tensor,
+    ids_Tk: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    own: tuple[Tensor, Tensor] | None,
+    cut: Geometry | None = None,
+) -> Tensor:
+    """h bf16 = silu(gate x) * up x of every pair, [T * k, I], and behind them of every token by the own expert."""
+    (T, K), I, D = ids_Tk.shape, words.shape[1] // 2, x_TD.shape[1]
+    x_TD = aligned_rows(x_TD)
+    h = torch.empty(T * (K + (own is not None)), I, dtype=x_TD.dtype, device=x_TD.device)
+    macros = {"GATED": 1, "OUT": I, "OWN": int(own is not None)}
+    args = (
+        x_TD,
+        ids_Tk,
+        words,
+        scales,
+        own[0] if own else h,
+        h,
+        (c_longlong, x_TD.stride(0)),
+        (c_int, T),
+    )
+    _launch(cut, D, ids_Tk, words, macros, *args)
+    return h
+
+
+def run_down(
+    h: Tensor,
+    ids_Tk: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    own: tuple[Tensor, Tensor] | None,
+    weights_Tk: Tensor,
+    residual_TD: Tensor | None,
+    scale: float,
+    cut: Geometry | None = None,
+) -> Tensor:
+    """The weighted sum over a token's experts of down h, with what is added to it."""
+    T, D, I = len(ids_Tk), words.shape[1], h.shape[1]
+    parts = torch.empty(len(h), D, dtype=torch.float32, device=h.device)
+    y_TD = torch.empty(T, D, dtype=h.dtype, device=h.device)
+    _launch(
+        cut,
+        I,
+        ids_Tk,
+        words,
+        {"GATED": 0, "OUT": D, "OWN": int(own is not None)},
+        h,
+        ids_Tk,
+        words,
+        scales,
+        own[1] if own else h,
+        parts,
+        weights_Tk,
+        (c_longlong, 0) if residual_TD is None else residual_TD,
+        y_TD,
+        _arrivals(h.device, MAX_TOKENS * D // ROWS),
+        (c_longlong, 0 if residual_TD is None else residual_TD.stride(0)),
+        (c_float, scale),
+        (c_longlong, I),
+        (c_int, T),
+    )
+    return y_TD
+
+
+def experts(
+    x_TD: Tensor,
+    weights_Tk: Tensor,
+    ids_Tk: Tensor,
+    gate_up: tuple[Tensor, ...],
+    down: tuple[Tensor, ...],
+    *,
+    residual_TD: Tensor | None = None,
+    num_shared: int = 0,
+    own: tuple[Tensor, Tensor] | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    if len(x_TD) == 0:
+        return torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
+    (words, scales), (down_words, down_scales) = gate_up, down
+    h = run_gate_up(x_TD, ids_Tk, words, scales, own)
+    return run_down(h, ids_Tk, down_words, down_scales, own, weights_Tk, residual_TD, scale)

@@ -1,0 +1,339 @@
+// One of the experts' two matrix products over weights in int4, for a few tokens, on Hopper: gate and up with
+// SiLU (GATED), or down with the weighted sum that ends the experts.
+//
+// An item is 16 rows of an expert: 8 of gate and the same 8 of up, or 16 of down. Blocks fill the multiprocessors once
+// and share out the items by their bytes. One warp asks for them, a stage each: rows of weights and of scales come by
+// bulk copies into a ring of STAGES, ahead of the wait for the kernel before, as far as they are known. WARPS warps
+// multiply: each has the same 256 columns of all items, so its part of the tokens stays in registers, as the right-hand
+// operand of the matrix unit. What they have of an item is added up by one more warp: none waits for another until all
+// buffers of sums are full.
+//
+// A pass is an expert with up to 8 of the tokens that chose it; most have one or two.
+//
+// With OWN there is one more expert, every token's, as wide as the others and with weights in bf16. Its items come
+// first, by turns, since they are known before the router is done; an item has 4 stages. Its rows of h and y are those
+// behind all pairs. Beyond 8 tokens a pass of it has 32, in 4 tiles, that do not stay in registers.
+//
+// Macros: GATED; COLS, the columns; OUT, the rows of gate, up or down; E, experts; K, experts a token; OWN; TOKENS,
+// at most: 1, 8 or more; STAGES of the ring; BUFFERS of sums; BLOCKS of a multiprocessor.
+
+#include "hopper.cuh"
+
+#include "arrivals.cuh"
+#include "groups_int4.cuh"
+#include "passes.cuh"
+
+#if GATED
+typedef bf16 Out;
+#else
+typedef float Out;
+#endif
+constexpr int STEP = 32 * GROUPS, ROWS = GATED ? 8 : 16;  // columns of a warp; rows of gate, up or down in an item
+constexpr int WARPS = COLS / STEP, ITEMS = OUT / ROWS, EXPERT_ROWS = GATED ? 2 * OUT : OUT;
+constexpr int UPPER = GATED ? OUT : 8;  // from a row of the item's first eight to its counterpart of the second
+// Bytes of a row of weights or scales in a stage, and how far apart rows are in shared memory, for which lanes do not
+// meet in a bank.
+constexpr int PIECE = COLS / 2, PITCH = PIECE + 16, OWN_PITCH = PIECE + 64;
+constexpr int SCALE_PIECE = COLS / 16, SCALE_PITCH = SCALE_PIECE + (SCALE_PIECE / 16 % 2 ? 0 : 16);
+constexpr int WORD_BYTES = 16 * PITCH;
+constexpr int SLOT = WORD_BYTES + 16 * SCALE_PITCH, OWN_SLOT = OWN ? 16 * OWN_PITCH : 0;
+constexpr int STAGE_BYTES = SLOT > OWN_SLOT ? SLOT : OWN_SLOT;
+constexpr int OWN_STEPS = 4, OWN_COLUMNS = STEP / 4;  // of every warp
+constexpr int SUMMING = 32 * (WARPS + 1), THREADS = SUMMING + 32;
+constexpr int FULL = 1;                  // barriers by number: of the buffers
+constexpr int COST = 9, OWN_COST = 32;   // bytes of an item relative to one another
+constexpr int TILES = TOKENS > 8 ? 4 : 1, OWN_TOKENS = 8 * TILES;
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+    experts(const bf16* x, const long long* ids, const u8* words, const u8* scales, const bf16* own, Out* out,
+#if !GATED
+            const float* weights, const bf16* residual, bf16* y, int* arrived, long long residual_stride, float scale,
+#endif
+            long long x_stride, int T) {
+    const int tid = threadIdx.x, lane = tid % 32, quad = lane / 4, pair = lane % 4;
+    const int warp = __shfl_sync(~0u, tid / 32, 0);  // so that the compiler knows it for the same in all lanes
+    const int block = blockIdx.x, grid = gridDim.x;
+    const u32 nothing = (u32)T >> 20;
+
+    extern __shared__ __align__(128) u8 shared[];
+    float4* sums = (float4*)(shared + STAGES * STAGE_BYTES);  // [BUFFERS, WARPS, 32]
+    __shared__ Passes<E, K, TOKENS> passes;
+    // Barriers of the ring and of the buffers, and the one of the passes.
+    __shared__ u64 come_s[STAGES], read_s[STAGES], taken_s[BUFFERS], listed_s;
+    const u32 come = shared_address(come_s), read = shared_address(read_s), taken = shared_address(taken_s);
+    const u32 listed = shared_address(&listed_s);
+
+    if (tid == 0) {
+#pragma unroll
+        for (int i = 0; i < STAGES; i++) init_barrier(come + 8 * i), init_barrier(read + 8 * i, WARPS);
+#pragma unroll
+        for (int i = 0; i < BUFFERS; i++) init_barrier(taken + 8 * i);
+        init_barrier(listed);
+        share_barriers();
+    }
+    passes.clear(tid, THREADS);
+    __syncthreads();
+
+    // What this block has: its turns of the own expert's items, then a run of the others'.
+    const int own_passes = OWN ? (T + OWN_TOKENS - 1) / OWN_TOKENS : 0, own_items = own_passes * ITEMS;
+    const int own_count = block < own_items ? (own_items - block + grid - 1) / grid : 0;
+
+    // The ring, which the last warp fills: `asked` stages so far.
+    int asked = 0;
+    auto begin_stage = [&](u32 bytes) {
+        const int place = asked % STAGES;
+        if (asked >= STAGES) wait_at_barrier(read + 8 * place, (asked / STAGES - 1) & 1);
+        if (lane == 0) expect_bytes(come + 8 * place, bytes);
+        __syncwarp();
+        asked++;
+        return place;
+    };
+    const int row = lane % 8 + lane % 16 / 8 * UPPER;  // of the item, whose words or scales this lane copies
+    auto own_row = [&](int rows, int step) { return own + (long long)(rows + row) * COLS + step * (PIECE / 2); };
+    auto ask_own = [&](int rows, int step) {
+        const int place = begin_stage(16 * PIECE);
+        if (lane < 16)
+            copy_bytes(shared_address(shared + place * STAGE_BYTES + lane * OWN_PITCH), own_row(rows, step), PIECE, come + 8 * place);
+    };
+    auto ask = [&](int expert, int rows) {
+        const int place = begin_stage(16 * PIECE + 16 * SCALE_PIECE);
+        const u32 to = shared_address(shared + place * STAGE_BYTES);
+        const long long at = (long long)expert * EXPERT_ROWS + rows + row;
+        if (lane < 16) {
+            copy_bytes(to + lane * PITCH, words + at * PIECE, PIECE, come + 8 * place);
+        } else {
+            copy_bytes(to + WORD_BYTES + (lane - 16) * SCALE_PITCH, scales + at * SCALE_PIECE, SCALE_PIECE, come + 8 * place);
+        }
+    };
+    auto ask_known = [&](int end) {  // stages that do not depend on the choice of experts
+#pragma unroll 1
+        for (int n = asked; n < min(end, own_count * OWN_STEPS); n++)
+            ask_own((block + n / OWN_STEPS * grid) % ITEMS * ROWS, n % OWN_STEPS);
+    };
+    if (warp == WARPS + 1) {
+        ask_known(STAGES);
+        // While the router runs memory would idle: what comes next is brought to L2.
+#pragma unroll 1
+        for (int n = STAGES; GATED && TOKENS <= 8 && lane < 16 && n < min(own_count * OWN_STEPS, STAGES + 3); n++)
+            bring_near(own_row((block + n / OWN_STEPS * grid) % ITEMS * ROWS, n % OWN_STEPS), PIECE);
+    }
+#if GATED
+    wait_for_kernel_ahead();
+#endif
+    // Only now may "down" start: it reads ids before its own wait, and they are complete here.
+    start_kernel_behind();
+
+    int first = 0, end = 0;  // of the others' items
+    auto await_passes = [&]() {
+        wait_at_barrier(listed, 0);
+        // Bytes are shared out evenly; where the blocks' own turns are more than that already, others take the run.
+        const long long items = passes.count * ITEMS, all = items * COST + (long long)own_items * OWN_COST;
+        const int turns = own_items / grid, rest = own_items % grid;
+        auto start = [&](int b) {
+            const long long before = all * b / grid - (long long)(turns * b + min(b, rest)) * OWN_COST;
+            return before < 0 ? 0 : (int)min(before / COST, items);
+        };
+        first = start(block);
+        end = block + 1 < grid ? start(block + 1) : (int)items;
+    };
+
+    auto own_pass = [&](int j) { return (block + j * grid) / ITEMS; };  // of the block's item j
+    auto own_rows = [&](int j) { return (block + j * grid) % ITEMS * ROWS; };
+    auto own_tiles = [&](int pass) { return min(TILES, (T - pass * OWN_TOKENS + 7) / 8); };
+    auto with_width = [&](int pass, auto f) {  // f of the tokens that a pass has places for
+        const u16* p = passes.pair[pass];
+        if (TOKENS == 1 || p[1] == NONE) f(Width<1>());
+        else if (p[2] == NONE) f(Width<2>());
+        else if (p[4] == NONE) f(Width<4>());
+        else f(Width<8>());
+    };
+
+    if (warp == WARPS + 1) {  // asks for stages
+        ask_known(own_count * OWN_STEPS);
+        await_passes();
+#pragma unroll 1
+        for (int item = first; item < end; item++) ask(passes.expert[item / ITEMS], item % ITEMS * ROWS);
+#if !GATED
+        wait_for_kernel_ahead();
+#endif
+    } else if (warp == WARPS) {  // lists passes, then adds up what the others have, tile by tile
+        passes.list(ids, T);
+        if (lane == 0) arrive_at_barrier(listed);
+#if !GATED
+        wait_for_kernel_ahead();
+#endif
+        int n = 0;
+        float v[4];
+        auto take = [&]() {  // the sums of all warps
+            const float4* item_sums = sums + n % BUFFERS * WARPS * 32 + lane;
+            v[0] = v[1] = v[2] = v[3] = 0;
+            wait_at<SUMMING>(FULL + n % BUFFERS);
+#pragma unroll
+            for (int i = 0; i < WARPS; i++) {
+                const float4 some = item_sums[i * 32];
+                v[0] += some.x, v[1] += some.y, v[2] += some.z, v[3] += some.w;
+            }
+        };
+        auto release = [&]() {  // the buffer, once what was in it has gone out
+            __syncwarp();
+            if (lane == 0) arrive_once_read(taken + 8 * (n % BUFFERS), __float_as_uint(v[0] + v[3]), nothing);
+            n++;
+        };
+        auto put = [&](int p, int i, int row) {  // what this lane has of its token i
+            Out* to = out + (long long)p * OUT + row + quad;
+#if GATED
+            store_bf16(to, v[i] / (1.0f + __expf(-v[i])) * v[2 + i]);
+#else
+            to[0] = v[i];
+            to[8] = v[2 + i];
+#endif
+        };
+#pragma unroll 1
+        for (int j = 0; j < own_count; j++) {
+            const int pass = own_pass(j), tiles = own_tiles(pass);
+#pragma unroll 1
+            for (int tile = 0; tile < tiles; tile++) {
+                take();
+                for (int i = 0; i < 2; i++) {
+                    const int t = pass * OWN_TOKENS + 8 * tile + 2 * pair + i;
+                    if (t < T) put(T * K + t, i, own_rows(j));
+                }
+                release();
+            }
+        }
+        await_passes();
+#pragma unroll 1
+        for (int item = first; item < end;) {
+            const int pass = item / ITEMS, stop = min(end, (pass + 1) * ITEMS);
+            with_width(pass, [&](auto width) {
+                constexpr int W = decltype(width)::tokens;
+                int p[2];
+                for (int i = 0; i < 2; i++) p[i] = 2 * pair + i < W ? passes.pair[pass][2 * pair + i] : NONE;
+#pragma unroll 1
+                for (; item < stop; item++) {
+                    take();
+                    if (W == 1) v[0] += v[1], v[2] += v[3];
+#pragma unroll
+                    for (int m = W == 4 ? 2 : 1; W < 8 && m < 4; m *= 2)
+#pragma unroll
+                        for (int i = 0; i < 4; i++) v[i] += __shfl_xor_sync(~0u, v[i], m);
+                    for (int i = 0; i < 2; i++)
+                        if (p[i] != NONE) put(p[i], i, (item - pass * ITEMS) * ROWS);
+                    release();
+                }
+            });
+        }
+    } else {
+        Columns columns;
+        auto load_rows = [&](auto width, int pass) {
+            constexpr int W = decltype(width)::tokens;
+            const int p = passes.pair[pass][quad % W];
+            columns.load<W>(x + (GATED ? p / K : p) * x_stride + warp * STEP, p != NONE);
+        };
+#if !GATED
+        wait_for_kernel_ahead();
+#endif
+        int place = 0, n = 0;
+        u32 phase = 0;
+        auto give = [&](float4 some) {  // to who adds up
+            if (n >= BUFFERS) wait_at_barrier(taken + 8 * (n % BUFFERS), (n / BUFFERS - 1) & 1);
+            sums[(n % BUFFERS * WARPS + warp) * 32 + lane] = some;
+            arrive_at<SUMMING>(FULL + n % BUFFERS);
+            n++;
+        };
+        auto stage = [&]() {
+            wait_at_barrier(come + 8 * place, phase);
+            return shared + place * STAGE_BYTES;
+        };
+        auto next = [&](u32 seen) {
+            __syncwarp();
+            if (lane == 0) arrive_once_read(read + 8 * place, seen, nothing);
+            if (++place == STAGES) place = 0, phase ^= 1;
+        };
+        const int own_at = quad * OWN_PITCH + warp * (2 * OWN_COLUMNS) + pair * 16;
+        if (TILES == 1 && own_count > 0) {
+            const bf16* from = x + (GATED ? quad : T * K + quad) * x_stride + warp * OWN_COLUMNS + 8 * pair;
+#pragma unroll
+            for (int g = 0; g < GROUPS; g++)
+                spread(quad < T ? load16(from + g / 2 * WARPS * OWN_COLUMNS + g % 2 * 32) : make_uint4(0, 0, 0, 0), columns.rows[g]);
+        }
+#pragma unroll 1
+        for (int j = 0; j < own_count; j++) {
+            float c[TILES == 1 ? 2 : TILES][4] = {};
+            const int t = own_pass(j) * OWN_TOKENS + quad;
+            if (TILES > 1) {
+                const bf16* from = x + (GATED ? t : T * K + t) * x_stride + warp * OWN_COLUMNS + 8 * pair;
+#pragma unroll 1
+                for (int step = 0; step < OWN_STEPS; step++, from += WARPS * OWN_COLUMNS) {
+                    const u8* at = stage() + own_at;
+                    u32 seen = 0;
+#pragma unroll
+                    for (int half = 0; half < 2; half++) {
+                        const uint4 l = *(const uint4*)(at + 64 * half), u = *(const uint4*)(at + 8 * OWN_PITCH + 64 * half);
+                        seen ^= l.w ^ u.w;
+                        // Neighbours as they are: here both operands have their own order.
+#pragma unroll
+                        for (int i = 0; i < TILES; i++) {
+                            const uint4 b = t + 8 * i < T ? load16(from + 8 * i * x_stride + 32 * half) : make_uint4(0, 0, 0, 0);
+                            mma(c[i], l.x, u.x, l.y, u.y, b.x, b.y);
+                            mma(c[i], l.z, u.z, l.w, u.w, b.z, b.w);
+                        }
+                    }
+                    next(seen);
+                }
+#pragma unroll
+                for (int i = 0; i < TILES; i++)
+                    if (t - quad + 8 * i < T) give(make_float4(c[i][0], c[i][1], c[i][2], c[i][3]));
+            } else {
+#pragma unroll
+                for (int step = 0; step < OWN_STEPS; step++) {
+                    const u8* at = stage() + own_at;
+                    u32 seen = 0;
+#pragma unroll
+                    for (int half = 0; half < 2; half++) {
+                        const uint4 l = *(const uint4*)(at + 64 * half), u = *(const uint4*)(at + 8 * OWN_PITCH + 64 * half);
+                        const u32(&b)[4] = columns.rows[2 * step + half];
+                        seen ^= l.w ^ u.w;
+                        mma(c[0], __byte_perm(l.x, l.z, 0x5410), __byte_perm(u.x, u.z, 0x5410),
+                            __byte_perm(l.x, l.z, 0x7632), __byte_perm(u.x, u.z, 0x7632), b[0], b[1]);
+                        mma(c[1], __byte_perm(l.y, l.w, 0x5410), __byte_perm(u.y, u.w, 0x5410),
+                            __byte_perm(l.y, l.w, 0x7632), __byte_perm(u.y, u.w, 0x7632), b[2], b[3]);
+                    }
+                    next(seen);
+                }
+                give(make_float4(c[0][0] + c[1][0], c[0][1] + c[1][1], c[0][2] + c[1][2], c[0][3] + c[1][3]));
+            }
+        }
+        await_passes();
+        const u32 words_at = lane % 16 * PITCH + warp * (STEP / 2) + lane / 16 * 16;  // whose words this lane points at
+        const int scales_at = WORD_BYTES + quad * SCALE_PITCH + warp * (STEP / 16);
+        auto multiply = [&](auto width) {  // an item by the tokens of a pass
+            constexpr int W = decltype(width)::tokens;
+            const u8* at = stage();
+            give(columns.multiply<W, SCALE_PITCH>(shared_address(at) + words_at, at + scales_at, next));
+        };
+        constexpr bool ALWAYS = GATED && TOKENS == 1;  // this token is that of every pass
+        if (ALWAYS && first < end) load_rows(Width<1>(), first / ITEMS);
+#pragma unroll 1
+        for (int item = first; item < end;) {
+            const int pass = item / ITEMS, stop = min(end, (pass + 1) * ITEMS);
+            with_width(pass, [&](auto width) {
+                if (!ALWAYS) load_rows(width, pass);
+#pragma unroll 1
+                for (; item < stop; item++) multiply(width);
+            });
+        }
+    }
+#if !GATED
+    end_experts<K, OWN, OUT, THREADS>({weights, residual, y, arrived, residual_stride, scale}, out, T, (int*)shared, [&](auto come) {
+        for (int n = tid; n < own_count * OWN_TOKENS; n += THREADS) {
+            const int j = n / OWN_TOKENS, t = own_pass(j) * OWN_TOKENS + n % OWN_TOKENS;
+            if (t < T) come(t, own_rows(j) / ROWS);
+        }
+        for (int n = tid; n < (end - first) * 8; n += THREADS) {
+            const int item = first + n / 8, p = passes.pair[item / ITEMS][n % 8];
+            if (p != NONE) come(p / K, item % ITEMS);
+        }
+    });
+#endif
+}
