@@ -142,7 +142,7 @@ def test_the_option_that_an_unknown_key_is_told_with_passes_it_over(nested: dict
     raw = nested | {"text_config": nested["text_config"] | {"window": 4096}}
     with pytest.raises(ConfigError, match="text_config: unknown key window,") as caught:
         read(raw)
-    [key] = re.findall(r"--ignore-config-key (\S+) passes", str(caught.value))
+    [key] = re.findall(r"--ignore-config-key (\S+) ignores", str(caught.value))
     assert read(without_keys(raw, [key])) == read(nested)
 
 

@@ -74,7 +74,9 @@ def test_linears_of_any_shape(T: int, D: int, O: int, dtype: torch.dtype, norm_f
         assert y.dtype == dtype
         assert y.shape == (T, O)
         size = max(truth.norm().item(), y.numel() ** 0.5)  # elements are about 1; a few may cancel out
-        assert (y.double() - truth).norm() <= (6e-3 if dtype == torch.bfloat16 else 5e-7) * size
+        # Of few elements each may be rounded by half a unit: 2^-8 for those from 1 to 2.
+        allowed = 6e-3 * size + 2**-8 if dtype == torch.bfloat16 else 5e-7 * size
+        assert (y.double() - truth).norm() <= allowed
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

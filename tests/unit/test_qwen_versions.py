@@ -160,21 +160,12 @@ def test_without_thinking_the_answer_is_content() -> None:
 
 @pytest.mark.parametrize("version", LATER)
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize(
-    ("messages", "reason"),
-    [
-        ([{"role": "system", "content": "Be brief."}], "No user message."),
-        ([QUESTION, {"role": "system", "content": "Be brief."}], "The system message comes first."),
-    ],
-)
-def test_what_the_template_raises_is_a_400(
-    version: str, stream: bool, messages: list[dict[str, Any]], reason: str
-) -> None:
+def test_what_the_template_raises_is_a_400(version: str, stream: bool) -> None:
     client = ClientDouble(template=qwen_template(version))
-    body = {"messages": messages, "stream": stream}
+    body = {"messages": [{"role": "system", "content": "Be brief."}], "stream": stream}
     status, error = refused(client, body)
     assert status == 400
-    assert reason in error["message"]
+    assert "No user message." in error["message"]
     assert (error["type"], error["param"]) == ("invalid_request_error", "messages")
 
 
