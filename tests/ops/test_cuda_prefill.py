@@ -89,30 +89,50 @@ def test_chunks_compile_for_hopper(tmp_path: Path, ratio: int | None) -> None:
     assert 2 * (shared_bytes + compiled.static_shared_bytes + 1024) <= 228 * 1024
 
 
-@pytest.mark.parametrize(("warps", "stages"), [(2, 3), (4, 2)])
+@pytest.mark.parametrize("split", [0, 1])
 @pytest.mark.parametrize("state_bf16", [0, 1])
-def test_states_compile_for_hopper(tmp_path: Path, warps: int, stages: int, state_bf16: int) -> None:
+def test_states_compile_for_hopper(tmp_path: Path, split: int, state_bf16: int) -> None:
     pytest.importorskip("triton")
-    from thalweg.ops.delta.prefill_cuda import BLOCK, FIXED, HANDED, STATES
+    from thalweg.ops.delta.prefill_cuda import STATES, STATES_SHARED
 
-    macros = {"RATIO": 2, "SPLIT": int(warps == 2), "SILU": 1, "NORM_BF16": 0}
-    compiled = compile_cuda(STATES, tmp_path, WARPS=warps, STAGES=stages, STATE_BF16=state_bf16, **macros)
+    macros = {"STATE_BF16": state_bf16, "NORM_BF16": 0, "SILU": 1, "RATIO": 2, "SPLIT": split}
+    compiled = compile_cuda(STATES, tmp_path, **macros)
     assert compiled.spilled_bytes == 0
-    shared_bytes = stages * (FIXED + warps * 4 * BLOCK) + warps * HANDED + compiled.static_shared_bytes
-    assert shared_bytes + 1024 <= 228 * 1024
+    assert STATES_SHARED + compiled.static_shared_bytes + 1024 <= 228 * 1024
 
 
-def test_blocks_are_as_large_as_there_are_sequences() -> None:
+@pytest.mark.parametrize("state_bf16", [0, 1])
+def test_segments_compile_for_hopper(tmp_path: Path, state_bf16: int) -> None:
     pytest.importorskip("triton")
-    from thalweg.ops.delta.prefill_cuda import walkers
+    from thalweg.ops.delta.prefill_cuda import SEGMENTS
 
-    assert [walkers(heads, 132) for heads in (1, 8, 32, 33)] == [(2, 3)] * 4
-    assert [walkers(heads, 132) for heads in (64, 128, 512)] == [(4, 2)] * 3
+    assert compile_cuda(SEGMENTS, tmp_path, STAGES=4, STATE_BF16=state_bf16).spilled_bytes == 0
+
+
+def test_few_heads_with_long_prompts_are_walked_in_segments() -> None:
+    pytest.importorskip("triton")
+    from thalweg.ops.delta.prefill_cuda import segments
+
+    assert [segments(heads, 1024, 132) for heads in (1, 4, 8, 11, 12, 16, 32)] == [8, 8, 4, 3, 1, 1, 1]
+    assert [segments(8, chunks, 132) for chunks in (16, 63, 64)] == [1, 1, 4]
 
 
 def test_constants_are_those_of_the_sources() -> None:
     pytest.importorskip("triton")
-    from thalweg.ops.delta.prefill_cuda import BLOCK, CHUNK, FIXED, GDN_SHARED, INPUT, KDA_SHARED, STATES, TILE, WORK, K
+    from thalweg.ops.delta.prefill_cuda import (
+        BLOCK,
+        CHUNK,
+        FIXED,
+        GDN_SHARED,
+        INPUT,
+        KDA_SHARED,
+        STAGES,
+        STATES,
+        TILE,
+        WARPS,
+        WORK,
+        K,
+    )
 
     layout = STATES.with_name("delta.cuh").read_text()
     assert f"K = {K}, CHUNK = {CHUNK}, BLOCK = {BLOCK}, TILE = CHUNK * K * 2;" in layout
@@ -120,6 +140,7 @@ def test_constants_are_those_of_the_sources() -> None:
     assert "SUMS_AT = U_AT + TILE, SUMS = 4 * CHUNK;\nconstexpr int WORK = SUMS_AT + 8 * SUMS;" in layout
     assert (TILE, FIXED) == (CHUNK * K * 2, 3 * TILE + 10 * BLOCK + 4 * K)
     assert WORK == FIXED + TILE + 8 * 4 * CHUNK
+    assert f"WARPS = {WARPS}, OUTS = 2, FETCHES = 4, MOVES = 5, THREADS = 256, STAGES = {STAGES};" in STATES.read_text()
     solving = "constexpr int SOLVING = 20 * BLOCK;"
     assert solving in STATES.with_name("chunk_solve.cuh").read_text()
     assert (KDA_SHARED, GDN_SHARED) == (5 * TILE + 20 * BLOCK, 3 * INPUT + 2 * TILE + 20 * BLOCK)

@@ -61,46 +61,54 @@ __device__ __forceinline__ void invert(const Solving& to, const float (&A)[6], c
 }
 
 // U0 and -W by this warp's 16 channels, transposed: a sub-block's are those of beta V (or beta K a[0, i]) less what the
-// ones before it account for, times T.
+// ones before it account for, times T. Both side by side, as each waits for what came before it, or one after the other,
+// which takes fewer registers.
+template <bool SIDE_BY_SIDE>
 __device__ __forceinline__ void solve(u8* out, const Solving& of, const u8* v_tile, const u8* start_tile,
                                       const Here& at) {
     const int lane = at.lane;
     auto block = [&](const u8* p, int i) { return *(const uint4*)(p + i * BLOCK + lane * 16); };
-    uint4 solved[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
+    auto to = [&](int part_at, int i) { return (uint4*)(out + part_at + (at.warp * 4 + i) * BLOCK + lane * 16); };
+    uint4 u[4], w[4];
+    auto solve_U = [&](int i) {
         const uint4 v = channels_of(v_tile, at.warp, i, at);
         float left[4] = {low(v.x), high(v.x), low(v.z), high(v.z)};
         float right[4] = {low(v.y), high(v.y), low(v.w), high(v.w)};
 #pragma unroll
         for (int j = 0; j < i; j++) {
-            const uint4 A = block(of.A_wide, i * (i - 1) / 2 + j), u = solved[j];
-            mma(left, u.x, u.y, u.z, u.w, A.x, A.y);
-            mma(right, u.x, u.y, u.z, u.w, A.z, A.w);
+            const uint4 A = block(of.A_wide, i * (i - 1) / 2 + j);
+            mma(left, u[j].x, u[j].y, u[j].z, u[j].w, A.x, A.y);
+            mma(right, u[j].x, u[j].y, u[j].z, u[j].w, A.z, A.w);
         }
         const uint4 T = block(of.T_wide, i), x = pack_block(left, right);
         mma(left, x.x, x.y, x.z, x.w, T.x, T.y);
         mma(right, x.x, x.y, x.z, x.w, T.z, T.w);
-        solved[i] = pack_block(left, right);
-        *(uint4*)(out + U_AT + (at.warp * 4 + i) * BLOCK + lane * 16) = solved[i];
-    }
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const uint4 v = channels_of(start_tile, at.warp, i, at);
-        float left[4] = {half_low(v.x), half_high(v.x), half_low(v.z), half_high(v.z)};
-        float right[4] = {half_low(v.y), half_high(v.y), half_low(v.w), half_high(v.w)};
+        *to(U_AT, i) = u[i] = pack_block(left, right);
+    };
+    auto solve_W = [&](int i) {
+        const uint4 k = channels_of(start_tile, at.warp, i, at);
+        float left[4] = {half_low(k.x), half_high(k.x), half_low(k.z), half_high(k.z)};
+        float right[4] = {half_low(k.y), half_high(k.y), half_low(k.w), half_high(k.w)};
 #pragma unroll
         for (int j = 0; j < i; j++) {
-            const uint4 A = block(of.A_half, i * (i - 1) / 2 + j), w = solved[j];
-            mma_fp16(left, w.x, w.y, w.z, w.w, A.x, A.y);
-            mma_fp16(right, w.x, w.y, w.z, w.w, A.z, A.w);
+            const uint4 A = block(of.A_half, i * (i - 1) / 2 + j);
+            mma_fp16(left, w[j].x, w[j].y, w[j].z, w[j].w, A.x, A.y);
+            mma_fp16(right, w[j].x, w[j].y, w[j].z, w[j].w, A.z, A.w);
         }
         const uint4 T = block(of.T_half, i), x = pack_block_half(left, right);
         mma_fp16(left, x.x, x.y, x.z, x.w, T.x, T.y);
         mma_fp16(right, x.x, x.y, x.z, x.w, T.z, T.w);
-        solved[i] = pack_block_half(left, right);
+        w[i] = pack_block_half(left, right);
         const u32 y0 = transpose_matrix(pack(-left[0], -left[1])), y1 = transpose_matrix(pack(-left[2], -left[3]));
         const u32 y2 = transpose_matrix(pack(-right[0], -right[1])), y3 = transpose_matrix(pack(-right[2], -right[3]));
-        *(uint4*)(out + W_AT + (at.warp * 4 + i) * BLOCK + lane * 16) = make_uint4(y0, y1, y2, y3);
+        *to(W_AT, i) = make_uint4(y0, y1, y2, y3);
+    };
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        solve_U(i);
+        if (SIDE_BY_SIDE) solve_W(i);
     }
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        if (!SIDE_BY_SIDE) solve_W(i);
 }

@@ -214,6 +214,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
             invert(solving, diagonal, at);
         }
         __syncthreads();
-        solve(out, solving, v_tile, start_tile, at);
+        solve<false>(out, solving, v_tile, start_tile, at);
     }
 }

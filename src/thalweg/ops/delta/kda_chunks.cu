@@ -240,5 +240,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
         below(8 + warp / 2);
     }
     __syncthreads();
-    solve(out, solving, v_tile, start_tile, at);
+    solve<true>(out, solving, v_tile, start_tile, at);
 }

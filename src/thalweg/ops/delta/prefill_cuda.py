@@ -22,16 +22,11 @@ TILE = CHUNK * K * 2
 FIXED = 3 * TILE + 10 * BLOCK + 4 * K  # bytes of a chunk of a head that all of its rows of V need
 WORK = FIXED + TILE + 8 * 4 * CHUNK  # with sums of squares
 MOVE = 2 * 4 * K * K  # bytes of what a segment makes of a head's state
+WARPS, STAGES = 2, 3  # of a block of states.cu, which has 16 rows of V for each
 HANDED = 2 * 12 * BLOCK  # of a warp that keeps states, for those that make outputs
+STATES_SHARED = STAGES * (FIXED + WARPS * 4 * BLOCK) + WARPS * HANDED
 INPUT = (CHUNK + 3) * 2 * K  # of a convolution
 KDA_SHARED, GDN_SHARED = 5 * TILE + 20 * BLOCK, 3 * INPUT + 2 * TILE + 20 * BLOCK
-
-
-def walkers(heads: int, processors: int) -> tuple[int, int]:
-    """(warps of a block that keep states, stages of its ring) for so many heads of sequences together. A block fills a
-    multiprocessor. One with 64 rows of V takes 1.45 times as long as one with 32, and half as many do."""
-    small, large = (-(-heads * blocks // processors) for blocks in (4, 2))
-    return (2, 3) if small <= 1.45 * large else (4, 2)
 
 
 def segments(heads: int, chunks: int, processors: int) -> int:
@@ -137,7 +132,6 @@ def _mixer(
     )
     sequences = len(offsets) - 1
     long = max(1, sequences - isinstance(offsets, PerStep))  # one of a captured step is there to pad it
-    warps, stages = walkers(long * H, multiprocessors(device))
     state_bf16, norm_bf16 = (int(x.dtype == torch.bfloat16) for x in (state_NHVK, norm_weight_V))
     count, moves = segments(long * H, cut.num // long, multiprocessors(device)), work
     if count > 1:
@@ -155,12 +149,12 @@ def _mixer(
             (c_int, H),
             (c_int, count),
         )
-    macros = {"WARPS": warps, "STAGES": stages, "RATIO": ratio, "SPLIT": int(count > 1)}
-    macros |= {"SILU": int(is_gdn), "STATE_BF16": state_bf16, "NORM_BF16": norm_bf16}
-    walk = cuda_kernel(STATES, "states", 256 if warps == 2 else 288, device, **macros)
+    macros = {"RATIO": ratio, "SPLIT": int(count > 1), "SILU": int(is_gdn)}
+    macros |= {"STATE_BF16": state_bf16, "NORM_BF16": norm_bf16}
+    walk = cuda_kernel(STATES, "states", 256, device, **macros)
     walk.launch(
-        (sequences * count * H * (8 // warps), 1, 1),
-        stages * (FIXED + warps * 4 * BLOCK) + warps * HANDED,
+        (sequences * count * H * (8 // WARPS), 1, 1),
+        STATES_SHARED,
         work,
         qkv_TC,
         gate_TO,

@@ -1,9 +1,9 @@
 // Carries states across the chunks of prompts, for Hopper: what kda_chunks.cu or gdn_chunks.cu makes of every
 // chunk, in order. They say what the parts are, and chunk_tiles.cuh how they lie in memory.
 //
-// A block has WARPS * 16 rows of V of a head's state, and walks a sequence. Of each 16 rows one warp keeps the state, in
-// fp32, as the matrix unit's result C, and packs it to bf16 for its operand a; OUTS
-// others make outputs, in turn, of what the first hands over: the state before a chunk, and U. For a chunk
+// A block has 32 rows of V of a head's state, and walks a sequence. Of each 16 rows one warp keeps the state, in fp32, as
+// the matrix unit's result C, and packs it to bf16 for its operand a; two others make outputs, in turn, of what the first
+// hands over: the state before a chunk, and U. For a chunk
 //
 //     U^T = U0^T + S (-W)^T,    S <- S a + U^T K,    O = Q S^T + P U
 //
@@ -19,15 +19,15 @@
 // convolution's states on, which nothing reads any more.
 //
 // Macros: STATE_BF16, 1 for states stored in bf16, 0 for fp32. NORM_BF16, for the norm's weight. SILU, 1 for gates that
-// multiply by x sigmoid(x), 0 for sigmoid(x). WARPS: of those that keep the state, 2 or 4. STAGES of the ring, at least 2.
-// RATIO, value heads per key head. SPLIT, 1 if `count` may be above 1.
+// multiply by x sigmoid(x), 0 for sigmoid(x). RATIO, value heads per key head. SPLIT, 1 if `count` may be above 1.
 
 #include "hopper.cuh"
 #include "delta.cuh"
 #include "walk.cuh"
 
-// A multiprocessor's quarter has every fourth warp. With 2 that keep states, those that make outputs run on the other two.
-constexpr int OUTS = 4 / WARPS, FETCHES = WARPS == 2 ? 4 : 8, MOVES = WARPS == 2 ? 5 : 4, THREADS = WARPS == 2 ? 256 : 288;
+// Warps that keep states, that make outputs for one of them, that of the fetches, and that of the convolution's states. A
+// multiprocessor's quarter has every fourth warp: outputs are made on other quarters than states.
+constexpr int WARPS = 2, OUTS = 2, FETCHES = 4, MOVES = 5, THREADS = 256, STAGES = 3;
 constexpr int SLICES = 8 / WARPS, U_BYTES = WARPS * 4 * BLOCK, STAGE = U_AT + U_BYTES;
 constexpr int HANDED = 12 * BLOCK;  // the state's 8 blocks of 16 by 16 and U's 4
 #if NORM_BF16
@@ -116,14 +116,15 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             for (int j = 0; j < 3; j++) *(u32*)(remembered + j * C) = x[j];
         }
     }
-    if (WARPS == 2 && warp == MOVES) return;
+    if (warp == MOVES) return;
 
     if (warp >= WARPS) {
         float weight[4];
 #pragma unroll
         for (int e = 0; e < 4; e++) weight[e] = load_weight(norm_weight + rows + column + e / 2 * 8 + e % 2);
         // Of the chunk before among this warp's: token 8 i + row of it, two values and those 8 behind, and its gates.
-        u32 kept[8][2], gates[8][2];
+        float kept[8][4];
+        u32 gates[8][2];
         uint2 told[8];
         auto sums_of = [&](int n) { return work + ((long long)(begin + n) * H + h) * WORK + SUMS_AT + lane * 8; };
         auto ask = [&](int n) {
@@ -162,9 +163,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                 const float factor = __shfl_sync(~0u, factors[i % 2], lane / 4 * 4 + i / 2);
 #pragma unroll
                 for (int e = 0; e < 2; e++) {
-                    const u32 o = kept[i][e], g = gates[i][e];
-                    const u32 y = pack(low(o) * factor * weight[2 * e] * opening(low(g)),
-                                       high(o) * factor * weight[2 * e + 1] * opening(high(g)));
+                    const u32 g = gates[i][e];
+                    const u32 y = pack(kept[i][2 * e] * factor * weight[2 * e] * opening(low(g)),
+                                       kept[i][2 * e + 1] * factor * weight[2 * e + 1] * opening(high(g)));
                     if (t + 8 * i < end) *(u32*)(to + 8 * e) = y;
                 }
             }
@@ -178,24 +179,26 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                 for (int e = 0; e < 4; e++) o[i][e] = 0;
             wait_at_barrier(full + 8 * place, phase);
             wait_at_barrier(handed_full + 8 * turn, n / 2 & 1);
+            // 8 blocks of S and Q, and then 4 of U and P, each on its way while products of the one before are made.
+            uint4 x[2], y[2][4];
+            auto load = [&](int k) {
+                x[k % 2] = *(const uint4*)(handed + k * BLOCK);
 #pragma unroll
-            for (int k = 0; k < 8; k++) {
-                const uint4 s = *(const uint4*)(handed + k * BLOCK);
+                for (int i = max(0, k - 8); i < 4; i++)
+                    y[k % 2][i] = k < 8 ? block(Q_AT, k * 4 + i) : block(P_AT, i * (i + 1) / 2 + k - 8);
+            };
+            load(0);
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    const uint4 q = block(Q_AT, k * 4 + i);
-                    mma(o[2 * i], q.x, q.y, q.z, q.w, s.x, s.z);
-                    mma(o[2 * i + 1], q.x, q.y, q.z, q.w, s.y, s.w);
-                }
-            }
+            for (int k = 0; k < 12; k++) {
+                if (k < 11) load(k + 1);
+                // Of its own, or the pairs of operand b would be put together for each product.
+                const u32 x0 = x[k % 2].x ^ nothing, x1 = x[k % 2].y ^ nothing;
+                const u32 x2 = x[k % 2].z ^ nothing, x3 = x[k % 2].w ^ nothing;
 #pragma unroll
-            for (int j = 0; j < 4; j++) {
-                const uint4 u = *(const uint4*)(handed + (8 + j) * BLOCK);
-#pragma unroll
-                for (int i = j; i < 4; i++) {
-                    const uint4 P = block(P_AT, i * (i + 1) / 2 + j);
-                    mma(o[2 * i], P.x, P.y, P.z, P.w, u.x, u.z);
-                    mma(o[2 * i + 1], P.x, P.y, P.z, P.w, u.y, u.w);
+                for (int i = max(0, k - 8); i < 4; i++) {
+                    const uint4 z = y[k % 2][i];
+                    mma(o[2 * i], z.x, z.y, z.z, z.w, x0, x2);
+                    mma(o[2 * i + 1], z.x, z.y, z.z, z.w, x1, x3);
                 }
             }
             const u32 seen = seen_of(o);
@@ -212,7 +215,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             u32* const sums = (u32*)(sums_of(n) + rows / 16 * SUMS);
             tell_blocks(sums, __float_as_uint(squares[0]), __float_as_uint(squares[1]));
         };
-        place = OUTS == 2 ? warp / 4 : 0;
+        place = warp / 4;
 #pragma unroll 1
         for (int n = place; n < chunks + OUTS; n += OUTS) {
             const bool more = n < chunks, behind = n >= OUTS;
@@ -224,10 +227,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
                 for (int i = 0; i < 8; i++)
 #pragma unroll
-                    for (int e = 0; e < 2; e++) {
-                        const float* x = o[i / 2 * 2 + e] + i % 2 * 2;
-                        kept[i][e] = pack(x[0], x[1]);
-                    }
+                    for (int e = 0; e < 4; e++) kept[i][e] = o[i / 2 * 2 + e / 2][i % 2 * 2 + e % 2];
         }
         return;
     }

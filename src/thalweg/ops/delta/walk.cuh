@@ -48,21 +48,41 @@ __device__ __forceinline__ uint4 pack_rows(const float (&x)[4], const float (&y)
 // U^T = U0^T + S (-W)^T and S <- S a + U^T K, of which `u` is U0^T. The chunk's parts lie where the lane's first 16 bytes
 // of each do, but for the decays, which begin at those of its columns. `hand` takes block i of the state and of U, as the
 // matrix unit's operand, and `handed` is called when it has had all 12.
+//
+// Loads are asked for before what they read is made use of and before what is handed over is written, for they do not pass
+// what is written to the same memory.
 template <class Hand, class Handed>
 __device__ __forceinline__ void step(float (&S)[16][4], float (&u)[8][4], const u8* W, const u8* keys,
                                      const float* decays, Hand hand, Handed handed) {
+    uint4 w[2][4];
+    auto load_W = [&](int k) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) w[k % 2][i] = *(const uint4*)(W + (k * 4 + i) * BLOCK);
+    };
+    load_W(0);
 #pragma unroll
     for (int k = 0; k < 8; k++) {
         const uint4 s = pack_rows(S[2 * k], S[2 * k + 1]);
-        hand(k, s);
+        if (k < 7) load_W(k + 1);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const uint4 w = *(const uint4*)(W + (k * 4 + i) * BLOCK);
-            mma(u[2 * i], s.x, s.y, s.z, s.w, w.x, w.y);
-            mma(u[2 * i + 1], s.x, s.y, s.z, s.w, w.z, w.w);
+            const uint4 x = w[k % 2][i];
+            mma(u[2 * i], s.x, s.y, s.z, s.w, x.x, x.y);
+            mma(u[2 * i + 1], s.x, s.y, s.z, s.w, x.z, x.w);
         }
+        hand(k, s);
     }
-    uint4 U[4];
+    uint4 x[2][4], U[4];
+    auto load_keys = [&](int n) {  // 4 of the 8 blocks of a row
+#pragma unroll
+        for (int k = 0; k < 4; k++) x[n % 2][k] = *(const uint4*)(keys + ((n % 2 * 4 + k) * 4 + n / 2) * BLOCK);
+    };
+    load_keys(0);
+#pragma unroll
+    for (int i = 0; i < 16; i++) {
+        const float2 a = *(const float2*)(decays + 8 * i);
+        S[i][0] *= a.x, S[i][1] *= a.y, S[i][2] *= a.x, S[i][3] *= a.y;
+    }
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         U[i] = pack_rows(u[2 * i], u[2 * i + 1]);
@@ -70,18 +90,17 @@ __device__ __forceinline__ void step(float (&S)[16][4], float (&u)[8][4], const 
     }
     handed();
 #pragma unroll
-    for (int i = 0; i < 16; i++) {
-        const float2 a = *(const float2*)(decays + 8 * i);
-        S[i][0] *= a.x, S[i][1] *= a.y, S[i][2] *= a.x, S[i][3] *= a.y;
-    }
+    for (int n = 0; n < 8; n++) {
+        if (n < 7) load_keys(n + 1);
+        const uint4 of = U[n / 2];
 #pragma unroll
-    for (int i = 0; i < 4; i++)
-#pragma unroll
-        for (int k = 0; k < 8; k++) {
-            const uint4 x = *(const uint4*)(keys + (k * 4 + i) * BLOCK);
-            mma(S[2 * k], U[i].x, U[i].y, U[i].z, U[i].w, x.x, x.y);
-            mma(S[2 * k + 1], U[i].x, U[i].y, U[i].z, U[i].w, x.z, x.w);
+        for (int k = 0; k < 4; k++) {
+            const uint4 y = x[n % 2][k];
+            const int i = 2 * (n % 2 * 4 + k);
+            mma(S[i], of.x, of.y, of.z, of.w, y.x, y.y);
+            mma(S[i + 1], of.x, of.y, of.z, of.w, y.z, y.w);
         }
+    }
 }
 
 // What comes of all that a step or a chunk's outputs read.
