@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -35,9 +36,7 @@ def check_token_ids(ids: Any, vocab_size: int) -> list[int]:
     if isinstance(ids, (str, bytes, Mapping)) or not isinstance(ids, Iterable):
         raise InvalidRequest(f"the prompt is a {type(ids).__name__}; expected text or a list of token ids")
     # Prompts are long, and nearly all are right: the usual kind is checked without a step of Python for each token.
-    if type(ids) is list and all(
-        set(map(type, part)) == {int} and min(part) >= 0 and max(part) < vocab_size for part in _parts(ids)
-    ):
+    if type(ids) is list and all(_are_ids(part, vocab_size) for part in _parts(ids)):
         return ids
     values = []
     for i, token in enumerate(ids):
@@ -68,6 +67,18 @@ def check_params(params: SamplingParams, tokenizer: Tokenizer | None, vocab_size
             if not 0 <= token < vocab_size:
                 raise InvalidRequest(f"{name} names token id {token}; expected 0 to {vocab_size - 1}")
     return params
+
+
+def _are_ids(part: list[int], vocab_size: int) -> bool:
+    import numpy as np  # here, since the command line is read without it
+
+    if set(map(type, part)) != {int}:
+        return False
+    try:
+        packed = array("I", part)
+    except OverflowError:
+        return False
+    return bool(np.frombuffer(packed, dtype=np.uintc).max() < vocab_size)
 
 
 def _parts(ids: list[int]) -> Iterator[list[int]]:
