@@ -169,6 +169,15 @@ def test_what_the_template_raises_is_a_400(version: str, stream: bool) -> None:
     assert (error["type"], error["param"]) == ("invalid_request_error", "messages")
 
 
+@pytest.mark.parametrize("version", LATER)
+def test_a_later_system_message_which_the_template_refuses_is_the_users(version: str) -> None:
+    brief = "Be brief."
+    asked, later = (ClientDouble(template=qwen_template(version)) for _ in range(2))
+    ask(asked, {"messages": [QUESTION, {"role": "system", "content": brief}]})
+    ask(later, {"messages": [QUESTION, {"role": "user", "content": brief}]})
+    assert asked.seen[0].prompt_token_ids == later.seen[0].prompt_token_ids
+
+
 @pytest.mark.parametrize("version", CHANGES)
 @pytest.mark.parametrize("kind", ["image_url", "video_url", "image"])
 def test_images_are_a_400_that_names_the_part(version: str, kind: str) -> None:
