@@ -119,6 +119,7 @@ TYPES = {
     "partial_ptr": "*fp32",
     "weights_ptr": "*fp32",
     "ids_ptr": "*i64",
+    **dict.fromkeys(("expert_ptr", "count_ptr", "list_ptr"), "*i32"),
     "tokens": "i32",
     "split_stride": "i32",
     "row_stride": "i32",
@@ -157,6 +158,24 @@ def test_router_compiles_for_hopper() -> None:
         assert compiled(choose_kernel, choose | groups).spilled_bytes == 0
 
 
+def test_tile_kernels_compile_for_narrow_experts() -> None:
+    pytest.importorskip("triton")
+    from thalweg.ops.moe.experts.triton.tiles import down_tile, down_tile_kernel, gate_up_tile, gate_up_tile_kernel
+
+    up, down = (tile(32, 512, torch.bfloat16, "none") for tile in (gate_up_tile, down_tile))
+    tiles = dict(OWN=0, OWN_T=16, OWN_I=32, OWN_D=64, D=2048, I=512, FOUND=True, BLOCK_T=16, STAGES=up.stages, PDL=True)
+    tiles |= dict.fromkeys(("s_ptr", "own_w_ptr", "own_h_ptr"))
+    scan = dict(E=257, K=9, BY_PAIR=False, BLOCK_P=256, x_scale_ptr=None, own_x_ptr=None)
+    result = compiled(gate_up_tile_kernel, tiles | scan | dict(BLOCK_I=up.rows, BLOCK_D=up.columns), up.warps)
+    assert result.spilled_bytes == 0
+    assert 2 * result.shared_bytes <= 227 * 1024
+    tiles |= dict(STAGES=down.stages, own_y_ptr=None)
+    result = compiled(down_tile_kernel, tiles | dict(BLOCK_D=down.rows, BLOCK_I=down.columns), down.warps)
+    assert result.spilled_bytes == 0
+    assert result.registers <= 128
+    assert 2 * result.shared_bytes <= 227 * 1024
+
+
 def test_weighted_sum_compiles_for_hopper() -> None:
     pytest.importorskip("triton")
     from thalweg.ops.moe.experts.triton.weighted_sum import weighted_sum_kernel
@@ -186,11 +205,12 @@ def test_tile_kernels_compile_for_hopper(by_pair: bool, block_p: int) -> None:
     pytest.importorskip("triton")
     from thalweg.ops.moe.experts.triton.tiles import down_tile_kernel, gate_up_tile_kernel
 
-    tiles: dict[str, object] = dict.fromkeys(("s_ptr", "expert_ptr", "count_ptr", "list_ptr"))
-    tiles |= dict.fromkeys(("own_w_ptr", "own_h_ptr"))
+    tiles: dict[str, object] = dict.fromkeys(("s_ptr", "own_w_ptr", "own_h_ptr"))
     tiles |= dict(OWN=0, OWN_T=16, OWN_I=32, OWN_D=64)
-    tiles |= dict(E=257, D=2304, I=1024, BY_PAIR=by_pair, BLOCK_P=block_p, BLOCK_T=16, STAGES=3, PDL=True)
-    result = compiled(gate_up_tile_kernel, tiles | dict(x_scale_ptr=None, own_x_ptr=None, K=9, BLOCK_I=64, BLOCK_D=128))
+    tiles |= dict(D=2304, I=1024, FOUND=True, BLOCK_T=16, STAGES=3, PDL=True)
+    scan = dict(E=257, K=9, BY_PAIR=by_pair, BLOCK_P=block_p)
+    constants = tiles | scan | dict(x_scale_ptr=None, own_x_ptr=None, BLOCK_I=64, BLOCK_D=128)
+    result = compiled(gate_up_tile_kernel, constants)
     assert result.spilled_bytes == 0
     assert result.registers <= 168  # three programs a multiprocessor; shared memory allows no more
     assert 3 * result.shared_bytes <= 227 * 1024

@@ -165,8 +165,8 @@ def test_tile_kernels_compile_for_hopper() -> None:
 
     lists = dict(E=257, D=2304, ORDERED=False, BY_PAIR=False, BLOCK_P=1024, BLOCK_D=4096, PDL=True)
     assert compiled(list_kernel, lists).spilled_bytes == 0
-    tiles = NO_OWN | dict(E=257, D=2304, I=1024, BY_PAIR=False, BLOCK_P=16, BLOCK_T=16, STAGES=4, PDL=True)
-    gate_up = tiles | dict(K=9, BLOCK_I=128, BLOCK_D=128)
+    tiles = NO_OWN | dict(D=2304, I=1024, FOUND=False, BLOCK_T=16, STAGES=4, PDL=True)
+    gate_up = tiles | dict(E=257, BY_PAIR=False, BLOCK_P=16, K=9, BLOCK_I=128, BLOCK_D=128)
     result = compiled(gate_up_tile_kernel, gate_up, 8, x_ptr="*fp16")
     assert result.spilled_bytes == 0
     assert result.registers <= 128  # two programs a multiprocessor; shared memory allows no more

@@ -127,15 +127,16 @@ def test_tile_kernels_compile_for_hopper(tokens: int) -> None:
 
     lists = dict(E=384, D=7168, ORDERED=True, BY_PAIR=False, BLOCK_P=1024, BLOCK_D=8192, scale_ptr=None, PDL=True)
     assert compiled(list_kernel, lists).spilled_bytes == 0
-    common = dict(E=384, D=7168, I=2048, OWN=2048, BY_PAIR=False, BLOCK_P=16, BLOCK_T=16, OWN_T=tokens, PDL=True)
-    tile, own = tiles.gate_up_tile(tokens, torch.bfloat16, "int4"), tiles.OWN_GATE_UP
-    constants = common | dict(K=8, BLOCK_I=tile.rows, BLOCK_D=tile.columns, STAGES=tile.stages, x_scale_ptr=None)
+    common = dict(D=7168, I=2048, OWN=2048, FOUND=False, BLOCK_T=16, OWN_T=tokens, PDL=True)
+    tile, own = tiles.gate_up_tile(tokens, 2048, torch.bfloat16, "int4"), tiles.OWN_GATE_UP
+    scan = dict(E=384, BY_PAIR=False, BLOCK_P=16)
+    constants = common | scan | dict(K=8, BLOCK_I=tile.rows, BLOCK_D=tile.columns, STAGES=tile.stages, x_scale_ptr=None)
     constants |= dict(OWN_I=own.rows, OWN_D=own.columns)
     result = compiled(tiles.gate_up_tile_kernel, constants, tile.warps)
     assert result.spilled_bytes == 0
     assert products_with_weights_in_registers_end(result.ptx)
     assert result.ptx.rindex("griddepcontrol.wait") < result.ptx.index("griddepcontrol.launch_dependents")
-    tile, own = tiles.down_tile(tokens, torch.bfloat16, "int4"), tiles.OWN_DOWN
+    tile, own = tiles.down_tile(tokens, 2048, torch.bfloat16, "int4"), tiles.OWN_DOWN
     constants = common | dict(BLOCK_D=tile.rows, BLOCK_I=tile.columns, STAGES=tile.stages)
     result = compiled(tiles.down_tile_kernel, constants | dict(OWN_I=own.columns, OWN_D=own.rows), tile.warps)
     assert result.spilled_bytes == 0

@@ -196,13 +196,18 @@ class Lists(NamedTuple):
     list_GT: Tensor
 
 
+def empty_lists(groups: int, T: int, device: torch.device) -> Lists:
+    """To be written, of T tokens."""
+    expert_G, count_G = (torch.empty(groups, dtype=torch.int32, device=device) for _ in range(2))
+    return Lists(expert_G, count_G, torch.empty(groups, T, dtype=torch.int32, device=device))
+
+
 def list_pairs(x_TD: Tensor, ids_Tk: Tensor, experts: int, ordered: bool) -> tuple[Lists, Tensor, Tensor | None]:
     """(lists, x ready for products, and what to multiply its rows by) in one launch. x is ordered for words; or else in
     fp16 for fp8; x itself and None if it is float32."""
     (T, D), device = x_TD.shape, x_TD.device
     scan = scan_of(ids_Tk.numel(), experts, 1024)
-    expert_G, count_G = (torch.empty(scan.groups, dtype=torch.int32, device=device) for _ in range(2))
-    list_GT = torch.empty(scan.groups, T, dtype=torch.int32, device=device)
+    lists = empty_lists(scan.groups, T, device)
     ready_TD, scale_T = x_TD, None
     if ordered:
         ready_TD = torch.empty(T, ordered_width(D), dtype=x_TD.dtype, device=device)
@@ -212,9 +217,7 @@ def list_pairs(x_TD: Tensor, ids_Tk: Tensor, experts: int, ordered: bool) -> tup
     list_kernel[(scan.groups + (0 if ready_TD is x_TD else T),)](
         ids_Tk,
         x_TD,
-        expert_G,
-        count_G,
-        list_GT,
+        *lists,
         ready_TD,
         scale_T,
         ids_Tk.numel(),
@@ -230,7 +233,7 @@ def list_pairs(x_TD: Tensor, ids_Tk: Tensor, experts: int, ordered: bool) -> tup
         num_warps=4,
         **pdl_options(x_TD),
     )
-    return Lists(expert_G, count_G, list_GT), ready_TD, scale_T
+    return lists, ready_TD, scale_T
 
 
 def rows_per_block(pairs: int, experts: int, few: int) -> int:

@@ -47,7 +47,7 @@ def gate_up_tile_kernel(
     x_ptr,
     x_scale_ptr,  # of x's rows if they are scaled fp16, or None
     ids_ptr,
-    expert_ptr,  # these three: lists, or None
+    expert_ptr,  # these three: lists, which FOUND are made here
     count_ptr,
     list_ptr,
     w_ptr,
@@ -66,6 +66,7 @@ def gate_up_tile_kernel(
     I: tl.constexpr,
     K: tl.constexpr,
     OWN: tl.constexpr,
+    FOUND: tl.constexpr,
     BY_PAIR: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -99,33 +100,39 @@ def gate_up_tile_kernel(
         tl.assume(program >= 0)
     first = (program % blocks) * BLOCK_I
     group = program // blocks
-    if list_ptr is None:
+    places = tl.arange(0, BLOCK_T)
+    if FOUND:
         expert = expert_of_group(ids_ptr, group, pairs, E, BY_PAIR)
         pair, count = pairs_of_group(ids_ptr, group, pairs, expert, 0, BY_PAIR, BLOCK_P, BLOCK_T)
+        if first == 0:
+            tl.store(count_ptr + group, count)
+            tl.store(expert_ptr + group, expert)
+            tl.store(list_ptr + group * tokens + places, pair, mask=places < count)
     else:
         count = tl.load(count_ptr + group)
         expert = tl.load(expert_ptr + group)
     operands = (x_ptr, x_scale_ptr, x_stride, w_ptr, s_ptr, h_ptr, expert, first)
     start = 0
-    if list_ptr is not None:
-        while start < count:
-            place = start + tl.arange(0, BLOCK_T)
-            pair = tl.load(list_ptr + group * tokens + place, mask=place < count, other=0)
-            _gate_up_tile(*operands, pair, place < count, D, I, K, BLOCK_I, BLOCK_D, STAGES)
-            start += BLOCK_T
-    else:
+    if FOUND:
         if count == 0:
             return
         if count <= BLOCK_T:
-            here = tl.arange(0, BLOCK_T) < count
-            _gate_up_tile(*operands, pair, here, D, I, K, BLOCK_I, BLOCK_D, STAGES)
+            _gate_up_tile(*operands, pair, places < count, D, I, K, BLOCK_I, BLOCK_D, STAGES)
         else:
             while start < count:
                 some, _ = pairs_of_group(ids_ptr, group, pairs, expert, start, BY_PAIR, 32, WIDE)
-                here = tl.arange(0, WIDE) < count - start
+                wide = tl.arange(0, WIDE)
+                if first == 0:
+                    tl.store(list_ptr + group * tokens + start + wide, some, mask=wide < count - start)
                 # Half the depth, as the tile of tokens grows: registers and shared memory must not, for the rare case.
-                _gate_up_tile(*operands, some, here, D, I, K, BLOCK_I, BLOCK_D // 2, STAGES)
+                _gate_up_tile(*operands, some, wide < count - start, D, I, K, BLOCK_I, BLOCK_D // 2, STAGES)
                 start += WIDE
+    else:
+        while start < count:
+            place = start + places
+            pair = tl.load(list_ptr + group * tokens + place, mask=place < count, other=0)
+            _gate_up_tile(*operands, pair, place < count, D, I, K, BLOCK_I, BLOCK_D, STAGES)
+            start += BLOCK_T
 
 
 @triton.jit
@@ -154,8 +161,7 @@ def _down_tile(
 @triton.jit
 def down_tile_kernel(
     h_ptr,
-    ids_ptr,
-    expert_ptr,  # these three: lists, or None
+    expert_ptr,  # these three: lists
     count_ptr,
     list_ptr,
     w_ptr,
@@ -164,15 +170,12 @@ def down_tile_kernel(
     own_h_ptr,  # these three: of the own expert, or None
     own_w_ptr,  # [D, OWN]
     own_y_ptr,  # [T, D] fp32
-    pairs,
     tokens,
     own_programs,
-    E: tl.constexpr,
     D: tl.constexpr,
     I: tl.constexpr,
     OWN: tl.constexpr,
-    BY_PAIR: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    FOUND: tl.constexpr,
     BLOCK_T: tl.constexpr,
     OWN_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -203,33 +206,26 @@ def down_tile_kernel(
         tl.assume(program >= 0)
     first = (program % blocks) * BLOCK_D
     group = program // blocks
-    # Ids and lists are complete: "gate_up" lets this kernel start only after its own wait for them. Not from L1, which
-    # may hold what was there before.
-    if list_ptr is None:
-        expert = expert_of_group(ids_ptr, group, pairs, E, BY_PAIR)
-        pair, count = pairs_of_group(ids_ptr, group, pairs, expert, 0, BY_PAIR, BLOCK_P, BLOCK_T)
-    else:
-        count = tl.load(count_ptr + group, cache_modifier=".cg")
-        expert = tl.load(expert_ptr + group, cache_modifier=".cg")
-    operands = (h_ptr, w_ptr, s_ptr, y_ptr, expert, first)
-    if PDL:
+    # If the lists are of a launch ahead of "gate_up" they are complete: that lets this kernel start only after its own
+    # wait for them. Not from L1, which may hold what was there before.
+    if FOUND and PDL:
         gdc_wait()
+    count = tl.load(count_ptr + group, cache_modifier=".cg")
+    expert = tl.load(expert_ptr + group, cache_modifier=".cg")
+    operands = (h_ptr, w_ptr, s_ptr, y_ptr, expert, first)
+    if not FOUND and PDL:
+        gdc_wait()
+    list_ptr += group * tokens
     start = 0
-    if list_ptr is not None:
+    if FOUND and count > BLOCK_T:
+        while start < count:
+            place = start + tl.arange(0, WIDE)
+            pair = tl.load(list_ptr + place, mask=place < count, other=0, cache_modifier=".cg")
+            _down_tile(*operands, pair, place < count, D, I, BLOCK_D, BLOCK_I // 2, STAGES)
+            start += WIDE
+    else:
         while start < count:
             place = start + tl.arange(0, BLOCK_T)
-            pair = tl.load(list_ptr + group * tokens + place, mask=place < count, other=0)
+            pair = tl.load(list_ptr + place, mask=place < count, other=0, cache_modifier=".cg")
             _down_tile(*operands, pair, place < count, D, I, BLOCK_D, BLOCK_I, STAGES)
             start += BLOCK_T
-    else:
-        if count == 0:
-            return
-        if count <= BLOCK_T:
-            here = tl.arange(0, BLOCK_T) < count
-            _down_tile(*operands, pair, here, D, I, BLOCK_D, BLOCK_I, STAGES)
-        else:
-            while start < count:
-                some, _ = pairs_of_group(ids_ptr, group, pairs, expert, start, BY_PAIR, 32, WIDE)
-                here = tl.arange(0, WIDE) < count - start
-                _down_tile(*operands, some, here, D, I, BLOCK_D, BLOCK_I // 2, STAGES)
-                start += WIDE

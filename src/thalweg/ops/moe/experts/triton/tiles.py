@@ -1,9 +1,9 @@
 """Experts for a batch of tokens: a program takes a block of rows of one expert for all tokens that chose it.
 
-Weights in x's dtype, three launches: gate and up with SiLU, and down, find the pairs of an expert by scanning the ids
-themselves, then comes the weighted sum. Weights in fp8 or int4, four: what bounds these, beside the memory, is the
-widening of weights in registers, so a launch ahead brings x to fp16, or its columns into the order of nibbles, and
-lists each expert's pairs while it is there. An own expert has programs of its own, the first of both products.
+Weights in x's dtype, three launches: gate and up with SiLU find the pairs of an expert by scanning the ids themselves,
+and list them for down, then comes the weighted sum. Weights in fp8 or int4, four: what bounds these, beside the memory,
+is the widening of weights in registers, so a launch ahead brings x to fp16, or its columns into the order of nibbles,
+and lists each expert's pairs while it is there. An own expert has programs of its own, the first of both products.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from thalweg.ops.moe.experts.triton.grouping import Lists, list_pairs, scan_of
+from thalweg.ops.moe.experts.triton.grouping import Lists, empty_lists, list_pairs, scan_of
 from thalweg.ops.moe.experts.triton.nibbles import ordered_width
 from thalweg.ops.moe.experts.triton.products import BLOCK, scheme_of
 from thalweg.ops.moe.experts.triton.tile_kernels import WIDE, down_tile_kernel, gate_up_tile_kernel
@@ -22,6 +22,7 @@ from thalweg.ops.moe.experts.triton.weighted_sum import weighted_sum
 from thalweg.ops.toolchain.triton_launch import pdl_options
 
 TOKENS = 16  # of a tile
+NARROW = 512  # columns of down, of which a tile of more rows is as much work
 SMALL_BATCH = 128  # above, an expert's tokens are several tiles one after the other: finer blocks spread them
 
 
@@ -34,9 +35,9 @@ class Tile(NamedTuple):
     warps: int
 
 
-def gate_up_tile(T: int, x_dtype: torch.dtype, scheme: str) -> Tile:
+def gate_up_tile(T: int, I: int, x_dtype: torch.dtype, scheme: str) -> Tile:
     if scheme == "none":
-        return Tile(64, 128, 3, 4)
+        return Tile(64, 128, 4 if I <= NARROW and x_dtype != torch.float32 else 3, 4)
     if x_dtype == torch.float32:  # no tensor cores: a small tile, for registers
         return Tile(16, BLOCK.value, 1, 4)
     if scheme == "int4":
@@ -44,9 +45,9 @@ def gate_up_tile(T: int, x_dtype: torch.dtype, scheme: str) -> Tile:
     return Tile(128, BLOCK.value, 4, 8) if T <= SMALL_BATCH else Tile(64, BLOCK.value, 4, 4)
 
 
-def down_tile(T: int, h_dtype: torch.dtype, scheme: str) -> Tile:
+def down_tile(T: int, I: int, h_dtype: torch.dtype, scheme: str) -> Tile:
     if scheme == "none":
-        return Tile(128, 128, 3, 4)
+        return Tile(256, 64, 4, 8) if I <= NARROW and h_dtype != torch.float32 else Tile(128, 128, 3, 4)
     if h_dtype == torch.float32:
         return Tile(16, BLOCK.value, 1, 4)
     if scheme == "int4":
@@ -55,19 +56,20 @@ def down_tile(T: int, h_dtype: torch.dtype, scheme: str) -> Tile:
 
 
 class Grouping(NamedTuple):
-    """How the programs of a product find their pairs."""
+    """Where the programs of the products find their pairs, if `found` once "gate_up" has listed them."""
 
     ids_Tk: Tensor
-    lists: Lists | None
-    groups: int
-    constants: dict[str, Any]
+    lists: Lists
+    found: bool
+    scan: dict[str, Any]
 
 
 def grouping_of(ids_Tk: Tensor, experts: int, lists: Lists | None) -> Grouping:
     if lists is not None:
-        return Grouping(ids_Tk, lists, len(lists.count_G), {"BY_PAIR": False, "BLOCK_P": 16})
+        return Grouping(ids_Tk, lists, False, {"BY_PAIR": False, "BLOCK_P": 16})
     scan = scan_of(ids_Tk.numel(), experts, 256)
-    return Grouping(ids_Tk, None, scan.groups, {"BY_PAIR": scan.by_pair, "BLOCK_P": scan.ids})
+    found = empty_lists(scan.groups, len(ids_Tk), ids_Tk.device)
+    return Grouping(ids_Tk, found, True, {"BY_PAIR": scan.by_pair, "BLOCK_P": scan.ids})
 
 
 def experts_of_tiles(
@@ -112,7 +114,7 @@ def run_gate_up(
     """(h of every pair = silu(gate x) * up x, [T * k, I], or with int4 [T * k, places of I]; h of the own expert)."""
     (T, K), (E, I2, _), D = grouping.ids_Tk.shape, weights.shape, x_TD.shape[1]
     I, scheme = I2 // 2, scheme_of(weights, scales)
-    tile = tile or gate_up_tile(T, x_TD.dtype, scheme)
+    tile = tile or gate_up_tile(T, I, x_TD.dtype, scheme)
     width = ordered_width(I) if scheme == "int4" else I
     h = torch.empty(T * K, width, dtype=x_TD.dtype, device=x_TD.device)
     cut = OWN_GATE_UP if x_TD.dtype != torch.float32 else OWN_FP32
@@ -122,11 +124,11 @@ def run_gate_up(
         own_width = len(own) // 2
         own_programs = triton.cdiv(T, own_tokens) * triton.cdiv(own_width, cut.rows)
         own_h = torch.empty(T, own_width, dtype=x_TD.dtype, device=x_TD.device)
-    gate_up_tile_kernel[(own_programs + grouping.groups * triton.cdiv(width, tile.rows),)](
+    gate_up_tile_kernel[(own_programs + len(grouping.lists.count_G) * triton.cdiv(width, tile.rows),)](
         ready_TD,
         x_scale_T,
         grouping.ids_Tk,
-        *(grouping.lists or (None, None, None)),
+        *grouping.lists,
         weights,
         scales,
         h,
@@ -143,7 +145,8 @@ def run_gate_up(
         I=I,
         K=K,
         OWN=own_width,
-        **grouping.constants,
+        FOUND=grouping.found,
+        **grouping.scan,
         BLOCK_T=TOKENS,
         OWN_T=own_tokens,
         BLOCK_I=tile.rows,
@@ -168,8 +171,8 @@ def run_down(
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """(y [T * k, D] fp32 = down h of every pair; y [T, D] fp32 of the own expert)."""
-    (T, K), (E, D, _) = grouping.ids_Tk.shape, weights.shape
-    tile = tile or down_tile(T, h.dtype, scheme_of(weights, scales))
+    (T, K), D = grouping.ids_Tk.shape, weights.shape[1]
+    tile = tile or down_tile(T, I, h.dtype, scheme_of(weights, scales))
     y_PD = torch.empty(T * K, D, dtype=torch.float32, device=h.device)
     cut = OWN_DOWN if h.dtype != torch.float32 else OWN_FP32
     own_programs, own_y = 0, None
@@ -177,24 +180,21 @@ def run_down(
     if own is not None:
         own_programs = triton.cdiv(T, own_tokens) * triton.cdiv(D, cut.rows)
         own_y = torch.empty(T, D, dtype=torch.float32, device=h.device)
-    down_tile_kernel[(own_programs + grouping.groups * triton.cdiv(D, tile.rows),)](
+    down_tile_kernel[(own_programs + len(grouping.lists.count_G) * triton.cdiv(D, tile.rows),)](
         h,
-        grouping.ids_Tk,
-        *(grouping.lists or (None, None, None)),
+        *grouping.lists,
         weights,
         scales,
         y_PD,
         own_h,
         own,
         own_y,
-        T * K,
         T,
         own_programs,
-        E=E,
         D=D,
         I=I,
         OWN=0 if own is None else own.shape[1],
-        **grouping.constants,
+        FOUND=grouping.found,
         BLOCK_T=TOKENS,
         OWN_T=own_tokens,
         BLOCK_D=tile.rows,
