@@ -110,14 +110,24 @@ def triton_experts(case: MoeCase) -> Experts:
     return implementation(next(able), case.scheme)
 
 
-def experts_in_float64(case: MoeCase) -> Tensor:
-    """[T, D]; every expert takes every token, and the routing weights, zero where it was not chosen, pick."""
+def in_float8(x: Tensor) -> Tensor:
+    """Rows as W8A8 has them, in float64."""
+    scale = x.float().abs().amax(-1, keepdim=True).clamp(min=2.0**-100) / 448
+    return ((x.float() / scale).to(torch.float8_e4m3fn).float() * scale).double()
+
+
+def experts_in_float64(case: MoeCase, *, w8a8: bool = False) -> Tensor:
+    """[T, D]; every expert takes every token, and the routing weights, zero where it was not chosen, pick. With `w8a8`
+    x and what goes into down are quantized."""
     T, E = case.x.shape[0], len(case.down[0])
     weights = torch.zeros(T, E, dtype=torch.float64, device=case.x.device).scatter_(1, case.ids, case.weights.double())
     scheme = scheme_named(case.scheme)
     gate_up, down = scheme.widened(case.gate_up, 2, torch.float64), scheme.widened(case.down, 1, torch.float64)
-    gate, up = torch.einsum("td,eid->eti", case.x.double(), gate_up.double()).chunk(2, dim=-1)
-    routed = torch.einsum("eti,edi,te->td", F.silu(gate) * up, down.double(), weights)
+    x = in_float8(case.x) if w8a8 else case.x.double()
+    gate, up = torch.einsum("td,eid->eti", x, gate_up.double()).chunk(2, dim=-1)
+    h = F.silu(gate) * up
+    h = in_float8(h.to(case.x.dtype)) if w8a8 else h
+    routed = torch.einsum("eti,edi,te->td", h, down.double(), weights)
     if case.own is None:
         return routed
     gate, up = (case.x.double() @ case.own[0].double().T).chunk(2, dim=-1)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.ops.compile_cuda import compile_cuda
+from tests.ops.compile_sm90 import compile_sm90
 from tests.ops.fp8_linear_case import draw
 from tests.ops.interpreted import run_interpreted
 from tests.ops.moe_case import check_sort, moe_case, rmse_ratio
@@ -50,22 +51,25 @@ def test_they_compile_for_hopper(tmp_path: Path, gated: int, dense: int, fp8: in
 
 
 def scaled(x: Tensor, scales: Tensor, rows: int) -> Tensor:
-    """Float8 and scales of blocks of rows x 128, in float64."""
+    """Float8 and scales of blocks of rows x 128, or of whole rows [T], in float64."""
+    if scales.ndim == 1:
+        return x.double() * scales.double()[:, None]
     return x.double() * scales.double().repeat_interleave(rows, -2).repeat_interleave(BLOCK, -1)
 
 
-@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize(("fp8", "steps"), [(False, 1), (False, 2), (False, 3), (False, 6), (True, 1), (True, 5)])
 @pytest.mark.parametrize("gated", [False, True])
-def test_grouped_products_on_the_host(on_host: None, gated: bool, fp8: bool) -> None:
-    """Blocks of one unit of rows and of three, with rows to spare, of two experts and none; more steps than stages."""
+def test_grouped_products_on_the_host(on_host: None, gated: bool, fp8: bool, steps: int) -> None:
+    """Blocks of one unit of rows and of three, with rows to spare, of two experts and none; more steps than stages and
+    fewer."""
     torch.manual_seed(0)
-    E, P, D, O, share = 3, 44, 640 if fp8 else 384, 256, 2 if gated else 1
+    E, P, D, O, share = 3, 44, steps * (128 if fp8 else 64), 512, 2 if gated else 1
     blocks = [[2, 0, 37], [0, 37, 1], [0, 38, 6], [0, 0, 0]]
     x, w = torch.randn(P // share, D), torch.randn(E, O, D) * D**-0.5
     scales: Any = None
     if fp8:
         x, w = x.to(torch.float8_e4m3fn), w.to(torch.float8_e4m3fn)
-        scales = 0.5 + torch.rand(len(x), D // BLOCK), 0.5 + torch.rand(E, O // BLOCK, D // BLOCK)
+        scales = 0.5 + torch.rand(len(x)), 0.5 + torch.rand(E, O // BLOCK, D // BLOCK)
         wide_x, wide_w = scaled(x, scales[0], 1), scaled(w, scales[1], BLOCK)
     else:
         x, w = x.bfloat16(), w.bfloat16()
@@ -91,11 +95,11 @@ def test_dense_products_on_the_host(on_host: None, add: bool) -> None:
     T, D, O = 21, 256, 264
     case = draw(T, D, O, torch.bfloat16)
     x = case.x_TD.to(torch.float8_e4m3fn)
-    scales = 0.5 + torch.rand(T, D // BLOCK)
+    scales = 0.5 + torch.rand(T)
     out = torch.full((T, O + 8), torch.nan, dtype=torch.bfloat16)
     residual = case.residual_TO * 30 if add else None
-    padded = [F.pad(s.T, (0, -len(s) % 256), value=torch.nan).contiguous() for s in (scales, case.scale_OB)]
-    cuda.dense(x, case.q_OD, *padded, out[:, :O], residual)
+    w_scales = F.pad(case.scale_OB.T, (0, -O % 256), value=torch.nan).contiguous()
+    cuda.dense(x, case.q_OD, scales, w_scales, out[:, :O], residual)
     want = scaled(x, scales, 1) @ scaled(case.q_OD, case.scale_OB, 1).T
     assert rmse_ratio(out[:, :O], want if residual is None else want + residual.double()) < 0.003
     assert out[:, O:].isnan().all()
@@ -110,7 +114,7 @@ def test_dense_products_read_nothing_behind_the_scales(on_host: None) -> None:
     case = draw(T, D, O, torch.bfloat16)
     w_scales = torch.frombuffer(memory, dtype=torch.float32, count=2 * O, offset=page - 8 * O).view(2, O)
     w_scales.copy_(case.scale_OB.T)
-    x, x_scales = case.x_TD.to(torch.float8_e4m3fn), torch.ones(2, 256)
+    x, x_scales = case.x_TD.to(torch.float8_e4m3fn), torch.ones(T)
     out = torch.empty(T, O, dtype=torch.bfloat16)
     child = os.fork()
     if child == 0:
@@ -137,25 +141,41 @@ def test_rows_of_dense_products_fill_multiprocessors_evenly() -> None:
 
 
 def check_quantized_rows() -> None:
-    from thalweg.ops.products.triton import quantize_blocks, quantize_rows
+    from thalweg.ops.products.triton import quantize_rows
 
     # Halves of powers of two below 448 scales: exact, which the interpreter's conversion is for nothing else.
     x = torch.randint(-8, 9, (5, 392)).float()[:, :384]
     x[:, ::BLOCK] = 448.0
-    x[1], x[2, :BLOCK] = x[1] * 2.0**60, 0.0
+    x[1], x[2] = x[1] * 2.0**60, 0.0
     of_weights = torch.rand(40, 3)
-    q, scales_BT, weights_BO = quantize_rows(x.bfloat16(), of_weights)
-    assert torch.equal(scales_BT[:, 0], torch.ones(3))
+    q, scales_T, weights_BO = quantize_rows(x.bfloat16(), of_weights)
+    assert torch.equal(scales_T[[0, 3, 4]], torch.ones(3))
     assert torch.equal(weights_BO[:, :40].T, of_weights)
-    torch.testing.assert_close(scaled(q, scales_BT[:, :5].T, 1), x.double(), rtol=1e-6, atol=0)
-    again, scales_TB = quantize_blocks(x.bfloat16())
-    assert torch.equal(again.view(torch.uint8), q.view(torch.uint8))
-    assert torch.equal(scales_TB, scales_BT[:, :5].T)
+    torch.testing.assert_close(scaled(q, scales_T[:5], 1), x.double(), rtol=1e-6, atol=0)
+    again, of_rows, none = quantize_rows(x.bfloat16()[:, :256])
+    assert torch.equal(again.view(torch.uint8), q.view(torch.uint8)[:, :256])
+    assert torch.equal(of_rows[:5], scales_T[:5])
+    assert none.numel() == 0
 
 
 def test_quantized_rows() -> None:
     pytest.importorskip("triton")
     run_interpreted(check_quantized_rows)
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("of_weights", [False, True])
+def test_quantizing_compiles_for_hopper_without_spills(normed: bool, of_weights: bool) -> None:
+    """With a norm and scales of weights, as linears ask for it, and without, as experts do."""
+    pytest.importorskip("triton")
+    from thalweg.ops.products.triton import quantize_rows_kernel
+
+    types = {"x_ptr": "*bf16", "q_ptr": "*fp8e4nv", "x_scales_ptr": "*fp32", "w_scales_ptr": "*fp32", "eps": "fp32"}
+    types |= dict.fromkeys(("T", "O", "x_stride", "w_scales_stride"), "i32")
+    constants = {"D": 1536, "BLOCK_D": 2048, "BLOCK_T": 2, "BLOCKS": 12, "ROWS": 32, "PDL": True}
+    for name, dtype, given in (("norm_ptr", "*bf16", normed), ("scales_ptr", "*fp32", of_weights)):
+        (types if given else constants)[name] = dtype if given else None  # type: ignore[index]
+    assert compile_sm90(quantize_rows_kernel, types, constants, 8).spilled_bytes == 0
 
 
 def check_even_blocks() -> None:

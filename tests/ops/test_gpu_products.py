@@ -19,7 +19,7 @@ from tests.ops.moe_case import (
 )
 from thalweg.ops.linear.fp8 import LINEAR_ADD_FP8, LINEAR_FP8, NORM_LINEAR_FP8, Fp8LinearDims
 from thalweg.ops.moe.experts import EXPERTS, Experts
-from thalweg.ops.products.triton import quantize_blocks, quantize_rows
+from thalweg.ops.products.triton import quantize_rows
 from thalweg.ops.registry import Resolver, Where
 
 pytestmark = pytest.mark.gpu
@@ -43,7 +43,8 @@ def case_of(scheme: str, T: int, D: int, I: int, E: int, k: int, shared: int, se
 )
 def test_experts(scheme: str, tolerance: float, T: int, D: int, I: int, E: int, k: int, shared: int) -> None:
     case = case_of(scheme, T, D, I, E, k, shared, seed=T)
-    assert rmse_ratio(case.run(experts_of(case)), experts_in_float64(case)) < tolerance
+    expected = experts_in_float64(case, w8a8=scheme == "fp8")  # by itself it costs a single token up to 0.07
+    assert rmse_ratio(case.run(experts_of(case)), expected) < tolerance
 
 
 @pytest.mark.parametrize(
@@ -108,18 +109,14 @@ def test_quantized_rows(normed: bool) -> None:
     x[1, :128], x[2, 5], x[3, 7] = 0, torch.nan, torch.inf
     norm = (torch.rand(1024, device="cuda") + 0.5).bfloat16()
     of_weights = torch.rand(300, 8, device="cuda")
-    q, scales_BT, weights_BO = quantize_rows(x, of_weights, (norm, 1e-5) if normed else None)
+    q, scales_T, weights_BO = quantize_rows(x, of_weights, (norm, 1e-5) if normed else None)
     assert torch.equal(weights_BO[:, :300].T, of_weights)
-    scales = scales_BT[:, :300].T
-    if not normed:
-        again, scales_TB = quantize_blocks(x)
-        assert torch.equal(again.view(torch.uint8), q.view(torch.uint8))
-        torch.testing.assert_close(scales_TB, scales, rtol=0, atol=0, equal_nan=True)
+    scales = scales_T[:300]
     y = torch.nn.functional.rms_norm(x.float(), (1024,), norm.float(), 1e-5).bfloat16().float() if normed else x.float()
-    back = q.float() * scales.repeat_interleave(128, 1)
+    back = q.float() * scales[:, None]
     assert back.isnan().any(1).nonzero().flatten().tolist() == [2, 3]
     good = [i for i in range(300) if i not in (2, 3)]
     assert rmse_ratio(back[good], y[good]) < 0.03
     assert (back[1, :128] == 0).all()
-    largest = y[good].view(-1, 8, 128).abs().amax(-1)
+    largest = y[good].abs().amax(-1)
     torch.testing.assert_close(scales[good], largest.clamp(min=2.0**-100) / 448, rtol=1e-2, atol=0)

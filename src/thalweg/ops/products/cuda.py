@@ -29,7 +29,7 @@ def shared_bytes(units: int, dense: bool, fp8: bool) -> int:
     most = UNIT * units
     scales = most + (PART if dense else 2) if fp8 else 1
     size = STAGES * (PART + most) * STEP_BYTES + 4 * 2 * UNIT * STEP_BYTES
-    size += 4 * (STAGES * scales + 4 * (1 if dense else most))
+    size += 4 * (STAGES * scales + 4 * (1 if dense else most) + 2 * (most if fp8 else 1))
     return -(-(-(-size // 8) * 8 + 16 * STAGES) // 1024) * 1024
 
 
@@ -39,13 +39,14 @@ def grouped(
     sorted_P: Tensor,
     blocks_N3: Tensor,
     out_PO: Tensor,
-    x_scales_RB: Tensor | None = None,
+    x_scales_R: Tensor | None = None,
     *,
     gated: bool,
     share: int,
     cluster: int = 1,
 ) -> None:
-    """Products of pairs with their experts' weights [E, rows, D], which in fp8 have scales behind them, of blocks.
+    """Products of pairs with their experts' weights [E, rows, D], which in fp8 have scales of blocks behind them; then
+    each row of x has one too.
 
     gated: out [P, rows / 2], by expert, is silu(gate x) * up x of x [P / share, D], by token. Otherwise out [P, rows],
     by token, is of x [P, D], by expert. Pairs are sorted, as `sort_pairs` of ops/moe does it, in blocks of at most
@@ -54,25 +55,25 @@ def grouped(
     E, rows, _ = weights[0].shape
     macros = dict(GATED=int(gated), DENSE=0, ADD=0, CLUSTER=cluster)
     counts = (share, len(blocks_N3), 0)
-    _launch(x_RD, weights, E * rows, out_PO, None, x_scales_RB, (sorted_P, blocks_N3), counts, macros)
+    _launch(x_RD, weights, E * rows, out_PO, None, x_scales_R, (sorted_P, blocks_N3), counts, macros)
 
 
 def dense(
     x_TD: Tensor,
     q_OD: Tensor,
-    x_scales_BT: Tensor,
+    x_scales_T: Tensor,
     w_scales_BO: Tensor,
     out_TO: Tensor,
     residual_TO: Tensor | None = None,
     *,
     cluster: int = 1,
 ) -> None:
-    """out = x w^T, both in fp8 with scales for each row and 128 columns, as `quantize_rows` gives them, plus the
-    residual. out's rows begin at multiples of 16 bytes, its last stride and the residual's are 1."""
+    """out = x w^T, both in fp8 with scales as `quantize_rows` gives them, plus the residual. out's rows begin at
+    multiples of 16 bytes, its last stride and the residual's are 1."""
     T, O = out_TO.shape
     macros = dict(GATED=0, DENSE=1, ADD=int(residual_TO is not None), CLUSTER=cluster)
     blocks = dense_blocks(T, O, cluster * UNITS[1], multiprocessors(x_TD.device) // cluster)
-    _launch(x_TD, (q_OD, w_scales_BO), O, out_TO, residual_TO, x_scales_BT, (x_TD, x_TD), (1, blocks, T), macros)
+    _launch(x_TD, (q_OD, w_scales_BO), O, out_TO, residual_TO, x_scales_T, (x_TD, x_TD), (1, blocks, T), macros)
 
 
 @lru_cache(maxsize=4096)
@@ -102,11 +103,14 @@ def _launch(
 ) -> None:
     size, D = weights[0].element_size(), weights[0].shape[-1]
     macros = macros | dict(FP8=int(size == 1), UNITS=UNITS[size])
+    weights_map = tensor_map(weights[0].view(torch.bfloat16).view(rows, 1, -1), BOX_ROWS)
+    rows_map = tensor_map(x.view(torch.bfloat16).view(len(x), 1, -1), UNIT) if not macros["GATED"] else weights_map
     residual = out if residual is None else aligned_rows(residual)
     cuda_kernel(SOURCE, "products", THREADS, x.device, **macros).launch(
         (multiprocessors(x.device) // macros["CLUSTER"] * macros["CLUSTER"], 1, 1),
         shared_bytes(UNITS[size], bool(macros["DENSE"]), size == 1),
-        (None, tensor_map(weights[0].view(torch.bfloat16).view(rows, 1, -1), BOX_ROWS)),
+        (None, weights_map),
+        (None, rows_map),
         x,
         x if x_scales is None else x_scales,
         weights[-1],
@@ -116,7 +120,6 @@ def _launch(
         (c_longlong, x.stride(0) * size),
         (c_longlong, out.stride(0)),
         (c_longlong, residual.stride(0)),
-        (c_int, 0 if x_scales is None else x_scales.stride(0)),
         (c_int, weights[-1].stride(0) if weights[-1].ndim == 2 else 0),
         (c_int, D * size // STEP_BYTES),
         (c_int, out.shape[1]),

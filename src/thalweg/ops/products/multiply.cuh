@@ -12,8 +12,8 @@ struct Out {
 __device__ __forceinline__ u32 add_pairs(u32 a, u32 b) { return pack(low(a) + low(b), high(a) + high(b)); }
 
 template <int N> __device__ __forceinline__ void store_chunks(
-    float (&a)[8 * N], float (&b)[8 * N], const Work& work, u8* stage, const int* to, const Out& out, int column, int group,
-    int& turn) {
+    float (&a)[8 * N], float (&b)[8 * N], const Work& work, u8* stage, const float* of_rows, const int* to, const Out& out,
+    int column, int group, int& turn) {
     const int tid = threadIdx.x % 128, lane = tid % 32, warp = tid / 32;
     const u32 write = shared_address(stage) + (lane / 16 * 8 + lane % 8) * STEP_BYTES + ((warp * 2 + lane / 8 % 2 ^ lane % 8) << 4);
 #pragma unroll
@@ -23,12 +23,19 @@ template <int N> __device__ __forceinline__ void store_chunks(
             u32 two[4];
 #pragma unroll
             for (int q = 0; q < 4; q++) {
-                const float x = a[8 * v + 2 * q], y = a[8 * v + 2 * q + 1];
-#if GATED
-                two[q] = pack(x / (1.0f + __expf(-x)) * b[8 * v + 2 * q], y / (1.0f + __expf(-y)) * b[8 * v + 2 * q + 1]);
-#else
-                two[q] = pack(x, y);
+                float x = a[8 * v + 2 * q], y = a[8 * v + 2 * q + 1];
+#if FP8
+                const float2 scale = *(const float2*)(of_rows + UNIT * v + q / 2 * 8 + lane % 4 * 2);
+                x *= scale.x, y *= scale.y;
 #endif
+#if GATED
+                float up = b[8 * v + 2 * q], other_up = b[8 * v + 2 * q + 1];
+#if FP8
+                up *= scale.x, other_up *= scale.y;
+#endif
+                x = x / (1.0f + __expf(-x)) * up, y = y / (1.0f + __expf(-y)) * other_up;
+#endif
+                two[q] = pack(x, y);
             }
             store_turned(write + turn * OUT_BYTES + (v - u) * UNIT * STEP_BYTES, two[0], two[1], two[2], two[3]);
         }
@@ -77,11 +84,15 @@ template <int N> __device__ __forceinline__ void multiply_tile(
 #pragma unroll
     for (int i = 0; i < 8 * N; i++) c[0][i] = c[1][i] = 0.0f;
 #if FP8
+    wait_at_barrier(shared_address(&s.full[ring.stage]), ring.phase);
+    for (int i = tid; i < UNIT * N; i += 128) s.of_rows[group][i] = s.scales[ring.stage][i];
 #pragma unroll 1
     for (int k = 0; k < steps; k++) {
         const int stage = ring.stage;
         wait_at_barrier(shared_address(&s.full[stage]), ring.phase);
+#if !MAPPED
         share_writes();
+#endif
         const u32 rows = shared_address(s.rows[stage]);
         const float* scales = s.scales[stage];
 #pragma unroll
@@ -102,18 +113,13 @@ template <int N> __device__ __forceinline__ void multiply_tile(
             wait_for_products<0>();
             settle(p);
 #pragma unroll
-            for (int j = 0; j < 2 * N; j++) {
-                const float2 x = *(const float2*)(scales + 8 * j + lane % 4 * 2);
-                c[half][4 * j] += p[4 * j] * (x.x * low_scale);
-                c[half][4 * j + 1] += p[4 * j + 1] * (x.y * low_scale);
-                c[half][4 * j + 2] += p[4 * j + 2] * (x.x * high_scale);
-                c[half][4 * j + 3] += p[4 * j + 3] * (x.y * high_scale);
-            }
+            for (int i = 0; i < 8 * N; i++) c[half][i] += p[i] * (i % 4 < 2 ? low_scale : high_scale);
         }
         __syncwarp();
         release(stage, __float_as_uint(c[1][8 * N - 1]));
         ring.advance();
     }
+    wait_at<128>(1 + group);
 #else
     settle(c[0]);
     settle(c[1]);
@@ -122,7 +128,9 @@ template <int N> __device__ __forceinline__ void multiply_tile(
     for (int k = 0; k < steps; k++) {
         const int stage = ring.stage;
         wait_at_barrier(shared_address(&s.full[stage]), ring.phase);
+#if !MAPPED
         share_writes();
+#endif
         const u32 weights = shared_address(s.weights[stage]) + group * 64 * STEP_BYTES, rows = shared_address(s.rows[stage]);
         begin_products();
 #pragma unroll
@@ -152,12 +160,12 @@ template <int N> __device__ __forceinline__ void multiply_tile(
 #endif
     u8* stage = s.out[group][0];
 #if GATED
-    store_chunks<N>(c[0], c[1], work, stage, to, out, work.part * 128 + group * 64, group, turn);
+    store_chunks<N>(c[0], c[1], work, stage, s.of_rows[group], to, out, work.part * 128 + group * 64, group, turn);
 #else
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         const int column = work.part * 256 + half * 128 + group * 64;
-        store_chunks<N>(c[half], c[half], work, stage, to, out, column, group, turn);
+        store_chunks<N>(c[half], c[half], work, stage, s.of_rows[group], to, out, column, group, turn);
     }
 #endif
 }

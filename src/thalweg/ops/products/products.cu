@@ -4,15 +4,19 @@
 // A tile is 256 rows of weights, of gate and up 128 each, by up to 16 * UNITS rows of x, as few as there are: weights are
 // the left operand, so that the rows of x, whose number varies, are columns of the matrix unit, which takes any multiple
 // of 16. Blocks fill the multiprocessors once and share out the tiles. A warpgroup copies: weights by tensor map, rows of
-// x from wherever they lie by copies of 16 bytes, 128 bytes of a row for each step of a ring in shared memory.
+// x from wherever they lie by copies of 16 bytes, or by tensor map too (MAPPED) where they lie side by side, 128 bytes of
+// a row for each step of a ring in shared memory.
 // Two warpgroups multiply, with 128 rows of the weights each; a warp's end of a step is counted apart from the others'.
 // Two blocks may be a CLUSTER: they have the same weights and half of the rows each, each copies half of the weights, to
 // both.
 //
-// FP8: both sides are e4m3 with scales, of x's rows per 128 columns, of weights per 128 columns and per row (DENSE) or
-// per 128 rows; sums of 128 columns go to float32 apart, scaled.
+// FP8: both sides are e4m3 with scales, of x's rows, and of weights per 128 columns and per row (DENSE) or per 128 rows.
+// Sums of 128 columns go to float32 apart, times the weights' scale; that of x's row, which would be as many multiplications
+// again and a load for each, waits for the end of the tile.
 //
 // Macros: GATED; DENSE; FP8; ADD, whether a residual is added, of DENSE; UNITS; CLUSTER, 1 or 2.
+
+#define MAPPED (!GATED)  // rows of a tile lie side by side
 
 #include "hopper.cuh"
 #include "matrix_unit.cuh"
@@ -21,8 +25,9 @@
 
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(COPIERS + MULTIPLIERS, 1) products(
     const __grid_constant__ TensorMap map,
+    const __grid_constant__ TensorMap rows_map,  // of MAPPED
     const u8* x,            // rows
-    const float* x_scales,  // of FP8: [rows, steps], or of DENSE [steps, x_scales_stride]
+    const float* x_scales,  // of FP8: [rows]
     const float* w_scales,  // of FP8: [experts * rows / 128, steps], or of DENSE [steps, w_scales_stride]
     const int* sorted,      // places of pairs by expert, but of DENSE
     const int* blocks,      // [count, 3] (expert, first of sorted, how many), those of 0 last; but of DENSE
@@ -31,7 +36,6 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(COP
     long long x_stride,     // bytes
     long long out_stride,   // elements
     long long residual_stride,
-    int x_scales_stride,
     int w_scales_stride,
     int steps,              // of 128 bytes in a row of x
     int columns,            // of out
@@ -43,7 +47,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(COP
     const int tid = threadIdx.x, warpgroup = __shfl_sync(~0u, tid / 128, 0);
     if (tid == 0) {
         for (int i = 0; i < STAGES; i++) {
-            init_barrier(shared_address(&s.full[i]), COPIERS + 1);
+            init_barrier(shared_address(&s.full[i]), MAPPED && !FP8 ? 1 : COPIERS + 1);
             init_barrier(shared_address(&s.empty[i]), CLUSTER * MULTIPLIERS / 32);
         }
         share_barriers();
@@ -60,13 +64,14 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(COP
 
     if (warpgroup == 0) {
         give_registers_back<40>();
-        const int chunk = tid % 8, row = tid / 8;
-        const u32 write = row * STEP_BYTES + ((chunk ^ row % 8) << 4);
+        [[maybe_unused]] const int chunk = tid % 8, row = tid / 8;
+        const bool copies = !MAPPED || FP8 || tid == 0;  // whoever does not arrive could be a round behind, and miss it
         Work work = tiles.at(blockIdx.x / CLUSTER);
 #pragma unroll 1
-        for (int i = blockIdx.x / CLUSTER; work.all > 0; i += gridDim.x / CLUSTER) {
+        for (int i = blockIdx.x / CLUSTER; copies && work.all > 0; i += gridDim.x / CLUSTER) {
             const Work next = tiles.at(i + gridDim.x / CLUSTER);
-            u32 from[UNITS];
+#if !MAPPED || FP8
+            u32 from[UNITS];  // rows of x
 #pragma unroll
             for (int u = 0; u < UNITS; u++) {
                 const int place = work.first + min(UNIT * u + row, max(work.count, 1) - 1);
@@ -76,14 +81,13 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(COP
                 from[u] = GATED ? (u32)load_int(sorted + place) / (u32)share : (u32)place;
 #endif
             }
+#endif
             const int n = max(1, (work.count + UNIT - 1) / UNIT);
-#if FP8 && !DENSE
-            u32 scale_from[2];
+#if FP8
+            wait_at_barrier(shared_address(&s.empty[ring.stage]), ring.phase ^ 1);
 #pragma unroll
-            for (int j = 0; j < 2; j++) {
-                const int place = work.first + min(tid + 128 * j, max(work.count, 1) - 1);
-                scale_from[j] = GATED ? (u32)load_int(sorted + place) / (u32)share : (u32)place;
-            }
+            for (int u = 0; u < UNITS; u++)  // their scales come with the first step
+                if (chunk == 0 && u < n) copy4(shared_address(s.scales[ring.stage] + UNIT * u + row), x_scales + from[u]);
 #endif
             const int of_expert = work.expert * (GATED ? 2 * columns : columns);
             const int box = of_expert + work.part * PART, other = box + (GATED ? columns : 128);
@@ -93,11 +97,9 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(COP
                 const u32 full = shared_address(&s.full[stage]);
                 wait_at_barrier(shared_address(&s.empty[stage]), ring.phase ^ 1);
                 if (tid == 0) {
-                    expect_bytes(full, WEIGHTS + (FP8 && DENSE ? 4 * (UNIT * n + 256) : 0));
+                    expect_bytes(full, WEIGHTS + (FP8 && DENSE ? 4 * 256 : 0) + (MAPPED ? n * UNIT * STEP_BYTES : 0));
 #if FP8 && DENSE
-                    const u32 scales = shared_address(s.scales[stage]);
-                    copy_bytes(scales, x_scales + (long long)k * x_scales_stride + work.first, 4 * UNIT * n, full);
-                    copy_bytes(scales + 4 * MOST, w_scales + (long long)k * w_scales_stride + box, 4 * 256, full);
+                    copy_bytes(shared_address(s.scales[stage] + MOST), w_scales + (long long)k * w_scales_stride + box, 4 * 256, full);
 #endif
                     const int column = k * (STEP_BYTES / 2);  // in units of 2 bytes, whatever the weights are
                     const u32 to = shared_address(s.weights[stage]);
@@ -108,24 +110,30 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(COP
                         copy_tile(to, &map, column, 0, box, full);
                         copy_tile(to + BOX, &map, column, 0, other, full);
                     }
+#if MAPPED
+#pragma unroll 1
+                    for (int u = 0; u < n; u++)
+                        copy_tile(shared_address(s.rows[stage]) + u * UNIT * STEP_BYTES, &rows_map, column, 0, work.first + UNIT * u, full);
+#endif
                 }
-                const u32 to = shared_address(s.rows[stage]) + write;
+#if !MAPPED
+                const u32 to = shared_address(s.rows[stage]) + row * STEP_BYTES + ((chunk ^ row % 8) << 4);
                 const u8* at = x + k * STEP_BYTES + chunk * 16;
 #pragma unroll
                 for (int u = 0; u < UNITS; u++)
                     if (u < n) copy16(to + u * UNIT * STEP_BYTES, at + (long long)from[u] * x_stride);
-#if FP8 && !DENSE
-                const u32 scales = shared_address(s.scales[stage]);
-#pragma unroll
-                for (int j = 0; j < 2; j++)
-                    if (tid + 128 * j < UNIT * n) copy4(scales + 4 * (tid + 128 * j), x_scales + (long long)scale_from[j] * steps + k);
-                if (tid < 2) copy4(scales + 4 * (MOST + tid), w_scales + (long long)((tid ? other : box) / 128) * steps + k);
 #endif
+#if FP8 && !DENSE
+                if (tid < 2) copy4(shared_address(s.scales[stage] + MOST + tid), w_scales + (long long)((tid ? other : box) / 128) * steps + k);
+#endif
+#if !MAPPED || FP8
                 arrive_after_copies(full);
+#endif
                 ring.advance();
             }
             work = next;
         }
+        __syncwarp();
         commit_copies();
         wait_for_copies<0>();
     } else {

@@ -2,7 +2,7 @@
 
 constexpr int STAGES = 4, STEP_BYTES = 128, UNIT = 16, MOST = UNIT * UNITS;
 constexpr int BOX = 128 * STEP_BYTES;  // bytes of weights that a copy brings
-constexpr int SCALES = FP8 ? MOST + (DENSE ? 256 : 2) : 0;  // floats of a step: of x's rows, then of the weights
+constexpr int SCALES = FP8 ? MOST + (DENSE ? 256 : 2) : 0;  // floats: of x's rows, in the first step; of the weights
 constexpr int WEIGHTS = 2 * BOX, ROWS = MOST * STEP_BYTES;
 constexpr int OUT_BYTES = 2 * UNIT * STEP_BYTES;  // of 32 rows of 64 columns, swizzled
 constexpr int COPIERS = 128, MULTIPLIERS = 256;
@@ -15,6 +15,7 @@ struct Shared {
     u8 out[2][2][OUT_BYTES];         // by warpgroup, by turns
     alignas(16) float scales[STAGES][SCALES ? SCALES : 1];
     int to[2][2][DENSE ? 1 : MOST];  // by warpgroup, by turns: where rows go
+    alignas(16) float of_rows[2][FP8 ? MOST : 1];  // by warpgroup: scales of x's rows
     u64 full[STAGES], empty[STAGES];
 };
 

@@ -1,9 +1,9 @@
 """Ops "linear_fp8", "norm_linear_fp8" and "linear_add_fp8": those of ops/linear over weights in float8.
 
 A weight is q * scale: q float8_e4m3fn [O, D], and one fp32 scale, any positive number, for each row and 128 columns. It
-is rounded to x's dtype or used as it is. Whether activations are quantized is open in bf16, each 128 columns of a row
-with a scale of their own; they are not in fp32. Below the weight may lie rows in x's dtype: what a checkpoint keeps out
-of float8 of matrices that are fused.
+is rounded to x's dtype or used as it is. Whether activations are quantized is open in bf16, each row with a scale of
+its own; they are not in fp32. Below the weight may lie rows in x's dtype: what a checkpoint keeps out of float8 of
+matrices that are fused.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ NORM_LINEAR_FP8: Op[Fp8LinearDims, NormLinearFp8] = Op("norm_linear_fp8", Fp8Lin
 LINEAR_ADD_FP8: Op[Fp8LinearDims, LinearAddFp8] = Op("linear_add_fp8", Fp8LinearDims)
 
 FEW = Tokens(last=16)  # beyond, x does not fit the registers of a block
-MANY = Tokens(first=1025)  # of fewer it has not been timed since it stops at its last tile
+MANY = Tokens(first=129)  # fewer do not fill the multiprocessors with tiles, where O is small
 W8A8: dict[str, Any] = {"tokens": MANY, "priority": 15, "rounding": 0.04}  # 0.027 for normally distributed activations
 MAX_NORM = 16384  # columns that the norm's kernel takes
 MAX_CUDA_NORM, MAX_NORM_ROWS = 8192, 2**16  # beyond both a norm's weight and the sums do not fit shared memory

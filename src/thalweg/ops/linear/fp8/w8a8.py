@@ -21,8 +21,8 @@ def _product(
     """[T, O] = x w^T, of x or its RMSNorm, plus the residual; in out_TO if it is given."""
     y_TO = x_TD.new_empty(len(x_TD), len(q_OD)) if out_TO is None else out_TO
     if len(x_TD):
-        rows, x_scales_BT, w_scales_BO = quantize_rows(x_TD, scale_OB, norm)
-        dense(rows, q_OD, x_scales_BT, w_scales_BO, y_TO, residual_TO)
+        rows, x_scales_T, w_scales_BO = quantize_rows(x_TD, scale_OB, norm)
+        dense(rows, q_OD, x_scales_T, w_scales_BO, y_TO, residual_TO)
     return y_TO
 
 

@@ -64,9 +64,9 @@ class Experts(Protocol):
         "fp8": (q float8_e4m3fn, scales fp32), and a weight is w = q * the scale of its block of 128 x 128. Scales of
         down are [E, ceil(D / 128), ceil(I / 128)], those of gate_up [E, 2 ceil(I / 128), ceil(D / 128)], whose halves
         belong to gate and up: where 128 does not divide I, up's first block begins at its first row. Whether
-        activations are quantized is open in bf16, each 128 columns of a row with a scale of their own; they are not in
-        fp32. A scale is any normal number above zero. If it is a power of two, w is exact in every dtype; or else it is
-        open whether the scale and w are each rounded to x's dtype, or fp16, before the product, or not at all.
+        activations are quantized is open in bf16, each row with a scale of its own; they are not in fp32. A scale is
+        any normal number above zero. If it is a power of two, w is exact in every dtype; or else it is open whether the
+        scale and w are each rounded to x's dtype, or fp16, before the product, or not at all.
 
         "int4": (words int32, scales in x's dtype), and a weight is w = (nibble - 8) * the scale of its group of 32
         columns. Words are [E, 2I, D / 8] and [E, D, I / 8], eight elements of a row in each, the first in the lowest

@@ -1,7 +1,7 @@
 """Experts for the many tokens of a prompt at the rate of Hopper's matrix unit (ops/products says how it works): pairs
 sorted by expert, two grouped products in CUDA C++, and the weighted sum.
 
-Over fp8, x and h go to fp8 as well, in blocks of 128 columns of a row.
+Over fp8, x and h go to fp8 as well, each row with a scale of its own.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 from thalweg.ops.moe.experts.sort import sort_pairs
 from thalweg.ops.moe.experts.triton.grouped import in_slices
 from thalweg.ops.products.cuda import UNIT, grouped, most_rows
-from thalweg.ops.products.triton import quantize_blocks
+from thalweg.ops.products.triton import quantize_rows
 from thalweg.ops.toolchain.cuda_build import aligned_rows
 from thalweg.ops.toolchain.triton_compile import rehearsing
 
@@ -34,17 +34,18 @@ def experts(
     most, k = most_rows(gate_up[0].element_size()), ids_Tk.shape[1]
 
     def outputs(x: Tensor, ids: Tensor) -> Tensor:
-        if rehearsing():  # a step of several prompts may have more tokens than the longest that is rehearsed
+        if rehearsing() and not is_fp8:  # a step may have more tokens than the longest that is rehearsed
             in_clusters(x, ids, 1)
             return in_clusters(x, ids, 2)
-        return in_clusters(x, ids, 2 if ids.numel() > E * most else 1)  # halves of fewer rows would wait for weights
+        # Halves of fewer rows would wait for weights; those of fp8 have half of the bytes, and are quicker alone.
+        return in_clusters(x, ids, 2 if ids.numel() > E * most and not is_fp8 else 1)
 
     def in_clusters(x: Tensor, ids: Tensor, cluster: int) -> Tensor:
         groups = sort_pairs(ids, E, cluster * most, UNIT)
         h_PI = torch.empty(ids.numel(), I, dtype=x.dtype, device=x.device)
         y_PD = torch.empty(ids.numel(), D, dtype=x.dtype, device=x.device)
         for rows, weights, out in ((x, gate_up, h_PI), (h_PI, down, y_PD)):
-            rows, scales = quantize_blocks(rows) if is_fp8 else (aligned_rows(rows), None)
+            rows, scales = quantize_rows(rows)[:2] if is_fp8 else (aligned_rows(rows), None)
             grouped(rows, weights, *groups[:2], out, scales, gated=out is h_PI, share=k, cluster=cluster)
         return y_PD
 
