@@ -97,9 +97,9 @@ def tables(resolver: Resolver) -> dict[str, list[str]]:
 
 def test_decode_rows_and_prompts_of_the_published_shape() -> None:
     assert tables(resolved()) == {
-        "norm_linear 2304": ["1-32: cuda", "33-: triton"],
-        "linear_add 4096": ["1-16: cuda", "17-: in_place"],  # out of the mixers
-        "linear_add 9216": ["1-8: cuda", "9-: in_place"],  # down, of the layer without experts
+        "norm_linear 2304": ["1-32: cuda", "33-128: matrix", "129-: triton"],  # the head
+        "linear_add 4096": ["1-16: cuda", "17-32: matrix", "33-: in_place"],  # out of the mixers
+        "linear_add 9216": ["1-8: cuda", "9-32: matrix", "33-: in_place"],  # down, of the layer without experts
         "norm_router": ["1-128: cuda", "129-512: triton", "513-: library"],
         "experts": ["1-2: pairs", "3-192: tiles", "193-: matrix"],
         "kda_mixer_decode": ["cuda"],
@@ -181,7 +181,7 @@ def test_linears_in_float8_have_kernels_for_any_number_of_tokens(shared_dir: Pat
 
 def test_over_ranks_in_fp8_and_with_other_blocks() -> None:
     found = tables(resolved(ranks=4, scheme="fp8", block_size=16))
-    assert found["linear 1024"] == ["1-16: cuda", "17-: reference"]
+    assert found["linear 1024"] == ["1-16: cuda", "17-32: matrix", "33-: reference"]
     assert found["experts"] == ["1-16: cuda", "17-192: tiles", "193-: w8a8"]
     assert found["mla_mixer_decode"] == ["triton"]
 
@@ -189,7 +189,7 @@ def test_over_ranks_in_fp8_and_with_other_blocks() -> None:
 @pytest.mark.parametrize(
     ("op", "name", "spans"),
     [
-        ("norm_linear", "cuda", ["1-32: cuda", "33-: triton"]),
+        ("norm_linear", "cuda", ["1-32: cuda", "33-128: matrix", "129-: triton"]),
         ("norm_linear", "separate", ["separate"]),
         ("norm_router", "triton", ["1-512: triton", "513-: library"]),
         ("experts", "tiles", ["1-192: tiles", "193-: matrix"]),

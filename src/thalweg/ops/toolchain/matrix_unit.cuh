@@ -17,6 +17,16 @@ __device__ __forceinline__ void arrive_at_barrier_of(u32 block, u32 barrier) {
         "r"(block)
         : "memory");
 }
+__device__ __forceinline__ float4 load_of_block(int block, u32 address) {  // of the cluster, from its shared memory
+    float4 x;
+    asm volatile(
+        "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %4, %5;\n"
+        "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];\n}"
+        : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+        : "r"(address), "r"(block)
+        : "memory");
+    return x;
+}
 __device__ __forceinline__ void wait_for_cluster() {
     asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }

@@ -1,5 +1,5 @@
 """Linear projections of a few tokens over float8 in CUDA C++ (few.cu says how they work): a launch, and one more if
-there is a rest in bf16."""
+there is a rest in bf16 of more than a few rows."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ SHARED = 222 * 1024  # bytes of shared memory that a block may ask for
 COLUMNS = 4096  # that a pass has at most: what registers hold of x
 ROWS, ROW_GROUP = 16, 8  # of a tile at most; dealt out together, so that their scales are copied 16 bytes at a time
 GRANULE = 512  # columns whose scales of a row are 16 bytes
+REST_BYTES = 32 * 1024  # of the rest that a block may hold
 
 
 def linear_fp8(x_TD: Tensor, q_OD: Tensor, scale_OB: Tensor, rest_RD: Tensor | None = None) -> Tensor:
@@ -45,13 +46,21 @@ def _both(
         return few_tokens(x_TD, q_OD, scale_OB, norm)
     O = len(q_OD)
     y_TX = x_TD.new_empty(len(x_TD), O + len(rest_RD))
+    each = -(-len(rest_RD) // _blocks(x_TD, q_OD))
+    if each * rest_RD[0].nbytes <= REST_BYTES and each <= 2:
+        return few_tokens(x_TD, q_OD, scale_OB, norm, out_TO=y_TX, rest_RD=rest_RD)
     few_tokens(x_TD, q_OD, scale_OB, norm, out_TO=y_TX[:, :O])
     bf16.few_tokens(x_TD, rest_RD, norm, out_TO=y_TX[:, O:])
     return y_TX
 
 
-def tiling(block_rows: int, D: int, tokens: int, norm_bytes: int = 0) -> bf16.Tiling:
-    """For blocks of at most `block_rows` rows; norm_bytes: of an element of the norm's weight, if there is one.
+def _blocks(x_TD: Tensor, q_OD: Tensor) -> int:
+    return min(multiprocessors(x_TD.device), len(q_OD) // ROW_GROUP)
+
+
+def tiling(block_rows: int, D: int, tokens: int, norm_bytes: int = 0, rest_each: int = 0) -> bf16.Tiling:
+    """For blocks of at most `block_rows` rows, and rest_each of the rest; norm_bytes: of an element of the norm's
+    weight, if there is one.
 
     Passes are as few as registers allow, or more until a ring of two tiles fits; tiles are equally high.
     """
@@ -63,7 +72,7 @@ def tiling(block_rows: int, D: int, tokens: int, norm_bytes: int = 0) -> bf16.Ti
         scales = columns // BLOCK + (4 if D // BLOCK % 4 == 0 and columns // BLOCK % 8 == 0 else 0)
         stage_bytes = tile_rows * (columns + 64 + 4 * scales)
         sums = tokens // 8 * 512 * (BUFFERS * WARPS + (tiles if passes > 1 else 0))
-        fixed = -(-norm_bytes * D // 128) * 128 + sums
+        fixed = -(-norm_bytes * D // 128) * 128 + rest_each * D * 2 + sums
         stages = min(passes * tiles, max(0, SHARED - fixed) // stage_bytes, MAX_STAGES)
         if stages >= min(2, passes * tiles) or columns <= GRANULE:
             return bf16.Tiling(columns, ROWS, tile_rows, stages, fixed + stages * stage_bytes)
@@ -77,15 +86,17 @@ def few_tokens(
     norm: tuple[Tensor, float] | None = None,
     residual_TO: Tensor | None = None,
     out_TO: Tensor | None = None,
+    rest_RD: Tensor | None = None,
 ) -> Tensor:
     """[T, O] of at most 16 tokens: x, or its RMSNorm of (weight_D, eps), times w, plus the residual, rounded once.
 
-    out_TO has a unit last stride, and is what is returned if it is given.
+    out_TO has a unit last stride, and is what is returned if it is given. With rest_RD, of up to two rows for a block,
+    it is [T, O + R].
     """
-    (T, D), O = x_TD.shape, q_OD.shape[0]
-    blocks = min(multiprocessors(x_TD.device), O // ROW_GROUP)
-    tokens = 8 if T <= 8 else 16
-    cut = tiling(ROW_GROUP * -(-O // ROW_GROUP // blocks), D, tokens, bf16.norm_bytes(norm))
-    macros = dict(WARPS=WARPS, TOKENS=tokens)
-    weights = (q_OD, scale_OB)
+    (T, D), O, blocks = x_TD.shape, q_OD.shape[0], _blocks(x_TD, q_OD)
+    tokens, rest = 8 if T <= 8 else 16, 0 if rest_RD is None else len(rest_RD)
+    each = -(-rest // blocks)
+    cut = tiling(ROW_GROUP * -(-O // ROW_GROUP // blocks), D, tokens, bf16.norm_bytes(norm), each)
+    macros = dict(WARPS=WARPS, TOKENS=tokens, REST=rest, REST_EACH=each)
+    weights = (q_OD, scale_OB, x_TD if rest_RD is None else rest_RD)
     return bf16.launch(SOURCE, blocks, WARPS + 1, cut, macros, x_TD, weights, norm, residual_TO, out_TO)

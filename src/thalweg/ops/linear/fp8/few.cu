@@ -14,7 +14,7 @@
 //
 // Macros: D columns, and PASS of them at most, multiples of 128 and, in several passes, of 512: scales are copied 16
 // bytes at a time, for which O is a multiple of 8; WARPS that multiply; TOKENS at most, 8 or 16; NORM, 2 for a weight in
-// fp32; ADD.
+// fp32; ADD; REST rows, and REST_EACH.
 
 #include "hopper.cuh"
 
@@ -28,6 +28,8 @@ constexpr int SCALES = D / BLOCK, BY_ROW = SCALES % 4 == 0;     // of a row; whe
 constexpr int SCALE_PITCH = CHUNKS + (BY_ROW && CHUNKS % 8 == 0 ? 4 : 0);  // no bank conflicts
 constexpr int SUMS = HALVES * WARPS * 32;                       // float4 in a buffer
 
+#include "rest.cuh"
+
 // Four float8 as two pairs of fp16.
 __device__ __forceinline__ void widen(u32 q, u32& a, u32& b) {
     a = widen_half((u16)q);
@@ -35,29 +37,30 @@ __device__ __forceinline__ void widen(u32 q, u32& a, u32& b) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    few_tokens(const bf16* x, const u8* norm_weight, const u8* w, const float* scales, const bf16* residual, bf16* y,
-               long long x_stride, long long residual_stride, long long y_stride, int T, int O, int tile_rows,
+    few_tokens(const bf16* x, const u8* norm_weight, const u8* w, const float* scales, const bf16* rest,
+               const bf16* residual, bf16* y, long long x_stride, long long residual_stride, long long y_stride, int T, int O, int tile_rows,
                int stages, float eps) {
     const int tid = threadIdx.x, lane = tid % 32, quad = lane / 4, pair = lane % 4;
     const int warp = __shfl_sync(~0u, tid / 32, 0);  // so that the compiler knows it for the same in all lanes
     const int first = 8 * (int)((long long)(O / 8) * blockIdx.x / gridDim.x);
     const int count = 8 * (int)((long long)(O / 8) * (blockIdx.x + 1) / gridDim.x) - first;
     const int tiles = (count + tile_rows - 1) / tile_rows;
+    const int rest_first = REST * blockIdx.x / gridDim.x, rest_count = REST * (blockIdx.x + 1) / gridDim.x - rest_first;
 
-    // The norm's weight, the ring (each tile with its scales), buffers of sums, sums of all tiles.
+    // The norm's weight, rows of the rest, the ring (each tile with its scales), buffers of sums, sums of all tiles.
     extern __shared__ __align__(128) u8 shared[];
     const int stage_bytes = tile_rows * (PITCH + SCALE_PITCH * 4);
-    u8* ring_s = shared + (NORM_BYTES + 127) / 128 * 128;
+    u8 *rest_s = shared + (NORM_BYTES + 127) / 128 * 128, *ring_s = rest_s + REST_EACH * D * 2;
     float4* sums_s = (float4*)(ring_s + stages * stage_bytes);
     float4* kept_s = sums_s + BUFFERS * SUMS;
-    __shared__ u64 full_s[MAX_STAGES], delivered_s[BUFFERS], taken_s[BUFFERS], normed_s;
-    __shared__ float squares_s[WARPS][TOKENS];
+    __shared__ u64 full_s[MAX_STAGES], delivered_s[BUFFERS], taken_s[BUFFERS], normed_s, rest_here_s;
+    __shared__ float squares_s[WARPS][TOKENS], rest_sums_s[REST_SUMS][WARPS][TOKENS];
 
     const u32 full = shared_address(full_s), delivered = shared_address(delivered_s), taken = shared_address(taken_s);
     if (tid == 32 * WARPS) {
         for (int i = 0; i < stages; i++) init_barrier(full + 8 * i);
         for (int i = 0; i < BUFFERS; i++) init_barrier(delivered + 8 * i, WARPS), init_barrier(taken + 8 * i);
-        init_barrier(shared_address(&normed_s));
+        init_barrier(shared_address(&normed_s)), init_barrier(shared_address(&rest_here_s));
         share_barriers();
     }
     __syncthreads();
@@ -67,6 +70,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             expect_bytes(shared_address(&normed_s), NORM_BYTES);
             copy_bytes(shared_address(shared), norm_weight, NORM_BYTES, shared_address(&normed_s));
         }
+        if (lane == 0) ask_for_rest(rest_here_s, rest_s, rest + (long long)rest_first * D, rest_count);
         // The tiles before `end`, as far as they have not been asked for. When all have, the next kernel may start.
         int asked = 0, asked_tile = 0, asked_pass = 0, asked_place = 0;
         auto ask = [&](int end) {
@@ -155,6 +159,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                                 (bf16)pack(sum[h][e] * r[h][e % 2] + added[h][e], 0);
                 }
             }
+        if (REST) store_rest(y + O + rest_first, y_stride, rest_count, T, lane, rest_sums_s, squares_s, eps);
         return;
     }
 
@@ -240,6 +245,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 u32& two = ((u32*)v[h])[i];
                 two = pack_half(low(two) * by, high(two) * by);
             }
+            if (!REST || rest_count == 0) continue;
+            if (h == 0 && pass == 0) wait_at_barrier(shared_address(&rest_here_s), 0);
+            multiply_rest(rest_sums_s, v[h], rest_s, pass, rest_count, 8 * h + quad, scale, mine, columns);
         }
 
 #pragma unroll 1
