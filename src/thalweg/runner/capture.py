@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -22,13 +25,31 @@ def captured(step: Callable[[], None], pool: Any, warm_up: int = 0) -> tuple[Cal
     with torch.cuda.stream(stream):
         for _ in range(warm_up):
             step()
-        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-        try:
-            step()
-        finally:
-            graph.capture_end()
+        with _nothing_collected():
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                step()
+            finally:
+                graph.capture_end()
     torch.cuda.current_stream().wait_stream(stream)
     return graph.replay, pool or graph.pool()
+
+
+_lock = threading.Lock()
+
+
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """No garbage is collected meanwhile, and no other capture begins. Graphs of an engine that was closed may be
+    garbage, and CUDA ends a capture if its thread frees another graph."""
+    with _lock:
+        enabled = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if enabled:
+                gc.enable()
 
 
 @cache
