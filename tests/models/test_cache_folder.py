@@ -263,3 +263,31 @@ def test_a_folder_is_for_one_engine_at_a_time(tmp_path: Path) -> None:
         assert os.stat(lock).st_mode & 0o077 == 0
     with opened(None, tmp_path):
         pass
+
+
+def test_a_process_that_was_forked_meanwhile_neither_keeps_nor_gives_back_the_folder(tmp_path: Path) -> None:
+    folder = str(tmp_path)
+    give_back = cache_folder.take(folder)
+    until, end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        give_back()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    with pytest.raises(ConfigError, match="which another engine uses"):
+        cache_folder.take(folder)
+    give_back()
+    give_back()
+    with opened(None, tmp_path):
+        child = os.fork()
+        if child == 0:
+            os.close(end)
+            os.read(until, 1)
+            os._exit(0)
+    try:
+        with opened(None, tmp_path):
+            pass
+    finally:
+        os.close(end)
+        os.close(until)
+        os.waitpid(child, 0)

@@ -373,7 +373,7 @@ def test_a_line_the_endpoint_does_not_take_is_refused_before_anything_is_sent(
 
 
 def test_what_warms_a_server_up_is_no_prefix_of_what_is_measured() -> None:
-    work = [BenchRequest([1, 2, 3], 1), BenchRequest("ab", 1), BenchRequest([{"role": "user", "content": "c"}], 1)]
+    work = [BenchRequest([1, 2, 3], 1), BenchRequest("abcd", 1), BenchRequest([{"role": "user", "content": "c"}], 1)]
 
     async def warm_up(http: HttpClient) -> None:
         await _warm_up(Target(http, COMPLETIONS, "m", {}), work[:2], 3)
@@ -381,5 +381,20 @@ def test_what_warms_a_server_up_is_no_prefix_of_what_is_measured() -> None:
 
     answer = OK + chunked(event("x"), USAGE, DONE)
     _, server = against([answer] * 4, warm_up)
-    assert [body["prompt"] for body in server.bodies[:3]] == [[3, 2, 1], "ba", [3, 2, 1]]
+    assert [body["prompt"] for body in server.bodies[:3]] == [[3, 2, 1], "cda", [3, 2, 1]]
     assert server.bodies[3]["messages"] == work[2].prompt
+
+
+TEXTS = ["x", "Paris is the capital of France. " * 90, "déjà vu, 東京タワー!\n" * 60, "012345" * 80]
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=["letter", "English", "mixed", "digits"])
+def test_what_warms_a_server_up_is_about_as_long_as_what_is_measured_and_never_longer(text: str) -> None:
+    tokenizer = load_tokenizer(model_folder(None))
+
+    async def warm_up(http: HttpClient) -> None:
+        await _warm_up(Target(http, COMPLETIONS, "m", {}), [BenchRequest(text, 1)], 1)
+
+    _, server = against([OK + chunked(event("x"), USAGE, DONE)], warm_up)
+    measured, sent = len(tokenizer.encode(text)), len(tokenizer.encode(server.bodies[0]["prompt"]))
+    assert 0.9 * measured <= sent <= measured

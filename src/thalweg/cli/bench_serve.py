@@ -257,12 +257,17 @@ async def _measure(
 
 
 async def _warm_up(target: Target, requests: list[BenchRequest], count: int) -> None:
-    """A server that cannot answer one request is not worth a thousand. Prompts are those of the requests backwards, so
-    that a prefix cache has nothing of these; messages stay as they are."""
+    """A server that cannot answer one request is not worth a thousand. Prompts begin otherwise than those of the
+    requests, so that a prefix cache has nothing of these, and have no more tokens; messages stay as they are."""
     for i in range(count):
         request = requests[i % len(requests)]
-        if not isinstance(request.prompt[0], dict):
-            request = replace(request, prompt=request.prompt[::-1])
+        prompt = request.prompt
+        if isinstance(prompt, str):  # backwards it would have twice the tokens
+            half = len(prompt) // 2
+            # Cut and joined it may have a few tokens more, for which a tenth of the half makes room.
+            request = replace(request, prompt=prompt[half:] + prompt[: half * 9 // 10])
+        elif not isinstance(prompt[0], dict):
+            request = replace(request, prompt=prompt[::-1])
         outcome = await target.send(request)
         if outcome.error is not None:
             raise ThalwegError(f"the first request failed: {outcome.error}")

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from thalweg.assembly.info import EngineInfo
 from thalweg.cache import image as cache_image
@@ -25,10 +25,11 @@ SAVE_SECONDS = 600.0
 POLL_SECONDS = 0.02
 
 
-def take(folder: str) -> BinaryIO:
+def take(folder: str) -> Callable[[], None]:
     """Make the folder, for this user alone, and clear it of what an engine was writing when it was killed. It is this
-    engine's until the file that is returned is closed. Raises ConfigError, also if it is another engine's."""
-    path = Path(folder)
+    engine's until what is returned is called, or the process ends. Raises ConfigError, also if it is another engine's.
+    """
+    path, process = Path(folder), os.getpid()
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = os.fdopen(os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o600), "r+b")
@@ -43,7 +44,15 @@ def take(folder: str) -> BinaryIO:
         raise ConfigError(f"--cache-folder is {folder!r}, {reason}") from None
     for leftover in leftovers(path):
         shutil.rmtree(leftover, ignore_errors=True)
-    return lock
+
+    def give_back() -> None:
+        # Processes that were forked meanwhile have the lock too: closing the file leaves it to them, and they must not
+        # take it from the engine, which lives in this process alone.
+        if not lock.closed and os.getpid() == process:
+            fcntl.flock(lock, fcntl.LOCK_UN)
+        lock.close()
+
+    return give_back
 
 
 def restore(tree: TieredTree, read: CacheIndex, info: EngineInfo) -> None:

@@ -41,7 +41,7 @@ class Engine:
         if config.tensor_parallel_size > 1:
             source = open_source(config)
             source.plan(0, config.tensor_parallel_size)  # refuses what ranks do not divide
-        self._cache_folder = None if config.cache_folder is None else cache_folder.take(config.cache_folder)
+        self._give_folder_back = None if config.cache_folder is None else cache_folder.take(config.cache_folder)
         self.ranks = OtherRanks(config, folder) if config.tensor_parallel_size > 1 else None
 
         self._config = config
@@ -94,8 +94,8 @@ class Engine:
         if self.ranks is not None:
             # A build that failed elsewhere may still be on its way to meet the ranks; it holds on to this object.
             self.ranks.close(keep_folder=self._executor.running)
-        if self._cache_folder is not None:
-            self._cache_folder.close()
+        if self._give_folder_back is not None:
+            self._give_folder_back()
 
     def _save_cache(self) -> None:
         """Write the prefix cache down, if that is wanted and the ranks live."""
