@@ -16,7 +16,7 @@ from thalweg.core import SamplingParams
 from thalweg.errors import ConfigError
 from thalweg.server.parsers.events import CallBegin, Content, Reasoning
 from thalweg.server.parsers.formats import OutputFormat
-from thalweg.server.settings import ServerSettings
+from thalweg.server.settings import MAX_TOOLS, ServerSettings
 from thalweg.tokenizer.detokenizer import IncrementalDetokenizer
 from thalweg.tokenizer.load import load_tokenizer
 from thalweg.tokenizer.template import ChatTemplate
@@ -358,3 +358,26 @@ def test_allowed_tools_are_all_that_the_model_is_told_of() -> None:
         body = {**CHAT, "tools": tools, "tool_choice": {"type": "allowed_tools", "allowed_tools": wrong}}
         error = ask(client, body)["error"]
         assert (error["param"], said in error["message"]) == ("tool_choice", True), error
+
+
+@pytest.mark.parametrize(
+    ("tools", "allowed", "refused"),
+    [
+        (MAX_TOOLS, MAX_TOOLS, None),
+        (MAX_TOOLS + 1, 1, ("tools", f"{MAX_TOOLS + 1} tools came; expected at most {MAX_TOOLS}")),
+        (1, MAX_TOOLS + 1, ("tool_choice", f"has {MAX_TOOLS + 1} tools; expected at most {MAX_TOOLS}")),
+    ],
+)
+def test_too_many_allowed_tools_are_refused_before_any_are_compared(
+    tools: int, allowed: int, refused: tuple[str, str] | None
+) -> None:
+    """Comparing takes quadratic time, on the event loop: the number is what an error is about, not an unknown name."""
+    function = {"type": "function", "function": {"name": "unknown"}}
+    named = [{"type": "function", "function": {"name": f"f{i}"}} for i in range(tools)]
+    listed = named if refused is None else [function] * allowed
+    choice = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": listed}}
+    answer = ask(ClientDouble(template=HERMES), {**CHAT, "tools": named, "tool_choice": choice})
+    if refused is None:
+        assert "choices" in answer, answer
+    else:
+        assert (answer["error"]["param"], refused[1] in answer["error"]["message"]) == (refused[0], True), answer

@@ -29,9 +29,13 @@ def tool_use(body: ChatBody, output: OutputFormat) -> ToolUse:
     """What the request says of tools. Raises ApiError that names the field."""
     tools = body.tools or []
     choice: Any = body.tool_choice if body.tool_choice is not None else "auto"
+    if choice == "none":
+        return ToolUse([])
+    if len(tools) > MAX_TOOLS:  # before anything is compared: what follows takes quadratic time
+        raise ApiError(400, f"{len(tools)} tools came; expected at most {MAX_TOOLS}", param="tools")
     if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
         tools, choice = _allowed(tools, choice.get("allowed_tools"))
-    if choice == "none" or (choice == "auto" and not tools):
+    if choice == "auto" and not tools:
         return ToolUse([])
     wanted = choice["function"].get("name") if _is_function(choice) else None
     said = shown(choice) if wanted is None else f"the function {shown(wanted)}"
@@ -50,8 +54,6 @@ def tool_use(body: ChatBody, output: OutputFormat) -> ToolUse:
             code="unsupported",
         )
     names = [_checked_name(tool, i) for i, tool in enumerate(tools)]
-    if len(names) > MAX_TOOLS:
-        raise ApiError(400, f"{len(names)} tools came; expected at most {MAX_TOOLS}", param="tools")
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ApiError(400, f"tools has {twice!r} twice; expected different names", param="tools")
     parallel = body.parallel_tool_calls is not False
@@ -70,6 +72,9 @@ def _allowed(tools: list[dict[str, Any]], allowed: Any) -> tuple[list[dict[str, 
     if mode not in ("auto", "required") or not isinstance(listed, list) or not all(map(_is_function, listed)):
         reason = f"tool_choice.allowed_tools is {shown(allowed)}; expected mode auto or required, and tools that are"
         raise ApiError(400, f"{reason} functions", param="tool_choice")
+    if len(listed) > MAX_TOOLS:
+        reason = f"tool_choice.allowed_tools has {len(listed)} tools; expected at most {MAX_TOOLS}"
+        raise ApiError(400, reason, param="tool_choice")
     names = [tool["function"].get("name") for tool in listed]
     known = [_checked_name(tool, i) for i, tool in enumerate(tools)]
     if unknown := [name for name in names if name not in known]:
