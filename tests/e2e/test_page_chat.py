@@ -214,6 +214,26 @@ def test_keys_send_and_stop_and_the_focus_is_never_lost(tab: Page) -> None:
         assert page.run("document.activeElement.id") == "prompt"
 
 
+def test_a_new_chat_leaves_no_status_of_the_old_one(tab: Page) -> None:
+    with chat(tab, ClientDouble()) as page:
+        send(page, "hi")
+        answered(page)
+        assert page.run("$('status').textContent") == "The answer is complete"
+        page.run("$('new').click()")
+        assert page.run("$('status').textContent") == ""
+
+        send(page, "HANG")
+        page.wait("document.querySelector('.assistant .text')?.textContent === 'He'", 5)
+        assert page.run("$('status').textContent") == "Answering…"
+        page.run("$('new').click()")
+        page.wait("running === null", 5)
+        assert page.run("[$('status').textContent, $('send').hidden, $('log').children.length]") == ["", False, 0]
+
+        send(page, "hi")
+        answered(page)
+        assert page.run("$('status').textContent") == "The answer is complete"
+
+
 def test_screen_readers_meet_names_and_roles(tab: Page) -> None:
     with chat(tab, ClientDouble()) as page:
         send(page, "hi")
@@ -267,6 +287,37 @@ def test_text_stands_out_in_both_themes(tab: Page, scheme: str) -> None:
             })()"""
         )
         assert low == []
+    tab.call("Emulation.setEmulatedMedia", features=[])
+
+
+@pytest.mark.parametrize("path", ["/", "/dashboard"])
+def test_the_theme_is_the_systems_until_the_button_is_pressed(tab: Page, path: str) -> None:
+    def system(scheme: str) -> None:
+        tab.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+
+    def load(url: str) -> list[str]:
+        tab.call("Page.navigate", url="about:blank")
+        tab.call("Page.navigate", url=url)
+        tab.wait("document.readyState === 'complete' && typeof theme === 'function'")
+        return shown()
+
+    def shown() -> list[str]:
+        found: list[str] = tab.run("[document.documentElement.dataset.theme, $('theme').getAttribute('aria-pressed')]")
+        return found
+
+    with page_server(ClientDouble()) as server:
+        url = server + path
+        system("light")
+        assert load(url) == ["light", "false"]
+        system("dark")
+        tab.wait("document.documentElement.dataset.theme === 'dark'", 5)
+        assert load(url) == ["dark", "true"]
+        tab.run("$('theme').click()")
+        assert shown() == ["light", "false"]
+        assert load(url) == ["light", "false"]
+        tab.run("$('theme').click()")
+        system("light")
+        assert load(url) == ["dark", "true"]
     tab.call("Emulation.setEmulatedMedia", features=[])
 
 

@@ -176,6 +176,7 @@ $("new").addEventListener("click", () => {
   messages = [];
   boxes.clear();
   $("log").replaceChildren();
+  $("status").textContent = ""; // the answer that was left writes none
   $("prompt").focus();
 });
 connect();

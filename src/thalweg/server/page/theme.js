@@ -3,15 +3,20 @@
 const $ = (id) => document.getElementById(id);
 
 // Light or dark, as the button was last pressed, else as the system is.
-function theme(name) {
+const darkSystem = matchMedia("(prefers-color-scheme: dark)");
+let chosen = null;
+try { chosen = localStorage.getItem("theme"); } catch { /* storage may be off */ }
+
+function theme() {
+  const name = chosen ?? (darkSystem.matches ? "dark" : "light");
   document.documentElement.dataset.theme = name;
   $("theme").setAttribute("aria-pressed", String(name === "dark"));
-  try { localStorage.setItem("theme", name); } catch { /* storage may be off */ }
 }
 
-function storedTheme() {
-  try { return localStorage.getItem("theme"); } catch { return null; }
-}
-
-$("theme").addEventListener("click", () => theme(document.documentElement.dataset.theme === "dark" ? "light" : "dark"));
-theme(storedTheme() ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light"));
+$("theme").addEventListener("click", () => {
+  chosen = document.documentElement.dataset.theme === "dark" ? "light" : "dark";
+  try { localStorage.setItem("theme", chosen); } catch { /* storage may be off */ }
+  theme();
+});
+darkSystem.addEventListener("change", theme);
+theme();
