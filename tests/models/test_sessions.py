@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import runpy
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.models.test_prefix_cache import engine, ids, model_of, small_with_host_memory, tokens
 from thalweg import LLM, SamplingParams
+from thalweg.engine.llm_sessions import Session
 from thalweg.engine.sessions import SessionLimits
 from thalweg.errors import InvalidRequest, SessionConflict, SessionNotFound
 
@@ -190,3 +194,57 @@ def test_no_answer_is_computed_that_there_is_no_room_to_save() -> None:
         session.generate(ids(10, 1), SamplingParams(max_tokens=10, temperature=0))
         assert session.points[0] == 100
         assert 110 < session.points[1] <= 120
+
+
+def test_what_is_deleted_or_rolled_back_while_it_is_saved_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    with engine(None) as llm:
+        pump, kept = llm.engine.pump, llm.engine.core.scheduler._prefixes._kept
+        keep = pump.keep
+        meanwhile: list[Callable[[], object]] = []
+
+        def late(name: str, salt: str, token_ids: list[int]) -> int:
+            while meanwhile:
+                meanwhile.pop()()  # as another thread could
+            return keep(name, salt, token_ids)
+
+        monkeypatch.setattr(pump, "keep", late)
+        meanwhile.append(lambda: llm.session("one").delete())
+        llm.session("one", ids(100))
+        assert not kept
+        one = llm.session("one", ids(100))
+        meanwhile.append(lambda: one.roll_back(0))
+        one.generate(ids(100, 1), GREEDY)
+        assert list(kept) == [one._saved.points[0].key]
+        meanwhile.append(one.delete)
+        one.generate(ids(100, 1), GREEDY)
+        assert not kept
+
+
+def test_a_fork_and_a_file_are_of_one_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with engine(None) as llm, ThreadPoolExecutor(1) as thread:
+        one = llm.session("one", ids(70))
+        one.generate(ids(9, 1), GREEDY)
+        registry = llm._sessions.registry
+        others: list[Callable[[], object]] = []
+        begun: list[Future[Any]] = []
+
+        def interrupted(read: Callable[..., Any]) -> Callable[..., Any]:
+            def reading(*args: Any, **kwargs: Any) -> Any:
+                found = read(*args, **kwargs)
+                if others:
+                    begun.append(thread.submit(others.pop()))
+                    wait(begun, timeout=0.2)
+                return found
+
+            return reading
+
+        monkeypatch.setattr(registry, "all", interrupted(registry.all))
+        others.append(lambda: llm.fork(one, 2))
+        assert [each.name for each in llm.fork(one, 2)] == ["one/1", "one/2"]
+        assert [each.name for each in begun.pop().result()] == ["one/3", "one/4"]
+        monkeypatch.setattr(Session, "points", property(interrupted(Session.points.fget)))
+        others.append(lambda: one.roll_back(0))
+        one.write(tmp_path / "one.json")
+        begun.pop().result()
+        assert one.points == [70]
+        assert llm.load_session(tmp_path / "one.json", "two").points == [70, 99]

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
+
 import pytest
 
-from thalweg.engine.sessions import SessionLimits, Sessions, longest_answer
+from thalweg.engine.sessions import SavedSession, SessionLimits, Sessions, longest_answer
 from thalweg.errors import ConfigError, InvalidRequest, SessionConflict, SessionNotFound
 
 
@@ -170,3 +175,56 @@ def test_nothing_is_begun_for_a_session_that_has_changed() -> None:
 @pytest.mark.parametrize(("max_tokens", "prompt", "expected"), [(5, 10, 5), (None, 10, 90), (50, 70, 30), (1, 101, 0)])
 def test_the_longest_answer_is_bounded_by_the_context(max_tokens: int | None, prompt: int, expected: int) -> None:
     assert longest_answer(max_tokens, prompt, 100) == expected
+
+
+def test_who_deleted_a_session_does_not_delete_the_next_of_its_name() -> None:
+    sessions, released, _ = registry()
+    before = sessions.add("one", [1])
+    sessions.delete(before)
+    after = sessions.add("one", [2])
+    sessions.delete(before)
+    assert sessions.get("one") is after
+    assert released == [before.points[0].key]
+
+
+def test_what_one_thread_has_checked_no_other_changes_before_it_is_done() -> None:
+    others: list[Future[SavedSession]] = []
+    once = iter([True])
+
+    def clock() -> float:
+        """`add` asks for the time after its checks, before the session is there."""
+        if checked and next(once, False):
+            others.append(threads.submit(sessions.add, "one", [1]))
+            wait(others, timeout=0.2)
+        return 0.0
+
+    checked: list[None] = []
+    sessions = Sessions(SessionLimits(), lambda key: None, clock)
+    check_room = sessions._check_room
+    sessions._check_room = lambda *args: checked.append(check_room(*args))  # type: ignore[method-assign]
+    with ThreadPoolExecutor(1) as threads:
+        mine = sessions.add("one", [1])
+    assert isinstance(others[0].exception(), SessionConflict)
+    assert sessions.get("one") is mine
+
+
+def test_threads_begin_what_extends_sessions_while_others_look_for_room() -> None:
+    sessions, _, _ = registry()
+    one = sessions.add("one", [0])
+    start = threading.Barrier(4, timeout=10)
+
+    def use(_: int) -> None:
+        start.wait()
+        with ExitStack() as held:
+            for _ in range(500):
+                held.enter_context(sessions.extending(one, one.version, 5))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(use, range(4)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert one.users == 0
+    assert not sessions._under_way

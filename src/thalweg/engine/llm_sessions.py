@@ -13,15 +13,8 @@ import msgspec
 from msgspec.structs import replace
 
 from thalweg.core import SamplingParams
-from thalweg.engine.sessions import (
-    FILE_FORMAT,
-    SavedSession,
-    SessionFile,
-    SessionLimits,
-    Sessions,
-    longest_answer,
-    read_session_file,
-)
+from thalweg.engine.session_file import FILE_FORMAT, SessionFile, read_session_file
+from thalweg.engine.sessions import Point, SavedSession, SessionLimits, Sessions, longest_answer
 from thalweg.errors import InvalidRequest, SessionConflict
 from thalweg.text.prompts import Prompt, encode_prompt
 from thalweg.text.results import RequestOutput
@@ -65,7 +58,8 @@ class Session:
         file is replaced once the new one is complete. What was computed stays in the engine, or in its cache folder.
         Raises OSError."""
         identity = self._owner.identity
-        saved = SessionFile(FILE_FORMAT, identity, self._saved.salt, self.points, self.token_ids)
+        with self._owner.registry.lock:
+            saved = SessionFile(FILE_FORMAT, identity, self._saved.salt, self.points, self.token_ids)
         handle, name = tempfile.mkstemp(dir=Path(path).parent, prefix=f"{Path(path).name}.")
         try:
             with open(handle, "wb") as file:
@@ -94,7 +88,7 @@ class LLMSessions:
         self.registry.check_new([name], len(ids), 1)
         self._compute(ids, salt)
         saved = self.registry.add(name, ids, salt=salt)
-        self._keep(saved)
+        self._keep(saved, saved.points[0])
         return Session(self, saved)
 
     @property
@@ -107,9 +101,9 @@ class LLMSessions:
         saved = session._saved
         try:
             for start, end in pairwise(found.points):
-                self.registry.extend(saved, saved.version, found.token_ids[start:end])
-                self._compute(saved.ids, saved.salt)
-                self._keep(saved)
+                point = self.registry.extend(saved, saved.version, found.token_ids[start:end])
+                self._compute(found.token_ids[:end], saved.salt)
+                self._keep(saved, point)
         except BaseException:
             self.registry.delete(saved)  # half a session keeps no name
             raise
@@ -120,32 +114,35 @@ class LLMSessions:
 
     def fork(self, session: Session | str, names: Sequence[str] | int, salt: str) -> list[Session]:
         name = session if isinstance(session, str) else session.name
-        saved = self.registry.get(name, salt=salt if isinstance(session, str) else session._saved.salt)
-        if isinstance(names, int):
-            taken = {each.name for each in self.registry.all(salt=saved.salt)}
-            free = (f"{name}/{i}" for i in range(1, len(taken) + names + 2))
-            names = [each for each in free if each not in taken][:names]
-        return [Session(self, each) for each in self.registry.fork(saved, list(names))]
+        with self.registry.lock:
+            saved = self.registry.get(name, salt=salt if isinstance(session, str) else session._saved.salt)
+            if isinstance(names, int):
+                taken = {each.name for each in self.registry.all(salt=saved.salt)}
+                free = (f"{name}/{i}" for i in range(1, len(taken) + names + 2))
+                names = [each for each in free if each not in taken][:names]
+            return [Session(self, each) for each in self.registry.fork(saved, list(names))]
 
     def generate(self, saved: SavedSession, prompt: Prompt, params: SamplingParams | None, save: bool) -> RequestOutput:
         llm = self._llm
-        self._check(saved)
         new = encode_prompt(prompt, llm.tokenizer, llm.info.vocab_size) if len(prompt) else []
         params = replace(params or llm.get_default_sampling_params(), cache_salt=saved.salt)
-        version, ids = saved.version, saved.ids + new
+        with self.registry.lock:
+            self._check(saved)
+            version, ids = saved.version, saved.ids + new
         if not save:
             return llm.generate([ids], params)[0]
         most = len(new) + longest_answer(params.max_tokens, len(ids), llm.info.max_model_len)
         with self.registry.extending(saved, version, most) as extension:
             output = llm.generate([ids], params)[0]
             if output.error is None:
-                self.registry.extend(saved, version, new + output.outputs[0].token_ids, extension)
-                self._keep(saved)
+                point = self.registry.extend(saved, version, new + output.outputs[0].token_ids, extension)
+                self._keep(saved, point)
         return output
 
     def roll_back(self, saved: SavedSession, point: int) -> None:
-        self._check(saved)
-        self.registry.roll_back(saved, point)
+        with self.registry.lock:
+            self._check(saved)
+            self.registry.roll_back(saved, point)
 
     def _compute(self, ids: list[int], salt: str) -> None:
         output = self._llm.generate([ids], SamplingParams(max_tokens=0, cache_salt=salt))[0]
@@ -156,9 +153,11 @@ class LLMSessions:
         if self.registry.get(saved.name, saved.owner, saved.salt) is not saved:
             raise SessionConflict(f"session {saved.name!r} was deleted, and another has its name; get that one")
 
-    def _keep(self, saved: SavedSession) -> None:
-        point = saved.points[-1]
-        point.cached = self._llm.engine.pump.keep(point.key, saved.salt, saved.ids)
+    def _keep(self, saved: SavedSession, point: Point) -> None:
+        pump = self._llm.engine.pump
+        point.cached = pump.keep(point.key, saved.salt, saved.ids[: point.tokens])
+        if point.shares < 1:  # another thread deleted it meanwhile
+            pump.release(point.key)
 
 
 class WithSessions:

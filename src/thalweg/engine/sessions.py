@@ -3,22 +3,24 @@ cache as long as can be, so that continuing from one, however often, costs only 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
+import threading
 import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-
-import msgspec
+from typing import Concatenate, ParamSpec, TypeVar
 
 from thalweg.errors import ConfigError, InvalidRequest, SessionConflict, SessionNotFound
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 _NAME = re.compile(r"[\w.:/-]{1,128}", re.ASCII)
 MAX_FORKS = 256  # of one call
-FILE_FORMAT = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,65 +77,52 @@ class Extension:
     tokens: int
 
 
-class SessionFile(msgspec.Struct, frozen=True):
-    """A session as it is written down, in JSON. `identity`: of the model and all else that its computing depends on."""
-
-    format: int
-    identity: str
-    salt: str
-    points: list[int]
-    token_ids: list[int]
-
-
-def read_session_file(path: Path, identity: str, vocab_size: int) -> SessionFile:
-    """Raises InvalidRequest, one line, if it cannot be read, is damaged, or is of another model or version."""
-    try:
-        found = msgspec.json.decode(path.read_bytes(), type=SessionFile)
-    except (OSError, msgspec.DecodeError) as e:
-        reason = e.strerror if isinstance(e, OSError) else e
-        raise InvalidRequest(f"session file {path} cannot be read: {reason}") from None
-    if found.format != FILE_FORMAT or found.identity != identity:
-        raise InvalidRequest(f"session file {path} is of another model, version, dtype or layout of the cache")
-    ends, ids = found.points, found.token_ids
-    if not ends or ends != sorted(ends) or ends[0] < 1 or ends[-1] != len(ids) or not _are_ids(ids, vocab_size):
-        raise InvalidRequest(f"session file {path} contradicts itself")
-    return found
-
-
-def _are_ids(ids: list[int], vocab_size: int) -> bool:
-    return min(ids) >= 0 and max(ids) < vocab_size
-
-
 def longest_answer(max_tokens: int | None, prompt: int, max_model_len: int) -> int:
     """Tokens that a request may generate after a prompt of so many."""
     room = max(0, max_model_len - prompt)
     return room if max_tokens is None else min(max_tokens, room)
 
 
+def _locked(method: Callable[Concatenate[Sessions, P], R]) -> Callable[Concatenate[Sessions, P], R]:
+    @functools.wraps(method)
+    def locked(self: Sessions, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with self.lock:
+            return method(self, *args, **kwargs)
+
+    return locked
+
+
 class Sessions:
     """Names to tokens. Callers compute what is new and tell the prefix cache what to keep; `release` is called with the
-    keys of points that nobody has any more. Whoever is not the owner, or has another salt, finds nothing."""
+    keys of points that nobody has any more. Whoever is not the owner, or has another salt, finds nothing.
+
+    Threads may share it: every method holds `lock`, and so do callers whose work takes several of them, or who read
+    more than one field of a session."""
 
     def __init__(
         self, limits: SessionLimits, release: Callable[[str], object], clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.limits = limits
         self.most_points: int | None = None  # of all sessions, if snapshots bound them
+        self.lock = threading.RLock()
         self._release, self._clock = release, clock
         self._sessions: dict[tuple[bytes, str], SavedSession] = {}
         self._under_way: set[Extension] = set()
         self._keys = itertools.count()
         self._version = itertools.count(1)
 
+    @_locked
     def __len__(self) -> int:
         self.expire()
         return len(self._sessions)
 
+    @_locked
     def all(self, owner: bytes = b"", salt: str = "") -> list[SavedSession]:
         """The owner's sessions of this salt, the oldest first."""
         self.expire()
         return [each for each in self._sessions.values() if each.owner == owner and each.salt == salt]
 
+    @_locked
     def get(self, name: str, owner: bytes = b"", salt: str = "") -> SavedSession:
         """The session, which lives on for its time. Raises SessionNotFound."""
         self.expire()
@@ -143,6 +132,7 @@ class Sessions:
         found.expires = self._clock() + found.seconds
         return found
 
+    @_locked
     def check_new(self, names: Sequence[str], tokens: int, points: int, owner: bytes = b"") -> None:
         """Raises InvalidRequest or SessionConflict if sessions of these names, each of so many tokens, can not be made;
         `points` are new."""
@@ -156,6 +146,7 @@ class Sessions:
             raise InvalidRequest("names has one twice; expected each once")
         self._check_room(len(names), len(names) * tokens, points)
 
+    @_locked
     def add(
         self, name: str, token_ids: Sequence[int], owner: bytes = b"", salt: str = "", seconds: float | None = None
     ) -> SavedSession:
@@ -168,6 +159,7 @@ class Sessions:
         self._sessions[owner, name] = made
         return made
 
+    @_locked
     def fork(self, source: SavedSession, names: Sequence[str]) -> list[SavedSession]:
         """Sessions that are what `source` is, and share what is kept of it. Raises as check_new."""
         if not 1 <= len(names) <= MAX_FORKS:
@@ -189,19 +181,22 @@ class Sessions:
     def extending(self, session: SavedSession, version: int, tokens: int) -> Iterator[Extension]:
         """While something is under way that will extend the session, by at most so many tokens: it does not expire,
         and there is room for it. Raises as `extend`, so that nothing is begun that could not be saved."""
-        self.expire()
-        self._check_version(session, version)
-        self._check_room(0, tokens, 1)
         extension = Extension(tokens)
-        self._under_way.add(extension)
-        session.users += 1
+        with self.lock:
+            self.expire()
+            self._check_version(session, version)
+            self._check_room(0, tokens, 1)
+            self._under_way.add(extension)
+            session.users += 1
         try:
             yield extension
         finally:
-            self._under_way.discard(extension)
-            session.users -= 1
-            session.expires = self._clock() + session.seconds
+            with self.lock:
+                self._under_way.discard(extension)
+                session.users -= 1
+                session.expires = self._clock() + session.seconds
 
+    @_locked
     def extend(
         self, session: SavedSession, version: int, token_ids: Sequence[int], extension: Extension | None = None
     ) -> Point:
@@ -217,6 +212,7 @@ class Sessions:
         session.version = next(self._version)
         return point
 
+    @_locked
     def roll_back(self, session: SavedSession, index: int) -> None:
         """Back to point `index` (negative: from the end), which becomes the last. Raises InvalidRequest."""
         count = len(session.points)
@@ -228,8 +224,11 @@ class Sessions:
         session.version = next(self._version)
         self._drop(dropped)
 
+    @_locked
     def delete(self, session: SavedSession) -> None:
-        if self._sessions.pop((session.owner, session.name), None) is session:
+        """Nothing if it was deleted before, even if another has its name."""
+        if self._sessions.get((session.owner, session.name)) is session:
+            del self._sessions[session.owner, session.name]
             self._drop(session.points)
 
     def check_seconds(self, seconds: float | None) -> float:
@@ -241,6 +240,7 @@ class Sessions:
             raise InvalidRequest(f"ttl is {seconds!r:.40}; expected seconds, above 0 and at most {most:g}")
         return float(seconds)
 
+    @_locked
     def expire(self) -> None:
         """Delete those whose time is over."""
         now = self._clock()
