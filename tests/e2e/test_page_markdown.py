@@ -162,17 +162,83 @@ def test_links_lead_to_web_pages_and_mail_alone(page: Page, target: str) -> None
         assert found == [], text
 
 
-def test_a_link_that_names_another_host_shows_its_own(page: Page) -> None:
-    def text(markdown: str) -> str:
-        found: str = page.run(f"made({json.dumps(markdown)}).textContent")
-        return found
+@pytest.mark.parametrize(
+    ("named", "target"),
+    [
+        ("https://bank.com", "https://evil.org/bank.com"),
+        ("**bank.com**", "https://evil.org"),
+        ("**ba**nk.com", "https://evil.org"),
+        ("www.bank.com/a", "https://bank.com.evil.org"),
+        ("https://bank.com@evil.org", "https://x.org"),
+        ("https://bank.com@evil.org", "https://evil.org"),
+        ("https://bank.com#@evil.org", "https://evil.org"),
+        ("https://@bank.xyz", "https://evil.org"),
+        ("Go to bank.com", "https://evil.org"),
+        ("bank.com login", "https://evil.org"),
+        ("The bank (bank.com).", "https://evil.org"),
+        ("...bank.com!", "https://evil.org"),
+        ("//bank.com", "https://evil.org"),
+        ("https:/bank.xyz", "https://evil.org"),
+        ("bank.com.br", "https://evil.org"),
+        ("bank.com and evil.org", "https://evil.org"),
+        ("https://evil.org https://bank.com", "https://evil.org"),
+        ("https://evil.org/https://bank.com", "https://evil.org/b"),
+        ("bank.com\u200b", "https://evil.org"),
+        ("ba\u00adnk\u2060.co\u200dm", "https://evil.org"),
+        ("\ufeffbank\ufeff.com", "https://evil.org"),
+        ("ban\u034fk\ufe0f.com", "https://evil.org"),
+        ("bank.c\x02om", "https://evil.org"),
+        ("\u2068bank.com", "https://evil.org"),
+        ("https:/\u200b/bank.xyz", "https://evil.org"),
+        ("ｂａｎｋ．com", "https://evil.org"),
+        ("b\u0430nk.com", "https://evil.org"),  # a Cyrillic letter
+        ("bücher.de", "https://xn--bcher-kva.de"),  # in doubt
+        ("\u202emoc.knab", "https://evil.org"),
+    ],
+)
+def test_a_link_that_names_another_host_shows_its_own(page: Page, named: str, target: str) -> None:
+    shown = page.run(f"made({json.dumps(f'[{named}]({target})')}).textContent")
+    assert shown == f"{named.replace('*', '')} ({target.split('/')[2]})"
 
-    assert text("[https://bank.com](https://evil.org/bank.com)") == "https://bank.com (evil.org)"
-    assert text("[**bank.com**](https://evil.org)") == "bank.com (evil.org)"
-    assert text("[www.bank.com/a](https://bank.com.evil.org)") == "www.bank.com/a (bank.com.evil.org)"
-    assert text("[https://bank.com@evil.org](https://x.org)") == "https://bank.com@evil.org (x.org)"
-    assert text("[docs.x.org and x.org](https://docs.x.org) [main.py](https://x.org)") == "docs.x.org and x.org main.py"
-    assert text("[x.org](https://docs.x.org)") == "x.org"
+
+@pytest.mark.parametrize(
+    ("named", "target"),
+    [
+        ("docs.x.org and x.org", "https://docs.x.org"),
+        ("x.org", "https://docs.x.org"),
+        ("X.org, see www.x.org.", "https://x.org"),
+        ("https://x.org/a", "http://x.org:8000/b"),
+        ("https://x.org/?to=https://y.com", "https://x.org/?to=https://y.com"),
+        ("https://x.org/y.com/", "https://x.org/y.com"),
+        ("main.py", "https://x.org"),
+        ("java.io.File", "https://x.org"),
+        ("e.g. the news", "https://x.org"),
+        ("mail@x.org", "mailto:mail@y.org"),
+    ],
+)
+def test_a_link_that_names_no_other_host_is_its_text_alone(page: Page, named: str, target: str) -> None:
+    assert page.run(f"made({json.dumps(f'[{named}]({target})')}).textContent") == named
+
+
+@pytest.mark.parametrize("markdown", ["[\u202emoc.knab](https://evil.org)", "\u202e [bank.com](https://evil.org)"])
+def test_no_mark_turns_the_host_that_is_shown_around(page: Page, markdown: str) -> None:
+    left = page.run(
+        f"""(() => {{
+          const box = made({json.dumps(markdown)}), range = document.createRange();
+          box.className = 'markdown';
+          $('log').replaceChildren(box);
+          const text = box.querySelector('.host').firstChild;
+          const left = [...text.data].map((_, i) => {{
+            range.setStart(text, i);
+            range.setEnd(text, i + 1);
+            return range.getBoundingClientRect().left;
+          }});
+          $('log').replaceChildren();
+          return left;
+        }})()"""
+    )
+    assert left == sorted(left)
+    assert left[0] < left[-1]
 
 
 PIECES = [
@@ -213,6 +279,7 @@ def test_random_markdown_has_no_other_elements_and_comes_out_the_same_in_pieces(
 UNITS = [
     *("*", "_", "`", "~", "[", "]", "(", "!", "<", ">", "|", "#", "-", "\\", "&", " ", "\n", "a", "- ", "> ", "1. "),
     *("*a ", "**a", "a*", "_a ", "*a* ", "`a", "`` ` ", "[a", "[a](", "[a](b", "![", "](", "[a](https://x.org) "),
+    *(f"[{text}](https://x.org) " for text in (999 * "a", 499 * "a.", 249 * "com.", 124 * "https://", 199 * "www.@")),
     *("https://", "https://a@", "https://x.org/ ", "<https://", "((", "[x]((a)", "\\[", "| a ", "|-", "|\n", "| a |\n|-|\n"),
     *("\n> ", "\n - ", "\n  - a", "\n\n1. a", "```\n", "~~~a\n", "word ", "# a\n", "a\n", "\n\n", "<b>", "&lt;", "🙂"),
 ]  # fmt: skip

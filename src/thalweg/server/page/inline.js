@@ -13,7 +13,13 @@ const BARE = /https?:\/\/[^\s<>"`*|\\]{1,2000}(?![^\s<>"`*|\\])/y;
 const ENTITY = /&(?:amp|lt|gt|quot|nbsp|#39);/y;
 const ENTITIES = { "&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": '"', "&nbsp;": "\u00a0", "&#39;": "'" };
 const STYLES = { "*": "em", "_": "em", "**": "strong", "__": "strong", "~~": "del" };
-const HOST = /(?:https?:\/\/|www\.)(?:[^\s/@]*@)?([\w.-]+)|^([\w.-]+\.(?:com|org|net|edu|gov|io|ai|dev|app|co|uk|de|fr|eu|cn|jp|in))(?:[/:?#]|$)/i;
+const LETTER = String.raw`[\p{L}\p{M}\p{N}_-]`; // of a host's name, those of other scripts too
+const ENDING = "com|org|net|edu|gov|io|ai|dev|app|co|uk|de|fr|eu|cn|jp|in";
+const HOSTS = new RegExp( // after https:// or www., or on its own with a common ending
+  String.raw`(?:https?:[\\/@]+|www\.)(${LETTER}+(?:\.${LETTER}+)*)` +
+    String.raw`|(?<!${LETTER}\.?)((?:${LETTER}+\.)+(?:${ENDING})(?:\.\p{L}{2})?)(?![\p{L}\p{N}]|\.[\p{L}\p{N}])`, "giu");
+const UNSEEN = /[\p{Cf}\p{Default_Ignorable_Code_Point}]|(?!\s)\p{Cc}/gu;
+const TURNED = /[\u202d\u202e]/; // text that is shown in another order
 const PROTOCOLS = new Set(["http:", "https:", "mailto:"]);
 
 function node(kind, parent, className = "") {
@@ -39,12 +45,12 @@ function link(parent, url) {
   return made;
 }
 
-// Whether a link's text names another host than the one it leads to, which has to be shown then.
+// Whether a link's text names another host than the one it leads to, which has to be shown then. In doubt it does.
 function misnamed(text, url) {
-  const named = HOST.exec(text.trim());
-  if (named === null || url.host === "") return false;
-  const host = (named[1] ?? named[2]).toLowerCase().replace(/^www\./, "");
-  return !`.${url.hostname}`.endsWith(`.${host}`);
+  if (url.host === "" || text.replace(/\/$/, "") === url.href.replace(/\/$/, "")) return false;
+  const seen = text.replace(UNSEEN, "").normalize("NFKC").toLowerCase();
+  const hosts = [...seen.matchAll(HOSTS)].map((found) => (found[1] ?? found[2]).replace(/^www\./, ""));
+  return TURNED.test(text) || hosts.some((host) => !`.${url.hostname}`.endsWith(`.${host}`));
 }
 
 // Text of one block, with its marks, into `parent`. `links`: whether there may be any.
@@ -135,7 +141,7 @@ function inline(parent, text, links = true) {
     flush();
     const made = link(box, url);
     inline(made, found[1] || url.href, false);
-    if (misnamed(made.textContent, url)) made.append(` (${url.host})`);
+    if (misnamed(made.textContent, url)) node("span", made, "host").textContent = ` (${url.host})`;
     at = end;
     return true;
   }
