@@ -42,6 +42,17 @@ callers = [threading.Thread(target=call, args=(n,)) for n in range(4)]
 [c.start() for c in callers]; [c.join() for c in callers]
 assert not bad
 """
+WITHOUT_THREADS = """
+import resource, torch
+from thalweg.ops.linear import cpp
+x, w = torch.ones(4, 1024), torch.ones(4096, 1024)
+torch.set_num_threads(1)
+assert (cpp.linear(x, w) == 1024).all()
+size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() + (1 << 20)  # no room for a stack
+resource.setrlimit(resource.RLIMIT_AS, (size, size))
+torch.set_num_threads(8)
+assert (cpp.linear(x, w) == 1024).all()
+"""
 
 
 def run(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -53,6 +64,13 @@ def run(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("code", [THREADED, MANY_CALLERS], ids=["fork", "callers"])
 def test_threads_are_there(code: str) -> None:
     done = run(code)
+    assert done.returncode == 0, done.stderr
+
+
+@needs_cpp
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of memory as Linux has them")
+def test_work_is_done_if_no_thread_can_be_had() -> None:
+    done = run(WITHOUT_THREADS)
     assert done.returncode == 0, done.stderr
 
 
@@ -99,6 +117,19 @@ def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(tmp_path: Path, monk
     with pytest.raises(cpu_build.BuildError, match=r"c\+\+ failed: few.cpp:1: error: no such thing"):
         cpu_build.built(cpu_build.level())
     assert [path.name for path in (tmp_path / "cache" / "thalweg").iterdir()] == ["cpu.lock"]
+
+
+@needs_cpp
+def test_sources_use_no_type_that_older_compilers_lack(tmp_path: Path) -> None:
+    # GCC 11 and Clang 14 on x86 and GCC 12 on ARM have no _Float16; the system's own headers may name it.
+    before = tmp_path / "before.h"
+    for source in sorted(cpu_build.OPS.rglob("*.cpp")):
+        own = "".join(line for line in source.read_text().splitlines(keepends=True) if line.startswith("#include"))
+        before.write_text(f"{own}#pragma GCC poison _Float16\n")
+        command = [cpu_build._compiler(), "-std=c++20", *cpu_build.level().options, f"-I{cpu_build.HEADERS}"]
+        command += [f"-I{source.parent}", "-fsyntax-only", "-include", str(before), str(source)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
 
 
 def test_other_devices_and_dtypes_are_refused() -> None:

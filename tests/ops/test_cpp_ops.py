@@ -282,6 +282,14 @@ def test_silu_and_mul(dtype: torch.dtype) -> None:
     assert error(y, truth) < TOLERANCE[dtype]
 
 
+def test_silu_of_huge_numbers() -> None:
+    gates = torch.tensor([[88.2, -88.2, -1e30, -3e38, 3e38, torch.inf, -torch.inf, torch.nan]])
+    x = torch.cat((gates, torch.ones_like(gates)), dim=1)
+    torch.testing.assert_close(
+        activation.silu_and_mul(x), activation_reference.silu_and_mul(x), rtol=1e-6, atol=1e-36, equal_nan=True
+    )
+
+
 MIXED = [GgmlRows.of([("Q8_0", 600)]), GgmlRows.of([("Q4_K", 300), ("Q6_K", 200), ("Q5_0", 100)])]
 
 

@@ -5,10 +5,21 @@
 namespace thalweg {
 namespace {
 
+// Not every compiler has _Float16: GCC 11 and Clang 14 do not on x86, nor does GCC 12 on ARM.
 inline float half_at(const uint8_t* p) {
+#if defined(__F16C__)
+  uint16_t h;
+  memcpy(&h, p, 2);
+  return _cvtsh_ss(h);
+#elif defined(__aarch64__)
+  __fp16 h;
+  memcpy(&h, p, 2);
+  return (float)h;
+#else
   _Float16 h;
   memcpy(&h, p, 2);
   return (float)h;
+#endif
 }
 
 // LANES bytes as integers. GCC makes poor code of such a conversion by itself.

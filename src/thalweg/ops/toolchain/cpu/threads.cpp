@@ -7,6 +7,7 @@
 #include <pthread.h>
 
 #include <atomic>
+#include <system_error>
 #include <thread>
 
 namespace thalweg {
@@ -53,7 +54,11 @@ struct Pool {
 
   void run(int threads, int64_t n, Task t, void* d) {
     while (started < threads - 1) {
-      std::thread([this, index = started] { work(index); }).detach();
+      try {
+        std::thread([this, index = started] { work(index); }).detach();
+      } catch (const std::system_error&) {
+        break;  // a limit of processes or memory: fewer do the same work
+      }
       started++;
     }
     task = t, data = d, count = n, wanted = threads - 1;

@@ -160,9 +160,10 @@ inline float largest(Vec v) {
 
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 
-// e^x to 2 units in the last place; 0 below the smallest normal number, and NaN of NaN.
+// e^x to 2 units in the last place; 0 below the smallest normal number, infinity from e^88.38 (the largest is e^88.72),
+// whose exponent rounds to 128, and NaN of NaN.
 inline Vec exp(Vec x) {
-  Vec clamped = x > 88.02f ? splat(88.02f) : x;
+  Vec clamped = x > 88.7f ? splat(88.7f) : x;
   clamped = clamped < -87.33f ? splat(-87.33f) : clamped;
   const Vec magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
   Vec n = clamped * 1.44269504088896341f + magic;
