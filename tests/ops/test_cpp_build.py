@@ -1,7 +1,10 @@
-"""How the CPU's C++ comes to be: compiled once, refused with a reason, and sound after a fork."""
+"""How the CPU's C++ comes to be: compiled once, kept where nobody else can change it, refused with a reason, and sound
+after a fork."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -13,7 +16,7 @@ from tests.ops.cpp_case import needs_cpp
 from thalweg.errors import ConfigError
 from thalweg.ops.linear import LINEAR, LinearDims
 from thalweg.ops.registry import Resolver, Where
-from thalweg.ops.toolchain import cpu_build
+from thalweg.ops.toolchain import cpu_build, cpu_cache
 
 THREADED = """
 import os, torch
@@ -53,6 +56,25 @@ resource.setrlimit(resource.RLIMIT_AS, (size, size))
 torch.set_num_threads(8)
 assert (cpp.linear(x, w) == 1024).all()
 """
+BUILT = """
+from thalweg.ops.toolchain import cpu_build
+print(cpu_build.built(cpu_build.level()).stat().st_size)
+"""
+WRITES = 'for out; do :; done; echo library > "$out"'  # a compiler's last argument
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder not yet made, and a compiler that makes something at once."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", program(tmp_path / "c++", WRITES))
+    return tmp_path / "cache" / "thalweg"
+
+
+def program(path: Path, body: str) -> str:
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+    return str(path)
 
 
 def run(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -108,15 +130,53 @@ def test_without_a_compiler_the_reference_serves_and_the_reason_is_shown(
 
 
 @needs_cpp
-def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiler = tmp_path / "c++"
-    compiler.write_text("#!/bin/sh\necho 'few.cpp:1: error: no such thing' >&2\nexit 1\n")
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CXX", str(compiler))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(cache: Path) -> None:
+    program(cache.parents[1] / "c++", "echo 'few.cpp:1: error: no such thing' >&2; exit 1")
     with pytest.raises(cpu_build.BuildError, match=r"c\+\+ failed: few.cpp:1: error: no such thing"):
         cpu_build.built(cpu_build.level())
-    assert [path.name for path in (tmp_path / "cache" / "thalweg").iterdir()] == ["cpu.lock"]
+    assert [path.name for path in cache.iterdir()] == ["cpu.lock"]
+
+
+@needs_cpp
+def test_a_compiler_that_hangs_is_given_up(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    program(cache.parents[1] / "c++", "exec sleep 20")
+    monkeypatch.setattr(cpu_build, "COMPILE_SECONDS", 0.3)
+    with caplog.at_level("INFO"), pytest.raises(cpu_build.BuildError, match=r"c\+\+ took longer than 0.3 s"):
+        cpu_build.built(cpu_build.level())
+    assert "compiling the CPU's ops" in caplog.text
+    assert [path.name for path in cache.iterdir()] == ["cpu.lock"]
+
+
+@needs_cpp
+def test_a_compiler_is_called_by_the_name_it_was_found_under(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # ccache behind a link named c++, and clang behind clang++, do something else by their own names.
+    folder = cache.parents[1]
+    program(folder / "launcher", f'[ "${{0##*/}}" = c++ ] || exit 1\n{WRITES}')
+    (folder / "c++").unlink()
+    (folder / "c++").symlink_to("launcher")
+    assert cpu_build.built(cpu_build.level()).read_text() == "library\n"
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+    assert cpu_build._compiler() == [str(folder / "c++")]
+
+
+@needs_cpp
+def test_a_compiler_may_come_with_a_launcher_and_options(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = os.environ["CXX"]
+    launcher = program(cache.parents[1] / "launcher", f'echo "$@" >> {cache.parents[1]}/calls; exec "$@"')
+    plain = cpu_build.built(cpu_build.level())
+    monkeypatch.setenv("CXX", f"{launcher} {compiler} -DA='b c'")
+    assert cpu_build.built(cpu_build.level()) != plain
+    calls = (cache.parents[1] / "calls").read_text().splitlines()
+    assert calls
+    assert all(call.startswith(f"{compiler} -DA=b c -") for call in calls)
+    monkeypatch.setenv("CXX", f"{compiler} '")
+    with pytest.raises(cpu_build.BuildError, match="which is no command: No closing quotation"):
+        cpu_build.built(cpu_build.level())
+    monkeypatch.setenv("CXX", program(cache.parents[1] / "my c++", WRITES))
+    assert cpu_build.built(cpu_build.level()).exists()
 
 
 @needs_cpp
@@ -126,10 +186,98 @@ def test_sources_use_no_type_that_older_compilers_lack(tmp_path: Path) -> None:
     for source in sorted(cpu_build.OPS.rglob("*.cpp")):
         own = "".join(line for line in source.read_text().splitlines(keepends=True) if line.startswith("#include"))
         before.write_text(f"{own}#pragma GCC poison _Float16\n")
-        command = [cpu_build._compiler(), "-std=c++20", *cpu_build.level().options, f"-I{cpu_build.HEADERS}"]
+        command = [*cpu_build._compiler(), "-std=c++20", *cpu_build.level().options, f"-I{cpu_build.HEADERS}"]
         command += [f"-I{source.parent}", "-fsyntax-only", "-include", str(before), str(source)]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
+
+
+@needs_cpp
+def test_a_library_that_is_there_serves_from_a_folder_that_cannot_be_written_to(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = cpu_build.built(cpu_build.level())
+    monkeypatch.setattr(os, "access", lambda _, mode, **__: mode != os.W_OK)
+    assert cpu_build.built(cpu_build.level()) == library
+
+
+@needs_cpp
+@pytest.mark.parametrize("what", ["folder", "library"])
+@pytest.mark.parametrize("how", ["mode", "owner"])
+def test_what_others_may_have_written_is_not_loaded(
+    what: str, how: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = cpu_build.built(cpu_build.level())
+    library.write_text("planted")
+    path = cache if what == "folder" else library
+    if how == "mode":
+        path.chmod(0o777)
+    elif os.geteuid() == 0:
+        os.chown(path, 54321, 54321)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: 54321)
+    found = cpu_build.built(cpu_build.level())
+    assert found.read_text() == "library\n"
+    assert cpu_cache.is_sound(found) == (how == "mode" or os.geteuid() == 0)
+    assert (found.parent == cache) == (what == "library")
+
+
+@needs_cpp
+def test_whatever_the_umask_others_may_not_write(cache: Path) -> None:
+    before = os.umask(0)
+    try:
+        library = cpu_build.built(cpu_build.level())
+    finally:
+        os.umask(before)
+    assert [path.stat().st_mode & 0o777 for path in (cache, library)] == [0o755, 0o755]
+
+
+@needs_cpp
+def test_a_user_without_a_home_and_a_file_in_the_folders_place(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    cache.parent.mkdir()
+    cache.write_text("")
+    places = [cpu_build.built(cpu_build.level())]
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", home)
+    places.append(cpu_build.built(cpu_build.level()))
+    assert places[0] == places[1]
+    assert places[0].parent.name.startswith("thalweg-")
+
+
+@needs_cpp
+def test_a_folder_of_one_process_goes_with_it(cache: Path) -> None:
+    folder = cache.parent
+    folder.mkdir()
+    done = run(BUILT, TMPDIR=str(folder), XDG_CACHE_HOME="/dev/null")
+    assert done.stdout == "8\n", done.stderr
+    assert list(folder.iterdir()) == []
+
+
+@needs_cpp
+def test_a_library_is_on_the_disk_before_it_has_its_name(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = []
+    for name in ("fsync", "replace"):
+        actual = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args, n=name, call=actual: (done.append(n), call(*args))[1])
+    cpu_build.built(cpu_build.level())
+    assert done == ["fsync", "replace"]
+
+
+@needs_cpp
+def test_a_file_system_without_locks_and_folders_left_behind(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    (cache / "build-old").mkdir(parents=True)
+    (cache / "build-new").mkdir()
+    cache.chmod(0o755)
+    os.utime(cache / "build-old", (0, 0))
+    monkeypatch.setattr(fcntl, "flock", flock)
+    library = cpu_build.built(cpu_build.level())
+    assert {path.name for path in cache.iterdir()} == {"build-new", "cpu.lock", library.name}
 
 
 def test_other_devices_and_dtypes_are_refused() -> None:

@@ -11,7 +11,7 @@ VARIABLES = {
     "HF_HUB_CACHE": "where models are kept that are named OWNER/NAME; HF_HOME/hub if unset",
     "HF_HOME": "the folder of that; ~/.cache/huggingface if unset, or huggingface in XDG_CACHE_HOME",
     "XDG_CACHE_HOME": "see HF_HOME; also where what is compiled for a CPU is kept, in thalweg; ~/.cache if unset",
-    "CXX": "the C++ compiler that ops on a CPU are compiled with; c++, g++ or clang++ if unset",
+    "CXX": "the C++ compiler for ops on a CPU, with a launcher and options if need be; c++, g++ or clang++ if unset",
     "HF_HUB_OFFLINE": "1: models are never downloaded",
 }
 

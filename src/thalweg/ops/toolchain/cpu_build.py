@@ -9,18 +9,17 @@ options and compiler; one that finds no compiler, or whose compiler fails, leave
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -31,11 +30,13 @@ from torch.autograd import profiler
 
 from thalweg.config import env
 from thalweg.ops.registry import Refusal, Where
+from thalweg.ops.toolchain import cpu_cache
 
 OPS = Path(__file__).parents[1]
 HEADERS = Path(__file__).with_name("cpu")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # as the sources number them
 OPTIONS = ("-std=c++20", "-O3", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-pthread")
+COMPILE_SECONDS = 300  # as long as others wait, too
 _log = logging.getLogger(__name__)
 
 
@@ -123,76 +124,63 @@ def _loaded() -> ctypes.CDLL | str:
 def built(level: Level) -> Path:
     """The library for such a processor, compiled unless it is in the cache. Raises BuildError or OSError."""
     compiler = _compiler()
+    program = os.path.realpath(compiler[0])
     sources = sorted(OPS.rglob("*.cpp"))
-    key = hashlib.sha256(repr((level.options, OPTIONS, compiler, os.stat(compiler).st_mtime_ns)).encode())
+    key = hashlib.sha256(repr((level.options, OPTIONS, compiler, program, os.stat(program).st_mtime_ns)).encode())
     for path in (*sorted(HEADERS.glob("*.h")), *sources):
         key.update(path.read_bytes())
-    name = f"cpu-{level.name}-{key.hexdigest()[:24]}.so"
-    folder = _cache_folder()
-    target = folder / name
-    if not target.exists():
-        with _alone(folder):
-            if not target.exists():
+    target = cpu_cache.place(f"cpu-{level.name}-{key.hexdigest()[:24]}.so")
+    if not cpu_cache.is_sound(target):
+        _log.info("compiling the CPU's ops for %s with %s, or waiting for a process that does", level.name, compiler[0])
+        with cpu_cache.alone(target.parent):
+            if not cpu_cache.is_sound(target):
                 began = time.monotonic()
-                with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as scratch:
-                    library = Path(scratch, name)
+                with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as scratch:
+                    library = Path(scratch, target.name)
                     _compile(compiler, level, sources, library)
-                    os.replace(library, target)
+                    cpu_cache.put(library, target)
                 _log.info("compiled the CPU's ops for %s in %.1f s", level.name, time.monotonic() - began)
     return target
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One process at a time: ranks and test runs that start together would all compile the same."""
-    with (folder / "cpu.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # gone with the process, however it ends
-        yield
-
-
-def _compile(compiler: str, level: Level, sources: Sequence[Path], library: Path) -> None:
+def _compile(compiler: Sequence[str], level: Level, sources: Sequence[Path], library: Path) -> None:
+    deadline = time.monotonic() + COMPILE_SECONDS
     options = [*OPTIONS, *level.options, f"-I{HEADERS}"]
     objects = [library.with_name(f"{i}.o") for i in range(len(sources))]
     commands = [
-        [compiler, *options, "-c", str(source), "-o", str(out)] for source, out in zip(sources, objects, strict=True)
+        [*compiler, *options, "-c", str(source), "-o", str(out)] for source, out in zip(sources, objects, strict=True)
     ]
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        list(pool.map(_call, commands))
-    _call([compiler, "-shared", "-pthread", *map(str, objects), "-o", str(library)])
+        list(pool.map(lambda command: _call(command, deadline), commands))
+    _call([*compiler, "-shared", "-pthread", *map(str, objects), "-o", str(library)], deadline)
 
 
-def _call(command: Sequence[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
+def _call(command: Sequence[str], deadline: float) -> None:
+    name = Path(command[0]).name
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=deadline - time.monotonic()
+        )
+    except subprocess.TimeoutExpired:
+        raise BuildError(f"{name} took longer than {COMPILE_SECONDS} s") from None
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["?"]
-        raise BuildError(f"{Path(command[0]).name} failed: {lines[0][:300]}")
+        raise BuildError(f"{name} failed: {lines[0][:300]}")
 
 
-def _compiler() -> str:
+def _compiler() -> list[str]:
+    """The command, by the name it was found under: ccache and clang++ are links to programs that do other things by
+    their own names."""
     asked = env.read("CXX")
-    for name in [asked] if asked else ["c++", "g++", "clang++"]:
+    try:
+        choices = [[asked], shlex.split(asked)] if asked else [["c++"], ["g++"], ["clang++"]]
+    except ValueError as e:
+        raise BuildError(f"CXX is {asked!r}, which is no command: {e}") from None
+    for name, *options in filter(None, choices):
         found = shutil.which(name)
         if found is not None:
-            return os.path.realpath(found)
+            return [os.path.abspath(found), *options]
     raise BuildError(f"CXX is {asked!r}, which is not there" if asked else "needs a C++ compiler (c++, g++ or clang++)")
-
-
-def _cache_folder() -> Path:
-    base = env.read("XDG_CACHE_HOME")
-    folder = (Path(base) if base else Path.home() / ".cache") / "thalweg"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
-    except OSError:
-        pass
-    return _private_folder()
-
-
-@cache
-def _private_folder() -> Path:
-    """For this process alone, if the cache cannot be written to."""
-    return Path(tempfile.mkdtemp(prefix="thalweg-"))
 
 
 @cache
