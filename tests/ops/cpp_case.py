@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -27,6 +31,7 @@ MODULES: list[ModuleType] = [activation, blocks_cpp, experts, gqa, linear, mixer
 WHY_NOT = cpu_build.why_not(Where("cpu", "float32"))
 needs_cpp = pytest.mark.skipif(WHY_NOT is not None, reason=f"C++ for the CPU: {WHY_NOT}")
 LEVELS = [level for level in cpu_build.levels() if level.flags <= cpu_build.processor_flags()]
+WRITES = 'for out; do :; done; echo library > "$out"'  # a compiler's last argument
 
 
 @contextmanager
@@ -58,3 +63,22 @@ def _forget() -> None:
         for name in ("_run", "_kda", "_gdn"):
             if hasattr(module, name):
                 getattr(module, name).cache_clear()
+
+
+@pytest.fixture(name="cache")
+def cpp_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder not yet made, and a compiler that makes something at once."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", program(tmp_path / "c++", WRITES))
+    return tmp_path / "cache" / "thalweg"
+
+
+def program(path: Path, body: str) -> str:
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def run(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, **variables}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=240)

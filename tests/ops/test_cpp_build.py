@@ -1,22 +1,24 @@
-"""How the CPU's C++ comes to be: compiled once, kept where nobody else can change it, refused with a reason, and sound
-after a fork."""
+"""How the CPU's C++ comes to be: compiled once, refused with a reason, and sound after a fork."""
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.ops.cpp_case import needs_cpp
+from tests.ops.cpp_case import WRITES, cpp_cache, needs_cpp, program, run  # noqa: F401 -- a fixture
 from thalweg.errors import ConfigError
 from thalweg.ops.linear import LINEAR, LinearDims
 from thalweg.ops.registry import Resolver, Where
-from thalweg.ops.toolchain import cpu_build, cpu_cache
+from thalweg.ops.toolchain import cpu_build
 
 THREADED = """
 import os, torch
@@ -56,30 +58,6 @@ resource.setrlimit(resource.RLIMIT_AS, (size, size))
 torch.set_num_threads(8)
 assert (cpp.linear(x, w) == 1024).all()
 """
-BUILT = """
-from thalweg.ops.toolchain import cpu_build
-print(cpu_build.built(cpu_build.level()).stat().st_size)
-"""
-WRITES = 'for out; do :; done; echo library > "$out"'  # a compiler's last argument
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache folder not yet made, and a compiler that makes something at once."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("CXX", program(tmp_path / "c++", WRITES))
-    return tmp_path / "cache" / "thalweg"
-
-
-def program(path: Path, body: str) -> str:
-    path.write_text(f"#!/bin/sh\n{body}\n")
-    path.chmod(0o755)
-    return str(path)
-
-
-def run(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, **variables}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=240)
 
 
 @needs_cpp
@@ -150,6 +128,39 @@ def test_a_compiler_that_hangs_is_given_up(
 
 
 @needs_cpp
+def test_who_waited_for_a_failure_does_not_repeat_it_and_who_comes_later_tries(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits, flock = threading.Semaphore(0), fcntl.flock
+    calls: list[Future[str] | None] = []
+
+    def build() -> str:
+        with pytest.raises(cpu_build.BuildError) as failed:
+            cpu_build.built(cpu_build.level())
+        return str(failed.value)
+
+    def waiting(*args: Any) -> None:
+        waits.release()
+        flock(*args)
+
+    def fails(*_: object) -> None:
+        assert waits.acquire(timeout=60)  # its own
+        calls.append(pool.submit(build) if not calls else None)
+        assert len(calls) > 1 or waits.acquire(timeout=60)  # the other's
+        time.sleep(0.05)  # a file's time may lag behind by some milliseconds
+        raise cpu_build.BuildError(f"failure {len(calls)}")
+
+    monkeypatch.setattr(fcntl, "flock", waiting)
+    monkeypatch.setattr(cpu_build, "_compile", fails)
+    with ThreadPoolExecutor(1) as pool:
+        assert build() == "failure 1"
+        [other] = calls
+        assert other is not None
+        assert other.result(timeout=60) == "failure 1"
+        assert build() == "failure 2"
+
+
+@needs_cpp
 def test_a_compiler_is_called_by_the_name_it_was_found_under(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # ccache behind a link named c++, and clang behind clang++, do something else by their own names.
     folder = cache.parents[1]
@@ -190,94 +201,6 @@ def test_sources_use_no_type_that_older_compilers_lack(tmp_path: Path) -> None:
         command += [f"-I{source.parent}", "-fsyntax-only", "-include", str(before), str(source)]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-
-
-@needs_cpp
-def test_a_library_that_is_there_serves_from_a_folder_that_cannot_be_written_to(
-    cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    library = cpu_build.built(cpu_build.level())
-    monkeypatch.setattr(os, "access", lambda _, mode, **__: mode != os.W_OK)
-    assert cpu_build.built(cpu_build.level()) == library
-
-
-@needs_cpp
-@pytest.mark.parametrize("what", ["folder", "library"])
-@pytest.mark.parametrize("how", ["mode", "owner"])
-def test_what_others_may_have_written_is_not_loaded(
-    what: str, how: str, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    library = cpu_build.built(cpu_build.level())
-    library.write_text("planted")
-    path = cache if what == "folder" else library
-    if how == "mode":
-        path.chmod(0o777)
-    elif os.geteuid() == 0:
-        os.chown(path, 54321, 54321)
-    else:
-        monkeypatch.setattr(os, "geteuid", lambda: 54321)
-    found = cpu_build.built(cpu_build.level())
-    assert found.read_text() == "library\n"
-    assert cpu_cache.is_sound(found) == (how == "mode" or os.geteuid() == 0)
-    assert (found.parent == cache) == (what == "library")
-
-
-@needs_cpp
-def test_whatever_the_umask_others_may_not_write(cache: Path) -> None:
-    before = os.umask(0)
-    try:
-        library = cpu_build.built(cpu_build.level())
-    finally:
-        os.umask(before)
-    assert [path.stat().st_mode & 0o777 for path in (cache, library)] == [0o755, 0o755]
-
-
-@needs_cpp
-def test_a_user_without_a_home_and_a_file_in_the_folders_place(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def home() -> Path:
-        raise RuntimeError("Could not determine home directory.")
-
-    cache.parent.mkdir()
-    cache.write_text("")
-    places = [cpu_build.built(cpu_build.level())]
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setattr(Path, "home", home)
-    places.append(cpu_build.built(cpu_build.level()))
-    assert places[0] == places[1]
-    assert places[0].parent.name.startswith("thalweg-")
-
-
-@needs_cpp
-def test_a_folder_of_one_process_goes_with_it(cache: Path) -> None:
-    folder = cache.parent
-    folder.mkdir()
-    done = run(BUILT, TMPDIR=str(folder), XDG_CACHE_HOME="/dev/null")
-    assert done.stdout == "8\n", done.stderr
-    assert list(folder.iterdir()) == []
-
-
-@needs_cpp
-def test_a_library_is_on_the_disk_before_it_has_its_name(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    done = []
-    for name in ("fsync", "replace"):
-        actual = getattr(os, name)
-        monkeypatch.setattr(os, name, lambda *args, n=name, call=actual: (done.append(n), call(*args))[1])
-    cpu_build.built(cpu_build.level())
-    assert done == ["fsync", "replace"]
-
-
-@needs_cpp
-def test_a_file_system_without_locks_and_folders_left_behind(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def flock(*_: object) -> None:
-        raise OSError(errno.ENOSYS, "Function not implemented")
-
-    (cache / "build-old").mkdir(parents=True)
-    (cache / "build-new").mkdir()
-    cache.chmod(0o755)
-    os.utime(cache / "build-old", (0, 0))
-    monkeypatch.setattr(fcntl, "flock", flock)
-    library = cpu_build.built(cpu_build.level())
-    assert {path.name for path in cache.iterdir()} == {"build-new", "cpu.lock", library.name}
 
 
 def test_other_devices_and_dtypes_are_refused() -> None:

@@ -36,7 +36,7 @@ OPS = Path(__file__).parents[1]
 HEADERS = Path(__file__).with_name("cpu")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # as the sources number them
 OPTIONS = ("-std=c++20", "-O3", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-pthread")
-COMPILE_SECONDS = 300  # as long as others wait, too
+COMPILE_SECONDS = 300  # others wait for as long
 _log = logging.getLogger(__name__)
 
 
@@ -132,12 +132,18 @@ def built(level: Level) -> Path:
     target = cpu_cache.place(f"cpu-{level.name}-{key.hexdigest()[:24]}.so")
     if not cpu_cache.is_sound(target):
         _log.info("compiling the CPU's ops for %s with %s, or waiting for a process that does", level.name, compiler[0])
-        with cpu_cache.alone(target.parent):
+        with cpu_cache.alone(target) as failed:
+            if failed:
+                raise BuildError(failed)
             if not cpu_cache.is_sound(target):
                 began = time.monotonic()
                 with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as scratch:
                     library = Path(scratch, target.name)
-                    _compile(compiler, level, sources, library)
+                    try:
+                        _compile(compiler, level, sources, library)
+                    except BuildError as e:
+                        cpu_cache.tell_others(target, str(e))
+                        raise
                     cpu_cache.put(library, target)
                 _log.info("compiled the CPU's ops for %s in %.1f s", level.name, time.monotonic() - began)
     return target

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from thalweg.config import env
 
+LOCK = "cpu.lock"
 LEFTOVER_SECONDS = 3600
 _log = logging.getLogger(__name__)
 
@@ -47,17 +48,26 @@ def put(library: Path, target: Path) -> None:
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """One process at a time: ranks and test runs that start together would all compile the same."""
-    with (folder / "cpu.lock").open("w") as lock:
+def alone(target: Path) -> Iterator[str | None]:
+    """One process at a time: ranks and test runs that start together would all compile the same. Gives what another one
+    told of this library while this one waited for it."""
+    asked = time.time()
+    with (target.parent / LOCK).open("a+") as lock:
         # Some network file systems have no locks. Those who compile at once put the same there, each in one piece.
         with suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX)  # gone with the process, however it ends
-        for leftover in folder.glob("build-*"):
+        for leftover in target.parent.glob("build-*"):
             with suppress(OSError):
                 if time.time() - leftover.stat().st_mtime > LEFTOVER_SECONDS:
                     shutil.rmtree(leftover)
-        yield
+        lock.seek(0)
+        name, _, reason = lock.read().partition("\n")
+        yield reason if name == target.name and os.fstat(lock.fileno()).st_mtime > asked else None
+
+
+def tell_others(target: Path, reason: str) -> None:
+    """Those who wait for this library why they will not get it either."""
+    (target.parent / LOCK).write_text(f"{target.name}\n{reason}")
 
 
 def _shared_folder() -> Path | None:
