@@ -35,6 +35,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     state_dtype: str  # that recurrent states are stored in
     quantization: str | None  # of the experts' weights
     tensor_parallel_size: int
+    data_parallel_size: int
+    experts: str | None  # how data-parallel ranks divide them
     vocab_size: int
     parameters: int  # over all ranks, as the checkpoint counts them
     max_model_len: int

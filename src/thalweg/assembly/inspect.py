@@ -11,11 +11,12 @@ import torch
 
 from thalweg import ops as _ops  # noqa: F401 -- registers every op's implementations
 from thalweg.assembly.info import OpChoice
-from thalweg.assembly.model import choose_device
+from thalweg.assembly.model import choose_device, shards_of
 from thalweg.assembly.rank import (
     cache_memory,
     describe_layer,
     device_name,
+    experts_line,
     op_choices,
     resolve_sample,
     split_cache,
@@ -29,6 +30,7 @@ from thalweg.layers.context import BuildContext
 from thalweg.models.decoder import Decoder
 from thalweg.models.family import idle_parameters
 from thalweg.ops.registry import Choice, Resolver, Where
+from thalweg.parallel.data_ranks import DataRanks
 from thalweg.parallel.mesh import Mesh
 from thalweg.quant.ggml_types import TYPES
 from thalweg.weights.checkpoint import WeightFiles
@@ -56,6 +58,8 @@ class Inspection(msgspec.Struct, frozen=True, kw_only=True):
     architecture: str
     device: str
     tensor_parallel_size: int
+    data_parallel_size: int
+    experts: str | None  # how data-parallel ranks divide them
     vocab_size: int
     context_len: int  # tokens, the model's own
     sampling_defaults: str  # of requests, and which file they come from
@@ -90,12 +94,12 @@ def describe(config: EngineConfig) -> Inspection:
     """
     source = open_source(config)
     checkpoint = _open_checkpoint(source, config)
-    c, ranks = source.config, config.tensor_parallel_size
+    c = source.config
     device = choose_device(config, 0)
     config = config.resolve(device=str(device), checkpoint_dtype=c.dtype, context_len=c.context_len)
     source = source.fitted(checkpoint, dequantize=config.dequantize)
     c = source.config
-    plan = source.plan(0, ranks, config.quantization)
+    plan = source.plan(shards_of(config), config.quantization)
     resolver = Resolver(config.op_preference)
     model = _build(source, config, config.dtype, device, resolver, config.quantization)
     resolve_sample(resolver, device, c.vocab_size)
@@ -109,7 +113,9 @@ def describe(config: EngineConfig) -> Inspection:
         folder=str(source.folder),
         architecture=source.architecture,
         device=device_name(device),
-        tensor_parallel_size=ranks,
+        tensor_parallel_size=config.tensor_parallel_size,
+        data_parallel_size=config.data_parallel_size,
+        experts=experts_line(c, config.data_parallel_size),
         vocab_size=c.vocab_size,
         context_len=c.context_len,
         sampling_defaults=source.generation.describe(),
@@ -148,14 +154,15 @@ def _build(
     resolver: Resolver,
     quantization: str | None = None,
 ) -> Any:
-    mesh, meta = Mesh(0, config.tensor_parallel_size), torch.device("meta")
+    data = DataRanks(0, config.data_parallel_size)
+    mesh, meta = Mesh(0, config.tensor_parallel_size, data=data), torch.device("meta")
     context = _MetaContext(
         meta,
         getattr(torch, dtype),
         mesh,
         resolver,
         config.state_dtype,
-        {target.name: target for target in source.plan(0, config.tensor_parallel_size, quantization)},
+        {target.name: target for target in source.plan(shards_of(config), quantization)},
         block_size=config.block_size,
         target=device,
     )

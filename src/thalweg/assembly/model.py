@@ -16,6 +16,7 @@ from thalweg.errors import ConfigError
 from thalweg.layers.context import BuildContext
 from thalweg.ops.registry import Resolver
 from thalweg.parallel.mesh import Mesh
+from thalweg.parallel.shards import Shards
 from thalweg.weights.checkpoint import WeightFiles
 from thalweg.weights.dummy import fill
 from thalweg.weights.load import bytes_to_load, check, load
@@ -34,7 +35,7 @@ class OpenedModel:
     device: torch.device
     checkpoint: WeightFiles | None  # None: --load-format dummy
     plan: list[Target]
-    tp_rank: int
+    rank: int  # of all on this host
 
     def context(self, mesh: Mesh, resolver: Resolver) -> BuildContext:
         """What the modules build themselves with."""
@@ -50,7 +51,7 @@ class OpenedModel:
 
     def fill(self, params: Mapping[str, Tensor]) -> None:
         """Load, or draw, the weights into parameters by the plan's names."""
-        name, show = self.source.name, None if self.tp_rank == 0 else False
+        name, show = self.source.name, None if self.rank == 0 else False
         if self.checkpoint is None:
             total = sum(p.numel() * p.element_size() for p in params.values())
             with progress_bar(f"drawing {name}", total, show=show) as advance:
@@ -60,27 +61,33 @@ class OpenedModel:
             load(self.plan, self.checkpoint, params.__getitem__, ignore=self.source.ignored, progress=advance)
 
 
-def open_model(config: EngineConfig, tp_rank: int, *, mtp: bool = False) -> OpenedModel:
+def open_model(config: EngineConfig, tp_rank: int, data_rank: int = 0, *, mtp: bool = False) -> OpenedModel:
     """Open a model, with its MTP layer if `mtp`.
 
     Raises ConfigError, CheckpointError or UnsupportedError for whatever would fail later.
     """
     source = open_source(config)
     c = source.config
-    device = choose_device(config, tp_rank)
+    rank = tp_rank + config.tensor_parallel_size * data_rank
+    device = choose_device(config, rank)
     config = config.resolve(device=str(device), checkpoint_dtype=c.dtype, context_len=c.context_len)
     checkpoint = source.open_weights() if config.load_format != "dummy" else None
     source = source.fitted(checkpoint, mtp=mtp, dequantize=config.dequantize)
-    plan = source.plan(tp_rank, config.tensor_parallel_size, config.quantization)
+    plan = source.plan(shards_of(config, tp_rank, data_rank), config.quantization)
     if device.type == "cpu":
-        _choose_threads(sum(local_elements(plan).values()) * 4, config.tensor_parallel_size)
+        _choose_threads(sum(local_elements(plan).values()) * 4, config.tensor_parallel_size * config.data_parallel_size)
     if checkpoint is not None:
         check(plan, checkpoint, source.ignored)  # before anything is allocated by what config.json says
     _check_memory(local_bytes(plan, getattr(torch, config.dtype).itemsize), device)
-    return OpenedModel(config, source, device, checkpoint, plan, tp_rank)
+    return OpenedModel(config, source, device, checkpoint, plan, rank)
 
 
-def choose_device(config: EngineConfig, tp_rank: int) -> torch.device:
+def shards_of(config: EngineConfig, tp_rank: int = 0, data_rank: int = 0) -> Shards:
+    """A rank's share of dimensions."""
+    return Shards(tp_rank, config.tensor_parallel_size, data_rank, config.data_parallel_size)
+
+
+def choose_device(config: EngineConfig, rank: int) -> torch.device:
     """This rank's device. Ranks take CUDA devices 0, 1, ... unless --device names one. Raises ConfigError."""
     name = config.device
     if name == "auto":
@@ -90,7 +97,7 @@ def choose_device(config: EngineConfig, tp_rank: int) -> torch.device:
         if device.type == "cuda":
             if not torch.cuda.is_available():
                 raise RuntimeError("torch sees no CUDA device")
-            device = torch.device("cuda", tp_rank if device.index is None else device.index + tp_rank)
+            device = torch.device("cuda", rank if device.index is None else device.index + rank)
             torch.cuda.set_device(device)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as e:

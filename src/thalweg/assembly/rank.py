@@ -24,8 +24,11 @@ from thalweg.cache.storage import CacheStorage
 from thalweg.config.engine import EngineConfig
 from thalweg.errors import CheckpointError, ConfigError
 from thalweg.models.decoder import Decoder
+from thalweg.models.family import DecoderConfig
+from thalweg.models.parts.moe import MoeDims
 from thalweg.ops.registry import Resolver, Rows, Where, dims_of
 from thalweg.ops.sample import SAMPLE, Sample, SampleDims
+from thalweg.parallel.data_ranks import join_data_ranks
 from thalweg.parallel.mesh import Mesh, join_mesh
 from thalweg.runner.cache_file import CacheIndex, images
 from thalweg.runner.cache_file import read as read_file
@@ -56,17 +59,23 @@ class Laps:
 
 
 def build_rank(
-    config: EngineConfig, tp_rank: int, rendezvous_file: str, grammars: Grammars | None = None
+    config: EngineConfig,
+    tp_rank: int,
+    rendezvous_file: str,
+    grammars: Grammars | None = None,
+    data_rank: int = 0,
 ) -> tuple[ModelRunner, EngineInfo]:
-    """Everything one rank needs to execute plans. With several ranks, all of them call this at the same time; the
-    one whose tokens count gets `grammars`."""
+    """Everything one rank needs to execute plans. With several ranks, all of them call this at the same time; those
+    whose tokens count get `grammars`."""
     laps = Laps()
-    opened = open_model(config, tp_rank)
+    opened = open_model(config, tp_rank, data_rank)
     config, source, device = opened.config, opened.source, opened.device
     c = source.config
     assert config.max_num_batched_tokens is not None
     laps.end("device")
     mesh = join_mesh(tp_rank, config.tensor_parallel_size, rendezvous_file, device)
+    if config.data_parallel_size > 1:
+        mesh.data = join_data_ranks(data_rank, config.data_parallel_size, rendezvous_file, device)
     resolver = Resolver(config.op_preference)
     model = Decoder(opened.context(mesh, resolver), c)
     sample = resolve_sample(resolver, device, c.vocab_size)
@@ -118,6 +127,8 @@ def build_rank(
         state_dtype=config.state_dtype,
         quantization=config.quantization or (c.quantized.name if c.quantized else None),
         tensor_parallel_size=config.tensor_parallel_size,
+        data_parallel_size=config.data_parallel_size,
+        experts=experts_line(c, config.data_parallel_size),
         vocab_size=c.vocab_size,
         parameters=parameters(opened.plan),
         max_model_len=split.max_model_len,
@@ -198,6 +209,8 @@ def _why_eager(config: EngineConfig, device: torch.device, resolver: Resolver, r
         return f"{device.type} has no CUDA graphs"
     if config.enforce_eager:
         return "--enforce-eager"
+    if config.data_parallel_size > 1:
+        return "the host has to know how many tokens go to each data-parallel rank"
     reasons = (choice.why_not_captured(rows, most) for choice in resolver.explain())
     return next((reason for reason in reasons if reason is not None), None)
 
@@ -261,6 +274,12 @@ def split_cache(
         snapshot_dtype=config.snapshot_dtype,
     )
     return replace(split, num_slots_from=reason)
+
+
+def experts_line(config: DecoderConfig, ranks: int) -> str | None:
+    """How data-parallel ranks divide the routed experts; None for one rank."""
+    counts = [layer.mlp.experts for layer in config.layers if isinstance(layer.mlp, MoeDims)]
+    return f"{counts[0] // ranks} of {counts[0]} on each of {ranks} data-parallel ranks" if ranks > 1 else None
 
 
 def device_name(device: torch.device) -> str:

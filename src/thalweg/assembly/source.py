@@ -21,6 +21,7 @@ from thalweg.errors import ConfigError, InvalidRequest
 from thalweg.models import family_of
 from thalweg.models.family import DecoderConfig, Family, weight_plan
 from thalweg.models.gguf import Architecture, architecture_of
+from thalweg.models.parts.part import WHOLE
 from thalweg.models.parts.quantized import GgmlCheckpoint
 from thalweg.parallel.shards import Shards
 from thalweg.quant import GgmlRows, scheme_named
@@ -82,10 +83,10 @@ class ModelSource:
         layout = self.family.layout(self.config, self.tensors)
         return layout.ignored if self.mtp or layout.mtp is None else (*layout.ignored, layout.mtp.pattern)
 
-    def plan(self, tp_rank: int = 0, tp_size: int = 1, quantization: str | None = None) -> list[Target]:
+    def plan(self, shards: Shards = WHOLE, quantization: str | None = None) -> list[Target]:
         """The weights of one rank. Raises ConfigError if ranks or --quantization do not suit the model, or it has no
         MTP layer and that is wanted."""
-        shards, scheme = Shards(tp_rank, tp_size), scheme_named(quantization)
+        scheme = scheme_named(quantization)
         return weight_plan(self.family, self.config, shards, scheme, self.tensors, mtp=self.mtp)
 
     @property

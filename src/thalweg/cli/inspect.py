@@ -50,6 +50,7 @@ def _print(found: Inspection) -> None:
         "context": f"{found.context_len:,} tokens",
         "sampling": found.sampling_defaults,
         "layers": ", ".join(f"{count} x {kind}" for kind, count in found.layer_kinds.items()),
+        **({} if found.experts is None else {"experts": found.experts}),
         "weight files": found.weight_files,
     }.items():
         facts.add_row(name, value)

@@ -17,6 +17,7 @@ STATE_DTYPES = ("float32", "bfloat16")
 SNAPSHOT_DTYPES = ("auto", "bfloat16", "int8")
 LOAD_FORMATS = ("auto", "dummy", "safetensors")
 MAX_TENSOR_PARALLEL = 1024
+MAX_DATA_PARALLEL = 1024
 
 _DEVICE = re.compile(r"auto|cpu|(?:cuda|xpu|mps)(?::\d{1,3})?")
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)(b?)\s*", re.IGNORECASE)
@@ -54,6 +55,8 @@ class EngineConfig:
     cache_memory: bytes for blocks, states and snapshots, instead of `gpu_memory_utilization`.
     gpu_memory_utilization: share of the device's memory for weights and cache.
     tensor_parallel_size: ranks that share the model.
+    data_parallel_size: ranks of a server that each serve requests of their own, with their own cache.
+    enable_expert_parallel: whether data-parallel ranks divide the routed experts.
     load_format: "auto" or "safetensors" read the checkpoint, "dummy" draws random weights.
     seed: of sampling and of dummy weights.
     enforce_eager: whether steps run without CUDA graphs.
@@ -89,6 +92,8 @@ class EngineConfig:
     cache_memory: int | None = None
     gpu_memory_utilization: float = 0.9
     tensor_parallel_size: int = 1
+    data_parallel_size: int = 1
+    enable_expert_parallel: bool = False
     load_format: str = "auto"
     seed: int = 0
     enforce_eager: bool = False
@@ -110,6 +115,9 @@ class EngineConfig:
         self._integer("cpu_cache_memory", 1, 2**50, optional=True)
         self._integer("cache_folder_size", 1, 2**50, optional=True)
         self._integer("tensor_parallel_size", 1, MAX_TENSOR_PARALLEL)
+        self._integer("data_parallel_size", 1, MAX_DATA_PARALLEL)
+        self._need(isinstance(self.enable_expert_parallel, bool), "enable_expert_parallel", "true or false")
+        self._check_data_parallel()
         self._integer("num_layers", 1, 1_000, optional=True)
         self._integer("seed", -(2**63), 2**64 - 1)
         share = self.gpu_memory_utilization
@@ -194,6 +202,22 @@ class EngineConfig:
             max_num_batched_tokens=tokens,
             prefill_graph_tokens=self._graph_tokens(),
         )
+
+    def _check_data_parallel(self) -> None:
+        size = f"--data-parallel-size is {self.data_parallel_size}"
+        if self.enable_expert_parallel and self.data_parallel_size == 1:
+            raise ConfigError(f"--enable-expert-parallel divides experts among data-parallel ranks; {size}, raise it")
+        if self.data_parallel_size == 1:
+            return
+        if not self.enable_expert_parallel:
+            raise ConfigError(f"{size}, which needs --enable-expert-parallel: ranks with all experts are not offered")
+        if self.tensor_parallel_size > 1:
+            raise ConfigError(
+                f"{size} and --tensor-parallel-size {self.tensor_parallel_size}, which are not offered together;"
+                " leave one of them out"
+            )
+        if self.cache_folder is not None:
+            raise ConfigError(f"{size}, and --cache-folder is for one rank; leave one of them out")
 
     def _graph_tokens(self) -> int:
         if self.prefill_graph_tokens is not None:

@@ -19,7 +19,8 @@ from thalweg.engine.core import EngineCore
 from thalweg.engine.processes.ranks import OtherRanks
 from thalweg.engine.pump import Pump
 from thalweg.engine.recording import Recording
-from thalweg.errors import EngineDeadError
+from thalweg.errors import ConfigError, EngineDeadError
+from thalweg.parallel.shards import Shards
 from thalweg.recorder.orders import Order
 from thalweg.runner.cache_file import CacheIndex
 from thalweg.runner.executor import Executor, Runner
@@ -34,13 +35,17 @@ COARSEST_GRID = 256  # tokens: with a coarser one, few prompts would have a snap
 class Engine:
     """An EngineCore with what it stands on; `info` is known once this returns. Raises what building raised.
 
-    `folder` is for the sockets of its ranks (see OtherRanks).
+    `folder` is for the sockets of its ranks (see OtherRanks). With --data-parallel-size it is that of all engines, of
+    which this one is `data_rank`.
     """
 
-    def __init__(self, config: EngineConfig, folder: Path | None = None) -> None:
+    def __init__(self, config: EngineConfig, folder: Path | None = None, data_rank: int | None = None) -> None:
+        if config.data_parallel_size > 1 and (data_rank is None or folder is None):
+            size = config.data_parallel_size
+            raise ConfigError(f"--data-parallel-size is {size}; expected 1: only `thalweg serve` has such ranks")
         if config.tensor_parallel_size > 1:
             source = open_source(config)
-            source.plan(0, config.tensor_parallel_size)  # refuses what ranks do not divide
+            source.plan(Shards(0, config.tensor_parallel_size))  # refuses what ranks do not divide
         self._give_folder_back = None if config.cache_folder is None else cache_folder.take(config.cache_folder)
         self.ranks = OtherRanks(config, folder) if config.tensor_parallel_size > 1 else None
 

@@ -73,7 +73,7 @@ class BuildContext:
     @property
     def shards(self) -> Shards:
         """This rank's share of dimensions."""
-        return Shards(self.mesh.tp_rank, self.mesh.tp_size)
+        return Shards(self.mesh.tp_rank, self.mesh.tp_size, self.mesh.data.rank, self.mesh.data.size)
 
 
 LayerCache = Mapping[str, torch.Tensor]

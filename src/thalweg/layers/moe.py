@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from thalweg.layers.context import BuildContext
+from thalweg.layers.expert_exchange import ExpertExchange
 from thalweg.layers.linear import Linear, LinearAdd, NormLinear, Weights
 from thalweg.layers.norm import NormWeight
 from thalweg.ops.activation import SILU_AND_MUL, SiluAndMulDims
@@ -82,15 +83,15 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """Weights of all experts, each `inner` wide on this rank, stored as the plan says: the routed ones, then the
+    """Weights of this rank's experts, each `inner` wide on it, stored as the plan says: the routed ones, then the
     shared ones. Beside them may stand one of its own width and weights that every token takes, `own`."""
 
     def __init__(
-        self, ctx: BuildContext, width: int, routed: int, shared: int, inner: int, own: int, scale: float
+        self, ctx: BuildContext, width: int, total: int, shared: int, inner: int, own: int, scale: float
     ) -> None:
+        """`total` experts, of which every token takes the last `shared`."""
         super().__init__()
         self.shared, self.scale = shared, scale
-        total = routed + shared
         self._gate_up = self._register(ctx.stored("gate_up", (total, 2 * inner, width)))
         self._down = self._register(ctx.stored("down", (total, width, inner)))
         schemes = [PLAIN if target is None else target.scheme for target in map(ctx.planned, ("gate_up", "down"))]
@@ -165,7 +166,11 @@ class SharedExpert(nn.Module):
 class MoE(nn.Module):
     """x plus its routed experts and the shared ones: as further experts that every token takes, with weight 1 or what
     their gate says; if the plan stores them otherwise than the routed ones, as one expert beside these where they are
-    in the model's dtype and have no gate, or as an MLP of their own."""
+    in the model's dtype and have no gate, or as an MLP of their own.
+
+    If data-parallel ranks divide the routed experts, every rank has the shared ones, and tokens go to their routed ones
+    and back (ExpertExchange); a rank without tokens then calls `serve_others`.
+    """
 
     def __init__(
         self,
@@ -187,6 +192,10 @@ class MoE(nn.Module):
         super().__init__()
         self.mesh = ctx.mesh
         self.shared: SharedExpert | OwnExpert | None = None
+        first, last = ctx.shards.experts(experts)
+        self._routed = last - first
+        self._exchange = ExpertExchange(ctx.mesh.data, self._routed) if ctx.mesh.data.size > 1 else None
+        self._nothing_TD = torch.empty(0, width, dtype=ctx.dtype, device=ctx.device)
         own, gated = 0, gated_shared == inner and "shared.down.weight" not in ctx
         if gated:
             shared = 1
@@ -194,7 +203,7 @@ class MoE(nn.Module):
             self.shared = SharedExpert(ctx.below("shared"), width, gated_shared, gated=True)
         elif shared and "shared.down.weight" in ctx:
             plain = all(ctx.planned(f"shared.{name}.weight") is None for name in ("in_proj", "down"))
-            if plain:
+            if plain and self._exchange is None:
                 self.shared = OwnExpert(ctx.below("shared"), width, shared * inner)
                 own = self.shared.width
             else:
@@ -217,10 +226,15 @@ class MoE(nn.Module):
         )
         local = ctx.shards.count(inner, "moe_intermediate_size")
         own_scale = scale if own else 1.0
-        self.experts = Experts(ctx.below("experts"), width, experts, shared, local, own, own_scale)
+        total = self._routed + shared
+        # With an exchange the op never has shared experts behind a token's routed ones.
+        promised = shared if self._exchange is None else 0
+        self.experts = Experts(ctx.below("experts"), width, total, promised, local, own, own_scale)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         normed_TD, weights_Tk, ids_Tk = self.router(x_TD)
+        if self._exchange is not None:
+            return self._exchanged(self._exchange, x_TD, normed_TD, weights_Tk, ids_Tk)
         one_rank = self.mesh.tp_size == 1
         added_TD, own = x_TD if one_rank else None, None
         if isinstance(self.shared, OwnExpert):
@@ -230,3 +244,30 @@ class MoE(nn.Module):
             added_TD = own_TD if added_TD is None else added_TD + own_TD
         y_TD: Tensor = self.experts(normed_TD, weights_Tk, ids_Tk, added_TD, own)
         return y_TD if one_rank else x_TD + self.mesh.all_reduce(y_TD)
+
+    def serve_others(self) -> None:
+        """Take part in the exchange of a step in which this rank has no tokens."""
+        assert self._exchange is not None
+        x_TD, k = self._nothing_TD, self.router.top_k
+        ids_Tk = torch.empty(0, k, dtype=torch.int64, device=x_TD.device)
+        self._exchange(x_TD, ids_Tk.float(), ids_Tk, self._run_routed)
+
+    def _exchanged(
+        self, exchange: ExpertExchange, x_TD: Tensor, normed_TD: Tensor, weights_Tk: Tensor, ids_Tk: Tensor
+    ) -> Tensor:
+        k, own = self.router.top_k, self.router.shared
+        added_TD = x_TD
+        if isinstance(self.shared, SharedExpert):
+            added_TD = x_TD + self.shared(normed_TD)
+        elif own:
+            ids_S = torch.arange(self._routed, self._routed + own, device=ids_Tk.device, dtype=ids_Tk.dtype)
+            ids_TS = ids_S.expand(len(ids_Tk), own).contiguous()
+            added_TD = self.experts(normed_TD, weights_Tk[:, k:].contiguous(), ids_TS, x_TD, None)
+        routed_TD = exchange(normed_TD, weights_Tk[:, :k], ids_Tk[:, :k], self._run_routed)
+        return added_TD + routed_TD
+
+    def _run_routed(self, rows_PD: Tensor, ids_P: Tensor) -> Tensor:
+        """Rows that each take one of this rank's routed experts."""
+        ones_P1 = torch.ones(len(rows_PD), 1, device=rows_PD.device)
+        y_PD: Tensor = self.experts(rows_PD, ones_P1, ids_P.unsqueeze(1), None, None)
+        return y_PD

@@ -136,6 +136,12 @@ class Decoder(nn.Module):
             x_TD = self._stack[i](x_TD, batch, cache.layers[i])
         return x_TD
 
+    def serve_others(self) -> None:
+        """A step without tokens: what data-parallel ranks with tokens need of this one's experts."""
+        for layer in self._stack:
+            if isinstance(layer.mlp, MoE):
+                layer.mlp.serve_others()
+
     def forward(self, batch: Batch, cache: CacheStorage, layers: Sequence[int] | None = None) -> Tensor:
         """`layers` are those to run, for a rehearsal; None runs all."""
         x_TD = self.stream(batch, cache, layers)

@@ -149,6 +149,9 @@ def weight_plan(
     if scheme is not PLAIN and config.quantized is not None:
         what = f"--quantization is {scheme.name!r}"
         raise ConfigError(f"{what}, and this checkpoint is stored in {config.quantized.name} already; leave it out")
+    if shards.data_size > 1 and not any(isinstance(layer.mlp, MoeDims) for layer in config.layers):
+        what = f"--data-parallel-size is {shards.data_size}, and its ranks divide experts"
+        raise ConfigError(f"{what}, of which this {family.architectures[0]} has none; leave it out")
     layout = family.layout(config, tensors)
     tiles = config.quantized.tiles if isinstance(config.quantized, GgmlCheckpoint) else {}
     stored = stored_as(config.quantized, tensors)

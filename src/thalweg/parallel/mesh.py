@@ -14,14 +14,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from thalweg.errors import EngineDeadError
+from thalweg.parallel.data_ranks import DataRanks
 
 
 class Mesh:
-    """Tensor parallelism over `tp_size` ranks; this process is `tp_rank`. With one rank every method is free."""
+    """Tensor parallelism over `tp_size` ranks; this process is `tp_rank`. With one rank every method is free.
 
-    def __init__(self, tp_rank: int = 0, tp_size: int = 1, group: Any = None) -> None:
+    `data` are the ranks that serve other requests, with which this one shares the experts.
+    """
+
+    def __init__(self, tp_rank: int = 0, tp_size: int = 1, group: Any = None, data: DataRanks | None = None) -> None:
         self.tp_rank = tp_rank
         self.tp_size = tp_size
+        self.data = data or DataRanks()
         self._group = group
 
     def all_reduce(self, x: Tensor) -> Tensor:
@@ -49,7 +54,8 @@ class Mesh:
         return x
 
     def minimum(self, value: int, device: torch.device) -> int:
-        """The least of the ranks' values."""
+        """The least of the ranks' values, of data-parallel ones too."""
+        value = self.data.minimum(value)
         if self._group is None:
             return value
         group, options = self._group, dist.AllreduceOptions()
@@ -60,6 +66,7 @@ class Mesh:
 
     def close(self) -> None:
         self._group = None
+        self.data.close()
 
     def _run(self, collective: Callable[[], Any]) -> None:
         try:

@@ -105,6 +105,7 @@ def serve(
         info = client.info
         summary = (
             f"{info.architecture} on {info.device}, {info.dtype}",
+            *([] if info.experts is None else [f"experts         {info.experts}"]),
             *info.memory_split,
             f"decode steps    {info.decode_steps}",
             f"prefill steps   {info.prefill_steps}",

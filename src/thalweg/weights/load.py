@@ -17,7 +17,7 @@ from thalweg.quant import FP8_LINEARS
 from thalweg.quant.ggml_types import TYPES
 from thalweg.weights.checkpoint import WeightFiles
 from thalweg.weights.fill import GetParam, put, widened
-from thalweg.weights.plan import Source, Target, check_targets, checkpoint_shapes
+from thalweg.weights.plan import Source, Target, check_targets, checkpoint_shapes, everywhere
 from thalweg.weights.safetensors import LOADABLE, PLAIN_DTYPES, unsupported_dtype
 
 MAX_LISTED = 20
@@ -97,7 +97,7 @@ def check(plan: Sequence[Target], checkpoint: WeightFiles, ignore: Iterable[str]
     check_targets(plan)
     patterns = tuple(ignore)
     expected, found = checkpoint_shapes(plan), checkpoint.tensors
-    special = {s.name: t.scheme.file_dtype for t in plan if t.scales for s in t.sources}
+    special = {s.name: t.scheme.file_dtype for t in everywhere(plan) if t.scales for s in t.sources}
     special |= {s.name: FP8_LINEARS.file_dtype for t in plan for s in t.sources if s.scales is not None}
     for name in expected:
         if name in found and not _fits(found[name].dtype, special.get(name)):

@@ -7,7 +7,7 @@ missing and unexpected tensors and the size printed in the progress bar all read
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Literal
@@ -75,7 +75,8 @@ class Target:
 
     It is one parameter, or several where its scheme stores it so; an expert's matrix has `parts` parts of rows. `add`
     is added to what the checkpoint holds. Where the sources leave something uncovered (vocabulary rows past the end on
-    the last rank) it becomes zero. `init` says how dummy weights are drawn.
+    the last rank) it becomes zero. `init` says how dummy weights are drawn. `elsewhere` is the rest of a weight of
+    which other ranks hold whole tensors.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Target:
     add: float = 0.0
     parts: int = 1
     scales: tuple[Source, ...] = ()
+    elsewhere: Target | None = None
 
     @property
     def covered(self) -> bool:
@@ -155,14 +157,22 @@ def concat(name: str, pieces: Sequence[Source], shape: Shape | None = None) -> T
     return Target(name, shape or (row, *pieces[0].local_shape[1:]), tuple(stacked))
 
 
+def everywhere(plan: Sequence[Target]) -> Iterator[Target]:
+    """The plan's targets, and what other ranks hold of them."""
+    for target in plan:
+        yield target
+        if target.elsewhere is not None:
+            yield target.elsewhere
+
+
 def checkpoint_shapes(plan: Sequence[Target]) -> dict[str, Shape]:
-    """Every checkpoint tensor the plan reads, with its full shape."""
-    return {s.name: s.shape for t in plan for s in t.read}
+    """Every checkpoint tensor that the plan reads, or knows another rank to read, with its full shape."""
+    return {s.name: s.shape for t in everywhere(plan) for s in t.read}
 
 
 def parameters(plan: Sequence[Target]) -> int:
     """Elements of the checkpoint's weights over all ranks, scales left out and packed ones counted one by one."""
-    packed = {s.name: (prod(s.shape), t.scheme.packed if t.scales else 1) for t in plan for s in t.sources}
+    packed = {s.name: (prod(s.shape), t.scheme.packed if t.scales else 1) for t in everywhere(plan) for s in t.sources}
     return sum(items * each for items, each in packed.values())
 
 

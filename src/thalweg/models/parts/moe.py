@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from thalweg.config.hf import ConfigReader
-from thalweg.errors import UnsupportedError
+from thalweg.errors import ConfigError, UnsupportedError
 from thalweg.models.parts.part import (
     MAX_DIM,
     MAX_EXPERTS,
@@ -20,6 +21,7 @@ from thalweg.models.parts.part import (
     product,
 )
 from thalweg.quant import FP8_EXPERTS, INT4_EXPERTS, PLAIN
+from thalweg.quant.blocks import BLOCK
 from thalweg.quant.fp8 import scales_into
 from thalweg.quant.ggml_types import TYPES
 from thalweg.quant.scheme import Range
@@ -51,7 +53,8 @@ class MoeDims:
     gated_shared: int = 0
 
     def targets(self, ours: str, names: Names, ctx: PlanContext) -> list[Target]:
-        """Experts stacked: gate_up [E + S, 2*I, D] (gate above up), down [E + S, D, I]. The router is replicated.
+        """Experts stacked: gate_up [E + S, 2*I, D] (gate above up), down [E + S, D, I]. The router is replicated, and
+        so are the shared experts over data-parallel ranks, which divide the E routed ones.
 
         Checkpoints store the S shared experts as one MLP of width S*I. A sum over its width is a sum over S slices of
         it, so each slice is one more expert behind the routed ones, and one kernel serves all. So is a gated one as
@@ -62,28 +65,32 @@ class MoeDims:
         """
         E, D = self.experts, ctx.width
         start, stop = ctx.shards.even(self.inner, WIDTH)
+        first, last = ctx.shards.experts(E)
         count = self._like_routed
-        local, total = stop - start, E + count
-        gate_up, down = self._stacked(names, D, (start, stop)) if "stacked_down" in names else ([], [])
+        local, here = stop - start, last - first
+        total = here + count
+        gate_up, down = self._stacked(names, (first, last), (start, stop), ctx) if "stacked_down" in names else ([], [])
+        elsewhere: tuple[list[Source], list[Source]] = ([], [])
         if not gate_up:
             for e in range(E):
                 one = {x: names[x].format(e=e) for x in ("gate", "up", "down")}
-                self._expert(one, e, (start, stop), self.inner, D, gate_up, down)
+                lists, place = ((gate_up, down), e - first) if first <= e < last else (elsewhere, (e - last) % E)
+                self._expert(one, place, (start, stop), self.inner, D, *lists)
         shared = {x: names[f"shared_{x}"] for x in ("gate", "up", "down") if count}
-        routed = {"gate": gate_up[0].name, "up": gate_up[1].name, "down": down[0].name}
+        routed = {"gate": gate_up[0].name, "up": gate_up[-1].name, "down": down[0].name}
         apart = any(ctx.stored_as(name) != ctx.stored_as(routed[x]) for x, name in shared.items())
         gate = [names["shared_scale"]] if self.gated_shared and count else []
         apart = apart or any(ctx.stored_as(name) not in PLAIN_TYPES for name in gate)
         total -= count if apart else 0
         for i in range(0 if apart else count):
             part = (i * self.inner + start, i * self.inner + stop)
-            self._expert(shared, E + i, part, count * self.inner, D, gate_up, down)
+            self._expert(shared, here + i, part, count * self.inner, D, gate_up, down)
         router = [Source(names["router"], (E, D)), *(Source(name, (1, D)) for name in gate if not apart)]
         targets = [
             ctx.norm(f"{ours}.router.norm.weight", names["norm"], D),
             concat(f"{ours}.router.weight", router),
-            self._experts(f"{ours}.experts.gate_up", (total, 2 * local, D), gate_up, ctx, 2),
-            self._experts(f"{ours}.experts.down", (total, D, local), down, ctx, 1),
+            self._experts(f"{ours}.experts.gate_up", (total, 2 * local, D), gate_up, ctx, 2, elsewhere[0]),
+            self._experts(f"{ours}.experts.down", (total, D, local), down, ctx, 1, elsewhere[1]),
         ]
         if self.scoring == "sigmoid":
             targets.append(whole(f"{ours}.router.bias", names["bias"], (E,), dtype="float32", init="zeros"))
@@ -99,8 +106,18 @@ class MoeDims:
         return 1 if self.gated_shared == self.inner else self.shared
 
     @staticmethod
-    def _experts(ours: str, shape: tuple[int, ...], pieces: list[Source], ctx: PlanContext, parts: int) -> Target:
-        """Stored as ctx says, or as the checkpoint has them quantized."""
+    def _experts(
+        ours: str,
+        shape: tuple[int, ...],
+        pieces: list[Source],
+        ctx: PlanContext,
+        parts: int,
+        elsewhere: Sequence[Source] = (),
+    ) -> Target:
+        """Stored as ctx says, or as the checkpoint has them quantized. `elsewhere` are other ranks' experts."""
+        if elsewhere:
+            target = MoeDims._experts(ours, shape, pieces, ctx, parts)
+            return replace(target, elsewhere=MoeDims._experts(ours, shape, [*elsewhere], ctx, parts))
         target = Target(ours, shape, tuple(pieces), scheme=ctx.scheme, parts=parts)
         target = ctx.in_blocks(target)
         stored = {ctx.stored_as(piece.name) for piece in pieces}
@@ -125,10 +142,22 @@ class MoeDims:
         gate_up.append(placed(names["up"], (inner, D), (e, (local, 2 * local)), 0, part))
         down.append(placed(names["down"], (D, inner), (e,), 1, part))
 
-    def _stacked(self, names: Names, D: int, part: Range) -> tuple[list[Source], list[Source]]:
-        """From one tensor of all experts [E, 2*I, D], gate above up, and one [E, D, I]."""
-        E, inner, (start, stop) = self.experts, self.inner, part
+    def _stacked(self, names: Names, rows: Range, part: Range, ctx: PlanContext) -> tuple[list[Source], list[Source]]:
+        """From one tensor of all experts [E, 2*I, D], gate above up, and one [E, D, I]: experts `rows`, or a `part` of
+        the width of all."""
+        E, inner, D, (start, stop) = self.experts, self.inner, ctx.width, part
         local, shape = stop - start, (E, 2 * inner, D)
+        if rows != (0, E):  # then each is whole
+            if ctx.scheme is not PLAIN and inner % BLOCK:
+                raise ConfigError(
+                    f"--quantization {ctx.scheme.name} with --data-parallel-size needs {WIDTH} to be a multiple of"
+                    f" {BLOCK} if one tensor holds all experts; it is {inner}"
+                )
+            here = ((0, rows[1] - rows[0]),)
+            return (
+                [placed(names["stacked_gate_up"], shape, here, 0, rows)],
+                [placed(names["stacked_down"], (E, D, inner), here, 0, rows)],
+            )
         up = (inner + start, inner + stop)
         return [
             placed(names["stacked_gate_up"], shape, ((0, E), (0, local)), 1, part),

@@ -1,0 +1,40 @@
+"""Expert parallelism: routed experts that are divided over data-parallel ranks. Tokens go to them and come back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from thalweg.parallel.data_ranks import DataRanks
+
+RunExperts = Callable[[Tensor, Tensor], Tensor]
+"""(rows [P, D], their experts on this rank, int64 [P]) to the experts' outputs [P, D]."""
+
+
+class ExpertExchange:
+    """Each rank has `here` routed experts: rank r those from r * here on. All ranks call at the same time, each with
+    its own tokens, of which there may be none."""
+
+    def __init__(self, ranks: DataRanks, here: int) -> None:
+        self._ranks, self._here = ranks, here
+
+    def __call__(self, x_TD: Tensor, weights_Tk: Tensor, ids_Tk: Tensor, run: RunExperts) -> Tensor:
+        """y_TD in x's dtype, the weighted sum over each token's k experts, wherever they are. `run` is called if any
+        rank has rows for this one. The sum is in fp32 and in the order of the ids, whatever the number of ranks."""
+        ranks, here, (T, k) = self._ranks, self._here, ids_Tk.shape
+        ids_P = ids_Tk.flatten()
+        order_P = ids_P.argsort(stable=True)  # by expert, and so by rank
+        counts_RE = ids_P.bincount(minlength=ranks.size * here).view(ranks.size, here)
+        theirs_RE = ranks.exchange(counts_RE)
+        # The host has to know how many rows come and go, which it waits for.
+        sent, received = torch.stack([counts_RE.sum(1), theirs_RE.sum(1)]).tolist()
+        rows_QD = ranks.all_to_all(x_TD[order_P // k], sent, received)
+        experts_RE = torch.arange(here, device=ids_P.device).repeat(ranks.size)
+        if len(rows_QD):
+            rows_QD = run(rows_QD, experts_RE.repeat_interleave(theirs_RE.flatten(), output_size=len(rows_QD)))
+        sorted_PD = ranks.all_to_all(rows_QD, received, sent)
+        y_PD = torch.empty_like(sorted_PD, dtype=torch.float32)
+        y_PD[order_P] = sorted_PD.float()
+        return (y_PD.view(T, k, y_PD.shape[1]) * weights_Tk.unsqueeze(-1)).sum(1).to(x_TD.dtype)

@@ -1,0 +1,138 @@
+"""Experts divided over data-parallel ranks give what they give on one rank, whoever has tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.dist.threads import on_ranks
+from tests.models import random_checkpoint as kimi
+from tests.models import random_kimi_k2 as k2
+from tests.models import random_qwen as qwen
+from tests.models.plans import read
+from thalweg import ops as _ops  # noqa: F401 -- registers every op's implementations
+from thalweg.layers.context import BuildContext
+from thalweg.layers.moe import MoE, OwnExpert
+from thalweg.models import family_of
+from thalweg.models.decoder import Decoder
+from thalweg.models.family import weight_plan
+from thalweg.models.parts.moe import MoeDims
+from thalweg.ops.registry import Resolver
+from thalweg.parallel.data_ranks import DataRanks
+from thalweg.parallel.mesh import Mesh
+from thalweg.parallel.shards import Shards
+from thalweg.weights.dummy import fill
+
+MODELS: dict[str, dict[str, Any]] = {
+    "shared experts like the routed ones": kimi.config(experts=12, top_k=3, shared=2, layers=2, full=(2,)),
+    "no shared expert": kimi.config(experts=6, top_k=6, shared=0, layers=2, full=(2,)),
+    "a gated shared expert of its own width": qwen.nested(qwen.config(experts=6, shared=40, layers=2)),
+    "a gated shared expert like the routed ones": qwen.nested(qwen.config(experts=6, shared=24, layers=2)),
+    "Kimi-K2 in fp8": k2.config(experts=12, inner=128, shared=2, quantization_config=k2.FP8),
+    "Kimi-K2 in int4": k2.config(experts=12, quantization_config=k2.INT4),
+}
+TOKENS = [(5, 3, 1), (0, 4, 2), (7, 0, 0), (1, 1, 1)]  # of each rank
+
+
+def moe(raw: dict[str, Any], ranks: DataRanks, whole: MoE | None = None) -> MoE:
+    """The last layer's experts on one rank, with its share of the weights of `whole`, or with weights at random."""
+    family, config = family_of(raw), read(raw)
+    plan = weight_plan(family, config, Shards(0, 1, ranks.rank, ranks.size))
+    context = BuildContext(
+        torch.device("cpu"),
+        torch.float32,
+        Mesh(data=ranks),
+        Resolver(),
+        "float32",
+        {target.name: target for target in plan},
+        block_size=64,
+    )
+    decoder = Decoder(context, config)
+    layer = decoder._stack[-1].mlp
+    assert isinstance(layer, MoE)
+    if whole is None:
+        fill(plan, dict(decoder.named_parameters()).__getitem__, 7)
+        return layer
+    theirs = dict(whole.named_parameters())
+    dims = config.layers[-1].mlp
+    assert isinstance(dims, MoeDims)
+    total, here = dims.experts, dims.experts // ranks.size
+    for name, param in layer.named_parameters():
+        value = theirs[name].detach()
+        if name.startswith("experts."):
+            value = torch.cat([value[ranks.rank * here :][:here], value[total:]])
+        param.detach().copy_(value)
+    return layer
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("model", MODELS)
+def test_same_outputs_as_one_rank(model: str, size: int, tmp_path: Path) -> None:
+    raw = MODELS[model]
+    alone = moe(raw, DataRanks())
+    assert isinstance(alone.shared, OwnExpert) == (model == "Kimi-K2 in int4")
+    width = alone.router.weight.shape[1]
+    inputs = [[torch.randn(n, width) * 3 for n in counts[:size]] for counts in TOKENS]
+
+    def body(ranks: DataRanks) -> list[Tensor]:
+        layer, outputs = moe(raw, ranks, alone), []
+        for step in inputs:
+            x_TD = step[ranks.rank]
+            if len(x_TD):
+                outputs.append(layer(x_TD))
+            else:
+                layer.serve_others()
+                outputs.append(x_TD)
+        return outputs
+
+    outputs = on_ranks(size, tmp_path, body)
+    for i, step in enumerate(inputs):
+        for rank, x_TD in enumerate(step):
+            if len(x_TD):
+                torch.testing.assert_close(outputs[rank][i], alone(x_TD), atol=2e-5, rtol=1e-5)
+
+
+def test_a_token_s_output_does_not_depend_on_the_others(tmp_path: Path) -> None:
+    """The sum of a token's experts has one order, whichever ranks they are on."""
+    raw = MODELS["shared experts like the routed ones"]
+    x_TD, alone = torch.randn(4, raw["hidden_size"]), moe(raw, DataRanks())
+
+    def body(ranks: DataRanks) -> list[Tensor]:
+        layer = moe(raw, ranks, alone)
+        first = layer(x_TD)
+        if ranks.rank:
+            layer.serve_others()
+            return [first]
+        return [first, layer(x_TD)]
+
+    (first, again), (other,) = on_ranks(2, tmp_path, body)
+    assert torch.equal(first, again)
+    assert torch.equal(first, other)
+
+
+def test_rows_of_any_dtype_go_where_they_should(tmp_path: Path) -> None:
+    def body(ranks: DataRanks) -> dict[torch.dtype, Tensor]:
+        sent = [[1, 2], [0, 3]][ranks.rank]
+        received = [[1, 0], [2, 3]][ranks.rank]
+        rows = torch.arange(3).unsqueeze(1).expand(3, 5) + 10 * ranks.rank
+        dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.int64)
+        return {dtype: ranks.all_to_all(rows.to(dtype), sent, received) for dtype in dtypes}
+
+    results = on_ranks(2, tmp_path, body)
+    for rank, expected in enumerate([[0], [1, 2, 10, 11, 12]]):
+        for dtype, rows in results[rank].items():
+            assert rows.dtype == dtype
+            assert rows[:, 0].tolist() == expected
+            assert rows.shape == (len(expected), 5)
+
+
+def test_maxima_and_minimum_over_ranks(tmp_path: Path) -> None:
+    def body(ranks: DataRanks) -> tuple[list[int], int]:
+        return ranks.maxima([ranks.rank, -ranks.rank, 2**62 + ranks.rank]), ranks.minimum(5 + ranks.rank)
+
+    assert on_ranks(3, tmp_path, body) == [([2, 0, 2**62 + 2], 5)] * 3
+    assert DataRanks().maxima([3, -1]) == [3, -1]
