@@ -27,7 +27,7 @@ from thalweg.ops.delta import mixer_cpp
 from thalweg.ops.delta.kda_mixer import reference as kda_mixer_reference
 from thalweg.ops.linear import blocks_cpp
 from thalweg.ops.linear import cpp as linear
-from thalweg.ops.moe.experts import ExpertsDims
+from thalweg.ops.moe.experts import Experts, ExpertsDims
 from thalweg.ops.moe.experts import cpp as experts
 from thalweg.ops.moe.router import cpp as router
 from thalweg.ops.moe.router import reference as router_reference
@@ -56,13 +56,14 @@ def randn(*shape: int, dtype: torch.dtype, seed: int = 0, scale: float = 1.0) ->
 
 @settings(max_examples=40, deadline=None)
 @given(
-    T=st.integers(0, 17),
-    D=st.integers(1, 200),
+    T=st.one_of(st.integers(0, 17), st.sampled_from([48, 49, 100, 800])),
+    D=st.one_of(st.integers(1, 200), st.integers(510, 600)),
     O=st.integers(1, 140),
     dtype=st.sampled_from(DTYPES),
     norm_fp32=st.booleans(),
+    many=st.booleans(),
 )
-def test_linears_of_any_shape(T: int, D: int, O: int, dtype: torch.dtype, norm_fp32: bool) -> None:
+def test_linears_of_any_shape(T: int, D: int, O: int, dtype: torch.dtype, norm_fp32: bool, many: bool) -> None:
     x = randn(T, D + 3, dtype=dtype)[:, :D]  # rows with a stride
     w, norm = randn(O, D, dtype=dtype, seed=1, scale=D**-0.5), 1 + randn(D, dtype=dtype, seed=2, scale=0.1)
     residual = randn(T, O + 2, dtype=dtype, seed=3)[:, :O]
@@ -71,7 +72,14 @@ def test_linears_of_any_shape(T: int, D: int, O: int, dtype: torch.dtype, norm_f
     normed = x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-5).rsqrt() * norm.double()
     if dtype == torch.bfloat16:
         normed = norm_reference.rms_norm(x, norm, 1e-5)  # what is multiplied is rounded, as in plain torch
-    got = linear.linear(x, w), linear.norm_linear(x, norm, 1e-5, w), linear.linear_add(x, w, residual)
+    if many:
+        got = (
+            linear.linear_many(x, w),
+            linear.norm_linear_many(x, norm, 1e-5, w),
+            linear.linear_add_many(x, w, residual),
+        )
+    else:
+        got = linear.linear(x, w), linear.norm_linear(x, norm, 1e-5, w), linear.linear_add(x, w, residual)
     for y, truth in zip(got, (product, normed.double() @ w.double().T, added + product), strict=True):
         assert y.dtype == dtype
         assert y.shape == (T, O)
@@ -203,26 +211,34 @@ def test_attention_without_tokens_is_finite() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", [experts.experts, experts.experts_many])
 @pytest.mark.parametrize(
-    ("T", "D", "I", "E", "k", "shared"), [(1, 64, 48, 8, 2, 1), (5, 37, 21, 4, 3, 0), (40, 96, 80, 6, 2, 2)]
+    ("T", "D", "I", "E", "k", "shared"),
+    [(1, 64, 48, 8, 2, 1), (5, 37, 21, 4, 3, 0), (40, 96, 80, 6, 2, 2), (130, 520, 40, 5, 2, 1)],
 )
-def test_experts(T: int, D: int, I: int, E: int, k: int, shared: int, dtype: torch.dtype) -> None:
+def test_experts(op: Experts, T: int, D: int, I: int, E: int, k: int, shared: int, dtype: torch.dtype) -> None:
     case = moe_case(T, D, I, E, k, shared, dtype)
     truth = experts_in_float64(case)
-    assert rmse_ratio(case.run(experts.experts), truth) < TOLERANCE[dtype]
-    assert rmse_ratio(case.run(experts.experts), case.run(implementation("reference"))) < 5e-4
+    assert rmse_ratio(case.run(op), truth) < TOLERANCE[dtype]
+    assert rmse_ratio(case.run(op), case.run(implementation("reference"))) < 5e-4
     before = case.residual.clone()
-    out = case.run(experts.experts, residual_TD=case.residual)
+    out = case.run(op, residual_TD=case.residual)
     assert rmse_ratio(out, truth + case.residual.double()) < TOLERANCE[dtype]
     assert torch.equal(case.residual, before)
 
 
-def test_experts_that_are_not_there_are_refused() -> None:
+@pytest.mark.parametrize("op", [experts.experts, experts.experts_many])
+def test_experts_that_are_not_there_are_refused(op: Experts) -> None:
     for wrong in (-1, 9, 2**40):
         case = moe_case(2, 32, 16, 8, 2, 1, torch.float32)
         case.ids[1, 1] = wrong
         with pytest.raises(IndexError, match=r"ids of experts are .* expected 0 to 8"):
-            case.run(experts.experts)
+            case.run(op)
+
+
+def test_experts_of_more_pairs_than_are_sorted_at_once() -> None:
+    case = moe_case(9000, 24, 16, 4, 2, 0, torch.float32)
+    assert rmse_ratio(case.run(experts.experts_many), case.run(implementation("reference"))) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -341,4 +357,26 @@ def test_a_row_has_the_same_bits_alone_and_in_a_batch(dtype: torch.dtype) -> Non
     batch = everything(dtype)
     for rows in (slice(3, 4), slice(1, 4), slice(2, 8)):
         for got, expected in zip(everything(dtype, rows), batch, strict=True):
+            assert torch.equal(got, expected[rows])
+
+
+def in_panels(dtype: torch.dtype, rows: slice = slice(None)) -> list[Tensor]:
+    """Results for some of 120 tokens of the ops that serve many."""
+    x, w, norm = randn(120, 300, dtype=dtype)[rows], randn(500, 300, dtype=dtype, seed=1), randn(300, dtype=dtype)
+    moe = moe_case(120, 128, 64, 8, 3, 1, dtype)
+    for name in ("x", "weights", "ids"):
+        setattr(moe, name, getattr(moe, name)[rows])
+    return [linear.norm_linear_many(x, norm, 1e-5, w), moe.run(experts.experts_many)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tokens_in_panels_have_the_same_bits_on_any_number_of_threads_and_in_any_company(dtype: torch.dtype) -> None:
+    with threads(1):
+        alone = in_panels(dtype)
+    for count in (2, 5):
+        with threads(count):
+            for got, expected in zip(in_panels(dtype), alone, strict=True):
+                assert torch.equal(got, expected)
+    for rows in (slice(3, 4), slice(30, 110)):
+        for got, expected in zip(in_panels(dtype, rows), alone, strict=True):
             assert torch.equal(got, expected[rows])

@@ -77,7 +77,7 @@ LINEAR_GGML: Op[LinearGgmlDims, LinearGgml] = Op("linear_ggml", LinearGgmlDims)
 
 MAX_COLUMNS, MAX_ROWS = 2**15, 2**18  # of the weight: a norm's weight, and sums over passes, fit shared memory
 FEW = Tokens(last=16)  # beyond, the registers of a block hold too little of x
-CPU_FEW = Tokens(last=16)  # beyond, the library's products of blocks are as fast
+CPU_FEW = Tokens(last=16)  # beyond, tokens fill the lanes of panels
 WIDE, WIDE_FEW = 4096, Tokens(last=8)  # more columns: blocks read x for longer, and the library is as fast from 9 on
 FEWEST_ROWS = 2048  # of fewer it has not been timed
 # Tokens of so many rows; beyond, every block's x is as much as its part of w, unless there are many rows.
@@ -182,6 +182,12 @@ def _cpp_linear(where: Where, dims: LinearDims) -> Linear:
     return cpp.linear
 
 
+def _panels_linear(where: Where, dims: LinearDims) -> Linear:
+    from thalweg.ops.linear import cpp
+
+    return cpp.linear_many
+
+
 def _cpp_ggml(where: Where, dims: LinearGgmlDims) -> LinearGgml:
     from thalweg.ops.linear.blocks_cpp import BlockLinear
 
@@ -204,10 +210,22 @@ def _cpp_norm_linear(where: Where, dims: NormLinearDims) -> NormLinear:
     return cpp.norm_linear
 
 
+def _panels_norm_linear(where: Where, dims: NormLinearDims) -> NormLinear:
+    from thalweg.ops.linear import cpp
+
+    return cpp.norm_linear_many
+
+
 def _cpp_linear_add(where: Where, dims: LinearDims) -> LinearAdd:
     from thalweg.ops.linear import cpp
 
     return cpp.linear_add
+
+
+def _panels_linear_add(where: Where, dims: LinearDims) -> LinearAdd:
+    from thalweg.ops.linear import cpp
+
+    return cpp.linear_add_many
 
 
 def _triton_norm_linear(where: Where, dims: NormLinearDims) -> NormLinear:
@@ -219,11 +237,13 @@ def _triton_norm_linear(where: Where, dims: NormLinearDims) -> NormLinear:
 register(LINEAR, "reference", lambda *_: reference.linear)
 register(LINEAR, "matrix", _matrix_linear, supports=_matrix_refuses, tokens=_some, priority=15)
 register(LINEAR, "cpp", _cpp_linear, supports=_cpp_refuses, tokens=CPU_FEW, priority=10)
+register(LINEAR, "panels", _panels_linear, supports=_cpp_refuses, priority=5)
 register(LINEAR, "cuda", _cuda_linear, supports=_cuda_refuses, tokens=_few, priority=20)
 
 register(NORM_LINEAR, "reference", lambda *_: reference.norm_linear)
 register(NORM_LINEAR, "separate", _separate, priority=-10)
 register(NORM_LINEAR, "cpp", _cpp_norm_linear, supports=_cpp_refuses, tokens=CPU_FEW, priority=10)
+register(NORM_LINEAR, "panels", _panels_norm_linear, supports=_cpp_refuses, priority=5)
 register(NORM_LINEAR, "triton", _triton_norm_linear, supports=why_not, priority=10)
 register(NORM_LINEAR, "matrix", _matrix_norm_linear, supports=_matrix_refuses, tokens=_some, priority=15)
 register(NORM_LINEAR, "cuda", _cuda_norm_linear, supports=_cuda_refuses, tokens=_norm_few, priority=20)
@@ -232,6 +252,7 @@ register(LINEAR_ADD, "reference", lambda *_: reference.linear_add)
 register(LINEAR_ADD, "in_place", lambda *_: reference.linear_add_in_place, supports=_in_place_refuses, priority=10)
 register(LINEAR_ADD, "matrix", _matrix_linear_add, supports=_matrix_refuses, tokens=_some, priority=15)
 register(LINEAR_ADD, "cpp", _cpp_linear_add, supports=_cpp_refuses, tokens=CPU_FEW, priority=10)
+register(LINEAR_ADD, "panels", _panels_linear_add, supports=_cpp_refuses, priority=5)
 register(LINEAR_ADD, "cuda", _cuda_linear_add, supports=_cuda_refuses, tokens=_few, priority=20)
 
 register(LINEAR_GGML, "reference", _ggml, capturable=False)

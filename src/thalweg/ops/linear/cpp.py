@@ -1,4 +1,4 @@
-"""Linear projections of few tokens on a CPU, in C++ (few.cpp)."""
+"""Linear projections on a CPU, in C++: of few tokens (few.cpp), and of many in panels (many.cpp)."""
 
 from __future__ import annotations
 
@@ -13,26 +13,40 @@ from thalweg.ops.toolchain.cpu_build import DTYPES, function
 
 
 @cache
-def _run() -> Any:
+def _run(name: str) -> Any:
     sizes = (c_int64, c_int64, c_int64, c_int)
     norm, residual, y = (c_int, c_void_p, c_float), (c_void_p, c_int64), (c_void_p, c_int64)
-    return function("linear", c_int, c_void_p, c_int64, c_void_p, *norm, *residual, *y, *sizes)
+    return function(name, c_int, c_void_p, c_int64, c_void_p, *norm, *residual, *y, *sizes)
 
 
 def linear(x_TD: Tensor, w_OD: Tensor) -> Tensor:
-    return _few(x_TD, w_OD, x_TD.new_empty(x_TD.shape[0], w_OD.shape[0]))
+    return _product("linear", x_TD, w_OD, x_TD.new_empty(x_TD.shape[0], w_OD.shape[0]))
 
 
 def norm_linear(x_TD: Tensor, norm_weight_D: Tensor, eps: float, w_OD: Tensor) -> Tensor:
-    return _few(x_TD, w_OD, x_TD.new_empty(x_TD.shape[0], w_OD.shape[0]), norm_weight_D, eps)
+    return _product("linear", x_TD, w_OD, x_TD.new_empty(x_TD.shape[0], w_OD.shape[0]), norm_weight_D, eps)
 
 
 def linear_add(x_TD: Tensor, w_OD: Tensor, residual_TO: Tensor) -> Tensor:
     """The residual is overwritten with the result."""
-    return _few(x_TD, w_OD, residual_TO, residual_TO=residual_TO)
+    return _product("linear", x_TD, w_OD, residual_TO, residual_TO=residual_TO)
 
 
-def _few(
+def linear_many(x_TD: Tensor, w_OD: Tensor) -> Tensor:
+    return _product("linear_many", x_TD, w_OD, x_TD.new_empty(x_TD.shape[0], w_OD.shape[0]))
+
+
+def norm_linear_many(x_TD: Tensor, norm_weight_D: Tensor, eps: float, w_OD: Tensor) -> Tensor:
+    return _product("linear_many", x_TD, w_OD, x_TD.new_empty(x_TD.shape[0], w_OD.shape[0]), norm_weight_D, eps)
+
+
+def linear_add_many(x_TD: Tensor, w_OD: Tensor, residual_TO: Tensor) -> Tensor:
+    """The residual is overwritten with the result."""
+    return _product("linear_many", x_TD, w_OD, residual_TO, residual_TO=residual_TO)
+
+
+def _product(
+    name: str,
     x_TD: Tensor,
     w_OD: Tensor,
     y_TO: Tensor,
@@ -41,7 +55,7 @@ def _few(
     residual_TO: Tensor | None = None,
 ) -> Tensor:
     (T, D), dtype = x_TD.shape, DTYPES[x_TD.dtype]
-    _run()(
+    _run(name)(
         dtype,
         x_TD.data_ptr(),
         x_TD.stride(0),

@@ -51,9 +51,11 @@ class Level:
 
 _AVX2 = frozenset({"avx2", "fma", "f16c", "bmi1", "bmi2", "movbe"})
 _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+_WIDE = ("-march=x86-64-v4", "-mprefer-vector-width=512")
 LEVELS = {
     "x86_64": (
-        Level("avx512", _AVX512, ("-march=x86-64-v4", "-mprefer-vector-width=512")),
+        Level("avx512_bf16", _AVX512 | {"avx512_vnni", "avx512_bf16"}, (*_WIDE, "-mavx512vnni", "-mavx512bf16")),
+        Level("avx512", _AVX512, _WIDE),
         Level("avx2", _AVX2, ("-march=x86-64-v3",)),
     ),
     "aarch64": (Level("neon", frozenset(), ()),),

@@ -243,6 +243,20 @@ def _cpp_refuses(where: Where, dims: ExpertsDims) -> Refusal:
     return cpp.refuses(dims) or cpu_build.why_not(where)
 
 
+def _panels(where: Where, dims: ExpertsDims) -> Experts:
+    from thalweg.ops.moe.experts import cpp
+
+    return cpp.experts_many
+
+
+def _panels_refuses(where: Where, dims: ExpertsDims) -> Refusal:
+    if dims.own:
+        return "has no products for an expert of its own"
+    if dims.scheme != "none":
+        return f"needs weights in the model's dtype, not {dims.scheme}"
+    return cpu_build.why_not(where)
+
+
 def _prompts(dims: ExpertsDims) -> Tokens:
     return Tokens(first=INT4_PROMPTS) if dims.scheme == "int4" else Tokens()
 
@@ -260,6 +274,7 @@ def _separate_refuses(where: Where, dims: ExpertsDims) -> Refusal:
 register(EXPERTS, "reference", _reference, capturable=False)
 register(EXPERTS, "separate", _separate, supports=_separate_refuses, priority=-10)
 register(EXPERTS, "cpp", _cpp, supports=_cpp_refuses, tokens=CPU_FEW, priority=10)
+register(EXPERTS, "panels", _panels, supports=_panels_refuses, priority=5)
 register(EXPERTS, "grouped", _grouped, supports=_triton_refuses, priority=10)
 _matrix_supports = partial(_matrix_refuses, scheme="none", columns=64)
 register(EXPERTS, "matrix", _matrix, supports=_matrix_supports, tokens=_prompts, priority=15)

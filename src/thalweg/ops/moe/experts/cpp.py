@@ -1,4 +1,5 @@
-"""Experts of few tokens on a CPU, in C++ (few.cpp), over weights in the model's dtype or in GGML's blocks."""
+"""Experts on a CPU, in C++: of few tokens over weights in the model's dtype or in GGML's blocks (few.cpp), of many over
+weights in the model's dtype (many.cpp)."""
 
 from __future__ import annotations
 
@@ -90,5 +91,52 @@ def experts(
         torch.get_num_threads(),
     )
     if not served:
-        raise IndexError(f"ids of experts are {ids_Tk.min()} to {ids_Tk.max()}; expected 0 to {E - 1}")
+        raise _no_such_expert(ids_Tk, E)
     return y_TD
+
+
+@cache
+def _many() -> Any:
+    x, routing, residual, sizes = (c_void_p, c_int64), [c_void_p] * 2, (c_void_p, c_int64), [c_int64] * 5
+    return function("experts_many", c_int, *x, *routing, c_void_p, c_void_p, *residual, c_void_p, *sizes, c_int)
+
+
+def experts_many(
+    x_TD: Tensor,
+    weights_Tk: Tensor,
+    ids_Tk: Tensor,
+    gate_up: tuple[Tensor, ...],
+    down: tuple[Tensor, ...],
+    *,
+    residual_TD: Tensor | None = None,
+    num_shared: int = 0,
+    own: tuple[Tensor, Tensor] | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    (T, k), (E, D, I) = ids_Tk.shape, down[0].shape
+    y_TD = x_TD.new_empty(T, D)
+    served = _many()(
+        DTYPES[x_TD.dtype],
+        x_TD.data_ptr(),
+        x_TD.stride(0),
+        weights_Tk.data_ptr(),
+        ids_Tk.data_ptr(),
+        gate_up[0].data_ptr(),
+        down[0].data_ptr(),
+        None if residual_TD is None else residual_TD.data_ptr(),
+        0 if residual_TD is None else residual_TD.stride(0),
+        y_TD.data_ptr(),
+        T,
+        k,
+        E,
+        D,
+        I,
+        torch.get_num_threads(),
+    )
+    if not served:
+        raise _no_such_expert(ids_Tk, E)
+    return y_TD
+
+
+def _no_such_expert(ids_Tk: Tensor, E: int) -> IndexError:
+    return IndexError(f"ids of experts are {ids_Tk.min()} to {ids_Tk.max()}; expected 0 to {E - 1}")

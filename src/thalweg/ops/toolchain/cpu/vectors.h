@@ -31,7 +31,7 @@ struct bf16 {
 
 enum Dtype { FLOAT32 = 0, BFLOAT16 = 1 };  // as cpu_build.DTYPES has them
 
-inline Vec splat(float x) { return Vec{} + x; }
+inline Vec splat(float x) { return x - Vec{}; }  // x + 0 would be an addition, which -0 needs
 
 inline Vec load(const float* p) {
   Vec v;

@@ -1,0 +1,173 @@
+// Op "experts" of many tokens over weights in the model's dtype: as few.cpp, in panels of an expert's tokens.
+#include "panels.h"
+
+using namespace thalweg;
+
+namespace {
+
+constexpr int64_t PAIRS_AT_ONCE = 1 << 14;  // of token and expert: a thread's products of a chunk stay near
+
+struct Share {  // of an expert: its pairs, sorted, and its panels
+  int64_t first, count, panel;
+};
+
+// Words of a panel's hidden values for rows r and r + 1, or r alone.
+template <class T>
+inline void store_hidden(float* panel, int64_t row, Vec even, Vec odd) {
+  if constexpr (PAIRS<T>) {
+    bf16 halves[2][LANES];
+    store(halves[0], even), store(halves[1], odd);
+    HVec low, high;
+    memcpy(&low, halves[0], sizeof low), memcpy(&high, halves[1], sizeof high);
+    store(panel + row / 2 * PANEL, (Vec)(__builtin_convertvector(low, UVec) | __builtin_convertvector(high, UVec) << 16));
+  } else {
+    store(panel + row * PANEL, rounded<T>(even));
+    store(panel + (row + 1) * PANEL, rounded<T>(odd));
+  }
+}
+
+// Tokens from `first_token` on; ids are known to be experts'.
+template <class T, class GateUp, class Down>
+void experts(
+    const T* x,
+    int64_t x_stride,
+    const float* weights,
+    const int64_t* ids,
+    const GateUp& gate_up,
+    const Down& down,
+    const T* residual,
+    int64_t residual_stride,
+    T* y,
+    int64_t tokens,
+    int64_t k,
+    int64_t E,
+    int64_t D,
+    int64_t I,
+    int threads) {
+  const int64_t pairs = tokens * k, words = words_of<T>(D), inner = words_of<T>(I);
+  // Pairs sorted by expert: where each of the caller's stands, and which stands where.
+  int64_t* place = (int64_t*)scratch<2>(2 * (2 * pairs + E));
+  int64_t *order = place + pairs, *count = order + pairs;
+  memset(count, 0, E * sizeof *count);
+  for (int64_t p = 0; p < pairs; p++) count[ids[p]]++;
+  Share* used = (Share*)scratch<3>(E * sizeof(Share) / 4);
+  int64_t num_used = 0, sorted = 0, panels = 0;
+  for (int64_t e = 0; e < E; e++) {
+    if (count[e]) {
+      used[num_used++] = {sorted, count[e], panels};
+      panels += panels_of(count[e]);
+    }
+    sorted += count[e];
+    count[e] = sorted - count[e];  // where the expert's next pair goes
+  }
+  for (int64_t p = 0; p < pairs; p++) order[place[p] = count[ids[p]]++] = p;
+  int64_t* expert = (int64_t*)scratch<5>(2 * panels);  // of each panel, as its number in `used`
+  for (int64_t u = 0; u < num_used; u++)
+    for (int64_t p = 0; p < panels_of(used[u].count); p++) expert[used[u].panel + p] = u;
+  auto id_of = [&](int64_t u) { return ids[order[used[u].first]]; };
+  // Sorted pairs of a panel: f(its first one, how many).
+  auto in_panel = [&](int64_t p, auto&& f) {
+    const Share& of = used[expert[p]];
+    int64_t before = (p - of.panel) * PANEL, n = of.count - before;
+    f(of.first + before, n < PANEL ? n : PANEL);
+  };
+
+  float* x_panels = scratch<0>(panels * PANEL * (words + inner));
+  float* hidden = x_panels + panels * PANEL * words;
+  threads = worth_products(threads, 3 * pairs * D * I);
+  parallel_for(threads, panels, [&](int64_t p) {
+    in_panel(p, [&](int64_t first, int64_t n) {
+      auto row = [&](int64_t t) { return x + order[first + t] / k * x_stride; };
+      pack<T>(n, row, (const T*)nullptr, 0.f, D, x_panels + p * PANEL * words);
+    });
+  });
+
+  // Gate and up of an even number of rows, so that no word of hidden values is two tasks'.
+  const int64_t chunk = 32, chunks = (I + chunk - 1) / chunk;
+  parallel_for(threads, num_used * chunks, [&](int64_t task) {
+    const Share& of = used[task / chunks];
+    const int64_t row = task % chunks * chunk, rows = I - row < chunk ? I - row : chunk;
+    float* gate = scratch<1>(2 * chunk * (PANEL + words) + 2 * PANEL);
+    float *up = gate + (chunk + 1) * PANEL, *room = up + (chunk + 1) * PANEL;
+    const GateUp w = gate_up.from(id_of(task / chunks), 2 * I);
+    const Rows of_gate = rows_for<T>(w, row, rows, room), of_up = rows_for<T>(w, I + row, rows, room + chunk * words);
+    for (int64_t p = of.panel; p < of.panel + panels_of(of.count); p++)
+      in_panel(p, [&](int64_t, int64_t n) {
+        const float* in = x_panels + p * PANEL * words;
+        float* out = hidden + p * PANEL * inner;
+        panel_product<PAIRS<T>>(of_gate, rows, words, in, vectors_of(n), gate, false);
+        panel_product<PAIRS<T>>(of_up, rows, words, in, vectors_of(n), up, false);
+        auto at = [&](int64_t r, int64_t t) {
+          if (r >= rows) return Vec{};  // the second half of an odd width's last word
+          Vec g = rounded<T>(load(gate + r * PANEL + t)), u = rounded<T>(load(up + r * PANEL + t));
+          return silu(g) * u;
+        };
+        for (int64_t r = 0; r < rows; r += 2)
+          for (int64_t t = 0; t < vectors_of(n) * LANES; t += LANES) {
+            if (!PAIRS<T> && r + 1 == rows)
+              store(out + (row + r) * PANEL + t, rounded<T>(at(r, t)));
+            else
+              store_hidden<T>(out + t, row + r, at(r, t), at(r + 1, t));
+          }
+      });
+  });
+
+  // A chunk of the result's rows over all experts: a token's sum runs in the order of its ids.
+  const int64_t out_chunk = D / 32 < 2 * threads ? 16 : 32, out_chunks = (D + out_chunk - 1) / out_chunk;
+  parallel_for(threads, out_chunks, [&](int64_t task) {
+    const int64_t row = task * out_chunk, rows = D - row < out_chunk ? D - row : out_chunk;
+    float* products = scratch<1>(pairs * out_chunk + out_chunk * (PANEL + inner) + 4 * PANEL);
+    float *turned = products + pairs * out_chunk, *room = turned + out_chunk * PANEL;
+    for (int64_t u = 0; u < num_used; u++) {
+      const Rows w = rows_for<T>(down.from(id_of(u), D), row, rows, room);
+      for (int64_t p = used[u].panel; p < used[u].panel + panels_of(used[u].count); p++)
+        in_panel(p, [&](int64_t first, int64_t n) {
+          panel_product<PAIRS<T>>(w, rows, inner, hidden + p * PANEL * inner, vectors_of(n), turned, false);
+          transpose(turned, PANEL, rows, n, products + first * out_chunk, out_chunk);
+        });
+    }
+    for (int64_t t = 0; t < tokens; t++)
+      in_lanes(rows, [&](int64_t r, int64_t some) {
+        Vec total = {};
+        for (int64_t j = t * k; j < (t + 1) * k; j++)
+          total += rounded<T>(load(products + place[j] * out_chunk + r, some)) * weights[j];
+        if (residual) total = rounded<T>(total) + load(residual + t * residual_stride + row + r, some);
+        store(y + t * D + row + r, total, some);
+      });
+  });
+}
+
+}  // namespace
+
+// False if an id is none of the experts'.
+extern "C" int thalweg_experts_many(
+    int dtype,
+    const void* x,
+    int64_t x_stride,
+    const float* weights,
+    const int64_t* ids,
+    const void* gate_up,
+    const void* down,
+    const void* residual,
+    int64_t residual_stride,
+    void* y,
+    int64_t tokens,
+    int64_t k,
+    int64_t E,
+    int64_t D,
+    int64_t I,
+    int threads) {
+  for (int64_t p = 0; p < tokens * k; p++)
+    if (ids[p] < 0 || ids[p] >= E) return false;
+  const int64_t at_once = PAIRS_AT_ONCE / k < 1 ? 1 : PAIRS_AT_ONCE / k;
+  auto run = [&](auto element) {
+    using T = decltype(element);
+    for (int64_t t = 0; t < tokens; t += at_once)
+      experts<T>(
+          (const T*)x + t * x_stride, x_stride, weights + t * k, ids + t * k, PlainMatrix<T>{(const T*)gate_up, D},
+          PlainMatrix<T>{(const T*)down, I}, residual ? (const T*)residual + t * residual_stride : nullptr,
+          residual_stride, (T*)y + t * D, tokens - t < at_once ? tokens - t : at_once, k, E, D, I, threads);
+  };
+  dtype == FLOAT32 ? run(float{}) : run(bf16{});
+  return true;
+}
