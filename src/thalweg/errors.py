@@ -39,6 +39,10 @@ class EngineDeadError(ThalwegError, RuntimeError):
     """The engine process or one of its ranks died; no request can be served any more."""
 
 
+class RankLostError(EngineDeadError):
+    """A rank that another one waited for in vain; which one it was, and why, that one does not know."""
+
+
 class KernelError(ThalwegError, RuntimeError):
     """A kernel that could not be loaded or launched, or that the device gave up; it names the kernel and the code."""
 

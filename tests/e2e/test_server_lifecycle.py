@@ -14,10 +14,11 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.dist.processes import lives, needs_proc, until
 from tests.e2e.tiny_model import CONTEXT, command_line_server, write_tiny_model
 from thalweg.engine.processes.ipc import PREFIX, remove_stale
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes by /proc")
+pytestmark = needs_proc
 
 LONG = {"prompt": "a", "max_tokens": CONTEXT - 2, "ignore_eos": True, "stream": True, "n": 16}
 KILLED = -signal.SIGKILL
@@ -39,26 +40,6 @@ def tmp() -> Iterator[Path]:
 
 def socket_folders(tmp: Path) -> list[Path]:
     return list(tmp.glob(PREFIX + "*"))
-
-
-def until(condition: object, what: str, seconds: float = 15) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < deadline, what
-        time.sleep(0.02)
-
-
-def lives(pid: int) -> bool:
-    """False for a zombie, too: an orphan that ended and that nobody reaped yet."""
-    try:
-        return ") Z" not in Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
-
-
-def ranks_of(engine: int) -> list[int]:
-    children = Path(f"/proc/{engine}/task/{engine}/children").read_text().split()
-    return [int(pid) for pid in children if "rank_main" in Path(f"/proc/{pid}/cmdline").read_text()]
 
 
 def gauge(text: str, name: str) -> float:
@@ -135,18 +116,4 @@ def test_what_both_leave_the_next_start_removes(folder: Path, tmp: Path, tmp_pat
         server.process.wait(20)  # the lock is free once the process is gone, which takes longer than the signal
         assert len(socket_folders(tmp)) == 1
         remove_stale(tmp)
-        assert not socket_folders(tmp)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("victim", ["server", "engine", "rank"])
-def test_no_death_among_ranks_leaves_anything(folder: Path, tmp: Path, tmp_path: Path, victim: str) -> None:
-    code = KILLED if victim == "server" else ENGINE_DIED
-    with command_line_server(tmp_path / "log", str(folder), "-tp", "2", code=code, tmp=tmp) as server:
-        engine = server.engine_pid()
-        ranks = ranks_of(engine)
-        assert len(ranks) == 1
-        os.kill({"server": server.process.pid, "engine": engine, "rank": ranks[0]}[victim], signal.SIGKILL)
-        until(lambda: not any(map(lives, [engine, *ranks])), "a process lives on")
-        server.process.wait(20)
         assert not socket_folders(tmp)

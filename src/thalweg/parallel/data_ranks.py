@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from thalweg.errors import EngineDeadError
+from thalweg.parallel.groups import leave
 
 
 class DataRanks:
@@ -59,6 +60,7 @@ class DataRanks:
         return -self.maxima([-value])[0]
 
     def close(self) -> None:
+        leave(self._device)
         self._host = self._device = None
 
     def _run(self, collective: Callable[[], Any]) -> None:

@@ -5,6 +5,7 @@ One host: ranks meet through a file, and talk over gloo (CPU) or NCCL (CUDA).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -13,8 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from thalweg.errors import EngineDeadError
+from thalweg.errors import RankLostError
 from thalweg.parallel.data_ranks import DataRanks
+from thalweg.parallel.groups import leave
 
 
 class Mesh:
@@ -65,6 +67,7 @@ class Mesh:
         return int(x)
 
     def close(self) -> None:
+        leave(self._group)
         self._group = None
         self.data.close()
 
@@ -72,8 +75,8 @@ class Mesh:
         try:
             collective().wait()
         except RuntimeError as e:
-            reason = str(e).splitlines()[0]
-            raise EngineDeadError(f"rank {self.tp_rank} lost another rank of {self.tp_size}: {reason}") from e
+            reason = re.sub(r"^\[\S+\] |\. This is typically.*", "", str(e).splitlines()[0])  # gloo's place and advice
+            raise RankLostError(f"rank {self.tp_rank} lost another rank of {self.tp_size}: {reason}") from e
 
 
 def join_mesh(tp_rank: int, tp_size: int, rendezvous_file: str, device: torch.device, timeout_s: float = 600.0) -> Mesh:

@@ -10,9 +10,10 @@ from concurrent.futures import Future, InvalidStateError
 from typing import Any, Generic, Protocol, TypeVar
 
 from thalweg.core import StepPlan, StepResult
-from thalweg.errors import EngineDeadError
+from thalweg.errors import EngineDeadError, RankLostError
 
 Info = TypeVar("Info")
+WATCHER_SECONDS = 2.0  # for the end of a rank to be noticed, which is felt sooner in a collective
 
 
 class Runner(Protocol):
@@ -40,6 +41,7 @@ class Executor(Generic[Info]):
         self._lock = threading.Lock()
         self._open: set[Future[Any]] = set()
         self._failure: BaseException | None = None
+        self._failed = threading.Event()
         self._built: Future[Info] = self._track(Future())
         self._thread = threading.Thread(target=self._loop, name="thalweg-rank", daemon=True)
         self._thread.start()
@@ -59,11 +61,17 @@ class Executor(Generic[Info]):
         self._work.put((order, future))
         return future
 
+    def _fail(self, error: BaseException) -> None:
+        """`fail` with an error of this rank. One that lost another leaves it to whoever watches that one to say why."""
+        if not isinstance(error, RankLostError) or not self._failed.wait(WATCHER_SECONDS):
+            self.fail(error)
+
     def fail(self, error: BaseException) -> None:
         """End everything under way and everything to come with `error`. Safe from any thread."""
         with self._lock:
             self._failure = self._failure or error
             waiting, self._open = self._open, set()
+            self._failed.set()
         for future in waiting:
             with contextlib.suppress(InvalidStateError):
                 future.set_exception(self._failure)
@@ -103,7 +111,7 @@ class Executor(Generic[Info]):
         try:
             runner, info = self._build()
         except BaseException as e:  # noqa: BLE001 -- it reaches the caller through the future
-            self.fail(e)
+            self._fail(e)
             return
         self._settle(self._built, info)
         results: queue.SimpleQueue[tuple[Callable[[], StepResult], int, Future[Any]] | None] = queue.SimpleQueue()
@@ -128,7 +136,7 @@ class Executor(Generic[Info]):
                 else:
                     self._settle(future, finish())
             except Exception as e:  # noqa: BLE001 -- likewise
-                self.fail(_step_error(plan.step, e))
+                self._fail(_step_error(plan.step, e))
         if runner.waits:
             results.put(None)
             reader.join()
@@ -151,7 +159,7 @@ class Executor(Generic[Info]):
             try:
                 self._settle(future, finish())
             except Exception as e:  # noqa: BLE001 -- likewise
-                self.fail(_step_error(step, e))
+                self._fail(_step_error(step, e))
 
 
 def _again(failure: BaseException) -> BaseException:

@@ -64,6 +64,9 @@ class DecodeGraphs:
         for size in reversed(self._sizes):  # the largest first: the others fit into its memory
             self._replay[size] = self._captured(size)
 
+    def close(self) -> None:
+        self._replay.clear()
+
     def serves(self, plan: StepPlan) -> bool:
         return not plan.prefills and len(plan.decode_slots) <= self._sizes[-1]
 

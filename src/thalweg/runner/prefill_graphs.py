@@ -154,6 +154,9 @@ class PrefillGraphs:
         for shape in self._usual():
             self._capture(self._at_rest(shape))
 
+    def close(self) -> None:
+        self._replays.clear()
+
     def _whole(self) -> list[int]:
         """Numbers of tokens that one prompt can have, so that one can pad a step of them."""
         return [n for n in self._sizes if n <= self._batches.slots.max_model_len]

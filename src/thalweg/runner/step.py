@@ -136,6 +136,9 @@ class ModelRunner:
     def close(self) -> None:
         if self.host is not None:
             self.host.close()
+        for graphs in (self._graphs, self.prefill_graphs):
+            if graphs is not None:
+                graphs.close()
         self.mesh.close()
 
     def _use(self, model: Model) -> None:

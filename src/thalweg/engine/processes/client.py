@@ -19,7 +19,7 @@ from thalweg.assembly.info import EngineInfo
 from thalweg.config.engine import EngineConfig
 from thalweg.core import Request, RequestUpdate, SamplingParams, SchedulerStats
 from thalweg.engine.processes import messages as m
-from thalweg.engine.processes.ipc import SocketFolder, address, tell_to_leave
+from thalweg.engine.processes.ipc import SocketFolder, address, end_group, tell_to_leave
 from thalweg.engine.processes.questions import Question, Questions, same_error
 from thalweg.errors import EngineDeadError, InvalidRequest, RequestTimeout, ThalwegError
 from thalweg.scheduler.scheduler import check_prompt_length
@@ -290,11 +290,10 @@ class EngineClient:
     async def _end_process(self, timeout_s: float = 10.0) -> None:
         process = self._process
         assert process is not None
-        try:
+        with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(asyncio.shield(self._exit), timeout_s)
-        except TimeoutError:
-            process.kill()
-            await self._exit
+        end_group(process.pid)
+        await self._exit
         tell_to_leave(process)
         self._socket.close()
         self._context.term()

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import tempfile
@@ -101,8 +102,15 @@ def tell_to_leave(process: subprocess.Popen[bytes]) -> None:
             process.stdin.close()
 
 
+def end_group(child: int) -> None:
+    """Kill whatever is left of a child that was started with a session of its own: it, and compilers that it ran."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(child, signal.SIGKILL)
+
+
 def end_with_parent(own_address: str) -> None:
-    """Leave at once when standard input ends, which the parent holds open: no orphan keeps memory or a device.
+    """Leave at once when standard input ends, which the parent holds open: no orphan keeps memory or a device. What
+    this process runs, such as a compiler, goes with it if its session is its own.
 
     Unless the parent said `tell_to_leave`, it died, and the folder of `own_address`, a socket, is removed first.
     """
@@ -114,6 +122,8 @@ def end_with_parent(own_address: str) -> None:
                 told = read
         if not told.endswith(_LEAVE):
             remove(Path(own_address.removeprefix("ipc://")).parent)
+        if os.getpgrp() == os.getpid():
+            os.killpg(0, signal.SIGKILL)
         os._exit(0)
 
     threading.Thread(target=wait, name="thalweg-parent-watch", daemon=True).start()

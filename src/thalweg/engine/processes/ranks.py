@@ -15,7 +15,7 @@ import zmq
 
 from thalweg.config.engine import EngineConfig
 from thalweg.core import StepPlan
-from thalweg.engine.processes.ipc import SocketFolder, address, tell_to_leave
+from thalweg.engine.processes.ipc import SocketFolder, address, end_group, tell_to_leave
 from thalweg.errors import EngineDeadError
 from thalweg.recorder.orders import Order
 
@@ -66,6 +66,7 @@ class OtherRanks:
 
     def _wait(self, rank: int, process: subprocess.Popen[bytes], on_death: OnDeath) -> None:
         code = process.wait()
+        end_group(process.pid)
         if not self._closing:
             on_death(
                 EngineDeadError(f"tensor-parallel rank {rank} ended with exit code {code}; its own lines above say why")
@@ -90,11 +91,10 @@ class OtherRanks:
         for process in self._processes:
             tell_to_leave(process)
         for process in self._processes:
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout_s)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            end_group(process.pid)
+            process.wait()
         for socket in self._sockets:
             socket.close()
         self._context.term()

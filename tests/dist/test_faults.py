@@ -1,0 +1,198 @@
+"""kill -9 of any process at any point: requests end with an error that says why, everything ends, nothing is left."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.dist.processes import Server, children, command, lives, maps, needs_proc, serving, shared_memory, stop, until
+from tests.e2e.tiny_model import CONTEXT, write_tiny_model
+
+pytestmark = needs_proc
+
+WITHIN = 10.0  # seconds from a death to the end of all
+KILLED, ENGINE_DIED = -signal.SIGKILL, 3
+PROMPT = {"prompt": "a", "max_tokens": CONTEXT - 2, "ignore_eos": True, "stream": True}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def tmp() -> Iterator[Path]:
+    """For temporary files of the processes, with a path short enough for sockets."""
+    path = Path(tempfile.mkdtemp())
+    yield path
+    shutil.rmtree(path)
+
+
+def started(server: Server, victim: str) -> None:
+    until(lambda: server.pid(victim), "it does not start")
+
+
+def bound(server: Server, victim: str) -> None:
+    """The engine has its socket and starts its ranks; a rank has its own, and is told its part."""
+    name = victim.replace(" ", "-")
+    until(lambda: (found := server.socket_folder()) and (found / name).exists(), "no socket")
+
+
+def meeting(server: Server, victim: str) -> None:
+    """A rank looks for the others."""
+    until(lambda: (found := server.socket_folder()) and (found / "rendezvous").exists(), "nobody wants to meet")
+
+
+def loading(server: Server, victim: str) -> None:
+    """The weights' file is open, before or after the ranks have met."""
+    until(lambda: (pid := server.pid(victim)) and maps(pid, "model.safetensors"), "the weights are not opened")
+
+
+# The server maps no weights; when it has an engine that does, it is where it waits for the engine to be ready.
+STARTING: dict[str, Callable[[Server, str], None]] = {
+    "started": started,
+    "bound": bound,
+    "meeting": meeting,
+    "loading": loading,
+}
+
+
+def stopped_at(server: Server, point: str, victim: str) -> int:
+    """The victim's id, who does nothing from `point` on, so that the others come to where they wait for it."""
+    STARTING[point](server, "engine" if victim == "server" and point != "started" else victim)
+    pid = server.pid(victim)
+    assert pid
+    stop(pid)
+    return pid
+
+
+def check_error(server: Server, victim: str, code: int) -> None:
+    log = server.log.read_text()
+    assert "Traceback" not in log, log
+    if victim == "server":
+        assert code == KILLED
+        return
+    assert code == ENGINE_DIED, log
+    last = log.splitlines()[-1]
+    expected = "engine process ended" if victim == "engine" else f"{victim} ended with exit code -9"
+    assert last.startswith("error: "), log
+    assert expected in last, log
+
+
+def slow(*values: str) -> object:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("point", "victim"),
+    [
+        ("loading", "rank 1"),
+        ("loading", "engine"),
+        slow("started", "rank 1"),
+        slow("bound", "rank 1"),
+        slow("meeting", "rank 1"),
+        slow("started", "engine"),
+        slow("bound", "engine"),
+        slow("meeting", "engine"),
+        slow("bound", "server"),
+        slow("meeting", "server"),
+        slow("loading", "server"),
+    ],
+)
+def test_a_death_at_the_start(folder: Path, tmp: Path, tmp_path: Path, point: str, victim: str) -> None:
+    before = shared_memory()
+    with serving(tmp_path / "log", tmp, str(folder), "-tp", "2") as server:
+        pid = stopped_at(server, point, victim)
+        for name in ("engine", "rank 1"):
+            server.pid(name)  # whoever is there has to go
+        os.kill(pid, signal.SIGKILL)
+        check_error(server, victim, server.check_gone(WITHIN))
+    assert shared_memory() <= before
+
+
+@pytest.mark.parametrize(
+    ("point", "victim"),
+    [
+        ("prefill", "rank 1"),
+        slow("prefill", "engine"),
+        slow("decode", "rank 1"),
+        slow("decode", "engine"),
+        slow("decode", "server"),
+        slow("idle", "rank 1"),
+    ],
+)
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_death_while_requests_run(
+    folder: Path, tmp: Path, tmp_path: Path, point: str, victim: str, size: int
+) -> None:
+    before = shared_memory()
+    if size > 2 and victim.startswith("rank"):
+        victim = f"rank {size - 1}"
+    with (
+        serving(tmp_path / "log", tmp, str(folder), "-tp", str(size), "--sse-ping-interval", "0.1") as server,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        url = server.url()
+        pid = server.all_of(size)[victim]
+        if point == "prefill":
+            stop(pid)  # the others come as far as they do without it
+        if point == "idle":
+            os.kill(pid, signal.SIGKILL)
+            check_error(server, victim, server.check_gone(WITHIN))
+            return
+        tokens: list[str] = []
+        died = 0.0
+
+        def stream() -> tuple[str, float]:
+            """The last thing that a client hears, and when."""
+            with httpx.stream("POST", f"{url}/v1/completions", json=PROMPT, timeout=60) as response:
+                tokens.append("")  # the request is taken
+                last = ""
+                for line in response.iter_lines():
+                    if line.startswith("data: "):
+                        last = line
+                        tokens.append(line)
+            return last, time.monotonic()
+
+        answers = [pool.submit(stream) for _ in range(2)]
+        until(lambda: len(tokens) > (1 if point == "prefill" else 10), "nothing runs")
+        os.kill(pid, signal.SIGKILL)
+        died = time.monotonic()
+        for answer in answers:
+            if victim == "server":
+                assert isinstance(answer.exception(WITHIN), httpx.HTTPError)
+                continue
+            last, ended = answer.result(WITHIN)
+            assert '"engine_dead"' in last
+            assert ended - died < WITHIN
+        if victim != "server":
+            health = httpx.get(f"{url}/health")
+            assert (health.status_code, health.json()["error"]["code"]) == (503, "engine_dead")
+        check_error(server, victim, server.check_gone(WITHIN))
+    assert shared_memory() <= before
+
+
+@pytest.mark.slow
+def test_a_death_while_kernels_are_compiled(folder: Path, tmp: Path, tmp_path: Path) -> None:
+    """The compiler ends too, and the next start does not wait for it."""
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\necho $$ >> " + str(tmp_path / "pids") + "\nexec sleep 600\n")
+    compiler.chmod(0o755)
+    cache = {"CXX": str(compiler), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    with serving(tmp_path / "log", tmp, str(folder), "-tp", "2", **cache) as server:
+        until(lambda: (tmp_path / "pids").exists(), "nothing is compiled")
+        processes = server.all_of(2)
+        compiling = next(n for n, pid in processes.items() if any("sleep" in command(c) for c in children(pid)))
+        os.kill(processes[compiling], signal.SIGKILL)
+        check_error(server, compiling, server.check_gone(WITHIN))
+    compilers = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
+    until(lambda: not any(map(lives, compilers)), "a compiler lives on", WITHIN)
