@@ -17,7 +17,7 @@ import torch
 from thalweg.ops.activation import cpp as activation
 from thalweg.ops.attention.gqa import cpp as gqa
 from thalweg.ops.attention.mla_mixer import cpp as mla_mixer
-from thalweg.ops.delta import mixer_cpp
+from thalweg.ops.delta import mixer_cpp, prefill_cpp
 from thalweg.ops.linear import blocks_cpp
 from thalweg.ops.linear import cpp as linear
 from thalweg.ops.moe.experts import cpp as experts
@@ -27,7 +27,19 @@ from thalweg.ops.registry import Where
 from thalweg.ops.sample import cpp as sample
 from thalweg.ops.toolchain import cpu_build
 
-MODULES: list[ModuleType] = [activation, blocks_cpp, experts, gqa, linear, mixer_cpp, mla_mixer, norm, router, sample]
+MODULES: list[ModuleType] = [
+    activation,
+    blocks_cpp,
+    experts,
+    gqa,
+    linear,
+    mixer_cpp,
+    mla_mixer,
+    norm,
+    prefill_cpp,
+    router,
+    sample,
+]
 WHY_NOT = cpu_build.why_not(Where("cpu", "float32"))
 needs_cpp = pytest.mark.skipif(WHY_NOT is not None, reason=f"C++ for the CPU: {WHY_NOT}")
 LEVELS = [level for level in cpu_build.levels() if level.flags <= cpu_build.processor_flags()]

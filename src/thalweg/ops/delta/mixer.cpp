@@ -4,18 +4,11 @@
 // convolution and their states. Written out, with D the decayed state: u = beta (v - D k), o = D q + u (q . k), and the
 // new state D + u k^T, so a state is read and written once. Values are rounded to T where
 // the references round them, which serve prompts: the same token comes out of both as nearly alike as can be.
-#include "rows.h"
+#include "delta.h"
 
 using namespace thalweg;
 
 namespace {
-
-// One convolution's tap weights for `count` channels from `first`, tap after tap.
-template <class T>
-void taps_of(const T* weight, int64_t taps, int64_t first, int64_t count, float* out) {
-  for (int64_t c = 0; c < count; c++)
-    for (int64_t w = 0; w < taps; w++) out[w * count + c] = to_float(weight[(first + c) * taps + w]);
-}
 
 // y = silu(convolution) of `count` channels from `first`; their state, W inputs of `channels` each, moves on by one.
 template <class T>
@@ -32,14 +25,6 @@ void convolve(const T* x, T* state, int64_t W, int64_t channels, int64_t first, 
     if (W) memcpy(at + (W - 1) * channels, now, n * sizeof(T));
     store(y + c, rounded<T>(silu(sum)), n);
   });
-}
-
-// x *= factor / |x|
-void normalise(float* x, int64_t K, float factor) {
-  Vec squares = {};
-  for (int64_t k = 0; k < K; k += LANES) squares += load(x + k) * load(x + k);
-  float scale = factor / std::sqrt(sum(squares) + 1e-6f);
-  for (int64_t k = 0; k < K; k += LANES) store(x + k, load(x + k) * scale);
 }
 
 // o[v] of V rows of a state [V, K], which becomes the new one. q, k and decay are K long, a multiple of LANES.
@@ -73,22 +58,6 @@ void delta_rule(
 #pragma GCC unroll 4
       for (int r = 0; r < 4; r++) store(at + r * K + i, load(at + r * K + i) * g + ki * u[r]);
     }
-  }
-}
-
-// y = rms_norm(o) * sigmoid(gate), or * silu(gate)
-template <class T, class N, class G>
-void gated_norm(float* o, const G* gate, const N* weight, float eps, int64_t V, bool with_silu, T* y) {
-  Vec squares = {};
-  for (int64_t v = 0; v < V; v += LANES) {
-    Vec ov = rounded<T>(load(o + v));
-    store(o + v, ov);
-    squares += ov * ov;
-  }
-  float scale = 1.f / std::sqrt(sum(squares) / V + eps);
-  for (int64_t v = 0; v < V; v += LANES) {
-    Vec g = rounded<T>(load(gate + v));
-    store(y + v, load(o + v) * scale * load(weight + v) * (with_silu ? silu(g) : sigmoid(g)));
   }
 }
 

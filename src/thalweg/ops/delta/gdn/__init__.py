@@ -143,9 +143,16 @@ def _cuda_prefill_refuses(where: Where, dims: GdnDims) -> Refusal:
     return why_not(where) or cuda_build.why_not(where)
 
 
+def _cpp_prefill(where: Where, dims: GdnDims) -> GdnMixerPrefill:
+    from thalweg.ops.delta import prefill_cpp
+
+    return prefill_cpp.gdn_mixer_prefill
+
+
 register(GDN_MIXER_DECODE, "reference", lambda *_: reference.gdn_mixer_decode)
 register(GDN_MIXER_DECODE, "cpp", _cpp, supports=_cpp_refuses, priority=10)
 register(GDN_MIXER_DECODE, "cuda", _cuda_mixer, supports=_cuda_mixer_refuses, priority=20)
 register(GDN_MIXER_PREFILL, "reference", lambda *_: reference.gdn_mixer_prefill)
+register(GDN_MIXER_PREFILL, "cpp", _cpp_prefill, supports=_cpp_refuses, priority=10)
 register(GDN_MIXER_PREFILL, "triton", _triton_prefill, supports=_triton_prefill_refuses, priority=10, capturable=True)
 register(GDN_MIXER_PREFILL, "cuda", _cuda_prefill, supports=_cuda_prefill_refuses, priority=20, capturable=True)
