@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from thalweg.config.gguf.keys import GgufKeys
-from thalweg.errors import UnsupportedError
 from thalweg.models.family import DecoderConfig
 from thalweg.models.parts.gguf_keys import (
     common,
     latent_attention,
     latent_attention_keys,
-    rope_keys,
     sigmoid_experts,
-    yarn,
+    weighted_rope_keys,
+    weighted_yarn,
 )
 from thalweg.models.parts.mla import MlaDims
 
@@ -31,7 +29,7 @@ def config(keys: GgufKeys) -> dict[str, Any]:
         "model_type": "kimi_k2",
         "max_position_embeddings": keys.get_int("context_length"),
         "rope_theta": keys.get_float("rope.freq_base", 10000.0),
-        "rope_scaling": _yarn(keys),
+        "rope_scaling": weighted_yarn(keys),
     }
     experts = sigmoid_experts(keys)
     if experts:
@@ -52,27 +50,9 @@ def config(keys: GgufKeys) -> dict[str, Any]:
     return raw
 
 
-def _yarn(keys: GgufKeys) -> dict[str, Any] | None:
-    """The file has 0.1 * mscale_all_dim. mscale is not in it: it is taken as equal, which leaves cosines unscaled."""
-    scaling = yarn(keys)
-    if scaling is None:
-        return None
-    # The product is a float32 already: 10 times 0.1 in it is 1.0 again.
-    weight = round(10 * keys.get_float("rope.scaling.yarn_log_multiplier"), 6)
-    return {**scaling, "mscale": weight, "mscale_all_dim": weight}
-
-
 def metadata(config: DecoderConfig) -> dict[str, Any]:
     """The keys to write. Raises UnsupportedError for what llama.cpp's files cannot say."""
     mla = config.layers[0].mixer
     assert isinstance(mla, MlaDims)
     assert mla.rotation is not None
-    keys = {**latent_attention_keys(mla), **rope_keys(mla.rotation), "attention.head_count_kv": 1}
-    if (stretched := mla.rotation.yarn) is None:
-        return keys
-    if not math.isclose(mla.rotation.scale, 1):
-        raise UnsupportedError(
-            "YaRN scales cosines here (mscale is not mscale_all_dim), which GGUF files cannot express"
-        )
-    weight = (math.sqrt(stretched.score_factor) - 1) / math.log(stretched.factor)
-    return {**keys, "rope.scaling.yarn_log_multiplier": round(weight, 6)}
+    return {**latent_attention_keys(mla), **weighted_rope_keys(mla.rotation), "attention.head_count_kv": 1}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -115,6 +116,17 @@ def yarn(keys: GgufKeys) -> dict[str, Any] | None:
     }
 
 
+def weighted_yarn(keys: GgufKeys) -> dict[str, Any] | None:
+    """`yarn` with weights for scores and cosines. The file has 0.1 * mscale_all_dim. mscale is not there: it is
+    taken as equal, which leaves cosines unscaled."""
+    scaling = yarn(keys)
+    if scaling is None:
+        return None
+    # The product is a float32 already: 10 times 0.1 in it is 1.0 again.
+    weight = round(10 * keys.get_float("rope.scaling.yarn_log_multiplier"), 6)
+    return {**scaling, "mscale": weight, "mscale_all_dim": weight}
+
+
 def common_keys(
     *,
     width: int,
@@ -190,3 +202,16 @@ def rope_keys(rope: RopeDims) -> dict[str, Any]:
             "rope.scaling.yarn_beta_slow": float(rope.yarn.beta_slow),
         }
     return keys
+
+
+def weighted_rope_keys(rope: RopeDims) -> dict[str, Any]:
+    """`rope_keys` with the weight of scores. Raises UnsupportedError for cosines that are scaled."""
+    keys = rope_keys(rope)
+    if rope.yarn is None:
+        return keys
+    if not math.isclose(rope.scale, 1):
+        raise UnsupportedError(
+            "YaRN scales cosines here (mscale is not mscale_all_dim), which GGUF files cannot express"
+        )
+    weight = (math.sqrt(rope.yarn.score_factor) - 1) / math.log(rope.yarn.factor)
+    return {**keys, "rope.scaling.yarn_log_multiplier": round(weight, 6)}
