@@ -16,6 +16,7 @@ import torch
 
 from thalweg.ops.activation import cpp as activation
 from thalweg.ops.attention.gqa import cpp as gqa
+from thalweg.ops.attention.mla import cpp as mla
 from thalweg.ops.attention.mla_mixer import cpp as mla_mixer
 from thalweg.ops.delta import mixer_cpp, prefill_cpp
 from thalweg.ops.linear import blocks_cpp
@@ -34,6 +35,7 @@ MODULES: list[ModuleType] = [
     gqa,
     linear,
     mixer_cpp,
+    mla,
     mla_mixer,
     norm,
     prefill_cpp,

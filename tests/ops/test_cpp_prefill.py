@@ -12,6 +12,9 @@ from torch import Tensor
 from tests.ops.cpp_case import LEVELS, instructions, needs_cpp, threads
 from tests.ops.gdn_case import DecodeCase, GdnShape, distance
 from tests.ops.mixer_prefill_case import MixerPrefillCase, mixer_boundaries
+from tests.ops.prefill_case import mla_case, ratio
+from thalweg.ops.attention.mla import cpp as mla
+from thalweg.ops.attention.mla import reference as mla_reference
 from thalweg.ops.delta import prefill_cpp
 
 pytestmark = needs_cpp
@@ -77,9 +80,48 @@ def test_gdn_of_other_shapes(shape: GdnShape) -> None:
     assert torch.equal(case.conv_state[slot].double(), window)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("cached", "new", "sizes"),
+    [
+        ([0], [1], {}),
+        ([0, 5, 0, 60], [70, 0, 3, 50], {"H": 3}),
+        ([30, 0], [3, 20], {"K": 24, "P": 8, "V": 20, "R": 41, "block_size": 5}),
+        ([800], [130], {"H": 3}),  # keys and values of more tokens than are there at a time
+    ],
+)
+def test_latent_attention(cached: list[int], new: list[int], sizes: dict[str, int], dtype: torch.dtype) -> None:
+    case = mla_case(cached, new, dtype, **sizes)
+    q = case.pop("q_THX")
+    truth = mla_reference.mla_prefill(q.double().float(), **{**case, "up_HXR": case["up_HXR"].float()})
+    for queries in (q, q.transpose(0, 1).contiguous().transpose(0, 1)):
+        out = mla.mla_prefill(queries, **case)
+        assert out.dtype == dtype
+        assert ratio(out, truth) < (3e-3 if dtype == torch.bfloat16 else 2e-6)
+
+
+def test_latent_attention_of_scores_far_apart() -> None:
+    case = mla_case([0], [200], torch.float32)
+    blocks = case["blocks_MSC"]
+    blocks *= torch.linspace(1, 60, blocks.numel()).view_as(blocks)
+    q = case.pop("q_THX") * 3
+    assert ratio(mla.mla_prefill(q, **case), mla_reference.mla_prefill(q, **case)) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_latent_attention_in_chunks_and_alone_has_the_same_bits(dtype: torch.dtype) -> None:
+    case = mla_case([10, 700], [150, 100], dtype)
+    q, tables = case.pop("q_THX"), case.pop("block_tables_BN")
+    whole = mla.mla_prefill(q, **case, block_tables_BN=tables)
+    for b, cached, first, last in ((0, 10, 0, 90), (0, 100, 90, 150), (1, 700, 150, 250), (1, 749, 199, 200)):
+        where = {"block_tables_BN": tables[b : b + 1], "context_lens": [cached], "offsets": [0, last - first]}
+        assert torch.equal(mla.mla_prefill(q[first:last], **{**case, **where}), whole[first:last])
+
+
 def results(dtype: torch.dtype) -> list[Tensor]:
     cases = [(MixerPrefillCase((70, 40), 4, 32, G=G, dtype=dtype), MIXERS[G]) for G in (None, 2)]
-    return [x for case, op in cases for x in (case.run(op), case.state[case.slots])]
+    attention = [mla.mla_prefill(**mla_case([100, 7], [130, 40], dtype, H=6))]
+    return [x for case, op in cases for x in (case.run(op), case.state[case.slots])] + attention
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -35,21 +35,15 @@ void linear(
   const int64_t parts = threads == 1 ? 1 : wanted < panels ? wanted : panels;
   parallel_for(threads, chunks * parts, [&](int64_t task) {
     const int64_t row = task / parts * chunk, count = rows - row < chunk ? rows - row : chunk;
-    float* products = scratch<1>(chunk * (PANEL + words) + 4 * padded(chunk));
-    float *room = products + chunk * PANEL, *turned = room + chunk * words;
-    const Rows of_task = rows_for<T>(w, row, count, room);
+    float* products = scratch<1>(chunk * (PANEL + words));
+    const Rows of_task = rows_for<T>(w, row, count, products + chunk * PANEL);
     for (int64_t p = task % parts * panels / parts; p < (task % parts + 1) * panels / parts; p++) {
       const int64_t first = p * PANEL, some = tokens - first < PANEL ? tokens - first : PANEL;
       panel_product<PAIRS<T>>(of_task, count, words, x_panels + p * words * PANEL, vectors_of(some), products, false);
-      for (int64_t t = 0; t < some; t += 4) {
-        transpose(products + t, PANEL, count, 4, turned, padded(chunk));
-        for (int64_t i = 0; i < 4 && t + i < some; i++)
-          in_lanes(count, [&](int64_t r, int64_t n) {
-            Vec v = load(turned + i * padded(chunk) + r);
-            if (residual) v += load(residual + (first + t + i) * residual_stride + row + r, n);
-            store(y + (first + t + i) * y_stride + row + r, v, n);
-          });
-      }
+      unpack(products, count, some, [&](int64_t t, int64_t r, int64_t n, Vec v) {
+        if (residual) v += load(residual + (first + t) * residual_stride + row + r, n);
+        store(y + (first + t) * y_stride + row + r, v, n);
+      });
     }
   });
 }

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from thalweg.ops.attention.mla import reference
 from thalweg.ops.registry import Op, Refusal, Where, register
-from thalweg.ops.toolchain import cuda_build
+from thalweg.ops.toolchain import cpu_build, cuda_build
 from thalweg.ops.toolchain.triton_support import why_not, why_not_hopper
 
 
@@ -83,6 +83,17 @@ def _cuda_refuses(where: Where, dims: MlaPrefillDims) -> Refusal:
     return _prefill_refuses(where, dims) or cuda_build.why_not(where) or why_not_hopper()
 
 
+def _cpp_prefill(where: Where, dims: MlaPrefillDims) -> MlaPrefill:
+    from thalweg.ops.attention.mla.cpp import mla_prefill
+
+    return mla_prefill
+
+
+def _cpp_refuses(where: Where, dims: MlaPrefillDims) -> Refusal:
+    return cpu_build.why_not(where)
+
+
 register(MLA_PREFILL, "reference", lambda *_: reference.mla_prefill)
+register(MLA_PREFILL, "cpp", _cpp_prefill, supports=_cpp_refuses, priority=10)
 register(MLA_PREFILL, "triton", _triton_prefill, supports=_prefill_refuses, priority=10, capturable=True)
 register(MLA_PREFILL, "cuda", _cuda_prefill, supports=_cuda_refuses, priority=20, capturable=True)

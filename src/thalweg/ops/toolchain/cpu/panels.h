@@ -63,22 +63,29 @@ inline void words_of_row(const T* x, const N* norm, float eps, int64_t columns, 
     if (columns % 2) out[columns / 2] = 0;
     in_lanes(columns, [&](int64_t k, int64_t n) { store((T*)out + k, load(wide + k), n); });
   } else {
+    if (columns % LANES == 0) return widen(x, 0, norm, eps, 1, columns, out);
     float* wide = scratch<6>(padded(columns));
     widen(x, 0, norm, eps, 1, columns, wide);
     memcpy(out, wide, 4 * columns);
   }
 }
 
-// A panel of tokens, row(t) the activations of token t; lanes without a token repeat the last one.
+// A panel of tokens, whose words fill(t, room) writes; lanes without a token repeat the last one.
+template <class Fill>
+inline void pack_words(int64_t tokens, int64_t words, float* panel, Fill&& fill) {
+  float* some = scratch<7>(4 * padded(words));
+  for (int64_t t = 0; t < vectors_of(tokens) * LANES; t += 4) {
+    for (int64_t i = 0; i < 4; i++) fill(t + i < tokens ? t + i : tokens - 1, some + i * padded(words));
+    transpose(some, padded(words), 4, words, panel + t, PANEL);
+  }
+}
+
+// A panel of tokens, row(t) the activations of token t.
 template <class T, class N, class Row>
 inline void pack(int64_t tokens, Row&& row, const N* norm, float eps, int64_t columns, float* panel) {
-  const int64_t words = words_of<T>(columns), lanes = vectors_of(tokens) * LANES;
-  float* some = scratch<7>(4 * words);
-  for (int64_t t = 0; t < lanes; t += 4) {
-    for (int64_t i = 0; i < 4; i++)
-      words_of_row(row(t + i < tokens ? t + i : tokens - 1), norm, eps, columns, some + i * words);
-    transpose(some, words, 4, words, panel + t, PANEL);
-  }
+  pack_words(tokens, words_of<T>(columns), panel, [&](int64_t t, float* words) {
+    words_of_row(row(t), norm, eps, columns, words);
+  });
 }
 
 // `count` rows of a weight from `first` as words for activations in T, as they lie or in `room`, count * words long.
@@ -92,6 +99,18 @@ inline Rows rows_for(const PlainMatrix<T>& w, int64_t first, int64_t count, floa
     if (PAIRS<T> && w.columns % 2 == 0) return {(const float*)at, words};
     for (int64_t r = 0; r < count; r++) words_of_row(at + r * w.columns, (const T*)nullptr, 0.f, w.columns, room + r * words);
     return {room, words};
+  }
+}
+
+// A panel's results [rows, PANEL] token by token: take(t, i, n, values) gets n of the rows from i on of token t.
+template <class Take>
+inline void unpack(const float* panel, int64_t rows, int64_t tokens, Take&& take) {
+  const int64_t stride = padded(rows);
+  float* turned = scratch<7>(4 * stride);
+  for (int64_t t = 0; t < tokens; t += 4) {
+    transpose(panel + t, PANEL, rows, 4, turned, stride);
+    for (int64_t i = 0; i < 4 && t + i < tokens; i++)
+      in_lanes(rows, [&](int64_t r, int64_t n) { take(t + i, r, n, load(turned + i * stride + r)); });
   }
 }
 
