@@ -116,17 +116,17 @@ def in_float8(x: Tensor) -> Tensor:
     return ((x.float() / scale).to(torch.float8_e4m3fn).float() * scale).double()
 
 
-def experts_in_float64(case: MoeCase, *, w8a8: bool = False) -> Tensor:
-    """[T, D]; every expert takes every token, and the routing weights, zero where it was not chosen, pick. With `w8a8`
-    x and what goes into down are quantized."""
+def experts_in_float64(case: MoeCase, *, quantized: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """[T, D]; every expert takes every token, and the routing weights, zero where it was not chosen, pick. `quantized`
+    makes what products take of x and of what goes into down, which has been rounded to x's dtype."""
     T, E = case.x.shape[0], len(case.down[0])
     weights = torch.zeros(T, E, dtype=torch.float64, device=case.x.device).scatter_(1, case.ids, case.weights.double())
     scheme = scheme_named(case.scheme)
     gate_up, down = scheme.widened(case.gate_up, 2, torch.float64), scheme.widened(case.down, 1, torch.float64)
-    x = in_float8(case.x) if w8a8 else case.x.double()
+    x = case.x.double() if quantized is None else quantized(case.x).double()
     gate, up = torch.einsum("td,eid->eti", x, gate_up.double()).chunk(2, dim=-1)
     h = F.silu(gate) * up
-    h = in_float8(h.to(case.x.dtype)) if w8a8 else h
+    h = h if quantized is None else quantized(h.to(case.x.dtype)).double()
     routed = torch.einsum("eti,edi,te->td", h, down.double(), weights)
     if case.own is None:
         return routed

@@ -13,6 +13,7 @@ from tests.ops.moe_case import (
     check_chained_in_a_graph,
     check_sort,
     experts_in_float64,
+    in_float8,
     moe_case,
     moe_case_fp8,
     rmse_ratio,
@@ -43,7 +44,9 @@ def case_of(scheme: str, T: int, D: int, I: int, E: int, k: int, shared: int, se
 )
 def test_experts(scheme: str, tolerance: float, T: int, D: int, I: int, E: int, k: int, shared: int) -> None:
     case = case_of(scheme, T, D, I, E, k, shared, seed=T)
-    expected = experts_in_float64(case, w8a8=scheme == "fp8")  # by itself it costs a single token up to 0.07
+    expected = experts_in_float64(
+        case, quantized=in_float8 if scheme == "fp8" else None
+    )  # by itself it costs a single token up to 0.07
     assert rmse_ratio(case.run(experts_of(case)), expected) < tolerance
 
 

@@ -60,13 +60,16 @@ def step_floor(source: ModelSource, info: EngineInfo, ceilings: Ceilings, rows: 
 
 def costs_of(source: ModelSource, info: EngineInfo, sequences: int, *, new: int = 1, cached: int = 0) -> list[Cost]:
     """Every operation of a step on one rank of a built engine, in what it keeps weights, cache and states in."""
+    config, scheme = source.config, info.quantization
+    if source.gguf is not None and scheme is not None:  # blocks that are kept, which the file's tensors tell
+        config, scheme = source.fitted(source.open_weights()).config, None
     step = Step(
         sequences,
         new,
         cached,
         dtype_bytes=DTYPE_BYTES[info.dtype],
         state_bytes=DTYPE_BYTES[info.state_dtype],
-        scheme=scheme_named(info.quantization),
+        scheme=scheme_named(scheme),
         shards=Shards(0, info.tensor_parallel_size),
     )
-    return step_costs(source.config, step)
+    return step_costs(config, step)

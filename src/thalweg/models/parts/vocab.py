@@ -33,9 +33,10 @@ class VocabDims:
         """One row of logits per sequence; the rows that an embedding reads are left out."""
         rows, _ = step.shards.padded(self.size)
         n = step.shards.size
+        scheme = step.linears if step.linears.as_stored else PLAIN  # blocks of a file; other schemes leave it out
         gathered = Cost("logits gathered", sent=(n - 1) * step.sequences * rows * step.dtype_bytes)
         return [
             *all_reduce("embedding's sum over ranks", width, step),
-            product("head", rows * width, step, rows=step.sequences, scheme=PLAIN),
+            product("head", rows * width, step, rows=step.sequences, scheme=scheme),
             *([gathered] if n > 1 else []),
         ]

@@ -66,7 +66,8 @@ class LinearGgml(Protocol):
     def __call__(self, x_TD: Tensor, blocks: Tensor, /) -> Tensor:
         """y_TO = x @ w.T in x's dtype, w being rows of GGML's blocks one after another, uint8 [bytes].
 
-        Whether w is rounded to x's dtype is open; activations are not quantized.
+        Whether w is rounded to x's dtype is open, and whether x is rounded to 8 bits, in blocks of 32 or 256 columns
+        with a scale each, as llama.cpp does.
         """
 
 
@@ -188,12 +189,12 @@ def _panels_linear(where: Where, dims: LinearDims) -> Linear:
     return cpp.linear_many
 
 
-def _cpp_ggml(where: Where, dims: LinearGgmlDims) -> LinearGgml:
+def _cpp_ggml(where: Where, dims: LinearGgmlDims, rounds: bool = False) -> LinearGgml:
     from thalweg.ops.linear.blocks_cpp import BlockLinear
 
     scheme = GgmlRows.named(dims.scheme)
     assert scheme is not None
-    return BlockLinear(scheme)
+    return BlockLinear(scheme, rounds=rounds)
 
 
 def _cpp_ggml_refuses(where: Where, dims: LinearGgmlDims) -> Refusal:
@@ -257,3 +258,5 @@ register(LINEAR_ADD, "cuda", _cuda_linear_add, supports=_cuda_refuses, tokens=_f
 
 register(LINEAR_GGML, "reference", _ggml, capturable=False)
 register(LINEAR_GGML, "cpp", _cpp_ggml, supports=_cpp_ggml_refuses, tokens=CPU_FEW, priority=10)
+_int8_ggml = partial(_cpp_ggml, rounds=True)
+register(LINEAR_GGML, "int8", _int8_ggml, supports=_cpp_ggml_refuses, tokens=CPU_FEW, priority=20, rounding=0.02)

@@ -40,13 +40,14 @@ def refusal(scheme: GgmlRows) -> Refusal:
 @cache
 def _run() -> Any:
     matrix = (c_void_p, c_int, c_void_p, c_void_p)
-    return function("linear_ggml", c_int, c_void_p, c_int64, *matrix, c_void_p, *[c_int64] * 3, c_int)
+    return function("linear_ggml", c_int, c_void_p, c_int64, *matrix, c_int, c_void_p, *[c_int64] * 3, c_int)
 
 
 class BlockLinear:
-    """y_TO = x @ w.T of w in GGML's blocks, as op "linear_ggml" says."""
+    """y_TO = x @ w.T of w in GGML's blocks, as op "linear_ggml" says; rounds: of x rounded to 8 bits."""
 
-    def __init__(self, scheme: GgmlRows) -> None:
+    def __init__(self, scheme: GgmlRows, *, rounds: bool = False) -> None:
+        self._rounds = rounds
         self._segments, self._tile = Segments.of(scheme), scheme.tile
         self._rows = sum(rows for _, rows in scheme.segments)
 
@@ -62,6 +63,7 @@ class BlockLinear:
             x_TD.stride(0),
             blocks.data_ptr(),
             *self._segments,
+            self._rounds,
             y_TO.data_ptr(),
             T,
             D,

@@ -1,9 +1,11 @@
 // Ops "linear", "norm_linear", "linear_add" and "linear_ggml" of few tokens.
-#include "blocks.h"
+#include "int8.h"
 
 using namespace thalweg;
 
 namespace {
+
+constexpr int64_t SLICE = 512;  // tokens whose activations are kept in float32 at a time
 
 template <class T, class N, class W>
 void linear(
@@ -23,6 +25,8 @@ void linear(
   const int64_t stride = padded(columns), chunk = rows_of_task(w.row_bytes());
   float* wide = scratch<0>(tokens * stride);
   widen(x, x_stride, norm, eps, tokens, columns, wide);
+  if constexpr (requires { w.round(wide); })
+    for (int64_t t = 0; t < tokens; t++) w.round(wide + t * stride);
   threads = worth(threads, rows * w.row_bytes());
   parallel_for(threads, (rows + chunk - 1) / chunk, [&](int64_t c) {
     int64_t first = c * chunk, count = rows - first < chunk ? rows - first : chunk;
@@ -76,17 +80,24 @@ extern "C" void thalweg_linear_ggml(
     int segments,
     const int32_t* types,
     const int64_t* segment_rows,
+    int rounds,
     void* y,
     int64_t tokens,
     int64_t columns,
     int64_t rows,
     int threads) {
-  BlockMatrix matrix{w, columns, segments, types, segment_rows};
-  auto run = [&](auto t) {
+  auto run = [&](auto t, const auto& matrix) {
     using T = decltype(t);
-    linear<T, T>(
-        (const T*)x, x_stride, matrix, (const T*)nullptr, 0.f, (const T*)nullptr, 0, (T*)y, rows, tokens, columns, rows,
-        threads);
+    for (int64_t done = 0; done < tokens; done += SLICE) {
+      int64_t some = tokens - done < SLICE ? tokens - done : SLICE;
+      linear<T, T>(
+          (const T*)x + done * x_stride, x_stride, matrix, (const T*)nullptr, 0.f, (const T*)nullptr, 0,
+          (T*)y + done * rows, rows, some, columns, rows, threads);
+    }
   };
-  dtype == FLOAT32 ? run(float{}) : run(bf16{});
+  const BlockMatrix plain{w, columns, segments, types, segment_rows};
+  if (rounds)
+    dtype == FLOAT32 ? run(float{}, RoundedMatrix{plain}) : run(bf16{}, RoundedMatrix{plain});
+  else
+    dtype == FLOAT32 ? run(float{}, plain) : run(bf16{}, plain);
 }

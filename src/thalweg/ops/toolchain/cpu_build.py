@@ -55,7 +55,9 @@ _WIDE = ("-march=x86-64-v4", "-mprefer-vector-width=512")
 LEVELS = {
     "x86_64": (
         Level("avx512_bf16", _AVX512 | {"avx512_vnni", "avx512_bf16"}, (*_WIDE, "-mavx512vnni", "-mavx512bf16")),
+        Level("avx512_vnni", _AVX512 | {"avx512_vnni"}, (*_WIDE, "-mavx512vnni")),
         Level("avx512", _AVX512, _WIDE),
+        Level("avx2_vnni", _AVX2 | {"avx_vnni"}, ("-march=x86-64-v3", "-mavxvnni")),
         Level("avx2", _AVX2, ("-march=x86-64-v3",)),
     ),
     "aarch64": (Level("neon", frozenset(), ()),),

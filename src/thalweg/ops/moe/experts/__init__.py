@@ -72,7 +72,8 @@ class Experts(Protocol):
         columns. Words are [E, 2I, D / 8] and [E, D, I / 8], eight elements of a row in each, the first in the lowest
         bits; scales [E, 2I, ceil(D / 32)] and [E, D, ceil(I / 32)]. Rounding to x's dtype is open as for "fp8".
 
-        "ggml ...": (blocks uint8 [E, bytes],), rows of GGML's blocks in the types that the name lists.
+        "ggml ...": (blocks uint8 [E, bytes],), rows of GGML's blocks in the types that the name lists. Whether
+        activations are rounded to 8 bits, in blocks of 32 or 256 with a scale each, is open.
         """
 
 
@@ -231,10 +232,10 @@ def _some(dims: ExpertsDims) -> Tokens:
     return Tokens(last=min(512, 2 * most) if dims.E >= MANY_EXPERTS else most)
 
 
-def _cpp(where: Where, dims: ExpertsDims) -> Experts:
+def _cpp(where: Where, dims: ExpertsDims, rounds: bool = False) -> Experts:
     from thalweg.ops.moe.experts import cpp
 
-    return cpp.build(dims)
+    return cpp.build(dims, rounds=rounds)
 
 
 def _cpp_refuses(where: Where, dims: ExpertsDims) -> Refusal:
@@ -257,6 +258,12 @@ def _panels_refuses(where: Where, dims: ExpertsDims) -> Refusal:
     return cpu_build.why_not(where)
 
 
+def _int8_refuses(where: Where, dims: ExpertsDims) -> Refusal:
+    if dims.scheme == "none":
+        return "needs weights in GGML's blocks"
+    return _cpp_refuses(where, dims)
+
+
 def _prompts(dims: ExpertsDims) -> Tokens:
     return Tokens(first=INT4_PROMPTS) if dims.scheme == "int4" else Tokens()
 
@@ -275,6 +282,8 @@ register(EXPERTS, "reference", _reference, capturable=False)
 register(EXPERTS, "separate", _separate, supports=_separate_refuses, priority=-10)
 register(EXPERTS, "cpp", _cpp, supports=_cpp_refuses, tokens=CPU_FEW, priority=10)
 register(EXPERTS, "panels", _panels, supports=_panels_refuses, priority=5)
+_int8 = partial(_cpp, rounds=True)
+register(EXPERTS, "int8", _int8, supports=_int8_refuses, tokens=CPU_FEW, priority=20, rounding=0.03)
 register(EXPERTS, "grouped", _grouped, supports=_triton_refuses, priority=10)
 _matrix_supports = partial(_matrix_refuses, scheme="none", columns=64)
 register(EXPERTS, "matrix", _matrix, supports=_matrix_supports, tokens=_prompts, priority=15)

@@ -20,12 +20,13 @@ Layout = tuple[Any, Any, Any]  # of a weight: its Segments, or (0, None, None) i
 _PLAIN: Layout = (0, None, None)
 
 
-def build(dims: ExpertsDims) -> Experts:
+def build(dims: ExpertsDims, *, rounds: bool = False) -> Experts:
+    """rounds: whether activations are rounded to 8 bits before they are multiplied with GGML's blocks."""
     if dims.scheme == PLAIN.name:
         return experts
     schemes = _schemes(dims)
     gate_up, down = Segments.of(schemes[0]), Segments.of(schemes[-1])
-    return partial(experts, inner=dims.I, gate_up_layout=gate_up, down_layout=down)
+    return partial(experts, inner=dims.I, gate_up_layout=gate_up, down_layout=down, rounds=rounds)
 
 
 def refuses(dims: ExpertsDims) -> Refusal:
@@ -49,7 +50,7 @@ def _schemes(dims: ExpertsDims) -> list[GgmlRows]:
 def _run() -> Any:
     x, routing, residual, sizes = (c_void_p, c_int64), [c_void_p] * 2, (c_void_p, c_int64), [c_int64] * 5
     weight = (c_void_p, c_int, c_void_p, c_void_p)
-    return function("experts", c_int, *x, *routing, *weight, *weight, *residual, c_void_p, *sizes, c_int)
+    return function("experts", c_int, *x, *routing, *weight, *weight, c_int, *residual, c_void_p, *sizes, c_int)
 
 
 def experts(
@@ -66,6 +67,7 @@ def experts(
     inner: int | None = None,
     gate_up_layout: Layout = _PLAIN,
     down_layout: Layout = _PLAIN,
+    rounds: bool = False,
 ) -> Tensor:
     (T, k), E, D = ids_Tk.shape, down[0].shape[0], x_TD.shape[1]
     I = down[0].shape[2] if inner is None else inner
@@ -80,6 +82,7 @@ def experts(
         *gate_up_layout,
         down[0].data_ptr(),
         *down_layout,
+        rounds,
         None if residual_TD is None else residual_TD.data_ptr(),
         0 if residual_TD is None else residual_TD.stride(0),
         y_TD.data_ptr(),

@@ -4,7 +4,7 @@
 // The pairs of token and expert are sorted by expert, so that a weight is read once for all its tokens. A token's sum
 // over its experts is in the order of its ids. Values are rounded to T where the reference rounds them, which serves
 // prompts: the same token comes out of both as nearly alike as can be.
-#include "blocks.h"
+#include "int8.h"
 
 using namespace thalweg;
 
@@ -55,6 +55,8 @@ bool experts(
   float* hidden = wide_x + pairs * wide;
   for (int64_t i = 0; i < pairs; i++)
     widen(x + order[i] / k * x_stride, 0, (const T*)nullptr, 0.f, 1, D, wide_x + i * wide);
+  if constexpr (requires { gate_up.round(wide_x); })
+    for (int64_t i = 0; i < pairs; i++) gate_up.round(wide_x + i * wide);
   if (inner != I) memset(hidden, 0, 4 * pairs * inner);
 
   int64_t bytes = count_used * D * down.row_bytes();
@@ -74,6 +76,9 @@ bool experts(
         store(hidden + (first(e) + i) * inner + row + r, rounded<T>(silu(g) * u), some);
       });
   });
+
+  if constexpr (requires { down.round(hidden); })
+    parallel_for(worth(threads, 4 * pairs * I), pairs, [&](int64_t i) { down.round(hidden + i * inner); });
 
   int64_t out_chunks = (D + CHUNK - 1) / CHUNK;
   parallel_for(worth(threads, bytes), out_chunks, [&](int64_t task) {
@@ -98,7 +103,8 @@ bool experts(
 
 }  // namespace
 
-// gate_up_segments 0: weights are in the model's dtype, and there are no types and rows.
+// gate_up_segments 0: weights are in the model's dtype, and there are no types and rows. rounds: whether activations are
+// rounded to 8 bits.
 extern "C" int thalweg_experts(
     int dtype,
     const void* x,
@@ -113,6 +119,7 @@ extern "C" int thalweg_experts(
     int down_segments,
     const int32_t* down_types,
     const int64_t* down_rows,
+    int rounds,
     const void* residual,
     int64_t residual_stride,
     void* y,
@@ -131,7 +138,8 @@ extern "C" int thalweg_experts(
   if (gate_up_segments) {
     BlockMatrix in{(const uint8_t*)gate_up, D, gate_up_segments, gate_up_types, gate_up_rows};
     BlockMatrix out{(const uint8_t*)down, I, down_segments, down_types, down_rows};
-    return dtype == FLOAT32 ? run(float{}, in, out) : run(bf16{}, in, out);
+    auto both = [&](const auto& a, const auto& b) { return dtype == FLOAT32 ? run(float{}, a, b) : run(bf16{}, a, b); };
+    return rounds ? both(RoundedMatrix{in}, RoundedMatrix{out}) : both(in, out);
   }
   if (dtype == FLOAT32)
     return run(float{}, PlainMatrix<float>{(const float*)gate_up, D}, PlainMatrix<float>{(const float*)down, I});

@@ -1,26 +1,10 @@
 // Products of rows of GGML's blocks. Elements are widened in registers on their way to a product, as exactly as
 // quant/ggml_blocks.py gives them in float32, and used for all tokens of a tile.
 #include "blocks.h"
+#include "formats.h"
 
 namespace thalweg {
 namespace {
-
-// Not every compiler has _Float16: GCC 11 and Clang 14 do not on x86, nor does GCC 12 on ARM.
-inline float half_at(const uint8_t* p) {
-#if defined(__F16C__)
-  uint16_t h;
-  memcpy(&h, p, 2);
-  return _cvtsh_ss(h);
-#elif defined(__aarch64__)
-  __fp16 h;
-  memcpy(&h, p, 2);
-  return (float)h;
-#else
-  _Float16 h;
-  memcpy(&h, p, 2);
-  return (float)h;
-#endif
-}
 
 // LANES bytes as integers. GCC makes poor code of such a conversion by itself.
 inline IVec bytes_at(const uint8_t* p) {
@@ -48,16 +32,6 @@ inline IVec signed_bytes_at(const uint8_t* p) {
 }
 
 inline Vec widened(IVec v) { return __builtin_convertvector(v, Vec); }
-
-// Scale and minimum j of eight, six bits each in twelve bytes.
-inline void scale_and_min(const uint8_t* s, int j, int& scale, int& minimum) {
-  if (j < 4) {
-    scale = s[j] & 63, minimum = s[4 + j] & 63;
-  } else {
-    scale = (s[4 + j] & 15) | (s[j - 4] >> 6) << 4;
-    minimum = (s[4 + j] >> 4) | (s[j] >> 6) << 4;
-  }
-}
 
 // Of each type: elements and bytes of a block, and each(block, f), which calls f(k, Vec) for its elements k and on.
 
@@ -106,11 +80,10 @@ struct Q5_0 {
 template <class Q, class F>
 __attribute__((always_inline)) inline void affine(const uint8_t* b, Q&& quants, F&& f) {
   float d = half_at(b), dmin = half_at(b + 2);
+  const SixBits bits(b + 4);
 #pragma GCC unroll LANES / 2
   for (int j = 0; j < 8; j++) {
-    int scale, minimum;
-    scale_and_min(b + 4, j, scale, minimum);
-    Vec times = splat(d * scale), less = splat(dmin * minimum);
+    Vec times = splat(d * (int)(bits.scales >> (8 * j) & 63)), less = splat(dmin * (int)(bits.minima >> (8 * j) & 63));
 #pragma GCC unroll 8
     for (int e = 0; e < 32; e += LANES) f(32 * j + e, widened(quants(j, e)) * times - less);
   }
@@ -183,6 +156,14 @@ inline void dots(const uint8_t* w, int64_t row_bytes, const float* x, float* out
 }
 
 template <class Q>
+void widen_blocks(const uint8_t* w, int64_t blocks, float* out) {
+  for (int64_t i = 0; i < blocks; i++) {
+    float* to = out + i * Q::ELEMENTS;
+    Q::each(w + i * Q::BYTES, [&](int k, Vec v) __attribute__((always_inline)) { store(to + k, v); });
+  }
+}
+
+template <class Q>
 void rows_of_blocks(
     const uint8_t* w,
     int64_t rows,
@@ -203,47 +184,42 @@ void rows_of_blocks(
   float* wide = scratch<4>(most * columns);
   for (; r < rows; r += most) {
     int64_t count = rows - r < most ? rows - r : most;
-    for (int64_t i = 0; i < count; i++) {
-      const uint8_t* row = w + (r + i) * row_bytes;
-      for (int64_t b = 0; b < row_bytes / Q::BYTES; b++) {
-        float* to = wide + i * columns + b * Q::ELEMENTS;
-        Q::each(row + b * Q::BYTES, [&](int k, Vec v) __attribute__((always_inline)) { store(to + k, v); });
-      }
-    }
+    widen_blocks<Q>(w + r * row_bytes, count * (row_bytes / Q::BYTES), wide);
     rows_times(wide, count, columns, x, x_stride, tokens, out + r, out_stride);
   }
 }
 
-// f(bytes of a row, function for rows of the type), of a number that Python has looked up among TYPES of cpp.py.
+// f(Q) of the type that has this number.
 template <class F>
-inline void of_type(int32_t type, int64_t columns, F&& f) {
-  auto blocks = [&](auto q) {
-    using Q = decltype(q);
-    f(columns / Q::ELEMENTS * Q::BYTES, rows_of_blocks<Q>);
-  };
+inline void of_type(int32_t type, F&& f) {
   switch (type) {
     case 2:
-      return blocks(Q4_0{});
+      return f(Q4_0{});
     case 6:
-      return blocks(Q5_0{});
+      return f(Q5_0{});
     case 8:
-      return blocks(Q8_0{});
+      return f(Q8_0{});
     case 12:
-      return blocks(Q4_K{});
+      return f(Q4_K{});
     case 13:
-      return blocks(Q5_K{});
+      return f(Q5_K{});
     case 14:
-      return blocks(Q6_K{});
+      return f(Q6_K{});
   }
   abort();
 }
 
 }  // namespace
 
+int64_t bytes_of_row(int32_t type, int64_t columns) {
+  int64_t bytes = 0;
+  of_type(type, [&](auto q) { bytes = columns / q.ELEMENTS * q.BYTES; });
+  return bytes;
+}
+
 int64_t BlockMatrix::bytes() const {
   int64_t total = 0;
-  for (int i = 0; i < segments; i++)
-    of_type(types[i], columns, [&](int64_t row, auto) { total += rows[i] * row; });
+  for (int i = 0; i < segments; i++) total += rows[i] * bytes_of_row(types[i], columns);
   return total;
 }
 
@@ -255,19 +231,18 @@ int64_t BlockMatrix::row_bytes() const {
 
 void BlockMatrix::times(
     int64_t first, int64_t count, const float* x, int64_t x_stride, int64_t tokens, float* out, int64_t out_stride) const {
-  const uint8_t* at = base;
-  for (int i = 0; i < segments && count; i++) {
-    of_type(types[i], columns, [&](int64_t row, auto product) {
-      int64_t here = rows[i] - first < count ? rows[i] - first : count;
-      if (here > 0) {
-        product(at + first * row, here, row, x, x_stride, tokens, out, out_stride);
-        out += here, count -= here, first = 0;
-      } else {
-        first -= rows[i];
-      }
-      at += rows[i] * row;
+  in_segments(first, count, [&](int32_t type, const uint8_t* w, int64_t rows, int64_t at) {
+    of_type(type, [&](auto q) {
+      rows_of_blocks<decltype(q)>(
+          w, rows, bytes_of_row(type, columns), x, x_stride, tokens, out + at, out_stride);
     });
-  }
+  });
+}
+
+void BlockMatrix::widen(int64_t first, int64_t count, float* out) const {
+  in_segments(first, count, [&](int32_t type, const uint8_t* w, int64_t rows, int64_t at) {
+    of_type(type, [&](auto q) { widen_blocks<decltype(q)>(w, rows * (columns / q.ELEMENTS), out + at * columns); });
+  });
 }
 
 }  // namespace thalweg

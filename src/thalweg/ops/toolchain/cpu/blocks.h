@@ -23,6 +23,9 @@ struct PlainMatrix {
   }
 };
 
+// Bytes of a row in a type, of a number that Python has looked up among those of ops/linear/blocks_cpp.py.
+int64_t bytes_of_row(int32_t type, int64_t columns);
+
 struct BlockMatrix {
   const uint8_t* base;
   int64_t columns;
@@ -40,6 +43,21 @@ struct BlockMatrix {
   void times(
       int64_t first, int64_t count, const float* x, int64_t x_stride, int64_t tokens, float* out, int64_t out_stride)
       const;
+
+  // Rows as float32, one after the other.
+  void widen(int64_t first, int64_t count, float* out) const;
+
+  // f(type, its rows in memory, how many, which of `count` is the first) for the parts of those rows in one type each.
+  template <class F>
+  void in_segments(int64_t first, int64_t count, F&& f) const {
+    const uint8_t* at = base;
+    for (int64_t i = 0, done = 0; i < segments && done < count; i++) {
+      int64_t row = bytes_of_row(types[i], columns), here = rows[i] - first < count - done ? rows[i] - first : count - done;
+      if (here > 0) f(types[i], at + first * row, here, done), done += here;
+      first = here > 0 ? 0 : first - rows[i];
+      at += rows[i] * row;
+    }
+  }
 };
 
 }  // namespace thalweg
