@@ -113,7 +113,7 @@ def test_a_killed_engine_ends_every_stream_with_an_error(folder: Path) -> None:
 
         tasks = [asyncio.create_task(endless()) for _ in range(3)]
         await asyncio.sleep(0.3)
-        os.kill(client._process.pid, signal.SIGKILL)
+        os.kill(client.engines[0].process.pid, signal.SIGKILL)
         results = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 10)
         assert all(isinstance(r, EngineDeadError) for r in results), results
         with pytest.raises(EngineDeadError):
@@ -125,8 +125,8 @@ def test_a_killed_engine_ends_every_stream_with_an_error(folder: Path) -> None:
 def test_a_rank_that_dies_while_nothing_runs_is_noticed(folder: Path) -> None:
     async def body(client: EngineClient) -> None:
         assert await tokens(client, PROMPTS[0])
-        assert client._process is not None
-        children = Path(f"/proc/{client._process.pid}/task/{client._process.pid}/children").read_text().split()
+        pid = client.engines[0].process.pid
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         (rank,) = [int(pid) for pid in children if "rank_main" in Path(f"/proc/{pid}/cmdline").read_text()]
         os.kill(rank, signal.SIGKILL)
         for _ in range(80):
@@ -142,9 +142,9 @@ def test_an_engine_killed_before_it_listens_is_reported(folder: Path) -> None:
     async def main() -> None:
         client = EngineClient(EngineConfig(str(folder)))
         start = asyncio.create_task(client.start())
-        while client._process is None:
+        while not client.engines:
             await asyncio.sleep(0.001)
-        os.kill(client._process.pid, signal.SIGKILL)
+        os.kill(client.engines[0].process.pid, signal.SIGKILL)
         with pytest.raises(EngineDeadError, match="before it was ready"):
             await asyncio.wait_for(start, 20)
 
@@ -173,7 +173,7 @@ from thalweg.engine.processes.client import EngineClient
 async def main():
     client = EngineClient(EngineConfig({str(folder)!r}, tensor_parallel_size=2, max_num_seqs=2))
     await client.start()
-    print(client._process.pid, flush=True)
+    print(client.engines[0].process.pid, flush=True)
     await asyncio.sleep(60)
 asyncio.run(main())
 """
@@ -257,8 +257,7 @@ def test_what_nobody_reads_is_given_up(folder: Path, expected: list[list[int]], 
 def test_an_engine_that_hangs_is_ended(folder: Path) -> None:
     async def body(client: EngineClient) -> None:
         assert await tokens(client, PROMPTS[0])
-        assert client._process is not None
-        os.kill(client._process.pid, signal.SIGSTOP)
+        os.kill(client.engines[0].process.pid, signal.SIGSTOP)
         await asyncio.sleep(1.2)
         assert client.dead is None  # it has nothing to do, so there is nothing to hear
         began = time.monotonic()

@@ -79,10 +79,13 @@ class ClientDouble:
             self.codec.template = ChatTemplate(template, tokenizer)
             self.codec.chat_ids = self.codec.template.encode_chat
         vocab_size = max(260, tokenizer.vocab_size)
-        self.info = SimpleNamespace(name="double", max_model_len=1000, max_num_seqs=4, vocab_size=vocab_size)
+        self.info = SimpleNamespace(
+            name="double", max_model_len=1000, sequences_at_once=4, data_parallel_size=1, vocab_size=vocab_size
+        )
         self.info.most_session_points = None
         self.kept: dict[str, list[int]] = {}
         self.stats: SchedulerStats | None = None
+        self.rank_stats: dict[int, SchedulerStats] = {}
         self.profiler: Any = None
         self.dead: EngineDeadError | None = None
         self.seen: list[Request] = []

@@ -73,5 +73,10 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
         return max(1, (self.num_snapshots + self.num_host_snapshots) // 2)
 
     @property
+    def sequences_at_once(self) -> int:
+        """Over all data-parallel ranks."""
+        return self.max_num_seqs * self.data_parallel_size
+
+    @property
     def load_seconds(self) -> float:
         return sum(self.start_seconds.values())

@@ -278,8 +278,10 @@ def split_cache(
 
 def experts_line(config: DecoderConfig, ranks: int) -> str | None:
     """How data-parallel ranks divide the routed experts; None for one rank."""
+    if ranks == 1:
+        return None
     counts = [layer.mlp.experts for layer in config.layers if isinstance(layer.mlp, MoeDims)]
-    return f"{counts[0] // ranks} of {counts[0]} on each of {ranks} data-parallel ranks" if ranks > 1 else None
+    return f"{counts[0] // ranks} of {counts[0]} on each of {ranks} data-parallel ranks; steps run eagerly"
 
 
 def device_name(device: torch.device) -> str:

@@ -156,6 +156,19 @@ def engine_config(
         int,
         _engine("--tensor-parallel-size", "-tp", metavar="N", help="Number of ranks (GPUs) that share the model."),
     ] = _DEFAULTS.tensor_parallel_size,
+    data_parallel_size: Annotated[
+        int,
+        _engine(
+            "--data-parallel-size",
+            "-dp",
+            metavar="N",
+            help="serve: number of ranks (GPUs) that each serve requests of their own. Needs --enable-expert-parallel.",
+        ),
+    ] = _DEFAULTS.data_parallel_size,
+    enable_expert_parallel: Annotated[
+        bool,
+        _engine("--enable-expert-parallel", help="Divide the routed experts over the data-parallel ranks."),
+    ] = _DEFAULTS.enable_expert_parallel,
     load_format: Annotated[
         str, _engine(help="auto reads the checkpoint; dummy draws random weights of the real shapes.")
     ] = "auto",
@@ -232,6 +245,8 @@ def engine_config(
         cache_memory=_size(cache_memory, "--cache-memory"),
         gpu_memory_utilization=gpu_memory_utilization,
         tensor_parallel_size=tensor_parallel_size,
+        data_parallel_size=data_parallel_size,
+        enable_expert_parallel=enable_expert_parallel,
         load_format=load_format,
         seed=seed,
         enforce_eager=enforce_eager,

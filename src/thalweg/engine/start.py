@@ -24,6 +24,7 @@ from thalweg.parallel.shards import Shards
 from thalweg.recorder.orders import Order
 from thalweg.runner.cache_file import CacheIndex
 from thalweg.runner.executor import Executor, Runner
+from thalweg.runner.lock_step import LockStep
 from thalweg.sampling.grammars import Grammars, Vocabulary
 from thalweg.scheduler.scheduler import Scheduler
 from thalweg.text.codec import load_codec
@@ -50,6 +51,8 @@ class Engine:
         self.ranks = OtherRanks(config, folder) if config.tensor_parallel_size > 1 else None
 
         self._config = config
+        self.lock_step = LockStep() if config.data_parallel_size > 1 else None
+        meeting = self.ranks.rendezvous_file if self.ranks else "" if folder is None else str(folder / "rendezvous")
         self.grammars = Grammars(lambda: _vocabulary(config))
         cached: list[CacheIndex | None] = []
 
@@ -57,11 +60,13 @@ class Engine:
             from thalweg.assembly.rank import build_rank  # torch comes in on the rank's own thread
             from thalweg.recorder.window import RecordedRunner
 
-            runner, info = build_rank(config, 0, self.ranks.rendezvous_file if self.ranks else "", self.grammars)
+            runner, info = build_rank(config, 0, meeting, self.grammars, data_rank or 0)
             cached.append(runner.cache_index)
+            if self.lock_step is not None:
+                self.lock_step.begin(runner.mesh.data.maxima, runner.serve_others)
             return RecordedRunner(runner), info
 
-        self._executor: Executor[EngineInfo] = Executor(build, self.ranks.send if self.ranks else None)
+        self._executor: Executor[EngineInfo] = Executor(build, self.ranks.send if self.ranks else None, self.lock_step)
         if self.ranks is not None:
             self.ranks.watch(self._executor.fail)
         try:
@@ -70,7 +75,8 @@ class Engine:
             self.close()
             raise
         self.recording = Recording(self._executor, config.tensor_parallel_size)
-        scheduler = new_scheduler(info, config.seed)
+        # Requests without a seed of their own differ from rank to rank.
+        scheduler = new_scheduler(info, config.seed + ((data_rank or 0) << 32))
         tree = scheduler.cache.tree
         if isinstance(tree, TieredTree) and cached[0] is not None:
             cache_folder.restore(tree, cached[0], info)
@@ -80,6 +86,10 @@ class Engine:
     def submit(self, plan: StepPlan) -> Future[StepResult]:
         """Run a step that no scheduler planned, for benchmarks; only while no request is here."""
         return self._executor.submit(plan)
+
+    def wake(self, number: int) -> None:
+        """Have this rank take part in the others' steps; `number` counts the wake-ups of all ranks."""
+        self._executor.wake(number)
 
     def order(self, order: Order) -> Future[Any]:
         """Have every rank do something after the steps that were handed over; rank 0's outcome."""

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from thalweg.errors import EngineDeadError
+from thalweg.errors import RankLostError
 from thalweg.parallel.groups import leave
 
 
@@ -68,7 +68,7 @@ class DataRanks:
             collective().wait()
         except RuntimeError as e:
             reason = str(e).splitlines()[0]
-            raise EngineDeadError(f"data-parallel rank {self.rank} lost another rank of {self.size}: {reason}") from e
+            raise RankLostError(f"data-parallel rank {self.rank} lost another rank of {self.size}: {reason}") from e
 
 
 def join_data_ranks(

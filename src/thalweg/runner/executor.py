@@ -11,6 +11,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from thalweg.core import StepPlan, StepResult
 from thalweg.errors import EngineDeadError, RankLostError
+from thalweg.runner.lock_step import LockStep, WakeUp
 
 Info = TypeVar("Info")
 WATCHER_SECONDS = 2.0  # for the end of a rank to be noticed, which is felt sooner in a collective
@@ -28,15 +29,21 @@ class Runner(Protocol):
 
 class Executor(Generic[Info]):
     """Builds a rank on its thread, then launches plans there, in order; results come as futures in the same order.
-    If results have to be waited for, a second thread waits, and the next plan is launched meanwhile.
+    If results have to be waited for, a second thread waits, and the next plan is launched meanwhile. With a `lock_step`
+    the rank also takes part in other data-parallel ranks' steps.
 
     After an exception, or after `fail`, every future fails: the cache may be half written, so no later step can be
     trusted. `build` gives the runner and whatever should be known about it; `before` is called with each plan and
     order first. The thread is a daemon: a rank stuck in a collective does not keep the process alive.
     """
 
-    def __init__(self, build: Callable[[], tuple[Runner, Info]], before: Callable[[Any], None] | None = None) -> None:
-        self._build, self._before = build, before
+    def __init__(
+        self,
+        build: Callable[[], tuple[Runner, Info]],
+        before: Callable[[Any], None] | None = None,
+        lock_step: LockStep | None = None,
+    ) -> None:
+        self._build, self._before, self._lock_step = build, before, lock_step
         self._work: queue.SimpleQueue[tuple[Any, Future[Any]]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._open: set[Future[Any]] = set()
@@ -61,6 +68,10 @@ class Executor(Generic[Info]):
         self._work.put((order, future))
         return future
 
+    def wake(self, number: int) -> None:
+        """Hand a wake-up over, behind what was handed over before."""
+        self._work.put((WakeUp(number), Future()))
+
     def _fail(self, error: BaseException) -> None:
         """`fail` with an error of this rank. One that lost another leaves it to whoever watches that one to say why."""
         if not isinstance(error, RankLostError) or not self._failed.wait(WATCHER_SECONDS):
@@ -79,6 +90,7 @@ class Executor(Generic[Info]):
     def close(self, timeout_s: float = 10.0) -> None:
         """Finish the plan under way, close the runner, end the thread. Waits no longer than `timeout_s`."""
         self._work.put((None, Future()))
+        self._failed.set()  # nobody is told any more why a rank was lost
         if self._failure is None:  # else the thread may hang in a collective that nobody answers
             self._thread.join(timeout_s)
 
@@ -119,7 +131,7 @@ class Executor(Generic[Info]):
         if runner.waits:
             reader.start()
         while True:
-            plan, future = self._work.get()
+            plan, future = self._next()
             if plan is None:
                 break
             if self._failure is not None:
@@ -130,17 +142,38 @@ class Executor(Generic[Info]):
             try:
                 if self._before is not None:
                     self._before(plan)
+                if self._lock_step is not None:
+                    self._lock_step.with_plan()
                 finish = runner.launch(plan)
                 if runner.waits:
                     results.put((finish, plan.step, future))
                 else:
                     self._settle(future, finish())
             except Exception as e:  # noqa: BLE001 -- likewise
-                self._fail(_step_error(plan.step, e))
+                self._fail(_step_error(f"step {plan.step}", e))
         if runner.waits:
             results.put(None)
             reader.join()
         runner.close()
+
+    def _next(self) -> tuple[Any, Future[Any]]:
+        """What was handed over next; until then the steps of other data-parallel ranks."""
+        lock = self._lock_step
+        if lock is None:
+            return self._work.get()
+        while True:
+            waits = not lock.awake or self._failure is not None
+            try:
+                work = self._work.get(timeout=None if waits else lock.patience)
+            except queue.Empty:
+                try:
+                    lock.without_plan()
+                except Exception as e:  # noqa: BLE001 -- likewise
+                    self._fail(_step_error("a step of other ranks", e))
+                continue
+            if not isinstance(work[0], WakeUp):
+                return work
+            lock.wake(work[0].number)
 
     def _obey(self, runner: Runner, order: Any, future: Future[Any]) -> None:
         if self._before is not None:
@@ -159,7 +192,7 @@ class Executor(Generic[Info]):
             try:
                 self._settle(future, finish())
             except Exception as e:  # noqa: BLE001 -- likewise
-                self._fail(_step_error(step, e))
+                self._fail(_step_error(f"step {step}", e))
 
 
 def _again(failure: BaseException) -> BaseException:
@@ -167,9 +200,9 @@ def _again(failure: BaseException) -> BaseException:
     return EngineDeadError(str(failure)) if isinstance(failure, EngineDeadError) else failure
 
 
-def _step_error(step: int, e: Exception) -> EngineDeadError:
+def _step_error(step: str, e: Exception) -> EngineDeadError:
     if isinstance(e, EngineDeadError):
         return e
     text = str(e).strip().splitlines()
     reason = f"{type(e).__name__}: {text[0] if text else ''}"
-    return EngineDeadError(f"step {step} failed: {reason}").with_traceback(e.__traceback__)
+    return EngineDeadError(f"{step} failed: {reason}").with_traceback(e.__traceback__)

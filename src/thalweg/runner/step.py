@@ -13,6 +13,7 @@ from torch import Tensor
 from thalweg import tracing
 from thalweg.cache.host_storage import HostStorage
 from thalweg.core import Prefill, SaveCache, StepPlan, StepResult
+from thalweg.models.decoder import Decoder
 from thalweg.ops.host_tables import to_device
 from thalweg.parallel.mesh import Mesh
 from thalweg.runner import cache_file
@@ -125,6 +126,12 @@ class ModelRunner:
             return replace(result, fetching=True) if host.fetching() else result
 
         return told
+
+    @torch.inference_mode()
+    def serve_others(self) -> None:
+        """A step in which other data-parallel ranks have tokens and this one has none."""
+        assert isinstance(self.model, Decoder)
+        self.model.serve_others()
 
     @torch.inference_mode()
     def save_cache(self, order: SaveCache) -> None:

@@ -30,6 +30,18 @@ REFUSALS = (
     "invalid_value",
 )
 
+# Of each data-parallel rank, if there are several: name, text, field of SchedulerStats.
+_GAUGES_BY_RANK = (
+    ("rank_requests_running", "Sequences that hold a state slot, by data-parallel rank.", "num_running"),
+    ("rank_requests_waiting", "Sequences that wait for a slot and blocks, by data-parallel rank.", "num_waiting"),
+    ("rank_kv_blocks_used", "Blocks of the paged cache in use, by data-parallel rank.", "blocks_used"),
+)
+_COUNTERS_BY_RANK = (
+    ("rank_prompt_tokens", "Prompt tokens of admitted sequences, by data-parallel rank.", "prompt_tokens"),
+    ("rank_generation_tokens", "Tokens generated, by data-parallel rank.", "generation_tokens"),
+    ("rank_prefix_cache_hits", "Prompt tokens found in the prefix cache, by data-parallel rank.", "prefix_hits"),
+)
+
 _TTFT_BUCKETS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.3, 0.6, 1.2, 2.5, 5, 10, 20, 40, 80, 160)
 _TOKEN_BUCKETS = (0.001, 0.002, 0.004, 0.006, 0.01, 0.015, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
 _LAG_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
@@ -183,9 +195,26 @@ class _EngineCollector(Collector):
         for reason in MISS_REASONS:
             misses.add_metric([reason], s.prefix_misses.get(reason, 0) if s else 0)
         yield misses
+        yield from self._by_rank()
         yield gauge("server_tasks", "Tasks of the HTTP process's event loop.", len(asyncio.all_tasks()))
         yield counter(
             "num_preemptions_total", "Sequences that gave way and began again.", s.num_preemptions if s else 0
         )
         yield counter("prompt_tokens_total", "Prompt tokens of admitted sequences.", s.prompt_tokens if s else 0)
         yield counter("generation_tokens_total", "Tokens generated.", s.generation_tokens if s else 0)
+
+    def _by_rank(self) -> Iterator[Metric]:
+        """What each of several data-parallel ranks says; the other families have their sums."""
+        ranks = self._client.rank_stats
+        if self._client.info.data_parallel_size == 1:
+            return
+        for name, text, field in _GAUGES_BY_RANK:
+            gauges = GaugeMetricFamily(PREFIX + name, text, labels=["rank"])
+            for rank, stats in sorted(ranks.items()):
+                gauges.add_metric([str(rank)], getattr(stats, field))
+            yield gauges
+        for name, text, field in _COUNTERS_BY_RANK:
+            counters = CounterMetricFamily(PREFIX + name, text, labels=["rank"])
+            for rank, stats in sorted(ranks.items()):
+                counters.add_metric([str(rank)], getattr(stats, field))
+            yield counters

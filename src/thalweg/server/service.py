@@ -67,7 +67,7 @@ class Service:
 
         Raises ApiError 429 when the queue has no room for all of them, 400 when it could never have.
         """
-        most = self.client.info.max_num_seqs + self.settings.max_queued_requests
+        most = self.client.info.sequences_at_once + self.settings.max_queued_requests
         if count > most:
             raise ApiError(400, f"the request has {count} sequences; expected at most {most} (--max-queued-requests)")
         if self._unfinished + count > most:

@@ -1,27 +1,24 @@
-"""The front end's side of the engine process: starts it, sends requests, hands each one its updates."""
+"""The front end's side of the engine processes: starts them, sends requests, hands each one its updates."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
-import subprocess
-import sys
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
-import zmq
 import zmq.asyncio
 
 from thalweg.assembly.info import EngineInfo
 from thalweg.config.engine import EngineConfig
 from thalweg.core import Request, RequestUpdate, SamplingParams, SchedulerStats
 from thalweg.engine.processes import messages as m
-from thalweg.engine.processes.ipc import SocketFolder, address, end_group, tell_to_leave
+from thalweg.engine.processes.balance import Balance, ended, together
+from thalweg.engine.processes.connection import Connection, all_ready
+from thalweg.engine.processes.ipc import SocketFolder
 from thalweg.engine.processes.questions import Question, Questions, same_error
-from thalweg.errors import EngineDeadError, InvalidRequest, RequestTimeout, ThalwegError
+from thalweg.errors import ConfigError, EngineDeadError, InvalidRequest, RequestTimeout, ThalwegError
 from thalweg.scheduler.scheduler import check_prompt_length
 from thalweg.text.codec import TextCodec, load_codec
 from thalweg.text.output import Delta, OutputProcessor, TextReader
@@ -29,6 +26,7 @@ from thalweg.text.prompts import check_params, check_token_ids
 
 MAX_UNREAD = 16_384  # updates that may wait for whoever asked for them
 SAVE_SECONDS = 900.0  # that an engine may take to end when it writes its cache to --cache-folder
+LEAVE_SECONDS = 2.0  # for an engine to leave because another died
 SILENCE = 1.5  # step timeouts without a word after which an engine that has work is taken to hang
 
 
@@ -43,7 +41,8 @@ class RequestLimits:
 class EngineClient:
     """An engine in a process of its own, for one asyncio loop. `start`, then `generate` as often as wanted, `close`.
 
-    When the engine dies, or says nothing for longer than a step may take, every request under way, and every later
+    With --data-parallel-size there are several, one for each rank, and each request goes to the one with the least to
+    do. When an engine dies, or says nothing for longer than a step may take, every request under way, and every later
     one, raises EngineDeadError.
     """
 
@@ -54,58 +53,49 @@ class EngineClient:
         profiler: m.ProfilerOptions | None = None,
         debug: bool = False,
     ) -> None:
-        """With `debug` the engine process says on standard error what it decides, such as why a prefix is not used."""
+        """With `debug` the engine process says on standard error what it decides, such as why a prefix is not used.
+        Raises ConfigError, as load_codec does."""
+        if profiler is not None and config.data_parallel_size > 1:
+            size = f"--data-parallel-size is {config.data_parallel_size}"
+            raise ConfigError(f"{size}, and --enable-profiler records one rank's steps; leave one of them out")
         self.config, self._limits, self.profiler, self._debug = config, limits or RequestLimits(), profiler, debug
         self.codec: TextCodec = load_codec(config)  # refuses a bad folder before a process is started
         self.info: EngineInfo
-        self.stats: SchedulerStats | None = None
+        self.rank_stats: dict[int, SchedulerStats] = {}  # what each rank last said
         self.dead: EngineDeadError | None = None  # why no request is served any more
         self.died: EngineDeadError | None = None  # the same, if that was not asked for
         self._queues: dict[str, asyncio.Queue[Delta | ThalwegError]] = {}
         self._questions = Questions()
         self._ids = itertools.count()
-        self._heard = 0.0  # when the engine last said something, or was given work while it had none
+        ranks = config.data_parallel_size
+        self._heard = [0.0] * ranks  # when each engine last said something, or was given work while it had none
+        self._wakes = 0  # wake-ups that were sent to every rank
         self._closing = False
-        self._process: subprocess.Popen[bytes] | None = None
+        self.engines: list[Connection] = []
         self._tasks: list[asyncio.Task[None]] = []
 
+    @property
+    def stats(self) -> SchedulerStats | None:
+        """Of all ranks together; None before any has said something."""
+        return together(self.rank_stats.values()) if self.rank_stats else None
+
     async def start(self) -> None:
-        """Start the process and wait until it is ready. Raises what the engine could not start for."""
+        """Start the processes and wait until all are ready. Raises what an engine could not start for."""
         self._folder = SocketFolder()
-        where = address(self._folder.path, "engine")
         self._context = zmq.asyncio.Context()
-        self._socket = self._context.socket(zmq.PAIR)
-        for option, value in ((zmq.LINGER, 0), (zmq.SNDHWM, 0), (zmq.RCVHWM, 0)):
-            self._socket.setsockopt(option, value)
-        # The engine binds and this side connects: what is sent before the engine is there waits, and nobody for it.
-        self._socket.connect(where)
-        # stdin stays open as long as this process lives: its end tells the engine to leave.
-        command = [sys.executable, "-m", "thalweg.engine.processes.main", where]
-        # A session of its own: Ctrl-C in a terminal is for this process, which then ends the engine.
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
-        self._exit = asyncio.ensure_future(asyncio.to_thread(self._process.wait))
-        options = self._limits.queue_timeout, self.profiler, self._debug
-        await self._socket.send(m.encode(m.Start(self.config.to_dict(), *options)))
-        receive = asyncio.ensure_future(self._socket.recv())
-        await asyncio.wait([receive, self._exit], return_when=asyncio.FIRST_COMPLETED)
-        if not receive.done():
-            # The process ended; what it sent before may still be on its way.
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(asyncio.shield(receive), 1.0)
-        message = m.decode_from_engine(receive.result()) if receive.done() else None
-        if isinstance(message, m.Ready):
-            self.info = message.info
-            self._outputs = OutputProcessor(self.codec.tokenizer, frozenset(self.info.eos_token_ids))
-            work = (self._receive(), self._watch_process(), self._watch_silence())
-            self._tasks = [asyncio.create_task(each) for each in work]
-            return
-        receive.cancel()
-        error: ThalwegError = EngineDeadError("the engine process ended before it was ready; its lines above say why")
-        if isinstance(message, m.Dead):
-            error = same_error(message.kind, message.reason, EngineDeadError)
-        self._closing = True
-        await self._end_process()
-        raise error
+        ranks = range(self.config.data_parallel_size)
+        self.engines = [Connection(self._context, self._folder.path, rank) for rank in ranks]
+        start = m.Start(self.config.to_dict(), self._limits.queue_timeout, self.profiler, self._debug)
+        try:
+            self.info = await all_ready(self.engines, start)
+        except Exception:
+            self._closing = True
+            await self._end_processes(leave=len(ranks) > 1)  # one alone ends by itself
+            raise
+        self._balance = Balance(len(ranks), self.info.max_model_len)
+        self._outputs = OutputProcessor(self.codec.tokenizer, frozenset(self.info.eos_token_ids))
+        watching = [work for e in self.engines for work in (self._receive(e), self._watch_process(e))]
+        self._tasks = [asyncio.create_task(work) for work in (*watching, self._watch_silence())]
 
     async def generate(
         self,
@@ -132,8 +122,6 @@ class EngineClient:
         request = Request(id=request_id, prompt_token_ids=prompt_token_ids, params=params)
         queue: asyncio.Queue[Delta | ThalwegError] = asyncio.Queue()
         loop = asyncio.get_running_loop()
-        if not self._outputs.waiting:
-            self._heard = loop.time()
         self._queues[request_id] = queue
         timer = None
         if (seconds := self._limits.request_timeout) is not None:
@@ -142,7 +130,7 @@ class EngineClient:
         ended = False
         try:
             self._outputs.add(request, reader)
-            self._post(m.Add(request))
+            self._add(request)
             while not ended:
                 delta = await queue.get()
                 if isinstance(delta, ThalwegError):
@@ -156,7 +144,25 @@ class EngineClient:
             del self._queues[request_id]
             self._outputs.discard(request_id)
             if not ended and self.dead is None and not self._closing:
-                self._post(m.Abort([request_id]))
+                self._abort(request_id)
+            self._balance.forget(request_id)
+
+    def _add(self, request: Request) -> None:
+        rank = self._balance.add(request)
+        if self._balance.requests[rank] == 1:
+            self._heard[rank] = asyncio.get_running_loop().time()
+        if len(self.engines) == 1:
+            self.engines[0].post(m.Add(request))
+            return
+        self._wakes += 1
+        for engine in self.engines:
+            engine.post(m.Add(request, self._wakes) if engine.rank == rank else m.Wake(self._wakes))
+
+    def _abort(self, request_id: str) -> None:
+        """Have the engine end a request, without further updates."""
+        self._balance.end(request_id)
+        if (rank := self._balance.rank_of(request_id)) is not None:
+            self.engines[rank].post(m.Abort([request_id]))
 
     async def start_profile(self, num_steps: int | None = None) -> None:
         """Record the steps from the next one on. Only with `profiler` options.
@@ -173,53 +179,51 @@ class EngineClient:
         return trace
 
     async def keep(self, name: str, salt: str, token_ids: list[int]) -> int:
-        """As EngineCore.keep. Raises EngineDeadError, or RequestTimeout if the engine does not answer."""
-        kept: int = await self._ask(lambda question_id: m.Keep(question_id, name, salt, token_ids))
-        return kept
+        """As EngineCore.keep, on every rank; the most that one of them has. Raises EngineDeadError, or RequestTimeout
+        if the engine does not answer."""
+        make = lambda question_id: m.Keep(question_id, name, salt, token_ids)  # noqa: E731
+        kept: list[int] = await asyncio.gather(*(self._ask(make, engine) for engine in self.engines))
+        return max(kept)
 
     def release(self, name: str) -> None:
         """As EngineCore.release."""
-        if self.dead is None and not self._closing:
-            self._post(m.Release(name))
+        for engine in self.engines if self.dead is None and not self._closing else ():
+            engine.post(m.Release(name))
 
-    async def _ask(self, make: Callable[[int], Question]) -> Any:
+    async def _ask(self, make: Callable[[int], Question], engine: Connection | None = None) -> Any:
         if self.dead is not None:
             raise self.dead
-        return await self._questions.ask(self._post, make)
+        return await self._questions.ask((engine or self.engines[0]).post, make)
 
     async def close(self) -> None:
-        """Stop the engine process, even while it starts. Requests under way end with EngineDeadError."""
-        if self._closing or self._process is None:
+        """Stop the engine processes, even while they start. Requests under way end with EngineDeadError."""
+        if self._closing or not self.engines:
             return
         self._closing = True
-        if self._tasks:
-            self._post(m.Stop())
-        else:
-            tell_to_leave(self._process)
+        started = bool(self._tasks)
+        for engine in self.engines if started else ():
+            engine.post(m.Stop())
         self._lose(EngineDeadError("the engine was closed"))
         for task in self._tasks:
             task.cancel()
         # It may have a cache to write down first.
-        await self._end_process(10.0 if self.config.cache_folder is None else SAVE_SECONDS)
+        seconds = 10.0 if self.config.cache_folder is None else SAVE_SECONDS
+        if len(self.engines) > 1 and self.died is not None:
+            seconds = LEAVE_SECONDS  # all were told to leave
+        await self._end_processes(seconds, leave=not started)
 
-    def _post(self, message: m.ToEngine) -> None:
-        """Send without waiting, so that cancelled tasks can too. The queue has no limit; a dead engine gets nothing,
-        and its requests hear of that from `_lose`."""
-        sent: Any = self._socket.send(m.encode(message), zmq.NOBLOCK)
-        if sent.done():
-            sent.exception()  # looked at, so that asyncio does not report it as forgotten
-
-    async def _receive(self) -> None:
+    async def _receive(self, engine: Connection) -> None:
         while True:
-            message = m.decode_from_engine(await self._socket.recv())
-            self._heard = asyncio.get_running_loop().time()
+            message = await engine.receive()
+            self._heard[engine.rank] = asyncio.get_running_loop().time()
             if isinstance(message, m.Updates):
                 if self.died is None:
-                    self.stats = message.stats
+                    self.rank_stats[engine.rank] = message.stats
                 for update in message.updates:
                     self._take(update, message.sent_at)
             elif isinstance(message, m.Refused):
                 self._outputs.discard(message.request_id)
+                self._balance.end(message.request_id)
                 queue = self._queues.get(message.request_id)
                 if queue is not None:
                     queue.put_nowait(same_error(message.kind, message.reason, InvalidRequest))
@@ -229,6 +233,9 @@ class EngineClient:
                 self._die(f"the engine died: {message.reason}")
 
     def _take(self, update: RequestUpdate, sent_at: float) -> None:
+        self._balance.came(update.request_id, len(update.token_ids))
+        if update.finish_reason is not None:
+            self._balance.end(update.request_id)
         queue = self._queues.get(update.request_id)
         if queue is None:
             self._outputs.discard(update.request_id)
@@ -240,7 +247,7 @@ class EngineClient:
             return
         if delta is not None:
             if isinstance(delta.stop_reason, str):
-                self._post(m.Abort([update.request_id]))  # a stop string ends it here; the engine has yet to be told
+                self._abort(update.request_id)  # a stop string ends it here; the engine has yet to be told
             delta.sent_at = sent_at
             queue.put_nowait(delta)
             if queue.qsize() > MAX_UNREAD:
@@ -251,7 +258,7 @@ class EngineClient:
     def _give_up(self, request_id: str, error: ThalwegError) -> None:
         """End one request here and in the engine; whoever asked for it hears `error`."""
         self._outputs.discard(request_id)
-        self._post(m.Abort([request_id]))
+        self._abort(request_id)
         self._queues[request_id].put_nowait(error)
 
     def end_requests(self, reason: str) -> None:
@@ -263,22 +270,25 @@ class EngineClient:
         while True:
             await asyncio.sleep(min(1.0, allowed / 4))
             # Answers that are done and not yet read do not concern the engine.
-            if self._outputs.waiting and loop.time() - self._heard > allowed:
-                assert self._process is not None
-                self._die(f"the engine has said nothing for {allowed:g} s; it hangs (--step-timeout)")
-                self._process.kill()
-                return
+            for engine in self.engines:
+                if self._balance.requests[engine.rank] and loop.time() - self._heard[engine.rank] > allowed:
+                    self._die(f"the engine has said nothing for {allowed:g} s; it hangs (--step-timeout)")
+                    engine.process.kill()
+                    return
 
-    async def _watch_process(self) -> None:
-        code = await asyncio.shield(self._exit)
+    async def _watch_process(self, engine: Connection) -> None:
+        code = await engine.exit_code()
         await asyncio.sleep(0.1)  # its last message, which says more, goes first
-        self._die(f"the engine process ended with exit code {code}")
+        which = f" of data-parallel rank {engine.rank}" if len(self.engines) > 1 else ""
+        self._die(f"the engine process{which} ended with exit code {code}")
 
     def _die(self, reason: str) -> None:
         """The engine is gone, and what it held with it."""
         self.died = self.died or EngineDeadError(reason)
-        if self.stats is not None:
-            self.stats = msgspec.structs.replace(self.stats, num_running=0, num_waiting=0, blocks_used=0, slots_used=0)
+        self.rank_stats = {rank: ended(stats) for rank, stats in self.rank_stats.items()}
+        if len(self.engines) > 1:
+            for engine in self.engines:  # what is left of them waits for each other
+                engine.leave()
         self._lose(self.died)
 
     def _lose(self, error: EngineDeadError) -> None:
@@ -287,14 +297,10 @@ class EngineClient:
             queue.put_nowait(self.dead)
         self._questions.lose(self.dead)
 
-    async def _end_process(self, timeout_s: float = 10.0) -> None:
-        process = self._process
-        assert process is not None
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(asyncio.shield(self._exit), timeout_s)
-        end_group(process.pid)
-        await self._exit
-        tell_to_leave(process)
-        self._socket.close()
+    async def _end_processes(self, timeout_s: float = 10.0, *, leave: bool) -> None:
+        """Wait for their end, and remove what they leave. `leave`: do not let them finish what they are at."""
+        for engine in self.engines if leave else ():
+            engine.leave()
+        await asyncio.gather(*(engine.close(timeout_s) for engine in self.engines))
         self._context.term()
         self._folder.cleanup()

@@ -40,11 +40,14 @@ class EngineProcess:
         self._queued: dict[str, float] = {}  # when each must have a slot, in order of arrival; may name ended ones
         self._gate = GrammarGate(engine.grammars, self._add, self._refuse)
         self._profiler = None if profiler is None else Profiler(engine.recording, profiler, self._reply)
+        self._lock_step, self._wake = engine.lock_step, engine.wake
 
     def run(self) -> None:
         """Until Stop. Raises what ended the engine otherwise."""
         last_sent = time.monotonic()
         while True:
+            if self._lock_step is not None:
+                self._lock_step.busy = self._core.has_work() or bool(self._gate.waiting)
             while self._socket.poll(self._patience_ms()):
                 message = m.decode_to_engine(self._socket.recv())
                 if isinstance(message, m.Stop):
@@ -79,6 +82,9 @@ class EngineProcess:
 
     def _take(self, message: m.ToEngine) -> None:
         if isinstance(message, m.Add):
+            if self._lock_step is not None:
+                self._lock_step.busy = True  # before the wake-up
+                self._wake(message.wake)
             self._gate.take(message.request)
         elif isinstance(message, m.Abort):
             for request_id in message.request_ids:
@@ -89,6 +95,8 @@ class EngineProcess:
                     self._profiler.ended(request_id)
             # No update tells of the end of an aborted request, so what it freed is told here.
             self._send([])
+        elif isinstance(message, m.Wake):
+            self._wake(message.number)
         elif isinstance(message, m.Keep):
             kept = self._core.keep(message.name, message.salt, message.token_ids)
             self._socket.send(m.encode(m.Kept(message.id, kept)))
@@ -160,7 +168,7 @@ def main(address: str) -> int:
         if start.debug:
             logging.basicConfig(format="%(levelname)s:    %(message)s")
             logging.getLogger("thalweg").setLevel(logging.DEBUG)
-        engine = Engine(EngineConfig(**start.config), Path(address.removeprefix("ipc://")).parent)
+        engine = Engine(EngineConfig(**start.config), Path(address.removeprefix("ipc://")).parent, start.data_rank)
         socket.send(m.encode(m.Ready(engine.info)))
         with contextlib.closing(EngineProcess(socket, engine, start.queue_timeout, start.profiler)) as process:
             process.run()

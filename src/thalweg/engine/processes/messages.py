@@ -27,10 +27,20 @@ class Start(msgspec.Struct, frozen=True, tag=True):
     queue_timeout: float | None = None
     profiler: ProfilerOptions | None = None
     debug: bool = False
+    data_rank: int = 0
 
 
 class Add(msgspec.Struct, frozen=True, tag=True):
+    """A request, and the number of the wake-up that comes with it, if there are several data-parallel ranks."""
+
     request: Request
+    wake: int = 0
+
+
+class Wake(msgspec.Struct, frozen=True, tag=True):
+    """Another data-parallel rank gets a request; `number` counts these and those of Add, one after another."""
+
+    number: int
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
@@ -123,7 +133,7 @@ class Kept(msgspec.Struct, frozen=True, tag=True):
     tokens: int
 
 
-ToEngine = Start | Add | Abort | StartProfile | StopProfile | Keep | Release | Stop
+ToEngine = Start | Add | Wake | Abort | StartProfile | StopProfile | Keep | Release | Stop
 FromEngine = Ready | Updates | Refused | Profiled | Kept | Dead
 
 encode = msgspec.msgpack.Encoder().encode
