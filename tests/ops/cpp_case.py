@@ -76,7 +76,7 @@ def threads(count: int) -> Iterator[None]:
 def _forget() -> None:
     """The functions that wrappers remember."""
     for module in MODULES:
-        for name in ("_run", "_many", "_kda", "_gdn"):
+        for name in ("_run", "_many", "_kda", "_gdn", "_prepare", "_prefill"):
             if hasattr(module, name):
                 getattr(module, name).cache_clear()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -86,6 +86,18 @@ def test_linears_of_any_shape(T: int, D: int, O: int, dtype: torch.dtype, norm_f
         assert y.shape == (T, O)
         size = max(truth.norm().item(), y.numel() ** 0.5)  # elements are about 1; a few may cancel out
         assert (y.double() - truth).norm() <= (6e-3 if dtype == torch.bfloat16 else 5e-7) * size
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("T", [0, 3, 70])
+def test_batched_projection(T: int, dtype: torch.dtype) -> None:
+    x = randn(T, 2, 37, dtype=dtype)[:, :, 5:]
+    w = randn(2, 51, 32, dtype=dtype, seed=1, scale=32**-0.5)
+    y = linear.batched_projection(x, w)
+    assert y.dtype == dtype
+    torch.testing.assert_close(
+        y.double(), torch.einsum("tir,ior->tio", x.double(), w.double()), rtol=8e-3, atol=TOLERANCE[dtype] * 3
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -294,19 +306,21 @@ def test_experts_of_more_pairs_than_are_sorted_at_once() -> None:
         (16, 2, {"gated": True}),
     ],
 )
-def test_router(E: int, k: int, options: dict[str, Any], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("op", "T"), [(router.norm_router, 9), (router.norm_router_many, 70)])
+def test_router(op: Callable[..., Any], T: int, E: int, k: int, options: dict[str, Any], dtype: torch.dtype) -> None:
     options = dict(options)
-    case = moe_case(9, 77, 16, E, k, 1, dtype, gated=options.pop("gated", False))
-    got, expected = (routed(f, case, k, **options) for f in (router.norm_router, router_reference.norm_router))
+    case = moe_case(T, 77, 16, E, k, 1, dtype, gated=options.pop("gated", False))
+    got, expected = (routed(f, case, k, **options) for f in (op, router_reference.norm_router))
     assert torch.equal(got[2], expected[2])
     torch.testing.assert_close(got[1], expected[1], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(got[0], expected[0], rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
 
 
-def test_router_gives_different_experts_even_of_nan() -> None:
+@pytest.mark.parametrize("op", [router.norm_router, router.norm_router_many])
+def test_router_gives_different_experts_even_of_nan(op: Callable[..., Any]) -> None:
     case = moe_case(3, 64, 16, 16, 4, 0, torch.float32)
     case.x[1] = torch.nan
-    _, _, ids = routed(router.norm_router, case, 4, n_group=4, topk_group=2)
+    _, _, ids = routed(op, case, 4, n_group=4, topk_group=2)
     assert all(len(set(row)) == 4 and min(row) >= 0 and max(row) < 16 for row in ids.tolist())
 
 
@@ -409,7 +423,13 @@ def in_panels(dtype: torch.dtype, rows: slice = slice(None)) -> list[Tensor]:
     moe = moe_case(120, 128, 64, 8, 3, 1, dtype)
     for name in ("x", "weights", "ids"):
         setattr(moe, name, getattr(moe, name)[rows])
-    return [linear.norm_linear_many(x, norm, 1e-5, w), moe.run(experts.experts_many)]
+    choice = moe_case(120, 300, 16, 40, 4, 1, dtype)
+    choice.x = choice.x[rows]
+    return [
+        linear.norm_linear_many(x, norm, 1e-5, w),
+        moe.run(experts.experts_many),
+        *routed(router.norm_router_many, choice, 4),
+    ]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from tests.ops.cpp_case import LEVELS, instructions, needs_cpp, threads
 from tests.ops.gdn_case import DecodeCase, GdnShape, distance
+from tests.ops.gqa_case import SHAPES, GqaCase, GqaShape, assert_near
 from tests.ops.mixer_prefill_case import MixerPrefillCase, mixer_boundaries
 from tests.ops.prefill_case import mla_case, ratio
+from thalweg.ops.attention.gqa import cpp as gqa
 from thalweg.ops.attention.mla import cpp as mla
 from thalweg.ops.attention.mla import reference as mla_reference
 from thalweg.ops.delta import prefill_cpp
@@ -118,9 +120,38 @@ def test_latent_attention_in_chunks_and_alone_has_the_same_bits(dtype: torch.dty
         assert torch.equal(mla.mla_prefill(q[first:last], **{**case, **where}), whole[first:last])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [*SHAPES, GqaShape(16, 2, 256, 64, 16)])
+def test_gated_attention(shape: GqaShape, dtype: torch.dtype) -> None:
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 2e-5
+    case = GqaCase(shape, [0, 5, 0, 33], [1, 20, 0, 50], dtype, scale=1.2, first_position=1000)
+    q = case.check_prepare(gqa.gqa_prepare, tolerance)
+    assert_near(case.prefill(gqa.gqa_prefill, q), case.truth()[1], tolerance)
+
+
+@pytest.mark.parametrize("spread", [0.0, 12.0])
+def test_gated_attention_of_scores_far_apart(spread: float) -> None:
+    case = GqaCase(SHAPES[3], [0, 800], [30, 20], spread=spread)
+    q = case.prepare(gqa.gqa_prepare)
+    assert_near(case.prefill(gqa.gqa_prefill, q), case.truth()[1], 2e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gated_attention_in_chunks_has_the_same_bits(dtype: torch.dtype) -> None:
+    case = GqaCase(SHAPES[0], [0], [150], dtype)
+    q = case.prepare(gqa.gqa_prepare)
+    whole = case.prefill(gqa.gqa_prefill, q)
+    for first, last in ((0, 50), (50, 149), (149, 150)):
+        rows = slice(first, last)
+        part = gqa.gqa_prefill(q[rows], case.proj[rows], **case.blocks, starts=[first], offsets=[0, last - first])
+        assert torch.equal(part, whole[rows])
+
+
 def results(dtype: torch.dtype) -> list[Tensor]:
     cases = [(MixerPrefillCase((70, 40), 4, 32, G=G, dtype=dtype), MIXERS[G]) for G in (None, 2)]
-    attention = [mla.mla_prefill(**mla_case([100, 7], [130, 40], dtype, H=6))]
+    gated = GqaCase(SHAPES[3], [60, 7], [130, 40], dtype)
+    q = gated.prepare(gqa.gqa_prepare)
+    attention = [mla.mla_prefill(**mla_case([100, 7], [130, 40], dtype, H=6)), q, gated.prefill(gqa.gqa_prefill, q)]
     return [x for case, op in cases for x in (case.run(op), case.state[case.slots])] + attention
 
 

@@ -45,6 +45,13 @@ def linear_add_many(x_TD: Tensor, w_OD: Tensor, residual_TO: Tensor) -> Tensor:
     return _product("linear_many", x_TD, w_OD, residual_TO, residual_TO=residual_TO)
 
 
+def batched_projection(x_T2R: Tensor, w_2OR: Tensor) -> Tensor:
+    y_T2O = x_T2R.new_empty(len(x_T2R), *w_2OR.shape[:2])
+    for i in range(2):
+        _product("linear_many", x_T2R[:, i], w_2OR[i], y_T2O[:, i])
+    return y_T2O
+
+
 def _product(
     name: str,
     x_TD: Tensor,

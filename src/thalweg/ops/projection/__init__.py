@@ -9,7 +9,8 @@ from torch import Tensor
 
 from thalweg.ops.linear import separate
 from thalweg.ops.projection import reference
-from thalweg.ops.registry import Op, register
+from thalweg.ops.registry import Op, Refusal, Where, register
+from thalweg.ops.toolchain import cpu_build
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,5 +30,17 @@ class BatchedProjection(Protocol):
 
 BATCHED_PROJECTION: Op[BatchedProjectionDims, BatchedProjection] = Op("batched_projection", BatchedProjectionDims)
 
+
+def _panels(where: Where, dims: BatchedProjectionDims) -> BatchedProjection:
+    from thalweg.ops.linear import cpp
+
+    return cpp.batched_projection
+
+
+def _panels_refuses(where: Where, dims: BatchedProjectionDims) -> Refusal:
+    return cpu_build.why_not(where)
+
+
 register(BATCHED_PROJECTION, "reference", lambda *_: reference.batched_projection)
 register(BATCHED_PROJECTION, "separate", lambda *_: separate.batched_projection, priority=-10)
+register(BATCHED_PROJECTION, "panels", _panels, supports=_panels_refuses, priority=10)

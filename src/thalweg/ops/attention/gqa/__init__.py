@@ -130,6 +130,18 @@ def _cpp_mixer(where: Where, dims: GqaDims) -> GqaMixerDecode:
     return cpp.gqa_mixer_decode
 
 
+def _cpp_prepare(where: Where, dims: GqaDims) -> GqaPrepare:
+    from thalweg.ops.attention.gqa import cpp
+
+    return cpp.gqa_prepare
+
+
+def _cpp_prefill(where: Where, dims: GqaDims) -> GqaPrefill:
+    from thalweg.ops.attention.gqa import cpp
+
+    return cpp.gqa_prefill
+
+
 def _cpp_refuses(where: Where, dims: GqaDims) -> Refusal:
     return cpu_build.why_not(where)
 
@@ -177,7 +189,9 @@ register(GQA_MIXER_DECODE, "cpp", _cpp_mixer, supports=_cpp_refuses, priority=10
 register(GQA_MIXER_DECODE, "triton", _triton_mixer, supports=_triton_refuses, priority=10)
 register(GQA_MIXER_DECODE, "cuda", _cuda_mixer, supports=_cuda_mixer_refuses, priority=20)
 register(GQA_PREPARE, "reference", lambda *_: reference.gqa_prepare, capturable=True)
+register(GQA_PREPARE, "cpp", _cpp_prepare, supports=_cpp_refuses, priority=10)
 register(GQA_PREPARE, "triton", _triton_prepare, supports=_triton_refuses, priority=10, capturable=True)
 register(GQA_PREFILL, "reference", lambda *_: reference.gqa_prefill)
+register(GQA_PREFILL, "cpp", _cpp_prefill, supports=_cpp_refuses, priority=10)
 register(GQA_PREFILL, "library", _library_prefill, supports=_library_refuses, priority=10)
 register(GQA_PREFILL, "cuda", _cuda_prefill, supports=_cuda_refuses, priority=20, capturable=True)

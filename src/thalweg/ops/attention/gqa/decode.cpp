@@ -10,25 +10,6 @@ struct Shape {
   int64_t B, H, G, K, pairs, S;  // pairs that are rotated; tokens in a block
 };
 
-// Norm and rotation of one head, [K], rounded to T as float32.
-template <class T, class N>
-void prepare(
-    const T* x, const N* weight, float eps, const float* cosines, const float* sines, const Shape& s, float* out) {
-  Vec squares = {};
-  in_lanes(s.K, [&](int64_t k, int64_t n) {
-    Vec v = load(x + k, n);
-    squares += v * v;
-  });
-  float scale = 1.f / std::sqrt(sum(squares) / s.K + eps);
-  in_lanes(s.K, [&](int64_t k, int64_t n) { store(out + k, load(x + k, n) * scale * load(weight + k, n)); });
-  for (int64_t i = 0; i < s.pairs; i++) {
-    float first = out[i], second = out[s.pairs + i];
-    out[i] = first * cosines[i] - second * sines[i];
-    out[s.pairs + i] = second * cosines[i] + first * sines[i];
-  }
-  for (int64_t k = 0; k < s.K; k += LANES) store(out + k, rounded<T>(load(out + k)));
-}
-
 template <class T, class N>
 void gqa(
     const T* proj,
@@ -59,11 +40,11 @@ void gqa(
     turns(positions[b], frequencies, s.pairs, rope_scale, cosines, sines);
     const T* x = proj + b * proj_stride;
     const T* k = x + 2 * s.H * s.K + g * s.K;
-    prepare(k, k_norm, eps, cosines, sines, s, key_tile);
+    norm_and_turn(k, k_norm, eps, cosines, sines, s.K, s.pairs, key_tile);
     in_lanes(s.K, [&](int64_t i, int64_t n) { store(keys + block_rows[b] * row + g * s.K + i, load(key_tile + i), n); });
     memcpy(values + block_rows[b] * row + g * s.K, k + row, s.K * sizeof(T));
     for (int64_t h = 0; h < ratio; h++) {
-      prepare(x + 2 * (g * ratio + h) * s.K, q_norm, eps, cosines, sines, s, q + h * width);
+      norm_and_turn(x + 2 * (g * ratio + h) * s.K, q_norm, eps, cosines, sines, s.K, s.pairs, q + h * width);
       for (int64_t i = 0; i < width; i += LANES)
         store(q + h * width + i, load(q + h * width + i) * (1.f / std::sqrt((float)s.K)));
     }

@@ -59,7 +59,7 @@ class NormRouter(Protocol):
 NORM_ROUTER: Op[NormRouterDims, NormRouter] = Op("norm_router", NormRouterDims)
 
 MAX_WIDTH = 16384  # of a row that is normed
-CPU_FEW = Tokens(last=64)  # beyond, the library's product is as fast
+CPU_FEW = Tokens(last=16)  # beyond, tokens fill the lanes of panels
 MAX_EXPERTS = 1024  # one program holds all scores of a token in registers
 
 
@@ -85,6 +85,12 @@ def _cpp(where: Where, dims: NormRouterDims) -> NormRouter:
     return cpp.norm_router
 
 
+def _panels(where: Where, dims: NormRouterDims) -> NormRouter:
+    from thalweg.ops.moe.router import cpp
+
+    return cpp.norm_router_many
+
+
 def _cpp_refuses(where: Where, dims: NormRouterDims) -> Refusal:
     return cpu_build.why_not(where)
 
@@ -108,6 +114,7 @@ def _few(dims: NormRouterDims) -> Tokens:
 
 register(NORM_ROUTER, "reference", lambda *_: reference.norm_router)
 register(NORM_ROUTER, "cpp", _cpp, supports=_cpp_refuses, tokens=CPU_FEW, priority=10)
+register(NORM_ROUTER, "panels", _panels, supports=_cpp_refuses, priority=5)
 register(NORM_ROUTER, "library", _library, supports=_triton_refuses, priority=10)
 # Beyond, a product fills the device without being split.
 register(NORM_ROUTER, "triton", _triton, supports=_triton_refuses, tokens=Tokens(last=512), priority=20)

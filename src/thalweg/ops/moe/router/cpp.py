@@ -1,10 +1,10 @@
-"""Norm and routing of few tokens on a CPU, in C++ (router.cpp)."""
+"""Norm and routing on a CPU, in C++ (router.cpp): of few tokens, and of many in panels."""
 
 from __future__ import annotations
 
 from ctypes import c_float, c_int, c_int64, c_void_p
-from functools import cache
-from typing import Any
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,14 +12,20 @@ from torch import Tensor
 from thalweg.ops.moe.router.reference import is_softmax
 from thalweg.ops.toolchain.cpu_build import DTYPES, function
 
+if TYPE_CHECKING:
+    from thalweg.ops.moe.router import NormRouter
+
 
 @cache
 def _run() -> Any:
     x, norm, weights, results = (c_void_p, c_int64), (c_int, c_void_p, c_float), [c_void_p] * 2, [c_void_p] * 3
-    return function("norm_router", c_int, *x, *norm, *weights, *results, *[c_int64] * 7, *[c_int] * 3, c_float, c_int)
+    return function(
+        "norm_router", c_int, c_int, *x, *norm, *weights, *results, *[c_int64] * 7, *[c_int] * 3, c_float, c_int
+    )
 
 
-def norm_router(
+def _route(
+    many: bool,
     x_TD: Tensor,
     norm_weight_D: Tensor,
     eps: float,
@@ -38,6 +44,7 @@ def norm_router(
     normed_TD = x_TD.new_empty(T, D)
     weights_Tk, ids_Tk = x_TD.new_empty(T, k, dtype=torch.float32), x_TD.new_empty(T, k, dtype=torch.int64)
     _run()(
+        many,
         DTYPES[x_TD.dtype],
         x_TD.data_ptr(),
         x_TD.stride(0),
@@ -63,3 +70,7 @@ def norm_router(
         torch.get_num_threads(),
     )
     return normed_TD, weights_Tk, ids_Tk
+
+
+norm_router: NormRouter = partial(_route, False)
+norm_router_many: NormRouter = partial(_route, True)

@@ -1,7 +1,7 @@
 // Op "norm_router": the norm, the scores of the experts and the choice among them.
 #include <limits>
 
-#include "rows.h"
+#include "panels.h"
 
 using namespace thalweg;
 
@@ -101,9 +101,52 @@ void norm_router(
   for (int64_t t = 0; t < tokens; t++) route(r, logits + t * scores, bias, weights + t * k, ids + t * k);
 }
 
+// Many tokens: a panel with all that follows from it is a task.
+template <class T, class N>
+void norm_router_many(
+    const T* x,
+    int64_t x_stride,
+    const N* norm,
+    float eps,
+    const T* w,
+    const float* bias,
+    T* normed,
+    float* weights,
+    int64_t* ids,
+    int64_t tokens,
+    int64_t D,
+    const Routing& r,
+    int threads) {
+  const int64_t rows = r.E + r.gated, scores = padded(rows), k = r.top_k + r.shared;
+  const int64_t words = words_of<T>(D), chunk = rows_of_product(words);
+  parallel_for(worth_products(threads, tokens * D * rows), panels_of(tokens), [&](int64_t p) {
+    const int64_t first = p * PANEL, count = tokens - first < PANEL ? tokens - first : PANEL;
+    float* panel = scratch<1>(words * PANEL + PANEL * (rows + scores) + chunk * words);
+    float *products = panel + words * PANEL, *logits = products + rows * PANEL, *room = logits + PANEL * scores;
+    pack_words(count, words, panel, [&](int64_t t, float* row) {
+      words_of_row(x + (first + t) * x_stride, norm, eps, D, row);
+      T* out = normed + (first + t) * D;
+      if constexpr (PAIRS<T>)
+        memcpy(out, row, D * sizeof(T));
+      else
+        in_lanes(D, [&](int64_t i, int64_t n) { store(out + i, load(row + i, n), n); });
+    });
+    for (int64_t row = 0; row < rows; row += chunk) {
+      const int64_t some = rows - row < chunk ? rows - row : chunk;
+      panel_product<PAIRS<T>>(
+          rows_for<T>(PlainMatrix<T>{w, D}, row, some, room), some, words, panel, vectors_of(count),
+          products + row * PANEL, false);
+    }
+    unpack(products, rows, count, [&](int64_t t, int64_t e, int64_t, Vec v) { store(logits + t * scores + e, v); });
+    for (int64_t t = 0; t < count; t++)
+      route(r, logits + t * scores, bias, weights + (first + t) * k, ids + (first + t) * k);
+  });
+}
+
 }  // namespace
 
 extern "C" void thalweg_norm_router(
+    int many,
     int dtype,
     const void* x,
     int64_t x_stride,
@@ -131,7 +174,7 @@ extern "C" void thalweg_norm_router(
   auto run = [&](auto t, auto n) {
     using T = decltype(t);
     using N = decltype(n);
-    norm_router<T, N>(
+    (many ? norm_router_many<T, N> : norm_router<T, N>)(
         (const T*)x, x_stride, (const N*)norm, eps, (const T*)w, bias, (T*)normed, weights, ids, tokens, D, r, threads);
   };
   if (dtype == FLOAT32)

@@ -64,4 +64,23 @@ inline void turns(int64_t position, const float* frequencies, int64_t pairs, flo
   }
 }
 
+// A head's K values through their norm, the first 2 * pairs turned, rounded to T as float32.
+template <class T, class N>
+inline void norm_and_turn(
+    const T* x, const N* weight, float eps, const float* cosines, const float* sines, int64_t K, int64_t pairs, float* out) {
+  Vec squares = {};
+  in_lanes(K, [&](int64_t k, int64_t n) {
+    Vec v = load(x + k, n);
+    squares += v * v;
+  });
+  float scale = 1.f / std::sqrt(sum(squares) / K + eps);
+  in_lanes(K, [&](int64_t k, int64_t n) { store(out + k, load(x + k, n) * scale * load(weight + k, n)); });
+  for (int64_t i = 0; i < pairs; i++) {
+    float first = out[i], second = out[pairs + i];
+    out[i] = first * cosines[i] - second * sines[i];
+    out[pairs + i] = second * cosines[i] + first * sines[i];
+  }
+  for (int64_t k = 0; k < K; k += LANES) store(out + k, rounded<T>(load(out + k)));
+}
+
 }  // namespace thalweg
