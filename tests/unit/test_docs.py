@@ -25,6 +25,7 @@ ELSEWHERE = {"docs/tool_call_guidance.md", "docs/adr/NNNN-name.md"}
 # Options of other programs, and one of ours that exists to be refused.
 OTHERS = {
     "--tasks",
+    "--nproc-per-node",
     "--gpus",
     "--target",
     "--local-dir",

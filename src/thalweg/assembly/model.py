@@ -69,13 +69,13 @@ def open_model(config: EngineConfig, tp_rank: int, data_rank: int = 0, *, mtp: b
     source = open_source(config)
     c = source.config
     rank = tp_rank + config.tensor_parallel_size * data_rank
-    device = choose_device(config, rank)
+    device = choose_device(config, rank - config.node_rank * config.ranks_per_node)
     config = config.resolve(device=str(device), checkpoint_dtype=c.dtype, context_len=c.context_len)
     checkpoint = source.open_weights() if config.load_format != "dummy" else None
     source = source.fitted(checkpoint, mtp=mtp, dequantize=config.dequantize)
     plan = source.plan(shards_of(config, tp_rank, data_rank), config.quantization)
     if device.type == "cpu":
-        _choose_threads(sum(local_elements(plan).values()) * 4, config.tensor_parallel_size * config.data_parallel_size)
+        _choose_threads(sum(local_elements(plan).values()) * 4, config.ranks_per_node * config.data_parallel_size)
     if checkpoint is not None:
         check(plan, checkpoint, source.ignored)  # before anything is allocated by what config.json says
     _check_memory(local_bytes(plan, getattr(torch, config.dtype).itemsize), device)
@@ -88,7 +88,8 @@ def shards_of(config: EngineConfig, tp_rank: int = 0, data_rank: int = 0) -> Sha
 
 
 def choose_device(config: EngineConfig, rank: int) -> torch.device:
-    """This rank's device. Ranks take CUDA devices 0, 1, ... unless --device names one. Raises ConfigError."""
+    """The device of this host's rank of that number. Ranks take CUDA devices 0, 1, ... unless --device names one.
+    Raises ConfigError."""
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

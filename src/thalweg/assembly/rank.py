@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 from dataclasses import replace
 from functools import partial
@@ -61,21 +62,22 @@ class Laps:
 def build_rank(
     config: EngineConfig,
     tp_rank: int,
-    rendezvous_file: str,
+    meeting: str,
     grammars: Grammars | None = None,
     data_rank: int = 0,
+    listener: socket.socket | None = None,
 ) -> tuple[ModelRunner, EngineInfo]:
     """Everything one rank needs to execute plans. With several ranks, all of them call this at the same time; those
-    whose tokens count get `grammars`."""
+    whose tokens count get `grammars`. `meeting` and `listener`: see join_mesh."""
     laps = Laps()
     opened = open_model(config, tp_rank, data_rank)
     config, source, device = opened.config, opened.source, opened.device
     c = source.config
     assert config.max_num_batched_tokens is not None
     laps.end("device")
-    mesh = join_mesh(tp_rank, config.tensor_parallel_size, rendezvous_file, device)
+    mesh = join_mesh(tp_rank, config.tensor_parallel_size, meeting, device, hosts=config.nnodes, listener=listener)
     if config.data_parallel_size > 1:
-        mesh.data = join_data_ranks(data_rank, config.data_parallel_size, rendezvous_file, device)
+        mesh.data = join_data_ranks(data_rank, config.data_parallel_size, meeting, device)
     resolver = Resolver(config.op_preference)
     model = Decoder(opened.context(mesh, resolver), c)
     sample = resolve_sample(resolver, device, c.vocab_size)

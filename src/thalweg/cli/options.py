@@ -23,6 +23,10 @@ def _engine(*names: str, **options: Any) -> Any:
     return typer.Option(*names, rich_help_panel=_ENGINE, **options)
 
 
+def _hosts(*names: str, **options: Any) -> Any:
+    return typer.Option(*names, rich_help_panel="Several hosts, which share THALWEG_CLUSTER_KEY", **options)
+
+
 def _sampling(*names: str, **options: Any) -> Any:
     return typer.Option(*names, rich_help_panel=_SAMPLING, **options)
 
@@ -169,6 +173,18 @@ def engine_config(
         bool,
         _engine("--enable-expert-parallel", help="Divide the routed experts over the data-parallel ranks."),
     ] = _DEFAULTS.enable_expert_parallel,
+    nnodes: Annotated[
+        int, _hosts(metavar="N", help="Hosts that the ranks are spread over, evenly; all run the same command.")
+    ] = _DEFAULTS.nnodes,
+    node_rank: Annotated[
+        int, _hosts(metavar="K", help="Which host this is: node 0 serves requests, others only run their ranks.")
+    ] = _DEFAULTS.node_rank,
+    master_addr: Annotated[
+        str, _hosts(metavar="ADDRESS", help="Address of node 0 in the network of the hosts.")
+    ] = _DEFAULTS.master_addr,
+    master_port: Annotated[
+        int, _hosts(metavar="PORT", help="Port of node 0 for the other hosts; the --nnodes - 1 ports after it, too.")
+    ] = _DEFAULTS.master_port,
     load_format: Annotated[
         str, _engine(help="auto reads the checkpoint; dummy draws random weights of the real shapes.")
     ] = "auto",
@@ -247,6 +263,10 @@ def engine_config(
         tensor_parallel_size=tensor_parallel_size,
         data_parallel_size=data_parallel_size,
         enable_expert_parallel=enable_expert_parallel,
+        nnodes=nnodes,
+        node_rank=node_rank,
+        master_addr=master_addr,
+        master_port=master_port,
         load_format=load_format,
         seed=seed,
         enforce_eager=enforce_eager,

@@ -11,6 +11,7 @@ import msgspec
 import typer
 
 from thalweg.cli.options import engine_config, takes
+from thalweg.cli.torchrun import under_torchrun
 from thalweg.config import env
 from thalweg.config.engine import EngineConfig, parse_size
 from thalweg.engine.processes.messages import ProfilerOptions
@@ -143,6 +144,12 @@ def serve(
     ] = None,
 ) -> None:
     """Serve a model over HTTP: /v1/chat/completions, /v1/completions, /v1/responses, /v1/messages, /metrics."""
+    config = under_torchrun(config)
+    if config.node_rank:
+        from thalweg.engine.processes.host_main import serve_ranks
+
+        serve_ranks(config)
+        return
     from thalweg.server.run import serve as run
 
     run(

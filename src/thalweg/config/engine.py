@@ -57,6 +57,9 @@ class EngineConfig:
     tensor_parallel_size: ranks that share the model.
     data_parallel_size: ranks of a server that each serve requests of their own, with their own cache.
     enable_expert_parallel: whether data-parallel ranks divide the routed experts.
+    nnodes: hosts that the ranks are spread over, evenly and in order.
+    node_rank: which of them this one is; node 0 has the server, or the LLM.
+    master_addr, master_port: node 0's address, and the first of `nnodes` ports there, for the other hosts.
     load_format: "auto" or "safetensors" read the checkpoint, "dummy" draws random weights.
     seed: of sampling and of dummy weights.
     enforce_eager: whether steps run without CUDA graphs.
@@ -94,6 +97,10 @@ class EngineConfig:
     tensor_parallel_size: int = 1
     data_parallel_size: int = 1
     enable_expert_parallel: bool = False
+    nnodes: int = 1
+    node_rank: int = 0
+    master_addr: str = "127.0.0.1"
+    master_port: int = 29500
     load_format: str = "auto"
     seed: int = 0
     enforce_eager: bool = False
@@ -162,6 +169,7 @@ class EngineConfig:
             raise ConfigError("--cache-folder keeps what is in host memory; expected --cpu-cache-memory too")
         if self.cache_folder_size is not None and self.cache_folder is None:
             raise ConfigError("--cache-folder-size is given without --cache-folder; expected both")
+        self._check_nodes()
         self._need(isinstance(self.dequantize, bool | None), "dequantize", "true or false")
         device = self.device
         self._need(isinstance(device, str) and bool(_DEVICE.fullmatch(device)), "device", "auto, cpu, cuda or cuda:N")
@@ -174,6 +182,24 @@ class EngineConfig:
         self._need(pairs_ok, "op_preference", "a mapping of op names to implementation names")
         # A copy nobody can write to: a frozen config must not change through the caller's dict.
         object.__setattr__(self, "op_preference", MappingProxyType(dict(prefer)))
+
+    def _check_nodes(self) -> None:
+        self._integer("nnodes", 1, MAX_TENSOR_PARALLEL)
+        self._integer("node_rank", 0, self.nnodes - 1)
+        self._integer("master_port", 1, 65_536 - self.nnodes)
+        self._need(isinstance(self.master_addr, str) and self.master_addr != "", "master_addr", "node 0's address")
+        if self.tensor_parallel_size % self.nnodes:
+            size = self.tensor_parallel_size
+            raise ConfigError(f"--nnodes is {self.nnodes}; it must divide --tensor-parallel-size, which is {size}")
+        if self.nnodes > 1:
+            if self.data_parallel_size > 1:
+                raise ConfigError("--data-parallel-size needs all ranks on one host; expected --nnodes 1 with it")
+            if self.cache_folder is not None:
+                raise ConfigError("--cache-folder needs all ranks on one host; leave it out, or take --nnodes 1")
+
+    @property
+    def ranks_per_node(self) -> int:
+        return self.tensor_parallel_size // self.nnodes
 
     def resolve(self, *, device: str, checkpoint_dtype: str, context_len: int) -> EngineConfig:
         """The same options with every "auto" decided, given what the machine and the checkpoint are. `max_num_seqs`

@@ -6,12 +6,19 @@ import os
 
 VARIABLES = {
     "THALWEG_API_KEY": "the key clients of the server must send; --api-key comes first",
+    "THALWEG_CLUSTER_KEY": "the secret of the hosts of one engine (--nnodes), the same on all of them",
     "OMP_NUM_THREADS": "threads of one rank on a CPU; by default chosen by the model's size",
     "THALWEG_LOG_LEVEL": "debug, info, warning or error",
     "HF_HUB_CACHE": "where models are kept that are named OWNER/NAME; HF_HOME/hub if unset",
     "HF_HOME": "the folder of that; ~/.cache/huggingface if unset, or huggingface in XDG_CACHE_HOME",
     "XDG_CACHE_HOME": "see HF_HOME; also where what is compiled for a CPU is kept, in thalweg; ~/.cache if unset",
     "CXX": "the C++ compiler for ops on a CPU, with a launcher and options if need be; c++, g++ or clang++ if unset",
+    "TORCHELASTIC_RUN_ID": "set by torchrun: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are then read",
+    "RANK": "see TORCHELASTIC_RUN_ID",
+    "WORLD_SIZE": "see TORCHELASTIC_RUN_ID",
+    "LOCAL_RANK": "see TORCHELASTIC_RUN_ID",
+    "MASTER_ADDR": "see TORCHELASTIC_RUN_ID",
+    "MASTER_PORT": "see TORCHELASTIC_RUN_ID",
     "HF_HUB_OFFLINE": "1: models are never downloaded",
 }
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from thalweg.core import StepPlan, StepResult
+from thalweg.errors import ConfigError
 from thalweg.recorder.orders import Recorded, StartRecording, StopRecording, rank_file
 from thalweg.runner.executor import Executor
 
@@ -25,8 +26,8 @@ class Limits:
 class Recording:
     """Hands an engine's plans to its executor, and between two of them the orders to record. One window at a time."""
 
-    def __init__(self, executor: Executor[Any], ranks: int) -> None:
-        self._executor, self.ranks = executor, ranks
+    def __init__(self, executor: Executor[Any], ranks: int, hosts: int = 1) -> None:
+        self._executor, self.ranks, self._hosts = executor, ranks, hosts
         self.rows: list[tuple[int, int]] = []  # decode rows and prompt tokens of each recorded step
         self.full_of: str | None = None  # "steps" or "bytes", if that closed the window
         self._limits = Limits(0)
@@ -61,7 +62,9 @@ class Recording:
 
     def start(self, folder: Path, limits: Limits, after: int = 0) -> None:
         """Open a window before the next step, or before the one that follows `after` steps of decode rows alone. The
-        ranks' traces will lie in `folder`. Only while there is none."""
+        ranks' traces will lie in `folder`. Only while there is none. Raises ConfigError if ranks are on other hosts."""
+        if self._hosts > 1:
+            raise ConfigError(f"--nnodes is {self._hosts}; expected 1: a trace needs all ranks on one host")
         self._folder, self._limits, self._after = folder, limits, after
         self.rows, self.full_of, self._recorded = [], None, None
         if after <= 0:

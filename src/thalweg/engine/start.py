@@ -52,7 +52,8 @@ class Engine:
 
         self._config = config
         self.lock_step = LockStep() if config.data_parallel_size > 1 else None
-        meeting = self.ranks.rendezvous_file if self.ranks else "" if folder is None else str(folder / "rendezvous")
+        meeting = self.ranks.meeting if self.ranks else "" if folder is None else str(folder / "rendezvous")
+        listener = self.ranks.listener if self.ranks else None
         self.grammars = Grammars(lambda: _vocabulary(config))
         cached: list[CacheIndex | None] = []
 
@@ -60,7 +61,7 @@ class Engine:
             from thalweg.assembly.rank import build_rank  # torch comes in on the rank's own thread
             from thalweg.recorder.window import RecordedRunner
 
-            runner, info = build_rank(config, 0, meeting, self.grammars, data_rank or 0)
+            runner, info = build_rank(config, 0, meeting, self.grammars, data_rank or 0, listener)
             cached.append(runner.cache_index)
             if self.lock_step is not None:
                 self.lock_step.begin(runner.mesh.data.maxima, runner.serve_others)
@@ -74,7 +75,7 @@ class Engine:
         except BaseException:
             self.close()
             raise
-        self.recording = Recording(self._executor, config.tensor_parallel_size)
+        self.recording = Recording(self._executor, config.tensor_parallel_size, config.nnodes)
         # Requests without a seed of their own differ from rank to rank.
         scheduler = new_scheduler(info, config.seed + ((data_rank or 0) << 32))
         tree = scheduler.cache.tree
@@ -108,7 +109,7 @@ class Engine:
         self._executor.close()
         if self.ranks is not None:
             # A build that failed elsewhere may still be on its way to meet the ranks; it holds on to this object.
-            self.ranks.close(keep_folder=self._executor.running)
+            self.ranks.close(keep_folder=self._executor.running, reason=self._executor.failure())
         if self._give_folder_back is not None:
             self._give_folder_back()
 

@@ -1,14 +1,16 @@
 """The ranks a model is sharded over, and the collectives its layers need. The only importer of torch.distributed.
 
-One host: ranks meet through a file, and talk over gloo (CPU) or NCCL (CUDA).
+Ranks of one host meet through a file, those of several through a TCP store; they talk over gloo (CPU) or NCCL (CUDA).
 """
 
 from __future__ import annotations
 
 import re
+import socket
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
@@ -22,10 +24,14 @@ from thalweg.parallel.groups import leave
 class Mesh:
     """Tensor parallelism over `tp_size` ranks; this process is `tp_rank`. With one rank every method is free.
 
-    `data` are the ranks that serve other requests, with which this one shares the experts.
+    `data` are the ranks that serve other requests, with which this one shares the experts. `hosts`: over how many hosts
+    the ranks are spread; only ranks of one host can map each other's memory.
     """
 
-    def __init__(self, tp_rank: int = 0, tp_size: int = 1, group: Any = None, data: DataRanks | None = None) -> None:
+    def __init__(
+        self, tp_rank: int = 0, tp_size: int = 1, group: Any = None, data: DataRanks | None = None, hosts: int = 1
+    ) -> None:
+        self.hosts = hosts
         self.tp_rank = tp_rank
         self.tp_size = tp_size
         self.data = data or DataRanks()
@@ -79,20 +85,48 @@ class Mesh:
             raise RankLostError(f"rank {self.tp_rank} lost another rank of {self.tp_size}: {reason}") from e
 
 
-def join_mesh(tp_rank: int, tp_size: int, rendezvous_file: str, device: torch.device, timeout_s: float = 600.0) -> Mesh:
-    """Meet the other ranks at `rendezvous_file` (a path on this host, not yet existing) and return the mesh.
+def join_mesh(
+    tp_rank: int,
+    tp_size: int,
+    meeting: str,
+    device: torch.device,
+    timeout_s: float = 600.0,
+    *,
+    hosts: int = 1,
+    listener: socket.socket | None = None,
+) -> Mesh:
+    """Meet the other ranks at `meeting` and return the mesh: a path on this host, not yet existing, or
+    tcp://ADDRESS:PORT, where rank 0 has a `listener` that this takes over.
 
     The group is this mesh's own, not torch's default one: a process may have several engines, and one that failed to
     meet its ranks stands in no other's way.
     """
     if tp_size == 1:
         return Mesh()
-    store = dist.FileStore(rendezvous_file, tp_size)  # type: ignore[attr-defined]  # public, but not in __all__
+    timeout, own = timedelta(seconds=timeout_s), "127.0.0.1"
+    if meeting.startswith("tcp://"):
+        place = urlsplit(meeting)
+        assert place.hostname is not None
+        assert place.port is not None
+        own = _own_address(place.hostname, place.port)
+        fd = None if listener is None else listener.detach()
+        store: Any = dist.TCPStore(  # type: ignore[attr-defined]  # public, but not in __all__
+            place.hostname, place.port, tp_size, tp_rank == 0, timeout, wait_for_workers=False, master_listen_fd=fd
+        )
+    else:
+        store = dist.FileStore(meeting, tp_size)  # type: ignore[attr-defined]  # public, but not in __all__
     if device.type == "cuda":
         nccl = dist.ProcessGroupNCCL.Options()
-        nccl._timeout = timedelta(seconds=timeout_s)
-        return Mesh(tp_rank, tp_size, dist.ProcessGroupNCCL(store, tp_rank, tp_size, nccl))
+        nccl._timeout = timeout
+        return Mesh(tp_rank, tp_size, dist.ProcessGroupNCCL(store, tp_rank, tp_size, nccl), hosts=hosts)
     gloo: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-    gloo._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]  # ranks are processes of one host
-    gloo._timeout = timedelta(seconds=timeout_s)
-    return Mesh(tp_rank, tp_size, dist.ProcessGroupGloo(store, tp_rank, tp_size, gloo))
+    gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=own)]  # listens there alone
+    gloo._timeout = timeout
+    return Mesh(tp_rank, tp_size, dist.ProcessGroupGloo(store, tp_rank, tp_size, gloo), hosts=hosts)
+
+
+def _own_address(host: str, port: int) -> str:
+    """The address by which this host is seen from another one: no packet is sent."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, port))
+        return str(probe.getsockname()[0])

@@ -14,7 +14,7 @@ from thalweg.errors import EngineDeadError, RankLostError
 from thalweg.runner.lock_step import LockStep, WakeUp
 
 Info = TypeVar("Info")
-WATCHER_SECONDS = 2.0  # for the end of a rank to be noticed, which is felt sooner in a collective
+WATCHER_SECONDS = 6.0  # for the end of a rank or host to be noticed, which is felt sooner in a collective
 
 
 class Runner(Protocol):
@@ -98,6 +98,10 @@ class Executor(Generic[Info]):
     def running(self) -> bool:
         """Whether the rank's thread is still at work: after `close`, only if it hangs."""
         return self._thread.is_alive()
+
+    def failure(self) -> str:
+        """What ended the rank, in words; "" if nothing did."""
+        return "" if self._failure is None else str(self._failure) or type(self._failure).__name__
 
     def check(self) -> None:
         """Raises what ended the rank, if something did."""

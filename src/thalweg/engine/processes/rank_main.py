@@ -1,4 +1,4 @@
-"""A rank other than 0: `python -m thalweg.engine.processes.rank_main ADDRESS`, started by OtherRanks."""
+"""A rank other than 0: `python -m thalweg.engine.processes.rank_main ADDRESS`, started by LocalRanks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def main(address: str) -> int:
     from thalweg.assembly.rank import build_rank
     from thalweg.recorder.window import RecordedRunner
 
-    built, _ = build_rank(EngineConfig(**start.config), start.tp_rank, start.rendezvous_file)
+    built, _ = build_rank(EngineConfig(**start.config), start.tp_rank, start.meeting)
     runner = RecordedRunner(built, start.tp_rank)
     decode = msgspec.msgpack.Decoder(StepPlan | Order).decode
     while True:

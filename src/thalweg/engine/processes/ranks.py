@@ -1,4 +1,6 @@
-"""Tensor parallelism: starts the other ranks as processes, sends them every step plan, and notices when one dies."""
+"""Tensor parallelism: starts the other ranks as processes, sends them every step plan, and notices when one dies.
+
+Ranks of other hosts are those hosts' own processes, which node 0 reaches by way of `hosts`."""
 
 from __future__ import annotations
 
@@ -6,7 +8,6 @@ import contextlib
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ import zmq
 
 from thalweg.config.engine import EngineConfig
 from thalweg.core import StepPlan
+from thalweg.engine.processes.hosts import OnDeath, OtherHosts
 from thalweg.engine.processes.ipc import SocketFolder, address, end_group, tell_to_leave
-from thalweg.errors import EngineDeadError
+from thalweg.errors import ConfigError, EngineDeadError
 from thalweg.recorder.orders import Order
 
 
@@ -25,29 +27,30 @@ class RankStart(msgspec.Struct, frozen=True):
 
     config: dict[str, Any]
     tp_rank: int
-    rendezvous_file: str
+    meeting: str
 
 
-_encode = msgspec.msgpack.Encoder().encode
-OnDeath = Callable[[EngineDeadError], object]
+encode = msgspec.msgpack.Encoder().encode
 
 
-class OtherRanks:
-    """Ranks 1 to tp_size - 1, each a process with a ZeroMQ pipe for its plans. Rank 0 is the process that starts them.
+class LocalRanks:
+    """The ranks of this host, without rank 0: each a process with a ZeroMQ pipe for its plans.
 
     `on_death(error)` is called, from a watching thread, when one ends before `close`. Sockets lie in `folder`, which
-    whoever made it removes; without one, in a folder of their own.
+    whoever made it removes; without one, in a folder of their own. They meet at `meeting` (see join_mesh); "" is a file
+    in that folder.
     """
 
-    def __init__(self, config: EngineConfig, folder: Path | None = None) -> None:
+    def __init__(self, config: EngineConfig, meeting: str = "", folder: Path | None = None) -> None:
         self._own_folder = SocketFolder() if folder is None else None
         folder = folder or self._own_folder.path  # type: ignore[union-attr]
-        self.rendezvous_file = str(folder / "rendezvous")
+        self.meeting = meeting or str(folder / "rendezvous")
         self._context = zmq.Context()
         self._closing = False
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._sockets: list[zmq.Socket[bytes]] = []
-        for rank in range(1, config.tensor_parallel_size):
+        first = config.node_rank * config.ranks_per_node
+        for rank in range(max(1, first), first + config.ranks_per_node):
             where = address(folder, f"rank-{rank}")
             socket = self._context.socket(zmq.PUSH)
             socket.setsockopt(zmq.LINGER, 0)
@@ -55,13 +58,13 @@ class OtherRanks:
             socket.connect(where)
             # stdin stays open as long as this process lives: its end tells the rank that nobody needs it any more.
             command = [sys.executable, "-m", "thalweg.engine.processes.rank_main", where]
-            self._processes.append(subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True))
+            self._processes[rank] = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
             self._sockets.append(socket)
-            socket.send(_encode(RankStart(config.to_dict(), rank, self.rendezvous_file)))
+            socket.send(encode(RankStart(config.to_dict(), rank, self.meeting)))
 
     def watch(self, on_death: OnDeath) -> None:
         """Begin to wait for every rank, each on a thread of its own."""
-        for rank, process in enumerate(self._processes, start=1):
+        for rank, process in self._processes.items():
             threading.Thread(target=self._wait, args=(rank, process, on_death), daemon=True).start()
 
     def _wait(self, rank: int, process: subprocess.Popen[bytes], on_death: OnDeath) -> None:
@@ -72,25 +75,24 @@ class OtherRanks:
                 EngineDeadError(f"tensor-parallel rank {rank} ended with exit code {code}; its own lines above say why")
             )
 
-    def send(self, plan: StepPlan | Order) -> None:
-        """To be called from one thread only, in the order of the steps."""
-        message = _encode(plan)
+    def send(self, message: bytes) -> None:
+        """A StepPlan or Order; to be called from one thread only, in the order of the steps."""
         for socket in self._sockets:
             with contextlib.suppress(zmq.Again):  # a dead rank's queue is full; the watcher reports it
                 socket.send(message, zmq.NOBLOCK)
 
     @property
     def pids(self) -> list[int]:
-        return [p.pid for p in self._processes]
+        return [p.pid for p in self._processes.values()]
 
     def close(self, *, keep_folder: bool = False, timeout_s: float = 5.0) -> None:
         """End the ranks. With `keep_folder` a folder of their own goes with this object instead of at once:
         torch looks for a file in a folder that is gone for minutes, and lets no other thread run meanwhile.
         """
         self._closing = True
-        for process in self._processes:
+        for process in self._processes.values():
             tell_to_leave(process)
-        for process in self._processes:
+        for process in self._processes.values():
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout_s)
             end_group(process.pid)
@@ -100,3 +102,41 @@ class OtherRanks:
         self._context.term()
         if self._own_folder is not None and not keep_folder:
             self._own_folder.cleanup()
+
+
+class OtherRanks:
+    """All ranks but rank 0, which is the process that makes this: those of this host, and those of other hosts.
+
+    `folder`, `on_death`: as LocalRanks. Raises ConfigError if other hosts cannot reach this one.
+    """
+
+    def __init__(self, config: EngineConfig, folder: Path | None = None) -> None:
+        if config.node_rank:
+            raise ConfigError(f"--node-rank is {config.node_rank}; only `thalweg serve` joins another host's engine")
+        self._hosts = OtherHosts(config) if config.nnodes > 1 else None
+        self.listener = self._hosts.listener if self._hosts else None
+        self._local = LocalRanks(config, self._hosts.meeting if self._hosts else "", folder)
+        self.meeting = self._local.meeting
+
+    def watch(self, on_death: OnDeath) -> None:
+        self._local.watch(on_death)
+        if self._hosts is not None:
+            self._hosts.watch(on_death)
+
+    def send(self, plan: StepPlan | Order) -> None:
+        """To be called from one thread only, in the order of the steps."""
+        message = encode(plan)
+        if self._hosts is not None:
+            self._hosts.send(message)
+        self._local.send(message)
+
+    @property
+    def pids(self) -> list[int]:
+        """Of the ranks on this host."""
+        return self._local.pids
+
+    def close(self, *, keep_folder: bool = False, reason: str = "") -> None:
+        """End the ranks; `reason` tells other hosts what failed. `keep_folder`: as LocalRanks.close."""
+        if self._hosts is not None:
+            self._hosts.close(reason)
+        self._local.close(keep_folder=keep_folder)

@@ -1,0 +1,132 @@
+"""A host other than node 0: `thalweg serve --node-rank K`. Runs its ranks, and passes node 0's plans on to them."""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import threading
+import time
+from contextlib import ExitStack
+from typing import Any
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from thalweg import __version__
+from thalweg.config.engine import EngineConfig
+from thalweg.config.streams import say
+from thalweg.engine.processes import host_link as link
+from thalweg.engine.processes.ranks import LocalRanks
+from thalweg.errors import ConfigError, EngineDeadError
+
+_REFUSED = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+_REFUSALS = 3  # in a row before the key is taken to be wrong, and not node 0 to be starting or ending
+
+
+class Host:
+    """One host's part in an engine; all of it happens in `run`."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._config, self._node = config, config.node_rank
+        self._key = link.cluster_key()
+        self._ranks: LocalRanks | None = None
+        self._ended: queue.SimpleQueue[EngineDeadError | None] = queue.SimpleQueue()  # a rank's error; None: a signal
+        self._refusals = 0
+        self._connected = False
+
+    def run(self) -> None:
+        """Until node 0 says that all is well and over, or SIGTERM. Raises ConfigError if node 0 does not take this
+        host, and EngineDeadError when the engine is lost, here or there."""
+        c = self._config
+        with ExitStack() as stack:
+            context: zmq.Context[Any] = stack.enter_context(zmq.Context())
+            self._words = stack.enter_context(link.connected(context, zmq.PUSH, c, 0, self._key))
+            self._plans = stack.enter_context(link.connected(context, zmq.PULL, c, self._node, self._key))
+            events = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | _REFUSED
+            self._monitor = self._plans.get_monitor_socket(events)
+            stack.callback(self._plans.disable_monitor)
+            self._wake, alarm = os.pipe()
+            stack.callback(os.close, alarm)
+            stack.callback(os.close, self._wake)
+            self._alarm = alarm
+            stack.callback(self._close_ranks)
+            self._catch_sigterm(stack)
+            link.connect(self._words, c, 0)
+            link.connect(self._plans, c, self._node)
+            say(f"node {self._node} of {c.nnodes} joins node 0 at {c.master_addr}:{c.master_port}", error=True)
+            self._loop()
+
+    def _loop(self) -> None:
+        poller = zmq.Poller()
+        for each in (self._plans, self._monitor, self._wake):
+            poller.register(each, zmq.POLLIN)
+        started = said = time.monotonic()
+        while True:
+            ready = dict(poller.poll(int(1000 * link.ALIVE_SECONDS / 2)))
+            if self._plans in ready and self._take(*self._plans.recv_multipart()):
+                return
+            if self._monitor in ready:
+                self._look(recv_monitor_message(self._monitor)["event"])
+            if self._wake in ready:
+                os.read(self._wake, 1)
+                error = self._ended.get()
+                if error is None:
+                    self._words.send(link.encode(link.Lost(self._node, "its host was told to stop")))
+                    return
+                self._words.send(link.encode(link.Lost(self._node, str(error))))
+                raise error
+            now = time.monotonic()
+            if self._ranks is None and now - started > link.MEET_SECONDS:
+                raise EngineDeadError(f"node 0 has not answered after {link.MEET_SECONDS:g} s (--master-addr)")
+            if now - said > link.ALIVE_SECONDS:
+                said = now
+                if self._ranks is not None:
+                    self._words.send(link.encode(link.Alive(self._node)))
+
+    def _take(self, kind: bytes, body: bytes) -> bool:
+        """What node 0 says; whether it says that all is over."""
+        if kind == link.PLAN and self._ranks is not None:
+            self._ranks.send(body)
+        elif kind == link.MEET:
+            self._ranks = LocalRanks(self._config, body.decode())
+            self._ranks.watch(self._tell)
+        elif kind == link.LEAVE:
+            if not body:
+                return True
+            if self._ranks is None:
+                raise ConfigError(body.decode())
+            raise EngineDeadError(f"node 0 ended the engine: {body.decode()}")
+        return False
+
+    def _look(self, event: int) -> None:
+        """At what became of the connection."""
+        if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            self._connected = True  # from now on this host hears what node 0 answers
+            self._words.send(link.encode(link.Join(self._node, __version__, self._config.to_dict())))
+        elif event & _REFUSED and not self._connected:
+            self._refusals += 1
+            if self._refusals >= _REFUSALS:
+                where = f"{self._config.master_addr}:{self._config.master_port + self._node}"
+                raise ConfigError(f"node 0 at {where} has another THALWEG_CLUSTER_KEY; expected the same on every host")
+        elif event == zmq.EVENT_DISCONNECTED and self._connected and not self._plans.poll(0):
+            raise EngineDeadError("node 0 is gone; its own lines say why")
+
+    def _tell(self, error: EngineDeadError | None) -> None:
+        """From any thread: have the loop look at this."""
+        self._ended.put(error)
+        os.write(self._alarm, b".")
+
+    def _catch_sigterm(self, stack: ExitStack) -> None:
+        if threading.current_thread() is threading.main_thread():
+            before = signal.signal(signal.SIGTERM, lambda *_: self._tell(None))
+            stack.callback(signal.signal, signal.SIGTERM, before)
+
+    def _close_ranks(self) -> None:
+        if self._ranks is not None:
+            self._ranks.close()
+
+
+def serve_ranks(config: EngineConfig) -> None:
+    """As Host.run."""
+    Host(config).run()

@@ -1,0 +1,119 @@
+"""Node 0's side of an engine over several hosts: they join, get every plan, and are missed when they are gone."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable
+
+import zmq
+
+from thalweg import __version__
+from thalweg.config.engine import EngineConfig
+from thalweg.config.streams import say
+from thalweg.engine.processes import host_link as link
+from thalweg.errors import EngineDeadError
+
+OnDeath = Callable[[EngineDeadError], object]
+
+
+class OtherHosts:
+    """Nodes 1 to nnodes - 1, each of which runs ranks of its own (`host_main`).
+
+    `on_death(error)`, from a listening thread, when one says that it cannot go on, or nothing for LOST_SECONDS, or has
+    not come after MEET_SECONDS. Raises ConfigError without a key, or if this host cannot listen.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._config, key = config, link.cluster_key()
+        self._context = zmq.Context()
+        self._closing = False
+        self._lock = threading.Lock()  # over the sockets of plans, which two threads write to
+        self._plans: dict[int, zmq.Socket[bytes]] = {}
+        try:
+            self.listener = link.free_port(config)
+            self._words = link.listening(self._context, zmq.PULL, config, 0, key)
+            for node in range(1, config.nnodes):
+                self._plans[node] = link.listening(self._context, zmq.PUSH, config, node, key)
+        except BaseException:
+            self._context.destroy(0)
+            raise
+        self.meeting = link.url(self.listener)
+        self._heard: dict[int, float] = {}  # of those that have joined
+        self._thread = threading.Thread(target=self._listen, name="thalweg-hosts", daemon=True)
+
+    def watch(self, on_death: OnDeath) -> None:
+        self._on_death = on_death
+        missing = ", ".join(map(str, self._plans))
+        say(f"node 0 waits at {self._config.master_addr}:{self._config.master_port} for node {missing}", error=True)
+        self._thread.start()
+
+    def send(self, body: bytes) -> None:
+        """A plan or an order, to all. A host that is gone is reported by the thread that listens."""
+        self._tell(link.PLAN, body)
+
+    def close(self, reason: str) -> None:
+        """End the other hosts' ranks; `reason` is empty if nothing failed."""
+        self._closing = True
+        self._tell(link.LEAVE, reason.encode())
+        if self._thread.is_alive():
+            self._thread.join()
+        self._words.close()
+        for socket in self._plans.values():
+            socket.close()
+        self._context.term()  # waits for what is under way, as long as LINGER allows
+        self.listener.close()
+
+    def _tell(self, kind: bytes, body: bytes) -> None:
+        with self._lock:
+            for socket in self._plans.values():
+                with contextlib.suppress(zmq.Again):  # nobody is there
+                    socket.send_multipart([kind, body], zmq.NOBLOCK)
+
+    def _answer(self, node: int, kind: bytes, body: bytes) -> None:
+        """To one that has just spoken, whose connection for plans may be a moment behind."""
+        with self._lock:
+            if self._plans[node].poll(int(1000 * link.LOST_SECONDS), zmq.POLLOUT):
+                self._plans[node].send_multipart([kind, body])
+
+    def _listen(self) -> None:
+        started = time.monotonic()
+        while not self._closing:
+            # All that has come is read before anybody is missed: this process may have been held up itself.
+            waiting = int(1000 * link.ALIVE_SECONDS / 4)
+            while not self._closing and self._words.poll(waiting):
+                self._take(link.decode(self._words.recv()))
+                waiting = 0
+            now = time.monotonic()
+            for node in self._plans:
+                heard = self._heard.get(node)
+                if heard is None and now - started > link.MEET_SECONDS:
+                    self._lose(f"node {node} has not come after {link.MEET_SECONDS:g} s (--node-rank {node})")
+                elif heard is not None and now - heard > link.LOST_SECONDS:
+                    self._lose(f"node {node} has said nothing for {link.LOST_SECONDS:g} s; its host or process is gone")
+
+    def _take(self, message: link.Join | link.Alive | link.Lost) -> None:
+        node = message.node
+        if isinstance(message, link.Join):
+            reason = self._refusal(message)
+            if reason is not None:
+                if node in self._plans:
+                    self._answer(node, link.LEAVE, reason.encode())
+                self._lose(reason)
+                return
+            self._answer(node, link.MEET, self.meeting.encode())
+        elif isinstance(message, link.Lost):
+            self._lose(f"node {node}: {message.reason}")
+        self._heard[node] = time.monotonic()
+
+    def _refusal(self, message: link.Join) -> str | None:
+        if message.version != __version__:
+            return f"node {message.node} runs Thalweg {message.version} and node 0 {__version__}; expected the same"
+        if message.node not in self._plans or message.node in self._heard:
+            return f"a second host is node {message.node} (--node-rank); expected 1 to {self._config.nnodes - 1}, once"
+        return link.difference(message.node, message.config, self._config.to_dict())
+
+    def _lose(self, reason: str) -> None:
+        if not self._closing:
+            self._on_death(EngineDeadError(reason))

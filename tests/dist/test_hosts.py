@@ -1,0 +1,329 @@
+"""An engine over several hosts, played by launches on this one: meeting, tokens, and what happens when one is gone."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+import zmq
+
+from tests.dist.processes import Server, children, command, left_in, lives, needs_proc, serving, stop, until
+from tests.dist.test_faults import ENGINE_DIED, KILLED, PROMPT, WITHIN
+from tests.e2e.tiny_model import write_tiny_model
+from thalweg import LLM, SamplingParams
+from thalweg.config.engine import EngineConfig
+from thalweg.engine.processes import host_link as link
+from thalweg.errors import ConfigError
+
+KEY = "0123456789abcdef" * 4
+GREEDY = {"prompt": "ab", "max_tokens": 12, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def tmp() -> Iterator[Path]:
+    """For temporary files of the processes, with a path short enough for sockets."""
+    path = Path(tempfile.mkdtemp())
+    yield path
+    shutil.rmtree(path)
+
+
+def free_ports(count: int) -> int:
+    """The first of so many ports in a row that nobody has."""
+    for first in range(29_600 + os.getpid() % 2000, 32_000, count):
+        with ExitStack() as held:
+            try:
+                for port in range(first, first + count):
+                    held.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return first
+    raise AssertionError("no free ports")
+
+
+@dataclass
+class Host:
+    """A host other than node 0."""
+
+    process: subprocess.Popen[str]
+    log: Path
+
+    def ranks(self) -> list[int]:
+        return [pid for pid in children(self.process.pid) if "rank_main" in command(pid)]
+
+    def ended(self, within: float = WITHIN) -> tuple[int, str]:
+        """Its exit code and last line."""
+        code = self.process.wait(within)
+        text = self.log.read_text()
+        assert "Traceback" not in text, text
+        return code, text.splitlines()[-1]
+
+
+@contextmanager
+def host(log: Path, tmp: Path, *arguments: str, key: str | None = KEY) -> Iterator[Host]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(tmp)}
+    environment |= {} if key is None else {"THALWEG_CLUSTER_KEY": key}
+    with log.open("w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "thalweg", "serve", *arguments], stderr=errors, env=environment, text=True
+        )
+    found = Host(process, log)
+    try:
+        yield found
+    finally:
+        left = found.ranks()
+        process.kill()
+        process.wait()
+        until(lambda: not any(map(lives, left)), "a rank outlives its host", WITHIN)
+
+
+def options(folder: Path, port: int, *, nodes: int = 2, ranks: int = 2) -> list[str]:
+    return [str(folder), "-tp", str(ranks), "--nnodes", str(nodes), "--master-port", str(port)]
+
+
+@contextmanager
+def two_hosts(folder: Path, tmp: Path, tmp_path: Path, ranks: int = 2) -> Iterator[tuple[Server, Host]]:
+    """Node 0, and node 1 with half of the ranks."""
+    asked = options(folder, free_ports(2), ranks=ranks)
+    (tmp / "0").mkdir()
+    (tmp / "1").mkdir()
+    with (
+        serving(tmp_path / "log-0", tmp / "0", *asked, "--sse-ping-interval", "0.1", THALWEG_CLUSTER_KEY=KEY) as server,
+        host(tmp_path / "log-1", tmp / "1", *asked, "--node-rank", "1") as other,
+    ):
+        yield server, other
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+@needs_proc
+def test_tokens_are_those_of_one_host_and_all_end_with_node_0(
+    folder: Path, tmp: Path, tmp_path: Path, ranks: int
+) -> None:
+    with two_hosts(folder, tmp, tmp_path, ranks) as (server, other):
+        url = server.url()
+        answer = httpx.post(f"{url}/v1/completions", json=GREEDY, timeout=60).json()["choices"][0]
+        assert len(other.ranks()) == ranks // 2
+        server.process.terminate()
+        assert server.process.wait(WITHIN) == 0
+        assert other.ended()[0] == 0
+        assert not left_in(tmp / "0")
+        assert not left_in(tmp / "1")
+    with LLM(str(folder)) as llm:
+        greedy = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
+        assert answer["token_ids"] == llm.generate("ab", greedy)[0].outputs[0].token_ids
+
+
+def rank(server: Server, other: Host) -> int:
+    return other.ranks()[0]
+
+
+def launcher(server: Server, other: Host) -> int:
+    return other.process.pid
+
+
+def engine(server: Server, other: Host) -> int:
+    return server.pid("engine") or 0
+
+
+@pytest.mark.parametrize(
+    ("victim", "stopped", "here", "there"),
+    [
+        (rank, False, "node 1: tensor-parallel rank 1 ended with exit code -9", "rank 1 ended with exit code -9"),
+        (launcher, False, "node 1 has said nothing for 5 s", None),
+        # As a host without power: its end of the connection does not close.
+        (launcher, True, "node 1 has said nothing for 5 s", None),
+        (engine, False, "the engine process ended with exit code -9", "node 0 is gone"),
+    ],
+)
+@pytest.mark.slow
+@needs_proc
+def test_a_death_on_either_host_ends_both(
+    folder: Path,
+    tmp: Path,
+    tmp_path: Path,
+    victim: Callable[[Server, Host], int],
+    stopped: bool,
+    here: str,
+    there: str | None,
+) -> None:
+    with two_hosts(folder, tmp, tmp_path) as (server, other), ThreadPoolExecutor(1) as pool:
+        url, lines = server.url(), [""]
+        server.pid("engine")
+
+        def stream() -> str:
+            with httpx.stream("POST", f"{url}/v1/completions", json=PROMPT, timeout=60) as response:
+                lines.extend(line for line in response.iter_lines() if line.startswith("data: "))
+            return lines[-1]
+
+        answer = pool.submit(stream)
+        until(lambda: len(lines) > 10, "nothing runs")
+        pid, ranks = victim(server, other), other.ranks()
+        if stopped:
+            for each in (pid, *ranks):
+                stop(each)
+        else:
+            os.kill(pid, signal.SIGKILL)
+        assert '"engine_dead"' in answer.result(WITHIN)
+        assert httpx.get(f"{url}/health").status_code == 503
+        (tmp / "1" / "x").touch()
+        assert server.process.wait(WITHIN) == ENGINE_DIED
+        assert not left_in(tmp / "0")
+        last = server.log.read_text().splitlines()[-1]
+        assert last.startswith("error: ")
+        assert here in last
+        if there is not None:
+            code, last = other.ended()
+            assert code == ENGINE_DIED
+            assert there in last
+        elif stopped:
+            other.process.kill()
+        if victim is launcher and not stopped:
+            assert other.process.wait(WITHIN) == KILLED
+        until(lambda: not any(map(lives, ranks)) or stopped, "a rank lives on", WITHIN)
+        for each in ranks if stopped else ():
+            os.kill(each, signal.SIGKILL)
+        assert stopped or left_in(tmp / "1") == ["x"]
+
+
+@needs_proc
+@pytest.mark.slow
+def test_a_death_while_a_host_is_awaited_or_loads(folder: Path, tmp: Path, tmp_path: Path) -> None:
+    with two_hosts(folder, tmp, tmp_path) as (server, other):
+        until(other.ranks, "node 1 starts no rank")
+        server.pid("engine")
+        os.kill(other.ranks()[0], signal.SIGKILL)
+        assert server.check_gone(WITHIN) == ENGINE_DIED
+        assert "node 1: tensor-parallel rank 1 ended with exit code -9" in server.log.read_text()
+        assert other.ended()[0] == ENGINE_DIED
+        assert not left_in(tmp / "1")
+
+
+@needs_proc
+def test_a_host_that_was_started_otherwise_or_knows_another_key_is_refused(
+    folder: Path, tmp: Path, tmp_path: Path
+) -> None:
+    asked = options(folder, free_ports(2))
+    (tmp / "0").mkdir()
+    with serving(tmp_path / "log-0", tmp / "0", *asked, THALWEG_CLUSTER_KEY=KEY) as server:
+        until(lambda: "waits" in server.log.read_text(), "it does not listen")
+        with host(tmp_path / "log-1", tmp, *asked, "--node-rank", "1", key="f" * 32) as other:
+            code, last = other.ended()
+            assert code == 2
+            assert "has another THALWEG_CLUSTER_KEY" in last
+        assert server.process.poll() is None
+        with host(tmp_path / "log-1", tmp, *asked, "--node-rank", "1", "--block-size", "32") as other:
+            code, last = other.ended()
+            assert code == 2
+            assert "--block-size is 32 on node 1 and 64 on node 0; expected the same" in last
+        assert server.check_gone(WITHIN) == ENGINE_DIED
+        assert "--block-size is 32 on node 1" in server.log.read_text().splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_torchrun_starts_every_node(folder: Path, tmp_path: Path) -> None:
+    """With one process for each rank: the first serves."""
+    pytest.importorskip("torch.distributed.run")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", "2"]
+    torchrun += ["--master-port", str(free_ports(3))]
+    log = tmp_path / "log"
+    with log.open("w") as errors:
+        process = subprocess.Popen(
+            [*torchrun, "-m", "thalweg", "serve", str(folder), "-tp", "2", "--port", "0"],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "THALWEG_CLUSTER_KEY": KEY},
+            stdout=subprocess.PIPE, stderr=errors, text=True,
+        )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        found = re.search(r"http://\S+(?=/v1)", line)
+        assert found, log.read_text()
+        answer = httpx.post(f"{found[0]}/v1/completions", json=GREEDY, timeout=60).json()
+        assert len(answer["choices"][0]["token_ids"]) == 12
+        process.terminate()
+        process.wait(40)
+        assert process.stdout.read() == ""
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_nobody_gets_in_or_reads_along_without_the_key() -> None:
+    config = EngineConfig(tensor_parallel_size=2, nnodes=2, master_port=free_ports(2))
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    words = link.listening(context, zmq.PULL, config, 0, KEY)
+    plans = link.listening(context, zmq.PUSH, config, 1, KEY)
+    others = {}
+    for name, key in (("stranger", "f" * 32), ("friend", KEY)):
+        speaks, hears = (link.connected(context, kind, config, 0, key) for kind in (zmq.PUSH, zmq.PULL))
+        link.connect(speaks, config, 0)
+        link.connect(hears, config, 1)
+        others[name] = speaks, hears
+    plain = context.socket(zmq.PULL)
+    plain.connect(f"tcp://127.0.0.1:{config.master_port + 1}")
+    with context:
+        for name, (speaks, _) in others.items():
+            speaks.send(name.encode())
+        assert words.recv() == b"friend"
+        assert not words.poll(300)
+        for _ in range(3):  # a socket that pushes takes turns
+            plans.send(b"a plan")
+        for _ in range(3):
+            assert others["friend"][1].recv() == b"a plan"
+        assert not others["stranger"][1].poll(100)
+        assert not plain.poll(0)
+        context.destroy(0)
+
+
+@pytest.mark.parametrize("key", [None, "short"])
+def test_a_key_is_needed(monkeypatch: pytest.MonkeyPatch, key: str | None) -> None:
+    monkeypatch.delenv("THALWEG_CLUSTER_KEY", raising=False)
+    if key is not None:
+        monkeypatch.setenv("THALWEG_CLUSTER_KEY", key)
+    with pytest.raises(ConfigError, match="THALWEG_CLUSTER_KEY"):
+        LLM(tensor_parallel_size=2, nnodes=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(nnodes=2), "--nnodes is 2; it must divide --tensor-parallel-size, which is 1"),
+        (dict(nnodes=2, tensor_parallel_size=2, node_rank=2), "--node-rank is 2; expected an integer from 0 to 1"),
+        (dict(nnodes=2, tensor_parallel_size=2, master_port=65535), "--master-port is 65535"),
+        (dict(nnodes=2, tensor_parallel_size=2, cpu_cache_memory=1, cache_folder="x"), "--cache-folder needs all ranks"),
+    ],
+)  # fmt: skip
+def test_options_that_do_not_fit(options: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        EngineConfig(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(node_rank=1), "only `thalweg serve` joins another host's engine"),
+        (dict(master_addr="192.0.2.1"), "expected"),
+        (dict(master_addr="no-such-host.invalid"), "which has no address"),
+    ],
+)
+def test_an_llm_that_cannot_be_node_0(options: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("THALWEG_CLUSTER_KEY", KEY)
+    with pytest.raises(ConfigError, match=message):
+        LLM(tensor_parallel_size=2, nnodes=2, **options)
