@@ -17,7 +17,7 @@ from tests.e2e.tiny_model import write_tiny_model
 from thalweg import LLM, SamplingParams
 
 pytestmark = [needs_proc, pytest.mark.slow]
-ARGUMENTS = ("--data-parallel-size", "2", "--enable-expert-parallel", "--max-num-seqs", "4")
+ARGUMENTS = ("--data-parallel-size", "2", "--enable-expert-parallel", "--expert-metrics", "--max-num-seqs", "4")
 PROMPTS = [[5, 9, 2, 7] * (n + 1) for n in range(6)]
 
 
@@ -63,6 +63,15 @@ def test_answers_sessions_metrics_and_the_death_of_a_rank(folder: Path, tmp_path
             by_rank = [found[f'thalweg_rank_{name}_total{{rank="{rank}"}}'] for rank in range(2)]
             assert all(by_rank)
             assert sum(by_rank) == found[f"thalweg_{total}_total"]
+
+        # Each token that went through the model took two experts of each of three layers. The last token of an answer
+        # does not go through it, but may be under way when that is seen.
+        experts = {name: n for name, n in found.items() if name.startswith("thalweg_expert_tokens_total")}
+        assert len(experts) == 3 * 8
+        least = sum(map(len, PROMPTS)) + len(PROMPTS) * (20 - 1)
+        for layer in (1, 2, 3):
+            counts = [experts[f'thalweg_expert_tokens_total{{expert="{e}",layer="{layer}"}}'] for e in range(8)]
+            assert 2 * least <= sum(counts) <= 2 * (least + len(PROMPTS))
 
         long = list(range(3, 150))
         created = httpx.post(f"{url}/v1/sessions", json={"name": "s", "prompt": long}, timeout=60)

@@ -136,3 +136,25 @@ def test_maxima_and_minimum_over_ranks(tmp_path: Path) -> None:
 
     assert on_ranks(3, tmp_path, body) == [([2, 0, 2**62 + 2], 5)] * 3
     assert DataRanks().maxima([3, -1]) == [3, -1]
+
+
+def test_counts_of_experts_are_of_what_this_rank_s_tokens_took(tmp_path: Path) -> None:
+    raw = MODELS["shared experts like the routed ones"]
+    alone = moe(raw, DataRanks())
+    tokens = [torch.randn(n, raw["hidden_size"]) for n in (5, 9)]
+
+    def body(ranks: DataRanks) -> list[list[int]]:
+        layer, x_TD = moe(raw, ranks, alone), tokens[ranks.rank]
+        layer(x_TD)
+        counts = [layer.expert_counts()]  # from here on
+        layer(x_TD)
+        counts.append(layer.expert_counts())
+        layer.serve_others() if ranks.rank else layer(x_TD)
+        return [*counts, layer.expert_counts()]
+
+    for rank, (before, once, twice) in enumerate(on_ranks(2, tmp_path, body)):
+        _, _, ids_Tk = alone.router(tokens[rank])
+        expected = ids_Tk[:, :3].flatten().bincount(minlength=12).tolist()
+        assert before == [0] * 12
+        assert once == expected
+        assert twice == (expected if rank else [2 * n for n in expected])

@@ -43,6 +43,11 @@ def test_limits_out_of_range_name_their_option(option: str, value: str, capsys: 
     assert error.count("\n") == 1
 
 
+def test_experts_are_counted_over_data_parallel_ranks_only(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--expert-metrics"]) == 2
+    assert "--data-parallel-size" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("key", ["", " ", "key\n", " key", "ke\ny"])
 def test_a_key_that_no_header_can_bring_is_refused(
     key: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -135,6 +135,12 @@ def serve(
     profiler_max_bytes: Annotated[
         str, _profiler(metavar="SIZE", help="Most memory of a trace on a rank, which is about its size unpacked.")
     ] = "256MiB",
+    expert_metrics: Annotated[
+        bool,
+        typer.Option(
+            "--expert-metrics", help="Have /metrics count the tokens of each expert; with --data-parallel-size only."
+        ),
+    ] = False,
     log_level: Annotated[
         str | None,
         typer.Option(
@@ -179,6 +185,7 @@ def serve(
         ),
         sessions=SessionLimits(count=max_sessions, seconds=session_ttl),
         profiler=_profiler_options(enable_profiler, profiler_max_steps, profiler_max_bytes),
+        expert_metrics=expert_metrics,
         log_level=log_level or env.read("THALWEG_LOG_LEVEL") or "warning",
     )
 

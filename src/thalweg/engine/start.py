@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ class Engine:
         meeting = self.ranks.meeting if self.ranks else "" if folder is None else str(folder / "rendezvous")
         listener = self.ranks.listener if self.ranks else None
         self.grammars = Grammars(lambda: _vocabulary(config))
+        self.expert_counts: Callable[[], dict[int, list[int]]]  # of a data-parallel rank: Decoder.expert_counts
         cached: list[CacheIndex | None] = []
 
         def build() -> tuple[Runner, EngineInfo]:
@@ -65,6 +67,7 @@ class Engine:
             cached.append(runner.cache_index)
             if self.lock_step is not None:
                 self.lock_step.begin(runner.mesh.data.maxima, runner.serve_others)
+                self.expert_counts = runner.expert_counts
             return RecordedRunner(runner), info
 
         self._executor: Executor[EngineInfo] = Executor(build, self.ranks.send if self.ranks else None, self.lock_step)

@@ -19,6 +19,7 @@ class ExpertExchange:
 
     def __init__(self, ranks: DataRanks, here: int) -> None:
         self._ranks, self._here = ranks, here
+        self._counted_RE: Tensor | None = None  # nobody asked yet
 
     def __call__(self, x_TD: Tensor, weights_Tk: Tensor, ids_Tk: Tensor, run: RunExperts) -> Tensor:
         """y_TD in x's dtype, the weighted sum over each token's k experts, wherever they are. `run` is called if any
@@ -28,6 +29,8 @@ class ExpertExchange:
         order_P = ids_P.argsort(stable=True)  # by expert, and so by rank
         counts_RE = ids_P.bincount(minlength=ranks.size * here).view(ranks.size, here)
         theirs_RE = ranks.exchange(counts_RE)
+        if self._counted_RE is not None:
+            self._counted_RE += counts_RE
         # The host has to know how many rows come and go, which it waits for.
         sent, received = torch.stack([counts_RE.sum(1), theirs_RE.sum(1)]).tolist()
         rows_QD = ranks.all_to_all(x_TD[order_P // k], sent, received)
@@ -38,3 +41,11 @@ class ExpertExchange:
         y_PD = torch.empty_like(sorted_PD, dtype=torch.float32)
         y_PD[order_P] = sorted_PD.float()
         return (y_PD.view(T, k, y_PD.shape[1]) * weights_Tk.unsqueeze(-1)).sum(1).to(x_TD.dtype)
+
+    def counts(self, device: torch.device) -> list[int]:
+        """How many of this rank's tokens each routed expert of the model got since this was first asked, from any
+        thread. Waits for the device."""
+        if self._counted_RE is None:
+            self._counted_RE = torch.zeros(self._ranks.size, self._here, dtype=torch.int64, device=device)
+        counts: list[int] = self._counted_RE.flatten().tolist()
+        return counts

@@ -252,6 +252,11 @@ class MoE(nn.Module):
         ids_Tk = torch.empty(0, k, dtype=torch.int64, device=x_TD.device)
         self._exchange(x_TD, ids_Tk.float(), ids_Tk, self._run_routed)
 
+    def expert_counts(self) -> list[int]:
+        """As ExpertExchange.counts."""
+        assert self._exchange is not None
+        return self._exchange.counts(self._nothing_TD.device)
+
     def _exchanged(
         self, exchange: ExpertExchange, x_TD: Tensor, normed_TD: Tensor, weights_Tk: Tensor, ids_Tk: Tensor
     ) -> Tensor:

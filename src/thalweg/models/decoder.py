@@ -142,6 +142,11 @@ class Decoder(nn.Module):
             if isinstance(layer.mlp, MoE):
                 layer.mlp.serve_others()
 
+    def expert_counts(self) -> dict[int, list[int]]:
+        """By layer, how many of this data-parallel rank's tokens each expert got since this was first asked."""
+        mlps = ((i, layer.mlp) for i, layer in enumerate(self._stack))
+        return {i: mlp.expert_counts() for i, mlp in mlps if isinstance(mlp, MoE)}
+
     def forward(self, batch: Batch, cache: CacheStorage, layers: Sequence[int] | None = None) -> Tensor:
         """`layers` are those to run, for a rehearsal; None runs all."""
         x_TD = self.stream(batch, cache, layers)

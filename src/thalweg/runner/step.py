@@ -134,6 +134,12 @@ class ModelRunner:
         self.model.serve_others()
 
     @torch.inference_mode()
+    def expert_counts(self) -> dict[int, list[int]]:
+        """As Decoder.expert_counts, from any thread."""
+        assert isinstance(self.model, Decoder)
+        return self.model.expert_counts()
+
+    @torch.inference_mode()
     def save_cache(self, order: SaveCache) -> None:
         """Write this rank's part of the prefix cache down. Raises OSError."""
         assert self.host is not None

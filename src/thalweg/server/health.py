@@ -25,4 +25,6 @@ async def version() -> dict[str, str]:
 
 @router.get("/metrics")
 async def metrics(service: ServiceDep) -> Response:
+    if service.settings.expert_metrics:
+        await service.metrics.count_experts()
     return Response(service.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)

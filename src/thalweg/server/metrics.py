@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
@@ -14,10 +15,11 @@ from prometheus_client.registry import Collector
 
 from thalweg.cache.node import MISS_REASONS
 from thalweg.engine.processes.client import EngineClient
-from thalweg.errors import InvalidRequest, QueueTimeout, RequestTimeout
+from thalweg.errors import InvalidRequest, QueueTimeout, RequestTimeout, ThalwegError
 from thalweg.text.output import Delta
 
 PREFIX = "thalweg_"
+EXPERT_SECONDS = 2.0  # that engines may take to say what their experts got
 REJECTIONS = ("queue_full", "queue_timeout", "request_timeout")
 # A caller's mistakes, by the code of the answer; those without one are of the last kind.
 REFUSALS = (
@@ -53,7 +55,8 @@ class Metrics:
 
     def __init__(self, client: EngineClient) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(_EngineCollector(client))
+        self._client, self._engine = client, _EngineCollector(client)
+        self._registry.register(self._engine)
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(PREFIX + name, text, buckets=buckets, registry=self._registry)
@@ -135,6 +138,12 @@ class Metrics:
                 if reason in ("stop", "length"):
                     self._e2e.observe(time.perf_counter() - arrived)
 
+    async def count_experts(self) -> None:
+        """Ask the engines how many tokens each expert got. If they do not say at once, the last figures stay."""
+        with contextlib.suppress(TimeoutError, ThalwegError):
+            async with asyncio.timeout(EXPERT_SECONDS):
+                self._engine.experts = await self._client.expert_counts()
+
     def exposition(self) -> bytes:
         """Everything in Prometheus's text format."""
         return generate_latest(self._registry)
@@ -145,6 +154,7 @@ class _EngineCollector(Collector):
 
     def __init__(self, client: EngineClient) -> None:
         self._client = client
+        self.experts: dict[int, list[int]] = {}  # tokens by layer and expert, if they are counted
 
     def describe(self) -> list[Metric]:
         return []  # else the registry would collect once to find out
@@ -196,6 +206,14 @@ class _EngineCollector(Collector):
             misses.add_metric([reason], s.prefix_misses.get(reason, 0) if s else 0)
         yield misses
         yield from self._by_rank()
+        if self.experts:
+            tokens = CounterMetricFamily(
+                PREFIX + "expert_tokens", "Tokens that a routed expert of a layer got.", labels=["layer", "expert"]
+            )
+            for layer, counts in self.experts.items():
+                for expert, count in enumerate(counts):
+                    tokens.add_metric([str(layer), str(expert)], count)
+            yield tokens
         yield gauge("server_tasks", "Tasks of the HTTP process's event loop.", len(asyncio.all_tasks()))
         yield counter(
             "num_preemptions_total", "Sequences that gave way and began again.", s.num_preemptions if s else 0

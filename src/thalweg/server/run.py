@@ -61,6 +61,7 @@ def serve(
     stored: StoreLimits | None = None,
     sessions: SessionLimits | None = None,
     profiler: ProfilerOptions | None = None,
+    expert_metrics: bool = False,
 ) -> None:
     """Serve until SIGTERM or SIGINT, then let requests under way finish for up to `shutdown_timeout` seconds, end the
     others with an error, and return.
@@ -68,9 +69,9 @@ def serve(
     `queue_timeout` and `request_timeout` are the seconds a request may wait for its slot and take in all; more than
     `max_queued_requests` waiting sequences are refused. A connection may be idle for `keep_alive_timeout` seconds; a
     stream with nothing to say sends a comment every `sse_ping_interval` seconds (0: never). `profiler` lets clients
-    record traces; `stored` bounds what is kept of answers of /v1/responses, `sessions` those of /v1/sessions. Clients
-    must send `api_key`, or one of several. Port 0 takes a free one. Where it listens is printed once requests can be
-    served; "info" logs each request.
+    record traces; `expert_metrics` has /metrics count the tokens of each expert; `stored` bounds what is kept of
+    answers of /v1/responses, `sessions` those of /v1/sessions. Clients must send `api_key`, or one of several. Port 0
+    takes a free one. Where it listens is printed once requests can be served; "info" logs each request.
 
     Raises ConfigError for an option that cannot be honoured, whatever kept the engine from starting, and
     EngineDeadError if the engine died later, once its requests were told.
@@ -81,6 +82,10 @@ def serve(
     _check_idle(keep_alive_timeout, sse_ping_interval)
     if profiler is not None and config.nnodes > 1:
         raise ConfigError("--enable-profiler needs all ranks on one host; leave it out, or take --nnodes 1")
+    if expert_metrics and config.data_parallel_size == 1:
+        raise ConfigError(
+            "--expert-metrics counts what data-parallel ranks exchange; expected --data-parallel-size too"
+        )
     raise_file_limit()
     sys.setswitchinterval(SWITCH_SECONDS)
     debug = log_level == "debug"
@@ -96,6 +101,7 @@ def serve(
         cors=cors or Cors(),
         stored=stored or StoreLimits(),
         sessions=sessions or SessionLimits(),
+        expert_metrics=expert_metrics,
     )
     failure: Exception | None = None
 

@@ -52,6 +52,8 @@ class Service:
             on_started(error)
         else:
             self.sessions.most_points = self.client.info.most_session_points
+            if self.settings.expert_metrics:
+                await self.metrics.count_experts()  # from now on
             self._ready = True
             on_started(None)
 

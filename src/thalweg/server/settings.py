@@ -72,7 +72,7 @@ class ServerSettings:
     template. With `api_keys` every route but /health wants one of them. `max_queued_requests` sequences may wait
     beyond those that the engine runs at once. A body must have come within `body_seconds`; a stream with nothing to
     say sends a comment every `ping_seconds` (0: never). `stored` bounds what is kept of /v1/responses,
-    `sessions` those of /v1/sessions.
+    `sessions` those of /v1/sessions. `expert_metrics`: whether /metrics counts the tokens of each expert.
     """
 
     served_model_names: tuple[str, ...] = ()
@@ -86,3 +86,4 @@ class ServerSettings:
     cors: Cors = Cors()
     stored: StoreLimits = StoreLimits()
     sessions: SessionLimits = field(default_factory=SessionLimits)
+    expert_metrics: bool = False

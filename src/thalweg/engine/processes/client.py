@@ -178,6 +178,12 @@ class EngineClient:
         trace: m.Trace = await self._ask(m.StopProfile)
         return trace
 
+    async def expert_counts(self) -> dict[int, list[int]]:
+        """Tokens that each expert got, by layer, over all data-parallel ranks since this was first asked. Raises as
+        keep."""
+        ranks = await asyncio.gather(*(self._ask(m.CountExperts, engine) for engine in self.engines))
+        return {layer: [sum(n) for n in zip(*(rank[layer] for rank in ranks), strict=True)] for layer in ranks[0]}
+
     async def keep(self, name: str, salt: str, token_ids: list[int]) -> int:
         """As EngineCore.keep, on every rank; the most that one of them has. Raises EngineDeadError, or RequestTimeout
         if the engine does not answer."""
@@ -227,7 +233,7 @@ class EngineClient:
                 queue = self._queues.get(message.request_id)
                 if queue is not None:
                     queue.put_nowait(same_error(message.kind, message.reason, InvalidRequest))
-            elif isinstance(message, m.Profiled | m.Kept):
+            elif isinstance(message, m.Profiled | m.Kept | m.ExpertsCounted):
                 self._questions.take(message)
             elif isinstance(message, m.Dead):
                 self._die(f"the engine died: {message.reason}")

@@ -40,7 +40,7 @@ class EngineProcess:
         self._queued: dict[str, float] = {}  # when each must have a slot, in order of arrival; may name ended ones
         self._gate = GrammarGate(engine.grammars, self._add, self._refuse)
         self._profiler = None if profiler is None else Profiler(engine.recording, profiler, self._reply)
-        self._lock_step, self._wake = engine.lock_step, engine.wake
+        self._engine, self._lock_step = engine, engine.lock_step
 
     def run(self) -> None:
         """Until Stop. Raises what ended the engine otherwise."""
@@ -84,7 +84,7 @@ class EngineProcess:
         if isinstance(message, m.Add):
             if self._lock_step is not None:
                 self._lock_step.busy = True  # before the wake-up
-                self._wake(message.wake)
+                self._engine.wake(message.wake)
             self._gate.take(message.request)
         elif isinstance(message, m.Abort):
             for request_id in message.request_ids:
@@ -96,10 +96,12 @@ class EngineProcess:
             # No update tells of the end of an aborted request, so what it freed is told here.
             self._send([])
         elif isinstance(message, m.Wake):
-            self._wake(message.number)
+            self._engine.wake(message.number)
         elif isinstance(message, m.Keep):
             kept = self._core.keep(message.name, message.salt, message.token_ids)
             self._socket.send(m.encode(m.Kept(message.id, kept)))
+        elif isinstance(message, m.CountExperts):
+            self._socket.send(m.encode(m.ExpertsCounted(message.id, self._engine.expert_counts())))
         elif isinstance(message, m.Release):
             self._core.release(message.name)
         elif isinstance(message, m.StartProfile | m.StopProfile) and self._profiler is not None:

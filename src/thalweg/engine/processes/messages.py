@@ -75,6 +75,12 @@ class Release(msgspec.Struct, frozen=True, tag=True):
     name: str
 
 
+class CountExperts(msgspec.Struct, frozen=True, tag=True):
+    """How many tokens did each expert get; of a data-parallel rank only. Answered by ExpertsCounted."""
+
+    id: int
+
+
 class Stop(msgspec.Struct, frozen=True, tag=True):
     """End the process; requests still running are dropped."""
 
@@ -133,8 +139,15 @@ class Kept(msgspec.Struct, frozen=True, tag=True):
     tokens: int
 
 
-ToEngine = Start | Add | Wake | Abort | StartProfile | StopProfile | Keep | Release | Stop
-FromEngine = Ready | Updates | Refused | Profiled | Kept | Dead
+class ExpertsCounted(msgspec.Struct, frozen=True, tag=True):
+    """The answer to CountExperts `id`: tokens by layer and expert, since the first time that this was asked."""
+
+    id: int
+    tokens: dict[int, list[int]]
+
+
+ToEngine = Start | Add | Wake | Abort | StartProfile | StopProfile | Keep | Release | CountExperts | Stop
+FromEngine = Ready | Updates | Refused | Profiled | Kept | ExpertsCounted | Dead
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode

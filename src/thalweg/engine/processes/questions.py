@@ -11,7 +11,7 @@ import thalweg.errors as errors
 from thalweg.engine.processes import messages as m
 from thalweg.errors import EngineDeadError, RequestTimeout, ThalwegError
 
-Question = m.StartProfile | m.StopProfile | m.Keep
+Question = m.StartProfile | m.StopProfile | m.Keep | m.CountExperts
 ANSWER_SECONDS = 240.0  # the profiler waits for its ranks to write
 
 
@@ -31,16 +31,16 @@ class Questions:
             post(question)
             return await asyncio.wait_for(answer, ANSWER_SECONDS)
         except TimeoutError:
-            what = "engine" if isinstance(question, m.Keep) else "profiler"
+            what = "engine" if isinstance(question, m.Keep | m.CountExperts) else "profiler"
             raise RequestTimeout(f"the {what} has not answered within {ANSWER_SECONDS:g} s") from None
         finally:
             del self._open[question.id]
 
-    def take(self, message: m.Profiled | m.Kept) -> None:
+    def take(self, message: m.Profiled | m.Kept | m.ExpertsCounted) -> None:
         answer = self._open.get(message.id)
         if answer is None or answer.done():
             return
-        if isinstance(message, m.Kept):
+        if isinstance(message, m.Kept | m.ExpertsCounted):
             answer.set_result(message.tokens)
         elif message.kind is None:
             answer.set_result(message.trace)
