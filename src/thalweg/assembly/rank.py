@@ -24,6 +24,7 @@ from thalweg.cache.specs import LayerSpecs, bytes_per_sequence, bytes_per_token
 from thalweg.cache.storage import CacheStorage
 from thalweg.config.engine import EngineConfig
 from thalweg.errors import CheckpointError, ConfigError
+from thalweg.layers.attributes import find_directly
 from thalweg.models.decoder import Decoder
 from thalweg.models.family import DecoderConfig
 from thalweg.models.parts.moe import MoeDims
@@ -82,6 +83,7 @@ def build_rank(
     model = Decoder(opened.context(mesh, resolver), c)
     sample = resolve_sample(resolver, device, c.vocab_size)
     opened.fill(dict(model.named_parameters()))
+    find_directly(model)
     if device.type == "cuda":
         torch.cuda.synchronize()
     laps.end("weights")
