@@ -134,17 +134,18 @@ SCHEMES = [
     GgmlRows.of([("Q4_K", 70), ("Q6_K", 3), ("Q8_0", 64)]),
     GgmlRows((("Q8_0", 9),), tile=(2, 4, 64)),
 ]
+FEW_AND_MANY = [(0, False), (1, False), (3, False), (16, False), (0, True), (5, True), (67, True)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("T", [0, 1, 3, 16])
+@pytest.mark.parametrize(("T", "many"), FEW_AND_MANY)
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)
-def test_linears_over_blocks(scheme: GgmlRows, T: int, dtype: torch.dtype) -> None:
+def test_linears_over_blocks(scheme: GgmlRows, T: int, many: bool, dtype: torch.dtype) -> None:
     rows = sum(rows for _, rows in scheme.segments)
     blocks = blocks_of(randn(rows, 512, dtype=torch.float32, scale=512**-0.5), scheme)
     x = randn(T, 520, dtype=dtype, seed=1)[:, :512]
     y, truth = (
-        blocks_cpp.BlockLinear(scheme)(x, blocks),
+        blocks_cpp.BlockLinear(scheme, many=many)(x, blocks),
         x.double() @ scheme.widened([blocks], 1, torch.float32).double().T,
     )
     assert y.dtype == dtype
@@ -152,15 +153,15 @@ def test_linears_over_blocks(scheme: GgmlRows, T: int, dtype: torch.dtype) -> No
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("T", [0, 1, 3, 16])
+@pytest.mark.parametrize(("T", "many"), FEW_AND_MANY)
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)
-def test_linears_over_blocks_of_rounded_activations(scheme: GgmlRows, T: int, dtype: torch.dtype) -> None:
+def test_linears_over_blocks_of_rounded_activations(scheme: GgmlRows, T: int, many: bool, dtype: torch.dtype) -> None:
     blocks = blocks_of(randn(sum(n for _, n in scheme.segments), 512, dtype=torch.float32, scale=512**-0.5), scheme)
     x = randn(T, 520, dtype=dtype, seed=1)[:, :512]
     x[:, 100:300] = 0  # whole blocks of 32 among them
     x[T // 2 :] *= 1e4
     w = list(scheme.widened([blocks], 1, torch.float32).double().split([n for _, n in scheme.segments]))
-    y = blocks_cpp.BlockLinear(scheme, rounds=True)(x, blocks)
+    y = blocks_cpp.BlockLinear(scheme, rounds=True, many=many)(x, blocks)
     rounded = {n: in_8_bits(x, n) for n in (32, 256)}
     truth = torch.cat([rounded[TYPES[name].elements] @ w.T for (name, _), w in zip(scheme.segments, w, strict=True)], 1)
     exact = x.double() @ torch.cat(w).T
@@ -168,27 +169,30 @@ def test_linears_over_blocks_of_rounded_activations(scheme: GgmlRows, T: int, dt
     for row, rounded_row, exact_row in zip(y.double(), truth, exact, strict=True):
         # A value in the middle between two steps may go to either.
         assert (row - rounded_row).norm() <= (TOLERANCE[dtype] + 4e-4) * rounded_row.norm()
-        assert (row - exact_row).norm() <= (TOLERANCE[dtype] + 0.012) * exact_row.norm()
+        assert (row - exact_row).norm() <= (TOLERANCE[dtype] + 0.02) * exact_row.norm()
 
 
+@pytest.mark.parametrize("many", [False, True])
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
 @pytest.mark.parametrize("scheme", SCHEMES[:7], ids=lambda scheme: scheme.name)
-def test_rounding_passes_on_what_is_not_finite(scheme: GgmlRows, wrong: float) -> None:
+def test_rounding_passes_on_what_is_not_finite(scheme: GgmlRows, wrong: float, many: bool) -> None:
     blocks = blocks_of(randn(sum(n for _, n in scheme.segments), 512, dtype=torch.float32), scheme)
     x = randn(3, 512, dtype=torch.float32, seed=1)
     x[1, 300] = wrong
-    y = blocks_cpp.BlockLinear(scheme, rounds=True)(x, blocks)
+    y = blocks_cpp.BlockLinear(scheme, rounds=True, many=many)(x, blocks)
     assert y[[0, 2]].isfinite().all()
     assert not y[1].isfinite().any()
 
 
 @pytest.mark.parametrize("rounds", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("T", [1, 9])
+@pytest.mark.parametrize(("T", "many"), [(1, False), (9, False), (3, True), (70, True)])
 @pytest.mark.parametrize(
     ("gate_up", "down", "block"), [("Q8_0 512", "Q8_0 256", 32), ("Q4_K 256 + Q6_K 256", "Q5_K 100 + Q6_K 156", 256)]
 )
-def test_experts_over_blocks(gate_up: str, down: str, block: int, T: int, dtype: torch.dtype, rounds: bool) -> None:
+def test_experts_over_blocks(
+    gate_up: str, down: str, block: int, T: int, many: bool, dtype: torch.dtype, rounds: bool
+) -> None:
     case = moe_case(T, 256, 256, 6, 2, 1, dtype)
     schemes = [GgmlRows.named(name) for name in (gate_up, down)]
     assert schemes[0] is not None and schemes[1] is not None  # noqa: PT018 -- for mypy
@@ -199,8 +203,8 @@ def test_experts_over_blocks(gate_up: str, down: str, block: int, T: int, dtype:
     case.gate_up, case.down, case.scheme = (stored[0],), (stored[1],), f"{gate_up} | {down}"
     dims = ExpertsDims(E=7, D=256, I=256, scheme=case.scheme)
     assert experts.refuses(dims) is None
-    y = case.run(experts.build(dims, rounds=rounds))
-    assert rmse_ratio(y, exact) < TOLERANCE[dtype] + 0.025 * rounds
+    y = case.run(experts.build(dims, rounds=rounds, many=many))
+    assert rmse_ratio(y, exact) < 2 * TOLERANCE[dtype] + 0.025 * rounds
     if rounds and dtype == torch.float32:  # what is rounded to bfloat16 first may go to another step
         assert rmse_ratio(y, rounded) < 1e-3
 
@@ -425,7 +429,17 @@ def in_panels(dtype: torch.dtype, rows: slice = slice(None)) -> list[Tensor]:
         setattr(moe, name, getattr(moe, name)[rows])
     choice = moe_case(120, 300, 16, 40, 4, 1, dtype)
     choice.x = choice.x[rows]
+    wide, blocks = (
+        randn(120, 512, dtype=dtype)[rows],
+        [blocks_of(randn(600, 512, dtype=torch.float32), s) for s in MIXED],
+    )
+    products = [
+        blocks_cpp.BlockLinear(s, rounds=rounds, many=True)(wide, b)
+        for s, b in zip(MIXED, blocks, strict=True)
+        for rounds in (False, True)
+    ]
     return [
+        *products,
         linear.norm_linear_many(x, norm, 1e-5, w),
         moe.run(experts.experts_many),
         *routed(router.norm_router_many, choice, 4),

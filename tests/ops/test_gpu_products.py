@@ -44,9 +44,8 @@ def case_of(scheme: str, T: int, D: int, I: int, E: int, k: int, shared: int, se
 )
 def test_experts(scheme: str, tolerance: float, T: int, D: int, I: int, E: int, k: int, shared: int) -> None:
     case = case_of(scheme, T, D, I, E, k, shared, seed=T)
-    expected = experts_in_float64(
-        case, quantized=in_float8 if scheme == "fp8" else None
-    )  # by itself it costs a single token up to 0.07
+    quantized = in_float8 if scheme == "fp8" else None  # by itself it costs a single token up to 0.07
+    expected = experts_in_float64(case, quantized=quantized)
     assert rmse_ratio(case.run(experts_of(case)), expected) < tolerance
 
 

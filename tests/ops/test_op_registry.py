@@ -188,6 +188,17 @@ def test_a_preference_for_what_serves_few_tokens_leaves_the_others_as_usual() ->
 
 
 @pytest.mark.usefixtures("toy")
+def test_what_rounds_activations_serves_only_if_that_is_allowed() -> None:
+    register(TOY, "rounds", named("rounds"), priority=40, rounding=0.01)
+    assert who(Resolver().resolve(TOY, CPU, DIMS), 1) == ["rounds 1"]
+    exact = Resolver(quantize_activations=False)
+    assert who(exact.resolve(TOY, CPU, DIMS), 1) == ["reference 1"]
+    assert "--no-quantize-activations is set" in dict(exact.explain()[0].refused)["rounds"]
+    with pytest.raises(ConfigError, match=r"cannot be served by 'rounds'.*--no-quantize-activations"):
+        Resolver({"toy": "rounds"}, quantize_activations=False).resolve(TOY, CPU, DIMS)
+
+
+@pytest.mark.usefixtures("toy")
 def test_an_op_of_its_own_comes_before_the_star() -> None:
     assert who(Resolver({"*": "reference", "toy": "kernel"}).resolve(TOY, GPU, DIMS), 1) == ["kernel 1"]
 

@@ -42,7 +42,7 @@ def build_drafter(config: EngineConfig) -> Drafter:
             f"--tensor-parallel-size is {config.tensor_parallel_size}; expected 1: drafts are measured on one rank"
         )
     opened = open_model(replace(config, dequantize=True), 0, mtp=True)  # a head in blocks is not a matrix
-    context = opened.context(Mesh(), Resolver(config.op_preference))
+    context = opened.context(Mesh(), Resolver(config.op_preference, quantize_activations=config.quantize_activations))
     decoder = Decoder(context, opened.source.config)
     mtp = Mtp(context.below("mtp"), opened.source.config)
     opened.fill(dict(decoder.named_parameters()) | {f"mtp.{name}": p for name, p in mtp.named_parameters()})

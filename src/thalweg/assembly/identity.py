@@ -15,6 +15,7 @@ _OPTIONS = (
     "dtype",
     "quantization",
     "dequantize",
+    "quantize_activations",
     "state_dtype",
     "snapshot_dtype",
     "block_size",

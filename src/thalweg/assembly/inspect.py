@@ -100,7 +100,7 @@ def describe(config: EngineConfig) -> Inspection:
     source = source.fitted(checkpoint, dequantize=config.dequantize)
     c = source.config
     plan = source.plan(shards_of(config), config.quantization)
-    resolver = Resolver(config.op_preference)
+    resolver = Resolver(config.op_preference, quantize_activations=config.quantize_activations)
     model = _build(source, config, config.dtype, device, resolver, config.quantization)
     resolve_sample(resolver, device, c.vocab_size)
     plain = config.dtype == c.dtype and config.quantization is None
@@ -140,7 +140,7 @@ def resolve_ops(config: EngineConfig) -> tuple[str, list[Choice]]:
     source, device = open_source(config), choose_device(config, 0)
     c = source.config
     config = config.resolve(device=str(device), checkpoint_dtype=c.dtype, context_len=c.context_len)
-    resolver = Resolver(config.op_preference)
+    resolver = Resolver(config.op_preference, quantize_activations=config.quantize_activations)
     _build(source, config, config.dtype, device, resolver, config.quantization)
     resolve_sample(resolver, device, c.vocab_size)
     return source.name, resolver.explain()

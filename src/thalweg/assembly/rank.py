@@ -79,7 +79,7 @@ def build_rank(
     mesh = join_mesh(tp_rank, config.tensor_parallel_size, meeting, device, hosts=config.nnodes, listener=listener)
     if config.data_parallel_size > 1:
         mesh.data = join_data_ranks(data_rank, config.data_parallel_size, meeting, device)
-    resolver = Resolver(config.op_preference)
+    resolver = Resolver(config.op_preference, quantize_activations=config.quantize_activations)
     model = Decoder(opened.context(mesh, resolver), c)
     sample = resolve_sample(resolver, device, c.vocab_size)
     opened.fill(dict(model.named_parameters()))

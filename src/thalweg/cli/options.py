@@ -71,6 +71,14 @@ def engine_config(
             " Default: keep them on a CPU, convert them on a GPU.",
         ),
     ] = None,
+    quantize_activations: Annotated[
+        bool,
+        _engine(
+            "--quantize-activations/--no-quantize-activations",
+            help="Allow products with quantized weights to round activations to 8 bits where that is faster: a GGUF"
+            " file's on a CPU, as in llama.cpp, and prompts over float8.",
+        ),
+    ] = _DEFAULTS.quantize_activations,
     state_dtype: Annotated[
         str,
         _engine(
@@ -245,6 +253,7 @@ def engine_config(
         dtype=dtype,
         quantization=quantization,
         dequantize=dequantize,
+        quantize_activations=quantize_activations,
         state_dtype=state_dtype,
         device=device,
         max_model_len=_size(max_model_len, "--max-model-len"),

@@ -36,6 +36,7 @@ class EngineConfig:
     quantization: "fp8" quantizes the experts' weights while they are loaded.
     dequantize: whether weights in GGUF's blocks become `dtype` while they are loaded. None: on an accelerator, whose
         kernels need that, and not on a CPU.
+    quantize_activations: whether products with quantized weights may round activations to 8 bits.
     state_dtype: what recurrent states are stored in, whatever they are computed in.
     device: "auto", "cpu", "cuda" or "cuda:N".
     max_num_seqs: sequences that run at once. None: 64 on a CPU; on a GPU what its memory allows
@@ -79,6 +80,7 @@ class EngineConfig:
     dtype: str = "auto"
     quantization: str | None = None
     dequantize: bool | None = None
+    quantize_activations: bool = True
     state_dtype: str = "float32"
     device: str = "auto"
     max_num_seqs: int | None = None
@@ -171,6 +173,7 @@ class EngineConfig:
             raise ConfigError("--cache-folder-size is given without --cache-folder; expected both")
         self._check_nodes()
         self._need(isinstance(self.dequantize, bool | None), "dequantize", "true or false")
+        self._need(isinstance(self.quantize_activations, bool), "quantize_activations", "true or false")
         device = self.device
         self._need(isinstance(device, str) and bool(_DEVICE.fullmatch(device)), "device", "auto, cpu, cuda or cuda:N")
         keys = self.ignore_config_key

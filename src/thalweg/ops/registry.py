@@ -160,10 +160,12 @@ class Resolver:
     """Resolves ops for one model and remembers the choices.
 
     `prefer` (the engine option op_preference) maps an op, or "*" for all others, to the name of the implementation that
-    must serve it as far as its token range goes. Raises ConfigError when it names what does not exist.
+    must serve it as far as its token range goes. Raises ConfigError when it names what does not exist. Without
+    quantize_activations, implementations that round activations to 8 bits serve nothing.
     """
 
-    def __init__(self, prefer: Mapping[str, str] | None = None) -> None:
+    def __init__(self, prefer: Mapping[str, str] | None = None, *, quantize_activations: bool = True) -> None:
+        self._rounds = quantize_activations
         self._prefer = dict(prefer or {})
         for op, name in self._prefer.items():
             names = sorted({i.name for o in (ops() if op == "*" else [op]) for i in implementations(o)})
@@ -185,6 +187,8 @@ class Resolver:
         refused: dict[str, str] = {}
         for i in implementations(op.name):
             reason = i.supports(where, dims)
+            if reason is None and i.rounding and not self._rounds:
+                reason = "rounds activations, and --no-quantize-activations is set"
             if reason is None and i.priority < 0 and i.name != wanted:
                 reason = "serves only if --op asks for it"
             if reason is None:

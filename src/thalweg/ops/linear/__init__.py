@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -189,12 +189,12 @@ def _panels_linear(where: Where, dims: LinearDims) -> Linear:
     return cpp.linear_many
 
 
-def _cpp_ggml(where: Where, dims: LinearGgmlDims, rounds: bool = False) -> LinearGgml:
+def _cpp_ggml(where: Where, dims: LinearGgmlDims, *, rounds: bool = False, many: bool = False) -> LinearGgml:
     from thalweg.ops.linear.blocks_cpp import BlockLinear
 
     scheme = GgmlRows.named(dims.scheme)
     assert scheme is not None
-    return BlockLinear(scheme, rounds=rounds)
+    return BlockLinear(scheme, rounds=rounds, many=many)
 
 
 def _cpp_ggml_refuses(where: Where, dims: LinearGgmlDims) -> Refusal:
@@ -258,5 +258,7 @@ register(LINEAR_ADD, "cuda", _cuda_linear_add, supports=_cuda_refuses, tokens=_f
 
 register(LINEAR_GGML, "reference", _ggml, capturable=False)
 register(LINEAR_GGML, "cpp", _cpp_ggml, supports=_cpp_ggml_refuses, tokens=CPU_FEW, priority=10)
-_int8_ggml = partial(_cpp_ggml, rounds=True)
-register(LINEAR_GGML, "int8", _int8_ggml, supports=_cpp_ggml_refuses, tokens=CPU_FEW, priority=20, rounding=0.02)
+register(LINEAR_GGML, "panels", partial(_cpp_ggml, many=True), supports=_cpp_ggml_refuses, priority=5)
+_int8: dict[str, Any] = {"supports": _cpp_ggml_refuses, "rounding": 0.02}
+register(LINEAR_GGML, "int8", partial(_cpp_ggml, rounds=True), tokens=CPU_FEW, priority=20, **_int8)
+register(LINEAR_GGML, "int8_panels", partial(_cpp_ggml, rounds=True, many=True), priority=15, **_int8)

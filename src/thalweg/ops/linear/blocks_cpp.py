@@ -1,4 +1,5 @@
-"""Matrices in GGML's blocks for C++ on a CPU, and their products with few tokens (few.cpp)."""
+"""Matrices in GGML's blocks for C++ on a CPU, and their products with few tokens (few.cpp) and many
+(many.cpp)."""
 
 from __future__ import annotations
 
@@ -38,16 +39,17 @@ def refusal(scheme: GgmlRows) -> Refusal:
 
 
 @cache
-def _run() -> Any:
+def _run(name: str) -> Any:
     matrix = (c_void_p, c_int, c_void_p, c_void_p)
-    return function("linear_ggml", c_int, c_void_p, c_int64, *matrix, c_int, c_void_p, *[c_int64] * 3, c_int)
+    return function(name, c_int, c_void_p, c_int64, *matrix, c_int, c_void_p, *[c_int64] * 3, c_int)
 
 
 class BlockLinear:
-    """y_TO = x @ w.T of w in GGML's blocks, as op "linear_ggml" says; rounds: of x rounded to 8 bits."""
+    """y_TO = x @ w.T of w in GGML's blocks, as op "linear_ggml" says; rounds: of x rounded to 8 bits; many:
+    for prompts."""
 
-    def __init__(self, scheme: GgmlRows, *, rounds: bool = False) -> None:
-        self._rounds = rounds
+    def __init__(self, scheme: GgmlRows, *, rounds: bool = False, many: bool = False) -> None:
+        self._name, self._rounds = "linear_ggml_many" if many else "linear_ggml", rounds
         self._segments, self._tile = Segments.of(scheme), scheme.tile
         self._rows = sum(rows for _, rows in scheme.segments)
 
@@ -57,7 +59,7 @@ class BlockLinear:
             x_TD = x_TD.unflatten(-1, (G, R, V)).transpose(-3, -2).flatten(-3)
         (T, D), O = x_TD.shape, self._rows
         y_TO = x_TD.new_empty(T, O)
-        _run()(
+        _run(self._name)(
             DTYPES[x_TD.dtype],
             x_TD.data_ptr(),
             x_TD.stride(0),

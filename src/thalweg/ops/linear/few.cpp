@@ -5,8 +5,6 @@ using namespace thalweg;
 
 namespace {
 
-constexpr int64_t SLICE = 512;  // tokens whose activations are kept in float32 at a time
-
 template <class T, class N, class W>
 void linear(
     const T* x,
@@ -88,12 +86,9 @@ extern "C" void thalweg_linear_ggml(
     int threads) {
   auto run = [&](auto t, const auto& matrix) {
     using T = decltype(t);
-    for (int64_t done = 0; done < tokens; done += SLICE) {
-      int64_t some = tokens - done < SLICE ? tokens - done : SLICE;
-      linear<T, T>(
-          (const T*)x + done * x_stride, x_stride, matrix, (const T*)nullptr, 0.f, (const T*)nullptr, 0,
-          (T*)y + done * rows, rows, some, columns, rows, threads);
-    }
+    linear<T, T>(
+        (const T*)x, x_stride, matrix, (const T*)nullptr, 0.f, (const T*)nullptr, 0, (T*)y, rows, tokens, columns, rows,
+        threads);
   };
   const BlockMatrix plain{w, columns, segments, types, segment_rows};
   if (rounds)

@@ -1,5 +1,5 @@
 // Ops "linear", "norm_linear", "linear_add" and "linear_ggml" of many tokens.
-#include "panels.h"
+#include "products.h"
 
 using namespace thalweg;
 
@@ -22,24 +22,25 @@ void linear(
     int64_t columns,
     int64_t rows,
     int threads) {
-  const int64_t words = words_of<T>(columns), panels = panels_of(tokens), chunk = rows_of_product(words);
+  const Products<T, W> by{w};
+  const int64_t words = by.words(), panels = panels_of(tokens), chunk = rows_of_product(by.room());
   float* x_panels = scratch<0>(panels * words * PANEL);
   threads = worth_products(threads, tokens * columns * rows);
   parallel_for(threads, panels, [&](int64_t p) {
     const int64_t first = p * PANEL, count = tokens - first < PANEL ? tokens - first : PANEL;
     auto row = [&](int64_t t) { return x + (first + t) * x_stride; };
-    pack<T>(count, row, norm, eps, columns, x_panels + p * words * PANEL);
+    by.pack(count, row, norm, eps, x_panels + p * words * PANEL);
   });
   // Threads share out rows, and panels too if there are too few rows for all.
   const int64_t chunks = (rows + chunk - 1) / chunk, wanted = (2 * threads + chunks - 1) / chunks;
   const int64_t parts = threads == 1 ? 1 : wanted < panels ? wanted : panels;
   parallel_for(threads, chunks * parts, [&](int64_t task) {
     const int64_t row = task / parts * chunk, count = rows - row < chunk ? rows - row : chunk;
-    float* products = scratch<1>(chunk * (PANEL + words));
-    const Rows of_task = rows_for<T>(w, row, count, products + chunk * PANEL);
+    float* products = scratch<1>(chunk * (PANEL + by.room()));
+    const auto of_task = by.rows(row, count, products + chunk * PANEL);
     for (int64_t p = task % parts * panels / parts; p < (task % parts + 1) * panels / parts; p++) {
       const int64_t first = p * PANEL, some = tokens - first < PANEL ? tokens - first : PANEL;
-      panel_product<PAIRS<T>>(of_task, count, words, x_panels + p * words * PANEL, vectors_of(some), products, false);
+      by.product(of_task, count, x_panels + p * words * PANEL, vectors_of(some), products);
       unpack(products, count, some, [&](int64_t t, int64_t r, int64_t n, Vec v) {
         if (residual) v += load(residual + (first + t) * residual_stride + row + r, n);
         store(y + (first + t) * y_stride + row + r, v, n);
@@ -79,4 +80,32 @@ extern "C" void thalweg_linear_many(
     run(float{}, float{});
   else
     norm_dtype == FLOAT32 ? run(bf16{}, float{}) : run(bf16{}, bf16{});
+}
+
+extern "C" void thalweg_linear_ggml_many(
+    int dtype,
+    const void* x,
+    int64_t x_stride,
+    const uint8_t* w,
+    int segments,
+    const int32_t* types,
+    const int64_t* segment_rows,
+    int rounds,
+    void* y,
+    int64_t tokens,
+    int64_t columns,
+    int64_t rows,
+    int threads) {
+  auto run = [&](auto t, const auto& matrix) {
+    using T = decltype(t);
+    for (int64_t first = 0; first < tokens; first += TOKENS)
+      linear<T, T>(
+          (const T*)x + first * x_stride, x_stride, matrix, (const T*)nullptr, 0.f, (const T*)nullptr, 0,
+          (T*)y + first * rows, rows, tokens - first < TOKENS ? tokens - first : TOKENS, columns, rows, threads);
+  };
+  const BlockMatrix exact{w, columns, segments, types, segment_rows};
+  if (rounds)
+    dtype == FLOAT32 ? run(float{}, RoundedMatrix{exact}) : run(bf16{}, RoundedMatrix{exact});
+  else
+    dtype == FLOAT32 ? run(float{}, exact) : run(bf16{}, exact);
 }

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -232,30 +232,16 @@ def _some(dims: ExpertsDims) -> Tokens:
     return Tokens(last=min(512, 2 * most) if dims.E >= MANY_EXPERTS else most)
 
 
-def _cpp(where: Where, dims: ExpertsDims, rounds: bool = False) -> Experts:
+def _cpp(where: Where, dims: ExpertsDims, *, rounds: bool = False, many: bool = False) -> Experts:
     from thalweg.ops.moe.experts import cpp
 
-    return cpp.build(dims, rounds=rounds)
+    return cpp.build(dims, rounds=rounds, many=many)
 
 
 def _cpp_refuses(where: Where, dims: ExpertsDims) -> Refusal:
     from thalweg.ops.moe.experts import cpp
 
     return cpp.refuses(dims) or cpu_build.why_not(where)
-
-
-def _panels(where: Where, dims: ExpertsDims) -> Experts:
-    from thalweg.ops.moe.experts import cpp
-
-    return cpp.experts_many
-
-
-def _panels_refuses(where: Where, dims: ExpertsDims) -> Refusal:
-    if dims.own:
-        return "has no products for an expert of its own"
-    if dims.scheme != "none":
-        return f"needs weights in the model's dtype, not {dims.scheme}"
-    return cpu_build.why_not(where)
 
 
 def _int8_refuses(where: Where, dims: ExpertsDims) -> Refusal:
@@ -281,9 +267,10 @@ def _separate_refuses(where: Where, dims: ExpertsDims) -> Refusal:
 register(EXPERTS, "reference", _reference, capturable=False)
 register(EXPERTS, "separate", _separate, supports=_separate_refuses, priority=-10)
 register(EXPERTS, "cpp", _cpp, supports=_cpp_refuses, tokens=CPU_FEW, priority=10)
-register(EXPERTS, "panels", _panels, supports=_panels_refuses, priority=5)
-_int8 = partial(_cpp, rounds=True)
-register(EXPERTS, "int8", _int8, supports=_int8_refuses, tokens=CPU_FEW, priority=20, rounding=0.03)
+register(EXPERTS, "panels", partial(_cpp, many=True), supports=_cpp_refuses, priority=5)
+_int8: dict[str, Any] = {"supports": _int8_refuses, "rounding": 0.03}
+register(EXPERTS, "int8", partial(_cpp, rounds=True), tokens=CPU_FEW, priority=20, **_int8)
+register(EXPERTS, "int8_panels", partial(_cpp, rounds=True, many=True), priority=15, **_int8)
 register(EXPERTS, "grouped", _grouped, supports=_triton_refuses, priority=10)
 _matrix_supports = partial(_matrix_refuses, scheme="none", columns=64)
 register(EXPERTS, "matrix", _matrix, supports=_matrix_supports, tokens=_prompts, priority=15)

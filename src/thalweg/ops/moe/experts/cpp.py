@@ -20,13 +20,15 @@ Layout = tuple[Any, Any, Any]  # of a weight: its Segments, or (0, None, None) i
 _PLAIN: Layout = (0, None, None)
 
 
-def build(dims: ExpertsDims, *, rounds: bool = False) -> Experts:
-    """rounds: whether activations are rounded to 8 bits before they are multiplied with GGML's blocks."""
+def build(dims: ExpertsDims, *, rounds: bool = False, many: bool = False) -> Experts:
+    """rounds: whether activations are rounded to 8 bits before they are multiplied with GGML's blocks. many: for
+    prompts."""
+    form = experts_many if many else experts
     if dims.scheme == PLAIN.name:
-        return experts
+        return form
     schemes = _schemes(dims)
     gate_up, down = Segments.of(schemes[0]), Segments.of(schemes[-1])
-    return partial(experts, inner=dims.I, gate_up_layout=gate_up, down_layout=down, rounds=rounds)
+    return partial(form, inner=dims.I, gate_up_layout=gate_up, down_layout=down, rounds=rounds)
 
 
 def refuses(dims: ExpertsDims) -> Refusal:
@@ -47,10 +49,10 @@ def _schemes(dims: ExpertsDims) -> list[GgmlRows]:
 
 
 @cache
-def _run() -> Any:
+def _run(name: str) -> Any:
     x, routing, residual, sizes = (c_void_p, c_int64), [c_void_p] * 2, (c_void_p, c_int64), [c_int64] * 5
     weight = (c_void_p, c_int, c_void_p, c_void_p)
-    return function("experts", c_int, *x, *routing, *weight, *weight, c_int, *residual, c_void_p, *sizes, c_int)
+    return function(name, c_int, *x, *routing, *weight, *weight, c_int, *residual, c_void_p, *sizes, c_int)
 
 
 def experts(
@@ -68,11 +70,12 @@ def experts(
     gate_up_layout: Layout = _PLAIN,
     down_layout: Layout = _PLAIN,
     rounds: bool = False,
+    name: str = "experts",
 ) -> Tensor:
     (T, k), E, D = ids_Tk.shape, down[0].shape[0], x_TD.shape[1]
     I = down[0].shape[2] if inner is None else inner
     y_TD = x_TD.new_empty(T, D)
-    served = _run()(
+    served = _run(name)(
         DTYPES[x_TD.dtype],
         x_TD.data_ptr(),
         x_TD.stride(0),
@@ -94,52 +97,8 @@ def experts(
         torch.get_num_threads(),
     )
     if not served:
-        raise _no_such_expert(ids_Tk, E)
+        raise IndexError(f"ids of experts are {ids_Tk.min()} to {ids_Tk.max()}; expected 0 to {E - 1}")
     return y_TD
 
 
-@cache
-def _many() -> Any:
-    x, routing, residual, sizes = (c_void_p, c_int64), [c_void_p] * 2, (c_void_p, c_int64), [c_int64] * 5
-    return function("experts_many", c_int, *x, *routing, c_void_p, c_void_p, *residual, c_void_p, *sizes, c_int)
-
-
-def experts_many(
-    x_TD: Tensor,
-    weights_Tk: Tensor,
-    ids_Tk: Tensor,
-    gate_up: tuple[Tensor, ...],
-    down: tuple[Tensor, ...],
-    *,
-    residual_TD: Tensor | None = None,
-    num_shared: int = 0,
-    own: tuple[Tensor, Tensor] | None = None,
-    scale: float = 1.0,
-) -> Tensor:
-    (T, k), (E, D, I) = ids_Tk.shape, down[0].shape
-    y_TD = x_TD.new_empty(T, D)
-    served = _many()(
-        DTYPES[x_TD.dtype],
-        x_TD.data_ptr(),
-        x_TD.stride(0),
-        weights_Tk.data_ptr(),
-        ids_Tk.data_ptr(),
-        gate_up[0].data_ptr(),
-        down[0].data_ptr(),
-        None if residual_TD is None else residual_TD.data_ptr(),
-        0 if residual_TD is None else residual_TD.stride(0),
-        y_TD.data_ptr(),
-        T,
-        k,
-        E,
-        D,
-        I,
-        torch.get_num_threads(),
-    )
-    if not served:
-        raise _no_such_expert(ids_Tk, E)
-    return y_TD
-
-
-def _no_such_expert(ids_Tk: Tensor, E: int) -> IndexError:
-    return IndexError(f"ids of experts are {ids_Tk.min()} to {ids_Tk.max()}; expected 0 to {E - 1}")
+experts_many = partial(experts, name="experts_many")

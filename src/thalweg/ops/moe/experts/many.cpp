@@ -1,5 +1,6 @@
-// Op "experts" of many tokens over weights in the model's dtype: as few.cpp, in panels of an expert's tokens.
-#include "panels.h"
+// Op "experts" of many tokens over weights in the model's dtype or in GGML's blocks: as few.cpp, in panels of an
+// expert's tokens.
+#include "products.h"
 
 using namespace thalweg;
 
@@ -11,10 +12,10 @@ struct Share {  // of an expert: its pairs, sorted, and its panels
   int64_t first, count, panel;
 };
 
-// Words of a panel's hidden values for rows r and r + 1, or r alone.
-template <class T>
+// Words of a panel's hidden values for rows r and r + 1.
+template <class T, bool PAIR>
 inline void store_hidden(float* panel, int64_t row, Vec even, Vec odd) {
-  if constexpr (PAIRS<T>) {
+  if constexpr (PAIR) {
     bf16 halves[2][LANES];
     store(halves[0], even), store(halves[1], odd);
     HVec low, high;
@@ -44,7 +45,12 @@ void experts(
     int64_t D,
     int64_t I,
     int threads) {
-  const int64_t pairs = tokens * k, words = words_of<T>(D), inner = words_of<T>(I);
+  using In = Products<T, GateUp>;
+  using Out = Products<T, Down>;
+  constexpr bool PAIR = Out::PAIR;
+  // Hidden values lie in a panel as floats or pairs before they are what products take.
+  const int64_t pairs = tokens * k, words = In{gate_up}.words(), stored = PAIR ? words_of<T>(I) : I;
+  const int64_t inner = Out{down}.words() < stored ? stored : Out{down}.words();
   // Pairs sorted by expert: where each of the caller's stands, and which stands where.
   int64_t* place = (int64_t*)scratch<2>(2 * (2 * pairs + E));
   int64_t *order = place + pairs, *count = order + pairs;
@@ -78,7 +84,7 @@ void experts(
   parallel_for(threads, panels, [&](int64_t p) {
     in_panel(p, [&](int64_t first, int64_t n) {
       auto row = [&](int64_t t) { return x + order[first + t] / k * x_stride; };
-      pack<T>(n, row, (const T*)nullptr, 0.f, D, x_panels + p * PANEL * words);
+      In{gate_up}.pack(n, row, (const T*)nullptr, 0.f, x_panels + p * PANEL * words);
     });
   });
 
@@ -87,16 +93,17 @@ void experts(
   parallel_for(threads, num_used * chunks, [&](int64_t task) {
     const Share& of = used[task / chunks];
     const int64_t row = task % chunks * chunk, rows = I - row < chunk ? I - row : chunk;
-    float* gate = scratch<1>(2 * chunk * (PANEL + words) + 2 * PANEL);
-    float *up = gate + (chunk + 1) * PANEL, *room = up + (chunk + 1) * PANEL;
     const GateUp w = gate_up.from(id_of(task / chunks), 2 * I);
-    const Rows of_gate = rows_for<T>(w, row, rows, room), of_up = rows_for<T>(w, I + row, rows, room + chunk * words);
+    const In by{w};
+    float* gate = scratch<1>(2 * chunk * (PANEL + by.room()) + 2 * PANEL);
+    float *up = gate + (chunk + 1) * PANEL, *room = up + (chunk + 1) * PANEL;
+    const auto of_gate = by.rows(row, rows, room), of_up = by.rows(I + row, rows, room + chunk * by.room());
     for (int64_t p = of.panel; p < of.panel + panels_of(of.count); p++)
       in_panel(p, [&](int64_t, int64_t n) {
         const float* in = x_panels + p * PANEL * words;
         float* out = hidden + p * PANEL * inner;
-        panel_product<PAIRS<T>>(of_gate, rows, words, in, vectors_of(n), gate, false);
-        panel_product<PAIRS<T>>(of_up, rows, words, in, vectors_of(n), up, false);
+        by.product(of_gate, rows, in, vectors_of(n), gate);
+        by.product(of_up, rows, in, vectors_of(n), up);
         auto at = [&](int64_t r, int64_t t) {
           if (r >= rows) return Vec{};  // the second half of an odd width's last word
           Vec g = rounded<T>(load(gate + r * PANEL + t)), u = rounded<T>(load(up + r * PANEL + t));
@@ -104,25 +111,30 @@ void experts(
         };
         for (int64_t r = 0; r < rows; r += 2)
           for (int64_t t = 0; t < vectors_of(n) * LANES; t += LANES) {
-            if (!PAIRS<T> && r + 1 == rows)
+            if (!PAIR && r + 1 == rows)
               store(out + (row + r) * PANEL + t, rounded<T>(at(r, t)));
             else
-              store_hidden<T>(out + t, row + r, at(r, t), at(r + 1, t));
+              store_hidden<T, PAIR>(out + t, row + r, at(r, t), at(r + 1, t));
           }
       });
+  });
+  parallel_for(threads, panels, [&](int64_t p) {
+    in_panel(p, [&](int64_t, int64_t n) { Out{down}.round(hidden + p * PANEL * inner, vectors_of(n)); });
   });
 
   // A chunk of the result's rows over all experts: a token's sum runs in the order of its ids.
   const int64_t out_chunk = D / 32 < 2 * threads ? 16 : 32, out_chunks = (D + out_chunk - 1) / out_chunk;
   parallel_for(threads, out_chunks, [&](int64_t task) {
     const int64_t row = task * out_chunk, rows = D - row < out_chunk ? D - row : out_chunk;
-    float* products = scratch<1>(pairs * out_chunk + out_chunk * (PANEL + inner) + 4 * PANEL);
+    float* products = scratch<1>(pairs * out_chunk + out_chunk * (PANEL + Out{down}.room()) + 4 * PANEL);
     float *turned = products + pairs * out_chunk, *room = turned + out_chunk * PANEL;
     for (int64_t u = 0; u < num_used; u++) {
-      const Rows w = rows_for<T>(down.from(id_of(u), D), row, rows, room);
+      const Down w = down.from(id_of(u), D);
+      const Out by{w};
+      const auto of_task = by.rows(row, rows, room);
       for (int64_t p = used[u].panel; p < used[u].panel + panels_of(used[u].count); p++)
         in_panel(p, [&](int64_t first, int64_t n) {
-          panel_product<PAIRS<T>>(w, rows, inner, hidden + p * PANEL * inner, vectors_of(n), turned, false);
+          by.product(of_task, rows, hidden + p * PANEL * inner, vectors_of(n), turned);
           transpose(turned, PANEL, rows, n, products + first * out_chunk, out_chunk);
         });
     }
@@ -139,7 +151,7 @@ void experts(
 
 }  // namespace
 
-// False if an id is none of the experts'.
+// Arguments and result as those of thalweg_experts.
 extern "C" int thalweg_experts_many(
     int dtype,
     const void* x,
@@ -147,7 +159,14 @@ extern "C" int thalweg_experts_many(
     const float* weights,
     const int64_t* ids,
     const void* gate_up,
+    int gate_up_segments,
+    const int32_t* gate_up_types,
+    const int64_t* gate_up_rows,
     const void* down,
+    int down_segments,
+    const int32_t* down_types,
+    const int64_t* down_rows,
+    int rounds,
     const void* residual,
     int64_t residual_stride,
     void* y,
@@ -160,14 +179,23 @@ extern "C" int thalweg_experts_many(
   for (int64_t p = 0; p < tokens * k; p++)
     if (ids[p] < 0 || ids[p] >= E) return false;
   const int64_t at_once = PAIRS_AT_ONCE / k < 1 ? 1 : PAIRS_AT_ONCE / k;
-  auto run = [&](auto element) {
+  auto run = [&](auto element, const auto& in, const auto& out) {
     using T = decltype(element);
     for (int64_t t = 0; t < tokens; t += at_once)
       experts<T>(
-          (const T*)x + t * x_stride, x_stride, weights + t * k, ids + t * k, PlainMatrix<T>{(const T*)gate_up, D},
-          PlainMatrix<T>{(const T*)down, I}, residual ? (const T*)residual + t * residual_stride : nullptr,
-          residual_stride, (T*)y + t * D, tokens - t < at_once ? tokens - t : at_once, k, E, D, I, threads);
+          (const T*)x + t * x_stride, x_stride, weights + t * k, ids + t * k, in, out,
+          residual ? (const T*)residual + t * residual_stride : nullptr, residual_stride, (T*)y + t * D,
+          tokens - t < at_once ? tokens - t : at_once, k, E, D, I, threads);
   };
-  dtype == FLOAT32 ? run(float{}) : run(bf16{});
+  if (gate_up_segments) {
+    const BlockMatrix in{(const uint8_t*)gate_up, D, gate_up_segments, gate_up_types, gate_up_rows};
+    const BlockMatrix out{(const uint8_t*)down, I, down_segments, down_types, down_rows};
+    auto both = [&](const auto& a, const auto& b) { dtype == FLOAT32 ? run(float{}, a, b) : run(bf16{}, a, b); };
+    rounds ? both(RoundedMatrix{in}, RoundedMatrix{out}) : both(in, out);
+  } else if (dtype == FLOAT32) {
+    run(float{}, PlainMatrix<float>{(const float*)gate_up, D}, PlainMatrix<float>{(const float*)down, I});
+  } else {
+    run(bf16{}, PlainMatrix<bf16>{(const bf16*)gate_up, D}, PlainMatrix<bf16>{(const bf16*)down, I});
+  }
   return true;
 }
