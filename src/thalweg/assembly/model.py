@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from thalweg.assembly.cores import usable_cores
 from thalweg.assembly.source import ModelSource, open_source
 from thalweg.config import env
 from thalweg.config.engine import EngineConfig
@@ -114,8 +115,7 @@ def _choose_threads(weight_bytes: int, ranks: int) -> None:
     anything else to do (docs/experiments/host-loop.md): one more thread for every THREAD_BYTES of weights.
     """
     if env.read("OMP_NUM_THREADS") is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, min(cores // ranks, weight_bytes // THREAD_BYTES)))
+        torch.set_num_threads(max(1, min(usable_cores() // ranks, weight_bytes // THREAD_BYTES)))
 
 
 def _check_memory(weight_bytes: int, device: torch.device) -> None:

@@ -7,7 +7,7 @@ import os
 VARIABLES = {
     "THALWEG_API_KEY": "the key clients of the server must send; --api-key comes first",
     "THALWEG_CLUSTER_KEY": "the secret of the hosts of one engine (--nnodes), the same on all of them",
-    "OMP_NUM_THREADS": "threads of one rank on a CPU; by default chosen by the model's size",
+    "OMP_NUM_THREADS": "threads of one rank on a CPU; by default by the model's size, at most one per core",
     "THALWEG_LOG_LEVEL": "debug, info, warning or error",
     "HF_HUB_CACHE": "where models are kept that are named OWNER/NAME; HF_HOME/hub if unset",
     "HF_HOME": "the folder of that; ~/.cache/huggingface if unset, or huggingface in XDG_CACHE_HOME",

@@ -7,13 +7,16 @@
 #include <pthread.h>
 
 #include <atomic>
+#include <chrono>
 #include <system_error>
 #include <thread>
 
 namespace thalweg {
 namespace {
 
-constexpr int SPINS = 4000;  // some 30 us
+constexpr auto PATIENCE = std::chrono::microseconds(30);  // that a thread looks for work before it sleeps
+constexpr int LOOKS = 32;                                 // between two looks at the clock
+constexpr int WANTED_BITS = 12, BELLS = WANTED_BITS + 1;
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -23,36 +26,62 @@ inline void pause() {
 #endif
 }
 
+// Whether `there()` came true within PATIENCE: how long a pause takes differs by a factor of five between processors.
+template <class F>
+inline bool look_for(F&& there) {
+  const auto end = std::chrono::steady_clock::now() + PATIENCE;
+  do {
+    for (int i = 0; i < LOOKS; i++) {
+      if (there()) return true;
+      pause();
+    }
+  } while (std::chrono::steady_clock::now() < end);
+  return false;
+}
+
 struct Pool {
-  std::atomic<uint32_t> epoch{0};  // moves on with every job
-  std::atomic<bool> open{false};   // whether the job may be joined
-  std::atomic<int> joined{0};
-  std::atomic<int64_t> next{0};
+  // Moves on with every job. Its lowest bits say how many threads besides the caller's are wanted: the others of a
+  // machine with many neither join nor wake.
+  alignas(64) std::atomic<uint64_t> epoch{0};
+  alignas(64) std::atomic<int> joined{0};
+  alignas(64) std::atomic<int64_t> next{0};
+  alignas(64) std::atomic<bool> open{false};  // whether the job may be joined
   Task task;
   void* data;
   int64_t count;
-  int wanted;  // threads besides the caller's
   int started = 0;
+  std::atomic<uint32_t> bells[BELLS] = {};  // that threads sleep by: bell b is for threads 2^b - 1 and on
+
+  static int bell_of(int index) {
+    int bell = 0;
+    while ((index + 1) >> (bell + 1)) bell++;
+    return bell;
+  }
 
   void take() {
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) task(data, i);
   }
 
   void work(int index) {
-    uint32_t seen = 0;
-    for (;;) {
-      int spins = 0;
-      while (epoch.load() == seen && ++spins < SPINS) pause();
-      if (epoch.load() == seen) epoch.wait(seen);
+    std::atomic<uint32_t>& bell = bells[bell_of(index)];
+    for (uint64_t seen = 0;;) {
+      while (!look_for([&] { return epoch.load(std::memory_order_acquire) != seen; })) {
+        uint32_t rung = bell.load();
+        if (epoch.load() == seen) bell.wait(rung);
+        if (epoch.load() != seen) break;
+      }
       seen = epoch.load();
+      if (index >= (int)(seen & ((1 << WANTED_BITS) - 1))) continue;
       joined.fetch_add(1);
-      // Whoever opened the job closes it before it counts who joined: an open one has not been counted yet.
-      if (open.load() && index < wanted) take();
+      // Whoever opened the job closes it before it counts who joined: an open one has not been counted yet. It may be a
+      // later one than was seen, which works as well.
+      if (open.load()) take();
       joined.fetch_sub(1);
     }
   }
 
   void run(int threads, int64_t n, Task t, void* d) {
+    threads = threads < 1 << WANTED_BITS ? threads : (1 << WANTED_BITS) - 1;
     while (started < threads - 1) {
       try {
         std::thread([this, index = started] { work(index); }).detach();
@@ -61,19 +90,19 @@ struct Pool {
       }
       started++;
     }
-    task = t, data = d, count = n, wanted = threads - 1;
+    const uint64_t wanted = threads - 1 < started ? threads - 1 : started;
+    task = t, data = d, count = n;
     next.store(0);
     open.store(true);
-    epoch.fetch_add(1);
-    epoch.notify_all();
+    epoch.store(((epoch.load() >> WANTED_BITS) + 1) << WANTED_BITS | wanted);
+    for (int bell = 0; wanted >= (uint64_t)1 << bell; bell++) {
+      bells[bell].fetch_add(1);
+      bells[bell].notify_all();
+    }
     take();
     open.store(false);
-    for (int spins = 0; joined.load() != 0;) {
-      if (++spins < SPINS)
-        pause();
-      else
-        std::this_thread::yield();
-    }
+    if (!look_for([&] { return joined.load() == 0; }))
+      while (joined.load() != 0) std::this_thread::yield();
   }
 };
 
