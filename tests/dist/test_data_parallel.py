@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import time
@@ -121,6 +122,20 @@ def test_same_tokens_as_one_rank(kimi_folder: Path, ranks: int) -> None:
         assert all(served.values()), served
 
     run(kimi_folder, ranks, body)
+
+
+@pytest.mark.slow
+def test_same_tokens_wherever_experts_and_their_copies_are(kimi_folder: Path, tmp_path: Path) -> None:
+    rows = [[5, 1, 0, 3, 2, 4, 0, 1], [0, 1, 2, 3, 4, 5, 0, 1], [0, 2, 4, 5, 1, 3, 5, 2]]
+    file = tmp_path / "placement.json"
+    file.write_text(json.dumps({"physical_to_logical_map": rows}))
+    expected = alone(kimi_folder)
+
+    async def body(client: EngineClient) -> None:
+        assert client.info.experts == "4 of 6 on each of 2 data-parallel ranks with 2 copies in all; steps run eagerly"
+        await check_same_tokens(client, expected)
+
+    run(kimi_folder, 2, body, expert_placement=str(file))
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ from thalweg.models.parts.moe import MoeDims
 from thalweg.ops.registry import Resolver
 from thalweg.parallel.data_ranks import DataRanks
 from thalweg.parallel.mesh import Mesh
+from thalweg.parallel.placement import Placement
 from thalweg.parallel.shards import Shards
 from thalweg.weights.dummy import fill
 
@@ -35,13 +36,15 @@ MODELS: dict[str, dict[str, Any]] = {
     "Kimi-K2 in fp8": k2.config(experts=12, inner=128, shared=2, quantization_config=k2.FP8),
     "Kimi-K2 in int4": k2.config(experts=12, quantization_config=k2.INT4),
 }
+Slots = tuple[tuple[int, ...], ...]
 TOKENS = [(5, 3, 1), (0, 4, 2), (7, 0, 0), (1, 1, 1)]  # of each rank
 
 
-def moe(raw: dict[str, Any], ranks: DataRanks, whole: MoE | None = None) -> MoE:
+def moe(raw: dict[str, Any], ranks: DataRanks, whole: MoE | None = None, slots: Slots | None = None) -> MoE:
     """The last layer's experts on one rank, with its share of the weights of `whole`, or with weights at random."""
     family, config = family_of(raw), read(raw)
-    plan = weight_plan(family, config, Shards(0, 1, ranks.rank, ranks.size))
+    placements = {len(config.layers) - 1: Placement(slots)} if slots is not None else {}
+    plan = weight_plan(family, config, Shards(0, 1, ranks.rank, ranks.size), placements=placements)
     context = BuildContext(
         torch.device("cpu"),
         torch.float32,
@@ -50,6 +53,7 @@ def moe(raw: dict[str, Any], ranks: DataRanks, whole: MoE | None = None) -> MoE:
         "float32",
         {target.name: target for target in plan},
         block_size=64,
+        placements=placements,
     )
     decoder = Decoder(context, config)
     layer = decoder._stack[-1].mlp
@@ -60,11 +64,12 @@ def moe(raw: dict[str, Any], ranks: DataRanks, whole: MoE | None = None) -> MoE:
     theirs = dict(whole.named_parameters())
     dims = config.layers[-1].mlp
     assert isinstance(dims, MoeDims)
-    total, here = dims.experts, dims.experts // ranks.size
+    total = dims.experts
+    mine = list((Placement(slots) if slots is not None else Placement.even(total, ranks.size)).slots[ranks.rank])
     for name, param in layer.named_parameters():
         value = theirs[name].detach()
         if name.startswith("experts."):
-            value = torch.cat([value[ranks.rank * here :][:here], value[total:]])
+            value = torch.cat([value[mine], value[total:]])
         param.detach().copy_(value)
     return layer
 
@@ -94,6 +99,31 @@ def test_same_outputs_as_one_rank(model: str, size: int, tmp_path: Path) -> None
         for rank, x_TD in enumerate(step):
             if len(x_TD):
                 torch.testing.assert_close(outputs[rank][i], alone(x_TD), atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "slots",
+    [
+        ((5, 3, 1), (0, 2, 4)),  # in another order
+        ((0, 1, 2, 3), (0, 1, 4, 5)),
+        ((0, 1, 2, 3, 4, 5), (5, 4, 3, 2, 1, 0)),
+        ((0, 1, 2), (2, 3, 4), (5, 0, 2)),
+    ],
+)
+def test_same_outputs_wherever_experts_and_their_copies_are(slots: Slots, tmp_path: Path) -> None:
+    raw = MODELS["a gated shared expert of its own width"]
+    alone = moe(raw, DataRanks())
+    inputs = [torch.randn(n, alone.router.weight.shape[1]) * 3 for n in (9, 4, 6)]
+
+    def body(ranks: DataRanks) -> tuple[Tensor, list[int]]:
+        layer = moe(raw, ranks, alone, slots)
+        layer.expert_counts()
+        return layer(inputs[ranks.rank]), layer.expert_counts()
+
+    for (y_TD, counts), x_TD in zip(on_ranks(len(slots), tmp_path, body), inputs, strict=False):
+        torch.testing.assert_close(y_TD, alone(x_TD), atol=2e-5, rtol=1e-5)
+        _, _, ids_Tk = alone.router(x_TD)
+        assert counts == ids_Tk[:, :2].flatten().bincount(minlength=6).tolist()  # of experts, not of copies
 
 
 def test_a_token_s_output_does_not_depend_on_the_others(tmp_path: Path) -> None:

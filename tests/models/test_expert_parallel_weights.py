@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from thalweg.config.engine import EngineConfig
 from thalweg.errors import CheckpointError, ConfigError
 from thalweg.models import family_of
 from thalweg.models.family import weight_plan
+from thalweg.parallel.placement import Placement
 from thalweg.parallel.shards import Shards
 from thalweg.weights.load import bytes_to_load, check, load
 from thalweg.weights.plan import Target, checkpoint_shapes, parameters
@@ -39,8 +41,10 @@ def formats() -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]]:
     }
 
 
-def loaded(folder: Path, shards: Shards, quantization: str | None = None) -> tuple[list[Target], dict[str, Tensor]]:
-    source = open_source(EngineConfig(str(folder)))
+def loaded(
+    folder: Path, shards: Shards, quantization: str | None = None, placements: dict[int, Placement] | None = None
+) -> tuple[list[Target], dict[str, Tensor]]:
+    source = replace(open_source(EngineConfig(str(folder))), placements=placements or {})
     checkpoint = source.open_weights()
     source = source.fitted(checkpoint)
     plan = source.plan(shards, quantization)
@@ -75,6 +79,21 @@ def check_shares(folder: Path, experts: int, quantization: str | None = None) ->
 @pytest.mark.parametrize("name", formats())
 def test_ranks_hold_their_experts_and_all_else(name: str, tmp_path: Path) -> None:
     check_shares(kimi.write(tmp_path, *formats()[name]), 6)
+
+
+@pytest.mark.parametrize("name", formats())
+def test_ranks_hold_the_experts_that_a_file_gives_them(name: str, tmp_path: Path) -> None:
+    folder = kimi.write(tmp_path, *formats()[name])
+    plan, whole = loaded(folder, Shards())
+    slots = ((3, 0, 5, 1), (2, 3, 4, 0))
+    for rank, mine in enumerate(slots):
+        other, params = loaded(folder, Shards(0, 1, rank, 2), None, dict.fromkeys((1, 2), Placement(slots)))
+        assert checkpoint_shapes(other) == checkpoint_shapes(plan)
+        assert parameters(other) == parameters(plan)
+        for kind in ("gate_up", "down"):
+            value = whole[f"layers.1.mlp.experts.{kind}"]
+            expected = torch.cat([value[list(mine)], value[6:]])
+            assert torch.equal(params[f"layers.1.mlp.experts.{kind}"], expected)
 
 
 def test_gguf_with_experts_in_blocks(tmp_path: Path) -> None:

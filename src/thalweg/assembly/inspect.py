@@ -10,13 +10,13 @@ import msgspec
 import torch
 
 from thalweg import ops as _ops  # noqa: F401 -- registers every op's implementations
+from thalweg.assembly.expert_placement import describe_experts
 from thalweg.assembly.info import OpChoice
 from thalweg.assembly.model import choose_device, shards_of
 from thalweg.assembly.rank import (
     cache_memory,
     describe_layer,
     device_name,
-    experts_line,
     op_choices,
     resolve_sample,
     split_cache,
@@ -115,7 +115,7 @@ def describe(config: EngineConfig) -> Inspection:
         device=device_name(device),
         tensor_parallel_size=config.tensor_parallel_size,
         data_parallel_size=config.data_parallel_size,
-        experts=experts_line(c, config.data_parallel_size),
+        experts=describe_experts(c, source.placements, config.data_parallel_size),
         vocab_size=c.vocab_size,
         context_len=c.context_len,
         sampling_defaults=source.generation.describe(),
@@ -164,6 +164,7 @@ def _build(
         config.state_dtype,
         {target.name: target for target in source.plan(shards_of(config), quantization)},
         block_size=config.block_size,
+        placements=source.placements,
         target=device,
     )
     return Decoder(context, source.config)

@@ -48,6 +48,7 @@ class OpenedModel:
             self.config.state_dtype,
             {target.name: target for target in self.plan},
             block_size=self.config.block_size,
+            placements=self.source.placements,
         )
 
     def fill(self, params: Mapping[str, Tensor]) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from thalweg import ops as _ops  # noqa: F401 -- registers every op's implementations
+from thalweg.assembly.expert_placement import describe_experts
 from thalweg.assembly.identity import cache_identity
 from thalweg.assembly.info import EngineInfo, OpChoice, OpSpan
 from thalweg.assembly.model import open_model
@@ -26,8 +27,6 @@ from thalweg.config.engine import EngineConfig
 from thalweg.errors import CheckpointError, ConfigError
 from thalweg.layers.attributes import find_directly
 from thalweg.models.decoder import Decoder
-from thalweg.models.family import DecoderConfig
-from thalweg.models.parts.moe import MoeDims
 from thalweg.ops.registry import Resolver, Rows, Where, dims_of
 from thalweg.ops.sample import SAMPLE, Sample, SampleDims
 from thalweg.parallel.data_ranks import join_data_ranks
@@ -132,7 +131,7 @@ def build_rank(
         quantization=config.quantization or (c.quantized.name if c.quantized else None),
         tensor_parallel_size=config.tensor_parallel_size,
         data_parallel_size=config.data_parallel_size,
-        experts=experts_line(c, config.data_parallel_size),
+        experts=describe_experts(c, source.placements, config.data_parallel_size),
         vocab_size=c.vocab_size,
         parameters=parameters(opened.plan),
         max_model_len=split.max_model_len,
@@ -278,14 +277,6 @@ def split_cache(
         snapshot_dtype=config.snapshot_dtype,
     )
     return replace(split, num_slots_from=reason)
-
-
-def experts_line(config: DecoderConfig, ranks: int) -> str | None:
-    """How data-parallel ranks divide the routed experts; None for one rank."""
-    if ranks == 1:
-        return None
-    counts = [layer.mlp.experts for layer in config.layers if isinstance(layer.mlp, MoeDims)]
-    return f"{counts[0] // ranks} of {counts[0]} on each of {ranks} data-parallel ranks; steps run eagerly"
 
 
 def device_name(device: torch.device) -> str:

@@ -9,6 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from thalweg.assembly.expert_placement import read_placements
 from thalweg.config.bounded_json import read_object
 from thalweg.config.engine import EngineConfig
 from thalweg.config.gguf.keys import GgufKeys, end_ids, sampling_defaults
@@ -23,6 +24,7 @@ from thalweg.models.family import DecoderConfig, Family, weight_plan
 from thalweg.models.gguf import Architecture, architecture_of
 from thalweg.models.parts.part import WHOLE
 from thalweg.models.parts.quantized import GgmlCheckpoint
+from thalweg.parallel.placement import Placement
 from thalweg.parallel.shards import Shards
 from thalweg.quant import GgmlRows, scheme_named
 from thalweg.quant.ggml_types import TYPES
@@ -45,6 +47,7 @@ class ModelSource:
     tensors: frozenset[str] = frozenset()  # names in the checkpoint, once it is open
     mtp: bool = False  # whether the MTP layer belongs to what is loaded
     gguf: Architecture | None = None  # of a GGUF file, which `folder` is then
+    placements: Mapping[int, Placement] = field(default_factory=dict)  # of experts over ranks, by layer
     raw: Mapping[str, Any] = field(default_factory=dict)  # config.json's object, or what a GGUF file says as one
 
     @property
@@ -87,7 +90,9 @@ class ModelSource:
         """The weights of one rank. Raises ConfigError if ranks or --quantization do not suit the model, or it has no
         MTP layer and that is wanted."""
         scheme = scheme_named(quantization)
-        return weight_plan(self.family, self.config, shards, scheme, self.tensors, mtp=self.mtp)
+        return weight_plan(
+            self.family, self.config, shards, scheme, self.tensors, mtp=self.mtp, placements=self.placements
+        )
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -121,7 +126,12 @@ def open_source(config: EngineConfig) -> ModelSource:
     architecture = (named or family.architectures)[0]
     generation = _read_generation(folder, config.generation_config)
     read = family.read(raw, str(path))
-    return ModelSource(folder, family, read, generation, architecture, gguf=architecture_gguf, raw=raw)
+    placements = {}
+    if config.expert_placement is not None:
+        placements = read_placements(config.expert_placement, read, config.data_parallel_size)
+    return ModelSource(
+        folder, family, read, generation, architecture, gguf=architecture_gguf, placements=placements, raw=raw
+    )
 
 
 def _blocks(checkpoint: GgufCheckpoint) -> GgmlCheckpoint | None:

@@ -20,6 +20,7 @@ from thalweg.cli.convert import convert
 from thalweg.cli.evals import evals
 from thalweg.cli.generate import generate
 from thalweg.cli.inspect import inspect
+from thalweg.cli.place_experts import place_experts
 from thalweg.cli.profile import profile
 from thalweg.cli.serve import serve
 from thalweg.cli.trace import trace
@@ -46,6 +47,7 @@ app.command()(chat)
 app.command()(serve)
 app.command()(inspect)
 app.command()(convert)
+app.command()(place_experts)
 app.command()(profile)
 app.command()(trace)
 bench.command()(functions)

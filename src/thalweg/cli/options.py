@@ -181,6 +181,12 @@ def engine_config(
         bool,
         _engine("--enable-expert-parallel", help="Divide the routed experts over the data-parallel ranks."),
     ] = _DEFAULTS.enable_expert_parallel,
+    expert_placement: Annotated[
+        str | None,
+        _engine(
+            metavar="FILE", help="Which data-parallel rank has which experts, with copies: a file of place-experts."
+        ),
+    ] = None,
     nnodes: Annotated[
         int, _hosts(metavar="N", help="Hosts that the ranks are spread over, evenly; all run the same command.")
     ] = _DEFAULTS.nnodes,
@@ -272,6 +278,7 @@ def engine_config(
         tensor_parallel_size=tensor_parallel_size,
         data_parallel_size=data_parallel_size,
         enable_expert_parallel=enable_expert_parallel,
+        expert_placement=expert_placement,
         nnodes=nnodes,
         node_rank=node_rank,
         master_addr=master_addr,

@@ -58,6 +58,7 @@ class EngineConfig:
     tensor_parallel_size: ranks that share the model.
     data_parallel_size: ranks of a server that each serve requests of their own, with their own cache.
     enable_expert_parallel: whether data-parallel ranks divide the routed experts.
+    expert_placement: a file that says which rank has which experts (assembly/expert_placement.py). None: in order.
     nnodes: hosts that the ranks are spread over, evenly and in order.
     node_rank: which of them this one is; node 0 has the server, or the LLM.
     master_addr, master_port: node 0's address, and the first of `nnodes` ports there, for the other hosts.
@@ -99,6 +100,7 @@ class EngineConfig:
     tensor_parallel_size: int = 1
     data_parallel_size: int = 1
     enable_expert_parallel: bool = False
+    expert_placement: str | None = None
     nnodes: int = 1
     node_rank: int = 0
     master_addr: str = "127.0.0.1"
@@ -150,6 +152,7 @@ class EngineConfig:
             ("revision", "a branch, tag or commit"),
             ("tokenizer", "a folder"),
             ("config_file", "a config.json"),
+            ("expert_placement", "a file"),
         ):
             value = getattr(self, name)
             self._need(value is None or (isinstance(value, str) and value != ""), name, kind)
@@ -236,6 +239,8 @@ class EngineConfig:
         size = f"--data-parallel-size is {self.data_parallel_size}"
         if self.enable_expert_parallel and self.data_parallel_size == 1:
             raise ConfigError(f"--enable-expert-parallel divides experts among data-parallel ranks; {size}, raise it")
+        if self.expert_placement is not None and self.data_parallel_size == 1:
+            raise ConfigError(f"--expert-placement places experts on data-parallel ranks; {size}, raise it")
         if self.data_parallel_size == 1:
             return
         if not self.enable_expert_parallel:

@@ -11,6 +11,7 @@ from torch import nn
 
 from thalweg.ops.registry import Op, Resolver, Where
 from thalweg.parallel.mesh import Mesh
+from thalweg.parallel.placement import Placement
 from thalweg.parallel.shards import Shards
 from thalweg.quant import PLAIN
 from thalweg.quant.scheme import Shape
@@ -31,6 +32,7 @@ class BuildContext:
     block_size: int = field(kw_only=True)  # tokens in a block of the cache
     path: str = field(default="", kw_only=True)  # of the module that is being built, "layers.0.attn." or so
     norm_fp32: bool = field(default=False, kw_only=True)  # whether the weights of RMSNorms are kept in float32
+    placements: Mapping[int, Placement] = field(default_factory=dict, kw_only=True)  # of layers with an uneven one
 
     @property
     def dtype_name(self) -> str:
@@ -69,6 +71,11 @@ class BuildContext:
             return {name: self.weight(*shape)}
         dtypes = {s.suffix: None if s.dtype == "model" else getattr(torch, s.dtype) for s in target.parameters}
         return {name + s.suffix: self.weight(*s.shape, dtype=dtypes[s.suffix]) for s in target.parameters}
+
+    def placement(self, experts: int) -> Placement:
+        """Of the routed experts of the layer that is being built."""
+        layer = int(self.path.split(".")[1]) if self.path.startswith("layers.") else -1
+        return self.placements.get(layer) or Placement.even(experts, self.mesh.data.size)
 
     @property
     def shards(self) -> Shards:

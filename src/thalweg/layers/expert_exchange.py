@@ -8,29 +8,41 @@ import torch
 from torch import Tensor
 
 from thalweg.parallel.data_ranks import DataRanks
+from thalweg.parallel.placement import Placement
 
 RunExperts = Callable[[Tensor, Tensor], Tensor]
-"""(rows [P, D], their experts on this rank, int64 [P]) to the experts' outputs [P, D]."""
+"""(rows [P, D], their experts' places on this rank, int64 [P]) to the experts' outputs [P, D]."""
 
 
 class ExpertExchange:
-    """Each rank has `here` routed experts: rank r those from r * here on. All ranks call at the same time, each with
-    its own tokens, of which there may be none."""
+    """All ranks call at the same time, each with its own tokens, of which there may be none. An expert that is on
+    several ranks serves the tokens of these where they are; those of other ranks go to its copies in turn."""
 
-    def __init__(self, ranks: DataRanks, here: int) -> None:
-        self._ranks, self._here = ranks, here
-        self._counted_RE: Tensor | None = None  # nobody asked yet
+    def __init__(self, ranks: DataRanks, placement: Placement, device: torch.device) -> None:
+        self._ranks, self._here = ranks, placement.here
+        choices = placement.choices(ranks.rank)
+        self._experts, self._device = len(choices), device
+        self._slots: tuple[Tensor, Tensor] | None = None  # of each expert [E, most copies], and how many they are [E]
+        if choices != [[e] for e in range(len(choices))]:
+            most = max(map(len, choices))
+            table = torch.tensor([(numbers * most)[:most] for numbers in choices], device=device)
+            self._slots = table, torch.tensor([len(numbers) for numbers in choices], device=device)
+        self._counted_E: Tensor | None = None  # nobody asked yet
 
     def __call__(self, x_TD: Tensor, weights_Tk: Tensor, ids_Tk: Tensor, run: RunExperts) -> Tensor:
         """y_TD in x's dtype, the weighted sum over each token's k experts, wherever they are. `run` is called if any
         rank has rows for this one. The sum is in fp32 and in the order of the ids, whatever the number of ranks."""
         ranks, here, (T, k) = self._ranks, self._here, ids_Tk.shape
+        if self._counted_E is not None:
+            self._counted_E += ids_Tk.flatten().bincount(minlength=self._experts)
+        if self._slots is not None:
+            table, copies = self._slots
+            turns_T1 = torch.arange(ranks.rank, ranks.rank + T, device=ids_Tk.device).unsqueeze(1)
+            ids_Tk = table[ids_Tk, turns_T1 % copies[ids_Tk]]
         ids_P = ids_Tk.flatten()
-        order_P = ids_P.argsort(stable=True)  # by expert, and so by rank
+        order_P = ids_P.argsort(stable=True)  # by slot, and so by rank
         counts_RE = ids_P.bincount(minlength=ranks.size * here).view(ranks.size, here)
         theirs_RE = ranks.exchange(counts_RE)
-        if self._counted_RE is not None:
-            self._counted_RE += counts_RE
         # The host has to know how many rows come and go, which it waits for.
         sent, received = torch.stack([counts_RE.sum(1), theirs_RE.sum(1)]).tolist()
         rows_QD = ranks.all_to_all(x_TD[order_P // k], sent, received)
@@ -42,10 +54,10 @@ class ExpertExchange:
         y_PD[order_P] = sorted_PD.float()
         return (y_PD.view(T, k, y_PD.shape[1]) * weights_Tk.unsqueeze(-1)).sum(1).to(x_TD.dtype)
 
-    def counts(self, device: torch.device) -> list[int]:
+    def counts(self) -> list[int]:
         """How many of this rank's tokens each routed expert of the model got since this was first asked, from any
         thread. Waits for the device."""
-        if self._counted_RE is None:
-            self._counted_RE = torch.zeros(self._ranks.size, self._here, dtype=torch.int64, device=device)
-        counts: list[int] = self._counted_RE.flatten().tolist()
+        if self._counted_E is None:
+            self._counted_E = torch.zeros(self._experts, dtype=torch.int64, device=self._device)
+        counts: list[int] = self._counted_E.tolist()
         return counts

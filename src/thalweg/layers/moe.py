@@ -191,9 +191,9 @@ class MoE(nn.Module):
         super().__init__()
         self.mesh = ctx.mesh
         self.shared: SharedExpert | OwnExpert | None = None
-        first, last = ctx.shards.experts(experts)
-        self._routed = last - first
-        self._exchange = ExpertExchange(ctx.mesh.data, self._routed) if ctx.mesh.data.size > 1 else None
+        placement = ctx.placement(experts)
+        self._routed = placement.here
+        self._exchange = ExpertExchange(ctx.mesh.data, placement, ctx.device) if ctx.mesh.data.size > 1 else None
         self._nothing_TD = torch.empty(0, width, dtype=ctx.dtype, device=ctx.device)
         own, gated = 0, gated_shared == inner and "shared.down.weight" not in ctx
         if gated:
@@ -254,7 +254,7 @@ class MoE(nn.Module):
     def expert_counts(self) -> list[int]:
         """As ExpertExchange.counts."""
         assert self._exchange is not None
-        return self._exchange.counts(self._nothing_TD.device)
+        return self._exchange.counts()
 
     def _exchanged(
         self, exchange: ExpertExchange, x_TD: Tensor, normed_TD: Tensor, weights_Tk: Tensor, ids_Tk: Tensor

@@ -19,6 +19,7 @@ from thalweg.models.parts.moe import MoeDims
 from thalweg.models.parts.part import WHOLE, Cost, Names, PlanContext, Step
 from thalweg.models.parts.quantized import GgmlCheckpoint, Quantized, stored_as
 from thalweg.models.parts.vocab import VocabDims
+from thalweg.parallel.placement import Placement
 from thalweg.parallel.shards import Shards
 from thalweg.quant import PLAIN, Scheme
 from thalweg.weights.plan import Source, Target
@@ -136,9 +137,10 @@ def weight_plan(
     tensors: Collection[str] = (),
     *,
     mtp: bool = False,
+    placements: Mapping[int, Placement] | None = None,
 ) -> list[Target]:
     """Every parameter of this rank, the experts' stored as `scheme` says, from a checkpoint that has `tensors`; with
-    `mtp` the MTP layer's too, below "mtp".
+    `mtp` the MTP layer's too, below "mtp". `placements` are those of layers whose experts are not divided evenly.
 
     Raises ConfigError naming --tensor-parallel-size if it does not divide a dimension, or --quantization if there are
     no experts; or if there is no MTP layer.
@@ -159,7 +161,8 @@ def weight_plan(
     targets = config.vocab.targets(layout.vocab, ctx)
     for n, layer in enumerate(config.layers):
         targets += layer.mixer.targets(f"layers.{n}.attn", layout.mixer(n), ctx)
-        targets += layer.mlp.targets(f"layers.{n}.mlp", layout.mlp(n), ctx)
+        of_layer = replace(ctx, placement=(placements or {}).get(n))
+        targets += layer.mlp.targets(f"layers.{n}.mlp", layout.mlp(n), of_layer)
     return targets + (_mtp_plan(config, layout.mtp, ctx, tensors) if mtp else [])
 
 

@@ -11,7 +11,7 @@ Range = tuple[int, int]  # [start, stop)
 
 @dataclass(frozen=True, slots=True)
 class Shards:
-    """This rank's share of dimensions under tensor parallelism, and of the experts under data parallelism."""
+    """This rank's share of dimensions under tensor parallelism, and its number among data-parallel ranks."""
 
     rank: int = 0
     size: int = 1
@@ -21,15 +21,6 @@ class Shards:
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size:
             raise ConfigError(f"tensor-parallel rank is {self.rank}; expected 0 to {self.size - 1}")
-
-    def experts(self, total: int) -> Range:
-        """This rank's routed experts of `total`. Raises ConfigError if the data-parallel ranks do not divide them."""
-        if total % self.data_size:
-            raise ConfigError(
-                f"--data-parallel-size is {self.data_size}; it must divide the number of experts, which is {total}"
-            )
-        n = total // self.data_size
-        return self.data_rank * n, (self.data_rank + 1) * n
 
     def count(self, total: int, what: str) -> int:
         """total / size. Raises ConfigError when that is not whole; `what` names the dimension."""

@@ -65,17 +65,18 @@ class MoeDims:
         """
         E, D = self.experts, ctx.width
         start, stop = ctx.shards.even(self.inner, WIDTH)
-        first, last = ctx.shards.experts(E)
+        mine = ctx.experts(E)
         count = self._like_routed
-        local, here = stop - start, last - first
+        local, here = stop - start, len(mine)
         total = here + count
-        gate_up, down = self._stacked(names, (first, last), (start, stop), ctx) if "stacked_down" in names else ([], [])
+        gate_up, down = self._stacked(names, mine, (start, stop), ctx) if "stacked_down" in names else ([], [])
         elsewhere: tuple[list[Source], list[Source]] = ([], [])
         if not gate_up:
-            for e in range(E):
-                one = {x: names[x].format(e=e) for x in ("gate", "up", "down")}
-                lists, place = ((gate_up, down), e - first) if first <= e < last else (elsewhere, (e - last) % E)
-                self._expert(one, place, (start, stop), self.inner, D, *lists)
+            others = sorted(set(range(E)) - set(mine))
+            for experts, lists in ((mine, (gate_up, down)), (others, elsewhere)):
+                for place, e in enumerate(experts):
+                    one = {x: names[x].format(e=e) for x in ("gate", "up", "down")}
+                    self._expert(one, place, (start, stop), self.inner, D, *lists)
         shared = {x: names[f"shared_{x}"] for x in ("gate", "up", "down") if count}
         routed = {"gate": gate_up[0].name, "up": gate_up[-1].name, "down": down[0].name}
         apart = any(ctx.stored_as(name) != ctx.stored_as(routed[x]) for x, name in shared.items())
@@ -142,22 +143,22 @@ class MoeDims:
         gate_up.append(placed(names["up"], (inner, D), (e, (local, 2 * local)), 0, part))
         down.append(placed(names["down"], (D, inner), (e,), 1, part))
 
-    def _stacked(self, names: Names, rows: Range, part: Range, ctx: PlanContext) -> tuple[list[Source], list[Source]]:
-        """From one tensor of all experts [E, 2*I, D], gate above up, and one [E, D, I]: experts `rows`, or a `part` of
-        the width of all."""
+    def _stacked(
+        self, names: Names, mine: tuple[int, ...], part: Range, ctx: PlanContext
+    ) -> tuple[list[Source], list[Source]]:
+        """From one tensor of all experts [E, 2*I, D], gate above up, and one [E, D, I]: the experts `mine`, or a `part`
+        of the width of all."""
         E, inner, D, (start, stop) = self.experts, self.inner, ctx.width, part
         local, shape = stop - start, (E, 2 * inner, D)
-        if rows != (0, E):  # then each is whole
+        if ctx.shards.data_size > 1:  # then each is whole
             if ctx.scheme is not PLAIN and inner % BLOCK:
                 raise ConfigError(
                     f"--quantization {ctx.scheme.name} with --data-parallel-size needs {WIDTH} to be a multiple of"
                     f" {BLOCK} if one tensor holds all experts; it is {inner}"
                 )
-            here = ((0, rows[1] - rows[0]),)
-            return (
-                [placed(names["stacked_gate_up"], shape, here, 0, rows)],
-                [placed(names["stacked_down"], (E, D, inner), here, 0, rows)],
-            )
+            of_all = (names["stacked_gate_up"], shape), (names["stacked_down"], (E, D, inner))
+            gate_up, down = ([placed(*one, (i,), 0, (e, e + 1)) for i, e in enumerate(mine)] for one in of_all)
+            return gate_up, down
         up = (inner + start, inner + stop)
         return [
             placed(names["stacked_gate_up"], shape, ((0, E), (0, local)), 1, part),

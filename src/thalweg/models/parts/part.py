@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from thalweg.errors import ConfigError, UnsupportedError
+from thalweg.parallel.placement import Placement
 from thalweg.parallel.shards import Shards
 from thalweg.quant import FP8_LINEARS, PLAIN, GgmlRows, Scheme
 from thalweg.quant.blocks import BLOCK, blocks
@@ -105,6 +106,12 @@ class PlanContext:
     shifted_norms: bool = False
     stored_as: Callable[[str], str] = lambda _: "none"
     tiles: Mapping[str, Tile] = field(default_factory=dict)  # of matrices of blocks whose columns are in another order
+    placement: Placement | None = None  # of this layer's experts over data-parallel ranks; None: even
+
+    def experts(self, total: int) -> tuple[int, ...]:
+        """This rank's routed experts of `total`. Raises ConfigError if the data-parallel ranks do not divide them."""
+        placement = self.placement or Placement.even(total, self.shards.data_size)
+        return placement.slots[self.shards.data_rank]
 
     def norm(self, ours: str, theirs: str, size: int) -> Target:
         """The weight [size] of an RMSNorm. Where one is added to it, it is kept in float32, which loses nothing."""
