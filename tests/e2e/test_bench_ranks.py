@@ -60,6 +60,18 @@ def test_latency_beside_the_floor_of_a_rank(ranks: int, tmp_path: Path) -> None:
         assert 6 * floor["step_sent"] < floor["prefill_sent"] < 8 * floor["step_sent"]
 
 
+def test_ops_that_ranks_run_together_beside_their_link(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "a.json"
+    sizes = ["--suite", "ranks", "-tp", "2", "--op", "all_reduce_add", "--device", "cpu", "--batch-size", "1,3"]
+    assert main(["bench", "kernels", *sizes, "--output-json", str(file)]) == 0
+    results = json.loads(file.read_text())["results"]
+    assert [(r["implementation"], r["us"] is None) for r in results] == 2 * [("reference", False), ("cuda", True)]
+    one, _, three, _ = results
+    assert one["floor_us"] > 0
+    assert three["num_bytes"] == 3 * one["num_bytes"]
+    assert "cuda: needs ranks that map each other's memory" in capsys.readouterr().out
+
+
 def test_an_operation_takes_the_longest_of_traffic_arithmetic_and_what_it_sends() -> None:
     ceilings = Ceilings(bytes_per_s=10.0, flops_per_s=100.0, link_bytes_per_s=2.0)
     costs = [Cost("read", bytes=20.0, flops=10.0), Cost("product", bytes=1.0, flops=300.0), Cost("reduce", sent=8.0)]

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+from thalweg.ops.toolchain import cuda_build
 from thalweg.ops.toolchain.tensor_map import TensorMap
 
 HEADERS = Path(__file__).parent / "host"
@@ -51,6 +52,8 @@ def _libraries(source: Path, name: str, macros: tuple[tuple[str, int], ...]) -> 
         str(HEADERS),
         "-I",
         str(source.parent),
+        "-I",
+        str(cuda_build.HEADERS[0].parent),  # for headers that need no substitute
     ]
     command += [f"-D{key}={value}" for key, value in macros]
     run = subprocess.run([*command, "kernel.cpp", "-o", "kernel.so"], cwd=folder, capture_output=True, text=True)

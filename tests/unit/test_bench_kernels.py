@@ -19,7 +19,8 @@ from thalweg.bench.kernels.case import Arguments, Candidate, Case, Setting
 from thalweg.bench.kernels.feed_forward import distinct_experts
 from thalweg.bench.kernels.measure import Measurement, measure_case
 from thalweg.bench.kernels.model import PUBLISHED, ModelOps
-from thalweg.bench.kernels.suites import DECODE, PREFILL, SUITES, VIEWS, choose_ops, run_suite
+from thalweg.bench.kernels.ranks import OPS
+from thalweg.bench.kernels.suites import DECODE, PREFILL, RANKS, SUITES, VIEWS, choose_ops, run_suite
 from thalweg.cli import main
 from thalweg.config.engine import EngineConfig
 from thalweg.errors import ConfigError
@@ -204,13 +205,14 @@ def check(results: list[Measurement]) -> None:
 
 
 def test_every_op_that_a_model_asks_for_has_cases(tmp_path: Path) -> None:
-    known = {op.name for op, _ in (*DECODE, *PREFILL)} | set(VIEWS)
+    known = {op.name for op, _ in (*DECODE, *PREFILL)} | set(VIEWS) | set(OPS)
     configs = [small_qwen(tmp_path), small_k2(tmp_path), small_k2(tmp_path, q_rank=None)]
     for options in ({}, *({"config_file": file} for file in configs), {"tensor_parallel_size": 2}):
         model = setting(**options).model
         assert model.names() <= known
         of_suites = {name for suite in ("decode", "prefill") for name in names(suite, model)}
-        assert of_suites == model.names() - set(VIEWS)
+        assert of_suites == model.names() - set(VIEWS) - set(OPS)
+        assert (set(OPS) <= model.names()) == ("tensor_parallel_size" in options)
 
 
 def names(suite: str, model: ModelOps) -> set[str]:
@@ -332,7 +334,9 @@ def test_command_prints_and_writes(tmp_path: Path, capfd: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ("--suite x", "--suite is 'x'; expected seeds, decode, prefill"),
+        ("--suite x", "--suite is 'x'; expected seeds, decode, prefill, ranks"),
+        ("--suite ranks", "--tensor-parallel-size"),
+        ("--suite ranks -tp 2 --op sample", "suite 'ranks' has all_reduce_add"),
         ("--op x", "--op is 'x'; suite 'decode' has norm_linear"),
         ("--batch-size 0", "--batch-size is '0'"),
         ("--batch-size a", "--batch-size is 'a'"),
@@ -353,7 +357,7 @@ def test_a_mistake_is_one_line(options: str, named: str, capfd: pytest.CaptureFi
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("suite", SUITES)
+@pytest.mark.parametrize("suite", [suite for suite in SUITES if suite != RANKS])
 def test_suites_on_a_gpu(suite: str) -> None:
     results = run(
         setting("cuda", torch.bfloat16, config_file=str(PUBLISHED), num_layers=4, tensor_parallel_size=4), suite

@@ -27,10 +27,12 @@ from thalweg.config.engine import EngineConfig
 from thalweg.errors import CheckpointError, ConfigError
 from thalweg.layers.attributes import find_directly
 from thalweg.models.decoder import Decoder
+from thalweg.ops.all_reduce import AREAS
 from thalweg.ops.registry import Resolver, Rows, Where, dims_of
 from thalweg.ops.sample import SAMPLE, Sample, SampleDims
 from thalweg.parallel.data_ranks import join_data_ranks
 from thalweg.parallel.mesh import Mesh, join_mesh
+from thalweg.parallel.peers import map_peers
 from thalweg.runner.cache_file import CacheIndex, images
 from thalweg.runner.cache_file import read as read_file
 from thalweg.runner.graphs import MAX_ROWS, buckets
@@ -78,6 +80,7 @@ def build_rank(
     mesh = join_mesh(tp_rank, config.tensor_parallel_size, meeting, device, hosts=config.nnodes, listener=listener)
     if config.data_parallel_size > 1:
         mesh.data = join_data_ranks(data_rank, config.data_parallel_size, meeting, device)
+    map_peers(mesh, device, AREAS)
     resolver = Resolver(config.op_preference, quantize_activations=config.quantize_activations)
     model = Decoder(opened.context(mesh, resolver), c)
     sample = resolve_sample(resolver, device, c.vocab_size)

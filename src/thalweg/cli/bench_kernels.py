@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 
 def kernels(
     suite: Annotated[
-        str, typer.Option(help="decode, prefill, or seeds: the published results this project grew from.")
+        str,
+        typer.Option(
+            help="decode, prefill, ranks (what several ranks run together), or seeds: the published results this"
+            " project grew from."
+        ),
     ] = "decode",
     op: Annotated[str | None, typer.Option(metavar="NAME", help="Measure only this op of the suite.")] = None,
     batch_size: Annotated[
@@ -82,7 +86,8 @@ def kernels(
     from thalweg.bench.ceilings import measure_ceilings
     from thalweg.bench.kernels.case import Setting
     from thalweg.bench.kernels.model import PUBLISHED, ModelOps
-    from thalweg.bench.kernels.suites import choose_ops, run_suite
+    from thalweg.bench.kernels.ranks import choose_ranks, measure_ranks
+    from thalweg.bench.kernels.suites import RANKS, choose_ops, run_suite
     from thalweg.bench.machine import describe_machine
 
     where = choose_device(config, 0)
@@ -92,8 +97,9 @@ def kernels(
     name = dtype if dtype != "auto" else "bfloat16" if on_gpu else "float32"
     config = replace(config, dtype=name, config_file=config_file or (str(PUBLISHED) if on_gpu else None))
     model = ModelOps(config)
-    builders = choose_ops(suite, op, model)
     setting = Setting(where, getattr(torch, name), model, tuple(sizes), tokens or (4096 if on_gpu else 512))
+    together = choose_ranks(op, tensor_parallel_size) if suite == RANKS else []
+    builders = [] if together else choose_ops(suite, op, model)
     ceilings = measure_ceilings(where, setting.dtype)
     if on_gpu:
         torch.cuda.empty_cache()
@@ -109,7 +115,8 @@ def kernels(
         "dtype": name,
         "context": setting.context,
     }
-    results = _print(run_suite(builders, setting, ceilings), measured | machine)
+    of_ranks = measure_ranks(together, config, ceilings, setting.batch_sizes)
+    results = _print(of_ranks if together else run_suite(builders, setting, ceilings), measured | machine)
     write_json(output_json, {"engine": measured, "machine": machine, "results": [r.to_dict() for r in results]})
 
 

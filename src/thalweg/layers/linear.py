@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -11,18 +12,23 @@ from torch import Tensor, nn
 from thalweg.layers.context import BuildContext
 from thalweg.layers.norm import NormWeight
 from thalweg.ops.activation import SILU_AND_MUL, SiluAndMulDims
+from thalweg.ops.all_reduce import ALL_REDUCE_ADD, AllReduceAdd, AllReduceAddDims
 from thalweg.ops.linear import (
     LINEAR,
     LINEAR_ADD,
     LINEAR_GGML,
+    LINEAR_REDUCE_ADD,
     NORM_LINEAR,
     LinearDims,
     LinearGgmlDims,
+    LinearReduceAdd,
+    LinearReduceDims,
     NormLinearDims,
 )
 from thalweg.ops.linear.fp8 import LINEAR_ADD_FP8, LINEAR_FP8, NORM_LINEAR_FP8, Fp8LinearDims
 from thalweg.ops.norm import RMS_NORM, RmsNormDims
 from thalweg.ops.swiglu import NORM_SWIGLU, NormSwigluDims
+from thalweg.parallel.mesh import Mesh
 
 
 class Weights(nn.Module):
@@ -124,6 +130,10 @@ class GateUp(Weights):
         return self._act(y_TX) if self.is_quantized else y_TX
 
 
+def _over_ranks(op: LinearReduceAdd, mesh: Mesh, x_TD: Tensor, w_OD: Tensor, residual_TO: Tensor) -> Tensor:
+    return op(x_TD, w_OD, residual_TO, mesh)
+
+
 class LinearAdd(Weights):
     """y = residual + x W^T, summed over ranks: `in_features` is this rank's share."""
 
@@ -132,23 +142,29 @@ class LinearAdd(Weights):
         self.mesh = ctx.mesh
         self._linear: Callable[..., Tensor]
         self._linear_add: Callable[..., Tensor]
-        one_rank, dims = ctx.mesh.tp_size == 1, LinearDims(D=in_features, O=out_features)
+        self._reduce_add: AllReduceAdd | None = None
+        mesh, ranks, mapped = ctx.mesh, ctx.mesh.tp_size, ctx.mesh.mapped
+        one_rank = ranks == 1
         if self.ggml is not None:
             self._linear = lambda x_TD, *_: self.product_ggml(x_TD)
-        elif self.fp8 is not None and one_rank:
-            self._linear_add = ctx.op(LINEAR_ADD_FP8, self.fp8)
-        elif self.fp8 is not None:
+        elif self.fp8 is not None and not one_rank:
             self._linear = ctx.op(LINEAR_FP8, self.fp8)
+        elif self.fp8 is not None:
+            self._linear_add = ctx.op(LINEAR_ADD_FP8, self.fp8)
         elif one_rank:
-            self._linear_add = ctx.op(LINEAR_ADD, dims)
+            self._linear_add = ctx.op(LINEAR_ADD, LinearDims(D=in_features, O=out_features))
         else:
-            self._linear = ctx.op(LINEAR, dims)
-        self._is_one_op = one_rank and self.ggml is None
+            dims = LinearReduceDims(D=in_features, O=out_features, ranks=ranks, mapped=mapped)
+            self._linear_add = partial(_over_ranks, ctx.op(LINEAR_REDUCE_ADD, dims), mesh)
+        self._is_one_op = self.ggml is None and (one_rank or self.fp8 is None)
+        if not one_rank and not self._is_one_op:
+            self._reduce_add = ctx.op(ALL_REDUCE_ADD, AllReduceAddDims(D=out_features, ranks=ranks, mapped=mapped))
 
     def forward(self, x_TD: Tensor, residual_TO: Tensor) -> Tensor:
         if self._is_one_op:
             return self._linear_add(x_TD, *self.tensors(), residual_TO)
-        return residual_TO + self.mesh.all_reduce(self._linear(x_TD, *self.tensors()))
+        y_TO = self._linear(x_TD, *self.tensors())
+        return residual_TO + y_TO if self._reduce_add is None else self._reduce_add(residual_TO, y_TO, self.mesh)
 
     def of_parts(self, parts: Sequence[Tensor], residual_TO: Tensor) -> Tensor:
         """`forward` of the rows of all parts in order, without the copy that puts them into one tensor.

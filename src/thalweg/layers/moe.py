@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -10,8 +12,10 @@ from thalweg.layers.expert_exchange import ExpertExchange
 from thalweg.layers.linear import GateUp, Linear, LinearAdd, Weights
 from thalweg.layers.norm import NormWeight
 from thalweg.ops.activation import SILU_AND_MUL, SiluAndMulDims
-from thalweg.ops.moe.experts import EXPERTS, ExpertsDims
+from thalweg.ops.all_reduce import ALL_REDUCE_ADD, AllReduceAdd, AllReduceAddDims
+from thalweg.ops.moe.experts import EXPERTS, ExpertsDims, Finish
 from thalweg.ops.moe.router import NORM_ROUTER, NormRouterDims, Scoring
+from thalweg.parallel.mesh import Mesh
 from thalweg.quant import PLAIN
 
 
@@ -113,8 +117,9 @@ class Experts(nn.Module):
         ids_Tk: Tensor,
         residual_TD: Tensor | None,
         own: tuple[Tensor, Tensor] | None,
+        finish: Finish | None = None,
     ) -> Tensor:
-        """The experts' sum over this rank's width, plus the residual if there is one."""
+        """The experts' sum over this rank's width, plus the residual if there is one, or what `finish` makes of it."""
         gate_up, down = self._stored(self._gate_up), self._stored(self._down)
         return self._experts(
             normed_TD,
@@ -126,6 +131,7 @@ class Experts(nn.Module):
             num_shared=self.shared,
             own=own,
             scale=self.scale,
+            finish=finish,
         )
 
 
@@ -162,6 +168,22 @@ class SharedExpert(nn.Module):
         return y_TD * gate_T1.sigmoid() if self.gated else y_TD
 
 
+def _over_ranks(
+    op: AllReduceAdd,
+    mesh: Mesh,
+    x_TD: Tensor,
+    shared_TD: Tensor | None,
+    parts_PD: Tensor,
+    *,
+    weights_Tk: Tensor | None = None,
+    own_TD: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """x + the sum over ranks of what their experts gave, this one's in parts, and of its shared expert."""
+    own_TD = shared_TD if own_TD is None else own_TD
+    return op(x_TD, parts_PD, mesh, weights_Tk=weights_Tk, own_TD=own_TD, scale=scale)
+
+
 class MoE(nn.Module):
     """x plus its routed experts and the shared ones: as further experts that every token takes, with weight 1 or what
     their gate says; if the plan stores them otherwise than the routed ones, as one expert beside these where they are
@@ -194,6 +216,10 @@ class MoE(nn.Module):
         placement = ctx.placement(experts)
         self._routed = placement.here
         self._exchange = ExpertExchange(ctx.mesh.data, placement, ctx.device) if ctx.mesh.data.size > 1 else None
+        self._reduce_add: AllReduceAdd | None = None
+        if ctx.mesh.tp_size > 1:
+            dims = AllReduceAddDims(D=width, ranks=ctx.mesh.tp_size, mapped=ctx.mesh.mapped)
+            self._reduce_add = ctx.op(ALL_REDUCE_ADD, dims)
         self._nothing_TD = torch.empty(0, width, dtype=ctx.dtype, device=ctx.device)
         own, gated = 0, gated_shared == inner and "shared.down.weight" not in ctx
         if gated:
@@ -234,15 +260,15 @@ class MoE(nn.Module):
         normed_TD, weights_Tk, ids_Tk = self.router(x_TD)
         if self._exchange is not None:
             return self._exchanged(self._exchange, x_TD, normed_TD, weights_Tk, ids_Tk)
-        one_rank = self.mesh.tp_size == 1
-        added_TD, own = x_TD if one_rank else None, None
-        if isinstance(self.shared, OwnExpert):
-            own = self.shared.weights
-        elif self.shared is not None:
-            own_TD = self.shared(normed_TD)
-            added_TD = own_TD if added_TD is None else added_TD + own_TD
-        y_TD: Tensor = self.experts(normed_TD, weights_Tk, ids_Tk, added_TD, own)
-        return y_TD if one_rank else x_TD + self.mesh.all_reduce(y_TD)
+        own = self.shared.weights if isinstance(self.shared, OwnExpert) else None
+        own_TD = self.shared(normed_TD) if isinstance(self.shared, SharedExpert) else None
+        if self._reduce_add is None:
+            added_TD = x_TD if own_TD is None else x_TD + own_TD
+            y_TD: Tensor = self.experts(normed_TD, weights_Tk, ids_Tk, added_TD, own)
+        else:
+            finish = partial(_over_ranks, self._reduce_add, self.mesh, x_TD, own_TD)
+            y_TD = self.experts(normed_TD, weights_Tk, ids_Tk, None, own, finish)
+        return y_TD
 
     def serve_others(self) -> None:
         """Take part in the exchange of a step in which this rank has no tokens."""

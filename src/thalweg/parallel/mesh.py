@@ -9,7 +9,7 @@ import re
 import socket
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import torch
@@ -20,12 +20,15 @@ from thalweg.errors import RankLostError
 from thalweg.parallel.data_ranks import DataRanks
 from thalweg.parallel.groups import leave
 
+if TYPE_CHECKING:
+    from thalweg.parallel.peers import PeerMemory
+
 
 class Mesh:
     """Tensor parallelism over `tp_size` ranks; this process is `tp_rank`. With one rank every method is free.
 
     `data` are the ranks that serve other requests, with which this one shares the experts. `hosts`: over how many hosts
-    the ranks are spread; only ranks of one host can map each other's memory.
+    the ranks are spread. `peers` is memory that ranks of one host map from one another, if they can (`map_peers`).
     """
 
     def __init__(
@@ -35,7 +38,13 @@ class Mesh:
         self.tp_rank = tp_rank
         self.tp_size = tp_size
         self.data = data or DataRanks()
+        self.peers: PeerMemory | None = None
         self._group = group
+
+    @property
+    def mapped(self) -> bool:
+        """Whether kernels may use `peers`. A mesh that joined nobody, as one that is only looked at, says yes."""
+        return self.peers is not None or self._group is None
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum over ranks, in place."""
@@ -52,6 +61,11 @@ class Mesh:
         parts = [torch.empty_like(x) for _ in range(self.tp_size)]
         self._run(lambda: group.allgather([parts], [x]))
         return torch.cat(parts, dim=-1)
+
+    def gather_bytes(self, own: bytes, device: torch.device) -> list[bytes]:
+        """Every rank's `own`, in rank order, all of one length."""
+        x = torch.frombuffer(bytearray(own), dtype=torch.uint8).to(device)
+        return [bytes(part.cpu().tolist()) for part in self.all_gather_last(x).split(len(own))]
 
     def broadcast(self, x: Tensor) -> Tensor:
         """Rank 0's x on every rank, in place."""
@@ -75,6 +89,8 @@ class Mesh:
     def close(self) -> None:
         leave(self._group)
         self._group = None
+        if self.peers is not None:
+            self.peers.close()
         self.data.close()
 
     def _run(self, collective: Callable[[], Any]) -> None:

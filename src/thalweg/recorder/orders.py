@@ -29,7 +29,18 @@ class MeasureLink(msgspec.Struct, frozen=True, array_like=True, tag="link"):
     size: int
 
 
-Order = StartRecording | StopRecording | FillCache | MeasureLink | SaveCache
+class MeasureExchange(msgspec.Struct, frozen=True, array_like=True, tag="exchange"):
+    """Time an implementation of an op that ranks run together, for so many rows; rank 0 tells microseconds per call.
+    `sizes` are the op's dims but for the ranks."""
+
+    op: str
+    implementation: str
+    sizes: dict[str, int]
+    rows: int
+    dtype: str
+
+
+Order = StartRecording | StopRecording | FillCache | MeasureLink | MeasureExchange | SaveCache
 
 
 class Recorded(msgspec.Struct, frozen=True):

@@ -16,8 +16,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from thalweg import tracing
 from thalweg.core import SaveCache, StepPlan, StepResult
 from thalweg.errors import ThalwegError
+from thalweg.recorder.exchanges import exchange_us
 from thalweg.recorder.measure import fill_cache, link_bytes_per_s
-from thalweg.recorder.orders import FillCache, MeasureLink, Order, Recorded, StartRecording, rank_file
+from thalweg.recorder.orders import FillCache, MeasureExchange, MeasureLink, Order, Recorded, StartRecording, rank_file
 from thalweg.runner.step import ModelRunner
 from thalweg.tracing import STEP
 
@@ -65,7 +66,7 @@ class RecordedRunner:
             self._began_ns = self._began_ns or time.perf_counter_ns()
             return self._runner.launch(plan)
 
-    def obey(self, order: Order) -> Recorded | float | None:
+    def obey(self, order: Order) -> Recorded | float | list[float] | str | None:
         """Start a recording, or stop it and write it; or what benchmarks ask for. Raises ThalwegError if there is a
         recording already, or none."""
         if isinstance(order, FillCache):
@@ -73,6 +74,8 @@ class RecordedRunner:
             return None
         if isinstance(order, MeasureLink):
             return link_bytes_per_s(self._runner, order.size)
+        if isinstance(order, MeasureExchange):
+            return exchange_us(self._runner, order)
         if isinstance(order, SaveCache):
             self._runner.save_cache(order)
             return None

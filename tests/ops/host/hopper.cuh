@@ -164,6 +164,14 @@ inline uint2 ask_blocks(const u32* p) {
     std::this_thread::yield();
     return {std::atomic_ref<u32>(((u32*)p)[0]).load(), std::atomic_ref<u32>(((u32*)p)[1]).load()};
 }
+inline void tell_system(u64* to, u64 x) { std::atomic_ref<u64>(*to).store(x); }
+inline void tell_system(u64* to, u64 x, u64 y) { tell_system(to, x), tell_system(to + 1, y); }
+inline void ask_system(const u64* p, u64& x) {
+    std::this_thread::yield();
+    x = std::atomic_ref<u64>(*(u64*)p).load();
+}
+inline void ask_system(const u64* p, u64& x, u64& y) { ask_system(p, x), ask_system(p + 1, y); }
+inline u32 load_anew(const u32* p) { return std::atomic_ref<u32>(*(u32*)p).load(); }
 inline float load_fp32(const float* p) { return *p; }
 inline int load_id(const long long* p) { return (int)*p; }
 

@@ -67,7 +67,8 @@ PREFILL: Makers = [
     (GQA_PREPARE, prefill.gqa_prepare),
     (GQA_PREFILL, prefill.gqa),
 ]
-SUITES = ("seeds", "decode", "prefill")
+RANKS = "ranks"  # what several ranks run together, in processes: bench/kernels/ranks.py
+SUITES = ("seeds", "decode", "prefill", RANKS)
 VIEWS = ("split_heads", "merge_heads")
 """Ops without cases: they give the device nothing to do. The seeds suite times such reshapes on the processor."""
 

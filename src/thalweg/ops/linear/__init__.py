@@ -1,5 +1,6 @@
 """Ops "linear", "norm_linear" and "linear_add": x @ w.T without bias, alone, of a norm, and added to the residual;
-"linear_ggml" is the first with rows of GGML's blocks. Those of weights in float8 are in `fp8`.
+"linear_reduce_add" is the last with a sum over ranks before, and "linear_ggml" the first with rows of GGML's blocks.
+Those of weights in float8 are in `fp8`.
 
 Weights are contiguous, as parameters are. x and a residual have a unit last stride and any row stride.
 """
@@ -13,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from thalweg.ops.all_reduce import ALL_REDUCE_ADD, AllReduceAddDims, Ranks
 from thalweg.ops.linear import reference, separate
 from thalweg.ops.norm import RMS_NORM, RmsNormDims
 from thalweg.ops.registry import Op, Refusal, Resolver, Tokens, Where, register
@@ -32,6 +34,14 @@ class NormLinearDims:
     D: int  # columns of x
     parts: tuple[int, ...]  # columns of y: the rows of each matrix that was fused into w
     norm_fp32: bool = False  # whether the norm's weight is fp32 whatever x is
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearReduceDims:
+    D: int  # columns of x on this rank
+    O: int  # columns of y
+    ranks: int
+    mapped: bool  # whether ranks map each other's memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +73,12 @@ class LinearAdd(Protocol):
         """
 
 
+class LinearReduceAdd(Protocol):
+    def __call__(self, x_TD: Tensor, w_OD: Tensor, residual_TO: Tensor, ranks: Ranks, /) -> Tensor:
+        """y_TO = residual + the sum over ranks of x @ w.T, as "all_reduce_add" of "linear"; whether a rank's product is
+        rounded to the dtype before the sum is open."""
+
+
 class LinearGgml(Protocol):
     def __call__(self, x_TD: Tensor, blocks: Tensor, /) -> Tensor:
         """y_TO = x @ w.T in x's dtype, w being rows of GGML's blocks one after another, uint8 [bytes].
@@ -75,6 +91,7 @@ class LinearGgml(Protocol):
 LINEAR: Op[LinearDims, Linear] = Op("linear", LinearDims)
 NORM_LINEAR: Op[NormLinearDims, NormLinear] = Op("norm_linear", NormLinearDims)
 LINEAR_ADD: Op[LinearDims, LinearAdd] = Op("linear_add", LinearDims)
+LINEAR_REDUCE_ADD: Op[LinearReduceDims, LinearReduceAdd] = Op("linear_reduce_add", LinearReduceDims)
 LINEAR_GGML: Op[LinearGgmlDims, LinearGgml] = Op("linear_ggml", LinearGgmlDims)
 
 MAX_COLUMNS, MAX_ROWS = 2**15, 2**18  # of the weight: a norm's weight, and sums over passes, fit shared memory
@@ -87,10 +104,10 @@ SOME, OF_MANY, MANY_ROWS = 32, 128, 65536
 NORM_COLUMNS, NORM_FEW = 2304, Tokens(last=32)  # so few do; there a norm inside saves its launch, and no time
 
 
-def _cuda_refuses(where: Where, dims: LinearDims | NormLinearDims) -> Refusal:
+def _cuda_refuses(where: Where, dims: LinearDims | NormLinearDims | LinearReduceDims) -> Refusal:
     if dims.D % 32 or not 0 < dims.D <= MAX_COLUMNS:
         return f"needs D to be a multiple of 32 up to {MAX_COLUMNS}, not {dims.D}"
-    O = dims.O if isinstance(dims, LinearDims) else sum(dims.parts)
+    O = sum(dims.parts) if isinstance(dims, NormLinearDims) else dims.O
     if O > MAX_ROWS:
         return f"needs O of at most {MAX_ROWS}, not {O}"
     if where.dtype != "bfloat16":
@@ -111,7 +128,7 @@ def _separate(where: Where, dims: NormLinearDims) -> NormLinear:
     return partial(separate.norm_linear, norm=norm, parts=dims.parts)
 
 
-def _few(dims: LinearDims | NormLinearDims) -> Tokens:
+def _few(dims: LinearDims | NormLinearDims | LinearReduceDims) -> Tokens:
     return FEW if dims.D <= WIDE else WIDE_FEW
 
 
@@ -151,6 +168,29 @@ def fused_gate_up_refuses(name: str, where: Where, dims: NormLinearDims) -> Refu
 def fused_gate_up_tokens(name: str, dims: NormLinearDims) -> Tokens:
     few = _norm_few(dims)
     return few if name == "cuda" else Tokens((few.last or 0) + 1, OF_MANY)
+
+
+def _reduce_refuses(where: Where, dims: LinearReduceDims) -> Refusal:
+    if not dims.mapped:
+        return "needs ranks that map each other's memory"
+    if reason := _cuda_refuses(where, dims):
+        return reason
+    from thalweg.ops.linear.cuda import reduce_refuses
+
+    return reduce_refuses(dims.D, dims.O, _few(dims).last or 0)
+
+
+def _reduce_separate(where: Where, dims: LinearReduceDims) -> LinearReduceAdd:
+    resolver = Resolver()
+    linear = resolver.resolve(LINEAR, where, LinearDims(D=dims.D, O=dims.O))
+    add = resolver.resolve(ALL_REDUCE_ADD, where, AllReduceAddDims(D=dims.O, ranks=dims.ranks, mapped=dims.mapped))
+    return partial(separate.linear_reduce_add, linear=linear, add=add)
+
+
+def _cuda_reduce(where: Where, dims: LinearReduceDims) -> LinearReduceAdd:
+    from thalweg.ops.linear import cuda
+
+    return cuda.linear_reduce_add
 
 
 def _ggml(where: Where, dims: LinearGgmlDims) -> LinearGgml:
@@ -273,6 +313,10 @@ register(LINEAR_ADD, "matrix", _matrix_linear_add, supports=_matrix_refuses, tok
 register(LINEAR_ADD, "cpp", _cpp_linear_add, supports=_cpp_refuses, tokens=CPU_FEW, priority=10)
 register(LINEAR_ADD, "panels", _panels_linear_add, supports=_cpp_refuses, priority=5)
 register(LINEAR_ADD, "cuda", _cuda_linear_add, supports=_cuda_refuses, tokens=_few, priority=20)
+
+register(LINEAR_REDUCE_ADD, "reference", lambda *_: reference.linear_reduce_add)
+register(LINEAR_REDUCE_ADD, "separate", _reduce_separate, priority=10)
+register(LINEAR_REDUCE_ADD, "cuda", _cuda_reduce, supports=_reduce_refuses, tokens=_few, priority=20)
 
 register(LINEAR_GGML, "reference", _ggml, capturable=False)
 register(LINEAR_GGML, "cpp", _cpp_ggml, supports=_cpp_ggml_refuses, tokens=CPU_FEW, priority=10)

@@ -7,18 +7,22 @@ from __future__ import annotations
 
 from ctypes import c_float, c_int, c_longlong
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from thalweg.errors import KernelError
+from thalweg.ops.all_reduce import AREAS, SUMS, Ranks
+from thalweg.ops.all_reduce.cuda import exchange_arguments
+from thalweg.ops.registry import Refusal
 from thalweg.ops.toolchain.cuda_build import aligned_rows, cuda_kernel
 from thalweg.ops.toolchain.triton_support import multiprocessors
 
 SOURCE = Path(__file__).with_name("few.cu")
 WARPS, MAX_STAGES = 8, 16  # the latter as in the source
 SHARED = 220 * 1024  # bytes of shared memory that a block may ask for
+TOKENS = (8, 16, 32)  # that kernels are made for
 GRANULE = 256  # columns that passes are multiples of
 
 
@@ -47,6 +51,24 @@ def linear_add(x_TD: Tensor, w_OD: Tensor, residual_TO: Tensor) -> Tensor:
 
 def norm_swiglu(x_TD: Tensor, norm_weight_D: Tensor, eps: float, w_2ID: Tensor) -> Tensor:
     return few_tokens(x_TD, w_2ID, norm=(norm_weight_D, eps), gated=True)
+
+
+def linear_reduce_add(x_TD: Tensor, w_OD: Tensor, residual_TO: Tensor, ranks: Ranks) -> Tensor:
+    return few_tokens(x_TD, w_OD, residual_TO=residual_TO, ranks=ranks)
+
+
+def reduce_refuses(D: int, O: int, most_tokens: int) -> Refusal:
+    """Why sums of O rows of up to so many tokens cannot go over ranks within the projection, or None."""
+    blocks, place_bytes = AREAS[SUMS]
+    processors = min(multiprocessors(torch.device("cuda", torch.cuda.current_device())), O)
+    if processors > blocks:
+        return f"needs at most {blocks} multiprocessors, not {processors}"
+    for tokens in (n for n in TOKENS if n < 2 * most_tokens):
+        rows = -(-O // processors)
+        cut = tiling(rows, D, tokens)
+        if 8 * tokens * cut.rows * -(-rows // cut.tile_rows) > place_bytes:
+            return f"has no room for sums of {rows} rows per multiprocessor"
+    return None
 
 
 def tiling(block_rows: int, D: int, tokens: int, *, norm_bytes: int = 0) -> Tiling:
@@ -92,8 +114,10 @@ def few_tokens(
     residual_TO: Tensor | None = None,
     out_TO: Tensor | None = None,
     gated: bool = False,
+    ranks: Ranks | None = None,
 ) -> Tensor:
-    """[T, O] of at most 32 tokens: x, or its RMSNorm of (weight_D, eps), times w, plus the residual, rounded once.
+    """[T, O] of at most 32 tokens: x, or its RMSNorm of (weight_D, eps), times w, plus the residual, rounded once;
+    with `ranks` the product is summed over them before the residual is added.
 
     If `gated`, [T, O / 2]: the SiLU of the first half of that times the other.
 
@@ -101,12 +125,16 @@ def few_tokens(
     """
     (T, D), O, together = x_TD.shape, w_OD.shape[0], 1 + gated
     blocks = min(multiprocessors(x_TD.device), O // together)
-    tokens = next(n for n in (8, 16, 32) if n >= T)
+    tokens = next(n for n in TOKENS if n >= T)
     cut = tiling(together * -(-O // together // blocks), D, tokens, norm_bytes=norm_bytes(norm))
     macros = dict(WARPS=WARPS, TOKENS=tokens, ROWS=cut.rows, GATED=int(gated))
+    arguments: tuple[Any, ...] = ()
     if gated and out_TO is None:
         out_TO = torch.empty(T, O // 2, dtype=x_TD.dtype, device=x_TD.device)
-    return launch(SOURCE, blocks, WARPS, cut, macros, x_TD, (w_OD,), norm, residual_TO, out_TO)
+    if ranks is not None:
+        exchange, arguments = exchange_arguments(ranks, SUMS)
+        macros |= exchange
+    return launch(SOURCE, blocks, WARPS, cut, macros, x_TD, (w_OD,), norm, residual_TO, out_TO, arguments)
 
 
 def norm_bytes(norm: tuple[Tensor, float] | None) -> int:
@@ -125,6 +153,7 @@ def launch(
     norm: tuple[Tensor, float] | None,
     residual_TO: Tensor | None,
     out_TO: Tensor | None,
+    further: tuple[Any, ...] = (),
 ) -> Tensor:
     """Runs kernel "few_tokens" of a source, whose weights are one tensor with O rows, or that and its scales."""
     (T, D), O = x_TD.shape, len(weights[0])
@@ -150,5 +179,6 @@ def launch(
         (c_int, cut.tile_rows),
         (c_int, cut.stages),
         (c_float, eps),
+        *further,
     )
     return y_TO

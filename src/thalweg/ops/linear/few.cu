@@ -14,9 +14,14 @@
 // sums of an element of y are neighbours.
 //
 // Macros: D columns, and PASS of them at most, multiples of 32; WARPS; TOKENS at most, 8, 16 or 32; ROWS of a tile at
-// most, a multiple of 8; NORM, 2 for a weight in fp32; ADD; GATED, without ADD.
+// most, a multiple of 8; NORM, 2 for a weight in fp32; ADD; GATED, without ADD; RANKS and RANK, without GATED, if y is
+// summed over ranks before the residual is added: a block writes its sums to every rank, in fp32, and adds up those of
+// the same rows, in the order of the ranks.
 
 #include "hopper.cuh"
+#ifdef RANKS
+#include "ranks.cuh"
+#endif
 
 constexpr int THREADS = 32 * WARPS, MAX_STAGES = 16;
 constexpr int PASSES = (D + PASS - 1) / PASS, LAST = D - (PASSES - 1) * PASS;  // the latter: columns of the last pass
@@ -25,10 +30,17 @@ constexpr int CHUNKS = PASS / 32, MINE = (CHUNKS + WARPS - 1) / WARPS;  // of 32
 constexpr int HALVES = TOKENS / 8, GROUPS = (HALVES + 1) / 2;           // of the 16 tokens that the matrix unit takes
 constexpr int TILE = TOKENS * ROWS, EACH = (TILE + THREADS - 1) / THREADS;  // sums of a tile: all, and a thread's
 constexpr int NORM_BYTES = D * 2 * NORM;
+#ifdef RANKS
+constexpr int PLACE = 16384;  // bytes that a block writes for a rank at most: ops/all_reduce
+#endif
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     few_tokens(const bf16* x, const u8* norm_weight, const bf16* w, const bf16* residual, bf16* y, long long x_stride,
-               long long residual_stride, long long y_stride, int T, int O, int tile_rows, int stages, float eps) {
+               long long residual_stride, long long y_stride, int T, int O, int tile_rows, int stages, float eps
+#ifdef RANKS
+               , const u64* table, long long bytes
+#endif
+    ) {
     const int tid = threadIdx.x, lane = tid % 32, quad = lane / 4, pair = lane % 4;
     const int warp = __shfl_sync(~0u, tid / 32, 0);  // so that the compiler knows it for the same in all lanes
     constexpr int TOGETHER = 1 + GATED;
@@ -76,7 +88,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     };
     ask(max(1, stages - 1));
     __syncthreads();
+#ifdef RANKS
+    Ranks ranks = ranks_of(table, blockIdx.x, bytes);
     wait_for_kernel_ahead();
+    begin_exchange(ranks);
+    auto place_at = [&](int reader, int writer, int tile, int e) {
+        return place_of(ranks, reader, writer) + blockIdx.x * PLACE + (tile * TILE + e) * 8;
+    };
+#else
+    wait_for_kernel_ahead();
+#endif
 
     int place = 0;
     u32 phase = 0;
@@ -141,8 +162,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll 1
         for (int tile = 0; tile < tiles; tile++) {
             // Sum j of this thread: of token e / ROWS and row e % ROWS of the tile.
-            const int rows = min(tile_rows, count - tile * tile_rows), from = first + tile * tile_rows;
+            const int rows = min(tile_rows, count - tile * tile_rows);
             auto there = [&](int e) { return e < T * ROWS && e % ROWS < rows; };
+#ifndef RANKS
+            const int from = first + tile * tile_rows;
             float added[EACH] = {};
             if (ADD && last)
 #pragma unroll
@@ -150,6 +173,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                     const int e = tid + j * THREADS;
                     if (there(e)) added[j] = low(load_bf16(residual + e / ROWS * residual_stride + from + e % ROWS));
                 }
+#endif
             wait_at_barrier(full + 8 * place, phase);
             const u8* w_s = ring_s + place * stage_bytes;
             float c[ROWS / 8][GROUPS][2][4] = {};  // in two parts, or products would wait for one another
@@ -199,15 +223,52 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                         if (!last) *kept = sum;
                     }
                     sum *= r[j];
+#ifdef RANKS
+                    if (last)
+#pragma unroll
+                        for (int rank = 0; rank < RANKS; rank++)
+                            tell_rank(place_at(rank, RANK, tile, e), sum, ranks.number);
+#else
                     if (last && !GATED) y[(e / ROWS) * y_stride + from + e % ROWS] = (bf16)pack(sum + added[j], 0);
+#endif
                 }
+#ifndef RANKS
                 if (GATED && last) {
                     const float up = __shfl_xor_sync(~0u, sum, 1);
                     if (there(e) && tid % 2 == 0)
                         y[(e / ROWS) * y_stride + (from + e % ROWS) / 2] = (bf16)pack(sum / (1 + __expf(-sum)) * up, 0);
                 }
+#endif
             }
             if (++place == stages) place = 0, phase ^= 1;
         }
     }
+#ifdef RANKS
+#pragma unroll 1
+    for (int tile = 0; tile < tiles; tile++) {
+        const int rows = min(tile_rows, count - tile * tile_rows), from = first + tile * tile_rows;
+        float added[EACH] = {};
+        auto there = [&](int e) { return e < T * ROWS && e % ROWS < rows; };
+#pragma unroll
+        for (int j = 0; j < EACH; j++) {
+            const int e = tid + j * THREADS;
+            if (ADD && there(e)) added[j] = low(load_bf16(residual + e / ROWS * residual_stride + from + e % ROWS));
+        }
+#pragma unroll
+        for (int j = 0; j < EACH; j++) {
+            const int e = tid + j * THREADS;
+            if (!there(e)) continue;
+            float sum = 0;
+#pragma unroll
+            for (int rank = 0; rank < RANKS; rank++) {
+                float part;
+                poll(ranks, [&] { return told(place_at(RANK, rank, tile, e), part, ranks.number); });
+                sum += part;
+            }
+            y[(e / ROWS) * y_stride + from + e % ROWS] = (bf16)pack(sum + added[j], 0);
+        }
+    }
+    __syncthreads();
+    if (tid == 0) end_exchange(ranks);
+#endif
 }

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from thalweg.ops.all_reduce import Ranks
 from thalweg.ops.norm.reference import rms_norm
 from thalweg.quant import GgmlRows
 
@@ -24,6 +25,10 @@ def linear_add(x_TD: Tensor, w_OD: Tensor, residual_TO: Tensor) -> Tensor:
 
 def linear_add_in_place(x_TD: Tensor, w_OD: Tensor, residual_TO: Tensor) -> Tensor:
     return residual_TO.addmm_(x_TD, w_OD.T)  # no copy of the residual first
+
+
+def linear_reduce_add(x_TD: Tensor, w_OD: Tensor, residual_TO: Tensor, ranks: Ranks) -> Tensor:
+    return residual_TO + ranks.all_reduce(F.linear(x_TD, w_OD))
 
 
 def linear_ggml(scheme: GgmlRows, x_TD: Tensor, blocks: Tensor) -> Tensor:

@@ -1,13 +1,17 @@
-"""Fused matrices as the checkpoint has them: one product per matrix, each into its columns of one output.
+"""Fused matrices as the checkpoint has them: one product per matrix, each into its columns of one output. The norm is
+the same for all of them, and computed once. And the product and its sum over ranks, each by what serves it alone.
 
-What fusion is tested and timed against. The norm is the same for all of them, and computed once.
+What fusion is tested and timed against.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from thalweg.ops.all_reduce import AllReduceAdd, Ranks
 from thalweg.ops.norm import RmsNorm
 
 
@@ -19,6 +23,12 @@ def norm_linear(
     for w_PD, y_TP in zip(w_OD.split(parts), y_TO.split(parts, dim=-1), strict=True):
         torch.mm(normed_TD, w_PD.T, out=y_TP)
     return y_TO
+
+
+def linear_reduce_add(
+    x_TD: Tensor, w_OD: Tensor, residual_TO: Tensor, ranks: Ranks, *, linear: Callable[..., Tensor], add: AllReduceAdd
+) -> Tensor:
+    return add(residual_TO, linear(x_TD, w_OD), ranks)
 
 
 def batched_projection(x_T2R: Tensor, w_2OR: Tensor) -> Tensor:

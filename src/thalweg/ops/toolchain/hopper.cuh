@@ -92,6 +92,26 @@ __device__ __forceinline__ uint2 ask_blocks(const u32* p) {
     return x;
 }
 
+// The same between kernels of several devices: each value comes whole, and says nothing of others.
+__device__ __forceinline__ void tell_system(u64* to, u64 x) {
+    asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(to), "l"(x) : "memory");
+}
+__device__ __forceinline__ void tell_system(u64* to, u64 x, u64 y) {
+    asm volatile("st.relaxed.sys.global.v2.u64 [%0], {%1, %2};" ::"l"(to), "l"(x), "l"(y) : "memory");
+}
+__device__ __forceinline__ void ask_system(const u64* p, u64& x) {
+    asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(x) : "l"(p) : "memory");
+}
+__device__ __forceinline__ void ask_system(const u64* p, u64& x, u64& y) {
+    asm volatile("ld.relaxed.sys.global.v2.u64 {%0, %1}, [%2];" : "=l"(x), "=l"(y) : "l"(p) : "memory");
+}
+// What a kernel ahead, or the host, has left there last.
+__device__ __forceinline__ u32 load_anew(const u32* p) {
+    u32 x;
+    asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
+    return x;
+}
+
 __device__ __forceinline__ float load_fp32(const float* p) {
     float x;
     asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(x) : "l"(p));

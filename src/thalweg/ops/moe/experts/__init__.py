@@ -8,6 +8,7 @@ activations are quantized ("w8a8").
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -31,6 +32,20 @@ class ExpertsDims:
     own: int = 0  # width of the own expert, which is not among E; 0 if there is none
 
 
+class Finish(Protocol):
+    def __call__(
+        self,
+        parts_PD: Tensor,
+        /,
+        *,
+        weights_Tk: Tensor | None = None,
+        own_TD: Tensor | None = None,
+        scale: float = 1.0,
+    ) -> Tensor:
+        """Something of the experts' sum y [T, D], which is given whole, or as outputs [T * k, D] of the pairs, in fp32
+        or x's dtype, and what a form would make y of (op "all_reduce_add")."""
+
+
 class Experts(Protocol):
     def __call__(
         self,
@@ -44,6 +59,7 @@ class Experts(Protocol):
         num_shared: int = 0,
         own: tuple[Tensor, Tensor] | None = None,
         scale: float = 1.0,
+        finish: Finish | None = None,
     ) -> Tensor:
         """y_TD = sum over a token's k experts of weight * (silu(x @ gate.T) * (x @ up.T)) @ down.T, plus the residual.
 
@@ -60,6 +76,8 @@ class Experts(Protocol):
         gate_up [2 * dims.own, D] and down [D, dims.own]. Then y = residual + (own expert + scale * the others' sum),
         and the arithmetic is that of the parts by themselves: what each of the two gives is rounded to the dtype, and
         from there on as in op "scaled_residual_add". Without it scale is 1.
+
+        finish is called instead of the sum that ends it, and its result returned; there is no residual then.
 
         "fp8": (q float8_e4m3fn, scales fp32), and a weight is w = q * the scale of its block of 128 x 128. Scales of
         down are [E, ceil(D / 128), ceil(I / 128)], those of gate_up [E, 2 ceil(I / 128), ceil(D / 128)], whose halves
@@ -174,25 +192,44 @@ def _matrix_refuses(where: Where, dims: ExpertsDims, scheme: str, columns: int) 
     return _no_cuda(where) or why_not_hopper()
 
 
+def _finishing(form: Callable[..., Tensor]) -> Experts:
+    """A form that gives no outputs of pairs, with a `finish` of its whole sum."""
+
+    def experts(
+        x_TD: Tensor,
+        weights_Tk: Tensor,
+        ids_Tk: Tensor,
+        gate_up: tuple[Tensor, ...],
+        down: tuple[Tensor, ...],
+        *,
+        finish: Finish | None = None,
+        **others: Any,
+    ) -> Tensor:
+        y_TD = form(x_TD, weights_Tk, ids_Tk, gate_up, down, **others)
+        return y_TD if finish is None else finish(y_TD)
+
+    return experts
+
+
 def _reference(where: Where, dims: ExpertsDims) -> Experts:
     schemes = [scheme_named(name) for name in dims.scheme.split(" | ")]
-    return partial(reference.experts, schemes[0], down_scheme=schemes[-1])
+    return _finishing(partial(reference.experts, schemes[0], down_scheme=schemes[-1]))
 
 
 def _grouped(where: Where, dims: ExpertsDims) -> Experts:
     from thalweg.ops.moe.experts.triton import grouped
 
-    return grouped.experts_of_groups
+    return _finishing(grouped.experts_of_groups)
 
 
 def _matrix(where: Where, dims: ExpertsDims) -> Experts:
     if dims.scheme == "int4":
         from thalweg.ops.moe.experts import matrix_int4
 
-        return matrix_int4.experts
+        return _finishing(matrix_int4.experts)
     from thalweg.ops.moe.experts import matrix
 
-    return matrix.experts
+    return _finishing(matrix.experts)
 
 
 def _tiles(where: Where, dims: ExpertsDims) -> Experts:
@@ -211,7 +248,7 @@ def _cuda(where: Where, dims: ExpertsDims) -> Experts:
     if dims.scheme == "int4":
         from thalweg.ops.moe.experts import cuda_int4
 
-        return cuda_int4.experts
+        return _finishing(cuda_int4.experts)
     from thalweg.ops.moe.experts import cuda_fp8
 
     return cuda_fp8.experts
@@ -235,7 +272,7 @@ def _some(dims: ExpertsDims) -> Tokens:
 def _cpp(where: Where, dims: ExpertsDims, *, rounds: bool = False, many: bool = False) -> Experts:
     from thalweg.ops.moe.experts import cpp
 
-    return cpp.build(dims, rounds=rounds, many=many)
+    return _finishing(cpp.build(dims, rounds=rounds, many=many))
 
 
 def _cpp_refuses(where: Where, dims: ExpertsDims) -> Refusal:
@@ -257,7 +294,7 @@ def _prompts(dims: ExpertsDims) -> Tokens:
 def _separate(where: Where, dims: ExpertsDims) -> Experts:
     from thalweg.ops.moe.experts import separate
 
-    return separate.build(where, dims)
+    return _finishing(separate.build(where, dims))
 
 
 def _separate_refuses(where: Where, dims: ExpertsDims) -> Refusal:

@@ -3,6 +3,7 @@ weights in the model's dtype (many.cpp)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from ctypes import c_int, c_int64, c_void_p
 from functools import cache, partial
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from thalweg.ops.linear.blocks_cpp import Segments, refusal
-from thalweg.ops.moe.experts import Experts, ExpertsDims
+from thalweg.ops.moe.experts import ExpertsDims
 from thalweg.ops.registry import Refusal
 from thalweg.ops.toolchain.cpu_build import DTYPES, function
 from thalweg.quant import PLAIN, GgmlRows
@@ -20,7 +21,7 @@ Layout = tuple[Any, Any, Any]  # of a weight: its Segments, or (0, None, None) i
 _PLAIN: Layout = (0, None, None)
 
 
-def build(dims: ExpertsDims, *, rounds: bool = False, many: bool = False) -> Experts:
+def build(dims: ExpertsDims, *, rounds: bool = False, many: bool = False) -> Callable[..., Tensor]:
     """rounds: whether activations are rounded to 8 bits before they are multiplied with GGML's blocks. many: for
     prompts."""
     form = experts_many if many else experts

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from thalweg.ops.moe.experts import MAX_CUDA_WARPS, steps_per_warp
+from thalweg.ops.moe.experts import MAX_CUDA_WARPS, Finish, steps_per_warp
 from thalweg.ops.moe.experts.triton.weighted_sum import weighted_sum
 from thalweg.ops.toolchain.cuda_build import cuda_kernel
 from thalweg.ops.toolchain.triton_support import multiprocessors
@@ -70,9 +70,13 @@ def experts(
     num_shared: int = 0,
     own: tuple[Tensor, Tensor] | None = None,  # refused
     scale: float = 1.0,
+    finish: Finish | None = None,
 ) -> Tensor:
     out_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
     if len(x_TD) == 0:
-        return out_TD
+        return out_TD if finish is None else finish(out_TD)
     h_PI = run_gate_up(x_TD.contiguous(), ids_Tk, *gate_up, num_shared=num_shared)
-    return weighted_sum(run_down(h_PI, ids_Tk, *down), weights_Tk, out_TD, residual_TD)
+    y_PD = run_down(h_PI, ids_Tk, *down)
+    if finish is not None:
+        return finish(y_PD, weights_Tk=weights_Tk)
+    return weighted_sum(y_PD, weights_Tk, out_TD, residual_TD)

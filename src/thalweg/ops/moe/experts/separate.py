@@ -3,18 +3,19 @@ against (--op experts=separate)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from thalweg.ops.activation import SILU_AND_MUL, SiluAndMulDims
-from thalweg.ops.moe.experts import EXPERTS, Experts, ExpertsDims
+from thalweg.ops.moe.experts import EXPERTS, ExpertsDims
 from thalweg.ops.registry import Resolver, Where
 from thalweg.ops.residual import SCALED_RESIDUAL_ADD, ScaledResidualAddDims
 
 
-def build(where: Where, dims: ExpertsDims) -> Experts:
+def build(where: Where, dims: ExpertsDims) -> Callable[..., Tensor]:
     """Of the best implementations of the parts, but for the additions, which are torch's."""
     resolver = Resolver({SCALED_RESIDUAL_ADD.name: "separate"})
     routed = resolver.resolve(EXPERTS, where, replace(dims, own=0))

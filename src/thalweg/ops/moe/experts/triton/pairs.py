@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from thalweg.ops.moe.experts import Finish
 from thalweg.ops.moe.experts.triton.products import BLOCK, silu_and_mul
 from thalweg.ops.moe.experts.triton.weighted_sum import weighted_sum
 from thalweg.ops.toolchain.triton_launch import pdl_options
@@ -155,12 +156,16 @@ def experts_of_pairs(
     num_shared: int = 0,
     own: tuple[Tensor, Tensor] | None = None,  # refused
     scale: float = 1.0,
+    finish: Finish | None = None,
 ) -> Tensor:
     out_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
     if len(x_TD) == 0:
-        return out_TD
+        return out_TD if finish is None else finish(out_TD)
     h_PI = run_gate_up(x_TD, ids_Tk, *gate_up, num_shared=num_shared)
-    return weighted_sum(run_down(h_PI, ids_Tk, *down), weights_Tk, out_TD, residual_TD)
+    y_PD = run_down(h_PI, ids_Tk, *down)
+    if finish is not None:
+        return finish(y_PD, weights_Tk=weights_Tk)
+    return weighted_sum(y_PD, weights_Tk, out_TD, residual_TD)
 
 
 def run_gate_up(

@@ -14,6 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
+from thalweg.ops.moe.experts import Finish
 from thalweg.ops.moe.experts.triton.grouping import Lists, empty_lists, list_pairs, scan_of
 from thalweg.ops.moe.experts.triton.nibbles import ordered_width
 from thalweg.ops.moe.experts.triton.products import BLOCK, scheme_of
@@ -83,10 +84,11 @@ def experts_of_tiles(
     num_shared: int = 0,
     own: tuple[Tensor, Tensor] | None = None,
     scale: float = 1.0,
+    finish: Finish | None = None,
 ) -> Tensor:
     out_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
     if len(x_TD) == 0:
-        return out_TD
+        return out_TD if finish is None else finish(out_TD)
     experts, scheme, ready_TD, lists, x_scale_T = len(down[0]), scheme_of(*down), x_TD, None, None
     if scheme != "none":
         lists, ready_TD, x_scale_T = list_pairs(x_TD, ids_Tk, experts, scheme == "int4")
@@ -94,6 +96,8 @@ def experts_of_tiles(
     own_gate_up, own_down = own or (None, None)
     h, own_h = run_gate_up(x_TD, ready_TD, x_scale_T, grouping, own_gate_up, *gate_up)
     y_PD, own_TD = run_down(h, own_h, gate_up[0].shape[1] // 2, grouping, own_down, *down)
+    if finish is not None:
+        return finish(y_PD, weights_Tk=weights_Tk, own_TD=own_TD, scale=scale)
     return weighted_sum(y_PD, weights_Tk, out_TD, residual_TD, own_TD, scale)
 
 

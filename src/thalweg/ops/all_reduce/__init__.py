@@ -1,0 +1,106 @@
+"""Op "all_reduce_add": what every sublayer ends in if several ranks share it, the sum over ranks and the residual."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from thalweg.ops.all_reduce import reference
+from thalweg.ops.registry import Op, Refusal, Tokens, Where, register
+from thalweg.ops.toolchain import cuda_build
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AllReduceAddDims:
+    D: int
+    ranks: int
+    mapped: bool  # whether ranks map each other's memory, in AREAS
+
+
+class Area(Protocol):
+    """Memory of all ranks where blocks of a kernel meet (parallel/peers.py)."""
+
+    @property
+    def table(self) -> Tensor: ...
+    @property
+    def blocks(self) -> int: ...
+    @property
+    def place_bytes(self) -> int: ...
+
+
+class PeerMemory(Protocol):
+    @property
+    def areas(self) -> Sequence[Any]: ...
+
+
+class Ranks(Protocol):
+    """Those that a sum goes over: a Mesh."""
+
+    @property
+    def tp_rank(self) -> int: ...
+    @property
+    def tp_size(self) -> int: ...
+    @property
+    def peers(self) -> PeerMemory | None: ...
+    def all_reduce(self, x: Tensor, /) -> Tensor: ...
+
+
+class AllReduceAdd(Protocol):
+    def __call__(
+        self,
+        residual_TD: Tensor,
+        parts_PD: Tensor,
+        ranks: Ranks,
+        /,
+        *,
+        weights_Tk: Tensor | None = None,
+        own_TD: Tensor | None = None,
+        scale: float = 1.0,
+    ) -> Tensor:
+        """y_TD = residual + the sum over ranks of what each gives, the same bits on every rank, and in every run.
+
+        A rank gives parts [T, D], or, with weights_Tk fp32, a token's k rows of parts [T * k, D] times them, summed in
+        fp32; with own_TD, that and own + scale * it. What it gives is rounded to the dtype, as is what own is added to.
+        Parts are in the residual's dtype, or fp32 if there are weights, and own in either. Whether the sum over ranks
+        is rounded before the residual is added is open. All have a unit last stride; the residual and parts without
+        weights have any row stride, the others are contiguous. All ranks call it in one order, for as many tokens.
+        """
+
+
+ALL_REDUCE_ADD: Op[AllReduceAddDims, AllReduceAdd] = Op("all_reduce_add", AllReduceAddDims)
+
+ROWS, SUMS = 0, 1
+AREAS = ((2048, 4096), (256, 16384))
+"""Blocks that may meet, and bytes that one of them writes for one rank, in the area of rows and in that of sums within
+a projection."""
+
+
+def why_not_exchanged(where: Where, dims: AllReduceAddDims) -> Refusal:
+    """Why ranks cannot write rows to one another."""
+    if not dims.mapped:
+        return "needs ranks that map each other's memory"
+    if where.dtype != "bfloat16":
+        return f"needs bfloat16, not {where.dtype}"
+    if dims.D % 8 or not dims.D:
+        return f"needs D to be a multiple of 8, not {dims.D}"
+    return cuda_build.why_not(where)
+
+
+def few_tokens(dims: AllReduceAddDims) -> Tokens:
+    """Those whose rows ranks write to one another."""
+    from thalweg.ops.all_reduce.cuda import most_tokens
+
+    return Tokens(last=most_tokens(dims.D, dims.ranks))
+
+
+def _cuda(where: Where, dims: AllReduceAddDims) -> AllReduceAdd:
+    from thalweg.ops.all_reduce import cuda
+
+    return cuda.all_reduce_add
+
+
+register(ALL_REDUCE_ADD, "reference", lambda *_: reference.all_reduce_add)
+register(ALL_REDUCE_ADD, "cuda", _cuda, supports=why_not_exchanged, tokens=few_tokens, priority=10)

@@ -1,0 +1,79 @@
+"""Launches the sum over ranks of a few tokens' rows (rows.cu and ranks.cuh say how it works)."""
+
+from __future__ import annotations
+
+from ctypes import c_float, c_longlong
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thalweg.ops.all_reduce import AREAS, ROWS, Ranks
+from thalweg.ops.toolchain.cuda_build import aligned_rows, cuda_kernel
+
+SOURCE = Path(__file__).with_name("rows.cu")
+EACH = 8  # columns of a thread, of which it writes 32 bytes for each rank
+MOST_TOKENS = 512  # of two ranks
+
+
+def threads_of(D: int) -> int:
+    """Of a block: as many as divide a row, or else 128."""
+    return next((n for n in (128, 96, 64) if D // EACH % n == 0), 128)
+
+
+def chunks_of(D: int) -> int:
+    """Blocks of a token."""
+    return -(-D // (EACH * threads_of(D)))
+
+
+def most_tokens(D: int, ranks: int) -> int:
+    """Each rank writes to every other one: beyond, sending less takes less time."""
+    return min(MOST_TOKENS // (ranks - 1), AREAS[ROWS][0] // chunks_of(D))
+
+
+def exchange_arguments(ranks: Ranks, area: int) -> tuple[dict[str, int], tuple[Any, ...]]:
+    """Macros and arguments of a kernel that includes ranks.cuh."""
+    assert ranks.peers is not None
+    table, blocks, place_bytes = ranks.peers.areas[area]
+    return {"RANKS": ranks.tp_size, "RANK": ranks.tp_rank}, (table, (c_longlong, blocks * place_bytes))
+
+
+def all_reduce_add(
+    residual_TD: Tensor,
+    parts_PD: Tensor,
+    ranks: Ranks,
+    *,
+    weights_Tk: Tensor | None = None,
+    own_TD: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    T, D = residual_TD.shape
+    y_TD = torch.empty(T, D, dtype=residual_TD.dtype, device=residual_TD.device)
+    if T == 0:
+        return y_TD
+    residual_TD, parts_PD = aligned_rows(residual_TD), aligned_rows(parts_PD)
+    threads = threads_of(D)
+    exchange, arguments = exchange_arguments(ranks, ROWS)
+    macros = {
+        "D": D,
+        "PARTS": 1 if weights_Tk is None else weights_Tk.shape[1],
+        "WEIGHTED": int(weights_Tk is not None),
+        "WIDE": int(parts_PD.dtype == torch.float32),
+        "OWN": 0 if own_TD is None else own_TD.element_size() // 2,
+        "BLOCK": threads,
+    }
+    cuda_kernel(SOURCE, "sum_over_ranks", threads, y_TD.device, **macros, **exchange).launch(
+        (T * chunks_of(D), 1, 1),
+        0,
+        parts_PD,
+        parts_PD if weights_Tk is None else weights_Tk,
+        parts_PD if own_TD is None else own_TD,
+        residual_TD,
+        y_TD,
+        (c_longlong, parts_PD.stride(0)),
+        (c_longlong, residual_TD.stride(0)),
+        (c_float, scale),
+        *arguments,
+    )
+    return y_TD

@@ -1,0 +1,156 @@
+"""One of two ranks on CUDA devices: `python -m tests.dist.gpu_ranks RANK FILE CHECK` runs a check and exits with 0, or
+says what was wrong."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from thalweg.ops.all_reduce import AREAS, cuda, reference
+from thalweg.ops.linear import cuda as linear
+from thalweg.parallel.mesh import Mesh, join_mesh
+from thalweg.parallel.peers import map_peers
+
+D = 2304
+
+
+class Ranks:
+    def __init__(self, rank: int, file: str) -> None:
+        self.device = torch.device("cuda", rank)
+        torch.cuda.set_device(self.device)
+        self.rank, self.mesh = rank, join_mesh(rank, 2, file, self.device, timeout_s=60)
+        map_peers(self.mesh, self.device, AREAS)
+        assert self.mesh.peers is not None, "the ranks map no memory"
+        self.own = torch.Generator(self.device).manual_seed(rank)
+        self.same = torch.Generator(self.device).manual_seed(9)
+
+    def draw(self, *shape: int, same: bool = False) -> Tensor:
+        return torch.randn(shape, device=self.device, generator=self.same if same else self.own).bfloat16()
+
+    def both(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Rank 0's and rank 1's."""
+        first, second = self.mesh.all_gather_last(x.reshape(1, -1)).view(2, -1)
+        return first.view(x.shape), second.view(x.shape)
+
+    def same_bits(self, x: Tensor) -> bool:
+        return torch.equal(*self.both(x))
+
+
+def sums(r: Ranks) -> None:
+    for T in (0, 1, 2, 7, 33, 128, 290, 512):
+        for width in (D, 7168, 264):
+            if T > cuda.most_tokens(width, 2):
+                continue
+            residual, x = r.draw(T, width + 8, same=True)[:, :width], r.draw(T, width)
+            y = cuda.all_reduce_add(residual, x, r.mesh)
+            first, second = r.both(x) if T else (x, x)
+            want = (first.float() + second.float() + residual.float()).bfloat16()
+            assert torch.equal(y, want), (T, width)
+
+
+def weighted_sums(r: Ranks) -> None:
+    for T in (1, 3, 128):
+        for dtype in (torch.float32, torch.bfloat16):
+            for own in (None, torch.float32, torch.bfloat16):
+                parts, residual = r.draw(T * 9, D).to(dtype), r.draw(T, D, same=True)
+                options = {
+                    "weights_Tk": torch.rand(T, 9, device=r.device, generator=r.same),
+                    "own_TD": None if own is None else r.draw(T, D).to(own),
+                    "scale": 1.0 if own is None else 2.5,
+                }
+                y = cuda.all_reduce_add(residual, parts, r.mesh, **options)
+                want = reference.all_reduce_add(residual, parts, r.mesh, **options)
+                assert r.same_bits(y)
+                assert ((y.float() - want.float()).norm() / want.float().norm()) < 0.005, (T, dtype, own)
+
+
+def projections(r: Ranks) -> None:
+    for width, rows in ((2048, D), (4608, D), (4096, 7168)):
+        assert linear.reduce_refuses(width, rows, 16) is None
+        for T in (0, 1, 7, 8, 9, 16):
+            if T > 8 and width > 4096:
+                continue
+            w, x, residual = r.draw(rows, width) * 0.05, r.draw(T, width), r.draw(T, rows, same=True)
+            for _ in range(3):
+                y = linear.linear_reduce_add(x, w, residual, r.mesh)
+            if T == 0:
+                continue
+            first, second = r.both(x.float() @ w.float().T)
+            want = first + second + residual.float()
+            assert r.same_bits(y)
+            assert ((y.float() - want).norm() / want.norm()) < 0.004, (width, rows, T)
+
+
+def replays(r: Ranks) -> None:
+    """Thousands of a graph in which every sum is of what the one before gave, while ranks are late in turn."""
+    w = r.draw(D, D) * 0.02
+    for T in (1, 16):
+        x, residual = r.draw(T, D), r.draw(T, D, same=True)
+        digest = torch.zeros(T, D, device=r.device)
+
+        def step(x: Tensor = x, residual: Tensor = residual, digest: Tensor = digest) -> None:
+            y = cuda.all_reduce_add(residual, x, r.mesh)
+            z = linear.linear_reduce_add(y, w, residual, r.mesh)
+            x.copy_((z * 0.5 + 0.25 * (r.rank + 1)).clamp(-4, 4))
+            digest.mul_(0.9).add_(z)
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step()
+            graph = torch.cuda.CUDAGraph()
+            graph.capture_begin(capture_error_mode="thread_local")
+            for _ in range(5):
+                step()
+            graph.capture_end()
+        torch.cuda.current_stream().wait_stream(side)
+        for i in range(2000):
+            if i % 97 == 40 * r.rank:
+                torch.cuda._sleep(1_000_000)
+            graph.replay()
+        torch.cuda.synchronize()
+        assert digest.isfinite().all()
+        assert r.same_bits(digest)
+
+
+def the_same_from_run_to_run(r: Ranks) -> None:
+    x, residual = r.draw(64, D), r.draw(64, D, same=True)
+    first = cuda.all_reduce_add(residual, x, r.mesh)
+    assert all(torch.equal(cuda.all_reduce_add(residual, x, r.mesh), first) for _ in range(200))
+
+
+def a_rank_that_dies(r: Ranks) -> None:
+    """Rank 1 ends while rank 0 waits in a kernel for it, which then ends too."""
+    r.both(r.draw(8))
+    torch.cuda.synchronize()
+    if r.rank == 1:
+        time.sleep(0.5)
+        os._exit(0)
+    x = r.draw(8, D)
+    began = time.monotonic()
+    cuda.all_reduce_add(x, x, r.mesh)
+    torch.cuda.synchronize()
+    assert 0.5 < time.monotonic() - began < 8
+
+
+def _run(rank: int, file: str, check: Callable[[Ranks], None]) -> None:
+    ranks = Ranks(rank, file)
+    with torch.inference_mode():
+        check(ranks)
+    if check is not a_rank_that_dies:
+        torch.cuda.synchronize()
+        mesh: Mesh = ranks.mesh
+        mesh.close()
+
+
+CHECKS = [sums, weighted_sums, projections, replays, the_same_from_run_to_run, a_rank_that_dies]
+
+if __name__ == "__main__":
+    _run(int(sys.argv[1]), sys.argv[2], next(c for c in CHECKS if c.__name__ == sys.argv[3]))
+    sys.stdout.flush()
+    os._exit(0)  # what a group of a rank that died would wait for at the end is of no matter here

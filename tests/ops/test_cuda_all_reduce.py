@@ -1,0 +1,133 @@
+"""What ranks exchange by writing to each other's memory, in CUDA C++: kernels of several ranks run on the host, side by
+side, and compiled for Hopper; results of devices are in tests/dist/test_gpu_all_reduce.py."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.ops.compile_cuda import compile_cuda
+from tests.ops.run_on_host import HostKernel
+from thalweg.ops.all_reduce import AREAS, cuda, reference
+from thalweg.ops.linear import cuda as linear
+from thalweg.parallel.peers import KINDS, Area
+
+
+class HostRanks:
+    """Ranks whose memory is this process's, and which run as its threads."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        blocks = [(16, place_bytes) for _, place_bytes in AREAS]
+        self.memory = [[torch.zeros(KINDS * size * n * b, dtype=torch.uint8) for n, b in blocks] for _ in range(size)]
+        self.stop = torch.zeros(1, dtype=torch.int32)
+        self.counts = [[torch.zeros(n, dtype=torch.int32) for n, _ in blocks] for _ in range(size)]
+        self.ranks = []
+        for rank in range(size):
+            areas = []
+            for i, (n, place_bytes) in enumerate(blocks):
+                addresses = [self.memory[r][i].data_ptr() for r in range(size)]
+                table = [*addresses, self.counts[rank][i].data_ptr(), self.stop.data_ptr()]
+                areas.append(Area(torch.tensor(table), n, place_bytes))
+            self.ranks.append(SimpleNamespace(tp_rank=rank, tp_size=size, peers=SimpleNamespace(areas=areas)))
+
+    def run(self, body: Callable[[Any], Tensor]) -> list[Tensor]:
+        results: dict[int, Tensor] = {}
+
+        def one(rank: int) -> None:
+            results[rank] = body(self.ranks[rank])
+
+        threads = [threading.Thread(target=one, args=(rank,), daemon=True) for rank in range(self.size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert len(results) == self.size, "a rank hangs"
+        return [results[rank] for rank in range(self.size)]
+
+
+@pytest.fixture(autouse=True)
+def on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (cuda, linear):
+        monkeypatch.setattr(module, "cuda_kernel", HostKernel)
+
+
+def same(results: list[Tensor]) -> Tensor:
+    assert all(torch.equal(y, results[0]) for y in results)
+    return results[0]
+
+
+@pytest.mark.parametrize(("size", "D"), [(2, 264), (3, 1032)])
+def test_sums_one_after_another(size: int, D: int) -> None:
+    ranks = HostRanks(size)
+    for T in (1, 3, 2, 3, 0, 1, 1):
+        x, residual = torch.randn(size, T, D + 8).bfloat16()[..., :D], torch.randn(T, D + 16).bfloat16()[:, :D]
+        y = same(ranks.run(lambda r, x=x, residual=residual: cuda.all_reduce_add(residual, x[r.tp_rank], r)))
+        assert torch.equal(y, (x.float().sum(0) + residual.float()).bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("own", [None, torch.bfloat16, torch.float32])
+def test_weighted_sums(dtype: torch.dtype, own: torch.dtype | None) -> None:
+    T, k, D = 2, 3, 264
+    parts, residual, weights = torch.randn(2, T * k, D).to(dtype), torch.randn(T, D).bfloat16(), torch.rand(T, k)
+    owns = torch.randn(2, T, D).to(own)
+
+    def options(r: int) -> dict[str, Any]:
+        return {"weights_Tk": weights, "own_TD": owns[r] if own else None, "scale": 2.5 if own else 1.0}
+
+    y = same(HostRanks(2).run(lambda r: cuda.all_reduce_add(residual, parts[r.tp_rank], r, **options(r.tp_rank))))
+    given = [reference.of_rank(residual, parts[r], **options(r)).float() for r in range(2)]
+    torch.testing.assert_close(y.float(), given[0] + given[1] + residual.float(), atol=0.05, rtol=0.02)
+
+
+def test_of_a_whole_sum_and_an_own_expert() -> None:
+    x, owns, residual = (torch.randn(n, 2, 264).bfloat16() for n in (2, 2, 1))
+    y = same(
+        HostRanks(2).run(lambda r: cuda.all_reduce_add(residual[0], x[r.tp_rank], r, own_TD=owns[r.tp_rank], scale=1.5))
+    )
+    want = (owns.float() + 1.5 * x.float()).bfloat16().float().sum(0) + residual[0].float()
+    torch.testing.assert_close(y, want.bfloat16())
+
+
+@pytest.mark.parametrize(("T", "D", "O"), [(1, 288, 37), (8, 992, 29), (9, 320, 90), (5, 4640, 12)])
+def test_projections(T: int, D: int, O: int) -> None:
+    ranks, residual = HostRanks(2), torch.randn(T, O + 3).bfloat16()[:, :O]
+    for _ in range(3):
+        x, w = torch.randn(2, T, D).bfloat16(), torch.randn(2, O, D).bfloat16()
+        y = same(ranks.run(lambda r, x=x, w=w: linear.linear_reduce_add(x[r.tp_rank], w[r.tp_rank], residual, r)))
+        want = sum(x[r].double() @ w[r].double().T for r in range(2)) + residual.double()
+        assert ((y.double() - want).norm() / want.norm()) < 0.004
+
+
+def test_who_waits_for_a_rank_that_is_gone_is_stopped() -> None:
+    ranks = HostRanks(2)
+    x = torch.zeros(1, 264).bfloat16()
+    waits = threading.Thread(target=cuda.all_reduce_add, args=(x, x, ranks.ranks[0]), daemon=True)
+    waits.start()
+    waits.join(0.5)
+    assert waits.is_alive()
+    ranks.stop[0] = 1
+    waits.join(30)
+    assert not waits.is_alive()
+
+
+@pytest.mark.parametrize("wide", [0, 1])
+def test_sums_compile_for_hopper(wide: int, tmp_path: Path) -> None:
+    macros = {"D": 2304, "PARTS": 9, "WEIGHTED": 1, "WIDE": wide, "OWN": 0, "RANKS": 2, "RANK": 1}
+    assert compile_cuda(cuda.SOURCE, tmp_path, BLOCK=96, **macros).spilled_bytes == 0
+
+
+@pytest.mark.parametrize("tokens", [8, 16])
+def test_projections_compile_for_hopper(tokens: int, tmp_path: Path) -> None:
+    cut = linear.tiling(18, 2048, tokens)
+    macros = {"D": 2048, "PASS": cut.columns, "WARPS": 8, "TOKENS": tokens, "ROWS": cut.rows, "NORM": 0, "ADD": 1}
+    macros["GATED"] = 0
+    assert compile_cuda(linear.SOURCE, tmp_path, RANKS=2, RANK=0, **macros).spilled_bytes == 0
