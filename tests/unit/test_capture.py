@@ -87,3 +87,34 @@ def test_a_step_that_fails_ends_its_capture_and_the_pause_of_the_collector(graph
         capture.captured(step, None)
     assert graph.calls == ["begin", "end"]
     assert gc.isenabled()
+
+
+def test_a_step_is_cut_into_graphs_behind_the_modules_named_and_replayed_in_order(graph: Double) -> None:
+    layers = torch.nn.Sequential(*(torch.nn.Identity() for _ in range(3)))
+
+    def step() -> None:
+        for layer in layers:
+            graph.calls.append("layer")
+            layer(torch.zeros(1))
+        graph.calls.append("head")
+
+    replay, _ = capture.captured(step, None, cuts=[layers[0], layers[1]])
+    cut = ["begin", "layer", "end"]
+    assert graph.calls == [*cut, *cut, "begin", "layer", "head", "end"]
+    graph.calls.clear()
+    replay()
+    assert graph.calls == ["replay"] * 3
+    layers(torch.zeros(1))  # nothing of it is left
+    assert graph.calls == ["replay"] * 3
+
+
+def test_a_step_that_fails_behind_a_cut_ends_the_capture_under_way_alone(graph: Double) -> None:
+    layer = torch.nn.Identity()
+
+    def step() -> None:
+        layer(torch.zeros(1))
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        capture.captured(step, None, cuts=[layer])
+    assert graph.calls == ["begin", "end"] * 2

@@ -248,7 +248,7 @@ def start_before_ready(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_conversations_second_turn_waits_for_no_capture(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefill_graphs, "captured", lambda step, pool: (step, pool))
+    monkeypatch.setattr(prefill_graphs, "captured", lambda step, pool, cuts: (step, pool))
     runners = with_static_steps(monkeypatch)
     start_before_ready(monkeypatch)
     first = [j % 128 for j in range(200)]
@@ -269,7 +269,7 @@ def test_shapes_of_one_prompt_and_of_a_next_turn_are_captured_at_the_start_and_o
     captured: list[Shape] = []
     monkeypatch.setattr(prefill_graphs, "TURN", 128)
 
-    def capture(step: Any, pool: Any) -> tuple[Any, str]:
+    def capture(step: Any, pool: Any, cuts: Any) -> tuple[Any, str]:
         """A graph that only looks like one."""
         static = step.args[0]
         assert static.tables.frozen
@@ -300,7 +300,7 @@ def test_a_shape_too_large_to_capture_runs_eagerly_and_harms_no_request(
     expected = generate(folder)
     tried: list[Shape] = []
 
-    def capture(step: Any, pool: Any) -> Any:
+    def capture(step: Any, pool: Any, cuts: Any) -> Any:
         tried.append(step.args[0].shape)
         raise torch.OutOfMemoryError("no memory: a test")
 
@@ -326,7 +326,7 @@ def test_a_shape_too_large_to_capture_runs_eagerly_and_harms_no_request(
 def test_a_capture_of_ops_that_look_at_what_changes_fails_and_leaves_steps_as_they_were(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def capture(step: Any, pool: Any) -> tuple[Any, Any]:
+    def capture(step: Any, pool: Any, cuts: Any) -> tuple[Any, Any]:
         step()
         return step, pool
 

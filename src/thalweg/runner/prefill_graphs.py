@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from msgspec.structs import replace
-from torch import Tensor
+from torch import Tensor, nn
 
 from thalweg.core import Prefill, StepPlan
 from thalweg.ops.host_tables import Limits, Tables, UnknownWhileCapturing
@@ -247,8 +247,9 @@ class PrefillGraphs:
 
     def _capture(self, static: Static) -> None:
         static.tables.frozen = True
+        step = partial(self._step, static)
         try:
-            self._replays[static.shape], self._pool = captured(partial(self._step, static), self._pool)
+            self._replays[static.shape], self._pool = captured(step, self._pool, cuts=_cuts(self.model))
         finally:
             static.tables.frozen = False
 
@@ -260,6 +261,13 @@ def _layout(shape: Shape) -> tuple[Limits, list[slice]]:
     limits = Limits(B, shape.tokens, shape.context)
     sizes = prefill_sizes(d, B, shape.tokens, d + B)
     return limits, places_of((*sizes, d + B, d + B, -(-Tables.words(limits) // 2)))
+
+
+def _cuts(model: Model) -> list[nn.Module]:
+    """Layers behind which a step's next graph begins: the first one's takes little to launch, and the device longer
+    than launching the second, which likewise covers the third."""
+    layers = list(getattr(model, "layers", ()))
+    return [layers[i] for i in sorted({0, len(layers) // 4}) if i < len(layers) - 1]
 
 
 def _least(sizes: Sequence[int], n: int) -> int:
