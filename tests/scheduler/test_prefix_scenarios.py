@@ -40,6 +40,14 @@ def test_a_prompt_sent_twice_leaves_one_token_at_least(length: int, hit: int, nu
     assert [p.start for p in h.plans[-3].prefills] == [hit]
 
 
+@pytest.mark.parametrize(("length", "hit"), [(11, 8), (12, 12), (13, 12), (40, 40)])
+def test_a_next_turn_begins_where_the_prompt_ended_if_that_is_on_the_grid(length: int, hit: int) -> None:
+    h = harness()
+    ask(h, "first", tokens(length), max_tokens=1)
+    assert ask(h, "next turn", tokens(length) + tokens(5, 20)) == hit
+    assert ask(h, "the same", tokens(length)) == (length - 1) // 4 * 4
+
+
 @pytest.mark.parametrize("budget", [1, 3, 7])  # below the grid, prefills are cut there and states copied
 def test_the_last_chunk_may_be_shorter_than_the_grid(budget: int) -> None:
     h = harness(max_num_batched_tokens=budget)
@@ -632,4 +640,4 @@ def test_a_point_of_a_conversation_that_is_kept_outlives_what_went_past_it() -> 
         if turn == 1:
             h.scheduler.keep("point", "", prompt)
         prompt = prompt + h.tokens(f"turn {turn}") + tokens(2, turn)
-    assert ask(h, "back", [*tokens(20), *h.tokens("turn 0"), *tokens(2, 0), 9, 9], max_tokens=1) == 28
+    assert ask(h, "back", [*tokens(20), *h.tokens("turn 0"), *tokens(2, 0), 9, 9], max_tokens=1) == 32

@@ -126,9 +126,13 @@ class Prefixes:
             )
 
     def _marks(self, found: int, target: int, seen: int) -> list[int]:
-        """Positions after `found` where snapshots are wanted, the first one last."""
-        last, branch = ((position // self._grid) * self._grid for position in (target - 1, seen))
-        marks = {last, branch}
+        """Positions after `found` where snapshots are wanted, the first one last.
+
+        From the last one on the grid a prompt goes on that is the same, which has a token to compute; from the very
+        end, if that is on the grid, a next turn.
+        """
+        last, branch, end = ((position // self._grid) * self._grid for position in (target - 1, seen, target))
+        marks = {last, branch, end}
         first = (found // self._interval + 1) * self._interval
         marks.update(range(first, last - self._interval // 2, self._interval))
         return sorted((mark for mark in marks if mark > found), reverse=True)
