@@ -302,7 +302,9 @@ class Harness:
         if plan is not None:
             assert 1 <= plan.num_tokens <= self.scheduler.max_num_batched_tokens
             most = self.scheduler.long_prefill_token_threshold
-            assert not (plan.decode_slots and most) or all(p.length <= most for p in plan.prefills)
+            if plan.decode_slots and most:
+                assert all(p.length <= most for p in plan.prefills)
+                assert sum(p.length for p in plan.prefills) <= 2 * most
             self.pending.append(plan)
             self.plans.append(plan)
         return plan

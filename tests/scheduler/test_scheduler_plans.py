@@ -62,6 +62,16 @@ def test_a_long_prompt_is_cut_beside_decodes_alone() -> None:
     assert rows(h.plan()) == ([(1, 11), (2, 7), (3, 3)], [])
 
 
+def test_prompts_beside_decodes_have_two_thresholds_of_tokens_at_most() -> None:
+    h = Harness(max_num_seqs=5, max_num_batched_tokens=30, threshold=3)
+    h.add("a", [2] * 20, ignore_eos=True)
+    h.plan()
+    for i in range(4):
+        h.add(f"short {i}", [3] * 2, ignore_eos=True)
+    assert rows(h.plan()) == ([(1, 20)], [(2, 0, 2, True), (3, 0, 2, True), (4, 0, 2, True)])
+    assert rows(h.plan())[1] == [(5, 0, 2, True)]
+
+
 def test_samples_in_flight_count_towards_max_tokens_and_max_model_len() -> None:
     h = Harness(max_model_len=6)
     h.add("by tokens", [2, 2], max_tokens=2, ignore_eos=True)

@@ -164,7 +164,7 @@ def test_only_known_environment_variables_are_read(monkeypatch: pytest.MonkeyPat
         env.read("HOME")
 
 
-@pytest.mark.parametrize(("device", "tokens"), [("cpu", 2048), ("cuda:0", 8192)])
+@pytest.mark.parametrize(("device", "tokens"), [("cpu", 2048), ("cuda:0", 16384)])
 def test_tokens_of_a_step_follow_the_device(device: str, tokens: int) -> None:
     arguments = dict(device=device, checkpoint_dtype="bfloat16", context_len=4096)
     assert EngineConfig().resolve(**arguments).max_num_batched_tokens == tokens

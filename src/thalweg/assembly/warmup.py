@@ -19,7 +19,7 @@ from thalweg.runner.step import ModelRunner
 # Prompt lengths around the powers of two, by which kernels choose their tiles; beyond, all take the largest.
 LENGTHS = sorted({n + more for n in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024) for more in (0, 1)})
 
-LONGEST = 8192
+LONGEST = 16384
 
 
 def make_kernels(runner: ModelRunner, one_of_each: Model, split: MemorySplit, max_num_batched_tokens: int) -> None:

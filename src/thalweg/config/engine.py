@@ -41,9 +41,10 @@ class EngineConfig:
     device: "auto", "cpu", "cuda" or "cuda:N".
     max_num_seqs: sequences that run at once. None: 64 on a CPU; on a GPU what its memory allows
         (cache.memory.default_num_seqs).
-    max_num_batched_tokens: tokens of one step at most. None: 8192 on an accelerator, where a step that reads all
+    max_num_batched_tokens: tokens of one step at most. None: 16384 on an accelerator, where a step that reads all
         experts anyway should have many tokens, and 2048 on a CPU.
-    long_prefill_token_threshold: tokens of a prompt at most in a step that also decodes; 0 is as many as fit.
+    long_prefill_token_threshold: tokens of a prompt at most in a step that also decodes, which has twice as many of
+        all prompts; 0 is as many as fit.
     max_model_len: tokens of a request at most, prompt and output. None: the model's context length, or what fits.
     block_size: tokens per block of the cache.
     enable_prefix_caching: whether what was computed of prompts and answers is kept for prompts that begin alike.
@@ -224,7 +225,7 @@ class EngineConfig:
         if dtype == "auto":
             dtype = "float32" if chosen == "cpu" else checkpoint_dtype
         load_format = "auto" if self.load_format == "safetensors" else self.load_format
-        tokens = self.max_num_batched_tokens or (2048 if chosen == "cpu" else 8192)
+        tokens = self.max_num_batched_tokens or (2048 if chosen == "cpu" else 16384)
         return replace(
             self,
             device=chosen,

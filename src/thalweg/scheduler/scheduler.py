@@ -33,7 +33,7 @@ class Scheduler:
 
     A step runs at most max_num_batched_tokens tokens: decodes first, then the prefill that is under way, then
     admissions. Beside decodes, which wait for it, a prefill has at most long_prefill_token_threshold tokens of a step
-    (0: as many as fit). Otherwise it is cut short only when the step is full.
+    (0: as many as fit), and all prefills twice as many. Otherwise it is cut short only when the step is full.
     """
 
     def __init__(
@@ -176,6 +176,8 @@ class Scheduler:
         decodes, slots, starts = self._plan_decodes(new_blocks)
         budget = self.max_num_batched_tokens - len(decodes)
         most = (decodes and self.long_prefill_token_threshold) or budget
+        if decodes and self.long_prefill_token_threshold:
+            budget = min(budget, 2 * self.long_prefill_token_threshold)
         admissions: list[Admission] = []
         prefills: list[Prefill] = []
         prefill_seqs: list[Sequence] = []
