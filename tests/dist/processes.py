@@ -67,6 +67,10 @@ def stop(pid: int) -> None:
     until(lambda: all(") T" in (t / "stat").read_text() for t in Path(f"/proc/{pid}/task").iterdir()), "it goes on")
 
 
+def _is_engine(pid: int) -> bool:
+    return "processes.main" in command(pid)
+
+
 class Server:
     """`thalweg serve` and the processes that it starts."""
 
@@ -75,11 +79,12 @@ class Server:
         self._seen: set[int] = {process.pid}
 
     def pid(self, who: str) -> int | None:
-        """Of "server", "engine" or "rank 1"; None as long as it is not there."""
+        """Of "server", "engine" or "rank 1", or, of data-parallel ranks, "engine 1"; None as long as it is not there."""
         if who == "server":
             return self.process.pid
-        engine = next((c for c in children(self.process.pid) if "processes.main" in command(c)), None)
-        if engine is None or who == "engine":
+        engines = {command(c).strip().rpartition("/")[2]: c for c in children(self.process.pid) if _is_engine(c)}
+        engine = engines.get(who.replace(" ", "-") if who.startswith("engine") else "engine")
+        if engine is None or who.startswith("engine"):
             found = engine
         else:
             socket = who.replace(" ", "-")
@@ -89,9 +94,9 @@ class Server:
             self._seen.add(found)
         return found
 
-    def all_of(self, ranks: int) -> dict[str, int]:
-        """Every process, once all are there."""
-        names = ["server", "engine", *(f"rank {n}" for n in range(1, ranks))]
+    def all_of(self, ranks: int, of: str = "rank") -> dict[str, int]:
+        """Every process, once all are there; `of`: what those beside the first engine are."""
+        names = ["server", "engine", *(f"{of} {n}" for n in range(1, ranks))]
         until(lambda: all(self.pid(name) for name in names), "a process is missing")
         return {name: self.pid(name) or 0 for name in names}
 

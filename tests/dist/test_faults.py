@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import tempfile
@@ -21,6 +22,11 @@ pytestmark = needs_proc
 
 WITHIN = 10.0  # seconds from a death to the end of all
 KILLED, ENGINE_DIED = -signal.SIGKILL, 3
+EXPECTED = {
+    "engine": r"engine process (of data-parallel rank \d )?ended (with exit code -9|before it was ready)",
+    "rank": "rank . ended with exit code -9",
+}
+DATA_PARALLEL = ("--data-parallel-size", "2", "--enable-expert-parallel")
 PROMPT = {"prompt": "a", "max_tokens": CONTEXT - 2, "ignore_eos": True, "stream": True}
 
 
@@ -83,9 +89,10 @@ def check_error(server: Server, victim: str, code: int) -> None:
         return
     assert code == ENGINE_DIED, log
     last = log.splitlines()[-1]
-    expected = "engine process ended" if victim == "engine" else f"{victim} ended with exit code -9"
     assert last.startswith("error: "), log
-    assert expected in last, log
+    assert re.search(EXPECTED[victim.split()[0]], last), log
+    if " " in victim:
+        assert victim.replace("engine", "rank") in last, log
 
 
 def slow(*values: str) -> object:
@@ -134,15 +141,15 @@ def test_a_death_at_the_start(folder: Path, tmp: Path, tmp_path: Path, point: st
 def test_a_death_while_requests_run(
     folder: Path, tmp: Path, tmp_path: Path, point: str, victim: str, size: int
 ) -> None:
-    before = shared_memory()
     if size > 2 and victim.startswith("rank"):
         victim = f"rank {size - 1}"
-    with (
-        serving(tmp_path / "log", tmp, str(folder), "-tp", str(size), "--sse-ping-interval", "0.1") as server,
-        ThreadPoolExecutor(2) as pool,
-    ):
-        url = server.url()
-        pid = server.all_of(size)[victim]
+    with serving(tmp_path / "log", tmp, str(folder), "-tp", str(size), "--sse-ping-interval", "0.1") as server:
+        check_death(server, point, victim, server.url(), server.all_of(size)[victim])
+
+
+def check_death(server: Server, point: str, victim: str, url: str, pid: int) -> None:
+    before = shared_memory()
+    with ThreadPoolExecutor(2) as pool:
         if point == "prefill":
             stop(pid)  # the others come as far as they do without it
         if point == "idle":
@@ -179,6 +186,47 @@ def test_a_death_while_requests_run(
             assert (health.status_code, health.json()["error"]["code"]) == (503, "engine_dead")
         check_error(server, victim, server.check_gone(WITHIN))
     assert shared_memory() <= before
+
+
+@pytest.mark.parametrize(
+    ("point", "victim"),
+    [
+        slow("started", "engine 1"),
+        slow("bound", "engine 1"),
+        slow("meeting", "engine"),
+        slow("meeting", "engine 1"),
+        slow("loading", "engine"),
+        slow("loading", "engine 1"),
+        slow("loading", "server"),
+    ],
+)
+def test_a_death_at_the_start_of_data_parallel_ranks(
+    folder: Path, tmp: Path, tmp_path: Path, point: str, victim: str
+) -> None:
+    with serving(tmp_path / "log", tmp, str(folder), *DATA_PARALLEL) as server:
+        pid = stopped_at(server, point, victim)
+        for name in ("engine", "engine 1"):
+            server.pid(name)
+        os.kill(pid, signal.SIGKILL)
+        check_error(server, victim, server.check_gone(WITHIN))
+
+
+@pytest.mark.parametrize(
+    ("point", "victim"),
+    [
+        slow("prefill", "engine"),
+        slow("prefill", "engine 1"),
+        slow("decode", "engine"),
+        slow("decode", "engine 1"),
+        slow("decode", "server"),
+        slow("idle", "engine 1"),
+    ],
+)
+def test_a_death_while_data_parallel_ranks_have_requests(
+    folder: Path, tmp: Path, tmp_path: Path, point: str, victim: str
+) -> None:
+    with serving(tmp_path / "log", tmp, str(folder), *DATA_PARALLEL, "--sse-ping-interval", "0.1") as server:
+        check_death(server, point, victim, server.url(), server.all_of(2, "engine")[victim])
 
 
 @pytest.mark.slow

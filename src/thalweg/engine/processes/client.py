@@ -84,7 +84,7 @@ class EngineClient:
         self._folder = SocketFolder()
         self._context = zmq.asyncio.Context()
         ranks = range(self.config.data_parallel_size)
-        self.engines = [Connection(self._context, self._folder.path, rank) for rank in ranks]
+        self.engines = [Connection(self._context, self._folder.path, rank, len(ranks)) for rank in ranks]
         start = m.Start(self.config.to_dict(), self._limits.queue_timeout, self.profiler, self._debug)
         try:
             self.info = await all_ready(self.engines, start)
@@ -285,8 +285,7 @@ class EngineClient:
     async def _watch_process(self, engine: Connection) -> None:
         code = await engine.exit_code()
         await asyncio.sleep(0.1)  # its last message, which says more, goes first
-        which = f" of data-parallel rank {engine.rank}" if len(self.engines) > 1 else ""
-        self._die(f"the engine process{which} ended with exit code {code}")
+        self._die(f"{engine.name} ended with exit code {code}")
 
     def _die(self, reason: str) -> None:
         """The engine is gone, and what it held with it."""

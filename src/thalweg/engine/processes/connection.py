@@ -36,9 +36,10 @@ async def all_ready(engines: Sequence[Connection], start: m.Start) -> EngineInfo
 class Connection:
     """A process that is started at once, for one asyncio loop. Its sockets lie in `folder`."""
 
-    def __init__(self, context: zmq.asyncio.Context, folder: Path, rank: int) -> None:
+    def __init__(self, context: zmq.asyncio.Context, folder: Path, rank: int, ranks: int) -> None:
         self.rank = rank
-        where = address(folder, f"engine-{rank}")
+        self.name = "the engine process" + (f" of data-parallel rank {rank}" if ranks > 1 else "")
+        where = address(folder, f"engine-{rank}" if rank else "engine")
         self._socket = context.socket(zmq.PAIR)
         for option, value in ((zmq.LINGER, 0), (zmq.SNDHWM, 0), (zmq.RCVHWM, 0)):
             self._socket.setsockopt(option, value)
@@ -65,7 +66,7 @@ class Connection:
             receive.cancel()
         if isinstance(message, m.Ready):
             return message.info
-        error: ThalwegError = EngineDeadError("the engine process ended before it was ready; its lines above say why")
+        error: ThalwegError = EngineDeadError(f"{self.name} ended before it was ready; its lines above say why")
         if isinstance(message, m.Dead):
             error = same_error(message.kind, message.reason, EngineDeadError)
         raise error
