@@ -138,13 +138,16 @@ inline I8 signed_dots(B32 a, B32 b) {
 #endif
 }
 
-inline float sum8(F8 v) {
-#if defined(__AVX2__)
-  __m128 s = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
-  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+// A vector with the same sum.
+inline Vec folded(F8 v) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_zextps256_ps512((__m256)v);
+#elif defined(__AVX2__)
+  return v;
 #else
-  return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+  Vec halves[2];
+  memcpy(halves, &v, sizeof v);
+  return halves[0] + halves[1];
 #endif
 }
 

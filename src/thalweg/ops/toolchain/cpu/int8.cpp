@@ -6,6 +6,8 @@
 namespace thalweg {
 namespace {
 
+constexpr int64_t NEAR = 4 << 10;  // bytes ahead that are prefetched
+
 // How an element of a row that is rounded in blocks of n becomes an integer; NaN and infinity make d NaN.
 struct Rounding {
   float d;
@@ -41,16 +43,16 @@ int32_t total(IVec v) {
   return all;
 }
 
-void round32(const float* x, Rounded32& to) {
-  Rounding rounding(x, 32);
+void round32(const float* x, int64_t b, const Rounded32& to) {
+  Rounding rounding(x + 32 * b, 32);
   IVec sums = {};
-  for (int k = 0; k < 32; k += LANES) {
+  for (int64_t k = 32 * b; k < 32 * b + 32; k += LANES) {
     IVec q = rounding(load(x + k));
-    put_bytes(to.q + k, q);
+    put_bytes((int8_t*)to.q() + k, q);
     sums += q;
   }
-  to.d = rounding.d;
-  to.sum = total(sums);
+  ((float*)to.d())[b] = rounding.d;
+  ((int32_t*)to.sums())[b] = total(sums);
 }
 
 void round256(const float* x, Rounded256& to) {
@@ -103,45 +105,105 @@ inline void add_256(const uint8_t* b, const uint8_t* x, int64_t stride, Vec* acc
   for (int n = 0; n < N; n++) acc[n] += __builtin_convertvector(dot[n], Vec) * (d * token(n)->d);
 }
 
-// The same of a block of 32.
+// The same of block i of 32 in a row.
 template <class Q, int N>
-inline void add_32(const uint8_t* b, const uint8_t* x, int64_t stride, F8* acc) {
+inline void add_32(const uint8_t* b, Rounded32 x, int64_t i, int64_t stride, F8* acc) {
   const float d = half_at(b);
   B32 q = Q::quants(b);
 #pragma GCC unroll 8
-  for (int n = 0; n < N; n++) {
-    const Rounded32* token = (const Rounded32*)(x + n * stride);
+  for (int n = 0; n < N; n++, x.at += stride) {
     B32 s;
-    memcpy(&s, token->q, 32);
+    memcpy(&s, x.q() + 32 * i, 32);
     I8 dot = {};
     if constexpr (Q::OFFSET == 128 && !LARGE_DOTS) {
       dot = signed_dots(q ^ 128, s);
     } else {
-      dot[0] = -Q::OFFSET * token->sum;
-      dot = add_dots(dot, q, s);
+      dot = add_dots(I8{} - Q::OFFSET / 8 * x.sums()[i], q, s);
     }
-    acc[n] += __builtin_convertvector(dot, F8) * (d * token->d);
+    acc[n] += __builtin_convertvector(dot, F8) * (d * x.d()[i]);
   }
 }
 
 template <class Q, int N>
-void rows_of(const uint8_t* w, int64_t rows, int64_t blocks, const uint8_t* x, int64_t stride, float* out, int64_t out_stride) {
-  constexpr bool WIDE = Q::ELEMENTS == 256;
-  constexpr int64_t STEP = WIDE ? sizeof(Rounded256) : sizeof(Rounded32);
-  for (int64_t r = 0; r < rows; r++) {
-    std::conditional_t<WIDE, Vec, F8> acc[N] = {};
-    for (int64_t i = 0; i < blocks; i++, w += Q::BYTES) {
-      for (int line = 0; line < Q::BYTES; line += 64) __builtin_prefetch(w + AHEAD / 4 + line);
-      if constexpr (WIDE)
-        add_256<Q, N>(w, x + i * STEP, stride, acc);
+inline void row_of_256(const uint8_t* w, int64_t blocks, const uint8_t* x, int64_t stride, Vec* out) {
+  Vec acc[N] = {};
+  for (int64_t i = 0; i < blocks; i++, w += Q::BYTES) {
+    for (int line = 0; line < Q::BYTES; line += 64) __builtin_prefetch(w + NEAR + line);
+    add_256<Q, N>(w, x + i * sizeof(Rounded256), stride, acc);
+  }
+#pragma GCC unroll 8
+  for (int n = 0; n < N; n++) out[n] = acc[n];
+}
+
+template <class Q, int N>
+inline void row_of_32(const uint8_t* w, Rounded32 x, int64_t stride, Vec* out) {
+  const int64_t blocks = x.columns / 32;
+  int64_t i = 0;
+  Vec acc[N] = {};
+#if defined(__AVX512VNNI__)
+  // Two blocks to a vector: scales and sums of sixteen, each spread over half a vector.
+  IVec spread;
+  for (int l = 0; l < LANES; l++) spread[l] = l / 8;
+  for (; i + 2 <= blocks;) {
+    const int64_t pairs = blocks - i < 16 ? (blocks - i) / 2 : 8;
+    const __mmask16 some = (1u << (2 * pairs)) - 1;
+    __m512 d[N];
+    __m512i less[N];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; n++) {
+      Rounded32 own{x.at + n * stride, x.columns};
+      d[n] = _mm512_maskz_loadu_ps(some, own.d() + i);
+      less[n] = (__m512i)((IVec)_mm512_maskz_loadu_epi32(some, own.sums() + i) * (-Q::OFFSET / 8));
+    }
+    for (int64_t p = 0; p < pairs; p++, i += 2, w += 2 * Q::BYTES) {
+      for (int line = 0; line < 2 * Q::BYTES; line += 64) __builtin_prefetch(w + NEAR + line);
+      __m512i q = _mm512_inserti64x4(
+          _mm512_castsi256_si512((__m256i)Q::quants(w)), (__m256i)Q::quants(w + Q::BYTES), 1);
+      int16_t first, second;
+      memcpy(&first, w, 2), memcpy(&second, w + Q::BYTES, 2);
+      __m512 scale = _mm512_cvtph_ps(_mm256_set_m128i(_mm_set1_epi16(second), _mm_set1_epi16(first)));
+      __m512i from = (__m512i)(spread + 2 * (int)p);
+#pragma GCC unroll 8
+      for (int n = 0; n < N; n++) {
+        __m512i dot = _mm512_dpbusd_epi32(
+            _mm512_permutexvar_epi32(from, less[n]), q, _mm512_loadu_si512(x.at + n * stride + 32 * i));
+        acc[n] += __builtin_convertvector((IVec)dot, Vec) * (Vec)(scale * _mm512_permutexvar_ps(from, d[n]));
+      }
+    }
+  }
+#endif
+  if (i < blocks) {
+    F8 rest[N] = {};
+    for (; i < blocks; i++, w += Q::BYTES) {
+      __builtin_prefetch(w + NEAR);
+      add_32<Q, N>(w, x, i, stride, rest);
+    }
+#pragma GCC unroll 8
+    for (int n = 0; n < N; n++) acc[n] += folded(rest[n]);
+  }
+#pragma GCC unroll 8
+  for (int n = 0; n < N; n++) out[n] = acc[n];
+}
+
+template <class Q, int N>
+void rows_of(
+    const uint8_t* w, int64_t rows, int64_t columns, const uint8_t* x, int64_t stride, float* out, int64_t out_stride) {
+  const int64_t blocks = columns / Q::ELEMENTS;
+  for (int64_t first = 0; first < rows; first += 4) {
+    const int some = rows - first < 4 ? rows - first : 4;
+    Vec acc[4][N];
+    for (int r = some; r < 4; r++)
+      for (int n = 0; n < N; n++) acc[r][n] = Vec{};
+    for (int r = 0; r < some; r++, w += blocks * Q::BYTES) {
+      if constexpr (Q::ELEMENTS == 256)
+        row_of_256<Q, N>(w, blocks, x + Rounded32::bytes(columns), stride, acc[r]);
       else
-        add_32<Q, N>(w, x + i * STEP, stride, acc);
+        row_of_32<Q, N>(w, {x, columns}, stride, acc[r]);
     }
     for (int n = 0; n < N; n++) {
-      if constexpr (WIDE)
-        out[n * out_stride + r] = sum(acc[n]);
-      else
-        out[n * out_stride + r] = sum8(acc[n]);
+      float sums[4];
+      sum4(acc[0][n], acc[1][n], acc[2][n], acc[3][n], sums);
+      memcpy(out + n * out_stride + first, sums, some * sizeof(float));
     }
   }
 }
@@ -155,8 +217,8 @@ void RoundedMatrix::round(float* row) const {
   for (int i = 0; i < segments; i++)
     of_type(types[i], [&](auto q) { (q.ELEMENTS == 256 ? large : small) = true; });
   if (small)
-    for (int64_t k = 0; k < columns / 32; k++) round32(from + 32 * k, ((Rounded32*)row)[k]);
-  Rounded256* wide = (Rounded256*)((char*)row + bytes_of_32(columns));
+    for (int64_t b = 0; b < columns / 32; b++) round32(from, b, {(const uint8_t*)row, columns});
+  Rounded256* wide = (Rounded256*)((uint8_t*)row + Rounded32::bytes(columns));
   if (large)
     for (int64_t k = 0; k < columns / 256; k++) round256(from + 256 * k, wide[k]);
 }
@@ -166,12 +228,12 @@ void RoundedMatrix::times(
   in_segments(first, count, [&](int32_t type, const uint8_t* w, int64_t rows, int64_t at) {
     of_type(type, [&](auto q) {
       using Q = decltype(q);
-      const int64_t stride = 4 * x_stride, blocks = columns / Q::ELEMENTS;
-      const uint8_t* row = (const uint8_t*)x + (Q::ELEMENTS == 256 ? bytes_of_32(columns) : 0);
+      const int64_t stride = 4 * x_stride;
+      const uint8_t* row = (const uint8_t*)x;
       int64_t t = 0;
       auto some = [&](auto n) {
         for (; t + n <= tokens; t += n)
-          rows_of<Q, n>(w, rows, blocks, row + t * stride, stride, out + at + t * out_stride, out_stride);
+          rows_of<Q, n>(w, rows, columns, row + t * stride, stride, out + at + t * out_stride, out_stride);
       };
       some(std::integral_constant<int, 4>{});
       some(std::integral_constant<int, 2>{});

@@ -8,10 +8,15 @@
 
 namespace thalweg {
 
+// A row in blocks of 32: quants of all blocks, then d of each, then the sum of quants of each.
 struct Rounded32 {
-  int8_t q[32];
-  float d;      // an element is d * q
-  int32_t sum;  // of q
+  const uint8_t* at;
+  int64_t columns;
+
+  const int8_t* q() const { return (const int8_t*)at; }
+  const float* d() const { return (const float*)(at + columns); }  // an element is d * q
+  const int32_t* sums() const { return (const int32_t*)(at + columns + columns / 8); }
+  static int64_t bytes(int64_t columns) { return (columns + columns / 4 + 63) / 64 * 64; }
 };
 
 struct Rounded256 {
@@ -22,12 +27,8 @@ struct Rounded256 {
   float unused[7];
 };
 
-// A row of D columns: those of 32, then those of 256 from the next line on; either only if a type asks for it.
-inline int64_t bytes_of_32(int64_t columns) { return (columns / 32 * (int64_t)sizeof(Rounded32) + 63) / 64 * 64; }
-
+// A row is a Rounded32, then Rounded256 from Rounded32::bytes on; either only if a type asks for it.
 struct RoundedMatrix : BlockMatrix {
-  static constexpr bool ROUNDS = true;
-
   RoundedMatrix from(int64_t expert, int64_t rows) const { return {BlockMatrix::from(expert, rows)}; }
 
   // A row of `columns` floats becomes the rounded row that `times` takes for it.
