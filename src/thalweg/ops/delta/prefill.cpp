@@ -1,9 +1,11 @@
 // Ops "kda_mixer_prefill" and "gdn_mixer_prefill": all of a layer between its projections, for prompts.
 //
 // The delta rule runs token by token: on a CPU that costs no more than its form in chunks, and is the definition. A task
-// is a key head of a sequence with the value heads that share it. Its states lie transposed, [K, V], while it runs: value
+// is a key head of a sequence with the value heads that share it. Its states lie transposed while it runs: value
 // channels in the lanes need no sums over lanes, and a state is read and written once per token, since what token t adds
 // waits until token t + 1 decays it. Values are rounded to T where the references round them.
+#include <type_traits>
+
 #include "delta.h"
 #include "panels.h"
 
@@ -22,9 +24,10 @@ struct Inputs {
   const float *beta, *qk;  // qk: q . k
 };
 
-// o [tokens, V] of N vectors of value channels, and their state moved on.
+// o [tokens, V] of N vectors of value channels, and their state [K, N vectors] moved on.
 template <int N>
 inline void delta_rule(float* state, const Inputs& in, int64_t tokens, int64_t K, int64_t V, float* o) {
+  constexpr int64_t WIDTH = N * LANES;
   Vec u[N] = {};
   const float* written = in.k;  // the key that u is added along
   for (int64_t t = 0; t < tokens; t++) {
@@ -34,7 +37,7 @@ inline void delta_rule(float* state, const Inputs& in, int64_t tokens, int64_t K
       const Vec a = splat(decay[in.one_decay ? 0 : i]), w = splat(written[i]), ki = splat(k[i]), qi = splat(q[i]);
 #pragma GCC unroll 4
       for (int n = 0; n < N; n++) {
-        float* at = state + i * V + n * LANES;
+        float* at = state + i * WIDTH + n * LANES;
         Vec d = (load(at) + w * u[n]) * a;
         dk[n] += d * ki;
         dq[n] += d * qi;
@@ -51,16 +54,54 @@ inline void delta_rule(float* state, const Inputs& in, int64_t tokens, int64_t K
   for (int64_t i = 0; i < K; i++)
 #pragma GCC unroll 4
     for (int n = 0; n < N; n++) {
-      float* at = state + i * V + n * LANES;
+      float* at = state + i * WIDTH + n * LANES;
       store(at, load(at) + splat(written[i]) * u[n]);
     }
 }
 
-void all_channels(float* state, Inputs in, int64_t tokens, int64_t K, int64_t V, float* o) {
+// Parts of a state's value channels: f(first one, their number, N as a type). Each part lies by itself, so that its rows
+// follow each other and stay in the nearest cache.
+template <class F>
+inline void parts_of(int64_t V, F&& f) {
   int64_t v = 0;
-  auto move = [&](int n) { v += n * LANES, state += n * LANES, o += n * LANES, in.v += n * LANES; };
-  for (; v + VECTORS * LANES <= V; move(VECTORS)) delta_rule<VECTORS>(state, in, tokens, K, V, o);
-  for (; v < V; move(1)) delta_rule<1>(state, in, tokens, K, V, o);
+  for (; v + VECTORS * LANES <= V; v += VECTORS * LANES) f(v, VECTORS * LANES, std::integral_constant<int, VECTORS>{});
+  for (; v < V; v += LANES) f(v, (int64_t)LANES, std::integral_constant<int, 1>{});
+}
+
+void all_channels(float* state, const Inputs& in, int64_t tokens, int64_t K, int64_t V, float* o) {
+  parts_of(V, [&](int64_t v, int64_t, auto n) {
+    Inputs of_part = in;
+    of_part.v += v;
+    delta_rule<n()>(state + v * K, of_part, tokens, K, V, o + v);
+  });
+}
+
+constexpr int MOST_SEEN = 16;  // inputs that a convolution remembers, as Python knows
+
+// y = silu(convolution) of a vector of channels over n tokens. `seen` has the W inputs before them, oldest first, and
+// moves on; W is known to the compiler if SEEN is not 0. Outputs follow each other as `channels` says, as taps do.
+template <class T, int SEEN>
+inline void convolve(
+    const T* x, int64_t x_stride, int64_t n, float* seen, int64_t seen_stride, const float* taps, int64_t W,
+    int64_t channels, float* y) {
+  if (SEEN) W = SEEN;
+  Vec window[SEEN ? SEEN : MOST_SEEN], tap[(SEEN ? SEEN : MOST_SEEN) + 1];
+#pragma GCC unroll 4
+  for (int64_t w = 0; w < W; w++) window[w] = load(seen + w * seen_stride);
+#pragma GCC unroll 4
+  for (int64_t w = 0; w <= W; w++) tap[w] = load(taps + w * channels);
+  for (int64_t t = 0; t < n; t++) {
+    Vec now = load(x + t * x_stride), sum = {};
+#pragma GCC unroll 4
+    for (int64_t w = 0; w < W; w++) {
+      sum += window[w] * tap[w];
+      window[w] = w + 1 < W ? window[w + 1] : now;
+    }
+    sum += now * tap[W];
+    store(y + t * channels, rounded<T>(silu(sum)));
+  }
+#pragma GCC unroll 4
+  for (int64_t w = 0; w < W; w++) store(seen + w * seen_stride, window[w]);
 }
 
 struct Shape {
@@ -112,8 +153,8 @@ void prefill(
     // The task's channels of q, k and v.
     const int64_t first[3] = {g * s.K, (s.G + g) * s.K, 2 * s.G * s.K + g * ratio * s.V};
     const int64_t count[3] = {s.K, s.K, ratio * s.V}, at[3] = {0, s.K, 2 * s.K};
-    float* room = scratch<1>((2 * W + 1 + RUN) * own + RUN * (own + s.K + s.V + 2) + ratio * s.K * s.V);
-    float *taps = room, *seen = taps + (W + 1) * own, *y = seen + (W + RUN) * own, *decay = y + RUN * own;
+    float* room = scratch<1>((2 * W + 1) * own + RUN * (own + s.K + s.V + 2) + ratio * s.K * s.V);
+    float *taps = room, *seen = taps + (W + 1) * own, *y = seen + W * own, *decay = y + RUN * own;
     float *o = decay + RUN * s.K, *beta = o + RUN * s.V, *qk = beta + RUN, *states = qk + RUN;
     for (int i = 0; i < 3; i++) {
       taps_of(conv_weight, W + 1, first[i], count[i], taps + (W + 1) * at[i]);
@@ -123,7 +164,9 @@ void prefill(
     float* rows = scratch<2>(s.K * s.V);
     for (int64_t j = 0; j < ratio; j++) {
       widen(state + (slot * s.H + g * ratio + j) * s.V * s.K, 0, (const T*)nullptr, 0.f, 1, s.V * s.K, rows);
-      transpose(rows, s.K, s.V, s.K, states + j * s.K * s.V, s.V);
+      parts_of(s.V, [&](int64_t v, int64_t width, auto) {
+        transpose(rows + v * s.K, s.K, width, s.K, states + (j * s.V + v) * s.K, width);
+      });
     }
     auto put_states = [&](int64_t to, bool last) {
       for (int i = 0; i < 3; i++)
@@ -132,7 +175,9 @@ void prefill(
             store(conv_state + (to * W + w) * C + first[i] + c, load(seen + w * own + at[i] + c, n), n);
           });
       for (int64_t j = 0; j < ratio; j++) {
-        transpose(states + j * s.K * s.V, s.V, s.K, s.V, rows, s.K);
+        parts_of(s.V, [&](int64_t v, int64_t width, auto) {
+          transpose(states + (j * s.V + v) * s.K, width, s.K, width, rows + v * s.K, s.K);
+        });
         S* stored = state + (to * s.H + g * ratio + j) * s.V * s.K;
         in_lanes(s.V * s.K, [&](int64_t i, int64_t n) { store(stored + i, load(rows + i, n), n); });
       }
@@ -142,19 +187,18 @@ void prefill(
     for (int64_t done = 0; done < all;) {
       int64_t n = sequences.until(b, done, all);
       n = n < RUN ? n : RUN;
-      for (int64_t t = 0; t < n; t++)
-        for (int i = 0; i < 3; i++)
-          in_lanes(count[i], [&](int64_t c, int64_t some) {
-            const float *tap = taps + (W + 1) * at[i] + c, *window = seen + t * own + at[i] + c;
-            Vec now = load(x + (start + done + t) * x_stride + first[i] + c, some), sum = {};
-            store(seen + (W + t) * own + at[i] + c, now, some);
-            for (int64_t w = 0; w < W; w++) sum += load(window + w * own) * load(tap + w * count[i]);
-            sum += now * load(tap + W * count[i]);
-            float* out = i < 2 ? y + (i * RUN + t) * s.K + c : y + 2 * RUN * s.K + t * ratio * s.V + c;
-            store(out, rounded<T>(silu(sum)), some);
-          });
-      memmove(seen, seen + n * own, 4 * W * own);
-      float *q = y, *k = q + RUN * s.K, *v = k + RUN * s.K;
+      float* parts[3] = {y, y + RUN * s.K, y + 2 * RUN * s.K};
+      for (int i = 0; i < 3; i++)
+        for (int64_t c = 0; c < count[i]; c += LANES) {
+          const T* in = x + (start + done) * x_stride + first[i] + c;
+          float *window = seen + at[i] + c, *out = parts[i] + c;
+          const float* tap = taps + (W + 1) * at[i] + c;
+          if (W == 3)
+            convolve<T, 3>(in, x_stride, n, window, own, tap, W, count[i], out);
+          else
+            convolve<T, 0>(in, x_stride, n, window, own, tap, W, count[i], out);
+        }
+      float *q = parts[0], *k = parts[1], *v = parts[2];
       for (int64_t t = 0; t < n; t++) {
         normalise(q + t * s.K, s.K, 1.f / std::sqrt((float)s.K));
         normalise(k + t * s.K, s.K, 1.f);

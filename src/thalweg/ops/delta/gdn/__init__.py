@@ -149,10 +149,16 @@ def _cpp_prefill(where: Where, dims: GdnDims) -> GdnMixerPrefill:
     return prefill_cpp.gdn_mixer_prefill
 
 
+def _cpp_prefill_refuses(where: Where, dims: GdnDims) -> Refusal:
+    if dims.W > PIECE:
+        return f"needs a convolution that remembers at most {PIECE} inputs, not {dims.W}"
+    return _cpp_refuses(where, dims)
+
+
 register(GDN_MIXER_DECODE, "reference", lambda *_: reference.gdn_mixer_decode)
 register(GDN_MIXER_DECODE, "cpp", _cpp, supports=_cpp_refuses, priority=10)
 register(GDN_MIXER_DECODE, "cuda", _cuda_mixer, supports=_cuda_mixer_refuses, priority=20)
 register(GDN_MIXER_PREFILL, "reference", lambda *_: reference.gdn_mixer_prefill)
-register(GDN_MIXER_PREFILL, "cpp", _cpp_prefill, supports=_cpp_refuses, priority=10)
+register(GDN_MIXER_PREFILL, "cpp", _cpp_prefill, supports=_cpp_prefill_refuses, priority=10)
 register(GDN_MIXER_PREFILL, "triton", _triton_prefill, supports=_triton_prefill_refuses, priority=10, capturable=True)
 register(GDN_MIXER_PREFILL, "cuda", _cuda_prefill, supports=_cuda_prefill_refuses, priority=20, capturable=True)

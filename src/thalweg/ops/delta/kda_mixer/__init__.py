@@ -169,11 +169,17 @@ def _cpp_prefill(where: Where, dims: KdaMixerDims) -> KdaMixerPrefill:
     return prefill_cpp.kda_mixer_prefill
 
 
+def _cpp_prefill_refuses(where: Where, dims: KdaMixerDims) -> Refusal:
+    if dims.W > PIECE:
+        return f"needs a convolution that remembers at most {PIECE} inputs, not {dims.W}"
+    return _cpp_refuses(where, dims)
+
+
 register(KDA_MIXER_DECODE, "reference", lambda *_: reference.kda_mixer_decode)
 register(KDA_MIXER_DECODE, "cpp", _cpp, supports=_cpp_refuses, priority=10)
 register(KDA_MIXER_DECODE, "triton", _triton, supports=_triton_refuses, priority=10)
 register(KDA_MIXER_DECODE, "cuda", _cuda, supports=_cuda_refuses, priority=20)
 register(KDA_MIXER_PREFILL, "reference", lambda *_: reference.kda_mixer_prefill)
-register(KDA_MIXER_PREFILL, "cpp", _cpp_prefill, supports=_cpp_refuses, priority=10)
+register(KDA_MIXER_PREFILL, "cpp", _cpp_prefill, supports=_cpp_prefill_refuses, priority=10)
 register(KDA_MIXER_PREFILL, "triton", _triton_prefill, supports=_triton_prefill_refuses, priority=10, capturable=True)
 register(KDA_MIXER_PREFILL, "cuda", _cuda_prefill, supports=_cuda_prefill_refuses, priority=20, capturable=True)

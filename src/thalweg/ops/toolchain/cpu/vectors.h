@@ -77,6 +77,13 @@ inline Vec rounded<float>(Vec v) {
   return v;
 }
 
+template <>
+inline Vec rounded<bf16>(Vec v) {  // without a detour over memory
+  UVec u = (UVec)v;
+  UVec nearest = (u + 0x7fff + ((u >> 16) & 1)) & 0xffff0000u;
+  return (Vec)((v == v) ? nearest : UVec{} + 0x7fc00000u);
+}
+
 inline float to_float(float x) { return x; }
 
 inline float to_float(bf16 x) {
