@@ -46,7 +46,7 @@ def tmp() -> Iterator[Path]:
 
 SCRIPT = """
 from thalweg import LLM, SamplingParams
-llm = LLM({folder!r}, device="cuda", tensor_parallel_size=2, max_num_seqs=4, cache_memory=1 << 30)
+llm = LLM({folder!r}, device="cuda", dtype="bfloat16", tensor_parallel_size=2, max_num_seqs=4, cache_memory=1 << 30)
 print(llm.info.decode_steps)
 print(llm.generate([5, 9, 2, 7], SamplingParams(max_tokens=9, temperature=0, ignore_eos=True))[0].outputs[0].token_ids)
 {end}
@@ -73,7 +73,7 @@ def test_an_exit_says_nothing_of_process_groups(folder: Path, end: str) -> None:
 )
 def test_a_death_ends_all(folder: Path, tmp: Path, tmp_path: Path, point: str, victim: str) -> None:
     before = shared_memory()
-    options = ("-tp", "2", "--device", "cuda", "--max-num-seqs", "4", "--cache-memory", "1GiB")
+    options = ("-tp", "2", "--device", "cuda", "--dtype", "bfloat16", "--max-num-seqs", "4", "--cache-memory", "1GiB")
     with (
         serving(tmp_path / "log", tmp, str(folder), *options, "--sse-ping-interval", "0.1") as server,
         ThreadPoolExecutor(1) as pool,

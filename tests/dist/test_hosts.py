@@ -308,6 +308,8 @@ def test_a_key_is_needed(monkeypatch: pytest.MonkeyPatch, key: str | None) -> No
         (dict(nnodes=2, tensor_parallel_size=2, node_rank=2), "--node-rank is 2; expected an integer from 0 to 1"),
         (dict(nnodes=2, tensor_parallel_size=2, master_port=65535), "--master-port is 65535"),
         (dict(nnodes=2, tensor_parallel_size=2, cpu_cache_memory=1, cache_folder="x"), "--cache-folder needs all ranks"),
+        (dict(distributed_executor_backend="slurm"), "expected mp or ray"),
+        (dict(distributed_executor_backend="ray"), "--tensor-parallel-size, which is 1; expected 2 or more"),
     ],
 )  # fmt: skip
 def test_options_that_do_not_fit(options: dict[str, int], message: str) -> None:

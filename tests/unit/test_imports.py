@@ -33,6 +33,7 @@ RULES = [
     ("fastapi", "server/"),
     ("llguidance", "sampling/"),
     ("huggingface_hub", "config/hub.py"),
+    ("ray", "engine/processes/ray_hosts.py"),
     ("einops", ("ops/heads/einops.py", "bench/kernels/rearrange.py")),  # to be measured, never to be used unasked
     ("pickle", None),
     ("dill", None),

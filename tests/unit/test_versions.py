@@ -54,12 +54,12 @@ def test_the_lowest_versions_are_listed_for_make_test_lowest() -> None:
 
 
 def test_the_library_brings_neither_the_server_nor_what_reads_traces() -> None:
-    assert not BASE.keys() & {"fastapi", "uvicorn", "pydantic", "prometheus-client", "duckdb", "huggingface_hub"}
-    assert Requirement(EXTRAS["all"][0]).extras == EXTRAS.keys() - {"all", "dev"}
+    assert not BASE.keys() & {"fastapi", "uvicorn", "pydantic", "prometheus-client", "duckdb", "huggingface_hub", "ray"}
+    assert Requirement(EXTRAS["all"][0]).extras == EXTRAS.keys() - {"all", "dev", "ray"}
 
 
 def test_every_module_of_an_extra_is_known_by_it() -> None:
     imported = {"prometheus-client": "prometheus_client"}
-    for extra in ("serve", "hub", "trace"):
+    for extra in ("serve", "hub", "trace", "ray"):
         for requirement in map(Requirement, EXTRAS[extra]):
             assert MODULES[imported.get(requirement.name, requirement.name)] == extra

@@ -199,6 +199,9 @@ def engine_config(
     master_port: Annotated[
         int, _hosts(metavar="PORT", help="Port of node 0 for the other hosts; the --nnodes - 1 ports after it, too.")
     ] = _DEFAULTS.master_port,
+    distributed_executor_backend: Annotated[
+        str, _hosts(metavar="BACKEND", help="mp starts ranks as processes; ray has a running Ray cluster place them.")
+    ] = _DEFAULTS.distributed_executor_backend,
     load_format: Annotated[
         str, _engine(help="auto reads the checkpoint; dummy draws random weights of the real shapes.")
     ] = "auto",
@@ -283,6 +286,7 @@ def engine_config(
         node_rank=node_rank,
         master_addr=master_addr,
         master_port=master_port,
+        distributed_executor_backend=distributed_executor_backend,
         load_format=load_format,
         seed=seed,
         enforce_eager=enforce_eager,

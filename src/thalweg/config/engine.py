@@ -16,6 +16,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 STATE_DTYPES = ("float32", "bfloat16")
 SNAPSHOT_DTYPES = ("auto", "bfloat16", "int8")
 LOAD_FORMATS = ("auto", "dummy", "safetensors")
+EXECUTOR_BACKENDS = ("mp", "ray")
 MAX_TENSOR_PARALLEL = 1024
 MAX_DATA_PARALLEL = 1024
 
@@ -63,6 +64,8 @@ class EngineConfig:
     nnodes: hosts that the ranks are spread over, evenly and in order.
     node_rank: which of them this one is; node 0 has the server, or the LLM.
     master_addr, master_port: node 0's address, and the first of `nnodes` ports there, for the other hosts.
+    distributed_executor_backend: "mp" starts ranks as processes of this host, and of those that join it (`nnodes`);
+        "ray" has a Ray cluster place them.
     load_format: "auto" or "safetensors" read the checkpoint, "dummy" draws random weights.
     seed: of sampling and of dummy weights.
     enforce_eager: whether steps run without CUDA graphs.
@@ -106,6 +109,7 @@ class EngineConfig:
     node_rank: int = 0
     master_addr: str = "127.0.0.1"
     master_port: int = 29500
+    distributed_executor_backend: str = "mp"
     load_format: str = "auto"
     seed: int = 0
     enforce_eager: bool = False
@@ -198,11 +202,24 @@ class EngineConfig:
         if self.tensor_parallel_size % self.nnodes:
             size = self.tensor_parallel_size
             raise ConfigError(f"--nnodes is {self.nnodes}; it must divide --tensor-parallel-size, which is {size}")
-        if self.nnodes > 1:
-            if self.data_parallel_size > 1:
-                raise ConfigError("--data-parallel-size needs all ranks on one host; expected --nnodes 1 with it")
-            if self.cache_folder is not None:
-                raise ConfigError("--cache-folder needs all ranks on one host; leave it out, or take --nnodes 1")
+        backend = self.distributed_executor_backend
+        self._need(backend in EXECUTOR_BACKENDS, "distributed_executor_backend", _one_of(EXECUTOR_BACKENDS))
+        if backend == "ray" and (self.nnodes > 1 or self.tensor_parallel_size == 1):
+            raise ConfigError(
+                "--distributed-executor-backend ray places the ranks of --tensor-parallel-size, which is"
+                f" {self.tensor_parallel_size}; expected 2 or more, and no --nnodes"
+            )
+        for option, given in (
+            ("--data-parallel-size", self.data_parallel_size > 1),
+            ("--cache-folder", self.cache_folder),
+        ):
+            if given and not self.one_host:
+                raise ConfigError(f"{option} needs all ranks on one host; expected neither --nnodes nor Ray with it")
+
+    @property
+    def one_host(self) -> bool:
+        """Whether all ranks are sure to be on this host."""
+        return self.nnodes == 1 and self.distributed_executor_backend == "mp"
 
     @property
     def ranks_per_node(self) -> int:

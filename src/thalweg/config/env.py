@@ -14,6 +14,7 @@ VARIABLES = {
     "XDG_CACHE_HOME": "see HF_HOME; also where what is compiled for a CPU is kept, in thalweg; ~/.cache if unset",
     "CXX": "the C++ compiler for ops on a CPU, with a launcher and options if need be; c++, g++ or clang++ if unset",
     "TORCHELASTIC_RUN_ID": "set by torchrun: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are then read",
+    "CUDA_VISIBLE_DEVICES": "as CUDA reads it; it says which device a GPU is that Ray gives this process",
     "RANK": "see TORCHELASTIC_RUN_ID",
     "WORLD_SIZE": "see TORCHELASTIC_RUN_ID",
     "LOCAL_RANK": "see TORCHELASTIC_RUN_ID",

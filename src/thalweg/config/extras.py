@@ -6,6 +6,7 @@ EXTRAS = {  # module: the extra that has it
     **dict.fromkeys(("fastapi", "starlette", "uvicorn", "pydantic", "pydantic_core", "prometheus_client"), "serve"),
     "duckdb": "trace",
     "huggingface_hub": "hub",
+    "ray": "ray",
 }
 
 

@@ -51,7 +51,7 @@ class Engine:
         self._give_folder_back = None if config.cache_folder is None else cache_folder.take(config.cache_folder)
         self.ranks = OtherRanks(config, folder) if config.tensor_parallel_size > 1 else None
 
-        self._config = config
+        self._config = config = self.ranks.config if self.ranks else config
         self.lock_step = LockStep() if config.data_parallel_size > 1 else None
         meeting = self.ranks.meeting if self.ranks else "" if folder is None else str(folder / "rendezvous")
         listener = self.ranks.listener if self.ranks else None

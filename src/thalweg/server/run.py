@@ -80,8 +80,8 @@ def serve(
     _check(port, api_keys, served_model_name, log_level)
     _check_limits(max_queued_requests, queue_timeout, request_timeout, shutdown_timeout)
     _check_idle(keep_alive_timeout, sse_ping_interval)
-    if profiler is not None and config.nnodes > 1:
-        raise ConfigError("--enable-profiler needs all ranks on one host; leave it out, or take --nnodes 1")
+    if profiler is not None and not config.one_host:
+        raise ConfigError("--enable-profiler needs all ranks on one host; expected neither --nnodes nor Ray with it")
     if expert_metrics and config.data_parallel_size == 1:
         raise ConfigError(
             "--expert-metrics counts what data-parallel ranks exchange; expected --data-parallel-size too"

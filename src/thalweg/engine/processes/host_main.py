@@ -27,9 +27,8 @@ _REFUSALS = 3  # in a row before the key is taken to be wrong, and not node 0 to
 class Host:
     """One host's part in an engine; all of it happens in `run`."""
 
-    def __init__(self, config: EngineConfig) -> None:
-        self._config, self._node = config, config.node_rank
-        self._key = link.cluster_key()
+    def __init__(self, config: EngineConfig, key: str) -> None:
+        self._config, self._node, self._key = config, config.node_rank, key
         self._ranks: LocalRanks | None = None
         self._ended: queue.SimpleQueue[EngineDeadError | None] = queue.SimpleQueue()  # a rank's error; None: a signal
         self._refusals = 0
@@ -128,5 +127,5 @@ class Host:
 
 
 def serve_ranks(config: EngineConfig) -> None:
-    """As Host.run."""
-    Host(config).run()
+    """As Host.run. Raises ConfigError without a key, too."""
+    Host(config, link.cluster_key()).run()

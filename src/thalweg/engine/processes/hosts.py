@@ -22,11 +22,11 @@ class OtherHosts:
     """Nodes 1 to nnodes - 1, each of which runs ranks of its own (`host_main`).
 
     `on_death(error)`, from a listening thread, when one says that it cannot go on, or nothing for LOST_SECONDS, or has
-    not come after MEET_SECONDS. Raises ConfigError without a key, or if this host cannot listen.
+    not come after MEET_SECONDS. Raises ConfigError if this host cannot listen.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
-        self._config, key = config, link.cluster_key()
+    def __init__(self, config: EngineConfig, key: str) -> None:
+        self._config = config
         self._context = zmq.Context()
         self._closing = False
         self._lock = threading.Lock()  # over the sockets of plans, which two threads write to

@@ -16,8 +16,10 @@ import zmq
 
 from thalweg.config.engine import EngineConfig
 from thalweg.core import StepPlan
+from thalweg.engine.processes.host_link import cluster_key
 from thalweg.engine.processes.hosts import OnDeath, OtherHosts
 from thalweg.engine.processes.ipc import SocketFolder, address, end_group, tell_to_leave
+from thalweg.engine.processes.ray_hosts import RayHosts
 from thalweg.errors import ConfigError, EngineDeadError
 from thalweg.recorder.orders import Order
 
@@ -107,21 +109,33 @@ class LocalRanks:
 class OtherRanks:
     """All ranks but rank 0, which is the process that makes this: those of this host, and those of other hosts.
 
-    `folder`, `on_death`: as LocalRanks. Raises ConfigError if other hosts cannot reach this one.
+    `folder`, `on_death`: as LocalRanks. `config` is the engine's, with places if Ray has chosen them. Raises
+    ConfigError if other hosts cannot reach this one, or Ray finds no place; UnsupportedError without Ray.
     """
 
     def __init__(self, config: EngineConfig, folder: Path | None = None) -> None:
         if config.node_rank:
             raise ConfigError(f"--node-rank is {config.node_rank}; only `thalweg serve` joins another host's engine")
-        self._hosts = OtherHosts(config) if config.nnodes > 1 else None
-        self.listener = self._hosts.listener if self._hosts else None
-        self._local = LocalRanks(config, self._hosts.meeting if self._hosts else "", folder)
+        self._ray = RayHosts(config) if config.distributed_executor_backend == "ray" else None
+        self._hosts = None
+        self.config = config = config if self._ray is None else self._ray.config
+        try:
+            if config.nnodes > 1:
+                self._hosts = OtherHosts(config, cluster_key() if self._ray is None else self._ray.key)
+            self.listener = self._hosts.listener if self._hosts else None
+            self._local = LocalRanks(config, self._hosts.meeting if self._hosts else "", folder)
+        except BaseException:
+            if self._ray is not None:
+                self._ray.close()
+            raise
         self.meeting = self._local.meeting
 
     def watch(self, on_death: OnDeath) -> None:
         self._local.watch(on_death)
         if self._hosts is not None:
             self._hosts.watch(on_death)
+        if self._ray is not None:
+            self._ray.watch(on_death)
 
     def send(self, plan: StepPlan | Order) -> None:
         """To be called from one thread only, in the order of the steps."""
@@ -140,3 +154,5 @@ class OtherRanks:
         if self._hosts is not None:
             self._hosts.close(reason)
         self._local.close(keep_folder=keep_folder)
+        if self._ray is not None:
+            self._ray.close()
