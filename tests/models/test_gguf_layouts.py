@@ -37,7 +37,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def logits(path: Path | str, **options) -> Tensor:  # type: ignore[no-untyped-def]
-    with LLM(str(path), max_num_seqs=2, **options) as llm:
+    with LLM(str(path), max_num_seqs=2, quantize_activations=False, **options) as llm:
         return llm.prompt_logits(IDS)
 
 
@@ -145,7 +145,8 @@ def test_split_files(tiny: dict[str, Path], tmp_path: Path) -> None:
 @pytest.mark.parametrize("outtype", ["q8_0", "q4_k_m"])
 def test_weights_stay_in_blocks_and_give_the_same(tiny: dict[str, Path], outtype: str) -> None:
     """Kept or brought to float32 as they are loaded."""
-    with LLM(str(tiny[outtype]), max_num_seqs=2) as kept, LLM(str(tiny[outtype]), dequantize=True) as widened:
+    exact = {"max_num_seqs": 2, "quantize_activations": False}
+    with LLM(str(tiny[outtype]), **exact) as kept, LLM(str(tiny[outtype]), dequantize=True) as widened:
         torch.testing.assert_close(kept.prompt_logits(IDS), widened.prompt_logits(IDS), atol=1e-4, rtol=0)
         outputs = [llm.generate(IDS, GREEDY)[0].outputs[0].token_ids for llm in (kept, widened)]
         assert outputs[0] == outputs[1]
@@ -202,7 +203,7 @@ def test_tied_embeddings_in_blocks(shared_dir: Path, tmp_path: Path) -> None:
     tensor = file.tensors["token_embd.weight"]
     head = NewTensor("output.weight", tensor.type, tensor.shape, lambda: file.mapped[tensor.start : tensor.stop])
     untied = rewritten(whole, tmp_path / "untied.gguf", {"output.weight": head})
-    with LLM(str(tied)) as llm:
+    with LLM(str(tied), quantize_activations=False) as llm:
         assert llm.info.parameters == GgufFile(tied).tensors["token_embd.weight"].rows * 64 + sum(
             t.rows * t.columns for t in GgufFile(tied).tensors.values() if t.name != "token_embd.weight"
         )

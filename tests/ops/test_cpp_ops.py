@@ -130,16 +130,20 @@ def in_8_bits(x: Tensor, block: int) -> Tensor:
 
 
 SCHEMES = [
-    *(GgmlRows.of([(kind, 37)]) for kind in blocks_cpp.SERVED),
+    *(GgmlRows.of([(kind, 37)]) for kind in blocks_cpp.BLOCKS),
     GgmlRows.of([("Q4_K", 70), ("Q6_K", 3), ("Q8_0", 64)]),
     GgmlRows((("Q8_0", 9),), tile=(2, 4, 64)),
+]
+NUMBERS = [
+    *(GgmlRows.of([(kind, 37)]) for kind in ("F16", "BF16", "F32")),
+    GgmlRows.of([("Q8_0", 8), ("F32", 3), ("F16", 8)]),
 ]
 FEW_AND_MANY = [(0, False), (1, False), (3, False), (16, False), (0, True), (5, True), (67, True)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("T", "many"), FEW_AND_MANY)
-@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)
+@pytest.mark.parametrize("scheme", [*SCHEMES, *NUMBERS], ids=lambda scheme: scheme.name)
 def test_linears_over_blocks(scheme: GgmlRows, T: int, many: bool, dtype: torch.dtype) -> None:
     rows = sum(rows for _, rows in scheme.segments)
     blocks = blocks_of(randn(rows, 512, dtype=torch.float32, scale=512**-0.5), scheme)
@@ -209,9 +213,20 @@ def test_experts_over_blocks(
         assert rmse_ratio(y, rounded) < 1e-3
 
 
+def test_halves_of_any_number_of_columns() -> None:
+    scheme, x = GgmlRows.of([("F16", 37)]), randn(20, 77, dtype=torch.float32, seed=1)
+    w = randn(37, 77, dtype=torch.float16)
+    for many in (False, True):
+        y = blocks_cpp.BlockLinear(scheme, many=many)(x, w.view(torch.uint8).flatten())
+        assert error(y, x.double() @ w.double().T) < 5e-7
+
+
 def test_what_c_has_no_code_for_is_refused() -> None:
     dims = ExpertsDims(E=7, D=256, I=256, scheme="IQ4_XS 512 | Q8_0 256")
     assert experts.refuses(dims) == "has no code for IQ4_XS"
+    halves = replace(dims, scheme="F16 512 | Q8_0 256")
+    assert experts.refuses(halves) is None
+    assert experts.refuses(halves, rounds=True) == "has no code for F16"
     assert "not none | Q8_0 256" in str(experts.refuses(replace(dims, scheme="none | Q8_0 256")))
     assert "not fp8" in str(experts.refuses(replace(dims, scheme="fp8")))
     assert "of its own" in str(experts.refuses(replace(dims, scheme="none", own=8)))

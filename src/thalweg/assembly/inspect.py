@@ -29,6 +29,7 @@ from thalweg.errors import ConfigError
 from thalweg.layers.context import BuildContext
 from thalweg.models.decoder import Decoder
 from thalweg.models.family import idle_parameters
+from thalweg.models.parts.quantized import GgmlCheckpoint
 from thalweg.ops.registry import Choice, Resolver, Where
 from thalweg.parallel.data_ranks import DataRanks
 from thalweg.parallel.mesh import Mesh
@@ -97,7 +98,7 @@ def describe(config: EngineConfig) -> Inspection:
     c = source.config
     device = choose_device(config, 0)
     config = config.resolve(device=str(device), checkpoint_dtype=c.dtype, context_len=c.context_len)
-    source = source.fitted(checkpoint, dequantize=config.dequantize)
+    source = source.fitted(checkpoint, dequantize=config.dequantize, halves=config.keeps_halves)
     c = source.config
     plan = source.plan(shards_of(config), config.quantization)
     resolver = Resolver(config.op_preference, quantize_activations=config.quantize_activations)
@@ -213,4 +214,6 @@ def _describe_weights(
     kept = ""
     if source.gguf is not None and any(not TYPES[t.dtype].is_plain for t in tensors.values()):
         kept = "; blocks are " + (f"brought to {config.dtype} as they are loaded" if config.dequantize else "kept")
+    elif isinstance(source.config.quantized, GgmlCheckpoint):
+        kept = "; 16 bits are kept"
     return f"{count} ({dtypes}), all fit {checkpoint.described_by}{kept}"

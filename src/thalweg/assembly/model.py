@@ -74,7 +74,7 @@ def open_model(config: EngineConfig, tp_rank: int, data_rank: int = 0, *, mtp: b
     device = choose_device(config, rank - config.node_rank * config.ranks_per_node)
     config = config.resolve(device=str(device), checkpoint_dtype=c.dtype, context_len=c.context_len)
     checkpoint = source.open_weights() if config.load_format != "dummy" else None
-    source = source.fitted(checkpoint, mtp=mtp, dequantize=config.dequantize)
+    source = source.fitted(checkpoint, mtp=mtp, dequantize=config.dequantize, halves=config.keeps_halves)
     plan = source.plan(shards_of(config, tp_rank, data_rank), config.quantization)
     if device.type == "cpu":
         _choose_threads(sum(local_elements(plan).values()) * 4, config.ranks_per_node * config.data_parallel_size)

@@ -68,16 +68,22 @@ class ModelSource:
         return GgufCheckpoint(model, names, self.gguf.ignored(self.config))
 
     def fitted(
-        self, checkpoint: WeightFiles | None, *, mtp: bool = False, dequantize: bool | None = False
+        self,
+        checkpoint: WeightFiles | None,
+        *,
+        mtp: bool = False,
+        dequantize: bool | None = False,
+        halves: bool = False,
     ) -> ModelSource:
-        """With what the checkpoint's tensors say and config.json does not: whether weights stay in blocks, too."""
+        """With what the checkpoint's tensors say and config.json does not: whether weights stay in blocks, too, and
+        with `halves` those in 16 bits as they are, if there are no blocks."""
         tensors = frozenset(checkpoint.tensors) if checkpoint is not None else frozenset()
         config = self.family.fitted(self.config, tensors)
         if checkpoint is not None and self.gguf is not None and not dequantize:
             from thalweg.weights.gguf import GgufCheckpoint
 
             assert isinstance(checkpoint, GgufCheckpoint)
-            config = replace(config, quantized=_blocks(checkpoint))
+            config = replace(config, quantized=_blocks(checkpoint, halves))
         return replace(self, config=config, tensors=tensors, mtp=mtp)
 
     @property
@@ -134,16 +140,17 @@ def open_source(config: EngineConfig) -> ModelSource:
     )
 
 
-def _blocks(checkpoint: GgufCheckpoint) -> GgmlCheckpoint | None:
-    """What a GGUF file stores in blocks; None if all are plain numbers."""
+def _blocks(checkpoint: GgufCheckpoint, halves: bool) -> GgmlCheckpoint | None:
+    """What a GGUF file stores in blocks, or else in 16 bits; None if all are plain numbers."""
     kinds: dict[str, str] = {}
     tiles = {name: info.tile for name, info in checkpoint.tensors.items() if info.tile is not None}
     elements: Counter[str] = Counter()
     for name, info in checkpoint.tensors.items():
         kinds[name] = info.dtype
-        if not TYPES[info.dtype].is_plain:
-            elements[info.dtype] += prod(info.shape)
-    return GgmlCheckpoint(kinds, GgmlRows.average(elements), tiles) if elements else None
+        elements[info.dtype] += prod(info.shape)
+    halves = halves and all(TYPES[kind].is_plain for kind in elements)
+    kept = {kind: count for kind, count in elements.items() if TYPES[kind].is_kept(halves)}
+    return GgmlCheckpoint(kinds, GgmlRows.average(kept), tiles, halves) if kept else None
 
 
 def _read_gguf(path: Path) -> tuple[Architecture, dict[str, Any]]:

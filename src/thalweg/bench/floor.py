@@ -11,7 +11,7 @@ from thalweg.bench.ceilings import Ceilings
 from thalweg.models.family import step_costs
 from thalweg.models.parts.part import Cost, Step
 from thalweg.parallel.shards import Shards
-from thalweg.quant import scheme_named
+from thalweg.quant import QUANTIZATIONS, scheme_named
 from thalweg.quant.dtypes import DTYPE_BYTES
 
 
@@ -61,8 +61,8 @@ def step_floor(source: ModelSource, info: EngineInfo, ceilings: Ceilings, rows: 
 def costs_of(source: ModelSource, info: EngineInfo, sequences: int, *, new: int = 1, cached: int = 0) -> list[Cost]:
     """Every operation of a step on one rank of a built engine, in what it keeps weights, cache and states in."""
     config, scheme = source.config, info.quantization
-    if source.gguf is not None and scheme is not None:  # blocks that are kept, which the file's tensors tell
-        config, scheme = source.fitted(source.open_weights()).config, None
+    if source.gguf is not None and scheme not in (None, *QUANTIZATIONS):  # what is kept, which the file's tensors tell
+        config, scheme = source.fitted(source.open_weights(), halves=True).config, None
     step = Step(
         sequences,
         new,

@@ -276,6 +276,11 @@ class EngineConfig:
             return self.prefill_graph_tokens
         return 2048 if self.tensor_parallel_size == 1 else 0
 
+    @property
+    def keeps_halves(self) -> bool:
+        """Whether matrices that a GGUF file has in 16 bits are multiplied as they are. Of a resolved config."""
+        return self.device == "cpu" and self.dtype == "float32" and self.quantization is None and not self.dequantize
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values by option name, for messages; EngineConfig(**d) gives the same config."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}

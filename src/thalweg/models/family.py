@@ -155,9 +155,9 @@ def weight_plan(
         what = f"--data-parallel-size is {shards.data_size}, and its ranks divide experts"
         raise ConfigError(f"{what}, of which this {family.architectures[0]} has none; leave it out")
     layout = family.layout(config, tensors)
-    tiles = config.quantized.tiles if isinstance(config.quantized, GgmlCheckpoint) else {}
+    ggml = config.quantized if isinstance(config.quantized, GgmlCheckpoint) else GgmlCheckpoint({}, PLAIN)
     stored = stored_as(config.quantized, tensors)
-    ctx = PlanContext(config.width, shards, scheme, config.shifted_norms, stored, tiles)
+    ctx = PlanContext(config.width, shards, scheme, config.shifted_norms, stored, ggml.tiles, ggml.halves)
     targets = config.vocab.targets(layout.vocab, ctx)
     for n, layer in enumerate(config.layers):
         targets += layer.mixer.targets(f"layers.{n}.attn", layout.mixer(n), ctx)

@@ -19,6 +19,10 @@ class GgmlType:
         """Whether elements are numbers of their own."""
         return self.elements == 1
 
+    def is_kept(self, halves: bool) -> bool:
+        """Whether matrices stay in this type: in blocks, and with `halves` in 16 bits too."""
+        return not self.is_plain or (halves and self.bytes == 2)
+
     def row_bytes(self, columns: int) -> int:
         """Bytes of a row. `columns` is a multiple of `elements`."""
         return columns // self.elements * self.bytes

@@ -106,6 +106,7 @@ class PlanContext:
     shifted_norms: bool = False
     stored_as: Callable[[str], str] = lambda _: "none"
     tiles: Mapping[str, Tile] = field(default_factory=dict)  # of matrices of blocks whose columns are in another order
+    halves: bool = False  # matrices of a GGUF file in 16 bits are kept so
     placement: Placement | None = None  # of this layer's experts over data-parallel ranks; None: even
 
     def experts(self, total: int) -> tuple[int, ...]:
@@ -138,9 +139,9 @@ class PlanContext:
         return [replace(weight, scheme=FP8_LINEARS, scales=tuple(scales)), *rest]
 
     def block_type(self, name: str) -> str:
-        """The type of GGML's blocks that a checkpoint stores a matrix in, "none" for plain numbers."""
+        """The type of GGML's that a checkpoint stores a matrix in and that it is kept in; "none" if it is not."""
         kind = TYPES.get(self.stored_as(name))
-        return "none" if kind is None or kind.is_plain else kind.name
+        return kind.name if kind is not None and kind.is_kept(self.halves) else "none"
 
     def in_blocks(self, target: Target) -> Target:
         """A matrix kept in blocks, as the checkpoint has it; those of a stack have the same types in each. Without

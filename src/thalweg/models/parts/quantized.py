@@ -71,16 +71,18 @@ class Int4Checkpoint:
 @dataclass(frozen=True, slots=True)
 class GgmlCheckpoint:
     """A GGUF file some of whose tensors are blocks: `kinds` has every tensor's type by its name, `tiles` of those with
-    columns in another order what that is. `average` stands for all matrices."""
+    columns in another order what that is. `average` stands for all matrices. `halves`: matrices in 16 bits are kept as
+    they are too."""
 
     kinds: Mapping[str, str]
     average: Scheme
     tiles: Mapping[str, Tile] = field(default_factory=dict)
+    halves: bool = False
 
     @property
     def name(self) -> str:
-        """The types of blocks that it has."""
-        return ", ".join(sorted({kind for kind in self.kinds.values() if not TYPES[kind].is_plain}))
+        """The types of blocks that it has, or of halves."""
+        return ", ".join(sorted({kind for kind in self.kinds.values() if TYPES[kind].is_kept(self.halves)}))
 
     @property
     def schemes(self) -> tuple[Scheme, Scheme, Scheme]:

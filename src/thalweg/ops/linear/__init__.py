@@ -255,12 +255,12 @@ def _cpp_ggml(where: Where, dims: LinearGgmlDims, *, rounds: bool = False, many:
     return BlockLinear(scheme, rounds=rounds, many=many)
 
 
-def _cpp_ggml_refuses(where: Where, dims: LinearGgmlDims) -> Refusal:
+def _cpp_ggml_refuses(where: Where, dims: LinearGgmlDims, *, rounds: bool = False) -> Refusal:
     from thalweg.ops.linear.blocks_cpp import refusal
 
     scheme = GgmlRows.named(dims.scheme)
     assert scheme is not None
-    return refusal(scheme) or cpu_build.why_not(where)
+    return refusal(scheme, rounds=rounds) or cpu_build.why_not(where)
 
 
 def _cpp_norm_linear(where: Where, dims: NormLinearDims) -> NormLinear:
@@ -321,6 +321,6 @@ register(LINEAR_REDUCE_ADD, "cuda", _cuda_reduce, supports=_reduce_refuses, toke
 register(LINEAR_GGML, "reference", _ggml, capturable=False)
 register(LINEAR_GGML, "cpp", _cpp_ggml, supports=_cpp_ggml_refuses, tokens=CPU_FEW, priority=10)
 register(LINEAR_GGML, "panels", partial(_cpp_ggml, many=True), supports=_cpp_ggml_refuses, priority=5)
-_int8: dict[str, Any] = {"supports": _cpp_ggml_refuses, "rounding": 0.02}
+_int8: dict[str, Any] = {"supports": partial(_cpp_ggml_refuses, rounds=True), "rounding": 0.02}
 register(LINEAR_GGML, "int8", partial(_cpp_ggml, rounds=True), tokens=CPU_FEW, priority=20, **_int8)
 register(LINEAR_GGML, "int8_panels", partial(_cpp_ggml, rounds=True, many=True), priority=15, **_int8)

@@ -15,7 +15,8 @@ from thalweg.ops.toolchain.cpu_build import DTYPES, function
 from thalweg.quant import GgmlRows
 from thalweg.quant.ggml_types import TYPES
 
-SERVED = ("Q4_0", "Q5_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K")  # those that blocks.cpp has code for
+BLOCKS = ("Q4_0", "Q5_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K")  # those that int8_types.h has code for
+SERVED = (*BLOCKS, "F16", "BF16", "F32")  # and blocks.cpp
 
 
 class Segments(NamedTuple):
@@ -32,9 +33,10 @@ class Segments(NamedTuple):
         return Segments(n, (c_int32 * n)(*types), (c_int64 * n)(*(rows for _, rows in scheme.segments)))
 
 
-def refusal(scheme: GgmlRows) -> Refusal:
-    """Why C++ does not serve matrices stored so, or None."""
-    unserved = sorted({name for name, _ in scheme.segments if name not in SERVED})
+def refusal(scheme: GgmlRows, *, rounds: bool = False) -> Refusal:
+    """Why C++ does not serve matrices stored so, or None; rounds: with activations rounded to 8 bits."""
+    served = BLOCKS if rounds else SERVED
+    unserved = sorted({name for name, _ in scheme.segments if name not in served})
     return f"has no code for {', '.join(unserved)}" if unserved else None
 
 

@@ -275,16 +275,16 @@ def _cpp(where: Where, dims: ExpertsDims, *, rounds: bool = False, many: bool = 
     return _finishing(cpp.build(dims, rounds=rounds, many=many))
 
 
-def _cpp_refuses(where: Where, dims: ExpertsDims) -> Refusal:
+def _cpp_refuses(where: Where, dims: ExpertsDims, *, rounds: bool = False) -> Refusal:
     from thalweg.ops.moe.experts import cpp
 
-    return cpp.refuses(dims) or cpu_build.why_not(where)
+    return cpp.refuses(dims, rounds=rounds) or cpu_build.why_not(where)
 
 
 def _int8_refuses(where: Where, dims: ExpertsDims) -> Refusal:
     if dims.scheme == "none":
         return "needs weights in GGML's blocks"
-    return _cpp_refuses(where, dims)
+    return _cpp_refuses(where, dims, rounds=True)
 
 
 def _prompts(dims: ExpertsDims) -> Tokens:

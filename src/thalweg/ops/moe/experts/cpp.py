@@ -32,7 +32,7 @@ def build(dims: ExpertsDims, *, rounds: bool = False, many: bool = False) -> Cal
     return partial(form, inner=dims.I, gate_up_layout=gate_up, down_layout=down, rounds=rounds)
 
 
-def refuses(dims: ExpertsDims) -> Refusal:
+def refuses(dims: ExpertsDims, *, rounds: bool = False) -> Refusal:
     """Why it does not serve these dims on any CPU, or None."""
     if dims.own:
         return "has no products for an expert of its own"
@@ -41,7 +41,7 @@ def refuses(dims: ExpertsDims) -> Refusal:
     schemes = _schemes(dims)
     if len(schemes) < dims.scheme.count("|") + 1:
         return f"needs weights in the model's dtype or in GGML's blocks, not {dims.scheme}"
-    return next(filter(None, map(refusal, schemes)), None)
+    return next(filter(None, (refusal(scheme, rounds=rounds) for scheme in schemes)), None)
 
 
 def _schemes(dims: ExpertsDims) -> list[GgmlRows]:

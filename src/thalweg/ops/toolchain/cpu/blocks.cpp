@@ -156,7 +156,7 @@ inline void dots(const uint8_t* w, int64_t row_bytes, const float* x, float* out
 }
 
 template <class Q>
-void widen_blocks(const uint8_t* w, int64_t blocks, float* out) {
+void widen_blocks(Q, const uint8_t* w, int64_t blocks, float* out) {
   for (int64_t i = 0; i < blocks; i++) {
     float* to = out + i * Q::ELEMENTS;
     Q::each(w + i * Q::BYTES, [&](int k, Vec v) __attribute__((always_inline)) { store(to + k, v); });
@@ -165,6 +165,7 @@ void widen_blocks(const uint8_t* w, int64_t blocks, float* out) {
 
 template <class Q>
 void rows_of_blocks(
+    Q type,
     const uint8_t* w,
     int64_t rows,
     int64_t row_bytes,
@@ -184,15 +185,39 @@ void rows_of_blocks(
   float* wide = scratch<4>(most * columns);
   for (; r < rows; r += most) {
     int64_t count = rows - r < most ? rows - r : most;
-    widen_blocks<Q>(w + r * row_bytes, count * (row_bytes / Q::BYTES), wide);
+    widen_blocks(type, w + r * row_bytes, count * (row_bytes / Q::BYTES), wide);
     rows_times(wide, count, columns, x, x_stride, tokens, out + r, out_stride);
   }
+}
+
+// Rows of numbers, which are no blocks.
+template <class T>
+struct Numbers {
+  static constexpr int ELEMENTS = 1, BYTES = sizeof(T);
+};
+
+template <class T>
+void rows_of_blocks(
+    Numbers<T>, const uint8_t* w, int64_t rows, int64_t row_bytes, const float* x, int64_t x_stride, int64_t tokens, float* out,
+    int64_t out_stride) {
+  rows_times((const T*)w, rows, row_bytes / sizeof(T), x, x_stride, tokens, out, out_stride);
+}
+
+template <class T>
+void widen_blocks(Numbers<T>, const uint8_t* w, int64_t count, float* out) {
+  in_lanes(count, [&](int64_t k, int64_t n) { store(out + k, load((const T*)w + k, n), n); });
 }
 
 // f(Q) of the type that has this number.
 template <class F>
 inline void of_type(int32_t type, F&& f) {
   switch (type) {
+    case 0:
+      return f(Numbers<float>{});
+    case 1:
+      return f(Numbers<half>{});
+    case 30:
+      return f(Numbers<bf16>{});
     case 2:
       return f(Q4_0{});
     case 6:
@@ -233,15 +258,15 @@ void BlockMatrix::times(
     int64_t first, int64_t count, const float* x, int64_t x_stride, int64_t tokens, float* out, int64_t out_stride) const {
   in_segments(first, count, [&](int32_t type, const uint8_t* w, int64_t rows, int64_t at) {
     of_type(type, [&](auto q) {
-      rows_of_blocks<decltype(q)>(
-          w, rows, bytes_of_row(type, columns), x, x_stride, tokens, out + at, out_stride);
+      rows_of_blocks(
+          q, w, rows, bytes_of_row(type, columns), x, x_stride, tokens, out + at, out_stride);
     });
   });
 }
 
 void BlockMatrix::widen(int64_t first, int64_t count, float* out) const {
   in_segments(first, count, [&](int32_t type, const uint8_t* w, int64_t rows, int64_t at) {
-    of_type(type, [&](auto q) { widen_blocks<decltype(q)>(w, rows * (columns / q.ELEMENTS), out + at * columns); });
+    of_type(type, [&](auto q) { widen_blocks(q, w, rows * (columns / q.ELEMENTS), out + at * columns); });
   });
 }
 

@@ -29,6 +29,10 @@ struct bf16 {
   uint16_t bits;
 };
 
+struct half {
+  uint16_t bits;
+};
+
 enum Dtype { FLOAT32 = 0, BFLOAT16 = 1 };  // as cpu_build.DTYPES has them
 
 inline Vec splat(float x) { return x - Vec{}; }  // x + 0 would be an addition, which -0 needs
@@ -43,6 +47,24 @@ inline Vec load(const bf16* p) {
   HVec h;
   memcpy(&h, p, sizeof h);
   return (Vec)(__builtin_convertvector(h, UVec) << 16);
+}
+
+inline Vec load(const half* p) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__)
+  return (Vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__aarch64__)
+  __fp16 h __attribute__((vector_size(2 * LANES)));
+  memcpy(&h, p, sizeof h);
+  return __builtin_convertvector(h, Vec);
+#else
+  Vec v;
+  _Float16 h[LANES];
+  memcpy(h, p, sizeof h);
+  for (int i = 0; i < LANES; i++) v[i] = h[i];
+  return v;
+#endif
 }
 
 // The first n < LANES elements, and zeros behind them.
