@@ -94,8 +94,8 @@ def host(log: Path, tmp: Path, *arguments: str, key: str | None = KEY) -> Iterat
         until(lambda: not any(map(lives, left)), "a rank outlives its host", WITHIN)
 
 
-def options(folder: Path, port: int, *, nodes: int = 2, ranks: int = 2) -> list[str]:
-    return [str(folder), "-tp", str(ranks), "--nnodes", str(nodes), "--master-port", str(port)]
+def options(folder: Path, port: int, *, ranks: int = 2) -> list[str]:
+    return [str(folder), "-tp", str(ranks), "--nnodes", "2", "--master-port", str(port)]
 
 
 @contextmanager
@@ -143,13 +143,14 @@ def engine(server: Server, other: Host) -> int:
 
 
 @pytest.mark.parametrize(
-    ("victim", "stopped", "here", "there"),
+    ("victim", "how", "here", "there"),
     [
-        (rank, False, "node 1: tensor-parallel rank 1 ended with exit code -9", "rank 1 ended with exit code -9"),
-        (launcher, False, "node 1 has said nothing for 5 s", None),
+        (rank, signal.SIGKILL, "node 1: tensor-parallel rank 1 ended with exit code -9", "rank 1 ended with exit code -9"),
+        (launcher, signal.SIGTERM, "node 1: its host was told to stop", None),
+        (launcher, signal.SIGKILL, "node 1 has said nothing for 5 s", None),
         # As a host without power: its end of the connection does not close.
-        (launcher, True, "node 1 has said nothing for 5 s", None),
-        (engine, False, "the engine process ended with exit code -9", "node 0 is gone"),
+        (launcher, signal.SIGSTOP, "node 1 has said nothing for 5 s", None),
+        (engine, signal.SIGKILL, "the engine process ended with exit code -9", "node 0 is gone"),
     ],
 )
 @pytest.mark.slow
@@ -159,7 +160,7 @@ def test_a_death_on_either_host_ends_both(
     tmp: Path,
     tmp_path: Path,
     victim: Callable[[Server, Host], int],
-    stopped: bool,
+    how: signal.Signals,
     here: str,
     there: str | None,
 ) -> None:
@@ -174,12 +175,12 @@ def test_a_death_on_either_host_ends_both(
 
         answer = pool.submit(stream)
         until(lambda: len(lines) > 10, "nothing runs")
-        pid, ranks = victim(server, other), other.ranks()
+        pid, ranks, stopped = victim(server, other), other.ranks(), how == signal.SIGSTOP
         if stopped:
             for each in (pid, *ranks):
                 stop(each)
         else:
-            os.kill(pid, signal.SIGKILL)
+            os.kill(pid, how)
         assert '"engine_dead"' in answer.result(WITHIN)
         assert httpx.get(f"{url}/health").status_code == 503
         (tmp / "1" / "x").touch()
@@ -195,7 +196,7 @@ def test_a_death_on_either_host_ends_both(
         elif stopped:
             other.process.kill()
         if victim is launcher and not stopped:
-            assert other.process.wait(WITHIN) == KILLED
+            assert other.process.wait(WITHIN) == (0 if how == signal.SIGTERM else KILLED)
         until(lambda: not any(map(lives, ranks)) or stopped, "a rank lives on", WITHIN)
         for each in ranks if stopped else ():
             os.kill(each, signal.SIGKILL)

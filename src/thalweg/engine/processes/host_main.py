@@ -32,7 +32,7 @@ class Host:
         self._ranks: LocalRanks | None = None
         self._ended: queue.SimpleQueue[EngineDeadError | None] = queue.SimpleQueue()  # a rank's error; None: a signal
         self._refusals = 0
-        self._connected = False
+        self._connected = self._gone = False
 
     def run(self) -> None:
         """Until node 0 says that all is well and over, or SIGTERM. Raises ConfigError if node 0 does not take this
@@ -67,6 +67,8 @@ class Host:
                 return
             if self._monitor in ready:
                 self._look(recv_monitor_message(self._monitor)["event"])
+            if self._gone and not self._plans.poll(0):  # what it said last comes first
+                raise EngineDeadError("node 0 is gone; its own lines say why")
             if self._wake in ready:
                 os.read(self._wake, 1)
                 error = self._ended.get()
@@ -108,8 +110,8 @@ class Host:
             if self._refusals >= _REFUSALS:
                 where = f"{self._config.master_addr}:{self._config.master_port + self._node}"
                 raise ConfigError(f"node 0 at {where} has another THALWEG_CLUSTER_KEY; expected the same on every host")
-        elif event == zmq.EVENT_DISCONNECTED and self._connected and not self._plans.poll(0):
-            raise EngineDeadError("node 0 is gone; its own lines say why")
+        elif event == zmq.EVENT_DISCONNECTED and self._connected:
+            self._gone = True
 
     def _tell(self, error: EngineDeadError | None) -> None:
         """From any thread: have the loop look at this."""
