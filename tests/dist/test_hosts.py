@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -26,7 +27,7 @@ from tests.e2e.tiny_model import write_tiny_model
 from thalweg import LLM, SamplingParams
 from thalweg.config.engine import EngineConfig
 from thalweg.engine.processes import host_link as link
-from thalweg.errors import ConfigError
+from thalweg.errors import ConfigError, EngineDeadError
 
 KEY = "0123456789abcdef" * 4
 GREEDY = {"prompt": "ab", "max_tokens": 12, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
@@ -77,12 +78,15 @@ class Host:
 
 
 @contextmanager
-def host(log: Path, tmp: Path, *arguments: str, key: str | None = KEY) -> Iterator[Host]:
+def host(
+    log: Path, tmp: Path, *arguments: str, key: str | None = KEY, within: tuple[str, ...] = ()
+) -> Iterator[Host]:
+    """`within` are the words of a command that runs it elsewhere."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(tmp)}
     environment |= {} if key is None else {"THALWEG_CLUSTER_KEY": key}
     with log.open("w") as errors:
         process = subprocess.Popen(
-            [sys.executable, "-m", "thalweg", "serve", *arguments], stderr=errors, env=environment, text=True
+            [*within, sys.executable, "-m", "thalweg", "serve", *arguments], stderr=errors, env=environment, text=True
         )
     found = Host(process, log)
     try:
@@ -201,6 +205,54 @@ def test_a_death_on_either_host_ends_both(
         for each in ranks if stopped else ():
             os.kill(each, signal.SIGKILL)
         assert stopped or left_in(tmp / "1") == ["x"]
+
+
+@pytest.fixture
+def network() -> Iterator[tuple[str, str, str]]:
+    """Another network stack of this machine, behind a cable: its name, the cable's, and our address."""
+    name, ours, theirs, net = f"thalweg-{os.getpid()}", f"tw{os.getpid()}a", f"tw{os.getpid()}b", "10.213.77"
+    up = [
+        f"netns add {name}", f"link add {ours} type veth peer name {theirs}", f"link set {theirs} netns {name}",
+        f"addr add {net}.1/24 dev {ours}", f"link set {ours} up", f"-n {name} addr add {net}.2/24 dev {theirs}",
+        f"-n {name} link set {theirs} up", f"-n {name} link set lo up",
+    ]  # fmt: skip
+    try:
+        for each in up:
+            done = ip(each)
+            if done.returncode:
+                pytest.skip(f"makes no network of its own here (ip {each}: {done.stderr.strip()})")
+        yield name, ours, f"{net}.1"
+    finally:
+        ip(f"link del {ours}")
+        ip(f"netns del {name}")
+
+
+def ip(arguments: str) -> subprocess.CompletedProcess[str]:
+    if shutil.which("ip") is None:
+        pytest.skip("needs the command ip (iproute2) for a network of its own")
+    return subprocess.run(["ip", *arguments.split()], capture_output=True, text=True)
+
+
+@needs_proc
+@pytest.mark.slow
+def test_a_cable_that_is_pulled_ends_both(
+    folder: Path, tmp: Path, tmp_path: Path, network: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, cable, address = network
+    monkeypatch.setenv("THALWEG_CLUSTER_KEY", KEY)
+    port = free_ports(2)
+    asked = [*options(folder, port), "--master-addr", address, "--node-rank", "1"]
+    with host(tmp_path / "log", tmp, *asked, within=("ip", "netns", "exec", name)) as other:
+        with LLM(str(folder), tensor_parallel_size=2, nnodes=2, master_addr=address, master_port=port) as llm:
+            stream = llm.stream("ab", SamplingParams(max_tokens=400, ignore_eos=True))
+            next(stream)
+            ip(f"link set {cable} down")
+            began = time.monotonic()
+            with pytest.raises(EngineDeadError, match="node 1 has said nothing for 5 s"):
+                list(stream)
+            assert time.monotonic() - began < WITHIN
+        code, last = other.ended()
+        assert (code, last) == (ENGINE_DIED, "error: node 0 is gone; its own lines say why")
 
 
 @needs_proc
