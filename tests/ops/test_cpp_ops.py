@@ -28,6 +28,7 @@ from thalweg.ops.delta import mixer_cpp
 from thalweg.ops.delta.kda_mixer import reference as kda_mixer_reference
 from thalweg.ops.linear import blocks_cpp
 from thalweg.ops.linear import cpp as linear
+from thalweg.ops.linear import reference as linear_reference
 from thalweg.ops.moe.experts import Experts, ExpertsDims
 from thalweg.ops.moe.experts import cpp as experts
 from thalweg.ops.moe.router import cpp as router
@@ -211,6 +212,27 @@ def test_experts_over_blocks(
     assert rmse_ratio(y, exact) < 2 * TOLERANCE[dtype] + 0.025 * rounds
     if rounds and dtype == torch.float32:  # what is rounded to bfloat16 first may go to another step
         assert rmse_ratio(y, rounded) < 1e-3
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("T", "many"), [(3, False), (20, True)])
+@pytest.mark.parametrize("rounds", [False, True])
+@pytest.mark.parametrize(
+    "scheme", [SCHEMES[3], GgmlRows((("Q8_0", 9),), tile=(2, 4, 64))], ids=lambda scheme: scheme.name
+)
+def test_norms_and_residuals_around_blocks(
+    scheme: GgmlRows, rounds: bool, T: int, many: bool, dtype: torch.dtype
+) -> None:
+    rows = sum(n for _, n in scheme.segments)
+    blocks = blocks_of(randn(rows, 512, dtype=torch.float32, scale=512**-0.5), scheme)
+    x, residual = randn(T, 512, dtype=dtype, seed=1), randn(T, rows + 3, dtype=dtype, seed=2)[:, :rows]
+    op = blocks_cpp.BlockLinear(scheme, rounds=rounds, many=many)
+    for norm in (1 + randn(512, dtype=dtype, seed=3), 1 + randn(512, dtype=torch.float32, seed=3)):
+        normed = norm_reference.rms_norm(x, norm, 1e-5)
+        y = op(x, blocks, norm_weight_D=norm, eps=1e-5, residual_TO=residual.clone())
+        assert error(y, (residual + op(normed, blocks)).double()) < 2 * TOLERANCE[dtype] + 2e-3 * rounds
+        exact = linear_reference.linear_ggml(scheme, x, blocks, norm_weight_D=norm, eps=1e-5, residual_TO=residual)
+        assert error(y, exact.double()) < 2 * TOLERANCE[dtype] + 0.012 * rounds
 
 
 def test_halves_of_any_number_of_columns() -> None:

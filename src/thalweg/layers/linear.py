@@ -55,7 +55,6 @@ class Weights(nn.Module):
         if target.scheme.as_stored:
             self.ggml = LinearGgmlDims(D=in_features, O=rows, scheme=target.scheme.name)
             self._ggml = ctx.op(LINEAR_GGML, self.ggml)
-            self.rest = Linear(ctx.below("rest"), in_features, rest) if rest else None
         else:
             self.fp8 = Fp8LinearDims(D=in_features, O=rows, rest=rest)
             self.rest = Weights(ctx.below("rest"), in_features, rest) if rest else None  # the op takes it too
@@ -65,10 +64,11 @@ class Weights(nn.Module):
         found = tuple(getattr(self, name) for name in self._names)
         return found if self.rest is None else (*found, self.rest.weight)
 
-    def product_ggml(self, x_TD: Tensor) -> Tensor:
-        """x W^T of a matrix in GGML's blocks and the rest below it."""
-        y_TO = self._ggml(x_TD, *(getattr(self, name) for name in self._names))
-        return y_TO if self.rest is None else torch.cat([y_TO, self.rest(x_TD)], dim=-1)
+    def product_ggml(self, x_TD: Tensor, norm: NormWeight | None = None, residual_TO: Tensor | None = None) -> Tensor:
+        """residual + norm(x) W^T of a matrix in GGML's blocks; the residual may be overwritten."""
+        if norm is None:
+            return self._ggml(x_TD, self.weight, residual_TO=residual_TO)
+        return self._ggml(x_TD, self.weight, norm_weight_D=norm.weight, eps=norm.eps, residual_TO=residual_TO)
 
 
 class Linear(Weights):
@@ -95,15 +95,13 @@ class NormLinear(Weights):
         self._norm_linear: Callable[..., Tensor]
         if self.fp8 is not None:
             self._norm_linear = ctx.op(NORM_LINEAR_FP8, self.fp8)
-        elif self.ggml is not None:
-            self._norm = ctx.op(RMS_NORM, RmsNormDims(D=in_features))
-        else:
+        elif self.ggml is None:
             dims = NormLinearDims(D=in_features, parts=tuple(parts), norm_fp32=ctx.norm_fp32)
             self._norm_linear = ctx.op(NORM_LINEAR, dims)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         if self.ggml is not None:
-            return self.product_ggml(self._norm(x_TD, self.norm.weight, self.norm.eps))
+            return self.product_ggml(x_TD, self.norm)
         return self._norm_linear(x_TD, self.norm.weight, self.norm.eps, *self.tensors())
 
 
@@ -118,14 +116,12 @@ class GateUp(Weights):
             self._act = ctx.op(SILU_AND_MUL, SiluAndMulDims(I=width))
         if self.fp8 is not None:
             self._gate_up = ctx.op(NORM_LINEAR_FP8, self.fp8)
-        elif self.ggml is not None:
-            self._norm = ctx.op(RMS_NORM, RmsNormDims(D=in_features))
-        else:
+        elif self.ggml is None:
             self._gate_up = ctx.op(NORM_SWIGLU, NormSwigluDims(D=in_features, I=width, norm_fp32=ctx.norm_fp32))
 
     def forward(self, x_TD: Tensor) -> Tensor:
         if self.ggml is not None:
-            return self._act(self.product_ggml(self._norm(x_TD, self.norm.weight, self.norm.eps)))
+            return self._act(self.product_ggml(x_TD, self.norm))
         y_TX = self._gate_up(x_TD, self.norm.weight, self.norm.eps, *self.tensors())
         return self._act(y_TX) if self.is_quantized else y_TX
 
@@ -145,7 +141,9 @@ class LinearAdd(Weights):
         self._reduce_add: AllReduceAdd | None = None
         mesh, ranks, mapped = ctx.mesh, ctx.mesh.tp_size, ctx.mesh.mapped
         one_rank = ranks == 1
-        if self.ggml is not None:
+        if self.ggml is not None and one_rank:
+            self._linear_add = lambda x_TD, _, residual_TO: self.product_ggml(x_TD, residual_TO=residual_TO)
+        elif self.ggml is not None:
             self._linear = lambda x_TD, *_: self.product_ggml(x_TD)
         elif self.fp8 is not None and not one_rank:
             self._linear = ctx.op(LINEAR_FP8, self.fp8)
@@ -156,7 +154,7 @@ class LinearAdd(Weights):
         else:
             dims = LinearReduceDims(D=in_features, O=out_features, ranks=ranks, mapped=mapped)
             self._linear_add = partial(_over_ranks, ctx.op(LINEAR_REDUCE_ADD, dims), mesh)
-        self._is_one_op = self.ggml is None and (one_rank or self.fp8 is None)
+        self._is_one_op = one_rank or (self.ggml is None and self.fp8 is None)
         if not one_rank and not self._is_one_op:
             self._reduce_add = ctx.op(ALL_REDUCE_ADD, AllReduceAddDims(D=out_features, ranks=ranks, mapped=mapped))
 

@@ -80,8 +80,18 @@ class LinearReduceAdd(Protocol):
 
 
 class LinearGgml(Protocol):
-    def __call__(self, x_TD: Tensor, blocks: Tensor, /) -> Tensor:
-        """y_TO = x @ w.T in x's dtype, w being rows of GGML's blocks one after another, uint8 [bytes].
+    def __call__(
+        self,
+        x_TD: Tensor,
+        blocks: Tensor,
+        /,
+        *,
+        norm_weight_D: Tensor | None = None,
+        eps: float = 0.0,
+        residual_TO: Tensor | None = None,
+    ) -> Tensor:
+        """y_TO = x @ w.T in x's dtype, w being rows of GGML's blocks one after another, uint8 [bytes]; of "rms_norm" of
+        x if there is a weight for it, as in "norm_linear"; added to the residual if there is one, as in "linear_add".
 
         Whether w is rounded to x's dtype is open, and whether x is rounded to 8 bits, in blocks of 32 or 256 columns
         with a scale each, as llama.cpp does.

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from ctypes import Array, c_int, c_int32, c_int64, c_void_p
+from ctypes import Array, c_float, c_int, c_int32, c_int64, c_void_p
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from thalweg.ops.norm.reference import rms_norm
 from thalweg.ops.registry import Refusal
 from thalweg.ops.toolchain.cpu_build import DTYPES, function
 from thalweg.quant import GgmlRows
@@ -42,8 +43,9 @@ def refusal(scheme: GgmlRows, *, rounds: bool = False) -> Refusal:
 
 @cache
 def _run(name: str) -> Any:
-    matrix = (c_void_p, c_int, c_void_p, c_void_p)
-    return function(name, c_int, c_void_p, c_int64, *matrix, c_int, c_void_p, *[c_int64] * 3, c_int)
+    matrix, norm = (c_void_p, c_int, c_void_p, c_void_p), (c_int, c_void_p, c_float)
+    rest = (c_void_p, c_int64, c_void_p, *[c_int64] * 3, c_int)
+    return function(name, c_int, c_void_p, c_int64, *matrix, c_int, *norm, *rest)
 
 
 class BlockLinear:
@@ -55,7 +57,18 @@ class BlockLinear:
         self._segments, self._tile = Segments.of(scheme), scheme.tile
         self._rows = sum(rows for _, rows in scheme.segments)
 
-    def __call__(self, x_TD: Tensor, blocks: Tensor, /) -> Tensor:
+    def __call__(
+        self,
+        x_TD: Tensor,
+        blocks: Tensor,
+        /,
+        *,
+        norm_weight_D: Tensor | None = None,
+        eps: float = 0.0,
+        residual_TO: Tensor | None = None,
+    ) -> Tensor:
+        if self._tile is not None and norm_weight_D is not None:
+            x_TD, norm_weight_D = rms_norm(x_TD, norm_weight_D, eps), None
         if self._tile is not None:  # columns of w are in a file's order: x follows them
             R, G, V = self._tile
             x_TD = x_TD.unflatten(-1, (G, R, V)).transpose(-3, -2).flatten(-3)
@@ -68,6 +81,11 @@ class BlockLinear:
             blocks.data_ptr(),
             *self._segments,
             self._rounds,
+            0 if norm_weight_D is None else DTYPES[norm_weight_D.dtype],
+            None if norm_weight_D is None else norm_weight_D.data_ptr(),
+            eps,
+            None if residual_TO is None else residual_TO.data_ptr(),
+            0 if residual_TO is None else residual_TO.stride(0),
             y_TO.data_ptr(),
             T,
             D,

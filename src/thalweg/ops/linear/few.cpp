@@ -79,20 +79,29 @@ extern "C" void thalweg_linear_ggml(
     const int32_t* types,
     const int64_t* segment_rows,
     int rounds,
+    int norm_dtype,
+    const void* norm,
+    float eps,
+    const void* residual,
+    int64_t residual_stride,
     void* y,
     int64_t tokens,
     int64_t columns,
     int64_t rows,
     int threads) {
-  auto run = [&](auto t, const auto& matrix) {
+  auto run = [&](auto t, auto n, const auto& matrix) {
     using T = decltype(t);
-    linear<T, T>(
-        (const T*)x, x_stride, matrix, (const T*)nullptr, 0.f, (const T*)nullptr, 0, (T*)y, rows, tokens, columns, rows,
-        threads);
+    using N = decltype(n);
+    linear<T, N>(
+        (const T*)x, x_stride, matrix, (const N*)norm, eps, (const T*)residual, residual_stride, (T*)y, rows, tokens,
+        columns, rows, threads);
   };
   const BlockMatrix plain{w, columns, segments, types, segment_rows};
-  if (rounds)
-    dtype == FLOAT32 ? run(float{}, RoundedMatrix{plain}) : run(bf16{}, RoundedMatrix{plain});
-  else
-    dtype == FLOAT32 ? run(float{}, plain) : run(bf16{}, plain);
+  auto of_dtype = [&](const auto& matrix) {
+    if (dtype == FLOAT32)
+      run(float{}, float{}, matrix);
+    else
+      norm_dtype == FLOAT32 ? run(bf16{}, float{}, matrix) : run(bf16{}, bf16{}, matrix);
+  };
+  rounds ? of_dtype(RoundedMatrix{plain}) : of_dtype(plain);
 }

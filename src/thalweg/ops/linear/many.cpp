@@ -91,21 +91,31 @@ extern "C" void thalweg_linear_ggml_many(
     const int32_t* types,
     const int64_t* segment_rows,
     int rounds,
+    int norm_dtype,
+    const void* norm,
+    float eps,
+    const void* residual,
+    int64_t residual_stride,
     void* y,
     int64_t tokens,
     int64_t columns,
     int64_t rows,
     int threads) {
-  auto run = [&](auto t, const auto& matrix) {
+  auto run = [&](auto t, auto n, const auto& matrix) {
     using T = decltype(t);
+    using N = decltype(n);
     for (int64_t first = 0; first < tokens; first += TOKENS)
-      linear<T, T>(
-          (const T*)x + first * x_stride, x_stride, matrix, (const T*)nullptr, 0.f, (const T*)nullptr, 0,
-          (T*)y + first * rows, rows, tokens - first < TOKENS ? tokens - first : TOKENS, columns, rows, threads);
+      linear<T, N>(
+          (const T*)x + first * x_stride, x_stride, matrix, (const N*)norm, eps,
+          residual ? (const T*)residual + first * residual_stride : nullptr, residual_stride, (T*)y + first * rows, rows,
+          tokens - first < TOKENS ? tokens - first : TOKENS, columns, rows, threads);
   };
   const BlockMatrix exact{w, columns, segments, types, segment_rows};
-  if (rounds)
-    dtype == FLOAT32 ? run(float{}, RoundedMatrix{exact}) : run(bf16{}, RoundedMatrix{exact});
-  else
-    dtype == FLOAT32 ? run(float{}, exact) : run(bf16{}, exact);
+  auto of_dtype = [&](const auto& matrix) {
+    if (dtype == FLOAT32)
+      run(float{}, float{}, matrix);
+    else
+      norm_dtype == FLOAT32 ? run(bf16{}, float{}, matrix) : run(bf16{}, bf16{}, matrix);
+  };
+  rounds ? of_dtype(RoundedMatrix{exact}) : of_dtype(exact);
 }

@@ -31,5 +31,16 @@ def linear_reduce_add(x_TD: Tensor, w_OD: Tensor, residual_TO: Tensor, ranks: Ra
     return residual_TO + ranks.all_reduce(F.linear(x_TD, w_OD))
 
 
-def linear_ggml(scheme: GgmlRows, x_TD: Tensor, blocks: Tensor) -> Tensor:
-    return torch.cat([F.linear(x_TD, w_OD) for w_OD in scheme.slices(blocks, x_TD.dtype)], dim=-1)
+def linear_ggml(
+    scheme: GgmlRows,
+    x_TD: Tensor,
+    blocks: Tensor,
+    *,
+    norm_weight_D: Tensor | None = None,
+    eps: float = 0.0,
+    residual_TO: Tensor | None = None,
+) -> Tensor:
+    if norm_weight_D is not None:
+        x_TD = rms_norm(x_TD, norm_weight_D, eps)
+    y_TO = torch.cat([F.linear(x_TD, w_OD) for w_OD in scheme.slices(blocks, x_TD.dtype)], dim=-1)
+    return y_TO if residual_TO is None else residual_TO + y_TO

@@ -10,7 +10,13 @@ using namespace thalweg;
 
 namespace {
 
-constexpr int64_t CHUNK = 32;  // rows of a weight in a task
+// Rows of a weight in a task: many, so that memory is read on and on, but a share for every thread, and products that
+// stay near.
+inline int64_t rows_of_chunk(int64_t rows, int64_t parts, int64_t pairs) {
+  const int64_t most = (1 << 14) / (pairs < 1 ? 1 : pairs), share = (rows + parts - 1) / parts;
+  const int64_t chunk = (share < most ? share : most) / 32 * 32;
+  return chunk < 32 ? 32 : chunk;
+}
 
 // False if an id is none of the experts'.
 template <class T, class GateUp, class Down>
@@ -60,19 +66,21 @@ bool experts(
   if (inner != I) memset(hidden, 0, 4 * pairs * inner);
 
   int64_t bytes = count_used * D * down.row_bytes();
-  int64_t chunks = (I + CHUNK - 1) / CHUNK;
+  int64_t of_threads = threads == 1 ? 1 : 4 * threads;
+  int64_t chunk = rows_of_chunk(I, (of_threads + count_used - 1) / (count_used ? count_used : 1), pairs);
+  int64_t chunks = (I + chunk - 1) / chunk;
   parallel_for(worth(threads, 2 * bytes), count_used * chunks, [&](int64_t task) {
-    int64_t e = used[task / chunks], row = task % chunks * CHUNK, rows = I - row < CHUNK ? I - row : CHUNK;
+    int64_t e = used[task / chunks], row = task % chunks * chunk, rows = I - row < chunk ? I - row : chunk;
     int64_t n = end(e) - first(e);
-    float* gate = scratch<1>(2 * n * CHUNK);
-    float* up = gate + n * CHUNK;
+    float* gate = scratch<1>(2 * n * chunk);
+    float* up = gate + n * chunk;
     const float* in = wide_x + first(e) * wide;
     GateUp w = gate_up.from(e, 2 * I);
-    w.times(row, rows, in, wide, n, gate, CHUNK);
-    w.times(I + row, rows, in, wide, n, up, CHUNK);
+    w.times(row, rows, in, wide, n, gate, chunk);
+    w.times(I + row, rows, in, wide, n, up, chunk);
     for (int64_t i = 0; i < n; i++)
       in_lanes(rows, [&](int64_t r, int64_t some) {
-        Vec g = rounded<T>(load(gate + i * CHUNK + r, some)), u = rounded<T>(load(up + i * CHUNK + r, some));
+        Vec g = rounded<T>(load(gate + i * chunk + r, some)), u = rounded<T>(load(up + i * chunk + r, some));
         store(hidden + (first(e) + i) * inner + row + r, rounded<T>(silu(g) * u), some);
       });
   });
@@ -80,20 +88,20 @@ bool experts(
   if constexpr (requires { down.round(hidden); })
     parallel_for(worth(threads, 4 * pairs * I), pairs, [&](int64_t i) { down.round(hidden + i * inner); });
 
-  int64_t out_chunks = (D + CHUNK - 1) / CHUNK;
+  int64_t out_chunk = rows_of_chunk(D, of_threads, pairs), out_chunks = (D + out_chunk - 1) / out_chunk;
   parallel_for(worth(threads, bytes), out_chunks, [&](int64_t task) {
-    int64_t row = task * CHUNK, rows = D - row < CHUNK ? D - row : CHUNK;
-    float* products = scratch<1>(pairs * CHUNK);
+    int64_t row = task * out_chunk, rows = D - row < out_chunk ? D - row : out_chunk;
+    float* products = scratch<1>(pairs * out_chunk);
     for (int64_t u = 0; u < count_used; u++) {
       int64_t e = used[u], from = first(e);
       Down w = down.from(e, D);
-      w.times(row, rows, hidden + from * inner, inner, end(e) - from, products + from * CHUNK, CHUNK);
+      w.times(row, rows, hidden + from * inner, inner, end(e) - from, products + from * out_chunk, out_chunk);
     }
     for (int64_t t = 0; t < tokens; t++)
       in_lanes(rows, [&](int64_t r, int64_t some) {
         Vec total = {};
         for (int64_t j = t * k; j < (t + 1) * k; j++)
-          total += rounded<T>(load(products + place[j] * CHUNK + r, some)) * weights[j];
+          total += rounded<T>(load(products + place[j] * out_chunk + r, some)) * weights[j];
         if (residual) total = rounded<T>(total) + load(residual + t * residual_stride + row + r, some);
         store(y + t * D + row + r, total, some);
       });
