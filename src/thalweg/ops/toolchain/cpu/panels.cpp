@@ -30,14 +30,22 @@ inline void tile(Rows w, int64_t words, const float* x, float* out, bool add) {
 #pragma GCC unroll 4
     for (int v = 0; v < V; v++) sums[r][v] = Vec{};
   const float* at = w.at;
-  for (int64_t k = 0; k < words; k++, at += w.step, x += PANEL) {
-    Vec xk[V];
-#pragma GCC unroll 4
-    for (int v = 0; v < V; v++) xk[v] = load(x + v * LANES);
+  while (words > 0) {
+    // The next rows are fetched meanwhile, if rows lie as in a weight: the processor does not see that they follow.
+    if (w.step == 1)
 #pragma GCC unroll 8
-    for (int r = 0; r < R; r++)
+      for (int r = 0; r < R; r++) __builtin_prefetch(at + (R + r) * w.row);
+    const int64_t some = words < 16 ? words : 16;  // a line of each row
+    words -= some;
+    for (int64_t k = 0; k < some; k++, at += w.step, x += PANEL) {
+      Vec xk[V];
 #pragma GCC unroll 4
-      for (int v = 0; v < V; v++) sums[r][v] = times<PAIR>(at + r * w.row, xk[v], sums[r][v]);
+      for (int v = 0; v < V; v++) xk[v] = load(x + v * LANES);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) sums[r][v] = times<PAIR>(at + r * w.row, xk[v], sums[r][v]);
+    }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++)
