@@ -86,7 +86,8 @@ def test_linears_of_any_shape(T: int, D: int, O: int, dtype: torch.dtype, norm_f
         assert y.dtype == dtype
         assert y.shape == (T, O)
         size = max(truth.norm().item(), y.numel() ** 0.5)  # elements are about 1; a few may cancel out
-        assert (y.double() - truth).norm() <= (6e-3 if dtype == torch.bfloat16 else 5e-7) * size
+        exact = 1e-6 if many else 5e-7  # where a sum runs over 128 columns one by one, a single element is off by more
+        assert (y.double() - truth).norm() <= (6e-3 if dtype == torch.bfloat16 else exact) * size
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -15,11 +15,20 @@ struct PlainMatrix {
 
   PlainMatrix from(int64_t expert, int64_t rows) const { return {base + expert * rows * columns, columns}; }
 
+  // What becomes of a row of activations, which are values of T, before `times` takes it.
+  void round(float* x) const {
+    if constexpr (PAIRS<T>) pair_up(x, columns);
+  }
+
   // As rows_times, of `count` rows from `first`.
   void times(
       int64_t first, int64_t count, const float* x, int64_t x_stride, int64_t tokens, float* out, int64_t out_stride)
       const {
-    rows_times(base + first * columns, count, columns, x, x_stride, tokens, out, out_stride);
+    const T* w = base + first * columns;
+    if constexpr (PAIRS<T>)
+      rows_times(w, count, columns, (const T*)x, 2 * x_stride, tokens, out, out_stride);
+    else
+      rows_times(w, count, columns, x, x_stride, tokens, out, out_stride);
   }
 };
 

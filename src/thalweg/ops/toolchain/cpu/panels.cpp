@@ -1,5 +1,7 @@
 #include "panels.h"
 
+#include <type_traits>
+
 namespace thalweg {
 namespace {
 
@@ -8,22 +10,11 @@ constexpr int ROWS = 8;  // with three vectors of tokens: 24 sums, and 32 regist
 #else
 constexpr int ROWS = 4;
 #endif
-constexpr int64_t NEAR_WORDS = 256;  // whose sums are added up by themselves: nearer, and a panel's stay in a core's own cache
-
-template <bool PAIR>
-inline Vec times(const float* w, Vec x, Vec sum) {
-#if defined(__AVX512BF16__)
-  if constexpr (PAIR) {
-    int32_t pair;
-    memcpy(&pair, w, 4);
-    return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)_mm512_set1_epi32(pair));
-  }
-#endif
-  return sum + splat(*w) * x;
-}
+constexpr int64_t NEAR_WORDS = 128;  // whose sums are added up by themselves: nearer, and a panel's stay in a core's own cache
 
 template <bool PAIR, int R, int V>
 inline void tile(Rows w, int64_t words, const float* x, float* out, bool add) {
+  using X = std::conditional_t<PAIR, bf16, float>;
   Vec sums[R][V];
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++)
@@ -44,7 +35,7 @@ inline void tile(Rows w, int64_t words, const float* x, float* out, bool add) {
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-        for (int v = 0; v < V; v++) sums[r][v] = times<PAIR>(at + r * w.row, xk[v], sums[r][v]);
+        for (int v = 0; v < V; v++) sums[r][v] = add_product<X>(sums[r][v], xk[v], spread<X>(at + r * w.row));
     }
   }
 #pragma GCC unroll 8

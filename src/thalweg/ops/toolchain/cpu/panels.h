@@ -15,13 +15,6 @@ namespace thalweg {
 constexpr int PANEL_VECTORS = 3;
 constexpr int64_t PANEL = PANEL_VECTORS * LANES;  // tokens
 
-template <class T>
-constexpr bool PAIRS = false;
-#if defined(__AVX512BF16__)
-template <>
-constexpr bool PAIRS<bf16> = true;
-#endif
-
 // Words of a row of so many columns for activations in T.
 template <class T>
 constexpr int64_t words_of(int64_t columns) {

@@ -13,31 +13,32 @@ constexpr int64_t AHEAD = 16 << 10;  // bytes
 
 inline int64_t padded(int64_t columns) { return (columns + LANES - 1) / LANES * LANES; }
 
-// out[t * out_stride + r] for R rows (a multiple of 4) and N tokens; x is float32, padded with zeros to whole vectors.
-template <int R, int N, class T>
-inline void tile(const T* w, int64_t columns, const float* x, int64_t x_stride, float* out, int64_t out_stride) {
+// out[t * out_stride + r] for R rows (a multiple of 4) and N tokens; x is padded with zeros to whole vectors of X, which
+// is float or, where PAIRS, bf16 as w is.
+template <int R, int N, class T, class X>
+inline void tile(const T* w, int64_t columns, const X* x, int64_t x_stride, float* out, int64_t out_stride) {
   // The processor's own prefetching does not see that the next rows follow: twice the rate from memory for 8 tokens.
   const int64_t ahead = AHEAD / (columns * (int64_t)sizeof(T)) > R ? AHEAD / sizeof(T) : R * columns;
   Vec acc[R][N] = {};
   int64_t k = 0;
-  for (; k + LANES <= columns; k += LANES) {
+  for (; k + STEP<X> <= columns; k += STEP<X>) {
     Vec wk[R];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
-      wk[r] = load(w + r * columns + k);
+      wk[r] = operands<X>(w + r * columns + k);
       __builtin_prefetch(w + r * columns + k + ahead);
     }
 #pragma GCC unroll 8
     for (int n = 0; n < N; n++) {
-      Vec xk = load(x + n * x_stride + k);
+      Vec xk = operands<X>(x + n * x_stride + k);
 #pragma GCC unroll 8
-      for (int r = 0; r < R; r++) acc[r][n] += wk[r] * xk;
+      for (int r = 0; r < R; r++) acc[r][n] = add_product<X>(acc[r][n], wk[r], xk);
     }
   }
   if (k < columns)
     for (int r = 0; r < R; r++) {
-      Vec wk = load_some(w + r * columns + k, columns - k);
-      for (int n = 0; n < N; n++) acc[r][n] += wk * load(x + n * x_stride + k);
+      Vec wk = some_operands<X>(w + r * columns + k, columns - k);
+      for (int n = 0; n < N; n++) acc[r][n] = add_product<X>(acc[r][n], wk, operands<X>(x + n * x_stride + k));
     }
 #pragma GCC unroll 8
   for (int n = 0; n < N; n++)
@@ -48,9 +49,9 @@ inline void tile(const T* w, int64_t columns, const float* x, int64_t x_stride, 
 
 constexpr int64_t NEAR_TOKENS = 8;  // whose activations stay in the nearest cache
 
-template <int R, class T>
+template <int R, class T, class X>
 inline void tokens_of_tile(
-    const T* w, int64_t columns, const float* x, int64_t x_stride, int64_t tokens, float* out, int64_t out_stride) {
+    const T* w, int64_t columns, const X* x, int64_t x_stride, int64_t tokens, float* out, int64_t out_stride) {
   int64_t t = 0;
   for (; t + 4 <= tokens; t += 4) tile<R, 4>(w, columns, x + t * x_stride, x_stride, out + t * out_stride, out_stride);
   for (; t + 2 <= tokens; t += 2) tile<R, 2>(w, columns, x + t * x_stride, x_stride, out + t * out_stride, out_stride);
@@ -58,12 +59,12 @@ inline void tokens_of_tile(
 }
 
 // out[t * out_stride + r] = x[t] . w[r] for `rows` rows of w and `tokens` rows of x.
-template <class T>
+template <class T, class X>
 inline void rows_times(
     const T* w,
     int64_t rows,
     int64_t columns,
-    const float* x,
+    const X* x,
     int64_t x_stride,
     int64_t tokens,
     float* out,
@@ -78,11 +79,23 @@ inline void rows_times(
   for (; r < rows; r++)  // as a tile whose other rows are this one again
     for (int64_t t = 0; t < tokens; t++) {
       Vec acc = {};
-      in_lanes(columns, [&](int64_t k, int64_t n) { acc += load(w + r * columns + k, n) * load(x + t * x_stride + k); });
+      int64_t k = 0;
+      auto add = [&](Vec wk) { acc = add_product<X>(acc, wk, operands<X>(x + t * x_stride + k)); };
+      for (; k + STEP<X> <= columns; k += STEP<X>) add(operands<X>(w + r * columns + k));
+      if (k < columns) add(some_operands<X>(w + r * columns + k, columns - k));
       float sums[4];
       sum4(acc, acc, acc, acc, sums);
       out[t * out_stride + r] = sums[0];
     }
+}
+
+// A row of float32 that widen wrote becomes one of bfloat16, in place, padded with zeros to whole vectors.
+inline void pair_up(float* row, int64_t columns) {
+  for (int64_t k = 0; k < columns; k += 2 * LANES) {
+    Vec first = load(row + k), second = k + LANES < columns ? load(row + k + LANES) : Vec{};
+    store((bf16*)row + k, first);
+    store((bf16*)row + k + LANES, second);
+  }
 }
 
 // Rows of a weight for a task: as many as stay in a core's own cache while several tokens use them.

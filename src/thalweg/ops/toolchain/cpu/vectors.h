@@ -35,6 +35,14 @@ struct half {
 
 enum Dtype { FLOAT32 = 0, BFLOAT16 = 1 };  // as cpu_build.DTYPES has them
 
+// Whether the processor multiplies pairs of T in neighbouring columns.
+template <class T>
+constexpr bool PAIRS = false;
+#if defined(__AVX512BF16__)
+template <>
+inline constexpr bool PAIRS<bf16> = true;
+#endif
+
 inline Vec splat(float x) { return x - Vec{}; }  // x + 0 would be an addition, which -0 needs
 
 inline Vec load(const float* p) {
@@ -104,6 +112,44 @@ inline Vec rounded<bf16>(Vec v) {  // without a detour over memory
   UVec u = (UVec)v;
   UVec nearest = (u + 0x7fff + ((u >> 16) & 1)) & 0xffff0000u;
   return (Vec)((v == v) ? nearest : UVec{} + 0x7fc00000u);
+}
+
+// What products of activations in X take of a row at once: a vector of numbers, or of pairs in bfloat16.
+template <class X>
+constexpr int64_t STEP = sizeof(X) == 2 ? 2 * LANES : LANES;
+
+template <class X, class T>
+inline Vec operands(const T* p) {
+  if constexpr (sizeof(X) == 4) return load(p);
+  Vec v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// The first n < STEP elements, and zeros behind them.
+template <class X, class T>
+inline Vec some_operands(const T* p, int64_t n) {
+  T some[STEP<X>] = {};
+  memcpy(some, p, n * sizeof(T));
+  return operands<X>(some);
+}
+
+// A number, or a pair, in all lanes.
+template <class X>
+inline Vec spread(const float* p) {
+  if constexpr (sizeof(X) == 4) return splat(*p);
+  int32_t bits;
+  memcpy(&bits, p, sizeof bits);
+  return (Vec)(IVec{} + bits);
+}
+
+// sum + a * b, of numbers or of pairs.
+template <class X>
+inline Vec add_product(Vec sum, Vec a, Vec b) {
+#if defined(__AVX512BF16__)
+  if constexpr (sizeof(X) == 2) return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#endif
+  return sum + a * b;
 }
 
 inline float to_float(float x) { return x; }
