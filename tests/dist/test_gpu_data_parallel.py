@@ -1,0 +1,102 @@
+"""Data-parallel ranks on two GPUs over NCCL: same tokens as on one; how they end."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.dist.processes import needs_proc, serving
+from tests.dist.test_faults import DATA_PARALLEL, WITHIN, check_death
+from tests.e2e.tiny_model import CONTEXT, EOS, VOCAB, write_tiny_model
+from tests.models import random_checkpoint as random
+from tests.models.served import FAMILIES, KIMI, PARAMS, prompts
+from thalweg import LLM, SamplingParams
+from thalweg.config.engine import EngineConfig
+from thalweg.engine.processes.client import EngineClient
+
+pytestmark = [pytest.mark.gpu, needs_proc]
+OPTIONS: dict[str, Any] = {
+    "device": "cuda",
+    "dtype": "float32",
+    "cache_memory": 1 << 30,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 40,
+}
+
+
+def two_devices() -> None:
+    import torch
+
+    if torch.cuda.device_count() < 2:
+        pytest.skip(f"needs two CUDA devices, not {torch.cuda.device_count()}")
+
+
+@pytest.mark.parametrize("family", ["kimi_linear", "qwen3_next"])
+def test_same_tokens_in_float32(family: str, tmp_path: Path) -> None:
+    two_devices()
+    folder = FAMILIES[family]().write(tmp_path)
+    asked, params = prompts(6), PARAMS * 2
+    with LLM(str(folder), **OPTIONS) as llm:
+        expected = [o.outputs[0].token_ids for o in llm.generate(asked, params)]
+
+    async def answer(client: EngineClient, prompt: list[int], p: SamplingParams) -> list[int]:
+        return [t async for delta in client.generate(prompt, p) for t in delta.token_ids]
+
+    async def check() -> None:
+        client = EngineClient(EngineConfig(str(folder), data_parallel_size=2, enable_expert_parallel=True, **OPTIONS))
+        await client.start()
+        try:
+            found = await asyncio.wait_for(asyncio.gather(*map(answer, [client] * 6, asked, params)), 60)
+            assert found == expected
+            for i in (5, 0):  # while the other rank has nothing
+                assert await asyncio.wait_for(answer(client, asked[i], params[i]), 60) == expected[i]
+        finally:
+            await client.close()
+
+    asyncio.run(check())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with a tokenizer that every kernel serves."""
+    two_devices()
+    folder = write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+    c = random.config(**{**KIMI, "vocab": VOCAB, "context": CONTEXT}, eos_token_id=EOS)
+    return random.write(folder, c, random.weights(c))
+
+
+@pytest.fixture
+def tmp() -> Iterator[Path]:
+    path = Path(tempfile.mkdtemp())
+    yield path
+    shutil.rmtree(path)
+
+
+SERVE = (*DATA_PARALLEL, "--device", "cuda", "--max-num-seqs", "4", "--cache-memory", "1GiB")
+
+
+def test_an_exit_says_nothing_of_process_groups(folder: Path, tmp: Path, tmp_path: Path) -> None:
+    with serving(tmp_path / "log", tmp, str(folder), *SERVE) as server:
+        url = server.url()
+        server.all_of(2, "engine")
+        answer = httpx.post(f"{url}/v1/completions", json={"prompt": "a", "max_tokens": 9}, timeout=60)
+        assert answer.status_code == 200, answer.text
+        server.process.send_signal(signal.SIGTERM)
+        assert server.check_gone(WITHIN) == 0
+    said = (tmp_path / "log").read_text()
+    for word in ("ProcessGroup", "destroy_process_group", "NCCL", "Warning", "WARN"):
+        assert word not in said, said
+
+
+@pytest.mark.parametrize(("point", "victim"), [("decode", "engine 1"), ("prefill", "engine"), ("idle", "engine 1")])
+def test_a_death_ends_all(folder: Path, tmp: Path, tmp_path: Path, point: str, victim: str) -> None:
+    with serving(tmp_path / "log", tmp, str(folder), *SERVE, "--sse-ping-interval", "0.1") as server:
+        check_death(server, point, victim, server.url(), server.all_of(2, "engine")[victim])
