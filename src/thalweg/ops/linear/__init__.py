@@ -172,7 +172,9 @@ def fused_gate_up_refuses(name: str, where: Where, dims: NormLinearDims) -> Refu
         return _cuda_refuses(where, dims)
     most = GATED_TILE_ROWS * (multiprocessors(torch.device("cuda")) if torch.cuda.is_available() else HOPPER)
     O = sum(dims.parts)
-    return f"needs I of at most {most // 2}, not {O // 2}" if most < O else _matrix_refuses(where, dims)
+    if O % 16 or most < O:
+        return f"needs I to be a multiple of 8 up to {most // 2}, not {O // 2}"
+    return _matrix_refuses(where, dims)
 
 
 def fused_gate_up_tokens(name: str, dims: NormLinearDims) -> Tokens:

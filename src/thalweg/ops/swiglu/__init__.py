@@ -73,5 +73,7 @@ def _some(dims: NormSwigluDims) -> Tokens:
 
 register(NORM_SWIGLU, "reference", lambda *_: reference.norm_swiglu)
 register(NORM_SWIGLU, "separate", _separate, priority=10)
-register(NORM_SWIGLU, "matrix", _matrix, supports=_matrix_refuses, tokens=_some, priority=15)
+register(
+    NORM_SWIGLU, "matrix", _matrix, supports=_matrix_refuses, tokens=_some, priority=-5
+)  # not yet shown in a model
 register(NORM_SWIGLU, "cuda", _cuda, supports=_cuda_refuses, tokens=_few, priority=20)
