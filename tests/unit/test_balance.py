@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from thalweg.core import Request, SamplingParams, SchedulerStats
-from thalweg.engine.processes.balance import CHUNK, Balance, together
-
-CONTEXT = 100_000
+from thalweg.engine.processes.balance import CHUNK, EXPECTED, Balance, together
 
 
 def request(name: str, prompt: int | list[int] = 10, max_tokens: int | None = 10, salt: str = "") -> Request:
@@ -14,7 +12,7 @@ def request(name: str, prompt: int | list[int] = 10, max_tokens: int | None = 10
 
 
 def test_the_fewest_tokens_in_flight_win_and_equals_take_turns() -> None:
-    balance = Balance(3, CONTEXT)
+    balance = Balance(3)
     assert [balance.add(request(str(i))) for i in range(4)] == [0, 1, 2, 0]
     assert balance.add(request("long", prompt=200)) == 1
     assert [balance.add(request(f"after {i}")) for i in range(3)] == [2, 0, 2]
@@ -27,7 +25,7 @@ def test_the_fewest_tokens_in_flight_win_and_equals_take_turns() -> None:
 
 
 def test_tokens_that_came_are_no_longer_in_flight() -> None:
-    balance = Balance(2, CONTEXT)
+    balance = Balance(2)
     balance.add(request("a", prompt=5, max_tokens=20))
     balance.came("a", 7)
     assert balance.tokens == [18, 0]
@@ -43,15 +41,21 @@ def test_tokens_that_came_are_no_longer_in_flight() -> None:
     assert balance.rank_of("a") is None
 
 
-def test_without_a_limit_the_context_is_one() -> None:
-    balance = Balance(2, 50)
+def test_no_answer_is_expected_to_be_as_long_as_it_may_be() -> None:
+    balance = Balance(2)
     balance.add(request("a", prompt=20, max_tokens=None))
-    balance.add(request("b", prompt=20, max_tokens=1000))
-    assert balance.tokens == [50, 50]
+    balance.add(request("b", prompt=20, max_tokens=100_000))
+    assert balance.tokens == [20 + EXPECTED, 20 + EXPECTED]
+    balance.end("b")
+    # One without a limit does not keep all others off its rank.
+    ranks = [balance.add(request(f"c {i}", prompt=100, max_tokens=100)) for i in range(12)]
+    assert 0 in ranks
+    balance.came("a", EXPECTED + 5)  # it goes on
+    assert balance.requests[0] == 1 + ranks.count(0)
 
 
 def test_a_prompt_goes_where_its_beginning_was_unless_that_rank_has_much_more_to_do() -> None:
-    balance = Balance(2, CONTEXT)
+    balance = Balance(2)
     system, other = list(range(4 * CHUNK)), list(range(7, 4 * CHUNK))
 
     def served(name: str, ids: list[int], salt: str = "") -> int:

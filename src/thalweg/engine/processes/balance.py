@@ -12,16 +12,16 @@ from thalweg.core import Request, SchedulerStats
 
 CHUNK = 256  # tokens: beginnings of prompts are remembered at multiples
 MOST_BEGINNINGS = 100_000
+EXPECTED = 1024  # tokens of an answer at most that are counted ahead: most end sooner than they may
 
 
 class Balance:
     """Requests by rank. A new one goes to the rank with the fewest tokens in flight: those of prompts, and those that
-    may still come, less those of the longest beginning of its prompt that the rank had lately, which its prefix cache
-    may hold. Among equals, ranks take turns."""
+    are expected to come, less those of the longest beginning of its prompt that the rank had lately, which its prefix
+    cache may hold. Among equals, ranks take turns."""
 
-    def __init__(self, ranks: int, max_model_len: int) -> None:
+    def __init__(self, ranks: int) -> None:
         self.tokens, self.requests = [0] * ranks, [0] * ranks  # in flight
-        self._max_model_len = max_model_len
         self._rank_of: dict[str, int] = {}
         self._left: dict[str, int] = {}  # tokens of each request that has not ended
         self._turn = 0
@@ -39,8 +39,8 @@ class Balance:
             self._had[rank].move_to_end(beginning)
         while len(self._had[rank]) > MOST_BEGINNINGS:
             self._had[rank].popitem(last=False)
-        prompt, room = len(request.prompt_token_ids), self._max_model_len - len(request.prompt_token_ids)
-        tokens = prompt + min(room, room if request.params.max_tokens is None else request.params.max_tokens)
+        most = request.params.max_tokens
+        tokens = len(request.prompt_token_ids) + (EXPECTED if most is None else min(most, EXPECTED))
         self._rank_of[request.id], self._left[request.id] = rank, tokens
         self.tokens[rank] += tokens
         self.requests[rank] += 1

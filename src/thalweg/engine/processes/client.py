@@ -92,7 +92,7 @@ class EngineClient:
             self._closing = True
             await self._end_processes(leave=len(ranks) > 1)  # one alone ends by itself
             raise
-        self._balance = Balance(len(ranks), self.info.max_model_len)
+        self._balance = Balance(len(ranks))
         self._outputs = OutputProcessor(self.codec.tokenizer, frozenset(self.info.eos_token_ids))
         watching = [work for e in self.engines for work in (self._receive(e), self._watch_process(e))]
         self._tasks = [asyncio.create_task(work) for work in (*watching, self._watch_silence())]
