@@ -11,7 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from thalweg.ops.all_reduce import AREAS, cuda, reference
+from thalweg.ops.all_gather import cuda as gather
+from thalweg.ops.all_reduce import areas_of, cuda, reference
+from thalweg.ops.embedding import cuda as embedding
 from thalweg.ops.linear import cuda as linear
 from thalweg.parallel.mesh import Mesh, join_mesh
 from thalweg.parallel.peers import map_peers
@@ -24,7 +26,7 @@ class Ranks:
         self.device = torch.device("cuda", rank)
         torch.cuda.set_device(self.device)
         self.rank, self.mesh = rank, join_mesh(rank, 2, file, self.device, timeout_s=60)
-        map_peers(self.mesh, self.device, AREAS)
+        map_peers(self.mesh, self.device, areas_of(2))
         assert self.mesh.peers is not None, "the ranks map no memory"
         self.own = torch.Generator(self.device).manual_seed(rank)
         self.same = torch.Generator(self.device).manual_seed(9)
@@ -51,6 +53,15 @@ def sums(r: Ranks) -> None:
             first, second = r.both(x) if T else (x, x)
             want = (first.float() + second.float() + residual.float()).bfloat16()
             assert torch.equal(y, want), (T, width)
+
+
+def many(r: Ranks) -> None:
+    for T in (1, 513, 1000, 4096, 4800, 16000):
+        residual, x = r.draw(T, D + 8, same=True)[:, :D], r.draw(T, D)
+        for _ in range(3):
+            y = cuda.all_reduce_add_many(residual, x, r.mesh)
+        first, second = r.both(x)
+        assert torch.equal(y, (first.float() + second.float() + residual.float()).bfloat16()), T
 
 
 def weighted_sums(r: Ranks) -> None:
@@ -84,6 +95,20 @@ def projections(r: Ranks) -> None:
             want = first + second + residual.float()
             assert r.same_bits(y)
             assert ((y.float() - want).norm() / want.norm()) < 0.004, (width, rows, T)
+
+
+def rows(r: Ranks) -> None:
+    """Logits and ids side by side, and rows of a vocabulary that the ranks divide."""
+    for R, N, dtype in ((1, 81920, torch.bfloat16), (25, 81920, torch.bfloat16), (3, 1, torch.int64), (128, 1, torch.int64)):
+        for _ in range(3):
+            x = (r.draw(R, N) * 100).to(dtype)
+            assert torch.equal(gather.all_gather(x, r.mesh), torch.cat(r.both(x), -1)), (R, N)
+    w = r.draw(1000, D)
+    for T in (1, 7, 128, 512):
+        ids = torch.randint(0, 2000, (T,), device=r.device, generator=r.same)
+        for _ in range(3):
+            x = embedding.embedding(ids, w, r.mesh)
+        assert torch.equal(x, torch.cat(r.both(w))[ids]), T
 
 
 def replays(r: Ranks) -> None:
@@ -148,7 +173,7 @@ def _run(rank: int, file: str, check: Callable[[Ranks], None]) -> None:
         mesh.close()
 
 
-CHECKS = [sums, weighted_sums, projections, replays, the_same_from_run_to_run, a_rank_that_dies]
+CHECKS = [sums, many, weighted_sums, projections, rows, replays, the_same_from_run_to_run, a_rank_that_dies]
 
 if __name__ == "__main__":
     _run(int(sys.argv[1]), sys.argv[2], next(c for c in CHECKS if c.__name__ == sys.argv[3]))

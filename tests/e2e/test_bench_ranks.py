@@ -62,7 +62,7 @@ def test_latency_beside_the_floor_of_a_rank(ranks: int, tmp_path: Path) -> None:
 
 def test_ops_that_ranks_run_together_beside_their_link(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "a.json"
-    sizes = ["--suite", "ranks", "-tp", "2", "--op", "all_reduce_add", "--device", "cpu", "--batch-size", "1,3"]
+    sizes = ["--suite", "ranks", "-tp", "2", "--op", "all_gather", "--device", "cpu", "--batch-size", "1,3"]
     assert main(["bench", "kernels", *sizes, "--output-json", str(file)]) == 0
     results = json.loads(file.read_text())["results"]
     assert [(r["implementation"], r["us"] is None) for r in results] == 2 * [("reference", False), ("cuda", True)]

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from tests.ops.compile_cuda import compile_cuda
 from tests.ops.run_on_host import HostKernel
+from thalweg.ops.all_gather import cuda as gather
 from thalweg.ops.all_reduce import AREAS, cuda, reference
+from thalweg.ops.embedding import cuda as embedding
 from thalweg.ops.linear import cuda as linear
 from thalweg.parallel.peers import KINDS, Area
 
@@ -23,9 +25,9 @@ from thalweg.parallel.peers import KINDS, Area
 class HostRanks:
     """Ranks whose memory is this process's, and which run as its threads."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, of_many: int = 256) -> None:
         self.size = size
-        blocks = [(16, place_bytes) for _, place_bytes in AREAS]
+        blocks = [*((16, place_bytes) for _, place_bytes in AREAS[:2]), (3, of_many)]
         self.memory = [[torch.zeros(KINDS * size * n * b, dtype=torch.uint8) for n, b in blocks] for _ in range(size)]
         self.stop = torch.zeros(1, dtype=torch.int32)
         self.counts = [[torch.zeros(n, dtype=torch.int32) for n, _ in blocks] for _ in range(size)]
@@ -55,7 +57,7 @@ class HostRanks:
 
 @pytest.fixture(autouse=True)
 def on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (cuda, linear):
+    for module in (cuda, gather, embedding, linear):
         monkeypatch.setattr(module, "cuda_kernel", HostKernel)
 
 
@@ -70,6 +72,18 @@ def test_sums_one_after_another(size: int, D: int) -> None:
     for T in (1, 3, 2, 3, 0, 1, 1):
         x, residual = torch.randn(size, T, D + 8).bfloat16()[..., :D], torch.randn(T, D + 16).bfloat16()[:, :D]
         y = same(ranks.run(lambda r, x=x, residual=residual: cuda.all_reduce_add(residual, x[r.tp_rank], r)))
+        assert torch.equal(y, (x.float().sum(0) + residual.float()).bfloat16())
+
+
+def test_sums_of_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of small blocks: more than one launch, blocks without a part, and more groups than a block is ahead."""
+    monkeypatch.setattr(cuda, "MANY_THREADS", 32)
+    monkeypatch.setattr(cuda, "GROUP", 32 * 16 * 2)
+    monkeypatch.setattr(cuda, "AREAS", (*AREAS[:2], (3, 128 + 7 * 1024)))
+    ranks = HostRanks(2, 128 + 7 * 1024)
+    for T in (40, 1, 12, 3, 0):
+        x, residual = torch.randn(2, T, 264).bfloat16(), torch.randn(T, 272).bfloat16()[:, :264]
+        y = same(ranks.run(lambda r, x=x, residual=residual: cuda.all_reduce_add_many(residual, x[r.tp_rank], r)))
         assert torch.equal(y, (x.float().sum(0) + residual.float()).bfloat16())
 
 
@@ -107,6 +121,22 @@ def test_projections(T: int, D: int, O: int) -> None:
         assert ((y.double() - want).norm() / want.norm()) < 0.004
 
 
+@pytest.mark.parametrize(("R", "N", "dtype"), [(1, 1284, torch.bfloat16), (3, 4, torch.bfloat16), (5, 1, torch.int64)])
+def test_rows_side_by_side(R: int, N: int, dtype: torch.dtype) -> None:
+    ranks = HostRanks(3)
+    for _ in range(3):
+        x = (torch.randn(3, R, N) * 100).to(dtype)
+        y = same(ranks.run(lambda r, x=x: gather.all_gather(x[r.tp_rank], r)))
+        assert torch.equal(y, torch.cat(list(x), -1))
+
+
+def test_rows_of_a_vocabulary() -> None:
+    ranks, w = HostRanks(3), torch.randn(3, 20, 264).bfloat16()
+    for ids in (torch.tensor([0, 59, 20, 19, 40]), torch.tensor([41]), torch.tensor([], dtype=torch.int64)):
+        x = same(ranks.run(lambda r, ids=ids: embedding.embedding(ids, w[r.tp_rank], r)))
+        assert torch.equal(x, w.view(60, 264)[ids])
+
+
 def test_who_waits_for_a_rank_that_is_gone_is_stopped() -> None:
     ranks = HostRanks(2)
     x = torch.zeros(1, 264).bfloat16()
@@ -123,6 +153,11 @@ def test_who_waits_for_a_rank_that_is_gone_is_stopped() -> None:
 def test_sums_compile_for_hopper(wide: int, tmp_path: Path) -> None:
     macros = {"D": 2304, "PARTS": 9, "WEIGHTED": 1, "WIDE": wide, "OWN": 0, "RANKS": 2, "RANK": 1}
     assert compile_cuda(cuda.SOURCE, tmp_path, BLOCK=96, **macros).spilled_bytes == 0
+
+
+def test_the_others_compile_for_hopper(tmp_path: Path) -> None:
+    for source, macros in ((gather.SOURCE, {}), (embedding.SOURCE, {"D": 2304}), (cuda.OF_MANY, {})):
+        assert compile_cuda(source, tmp_path, BLOCK=96, RANKS=4, RANK=1, **macros).spilled_bytes == 0
 
 
 @pytest.mark.parametrize("tokens", [8, 16])

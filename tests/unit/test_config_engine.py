@@ -171,10 +171,10 @@ def test_tokens_of_a_step_follow_the_device(device: str, tokens: int) -> None:
     assert EngineConfig(max_num_batched_tokens=5).resolve(**arguments).max_num_batched_tokens == 5
 
 
-def test_prompts_run_as_graphs_on_one_rank_unless_a_number_is_given() -> None:
+def test_prompts_run_as_graphs_unless_a_number_is_given() -> None:
     arguments = dict(device="cuda:0", checkpoint_dtype="bfloat16", context_len=4096)
     assert EngineConfig().resolve(**arguments).prefill_graph_tokens == 2048
-    assert EngineConfig(tensor_parallel_size=2).resolve(**arguments).prefill_graph_tokens == 0
+    assert EngineConfig(tensor_parallel_size=2).resolve(**arguments).prefill_graph_tokens == 4096
     for tokens in (0, 512):
         config = EngineConfig(tensor_parallel_size=2, prefill_graph_tokens=tokens)
         assert config.resolve(**arguments).prefill_graph_tokens == tokens

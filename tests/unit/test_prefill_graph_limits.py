@@ -16,7 +16,7 @@ from thalweg.assembly import rank
 from thalweg.config.engine import EngineConfig
 from thalweg.core import StepPlan
 from thalweg.runner import step as step_module
-from thalweg.runner.prefill_graphs import PrefillGraphs, Shape
+from thalweg.runner.prefill_graphs import PrefillGraphs, Shape, token_sizes
 
 CONTEXT = 600
 
@@ -80,7 +80,9 @@ def test_what_is_printed_of_steps_with_prompts(folder: Path, options: dict[str, 
     assert info.prefill_steps == expected
 
 
-def test_several_ranks_are_said_to_have_no_graphs_of_prompts_by_default() -> None:
-    config = EngineConfig(tensor_parallel_size=2, prefill_graph_tokens=0)
-    expected = "eager: --prefill-graph-tokens is 0, the default with several ranks"
-    assert rank._prefill_steps(config, None, 0) == expected
+@pytest.mark.parametrize(("ranks", "tokens"), [(1, 2048), (2, 4096), (4, 4096)])
+def test_ranks_that_share_prompts_have_graphs_of_more_tokens(ranks: int, tokens: int) -> None:
+    config = EngineConfig(tensor_parallel_size=ranks)
+    config = config.resolve(device="cuda", checkpoint_dtype="bfloat16", context_len=100_000)
+    assert config.prefill_graph_tokens == tokens
+    assert token_sizes(tokens, 100_000)[-1] == tokens

@@ -27,7 +27,8 @@ from thalweg.config.engine import EngineConfig
 from thalweg.errors import CheckpointError, ConfigError
 from thalweg.layers.attributes import find_directly
 from thalweg.models.decoder import Decoder
-from thalweg.ops.all_reduce import AREAS
+from thalweg.ops.all_gather import ALL_GATHER, AllGatherDims
+from thalweg.ops.all_reduce import areas_of
 from thalweg.ops.registry import Resolver, Rows, Where, dims_of
 from thalweg.ops.sample import SAMPLE, Sample, SampleDims
 from thalweg.parallel.data_ranks import join_data_ranks
@@ -35,7 +36,7 @@ from thalweg.parallel.mesh import Mesh, join_mesh
 from thalweg.parallel.peers import map_peers
 from thalweg.runner.cache_file import CacheIndex, images
 from thalweg.runner.cache_file import read as read_file
-from thalweg.runner.graphs import MAX_ROWS, buckets
+from thalweg.runner.graphs import MAX_ROWS, Share, buckets
 from thalweg.runner.prefill_graphs import token_sizes
 from thalweg.runner.slots import SlotTable
 from thalweg.runner.step import ModelRunner
@@ -80,7 +81,7 @@ def build_rank(
     mesh = join_mesh(tp_rank, config.tensor_parallel_size, meeting, device, hosts=config.nnodes, listener=listener)
     if config.data_parallel_size > 1:
         mesh.data = join_data_ranks(data_rank, config.data_parallel_size, meeting, device)
-    map_peers(mesh, device, AREAS)
+    map_peers(mesh, device, areas_of(mesh.tp_size))
     resolver = Resolver(config.op_preference, quantize_activations=config.quantize_activations)
     model = Decoder(opened.context(mesh, resolver), c)
     sample = resolve_sample(resolver, device, c.vocab_size)
@@ -115,7 +116,8 @@ def build_rank(
     prefill_tokens = 0 if prefills_eager or not prefill_sizes else min(prefill_tokens, prefill_sizes[-1])
     laps.end("cache")
     sampler = Sampler(sampling, sample)
-    runner = ModelRunner(model, slots, sampler, mesh, graph_sizes, prefill_tokens, host, split.keeps_prefixes)
+    share = resolve_share(resolver, device, mesh)
+    runner = ModelRunner(model, slots, sampler, mesh, graph_sizes, prefill_tokens, host, split.keeps_prefixes, share)
     runner.identity, runner.cache_index = identity, index
     if device.type == "cuda":
         make_kernels(runner, partial(model, layers=model.one_of_each()), split, config.max_num_batched_tokens)
@@ -188,6 +190,15 @@ def read_cache(
     return None
 
 
+def resolve_share(resolver: Resolver, device: torch.device, mesh: Mesh) -> Share | None:
+    """What gives every rank the ids of rank 0, if ranks map each other's memory; None: their broadcast."""
+    if mesh.tp_size == 1 or mesh.peers is None:
+        return None
+    dims = AllGatherDims(row_bytes=torch.int64.itemsize, ranks=mesh.tp_size, mapped=mesh.mapped)
+    gather = resolver.resolve(ALL_GATHER, Where(device.type, "int64"), dims)
+    return lambda ids_R: gather(ids_R.unsqueeze(1), mesh)[:, 0]
+
+
 def resolve_sample(resolver: Resolver, device: torch.device, vocab_size: int) -> Sample:
     """Op "sample", the last to be resolved. Raises ConfigError where a preference then names an op that nobody uses."""
     sample = resolver.resolve(SAMPLE, Where(device.type, "float32"), SampleDims(V=vocab_size))
@@ -229,8 +240,7 @@ def _prefill_steps(config: EngineConfig, eager: str | None, tokens: int) -> str:
         return f"CUDA graphs of up to {tokens} tokens, eager beyond"
     if config.prefill_graph_tokens:
         return "eager: --max-model-len is too small for graphs"
-    default = ", the default with several ranks" if config.tensor_parallel_size > 1 else ""
-    return f"eager: --prefill-graph-tokens is 0{default}"
+    return "eager: --prefill-graph-tokens is 0"
 
 
 def cache_memory(config: EngineConfig, device: torch.device, mesh: Mesh) -> int:

@@ -213,7 +213,7 @@ def engine_config(
         str | None,
         _engine(
             metavar="TOKENS",
-            help="Run steps with up to so many prompt tokens as CUDA graphs; 0: none. Default: 2k on one rank, else 0.",
+            help="Run steps with up to so many prompt tokens as CUDA graphs; 0: none. Default: 2k; several ranks: 4k.",
         ),
     ] = None,
     step_timeout: Annotated[

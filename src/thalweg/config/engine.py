@@ -70,7 +70,7 @@ class EngineConfig:
     seed: of sampling and of dummy weights.
     enforce_eager: whether steps run without CUDA graphs.
     prefill_graph_tokens: steps with so many prompt tokens at most run as CUDA graphs, if there are graphs for so many.
-        None: 2048 on one rank, and 0 on several, whose collectives have yet to be seen in such graphs.
+        None: 2048 on one rank, and 4096 on several, which are done with a prompt before its kernels are launched.
     step_timeout: seconds after which a step that has not ended ends the engine.
     config_file: a config.json to run with dummy weights.
     num_layers: how many of the model's layers run, with dummy weights.
@@ -274,7 +274,7 @@ class EngineConfig:
     def _graph_tokens(self) -> int:
         if self.prefill_graph_tokens is not None:
             return self.prefill_graph_tokens
-        return 2048 if self.tensor_parallel_size == 1 else 0
+        return 2048 if self.tensor_parallel_size == 1 else 4096
 
     @property
     def keeps_halves(self) -> bool:

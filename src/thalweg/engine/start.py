@@ -111,7 +111,8 @@ class Engine:
         self.grammars.close()
         self._executor.close()
         if self.ranks is not None:
-            self.ranks.close(self._executor.failure())
+            # A build that failed elsewhere may still be on its way to meet the ranks; it holds on to this object.
+            self.ranks.close(keep_folder=self._executor.running, reason=self._executor.failure())
         if self._give_folder_back is not None:
             self._give_folder_back()
 

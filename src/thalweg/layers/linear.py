@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from thalweg.layers.context import BuildContext
 from thalweg.layers.norm import NormWeight
 from thalweg.ops.activation import SILU_AND_MUL, SiluAndMulDims
+from thalweg.ops.all_gather import ALL_GATHER, AllGather, AllGatherDims
 from thalweg.ops.all_reduce import ALL_REDUCE_ADD, AllReduceAdd, AllReduceAddDims
+from thalweg.ops.embedding import EMBEDDING, Embedding
 from thalweg.ops.linear import (
     LINEAR,
     LINEAR_ADD,
@@ -178,7 +180,7 @@ class LinearAdd(Weights):
 
 
 class VocabEmbedding(nn.Module):
-    """Rows of the vocabulary split evenly over ranks; a rank gives zeros for ids it does not hold, then all sum up."""
+    """Rows of the vocabulary split evenly over ranks."""
 
     def __init__(self, ctx: BuildContext, vocab_size: int, width: int) -> None:
         super().__init__()
@@ -186,18 +188,21 @@ class VocabEmbedding(nn.Module):
         self.rows = -(-vocab_size // ctx.mesh.tp_size)
         self.weight = ctx.stored("weight", (self.rows, width))["weight"]
         self._planned, self._dtype = ctx.planned("weight"), ctx.dtype
-
-    def _rows_of(self, ids_T: Tensor) -> Tensor:
-        if self._planned is None:
-            return F.embedding(ids_T, self.weight)
-        return self._planned.scheme.rows_of([self.weight], ids_T, self._dtype)
+        self._over_ranks: Embedding | None = None
+        if ctx.mesh.tp_size > 1 and self._planned is None:
+            dims = AllReduceAddDims(D=width, ranks=ctx.mesh.tp_size, mapped=ctx.mesh.mapped)
+            self._over_ranks = ctx.op(EMBEDDING, dims)
 
     def forward(self, ids_T: Tensor) -> Tensor:
+        if self._over_ranks is not None:
+            return self._over_ranks(ids_T, self.weight, self.mesh)
+        if self._planned is None:
+            return F.embedding(ids_T, self.weight)
         if self.mesh.tp_size == 1:
-            return self._rows_of(ids_T)
+            return self._planned.scheme.rows_of([self.weight], ids_T, self._dtype)
         local_T = ids_T - self.mesh.tp_rank * self.rows
         here_T = (local_T >= 0) & (local_T < self.rows)
-        x_TD = self._rows_of(torch.where(here_T, local_T, 0))
+        x_TD = self._planned.scheme.rows_of([self.weight], torch.where(here_T, local_T, 0), self._dtype)
         return self.mesh.all_reduce(torch.where(here_T[:, None], x_TD, 0))
 
 
@@ -208,13 +213,18 @@ class VocabHead(NormLinear):
         super().__init__(ctx, width, [-(-vocab_size // ctx.mesh.tp_size)], eps)
         self.mesh = ctx.mesh
         self.vocab_size = vocab_size
+        self._gather: AllGather | None = None
+        if ctx.mesh.tp_size > 1:
+            row_bytes = -(-vocab_size // ctx.mesh.tp_size) * ctx.dtype.itemsize
+            dims = AllGatherDims(row_bytes=row_bytes, ranks=ctx.mesh.tp_size, mapped=ctx.mesh.mapped)
+            self._gather = ctx.op(ALL_GATHER, dims)
 
     def forward(self, x_RD: Tensor) -> Tensor:
         return self.gathered(super().forward(x_RD))
 
     def gathered(self, logits_RV: Tensor) -> Tensor:
         """All ranks' logits [R, vocab_size], given this rank's."""
-        return self.mesh.all_gather_last(logits_RV)[:, : self.vocab_size]
+        return logits_RV if self._gather is None else self._gather(logits_RV, self.mesh)[:, : self.vocab_size]
 
 
 class HeadInSteps:

@@ -5,7 +5,19 @@ Importing this package registers all implementations; `thalweg.ops.registry` cho
 
 from __future__ import annotations
 
-from thalweg.ops import activation, all_reduce, heads, linear, norm, projection, residual, sample, swiglu
+from thalweg.ops import (
+    activation,
+    all_gather,
+    all_reduce,
+    embedding,
+    heads,
+    linear,
+    norm,
+    projection,
+    residual,
+    sample,
+    swiglu,
+)
 from thalweg.ops.attention import gqa, mla, mla_down_norms, mla_mixer, mla_rope
 from thalweg.ops.delta import gdn, kda_mixer
 from thalweg.ops.linear import fp8
@@ -19,7 +31,9 @@ __all__ = [
     "Tokens",
     "Where",
     "activation",
+    "all_gather",
     "all_reduce",
+    "embedding",
     "experts",
     "fp8",
     "gdn",

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from thalweg.ops.all_gather import ALL_GATHER, AllGatherDims
 from thalweg.ops.all_reduce import ALL_REDUCE_ADD, AllReduceAddDims
+from thalweg.ops.embedding import EMBEDDING
 from thalweg.ops.linear import LINEAR_REDUCE_ADD, LinearReduceDims
 from thalweg.ops.registry import Op, Where, implementations
 from thalweg.parallel.mesh import Mesh
@@ -50,6 +52,8 @@ def dims_of_exchange(op: Op[Any, Any], sizes: Mapping[str, int], mesh: Mesh) -> 
     """`sizes`, by the names of the op's dims, with what the mesh says."""
     kinds: dict[str, Callable[..., Any]] = {
         ALL_REDUCE_ADD.name: AllReduceAddDims,
+        EMBEDDING.name: AllReduceAddDims,
+        ALL_GATHER.name: AllGatherDims,
         LINEAR_REDUCE_ADD.name: LinearReduceDims,
     }
     return kinds[op.name](**sizes, ranks=mesh.tp_size, mapped=mesh.mapped)
@@ -64,6 +68,12 @@ def _call(op: Op[Any, Any], order: MeasureExchange, mesh: Mesh, device: torch.de
     if op.name == ALL_REDUCE_ADD.name:
         residual, x = draw(rows, sizes["D"]), draw(rows, sizes["D"])
         return lambda function, _: function(residual, x, mesh)
+    if op.name == EMBEDDING.name:
+        w, ids = draw(4096, sizes["D"]), torch.arange(rows, device=device) * 61 % (4096 * mesh.tp_size)
+        return lambda function, _: function(ids, w, mesh)
+    if op.name == ALL_GATHER.name:
+        part = draw(rows, sizes["row_bytes"] // dtype.itemsize)
+        return lambda function, _: function(part, mesh)
     weights = [draw(sizes["O"], sizes["D"]) for _ in range(COPIES)]
     residual, x = draw(rows, sizes["O"]), draw(rows, sizes["D"])
     return lambda function, i: function(x, weights[i % COPIES], residual, mesh)

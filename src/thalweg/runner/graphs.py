@@ -16,7 +16,6 @@ from torch import Tensor
 from thalweg.cache.storage import CacheStorage
 from thalweg.core import StepPlan
 from thalweg.layers.batch import Batch
-from thalweg.parallel.mesh import Mesh
 from thalweg.runner.batch import DECODE_ROWS, SINK, BatchBuilder, even
 from thalweg.runner.capture import captured
 from thalweg.sampling.sampler import Sampler
@@ -24,6 +23,7 @@ from thalweg.sampling.sampler import Sampler
 MAX_ROWS = 512  # beyond, a step is long enough that launching it costs little, and kernels for few rows give up
 STAGES = 4  # host buffers in turn: a copy to the device may still be reading one when the next step is staged
 Model = Callable[[Batch, CacheStorage], Tensor]
+Share = Callable[[Tensor], Tensor]  # ids [R] of this rank to those of rank 0
 
 
 def buckets(max_num_seqs: int) -> list[int]:
@@ -40,8 +40,8 @@ class DecodeGraphs:
     Until capture() the same static step runs eagerly; tests leave it there if there is no CUDA device.
     """
 
-    def __init__(self, model: Model, batches: BatchBuilder, sampler: Sampler, mesh: Mesh, sizes: list[int]) -> None:
-        self.model, self._batches, self._sampler, self._mesh = model, batches, sampler, mesh
+    def __init__(self, model: Model, batches: BatchBuilder, sampler: Sampler, share: Share, sizes: list[int]) -> None:
+        self.model, self._batches, self._sampler, self._share = model, batches, sampler, share
         self._slots = batches.slots
         self._sizes = sizes
         device, shape = self._slots.device, (DECODE_ROWS, even(sizes[-1]))
@@ -99,7 +99,7 @@ class DecodeGraphs:
         rows = self._rows[:, :size]
         batch = self._batches.of_decodes(rows, self._slots.max_blocks)
         logits = self.model(batch, self._slots.cache)
-        ids = self._mesh.broadcast(self._sampler.sample_rows(logits, batch.slots_B, rows[3]))
+        ids = self._share(self._sampler.sample_rows(logits, batch.slots_B, rows[3]))
         self._logits[size] = logits
         self._ids[:size] = ids
         self._slots.last_tokens[batch.slots_B] = ids.clamp(min=0)

@@ -21,15 +21,15 @@ from torch import Tensor, nn
 
 from thalweg.core import Prefill, StepPlan
 from thalweg.ops.host_tables import Limits, Tables, UnknownWhileCapturing
-from thalweg.parallel.mesh import Mesh
 from thalweg.runner.batch import BatchBuilder, places_of, prefill_sizes
 from thalweg.runner.capture import captured
-from thalweg.runner.graphs import STAGES, Model
+from thalweg.runner.graphs import STAGES, Model, Share
 from thalweg.sampling.sampler import Sampler
 
 _log = logging.getLogger(__name__)
 
-TOKENS = (64, 128, 192, 256, 384, 512, 768, 1024, 1280, 1536, 2048)  # beyond, a step is longer than launching it
+# Beyond, a step is longer than launching it: beyond 2048 on one rank.
+TOKENS = (64, 128, 192, 256, 384, 512, 768, 1024, 1280, 1536, 2048, 2560, 3072, 3584, 4096)
 CONTEXTS = (4096, 8192, 16384)  # beyond those without cached tokens; more would be computed for nothing
 TURN = 512  # most tokens of a prompt after a cached prefix whose shapes are captured at the start
 PREFILLS = (1, 15)  # and the one that pads the step: logits of few enough rows for kernels that stream the head once
@@ -88,7 +88,7 @@ class Static:
         positions[of_prefills] = [p.start + p.length for p in sampling]
         self.tables.fill(self._batches.sequences(padded), stage[self._tables].view(np.int32))
 
-    def run(self, model: Model, sampler: Sampler, mesh: Mesh) -> tuple[Tensor, Tensor]:
+    def run(self, model: Model, sampler: Sampler, share: Share) -> tuple[Tensor, Tensor]:
         """Logits [rows + prefills + 1, V] and the ids sampled from them, which are each slot's last token then."""
         slots, tables = self._batches.slots, self.tables
         parts = [self.memory[place] for place in self._places]
@@ -99,7 +99,7 @@ class Static:
         )
         logits = model(batch, slots.cache)
         chosen = self.memory[self._chosen]
-        ids = mesh.broadcast(sampler.sample_rows(logits, chosen, self.memory[self._positions]))
+        ids = share(sampler.sample_rows(logits, chosen, self.memory[self._positions]))
         slots.last_tokens[chosen] = ids.clamp(min=0)
         return logits, ids
 
@@ -113,7 +113,7 @@ class PrefillGraphs:
         model: Model,
         batches: BatchBuilder,
         sampler: Sampler,
-        mesh: Mesh,
+        share: Share,
         max_num_seqs: int,
         tokens: int,
         keeps_prefixes: bool = False,
@@ -121,7 +121,7 @@ class PrefillGraphs:
         """For steps of up to `tokens` prompt tokens, for which there is a size at least (`token_sizes`).
         `keeps_prefixes`: prompts may begin after cached tokens."""
         self._keeps_prefixes = keeps_prefixes
-        self.model, self._batches, self._sampler, self._mesh = model, batches, sampler, mesh
+        self.model, self._batches, self._sampler, self._share = model, batches, sampler, share
         self._sizes = sizes = token_sizes(tokens, batches.slots.max_model_len)  # of tokens, ascending
         self._most_tokens = min(tokens, sizes[-1])
         most = min(max_num_seqs, ROWS[-1])
@@ -229,7 +229,7 @@ class PrefillGraphs:
         return self._stage[self._turn][:size]
 
     def _step(self, static: Static) -> None:
-        logits, ids = static.run(self.model, self._sampler, self._mesh)
+        logits, ids = static.run(self.model, self._sampler, self._share)
         if self._logits is None:
             self._logits = logits.new_empty(len(self._ids), logits.shape[1])
         self._logits[: len(logits)] = logits  # a copy: what a graph has of its own would be kept for each of them

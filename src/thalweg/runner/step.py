@@ -18,7 +18,7 @@ from thalweg.ops.host_tables import to_device
 from thalweg.parallel.mesh import Mesh
 from thalweg.runner import cache_file
 from thalweg.runner.batch import BatchBuilder
-from thalweg.runner.graphs import DecodeGraphs, Model
+from thalweg.runner.graphs import DecodeGraphs, Model, Share
 from thalweg.runner.prefill_graphs import PrefillGraphs, Shape
 from thalweg.runner.readback import Readback
 from thalweg.runner.slots import SlotTable
@@ -45,27 +45,29 @@ class ModelRunner:
         prefill_tokens: int = 0,
         host: HostStorage | None = None,
         keeps_prefixes: bool = False,
+        share: Share | None = None,
     ) -> None:
         """`sampler` reads `slots.sampling`. `graph_sizes` are rows of steps that decode. Steps of up to
         `prefill_tokens` prompt tokens can be graphs; 0: none. `host`: the cache's second tier. `keeps_prefixes`:
-        whether prompts may begin after cached tokens."""
+        whether prompts may begin after cached tokens. `share`: instead of the mesh's broadcast."""
         self.model, self.slots, self._sampler, self.mesh = model, slots, sampler, mesh
         self.host = host
         self.identity = ""  # of the model and all that cached bytes depend on
         self.cache_index: cache_file.CacheIndex | None = None  # of what host memory was filled with
+        self._share = share or mesh.broadcast
         self._batches = BatchBuilder(slots)
         self.waits = slots.device.type == "cuda"
         self._readback = Readback(slots.device)
         self._graphs = None
         if graph_sizes:
             with torch.inference_mode():
-                self._graphs = DecodeGraphs(model, self._batches, sampler, mesh, graph_sizes)
+                self._graphs = DecodeGraphs(model, self._batches, sampler, self._share, graph_sizes)
         self.prefill_graphs = None
         if prefill_tokens:
             most = slots.cache.num_slots
             with torch.inference_mode():
                 self.prefill_graphs = PrefillGraphs(
-                    model, self._batches, sampler, mesh, most, prefill_tokens, keeps_prefixes
+                    model, self._batches, sampler, self._share, most, prefill_tokens, keeps_prefixes
                 )
 
     @torch.inference_mode()
@@ -239,12 +241,12 @@ class ModelRunner:
         if self._sampler.simple(slots):  # nothing here waits for the device
             with tracing.span("sample"):
                 slots_R, positions_R = to_device(slots, device), to_device(positions, device)
-                ids = self.mesh.broadcast(self._sampler.sample_rows(logits, slots_R, positions_R))
+                ids = self._share(self._sampler.sample_rows(logits, slots_R, positions_R))
             self.slots.last_tokens[slots_R] = ids.clamp(min=0)
             return self._finish_simple(result, slots, ids)
         with tracing.span("sample"):
             ids, logprobs, errors = self._sampler(logits, slots, positions)
-        ids = self.mesh.broadcast(ids)
+        ids = self._share(ids)
         self.slots.last_tokens[to_device(slots, device)] = ids
         read = self._readback(ids)
         self._sampler.sampled(slots, read)

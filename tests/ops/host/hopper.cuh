@@ -66,6 +66,7 @@ static Block* block;
 inline Warp& warp_here() { return *block->warps[threadIdx.x / 32]; }
 inline void __syncthreads() { block->all.arrive_and_wait(); }
 inline void __syncwarp() { warp_here().all.arrive_and_wait(); }
+inline void __threadfence_system() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 template <class T>
 T atomicAdd(T* p, T x) { return std::atomic_ref<T>(*p).fetch_add(x); }

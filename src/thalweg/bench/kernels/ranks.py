@@ -18,7 +18,7 @@ from thalweg.ops.registry import Choice, implementations
 from thalweg.quant.dtypes import DTYPE_BYTES
 from thalweg.recorder.orders import MeasureExchange
 
-OPS = ("all_reduce_add", "linear_reduce_add")
+OPS = ("all_reduce_add", "linear_reduce_add", "all_gather", "embedding")
 
 
 def choose_ranks(op: str | None, ranks: int) -> list[str]:
@@ -72,5 +72,9 @@ def _measure(engine: Engine, choice: Choice, rows: int, config: EngineConfig, li
 def _sent(op: str, sizes: dict[str, int], rows: int, config: EngineConfig) -> float:
     """Bytes that a rank sends at the least."""
     ranks = config.tensor_parallel_size
+    if op == "all_gather":
+        return rows * sizes["row_bytes"] * (ranks - 1)
     row = sizes.get("O", sizes["D"]) * DTYPE_BYTES[config.dtype]
+    if op == "embedding":
+        return rows * row * (ranks - 1) / ranks
     return 2 * rows * row * (ranks - 1) / ranks

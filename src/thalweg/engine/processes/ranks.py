@@ -87,8 +87,10 @@ class LocalRanks:
     def pids(self) -> list[int]:
         return [p.pid for p in self._processes.values()]
 
-    def close(self, timeout_s: float = 5.0) -> None:
-        """End the ranks."""
+    def close(self, *, keep_folder: bool = False, timeout_s: float = 5.0) -> None:
+        """End the ranks. With `keep_folder` a folder of their own goes with this object instead of at once:
+        torch looks for a file in a folder that is gone for minutes, and lets no other thread run meanwhile.
+        """
         self._closing = True
         for process in self._processes.values():
             tell_to_leave(process)
@@ -100,7 +102,7 @@ class LocalRanks:
         for socket in self._sockets:
             socket.close()
         self._context.term()
-        if self._own_folder is not None:
+        if self._own_folder is not None and not keep_folder:
             self._own_folder.cleanup()
 
 
@@ -147,10 +149,10 @@ class OtherRanks:
         """Of the ranks on this host."""
         return self._local.pids
 
-    def close(self, reason: str = "") -> None:
-        """End the ranks; `reason` tells other hosts what failed."""
+    def close(self, *, keep_folder: bool = False, reason: str = "") -> None:
+        """End the ranks; `reason` tells other hosts what failed. `keep_folder`: as LocalRanks.close."""
         if self._hosts is not None:
             self._hosts.close(reason)
-        self._local.close()
+        self._local.close(keep_folder=keep_folder)
         if self._ray is not None:
             self._ray.close()

@@ -46,6 +46,7 @@ class Ranks(Protocol):
     @property
     def peers(self) -> PeerMemory | None: ...
     def all_reduce(self, x: Tensor, /) -> Tensor: ...
+    def all_gather_last(self, x: Tensor, /) -> Tensor: ...
 
 
 class AllReduceAdd(Protocol):
@@ -72,10 +73,15 @@ class AllReduceAdd(Protocol):
 
 ALL_REDUCE_ADD: Op[AllReduceAddDims, AllReduceAdd] = Op("all_reduce_add", AllReduceAddDims)
 
-ROWS, SUMS = 0, 1
-AREAS = ((2048, 4096), (256, 16384))
-"""Blocks that may meet, and bytes that one of them writes for one rank, in the area of rows and in that of sums within
-a projection."""
+ROWS, SUMS, MANY = 0, 1, 2
+AREAS = ((2048, 4096), (256, 16384), (264, 82048))
+"""Blocks that may meet, and bytes that one of them writes for one rank: in the area of rows, in that of sums within a
+projection, and in that of many tokens."""
+
+
+def areas_of(ranks: int) -> tuple[tuple[int, int], ...]:
+    """Those that so many ranks have a use for: many tokens go straight from rank to rank if there are two."""
+    return AREAS if ranks == 2 else AREAS[:MANY]
 
 
 def why_not_exchanged(where: Where, dims: AllReduceAddDims) -> Refusal:
@@ -103,4 +109,17 @@ def _cuda(where: Where, dims: AllReduceAddDims) -> AllReduceAdd:
 
 
 register(ALL_REDUCE_ADD, "reference", lambda *_: reference.all_reduce_add)
+
+
+def _many_refuses(where: Where, dims: AllReduceAddDims) -> Refusal:
+    return f"needs 2 ranks, not {dims.ranks}" if dims.ranks != 2 else why_not_exchanged(where, dims)
+
+
+def _many(where: Where, dims: AllReduceAddDims) -> AllReduceAdd:
+    from thalweg.ops.all_reduce import cuda
+
+    return cuda.all_reduce_add_many
+
+
+register(ALL_REDUCE_ADD, "cuda_many", _many, supports=_many_refuses, priority=5)
 register(ALL_REDUCE_ADD, "cuda", _cuda, supports=why_not_exchanged, tokens=few_tokens, priority=10)

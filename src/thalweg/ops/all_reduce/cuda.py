@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thalweg.ops.all_reduce import AREAS, ROWS, Ranks
+from thalweg.ops.all_reduce import AREAS, MANY, ROWS, Ranks, reference
 from thalweg.ops.toolchain.cuda_build import aligned_rows, cuda_kernel
 
 SOURCE = Path(__file__).with_name("rows.cu")
 EACH = 8  # columns of a thread, of which it writes 32 bytes for each rank
 MOST_TOKENS = 512  # of two ranks
+OF_MANY, MANY_THREADS, FLAGS = Path(__file__).with_name("many.cu"), 512, 128
+GROUP = MANY_THREADS * 16 * 2  # bytes of many that a block writes at a time, as in the source
 
 
 def threads_of(D: int) -> int:
@@ -76,4 +78,28 @@ def all_reduce_add(
         (c_float, scale),
         *arguments,
     )
+    return y_TD
+
+
+def all_reduce_add_many(
+    residual_TD: Tensor,
+    parts_PD: Tensor,
+    ranks: Ranks,
+    *,
+    weights_Tk: Tensor | None = None,
+    own_TD: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    x_TD = reference.of_rank(residual_TD, parts_PD, weights_Tk, own_TD, scale).contiguous()
+    residual_TD = residual_TD.contiguous()
+    y_TD = torch.empty_like(residual_TD)
+    blocks, place_bytes = AREAS[MANY]
+    row_bytes = y_TD.shape[1] * y_TD.element_size()
+    rows = blocks * (place_bytes - FLAGS) // row_bytes
+    exchange, arguments = exchange_arguments(ranks, MANY)
+    kernel = cuda_kernel(OF_MANY, "sum_of_many", MANY_THREADS, y_TD.device, BLOCK=MANY_THREADS, **exchange)
+    for x, residual, y in zip(x_TD.split(rows), residual_TD.split(rows), y_TD.split(rows), strict=True):
+        part = -(-len(y) * row_bytes // (blocks * GROUP)) * GROUP
+        sizes = ((c_longlong, len(y) * row_bytes), (c_longlong, part))
+        kernel.launch((blocks, 1, 1), 0, x, residual, y, *sizes, *arguments, (c_longlong, place_bytes))
     return y_TD

@@ -254,18 +254,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             const int e = tid + j * THREADS;
             if (ADD && there(e)) added[j] = low(load_bf16(residual + e / ROWS * residual_stride + from + e % ROWS));
         }
+        float part[EACH][RANKS] = {};
+        poll(ranks, [&] {  // for all at once, or each would take a trip of its own
+            bool all = true;
+#pragma unroll
+            for (int j = 0; j < EACH; j++)
+#pragma unroll
+                for (int rank = 0; rank < RANKS; rank++) {
+                    const int e = tid + j * THREADS;
+                    if (there(e)) all = told(place_at(RANK, rank, tile, e), part[j][rank], ranks.number) && all;
+                }
+            return all;
+        });
 #pragma unroll
         for (int j = 0; j < EACH; j++) {
             const int e = tid + j * THREADS;
-            if (!there(e)) continue;
             float sum = 0;
 #pragma unroll
-            for (int rank = 0; rank < RANKS; rank++) {
-                float part;
-                poll(ranks, [&] { return told(place_at(RANK, rank, tile, e), part, ranks.number); });
-                sum += part;
-            }
-            y[(e / ROWS) * y_stride + from + e % ROWS] = (bf16)pack(sum + added[j], 0);
+            for (int rank = 0; rank < RANKS; rank++) sum += part[j][rank];
+            if (there(e)) y[(e / ROWS) * y_stride + from + e % ROWS] = (bf16)pack(sum + added[j], 0);
         }
     }
     __syncthreads();
