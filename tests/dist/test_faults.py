@@ -103,7 +103,7 @@ def slow(*values: str) -> object:
     ("point", "victim"),
     [
         ("loading", "rank 1"),
-        ("loading", "engine"),
+        slow("loading", "engine"),
         slow("started", "rank 1"),
         slow("bound", "rank 1"),
         slow("meeting", "rank 1"),

@@ -281,6 +281,12 @@ def test_a_host_that_was_started_otherwise_or_knows_another_key_is_refused(
             assert code == 2
             assert "has another THALWEG_CLUSTER_KEY" in last
         assert server.process.poll() is None
+        nowhere = [str(tmp / "nowhere"), *asked[1:], "--node-rank", "1"]
+        with host(tmp_path / "log-1", tmp, *nowhere) as other:
+            code, last = other.ended()
+            assert code == 2
+            assert "nowhere" in last
+        assert server.process.poll() is None
         with host(tmp_path / "log-1", tmp, *asked, "--node-rank", "1", "--block-size", "32") as other:
             code, last = other.ended()
             assert code == 2

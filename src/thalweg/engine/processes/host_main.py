@@ -14,11 +14,13 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from thalweg import __version__
+from thalweg.assembly.source import open_source
 from thalweg.config.engine import EngineConfig
 from thalweg.config.streams import say
 from thalweg.engine.processes import host_link as link
 from thalweg.engine.processes.ranks import LocalRanks
 from thalweg.errors import ConfigError, EngineDeadError
+from thalweg.parallel.shards import Shards
 
 _REFUSED = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 _REFUSALS = 3  # in a row before the key is taken to be wrong, and not node 0 to be starting or ending
@@ -35,9 +37,11 @@ class Host:
         self._connected = self._gone = False
 
     def run(self) -> None:
-        """Until node 0 says that all is well and over, or SIGTERM. Raises ConfigError if node 0 does not take this
-        host, and EngineDeadError when the engine is lost, here or there."""
+        """Until node 0 says that all is well and over, or SIGTERM. Raises ConfigError or CheckpointError for a model
+        that is not there or not whole, ConfigError if node 0 does not take this host, and EngineDeadError when the
+        engine is lost, here or there."""
         c = self._config
+        open_source(c).plan(Shards(0, c.tensor_parallel_size))  # before node 0 counts on this host
         with ExitStack() as stack:
             context: zmq.Context[Any] = stack.enter_context(zmq.Context())
             self._words = stack.enter_context(link.connected(context, zmq.PUSH, c, 0, self._key))

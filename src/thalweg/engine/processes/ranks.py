@@ -73,9 +73,7 @@ class LocalRanks:
         code = process.wait()
         end_group(process.pid)
         if not self._closing:
-            on_death(
-                EngineDeadError(f"tensor-parallel rank {rank} ended with exit code {code}; its own lines above say why")
-            )
+            on_death(EngineDeadError(f"tensor-parallel rank {rank} ended with exit code {code}; its own lines say why"))
 
     def send(self, message: bytes) -> None:
         """A StepPlan or Order; to be called from one thread only, in the order of the steps."""
