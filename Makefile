@@ -19,7 +19,7 @@ MODEL  ?=
 REPORT ?= perf-report.md
 QUESTION ?= Ben fills 6 boxes with 12 pears each. 7 pears are bad. How many good pears are there?
 
-.PHONY: demo chat test quick test-lowest test-gpu lint docs check-docs build format perf-report clean
+.PHONY: demo chat test quick test-exhaustive test-lowest test-gpu lint docs check-docs build format perf-report clean
 
 demo: $(VENV)/ready  ## answer a question with the bundled model
 	@$(BIN)/thalweg generate --chat --prompt "$(QUESTION)"
@@ -32,6 +32,9 @@ test: $(VENV)/ready-dev  ## every test that this machine can run
 
 quick: $(VENV)/ready-dev  ## leave out the slow tests
 	OMP_NUM_THREADS=1 $(BIN)/$(PYTEST) -m "not slow"
+
+test-exhaustive: $(VENV)/ready-dev  ## what make test leaves out of matrices of faults and sizes
+	OMP_NUM_THREADS=1 $(BIN)/$(PYTEST) -m "exhaustive and not gpu"
 
 # Ops and models know no other library than torch and Triton, which are the same in both environments.
 test-lowest: $(LOWEST)/ready  ## the quick tests with the lowest version of everything that pyproject.toml allows

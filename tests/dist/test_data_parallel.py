@@ -110,7 +110,8 @@ async def idle(client: EngineClient) -> None:
     raise AssertionError(stats)
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.exhaustive)])
 def test_same_tokens_as_one_rank(kimi_folder: Path, ranks: int) -> None:
     expected = alone(kimi_folder)
 
@@ -124,7 +125,7 @@ def test_same_tokens_as_one_rank(kimi_folder: Path, ranks: int) -> None:
     run(kimi_folder, ranks, body)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_same_tokens_wherever_experts_and_their_copies_are(kimi_folder: Path, tmp_path: Path) -> None:
     rows = [[5, 1, 0, 3, 2, 4, 0, 1], [0, 1, 2, 3, 4, 5, 0, 1], [0, 2, 4, 5, 1, 3, 5, 2]]
     file = tmp_path / "placement.json"
@@ -139,13 +140,13 @@ def test_same_tokens_wherever_experts_and_their_copies_are(kimi_folder: Path, tm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.exhaustive)])
 def test_same_tokens_as_one_rank_with_gated_experts(qwen_folder: Path, ranks: int) -> None:
     expected = alone(qwen_folder)
     run(qwen_folder, ranks, lambda client: check_same_tokens(client, expected))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_same_tokens_as_one_rank_with_the_bundled_model() -> None:
     expected = alone(None)
     run(None, 2, lambda client: check_same_tokens(client, expected))
@@ -177,7 +178,8 @@ def test_grammars_stops_and_requests_without_a_seed(tmp_path: Path) -> None:
     run(folder, 2, body, block_size=64)
 
 
-@pytest.mark.parametrize("when", ["decode", pytest.param("idle", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["decode", pytest.param("idle", marks=pytest.mark.exhaustive)])
 def test_a_rank_that_is_killed_ends_every_request_and_all_ranks(kimi_folder: Path, when: str) -> None:
     async def body(client: EngineClient) -> None:
         forever = SamplingParams(max_tokens=3000, ignore_eos=True)
@@ -207,7 +209,7 @@ def test_a_rank_that_is_killed_ends_every_request_and_all_ranks(kimi_folder: Pat
     run(kimi_folder, 2, body)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("delay", [0.0, 0.3, 1.5])
 def test_a_rank_that_is_killed_while_the_engines_start_is_reported(kimi_folder: Path, delay: float) -> None:
     pids: list[int] = []
@@ -231,7 +233,7 @@ def test_a_rank_that_is_killed_while_the_engines_start_is_reported(kimi_folder: 
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_rank_that_hangs_ends_the_engines(kimi_folder: Path) -> None:
     async def body(client: EngineClient) -> None:
         assert await tokens(client, 0)
@@ -275,6 +277,7 @@ def test_offline_and_profiled_engines_have_one_rank(kimi_folder: Path) -> None:
         EngineClient(config, profiler=ProfilerOptions("traces", 1, 1))
 
 
+@pytest.mark.exhaustive
 def test_experts_that_ranks_do_not_divide_are_refused(kimi_folder: Path) -> None:
     with pytest.raises(ConfigError, match="--data-parallel-size is 4; it must divide the number of experts, which is 6"):
         run(kimi_folder, 4, lambda client: asyncio.sleep(0))

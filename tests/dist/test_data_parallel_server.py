@@ -96,6 +96,7 @@ def test_answers_sessions_metrics_and_the_death_of_a_rank(folder: Path, tmp_path
         assert "rank" in last
 
 
+@pytest.mark.exhaustive
 def test_a_signal_lets_requests_of_every_rank_finish(folder: Path, tmp_path: Path) -> None:
     tmp = tmp_path / "tmp"
     tmp.mkdir()

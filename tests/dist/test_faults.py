@@ -188,16 +188,17 @@ def check_death(server: Server, point: str, victim: str, url: str, pid: int) -> 
     assert shared_memory() <= before
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("point", "victim"),
     [
-        slow("started", "engine 1"),
-        slow("bound", "engine 1"),
-        slow("meeting", "engine"),
-        slow("meeting", "engine 1"),
-        slow("loading", "engine"),
-        slow("loading", "engine 1"),
-        slow("loading", "server"),
+        ("started", "engine 1"),
+        ("bound", "engine 1"),
+        ("meeting", "engine"),
+        ("meeting", "engine 1"),
+        ("loading", "engine"),
+        ("loading", "engine 1"),
+        ("loading", "server"),
     ],
 )
 def test_a_death_at_the_start_of_data_parallel_ranks(
@@ -211,15 +212,16 @@ def test_a_death_at_the_start_of_data_parallel_ranks(
         check_error(server, victim, server.check_gone(WITHIN))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("point", "victim"),
     [
-        slow("prefill", "engine"),
-        slow("prefill", "engine 1"),
-        slow("decode", "engine"),
-        slow("decode", "engine 1"),
-        slow("decode", "server"),
-        slow("idle", "engine 1"),
+        ("prefill", "engine"),
+        ("prefill", "engine 1"),
+        ("decode", "engine"),
+        ("decode", "engine 1"),
+        ("decode", "server"),
+        ("idle", "engine 1"),
     ],
 )
 def test_a_death_while_data_parallel_ranks_have_requests(
