@@ -57,12 +57,13 @@ check-docs: $(VENV)/ready-dev  ## links, tables, options, code and tests in the 
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit/test_docs.py tests/unit/test_security_page.py tests/unit/test_prefix_cache_page.py \
 		tests/unit/test_extending_page.py tests/unit/test_result_tables.py tests/unit/test_long_description.py tests/unit/test_server_dialects.py
 
-build: $(BUILD)/ready  ## sdist and wheel in dist/, checked, and used in a clean environment
+build: $(BUILD)/ready  ## sdist and wheels in dist/, checked, and used in a clean environment
 	rm -rf dist
 	$(BUILD)/bin/python -m build --outdir dist .
 	@test -z "$(TAG)" || test -f "dist/thalweg-$(patsubst v%,%,$(TAG)).tar.gz" || { echo "error: the tag is $(TAG) and dist/ has" dist/*; exit 2; }
 	$(BUILD)/bin/twine check --strict dist/*
-	$(BUILD)/bin/python scripts/check_wheel.py dist/*.whl --torch "$(TORCH)"
+	$(BUILD)/bin/python scripts/check_wheel.py dist/*-any.whl --torch "$(TORCH)"
+	$(BUILD)/bin/twine check --strict dist/*
 
 perf-report: $(VENV)/ready  ## what each function costs in two commits: make perf-report BASE=commit
 	@test -n "$(BASE)" || { echo "error: which commit to compare with? make perf-report BASE=commit [HEAD=commit] [MODEL=folder] [REPORT=file]"; exit 2; }

@@ -1,11 +1,13 @@
 """Installs a wheel into a clean environment and uses it as a stranger would; `make build` runs it.
 
-The library alone answers a question and says what `thalweg serve` needs; with its extras it serves.
+The library alone answers a question and says what `thalweg serve` needs; with its extras it serves. On Linux the
+environment then makes a wheel for this platform of it (platform_wheel.py), which answers without a compiler.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import subprocess
 import sys
@@ -36,6 +38,8 @@ def main() -> int:
         _check_library(binaries)
         _install(binaries, f"{wheel}[all]")
         _check_server(binaries)
+        if sys.platform == "linux":
+            _check_platform(binaries, wheel)
     print(f"{wheel.name}: installed, answered and served in a clean environment")
     return 0
 
@@ -77,17 +81,35 @@ def _check_server(binaries: Path) -> None:
             server.kill()
 
 
-def _install(binaries: Path, requirement: str) -> None:
+def _check_platform(binaries: Path, wheel: Path) -> None:
+    subprocess.run([binaries / "python", Path(__file__).with_name("platform_wheel.py"), wheel], check=True)
+    name = wheel.name.removesuffix("any.whl")
+    [made] = wheel.parent.glob(f"{name}manylinux*.whl")
+    _install(binaries, str(made), "--force-reinstall", "--no-deps")
+    with tempfile.TemporaryDirectory() as empty:
+        done = _run(binaries / "thalweg", "inspect", CXX="none", XDG_CACHE_HOME=empty)
+        _need(" cpp" in done.stdout, f"without a compiler {made.name} ran in plain torch: {done.stdout} {done.stderr}")
+        done = _run(binaries / "thalweg", "generate", "--chat", "--prompt", QUESTION, CXX="none", XDG_CACHE_HOME=empty)
+    _need(done.returncode == 0 and ANSWER in done.stdout, f"{made.name} said {done.stdout!r} {done.stderr!r}")
+
+
+def _install(binaries: Path, requirement: str, *options: str) -> None:
     began = time.monotonic()
-    command = [binaries / "python", "-m", "pip", "install", "-q", "--disable-pip-version-check", requirement]
+    command = [binaries / "python", "-m", "pip", "install", "-q", "--disable-pip-version-check", *options, requirement]
     subprocess.run(command, check=True)
     print(f"installed {Path(requirement).name} in {time.monotonic() - began:.0f} s", flush=True)
 
 
-def _run(*command: str | Path) -> subprocess.CompletedProcess[str]:
+def _run(*command: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
     # From another folder, so that nothing of a checkout is imported.
     return subprocess.run(
-        command, capture_output=True, text=True, cwd=Path(command[0]).parent, timeout=300, check=False
+        command,
+        capture_output=True,
+        text=True,
+        cwd=Path(command[0]).parent,
+        timeout=300,
+        check=False,
+        env={**os.environ, **variables},
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import threading
@@ -15,6 +16,7 @@ import pytest
 from tests.e2e.tiny_model import write_tiny_model
 from tests.models import random_checkpoint as random
 from thalweg import LLM, Grammar, SamplingParams
+from thalweg.parallel.groups import file_store
 from thalweg.errors import ConfigError, EngineDeadError, InvalidRequest
 
 PROMPTS = [[5, 9, 2, 7] * n for n in (1, 7, 20)]
@@ -102,6 +104,22 @@ def test_a_rank_that_dies_while_the_engine_starts_is_reported(folder: Path, dela
             LLM(str(folder), tensor_parallel_size=2)
     assert time.monotonic() - began < 8
     assert len(pids) == 1
+
+
+def test_ranks_can_meet_and_leave_although_their_folder_is_gone(tmp_path: Path) -> None:
+    folder = tmp_path / "sockets"
+    folder.mkdir()
+    stores = [file_store(str(folder / "rendezvous"), 2) for _ in range(2)]
+    shutil.rmtree(folder)
+    with pytest.raises(OSError, match="No such file"):  # at once: torch would try for minutes
+        file_store(str(folder / "rendezvous"), 2)
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("opens files by their descriptor in /proc")
+    for rank, (store, _) in enumerate(stores):
+        store.set(f"rank {rank}", "is here")
+    assert stores[0][0].get("rank 1") == b"is here"
+    for _, file in stores:
+        file.close()
 
 
 def test_a_step_that_hangs_ends_the_engine(folder: Path) -> None:

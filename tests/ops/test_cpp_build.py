@@ -88,6 +88,16 @@ def test_a_built_library_is_taken_from_the_cache(monkeypatch: pytest.MonkeyPatch
     assert cpu_build.built(cpu_build.level()) == built
 
 
+def test_a_library_that_came_with_the_package_needs_no_compiler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    level = cpu_build.levels()[0]
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(cpu_build, "SHIPPED", tmp_path)
+    (tmp_path / f"{level.name}.so").write_bytes(b"library")
+    assert cpu_build.built(level) == tmp_path / f"{level.name}.so"
+
+
 def test_without_a_compiler_the_reference_serves_and_the_reason_is_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -111,8 +111,7 @@ class Engine:
         self.grammars.close()
         self._executor.close()
         if self.ranks is not None:
-            # A build that failed elsewhere may still be on its way to meet the ranks; it holds on to this object.
-            self.ranks.close(keep_folder=self._executor.running, reason=self._executor.failure())
+            self.ranks.close(self._executor.failure())
         if self._give_folder_back is not None:
             self._give_folder_back()
 

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from thalweg.errors import RankLostError
-from thalweg.parallel.groups import leave
+from thalweg.parallel.groups import file_store, leave
 
 
 class DataRanks:
@@ -23,9 +23,11 @@ class DataRanks:
     Every method is a collective: all ranks call the same ones in the same order, from one thread each.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, host: Any = None, device: Any = None) -> None:
-        """`host` is the group for integers of the host, `device` the one for tensors."""
-        self.rank, self.size = rank, size
+    def __init__(
+        self, rank: int = 0, size: int = 1, host: Any = None, device: Any = None, file: BinaryIO | None = None
+    ) -> None:
+        """`host` is the group for integers of the host, `device` the one for tensors; `file`: where they met."""
+        self.rank, self.size, self._file = rank, size, file
         self._host, self._device = host, device
 
     def all_to_all(self, rows_ND: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
@@ -62,6 +64,8 @@ class DataRanks:
     def close(self) -> None:
         leave(self._device)
         self._host = self._device = None
+        if self._file is not None:
+            self._file.close()
 
     def _run(self, collective: Callable[[], Any]) -> None:
         try:
@@ -77,15 +81,15 @@ def join_data_ranks(
     """Meet the other ranks at `rendezvous_file`, a path on this host that no others meet at."""
     if size == 1:
         return DataRanks()
-    store = dist.FileStore(rendezvous_file, size)  # type: ignore[attr-defined]  # public, but not in __all__
+    store, file = file_store(rendezvous_file, size)
     timeout = timedelta(seconds=timeout_s)
     gloo: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     gloo._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]  # ranks are processes of one host
     gloo._timeout = timeout
     host = dist.ProcessGroupGloo(dist.PrefixStore("host", store), rank, size, gloo)  # type: ignore[attr-defined]
     if device.type != "cuda":
-        return DataRanks(rank, size, host, host)
+        return DataRanks(rank, size, host, host, file)
     nccl = dist.ProcessGroupNCCL.Options()
     nccl._timeout = timeout
     tensors = dist.ProcessGroupNCCL(dist.PrefixStore("tensors", store), rank, size, nccl)  # type: ignore[attr-defined]
-    return DataRanks(rank, size, host, tensors)
+    return DataRanks(rank, size, host, tensors, file)

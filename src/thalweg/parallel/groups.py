@@ -1,10 +1,24 @@
-"""What torch's process groups want at their end, whoever has one."""
+"""What torch's process groups want at their beginning and end, whoever has one."""
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch.distributed as dist
+
+
+def file_store(path: str, size: int) -> tuple[Any, BinaryIO]:
+    """A store in a file where `size` processes of one host meet, and the file, to be kept open as long as the group.
+
+    The store opens its file for every look. If that is gone with its folder, torch tries for minutes, at first without
+    letting another thread run, not even one that would end the process. So the store gets the name of the open file,
+    which leads to it whatever became of its folder. Raises OSError if the folder is gone already.
+    """
+    file = Path(path).open("ab")  # noqa: SIM115 -- whoever has the group closes it
+    name = f"/proc/self/fd/{file.fileno()}"
+    where = name if Path(name).exists() else path
+    return dist.FileStore(where, size), file  # type: ignore[attr-defined]  # public, but not in __all__
 
 
 def leave(group: Any) -> None:

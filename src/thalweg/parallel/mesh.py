@@ -9,7 +9,7 @@ import re
 import socket
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import urlsplit
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from thalweg.errors import RankLostError
 from thalweg.parallel.data_ranks import DataRanks
-from thalweg.parallel.groups import leave
+from thalweg.parallel.groups import file_store, leave
 
 if TYPE_CHECKING:
     from thalweg.parallel.peers import PeerMemory
@@ -32,8 +32,16 @@ class Mesh:
     """
 
     def __init__(
-        self, tp_rank: int = 0, tp_size: int = 1, group: Any = None, data: DataRanks | None = None, hosts: int = 1
+        self,
+        tp_rank: int = 0,
+        tp_size: int = 1,
+        group: Any = None,
+        data: DataRanks | None = None,
+        hosts: int = 1,
+        file: BinaryIO | None = None,
     ) -> None:
+        """`file`: where the ranks met (`file_store`)."""
+        self._file = file
         self.hosts = hosts
         self.tp_rank = tp_rank
         self.tp_size = tp_size
@@ -91,6 +99,8 @@ class Mesh:
         self._group = None
         if self.peers is not None:
             self.peers.close()
+        if self._file is not None:
+            self._file.close()
         self.data.close()
 
     def _run(self, collective: Callable[[], Any]) -> None:
@@ -111,7 +121,7 @@ def join_mesh(
     hosts: int = 1,
     listener: socket.socket | None = None,
 ) -> Mesh:
-    """Meet the other ranks at `meeting` and return the mesh: a path on this host, not yet existing, or
+    """Meet the other ranks at `meeting` and return the mesh: a path on this host, of a file that is new or empty, or
     tcp://ADDRESS:PORT, where rank 0 has a `listener` that this takes over.
 
     The group is this mesh's own, not torch's default one: a process may have several engines, and one that failed to
@@ -119,7 +129,7 @@ def join_mesh(
     """
     if tp_size == 1:
         return Mesh()
-    timeout, own = timedelta(seconds=timeout_s), "127.0.0.1"
+    timeout, own, file = timedelta(seconds=timeout_s), "127.0.0.1", None
     if meeting.startswith("tcp://"):
         place = urlsplit(meeting)
         assert place.hostname is not None
@@ -130,15 +140,15 @@ def join_mesh(
             place.hostname, place.port, tp_size, tp_rank == 0, timeout, wait_for_workers=False, master_listen_fd=fd
         )
     else:
-        store = dist.FileStore(meeting, tp_size)  # type: ignore[attr-defined]  # public, but not in __all__
+        store, file = file_store(meeting, tp_size)
     if device.type == "cuda":
         nccl = dist.ProcessGroupNCCL.Options()
         nccl._timeout = timeout
-        return Mesh(tp_rank, tp_size, dist.ProcessGroupNCCL(store, tp_rank, tp_size, nccl), hosts=hosts)
+        return Mesh(tp_rank, tp_size, dist.ProcessGroupNCCL(store, tp_rank, tp_size, nccl), hosts=hosts, file=file)
     gloo: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=own)]  # listens there alone
     gloo._timeout = timeout
-    return Mesh(tp_rank, tp_size, dist.ProcessGroupGloo(store, tp_rank, tp_size, gloo), hosts=hosts)
+    return Mesh(tp_rank, tp_size, dist.ProcessGroupGloo(store, tp_rank, tp_size, gloo), hosts=hosts, file=file)
 
 
 def _own_address(host: str, port: int) -> str:

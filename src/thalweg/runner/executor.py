@@ -94,11 +94,6 @@ class Executor(Generic[Info]):
         if self._failure is None:  # else the thread may hang in a collective that nobody answers
             self._thread.join(timeout_s)
 
-    @property
-    def running(self) -> bool:
-        """Whether the rank's thread is still at work: after `close`, only if it hangs."""
-        return self._thread.is_alive()
-
     def failure(self) -> str:
         """What ended the rank, in words; "" if nothing did."""
         return "" if self._failure is None else str(self._failure) or type(self._failure).__name__

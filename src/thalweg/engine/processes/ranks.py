@@ -85,10 +85,8 @@ class LocalRanks:
     def pids(self) -> list[int]:
         return [p.pid for p in self._processes.values()]
 
-    def close(self, *, keep_folder: bool = False, timeout_s: float = 5.0) -> None:
-        """End the ranks. With `keep_folder` a folder of their own goes with this object instead of at once:
-        torch looks for a file in a folder that is gone for minutes, and lets no other thread run meanwhile.
-        """
+    def close(self, timeout_s: float = 5.0) -> None:
+        """End the ranks."""
         self._closing = True
         for process in self._processes.values():
             tell_to_leave(process)
@@ -100,7 +98,7 @@ class LocalRanks:
         for socket in self._sockets:
             socket.close()
         self._context.term()
-        if self._own_folder is not None and not keep_folder:
+        if self._own_folder is not None:
             self._own_folder.cleanup()
 
 
@@ -147,10 +145,10 @@ class OtherRanks:
         """Of the ranks on this host."""
         return self._local.pids
 
-    def close(self, *, keep_folder: bool = False, reason: str = "") -> None:
-        """End the ranks; `reason` tells other hosts what failed. `keep_folder`: as LocalRanks.close."""
+    def close(self, reason: str = "") -> None:
+        """End the ranks; `reason` tells other hosts what failed."""
         if self._hosts is not None:
             self._hosts.close(reason)
-        self._local.close(keep_folder=keep_folder)
+        self._local.close()
         if self._ray is not None:
             self._ray.close()

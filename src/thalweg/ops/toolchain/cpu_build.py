@@ -34,6 +34,7 @@ from thalweg.ops.toolchain import cpu_cache
 
 OPS = Path(__file__).parents[1]
 HEADERS = Path(__file__).with_name("cpu")
+SHIPPED = HEADERS / "built"  # in a wheel for one platform (scripts/platform_wheel.py): a library for each level
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # as the sources number them
 OPTIONS = ("-std=c++20", "-O3", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-pthread")
 COMPILE_SECONDS = 300  # others wait for as long
@@ -126,10 +127,14 @@ def _loaded() -> ctypes.CDLL | str:
 
 
 def built(level: Level) -> Path:
-    """The library for such a processor, compiled unless it is in the cache. Raises BuildError or OSError."""
+    """The library for such a processor, compiled unless it came with the package or is in the cache. Raises BuildError
+    or OSError."""
+    shipped = SHIPPED / f"{level.name}.so"
+    if shipped.is_file():
+        return shipped
     compiler = _compiler()
     program = os.path.realpath(compiler[0])
-    sources = sorted(OPS.rglob("*.cpp"))
+    sources = _sources()
     key = hashlib.sha256(repr((level.options, OPTIONS, compiler, program, os.stat(program).st_mtime_ns)).encode())
     for path in (*sorted(HEADERS.glob("*.h")), *sources):
         key.update(path.read_bytes())
@@ -151,6 +156,15 @@ def built(level: Level) -> Path:
                     cpu_cache.put(library, target)
                 _log.info("compiled the CPU's ops for %s in %.1f s", level.name, time.monotonic() - began)
     return target
+
+
+def compile_for(level: Level, library: Path) -> None:
+    """Write the library for a level. Raises BuildError."""
+    _compile(_compiler(), level, _sources(), library)
+
+
+def _sources() -> list[Path]:
+    return sorted(OPS.rglob("*.cpp"))
 
 
 def _compile(compiler: Sequence[str], level: Level, sources: Sequence[Path], library: Path) -> None:
