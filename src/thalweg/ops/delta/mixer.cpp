@@ -27,15 +27,29 @@ void convolve(const T* x, T* state, int64_t W, int64_t channels, int64_t first, 
   });
 }
 
-// o[v] of V rows of a state [V, K], which becomes the new one. q, k and decay are K long, a multiple of LANES.
+constexpr int64_t ROWS_AHEAD = 16;  // that are on their way from memory: the processor does not see where states go on
+
+// o[v] of V rows of a state [V, K], which becomes the new one; `next` is the one to follow. q, k and decay are K long, a
+// multiple of LANES.
 template <class S>
 void delta_rule(
-    S* state, const float* q, const float* k, const float* v, const float* decay, float beta, int64_t V, int64_t K, float* o) {
+    S* state,
+    const S* next,
+    const float* q,
+    const float* k,
+    const float* v,
+    const float* decay,
+    float beta,
+    int64_t V,
+    int64_t K,
+    float* o) {
   Vec products = {};
   for (int64_t i = 0; i < K; i += LANES) products += load(q + i) * load(k + i);
   float qk = sum(products);
   for (int64_t row = 0; row + 4 <= V; row += 4) {
     S* at = state + row * K;
+    const S* ahead = row + ROWS_AHEAD < V ? at + ROWS_AHEAD * K : next + (row + ROWS_AHEAD - V) * K;
+    for (int64_t i = 0; i < 4 * K; i += 64 / (int64_t)sizeof(S)) __builtin_prefetch(ahead + i, 1);
     Vec dk[4] = {}, dq[4] = {};
     for (int64_t i = 0; i < K; i += LANES) {
       Vec g = load(decay + i), ki = load(k + i), qi = load(q + i);
@@ -59,6 +73,12 @@ void delta_rule(
       for (int r = 0; r < 4; r++) store(at + r * K + i, load(at + r * K + i) * g + ki * u[r]);
     }
   }
+}
+
+// The first state of the task that begins with head h, which may well be this thread's; any state if there is none.
+template <class S>
+inline const S* next_task(const S* state, const int64_t* slots, int64_t H, int64_t h, int64_t size) {
+  return state + (slots[0] * H + (h < H ? h : 0)) * size;
 }
 
 template <class T, class S, class N>
@@ -103,7 +123,9 @@ void kda(
       for (int64_t k = 0; k < K; k += LANES)
         store(decay + k, exp(rate * softplus(rounded<T>(load(decay + k)) + load(dt_bias + h * K + k))));
       float beta = sigmoid(to_float(x[C + h]));
-      delta_rule(state + (slots[b] * H + h) * K * K, y, y + K, y + 2 * K, decay, beta, K, K, o);
+      S* own = state + (slots[b] * H + h) * K * K;
+      const S* next = b + 1 < B ? state + (slots[b + 1] * H + h) * K * K : next_task(state, slots, H, h + 1, K * K);
+      delta_rule(own, next, y, y + K, y + 2 * K, decay, beta, K, K, o);
       gated_norm(o, up + (B + b) * K, norm, eps, K, false, out + (b * H + h) * K);
     }
   });
@@ -149,7 +171,11 @@ void gdn(
         float rate = std::exp(-std::exp(A_log[h]) * softplus(to_float(of_head[H]) + dt_bias[h]));
         for (int64_t k = 0; k < K; k += LANES) store(decay + k, splat(rate));
         float* v = y + 2 * K + (h - g * ratio) * V;
-        delta_rule(state + (slots[b] * H + h) * V * K, y, y + K, v, decay, sigmoid(to_float(*of_head)), V, K, o);
+        S* own = state + (slots[b] * H + h) * V * K;
+        const S* next = h + 1 < (g + 1) * ratio ? own + V * K
+                        : b + 1 < B             ? state + (slots[b + 1] * H + g * ratio) * V * K
+                                                : next_task(state, slots, H, h + 1, V * K);
+        delta_rule(own, next, y, y + K, v, decay, sigmoid(to_float(*of_head)), V, K, o);
         gated_norm(o, x + C + h * V, norm, eps, V, true, out + (b * H + h) * V);
       }
     }

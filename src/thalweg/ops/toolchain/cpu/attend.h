@@ -3,12 +3,43 @@
 #pragma once
 
 #include <limits>
+#include <type_traits>
 
 #include "rows.h"
 
 namespace thalweg {
 
 constexpr int64_t TILE = 16;  // tokens
+
+// sums[n] = keep[n] sums[n] + p[n] . values for N heads and M vectors of values, of a tile's tokens in order.
+template <int N, int M>
+inline void add_values(
+    const float* p,
+    const float* keep,
+    const float* values,
+    int64_t value_stride,
+    int64_t count,
+    float* sums,
+    int64_t sums_stride) {
+  Vec acc[N][M];
+#pragma GCC unroll 4
+  for (int n = 0; n < N; n++)
+#pragma GCC unroll 4
+    for (int m = 0; m < M; m++) acc[n][m] = load(sums + n * sums_stride + m * LANES) * keep[n];
+  for (int64_t t = 0; t < count; t++) {
+    Vec v[M];
+#pragma GCC unroll 4
+    for (int m = 0; m < M; m++) v[m] = load(values + t * value_stride + m * LANES);
+#pragma GCC unroll 4
+    for (int n = 0; n < N; n++)
+#pragma GCC unroll 4
+      for (int m = 0; m < M; m++) acc[n][m] += v[m] * p[n * TILE + t];
+  }
+#pragma GCC unroll 4
+  for (int n = 0; n < N; n++)
+#pragma GCC unroll 4
+    for (int m = 0; m < M; m++) store(sums + n * sums_stride + m * LANES, acc[n][m]);
+}
 
 // sums[h] = softmax(q[h] . keys) values over `length` tokens, zeros if there are none. fill(first, count) puts tokens
 // first .. first + count into `keys` and `values`, which may be the same tile. Widths are whole vectors; q is scaled.
@@ -24,8 +55,8 @@ inline void attend(
     int64_t length,
     Fill&& fill,
     float* sums) {
-  float* scores = scratch<3>(heads * (TILE + 2));
-  float *most = scores + heads * TILE, *total = most + heads;
+  float* scores = scratch<3>(heads * (TILE + 3));
+  float *most = scores + heads * TILE, *total = most + heads, *kept = total + heads;
   memset(sums, 0, 4 * heads * value_width);
   for (int64_t h = 0; h < heads; h++) most[h] = -std::numeric_limits<float>::infinity(), total[h] = 0;
   for (int64_t first = 0; first < length; first += TILE) {
@@ -33,7 +64,7 @@ inline void attend(
     fill(first, count);
     rows_times(keys, count, key_width, q, key_width, heads, scores, TILE);
     for (int64_t h = 0; h < heads; h++) {
-      float *p = scores + h * TILE, *to = sums + h * value_width, top = most[h];
+      float *p = scores + h * TILE, top = most[h];
       for (int64_t t = 0; t < count; t++) top = p[t] > top ? p[t] : top;
       float keep = std::exp(most[h] - top);
       most[h] = top;
@@ -41,12 +72,19 @@ inline void attend(
       for (int64_t t = 0; t < TILE; t += LANES) store(p + t, exp(load(p + t) - top));
       total[h] *= keep;
       for (int64_t t = 0; t < count; t++) total[h] += p[t];
-      for (int64_t i = 0; i < value_width; i += LANES) {
-        Vec sum = load(to + i) * keep;
-        for (int64_t t = 0; t < count; t++) sum += load(values + t * value_stride + i) * p[t];
-        store(to + i, sum);
-      }
+      kept[h] = keep;
     }
+    auto add = [&](auto heads_at_once, int64_t h) {
+      constexpr int N = heads_at_once();
+      int64_t i = 0;
+      for (; i + 2 * LANES <= value_width; i += 2 * LANES)
+        add_values<N, 2>(scores + h * TILE, kept + h, values + i, value_stride, count, sums + h * value_width + i, value_width);
+      if (i < value_width)
+        add_values<N, 1>(scores + h * TILE, kept + h, values + i, value_stride, count, sums + h * value_width + i, value_width);
+    };
+    int64_t h = 0;
+    for (; h + 4 <= heads; h += 4) add(std::integral_constant<int, 4>{}, h);
+    for (; h < heads; h++) add(std::integral_constant<int, 1>{}, h);
   }
   for (int64_t h = 0; h < heads; h++) {
     float inverse = length > 0 ? 1.f / total[h] : 0.f;
