@@ -182,7 +182,7 @@ def test_linears_in_float8_have_kernels_for_any_number_of_tokens(shared_dir: Pat
 def test_over_ranks_in_fp8_and_with_other_blocks() -> None:
     found = tables(resolved(ranks=4, scheme="fp8", block_size=16))
     assert found["linear 1024"] == ["1-16: cuda", "17-32: matrix", "33-: reference"]
-    assert found["experts"] == ["1-16: cuda", "17-192: tiles", "193-: w8a8"]
+    assert found["experts"] == ["1-16: cuda", "17-192: tiles_w8a8", "193-: w8a8"]
     assert found["mla_mixer_decode"] == ["triton"]
 
 

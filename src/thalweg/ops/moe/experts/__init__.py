@@ -1,9 +1,9 @@
 """Op "experts": the experts' SwiGLU networks with the sum that ends them, over weights that carry their scheme.
 
-Six forms, by how many tokens share an expert: pairs and tiles for decode, sorted pairs for prompts (all in Triton, for
-the schemes of SCHEMES), products in CUDA C++ for a few tokens over fp8 and int4 ("cuda"), and, for prompts on Hopper,
-products of sorted pairs at the rate of the matrix unit: in bf16 and over int4 ("matrix"), and over fp8, for which
-activations are quantized ("w8a8").
+Seven forms, by how many tokens share an expert: pairs and tiles for decode, sorted pairs for prompts (all in Triton,
+for the schemes of SCHEMES), products in CUDA C++ for a few tokens over fp8 and int4 ("cuda"), and, for prompts on
+Hopper, products of sorted pairs at the rate of the matrix unit: in bf16 and over int4 ("matrix"), and over fp8, for
+which activations are quantized ("w8a8"), as they are in tiles of a batch ("tiles_w8a8").
 """
 
 from __future__ import annotations
@@ -101,6 +101,8 @@ MAX_WIDTH = 16384  # with fp8, one program holds a token's row in registers
 MANY_EXPERTS = 384  # of which each has few tokens still where fewer experts would have many
 MAX_CUDA_EXPERTS = 1024  # a block of the CUDA C++ kernels has all of them in shared memory
 MAX_SORTED_EXPERTS = 1280  # of which a block of the sort has counts in shared memory, for each of its warps
+FEWEST_W8A8 = 17  # tokens of a decode step from which on activations are quantized: fewer stay as they are
+MAX_NARROW = 1024  # width of experts that "tiles_w8a8" has been timed for
 MAX_CUDA_WARPS = 12
 CPU_FEW = Tokens(last=64)  # beyond, an expert has so many tokens that the library's products are faster
 INT4_COLUMNS, MAX_INT4_COLUMNS, MAX_INT4_TOKENS = 256, 7168, 64  # of a warp, and of as many as registers allow
@@ -211,6 +213,14 @@ def _finishing(form: Callable[..., Tensor]) -> Experts:
     return experts
 
 
+def _narrow_refuses(where: Where, dims: ExpertsDims) -> Refusal:
+    if dims.own:
+        return "has no programs for an expert of its own"
+    if dims.E >= MANY_EXPERTS or dims.I > MAX_NARROW:
+        return f"needs fewer than {MANY_EXPERTS} experts up to {MAX_NARROW} wide, not {dims.E} and {dims.I}"
+    return _matrix_refuses(where, dims, scheme="fp8", columns=BLOCK)
+
+
 def _reference(where: Where, dims: ExpertsDims) -> Experts:
     schemes = [scheme_named(name) for name in dims.scheme.split(" | ")]
     return _finishing(partial(reference.experts, schemes[0], down_scheme=schemes[-1]))
@@ -236,6 +246,12 @@ def _tiles(where: Where, dims: ExpertsDims) -> Experts:
     from thalweg.ops.moe.experts.triton import tiles
 
     return tiles.experts_of_tiles
+
+
+def _narrow(where: Where, dims: ExpertsDims) -> Experts:
+    from thalweg.ops.moe.experts.triton import narrow
+
+    return narrow.experts
 
 
 def _pairs(where: Where, dims: ExpertsDims) -> Experts:
@@ -267,6 +283,10 @@ def _fewer(dims: ExpertsDims) -> Tokens:
 def _some(dims: ExpertsDims) -> Tokens:
     most = SCHEMES[dims.scheme].tiles
     return Tokens(last=min(512, 2 * most) if dims.E >= MANY_EXPERTS else most)
+
+
+def _some_w8a8(dims: ExpertsDims) -> Tokens:
+    return Tokens(FEWEST_W8A8, SCHEMES["fp8"].tiles)
 
 
 def _cpp(where: Where, dims: ExpertsDims, *, rounds: bool = False, many: bool = False) -> Experts:
@@ -313,6 +333,7 @@ _matrix_supports = partial(_matrix_refuses, scheme="none", columns=64)
 register(EXPERTS, "matrix", _matrix, supports=_matrix_supports, tokens=_prompts, priority=15)
 _w8a8_refuses = partial(_matrix_refuses, scheme="fp8", columns=BLOCK)
 register(EXPERTS, "w8a8", _matrix, supports=_w8a8_refuses, priority=15, rounding=0.06)
+register(EXPERTS, "tiles_w8a8", _narrow, supports=_narrow_refuses, tokens=_some_w8a8, priority=25, rounding=0.06)
 register(EXPERTS, "tiles", _tiles, supports=_triton_refuses, tokens=_some, priority=20)
 register(EXPERTS, "pairs", _pairs, supports=_pairs_refuses, tokens=_few, priority=30)
 register(EXPERTS, "cuda", _cuda, supports=_cuda_refuses, tokens=_fewer, priority=40)

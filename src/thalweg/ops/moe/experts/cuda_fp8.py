@@ -16,12 +16,15 @@ from thalweg.quant.blocks import BLOCK
 
 SOURCE = Path(__file__).with_name("experts.cu")
 RING = 27  # steps of a block. More loads in flight are slower: neighbouring lines are then asked for further apart
+FEW_WARPS, FEW_BLOCKS, FEW_STAGES = 4, 4, 3  # of a block that waits for its copies most of the time: more of them
 STEP_BYTES, TILE, BUFFERS = 16 * BLOCK, 8, 4  # as in the source
 SUM_BYTES = 16 * TILE * 4  # of a warp's part of an item
 
 
 def blocks_per_multiprocessor(warps: int, tiles: int) -> int:
-    """As in the source: two, if their registers suffice."""
+    """At least as in the source: two, if their registers suffice, or four of few warps."""
+    if tiles == 1 and warps == FEW_WARPS:
+        return FEW_BLOCKS
     return 2 if tiles == 1 and warps <= MAX_CUDA_WARPS else 1
 
 
@@ -31,7 +34,7 @@ def geometry(columns: int, tokens: int) -> tuple[int, int, dict[str, int]]:
     assert steps is not None
     warps = columns // (BLOCK * steps)
     ring = RING if warps <= MAX_CUDA_WARPS else 2 * RING  # such a block has a multiprocessor to itself
-    stages = min(ring // warps, 8)
+    stages = FEW_STAGES if tiles == 1 and warps == FEW_WARPS else min(ring // warps, 8)
     shared_bytes = warps * (stages * STEP_BYTES + BUFFERS * tiles * SUM_BYTES)
     return warps, shared_bytes, {"COLS": columns, "TILES": tiles, "STEPS": steps, "STAGES": stages}
 

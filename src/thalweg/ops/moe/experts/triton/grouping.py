@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from thalweg.ops.moe.experts.sort import Groups, most_blocks
-from thalweg.ops.moe.experts.triton.half import store_half_row
+from thalweg.ops.moe.experts.triton.half import store_half_row, store_narrow_row
 from thalweg.ops.moe.experts.triton.nibbles import ordered_width, store_ordered_row
 from thalweg.ops.toolchain.triton_launch import pdl_options
 
@@ -81,8 +81,8 @@ def list_kernel(
     expert_ptr,  # [groups]
     count_ptr,  # [groups]
     list_ptr,  # [groups, T]
-    ready_ptr,  # [T, D] fp16, or with ORDERED [T, places of D], or None: x stays as it is
-    scale_ptr,  # [T] fp32 of fp16
+    ready_ptr,  # [T, D] fp16 or e4m3, or with ORDERED [T, places of D], or None: x stays as it is
+    scale_ptr,  # [T] fp32 of these
     pairs,
     tokens,
     groups,
@@ -95,8 +95,8 @@ def list_kernel(
     BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """A group's pairs, in order, and after the groups a row of x, ordered or in fp16. As `pairs_of_group`, with BY_PAIR
-    a group may have none."""
+    """A group's pairs, in order, and after the groups a row of x, ordered, in fp16 or in e4m3. As `pairs_of_group`, with
+    BY_PAIR a group may have none."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -117,6 +117,8 @@ def list_kernel(
         tl.store(expert_ptr + group, expert)
     elif ORDERED:
         store_ordered_row(x_ptr, ready_ptr, (group - groups).to(tl.int64), x_stride, D, BLOCK_D)
+    elif scale_ptr is not None and ready_ptr.dtype.element_ty == tl.float8e4nv:
+        store_narrow_row(x_ptr, ready_ptr, scale_ptr, (group - groups).to(tl.int64), x_stride, D, BLOCK_D)
     elif scale_ptr is not None:
         store_half_row(x_ptr, ready_ptr, scale_ptr, (group - groups).to(tl.int64), x_stride, D, BLOCK_D)
 
@@ -202,9 +204,11 @@ def empty_lists(groups: int, T: int, device: torch.device) -> Lists:
     return Lists(expert_G, count_G, torch.empty(groups, T, dtype=torch.int32, device=device))
 
 
-def list_pairs(x_TD: Tensor, ids_Tk: Tensor, experts: int, ordered: bool) -> tuple[Lists, Tensor, Tensor | None]:
+def list_pairs(
+    x_TD: Tensor, ids_Tk: Tensor, experts: int, ordered: bool, narrow: bool = False
+) -> tuple[Lists, Tensor, Tensor | None]:
     """(lists, x ready for products, and what to multiply its rows by) in one launch. x is ordered for words; or else in
-    fp16 for fp8; x itself and None if it is float32."""
+    fp16 for fp8, or e4m3 if it is to be `narrow`; x itself and None if it is float32."""
     (T, D), device = x_TD.shape, x_TD.device
     scan = scan_of(ids_Tk.numel(), experts, 1024)
     lists = empty_lists(scan.groups, T, device)
@@ -212,7 +216,7 @@ def list_pairs(x_TD: Tensor, ids_Tk: Tensor, experts: int, ordered: bool) -> tup
     if ordered:
         ready_TD = torch.empty(T, ordered_width(D), dtype=x_TD.dtype, device=device)
     elif x_TD.dtype != torch.float32:
-        ready_TD = torch.empty(T, D, dtype=torch.float16, device=device)
+        ready_TD = torch.empty(T, D, dtype=torch.float8_e4m3fn if narrow else torch.float16, device=device)
         scale_T = torch.empty(T, device=device)
     list_kernel[(scan.groups + (0 if ready_TD is x_TD else T),)](
         ids_Tk,

@@ -1,4 +1,4 @@
-"""Activations in fp16 for products with weights in fp8.
+"""Activations in fp16, or in fp8, for products with weights in fp8.
 
 From e4m3 to fp16 there is one instruction for two elements; to bf16 it takes four. So x goes to fp16, each row scaled
 by a power of two to just below fp16's largest: it loses nothing but what is below 2^-29 of the row's largest element.
@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from thalweg.ops.products.triton import LARGEST, SMALLEST
 
 
 @triton.jit
@@ -23,6 +25,16 @@ def store_half_row(x_ptr, half_ptr, scale_ptr, token, x_stride, D: tl.constexpr,
     x *= ((268 - exponent) << 23).to(tl.float32, bitcast=True)
     tl.store(half_ptr + token * D + cols, x.to(tl.float16), mask=cols < D)
     tl.store(scale_ptr + token, ((exponent - 14) << 23).to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def store_narrow_row(x_ptr, narrow_ptr, scale_ptr, token, x_stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A row of x over its scale in e4m3, of which its largest becomes the largest, and that scale."""
+    cols = tl.arange(0, BLOCK_D)
+    x = tl.load(x_ptr + token * x_stride + cols, mask=cols < D, other=0.0).to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(x), 0), SMALLEST) * (1 / LARGEST)
+    tl.store(narrow_ptr + token * D + cols, (x * (1 / scale)).to(narrow_ptr.dtype.element_ty), mask=cols < D)
+    tl.store(scale_ptr + token, scale)
 
 
 @triton.jit

@@ -43,7 +43,7 @@ def gate_up_tile(T: int, I: int, x_dtype: torch.dtype, scheme: str) -> Tile:
         return Tile(16, BLOCK.value, 1, 4)
     if scheme == "int4":
         return Tile(64, 128, 4, 4)
-    return Tile(128, BLOCK.value, 4, 8) if T <= SMALL_BATCH else Tile(64, BLOCK.value, 4, 4)
+    return Tile(128, BLOCK.value, 4, 8) if T <= (64 if I <= NARROW else SMALL_BATCH) else Tile(64, BLOCK.value, 4, 4)
 
 
 def down_tile(T: int, I: int, h_dtype: torch.dtype, scheme: str) -> Tile:

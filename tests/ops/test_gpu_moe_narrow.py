@@ -1,0 +1,47 @@
+"""Op "experts" over weights in fp8 with activations in fp8, for a batch of tokens, on the device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.ops.moe_case import check_chained_in_a_graph, experts_in_float64, implementation, moe_case_fp8, rmse_ratio
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("T", [1, 3, 16, 17, 33, 128, 192])
+@pytest.mark.parametrize("published", [False, True])
+@pytest.mark.parametrize(
+    ("D", "I", "E", "k", "shared"),
+    [(256, 128, 32, 4, 1), (2048, 512, 256, 8, 1), (2304, 1024, 64, 8, 1), (7168, 2048, 12, 4, 1), (384, 640, 5, 3, 0)],
+)
+def test_experts(T: int, published: bool, D: int, I: int, E: int, k: int, shared: int) -> None:
+    case = moe_case_fp8(T, D, I, E, k, shared, torch.bfloat16, "cuda", seed=T, published=published)
+    case.x[0] *= 2.0**30
+    case.x[-1] *= 2.0**-30
+    y = case.run(implementation("tiles_w8a8", "fp8"))
+    by_itself = experts_in_float64(case, w8a8=True)
+    assert all(rmse_ratio(a, b) < 0.03 for a, b in zip(y, by_itself, strict=True))
+    assert all(rmse_ratio(a, b) < 0.07 for a, b in zip(y, experts_in_float64(case), strict=True))
+
+
+def test_experts_all_tokens_on_the_same_few() -> None:
+    case = moe_case_fp8(150, 256, 128, 64, 4, 1, torch.bfloat16, "cuda", published=True)
+    case.ids[:, :4] = torch.arange(4, device="cuda")
+    assert rmse_ratio(case.run(implementation("tiles_w8a8", "fp8")), experts_in_float64(case)) < 0.05
+
+
+@pytest.mark.parametrize("T", [2, 13, 70])
+def test_nan_stays_in_its_row(T: int) -> None:
+    case = moe_case_fp8(T, 256, 128, 32, 4, 1, torch.bfloat16, "cuda")
+    case.x[1] = torch.nan
+    y = case.run(implementation("tiles_w8a8", "fp8"))
+    assert y.isnan().all(1).tolist() == [t == 1 for t in range(T)]
+    assert y.isfinite().all(1).tolist() == [t != 1 for t in range(T)]
+
+
+@pytest.mark.parametrize("T", [4, 17, 40])
+def test_chained_in_a_graph(T: int) -> None:
+    layers = [moe_case_fp8(T, 512, 256, 64, 8, 1, torch.bfloat16, "cuda", seed=i) for i in range(10)]
+    check_chained_in_a_graph(layers, implementation("tiles_w8a8", "fp8"))

@@ -1,0 +1,56 @@
+"""Op "experts" over weights in fp8 with activations in fp8, for a batch of tokens: under the interpreter, compiled for
+Hopper."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.ops.compile_sm90 import compile_sm90
+from tests.ops.interpreted import run_interpreted
+from tests.ops.moe_case import experts_in_float64, implementation, moe_case_fp8, rmse_ratio
+
+
+def check_experts() -> None:
+    for T, D, I, E, k, shared in ((5, 256, 128, 12, 1, 0), (40, 128, 256, 3, 1, 1), (20, 384, 128, 24, 3, 1)):
+        case = moe_case_fp8(T, D, I, E, k, shared, torch.bfloat16, published=True)
+        case.x[0] *= 2.0**30
+        case.x[-1] *= 2.0**-30
+        y = case.run(implementation("tiles_w8a8", "fp8"))
+        # The interpreter truncates to e4m3, which is twice as far off as rounding.
+        off = [rmse_ratio(a, b) for a, b in zip(y, experts_in_float64(case), strict=True)]
+        assert max(off) < 0.25
+        assert sum(off) / T < 0.12
+
+
+def test_experts() -> None:
+    pytest.importorskip("triton")
+    run_interpreted(check_experts)
+
+
+TYPES = {
+    **dict.fromkeys(("x_ptr", "w_ptr", "h_ptr"), "*fp8e4nv"),
+    **dict.fromkeys(("x_scale_ptr", "s_ptr", "h_scale_ptr", "y_ptr"), "*fp32"),
+    **dict.fromkeys(("expert_ptr", "count_ptr", "list_ptr"), "*i32"),
+    "tokens": "i32",
+}
+
+
+@pytest.mark.parametrize("tokens", [32, 128])
+def test_kernels_compile_for_hopper(tokens: int) -> None:
+    pytest.importorskip("triton")
+    from thalweg.ops.moe.experts.triton import narrow
+
+    up, down = narrow.tiles(tokens, 512)
+    common = dict(D=2048, I=512, PDL=True)
+    for kernel, tile, constants in (
+        (narrow.narrow_gate_up_kernel, up, dict(K=9, BLOCK_I=up.rows)),
+        (narrow.narrow_down_kernel, down, dict(GROUP=up.rows, BLOCK_D=down.rows)),
+    ):
+        types = {p.name: TYPES[p.name] for p in kernel.params if not p.is_constexpr}
+        constants |= common | dict(WIDE=tile.wide, STAGES=tile.stages)
+        result = compile_sm90(kernel, types, constants, tile.warps, tile.stages)
+        assert "wgmma.mma_async.sync.aligned.m64n16k32.f32.e4m3.e4m3" in result.ptx
+        assert result.spilled_bytes == 0
+        assert 2 * result.shared_bytes <= 227 * 1024
+        assert 2 * 32 * tile.warps * result.registers <= 65536  # two programs per multiprocessor
