@@ -95,8 +95,8 @@ def list_kernel(
     BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """A group's pairs, in order, and after the groups a row of x, ordered, in fp16 or in e4m3. As `pairs_of_group`, with
-    BY_PAIR a group may have none."""
+    """A group's pairs, in order, and after the groups a row of x, ordered, in fp16 or in e4m3. As `pairs_of_group`,
+    with BY_PAIR a group may have none."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
