@@ -95,24 +95,28 @@ def check_error(server: Server, victim: str, code: int) -> None:
         assert victim.replace("engine", "rank") in last, log
 
 
-def slow(*values: str) -> object:
+def slow(*values: object) -> object:
     return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def exhaustive(*values: object) -> object:
+    return pytest.param(*values, marks=pytest.mark.exhaustive)
 
 
 @pytest.mark.parametrize(
     ("point", "victim"),
     [
         ("loading", "rank 1"),
-        slow("loading", "engine"),
-        slow("started", "rank 1"),
-        slow("bound", "rank 1"),
-        slow("meeting", "rank 1"),
-        slow("started", "engine"),
-        slow("bound", "engine"),
-        slow("meeting", "engine"),
-        slow("bound", "server"),
-        slow("meeting", "server"),
-        slow("loading", "server"),
+        exhaustive("loading", "engine"),
+        exhaustive("started", "rank 1"),
+        exhaustive("bound", "rank 1"),
+        exhaustive("meeting", "rank 1"),
+        exhaustive("started", "engine"),
+        exhaustive("bound", "engine"),
+        exhaustive("meeting", "engine"),
+        exhaustive("bound", "server"),
+        exhaustive("meeting", "server"),
+        exhaustive("loading", "server"),
     ],
 )
 def test_a_death_at_the_start(folder: Path, tmp: Path, tmp_path: Path, point: str, victim: str) -> None:
@@ -130,14 +134,14 @@ def test_a_death_at_the_start(folder: Path, tmp: Path, tmp_path: Path, point: st
     ("point", "victim"),
     [
         ("prefill", "rank 1"),
-        slow("prefill", "engine"),
-        slow("decode", "rank 1"),
+        exhaustive("prefill", "engine"),
+        exhaustive("decode", "rank 1"),
         slow("decode", "engine"),
-        slow("decode", "server"),
-        slow("idle", "rank 1"),
+        exhaustive("decode", "server"),
+        exhaustive("idle", "rank 1"),
     ],
 )
-@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.exhaustive)])
 def test_a_death_while_requests_run(
     folder: Path, tmp: Path, tmp_path: Path, point: str, victim: str, size: int
 ) -> None:

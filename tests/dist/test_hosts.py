@@ -22,7 +22,7 @@ import pytest
 import zmq
 
 from tests.dist.processes import Server, children, command, left_in, lives, needs_proc, serving, stop, until
-from tests.dist.test_faults import ENGINE_DIED, KILLED, PROMPT, WITHIN
+from tests.dist.test_faults import ENGINE_DIED, KILLED, PROMPT, WITHIN, exhaustive, slow
 from tests.e2e.tiny_model import write_tiny_model
 from thalweg import LLM, SamplingParams
 from thalweg.config.engine import EngineConfig
@@ -115,7 +115,7 @@ def two_hosts(folder: Path, tmp: Path, tmp_path: Path, ranks: int = 2) -> Iterat
         yield server, other
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.exhaustive)])
 @needs_proc
 def test_tokens_are_those_of_one_host_and_all_end_with_node_0(
     folder: Path, tmp: Path, tmp_path: Path, ranks: int
@@ -149,15 +149,14 @@ def engine(server: Server, other: Host) -> int:
 @pytest.mark.parametrize(
     ("victim", "how", "here", "there"),
     [
-        (rank, signal.SIGKILL, "node 1: tensor-parallel rank 1 ended with exit code -9", "rank 1 ended with exit code -9"),
-        (launcher, signal.SIGTERM, "node 1: its host was told to stop", None),
-        (launcher, signal.SIGKILL, "node 1 has said nothing for 5 s", None),
+        exhaustive(rank, signal.SIGKILL, "node 1: tensor-parallel rank 1 ended with exit code -9", "rank 1 ended"),
+        exhaustive(launcher, signal.SIGTERM, "node 1: its host was told to stop", None),
+        slow(launcher, signal.SIGKILL, "node 1 has said nothing for 5 s", None),
         # As a host without power: its end of the connection does not close.
-        (launcher, signal.SIGSTOP, "node 1 has said nothing for 5 s", None),
-        (engine, signal.SIGKILL, "the engine process ended with exit code -9", "node 0 is gone"),
+        exhaustive(launcher, signal.SIGSTOP, "node 1 has said nothing for 5 s", None),
+        slow(engine, signal.SIGKILL, "the engine process ended with exit code -9", "node 0 is gone"),
     ],
 )
-@pytest.mark.slow
 @needs_proc
 def test_a_death_on_either_host_ends_both(
     folder: Path,
@@ -234,7 +233,7 @@ def ip(arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @needs_proc
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_cable_that_is_pulled_ends_both(
     folder: Path, tmp: Path, tmp_path: Path, network: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -256,7 +255,7 @@ def test_a_cable_that_is_pulled_ends_both(
 
 
 @needs_proc
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_death_while_a_host_is_awaited_or_loads(folder: Path, tmp: Path, tmp_path: Path) -> None:
     with two_hosts(folder, tmp, tmp_path) as (server, other):
         until(other.ranks, "node 1 starts no rank")
@@ -269,6 +268,7 @@ def test_a_death_while_a_host_is_awaited_or_loads(folder: Path, tmp: Path, tmp_p
 
 
 @needs_proc
+@pytest.mark.slow
 def test_a_host_that_was_started_otherwise_or_knows_another_key_is_refused(
     folder: Path, tmp: Path, tmp_path: Path
 ) -> None:

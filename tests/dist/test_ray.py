@@ -108,7 +108,7 @@ def test_tokens_over_two_nodes_and_a_node_that_dies(cluster: Any, folder: Path, 
         assert not left_in(tmp / "server")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @needs_proc
 def test_a_cluster_without_room_is_refused(cluster: Any, folder: Path, tmp: Path, tmp_path: Path) -> None:
     with serving(tmp_path / "log", tmp, str(folder), "-tp", "4", *BACKEND, RAY_ADDRESS=cluster.address) as server:
@@ -119,7 +119,7 @@ def test_a_cluster_without_room_is_refused(cluster: Any, folder: Path, tmp: Path
         )
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_without_a_cluster_it_says_so(folder: Path, tmp: Path) -> None:
     pytest.importorskip("ray", reason="needs Ray, which is not installed (the extra `ray`)")
     run = subprocess.run(
