@@ -95,7 +95,7 @@ def all_reduce_add_many(
     y_TD = torch.empty_like(residual_TD)
     blocks, place_bytes = AREAS[MANY]
     row_bytes = y_TD.shape[1] * y_TD.element_size()
-    rows = blocks * (place_bytes - FLAGS) // row_bytes
+    rows = blocks * ((place_bytes - FLAGS) // GROUP * GROUP) // row_bytes
     exchange, arguments = exchange_arguments(ranks, MANY)
     kernel = cuda_kernel(OF_MANY, "sum_of_many", MANY_THREADS, y_TD.device, BLOCK=MANY_THREADS, **exchange)
     for x, residual, y in zip(x_TD.split(rows), residual_TD.split(rows), y_TD.split(rows), strict=True):
