@@ -98,6 +98,19 @@ def test_a_library_that_came_with_the_package_needs_no_compiler(
     assert cpu_build.built(level) == tmp_path / f"{level.name}.so"
 
 
+@pytest.mark.parametrize(("features", "level"), [("fp asimd asimddp", "neon_dot"), ("fp asimd", "neon")])
+def test_instructions_of_arm_are_found_by_its_features(
+    features: str, level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_build.platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(Path, "read_text", lambda _: f"processor\t: 0\nFeatures\t: {features}\n")
+    cpu_build.processor_flags.cache_clear()
+    try:
+        assert cpu_build.level().name == level
+    finally:
+        cpu_build.processor_flags.cache_clear()
+
+
 def test_without_a_compiler_the_reference_serves_and_the_reason_is_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -61,7 +61,10 @@ LEVELS = {
         Level("avx2_vnni", _AVX2 | {"avx_vnni"}, ("-march=x86-64-v3", "-mavxvnni")),
         Level("avx2", _AVX2, ("-march=x86-64-v3",)),
     ),
-    "aarch64": (Level("neon", frozenset(), ()),),
+    "aarch64": (
+        Level("neon_dot", frozenset({"asimddp"}), ("-march=armv8.2-a+dotprod",)),
+        Level("neon", frozenset(), ()),
+    ),
 }
 LEVELS["arm64"] = LEVELS["aarch64"]  # as macOS names it
 """By machine, the widest first."""
@@ -214,5 +217,5 @@ def processor_flags() -> frozenset[str]:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return frozenset()
-    found = next((line.split(":")[1].split() for line in lines if line.startswith("flags")), ())
+    found = next((line.split(":")[1].split() for line in lines if line.startswith(("flags", "Features"))), ())
     return frozenset(found)

@@ -124,7 +124,14 @@ inline I8 add_dots(I8 acc, B32 u, B32 s) {
 #else
   int8_t a[32], b[32];
   memcpy(a, &u, 32), memcpy(b, &s, 32);
+#if defined(__ARM_FEATURE_DOTPROD)
+  int32x4_t halves[2];
+  memcpy(halves, &acc, 32);
+  for (int i = 0; i < 2; i++) halves[i] = vdotq_s32(halves[i], vld1q_s8(a + 16 * i), vld1q_s8(b + 16 * i));
+  memcpy(&acc, halves, 32);
+#else
   for (int i = 0; i < 32; i++) acc[i / 4] += a[i] * b[i];
+#endif
   return acc;
 #endif
 }
