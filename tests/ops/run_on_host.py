@@ -66,12 +66,12 @@ def _libraries(source: Path, name: str, macros: tuple[tuple[str, int], ...]) -> 
     return libraries
 
 
-def host_tensor_map(x_RHX: Tensor, rows: int) -> TensorMap:
+def host_tensor_map(x_RHX: Tensor, rows: int, heads: int = 1) -> TensorMap:
     """In place of `tensor_map`: what the host's `copy_tile` reads."""
     assert x_RHX.data_ptr() % 16 == 0
     assert all(2 * n % 16 == 0 for n in x_RHX.stride()[:2])
     (R, H, X), strides = x_RHX.shape, x_RHX.stride()
-    return TensorMap((ctypes.c_uint64 * 16)(x_RHX.data_ptr(), R, H, X, strides[0], strides[1], rows))
+    return TensorMap((ctypes.c_uint64 * 16)(x_RHX.data_ptr(), R, H, X, strides[0], strides[1], rows, heads))
 
 
 class HostKernel:

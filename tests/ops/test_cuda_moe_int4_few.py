@@ -12,7 +12,7 @@ import torch
 
 from tests.ops.compile_cuda import compile_cuda
 from tests.ops.moe_case import experts_in_float64, moe_case_int4, rmse_ratio
-from tests.ops.run_on_host import HostKernel
+from tests.ops.run_on_host import HostKernel, host_tensor_map
 from thalweg.ops.moe.experts import EXPERTS, ExpertsDims, cuda_int4
 from thalweg.ops.moe.experts.cuda_int4 import MAX_TOKENS, SOURCE, geometry, static_bytes
 from thalweg.ops.registry import Resolver, Where
@@ -27,10 +27,12 @@ DIMS: dict[str, Any] = {"E": 384, "D": 7168, "I": 2048, "scheme": "int4", "own":
         (3, 256, 256, 0, True),  # passes of one, two and four tokens, as they are chosen
         pytest.param(8, 256, 512, 512, False, marks=pytest.mark.slow),
         pytest.param(13, 256, 256, 256, True, marks=pytest.mark.slow),  # an expert has two passes, of eight and of five
+        pytest.param(40, 256, 256, 256, False, marks=pytest.mark.slow),  # the own expert has two passes
     ],
 )
 def test_on_the_host(monkeypatch: pytest.MonkeyPatch, T: int, D: int, I: int, own: int, skewed: bool) -> None:
     monkeypatch.setattr(cuda_int4, "cuda_kernel", HostKernel)
+    monkeypatch.setattr(cuda_int4, "tensor_map", host_tensor_map)
     monkeypatch.setattr(cuda_int4, "multiprocessors", lambda device: 3)
     case = moe_case_int4(T, D, I, 5, 1 if T == 2 else 2, torch.bfloat16, seed=T, own=own, scale=2.5)
     if skewed:

@@ -372,20 +372,22 @@ void multiply_columns(float (&d)[COLUMNS / 2], u32 a0, u32 a1, u32 a2, u32 a3, O
 }
 struct TensorMap {
     const bf16* data;
-    u64 rows, heads, columns, row_stride, head_stride, box, rest[9];
+    u64 rows, heads, columns, row_stride, head_stride, box, heads_box, rest[8];
 };
 inline void copy_tile(u32 to, const TensorMap* map, int column, int head, int row, u32 barrier) {
     if (to % 1024) fail("a tile is not aligned");
-    for (int r = 0; r < (int)map->box; r++)
+    const int all = map->box * map->heads_box;
+    for (int n = 0; n < all; n++)
         for (int c = 0; c < 64; c += 8) {
-            u8* at = at_address(swizzled(to + r * 128 + c * 2));
-            if (row + r < (int)map->rows && head < (int)map->heads && column + c < (int)map->columns)
-                memcpy(at, map->data + (row + r) * map->row_stride + head * map->head_stride + column + c, 16);
+            u8* at = at_address(swizzled(to + n * 128 + c * 2));
+            const int r = row + n / map->heads_box, h = head + n % map->heads_box;
+            if (r < (int)map->rows && h < (int)map->heads && column + c < (int)map->columns)
+                memcpy(at, map->data + r * map->row_stride + h * map->head_stride + column + c, 16);
             else
                 memset(at, 0, 16);
         }
     std::lock_guard lock(one_at_a_time);
-    barrier_at(barrier).bytes -= 128 * (int)map->box;
+    barrier_at(barrier).bytes -= 128 * all;
     turn(barrier_at(barrier));
 }
 inline void share_writes() {}

@@ -17,16 +17,16 @@ class TensorMap(Structure):
     _fields_ = [("words", c_uint64 * 16)]
 
 
-def tensor_map(x_RHX: Tensor, rows: int) -> TensorMap:
-    """For copies of [rows, 1, 64] bf16 values, the 128 bytes of a row swizzled. Rows past the tensor's end are zeros.
+def tensor_map(x_RHX: Tensor, rows: int, heads: int = 1) -> TensorMap:
+    """For copies of [rows, heads, 64] bf16 values, whose 128 bytes are swizzled. Rows past the tensor's end are zeros.
 
     Strides but the last are multiples of 16 bytes, as is the address. An argument of CudaKernel.launch, with type None.
     """
-    return _tensor_map(x_RHX.data_ptr(), tuple(x_RHX.shape), x_RHX.stride(), rows)
+    return _tensor_map(x_RHX.data_ptr(), tuple(x_RHX.shape), x_RHX.stride(), rows, heads)
 
 
 @lru_cache(maxsize=4096)  # weights and caches of all layers, and what a step's layers have alike
-def _tensor_map(address: int, shape: tuple[int, ...], strides: tuple[int, ...], rows: int) -> TensorMap:
+def _tensor_map(address: int, shape: tuple[int, ...], strides: tuple[int, ...], rows: int, heads: int) -> TensorMap:
     memory = (c_char * 192)()
     result = TensorMap.from_buffer(memory, -addressof(memory) % 64)  # where the driver wants it
     code = _driver().cuTensorMapEncodeTiled(
@@ -36,7 +36,7 @@ def _tensor_map(address: int, shape: tuple[int, ...], strides: tuple[int, ...], 
         c_void_p(address),
         (c_uint64 * 3)(*reversed(shape)),
         (c_uint64 * 2)(2 * strides[1], 2 * strides[0]),
-        (c_uint32 * 3)(64, 1, rows),
+        (c_uint32 * 3)(64, heads, rows),
         (c_uint32 * 3)(1, 1, 1),
         c_int(NO_INTERLEAVE),
         c_int(SWIZZLE_128_BYTES),

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from ctypes import c_float, c_int, c_longlong
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from thalweg.errors import KernelError
 from thalweg.ops.moe.experts import INT4_COLUMNS, MAX_INT4_COLUMNS, MAX_INT4_TOKENS
+from thalweg.ops.moe.experts.arrivals import arrivals
 from thalweg.ops.toolchain.cuda_build import aligned_rows, cuda_kernel
+from thalweg.ops.toolchain.tensor_map import TensorMap, tensor_map
 from thalweg.ops.toolchain.triton_support import multiprocessors
 
 SOURCE = Path(__file__).with_name("experts_int4.cu")
 ROWS = 16  # as in the source
 MAX_WARPS = MAX_INT4_COLUMNS // INT4_COLUMNS  # that multiply, at 64 registers
 MAX_TOKENS = MAX_INT4_TOKENS
+RING = 38 * 1024  # bytes of stages that small blocks have: what they leave is L1's, for the own expert's tokens
 SHARED = 227 * 1024  # bytes of a multiprocessor for blocks, of which each costs 1024 more than it asks for
 
 
@@ -37,9 +38,9 @@ class Geometry(NamedTuple):
 
     @property
     def stage_bytes(self) -> int:
-        """A stage of the ring: rows of weights and of scales, or of the own expert's weights."""
-        piece, scales = 128 * self.warps, 16 * self.warps
-        return ROWS * max(piece + 16 + scales + (0 if self.warps % 2 else 16), piece + 64)
+        """A stage of the ring, at most: rows of weights and of scales, or of the own expert's weights."""
+        piece, scales = 128 * self.warps, 16 * (self.warps + 1 - self.warps % 2)
+        return -(-ROWS * max(piece + scales, piece + 64) // 1024) * 1024
 
     @property
     def shared_bytes(self) -> int:
@@ -49,7 +50,7 @@ class Geometry(NamedTuple):
 
 def static_bytes(E: int, K: int, tokens: int) -> int:
     """Of shared memory, at most, besides what a launch asks for."""
-    return 10 * E + 18 * tokens * K + 384
+    return -(-(10 * E + 6 * tokens * K + 448) // 1024) * 1024
 
 
 def geometry(columns: int, E: int, K: int, tokens: int) -> Geometry | None:
@@ -59,18 +60,10 @@ def geometry(columns: int, E: int, K: int, tokens: int) -> Geometry | None:
     if rest or not 1 <= warps <= MAX_WARPS:
         return None
     blocks = min(3, max(1, (MAX_WARPS + 2) // (warps + 2)))
-    cut = Geometry(warps, 1, 2 if blocks == 1 else 4, blocks)  # of large blocks a stage counts for more than buffers
-    room = SHARED // blocks - 1024 - static_bytes(E, K, tokens) - cut.shared_bytes
-    stages = min(8, 1 + room // cut.stage_bytes)
+    cut = Geometry(warps, 1, 2, blocks)
+    room = SHARED // blocks - 1024 - static_bytes(E, K, tokens) - cut.shared_bytes + cut.stage_bytes
+    stages = min(8, (room if blocks == 1 else min(room, RING)) // cut.stage_bytes)
     return cut._replace(stages=stages) if stages >= 2 else None
-
-
-@cache
-def _arrivals(device: torch.device, strips: int) -> Tensor:
-    """How many parts of each strip of a token's columns have come: zero between launches, which leave them so."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise KernelError("experts ran for the first time while a graph was captured; run them once before")
-    return torch.zeros(strips, dtype=torch.int32, device=device)
 
 
 def _launch(
@@ -81,8 +74,16 @@ def _launch(
     cut = cut or geometry(columns, E, K, tokens)
     assert cut is not None
     macros = {"COLS": columns, "K": K, "TOKENS": tokens, "E": E} | macros | cut.macros
+    words_map = (None, in_chunks(words, cut.warps))
     kernel = cuda_kernel(SOURCE, "experts", 32 * (cut.warps + 2), device, **macros)
-    kernel.launch((multiprocessors(device) * cut.blocks, 1, 1), cut.shared_bytes, *args)
+    kernel.launch((multiprocessors(device) * cut.blocks, 1, 1), cut.shared_bytes, words_map, *args)
+
+
+def in_chunks(words: Tensor, warps: int) -> TensorMap:
+    """Copies of 8 rows, which have what each warp has of these together, 64 times 2 bytes of a row."""
+    rows_RX = words.view(torch.bfloat16).flatten(0, 1)
+    R, X = rows_RX.shape
+    return tensor_map(rows_RX.as_strided((warps, R, X // warps), (X // warps, X, 1)), warps, 8)
 
 
 # The own expert's weights are None where it is not there; a kernel compiled not to read them is given another address.
@@ -104,7 +105,6 @@ def run_gate_up(
     args = (
         x_TD,
         ids_Tk,
-        words,
         scales,
         own[0] if own else h,
         h,
@@ -138,14 +138,13 @@ def run_down(
         {"GATED": 0, "OUT": D, "OWN": int(own is not None)},
         h,
         ids_Tk,
-        words,
         scales,
         own[1] if own else h,
         parts,
         weights_Tk,
         (c_longlong, 0) if residual_TD is None else residual_TD,
         y_TD,
-        _arrivals(h.device, MAX_TOKENS * D // ROWS),
+        arrivals(h.device, MAX_TOKENS * D),
         (c_longlong, 0 if residual_TD is None else residual_TD.stride(0)),
         (c_float, scale),
         (c_longlong, I),

@@ -2,11 +2,11 @@
 // SiLU (GATED), or down with the weighted sum that ends the experts.
 //
 // An item is 16 rows of an expert: 8 of gate and the same 8 of up, or 16 of down. Blocks fill the multiprocessors once
-// and share out the items by their bytes. One warp asks for them, a stage each: rows of weights and of scales come by
-// bulk copies into a ring of STAGES, ahead of the wait for the kernel before, as far as they are known. WARPS warps
-// multiply: each has the same 256 columns of all items, so its part of the tokens stays in registers, as the right-hand
-// operand of the matrix unit. What they have of an item is added up by one more warp: none waits for another until all
-// buffers of sums are full.
+// and share out the items by their bytes. One warp asks for them, a stage each: words come by tensor map, scales by bulk
+// copies, into a ring of STAGES, ahead of the wait for the kernel before, as far as they are known. WARPS warps multiply:
+// each has the same 256 columns of all items, so its part of the tokens stays in registers, as the right-hand operand of
+// the matrix unit. What they have of an item is added up by one more warp: none waits for another until all buffers of
+// sums are full.
 //
 // A pass is an expert with up to 8 of the tokens that chose it; most have one or two.
 //
@@ -31,13 +31,16 @@ typedef float Out;
 constexpr int STEP = 32 * GROUPS, ROWS = GATED ? 8 : 16;  // columns of a warp; rows of gate, up or down in an item
 constexpr int WARPS = COLS / STEP, ITEMS = OUT / ROWS, EXPERT_ROWS = GATED ? 2 * OUT : OUT;
 constexpr int UPPER = GATED ? OUT : 8;  // from a row of the item's first eight to its counterpart of the second
-// Bytes of a row of weights or scales in a stage, and how far apart rows are in shared memory, for which lanes do not
-// meet in a bank.
-constexpr int PIECE = COLS / 2, PITCH = PIECE + 16, OWN_PITCH = PIECE + 64;
-constexpr int SCALE_PIECE = COLS / 16, SCALE_PITCH = SCALE_PIECE + (SCALE_PIECE / 16 % 2 ? 0 : 16);
-constexpr int WORD_BYTES = 16 * PITCH;
+// Bytes of a row of words, and how far apart the own expert's rows are in shared memory, for which lanes do not meet in
+// a bank.
+constexpr int PIECE = COLS / 2, OWN_PITCH = PIECE + 64;
+constexpr int CHUNK = 8 * STEP / 2;  // bytes of words that a warp has of eight rows, together, swizzled within rows
+// Scales come row by row; where an item's rows are neighbours, all in one copy, whose rows lanes may meet in a bank for.
+constexpr int SCALE_PIECE = COLS / 16, SCALE_ROWS = GATED ? 1 : 16;
+constexpr int SCALE_PITCH = SCALE_PIECE + (SCALE_ROWS == 1 && SCALE_PIECE / 16 % 2 == 0 ? 16 : 0);
+constexpr int WORD_BYTES = 16 * PIECE;
 constexpr int SLOT = WORD_BYTES + 16 * SCALE_PITCH, OWN_SLOT = OWN ? 16 * OWN_PITCH : 0;
-constexpr int STAGE_BYTES = SLOT > OWN_SLOT ? SLOT : OWN_SLOT;
+constexpr int STAGE_BYTES = ((SLOT > OWN_SLOT ? SLOT : OWN_SLOT) + 1023) / 1024 * 1024;
 constexpr int OWN_STEPS = 4, OWN_COLUMNS = STEP / 4;  // of every warp
 constexpr int SUMMING = 32 * (WARPS + 1), THREADS = SUMMING + 32;
 constexpr int FULL = 1;                  // barriers by number: of the buffers
@@ -45,7 +48,8 @@ constexpr int COST = 9, OWN_COST = 32;   // bytes of an item relative to one ano
 constexpr int TILES = TOKENS > 8 ? 4 : 1, OWN_TOKENS = 8 * TILES;
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-    experts(const bf16* x, const long long* ids, const u8* words, const u8* scales, const bf16* own, Out* out,
+    experts(const __grid_constant__ TensorMap words, const bf16* x, const long long* ids, const u8* scales,
+            const bf16* own, Out* out,
 #if !GATED
             const float* weights, const bf16* residual, bf16* y, int* arrived, long long residual_stride, float scale,
 #endif
@@ -55,7 +59,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     const int block = blockIdx.x, grid = gridDim.x;
     const u32 nothing = (u32)T >> 20;
 
-    extern __shared__ __align__(128) u8 shared[];
+    extern __shared__ __align__(1024) u8 shared[];
     float4* sums = (float4*)(shared + STAGES * STAGE_BYTES);  // [BUFFERS, WARPS, 32]
     __shared__ Passes<E, K, TOKENS> passes;
     // Barriers of the ring and of the buffers, and the one of the passes.
@@ -78,6 +82,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     const int own_passes = OWN ? (T + OWN_TOKENS - 1) / OWN_TOKENS : 0, own_items = own_passes * ITEMS;
     const int own_count = block < own_items ? (own_items - block + grid - 1) / grid : 0;
 
+    // Of the block's item j: blocks beside one another have the passes of the same rows, which are then in L2.
+    auto own_pass = [&](int j) { return TILES > 1 ? (block + j * grid) % own_passes : 0; };
+    auto own_rows = [&](int j) { return (TILES > 1 ? (block + j * grid) / own_passes : block + j * grid) * ROWS; };
+
     // The ring, which the last warp fills: `asked` stages so far.
     int asked = 0;
     auto begin_stage = [&](u32 bytes) {
@@ -96,26 +104,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             copy_bytes(shared_address(shared + place * STAGE_BYTES + lane * OWN_PITCH), own_row(rows, step), PIECE, come + 8 * place);
     };
     auto ask = [&](int expert, int rows) {
-        const int place = begin_stage(16 * PIECE + 16 * SCALE_PIECE);
-        const u32 to = shared_address(shared + place * STAGE_BYTES);
-        const long long at = (long long)expert * EXPERT_ROWS + rows + row;
-        if (lane < 16) {
-            copy_bytes(to + lane * PITCH, words + at * PIECE, PIECE, come + 8 * place);
-        } else {
-            copy_bytes(to + WORD_BYTES + (lane - 16) * SCALE_PITCH, scales + at * SCALE_PIECE, SCALE_PIECE, come + 8 * place);
-        }
+        const int place = begin_stage(WORD_BYTES + 16 * SCALE_PIECE), at = expert * EXPERT_ROWS + rows;
+        const u32 to = shared_address(shared + place * STAGE_BYTES), barrier = come + 8 * place;
+        if (lane < 2) copy_tile(to + lane * WARPS * CHUNK, &words, 0, at + lane * UPPER, 0, barrier);
+        const int scale_row = lane - 16;
+        if (scale_row >= 0 && scale_row % SCALE_ROWS == 0)
+            copy_bytes(to + WORD_BYTES + scale_row * SCALE_PITCH, scales + (long long)(at + row) * SCALE_PIECE,
+                       SCALE_ROWS * SCALE_PIECE, barrier);
     };
     auto ask_known = [&](int end) {  // stages that do not depend on the choice of experts
 #pragma unroll 1
         for (int n = asked; n < min(end, own_count * OWN_STEPS); n++)
-            ask_own((block + n / OWN_STEPS * grid) % ITEMS * ROWS, n % OWN_STEPS);
+            ask_own(own_rows(n / OWN_STEPS), n % OWN_STEPS);
     };
     if (warp == WARPS + 1) {
         ask_known(STAGES);
         // While the router runs memory would idle: what comes next is brought to L2.
 #pragma unroll 1
         for (int n = STAGES; GATED && TOKENS <= 8 && lane < 16 && n < min(own_count * OWN_STEPS, STAGES + 3); n++)
-            bring_near(own_row((block + n / OWN_STEPS * grid) % ITEMS * ROWS, n % OWN_STEPS), PIECE);
+            bring_near(own_row(own_rows(n / OWN_STEPS), n % OWN_STEPS), PIECE);
     }
 #if GATED
     wait_for_kernel_ahead();
@@ -123,28 +130,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     // Only now may "down" start: it reads ids before its own wait, and they are complete here.
     start_kernel_behind();
 
+    __shared__ int run_s[2];
     int first = 0, end = 0;  // of the others' items
+    // Bytes are shared out evenly; where the blocks' own turns are more than that already, others take the run.
+    auto start = [&](int b) {
+        const long long items = passes.count * ITEMS, all = items * COST + (long long)own_items * OWN_COST;
+        const int turns = own_items / grid * b + min(b, own_items % grid);
+        const long long before = all * b / grid - turns * OWN_COST;
+        return before < 0 ? 0 : (int)min(before / COST, items);
+    };
     auto await_passes = [&]() {
         wait_at_barrier(listed, 0);
-        // Bytes are shared out evenly; where the blocks' own turns are more than that already, others take the run.
-        const long long items = passes.count * ITEMS, all = items * COST + (long long)own_items * OWN_COST;
-        const int turns = own_items / grid, rest = own_items % grid;
-        auto start = [&](int b) {
-            const long long before = all * b / grid - (long long)(turns * b + min(b, rest)) * OWN_COST;
-            return before < 0 ? 0 : (int)min(before / COST, items);
-        };
-        first = start(block);
-        end = block + 1 < grid ? start(block + 1) : (int)items;
+        first = run_s[0], end = run_s[1];
     };
 
-    auto own_pass = [&](int j) { return (block + j * grid) / ITEMS; };  // of the block's item j
-    auto own_rows = [&](int j) { return (block + j * grid) % ITEMS * ROWS; };
     auto own_tiles = [&](int pass) { return min(TILES, (T - pass * OWN_TOKENS + 7) / 8); };
     auto with_width = [&](int pass, auto f) {  // f of the tokens that a pass has places for
-        const u16* p = passes.pair[pass];
-        if (TOKENS == 1 || p[1] == NONE) f(Width<1>());
-        else if (p[2] == NONE) f(Width<2>());
-        else if (p[4] == NONE) f(Width<4>());
+        const int n = TOKENS == 1 ? 1 : passes.size(pass);
+        if (n == 1) f(Width<1>());
+        else if (n == 2) f(Width<2>());
+        else if (n <= 4) f(Width<4>());
         else f(Width<8>());
     };
 
@@ -158,6 +163,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #endif
     } else if (warp == WARPS) {  // lists passes, then adds up what the others have, tile by tile
         passes.list(ids, T);
+        if (lane < 2) run_s[lane] = block + lane < grid ? start(block + lane) : passes.count * ITEMS;
+        __syncwarp();
         if (lane == 0) arrive_at_barrier(listed);
 #if !GATED
         wait_for_kernel_ahead();
@@ -208,7 +215,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             with_width(pass, [&](auto width) {
                 constexpr int W = decltype(width)::tokens;
                 int p[2];
-                for (int i = 0; i < 2; i++) p[i] = 2 * pair + i < W ? passes.pair[pass][2 * pair + i] : NONE;
+                for (int i = 0; i < 2; i++) p[i] = 2 * pair + i < W ? passes.pair(pass, 2 * pair + i) : NONE;
 #pragma unroll 1
                 for (; item < stop; item++) {
                     take();
@@ -227,7 +234,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         Columns columns;
         auto load_rows = [&](auto width, int pass) {
             constexpr int W = decltype(width)::tokens;
-            const int p = passes.pair[pass][quad % W];
+            const int p = passes.pair(pass, quad % W);
             columns.load<W>(x + (GATED ? p / K : p) * x_stride + warp * STEP, p != NONE);
         };
 #if !GATED
@@ -305,7 +312,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             }
         }
         await_passes();
-        const u32 words_at = lane % 16 * PITCH + warp * (STEP / 2) + lane / 16 * 16;  // whose words this lane points at
+        // Whose words this lane points at.
+        const u32 words_at = (lane % 16 / 8 * WARPS + warp) * CHUNK + lane % 8 * 128 + (lane / 16 ^ lane % 8) * 16;
         const int scales_at = WORD_BYTES + quad * SCALE_PITCH + warp * (STEP / 16);
         auto multiply = [&](auto width) {  // an item by the tokens of a pass
             constexpr int W = decltype(width)::tokens;
@@ -331,7 +339,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             if (t < T) come(t, own_rows(j) / ROWS);
         }
         for (int n = tid; n < (end - first) * 8; n += THREADS) {
-            const int item = first + n / 8, p = passes.pair[item / ITEMS][n % 8];
+            const int item = first + n / 8, p = passes.pair(item / ITEMS, n % 8);
             if (p != NONE) come(p / K, item % ITEMS);
         }
     });

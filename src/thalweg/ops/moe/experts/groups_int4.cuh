@@ -74,13 +74,14 @@ struct Columns {
     }
 
     // Sums of the lane's rows lane / 4 and 8 below it, each for two columns: the warp's words of the first two groups are
-    // where `words` says for this lane, the scales of its row at `scales`. `read` is called with what was read last.
+    // where `words` says for this lane, the scales of its row at `scales`. `read` is called with
+    // something of all that was read, scales as well: the compiler loads them where it likes.
     template <int W, int SCALE_PITCH, class Read>
     __device__ __forceinline__ float4 multiply(u32 words, const u8* scales, Read read) const {
         const int pair = threadIdx.x % 4;
         // Of two groups, rows of the first eight and of the second.
         const u32 l2 = *(const u32*)(scales + 4 * pair), u2 = *(const u32*)(scales + 8 * SCALE_PITCH + 4 * pair);
-        uint2 l4, u4;
+        uint2 l4 = make_uint2(0, 0), u4 = l4;
         if (W == 4) l4 = *(const uint2*)(scales + pair / 2 * 8), u4 = *(const uint2*)(scales + 8 * SCALE_PITCH + pair / 2 * 8);
         float sum[4] = {}, c[W == 4 ? 4 : 2][4] = {};
         auto add = [&](const float(&c)[4], u32 l, u32 u, bool second) {
@@ -92,9 +93,9 @@ struct Columns {
 #pragma unroll
         for (int two = 0; two < GROUPS / 2; two++) {
             u32 w[4], l8 = 0, u8s = 0;  // words of the first rows and the second, of two groups
-            load_matrices(w, words + 32 * two);
+            load_matrices(w, words ^ 32 * two);
             if (W == 8) l8 = *(const u32*)(scales + 4 * two), u8s = *(const u32*)(scales + 8 * SCALE_PITCH + 4 * two);
-            if (two == GROUPS / 2 - 1) read(w[3] ^ u8s);
+            if (TOKENS > 1 && two == GROUPS / 2 - 1) read(w[3] ^ l2 ^ u2 ^ l4.x ^ u4.x ^ l8 ^ u8s);
             constexpr u32 FIRST = 0x000f000f, SECOND = 0x00f000f0;
 #pragma unroll
             for (int i = 0; i < 2; i++) {
@@ -114,6 +115,7 @@ struct Columns {
         if (W == 1) {
             sum[0] += (c[0][0] + c[1][0]) * low(l2), sum[1] += (c[0][1] + c[1][1]) * high(l2);
             sum[2] += (c[0][2] + c[1][2]) * low(u2), sum[3] += (c[0][3] + c[1][3]) * high(u2);
+            if (TOKENS == 1) read(__float_as_uint(sum[0]) ^ __float_as_uint(sum[2]));  // later than need be, in fewer registers
         }
         if (W == 2) add(c[0], l2, u2, false), add(c[1], l2, u2, true);
         if (W == 4) {

@@ -5,14 +5,18 @@ constexpr int NONE = 0xffff;  // no token
 template <int EXPERTS, int EACH, int MOST_TOKENS> struct Passes {
     static constexpr int MOST = MOST_TOKENS * EACH;
     u64 tokens[EXPERTS];    // bit t: token t chose it; zero at first
-    u16 first[EXPERTS];     // pass of the expert
+    u16 first[EXPERTS];     // place of the expert's first pair
     u16 expert[MOST];
-    __align__(16) u16 pair[MOST][8];  // t * EACH + place, of the tokens that chose it in their order, then NONE
+    u16 start[MOST + 1];    // place of a pass's first pair; behind the last pass, how many there are
+    u16 pairs[MOST];        // t * EACH + place, pass by pass, of the tokens that chose an expert in their order
     int count;
 
     __device__ void clear(int thread, int threads) {
         for (int e = thread; e < EXPERTS; e += threads) tokens[e] = 0;
-        for (int p = thread; p < MOST * 4; p += threads) ((u32*)pair)[p] = 0xffffffffu;
+    }
+    __device__ int size(int pass) const { return MOST_TOKENS == 1 ? 1 : start[pass + 1] - start[pass]; }
+    __device__ int pair(int pass, int i) const {
+        return i >= size(pass) ? NONE : pairs[MOST_TOKENS == 1 ? pass : start[pass] + i];
     }
 
     // By one warp. Passes are in the order of their experts' first tokens.
@@ -31,16 +35,20 @@ template <int EXPERTS, int EACH, int MOST_TOKENS> struct Passes {
             const int t = (32 * i + lane) / EACH;
             if (32 * i >= T * EACH) break;
             const u64 all = tokens[max(chosen[i], 0)];
-            int needed = 0;
-            if (chosen[i] >= 0 && !(all & ((1ull << t) - 1))) needed = (__popcll(all) + 7) / 8;
-            int end = needed;
+            int own = 0;  // passes, and below them pairs, of the expert whose first token this is
+            if (chosen[i] >= 0 && !(all & ((1ull << t) - 1))) own = (__popcll(all) + 7) / 8 << 16 | __popcll(all);
+            int end = own;
 #pragma unroll
             for (int m = 1; m < 32; m *= 2) {
                 const int before = __shfl_up_sync(~0u, end, m);
                 if (lane >= m) end += before;
             }
-            for (int n = 0; n < needed; n++) expert[total + end - needed + n] = chosen[i];
-            if (needed) first[chosen[i]] = total + end - needed;
+            const int from = total + end - own;
+            for (int n = 0; n < own >> 16; n++) {
+                expert[(from >> 16) + n] = chosen[i];
+                start[(from >> 16) + n] = (from & 0xffff) + 8 * n;
+            }
+            if (own) first[chosen[i]] = from & 0xffff;
             total += __shfl_sync(~0u, end, 31);
         }
         __syncwarp();
@@ -48,10 +56,9 @@ template <int EXPERTS, int EACH, int MOST_TOKENS> struct Passes {
         for (int i = 0; i < ROUNDS; i++) {
             if (chosen[i] < 0) continue;
             const int p = 32 * i + lane, t = p / EACH;
-            const int place = __popcll(tokens[chosen[i]] & ((1ull << t) - 1));
-            pair[first[chosen[i]] + place / 8][place % 8] = p;
+            pairs[first[chosen[i]] + __popcll(tokens[chosen[i]] & ((1ull << t) - 1))] = p;
         }
-        if (lane == 0) count = total;
+        if (lane == 0) count = total >> 16, start[total >> 16] = total & 0xffff;
         __syncwarp();
     }
 };
