@@ -152,6 +152,24 @@ def test_rotation_where_it_is_absorbed_is_the_one_by_itself_bit_for_bit(H: int, 
     assert torch.equal(fused, at_0)
 
 
+@pytest.mark.parametrize(("H", "B"), [*((64, B) for B in (1, 3, 4, 8, 16, 32, 64)), (32, 1), (8, 1), (8, 8)])
+def test_attention_and_combination_in_one_launch_are_two_bit_for_bit(
+    monkeypatch: pytest.MonkeyPatch, H: int, B: int
+) -> None:
+    from thalweg.ops.attention.mla_mixer.triton import gluon
+
+    op, case, counts, used = rotated_kernel(H), case_of(ragged(B, 4000), H), gluon._counts, []
+    monkeypatch.setattr(gluon, "_counts", lambda device: used.append(True) or counts(device))
+    ones = [case.copy().run_rotated(op) for _ in range(20)]
+    assert len(used) == 20
+    launch = gluon.launch
+    monkeypatch.setattr(gluon, "launch", lambda *args, together: launch(*args))
+    two = case.copy().run_rotated(op)
+    assert len(used) == 20
+    assert all(torch.equal(one, two) for one in ones)
+    assert not counts(two.device).any()
+
+
 @pytest.mark.parametrize("B", [8, 64])
 @pytest.mark.parametrize("length", [0, 1])
 def test_rotated_rows_that_share_the_sink(length: int, B: int) -> None:

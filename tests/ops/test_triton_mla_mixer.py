@@ -108,6 +108,7 @@ TYPES = {
     "tables_ptr": "*i32",
     "lens_ptr": "*i32",
     "stats_ptr": "*fp32",
+    "arrived_ptr": "*i32",
     "B": "i32",
     "splits": "i32",
     "x_stride": "i32",
@@ -148,8 +149,9 @@ def test_kernels_compile_for_hopper_without_spills(B: int, H: int, rotated: bool
         assert launch.kernel is not kernels._attend or "wgmma.mma_async" in ptx
 
 
+@pytest.mark.parametrize("splits", [0, 2, 63])  # 0: the combination is a launch of its own
 @pytest.mark.parametrize("block_h", [64, 32, 16])
-def test_attention_in_gluon_compiles_for_hopper_without_spills(block_h: int) -> None:
+def test_attention_in_gluon_compiles_for_hopper_without_spills(block_h: int, splits: int) -> None:
     pytest.importorskip("triton")
     from thalweg.ops.attention.mla_mixer.triton import gluon, many_heads
 
@@ -160,8 +162,10 @@ def test_attention_in_gluon_compiles_for_hopper_without_spills(block_h: int) -> 
         else (gluon.attend, ("q_half_desc", "half_desc"), 256)
     )
     latents = dict(zip(names, (descriptor(block_h, width), descriptor(1, 64, width)), strict=True))
-    types = {**TYPES, **shared, **latents, "part_desc": descriptor(1, block_h, width)}
-    constants = {"H": block_h, "BLOCK_SIZE": 64, "BLOCK_S": 128, "PDL": True}
+    block_s, columns, block_v = gluon.tiles(128, splits or 128)
+    whole = {"parts_desc": descriptor(columns, 1, 256), "w_uv_desc": descriptor(1, block_v, 256)}
+    types = {**TYPES, **shared, **latents, **whole, "part_desc": descriptor(1, block_h, width)}
+    constants = {"H": block_h, "V": 128, "BLOCK_SIZE": 64, "BLOCK_S": block_s, "PDL": True, "TOGETHER": splits > 0}
     ptx = check_compiled(kernel, constants, 8 if block_h == 64 else 4, types)
     assert "wgmma.mma_async" in ptx
     assert "cp.async.bulk.tensor" in ptx

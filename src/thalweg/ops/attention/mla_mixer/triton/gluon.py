@@ -1,5 +1,6 @@
 """Decode of latent attention with two of its three kernels in Gluon, for Hopper: bulk copies into shared memory, wgmma
-out of it. The first kernel, which absorbs, is module mixer's; the second for many heads is module many_heads'.
+out of it. The first kernel, which absorbs, is module mixer's; the second for many heads is module many_heads', and the
+third module combining's. Where a multiprocessor has one program of each, these two are one launch.
 
 `attend`: a program walks its split of a context in tiles of 64 tokens. A tile is two halves of the latent, [64, R / 2]
 each, which serve as keys and as values, and the shared key part, [64, P]. Shared memory holds two tiles, and the place
@@ -10,9 +11,6 @@ The last tile of a context comes from the 64 rows before the context's end: thos
 which the copy fills with zeros, and rows that hold no token are never read. Its tokens are then the tile's last.
 
 The first two tiles, unless one has the newest token, are copied before the wait for the kernel ahead.
-
-`combine`: w_uv times the results of all splits of some sequences, a product per head; the sum over a sequence's splits,
-weighted, comes after it, where little is left to sum.
 """
 
 from __future__ import annotations
@@ -34,6 +32,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from thalweg.errors import KernelError
 from thalweg.ops.attention.mla_mixer import TILE
 from thalweg.ops.attention.mla_mixer.triton import many_heads
 from thalweg.ops.attention.mla_mixer.triton.bulk_copies import (
@@ -43,6 +42,7 @@ from thalweg.ops.attention.mla_mixer.triton.bulk_copies import (
     gdc_launch_dependents,
     gdc_wait,
 )
+from thalweg.ops.attention.mla_mixer.triton.combining import combine, combine_here
 from thalweg.ops.attention.mla_mixer.triton.mixer import LOG2_E, best_splits, launches, run_absorb
 from thalweg.ops.toolchain.triton_launch import pdl_options
 from thalweg.ops.toolchain.triton_support import multiprocessors
@@ -66,15 +66,22 @@ def attend(
     half_desc,
     shared_desc,
     part_desc,
+    parts_desc,
+    w_uv_desc,
     tables_ptr,
     lens_ptr,
     stats_ptr,
+    out_ptr,
+    arrived_ptr,
+    B,
     table_stride,
     scale_log2,
     H: gl.constexpr,
     BLOCK_S: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
     PDL: gl.constexpr,
+    V: gl.constexpr,
+    TOGETHER: gl.constexpr,
 ):
     dtype: gl.constexpr = half_desc.dtype
     BLOCK_N: gl.constexpr = half_desc.block_type.shape[1]
@@ -193,84 +200,10 @@ def attend(
         own = h < H
         gl.store(stats_ptrs, m_H, mask=own)
         gl.store(stats_ptrs + H, gl.sum(l_NH, 0), mask=own)
-        tma.store_wait(0)
-
-
-@gluon.jit
-def combine(
-    part_desc,
-    w_uv_desc,
-    lens_ptr,
-    stats_ptr,
-    out_ptr,
-    B,
-    splits,
-    H: gl.constexpr,
-    V: gl.constexpr,
-    BLOCK_S: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    PDL: gl.constexpr,
-):
-    dtype: gl.constexpr = part_desc.dtype
-    COLUMNS: gl.constexpr = part_desc.block_type.shape[0]  # (sequence, split)
-    BLOCK_V: gl.constexpr = w_uv_desc.block_type.shape[1]
-    WIDTH: gl.constexpr = w_uv_desc.block_type.shape[2]
-    BLOCK_B: gl.constexpr = COLUMNS // BLOCK_S
-    WARPS: gl.constexpr = gl.num_warps()
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, COLUMNS, 16])
-    LANES: gl.constexpr = min(BLOCK_S, 32)
-    groups: gl.constexpr = gl.BlockedLayout([1, 1], [32 // LANES, LANES], [WARPS, 1], [1, 0])
-    rows: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [WARPS, 1], [1, 0])
-    w_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_V, WIDTH], dtype)
-    part_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([COLUMNS, WIDTH], dtype)
-
-    slices: gl.constexpr = V // BLOCK_V
-    h = gl.program_id(0) // slices
-    first_v = gl.program_id(0) % slices * BLOCK_V
-    first_b = gl.program_id(1) * BLOCK_B
-    if PDL:
-        gdc_launch_dependents()
-    w_smem = gl.allocate_shared_memory(dtype, [2, BLOCK_V, WIDTH], w_layout)
-    part_smem = gl.allocate_shared_memory(dtype, [2, COLUMNS, WIDTH], part_layout)
-    bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for j in gl.static_range(2):
-        mbarrier.init(bars.index(j), count=1)
-    fence_async_shared()
-    for j in gl.static_range(2):
-        bar = bars.index(j)
-        mbarrier.expect(bar, w_uv_desc.block_type.nbytes + part_desc.block_type.nbytes)
-        copy(w_uv_desc, h, first_v, j * WIDTH, bar, w_smem.index(j), True)
-    b = first_b + gl.arange(0, BLOCK_B, layout=gl.SliceLayout(1, groups))
-    s = gl.arange(0, BLOCK_S, layout=gl.SliceLayout(0, groups))
-    tiles_B = gl.cdiv(gl.load(lens_ptr + b, mask=b < B, other=0), BLOCK_N)
-    span_B = gl.maximum(gl.cdiv(tiles_B, splits), 1)
-    used_BS = s[None, :] * span_B[:, None] < tiles_B[:, None]
-    stats_ptrs = stats_ptr + (b.to(gl.int64)[:, None] * BLOCK_S + s[None, :]) * (2 * H) + h
-    if PDL:
-        gdc_wait()
-    for j in gl.static_range(2):
-        copy(part_desc, first_b * BLOCK_S, h, j * WIDTH, bars.index(j), part_smem.index(j), True)
-    m_BS = gl.load(stats_ptrs, mask=used_BS, other=float("-inf"))
-    l_BS = gl.load(stats_ptrs + H, mask=used_BS, other=0.0)
-    # A finite fill for sequences without tokens, whose weights come out as zeros.
-    weight_BS = gl.exp2(m_BS - gl.maximum(gl.max(m_BS, 1), -1e30)[:, None])
-    weight_BS = weight_BS / gl.maximum(gl.sum(weight_BS * l_BS, 1), 1e-30)[:, None]
-    weight_N = gl.convert_layout(gl.reshape(weight_BS, [COLUMNS]), gl.SliceLayout(0, mma))
-    out_VN = gl.zeros([BLOCK_V, COLUMNS], gl.float32, layout=mma)
-    for j in gl.static_range(2):
-        mbarrier.wait(bars.index(j), 0)
-        out_VN = warpgroup_mma(
-            w_smem.index(j), part_smem.index(j).permute((1, 0)), out_VN, use_acc=j > 0, is_async=True
-        )
-    out_VN = warpgroup_mma_wait(0, deps=(out_VN,))
-    # Columns of unused splits hold whatever was there, NaN included.
-    out_VN = gl.where((weight_N > 0)[None, :], out_VN * weight_N[None, :], 0.0)
-    out_VB = gl.sum(gl.reshape(out_VN, [BLOCK_V, BLOCK_B, BLOCK_S]), 2)
-    out_BV = gl.convert_layout(gl.permute(out_VB, (1, 0)), rows)
-    b = first_b + gl.arange(0, BLOCK_B, layout=gl.SliceLayout(1, rows))
-    v = first_v + gl.arange(0, BLOCK_V, layout=gl.SliceLayout(0, rows))
-    out_ptrs = out_ptr + (b.to(gl.int64)[:, None] * H + h) * V + v[None, :]
-    gl.store(out_ptrs, out_BV.to(dtype), mask=b[:, None] < B)
+        if not TOGETHER:
+            tma.store_wait(0)
+    if TOGETHER:
+        combine_here(parts_desc, w_uv_desc, lens_ptr, stats_ptr, out_ptr, arrived_ptr, B, H, V, BLOCK_S, BLOCK_N, PDL)
 
 
 def tiles(V: int, splits: int) -> tuple[int, int, int]:
@@ -339,7 +272,7 @@ def mla_decode(
     rotation = dict(positions_B=positions_B, frequencies_F=frequencies_F, rope_scale=rope_scale)
     q_BHC = run_absorb(absorb, q_BO, w_uk_HKR, blocks_MSC, **rotation)
     context = (blocks_MSC, block_tables_BN, context_lens_B)
-    launch(*heads_and_splits(B, H, processors), q_BHC, *context, w_uv_HVR, o_BO, scale * LOG2_E)
+    launch(*heads_and_splits(B, H, processors), q_BHC, *context, w_uv_HVR, o_BO, scale * LOG2_E, together=True)
     return o_BO
 
 
@@ -353,8 +286,13 @@ def launch(
     w_uv_HVR: Tensor,
     o_BO: Tensor,
     scale_log2: float,
+    together: bool = False,
 ) -> None:
-    """o_BO from the absorbed queries: a program for `block_h` heads, each context in `splits` (at most 128) parts."""
+    """o_BO from the absorbed queries: a program for `block_h` heads, each context in `splits` (at most 128) parts.
+
+    `together`: in one launch, whose programs await one another, if each has a multiprocessor. That is a launch less,
+    and takes 1 to 3 us more than two.
+    """
     (B, H, C), (_, V, R) = q_BHC.shape, w_uv_HVR.shape
     block_s, columns, block_v = tiles(V, splits)
     part_NHR = q_BHC.new_empty(B * block_s, H, R)
@@ -363,26 +301,41 @@ def launch(
     pdl = pdl_options(q_BHC)
     many = block_h > 32
     kernel, width = (many_heads.attend, R) if many else (attend, half)
+    programs, rows = splits * B * triton.cdiv(H, block_h), H * (V // block_v)
+    combining = rows * triton.cdiv(B * block_s, columns)  # programs, or those of one launch that go on
+    together = together and combining <= programs <= multiprocessors(q.device)
+    if together and not many and block_v == 128 and 2 * combining <= programs:
+        block_v, rows = 64, 2 * rows  # half of the rows for each, so that all go on
+    parts, w_uv = _descriptor(part_NHR, [columns, 1, half]), _descriptor(w_uv_HVR, [1, block_v, half])
     kernel[(splits, B, triton.cdiv(H, block_h))](
         _descriptor(q, [block_h, width]),
         _descriptor(q, [block_h, C - R]),
         _descriptor(blocks_MSC, [1, BLOCK_N, width]),
         _descriptor(blocks_MSC, [1, BLOCK_N, C - R]),
         _descriptor(part_NHR, [1, block_h, width]),
+        parts,
+        w_uv,
         block_tables_BN,
         context_lens_B,
         stats_N2H,
+        o_BO,
+        _counts(q.device) if together else stats_N2H,
+        B,
         block_tables_BN.stride(0),
         scale_log2,
         H=H,
         BLOCK_S=block_s,
         BLOCK_SIZE=blocks_MSC.shape[1],
+        V=V,
+        TOGETHER=together,
         num_warps=8 if many else 4,
         **pdl,
     )
-    combine[(H * (V // block_v), triton.cdiv(B * block_s, columns))](
-        _descriptor(part_NHR, [columns, 1, half]),
-        _descriptor(w_uv_HVR, [1, block_v, half]),
+    if together:
+        return
+    combine[(rows, triton.cdiv(B * block_s, columns))](
+        parts,
+        w_uv,
         context_lens_B,
         stats_N2H,
         o_BO,
@@ -395,6 +348,14 @@ def launch(
         num_warps=block_v // 16,
         **pdl,
     )
+
+
+@functools.cache
+def _counts(device: torch.device) -> Tensor:
+    """Programs that have their results, and that have seen those of all: zero between launches, which leave them so."""
+    if torch.cuda.is_current_stream_capturing():
+        raise KernelError("mla_decode ran for the first time while a graph was captured; run it once before")
+    return torch.zeros(2, dtype=torch.int32, device=device)
 
 
 def _descriptor(tensor: Tensor, box: list[int]) -> TensorDescriptor:

@@ -24,6 +24,7 @@ from thalweg.ops.attention.mla_mixer.triton.bulk_copies import (
     gdc_launch_dependents,
     gdc_wait,
 )
+from thalweg.ops.attention.mla_mixer.triton.combining import combine_here
 
 
 @gluon.jit
@@ -41,15 +42,22 @@ def attend(
     latent_desc,
     shared_desc,
     part_desc,
+    parts_desc,
+    w_uv_desc,
     tables_ptr,
     lens_ptr,
     stats_ptr,
+    out_ptr,
+    arrived_ptr,
+    B,
     table_stride,
     scale_log2,
     H: gl.constexpr,
     BLOCK_S: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
     PDL: gl.constexpr,
+    V: gl.constexpr,
+    TOGETHER: gl.constexpr,
 ):
     dtype: gl.constexpr = latent_desc.dtype
     BLOCK_N: gl.constexpr = latent_desc.block_type.shape[1]
@@ -154,4 +162,7 @@ def attend(
         stats_ptrs = stats_ptr + row.to(gl.int64) * (2 * H) + h
         gl.store(stats_ptrs, m_H, mask=h < H)
         gl.store(stats_ptrs + H, gl.sum(l_HN, 1), mask=h < H)
-        tma.store_wait(0)
+        if not TOGETHER:
+            tma.store_wait(0)
+    if TOGETHER:
+        combine_here(parts_desc, w_uv_desc, lens_ptr, stats_ptr, out_ptr, arrived_ptr, B, H, V, BLOCK_S, BLOCK_N, PDL)
