@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.ops.compile_cuda import compile_cuda
-from tests.ops.moe_case import moe_case_fp8, rmse_ratio
+from tests.ops.moe_case import experts_in_float64, moe_case_fp8, rmse_ratio
 from tests.ops.run_on_host import HostKernel
 from thalweg.ops.moe.experts import EXPERTS, ExpertsDims, steps_per_warp
 from thalweg.ops.registry import Resolver, Where
@@ -35,7 +35,7 @@ def test_they_compile_for_hopper(tmp_path: Path, tokens: int, gated: int, column
     from thalweg.ops.moe.experts.cuda_fp8 import SOURCE, blocks_per_multiprocessor, geometry
 
     warps, shared_bytes, macros = geometry(columns, tokens)
-    compiled = compile_cuda(SOURCE, tmp_path, GATED=gated, OUT=rows, E=257, K=9, SHARED=1, **macros)
+    compiled = compile_cuda(SOURCE, tmp_path, GATED=gated, OUT=rows, E=257, K=9, SHARED=1, ENDS=1 - gated, **macros)
     assert compiled.spilled_bytes == 0
     blocks = blocks_per_multiprocessor(warps, macros["TILES"])
     # As many fit a multiprocessor, and no more: else the next launch, which starts early, is spread unevenly.
@@ -57,6 +57,19 @@ def test_gate_and_up_on_the_host(monkeypatch: pytest.MonkeyPatch, T: int, D: int
     w = [scheme_named("fp8").widened([t[e] for t in case.gate_up], 2, torch.float32).double() for e in range(5)]
     parts = [(w[e] @ case.x[t].double()).chunk(2) for t, of in enumerate(case.ids.tolist()) for e in of]
     assert rmse_ratio(h, torch.stack([F.silu(gate) * up for gate, up in parts])) < 0.004
+
+
+@pytest.mark.parametrize("T", [1, 3])
+def test_experts_on_the_host(monkeypatch: pytest.MonkeyPatch, T: int) -> None:
+    pytest.importorskip("triton")
+    from thalweg.ops.moe.experts import cuda_fp8
+
+    monkeypatch.setattr(cuda_fp8, "cuda_kernel", HostKernel)
+    monkeypatch.setattr(cuda_fp8, "multiprocessors", lambda device: 3)
+    case = moe_case_fp8(T, 128, 128, 4, 2, 1, torch.bfloat16, published=True)
+    for _ in range(2):  # counters of who came are zero again
+        y = case.run(cuda_fp8.experts, residual_TD=case.residual)
+        assert rmse_ratio(y, experts_in_float64(case) + case.residual.double()) < 0.005
 
 
 def test_constants_are_those_of_the_source() -> None:

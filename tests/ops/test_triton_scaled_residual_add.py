@@ -57,7 +57,7 @@ def test_compiles_for_hopper() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("T", [1, 8, 300])
+@pytest.mark.parametrize("T", [1, 4, 8, 16, 32, 64, 300])
 @pytest.mark.parametrize("D", [7168, 2304, 37])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_on_a_gpu_bit_for_bit(T: int, D: int, dtype: torch.dtype) -> None:

@@ -1,19 +1,21 @@
-"""Experts in fp8 for a few tokens by products in CUDA C++ (experts.cu says how they work)."""
+"""Experts in fp8 for a few tokens by two launches of CUDA C++ (experts.cu says how they work)."""
 
 from __future__ import annotations
 
 from ctypes import c_int, c_longlong
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from thalweg.ops.moe.experts import MAX_CUDA_WARPS, Finish, steps_per_warp
-from thalweg.ops.moe.experts.triton.weighted_sum import weighted_sum
+from thalweg.ops.moe.experts.arrivals import arrivals
 from thalweg.ops.toolchain.cuda_build import cuda_kernel
 from thalweg.ops.toolchain.triton_support import multiprocessors
 from thalweg.quant.blocks import BLOCK
 
+MAX_TOKENS = 16
 SOURCE = Path(__file__).with_name("experts.cu")
 RING = 27  # steps of a block. More loads in flight are slower: neighbouring lines are then asked for further apart
 FEW_WARPS, FEW_BLOCKS, FEW_STAGES = 4, 4, 3  # of a block that waits for its copies most of the time: more of them
@@ -39,27 +41,50 @@ def geometry(columns: int, tokens: int) -> tuple[int, int, dict[str, int]]:
     return warps, shared_bytes, {"COLS": columns, "TILES": tiles, "STEPS": steps, "STAGES": stages}
 
 
-def _product(x: Tensor, ids_Tk: Tensor, q: Tensor, scales: Tensor, out: Tensor, gated: bool, num_shared: int) -> None:
+def _product(
+    x: Tensor, ids_Tk: Tensor, q: Tensor, scales: Tensor, out: Tensor, macros: dict[str, int], *ending: Any
+) -> None:
     (T, K), (E, _, columns) = ids_Tk.shape, q.shape
-    warps, shared_bytes, macros = geometry(columns, T)
-    macros |= {"GATED": int(gated), "OUT": out.shape[1], "E": E, "K": K, "SHARED": num_shared}
+    warps, shared_bytes, cut = geometry(columns, T)
+    macros = cut | macros | {"OUT": out.shape[1], "E": E, "K": K}
     kernel = cuda_kernel(SOURCE, "experts", 32 * (warps + 1), x.device, **macros)
     blocks = multiprocessors(x.device) * blocks_per_multiprocessor(warps, macros["TILES"])
-    kernel.launch((blocks, 1, 1), shared_bytes, x, ids_Tk, q, scales, out, (c_longlong, x.stride(0)), (c_int, T))
+    kernel.launch(
+        (blocks, 1, 1), shared_bytes, x, ids_Tk, q, scales, out, *ending, (c_longlong, x.stride(0)), (c_int, T)
+    )
 
 
 def run_gate_up(x_TD: Tensor, ids_Tk: Tensor, q_E2ID: Tensor, s_gate_up: Tensor, *, num_shared: int) -> Tensor:
     """h [T * k, I] bf16 = silu(gate x) * up x of every pair."""
     h_PI = torch.empty(ids_Tk.numel(), q_E2ID.shape[1] // 2, dtype=x_TD.dtype, device=x_TD.device)
-    _product(x_TD, ids_Tk, q_E2ID, s_gate_up, h_PI, True, num_shared)
+    _product(x_TD, ids_Tk, q_E2ID, s_gate_up, h_PI, {"GATED": 1, "SHARED": num_shared, "ENDS": 0})
     return h_PI
 
 
-def run_down(h_PI: Tensor, ids_Tk: Tensor, q_EDI: Tensor, s_down: Tensor) -> Tensor:
-    """y [T * k, D] fp32 = down h of every pair."""
-    y_PD = torch.empty(len(h_PI), q_EDI.shape[1], dtype=torch.float32, device=h_PI.device)
-    _product(h_PI, ids_Tk, q_EDI, s_down, y_PD, False, 0)
-    return y_PD
+def run_down(
+    h_PI: Tensor,
+    ids_Tk: Tensor,
+    q_EDI: Tensor,
+    s_down: Tensor,
+    weights_Tk: Tensor | None = None,
+    residual_TD: Tensor | None = None,
+) -> Tensor:
+    """With weights y [T, D], the weighted sum over a token's experts of down h, plus the residual; without them what
+    every pair adds to it, [T * k, D] fp32."""
+    T, D = len(ids_Tk), q_EDI.shape[1]
+    parts_PD = torch.empty(len(h_PI), D, dtype=torch.float32, device=h_PI.device)
+    y_TD, ends = parts_PD, weights_Tk is not None
+    if ends:
+        y_TD = torch.empty(T, D, dtype=h_PI.dtype, device=h_PI.device)
+    ending = (
+        parts_PD if weights_Tk is None else weights_Tk,
+        (c_longlong, 0) if residual_TD is None else residual_TD,
+        y_TD,
+        arrivals(h_PI.device, MAX_TOKENS * D),
+        (c_longlong, 0 if residual_TD is None else residual_TD.stride(0)),
+    )
+    _product(h_PI, ids_Tk, q_EDI, s_down, parts_PD, {"GATED": 0, "SHARED": 0, "ENDS": int(ends)}, *ending)
+    return y_TD
 
 
 def experts(
@@ -75,11 +100,11 @@ def experts(
     scale: float = 1.0,
     finish: Finish | None = None,
 ) -> Tensor:
-    out_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
     if len(x_TD) == 0:
-        return out_TD if finish is None else finish(out_TD)
+        nothing_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
+        return nothing_TD if finish is None else finish(nothing_TD)
     h_PI = run_gate_up(x_TD.contiguous(), ids_Tk, *gate_up, num_shared=num_shared)
-    y_PD = run_down(h_PI, ids_Tk, *down)
+    q_EDI, s_down = down
     if finish is not None:
-        return finish(y_PD, weights_Tk=weights_Tk)
-    return weighted_sum(y_PD, weights_Tk, out_TD, residual_TD)
+        return finish(run_down(h_PI, ids_Tk, q_EDI, s_down), weights_Tk=weights_Tk)
+    return run_down(h_PI, ids_Tk, q_EDI, s_down, weights_Tk, residual_TD)

@@ -1,5 +1,5 @@
 // One of the experts' two matrix products over weights in fp8, for a few tokens, on Hopper: gate and up with SiLU
-// (GATED), or down.
+// (GATED), or down, with the weighted sum that ends the experts (ENDS).
 //
 // An item is 16 rows of an expert: 8 of gate and the same 8 of up, or 16 of down. Blocks fill the multiprocessors once
 // and share out the items. Each warp of a block has the same few columns of all of them. So a warp's part of the tokens
@@ -14,9 +14,12 @@
 // them chose, and those that did not choose it are dropped.
 //
 // Macros: GATED; COLS, the columns; OUT, the rows of gate, up or down; E, experts; K, experts a token; SHARED, how many
-// of these are the last experts; TILES of 8 tokens; STEPS of 128 columns that a warp has; STAGES of the ring.
+// of these are the last experts; TILES of 8 tokens; STEPS of 128 columns that a warp has; STAGES of the ring;
+// ENDS.
 
 #include "hopper.cuh"
+
+#include "arrivals.cuh"
 
 #if GATED
 typedef u16 Out;  // bf16
@@ -50,7 +53,11 @@ struct Rows {
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, TILES == 1 && WARPS <= 12 ? 2 : 1)
-    experts(const u16* x, const long long* ids, const u8* q, const float* scales, Out* out, long long x_stride, int T) {
+    experts(const u16* x, const long long* ids, const u8* q, const float* scales, Out* out,
+#if !GATED
+            const float* weights, const bf16* residual, bf16* y, int* arrived, long long residual_stride,
+#endif
+            long long x_stride, int T) {
     const int tid = threadIdx.x, lane = tid % 32, quad = lane / 4, pair = lane % 4;
     const int warp = __shfl_sync(~0u, tid / 32, 0);  // so that the compiler knows it for the same in all lanes
 
@@ -161,120 +168,127 @@ extern "C" __global__ void __launch_bounds__(THREADS, TILES == 1 && WARPS <= 12 
 #endif
             }
         }
-        return;
-    }
-
-    auto ask_next = [&](int stage, int j, int step) {
-        if (j < count) {
-            const int item = first + j * stride;
-            ask(stage, chosen.expert[item / ITEMS], item % ITEMS, step);
-        }
-        commit_copies();
-    };
-    if (early)
-        for (int step = 0; step < EARLY; step++) commit_copies();  // the first holds the copies of all
-#pragma unroll
-    for (int n = 0; n < STAGES; n++)
-        if (!(early && n < EARLY)) ask_next(n, n / STEPS, n % STEPS);
-
-    Rows rows;
-    auto load_rows = [&](int expert) {
-#pragma unroll
-        for (int tile = 0; tile < TILES; tile++) {
-            const int t = 8 * tile + quad;
-#if GATED
-            const bool is = t < T;
-            const u16* from = x + t * x_stride;
-#else
-            const bool is = chosen.tokens[expert] >> t & 1;
-            const u16* from = x + (t * K + (is ? chosen.place[expert * TOKENS + t] : 0)) * x_stride;
-#endif
-            from += warp * STEPS * BLOCK + 16 * pair;
-            u32 largest = 0;
-#pragma unroll
-            for (int step = 0; step < STEPS; step++)
-#pragma unroll
-                for (int c = 0; c < 2; c++) {
-                    const u16* at = from + step * BLOCK + c * 64;
-                    const uint4 a = is ? load16(at) : make_uint4(0, 0, 0, 0);
-                    const uint4 b = is ? load16(at + 8) : make_uint4(0, 0, 0, 0);
-                    const u32 words[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-#pragma unroll
-                    for (int i = 0; i < 8; i++) rows.x[tile][step][c][i] = words[i];
-                }
-#pragma unroll
-            for (int i = 0; i < STEPS * 16; i++)
-                largest = max_pairs(largest, rows.x[tile][i / 16][i / 8 % 2][i % 8] & 0x7fff7fffu);
-            largest = max(largest & 0xffff, largest >> 16);
-            largest = max(largest, __shfl_xor_sync(~0u, largest, 1));
-            largest = max(largest, __shfl_xor_sync(~0u, largest, 2));
-            const int exponent = min(max((int)largest >> 7, 15), 253);
-            const float factor = __int_as_float((268 - exponent) << 23);
-            const float scale = __int_as_float((exponent - 14) << 23);
-            rows.scale[tile][0] = __shfl_sync(~0u, scale, 8 * pair);
-            rows.scale[tile][1] = __shfl_sync(~0u, scale, 8 * pair + 4);
-#pragma unroll
-            for (int i = 0; i < STEPS * 16; i++) {
-                u32& two = rows.x[tile][i / 16][i / 8 % 2][i % 8];
-                two = pack_half(low(two) * factor, high(two) * factor);
+    } else {
+        auto ask_next = [&](int stage, int j, int step) {
+            if (j < count) {
+                const int item = first + j * stride;
+                ask(stage, chosen.expert[item / ITEMS], item % ITEMS, step);
             }
-        }
-    };
+            commit_copies();
+        };
+        if (early)
+            for (int step = 0; step < EARLY; step++) commit_copies();  // the first holds the copies of all
+#pragma unroll
+        for (int n = 0; n < STAGES; n++)
+            if (!(early && n < EARLY)) ask_next(n, n / STEPS, n % STEPS);
+
+        Rows rows;
+        auto load_rows = [&](int expert) {
+#pragma unroll
+            for (int tile = 0; tile < TILES; tile++) {
+                const int t = 8 * tile + quad;
+#if GATED
+                const bool is = t < T;
+                const u16* from = x + t * x_stride;
+#else
+                const bool is = chosen.tokens[expert] >> t & 1;
+                const u16* from = x + (t * K + (is ? chosen.place[expert * TOKENS + t] : 0)) * x_stride;
+#endif
+                from += warp * STEPS * BLOCK + 16 * pair;
+                u32 largest = 0;
+#pragma unroll
+                for (int step = 0; step < STEPS; step++)
+#pragma unroll
+                    for (int c = 0; c < 2; c++) {
+                        const u16* at = from + step * BLOCK + c * 64;
+                        const uint4 a = is ? load16(at) : make_uint4(0, 0, 0, 0);
+                        const uint4 b = is ? load16(at + 8) : make_uint4(0, 0, 0, 0);
+                        const u32 words[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+#pragma unroll
+                        for (int i = 0; i < 8; i++) rows.x[tile][step][c][i] = words[i];
+                    }
+#pragma unroll
+                for (int i = 0; i < STEPS * 16; i++)
+                    largest = max_pairs(largest, rows.x[tile][i / 16][i / 8 % 2][i % 8] & 0x7fff7fffu);
+                largest = max(largest & 0xffff, largest >> 16);
+                largest = max(largest, __shfl_xor_sync(~0u, largest, 1));
+                largest = max(largest, __shfl_xor_sync(~0u, largest, 2));
+                const int exponent = min(max((int)largest >> 7, 15), 253);
+                const float factor = __int_as_float((268 - exponent) << 23);
+                const float scale = __int_as_float((exponent - 14) << 23);
+                rows.scale[tile][0] = __shfl_sync(~0u, scale, 8 * pair);
+                rows.scale[tile][1] = __shfl_sync(~0u, scale, 8 * pair + 4);
+#pragma unroll
+                for (int i = 0; i < STEPS * 16; i++) {
+                    u32& two = rows.x[tile][i / 16][i / 8 % 2][i % 8];
+                    two = pack_half(low(two) * factor, high(two) * factor);
+                }
+            }
+        };
 
 #if GATED
-    if (count > 0) load_rows(0);
+        if (count > 0) load_rows(0);
 #else
-    wait_for_kernel_ahead();
-    int held = -1;
+        wait_for_kernel_ahead();
+        int held = -1;
 #endif
-    int stage = 0;
+        int stage = 0;
 #pragma unroll 1
-    for (int j = 0; j < count; j++) {
-        const int item = first + j * stride, expert = chosen.expert[item / ITEMS];
-        const u32 tokens = chosen.tokens[expert];
+        for (int j = 0; j < count; j++) {
+            const int item = first + j * stride, expert = chosen.expert[item / ITEMS];
+            const u32 tokens = chosen.tokens[expert];
 #if !GATED
-        if (expert != held) load_rows(held = expert);
+            if (expert != held) load_rows(held = expert);
 #endif
-        float sum[TILES][4] = {};
+            float sum[TILES][4] = {};
 #pragma unroll
-        for (int step = 0; step < STEPS; step++) {
-            wait_for_copies<STAGES - 1>();
-            __syncwarp();
-            const u8* at = shared + (warp * STAGES + stage) * STEP_BYTES + 16 * lane;
-            uint4 w[2][2];
+            for (int step = 0; step < STEPS; step++) {
+                wait_for_copies<STAGES - 1>();
+                __syncwarp();
+                const u8* at = shared + (warp * STAGES + stage) * STEP_BYTES + 16 * lane;
+                uint4 w[2][2];
 #pragma unroll
-            for (int i = 0; i < 4; i++) w[i / 2][i % 2] = *(const uint4*)(at + 512 * i);  // [lower or upper, half]
-            const float scale[2] = {scales_s[(warp * STAGES + stage) * 2], scales_s[(warp * STAGES + stage) * 2 + 1]};
-            float c[TILES][2][4] = {};
+                for (int i = 0; i < 4; i++) w[i / 2][i % 2] = *(const uint4*)(at + 512 * i);  // [lower or upper, half]
+                const float scale[2] = {scales_s[(warp * STAGES + stage) * 2], scales_s[(warp * STAGES + stage) * 2 + 1]};
+                float c[TILES][2][4] = {};
 #pragma unroll
-            for (int i = 0; i < 8; i++) {
-                const uint4 l4 = w[0][i / 4], u4 = w[1][i / 4];
-                const u32 l = i % 4 == 0 ? l4.x : i % 4 == 1 ? l4.y : i % 4 == 2 ? l4.z : l4.w;
-                const u32 u = i % 4 == 0 ? u4.x : i % 4 == 1 ? u4.y : i % 4 == 2 ? u4.z : u4.w;
-                const u32 a0 = widen_half((u16)l), a1 = widen_half((u16)u), a2 = widen_half((u16)(l >> 16)), a3 = widen_half((u16)(u >> 16));
+                for (int i = 0; i < 8; i++) {
+                    const uint4 l4 = w[0][i / 4], u4 = w[1][i / 4];
+                    const u32 l = i % 4 == 0 ? l4.x : i % 4 == 1 ? l4.y : i % 4 == 2 ? l4.z : l4.w;
+                    const u32 u = i % 4 == 0 ? u4.x : i % 4 == 1 ? u4.y : i % 4 == 2 ? u4.z : u4.w;
+                    const u32 a0 = widen_half((u16)l), a1 = widen_half((u16)u), a2 = widen_half((u16)(l >> 16)), a3 = widen_half((u16)(u >> 16));
 #pragma unroll
-                for (int tile = 0; tile < TILES; tile++) {
-                    const u32* b = &rows.x[tile][step][i / 4][i % 4 * 2];
-                    if (TILES == 1 || tokens >> 8 * tile & 0xff) mma_fp16(c[tile][i / 4], a0, a1, a2, a3, b[0], b[1]);
+                    for (int tile = 0; tile < TILES; tile++) {
+                        const u32* b = &rows.x[tile][step][i / 4][i % 4 * 2];
+                        if (TILES == 1 || tokens >> 8 * tile & 0xff) mma_fp16(c[tile][i / 4], a0, a1, a2, a3, b[0], b[1]);
+                    }
                 }
+                __syncwarp();  // all have read
+                ask_next(stage, j + (step + STAGES) / STEPS, (step + STAGES) % STEPS);
+                if (++stage == STAGES) stage = 0;
+#pragma unroll
+                for (int tile = 0; tile < TILES; tile++)
+#pragma unroll
+                    for (int i = 0; i < 4; i++) sum[tile][i] += (c[tile][0][i] + c[tile][1][i]) * scale[i / 2];
             }
-            __syncwarp();  // all have read
-            ask_next(stage, j + (step + STAGES) / STEPS, (step + STAGES) % STEPS);
-            if (++stage == STAGES) stage = 0;
+            float4* item_sums = sums + j % BUFFERS * TILES * WARPS * 32 + lane;
+            if (j >= BUFFERS) wait_at<THREADS>(EMPTY + j % BUFFERS);
 #pragma unroll
-            for (int tile = 0; tile < TILES; tile++)
-#pragma unroll
-                for (int i = 0; i < 4; i++) sum[tile][i] += (c[tile][0][i] + c[tile][1][i]) * scale[i / 2];
+            for (int tile = 0; tile < TILES; tile++) {
+                if (TILES > 1 && !(tokens >> 8 * tile & 0xff)) continue;
+                const float a = rows.scale[tile][0], b = rows.scale[tile][1];
+                item_sums[(tile * WARPS + warp) * 32] =
+                    make_float4(sum[tile][0] * a, sum[tile][1] * b, sum[tile][2] * a, sum[tile][3] * b);
+            }
+            arrive_at<THREADS>(FULL + j % BUFFERS);
         }
-        float4* item_sums = sums + j % BUFFERS * TILES * WARPS * 32 + lane;
-        if (j >= BUFFERS) wait_at<THREADS>(EMPTY + j % BUFFERS);
-#pragma unroll
-        for (int tile = 0; tile < TILES; tile++) {
-            if (TILES > 1 && !(tokens >> 8 * tile & 0xff)) continue;
-            const float a = rows.scale[tile][0], b = rows.scale[tile][1];
-            item_sums[(tile * WARPS + warp) * 32] =
-                make_float4(sum[tile][0] * a, sum[tile][1] * b, sum[tile][2] * a, sum[tile][3] * b);
-        }
-        arrive_at<THREADS>(FULL + j % BUFFERS);
     }
+#if !GATED
+    if (ENDS) end_experts<K, 0, OUT, THREADS>({weights, residual, y, arrived, residual_stride, 1.0f}, out, T, (int*)shared, [&](auto come) {
+        for (int n = tid; n < count * TOKENS; n += THREADS) {
+            const int item = first + n / TOKENS, t = n % TOKENS;
+            if (chosen.tokens[chosen.expert[item / ITEMS]] >> t & 1) come(t, item % ITEMS);
+        }
+    });
+#endif
 }
