@@ -77,8 +77,9 @@ def test_grouped_products_on_the_host(on_host: None, gated: bool, fp8: bool, ste
     sorted_P = torch.randperm(P).int()
     out = torch.full((P, O // 2 if gated else O), torch.nan, dtype=torch.bfloat16)
     weights = (w, scales[1]) if fp8 else (w,)
-    table = torch.tensor(blocks, dtype=torch.int32)
-    cuda.grouped(x, weights, sorted_P, table, out, scales[0] if fp8 else None, gated=gated, share=share)
+    table = torch.tensor([*blocks, [0, 0, 3]], dtype=torch.int32)  # counters behind them, and how many have pairs
+    cuda.grouped(x, weights, sorted_P, table[:-1], out, scales[0] if fp8 else None, gated=gated, share=share)
+    assert table[-1].tolist() == [0, 0, 3]  # as they were, for the next launch
     for expert, first, count in blocks:
         pairs = sorted_P[first : first + count].long()
         if gated:
@@ -129,6 +130,7 @@ def test_constants_are_those_of_the_source() -> None:
     assert f"BOX = {cuda.BOX_ROWS} * STEP_BYTES" in source
     assert f"PART = GATED ? {cuda.PART // 2} : {cuda.PART};" in source
     assert f"COPIERS = 128, MULTIPLIERS = {cuda.THREADS - 128};" in source
+    assert f"TOLD = {cuda.TOLD};" in source
 
 
 def test_rows_of_dense_products_fill_multiprocessors_evenly() -> None:

@@ -15,6 +15,7 @@ from thalweg.ops.toolchain.triton_support import multiprocessors
 
 SOURCE = Path(__file__).with_name("products.cu")
 STAGES, STEP_BYTES, UNIT, BOX_ROWS, PART, THREADS = 4, 128, 16, 128, 256, 384  # as in the source
+TOLD = 8  # tiles that blocks are told of ahead
 WAIT_ROWS = 48  # what a tile of linears costs beside its rows, in rows
 UNITS = {1: 9, 2: 10}  # of rows of x at most in a tile, by bytes of an element: what registers hold
 
@@ -30,7 +31,7 @@ def shared_bytes(units: int, dense: bool, fp8: bool) -> int:
     scales = most + (PART if dense else 2) if fp8 else 1
     size = STAGES * (PART + most) * STEP_BYTES + 4 * 2 * UNIT * STEP_BYTES
     size += 4 * (STAGES * scales + 4 * (1 if dense else most) + 2 * (most if fp8 else 1))
-    return -(-(-(-size // 8) * 8 + 16 * STAGES) // 1024) * 1024
+    return -(-(-(-(-(-size // 8) * 8 + 16 * STAGES) // 16) * 16 + (16 + 8) * TOLD) // 1024) * 1024
 
 
 def grouped(
@@ -49,8 +50,8 @@ def grouped(
     each row of x has one too.
 
     gated: out [P, rows / 2], by expert, is silu(gate x) * up x of x [P / share, D], by token. Otherwise out [P, rows],
-    by token, is of x [P, D], by expert. Pairs are sorted, as `sort_pairs` of ops/moe does it, in blocks of at most
-    `most_rows` rows for each block of a cluster (1 or 2), which shares the weights.
+    by token, is of x [P, D], by expert. Pairs are sorted, as `sort_pairs` of ops/moe/experts/sort.py does it, in blocks
+    of at most `most_rows` rows for each block of a cluster (1 or 2), which shares the weights.
     """
     E, rows, _ = weights[0].shape
     macros = dict(GATED=int(gated), DENSE=0, ADD=0, CLUSTER=cluster)
@@ -123,5 +124,6 @@ def _launch(
         (c_int, weights[-1].stride(0) if weights[-1].ndim == 2 else 0),
         (c_int, D * size // STEP_BYTES),
         (c_int, out.shape[1]),
+        (c_int, -(-out.shape[1] // (PART // 2 if macros["GATED"] else PART))),
         *((c_int, n) for n in counts),
     )

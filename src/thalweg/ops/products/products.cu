@@ -3,9 +3,10 @@
 //
 // A tile is 256 rows of weights, of gate and up 128 each, by up to 16 * UNITS rows of x, as few as there are: weights are
 // the left operand, so that the rows of x, whose number varies, are columns of the matrix unit, which takes any multiple
-// of 16. Blocks fill the multiprocessors once and share out the tiles. A warpgroup copies: weights by tensor map, rows of
-// x from wherever they lie by copies of 16 bytes, or by tensor map too (MAPPED) where they lie side by side, 128 bytes of
-// a row for each step of a ring in shared memory.
+// of 16. Blocks fill the multiprocessors once. Tiles of experts, which differ in their rows, go to whoever is free, those
+// of DENSE round and round. A warpgroup copies: weights by tensor map, rows of x from wherever they lie by copies of 16
+// bytes, or by tensor map too (MAPPED) where they lie side by side, 128 bytes of a row for each step of a ring in shared
+// memory.
 // Two warpgroups multiply, with 128 rows of the weights each; a warp's end of a step is counted apart from the others'.
 // Two blocks may be a CLUSTER: they have the same weights and half of the rows each, each copies half of the weights, to
 // both.
@@ -30,7 +31,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(COP
     const float* x_scales,  // of FP8: [rows]
     const float* w_scales,  // of FP8: [experts * rows / 128, steps], or of DENSE [steps, w_scales_stride]
     const int* sorted,      // places of pairs by expert, but of DENSE
-    const int* blocks,      // [count, 3] (expert, first of sorted, how many), those of 0 last; but of DENSE
+    const int* blocks,      // [count, 3] (expert, first of sorted, how many), those of 0 last; behind them two counters
+                            // of zero, for GATED and not, and how many are not of 0; but of DENSE
     u16* out,               // bf16
     const u16* residual,    // bf16, of ADD
     long long x_stride,     // bytes
@@ -39,17 +41,19 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(COP
     int w_scales_stride,
     int steps,              // of 128 bytes in a row of x
     int columns,            // of out
+    int parts,              // of PART columns
     int share,              // pairs of a row of x, if GATED
     int count,              // blocks
     int tokens) {           // rows of x, of DENSE
     extern __shared__ __align__(1024) u8 shared[];
     Shared& s = *(Shared*)shared;
-    const int tid = threadIdx.x, warpgroup = __shfl_sync(~0u, tid / 128, 0);
-    if (tid == 0) {
+    const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
+    if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) {
             init_barrier(shared_address(&s.full[i]), MAPPED && !FP8 ? 1 : COPIERS + 1);
             init_barrier(shared_address(&s.empty[i]), CLUSTER * MULTIPLIERS / 32);
         }
+        for (int i = 0; i < TOLD; i++) init_barrier(shared_address(&s.known[i]));
         share_barriers();
     }
     if (CLUSTER > 1)
@@ -59,17 +63,26 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(COP
     wait_for_kernel_ahead();
     start_kernel_behind();
     constexpr int PART = GATED ? 128 : 256;
-    const Tiles tiles = {blocks, (columns + PART - 1) / PART, count, tokens};
+    const Tiles tiles = {blocks, parts, count, tokens};
     Ring ring;
+    Walk walk = {tiles};
 
     if (warpgroup == 0) {
-        give_registers_back<40>();
+        give_registers_back<FP8 ? 40 : 56>();
+        const int tid = threadIdx.x;
         [[maybe_unused]] const int chunk = tid % 8, row = tid / 8;
         const bool copies = !MAPPED || FP8 || tid == 0;  // whoever does not arrive could be a round behind, and miss it
-        Work work = tiles.at(blockIdx.x / CLUSTER);
+#if !DENSE
+        int* counters = (int*)blocks + 3 * count;
+        const bool finds = tid == 0 && (CLUSTER == 1 || blockIdx.x % 2 == 0);
+        Finder finder = {counters + !GATED, finds ? load_int(counters + 2) * parts : 0};
+#endif
 #pragma unroll 1
-        for (int i = blockIdx.x / CLUSTER; copies && work.all > 0; i += gridDim.x / CLUSTER) {
-            const Work next = tiles.at(i + gridDim.x / CLUSTER);
+        for (Work work = walk.first(); copies && work.all > 0; work = walk.next(s)) {
+#if !DENSE
+            if (tid == 0) expect_bytes(shared_address(&s.known[walk.turn % TOLD]), sizeof(Told));
+            if (finds) finder.claim();
+#endif
 #if !MAPPED || FP8
             u32 from[UNITS];  // rows of x
 #pragma unroll
@@ -129,22 +142,23 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(COP
 #if !MAPPED || FP8
                 arrive_after_copies(full);
 #endif
+#if !DENSE
+                if (finds && k == min(1, steps - 1)) finder.look(tiles);
+                if (finds && k == min(2, steps - 1)) finder.tell(s, walk.turn);
+#endif
                 ring.advance();
             }
-            work = next;
         }
         __syncwarp();
         commit_copies();
         wait_for_copies<0>();
     } else {
-        take_registers<232>();
+        take_registers<FP8 ? 232 : 224>();
         const int group = warpgroup - 1;
         const Out to = {out, out_stride, columns, residual, residual_stride};
         int turn = 0, parity = 0;
-        Work work = tiles.at(blockIdx.x / CLUSTER);
 #pragma unroll 1
-        for (int i = blockIdx.x / CLUSTER; work.all > 0; i += gridDim.x / CLUSTER) {
-            const Work next = tiles.at(i + gridDim.x / CLUSTER);
+        for (Work work = walk.first(); work.all > 0; work = walk.next(s)) {
             switch (max(1, (work.count + UNIT - 1) / UNIT)) {
 #define CASE(n) \
     case n: multiply_tile<n>(s, ring, steps, work, sorted, to, group, turn, parity); break;
@@ -156,7 +170,6 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(COP
                 CASE(10)
 #endif
             }
-            work = next;
         }
     }
     if (CLUSTER > 1) wait_for_cluster();  // before it ends, the other may still copy and arrive here

@@ -130,3 +130,18 @@ __device__ __forceinline__ int load_int(const int* p) {
     asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(x) : "l"(p));
     return x;
 }
+
+// How many took one before from a counter of all blocks.
+__device__ __forceinline__ int take_number(int* counter) {
+    int x;
+    asm volatile("atom.relaxed.gpu.global.add.s32 %0, [%1], 1;" : "=r"(x) : "l"(counter) : "memory");
+    return x;
+}
+// To the same place of another block of the cluster, whose barrier there is told of 16 bytes.
+__device__ __forceinline__ void store_in_block(u32 block, u32 to, uint4 x, u32 barrier) {
+    asm volatile(
+        "{\n.reg .b32 place, told;\nmapa.shared::cluster.u32 place, %0, %2;\nmapa.shared::cluster.u32 told, %1, %2;\n"
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [place], {%3, %4, %5, %6}, [told];\n}" ::"r"(to),
+        "r"(barrier), "r"(block), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+        : "memory");
+}

@@ -47,7 +47,8 @@ __device__ __forceinline__ void count_pairs(const u16* experts, int mine, int* n
 extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(THREADS, 1) sort_pairs(
     const long long* ids,
     int* sorted,   // [pairs]
-    int* blocks,   // [count, 3] (expert, first of sorted, how many), as many as could be needed; the rest have 0
+    int* blocks,   // [count, 3] (expert, first of sorted, how many), as many as could be needed; the rest have 0. Behind them
+                   // two counters for who goes through them, and how many there are
     int pairs,
     int count,
     int rows,      // of a block at most
@@ -117,6 +118,7 @@ extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(THRE
     }
     for (int i = blocks_before + block * THREADS + tid; i < count; i += BLOCKS * THREADS)
         for (int j = 0; j < 3; j++) blocks[3 * i + j] = 0;
+    if (block == 0 && tid < 3) blocks[3 * count + tid] = tid < 2 ? 0 : blocks_before;
     __syncthreads();
     count_pairs<true>(experts, mine, next, first, sorted);
     if (BLOCKS > 1) wait_for_cluster();  // before it ends, others may still read its counts
