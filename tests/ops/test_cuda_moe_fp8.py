@@ -66,6 +66,7 @@ def test_experts_on_the_host(monkeypatch: pytest.MonkeyPatch, T: int) -> None:
 
     monkeypatch.setattr(cuda_fp8, "cuda_kernel", HostKernel)
     monkeypatch.setattr(cuda_fp8, "multiprocessors", lambda device: 3)
+    monkeypatch.setattr(cuda_fp8, "ENDING_COLUMNS", 128)
     case = moe_case_fp8(T, 128, 128, 4, 2, 1, torch.bfloat16, published=True)
     for _ in range(2):  # counters of who came are zero again
         y = case.run(cuda_fp8.experts, residual_TD=case.residual)

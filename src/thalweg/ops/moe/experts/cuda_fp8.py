@@ -1,4 +1,4 @@
-"""Experts in fp8 for a few tokens by two launches of CUDA C++ (experts.cu says how they work)."""
+"""Experts in fp8 for a few tokens by products in CUDA C++ (experts.cu says how they work)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from torch import Tensor
 
 from thalweg.ops.moe.experts import MAX_CUDA_WARPS, Finish, steps_per_warp
 from thalweg.ops.moe.experts.arrivals import arrivals
+from thalweg.ops.moe.experts.triton.weighted_sum import weighted_sum
 from thalweg.ops.toolchain.cuda_build import cuda_kernel
 from thalweg.ops.toolchain.triton_support import multiprocessors
 from thalweg.quant.blocks import BLOCK
 
 MAX_TOKENS = 16
+ENDING_COLUMNS = 4096  # from which on down ends with the weighted sum; for fewer that has not been timed
 SOURCE = Path(__file__).with_name("experts.cu")
 RING = 27  # steps of a block. More loads in flight are slower: neighbouring lines are then asked for further apart
 FEW_WARPS, FEW_BLOCKS, FEW_STAGES = 4, 4, 3  # of a block that waits for its copies most of the time: more of them
@@ -100,11 +102,14 @@ def experts(
     scale: float = 1.0,
     finish: Finish | None = None,
 ) -> Tensor:
+    out_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
     if len(x_TD) == 0:
-        nothing_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
-        return nothing_TD if finish is None else finish(nothing_TD)
+        return out_TD if finish is None else finish(out_TD)
     h_PI = run_gate_up(x_TD.contiguous(), ids_Tk, *gate_up, num_shared=num_shared)
     q_EDI, s_down = down
+    if finish is None and x_TD.shape[1] >= ENDING_COLUMNS:
+        return run_down(h_PI, ids_Tk, q_EDI, s_down, weights_Tk, residual_TD)
+    y_PD = run_down(h_PI, ids_Tk, q_EDI, s_down)
     if finish is not None:
-        return finish(run_down(h_PI, ids_Tk, q_EDI, s_down), weights_Tk=weights_Tk)
-    return run_down(h_PI, ids_Tk, q_EDI, s_down, weights_Tk, residual_TD)
+        return finish(y_PD, weights_Tk=weights_Tk)
+    return weighted_sum(y_PD, weights_Tk, out_TD, residual_TD)
