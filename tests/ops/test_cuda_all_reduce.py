@@ -21,6 +21,8 @@ from thalweg.ops.embedding import cuda as embedding
 from thalweg.ops.linear import cuda as linear
 from thalweg.parallel.peers import KINDS, Area
 
+REST = pytest.mark.exhaustive  # of a matrix, each of which compiles the kernels of its ranks
+
 
 class HostRanks:
     """Ranks whose memory is this process's, and which run as its threads."""
@@ -66,7 +68,7 @@ def same(results: list[Tensor]) -> Tensor:
     return results[0]
 
 
-@pytest.mark.parametrize(("size", "D"), [(2, 264), (3, 1032)])
+@pytest.mark.parametrize(("size", "D"), [(2, 264), pytest.param(3, 1032, marks=REST)])
 def test_sums_one_after_another(size: int, D: int) -> None:
     ranks = HostRanks(size)
     for T in (1, 3, 2, 3, 0, 1, 1):
@@ -87,8 +89,17 @@ def test_sums_of_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(y, (x.float().sum(0) + residual.float()).bfloat16())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("own", [None, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("dtype", "own"),
+    [
+        (torch.float32, torch.float32),
+        *(
+            pytest.param(dtype, own, marks=REST)
+            for dtype in (torch.float32, torch.bfloat16)
+            for own in (None, torch.bfloat16)
+        ),
+    ],
+)
 def test_weighted_sums(dtype: torch.dtype, own: torch.dtype | None) -> None:
     T, k, D = 2, 3, 264
     parts, residual, weights = torch.randn(2, T * k, D).to(dtype), torch.randn(T, D).bfloat16(), torch.rand(T, k)
@@ -102,6 +113,7 @@ def test_weighted_sums(dtype: torch.dtype, own: torch.dtype | None) -> None:
     torch.testing.assert_close(y.float(), given[0] + given[1] + residual.float(), atol=0.05, rtol=0.02)
 
 
+@REST
 def test_of_a_whole_sum_and_an_own_expert() -> None:
     x, owns, residual = (torch.randn(n, 2, 264).bfloat16() for n in (2, 2, 1))
     y = same(
@@ -111,7 +123,10 @@ def test_of_a_whole_sum_and_an_own_expert() -> None:
     torch.testing.assert_close(y, want.bfloat16())
 
 
-@pytest.mark.parametrize(("T", "D", "O"), [(1, 288, 37), (8, 992, 29), (9, 320, 90), (5, 4640, 12)])
+@pytest.mark.parametrize(
+    ("T", "D", "O"),
+    [(8, 992, 29), *(pytest.param(*sizes, marks=REST) for sizes in ((1, 288, 37), (9, 320, 90), (5, 4640, 12)))],
+)
 def test_projections(T: int, D: int, O: int) -> None:
     ranks, residual = HostRanks(2), torch.randn(T, O + 3).bfloat16()[:, :O]
     for _ in range(3):
@@ -121,18 +136,24 @@ def test_projections(T: int, D: int, O: int) -> None:
         assert ((y.double() - want).norm() / want.norm()) < 0.004
 
 
-@pytest.mark.parametrize(("R", "N", "dtype"), [(1, 1284, torch.bfloat16), (3, 4, torch.bfloat16), (5, 1, torch.int64)])
-def test_rows_side_by_side(R: int, N: int, dtype: torch.dtype) -> None:
-    ranks = HostRanks(3)
+@pytest.mark.parametrize(
+    ("ranks", "R", "N", "dtype"),
+    [
+        (2, 2, 1284, torch.bfloat16),
+        *(pytest.param(3, *row, marks=REST) for row in ((3, 4, torch.bfloat16), (5, 1, torch.int64))),
+    ],
+)
+def test_rows_side_by_side(ranks: int, R: int, N: int, dtype: torch.dtype) -> None:
+    of_host = HostRanks(ranks)
     for _ in range(3):
-        x = (torch.randn(3, R, N) * 100).to(dtype)
-        y = same(ranks.run(lambda r, x=x: gather.all_gather(x[r.tp_rank], r)))
+        x = (torch.randn(ranks, R, N) * 100).to(dtype)
+        y = same(of_host.run(lambda r, x=x: gather.all_gather(x[r.tp_rank], r)))
         assert torch.equal(y, torch.cat(list(x), -1))
 
 
 def test_rows_of_a_vocabulary() -> None:
-    ranks, w = HostRanks(3), torch.randn(3, 20, 264).bfloat16()
-    for ids in (torch.tensor([0, 59, 20, 19, 40]), torch.tensor([41]), torch.tensor([], dtype=torch.int64)):
+    ranks, w = HostRanks(2), torch.randn(2, 30, 264).bfloat16()
+    for ids in (torch.tensor([0, 59, 29, 30, 40]), torch.tensor([41]), torch.tensor([], dtype=torch.int64)):
         x = same(ranks.run(lambda r, ids=ids: embedding.embedding(ids, w[r.tp_rank], r)))
         assert torch.equal(x, w.view(60, 264)[ids])
 
