@@ -107,7 +107,7 @@ def test_it_compiles_for_hopper_without_spills(
     tmp_path: Path, D: int, O: int, norm: int, add: int, tokens: int
 ) -> None:
     cut = CUDA.tiling(-(-O // 132), D, tokens, norm_bytes=2 * norm)
-    macros = dict(D=D, PASS=cut.columns, WARPS=CUDA.WARPS, TOKENS=tokens, ROWS=cut.rows, NORM=norm, ADD=add, GATED=0)
+    macros = dict(D=D, PASS=cut.columns, WARPS=CUDA.WARPS, TOKENS=tokens, ROWS=cut.rows, NORM=norm, ADD=add)
     compiled = compile_cuda(CUDA.SOURCE, tmp_path, **macros)
     assert compiled.spilled_bytes == 0
     assert compiled.static_shared_bytes + cut.shared_bytes <= HOPPER_SHARED

@@ -47,7 +47,7 @@ def test_products_on_the_host(on_host: None, T: int, O: int, D: int, rows: int, 
 
 @pytest.mark.parametrize(("units", "split", "pair", "add"), [(2, 1, 0, 1), (8, 1, 1, 0), (8, 2, 0, 1), (6, 1, 0, 0)])
 def test_it_compiles_for_hopper(tmp_path: Path, units: int, split: int, pair: int, add: int) -> None:
-    compiled = compile_cuda(MATRIX.SOURCE, tmp_path, UNITS=units, SPLIT=split, PAIR=pair, ADD=add, GATED=0)
+    compiled = compile_cuda(MATRIX.SOURCE, tmp_path, UNITS=units, SPLIT=split, PAIR=pair, ADD=add)
     assert compiled.spilled_bytes == 0
     assert compiled.registers <= 128  # of 14 warps, four to a quarter of the multiprocessor
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from thalweg.ops.all_reduce import ALL_REDUCE_ADD, AllReduceAddDims, Ranks
@@ -19,7 +18,7 @@ from thalweg.ops.linear import reference, separate
 from thalweg.ops.norm import RMS_NORM, RmsNormDims
 from thalweg.ops.registry import Op, Refusal, Resolver, Tokens, Where, register
 from thalweg.ops.toolchain import cpu_build, cuda_build
-from thalweg.ops.toolchain.triton_support import multiprocessors, why_not, why_not_hopper
+from thalweg.ops.toolchain.triton_support import why_not, why_not_hopper
 from thalweg.quant import GgmlRows
 
 
@@ -161,25 +160,6 @@ def _matrix_refuses(where: Where, dims: LinearDims | NormLinearDims) -> Refusal:
     if where.dtype != "bfloat16":
         return f"needs bfloat16, not {where.dtype}"
     return why_not(where) or cuda_build.why_not(where) or why_not_hopper()
-
-
-GATED_TILE_ROWS, HOPPER = 192, 132  # of gate and up together; multiprocessors, if no GPU says how many
-
-
-def fused_gate_up_refuses(name: str, where: Where, dims: NormLinearDims) -> Refusal:
-    """Of op "norm_swiglu", which launches "cuda" and "matrix" with the activation behind."""
-    if name == "cuda":
-        return _cuda_refuses(where, dims)
-    most = GATED_TILE_ROWS * (multiprocessors(torch.device("cuda")) if torch.cuda.is_available() else HOPPER)
-    O = sum(dims.parts)
-    if O % 16 or most < O:
-        return f"needs I to be a multiple of 8 up to {most // 2}, not {O // 2}"
-    return _matrix_refuses(where, dims)
-
-
-def fused_gate_up_tokens(name: str, dims: NormLinearDims) -> Tokens:
-    few = _norm_few(dims)
-    return few if name == "cuda" else Tokens((few.last or 0) + 1, OF_MANY)
 
 
 def _reduce_refuses(where: Where, dims: LinearReduceDims) -> Refusal:
