@@ -49,6 +49,8 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setattr(triton_support, "_compute_capability_major", lambda: 9)
     monkeypatch.setattr(cuda_build, "why_not", lambda where: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr("thalweg.ops.linear.cuda.multiprocessors", lambda device: 132)
 
 
 def resolved(
@@ -181,7 +183,7 @@ def test_linears_in_float8_have_kernels_for_any_number_of_tokens(shared_dir: Pat
 
 def test_over_ranks_in_fp8_and_with_other_blocks() -> None:
     found = tables(resolved(ranks=4, scheme="fp8", block_size=16))
-    assert found["linear 1024"] == ["1-16: cuda", "17-32: matrix", "33-: reference"]
+    assert found["linear_reduce_add 1024"] == ["1-16: cuda", "17-: separate"]
     assert found["experts"] == ["1-16: cuda", "17-192: tiles_w8a8", "193-: w8a8"]
     assert found["mla_mixer_decode"] == ["triton"]
 
