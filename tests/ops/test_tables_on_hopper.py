@@ -181,10 +181,14 @@ def test_linears_in_float8_have_kernels_for_any_number_of_tokens(shared_dir: Pat
     assert whole in in_float8.values()
 
 
+def test_experts_in_fp8_of_a_batch_are_multiplied_in_fp8() -> None:
+    assert tables(resolved(scheme="fp8"))["experts"] == ["1-16: cuda", "17-192: tiles_w8a8", "193-: w8a8"]
+
+
 def test_over_ranks_in_fp8_and_with_other_blocks() -> None:
     found = tables(resolved(ranks=4, scheme="fp8", block_size=16))
     assert found["linear_reduce_add 1024"] == ["1-16: cuda", "17-: separate"]
-    assert found["experts"] == ["1-16: cuda", "17-192: tiles_w8a8", "193-: w8a8"]
+    assert found["experts"] == ["1-16: cuda", "17-192: tiles", "193-: w8a8"]  # 256 wide
     assert found["mla_mixer_decode"] == ["triton"]
 
 

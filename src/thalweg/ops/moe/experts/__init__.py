@@ -102,7 +102,7 @@ MANY_EXPERTS = 384  # of which each has few tokens still where fewer experts wou
 MAX_CUDA_EXPERTS = 1024  # a block of the CUDA C++ kernels has all of them in shared memory
 MAX_SORTED_EXPERTS = 1280  # of which a block of the sort has counts in shared memory, for each of its warps
 FEWEST_W8A8 = 17  # tokens of a decode step from which on activations are quantized: fewer stay as they are
-MAX_NARROW = 1024  # width of experts that "tiles_w8a8" has been timed for
+NARROWEST, WIDEST = 512, 1024  # width of experts that "tiles_w8a8" has been timed for
 MAX_CUDA_WARPS = 12
 CPU_FEW = Tokens(last=64)  # beyond, an expert has so many tokens that the library's products are faster
 INT4_COLUMNS, MAX_INT4_COLUMNS, MAX_INT4_TOKENS = 256, 7168, 64  # of a warp, and of as many as registers allow
@@ -216,8 +216,8 @@ def _finishing(form: Callable[..., Tensor]) -> Experts:
 def _narrow_refuses(where: Where, dims: ExpertsDims) -> Refusal:
     if dims.own:
         return "has no programs for an expert of its own"
-    if dims.E >= MANY_EXPERTS or dims.I > MAX_NARROW:
-        return f"needs fewer than {MANY_EXPERTS} experts up to {MAX_NARROW} wide, not {dims.E} and {dims.I}"
+    if dims.E >= MANY_EXPERTS or not NARROWEST <= dims.I <= WIDEST:
+        return f"needs fewer than {MANY_EXPERTS} experts, {NARROWEST} to {WIDEST} wide, not {dims.E} and {dims.I}"
     return _matrix_refuses(where, dims, scheme="fp8", columns=BLOCK)
 
 
