@@ -75,6 +75,19 @@ def test_shapes_beyond_the_most_that_are_kept_run_eagerly() -> None:
     assert shapes(_replays=full | {Shape(0, 1, 128, 128): None}, _started=True).shape_of(plan) == (0, 1, 128, 128)
 
 
+def test_ranks_run_the_same_shapes_whichever_of_them_had_no_memory_for_a_graph() -> None:
+    def plan(tokens: int) -> StepPlan:
+        return StepPlan(0, [], [], [], [], [Prefill(1, 0, tokens, True)])
+
+    shape, others = Shape(0, 1, 128, 128), dict.fromkeys(range(prefill_graphs.MAX_SHAPES - 1))
+    ranks = (
+        shapes(_replays=others | {shape: None}, _started=True),
+        shapes(_replays=others, _refused={shape}, _started=True),
+    )
+    assert [graphs.shape_of(plan(100)) for graphs in ranks] == [shape, shape]
+    assert [graphs.shape_of(plan(200)) for graphs in ranks] == [None, None]
+
+
 STEPS = [
     StepSequences([0, 70, 70, 100, 128], [5, 0, 64, 0], [(0, 64, 9)]),
     StepSequences([0, 1, 2, 3, 128], [0, 200, 3, 0], []),

@@ -128,7 +128,7 @@ class PrefillGraphs:
         self._rows = [n for n in ROWS if n < most] + [most]
         self._statics: dict[Shape, Static] = {}
         self._replays: dict[Shape, Callable[[], None]] = {}
-        self._refused: set[Shape] = set()  # of which a capture failed: steps of these run eagerly
+        self._refused: set[Shape] = set()  # of which a capture failed: steps of these run uncaptured
         _, places = _layout(Shape(most, PREFILLS[-1], sizes[-1], max(CONTEXTS[-1], sizes[-1])))
         device = batches.slots.device
         pinned = device.type == "cuda"
@@ -196,8 +196,10 @@ class PrefillGraphs:
                 return None
             context = _least(CONTEXTS, context)
         shape = Shape(_least(self._rows, d), _least(PREFILLS, len(prefills)), size, context)
-        full = self._started and len(self._replays) >= MAX_SHAPES
-        return None if shape in self._refused or (full and shape not in self._replays) else shape
+        # One that was refused, perhaps for memory, stays a shape: other ranks, which have to run as many tokens, may
+        # have had room for its graph.
+        full = self._started and len(self._replays) + len(self._refused) >= MAX_SHAPES
+        return None if full and shape not in self._replays and shape not in self._refused else shape
 
     def run(self, plan: StepPlan, shape: Shape) -> tuple[Tensor, Tensor]:
         """Launch the step in the shape that `shape_of` gave.
@@ -209,7 +211,7 @@ class PrefillGraphs:
         stage = self._next_stage(static.size)
         static.write(plan, stage.numpy())
         static.memory.copy_(stage, non_blocking=True)
-        if self._started and not new and shape not in self._replays:
+        if self._started and not new and shape not in self._replays and shape not in self._refused:
             self._try_to_capture(static)
         replay = self._replays.get(shape)
         self.steps["uncaptured" if replay is None else "captured"] += 1
@@ -240,7 +242,7 @@ class PrefillGraphs:
         try:
             self._capture(static)
         except (torch.OutOfMemoryError, UnknownWhileCapturing) as error:
-            _log.warning("steps with prompts of shape %s run eagerly: a graph of them failed: %s", static.shape, error)
+            _log.warning("steps with prompts of shape %s run without a graph, which failed: %s", static.shape, error)
             self._refused.add(static.shape)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
