@@ -151,6 +151,10 @@ def test_an_engine_killed_before_it_listens_is_reported(folder: Path) -> None:
     asyncio.run(main())
 
 
+def test_nothing_is_counted_before_the_start(folder: Path) -> None:
+    assert asyncio.run(EngineClient(EngineConfig(str(folder))).expert_counts()) == {}
+
+
 def test_an_engine_that_cannot_start_raises_what_it_was(folder: Path, tmp_path: Path) -> None:
     async def start(client: EngineClient) -> None:
         await client.start()

@@ -296,11 +296,15 @@ def test_503_until_the_engine_is_ready() -> None:
     async def main() -> None:
         client = ClientDouble()
         client.may_start.clear()
+        info = client.info
+        del client.info  # as of an engine that has yet to say what it is
         async with serving(client) as http:
+            assert (await http.get("/metrics")).status_code == 200
             for response in (await http.get("/health"), await http.post("/v1/completions", json=TEXT)):
                 assert response.status_code == 503
                 assert error_of(response)["code"] == "engine_starting"
                 assert response.headers["retry-after"] == "1"
+            client.info = info
             client.may_start.set()
             await asyncio.sleep(0.01)
             assert (await http.get("/health")).status_code == 200

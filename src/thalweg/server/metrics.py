@@ -223,8 +223,8 @@ class _EngineCollector(Collector):
 
     def _by_rank(self) -> Iterator[Metric]:
         """What each of several data-parallel ranks says; the other families have their sums."""
-        ranks = self._client.rank_stats
-        if self._client.info.data_parallel_size == 1:
+        ranks = self._client.rank_stats  # none until the engines have started, and `info` is known
+        if not ranks or self._client.info.data_parallel_size == 1:
             return
         for name, text, field in _GAUGES_BY_RANK:
             gauges = GaugeMetricFamily(PREFIX + name, text, labels=["rank"])

@@ -181,6 +181,8 @@ class EngineClient:
     async def expert_counts(self) -> dict[int, list[int]]:
         """Tokens that each expert got, by layer, over all data-parallel ranks since this was first asked. Raises as
         keep."""
+        if not self._tasks:
+            return {}  # engines that start expect Start first
         ranks = await asyncio.gather(*(self._ask(m.CountExperts, engine) for engine in self.engines))
         return {layer: [sum(n) for n in zip(*(rank[layer] for rank in ranks), strict=True)] for layer in ranks[0]}
 
