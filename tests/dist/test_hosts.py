@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 
 import httpx
 import pytest
@@ -24,9 +25,10 @@ import zmq
 from tests.dist.processes import Server, children, command, left_in, lives, needs_proc, serving, stop, until
 from tests.dist.test_faults import ENGINE_DIED, KILLED, PROMPT, WITHIN, exhaustive, slow
 from tests.e2e.tiny_model import write_tiny_model
-from thalweg import LLM, SamplingParams
+from thalweg import LLM, SamplingParams, __version__
 from thalweg.config.engine import EngineConfig
 from thalweg.engine.processes import host_link as link
+from thalweg.engine.processes.hosts import OtherHosts
 from thalweg.errors import ConfigError, EngineDeadError
 
 KEY = "0123456789abcdef" * 4
@@ -349,6 +351,32 @@ def test_nobody_gets_in_or_reads_along_without_the_key() -> None:
         assert not others["stranger"][1].poll(100)
         assert not plain.poll(0)
         context.destroy(0)
+
+
+def test_node_0_hears_only_hosts_that_joined_it_and_says_so_if_it_understands_none() -> None:
+    config = EngineConfig(tensor_parallel_size=2, nnodes=2, master_port=free_ports(2))
+    hosts, errors = OtherHosts(config, KEY), SimpleQueue[EngineDeadError]()
+    with zmq.Context() as context:
+        words = link.connected(context, zmq.PUSH, config, 0, KEY)
+        plans = link.connected(context, zmq.PULL, config, 1, KEY)
+        hosts.watch(errors.put)
+        try:
+            link.connect(words, config, 0)
+            link.connect(plans, config, 1)
+            # What a host of an engine that was here before has not yet said.
+            words.send(link.encode(link.Lost(1, "its rank 1 ended")))
+            words.send(link.encode(link.Alive(1)))
+            words.send(link.encode(link.Join(1, __version__, config.to_dict())))
+            assert plans.poll(30_000)
+            assert plans.recv_multipart()[0] == link.MEET
+            assert errors.empty()
+            words.send(b"\xc1")
+            assert "a host says what node 0 does not understand" in str(errors.get(timeout=30))
+            words.send(link.encode(link.Lost(1, "its rank 1 ended")))
+            assert str(errors.get(timeout=30)) == "node 1: its rank 1 ended"
+        finally:
+            hosts.close("")
+            context.destroy(0)
 
 
 @pytest.mark.parametrize("key", [None, "short"])

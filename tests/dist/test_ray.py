@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import httpx
@@ -20,7 +21,7 @@ from tests.dist.test_faults import ENGINE_DIED, PROMPT, WITHIN
 from tests.dist.test_hosts import GREEDY, free_ports
 from tests.e2e.tiny_model import write_tiny_model
 from thalweg import LLM, SamplingParams
-from thalweg.errors import UnsupportedError
+from thalweg.errors import ConfigError, UnsupportedError
 
 BACKEND = ("--distributed-executor-backend", "ray", "--device", "cpu")
 
@@ -133,4 +134,12 @@ def test_without_a_cluster_it_says_so(folder: Path, tmp: Path) -> None:
 def test_without_ray_it_says_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UnsupportedError, match="thalweg\\[ray\\]"):
+        LLM(str(folder), tensor_parallel_size=2, distributed_executor_backend="ray")
+
+
+def test_a_key_that_can_be_guessed_is_refused_with_ray_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ray", "ray.util", "ray.util.scheduling_strategies"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setenv("THALWEG_CLUSTER_KEY", "short")
+    with pytest.raises(ConfigError, match="THALWEG_CLUSTER_KEY, which has 5 characters"):
         LLM(str(folder), tensor_parallel_size=2, distributed_executor_backend="ray")

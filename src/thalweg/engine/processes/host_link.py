@@ -71,8 +71,8 @@ def cluster_key() -> str:
     if key is None or len(key) < MIN_KEY:
         what = "is not set" if key is None else f"has {len(key)} characters"
         raise ConfigError(
-            f"--nnodes needs THALWEG_CLUSTER_KEY, which {what}; expected the same {MIN_KEY} or more random characters"
-            " on every host, such as `openssl rand -hex 32` prints"
+            f"several hosts need THALWEG_CLUSTER_KEY, which {what}; expected the same {MIN_KEY} or more random"
+            " characters on every host, such as `openssl rand -hex 32` prints"
         )
     return key
 

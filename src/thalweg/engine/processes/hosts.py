@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 
+import msgspec
 import zmq
 
 from thalweg import __version__
@@ -83,7 +84,7 @@ class OtherHosts:
             # All that has come is read before anybody is missed: this process may have been held up itself.
             waiting = int(1000 * link.ALIVE_SECONDS / 4)
             while not self._closing and self._words.poll(waiting):
-                self._take(link.decode(self._words.recv()))
+                self._hear(self._words.recv())
                 waiting = 0
             now = time.monotonic()
             for node in self._plans:
@@ -93,8 +94,18 @@ class OtherHosts:
                 elif heard is not None and now - heard > link.LOST_SECONDS:
                     self._lose(f"node {node} has said nothing for {link.LOST_SECONDS:g} s; its host or process is gone")
 
+    def _hear(self, said: bytes) -> None:
+        try:
+            message = link.decode(said)
+        except msgspec.DecodeError as e:  # of another version, whose key is the same
+            self._lose(f"a host says what node 0 does not understand ({e}); expected Thalweg {__version__} on it")
+        else:
+            self._take(message)
+
     def _take(self, message: link.Join | link.Alive | link.Lost) -> None:
         node = message.node
+        if node not in self._heard and not isinstance(message, link.Join):
+            return  # of an engine that was here before, whose hosts have yet to end
         if isinstance(message, link.Join):
             reason = self._refusal(message)
             if reason is not None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from thalweg.config import env
 from thalweg.config.engine import EngineConfig
+from thalweg.engine.processes.host_link import cluster_key
 from thalweg.errors import ConfigError, EngineDeadError, UnsupportedError
 
 PLACE_SECONDS = 60.0  # that Ray may take to find room
@@ -29,7 +30,7 @@ class RayHosts:
         size, self._actors = config.tensor_parallel_size, []  # type: int, list[Any]
         self._group: Any = None
         self._closing = False
-        self.key = env.read("THALWEG_CLUSTER_KEY") or secrets.token_hex(32)
+        self.key = secrets.token_hex(32) if env.read("THALWEG_CLUSTER_KEY") is None else cluster_key()
         self._own = not ray.is_initialized()
         if self._own:
             try:
