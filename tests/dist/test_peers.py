@@ -8,10 +8,17 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
+from tests.models import random_checkpoint as random
+from thalweg import SamplingParams
+from thalweg.assembly.rank import build_rank
+from thalweg.config.engine import EngineConfig
+from thalweg.core import Admission, Prefill, StepPlan
+from thalweg.errors import RankLostError
 from thalweg.parallel.mesh import Mesh
 from thalweg.parallel.peers import NoPeerMemory, PeerMemory, Watch, map_peers
 
@@ -106,3 +113,27 @@ def test_ranks_on_a_cpu_map_nothing() -> None:
     mesh = Mesh(0, 2, group=object())
     map_peers(mesh, torch.device("cpu"), [(4, 64)])
     assert mesh.peers is None
+
+
+def test_a_result_that_is_read_after_a_rank_has_ended_is_none(
+    child: subprocess.Popen[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have been added up of what never came."""
+    config = random.config(vocab=128, context=300)
+    folder = random.write(tmp_path / "model", config, random.weights(config))
+    runner, _ = build_rank(EngineConfig(str(folder), max_num_seqs=2, cache_memory=1 << 24), 0, "")
+    peers = PeerMemory.__new__(PeerMemory)
+    peers.stopped, peers._stop, peers._opened, peers._own = False, torch.zeros(1), [], (0, 0)
+    peers._watch = Watch([child.pid], peers._say_stop, after_s=0)
+    monkeypatch.setattr(runner.mesh, "peers", peers)
+    params = SamplingParams(temperature=0, max_tokens=None)
+    admission = Admission(1, "a", [1, 2, 3], 3, params, 0, False)
+    first = StepPlan(0, [admission], [(1, 0, 1)], [], [], [Prefill(1, 0, 3, True)])
+    assert len(runner.execute(first).token_ids) == 1
+    finish = runner.launch(StepPlan(1, [], [], [1], [3], []))
+    child.kill()
+    child.wait()
+    peers._watch._thread.join(5)
+    with pytest.raises(RankLostError, match="its process ended"):
+        finish()
+    runner.close()

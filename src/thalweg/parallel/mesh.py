@@ -94,6 +94,12 @@ class Mesh:
         self._run(lambda: group.allreduce([x], options))
         return int(x)
 
+    def check(self) -> None:
+        """Raises RankLostError once kernels that meet in `peers` no longer wait for a rank that ended. What they give
+        then is undefined, so this comes after a result is read and before it is used."""
+        if self.peers is not None and self.peers.stopped:
+            raise RankLostError(f"rank {self.tp_rank} lost another rank of {self.tp_size}: its process ended")
+
     def close(self) -> None:
         leave(self._group)
         self._group = None

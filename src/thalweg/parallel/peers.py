@@ -47,6 +47,7 @@ class PeerMemory:
     ) -> None:
         """`gather` gives every rank's bytes, in order; all ranks call this together. Raises NoPeerMemory."""
         sizes = [KINDS * ranks * blocks * place_bytes for blocks, place_bytes in areas]
+        self.stopped = False
         self._watch: Watch | None = None
         self._opened: list[int] = []
         self._own, own, failure = (0, 0), 0, ""
@@ -90,6 +91,7 @@ class PeerMemory:
 
     def _say_stop(self) -> None:
         """End kernels that wait for another rank, now and from now on; what they give is undefined."""
+        self.stopped = True  # ahead of what ends them: whoever has such a result can tell
         self._stop[0] = 1
 
     def close(self) -> None:

@@ -120,12 +120,11 @@ class ModelRunner:
             finish = self._launch_eager(plan)
         if plan.boundaries:
             cache.settle([snapshot for *_, snapshot in plan.boundaries])
-        if host is None:
-            return finish
 
         def told() -> StepResult:
             result = finish()
-            return replace(result, fetching=True) if host.fetching() else result
+            self.mesh.check()
+            return replace(result, fetching=True) if host is not None and host.fetching() else result
 
         return told
 
