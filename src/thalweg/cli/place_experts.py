@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isnan
 from pathlib import Path
 from typing import Annotated
 
@@ -36,4 +37,5 @@ def place_experts(
     except OSError as e:
         raise ConfigError(f"--output is {str(output)!r}, which cannot be written: {e.strerror}") from None
     before, after = (sum(each) / len(shares) for each in zip(*shares, strict=True))
-    print(f"{output}: the busiest rank gets {after:.2f} times the mean, {before:.2f} times with experts in order")
+    in_order = "" if isnan(before) else f", {before:.2f} times with experts in order"
+    print(f"{output}: the busiest rank gets {after:.2f} times the mean{in_order}")
