@@ -370,6 +370,8 @@ def test_node_0_hears_only_hosts_that_joined_it_and_says_so_if_it_understands_no
             assert plans.poll(30_000)
             assert plans.recv_multipart()[0] == link.MEET
             assert errors.empty()
+            words.send(link.encode(link.Join(1, __version__, config.to_dict())))
+            assert str(errors.get(timeout=30)).startswith("a second host is node 1; expected each --node-rank on one")
             words.send(b"\xc1")
             assert "a host says what node 0 does not understand" in str(errors.get(timeout=30))
             words.send(link.encode(link.Lost(1, "its rank 1 ended")))
@@ -377,6 +379,19 @@ def test_node_0_hears_only_hosts_that_joined_it_and_says_so_if_it_understands_no
         finally:
             hosts.close("")
             context.destroy(0)
+
+
+@pytest.mark.parametrize(("name", "expected"), [("127.0.0.1", ""), ("localhost", r" \(127\.0\.0\.1\)")])
+def test_node_0_says_at_which_address_it_listens(
+    name: str, expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0))]
+    monkeypatch.setattr(link.sockets, "getaddrinfo", lambda *_, **__: found)
+    port = free_ports(2)
+    hosts = OtherHosts(EngineConfig(tensor_parallel_size=2, nnodes=2, master_addr=name, master_port=port), KEY)
+    hosts.watch(lambda _: None)
+    hosts.close("")
+    assert re.search(f"node 0 waits at {name}:{port}{expected} for node 1\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("key", [None, "short"])

@@ -46,8 +46,11 @@ class OtherHosts:
 
     def watch(self, on_death: OnDeath) -> None:
         self._on_death = on_death
-        missing = ", ".join(map(str, self._plans))
-        say(f"node 0 waits at {self._config.master_addr}:{self._config.master_port} for node {missing}", error=True)
+        missing, place = ", ".join(map(str, self._plans)), f"{self._config.master_addr}:{self._config.master_port}"
+        address = self.listener.getsockname()[0]
+        if address != self._config.master_addr:
+            place += f" ({address})"  # a name may be another address on this host than on others
+        say(f"node 0 waits at {place} for node {missing}", error=True)
         self._thread.start()
 
     def send(self, body: bytes) -> None:
@@ -122,7 +125,7 @@ class OtherHosts:
         if message.version != __version__:
             return f"node {message.node} runs Thalweg {message.version} and node 0 {__version__}; expected the same"
         if message.node not in self._plans or message.node in self._heard:
-            return f"a second host is node {message.node} (--node-rank); expected 1 to {self._config.nnodes - 1}, once"
+            return f"a second host is node {message.node}; expected each --node-rank on one host alone"
         return link.difference(message.node, message.config, self._config.to_dict())
 
     def _lose(self, reason: str) -> None:
