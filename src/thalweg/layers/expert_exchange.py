@@ -52,7 +52,8 @@ class ExpertExchange:
         sorted_PD = ranks.all_to_all(rows_QD, received, sent)
         y_PD = torch.empty_like(sorted_PD, dtype=torch.float32)
         y_PD[order_P] = sorted_PD.float()
-        return (y_PD.view(T, k, y_PD.shape[1]) * weights_Tk.unsqueeze(-1)).sum(1).to(x_TD.dtype)
+        # In place: of a long prompt these are gigabytes.
+        return y_PD.view(T, k, y_PD.shape[1]).mul_(weights_Tk.unsqueeze(-1)).sum(1).to(x_TD.dtype)
 
     def counts(self) -> list[int]:
         """How many of this rank's tokens each routed expert of the model got since this was first asked, from any
