@@ -64,13 +64,28 @@ def test_a_process_that_is_not_there_is_refused(child: subprocess.Popen[bytes]) 
         Watch([child.pid], lambda: None)
 
 
-def test_ranks_agree_on_the_reason_if_one_of_them_has_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("refuses", "error", "reason"),
+    [
+        ("thalweg.parallel.peers._allocate", NoPeerMemory("no memory here"), "no memory here"),
+        ("os.pidfd_open", OSError(38, "Function not implemented"), "[Errno 38] Function not implemented"),
+    ],
+)
+def test_ranks_agree_on_the_reason_if_they_cannot_map_or_watch(
+    refuses: str, error: Exception, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The driver of this machine, if it has one, is left alone."""
 
     def refuse(_: int) -> int:
-        raise NoPeerMemory("no memory here")
+        raise error
 
-    monkeypatch.setattr("thalweg.parallel.peers._allocate", refuse)
+    peers = "thalweg.parallel.peers"
+    for name, gives in ((f"{peers}._allocate", 1), (f"{peers}._export", b"x" * 64), (f"{peers}._open", 2)):
+        monkeypatch.setattr(name, lambda *_, gives=gives: gives)
+    monkeypatch.setattr(f"{peers}._call", lambda *_: None)
+    monkeypatch.setattr(f"{peers}._spare", [])
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    monkeypatch.setattr(refuses, refuse)
     meeting = threading.Barrier(2)
     told: dict[int, bytes] = {}
 
@@ -94,7 +109,7 @@ def test_ranks_agree_on_the_reason_if_one_of_them_has_no_memory(monkeypatch: pyt
         thread.start()
     for thread in threads:
         thread.join(20)
-    assert reasons == {0: "no memory here", 1: "no memory here"}
+    assert reasons == {0: reason, 1: reason}
 
 
 def test_without_peer_memory_a_mesh_says_so(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

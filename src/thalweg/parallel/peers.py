@@ -67,7 +67,7 @@ class PeerMemory:
                     raise NoPeerMemory("ranks are on several hosts")
                 processes.append(process)
                 if r != rank:
-                    os.kill(process, 0)  # or it could not be watched
+                    os.close(os.pidfd_open(process))  # or it could not be watched, as in some sandboxes
                     self._opened.append(_open(exported))
                 addresses.append(own if r == rank else self._opened[-1])
         except (NoPeerMemory, OSError) as e:
