@@ -13,9 +13,11 @@ import torch
 from tests.ops.compile_cuda import compile_cuda
 from tests.ops.moe_case import experts_in_float64, moe_case_int4, rmse_ratio
 from tests.ops.run_on_host import HostKernel, host_tensor_map
+from thalweg.ops.moe import experts
 from thalweg.ops.moe.experts import EXPERTS, ExpertsDims, cuda_int4
 from thalweg.ops.moe.experts.cuda_int4 import MAX_TOKENS, SOURCE, geometry, static_bytes
 from thalweg.ops.registry import Resolver, Where
+from thalweg.ops.toolchain import cuda_build
 
 DIMS: dict[str, Any] = {"E": 384, "D": 7168, "I": 2048, "scheme": "int4", "own": 2048}
 
@@ -24,6 +26,7 @@ DIMS: dict[str, Any] = {"E": 384, "D": 7168, "I": 2048, "scheme": "int4", "own":
     ("T", "D", "I", "own", "skewed"),
     [
         (1, 256, 256, 256, False),
+        pytest.param(2, 2304, 256, 256, False, marks=pytest.mark.slow),  # two blocks of an odd number of warps
         (3, 256, 256, 0, True),  # passes of one, two and four tokens, as they are chosen
         pytest.param(8, 256, 512, 512, False, marks=pytest.mark.slow),
         pytest.param(13, 256, 256, 256, True, marks=pytest.mark.slow),  # an expert has two passes, of eight and of five
@@ -47,7 +50,8 @@ def test_on_the_host(monkeypatch: pytest.MonkeyPatch, T: int, D: int, I: int, ow
 
 @pytest.mark.parametrize("tokens", [1, 8, MAX_TOKENS])
 @pytest.mark.parametrize(
-    ("gated", "columns", "rows"), [(1, 7168, 2048), (0, 2048, 7168), (1, 7168, 256), (0, 256, 7168)]
+    ("gated", "columns", "rows"),
+    [(1, 7168, 2048), (0, 2048, 7168), (1, 7168, 256), (0, 256, 7168), (1, 2304, 256)],
 )
 def test_they_compile_for_hopper(tmp_path: Path, tokens: int, gated: int, columns: int, rows: int) -> None:
     cut = geometry(columns, 384, 8, tokens)
@@ -72,6 +76,24 @@ def test_columns_are_shared_out_whole() -> None:
         cuts = [geometry(columns, 384, 8, tokens) for columns in (7168, 2048, 1024, 256)]
         assert [cut and (cut.warps, cut.blocks) for cut in cuts] == [(28, 1), (8, 3), (4, 3), (1, 3)]
         assert [geometry(columns, 384, 8, tokens) for columns in (0, 128, 200, 384, 256 * 29)] == [None] * 5
+
+
+@pytest.mark.parametrize("E", [1, 256, 384, 1024])
+@pytest.mark.parametrize("columns", range(256, 7168 + 1, 256))
+def test_all_columns_that_they_serve_have_a_cut(monkeypatch: pytest.MonkeyPatch, columns: int, E: int) -> None:
+    monkeypatch.setattr(cuda_build, "why_not", lambda where: None)
+    monkeypatch.setattr(experts, "why_not", lambda where: None)
+    monkeypatch.setattr(experts, "why_not_hopper", lambda: None)
+    resolver = Resolver()
+    resolver.resolve(EXPERTS, Where("cuda", "bfloat16"), ExpertsDims(E=E, D=columns, I=columns, scheme="int4"))
+    assert "cuda" not in dict(resolver.explain()[0].refused)
+    for tokens in (1, 8, MAX_TOKENS):
+        for K in (1, 8, 32):
+            cut = geometry(columns, E, K, tokens)
+            assert cut is not None
+            assert cut.warps * cuda_int4.INT4_COLUMNS == columns
+            assert cut.stages >= 2
+            assert cut.blocks * (cut.shared_bytes + static_bytes(E, K, tokens) + 1024) <= 228 * 1024
 
 
 @pytest.mark.parametrize(

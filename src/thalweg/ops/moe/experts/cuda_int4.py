@@ -19,7 +19,7 @@ SOURCE = Path(__file__).with_name("experts_int4.cu")
 ROWS = 16  # as in the source
 MAX_WARPS = MAX_INT4_COLUMNS // INT4_COLUMNS  # that multiply, at 64 registers
 MAX_TOKENS = MAX_INT4_TOKENS
-RING = 38 * 1024  # bytes of stages that small blocks have: what they leave is L1's, for the own expert's tokens
+RING = 38 * 1024  # bytes of stages of a block of three: what they leave is L1's, for the own expert's tokens
 SHARED = 227 * 1024  # bytes of a multiprocessor for blocks, of which each costs 1024 more than it asks for
 
 
@@ -62,7 +62,7 @@ def geometry(columns: int, E: int, K: int, tokens: int) -> Geometry | None:
     blocks = min(3, max(1, (MAX_WARPS + 2) // (warps + 2)))
     cut = Geometry(warps, 1, 2, blocks)
     room = SHARED // blocks - 1024 - static_bytes(E, K, tokens) - cut.shared_bytes + cut.stage_bytes
-    stages = min(8, (room if blocks == 1 else min(room, RING)) // cut.stage_bytes)
+    stages = min(8, (min(room, RING) if blocks == 3 else room) // cut.stage_bytes)
     return cut._replace(stages=stages) if stages >= 2 else None
 
 
