@@ -116,7 +116,7 @@ class Rank:
             static.memory.copy_(torch.from_numpy(image))
             tables: Any = static.tables
             tables.offsets, tables.starts, tables.boundaries = tables.step
-            logits, ids = static.run(self._model, self.runner._sampler, self.runner.mesh)
+            logits, ids = static.run(self._model, self.runner._sampler, self.runner._share)
             d, n = len(plan.decode_slots), sum(p.sample for p in plan.prefills)
             rows = [*range(d), *range(shape.rows, shape.rows + n)]
             return ids[rows].tolist(), logits[rows].float()
