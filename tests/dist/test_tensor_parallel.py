@@ -16,8 +16,10 @@ import pytest
 from tests.e2e.tiny_model import write_tiny_model
 from tests.models import random_checkpoint as random
 from thalweg import LLM, Grammar, SamplingParams
-from thalweg.parallel.groups import file_store
 from thalweg.errors import ConfigError, EngineDeadError, InvalidRequest
+from thalweg.parallel.data_ranks import DataRanks
+from thalweg.parallel.groups import file_store
+from thalweg.parallel.mesh import Mesh
 
 PROMPTS = [[5, 9, 2, 7] * n for n in (1, 7, 20)]
 PARAMS = [
@@ -118,8 +120,34 @@ def test_ranks_can_meet_and_leave_although_their_folder_is_gone(tmp_path: Path) 
     for rank, (store, _) in enumerate(stores):
         store.set(f"rank {rank}", "is here")
     assert stores[0][0].get("rank 1") == b"is here"
-    for _, file in stores:
+    files = [file for _, file in stores]
+    del store, stores
+    for file in files:
         file.close()
+
+
+@pytest.mark.parametrize(
+    "join",
+    [
+        lambda group, file: Mesh(0, 2, group, file=file),
+        lambda group, file: DataRanks(0, 2, group, None, file),
+        lambda group, file: DataRanks(0, 2, None, group, file),
+    ],
+)
+def test_ranks_that_are_not_closed_have_their_file_until_the_group_is_gone(join: Any, tmp_path: Path) -> None:
+    seen: list[bool] = []
+
+    class Group:
+        def __del__(self) -> None:
+            seen.append(Path(f"/proc/self/fd/{fd}").exists())
+
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("opens files by their descriptor in /proc")
+    file = (tmp_path / "meet").open("ab")
+    fd = file.fileno()
+    ranks = join(Group(), file)
+    del file, ranks
+    assert seen == [True]
 
 
 def test_a_step_that_hangs_ends_the_engine(folder: Path) -> None:

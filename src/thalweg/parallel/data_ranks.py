@@ -27,8 +27,8 @@ class DataRanks:
         self, rank: int = 0, size: int = 1, host: Any = None, device: Any = None, file: BinaryIO | None = None
     ) -> None:
         """`host` is the group for integers of the host, `device` the one for tensors; `file`: where they met."""
-        self.rank, self.size, self._file = rank, size, file
-        self._host, self._device = host, device
+        self.rank, self.size = rank, size
+        self._host, self._device, self._file = host, device, file  # in this order, as of a Mesh
 
     def all_to_all(self, rows_ND: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
         """`rows_ND` begins with `sent[0]` rows for rank 0, then come those for rank 1, and so on; the result [M, D] has

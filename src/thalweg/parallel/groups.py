@@ -14,6 +14,8 @@ def file_store(path: str, size: int) -> tuple[Any, BinaryIO]:
     The store opens its file for every look. If that is gone with its folder, torch tries for minutes, at first without
     letting another thread run, not even one that would end the process. So the store gets the name of the open file,
     which leads to it whatever became of its folder. Raises OSError if the folder is gone already.
+
+    The store looks once more when it goes, and ends the process if the number of a closed file has become a socket's.
     """
     file = Path(path).open("ab")  # noqa: SIM115 -- whoever has the group closes it
     name = f"/proc/self/fd/{file.fileno()}"

@@ -41,13 +41,12 @@ class Mesh:
         file: BinaryIO | None = None,
     ) -> None:
         """`file`: where the ranks met (`file_store`)."""
-        self._file = file
+        self._group, self._file = group, file  # in this order: a mesh that is not closed lets its group go first
         self.hosts = hosts
         self.tp_rank = tp_rank
         self.tp_size = tp_size
         self.data = data or DataRanks()
         self.peers: PeerMemory | None = None
-        self._group = group
 
     @property
     def mapped(self) -> bool:
