@@ -190,6 +190,14 @@ def test_rounding_passes_on_what_is_not_finite(scheme: GgmlRows, wrong: float, m
     assert not y[1].isfinite().any()
 
 
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("scheme", SCHEMES[:7], ids=lambda scheme: scheme.name)
+def test_rounding_of_what_is_too_small_for_steps_gives_next_to_nothing(scheme: GgmlRows, many: bool) -> None:
+    blocks = blocks_of(randn(sum(n for _, n in scheme.segments), 512, dtype=torch.float32), scheme)
+    x = randn(3, 512, dtype=torch.float32, seed=1) * 1e-38  # 127 steps of it are more than float32 has
+    assert blocks_cpp.BlockLinear(scheme, rounds=True, many=many)(x, blocks).abs().max() < 1e-35
+
+
 @pytest.mark.parametrize("rounds", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("T", "many"), [(1, False), (9, False), (3, True), (70, True)])

@@ -28,9 +28,10 @@ struct LaneRounding {
     d = most / 127.f + off;
   }
 
+  // The lowest byte and its sign. It is no step where v or `inverse` is not finite, but sums of it cannot overflow.
   IVec operator()(Vec v) const {
     const Vec magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
-    return (IVec)(v * inverse + magic) - (IVec)magic;
+    return (IVec)(v * inverse + magic) << 24 >> 24;
   }
 };
 
