@@ -42,7 +42,14 @@ def check(case: MoeCase, name: str) -> torch.Tensor:
 @pytest.mark.parametrize("skewed", [False, True])
 @pytest.mark.parametrize(
     ("D", "I", "E", "k", "own"),
-    [(1024, 512, 16, 4, 512), (768, 512, 9, 3, 0), (7168, 2048, 12, 4, 2048), (7168, 256, 12, 8, 256)],
+    [
+        (1024, 512, 16, 4, 512),
+        (768, 512, 9, 3, 0),
+        (2304, 256, 16, 8, 0),  # two blocks of a multiprocessor, as few widths have
+        (3328, 256, 12, 4, 256),
+        (7168, 2048, 12, 4, 2048),
+        (7168, 256, 12, 8, 256),
+    ],
 )
 def test_experts_in_cuda(T: int, skewed: bool, D: int, I: int, E: int, k: int, own: int) -> None:
     case = moe_case_int4(T, D, I, E, k, torch.bfloat16, "cuda", seed=T, own=own, scale=2.5)
