@@ -70,7 +70,8 @@ class EngineConfig:
     seed: of sampling and of dummy weights.
     enforce_eager: whether steps run without CUDA graphs.
     prefill_graph_tokens: steps with so many prompt tokens at most run as CUDA graphs, if there are graphs for so many.
-        None: 2048 on one rank, and 4096 on several, which are done with a prompt before its kernels are launched.
+        None: 2048 on one rank, 4096 on two of one host, which are done with a prompt before its kernels are
+        launched, and 0 otherwise.
     step_timeout: seconds after which a step that has not ended ends the engine.
     config_file: a config.json to run with dummy weights.
     num_layers: how many of the model's layers run, with dummy weights.
@@ -274,7 +275,9 @@ class EngineConfig:
     def _graph_tokens(self) -> int:
         if self.prefill_graph_tokens is not None:
             return self.prefill_graph_tokens
-        return 2048 if self.tensor_parallel_size == 1 else 4096
+        if self.nnodes > 1:
+            return 0  # graphs with NCCL's sums of prompts inside, as with more than two ranks, have not been run yet
+        return {1: 2048, 2: 4096}.get(self.tensor_parallel_size, 0)
 
     @property
     def keeps_halves(self) -> bool:
