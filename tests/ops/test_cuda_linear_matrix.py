@@ -3,6 +3,7 @@ On a GPU: test_gpu_linear_matrix."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,16 @@ def test_products_on_the_host(on_host: None, T: int, O: int, D: int, rows: int, 
     wanted = x.double() @ w.double().T
     assert rmse_ratio(y, wanted if residual is None else wanted + residual.double()) < 0.003
     assert out[:, O:].isnan().all()
+
+
+def test_a_copy_that_comes_last_is_waited_for(on_host: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Warpgroups share out steps: none may take a stage again before another has had what is still on its way there."""
+    monkeypatch.setattr(MATRIX, "cuda_kernel", partial(HostKernel, LATE=300))
+    monkeypatch.setattr(MATRIX, "MAX_STAGES", 7)
+    torch.manual_seed(0)
+    x, w = torch.randn(20, 1280).bfloat16(), torch.randn(40, 1280).bfloat16()
+    y = MATRIX.some_tokens(x, w, how=MATRIX.Cut(40, 1, False))
+    assert rmse_ratio(y, x.double() @ w.double().T) < 0.003
 
 
 @pytest.mark.parametrize(("units", "split", "pair", "add"), [(2, 1, 0, 1), (8, 1, 1, 0), (8, 2, 0, 1), (6, 1, 0, 0)])

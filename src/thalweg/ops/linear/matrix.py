@@ -61,7 +61,10 @@ def shared_bytes(cut: Cut, tokens: int) -> tuple[int, int]:
     stages = min((SHARED - behind) // stage, MAX_STAGES)
     if stages < 2:
         raise KernelError(f"two stages of {cut.rows} rows and {tokens} tokens do not fit; use --op linear=reference")
-    phases = max(1, GROUPS // -(-cut.rows // 64))
+    phases = max(1, min(GROUPS // -(-cut.rows // 64), stages // 2))  # warpgroups that share out steps
+    # Each has stages of its own: a barrier tells odd phases from even ones only, so who came to a stage that another
+    # still waits for would take the phase before that one for its own.
+    stages -= stages % phases
     sums = phases * tokens * (-(-cut.rows // 16) * 16 + 4) * 4
     return stages, max(stages * stage + behind, sums)
 

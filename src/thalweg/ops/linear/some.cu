@@ -35,7 +35,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
                 long long residual_stride, long long y_stride, int T, int O,
                 int rows,      // of a tile, a multiple of 8
                 int steps,     // of 128 bytes of a row
-                int stages) {  // of the ring
+                int stages) {  // of the ring, a multiple of the warpgroups that share out steps: each has its own
     extern __shared__ __align__(1024) u8 shared[];
     const int tid = threadIdx.x, lane = tid % 32, warp = __shfl_sync(~0u, tid / 32, 0);
     const int groups = (rows + 63) / 64, stage_bytes = (rows + TOKENS) * STEP_BYTES;
