@@ -213,7 +213,7 @@ def engine_config(
         str | None,
         _engine(
             metavar="TOKENS",
-            help="Run steps with up to so many prompt tokens as CUDA graphs; 0: none. Default: 2k; two ranks: 4k; more: 0.",
+            help="Run steps of up to so many prompt tokens as CUDA graphs; 0: none. Default: 2k; 2 ranks: 4k; more: 0.",
         ),
     ] = None,
     step_timeout: Annotated[

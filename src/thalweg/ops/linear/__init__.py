@@ -107,8 +107,8 @@ MAX_COLUMNS, MAX_ROWS = 2**15, 2**18  # of the weight: a norm's weight, and sums
 FEW = Tokens(last=16)  # beyond, the registers of a block hold too little of x
 CPU_FEW = Tokens(last=16)  # beyond, tokens fill the lanes of panels
 WIDE, WIDE_FEW = 4096, Tokens(last=8)  # more columns: blocks read x for longer, and the library is as fast from 9 on
-# "matrix" serves so many tokens of a head, which whole models have shown right. A race in its form for 9 to 32 tokens is
-# mended, and no model has run with that since: the library serves there.
+# "matrix" serves so many tokens of a head, which whole models have shown right. A race in its form for 9 to 32 tokens
+# is mended, and no model has run with that since: the library serves there.
 OF_HEAD, HEAD_ROWS = Tokens(33, 128), 65536
 NORM_COLUMNS, NORM_FEW = 2304, Tokens(last=32)  # so few do; there a norm inside saves its launch, and no time
 
