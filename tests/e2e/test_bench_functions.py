@@ -27,10 +27,14 @@ def check_figures(figures: dict[str, Any]) -> None:
         "thalweg.ops.delta.mixer_cpp:kda_mixer_decode",
         "thalweg.ops.delta.kda.reference:kda_decode",
     }
+    (prefill,) = functions.keys() & {
+        "thalweg.ops.delta.prefill_cpp:kda_mixer_prefill",
+        "thalweg.ops.delta.kda.reference:kda_prefill",
+    }
     for name, (phase, calls) in {
         "thalweg.runner.step:ModelRunner.launch": ("prefill", 1),
         "thalweg.models.decoder:Decoder.forward": ("decode", 1),
-        "thalweg.ops.delta.kda.reference:kda_prefill": ("prefill", 4),
+        prefill: ("prefill", 4),
         decode: ("decode", 4),
     }.items():
         row = functions[name][phase]

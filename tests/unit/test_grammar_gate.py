@@ -75,6 +75,6 @@ def test_an_idle_engine_does_not_sleep_over_a_grammar_and_says_that_it_lives() -
 
     socket = SimpleNamespace(poll=poll, recv=lambda: m.encode(inbox.pop(0)), send=sent.append)
     core = SimpleNamespace(has_work=lambda: False, check=lambda: None, stats=lambda: SchedulerStats(*[0] * 9))
-    EngineProcess(socket, SimpleNamespace(core=core, grammars=grammars)).run()  # type: ignore[arg-type]
+    EngineProcess(socket, SimpleNamespace(core=core, grammars=grammars, lock_step=None)).run()  # type: ignore[arg-type]
     assert polls == [IDLE_POLL_MS, *[GATE_POLL_MS] * 4]
     assert isinstance(m.decode_from_engine(sent[0]), m.Updates)
