@@ -38,9 +38,9 @@ quick: $(VENV)/ready-dev  ## leave out the slow tests
 test-exhaustive: $(VENV)/ready-dev  ## what make test leaves out of matrices of faults and sizes
 	OMP_NUM_THREADS=1 $(BIN)/$(PYTEST) -m "exhaustive and not gpu"
 
-# Ops and models know no other library than torch and Triton, which are the same in both environments.
+# Ops, models and the scheduler know no other library than torch and Triton, which are the same in both environments.
 test-lowest: $(LOWEST)/ready  ## the quick tests with the lowest version of everything that pyproject.toml allows
-	OMP_NUM_THREADS=1 $(LOWEST)/bin/$(PYTEST) -m "not slow" --ignore=tests/ops --ignore=tests/models
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/$(PYTEST) -m "not slow" --ignore=tests/ops --ignore=tests/models --ignore=tests/scheduler
 
 test-gpu: $(VENV)/ready-dev  ## the tests of a CUDA device, one after the other
 	$(BIN)/python -m pytest -m gpu

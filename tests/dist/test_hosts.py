@@ -153,7 +153,7 @@ def engine(server: Server, other: Host) -> int:
     [
         exhaustive(rank, signal.SIGKILL, "node 1: tensor-parallel rank 1 ended with exit code -9", "rank 1 ended"),
         exhaustive(launcher, signal.SIGTERM, "node 1: its host was told to stop", None),
-        slow(launcher, signal.SIGKILL, "node 1 has said nothing for 5 s", None),
+        exhaustive(launcher, signal.SIGKILL, "node 1 has said nothing for 5 s", None),
         # As a host without power: its end of the connection does not close.
         exhaustive(launcher, signal.SIGSTOP, "node 1 has said nothing for 5 s", None),
         slow(engine, signal.SIGKILL, "the engine process ended with exit code -9", "node 0 is gone"),
