@@ -112,7 +112,7 @@ def test_decode_rows_and_prompts_of_the_published_shape() -> None:
         "split_heads": ["reference"],
         "merge_heads": ["reference"],
         "mla_prefill": ["cuda"],
-        "norm_swiglu": ["separate"],
+        "silu_and_mul": ["triton"],
     }
 
 
