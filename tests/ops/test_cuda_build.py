@@ -169,7 +169,8 @@ def test_a_launch_with_too_much_shared_memory_on_a_gpu(tmp_path: Path) -> None:
     pytest.importorskip("cuda.bindings")
     source = tmp_path / "fill.cu"
     source.write_text('extern "C" __global__ void fill(float *x) { x[threadIdx.x] = 1.0f; }')
-    kernel, x = cuda_build.CudaKernel(source, "fill", 32), torch.zeros(32, device="cuda")
+    x = torch.zeros(32, device="cuda")  # before the kernel, which is loaded into the context that torch makes
+    kernel = cuda_build.CudaKernel(source, "fill", 32)
     said = rf"fill of fill.cu .*{kernel.shared_limit + 1} bytes.* was not launched: CUDA_ERROR_INVALID_VALUE \(1\)"
     with pytest.raises(KernelError, match=said):
         kernel.launch((1, 1, 1), kernel.shared_limit + 1, x)
