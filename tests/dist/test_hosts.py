@@ -152,7 +152,6 @@ def engine(server: Server, other: Host) -> int:
     ("victim", "how", "here", "there"),
     [
         exhaustive(rank, signal.SIGKILL, "node 1: tensor-parallel rank 1 ended with exit code -9", "rank 1 ended"),
-        exhaustive(launcher, signal.SIGTERM, "node 1: its host was told to stop", None),
         exhaustive(launcher, signal.SIGKILL, "node 1 has said nothing for 5 s", None),
         # As a host without power: its end of the connection does not close.
         exhaustive(launcher, signal.SIGSTOP, "node 1 has said nothing for 5 s", None),
@@ -201,11 +200,62 @@ def test_a_death_on_either_host_ends_both(
         elif stopped:
             other.process.kill()
         if victim is launcher and not stopped:
-            assert other.process.wait(WITHIN) == (0 if how == signal.SIGTERM else KILLED)
+            assert other.process.wait(WITHIN) == KILLED
         until(lambda: not any(map(lives, ranks)) or stopped, "a rank lives on", WITHIN)
         for each in ranks if stopped else ():
             os.kill(each, signal.SIGKILL)
         assert stopped or left_in(tmp / "1") == ["x"]
+
+
+@pytest.mark.slow
+@needs_proc
+def test_all_that_are_told_to_stop_at_once_finish_what_is_under_way(folder: Path, tmp: Path, tmp_path: Path) -> None:
+    """As a service manager stops every process of both hosts."""
+    with two_hosts(folder, tmp, tmp_path) as (server, other), ThreadPoolExecutor(1) as pool:
+        url, lines = server.url(), [""]
+
+        def stream() -> str:
+            with httpx.stream("POST", f"{url}/v1/completions", json=PROMPT, timeout=60) as response:
+                lines.extend(line for line in response.iter_lines() if line.startswith("data: "))
+            return lines[-1]
+
+        answer = pool.submit(stream)
+        until(lambda: len(lines) > 10, "nothing runs")
+        for pid in (*other.ranks(), other.process.pid, server.pid("engine") or 0, server.process.pid):
+            os.kill(pid, signal.SIGTERM)
+        assert not answer.done()
+        assert answer.result(60) == "data: [DONE]"
+        assert not any("error" in line for line in lines)
+        assert server.process.wait(WITHIN) == 0
+        assert other.ended()[0] == 0
+        assert not left_in(tmp / "0")
+        assert not left_in(tmp / "1")
+
+
+@pytest.mark.slow
+@needs_proc
+def test_a_second_host_of_a_rank_is_refused_and_one_that_is_told_to_stop_leaves_in_the_end(
+    folder: Path, tmp: Path, tmp_path: Path
+) -> None:
+    asked = options(folder, free_ports(2))
+    (tmp / "0").mkdir()
+    (tmp / "1").mkdir()
+    joins = [*asked, "--node-rank", "1"]
+    with (
+        serving(tmp_path / "log-0", tmp / "0", *asked, THALWEG_CLUSTER_KEY=KEY) as server,
+        host(tmp_path / "log-1", tmp / "1", *joins, "--shutdown-timeout", "0.5") as other,
+    ):
+        url = server.url()
+        with host(tmp_path / "log-2", tmp, *joins) as second:
+            code, last = second.ended(30)
+            assert code == 2
+            assert last == "error: another host is node 1 already; expected each --node-rank on one host alone"
+        assert httpx.post(f"{url}/v1/completions", json=GREEDY, timeout=60).status_code == 200
+        assert "a second host with --node-rank 1 asked to join and was refused" in server.log.read_text()
+        other.process.terminate()
+        assert other.ended(WITHIN)[0] == 0
+        assert server.process.wait(WITHIN) == ENGINE_DIED
+        assert "node 1: its host was told to stop" in server.log.read_text().splitlines()[-1]
 
 
 @pytest.fixture
@@ -329,25 +379,25 @@ def test_torchrun_starts_every_node(folder: Path, tmp_path: Path) -> None:
 def test_nobody_gets_in_or_reads_along_without_the_key() -> None:
     config = EngineConfig(tensor_parallel_size=2, nnodes=2, master_port=free_ports(2))
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    words = link.listening(context, zmq.PULL, config, 0, KEY)
-    plans = link.listening(context, zmq.PUSH, config, 1, KEY)
+    words, plans = (link.listening(context, config, node, KEY) for node in (0, 1))
     others = {}
     for name, key in (("stranger", "f" * 32), ("friend", KEY)):
-        speaks, hears = (link.connected(context, kind, config, 0, key) for kind in (zmq.PUSH, zmq.PULL))
+        speaks, hears = (link.connected(context, node, key) for node in (0, 1))
         link.connect(speaks, config, 0)
         link.connect(hears, config, 1)
         others[name] = speaks, hears
-    plain = context.socket(zmq.PULL)
+    plain = context.socket(zmq.DEALER)
     plain.connect(f"tcp://127.0.0.1:{config.master_port + 1}")
     with context:
         for name, (speaks, _) in others.items():
             speaks.send(name.encode())
         assert words.recv() == b"friend"
         assert not words.poll(300)
-        for _ in range(3):  # a socket that pushes takes turns
-            plans.send(b"a plan")
-        for _ in range(3):
-            assert others["friend"][1].recv() == b"a plan"
+        hears = others["friend"][1]
+        plans.send_multipart([hears.routing_id, b"a plan"])
+        assert hears.recv() == b"a plan"
+        with pytest.raises(zmq.ZMQError, match="Host unreachable"):
+            plans.send_multipart([others["stranger"][1].routing_id, b"a plan"])
         assert not others["stranger"][1].poll(100)
         assert not plain.poll(0)
         context.destroy(0)
@@ -357,8 +407,7 @@ def test_node_0_hears_only_hosts_that_joined_it_and_says_so_if_it_understands_no
     config = EngineConfig(tensor_parallel_size=2, nnodes=2, master_port=free_ports(2))
     hosts, errors = OtherHosts(config, KEY), SimpleQueue[EngineDeadError]()
     with zmq.Context() as context:
-        words = link.connected(context, zmq.PUSH, config, 0, KEY)
-        plans = link.connected(context, zmq.PULL, config, 1, KEY)
+        words, plans = (link.connected(context, node, KEY) for node in (0, 1))
         hosts.watch(errors.put)
         try:
             link.connect(words, config, 0)
@@ -366,12 +415,10 @@ def test_node_0_hears_only_hosts_that_joined_it_and_says_so_if_it_understands_no
             # What a host of an engine that was here before has not yet said.
             words.send(link.encode(link.Lost(1, "its rank 1 ended")))
             words.send(link.encode(link.Alive(1)))
-            words.send(link.encode(link.Join(1, __version__, config.to_dict())))
+            words.send(link.encode(link.Join(1, plans.routing_id, __version__, config.to_dict())))
             assert plans.poll(30_000)
             assert plans.recv_multipart()[0] == link.MEET
             assert errors.empty()
-            words.send(link.encode(link.Join(1, __version__, config.to_dict())))
-            assert str(errors.get(timeout=30)).startswith("a second host is node 1; expected each --node-rank on one")
             words.send(b"\xc1")
             assert "a host says what node 0 does not understand" in str(errors.get(timeout=30))
             words.send(link.encode(link.Lost(1, "its rank 1 ended")))

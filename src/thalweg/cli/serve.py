@@ -154,7 +154,7 @@ def serve(
     if config.node_rank:
         from thalweg.engine.processes.host_main import serve_ranks
 
-        serve_ranks(config)
+        serve_ranks(config, shutdown_timeout)
         return
     from thalweg.server.run import serve as run
 

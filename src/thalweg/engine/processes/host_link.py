@@ -8,6 +8,7 @@ matter, since all keys are made of THALWEG_CLUSTER_KEY.
 from __future__ import annotations
 
 import hashlib
+import secrets
 import socket as sockets
 from functools import cache
 from typing import Any
@@ -28,9 +29,10 @@ PLAN, MEET, LEAVE = b"P", b"M", b"L"  # first frame to a host; the second is a p
 
 
 class Join(msgspec.Struct, frozen=True, tag=True):
-    """A host is there: EngineConfig.to_dict() of what it was started with."""
+    """A host is there: EngineConfig.to_dict() of what it was started with, and the name of its socket for plans."""
 
     node: int
+    socket: bytes
     version: str
     config: dict[str, Any]
 
@@ -77,9 +79,12 @@ def cluster_key() -> str:
     return key
 
 
-def listening(context: zmq.Context[Any], kind: int, config: EngineConfig, node: int, key: str) -> zmq.Socket[bytes]:
-    """Node 0's socket for a node; for node 0, the one where all others speak. Raises ConfigError."""
-    socket, port = _socket(context, kind), config.master_port + node
+def listening(context: zmq.Context[Any], config: EngineConfig, node: int, key: str) -> zmq.Socket[bytes]:
+    """Node 0's socket for a node, which sends to the socket that a message names first and to no other; for node 0, the
+    one where all others speak. Raises ConfigError."""
+    socket, port = _socket(context, zmq.ROUTER if node else zmq.PULL), config.master_port + node
+    if node:
+        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # to whom it is not connected it does not pretend to send
     _, socket.curve_secretkey = _keys(key, "node 0")
     socket.curve_server = True
     try:
@@ -94,9 +99,11 @@ def listening(context: zmq.Context[Any], kind: int, config: EngineConfig, node: 
     return socket
 
 
-def connected(context: zmq.Context[Any], kind: int, config: EngineConfig, node: int, key: str) -> zmq.Socket[bytes]:
-    """Another host's socket to what `listening` gave node 0. What is sent before node 0 is there waits."""
-    socket = _socket(context, kind)
+def connected(context: zmq.Context[Any], node: int, key: str) -> zmq.Socket[bytes]:
+    """Another host's socket, of a name of its own, to what `listening` gave node 0. What is sent before node 0 is there
+    waits."""
+    socket = _socket(context, zmq.DEALER if node else zmq.PUSH)
+    socket.routing_id = b"host" + secrets.token_bytes(16)
     socket.curve_serverkey, _ = _keys(key, "node 0")
     socket.curve_publickey, socket.curve_secretkey = _keys(key, "another node")
     return socket

@@ -29,23 +29,25 @@ _REFUSALS = 3  # in a row before the key is taken to be wrong, and not node 0 to
 class Host:
     """One host's part in an engine; all of it happens in `run`."""
 
-    def __init__(self, config: EngineConfig, key: str) -> None:
+    def __init__(self, config: EngineConfig, key: str, shutdown_timeout_s: float = 30.0) -> None:
         self._config, self._node, self._key = config, config.node_rank, key
+        self._patience_s = shutdown_timeout_s + link.LOST_SECONDS  # node 0, told at the same time, needs a moment more
         self._ranks: LocalRanks | None = None
         self._ended: queue.SimpleQueue[EngineDeadError | None] = queue.SimpleQueue()  # a rank's error; None: a signal
         self._refusals = 0
         self._connected = self._gone = False
 
     def run(self) -> None:
-        """Until node 0 says that all is well and over, or SIGTERM. Raises ConfigError or CheckpointError for a model
-        that is not there or not whole, ConfigError if node 0 does not take this host, and EngineDeadError when the
-        engine is lost, here or there."""
+        """Until node 0 says that all is well and over. After SIGTERM it goes on until then as well, as requests may be
+        under way, but no longer than `shutdown_timeout_s` and a moment; at once if it is the second one, or if node 0
+        has not answered yet. Raises ConfigError or CheckpointError for a model that is not there or not whole,
+        ConfigError if node 0 does not take this host, and EngineDeadError when the engine is lost, here or there."""
         c = self._config
         open_source(c).plan(Shards(0, c.tensor_parallel_size))  # before node 0 counts on this host
         with ExitStack() as stack:
             context: zmq.Context[Any] = stack.enter_context(zmq.Context())
-            self._words = stack.enter_context(link.connected(context, zmq.PUSH, c, 0, self._key))
-            self._plans = stack.enter_context(link.connected(context, zmq.PULL, c, self._node, self._key))
+            self._words = stack.enter_context(link.connected(context, 0, self._key))
+            self._plans = stack.enter_context(link.connected(context, self._node, self._key))
             events = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | _REFUSED
             self._monitor = self._plans.get_monitor_socket(events)
             stack.callback(self._plans.disable_monitor)
@@ -65,6 +67,7 @@ class Host:
         for each in (self._plans, self._monitor, self._wake):
             poller.register(each, zmq.POLLIN)
         started = said = time.monotonic()
+        leaves_at = float("inf")
         while True:
             ready = dict(poller.poll(int(1000 * link.ALIVE_SECONDS / 2)))
             if self._plans in ready and self._take(*self._plans.recv_multipart()):
@@ -76,12 +79,19 @@ class Host:
             if self._wake in ready:
                 os.read(self._wake, 1)
                 error = self._ended.get()
-                if error is None:
-                    self._words.send(link.encode(link.Lost(self._node, "its host was told to stop")))
-                    return
-                self._words.send(link.encode(link.Lost(self._node, str(error))))
-                raise error
+                if error is not None:
+                    self._words.send(link.encode(link.Lost(self._node, str(error))))
+                    raise error
+                is_first = leaves_at == float("inf")
+                leaves_at = time.monotonic() + (self._patience_s if is_first and self._ranks is not None else 0)
+                if is_first and self._ranks is not None:
+                    end = f"or after {self._patience_s:g} s (--shutdown-timeout)"
+                    say(f"node {self._node} was told to stop and ends with node 0, {end}", error=True)
             now = time.monotonic()
+            if now >= leaves_at:
+                if self._ranks is not None:
+                    self._words.send(link.encode(link.Lost(self._node, "its host was told to stop")))
+                return
             if self._ranks is None and now - started > link.MEET_SECONDS:
                 raise EngineDeadError(f"node 0 has not answered after {link.MEET_SECONDS:g} s (--master-addr)")
             if now - said > link.ALIVE_SECONDS:
@@ -108,7 +118,9 @@ class Host:
         """At what became of the connection."""
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self._connected = True  # from now on this host hears what node 0 answers
-            self._words.send(link.encode(link.Join(self._node, __version__, self._config.to_dict())))
+            socket = self._plans.getsockopt(zmq.ROUTING_ID)
+            assert isinstance(socket, bytes)
+            self._words.send(link.encode(link.Join(self._node, socket, __version__, self._config.to_dict())))
         elif event & _REFUSED and not self._connected:
             self._refusals += 1
             if self._refusals >= _REFUSALS:
@@ -132,6 +144,6 @@ class Host:
             self._ranks.close()
 
 
-def serve_ranks(config: EngineConfig) -> None:
+def serve_ranks(config: EngineConfig, shutdown_timeout_s: float) -> None:
     """As Host.run. Raises ConfigError without a key, too."""
-    Host(config, link.cluster_key()).run()
+    Host(config, link.cluster_key(), shutdown_timeout_s).run()

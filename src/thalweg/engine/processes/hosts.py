@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -32,11 +31,12 @@ class OtherHosts:
         self._closing = False
         self._lock = threading.Lock()  # over the sockets of plans, which two threads write to
         self._plans: dict[int, zmq.Socket[bytes]] = {}
+        self._joined: dict[int, bytes] = {}  # the name of its socket
         try:
             self.listener = link.free_port(config)
-            self._words = link.listening(self._context, zmq.PULL, config, 0, key)
+            self._words = link.listening(self._context, config, 0, key)
             for node in range(1, config.nnodes):
-                self._plans[node] = link.listening(self._context, zmq.PUSH, config, node, key)
+                self._plans[node] = link.listening(self._context, config, node, key)
         except BaseException:
             self._context.destroy(0)
             raise
@@ -71,15 +71,27 @@ class OtherHosts:
 
     def _tell(self, kind: bytes, body: bytes) -> None:
         with self._lock:
-            for socket in self._plans.values():
-                with contextlib.suppress(zmq.Again):  # nobody is there
-                    socket.send_multipart([kind, body], zmq.NOBLOCK)
+            for node, socket in self._joined.items():
+                self._send(node, socket, kind, body)
 
-    def _answer(self, node: int, kind: bytes, body: bytes) -> None:
+    def _answer(self, message: link.Join, kind: bytes, body: bytes) -> None:
         """To one that has just spoken, whose connection for plans may be a moment behind."""
-        with self._lock:
-            if self._plans[node].poll(int(1000 * link.LOST_SECONDS), zmq.POLLOUT):
-                self._plans[node].send_multipart([kind, body])
+        deadline = time.monotonic() + link.LOST_SECONDS
+        while time.monotonic() < deadline:
+            with self._lock:
+                if self._send(message.node, message.socket, kind, body):
+                    return
+            time.sleep(0.01)
+
+    def _send(self, node: int, socket: bytes, kind: bytes, body: bytes) -> bool:
+        """Whether it is on its way: False if nobody of that name is there."""
+        try:
+            self._plans[node].send_multipart([socket, kind, body], zmq.NOBLOCK)
+        except zmq.ZMQError as e:
+            if e.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
+                raise
+            return False
+        return True
 
     def _listen(self) -> None:
         started = time.monotonic()
@@ -107,25 +119,36 @@ class OtherHosts:
 
     def _take(self, message: link.Join | link.Alive | link.Lost) -> None:
         node = message.node
-        if node not in self._heard and not isinstance(message, link.Join):
-            return  # of an engine that was here before, whose hosts have yet to end
+        if node not in self._plans:
+            return  # of more hosts than this engine has
         if isinstance(message, link.Join):
-            reason = self._refusal(message)
-            if reason is not None:
-                if node in self._plans:
-                    self._answer(node, link.LEAVE, reason.encode())
-                self._lose(reason)
-                return
-            self._answer(node, link.MEET, self.meeting.encode())
+            self._meet(message)
+        elif node not in self._joined:
+            return  # of an engine that was here before, whose hosts have yet to end
         elif isinstance(message, link.Lost):
             self._lose(f"node {node}: {message.reason}")
         self._heard[node] = time.monotonic()
 
+    def _meet(self, message: link.Join) -> None:
+        """Take a host in, unless it does not fit. One too many is sent away, and the others go on."""
+        node = message.node
+        if node in self._joined:
+            refusal = f"another host is node {node} already; expected each --node-rank on one host alone"
+            self._answer(message, link.LEAVE, refusal.encode())
+            say(f"a second host with --node-rank {node} asked to join and was refused", error=True)
+            return
+        reason = self._refusal(message)
+        if reason is not None:
+            self._answer(message, link.LEAVE, reason.encode())
+            self._lose(reason)
+            return
+        self._answer(message, link.MEET, self.meeting.encode())
+        with self._lock:
+            self._joined[node] = message.socket
+
     def _refusal(self, message: link.Join) -> str | None:
         if message.version != __version__:
             return f"node {message.node} runs Thalweg {message.version} and node 0 {__version__}; expected the same"
-        if message.node not in self._plans or message.node in self._heard:
-            return f"a second host is node {message.node}; expected each --node-rank on one host alone"
         return link.difference(message.node, message.config, self._config.to_dict())
 
     def _lose(self, reason: str) -> None:

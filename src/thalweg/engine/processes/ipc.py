@@ -113,6 +113,8 @@ def end_with_parent(own_address: str) -> None:
     this process runs, such as a compiler, goes with it if its session is its own.
 
     Unless the parent said `tell_to_leave`, it died, and the folder of `own_address`, a socket, is removed first.
+
+    SIGTERM does nothing: who stops a service may send it to all of its processes, and requests are then under way.
     """
 
     def wait() -> None:
@@ -127,3 +129,4 @@ def end_with_parent(own_address: str) -> None:
         os._exit(0)
 
     threading.Thread(target=wait, name="thalweg-parent-watch", daemon=True).start()
+    signal.signal(signal.SIGTERM, lambda *_: None)  # a handler, which what this process runs does not inherit
