@@ -19,6 +19,7 @@ from thalweg.ops.attention.gqa import cpp as gqa
 from thalweg.ops.attention.mla import cpp as mla
 from thalweg.ops.attention.mla_mixer import cpp as mla_mixer
 from thalweg.ops.delta import mixer_cpp, prefill_cpp
+from thalweg.ops.embedding import cpp as embedding
 from thalweg.ops.linear import blocks_cpp
 from thalweg.ops.linear import cpp as linear
 from thalweg.ops.moe.experts import cpp as experts
@@ -31,6 +32,7 @@ from thalweg.ops.toolchain import cpu_build
 MODULES: list[ModuleType] = [
     activation,
     blocks_cpp,
+    embedding,
     experts,
     gqa,
     linear,

@@ -26,6 +26,9 @@ from thalweg.ops.attention.gqa import cpp as gqa
 from thalweg.ops.attention.mla_mixer import cpp as mla_mixer
 from thalweg.ops.delta import mixer_cpp
 from thalweg.ops.delta.kda_mixer import reference as kda_mixer_reference
+from thalweg.ops.embedding import VocabRowsDims
+from thalweg.ops.embedding import cpp as embedding
+from thalweg.ops.embedding import reference as embedding_reference
 from thalweg.ops.linear import blocks_cpp
 from thalweg.ops.linear import cpp as linear
 from thalweg.ops.linear import reference as linear_reference
@@ -37,7 +40,7 @@ from thalweg.ops.norm import cpp as norms
 from thalweg.ops.norm import reference as norm_reference
 from thalweg.ops.sample import cpp as sample
 from thalweg.ops.sample import reference as sample_reference
-from thalweg.quant import GgmlRows
+from thalweg.quant import PLAIN, GgmlRows, Scheme
 from thalweg.quant.ggml_quantize import quantize
 from thalweg.quant.ggml_types import TYPES
 
@@ -252,7 +255,24 @@ def test_halves_of_any_number_of_columns() -> None:
         assert error(y, x.double() @ w.double().T) < 5e-7
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["none", *blocks_cpp.SERVED])
+def test_rows_of_a_vocabulary_are_the_reference_s(name: str, dtype: torch.dtype) -> None:
+    w = randn(70, 256, dtype=torch.float32)
+    scheme: Scheme = PLAIN if name == "none" else GgmlRows(((name, 70),))
+    stored = w.to(dtype) if isinstance(scheme, type(PLAIN)) else blocks_of(w, scheme)
+    ids = torch.tensor([[3, 0], [69, 0], [3, 0]])[:, 0]
+    rows = embedding.build(VocabRowsDims(D=256, scheme=scheme.name), dtype)(ids, stored)
+    assert rows.dtype == dtype
+    assert rows.equal(embedding_reference.vocab_rows(ids, stored, scheme=scheme, dtype=dtype))
+    for wrong in (-1, 70):
+        with pytest.raises(IndexError, match=f"{min(wrong, 5)} to {max(wrong, 5)}; expected 0 to 69"):
+            embedding.build(VocabRowsDims(D=256, scheme=scheme.name), dtype)(torch.tensor([5, wrong]), stored)
+
+
 def test_what_c_has_no_code_for_is_refused() -> None:
+    assert embedding.refusal(VocabRowsDims(D=256, scheme="IQ4_XS 9")) == "has no code for IQ4_XS"
+    assert "not fp8" in str(embedding.refusal(VocabRowsDims(D=256, scheme="fp8")))
     dims = ExpertsDims(E=7, D=256, I=256, scheme="IQ4_XS 512 | Q8_0 256")
     assert experts.refuses(dims) == "has no code for IQ4_XS"
     halves = replace(dims, scheme="F16 512 | Q8_0 256")

@@ -48,7 +48,7 @@ def generate(folder: Path) -> list[list[int]]:
         ]
     ]
     prompts = [[(3 * i + j * j) % 128 for j in range(4 + 9 * i)] for i in range(len(params))]
-    with LLM(str(folder), max_num_seqs=5, max_num_batched_tokens=24, block_size=8) as llm:
+    with LLM(str(folder), max_num_seqs=5, max_num_batched_tokens=24, block_size=8, enforce_eager=True) as llm:
         return [o.outputs[0].token_ids for o in llm.generate(prompts, params)]
 
 

@@ -38,6 +38,7 @@ from thalweg.runner.cache_file import CacheIndex, images
 from thalweg.runner.cache_file import read as read_file
 from thalweg.runner.graphs import MAX_ROWS, Share, buckets
 from thalweg.runner.prefill_graphs import token_sizes
+from thalweg.runner.recorded import MAX_ROWS as MAX_RECORDED_ROWS
 from thalweg.runner.slots import SlotTable
 from thalweg.runner.step import ModelRunner
 from thalweg.sampling.grammars import Grammars
@@ -109,6 +110,8 @@ def build_rank(
     graph_sizes = buckets(split.num_slots)
     eager = _why_eager(config, device, resolver, "decodes", graph_sizes[-1])
     graph_sizes = [] if eager else graph_sizes
+    not_recorded = _why_not_recorded(config, device)
+    recorded_rows = 0 if not_recorded else min(MAX_RECORDED_ROWS, split.num_slots)
     assert config.prefill_graph_tokens is not None
     prefill_tokens = min(config.prefill_graph_tokens, config.max_num_batched_tokens)
     prefill_sizes = token_sizes(prefill_tokens, split.max_model_len)
@@ -117,7 +120,9 @@ def build_rank(
     laps.end("cache")
     sampler = Sampler(sampling, sample)
     share = resolve_share(resolver, device, mesh)
-    runner = ModelRunner(model, slots, sampler, mesh, graph_sizes, prefill_tokens, host, split.keeps_prefixes, share)
+    runner = ModelRunner(
+        model, slots, sampler, mesh, graph_sizes, prefill_tokens, host, split.keeps_prefixes, share, recorded_rows
+    )
     runner.identity, runner.cache_index = identity, index
     if device.type == "cuda":
         make_kernels(runner, partial(model, layers=model.one_of_each()), split, config.max_num_batched_tokens)
@@ -126,6 +131,9 @@ def build_rank(
         laps.end("graphs")
         warm_up(runner, split, config.max_num_batched_tokens)
         laps.end("warm-up")
+    elif recorded_rows:
+        not_recorded = runner.record()
+        laps.end("recording")
     info = EngineInfo(
         name=source.name,
         folder=str(source.folder),
@@ -160,7 +168,7 @@ def build_rank(
         memory_split=_describe(weight_bytes, split),
         layers=[describe_layer(layer, spec) for layer, spec in zip(model.layers, specs, strict=True)],
         eos_token_ids=list(eos),
-        decode_steps=f"eager: {eager}" if eager else f"CUDA graphs of {', '.join(map(str, graph_sizes))} rows",
+        decode_steps=_decode_steps(eager, graph_sizes, not_recorded, recorded_rows),
         prefill_steps=_prefill_steps(config, prefills_eager, prefill_tokens),
         ops=op_choices(resolver),
         start_seconds=laps.seconds,
@@ -222,14 +230,34 @@ def op_choices(resolver: Resolver) -> list[OpChoice]:
 
 def _why_eager(config: EngineConfig, device: torch.device, resolver: Resolver, rows: Rows, most: int) -> str | None:
     """Why steps of up to `most` such rows cannot run as CUDA graphs; None if they can."""
-    if device.type != "cuda":
-        return f"{device.type} has no CUDA graphs"
     if config.enforce_eager:
         return "--enforce-eager"
+    if device.type != "cuda":
+        return f"{device.type} has no CUDA graphs"
     if config.data_parallel_size > 1:
         return "the host has to know how many tokens go to each data-parallel rank"
     reasons = (choice.why_not_captured(rows, most) for choice in resolver.explain())
     return next((reason for reason in reasons if reason is not None), None)
+
+
+def _why_not_recorded(config: EngineConfig, device: torch.device) -> str | None:
+    """Why steps that decode are not recorded and replayed as calls of ops in C++; None if that can be tried."""
+    if device.type != "cpu":
+        return f"{device.type} has CUDA graphs"
+    if config.enforce_eager:
+        return "--enforce-eager"
+    if config.tensor_parallel_size * config.data_parallel_size > 1:
+        return "ranks exchange something between ops"
+    return None
+
+
+def _decode_steps(eager: str | None, graph_sizes: list[int], not_recorded: str | None, recorded_rows: int) -> str:
+    """How steps of decode rows alone run."""
+    if recorded_rows and not_recorded is None:
+        return f"recorded calls of up to {recorded_rows} rows, eager beyond"
+    if recorded_rows:
+        return f"eager: {not_recorded}"
+    return f"eager: {eager}" if eager else f"CUDA graphs of {', '.join(map(str, graph_sizes))} rows"
 
 
 def _prefill_steps(config: EngineConfig, eager: str | None, tokens: int) -> str:

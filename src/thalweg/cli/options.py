@@ -207,7 +207,7 @@ def engine_config(
     ] = "auto",
     seed: Annotated[int, _engine(metavar="S", help="Seed of sampling and of dummy weights.")] = _DEFAULTS.seed,
     enforce_eager: Annotated[
-        bool, _engine("--enforce-eager", help="Use no CUDA graphs: a faster start and slower steps.")
+        bool, _engine("--enforce-eager", help="Neither CUDA graphs nor steps recorded on a CPU: slower steps.")
     ] = False,
     prefill_graph_tokens: Annotated[
         str | None,

@@ -68,7 +68,7 @@ class EngineConfig:
         "ray" has a Ray cluster place them.
     load_format: "auto" or "safetensors" read the checkpoint, "dummy" draws random weights.
     seed: of sampling and of dummy weights.
-    enforce_eager: whether steps run without CUDA graphs.
+    enforce_eager: whether steps run without CUDA graphs, and on a CPU without being recorded.
     prefill_graph_tokens: steps with so many prompt tokens at most run as CUDA graphs, if there are graphs for so many.
         None: 2048 on one rank, 4096 on two of one host, which are done with a prompt before its kernels are
         launched, and 0 otherwise.

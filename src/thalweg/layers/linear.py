@@ -6,14 +6,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from thalweg.layers.context import BuildContext
 from thalweg.layers.norm import NormWeight
 from thalweg.ops.all_gather import ALL_GATHER, AllGather, AllGatherDims
 from thalweg.ops.all_reduce import ALL_REDUCE_ADD, AllReduceAdd, AllReduceAddDims
-from thalweg.ops.embedding import EMBEDDING, Embedding
+from thalweg.ops.embedding import EMBEDDING, VOCAB_ROWS, Embedding, VocabRowsDims
 from thalweg.ops.linear import (
     LINEAR,
     LINEAR_ADD,
@@ -29,6 +28,7 @@ from thalweg.ops.linear import (
 from thalweg.ops.linear.fp8 import LINEAR_ADD_FP8, LINEAR_FP8, NORM_LINEAR_FP8, Fp8LinearDims
 from thalweg.ops.norm import RMS_NORM, RmsNormDims
 from thalweg.parallel.mesh import Mesh
+from thalweg.quant import PLAIN
 
 
 class Weights(nn.Module):
@@ -164,22 +164,23 @@ class VocabEmbedding(nn.Module):
         self.mesh = ctx.mesh
         self.rows = -(-vocab_size // ctx.mesh.tp_size)
         self.weight = ctx.stored("weight", (self.rows, width))["weight"]
-        self._planned, self._dtype = ctx.planned("weight"), ctx.dtype
+        planned = ctx.planned("weight")
         self._over_ranks: Embedding | None = None
-        if ctx.mesh.tp_size > 1 and self._planned is None:
+        if ctx.mesh.tp_size > 1 and planned is None:
             dims = AllReduceAddDims(D=width, ranks=ctx.mesh.tp_size, mapped=ctx.mesh.mapped)
             self._over_ranks = ctx.op(EMBEDDING, dims)
+        else:
+            scheme = PLAIN if planned is None else planned.scheme
+            self._vocab_rows = ctx.op(VOCAB_ROWS, VocabRowsDims(D=width, scheme=scheme.name))
 
     def forward(self, ids_T: Tensor) -> Tensor:
         if self._over_ranks is not None:
             return self._over_ranks(ids_T, self.weight, self.mesh)
-        if self._planned is None:
-            return F.embedding(ids_T, self.weight)
         if self.mesh.tp_size == 1:
-            return self._planned.scheme.rows_of([self.weight], ids_T, self._dtype)
+            return self._vocab_rows(ids_T, self.weight)
         local_T = ids_T - self.mesh.tp_rank * self.rows
         here_T = (local_T >= 0) & (local_T < self.rows)
-        x_TD = self._planned.scheme.rows_of([self.weight], torch.where(here_T, local_T, 0), self._dtype)
+        x_TD = self._vocab_rows(torch.where(here_T, local_T, 0), self.weight)
         return self.mesh.all_reduce(torch.where(here_T[:, None], x_TD, 0))
 
 

@@ -40,7 +40,7 @@ class BatchBuilder:
         if plan.prefills:
             self._last = None
             return self._with_prefills(plan, every_row)
-        if self._last is not None and self._moved_on(plan):
+        if self._last is not None and moved_on(plan, self._last_slots, self._last_starts, self._block_size):
             batch, rows = self._last
             rows.add_(self._one_on)
             torch.index_select(self.slots.last_tokens, 0, batch.slots_B, out=batch.token_ids_T)
@@ -167,20 +167,21 @@ class BatchBuilder:
         begin = first * self._block_size
         return rows[start - begin : stop - begin]
 
-    def _moved_on(self, plan: StepPlan) -> bool:
-        """Whether the step is the last one moved on by a token, within the same blocks: most steps of most runs. A
-        step's host time is mostly that of making its tensors, which are then the last one's moved on."""
-        if plan.new_blocks or plan.decode_slots != self._last_slots:
-            return False
-        starts = plan.decode_starts
-        moved = all(start == before + 1 for start, before in zip(starts, self._last_starts, strict=True))
-        return moved and all(start % self._block_size for start in starts)
-
     def _tables(self, slots_B: Tensor, num_blocks: int) -> Tensor:
         return self.slots.blocks[:, :num_blocks][slots_B]
 
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block_size)
+
+
+def moved_on(plan: StepPlan, last_slots: list[int], last_starts: list[int], block_size: int) -> bool:
+    """Whether a step of decode rows is the last one moved on by a token, within the same blocks: most steps of most
+    runs. A step's host time is mostly that of making its tensors, which are then the last one's moved on."""
+    if plan.new_blocks or plan.decode_slots != last_slots:
+        return False
+    starts = plan.decode_starts
+    moved = all(start == before + 1 for start, before in zip(starts, last_starts, strict=True))
+    return moved and all(start % block_size for start in starts)
 
 
 def even(n: int) -> int:

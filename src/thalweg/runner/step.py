@@ -21,6 +21,7 @@ from thalweg.runner.batch import BatchBuilder
 from thalweg.runner.graphs import DecodeGraphs, Model, Share
 from thalweg.runner.prefill_graphs import PrefillGraphs, Shape
 from thalweg.runner.readback import Readback
+from thalweg.runner.recorded import RecordedSteps
 from thalweg.runner.slots import SlotTable
 from thalweg.sampling.logprobs import token_logprobs
 from thalweg.sampling.sampler import NON_FINITE, Sampler
@@ -46,10 +47,12 @@ class ModelRunner:
         host: HostStorage | None = None,
         keeps_prefixes: bool = False,
         share: Share | None = None,
+        recorded_rows: int = 0,
     ) -> None:
         """`sampler` reads `slots.sampling`. `graph_sizes` are rows of steps that decode. Steps of up to
         `prefill_tokens` prompt tokens can be graphs; 0: none. `host`: the cache's second tier. `keeps_prefixes`:
-        whether prompts may begin after cached tokens. `share`: instead of the mesh's broadcast."""
+        whether prompts may begin after cached tokens. `share`: instead of the mesh's broadcast. `recorded_rows`: steps
+        that decode so many rows at most are recorded, on a CPU without other ranks."""
         self.model, self.slots, self._sampler, self.mesh = model, slots, sampler, mesh
         self.host = host
         self.identity = ""  # of the model and all that cached bytes depend on
@@ -62,6 +65,7 @@ class ModelRunner:
         if graph_sizes:
             with torch.inference_mode():
                 self._graphs = DecodeGraphs(model, self._batches, sampler, self._share, graph_sizes)
+        self._recorded = RecordedSteps(model, self._batches, sampler, recorded_rows) if recorded_rows else None
         self.prefill_graphs = None
         if prefill_tokens:
             most = slots.cache.num_slots
@@ -94,6 +98,11 @@ class ModelRunner:
         if self.prefill_graphs is not None:
             self.prefill_graphs.start()
 
+    def record(self) -> str | None:
+        """Begin to record steps. Returns why none can be recorded, if so."""
+        assert self._recorded is not None
+        return self._recorded.start()
+
     def execute(self, plan: StepPlan) -> StepResult:
         return self.launch(plan)()
 
@@ -114,6 +123,8 @@ class ModelRunner:
             self.slots.add_blocks(plan.new_blocks)
         if self._graphs is not None and self._graphs.serves(plan):
             finish = self._launch_graph(self._graphs, plan)
+        elif self._recorded is not None and self._recorded.serves(plan):
+            finish = self._launch_recorded(self._recorded, plan)
         elif not eagerly and self.prefill_graphs is not None and (shape := self._shape_of(plan)) is not None:
             finish = self._launch_prefill_graph(self.prefill_graphs, plan, shape)
         else:
@@ -162,14 +173,25 @@ class ModelRunner:
                 graphs.model = model
 
     def _launch_graph(self, graphs: DecodeGraphs, plan: StepPlan) -> Finish:
-        slots = plan.decode_slots
         with tracing.span("build"):
             stage = graphs.stage(plan)
         with tracing.span("model"):
-            logits, ids = graphs.run(stage, len(slots))
+            logits, ids = graphs.run(stage, len(plan.decode_slots))
+        return self._of_decodes(plan, logits, ids)
+
+    def _launch_recorded(self, recorded: RecordedSteps, plan: StepPlan) -> Finish:
+        with tracing.span("build"):
+            recorded.stage(plan)
+        with tracing.span("model"):
+            logits, ids = recorded.run(len(plan.decode_slots))
+        return self._of_decodes(plan, logits, ids)
+
+    def _of_decodes(self, plan: StepPlan, logits: Tensor, ids: Tensor) -> Finish:
+        """The result of a static step, whose ids count unless a row asks for more."""
+        slots, result = plan.decode_slots, StepResult(plan.step, [])
         if self._sampler.simple(slots):
-            return self._finish_simple(StepResult(plan.step, []), slots, ids)
-        return self._sample(StepResult(plan.step, []), logits.float(), slots, [s + 1 for s in plan.decode_starts])
+            return self._finish_simple(result, slots, ids)
+        return self._sample(result, logits.float(), slots, [s + 1 for s in plan.decode_starts])
 
     def _shape_of(self, plan: StepPlan) -> Shape | None:
         """The shape of graphs that the step runs in, if any."""

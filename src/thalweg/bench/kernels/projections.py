@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from thalweg.bench.kernels.case import Arguments, Case, Draw, Setting, candidates_of
+from thalweg.ops.embedding import VOCAB_ROWS, VocabRowsDims
 from thalweg.ops.linear import (
     LINEAR,
     LINEAR_ADD,
@@ -21,7 +23,8 @@ from thalweg.ops.linear import (
 from thalweg.ops.linear.fp8 import LINEAR_ADD_FP8, LINEAR_FP8, NORM_LINEAR_FP8, Fp8LinearDims
 from thalweg.ops.projection import BATCHED_PROJECTION, BatchedProjectionDims
 from thalweg.ops.registry import Op
-from thalweg.quant import FP8_LINEARS, scheme_named
+from thalweg.quant import FP8_LINEARS, PLAIN, GgmlRows, scheme_named
+from thalweg.quant.scheme import Shape
 
 EPS = 1e-5
 
@@ -102,12 +105,37 @@ def linear_ggml(setting: Setting, dims: LinearGgmlDims) -> Iterator[Case]:
     (blocks,) = scheme.stored((dims.O, dims.D), 1)
 
     def make(draw: Draw, T: int) -> Arguments:
-        # Bytes below 64 are not part of a float16 that is infinite or NaN.
-        small = draw(*blocks.shape, dtype=torch.float32).mul_(16).abs_().clamp_(max=63)
-        return Arguments(draw(T, dims.D), small.to(torch.uint8))
+        return Arguments(draw(T, dims.D), _blocks(draw, blocks.shape))
 
     label, weight_bytes = f"{dims.D} to {dims.O}", scheme.bytes_per_weight(setting.dtype.itemsize)
     yield from _products(setting, LINEAR_GGML, dims, dims.D, dims.O, label, make, weight_bytes=weight_bytes)
+
+
+def vocab_rows(setting: Setting, dims: VocabRowsDims) -> Iterator[Case]:
+    V, scheme, es = 4096, scheme_named(dims.scheme), setting.dtype.itemsize
+    if isinstance(scheme, GgmlRows):
+        scheme = GgmlRows(((scheme.segments[0][0], V),))
+    (rows,) = scheme.stored((V, dims.D), 1)
+    for _, T, size in setting.calls():
+
+        def make(copy: int, T: int = T) -> Arguments:
+            draw = Draw(setting, copy)
+            ids = draw(T, dtype=torch.float32).mul_(V / 8).long() % V
+            return Arguments(ids, draw(*rows.shape) if scheme is PLAIN else _blocks(draw, rows.shape))
+
+        yield Case(
+            VOCAB_ROWS.name,
+            f"rows of {dims.D}, {size}",
+            candidates_of(setting, VOCAB_ROWS, replace(dims, scheme=scheme.name), T),
+            make,
+            num_bytes=T * dims.D * (es + scheme.bytes_per_weight(es)),
+            timed=setting.timed,
+        )
+
+
+def _blocks(draw: Draw, shape: Shape) -> Tensor:
+    """Bytes below 64 are not part of a float16 that is infinite or NaN."""
+    return draw(*shape, dtype=torch.float32).mul_(16).abs_().clamp_(max=63).to(torch.uint8)
 
 
 def _products(

@@ -21,6 +21,7 @@ from thalweg.ops.attention.mla_mixer import MLA_DECODE, MLA_MIXER_DECODE
 from thalweg.ops.attention.mla_rope import MLA_ROPE
 from thalweg.ops.delta.gdn import GDN_MIXER_DECODE, GDN_MIXER_PREFILL
 from thalweg.ops.delta.kda_mixer import KDA_MIXER_DECODE, KDA_MIXER_PREFILL
+from thalweg.ops.embedding import VOCAB_ROWS
 from thalweg.ops.linear import LINEAR, LINEAR_ADD, LINEAR_GGML, NORM_LINEAR
 from thalweg.ops.linear.fp8 import LINEAR_ADD_FP8, LINEAR_FP8, NORM_LINEAR_FP8
 from thalweg.ops.moe.experts import EXPERTS
@@ -32,6 +33,7 @@ from thalweg.ops.sample import SAMPLE
 
 Makers = list[tuple[Op, Maker]]  # type: ignore[type-arg]
 _OF_TOKENS: Makers = [  # what is the same for a token of a prompt
+    (VOCAB_ROWS, projections.vocab_rows),
     (LINEAR, projections.linear),
     (NORM_LINEAR, projections.norm_linear),
     (LINEAR_ADD, projections.linear_add),

@@ -1,4 +1,5 @@
 // Op "silu_and_mul".
+#include "recording.h"
 #include "rows.h"
 
 using namespace thalweg;
@@ -22,3 +23,5 @@ extern "C" void thalweg_silu_and_mul(
   else
     silu_and_mul((const bf16*)x, x_stride, (bf16*)y, tokens, I, threads);
 }
+
+THALWEG_RECORDABLE(silu_and_mul)

@@ -5,6 +5,7 @@
 // new state D + u k^T, so a state is read and written once. Values are rounded to T where
 // the references round them, which serve prompts: the same token comes out of both as nearly alike as can be.
 #include "delta.h"
+#include "recording.h"
 
 using namespace thalweg;
 
@@ -255,3 +256,6 @@ extern "C" void thalweg_gdn_mixer(
   else
     state_dtype == FLOAT32 ? run(bf16{}, float{}) : run(bf16{}, bf16{});
 }
+
+THALWEG_RECORDABLE(kda_mixer)
+THALWEG_RECORDABLE(gdn_mixer)

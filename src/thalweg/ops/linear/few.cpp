@@ -1,5 +1,6 @@
 // Ops "linear", "norm_linear", "linear_add" and "linear_ggml" of few tokens.
 #include "int8.h"
+#include "recording.h"
 
 using namespace thalweg;
 
@@ -105,3 +106,6 @@ extern "C" void thalweg_linear_ggml(
   };
   rounds ? of_dtype(RoundedMatrix{plain}) : of_dtype(plain);
 }
+
+THALWEG_RECORDABLE(linear)
+THALWEG_RECORDABLE(linear_ggml)

@@ -1,5 +1,6 @@
 // Ops "linear", "norm_linear", "linear_add" and "linear_ggml" of many tokens.
 #include "products.h"
+#include "recording.h"
 
 using namespace thalweg;
 
@@ -119,3 +120,6 @@ extern "C" void thalweg_linear_ggml_many(
   };
   rounds ? of_dtype(RoundedMatrix{exact}) : of_dtype(exact);
 }
+
+THALWEG_RECORDABLE(linear_many)
+THALWEG_RECORDABLE(linear_ggml_many)

@@ -1,4 +1,5 @@
 // Op "rms_norm".
+#include "recording.h"
 #include "rows.h"
 
 using namespace thalweg;
@@ -38,3 +39,5 @@ extern "C" void thalweg_rms_norm(
   else
     norm_dtype == FLOAT32 ? run(bf16{}, float{}) : run(bf16{}, bf16{});
 }
+
+THALWEG_RECORDABLE(rms_norm)

@@ -1,6 +1,7 @@
 // Op "sample": the best of a row of logits, each with the Gumbel noise of its row's seed, position and its own index.
 #include <limits>
 
+#include "recording.h"
 #include "rows.h"
 
 using namespace thalweg;
@@ -119,3 +120,5 @@ extern "C" void thalweg_sample(
   };
   dtype == FLOAT32 ? run(float{}) : run(bf16{});
 }
+
+THALWEG_RECORDABLE(sample)

@@ -18,11 +18,13 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -38,6 +40,8 @@ SHIPPED = HEADERS / "built"  # in a wheel for one platform (scripts/platform_whe
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # as the sources number them
 OPTIONS = ("-std=c++20", "-O3", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-pthread")
 COMPILE_SECONDS = 300  # others wait for as long
+Tell = Callable[[str, Sequence[Any], tuple[Any, ...]], None]
+_told: dict[int, Tell] = {}  # by thread
 _log = logging.getLogger(__name__)
 
 
@@ -97,12 +101,35 @@ def function(name: str, *types: Any) -> Callable[..., int]:
     seen = f"thalweg::{name}"
 
     def call(*args: Any) -> Any:
+        if _told and (tell := _told.get(get_ident())) is not None:
+            tell(name, types, args)
         if not profiler._is_profiler_enabled:
             return found(*args)
         with profiler.record_function(seen):
             return found(*args)
 
     return call
+
+
+def address(name: str) -> int:
+    """Of the library's function `thalweg_<name>`. Raises BuildError if it has none."""
+    loaded = _loaded()
+    if isinstance(loaded, str):
+        raise BuildError(loaded)
+    try:
+        return ctypes.cast(loaded[f"thalweg_{name}"], ctypes.c_void_p).value or 0
+    except AttributeError:
+        raise BuildError(f"the CPU's library has no function {name}") from None
+
+
+@contextmanager
+def telling(tell: Tell) -> Iterator[None]:
+    """Inside, each call that this thread makes of a `function` is told first: its name, types and arguments."""
+    _told[get_ident()] = tell
+    try:
+        yield
+    finally:
+        del _told[get_ident()]
 
 
 def levels() -> tuple[Level, ...]:

@@ -1,6 +1,7 @@
 // Op "gqa_mixer_decode": gated attention of grouped heads for one new token of each sequence. A task is a key head of a
 // sequence with the query heads that share it.
 #include "attend.h"
+#include "recording.h"
 
 using namespace thalweg;
 
@@ -107,3 +108,5 @@ extern "C" void thalweg_gqa_mixer(
   else
     norm_dtype == FLOAT32 ? run(bf16{}, float{}) : run(bf16{}, bf16{});
 }
+
+THALWEG_RECORDABLE(gqa_mixer)

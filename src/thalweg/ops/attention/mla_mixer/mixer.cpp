@@ -3,6 +3,7 @@
 //
 // A task is some heads of a sequence, which read a tile of tokens together.
 #include "attend.h"
+#include "recording.h"
 
 using namespace thalweg;
 
@@ -170,3 +171,5 @@ extern "C" void thalweg_mla_decode(
   else
     norm_dtype == FLOAT32 ? run(bf16{}, float{}) : run(bf16{}, bf16{});
 }
+
+THALWEG_RECORDABLE(mla_decode)

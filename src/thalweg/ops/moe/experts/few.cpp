@@ -5,6 +5,7 @@
 // over its experts is in the order of its ids. Values are rounded to T where the reference rounds them, which serves
 // prompts: the same token comes out of both as nearly alike as can be.
 #include "int8.h"
+#include "recording.h"
 
 using namespace thalweg;
 
@@ -153,3 +154,5 @@ extern "C" int thalweg_experts(
     return run(float{}, PlainMatrix<float>{(const float*)gate_up, D}, PlainMatrix<float>{(const float*)down, I});
   return run(bf16{}, PlainMatrix<bf16>{(const bf16*)gate_up, D}, PlainMatrix<bf16>{(const bf16*)down, I});
 }
+
+THALWEG_RECORDABLE(experts)

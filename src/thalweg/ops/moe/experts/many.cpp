@@ -1,6 +1,7 @@
 // Op "experts" of many tokens over weights in the model's dtype or in GGML's blocks: as few.cpp, in panels of an
 // expert's tokens.
 #include "products.h"
+#include "recording.h"
 
 using namespace thalweg;
 
@@ -199,3 +200,5 @@ extern "C" int thalweg_experts_many(
   }
   return true;
 }
+
+THALWEG_RECORDABLE(experts_many)

@@ -2,6 +2,7 @@
 #include <limits>
 
 #include "panels.h"
+#include "recording.h"
 
 using namespace thalweg;
 
@@ -182,3 +183,5 @@ extern "C" void thalweg_norm_router(
   else
     norm_dtype == FLOAT32 ? run(bf16{}, float{}) : run(bf16{}, bf16{});
 }
+
+THALWEG_RECORDABLE(norm_router)

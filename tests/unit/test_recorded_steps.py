@@ -1,0 +1,116 @@
+"""Decode steps on a CPU that are recorded and replayed: the tokens of eager steps, and when steps are eager."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.profiler import profile
+
+from tests.models import random_checkpoint as random
+from tests.ops.cpp_case import needs_cpp
+from thalweg import LLM, SamplingParams
+from thalweg.ops.toolchain.cpu_recording import Recording
+from thalweg.runner.recorded import MAX_ROWS
+
+pytestmark = needs_cpp
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    c = random.config(vocab=128, context=300, kda_dim=16)
+    return random.write(tmp_path_factory.mktemp("model"), c, random.weights(c))
+
+
+@pytest.fixture(name="replays")
+def counted_replays(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
+    """How often each recording was replayed, by its identity."""
+    counts: Counter[int] = Counter()
+    replay = Recording.replay
+
+    def counting(self: Recording) -> None:
+        counts[id(self)] += 1
+        replay(self)
+
+    monkeypatch.setattr(Recording, "replay", counting)
+    return counts
+
+
+def generate(folder: Path, **options: Any) -> list[list[int]]:
+    """Requests of every kind, joining and leaving."""
+    params = [
+        SamplingParams(max_tokens=n, ignore_eos=True, **chosen)
+        for n, chosen in [
+            (30, {"temperature": 0}),
+            (5, {"seed": 1}),
+            (17, {"seed": 2, "top_p": 0.8}),
+            (22, {"temperature": 0, "presence_penalty": 1.0}),
+            (40, {"seed": 3}),
+            (9, {"temperature": 0, "logprobs": 1}),
+        ]
+    ]
+    prompts = [[(3 * i + j * j) % 128 for j in range(4 + 9 * i)] for i in range(len(params))]
+    with LLM(str(folder), max_num_seqs=5, max_num_batched_tokens=24, block_size=8, **options) as llm:
+        return [o.outputs[0].token_ids for o in llm.generate(prompts, params)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_tokens_are_those_of_eager_steps(folder: Path, dtype: str, replays: Counter[int]) -> None:
+    expected = generate(folder, dtype=dtype, enforce_eager=True)
+    assert not replays
+    assert generate(folder, dtype=dtype) == expected
+    assert len(replays) > 2
+    assert replays.total() > 20
+
+
+def test_a_sequence_that_begins_where_the_last_one_in_its_slot_would_go_on_has_blocks_of_its_own(
+    folder: Path, replays: Counter[int]
+) -> None:
+    answers = []
+    for eager in (True, False):
+        with LLM(str(folder), max_num_seqs=1, block_size=8, enforce_eager=eager, enable_prefix_caching=False) as llm:
+            given = []
+            for first, new in ((10, 4), (13, 3), (15, 30), (44, 9)):  # each prompt is as long as the last text, or more
+                params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True)
+                prompt = [(7 * first + j * j) % 128 for j in range(first)]
+                given.append(llm.generate([prompt], params)[0].outputs[0].token_ids)
+            answers.append(given)
+    assert answers[0] == answers[1]
+    assert replays.total() > 20
+
+
+def test_more_rows_than_are_recorded_run_eagerly(folder: Path, replays: Counter[int]) -> None:
+    params = [SamplingParams(temperature=0, max_tokens=4 + i // 8 * 4, ignore_eos=True) for i in range(MAX_ROWS + 4)]
+    prompts = [[i, 2 * i, 5] for i in range(len(params))]
+    answers = []
+    for eager in (True, False):
+        with LLM(str(folder), max_num_seqs=len(params), enforce_eager=eager) as llm:
+            answers.append([o.outputs[0].token_ids for o in llm.generate(prompts, params)])
+            assert llm.info.decode_steps == (
+                "eager: --enforce-eager" if eager else f"recorded calls of up to {MAX_ROWS} rows, eager beyond"
+            )
+    assert answers[0] == answers[1]
+    assert replays
+
+
+def test_a_model_with_an_op_in_torch_runs_eagerly_and_says_why(folder: Path, replays: Counter[int]) -> None:
+    with LLM(str(folder), max_num_seqs=2, op_preference={"silu_and_mul": "reference"}) as llm:
+        assert llm.info.decode_steps.startswith("eager: torch runs ")
+        assert llm.info.decode_steps.endswith(" between ops in C++")
+        llm.generate([[1, 2, 3]], SamplingParams(max_tokens=8, ignore_eos=True))
+    assert not replays
+
+
+def test_a_profile_shows_ops_by_name(folder: Path, replays: Counter[int]) -> None:
+    params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
+    with LLM(str(folder), max_num_seqs=2) as llm:
+        expected = llm.generate([[1, 2, 3]], params)[0].outputs[0].token_ids
+        before = replays.total()
+        assert before > 4
+        with profile():
+            assert llm.generate([[1, 2, 3]], params)[0].outputs[0].token_ids == expected
+        assert replays.total() == before
+        llm.generate([[1, 2, 3]], params)
+        assert replays.total() > before
