@@ -15,6 +15,7 @@ from tests.models import random_kimi_k2 as k2
 from tests.models import random_qwen as qwen
 from tests.models.plans import read
 from thalweg import ops as _ops  # noqa: F401 -- registers every op's implementations
+from thalweg.layers import expert_exchange
 from thalweg.layers.context import BuildContext
 from thalweg.layers.moe import MoE, OwnExpert
 from thalweg.models import family_of
@@ -166,6 +167,29 @@ def test_maxima_and_minimum_over_ranks(tmp_path: Path) -> None:
 
     assert on_ranks(3, tmp_path, body) == [([2, 0, 2**62 + 2], 5)] * 3
     assert DataRanks().maxima([3, -1]) == [3, -1]
+
+
+def test_rows_for_one_rank_are_bounded_whatever_the_tokens_choose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = MODELS["shared experts like the routed ones"]
+    alone, tokens = moe(raw, DataRanks()), [torch.randn(n, raw["hidden_size"]) for n in (23, 0, 9)]
+    dict(alone.named_parameters())["router.bias"].detach()[4:] -= 1e3  # all take experts of the first rank
+    monkeypatch.setattr(expert_exchange, "MOST_BYTES", 3 * 4 * 3 * raw["hidden_size"] * 4)  # 4 tokens of each of 3 ranks
+
+    def body(ranks: DataRanks) -> tuple[Tensor, list[int]]:
+        layer, rows = moe(raw, ranks, alone), []
+        run = layer._run_routed
+        layer._run_routed = lambda x, ids: (rows.append(len(x)), run(x, ids))[1]  # type: ignore[method-assign]
+        if len(tokens[ranks.rank]) == 0:
+            layer.serve_others()
+            return tokens[ranks.rank], rows
+        return layer(tokens[ranks.rank]), rows
+
+    results = on_ranks(3, tmp_path, body)
+    for (y_TD, _), x_TD in zip(results, tokens, strict=True):
+        torch.testing.assert_close(y_TD, alone(x_TD) if len(x_TD) else x_TD, atol=2e-5, rtol=1e-5)
+    assert [rows for _, rows in results] == [[24, 24, 15, 12, 12, 9], [], []]
 
 
 def test_counts_of_experts_are_of_what_this_rank_s_tokens_took(tmp_path: Path) -> None:

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from thalweg.parallel.data_ranks import DataRanks
 from thalweg.parallel.placement import Placement
 
+MOST_BYTES = 1 << 30
+"""Of the rows that ranks may send to one of them, if all their tokens take experts of that one. More tokens are
+exchanged in turns."""
 RunExperts = Callable[[Tensor, Tensor], Tensor]
 """(rows [P, D], their experts' places on this rank, int64 [P]) to the experts' outputs [P, D]."""
 
@@ -32,19 +36,28 @@ class ExpertExchange:
     def __call__(self, x_TD: Tensor, weights_Tk: Tensor, ids_Tk: Tensor, run: RunExperts) -> Tensor:
         """y_TD in x's dtype, the weighted sum over each token's k experts, wherever they are. `run` is called if any
         rank has rows for this one. The sum is in fp32 and in the order of the ids, whatever the number of ranks."""
+        row_bytes = ids_Tk.shape[1] * x_TD.shape[1] * x_TD.element_size()
+        most = max(1, MOST_BYTES // (self._ranks.size * row_bytes))
+        outputs, left = [], True
+        while left:
+            y_TD, left = self._exchange(x_TD[:most], weights_Tk[:most], ids_Tk[:most], len(x_TD) > most, run)
+            outputs.append(y_TD)
+            x_TD, weights_Tk, ids_Tk = x_TD[most:], weights_Tk[most:], ids_Tk[most:]
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+    def _exchange(
+        self, x_TD: Tensor, weights_Tk: Tensor, ids_Tk: Tensor, more: bool, run: RunExperts
+    ) -> tuple[Tensor, bool]:
+        """The same of some tokens, and whether any rank has `more`."""
         ranks, here, (T, k) = self._ranks, self._here, ids_Tk.shape
         if self._counted_E is not None:
             self._counted_E += ids_Tk.flatten().bincount(minlength=self._experts)
-        if self._slots is not None:
-            table, copies = self._slots
-            turns_T1 = torch.arange(ranks.rank, ranks.rank + T, device=ids_Tk.device).unsqueeze(1)
-            ids_Tk = table[ids_Tk, turns_T1 % copies[ids_Tk]]
-        ids_P = ids_Tk.flatten()
+        ids_P = self._slots_of(ids_Tk).flatten()
         order_P = ids_P.argsort(stable=True)  # by slot, and so by rank
         counts_RE = ids_P.bincount(minlength=ranks.size * here).view(ranks.size, here)
-        theirs_RE = ranks.exchange(counts_RE)
+        theirs_RE, more_R = ranks.exchange(F.pad(counts_RE, (0, 1), value=int(more))).split([here, 1], 1)
         # The host has to know how many rows come and go, which it waits for.
-        sent, received = torch.stack([counts_RE.sum(1), theirs_RE.sum(1)]).tolist()
+        sent, received, left = torch.stack([counts_RE.sum(1), theirs_RE.sum(1), more_R[:, 0]]).tolist()
         rows_QD = ranks.all_to_all(x_TD[order_P // k], sent, received)
         experts_RE = torch.arange(here, device=ids_P.device).repeat(ranks.size)
         if len(rows_QD):
@@ -53,7 +66,18 @@ class ExpertExchange:
         y_PD = torch.empty_like(sorted_PD, dtype=torch.float32)
         y_PD[order_P] = sorted_PD.float()
         # In place: of a long prompt these are gigabytes.
-        return y_PD.view(T, k, y_PD.shape[1]).mul_(weights_Tk.unsqueeze(-1)).sum(1).to(x_TD.dtype)
+        y_TD = y_PD.view(T, k, y_PD.shape[1]).mul_(weights_Tk.unsqueeze(-1)).sum(1).to(x_TD.dtype)
+        return y_TD, any(left)
+
+    def _slots_of(self, ids_Tk: Tensor) -> Tensor:
+        """The slot, over all ranks, of each pair's expert."""
+        if self._slots is None:
+            return ids_Tk
+        table, copies = self._slots
+        first = self._ranks.rank
+        turns_T1 = torch.arange(first, first + len(ids_Tk), device=ids_Tk.device).unsqueeze(1)
+        slots_Tk: Tensor = table[ids_Tk, turns_T1 % copies[ids_Tk]]
+        return slots_Tk
 
     def counts(self) -> list[int]:
         """How many of this rank's tokens each routed expert of the model got since this was first asked, from any
