@@ -16,10 +16,10 @@ import pytest
 from tests.e2e.tiny_model import write_tiny_model
 from tests.models import random_checkpoint as random
 from thalweg import LLM, Grammar, SamplingParams
-from thalweg.errors import ConfigError, EngineDeadError, InvalidRequest
-from thalweg.parallel.data_ranks import DataRanks
+from thalweg.errors import ConfigError, EngineDeadError, InvalidRequest, RankLostError
+from thalweg.parallel.data_ranks import DataRanks, join_data_ranks
 from thalweg.parallel.groups import file_store
-from thalweg.parallel.mesh import Mesh
+from thalweg.parallel.mesh import Mesh, join_mesh
 
 PROMPTS = [[5, 9, 2, 7] * n for n in (1, 7, 20)]
 PARAMS = [
@@ -47,6 +47,33 @@ def test_same_tokens_and_logits_as_one_rank(folder: Path) -> None:
             results.append((outputs, llm.prompt_logits(PROMPTS[2])))
     assert results[0][0] == results[1][0]
     torch.testing.assert_close(results[0][1], results[1][1], atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("data", [False, True])
+def test_a_rank_whose_disk_is_slower_than_the_collectives_timeout_is_awaited(tmp_path: Path, data: bool) -> None:
+    import torch
+
+    cpu, order = torch.device("cpu"), list[str]()
+
+    def run(rank: int) -> None:
+        meet = (rank, 2, str(tmp_path / "meet"), cpu, 0.5)
+        mesh = Mesh(data=join_data_ranks(*meet)) if data else join_mesh(*meet)
+        for wait in (lambda: mesh.await_loaded(cpu), lambda: mesh.minimum(0, cpu)):
+            time.sleep(1.5 * rank)
+            outcome = "met"
+            try:
+                wait()
+            except RankLostError:
+                outcome = "missed"
+            if rank == 0:
+                order.append(outcome)
+
+    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert order == ["met", "missed"]
 
 
 def test_grammars_over_two_ranks(tmp_path: Path) -> None:

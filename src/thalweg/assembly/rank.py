@@ -90,6 +90,7 @@ def build_rank(
     find_directly(model)
     if device.type == "cuda":
         torch.cuda.synchronize()
+    mesh.await_loaded(device)
     laps.end("weights")
 
     specs: list[LayerSpecs] = model.cache_specs

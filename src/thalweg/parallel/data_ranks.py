@@ -46,20 +46,22 @@ class DataRanks:
         """Row r of x [size, N] goes to rank r; row r of the result is what rank r sent here."""
         return self.all_to_all(x_RN, [1] * self.size, [1] * self.size)
 
-    def maxima(self, values: Sequence[int]) -> list[int]:
-        """The largest of the ranks' values, one by one; on the host alone."""
+    def maxima(self, values: Sequence[int], timeout_s: float | None = None) -> list[int]:
+        """The largest of the ranks' values, one by one; on the host alone. `timeout_s`: as Mesh.minimum."""
         if self._host is None:
             return list(values)
         group, options = self._host, dist.AllreduceOptions()
+        if timeout_s is not None:
+            options.timeout = timedelta(seconds=timeout_s)
         options.reduceOp = dist.ReduceOp(dist.ReduceOp.MAX)
         x = torch.tensor(values, dtype=torch.int64)
         self._run(lambda: group.allreduce([x], options))
         most: list[int] = x.tolist()
         return most
 
-    def minimum(self, value: int) -> int:
+    def minimum(self, value: int, timeout_s: float | None = None) -> int:
         """The least of the ranks' values."""
-        return -self.maxima([-value])[0]
+        return -self.maxima([-value], timeout_s)[0]
 
     def close(self) -> None:
         leave(self._device)

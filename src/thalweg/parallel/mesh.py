@@ -23,6 +23,8 @@ from thalweg.parallel.groups import file_store, leave
 if TYPE_CHECKING:
     from thalweg.parallel.peers import PeerMemory
 
+LOADING_SECONDS = 86_400.0  # more than any disk takes
+
 
 class Mesh:
     """Tensor parallelism over `tp_size` ranks; this process is `tp_rank`. With one rank every method is free.
@@ -82,12 +84,20 @@ class Mesh:
             self._run(lambda: group.broadcast([x], options))
         return x
 
-    def minimum(self, value: int, device: torch.device) -> int:
-        """The least of the ranks' values, of data-parallel ones too."""
-        value = self.data.minimum(value)
+    def await_loaded(self, device: torch.device) -> None:
+        """Returns once every rank has come here, data-parallel ones too, however long their disks take: a rank whose
+        process ends is noticed otherwise."""
+        self.minimum(0, device, timeout_s=LOADING_SECONDS)
+
+    def minimum(self, value: int, device: torch.device, timeout_s: float | None = None) -> int:
+        """The least of the ranks' values, of data-parallel ones too. `timeout_s`: another time than the group's that
+        ranks may wait for each other."""
+        value = self.data.minimum(value, timeout_s)
         if self._group is None:
             return value
         group, options = self._group, dist.AllreduceOptions()
+        if timeout_s is not None:
+            options.timeout = timedelta(seconds=timeout_s)
         options.reduceOp = dist.ReduceOp(dist.ReduceOp.MIN)
         x = torch.tensor(value, dtype=torch.int64, device=device)
         self._run(lambda: group.allreduce([x], options))
