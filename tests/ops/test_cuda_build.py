@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from enum import IntEnum
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -12,9 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from thalweg.errors import KernelError
 from thalweg.ops.toolchain import cuda_build
+from thalweg.ops.toolchain.counters import counters
 from thalweg.ops.toolchain.triton_compile import compiled_together
 
 
@@ -177,3 +180,15 @@ def test_a_launch_with_too_much_shared_memory_on_a_gpu(tmp_path: Path) -> None:
     assert cuda_build._runtime() is not None
     kernel.launch((1, 1, 1), 0, x)  # the device is as well as before
     assert x.sum().item() == 32
+
+
+def test_ranks_of_two_engines_count_apart() -> None:
+    def found() -> Tensor:
+        return counters("a kernel", torch.device("cpu"), 3)
+
+    mine = found()
+    with ThreadPoolExecutor(1) as pool:
+        theirs = pool.submit(found).result()
+    mine[0] = 1
+    assert theirs.tolist() == [0, 0, 0]
+    assert found() is mine

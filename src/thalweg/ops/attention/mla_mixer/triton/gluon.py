@@ -32,7 +32,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from thalweg.errors import KernelError
 from thalweg.ops.attention.mla_mixer import TILE
 from thalweg.ops.attention.mla_mixer.triton import many_heads
 from thalweg.ops.attention.mla_mixer.triton.bulk_copies import (
@@ -44,6 +43,7 @@ from thalweg.ops.attention.mla_mixer.triton.bulk_copies import (
 )
 from thalweg.ops.attention.mla_mixer.triton.combining import combine, combine_here
 from thalweg.ops.attention.mla_mixer.triton.mixer import LOG2_E, best_splits, launches, run_absorb
+from thalweg.ops.toolchain.counters import counters
 from thalweg.ops.toolchain.triton_launch import pdl_options
 from thalweg.ops.toolchain.triton_support import multiprocessors
 
@@ -319,7 +319,8 @@ def launch(
         context_lens_B,
         stats_N2H,
         o_BO,
-        _counts(q.device) if together else stats_N2H,
+        # Programs that have their results, and that have seen those of all.
+        counters("mla_decode", q.device, 2) if together else stats_N2H,
         B,
         block_tables_BN.stride(0),
         scale_log2,
@@ -348,14 +349,6 @@ def launch(
         num_warps=block_v // 16,
         **pdl,
     )
-
-
-@functools.cache
-def _counts(device: torch.device) -> Tensor:
-    """Programs that have their results, and that have seen those of all: zero between launches, which leave them so."""
-    if torch.cuda.is_current_stream_capturing():
-        raise KernelError("mla_decode ran for the first time while a graph was captured; run it once before")
-    return torch.zeros(2, dtype=torch.int32, device=device)
 
 
 def _descriptor(tensor: Tensor, box: list[int]) -> TensorDescriptor:
