@@ -73,7 +73,7 @@ def test_static_steps(folder: Path, solo: list[list[int]], monkeypatch: pytest.M
         original(self, *args[:4], graph_sizes=[1, 2, 4, 6])
 
     monkeypatch.setattr(step_module.ModelRunner, "__init__", with_static_steps)
-    with LLM(str(folder), max_num_seqs=6) as llm:
+    with LLM(str(folder), max_num_seqs=6, enforce_eager=True) as llm:
         assert [o.outputs[0].token_ids for o in llm.generate(PROMPTS, PARAMS)] == solo
 
 

@@ -17,6 +17,7 @@ import torch
 from thalweg.ops.activation import cpp as activation
 from thalweg.ops.attention.gqa import cpp as gqa
 from thalweg.ops.attention.mla import cpp as mla
+from thalweg.ops.attention.mla_down_norms import cpp as mla_down_norms
 from thalweg.ops.attention.mla_mixer import cpp as mla_mixer
 from thalweg.ops.delta import mixer_cpp, prefill_cpp
 from thalweg.ops.embedding import cpp as embedding
@@ -26,6 +27,7 @@ from thalweg.ops.moe.experts import cpp as experts
 from thalweg.ops.moe.router import cpp as router
 from thalweg.ops.norm import cpp as norm
 from thalweg.ops.registry import Where
+from thalweg.ops.residual import cpp as residual
 from thalweg.ops.sample import cpp as sample
 from thalweg.ops.toolchain import cpu_build
 
@@ -38,9 +40,11 @@ MODULES: list[ModuleType] = [
     linear,
     mixer_cpp,
     mla,
+    mla_down_norms,
     mla_mixer,
     norm,
     prefill_cpp,
+    residual,
     router,
     sample,
 ]

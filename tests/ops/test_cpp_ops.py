@@ -20,9 +20,12 @@ from tests.ops.gqa_case import GqaCase, GqaShape
 from tests.ops.kda_mixer_case import check_kda_mixer, error, kda_mixer_case
 from tests.ops.mla_mixer_case import check_mla_decode, check_mla_mixer, mla_mixer_case
 from tests.ops.moe_case import experts_in_float64, implementation, moe_case, rmse_ratio, routed
+from tests.ops.split_norms_case import split_norms_case
 from thalweg.ops.activation import cpp as activation
 from thalweg.ops.activation import reference as activation_reference
 from thalweg.ops.attention.gqa import cpp as gqa
+from thalweg.ops.attention.mla_down_norms import cpp as mla_down_norms
+from thalweg.ops.attention.mla_down_norms.reference import split_norms as split_norms_reference
 from thalweg.ops.attention.mla_mixer import cpp as mla_mixer
 from thalweg.ops.delta import mixer_cpp
 from thalweg.ops.delta.kda_mixer import reference as kda_mixer_reference
@@ -38,6 +41,8 @@ from thalweg.ops.moe.router import cpp as router
 from thalweg.ops.moe.router import reference as router_reference
 from thalweg.ops.norm import cpp as norms
 from thalweg.ops.norm import reference as norm_reference
+from thalweg.ops.residual import cpp as residual
+from thalweg.ops.residual import reference as residual_reference
 from thalweg.ops.sample import cpp as sample
 from thalweg.ops.sample import reference as sample_reference
 from thalweg.quant import PLAIN, GgmlRows, Scheme
@@ -268,6 +273,31 @@ def test_rows_of_a_vocabulary_are_the_reference_s(name: str, dtype: torch.dtype)
     for wrong in (-1, 70):
         with pytest.raises(IndexError, match=f"{min(wrong, 5)} to {max(wrong, 5)}; expected 0 to 69"):
             embedding.build(VocabRowsDims(D=256, scheme=scheme.name), dtype)(torch.tensor([5, wrong]), stored)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rotated", [False, True])
+@pytest.mark.parametrize(("T", "Q", "R", "P", "gap"), [(1, 40, 24, 6, 3), (9, 0, 512, 64, 0), (3, 1536, 16, 2, 1)])
+def test_norms_of_latent_attention(T: int, Q: int, R: int, P: int, gap: int, rotated: bool, dtype: torch.dtype) -> None:
+    case = split_norms_case(T, Q, R, P, dtype, gap=gap, rotated=rotated)
+    case.positions %= 3000  # so far cosines of float32 angles are the same everywhere
+    q, rows, others = case.run(mla_down_norms.split_norms)
+    expected_q, expected_rows, _ = case.run(split_norms_reference)
+    assert q.shape == expected_q.shape
+    assert Q == 0 or error(q, expected_q.double()) < TOLERANCE[dtype]
+    assert error(rows, expected_rows.double()) < TOLERANCE[dtype]
+    assert bool(others.isnan().all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_shared_expert_is_added_through_its_gate(gated: bool, dtype: torch.dtype) -> None:
+    x, a = randn(5, 99, dtype=dtype)[:, :77], randn(5, 77, dtype=dtype, seed=1)
+    gate = randn(5, 8, dtype=dtype, seed=2, scale=3)[:, 7:] if gated else None
+    exact = x.double() + (a.double() if gate is None else a.double() * gate.double().sigmoid())
+    y = residual.gated_add(x, a, gate)
+    assert error(y, exact) < TOLERANCE[dtype]
+    assert error(y, residual_reference.gated_add(x, a, gate).double()) < TOLERANCE[dtype] / 3
 
 
 def test_what_c_has_no_code_for_is_refused() -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 from torch.profiler import profile
 
 from tests.models import random_checkpoint as random
+from tests.models import random_kimi_k2, random_qwen
 from tests.ops.cpp_case import needs_cpp
 from thalweg import LLM, SamplingParams
 from thalweg.ops.toolchain.cpu_recording import Recording
@@ -63,6 +65,19 @@ def test_tokens_are_those_of_eager_steps(folder: Path, dtype: str, replays: Coun
     assert generate(folder, dtype=dtype) == expected
     assert len(replays) > 2
     assert replays.total() > 20
+
+
+@pytest.mark.parametrize("family", [random_qwen, random_kimi_k2], ids=["qwen", "kimi_k2"])
+def test_every_family_is_recorded(family: ModuleType, tmp_path: Path, replays: Counter[int]) -> None:
+    c = family.config()
+    folder, answers = family.write(tmp_path, c, family.weights(c)), []
+    for eager in (True, False):
+        with LLM(str(folder), max_num_seqs=3, enforce_eager=eager) as llm:
+            assert llm.info.decode_steps.startswith("eager" if eager else "recorded calls"), llm.info.decode_steps
+            params = [SamplingParams(temperature=0, max_tokens=6 + 3 * i, ignore_eos=True) for i in range(3)]
+            answers.append([o.outputs[0].token_ids for o in llm.generate([[3, 5, 7 + i] for i in range(3)], params)])
+    assert answers[0] == answers[1]
+    assert len(replays) == 3
 
 
 def test_a_sequence_that_begins_where_the_last_one_in_its_slot_would_go_on_has_blocks_of_its_own(

@@ -15,6 +15,7 @@ from thalweg.ops.activation import SILU_AND_MUL, SiluAndMulDims
 from thalweg.ops.all_reduce import ALL_REDUCE_ADD, AllReduceAdd, AllReduceAddDims
 from thalweg.ops.moe.experts import EXPERTS, ExpertsDims, Finish
 from thalweg.ops.moe.router import NORM_ROUTER, NormRouterDims, Scoring
+from thalweg.ops.residual import GATED_ADD, GatedAddDims
 from thalweg.parallel.mesh import Mesh
 from thalweg.quant import PLAIN
 
@@ -162,11 +163,19 @@ class SharedExpert(nn.Module):
         self.in_proj = Linear(ctx.below("in_proj"), width, sum(self.split))
         self.down = Linear(ctx.below("down"), local, width)
         self._act = ctx.op(SILU_AND_MUL, SiluAndMulDims(I=local))
+        self._gated_add = ctx.op(GATED_ADD, GatedAddDims(D=width))
 
     def forward(self, normed_TD: Tensor) -> Tensor:
+        y_TD, gate_T1 = self._output_and_gate(normed_TD)
+        return y_TD if gate_T1 is None else y_TD * gate_T1.sigmoid()
+
+    def added(self, normed_TD: Tensor, x_TD: Tensor) -> Tensor:
+        """x + the expert of normed."""
+        return self._gated_add(x_TD, *self._output_and_gate(normed_TD))
+
+    def _output_and_gate(self, normed_TD: Tensor) -> tuple[Tensor, Tensor | None]:
         gate_up_T2I, gate_T1 = self.in_proj(normed_TD).split(self.split, dim=-1)
-        y_TD: Tensor = self.down(self._act(gate_up_T2I))
-        return y_TD * gate_T1.sigmoid() if self.gated else y_TD
+        return self.down(self._act(gate_up_T2I)), gate_T1 if self.gated else None
 
 
 def _over_ranks(
@@ -262,11 +271,12 @@ class MoE(nn.Module):
         if self._exchange is not None:
             return self._exchanged(self._exchange, x_TD, normed_TD, weights_Tk, ids_Tk)
         own = self.shared.weights if isinstance(self.shared, OwnExpert) else None
-        own_TD = self.shared(normed_TD) if isinstance(self.shared, SharedExpert) else None
+        expert = self.shared if isinstance(self.shared, SharedExpert) else None
         if self._reduce_add is None:
-            added_TD = x_TD if own_TD is None else x_TD + own_TD
+            added_TD = x_TD if expert is None else expert.added(normed_TD, x_TD)
             y_TD: Tensor = self.experts(normed_TD, weights_Tk, ids_Tk, added_TD, own)
         else:
+            own_TD = None if expert is None else expert(normed_TD)
             finish = partial(_over_ranks, self._reduce_add, self.mesh, x_TD, own_TD)
             y_TD = self.experts(normed_TD, weights_Tk, ids_Tk, None, own, finish)
         return y_TD
@@ -289,7 +299,7 @@ class MoE(nn.Module):
         k, own = self.router.top_k, self.router.shared
         added_TD = x_TD
         if isinstance(self.shared, SharedExpert):
-            added_TD = x_TD + self.shared(normed_TD)
+            added_TD = self.shared.added(normed_TD, x_TD)
         elif own:
             ids_S = torch.arange(self._routed, self._routed + own, device=ids_Tk.device, dtype=ids_Tk.dtype)
             ids_TS = ids_S.expand(len(ids_Tk), own).contiguous()

@@ -16,6 +16,7 @@ from thalweg.ops.activation import SILU_AND_MUL, SiluAndMulDims
 from thalweg.ops.moe.experts import EXPERTS, SCHEMES, ExpertsDims
 from thalweg.ops.moe.router import NORM_ROUTER, NormRouterDims
 from thalweg.ops.norm import RMS_NORM, RmsNormDims
+from thalweg.ops.residual import GATED_ADD, GatedAddDims
 from thalweg.ops.sample import SAMPLE, SampleDims
 from thalweg.quant import INT4_EXPERTS, PLAIN, scheme_named
 from thalweg.quant.fp8_blocks import quantize_experts
@@ -130,6 +131,18 @@ def rms_norm(setting: Setting, dims: RmsNormDims) -> Iterator[Case]:
 
         candidates, num_bytes = candidates_of(setting, RMS_NORM, dims, T), es * D * (2 * T + 1)
         yield Case(RMS_NORM.name, f"{D} wide, {size}", candidates, make, num_bytes=num_bytes, timed=setting.timed)
+
+
+def gated_add(setting: Setting, dims: GatedAddDims) -> Iterator[Case]:
+    D, es = dims.D, setting.dtype.itemsize
+    for _, T, size in setting.calls():
+
+        def make(copy: int, T: int = T) -> Arguments:
+            draw = Draw(setting, copy)
+            return Arguments(draw(T, D), draw(T, D), draw(T, 3)[:, 2:])
+
+        candidates, num_bytes = candidates_of(setting, GATED_ADD, dims, T), es * T * (3 * D + 1)
+        yield Case(GATED_ADD.name, f"{D} wide, {size}", candidates, make, num_bytes=num_bytes, timed=setting.timed)
 
 
 def sample(setting: Setting, dims: SampleDims) -> Iterator[Case]:

@@ -29,6 +29,7 @@ from thalweg.ops.moe.router import NORM_ROUTER
 from thalweg.ops.norm import RMS_NORM
 from thalweg.ops.projection import BATCHED_PROJECTION
 from thalweg.ops.registry import Op
+from thalweg.ops.residual import GATED_ADD
 from thalweg.ops.sample import SAMPLE
 
 Makers = list[tuple[Op, Maker]]  # type: ignore[type-arg]
@@ -44,6 +45,7 @@ _OF_TOKENS: Makers = [  # what is the same for a token of a prompt
     (NORM_ROUTER, feed_forward.norm_router),
     (EXPERTS, feed_forward.experts),
     (SILU_AND_MUL, feed_forward.silu_and_mul),
+    (GATED_ADD, feed_forward.gated_add),
     (RMS_NORM, feed_forward.rms_norm),
 ]
 DECODE: Makers = [

@@ -1,4 +1,5 @@
-"""Op "scaled_residual_add": routed experts scaled, shared experts and residual added, in one pass (Kimi-K2)."""
+"""Op "scaled_residual_add": routed experts scaled, shared experts and residual added, in one pass (Kimi-K2). Op
+"gated_add": a shared expert, through its gate if it has one, and the residual (Qwen)."""
 
 from __future__ import annotations
 
@@ -7,8 +8,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from thalweg.ops.registry import Op, Where, register
+from thalweg.ops.registry import Op, Refusal, Where, register
 from thalweg.ops.residual import reference
+from thalweg.ops.toolchain import cpu_build
 from thalweg.ops.toolchain.triton_support import why_not
 
 
@@ -26,7 +28,29 @@ class ScaledResidualAdd(Protocol):
         """
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatedAddDims:
+    D: int
+
+
+class GatedAdd(Protocol):
+    def __call__(self, residual_TD: Tensor, a_TD: Tensor, gate_T1: Tensor | None, /) -> Tensor:
+        """y_TD = residual + a * sigmoid(gate), or residual + a without a gate, of one dtype, which y has too. The
+        residual has a unit last stride; a and y are contiguous. Factor and product are rounded to the dtype."""
+
+
 SCALED_RESIDUAL_ADD: Op[ScaledResidualAddDims, ScaledResidualAdd] = Op("scaled_residual_add", ScaledResidualAddDims)
+GATED_ADD: Op[GatedAddDims, GatedAdd] = Op("gated_add", GatedAddDims)
+
+
+def _cpp(where: Where, dims: GatedAddDims) -> GatedAdd:
+    from thalweg.ops.residual import cpp
+
+    return cpp.gated_add
+
+
+def _cpp_refuses(where: Where, dims: GatedAddDims) -> Refusal:
+    return cpu_build.why_not(where)
 
 
 def _triton(where: Where, dims: ScaledResidualAddDims) -> ScaledResidualAdd:
@@ -38,3 +62,6 @@ def _triton(where: Where, dims: ScaledResidualAddDims) -> ScaledResidualAdd:
 register(SCALED_RESIDUAL_ADD, "reference", lambda *_: reference.scaled_residual_add)
 register(SCALED_RESIDUAL_ADD, "separate", lambda *_: reference.two_additions, priority=-10)
 register(SCALED_RESIDUAL_ADD, "triton", _triton, supports=why_not, priority=10)
+
+register(GATED_ADD, "reference", lambda *_: reference.gated_add)
+register(GATED_ADD, "cpp", _cpp, supports=_cpp_refuses, priority=10)

@@ -1,4 +1,4 @@
-"""A scaled addition and a residual addition in plain torch."""
+"""A scaled addition and residual additions in plain torch."""
 
 from __future__ import annotations
 
@@ -14,3 +14,7 @@ def scaled_residual_add(residual_TD: Tensor, a_TD: Tensor, b_TD: Tensor, scale: 
 def two_additions(residual_TD: Tensor, a_TD: Tensor, b_TD: Tensor, scale: float) -> Tensor:
     """What the one pass is timed against: torch's own, whose scale is rounded to bf16 on a CPU."""
     return residual_TD + torch.add(a_TD, b_TD, alpha=scale)
+
+
+def gated_add(residual_TD: Tensor, a_TD: Tensor, gate_T1: Tensor | None) -> Tensor:
+    return residual_TD + (a_TD if gate_T1 is None else a_TD * gate_T1.sigmoid())
