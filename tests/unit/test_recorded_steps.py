@@ -111,7 +111,7 @@ def test_more_rows_than_are_recorded_run_eagerly(folder: Path, replays: Counter[
 
 
 def test_a_model_with_an_op_in_torch_runs_eagerly_and_says_why(folder: Path, replays: Counter[int]) -> None:
-    with LLM(str(folder), max_num_seqs=2, op_preference={"silu_and_mul": "reference"}) as llm:
+    with LLM(str(folder), max_num_seqs=2, op_preference={"norm_swiglu": "reference"}) as llm:
         assert llm.info.decode_steps.startswith("eager: torch runs ")
         assert llm.info.decode_steps.endswith(" between ops in C++")
         llm.generate([[1, 2, 3]], SamplingParams(max_tokens=8, ignore_eos=True))

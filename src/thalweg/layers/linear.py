@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from thalweg.layers.context import BuildContext
 from thalweg.layers.norm import NormWeight
+from thalweg.ops.activation import SILU_AND_MUL, SiluAndMulDims
 from thalweg.ops.all_gather import ALL_GATHER, AllGather, AllGatherDims
 from thalweg.ops.all_reduce import ALL_REDUCE_ADD, AllReduceAdd, AllReduceAddDims
 from thalweg.ops.embedding import EMBEDDING, VOCAB_ROWS, Embedding, VocabRowsDims
@@ -27,6 +28,7 @@ from thalweg.ops.linear import (
 )
 from thalweg.ops.linear.fp8 import LINEAR_ADD_FP8, LINEAR_FP8, NORM_LINEAR_FP8, Fp8LinearDims
 from thalweg.ops.norm import RMS_NORM, RmsNormDims
+from thalweg.ops.swiglu import NORM_SWIGLU, NormSwigluDims
 from thalweg.parallel.mesh import Mesh
 from thalweg.quant import PLAIN
 
@@ -103,6 +105,27 @@ class NormLinear(Weights):
         if self.ggml is not None:
             return self.product_ggml(x_TD, self.norm)
         return self._norm_linear(x_TD, self.norm.weight, self.norm.eps, *self.tensors())
+
+
+class GateUp(Weights):
+    """silu(gate n) * (up n) with n = norm(x); W has the rows of gate, then those of up."""
+
+    def __init__(self, ctx: BuildContext, in_features: int, width: int, eps: float) -> None:
+        super().__init__(ctx, in_features, 2 * width)
+        self.norm = NormWeight(ctx, in_features, eps)
+        self._gate_up: Callable[..., Tensor]
+        if self.is_quantized:
+            self._act = ctx.op(SILU_AND_MUL, SiluAndMulDims(I=width))
+        if self.fp8 is not None:
+            self._gate_up = ctx.op(NORM_LINEAR_FP8, self.fp8)
+        elif self.ggml is None:
+            self._gate_up = ctx.op(NORM_SWIGLU, NormSwigluDims(D=in_features, I=width, norm_fp32=ctx.norm_fp32))
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        if self.ggml is not None:
+            return self._act(self.product_ggml(x_TD, self.norm))
+        y_TX = self._gate_up(x_TD, self.norm.weight, self.norm.eps, *self.tensors())
+        return self._act(y_TX) if self.is_quantized else y_TX
 
 
 def _over_ranks(op: LinearReduceAdd, mesh: Mesh, x_TD: Tensor, w_OD: Tensor, residual_TO: Tensor) -> Tensor:

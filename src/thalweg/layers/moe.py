@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from thalweg.layers.context import BuildContext
 from thalweg.layers.expert_exchange import ExpertExchange
-from thalweg.layers.linear import Linear, LinearAdd, NormLinear, Weights
+from thalweg.layers.linear import GateUp, Linear, LinearAdd, Weights
 from thalweg.layers.norm import NormWeight
 from thalweg.ops.activation import SILU_AND_MUL, SiluAndMulDims
 from thalweg.ops.all_reduce import ALL_REDUCE_ADD, AllReduceAdd, AllReduceAddDims
@@ -26,12 +26,11 @@ class SwiGLU(nn.Module):
     def __init__(self, ctx: BuildContext, width: int, inner: int, eps: float) -> None:
         super().__init__()
         local = ctx.shards.count(inner, "intermediate_size")
-        self.gate_up = NormLinear(ctx.below("gate_up"), width, [local, local], eps)
+        self.gate_up = GateUp(ctx.below("gate_up"), width, local, eps)
         self.down = LinearAdd(ctx.below("down"), local, width)
-        self._act = ctx.op(SILU_AND_MUL, SiluAndMulDims(I=local))
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        y_TD: Tensor = self.down(self._act(self.gate_up(x_TD)), x_TD)
+        y_TD: Tensor = self.down(self.gate_up(x_TD), x_TD)
         return y_TD
 
 

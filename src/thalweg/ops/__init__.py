@@ -16,6 +16,7 @@ from thalweg.ops import (
     projection,
     residual,
     sample,
+    swiglu,
 )
 from thalweg.ops.attention import gqa, mla, mla_down_norms, mla_mixer, mla_rope
 from thalweg.ops.delta import gdn, kda_mixer
@@ -49,4 +50,5 @@ __all__ = [
     "residual",
     "router",
     "sample",
+    "swiglu",
 ]

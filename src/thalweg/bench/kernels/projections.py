@@ -23,6 +23,7 @@ from thalweg.ops.linear import (
 from thalweg.ops.linear.fp8 import LINEAR_ADD_FP8, LINEAR_FP8, NORM_LINEAR_FP8, Fp8LinearDims
 from thalweg.ops.projection import BATCHED_PROJECTION, BatchedProjectionDims
 from thalweg.ops.registry import Op
+from thalweg.ops.swiglu import NORM_SWIGLU, NormSwigluDims
 from thalweg.quant import FP8_LINEARS, PLAIN, GgmlRows, scheme_named
 from thalweg.quant.scheme import Shape
 
@@ -60,6 +61,18 @@ def norm_linear(setting: Setting, dims: NormLinearDims) -> Iterator[Case]:
     yield from _products(setting, NORM_LINEAR, dims, dims.D, O, f"{dims.D} to {O}{parts}", make)
     if setting.prompts:
         yield from norm_linear_fp8(setting, Fp8LinearDims(D=dims.D, O=O))
+
+
+def norm_swiglu(setting: Setting, dims: NormSwigluDims) -> Iterator[Case]:
+    norm_dtype = torch.float32 if dims.norm_fp32 else None
+
+    def make(draw: Draw, T: int) -> Arguments:
+        norm = draw(dims.D, scale=0.1, dtype=norm_dtype).add_(1)
+        return Arguments(draw(T, dims.D), norm, EPS, draw(2 * dims.I, dims.D, scale=dims.D**-0.5))
+
+    yield from _products(setting, NORM_SWIGLU, dims, dims.D, 2 * dims.I, f"{dims.D} to {dims.I}, gated", make)
+    if setting.prompts:
+        yield from norm_linear_fp8(setting, Fp8LinearDims(D=dims.D, O=2 * dims.I))
 
 
 def linear_fp8(setting: Setting, dims: Fp8LinearDims) -> Iterator[Case]:

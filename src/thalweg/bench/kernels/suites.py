@@ -31,6 +31,7 @@ from thalweg.ops.projection import BATCHED_PROJECTION
 from thalweg.ops.registry import Op
 from thalweg.ops.residual import GATED_ADD
 from thalweg.ops.sample import SAMPLE
+from thalweg.ops.swiglu import NORM_SWIGLU
 
 Makers = list[tuple[Op, Maker]]  # type: ignore[type-arg]
 _OF_TOKENS: Makers = [  # what is the same for a token of a prompt
@@ -38,6 +39,7 @@ _OF_TOKENS: Makers = [  # what is the same for a token of a prompt
     (LINEAR, projections.linear),
     (NORM_LINEAR, projections.norm_linear),
     (LINEAR_ADD, projections.linear_add),
+    (NORM_SWIGLU, projections.norm_swiglu),
     (LINEAR_FP8, projections.linear_fp8),
     (LINEAR_GGML, projections.linear_ggml),
     (NORM_LINEAR_FP8, projections.norm_linear_fp8),

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from thalweg.ops.all_reduce import ALL_REDUCE_ADD, AllReduceAddDims, Ranks
@@ -18,7 +19,7 @@ from thalweg.ops.linear import reference, separate
 from thalweg.ops.norm import RMS_NORM, RmsNormDims
 from thalweg.ops.registry import Op, Refusal, Resolver, Tokens, Where, register
 from thalweg.ops.toolchain import cpu_build, cuda_build
-from thalweg.ops.toolchain.triton_support import why_not, why_not_hopper
+from thalweg.ops.toolchain.triton_support import multiprocessors, why_not, why_not_hopper
 from thalweg.quant import GgmlRows
 
 
@@ -107,9 +108,9 @@ MAX_COLUMNS, MAX_ROWS = 2**15, 2**18  # of the weight: a norm's weight, and sums
 FEW = Tokens(last=16)  # beyond, the registers of a block hold too little of x
 CPU_FEW = Tokens(last=16)  # beyond, tokens fill the lanes of panels
 WIDE, WIDE_FEW = 4096, Tokens(last=8)  # more columns: blocks read x for longer, and the library is as fast from 9 on
-# "matrix" serves so many tokens of a head, which whole models have shown right. A race in its form for 9 to 32 tokens
-# is mended, and no model has run with that since: the library serves there.
-OF_HEAD, HEAD_ROWS = Tokens(33, 128), 65536
+FEWEST_ROWS = 2048  # of fewer it has not been timed
+# Tokens of so many rows; beyond, every block's x is as much as its part of w, unless there are many rows.
+SOME, OF_MANY, MANY_ROWS = 32, 128, 65536
 NORM_COLUMNS, NORM_FEW = 2304, Tokens(last=32)  # so few do; there a norm inside saves its launch, and no time
 
 
@@ -145,13 +146,40 @@ def _norm_few(dims: NormLinearDims) -> Tokens:
     return NORM_FEW if dims.D <= NORM_COLUMNS else _few(dims)
 
 
+def _some(dims: LinearDims | NormLinearDims) -> Tokens:
+    few, O = (_few(dims), dims.O) if isinstance(dims, LinearDims) else (_norm_few(dims), sum(dims.parts))
+    return Tokens((few.last or 0) + 1, OF_MANY if O >= MANY_ROWS else SOME)
+
+
 def _matrix_refuses(where: Where, dims: LinearDims | NormLinearDims) -> Refusal:
     O = dims.O if isinstance(dims, LinearDims) else sum(dims.parts)
-    if dims.D % 8 or O % 8 or not dims.D or O < HEAD_ROWS:
-        return f"needs D and O to be multiples of 8 and O to be at least {HEAD_ROWS}, not {dims.D} and {O}"
+    if dims.D % 8 or O % 8 or not dims.D or O < FEWEST_ROWS:
+        return f"needs D and O to be multiples of 8 and O to be at least {FEWEST_ROWS}, not {dims.D} and {O}"
+    tokens = _some(dims)
+    if tokens.last is not None and tokens.first > tokens.last:
+        return f"serves up to {tokens.last} tokens, for which there is 'cuda' with the norm inside"
     if where.dtype != "bfloat16":
         return f"needs bfloat16, not {where.dtype}"
     return why_not(where) or cuda_build.why_not(where) or why_not_hopper()
+
+
+GATED_TILE_ROWS, HOPPER = 192, 132  # of gate and up together; multiprocessors, if no GPU says how many
+
+
+def fused_gate_up_refuses(name: str, where: Where, dims: NormLinearDims) -> Refusal:
+    """Of op "norm_swiglu", which launches "cuda" and "matrix" with the activation behind."""
+    if name == "cuda":
+        return _cuda_refuses(where, dims)
+    most = GATED_TILE_ROWS * (multiprocessors(torch.device("cuda")) if torch.cuda.is_available() else HOPPER)
+    O = sum(dims.parts)
+    if O % 16 or most < O:
+        return f"needs I to be a multiple of 8 up to {most // 2}, not {O // 2}"
+    return _matrix_refuses(where, dims)
+
+
+def fused_gate_up_tokens(name: str, dims: NormLinearDims) -> Tokens:
+    few = _norm_few(dims)
+    return few if name == "cuda" else Tokens((few.last or 0) + 1, OF_MANY)
 
 
 def _reduce_refuses(where: Where, dims: LinearReduceDims) -> Refusal:
@@ -278,7 +306,7 @@ def _triton_norm_linear(where: Where, dims: NormLinearDims) -> NormLinear:
 
 
 register(LINEAR, "reference", lambda *_: reference.linear)
-register(LINEAR, "matrix", _matrix_linear, supports=_matrix_refuses, tokens=OF_HEAD, priority=15)
+register(LINEAR, "matrix", _matrix_linear, supports=_matrix_refuses, tokens=_some, priority=15)
 register(LINEAR, "cpp", _cpp_linear, supports=_cpp_refuses, tokens=CPU_FEW, priority=10)
 register(LINEAR, "panels", _panels_linear, supports=_cpp_refuses, priority=5)
 register(LINEAR, "cuda", _cuda_linear, supports=_cuda_refuses, tokens=_few, priority=20)
@@ -288,12 +316,12 @@ register(NORM_LINEAR, "separate", _separate, priority=-10)
 register(NORM_LINEAR, "cpp", _cpp_norm_linear, supports=_cpp_refuses, tokens=CPU_FEW, priority=10)
 register(NORM_LINEAR, "panels", _panels_norm_linear, supports=_cpp_refuses, priority=5)
 register(NORM_LINEAR, "triton", _triton_norm_linear, supports=why_not, priority=10)
-register(NORM_LINEAR, "matrix", _matrix_norm_linear, supports=_matrix_refuses, tokens=OF_HEAD, priority=15)
+register(NORM_LINEAR, "matrix", _matrix_norm_linear, supports=_matrix_refuses, tokens=_some, priority=15)
 register(NORM_LINEAR, "cuda", _cuda_norm_linear, supports=_cuda_refuses, tokens=_norm_few, priority=20)
 
 register(LINEAR_ADD, "reference", lambda *_: reference.linear_add)
 register(LINEAR_ADD, "in_place", lambda *_: reference.linear_add_in_place, supports=_in_place_refuses, priority=10)
-register(LINEAR_ADD, "matrix", _matrix_linear_add, supports=_matrix_refuses, tokens=OF_HEAD, priority=15)
+register(LINEAR_ADD, "matrix", _matrix_linear_add, supports=_matrix_refuses, tokens=_some, priority=15)
 register(LINEAR_ADD, "cpp", _cpp_linear_add, supports=_cpp_refuses, tokens=CPU_FEW, priority=10)
 register(LINEAR_ADD, "panels", _panels_linear_add, supports=_cpp_refuses, priority=5)
 register(LINEAR_ADD, "cuda", _cuda_linear_add, supports=_cuda_refuses, tokens=_few, priority=20)

@@ -49,6 +49,10 @@ def linear_add(x_TD: Tensor, w_OD: Tensor, residual_TO: Tensor) -> Tensor:
     return few_tokens(x_TD, w_OD, residual_TO=residual_TO)
 
 
+def norm_swiglu(x_TD: Tensor, norm_weight_D: Tensor, eps: float, w_2ID: Tensor) -> Tensor:
+    return few_tokens(x_TD, w_2ID, norm=(norm_weight_D, eps), gated=True)
+
+
 def linear_reduce_add(x_TD: Tensor, w_OD: Tensor, residual_TO: Tensor, ranks: Ranks) -> Tensor:
     return few_tokens(x_TD, w_OD, residual_TO=residual_TO, ranks=ranks)
 
@@ -109,19 +113,24 @@ def few_tokens(
     norm: tuple[Tensor, float] | None = None,
     residual_TO: Tensor | None = None,
     out_TO: Tensor | None = None,
+    gated: bool = False,
     ranks: Ranks | None = None,
 ) -> Tensor:
     """[T, O] of at most 32 tokens: x, or its RMSNorm of (weight_D, eps), times w, plus the residual, rounded once;
     with `ranks` the product is summed over them before the residual is added.
 
+    If `gated`, [T, O / 2]: the SiLU of the first half of that times the other.
+
     out_TO has a unit last stride, and is what is returned if it is given.
     """
-    (T, D), O = x_TD.shape, w_OD.shape[0]
-    blocks = min(multiprocessors(x_TD.device), O)
+    (T, D), O, together = x_TD.shape, w_OD.shape[0], 1 + gated
+    blocks = min(multiprocessors(x_TD.device), O // together)
     tokens = next(n for n in TOKENS if n >= T)
-    cut = tiling(-(-O // blocks), D, tokens, norm_bytes=norm_bytes(norm))
-    macros = dict(WARPS=WARPS, TOKENS=tokens, ROWS=cut.rows)
+    cut = tiling(together * -(-O // together // blocks), D, tokens, norm_bytes=norm_bytes(norm))
+    macros = dict(WARPS=WARPS, TOKENS=tokens, ROWS=cut.rows, GATED=int(gated))
     arguments: tuple[Any, ...] = ()
+    if gated and out_TO is None:
+        out_TO = torch.empty(T, O // 2, dtype=x_TD.dtype, device=x_TD.device)
     if ranks is not None:
         exchange, arguments = exchange_arguments(ranks, SUMS)
         macros |= exchange

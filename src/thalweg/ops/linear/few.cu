@@ -10,8 +10,11 @@
 //
 // A token's 1 / rms is applied to its sums; x times the norm's weight is rounded before that.
 //
+// GATED: w has rows of gate, and as many of up below them; y = silu(gate) * up. They are taken by turns, so that the two
+// sums of an element of y are neighbours.
+//
 // Macros: D columns, and PASS of them at most, multiples of 32; WARPS; TOKENS at most, 8, 16 or 32; ROWS of a tile at
-// most, a multiple of 8; NORM, 2 for a weight in fp32; ADD; RANKS and RANK, if y is
+// most, a multiple of 8; NORM, 2 for a weight in fp32; ADD; GATED, without ADD; RANKS and RANK, without GATED, if y is
 // summed over ranks before the residual is added: a block writes its sums to every rank, in fp32, and adds up those of
 // the same rows, in the order of the ranks.
 
@@ -40,8 +43,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     ) {
     const int tid = threadIdx.x, lane = tid % 32, quad = lane / 4, pair = lane % 4;
     const int warp = __shfl_sync(~0u, tid / 32, 0);  // so that the compiler knows it for the same in all lanes
-    const int first = (int)((long long)O * blockIdx.x / gridDim.x);
-    const int count = (int)((long long)O * (blockIdx.x + 1) / gridDim.x) - first;
+    constexpr int TOGETHER = 1 + GATED;
+    const int first = TOGETHER * (int)((long long)(O / TOGETHER) * blockIdx.x / gridDim.x);
+    const int count = TOGETHER * (int)((long long)(O / TOGETHER) * (blockIdx.x + 1) / gridDim.x) - first;
+    auto row_of_w = [&](int row) { return GATED ? row % 2 * (O / 2) + row / 2 : row; };
     const int tiles = (count + tile_rows - 1) / tile_rows;
 
     // The norm's weight, the ring, partial sums of two tiles, sums of all tiles.
@@ -75,7 +80,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 const u32 to = shared_address(ring_s) + place * stage_bytes, barrier = full + 8 * place;
                 if (lane == 0) expect_bytes(barrier, rows * bytes);
                 __syncwarp();
-                if (lane < rows) copy_bytes(to + lane * PITCH, w + (long long)(row + lane) * D + column, bytes, barrier);
+                if (lane < rows) copy_bytes(to + lane * PITCH, w + (long long)row_of_w(row + lane) * D + column, bytes, barrier);
             }
             if (++asked_tile == tiles) asked_tile = 0, asked_pass++;
         }
@@ -224,9 +229,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                         for (int rank = 0; rank < RANKS; rank++)
                             tell_rank(place_at(rank, RANK, tile, e), sum, ranks.number);
 #else
-                    if (last) y[(e / ROWS) * y_stride + from + e % ROWS] = (bf16)pack(sum + added[j], 0);
+                    if (last && !GATED) y[(e / ROWS) * y_stride + from + e % ROWS] = (bf16)pack(sum + added[j], 0);
 #endif
                 }
+#ifndef RANKS
+                if (GATED && last) {
+                    const float up = __shfl_xor_sync(~0u, sum, 1);
+                    if (there(e) && tid % 2 == 0)
+                        y[(e / ROWS) * y_stride + (from + e % ROWS) / 2] = (bf16)pack(sum / (1 + __expf(-sum)) * up, 0);
+                }
+#endif
             }
             if (++place == stages) place = 0, phase ^= 1;
         }

@@ -45,13 +45,17 @@ def linear_add(x_TD: Tensor, w_OD: Tensor, residual_TO: Tensor) -> Tensor:
     return some_tokens(x_TD, w_OD, residual_TO)
 
 
-def cut(O: int, processors: int) -> Cut:
-    """Rows for all multiprocessors once. Of few, a block would wait for x longer than for its part of w: two share the
-    columns of twice as many. More than registers hold go round by round."""
+def norm_swiglu(x_TD: Tensor, norm_weight_D: Tensor, eps: float, w_2ID: Tensor) -> Tensor:
+    return some_tokens(rms_norm(x_TD, norm_weight_D, eps), w_2ID, gated=True)
+
+
+def cut(O: int, processors: int, unit: int = 8) -> Cut:
+    """Rows for all multiprocessors once, a multiple of `unit`. Of few, a block would wait for x longer than for its
+    part of w: two share the columns of twice as many. More than registers hold go round by round."""
     most, each, both = 64 * GROUPS, -(-O // processors), -(-O // (processors // 2))
     if each > most:
         return Cut(most, 1, True)
-    return Cut(-(-each // 8) * 8, 1, False) if each > 56 else Cut(-(-both // 8) * 8, 2, False)
+    return Cut(-(-each // unit) * unit, 1, False) if each > 56 else Cut(-(-both // unit) * unit, 2, False)
 
 
 def shared_bytes(cut: Cut, tokens: int) -> tuple[int, int]:
@@ -75,28 +79,30 @@ def some_tokens(
     residual_TO: Tensor | None = None,
     out_TO: Tensor | None = None,
     how: Cut | None = None,
+    gated: bool = False,
 ) -> Tensor:
-    """[T, O] of at most 128 tokens in bf16: x times w, plus the residual, rounded once.
+    """[T, O] of at most 128 tokens in bf16: x times w, plus the residual, rounded once; or, if `gated`, [T, O / 2], the
+    SiLU of the first half of that times the other.
 
     out_TO has a unit last stride, and is what is returned if it is given.
     """
     (T, D), O, device = x_TD.shape, len(w_OD), x_TD.device
-    y_TO = torch.empty(T, O, dtype=x_TD.dtype, device=device) if out_TO is None else out_TO
+    y_TO = torch.empty(T, O // (1 + gated), dtype=x_TD.dtype, device=device) if out_TO is None else out_TO
     if T == 0:
         return y_TO
     x_TD, residual_TO = aligned_rows(x_TD), None if residual_TO is None else aligned_rows(residual_TO)
     units = next(n for n in (2, 3, 4, 6, 8) if UNIT * n >= T)
-    how = how or cut(O, multiprocessors(device))
+    how = how or cut(O, multiprocessors(device), 16 if gated else 8)
     stages, shared = shared_bytes(how, UNIT * units)
     tiles, cluster = -(-O // how.rows), 2 if how.pair else how.split
     blocks = (
         tiles * how.split if how.split > 1 else min(-(-tiles // cluster), multiprocessors(device) // cluster) * cluster
     )
-    macros = dict(UNITS=units, SPLIT=how.split, PAIR=int(how.pair), ADD=int(residual_TO is not None))
+    macros = dict(UNITS=units, SPLIT=how.split, PAIR=int(how.pair), ADD=int(residual_TO is not None), GATED=int(gated))
     cuda_kernel(SOURCE, "some_tokens", 128 * GROUPS + 64, device, **macros).launch(
         (blocks, 1, 1),
         shared,
-        (None, tensor_map(w_OD.view(O, 1, D), how.rows)),
+        (None, tensor_map(w_OD.view(O, 1, D), how.rows // (1 + gated))),
         (None, tensor_map(x_TD.unsqueeze(1), UNIT * units // (2 if how.pair else 1))),
         y_TO if residual_TO is None else residual_TO,
         y_TO,

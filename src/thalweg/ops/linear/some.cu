@@ -11,7 +11,10 @@
 // share of the tokens. Or a PAIR of blocks has tiles of its own, and each asks for half of the tokens for both. Sums are
 // added in one order.
 //
-// Macros: UNITS of 16 tokens; SPLIT, 1, 2 or 4; PAIR, 0 or 1, of SPLIT 1; ADD.
+// GATED: w has rows of gate, and as many of up below them; a tile has as many of either; y = silu(gate) * up.
+//
+// Macros: UNITS of 16 tokens; SPLIT, 1, 2 or 4; PAIR, 0 or 1, of SPLIT 1; ADD; GATED, without PAIR and ADD, of tiles that
+// are all in one round.
 
 #include "hopper.cuh"
 #include "matrix_unit.cuh"
@@ -33,12 +36,12 @@ __device__ __forceinline__ void store_sums(bf16* to, const bf16* residual, float
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
     some_tokens(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, const bf16* residual, bf16* y,
                 long long residual_stride, long long y_stride, int T, int O,
-                int rows,      // of a tile, a multiple of 8
+                int rows,      // of a tile, a multiple of 8, with GATED of 16
                 int steps,     // of 128 bytes of a row
                 int stages) {  // of the ring, a multiple of the warpgroups that share out steps: each has its own
     extern __shared__ __align__(1024) u8 shared[];
     const int tid = threadIdx.x, lane = tid % 32, warp = __shfl_sync(~0u, tid / 32, 0);
-    const int groups = (rows + 63) / 64, stage_bytes = (rows + TOKENS) * STEP_BYTES;
+    const int groups = (rows + 63) / 64, stage_bytes = (rows + TOKENS) * STEP_BYTES, stage_bytes_of_w = rows * STEP_BYTES;
     const int rank = blockIdx.x % CLUSTER, pitch = (rows + 15) / 16 * 16 + 4;  // floats between a token's sums
     // The ring, barriers, and a warpgroup's sums of 16 tokens. Products may read behind a stage, not behind all.
     const u32 ring = shared_address(shared), full = ring + stages * stage_bytes, empty = full + 8 * MAX_STAGES;
@@ -67,7 +70,10 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
             for (int k = 0; k < span; k++, n++) {
                 if (n >= stages) wait_at_barrier(empty + 8 * stage, phase);
                 expect_bytes(full + 8 * stage, rows * STEP_BYTES);
-                copy_tile(ring + stage * stage_bytes, &w, step_of(k) * (STEP_BYTES / 2), 0, (first + round * stride) * rows, full + 8 * stage);
+                const u32 to = ring + stage * stage_bytes;
+                const int row = (first + round * stride) * (GATED ? rows / 2 : rows);
+                copy_tile(to, &w, step_of(k) * (STEP_BYTES / 2), 0, row, full + 8 * stage);
+                if (GATED) copy_tile(to + stage_bytes_of_w / 2, &w, step_of(k) * (STEP_BYTES / 2), 0, O / 2 + row, full + 8 * stage);
                 if (++stage == stages) stage = 0, phase ^= 1;
             }
         start_kernel_behind();
@@ -155,25 +161,29 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
             wait_for_cluster();
         else
             __syncthreads();
-        const int share = SPLIT > 1 ? rank : 0, eights = rows / 8;
+        const int share = SPLIT > 1 ? rank : 0, wide = GATED ? rows / 2 : rows, eights = wide / 8;
         for (int i = share * THREADS + tid; i < T * eights; i += SPLIT * THREADS) {
-            const int t = i / eights, within = i % eights * 8, place = first * rows + within;
-            if (place >= O) continue;
-            float4 a = make_float4(0, 0, 0, 0), b = a;
-            auto add = [&](float4 p, float4 q) {
-                a.x += p.x, a.y += p.y, a.z += p.z, a.w += p.w;
-                b.x += q.x, b.y += q.y, b.z += q.z, b.w += q.w;
-            };
+            const int t = i / eights, within = i % eights * 8, place = first * wide + within;
+            if (place >= (GATED ? O / 2 : O)) continue;
+            float4 of[2][2] = {};  // of gate and up, eight rows
 #pragma unroll
             for (int block = 0; block < SPLIT; block++)
-                for (int part = 0; part < phases; part++) {
-                    const int at = ((part * TOKENS + t) * pitch + within) * 4;
-                    if (SPLIT > 1)
-                        add(load_of_block(block, ring + at), load_of_block(block, ring + at + 16));
-                    else
-                        add(*(const float4*)(shared + at), *(const float4*)(shared + at + 16));
+                for (int part = 0; part < phases; part++)
+#pragma unroll
+                    for (int n = 0; n < 2 + 2 * GATED; n++) {
+                        const int at = ((part * TOKENS + t) * pitch + within + n / 2 * wide + n % 2 * 4) * 4;
+                        const float4 p = SPLIT > 1 ? load_of_block(block, ring + at) : *(const float4*)(shared + at);
+                        float4& sum = of[n / 2][n % 2];
+                        sum.x += p.x, sum.y += p.y, sum.z += p.z, sum.w += p.w;
+                    }
+            if (GATED)
+#pragma unroll
+                for (int n = 0; n < 2; n++) {
+                    const float4 a = of[0][n], b = of[1][n];
+                    auto gated = [](float gate, float up) { return gate / (1 + __expf(-gate)) * up; };
+                    of[0][n] = make_float4(gated(a.x, b.x), gated(a.y, b.y), gated(a.z, b.z), gated(a.w, b.w));
                 }
-            store_sums(y + t * y_stride + place, residual + t * residual_stride + place, a, b);
+            store_sums(y + t * y_stride + place, residual + t * residual_stride + place, of[0][0], of[0][1]);
         }
     }
     if (CLUSTER > 1) wait_for_cluster();  // before it ends, others may still read, copy to and arrive at this block
