@@ -16,6 +16,8 @@ from thalweg.ops.moe.router.reference import is_softmax
 from thalweg.ops.norm.triton.rms import rms_norm
 from thalweg.ops.toolchain.triton_launch import pdl_options
 
+COLUMNS = 16  # of logits: a multiple of so many
+
 
 @triton.jit
 def logits_kernel(
@@ -179,10 +181,14 @@ def norm_router_by_library(
     """As norm_router, of a product that the library has whole."""
     normed_TD = rms_norm(x_TD, norm_weight_D, eps)
     as_fp32 = {} if x_TD.dtype == torch.float32 else {"out_dtype": torch.float32}
-    # Rows that begin at odd places the library and the choice would write and read value by value.
-    rows = len(w_ED)
-    logits_TE = torch.empty(len(x_TD), -(-rows // 16) * 16, dtype=torch.float32, device=x_TD.device)[:, :rows]
-    torch.mm(normed_TD, w_ED.t(), **as_fp32, out=logits_TE)
+    # Of an odd number of columns, as a gate makes it, the library's product takes many times as long, and the choice
+    # would read value by value. What the rows behind the weight's own hold is of no matter.
+    rows, columns = len(w_ED), -(-len(w_ED) // COLUMNS) * COLUMNS
+    if columns > rows:
+        padded_ED = w_ED.new_empty(columns, w_ED.shape[1])
+        padded_ED[:rows] = w_ED
+        w_ED = padded_ED
+    logits_TE = torch.mm(normed_TD, w_ED.t(), **as_fp32)[:, :rows]
     groups = (n_group, topk_group)
     return normed_TD, *run_choose(logits_TE[None], bias_E, top_k, renormalize, scale, scoring, num_shared, groups)
 
