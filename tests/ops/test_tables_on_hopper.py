@@ -176,9 +176,11 @@ def test_linears_in_float8_have_kernels_for_any_number_of_tokens(shared_dir: Pat
     found = tables(resolved_k2(shared_dir, name, ranks) if name == "kimi_k2_instruct" else resolved_qwen(raw, ranks))
     in_float8 = {op: table for op, table in found.items() if "_fp8" in op}
     assert {op.split()[0] for op in in_float8} >= {"norm_linear_fp8", "linear_add_fp8" if ranks == 1 else "linear_fp8"}
-    whole = ["1-16: cuda", "17-128: triton", "129-: w8a8"]
+    whole, many_rows = (["1-16: cuda", f"17-{n}: matrix", f"{n + 1}-: w8a8"] for n in (128, 64))
     odd = [["1-16: cuda", "17-: triton"], ["triton"]]  # a rank's share with half a block, a rest of one row
-    assert all(table in (whole, *odd) for table in in_float8.values())
+    # More rows, or columns, than a tile per multiprocessor has.
+    odd += [["1-16: cuda", f"17-{n}: triton", f"{n + 1}-: w8a8"] for n in (64, 128)]
+    assert all(table in (whole, many_rows, *odd) for table in in_float8.values())
     assert whole in in_float8.values()
 
 

@@ -57,10 +57,11 @@ NORM_LINEAR_FP8: Op[Fp8LinearDims, NormLinearFp8] = Op("norm_linear_fp8", Fp8Lin
 LINEAR_ADD_FP8: Op[Fp8LinearDims, LinearAddFp8] = Op("linear_add_fp8", Fp8LinearDims)
 
 FEW = Tokens(last=16)  # beyond, x does not fit the registers of a block
-MANY = Tokens(first=129)  # fewer do not fill the multiprocessors with tiles, where O is small
-W8A8: dict[str, Any] = {"tokens": MANY, "priority": 15, "rounding": 0.04}  # 0.027 for normally distributed activations
+MANY_ROWS, SOME, SOME_OF_MANY_ROWS = 8192, Tokens(17, 128), Tokens(17, 64)  # beyond, tiles of "w8a8" are as many
+W8A8: dict[str, Any] = {"rounding": 0.04}  # 0.027 for normally distributed activations
 MAX_NORM = 16384  # columns that the norm's kernel takes
 MAX_CUDA_NORM, MAX_NORM_ROWS = 8192, 2**16  # beyond both a norm's weight and the sums do not fit shared memory
+MAX_SOME_ROWS = 2**14  # of which a block has at most 128
 MAX_ROWS = 2**18  # of which the sums over passes fit shared memory
 
 
@@ -100,6 +101,42 @@ def _w8a8_refuses(where: Where, dims: Fp8LinearDims) -> Refusal:
 
 def _w8a8_norm_refuses(where: Where, dims: Fp8LinearDims) -> Refusal:
     return _triton_norm_refuses(where, dims) or _w8a8_refuses(where, dims)
+
+
+def _some(dims: Fp8LinearDims) -> Tokens:
+    return SOME_OF_MANY_ROWS if dims.O >= MANY_ROWS else SOME
+
+
+def _more(dims: Fp8LinearDims) -> Tokens:
+    return Tokens((_some(dims).last or 0) + 1)
+
+
+def _matrix_refuses(where: Where, dims: Fp8LinearDims) -> Refusal:
+    if dims.D % BLOCK or not 0 < dims.D <= MAX_NORM:
+        return f"needs D to be a multiple of {BLOCK} up to {MAX_NORM}, not {dims.D}"
+    if dims.O % 8 or not 0 < dims.O <= MAX_SOME_ROWS:
+        return f"needs O to be a multiple of 8 up to {MAX_SOME_ROWS}, not {dims.O}"
+    if dims.rest % 8:
+        return f"needs the rest to be a multiple of 8, not {dims.rest}"
+    return _triton_refuses(where, dims) or cuda_build.why_not(where) or why_not_hopper()
+
+
+def _matrix_linear(where: Where, dims: Fp8LinearDims) -> LinearFp8:
+    from thalweg.ops.linear.fp8 import matrix
+
+    return matrix.linear_fp8
+
+
+def _matrix_norm_linear(where: Where, dims: Fp8LinearDims) -> NormLinearFp8:
+    from thalweg.ops.linear.fp8 import matrix
+
+    return matrix.norm_linear_fp8
+
+
+def _matrix_linear_add(where: Where, dims: Fp8LinearDims) -> LinearAddFp8:
+    from thalweg.ops.linear.fp8 import matrix
+
+    return matrix.linear_add_fp8
 
 
 def _w8a8_linear(where: Where, dims: Fp8LinearDims) -> LinearFp8:
@@ -158,15 +195,18 @@ def _cuda_linear_add(where: Where, dims: Fp8LinearDims) -> LinearAddFp8:
 
 register(LINEAR_FP8, "reference", lambda *_: reference.linear_fp8)
 register(LINEAR_FP8, "triton", _triton_linear, supports=_triton_refuses, priority=10)
-register(LINEAR_FP8, "w8a8", _w8a8_linear, supports=_w8a8_refuses, **W8A8)
+register(LINEAR_FP8, "w8a8", _w8a8_linear, supports=_w8a8_refuses, tokens=_more, priority=15, **W8A8)
+register(LINEAR_FP8, "matrix", _matrix_linear, supports=_matrix_refuses, tokens=_some, priority=17, **W8A8)
 register(LINEAR_FP8, "cuda", _cuda_linear, supports=_cuda_refuses, tokens=FEW, priority=20)
 
 register(NORM_LINEAR_FP8, "reference", lambda *_: reference.norm_linear_fp8)
 register(NORM_LINEAR_FP8, "triton", _triton_norm_linear, supports=_triton_norm_refuses, priority=10)
-register(NORM_LINEAR_FP8, "w8a8", _w8a8_norm_linear, supports=_w8a8_norm_refuses, **W8A8)
+register(NORM_LINEAR_FP8, "w8a8", _w8a8_norm_linear, supports=_w8a8_norm_refuses, tokens=_more, priority=15, **W8A8)
+register(NORM_LINEAR_FP8, "matrix", _matrix_norm_linear, supports=_matrix_refuses, tokens=_some, priority=17, **W8A8)
 register(NORM_LINEAR_FP8, "cuda", _cuda_norm_linear, supports=_cuda_norm_refuses, tokens=FEW, priority=20)
 
 register(LINEAR_ADD_FP8, "reference", lambda *_: reference.linear_add_fp8)
 register(LINEAR_ADD_FP8, "triton", _triton_linear_add, supports=_triton_refuses, priority=10)
-register(LINEAR_ADD_FP8, "w8a8", _w8a8_linear_add, supports=_w8a8_refuses, **W8A8)
+register(LINEAR_ADD_FP8, "w8a8", _w8a8_linear_add, supports=_w8a8_refuses, tokens=_more, priority=15, **W8A8)
+register(LINEAR_ADD_FP8, "matrix", _matrix_linear_add, supports=_matrix_refuses, tokens=_some, priority=17, **W8A8)
 register(LINEAR_ADD_FP8, "cuda", _cuda_linear_add, supports=_cuda_refuses, tokens=FEW, priority=20)
