@@ -6,6 +6,7 @@ from __future__ import annotations
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from ctypes import addressof, c_float, c_int, c_longlong, c_void_p, sizeof
 from enum import IntEnum
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor
 
 from thalweg.errors import KernelError
-from thalweg.ops.toolchain import cuda_build
+from thalweg.ops.toolchain import cuda_build, launch
 from thalweg.ops.toolchain.counters import counters
+from thalweg.ops.toolchain.tensor_map import TensorMap
 from thalweg.ops.toolchain.triton_compile import compiled_together
 
 
@@ -60,10 +62,8 @@ class Driver(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        if name in ("CUlaunchAttribute", "CUlaunchConfig"):
-            return lambda: SimpleNamespace(value=SimpleNamespace(clusterDim=SimpleNamespace()))
-        if name == "CUstream":
-            return int
+        if name == "CUresult":
+            return CUresult
         if name.startswith("CU"):
             return SimpleNamespace(**dict.fromkeys(ATTRIBUTES, 0))
         return lambda *args: self._call(name, *args)
@@ -75,9 +75,13 @@ class Driver(ModuleType):
         if name == "cuGetErrorString":
             return CUresult(0), WORDS[args[0]]
         if name == "cuLaunchKernelEx":
-            self.launched.append(args[0])
+            self.launched.append(args)
             return (status,)
-        return status, {"cuDeviceGetAttribute": 232448, "cuFuncGetAttribute": 1024}.get(name)
+        found = {"cuDeviceGetAttribute": 232448, "cuFuncGetAttribute": 1024, "cuModuleGetFunction": 5}
+        return status, found.get(name)
+
+    def cuLaunchKernelEx(self, *args: Any) -> int:  # noqa: N802 -- of the driver itself, not of its bindings
+        return int(self._call("cuLaunchKernelEx", *args)[0])
 
 
 ATTRIBUTES = [
@@ -85,8 +89,6 @@ ATTRIBUTES = [
     "CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES",
     "CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES",
     "CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED",
-    "CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION",
-    "CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION",
 ]
 
 
@@ -101,6 +103,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=7))
     monkeypatch.setattr(cuda_build, "cached_cubin", lambda *_, **__: b"code")
     monkeypatch.setattr(cuda_build, "_runtime", lambda: None)
+    monkeypatch.setattr(launch, "driver", lambda: found)
     return found
 
 
@@ -117,6 +120,42 @@ def test_a_launch_that_the_driver_refuses_says_which_and_why(driver: Driver) -> 
     )
     del driver.results["cuLaunchKernelEx"]
     kernel.launch((3, 2, 1), 64, torch.zeros(1))
+
+
+def test_a_launch_tells_the_driver_all_it_was_given(driver: Driver) -> None:
+    """A thread's arguments lie where they lay before; another's do not."""
+    kernel, x = cuda_build.CudaKernel(Path("some.cu"), "few", 256), torch.zeros(2)
+    tile = TensorMap()
+    config_at = places = None
+
+    def tell(turn: int) -> None:
+        nonlocal config_at, places
+        kernel.launch(
+            (3, 2, turn), 64, x, (c_int, -turn), (c_float, 0.5), (None, tile), (c_longlong, 2**40 + turn), x[1:]
+        )
+        config_at, function, places, extra = driver.launched[-1]
+        assert (function.value, extra) == (5, None)
+
+    for turn in (1, 2):
+        tell(turn)
+        config = config_at._obj
+        assert (config.grid_x, config.grid_y, config.grid_z) == (3, 2, turn)
+        assert (config.block_x, config.block_y, config.block_z) == (256, 1, 1)
+        assert (config.shared_bytes, config.stream, config.num_attributes) == (64, 7, 1)
+        attribute = (c_int * 18).from_address(config.attributes)  # programmatic stream serialization, allowed
+        assert list(attribute[:3]) == [6, 0, 1]
+        assert (sizeof(config), sizeof(attribute)) == (56, 72)
+        at = [c_void_p.from_address(place).value for place in (places[0], places[5])]
+        assert at == [x.data_ptr(), x.data_ptr() + 4]
+        assert c_int.from_address(places[1]).value == -turn
+        assert c_float.from_address(places[2]).value == 0.5
+        assert places[3] == addressof(tile)
+        assert c_longlong.from_address(places[4]).value == 2**40 + turn
+    mine = addressof(places)
+    other = threading.Thread(target=tell, args=(3,))
+    other.start()
+    other.join()
+    assert addressof(places) != mine
 
 
 def test_an_error_that_the_runtime_keeps_is_told_once(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:

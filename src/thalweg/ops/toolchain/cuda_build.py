@@ -22,6 +22,7 @@ from torch import Tensor
 
 from thalweg.errors import KernelError
 from thalweg.ops.registry import Refusal, Where
+from thalweg.ops.toolchain.launch import Launcher
 from thalweg.ops.toolchain.triton_compile import beside, rehearsing
 
 HEADERS = tuple(Path(__file__).with_name(name) for name in ("hopper.cuh", "matrix_unit.cuh", "ranks.cuh"))
@@ -81,6 +82,10 @@ class CudaKernel:
         check(driver.cuFuncSetAttribute(function, larger, 1))  # up to 16 blocks, of those who have clusters
         return function, shared_limit
 
+    @cached_property
+    def _launcher(self) -> Launcher:
+        return Launcher(int(self._loaded[0]), self._threads)
+
     def launch(self, grid: tuple[int, int, int], shared_bytes: int, *args: Tensor | tuple[Any, Any]) -> None:
         """On torch's current stream, starting before the kernel ahead has ended; it must wait by griddepcontrol.wait.
 
@@ -92,20 +97,7 @@ class CudaKernel:
         """
         if rehearsing():
             return
-        from cuda.bindings import driver
-
-        early = driver.CUlaunchAttribute()
-        early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-        early.value.programmaticStreamSerializationAllowed = 1
-        config = driver.CUlaunchConfig()
-        config.gridDimX, config.gridDimY, config.gridDimZ = grid
-        config.blockDimX, config.blockDimY, config.blockDimZ = self._threads, 1, 1
-        config.sharedMemBytes = shared_bytes
-        config.hStream = driver.CUstream(torch.cuda.current_stream().cuda_stream)
-        config.attrs, config.numAttrs = [early], 1
-        pairs = [(ctypes.c_void_p, a.data_ptr()) if isinstance(a, Tensor) else a for a in args]
-        values, types = tuple(v for _, v in pairs), tuple(t for t, _ in pairs)
-        (status,) = driver.cuLaunchKernelEx(config, self._loaded[0], (values, types), 0)
+        status = self._launcher(grid, shared_bytes, torch.cuda.current_stream().cuda_stream, args)
         runtime = runtime_error()
         if status or runtime:
             shape = f"grid {grid}, block ({self._threads}, 1, 1), {shared_bytes} bytes of shared memory"
@@ -113,7 +105,9 @@ class CudaKernel:
             also = f"; the runtime says {runtime}" if runtime else ""
             if not status:
                 raise KernelError(f"before {this} was launched another call failed: {runtime}")
-            raise KernelError(f"{this} was not launched: {_describe(status)}{also}")
+            from cuda.bindings import driver
+
+            raise KernelError(f"{this} was not launched: {_describe(driver.CUresult(status))}{also}")
 
 
 def aligned_rows(x_TD: Tensor) -> Tensor:

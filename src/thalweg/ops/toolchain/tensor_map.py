@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from ctypes import CDLL, Structure, addressof, byref, c_char, c_int, c_uint32, c_uint64, c_void_p
-from functools import cache, lru_cache
-from typing import Any
+from ctypes import Structure, addressof, byref, c_char, c_int, c_uint32, c_uint64, c_void_p
+from functools import lru_cache
 
 from torch import Tensor
 
 from thalweg.errors import KernelError
+from thalweg.ops.toolchain.launch import driver
 
 BFLOAT16, NO_INTERLEAVE, SWIZZLE_128_BYTES, L2_256_BYTES, ZEROS = 9, 0, 3, 3, 0  # of the driver's enumerations
 
@@ -29,7 +29,7 @@ def tensor_map(x_RHX: Tensor, rows: int, heads: int = 1) -> TensorMap:
 def _tensor_map(address: int, shape: tuple[int, ...], strides: tuple[int, ...], rows: int, heads: int) -> TensorMap:
     memory = (c_char * 192)()
     result = TensorMap.from_buffer(memory, -addressof(memory) % 64)  # where the driver wants it
-    code = _driver().cuTensorMapEncodeTiled(
+    code = driver().cuTensorMapEncodeTiled(
         byref(result),
         c_int(BFLOAT16),
         c_uint32(3),
@@ -46,8 +46,3 @@ def _tensor_map(address: int, shape: tuple[int, ...], strides: tuple[int, ...], 
     if code:
         raise KernelError(f"no tensor map of {shape} values with strides {strides}, {rows} rows at a time: code {code}")
     return result
-
-
-@cache
-def _driver() -> Any:
-    return CDLL("libcuda.so.1")
