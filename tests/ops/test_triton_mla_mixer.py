@@ -182,6 +182,17 @@ def test_combine_in_gluon_compiles_for_hopper_without_spills(H: int, splits: int
     assert "wgmma.mma_async" in check_compiled(gluon.combine, constants, block_v // 16, types)
 
 
+def test_what_changes_from_step_to_step_compiles_no_kernel_again() -> None:
+    """A step with prompts has any number of decode rows, and block tables as wide as its longest sequence needs."""
+    pytest.importorskip("triton")
+    from thalweg.ops.attention.mla_mixer.triton import combining, gluon, many_heads, mixer
+
+    changing = {"B", "splits", "table_stride"}
+    for kernel in (gluon.attend, many_heads.attend, combining.combine, mixer._absorb, mixer._attend, mixer._combine):
+        looked_at = {p.name for p in kernel.params if not p.is_constexpr and not p.do_not_specialize}
+        assert not looked_at & changing, kernel
+
+
 def test_heads_and_splits_of_a_program() -> None:
     """A context in splits for all multiprocessors; 64 heads read it together if there are sequences enough."""
     pytest.importorskip("triton")

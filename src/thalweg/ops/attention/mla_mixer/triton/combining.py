@@ -155,7 +155,7 @@ def combine_here(
     )
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["B", "splits"])
 def combine(
     part_desc,
     w_uv_desc,

@@ -59,7 +59,7 @@ def _copy_tile(half_desc, shared_desc, half0, half1, shared, block, row, bar):
     copy(shared_desc, block, row, 2 * WIDTH, bar, shared, True)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["B", "table_stride"])
 def attend(
     q_half_desc,
     q_shared_desc,

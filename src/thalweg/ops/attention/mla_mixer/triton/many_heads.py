@@ -35,7 +35,7 @@ def _copy_tile(latent_desc, shared_desc, latent, shared, block, row, bar, pred):
     copy(shared_desc, block, row, R, bar, shared, pred)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["B", "table_stride"])
 def attend(
     q_latent_desc,
     q_shared_desc,

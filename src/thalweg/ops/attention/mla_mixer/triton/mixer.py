@@ -147,7 +147,7 @@ def _prefetch_tile(table_ptr, base_ptr, BLOCK_BYTES: tl.constexpr, TILE_BYTES: t
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])
 def _attend(
     q_ptr,
     blocks_ptr,
