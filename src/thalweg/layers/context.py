@@ -15,6 +15,7 @@ from thalweg.parallel.placement import Placement
 from thalweg.parallel.shards import Shards
 from thalweg.quant import PLAIN
 from thalweg.quant.scheme import Shape
+from thalweg.weights.memory import WeightMemory
 from thalweg.weights.plan import Target
 
 D = TypeVar("D")
@@ -33,6 +34,7 @@ class BuildContext:
     path: str = field(default="", kw_only=True)  # of the module that is being built, "layers.0.attn." or so
     norm_fp32: bool = field(default=False, kw_only=True)  # whether the weights of RMSNorms are kept in float32
     placements: Mapping[int, Placement] = field(default_factory=dict, kw_only=True)  # of layers with an uneven one
+    memory: WeightMemory = field(default_factory=WeightMemory, kw_only=True)  # for weights on a CPU
 
     @property
     def dtype_name(self) -> str:
@@ -40,7 +42,10 @@ class BuildContext:
 
     def weight(self, *shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
         """An uninitialised parameter; weights/ fills it."""
-        return nn.Parameter(torch.empty(shape, device=self.device, dtype=dtype or self.dtype), requires_grad=False)
+        dtype = dtype or self.dtype
+        if self.device.type == "cpu":
+            return nn.Parameter(self.memory.empty(shape, dtype), requires_grad=False)
+        return nn.Parameter(torch.empty(shape, device=self.device, dtype=dtype), requires_grad=False)
 
     @property
     def where(self) -> Where:
