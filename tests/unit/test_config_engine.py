@@ -69,7 +69,7 @@ def test_defaults_are_valid_and_frozen() -> None:
 @pytest.mark.parametrize("device", ["cpu", "cuda:0"])
 @pytest.mark.parametrize("given", [{}, {"enable_prefix_caching": False}, {"tensor_parallel_size": 2}])
 def test_prefixes_are_cached_unless_told_otherwise(device: str, given: dict[str, Any]) -> None:
-    found = EngineConfig(**given).resolve(device=device, checkpoint_dtype="bfloat16", context_len=100)
+    found = EngineConfig(**given).resolve(device=device, checkpoint_dtype="bfloat16", context_len=100, layers=2)
     assert found.enable_prefix_caching is given.get("enable_prefix_caching", True)
 
 
@@ -103,7 +103,7 @@ def test_to_dict_gives_the_same_config_back() -> None:
 )
 def test_resolve_decides_the_dtype(asked: str, device: str, checkpoint: str, got: str) -> None:
     resolved = EngineConfig(dtype=asked, load_format="safetensors").resolve(
-        device=device, checkpoint_dtype=checkpoint, context_len=4096
+        device=device, checkpoint_dtype=checkpoint, context_len=4096, layers=2
     )
     assert (resolved.dtype, resolved.device, resolved.load_format) == (got, device, "auto")
 
@@ -111,8 +111,8 @@ def test_resolve_decides_the_dtype(asked: str, device: str, checkpoint: str, got
 def test_resolve_keeps_a_device_that_was_named_and_refuses_too_long_a_context() -> None:
     config = EngineConfig(device="cpu", max_model_len=4097)
     with pytest.raises(ConfigError, match="--max-model-len is 4097; expected at most 4096"):
-        config.resolve(device="cuda", checkpoint_dtype="bfloat16", context_len=4096)
-    assert config.resolve(device="cuda", checkpoint_dtype="bfloat16", context_len=4097).device == "cpu"
+        config.resolve(device="cuda", checkpoint_dtype="bfloat16", context_len=4096, layers=2)
+    assert config.resolve(device="cuda", checkpoint_dtype="bfloat16", context_len=4097, layers=2).device == "cpu"
 
 
 @pytest.mark.parametrize(
@@ -166,14 +166,16 @@ def test_only_known_environment_variables_are_read(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize(("device", "tokens"), [("cpu", 2048), ("cuda:0", 16384)])
 def test_tokens_of_a_step_follow_the_device(device: str, tokens: int) -> None:
-    arguments = dict(device=device, checkpoint_dtype="bfloat16", context_len=4096)
+    arguments = dict(device=device, checkpoint_dtype="bfloat16", context_len=4096, layers=2)
     assert EngineConfig().resolve(**arguments).max_num_batched_tokens == tokens
     assert EngineConfig(max_num_batched_tokens=5).resolve(**arguments).max_num_batched_tokens == 5
 
 
 def test_prompts_run_as_graphs_unless_a_number_is_given() -> None:
-    arguments = dict(device="cuda:0", checkpoint_dtype="bfloat16", context_len=4096)
+    arguments = dict(device="cuda:0", checkpoint_dtype="bfloat16", context_len=4096, layers=2)
     assert EngineConfig().resolve(**arguments).prefill_graph_tokens == 2048
+    assert EngineConfig().resolve(**arguments | {"layers": 32}).prefill_graph_tokens == 2048
+    assert EngineConfig().resolve(**arguments | {"layers": 33}).prefill_graph_tokens == 4096  # longer to launch
     assert EngineConfig(tensor_parallel_size=2).resolve(**arguments).prefill_graph_tokens == 4096
     for tokens in (0, 512):
         config = EngineConfig(tensor_parallel_size=2, prefill_graph_tokens=tokens)

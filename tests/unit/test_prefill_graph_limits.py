@@ -83,6 +83,6 @@ def test_what_is_printed_of_steps_with_prompts(folder: Path, options: dict[str, 
 @pytest.mark.parametrize(("ranks", "tokens"), [(1, 2048), (2, 4096), (4, 0)])
 def test_two_ranks_that_share_prompts_have_graphs_of_more_tokens(ranks: int, tokens: int) -> None:
     config = EngineConfig(tensor_parallel_size=ranks)
-    config = config.resolve(device="cuda", checkpoint_dtype="bfloat16", context_len=100_000)
+    config = config.resolve(device="cuda", checkpoint_dtype="bfloat16", context_len=100_000, layers=2)
     assert config.prefill_graph_tokens == tokens
     assert token_sizes(tokens, 100_000)[-1:] == ([tokens] if tokens else [])

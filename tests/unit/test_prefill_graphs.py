@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from thalweg.ops.host_tables import Limits, StepSequences, Tables, UnknownWhileC
 from thalweg.ops.registry import Resolver, Where
 from thalweg.runner import prefill_graphs
 from thalweg.runner import step as step_module
-from thalweg.runner.prefill_graphs import CONTEXTS, PREFILLS, TOKENS, PrefillGraphs, Shape, token_sizes
+from thalweg.runner.prefill_graphs import AT_ONCE, CONTEXTS, PREFILLS, TOKENS, PrefillGraphs, Shape, token_sizes
 
 CPU = torch.device("cpu")
 
@@ -86,6 +87,17 @@ def test_ranks_run_the_same_shapes_whichever_of_them_had_no_memory_for_a_graph()
     )
     assert [graphs.shape_of(plan(100)) for graphs in ranks] == [shape, shape]
     assert [graphs.shape_of(plan(200)) for graphs in ranks] == [None, None]
+
+
+def test_shapes_of_many_tokens_are_rehearsed_and_not_captured_at_the_start() -> None:
+    graphs, slots, captured = shapes(), SimpleNamespace(max_model_len=9999), []
+    graphs._sizes, graphs._keeps_prefixes, graphs._statics = [64, AT_ONCE, AT_ONCE + 256], False, {}
+    graphs._batches = SimpleNamespace(slots=slots)
+    graphs._at_rest = lambda shape: shape
+    graphs._capture = lambda shape: captured.append(shape)
+    graphs.start()
+    assert captured == [(0, 1, AT_ONCE, AT_ONCE), (0, 1, 64, 64)]
+    assert {shape.tokens for shape in graphs._usual()} == set(graphs._sizes)
 
 
 STEPS = [

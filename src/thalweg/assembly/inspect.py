@@ -97,7 +97,9 @@ def describe(config: EngineConfig) -> Inspection:
     checkpoint = _open_checkpoint(source, config)
     c = source.config
     device = choose_device(config, 0)
-    config = config.resolve(device=str(device), checkpoint_dtype=c.dtype, context_len=c.context_len)
+    config = config.resolve(
+        device=str(device), checkpoint_dtype=c.dtype, context_len=c.context_len, layers=len(c.layers)
+    )
     source = source.fitted(checkpoint, dequantize=config.dequantize, halves=config.keeps_halves)
     c = source.config
     plan = source.plan(shards_of(config), config.quantization)
@@ -140,7 +142,9 @@ def resolve_ops(config: EngineConfig) -> tuple[str, list[Choice]]:
     """
     source, device = open_source(config), choose_device(config, 0)
     c = source.config
-    config = config.resolve(device=str(device), checkpoint_dtype=c.dtype, context_len=c.context_len)
+    config = config.resolve(
+        device=str(device), checkpoint_dtype=c.dtype, context_len=c.context_len, layers=len(c.layers)
+    )
     resolver = Resolver(config.op_preference, quantize_activations=config.quantize_activations)
     _build(source, config, config.dtype, device, resolver, config.quantization)
     resolve_sample(resolver, device, c.vocab_size)

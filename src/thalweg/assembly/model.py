@@ -72,7 +72,9 @@ def open_model(config: EngineConfig, tp_rank: int, data_rank: int = 0, *, mtp: b
     c = source.config
     rank = tp_rank + config.tensor_parallel_size * data_rank
     device = choose_device(config, rank - config.node_rank * config.ranks_per_node)
-    config = config.resolve(device=str(device), checkpoint_dtype=c.dtype, context_len=c.context_len)
+    config = config.resolve(
+        device=str(device), checkpoint_dtype=c.dtype, context_len=c.context_len, layers=len(c.layers)
+    )
     checkpoint = source.open_weights() if config.load_format != "dummy" else None
     source = source.fitted(checkpoint, mtp=mtp, dequantize=config.dequantize, halves=config.keeps_halves)
     plan = source.plan(shards_of(config, tp_rank, data_rank), config.quantization)

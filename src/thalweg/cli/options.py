@@ -213,7 +213,8 @@ def engine_config(
         str | None,
         _engine(
             metavar="TOKENS",
-            help="Run steps of up to so many prompt tokens as CUDA graphs; 0: none. Default: 2k; 2 ranks: 4k; more: 0.",
+            help="Run steps of up to so many prompt tokens as CUDA graphs; 0: none. Default: 2k; with more than 32"
+            " layers or 2 ranks: 4k; with more ranks: 0.",
         ),
     ] = None,
     step_timeout: Annotated[

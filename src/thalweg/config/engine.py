@@ -70,8 +70,8 @@ class EngineConfig:
     seed: of sampling and of dummy weights.
     enforce_eager: whether steps run without CUDA graphs, and on a CPU without being recorded.
     prefill_graph_tokens: steps with so many prompt tokens at most run as CUDA graphs, if there are graphs for so many.
-        None: 2048 on one rank, 4096 on two of one host, which are done with a prompt before its kernels are
-        launched, and 0 otherwise.
+        None: on one rank 2048, or 4096 with more than 32 layers; 4096 on two of one host, which are done with a prompt
+        before its kernels are launched; and 0 otherwise.
     step_timeout: seconds after which a step that has not ended ends the engine.
     config_file: a config.json to run with dummy weights.
     num_layers: how many of the model's layers run, with dummy weights.
@@ -226,7 +226,7 @@ class EngineConfig:
     def ranks_per_node(self) -> int:
         return self.tensor_parallel_size // self.nnodes
 
-    def resolve(self, *, device: str, checkpoint_dtype: str, context_len: int) -> EngineConfig:
+    def resolve(self, *, device: str, checkpoint_dtype: str, context_len: int, layers: int) -> EngineConfig:
         """The same options with every "auto" decided, given what the machine and the checkpoint are. `max_num_seqs`
         stays open, since it waits for what the weights leave of the memory.
 
@@ -251,7 +251,7 @@ class EngineConfig:
             dequantize=chosen != "cpu" if self.dequantize is None else self.dequantize,
             load_format=load_format,
             max_num_batched_tokens=tokens,
-            prefill_graph_tokens=self._graph_tokens(),
+            prefill_graph_tokens=self._graph_tokens(layers),
         )
 
     def _check_data_parallel(self) -> None:
@@ -272,12 +272,13 @@ class EngineConfig:
         if self.cache_folder is not None:
             raise ConfigError(f"{size}, and --cache-folder is for one rank; leave one of them out")
 
-    def _graph_tokens(self) -> int:
+    def _graph_tokens(self, layers: int) -> int:
         if self.prefill_graph_tokens is not None:
             return self.prefill_graph_tokens
         if self.nnodes > 1:
             return 0  # graphs with NCCL's sums of prompts inside, as with more than two ranks, have not been run yet
-        return {1: 2048, 2: 4096}.get(self.tensor_parallel_size, 0)
+        # Launching takes as long as there are layers, about a millisecond for each.
+        return {1: 2048 if layers <= 32 else 4096, 2: 4096}.get(self.tensor_parallel_size, 0)
 
     @property
     def keeps_halves(self) -> bool:

@@ -28,8 +28,9 @@ from thalweg.sampling.sampler import Sampler
 
 _log = logging.getLogger(__name__)
 
-# Beyond, a step is longer than launching it: beyond 2048 on one rank.
-TOKENS = (64, 128, 192, 256, 384, 512, 768, 1024, 1280, 1536, 2048, 2560, 3072, 3584, 4096)
+# Beyond, a step is longer than launching it.
+TOKENS = (64, 128, 192, 256, 384, 512, 768, 1024, 1280, 1536, 2048, 2304, 2560, 2816, 3072, 3328, 3584, 3840, 4096)
+AT_ONCE = 2048  # most tokens of shapes that are captured at the start
 CONTEXTS = (4096, 8192, 16384)  # beyond those without cached tokens; more would be computed for nothing
 TURN = 512  # most tokens of a prompt after a cached prefix whose shapes are captured at the start
 PREFILLS = (1, 15)  # and the one that pads the step: logits of few enough rows for kernels that stream the head once
@@ -147,12 +148,13 @@ class PrefillGraphs:
             self._at_rest(shape)
 
     def start(self) -> None:
-        """From now on shapes are captured: the usual ones at once. The largest comes first, so that the others fit into
-        its memory."""
+        """From now on shapes are captured: the usual ones of few tokens at once. The largest comes first, so that the
+        others fit into its memory."""
         self._started = True
         self._statics.clear()  # in a rehearsal nothing ran
         for shape in self._usual():
-            self._capture(self._at_rest(shape))
+            if shape.tokens <= AT_ONCE:
+                self._capture(self._at_rest(shape))
 
     def close(self) -> None:
         self._replays.clear()
