@@ -1,6 +1,7 @@
 // Products of rows of GGML's blocks with a few tokens' rounded activations, and the rounding.
 #include "int8.h"
 
+#include "int8_pairs.h"
 #include "int8_types.h"
 
 namespace thalweg {
@@ -142,35 +143,12 @@ inline void row_of_32(const uint8_t* w, Rounded32 x, int64_t stride, Vec* out) {
   int64_t i = 0;
   Vec acc[N] = {};
 #if defined(__AVX512VNNI__)
-  // Two blocks to a vector: scales and sums of sixteen, each spread over half a vector.
-  IVec spread;
-  for (int l = 0; l < LANES; l++) spread[l] = l / 8;
-  for (; i + 2 <= blocks;) {
-    const int64_t pairs = blocks - i < 16 ? (blocks - i) / 2 : 8;
-    const __mmask16 some = (1u << (2 * pairs)) - 1;
-    __m512 d[N];
-    __m512i less[N];
-#pragma GCC unroll 8
-    for (int n = 0; n < N; n++) {
-      Rounded32 own{x.at + n * stride, x.columns};
-      d[n] = _mm512_maskz_loadu_ps(some, own.d() + i);
-      less[n] = (__m512i)((IVec)_mm512_maskz_loadu_epi32(some, own.sums() + i) * (-Q::OFFSET / 8));
-    }
-    for (int64_t p = 0; p < pairs; p++, i += 2, w += 2 * Q::BYTES) {
-      for (int line = 0; line < 2 * Q::BYTES; line += 64) __builtin_prefetch(w + NEAR + line);
-      __m512i q = _mm512_inserti64x4(
-          _mm512_castsi256_si512((__m256i)Q::quants(w)), (__m256i)Q::quants(w + Q::BYTES), 1);
-      int16_t first, second;
-      memcpy(&first, w, 2), memcpy(&second, w + Q::BYTES, 2);
-      __m512 scale = _mm512_cvtph_ps(_mm256_set_m128i(_mm_set1_epi16(second), _mm_set1_epi16(first)));
-      __m512i from = (__m512i)(spread + 2 * (int)p);
-#pragma GCC unroll 8
-      for (int n = 0; n < N; n++) {
-        __m512i dot = _mm512_dpbusd_epi32(
-            _mm512_permutexvar_epi32(from, less[n]), q, _mm512_loadu_si512(x.at + n * stride + 32 * i));
-        acc[n] += __builtin_convertvector((IVec)dot, Vec) * (Vec)(scale * _mm512_permutexvar_ps(from, d[n]));
-      }
-    }
+  const std::integral_constant<int64_t, 16> sixteen{};
+  for (; i + sixteen <= blocks; i += sixteen, w += sixteen * Q::BYTES)
+    add_pairs<Q, N>(w, sixteen, x, i, stride, NEAR, acc);
+  if (const int64_t rest = (blocks - i) / 2 * 2) {
+    add_pairs<Q, N>(w, rest, x, i, stride, NEAR, acc);
+    i += rest, w += rest * Q::BYTES;
   }
 #endif
   if (i < blocks) {
