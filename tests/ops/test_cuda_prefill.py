@@ -60,7 +60,7 @@ def test_states_at_boundaries_on_the_host(on_host: Any) -> None:
     mixer_boundaries(on_host.gdn_mixer_prefill, "cpu", 2, 1)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_kda_in_graphs_on_the_host(on_host: Any) -> None:
     case = MixerPrefillCase((128,), 1)
     before = [torch.randn(8, *x.shape[1:]).to(x.dtype) for x in (case.state, case.conv)]

@@ -75,7 +75,7 @@ def test_kernels_under_the_interpreter() -> None:
     run_interpreted(check_kernels, check_the_best_implementations)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_kernels_under_the_interpreter_at_more_sizes() -> None:
     pytest.importorskip("triton")
     run_interpreted(check_more_sizes)
