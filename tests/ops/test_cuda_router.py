@@ -5,11 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.ops.compile_cuda import compile_cuda
-from thalweg.ops.moe.router import NORM_ROUTER, NormRouterDims
+from tests.ops.moe_case import moe_case, routed
+from tests.ops.run_on_host import HostKernel
+from thalweg.ops.moe.router import NORM_ROUTER, NormRouterDims, few, reference
 from thalweg.ops.moe.router.cuda import BLOCKS, SOURCE, parts, refusal, shared_bytes, tokens_per_cluster
 from thalweg.ops.registry import Resolver, Where
+from thalweg.ops.toolchain.counters import counters
 
 DIMS = {"E": 256, "D": 2304, "K": 8, "G": 1, "S": 1}
 SHARED_OF_TWO = 227 * 1024 // 2 - 1024  # of which two blocks find room on a multiprocessor; each costs 1 KB more
@@ -77,3 +81,58 @@ def test_what_it_does_not_serve_it_refuses_with_a_reason(dims: dict[str, int], d
 def test_it_serves_the_published_shape_and_smaller_ones() -> None:
     assert all(refusal(E, D, 9) is None for E, D in ((256, 2304), (64, 1024), (512, 2304), (32, 256), (384, 7168)))
     assert refusal(256, 7168, 9, groups=8) is None
+
+
+def test_one_token_finds_room_beside_the_projection_ahead(tmp_path: Path) -> None:
+    """What o_proj of Kimi-K2 in bf16 leaves of a multiprocessor: 96 of its registers for each of 256 threads, and all
+    of shared memory but 15 KB."""
+    macros = {"E": 384, "D": 7168, "K": 8, "SHARED": 0, "SOFTMAX": 0, "RENORMALIZE": 1}
+    compiled = compile_cuda(few.SOURCE, tmp_path, **macros, ROWS=few.ROWS, WARPS=few.WARPS)
+    assert compiled.spilled_bytes == 0
+    assert compiled.registers * 32 * few.WARPS <= 65536 - 96 * 256
+    assert compiled.static_shared_bytes <= 14 * 1024
+    source = few.SOURCE.read_text()
+    assert source.index("wait_for_kernel_ahead()") < source.index("start_kernel_behind()")
+
+
+@pytest.mark.parametrize(("D", "E", "k", "shared"), [(1024, 32, 4, 0), (512, 64, 6, 1)])
+@pytest.mark.parametrize("scoring", ["sigmoid", "softmax"])
+def test_one_token_on_the_host(
+    monkeypatch: pytest.MonkeyPatch, D: int, E: int, k: int, shared: int, scoring: str
+) -> None:
+    """Twice, since a launch leaves places for logits as it found them; then with experts that are equals."""
+    told = counters("norm_router", torch.device("cpu"), 2 * E)
+    monkeypatch.setattr(few, "cuda_kernel", HostKernel)
+    monkeypatch.setattr(few, "WARPS", 2)
+    for seed in (0, 1):
+        case = moe_case(1, D, 16, E, k, shared, torch.bfloat16, seed=seed)
+        found = routed(few.norm_router, case, k, True, 2.5, scoring)
+        expected = routed(reference.norm_router, case, k, True, 2.5, scoring)
+        torch.testing.assert_close(found[0], expected[0], rtol=2**-7, atol=1e-6)
+        assert found[2].tolist() == expected[2].tolist()
+        torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=1e-5)
+        assert not told.any()
+    case.router_weight[:], case.bias[:] = case.router_weight[0].clone(), 0
+    assert routed(few.norm_router, case, k, True, 2.5, scoring)[2].tolist() == [[*range(k), *range(E, E + shared)]]
+    case.x[0, 3] = torch.nan
+    assert routed(few.norm_router, case, k, True, 2.5, scoring)[2].tolist() == [[*range(k), *range(E, E + shared)]]
+    assert not told.any()
+
+
+@pytest.mark.parametrize(
+    ("dims", "reason"),
+    [
+        ({"D": 2304, "E": 256}, "rows of 3584 or 7168"),
+        ({"D": 7168, "E": 544}, "a multiple of 32 experts up to 512"),
+        ({"D": 7168, "E": 256, "G": 8}, "needs experts in one group"),
+        ({"D": 7168, "E": 384, "gated": True}, "gate"),
+        ({"D": 7168, "E": 384, "norm_fp32": True}, "norm's weight in bfloat16"),
+    ],
+)
+def test_what_one_token_is_refused_for(dims: dict[str, int], reason: str) -> None:
+    resolver = Resolver()
+    resolver.resolve(NORM_ROUTER, Where("cuda", "bfloat16"), NormRouterDims(**{"K": 8, "G": 1, "S": 0, **dims}))
+    refused = dict(resolver.explain()[0].refused)["few"]
+    assert reason in refused
+    assert few.refusal(384, 7168, 9) is None
+    assert few.refusal(64, 3584, 9) is None

@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 from tests.ops.moe_case import MoeCase, moe_case, routed
-from thalweg.ops.moe.router import NORM_ROUTER, NormRouterDims
+from thalweg.ops.linear.cuda import linear_add
+from thalweg.ops.moe.router import NORM_ROUTER, NormRouterDims, few
 from thalweg.ops.moe.router.cuda import norm_router
 from thalweg.ops.moe.router.reference import route
 from thalweg.ops.norm.reference import rms_norm
 from thalweg.ops.registry import Resolver, Where
+from thalweg.ops.toolchain.counters import counters
 
 pytestmark = pytest.mark.gpu
 
@@ -56,7 +58,8 @@ def test_batch_sizes(T: int) -> None:
         (4096, 256, 8, 1),
         (768, 96, 16, 3),
         (512, 512, 30, 2),
-        (7168, 384, 8, 0),  # weights in two parts
+        (7168, 384, 8, 0),  # weights in two parts; one token in registers
+        (3584, 64, 8, 1),
     ],
 )
 def test_other_shapes(T: int, D: int, E: int, k: int, shared: int) -> None:
@@ -177,3 +180,45 @@ def test_in_a_graph_under_load(T: int) -> None:
         graph.replay()
         for a, b in zip(found, expected, strict=True):
             assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
+
+
+def wide_case(seed: int = 0) -> MoeCase:
+    return moe_case(1, 7168, 16, 384, 8, 1, torch.bfloat16, "cuda", seed=seed)
+
+
+def test_one_token_of_equals_and_of_nan() -> None:
+    case = wide_case()
+    case.router_weight[:], case.bias[:] = case.router_weight[0].clone(), 0
+    assert routed(few.norm_router, case, 8)[2].tolist() == [[*range(8), 384]]
+    case.x[0, 5] = torch.nan
+    assert routed(few.norm_router, case, 8)[2].tolist() == [[*range(8), 384]]
+
+
+def test_one_token_in_a_graph_under_load() -> None:
+    """Behind a projection whose blocks it stands beside; a launch leaves the places of logits as it found them."""
+    cases = [wide_case(i) for i in range(6)]
+    weight = torch.randn(7168, 7168, device="cuda").bfloat16() / 85
+
+    def chain(wait: bool) -> list[tuple[Tensor, Tensor, Tensor]]:
+        found, x = [], first
+        for case in cases:
+            case.x = linear_add(x, weight, x)
+            found.append(routed(few.norm_router, case, 8))
+            x = found[-1][0]
+            if wait:
+                torch.cuda.synchronize()
+        return found
+
+    first = cases[0].x
+    expected = [tuple(t.clone() for t in tensors) for tensors in chain(wait=True)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = chain(wait=False)
+    for _ in range(100):
+        for tensors in found:
+            for tensor in tensors:
+                tensor.fill_(0)
+        graph.replay()
+        for a, b in zip(found, expected, strict=True):
+            assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
+    assert not counters("norm_router", weight.device, 2 * 384).any()

@@ -94,6 +94,13 @@ inline u32 __ballot_sync(u32 all, bool x) {
     for (int lane = 0; lane < 32; lane++) votes |= (u32)__shfl_sync(all, (int)x, lane) << lane;
     return votes;
 }
+inline bool __all_sync(u32 all, bool x) { return __ballot_sync(all, x) == ~0u; }
+inline int __reduce_max_sync(u32 all, int x) {
+    int most = x;
+    for (int lane = 0; lane < 32; lane++) most = max(most, __shfl_sync(all, x, lane));
+    return most;
+}
+inline int __reduce_min_sync(u32 all, int x) { return -__reduce_max_sync(all, -x); }
 inline u32 __match_any_sync(u32 all, int x) {
     u32 same = 0;
     for (int lane = 0; lane < 32; lane++) same |= (u32)(__shfl_sync(all, x, lane) == x) << lane;

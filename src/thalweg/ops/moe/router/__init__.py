@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-from thalweg.ops.moe.router import cuda, reference
+from thalweg.ops.moe.router import cuda, few, reference
 from thalweg.ops.registry import Op, Refusal, Tokens, Where, register
 from thalweg.ops.toolchain import cpu_build, cuda_build
 from thalweg.ops.toolchain.triton_support import why_not, why_not_hopper
@@ -79,6 +79,14 @@ def _cuda_refuses(where: Where, dims: NormRouterDims) -> Refusal:
     return cuda.refusal(dims.E, dims.D, dims.K + dims.S, dims.G) or cuda_build.why_not(where) or why_not_hopper()
 
 
+def _few_refuses(where: Where, dims: NormRouterDims) -> Refusal:
+    if where.dtype != "bfloat16" or dims.norm_fp32:
+        return f"needs x and the norm's weight in bfloat16, not {where.dtype}{' and fp32' if dims.norm_fp32 else ''}"
+    if dims.G > 1 or dims.gated:
+        return "needs experts in one group, and shared ones without a gate"
+    return few.refusal(dims.E, dims.D, dims.K + dims.S) or cuda_build.why_not(where) or why_not_hopper()
+
+
 def _cpp(where: Where, dims: NormRouterDims) -> NormRouter:
     from thalweg.ops.moe.router import cpp
 
@@ -119,3 +127,11 @@ register(NORM_ROUTER, "library", _library, supports=_triton_refuses, priority=10
 # Beyond, a product fills the device without being split.
 register(NORM_ROUTER, "triton", _triton, supports=_triton_refuses, tokens=Tokens(last=512), priority=20)
 register(NORM_ROUTER, "cuda", lambda *_: cuda.norm_router, supports=_cuda_refuses, tokens=_few, priority=30)
+register(
+    NORM_ROUTER,
+    "few",
+    lambda *_: few.norm_router,
+    supports=_few_refuses,
+    tokens=Tokens(last=few.MAX_TOKENS),
+    priority=40,
+)

@@ -95,7 +95,8 @@ def _absorb(
         norm_weight_R = tl.load(norm_weight_ptr + r).to(tl.float32)
     if PDL:
         gdc_wait()
-    q_BK = tl.load(q_row_ptrs + k[None, :], mask=b_mask, other=0.0)
+    if BLOCK_B > 1:
+        q_BK = tl.load(q_row_ptrs + k[None, :], mask=b_mask, other=0.0)
     if not ROTATED:
         shared_mask = b_mask & (pid % slices == 0)
         q_BP = tl.load(q_row_ptrs + K + p[None, :], mask=shared_mask, other=0.0)
@@ -106,7 +107,13 @@ def _absorb(
         c_GR = tl.load(c_ptrs + r[None, :], mask=own_G[:, None], other=0.0).to(tl.float32)
         shared_GP = tl.load(c_ptrs + R + p[None, :], mask=own_G[:, None], other=0.0)
         block_row_G = tl.load(block_rows_ptr + row_G, mask=own_G, other=0)
-    out_BR = dot(q_BK, w_KR)
+    if BLOCK_B == 1:
+        # No product of the matrix unit, whose operands would stand in shared memory: programs find room beside those of
+        # the projection ahead, and load w_uk while it ends.
+        q_K = tl.load(x_ptr + tl.program_id(1).to(tl.int64) * x_stride + h * (K + P) + k)
+        out_BR = tl.sum(q_K[:, None].to(tl.float32) * w_KR.to(tl.float32), 0)[None, :]
+    else:
+        out_BR = dot(q_BK, w_KR)
     tl.store(out_ptrs + r_slice[None, :], out_BR.to(q_ptr.dtype.element_ty), mask=b_mask)
     if not ROTATED:
         tl.store(out_ptrs + R + p[None, :], q_BP, mask=shared_mask)
@@ -318,7 +325,8 @@ class Launch:
 @cache
 def launches(B: int, H: int, R: int, V: int, processors: int, rotated: bool = False) -> tuple[Launch, Launch, Launch]:
     """The three launches of this module's kernels for B sequences: grids, tiles and warps."""
-    block_b = max(16, min(64, triton.next_power_of_2(B)))  # rows of a matrix unit's tile
+    # Rows of a matrix unit's tile, or a row by itself.
+    block_b = 1 if rotated and B == 1 else max(16, min(64, triton.next_power_of_2(B)))
     tile = {"BLOCK_B": block_b, "BLOCK_R": min(R, 128), "ROTATED": rotated}
     programs = H * (R // tile["BLOCK_R"])
     tile["BLOCK_G"] = triton.next_power_of_2(triton.cdiv(block_b, programs))  # latents that a program norms
