@@ -23,6 +23,7 @@ from thalweg.runner.slots import IntArray
 from thalweg.sampling.sampler import Sampler
 
 MAX_ROWS = 16  # beyond, Python takes little of a step, and each size would keep its logits
+_ONE_ON = np.array(ONE_ON)
 _log = logging.getLogger(__name__)
 
 
@@ -45,15 +46,21 @@ class RecordedSteps:
         self._slots = slots = batches.slots
         self._steps: dict[int, _Step] = {}
         self.refused: dict[int, str] = {}  # why steps are not recorded
+        # Memory that recorded calls read, and the same for the host: a call of torch costs more than most of numpy's
+        # here, and one that lets go of the GIL may have to wait for the thread that plans.
         self._rows = torch.zeros(DECODE_ROWS, most, dtype=torch.int64)
         self._token_ids = torch.zeros(most, dtype=torch.int64)
         self._tables = torch.zeros(most, slots.max_blocks, dtype=torch.int32)
+        self._host_rows: IntArray = self._rows.numpy()
+        self._host_token_ids: IntArray = self._token_ids.numpy()
+        self._host_tables: IntArray = self._tables.numpy()
+        self._last_tokens: IntArray = slots.last_tokens.numpy()
         self._last: StepPlan | None = None
 
     @torch.inference_mode()
     def start(self) -> str | None:
         """Record the step of one row on the sinks. Returns why it cannot be recorded, if it cannot."""
-        self._rows.numpy()[:] = SINK
+        self._host_rows[:] = SINK
         self._run(1)
         return self.refused.get(1)
 
@@ -65,22 +72,22 @@ class RecordedSteps:
 
     def stage(self, plan: StepPlan) -> None:
         """Write the rows of a step that `serves` said yes to."""
-        d, rows = len(plan.decode_slots), self._rows.numpy()
+        d, rows = len(plan.decode_slots), self._host_rows
         if self._moved_on(plan):
-            rows += ONE_ON
+            rows += _ONE_ON
         else:
             self._batches.write_decodes(plan, rows[:, :d])
             blocks = self._batches.blocks_for(max(plan.decode_starts) + 1)
-            self._tables.numpy()[:d, :blocks] = self._slots.host_blocks[plan.decode_slots, :blocks]
+            self._host_tables[:d, :blocks] = self._slots.host_blocks[plan.decode_slots, :blocks]
         self._last = plan
 
     def run(self, d: int) -> tuple[Tensor, Tensor]:
         """The step of d rows that was staged: logits [d, V] and ids [d] (-1 if a logit was not finite), which the next
         step of as many rows overwrites."""
-        slots, last_tokens = self._rows.numpy()[0, :d], self._slots.last_tokens.numpy()
-        np.take(last_tokens, slots, out=self._token_ids.numpy()[:d], mode="clip")
+        slots = self._host_rows[0, :d]
+        self._host_token_ids[:d] = self._last_tokens[slots]
         logits_RV, ids_R, ids = self._run(d)
-        last_tokens[slots] = np.maximum(ids, 0)
+        self._last_tokens[slots] = np.maximum(ids, 0)
         return logits_RV, ids_R
 
     def _run(self, d: int) -> tuple[Tensor, Tensor, IntArray]:
