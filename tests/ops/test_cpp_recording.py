@@ -17,7 +17,7 @@ from thalweg.ops.embedding import cpp as embedding
 from thalweg.ops.linear.cpp import linear_add, norm_linear
 from thalweg.ops.norm.cpp import rms_norm
 from thalweg.ops.toolchain import cpu_build
-from thalweg.ops.toolchain.cpu_recording import recording
+from thalweg.ops.toolchain.cpu_recording import CHUNK, LINE, Scratch, recording
 
 pytestmark = needs_cpp
 
@@ -33,7 +33,7 @@ def layers(x: Tensor, w: Tensor, norm: Tensor) -> Tensor:
 def test_replays_compute_anew_from_the_same_memory() -> None:
     torch.manual_seed(0)
     x, w, norm = torch.randn(3, 8), torch.randn(32, 8), torch.rand(8)
-    with recording() as recorded:
+    with recording(Scratch()) as recorded:
         y = layers(x, w, norm)
     assert recorded.why_not is None
     assert len(recorded) == 4
@@ -61,7 +61,7 @@ COMPUTES: dict[str, Callable[[Tensor], object]] = {
 @pytest.mark.parametrize("name", COMPUTES)
 def test_what_torch_computes_in_between_is_named_and_nothing_is_recorded(name: str) -> None:
     x, norm = torch.randn(3, 8), torch.rand(8)
-    with recording() as recorded:
+    with recording(Scratch()) as recorded:
         COMPUTES[name](rms_norm(x, norm, 1e-5))
     assert recorded.why_not == f"torch runs {name} between ops in C++"
     assert len(recorded) == 0
@@ -70,7 +70,7 @@ def test_what_torch_computes_in_between_is_named_and_nothing_is_recorded(name: s
 @torch.inference_mode()
 def test_views_are_no_computation() -> None:
     x, norm = torch.randn(4, 2, 8), torch.rand(8)
-    with recording() as recorded:
+    with recording(Scratch()) as recorded:
         a, b = x.unflatten(0, (2, 2))[1].flatten(0, 1).split([2, 2])
         y = rms_norm(b.contiguous().view(2, 8), norm, 1e-5)
     assert recorded.why_not is None
@@ -84,7 +84,7 @@ def test_views_are_no_computation() -> None:
 def test_a_call_that_fails_is_named() -> None:
     rows = embedding.build(VocabRowsDims(D=8, scheme="none"), torch.float32)
     ids, w = torch.tensor([1, 2]), torch.randn(3, 8)
-    with recording() as recorded:
+    with recording(Scratch()) as recorded:
         x = rows(ids, w)
     ids[1] = 3
     with pytest.raises(RuntimeError, match="vocab_rows failed, call 0 of 1"):
@@ -97,7 +97,7 @@ def test_a_call_that_fails_is_named() -> None:
 @torch.inference_mode()
 def test_other_threads_are_not_recorded() -> None:
     x, norm = torch.randn(3, 8), torch.rand(8)
-    with recording() as recorded:
+    with recording(Scratch()) as recorded:
         other = Thread(target=lambda: rms_norm(x, norm, 1e-5).sigmoid())
         other.start()
         other.join()
@@ -106,6 +106,40 @@ def test_other_threads_are_not_recorded() -> None:
 
 
 def test_a_function_without_a_form_for_replays_is_not_recorded() -> None:
-    with recording() as recorded:
+    with recording(Scratch()) as recorded:
         cpu_build.function("replay", *[c_int64] * 2)(0, 0)
     assert "replay_again" in str(recorded.why_not)
+
+
+@torch.inference_mode()
+def test_recordings_share_the_memory_of_their_results() -> None:
+    scratch, norm = Scratch(), torch.rand(8)
+    xs = [torch.randn(rows, 8) for rows in (3, 1, 5)]
+    recordings, results = [], []
+    for x in xs:
+        with recording(scratch) as recorded:
+            results.append(rms_norm(rms_norm(x, norm, 1e-5), norm, 1e-5))
+        recordings.append(recorded)
+    assert len(scratch) == CHUNK
+    assert {y.data_ptr() % LINE for y in results} == {0}
+    for i in (2, 0, 1, 0):
+        recordings[i].replay()
+        assert results[i].equal(rms_norm(rms_norm(xs[i], norm, 1e-5), norm, 1e-5))
+
+
+def test_batches_that_grow_leave_little_behind() -> None:
+    scratch = Scratch()
+    for rows in range(1, 17):
+        scratch.begin()
+        scratch.like(torch.empty(rows * 600_000, dtype=torch.uint8))
+    assert len(scratch) < 4 * rows * 600_000
+
+
+def test_a_large_result_has_memory_of_its_own_and_small_ones_fill_the_rest() -> None:
+    scratch = Scratch()
+    for _ in range(2):
+        scratch.begin()
+        sizes = (CHUNK // 2, CHUNK // 2 + 1, 3 * CHUNK, 7)
+        made = [scratch.like(torch.empty(size, dtype=torch.uint8)).fill_(i) for i, size in enumerate(sizes)]
+        assert [int(x.float().mean()) for x in made] == [0, 1, 2, 3]
+        assert len(scratch) == 7 * CHUNK

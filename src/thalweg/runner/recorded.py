@@ -16,13 +16,13 @@ from torch.autograd import profiler
 
 from thalweg.core import StepPlan
 from thalweg.layers.batch import Batch
-from thalweg.ops.toolchain.cpu_recording import Recording, recording
+from thalweg.ops.toolchain.cpu_recording import Recording, Scratch, recording
 from thalweg.runner.batch import DECODE_ROWS, ONE_ON, SINK, BatchBuilder, moved_on
 from thalweg.runner.graphs import Model
 from thalweg.runner.slots import IntArray
 from thalweg.sampling.sampler import Sampler
 
-MAX_ROWS = 16  # beyond, Python takes little of a step, and each size would keep its logits
+MAX_ROWS = 16  # beyond, Python takes little of a step
 _ONE_ON = np.array(ONE_ON)
 _log = logging.getLogger(__name__)
 
@@ -45,6 +45,7 @@ class RecordedSteps:
         self._model, self._batches, self._sampler, self._most = model, batches, sampler, most
         self._slots = slots = batches.slots
         self._steps: dict[int, _Step] = {}
+        self.scratch = Scratch()
         self.refused: dict[int, str] = {}  # why steps are not recorded
         # Memory that recorded calls read, and the same for the host: a call of torch costs more than most of numpy's
         # here, and one that lets go of the GIL may have to wait for the thread that plans.
@@ -83,7 +84,7 @@ class RecordedSteps:
 
     def run(self, d: int) -> tuple[Tensor, Tensor]:
         """The step of d rows that was staged: logits [d, V] and ids [d] (-1 if a logit was not finite), which the next
-        step of as many rows overwrites."""
+        step overwrites."""
         slots = self._host_rows[0, :d]
         self._host_token_ids[:d] = self._last_tokens[slots]
         logits_RV, ids_R, ids = self._run(d)
@@ -96,7 +97,7 @@ class RecordedSteps:
             step.recording.replay()
             return step.logits_RV, step.ids_R, step.ids
         batch = self._batch(d)
-        with recording() as recorded:
+        with recording(self.scratch) as recorded:
             logits_RV = self._model(batch, self._slots.cache)
             ids_R = self._sampler.sample_rows(logits_RV, batch.slots_B, self._rows[3, :d])
         ids = ids_R.numpy()

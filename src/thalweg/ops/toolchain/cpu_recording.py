@@ -13,18 +13,50 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from thalweg.ops.toolchain import cpu_build
 from thalweg.ops.toolchain.cpu_build import BuildError
 
+CHUNK = 1 << 20  # bytes of scratch that are taken at a time, at least
+LINE = 64  # bytes, which results begin at a multiple of
 _ASKS = frozenset({"__get__", "__len__", "data_ptr", "dim", "element_size", "is_contiguous", "numel", "size", "stride"})
-_ALLOCATES = frozenset({"empty", "empty_like", "new_empty"})
+_ALLOCATES = frozenset({"empty", "new_empty"})
 _VIEWS = frozenset(  # copies, some of them, of what cannot be viewed so
     {"__getitem__", "chunk", "contiguous", "expand", "flatten", "reshape", "select", "split", "squeeze", "t"}
     | {"transpose", "unbind", "unflatten", "unsqueeze", "view"}
 )
+
+
+class Scratch:
+    """Memory for what the calls of recordings give one another. Recordings with the same scratch overwrite each other's
+    results, so that together they take little more than the largest."""
+
+    def __init__(self) -> None:
+        self._chunks: list[Tensor] = []
+        self._chunk = self._used = 0
+
+    def begin(self) -> None:
+        """From here on all of it is free again."""
+        self._chunk = self._used = 0
+
+    def like(self, made: Tensor) -> Tensor:
+        """A tensor of the same size and dtype, uninitialised."""
+        size = made.numel() * made.element_size()
+        while self._chunk < len(self._chunks) and self._used + size > len(self._chunks[self._chunk]):
+            self._chunk, self._used = self._chunk + 1, 0
+        if self._chunk == len(self._chunks):
+            # A power of two: batches that grow by a row at a time would leave a chunk behind for every size.
+            self._chunks.append(torch.empty(max(1 << (size - 1).bit_length(), CHUNK), dtype=torch.uint8))
+        place = self._chunks[self._chunk][self._used : self._used + size]
+        self._used += -(-size // LINE) * LINE
+        return place.view(made.dtype).view(made.shape)
+
+    def __len__(self) -> int:
+        """Bytes."""
+        return sum(map(len, self._chunks))
 
 
 class Recording:
@@ -33,7 +65,7 @@ class Recording:
     def __init__(self) -> None:
         self.why_not: str | None = None
         self._calls: list[tuple[str, Sequence[Any], tuple[Any, ...]]] = []
-        self._kept: list[Any] = []  # tensors that were made meanwhile
+        self._kept: list[Any] = []  # what calls have addresses of
         self._replay: Callable[[], int] | None = None
 
     def __len__(self) -> int:
@@ -85,18 +117,20 @@ class _Watch(TorchFunctionMode):
     """Keeps what torch makes, and notices what it computes. A TorchDispatchMode would see more than what Python asks
     for, and imports for two seconds."""
 
-    def __init__(self, recording: Recording) -> None:
+    def __init__(self, recording: Recording, scratch: Scratch) -> None:
         super().__init__()
-        self._recording = recording
+        self._recording, self._scratch = recording, scratch
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
         name = func.__name__
         if name in _ASKS:
             return made
-        self._recording._kept.append(made)
-        if name not in _ALLOCATES and not (name in _VIEWS and _is_view(made, args[0])):
+        if name in _ALLOCATES:
+            made = self._scratch.like(made)
+        elif not (name in _VIEWS and _is_view(made, args[0])):
             self._recording._refuse(f"torch runs {name} between ops in C++")
+        self._recording._kept.append(made)
         return made
 
 
@@ -107,10 +141,12 @@ def _is_view(made: Any, of: Tensor) -> bool:
 
 
 @contextmanager
-def recording() -> Iterator[Recording]:
-    """Inside, this thread's calls of ops in C++ are made and recorded; replayed they work on the same memory."""
+def recording(scratch: Scratch) -> Iterator[Recording]:
+    """Inside, this thread's calls of ops in C++ are made and recorded; replayed they work on the same memory, which
+    for results is `scratch`."""
     recorded = Recording()
-    with _Watch(recorded), cpu_build.telling(recorded.add):
+    scratch.begin()
+    with _Watch(recorded, scratch), cpu_build.telling(recorded.add):
         yield recorded
     try:
         recorded._end()
