@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.ops.cpp_case import WRITES, cpp_cache, needs_cpp, program, run  # noqa: F401 -- a fixture
+from thalweg import LLM, SamplingParams
 from thalweg.errors import ConfigError
 from thalweg.ops.linear import LINEAR, LinearDims
 from thalweg.ops.registry import Resolver, Where
@@ -126,6 +127,10 @@ def test_without_a_compiler_the_reference_serves_and_the_reason_is_shown(
         assert "whose ops run in plain torch" in caplog.text
         with pytest.raises(ConfigError, match=r"linear.*cannot be served by 'cpp'.*no-such-compiler"):
             Resolver({"linear": "cpp"}).resolve(LINEAR, Where("cpu", "float32"), LinearDims(D=8, O=8))
+        with LLM(device="cpu", max_num_seqs=1) as llm:
+            assert llm.info.decode_steps == "eager: ops run in torch: CXX is 'no-such-compiler', which is not there"
+            [output] = llm.generate([[5, 6]], SamplingParams(max_tokens=3, ignore_eos=True))
+            assert len(output.outputs[0].token_ids) == 3
     finally:
         cpu_build._loaded.cache_clear()
 

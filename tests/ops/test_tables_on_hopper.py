@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from tests.models import random_checkpoint as random
+from thalweg.assembly import steps
 from thalweg.assembly.inspect import _MetaContext
-from thalweg.assembly.rank import _why_eager, op_choices
+from thalweg.assembly.rank import op_choices
 from thalweg.config.engine import EngineConfig
 from thalweg.errors import ConfigError
 from thalweg.models.decoder import Decoder
@@ -216,7 +217,7 @@ def test_a_preference_that_a_shape_cannot_have_is_an_error() -> None:
 
 
 def why_eager(resolver: Resolver, most: int, rows: Rows = "decodes") -> str | None:
-    return _why_eager(EngineConfig(device="cuda"), torch.device("cuda"), resolver, rows, most)
+    return steps.why_eager(EngineConfig(device="cuda"), torch.device("cuda"), resolver, rows, most)
 
 
 def test_graphs_ask_only_what_decode_rows_run() -> None:

@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rank, "_why_eager", lambda *args: None)
+    monkeypatch.setattr(rank, "why_eager", lambda *args: None)
 
 
 def tokens_of_graphs(monkeypatch: pytest.MonkeyPatch, llm: LLM, lengths: list[int]) -> list[int]:

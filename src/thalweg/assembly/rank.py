@@ -18,6 +18,7 @@ from thalweg.assembly.expert_placement import describe_experts
 from thalweg.assembly.identity import cache_identity
 from thalweg.assembly.info import EngineInfo, OpChoice, OpSpan
 from thalweg.assembly.model import open_model
+from thalweg.assembly.steps import decode_steps_as, prefill_steps_as, why_eager, why_not_recorded
 from thalweg.assembly.warmup import make_kernels, warm_up
 from thalweg.cache.host_storage import HostStorage
 from thalweg.cache.memory import MemorySplit, default_num_seqs, split_memory
@@ -29,7 +30,7 @@ from thalweg.layers.attributes import find_directly
 from thalweg.models.decoder import Decoder
 from thalweg.ops.all_gather import ALL_GATHER, AllGatherDims
 from thalweg.ops.all_reduce import areas_of
-from thalweg.ops.registry import Resolver, Rows, Where, dims_of
+from thalweg.ops.registry import Resolver, Where, dims_of
 from thalweg.ops.sample import SAMPLE, Sample, SampleDims
 from thalweg.parallel.data_ranks import join_data_ranks
 from thalweg.parallel.mesh import Mesh, join_mesh
@@ -109,14 +110,14 @@ def build_rank(
     identity = cache_identity(config, source, device.type, [repr(layer) for layer in specs])
     index = read_cache(host, config, identity, mesh, device) if host is not None else None
     graph_sizes = buckets(split.num_slots)
-    eager = _why_eager(config, device, resolver, "decodes", graph_sizes[-1])
+    eager = why_eager(config, device, resolver, "decodes", graph_sizes[-1])
     graph_sizes = [] if eager else graph_sizes
-    not_recorded = _why_not_recorded(config, device)
+    not_recorded = why_not_recorded(config, device, eager)
     recorded_rows = 0 if not_recorded else min(MAX_RECORDED_ROWS, split.num_slots)
     assert config.prefill_graph_tokens is not None
     prefill_tokens = min(config.prefill_graph_tokens, config.max_num_batched_tokens)
     prefill_sizes = token_sizes(prefill_tokens, split.max_model_len)
-    prefills_eager = eager or _why_eager(config, device, resolver, "prefills", max(prefill_sizes, default=0))
+    prefills_eager = eager or why_eager(config, device, resolver, "prefills", max(prefill_sizes, default=0))
     prefill_tokens = 0 if prefills_eager or not prefill_sizes else min(prefill_tokens, prefill_sizes[-1])
     laps.end("cache")
     sampler = Sampler(sampling, sample)
@@ -169,8 +170,8 @@ def build_rank(
         memory_split=_describe(weight_bytes, split),
         layers=[describe_layer(layer, spec) for layer, spec in zip(model.layers, specs, strict=True)],
         eos_token_ids=list(eos),
-        decode_steps=_decode_steps(eager, graph_sizes, not_recorded, recorded_rows),
-        prefill_steps=_prefill_steps(config, prefills_eager, prefill_tokens),
+        decode_steps=decode_steps_as(eager, graph_sizes, not_recorded, recorded_rows),
+        prefill_steps=prefill_steps_as(config, prefills_eager, prefill_tokens),
         ops=op_choices(resolver),
         start_seconds=laps.seconds,
     )
@@ -227,49 +228,6 @@ def op_choices(resolver: Resolver) -> list[OpChoice]:
         )
         for choice in resolver.explain()
     ]
-
-
-def _why_eager(config: EngineConfig, device: torch.device, resolver: Resolver, rows: Rows, most: int) -> str | None:
-    """Why steps of up to `most` such rows cannot run as CUDA graphs; None if they can."""
-    if config.enforce_eager:
-        return "--enforce-eager"
-    if device.type != "cuda":
-        return f"{device.type} has no CUDA graphs"
-    if config.data_parallel_size > 1:
-        return "the host has to know how many tokens go to each data-parallel rank"
-    reasons = (choice.why_not_captured(rows, most) for choice in resolver.explain())
-    return next((reason for reason in reasons if reason is not None), None)
-
-
-def _why_not_recorded(config: EngineConfig, device: torch.device) -> str | None:
-    """Why steps that decode are not recorded and replayed as calls of ops in C++; None if that can be tried."""
-    if device.type != "cpu":
-        return f"{device.type} has CUDA graphs"
-    if config.enforce_eager:
-        return "--enforce-eager"
-    if config.tensor_parallel_size * config.data_parallel_size > 1:
-        return "ranks exchange something between ops"
-    return None
-
-
-def _decode_steps(eager: str | None, graph_sizes: list[int], not_recorded: str | None, recorded_rows: int) -> str:
-    """How steps of decode rows alone run."""
-    if recorded_rows and not_recorded is None:
-        return f"recorded calls of up to {recorded_rows} rows, eager beyond"
-    if recorded_rows:
-        return f"eager: {not_recorded}"
-    return f"eager: {eager}" if eager else f"CUDA graphs of {', '.join(map(str, graph_sizes))} rows"
-
-
-def _prefill_steps(config: EngineConfig, eager: str | None, tokens: int) -> str:
-    """How steps with prompts run, of which those of up to `tokens` tokens are graphs, unless `eager` says why not."""
-    if eager:
-        return f"eager: {eager}"
-    if tokens:
-        return f"CUDA graphs of up to {tokens} tokens, eager beyond"
-    if config.prefill_graph_tokens:
-        return "eager: --max-model-len is too small for graphs"
-    return "eager: --prefill-graph-tokens is 0"
 
 
 def cache_memory(config: EngineConfig, device: torch.device, mesh: Mesh) -> int:
