@@ -7,16 +7,20 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from thalweg.ops.all_gather import cuda as gather
-from thalweg.ops.all_reduce import areas_of, cuda, reference
+from thalweg.ops.all_reduce import AREAS, ROWS, areas_of, cuda, reference
 from thalweg.ops.embedding import cuda as embedding
 from thalweg.ops.linear import cuda as linear
+from thalweg.ops.moe.exchange import cuda as exchange
+from thalweg.ops.moe.exchange import reference as exchange_reference
+from thalweg.parallel.data_ranks import join_data_ranks
 from thalweg.parallel.mesh import Mesh, join_mesh
-from thalweg.parallel.peers import map_peers
+from thalweg.parallel.peers import map_data_peers, map_peers
 
 D = 2304
 
@@ -25,7 +29,7 @@ class Ranks:
     def __init__(self, rank: int, file: str) -> None:
         self.device = torch.device("cuda", rank)
         torch.cuda.set_device(self.device)
-        self.rank, self.mesh = rank, join_mesh(rank, 2, file, self.device, timeout_s=60)
+        self.rank, self.file, self.mesh = rank, file, join_mesh(rank, 2, file, self.device, timeout_s=60)
         map_peers(self.mesh, self.device, areas_of(2))
         assert self.mesh.peers is not None, "the ranks map no memory"
         self.own = torch.Generator(self.device).manual_seed(rank)
@@ -149,6 +153,45 @@ def the_same_from_run_to_run(r: Ranks) -> None:
     assert all(torch.equal(cuda.all_reduce_add(residual, x, r.mesh), first) for _ in range(200))
 
 
+def tokens_to_experts_and_back(r: Ranks) -> None:
+    """Of data-parallel ranks, against the collectives; a graph of them many times, while ranks are late in turn."""
+    ranks = join_data_ranks(r.rank, 2, f"{r.file}-data", r.device, timeout_s=60)
+    map_data_peers(ranks, r.device, AREAS[: ROWS + 1])
+    here, shared, K = 64, 1, 8
+    for T, width in ((1, D), (7, 7168), (64, D), (256, D)):
+        x, residual = r.draw(T, width), r.draw(T, width + 8)[:, :width]
+        weights = torch.rand(T, K + shared, device=r.device, generator=r.own)
+        slots = torch.rand(T, 2 * here, device=r.device, generator=r.own).topk(K + shared).indices
+        live = torch.randint(0, 3, (T,), device=r.device, generator=r.own)
+        parts = r.draw(2 * T * (K + shared), width).float()
+
+        def step(x: Tensor = x, weights: Tensor = weights, slots: Tensor = slots, live: Tensor = live,
+                 residual: Tensor = residual, parts: Tensor = parts, form: Any = exchange) -> tuple[Tensor, ...]:  # fmt: skip
+            gathered = form.dispatch(x, weights, slots, live, ranks, here=here, shared=shared)
+            return *gathered, form.combine(residual, parts, ranks, weights_Ak=gathered.weights_Ak)
+
+        want = step(form=exchange_reference)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step()
+            graph = torch.cuda.CUDAGraph()
+            graph.capture_begin(capture_error_mode="thread_local")
+            for _ in range(5):
+                found = step()
+            graph.capture_end()
+        torch.cuda.current_stream().wait_stream(side)
+        for i in range(200):
+            if i % 37 == 18 * r.rank:
+                torch.cuda._sleep(1_000_000)
+            graph.replay()
+        for a, b in zip(found[:3], want[:3], strict=True):
+            assert torch.equal(a, b), (T, width)
+        assert ((found[3].float() - want[3].float()).norm() / want[3].float().norm()) < 0.005, (T, width)
+    torch.cuda.synchronize()
+    ranks.close()
+
+
 def a_rank_that_dies(r: Ranks) -> None:
     """Rank 1 ends while rank 0 waits in a kernel for it, which then ends too."""
     r.both(r.draw(8))
@@ -175,7 +218,17 @@ def _run(rank: int, file: str, check: Callable[[Ranks], None]) -> None:
     os._exit(0)  # while `ranks` is there: a group that is let go, not left, waits for a rank that died
 
 
-CHECKS = [sums, many, weighted_sums, projections, rows, replays, the_same_from_run_to_run, a_rank_that_dies]
+CHECKS = [
+    sums,
+    many,
+    weighted_sums,
+    projections,
+    rows,
+    replays,
+    the_same_from_run_to_run,
+    tokens_to_experts_and_back,
+    a_rank_that_dies,
+]
 
 if __name__ == "__main__":
     _run(int(sys.argv[1]), sys.argv[2], next(c for c in CHECKS if c.__name__ == sys.argv[3]))

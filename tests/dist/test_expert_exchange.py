@@ -38,10 +38,13 @@ MODELS: dict[str, dict[str, Any]] = {
     "Kimi-K2 in int4": k2.config(experts=12, quantization_config=k2.INT4),
 }
 Slots = tuple[tuple[int, ...], ...]
+LEAVES_OUT = "reference"  # the form of "experts" for a CPU that knows pairs that are left out
 TOKENS = [(5, 3, 1), (0, 4, 2), (7, 0, 0), (1, 1, 1)]  # of each rank
 
 
-def moe(raw: dict[str, Any], ranks: DataRanks, whole: MoE | None = None, slots: Slots | None = None) -> MoE:
+def moe(
+    raw: dict[str, Any], ranks: DataRanks, whole: MoE | None = None, slots: Slots | None = None, op: str | None = None
+) -> MoE:
     """The last layer's experts on one rank, with its share of the weights of `whole`, or with weights at random."""
     family, config = family_of(raw), read(raw)
     placements = {len(config.layers) - 1: Placement(slots)} if slots is not None else {}
@@ -50,7 +53,7 @@ def moe(raw: dict[str, Any], ranks: DataRanks, whole: MoE | None = None, slots: 
         torch.device("cpu"),
         torch.float32,
         Mesh(data=ranks),
-        Resolver(),
+        Resolver({} if op is None else {"experts": op}),
         "float32",
         {target.name: target for target in plan},
         block_size=64,
@@ -89,7 +92,7 @@ def test_same_outputs_as_one_rank(model: str, size: int, tmp_path: Path) -> None
         for step in inputs:
             x_TD = step[ranks.rank]
             if len(x_TD):
-                outputs.append(layer(x_TD))
+                outputs.append(layer(x_TD.clone()))  # which may be overwritten
             else:
                 layer.serve_others()
                 outputs.append(x_TD)
@@ -212,3 +215,60 @@ def test_counts_of_experts_are_of_what_this_rank_s_tokens_took(tmp_path: Path) -
         assert before == [0] * 12
         assert once == expected
         assert twice == (expected if rank else [2 * n for n in expected])
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("model", MODELS)
+def test_same_outputs_if_all_ranks_have_as_many_tokens(model: str, size: int, tmp_path: Path) -> None:
+    """The form for graphs: no count of what goes where."""
+    raw = MODELS[model]
+    alone = moe(raw, DataRanks())
+    inputs = [torch.randn(4, alone.router.weight.shape[1]) * 3 for _ in range(size)]
+
+    def body(ranks: DataRanks) -> Tensor:
+        layer = moe(raw, ranks, alone, op=LEAVES_OUT)
+        with ranks.padded(torch.ones(4, dtype=torch.int64)):
+            return layer(inputs[ranks.rank].clone())
+
+    for y_TD, x_TD in zip(on_ranks(size, tmp_path, body), inputs, strict=True):
+        torch.testing.assert_close(y_TD, alone(x_TD), atol=2e-5, rtol=1e-5)
+
+
+def test_copies_of_experts_serve_if_all_ranks_have_as_many_tokens(tmp_path: Path) -> None:
+    raw, slots = MODELS["a gated shared expert of its own width"], ((0, 1, 2), (2, 3, 4), (5, 0, 2))
+    alone = moe(raw, DataRanks())
+    inputs = [torch.randn(5, alone.router.weight.shape[1]) * 3 for _ in range(3)]
+
+    def body(ranks: DataRanks) -> Tensor:
+        with ranks.padded(torch.ones(5, dtype=torch.int64)):
+            return moe(raw, ranks, alone, slots, LEAVES_OUT)(inputs[ranks.rank])
+
+    for y_TD, x_TD in zip(on_ranks(3, tmp_path, body), inputs, strict=True):
+        torch.testing.assert_close(y_TD, alone(x_TD), atol=2e-5, rtol=1e-5)
+
+
+def test_rows_that_pad_a_step_take_no_expert(tmp_path: Path) -> None:
+    """Their experts, and those of other ranks, may give anything."""
+    raw = MODELS["shared experts like the routed ones"]
+    alone = moe(raw, DataRanks())
+    x_TD = torch.randn(4, raw["hidden_size"])
+    live = [torch.tensor([5, 0, 1, 0]), torch.tensor([0, 0, 0, 0])]
+
+    def body(ranks: DataRanks) -> tuple[Tensor, list[Tensor]]:
+        layer, ids = moe(raw, ranks, alone, op=LEAVES_OUT), []
+        run = layer.experts.forward
+        layer.experts.forward = lambda x, w, i, *rest: (ids.append(i), run(x, w, i, *rest))[1]  # type: ignore[method-assign]
+        with ranks.padded(live[ranks.rank]):
+            return layer(x_TD), ids
+
+    (y_TD, (ids,)), (other_TD, (others,)) = on_ranks(2, tmp_path, body)
+    expected = alone(x_TD)
+    torch.testing.assert_close(y_TD[[0, 2]], expected[[0, 2]], atol=2e-5, rtol=1e-5)
+    assert torch.equal(y_TD[[1, 3]], x_TD[[1, 3]])
+    assert torch.equal(other_TD, x_TD)
+    _, _, chosen = alone.router(x_TD)
+    for ids_Ak, first in ((ids, 0), (others, 6)):
+        for t in range(8):
+            wanted = {int(e) - first for e in chosen[t, :3] if first <= e < first + 6} if t in (0, 2) else set()
+            own = {6, 7} if t in (0, 2) and first == 0 else set()
+            assert {int(e) for e in ids_Ak[t] if e >= 0} == wanted | own

@@ -55,7 +55,7 @@ def bound(server: Server, victim: str) -> None:
 
 def meeting(server: Server, victim: str) -> None:
     """A rank looks for the others."""
-    until(lambda: (found := server.socket_folder()) and (found / "rendezvous").exists(), "nobody wants to meet")
+    until(lambda: (found := server.socket_folder()) and any(found.glob("*rendezvous*")), "nobody wants to meet")
 
 
 def loading(server: Server, victim: str) -> None:

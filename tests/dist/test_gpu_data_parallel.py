@@ -1,4 +1,4 @@
-"""Data-parallel ranks on two GPUs over NCCL: same tokens as on one; how they end."""
+"""Data-parallel ranks on two GPUs over NCCL: same tokens as on one, in graphs and eagerly; how they end."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.dist.processes import needs_proc, serving
 from tests.dist.test_faults import DATA_PARALLEL, WITHIN, check_death
 from tests.e2e.tiny_model import CONTEXT, EOS, VOCAB, write_tiny_model
 from tests.models import random_checkpoint as random
-from tests.models.served import FAMILIES, KIMI, PARAMS, prompts
+from tests.models.served import BF16_LOGPROB, FAMILIES, KIMI, PARAMS, prompts
 from thalweg import LLM, SamplingParams
 from thalweg.config.engine import EngineConfig
 from thalweg.engine.processes.client import EngineClient
@@ -39,6 +39,37 @@ def two_devices() -> None:
         pytest.skip(f"needs two CUDA devices, not {torch.cuda.device_count()}")
 
 
+Answer = tuple[list[int], list[float]]  # tokens, and their log-probabilities
+
+
+def answers(folder: Path, asked: list[list[int]], params: list[SamplingParams], **options: Any) -> list[Answer]:
+    """Together, and then the first and the last alone, while the other rank has nothing."""
+
+    async def answer(client: EngineClient, prompt: list[int], p: SamplingParams) -> Answer:
+        tokens, logprobs = [], []
+        async for delta in client.generate(prompt, p):
+            tokens += delta.token_ids
+            logprobs += [] if delta.logprobs is None else [delta.logprobs.logprob]
+        return tokens, logprobs
+
+    async def all_answers() -> list[Answer]:
+        config = EngineConfig(
+            str(folder), data_parallel_size=2, enable_expert_parallel=True, **{**OPTIONS, **options}
+        )  # fmt: skip
+        client = EngineClient(config)
+        await client.start()
+        try:
+            wanted = "eager" if options.get("dtype") != "bfloat16" else "CUDA graphs"
+            assert client.info.decode_steps.startswith(wanted), client.info.decode_steps
+            found = await asyncio.wait_for(asyncio.gather(*map(answer, [client] * len(asked), asked, params)), 60)
+            alone = [await asyncio.wait_for(answer(client, asked[i], params[i]), 60) for i in (0, -1)]
+            return [*found, *alone]
+        finally:
+            await client.close()
+
+    return asyncio.run(all_answers())
+
+
 @pytest.mark.parametrize("family", ["kimi_linear", "qwen3_next"])
 def test_same_tokens_in_float32(family: str, tmp_path: Path) -> None:
     two_devices()
@@ -46,22 +77,26 @@ def test_same_tokens_in_float32(family: str, tmp_path: Path) -> None:
     asked, params = prompts(6), PARAMS * 2
     with LLM(str(folder), **OPTIONS) as llm:
         expected = [o.outputs[0].token_ids for o in llm.generate(asked, params)]
+    found = [tokens for tokens, _ in answers(folder, asked, params, enforce_eager=True)]
+    assert found == [*expected, expected[0], expected[-1]]
 
-    async def answer(client: EngineClient, prompt: list[int], p: SamplingParams) -> list[int]:
-        return [t async for delta in client.generate(prompt, p) for t in delta.token_ids]
 
-    async def check() -> None:
-        client = EngineClient(EngineConfig(str(folder), data_parallel_size=2, enable_expert_parallel=True, **OPTIONS))
-        await client.start()
-        try:
-            found = await asyncio.wait_for(asyncio.gather(*map(answer, [client] * 6, asked, params)), 60)
-            assert found == expected
-            for i in (5, 0):  # while the other rank has nothing
-                assert await asyncio.wait_for(answer(client, asked[i], params[i]), 60) == expected[i]
-        finally:
-            await client.close()
+@pytest.mark.parametrize("family", ["kimi_linear", "qwen3_next"])
+def test_graphs_say_what_prompts_of_one_rank_say(family: str, tmp_path: Path) -> None:
+    """In bfloat16, for which there are kernels that can be captured: of the same tokens, since rounding turns ties."""
+    import torch
 
-    asyncio.run(check())
+    two_devices()
+    folder = FAMILIES[family]().write(tmp_path)
+    asked = prompts(6)
+    params = [SamplingParams(max_tokens=24, temperature=i % 3, seed=i, logprobs=0, ignore_eos=True) for i in range(6)]
+    found, differences = answers(folder, asked, params, dtype="bfloat16"), []
+    with LLM(str(folder), **{**OPTIONS, "dtype": "bfloat16"}) as llm:
+        for prompt, (tokens, logprobs) in zip([*asked, asked[0], asked[-1]], found, strict=True):
+            rows = llm.prompt_logits(prompt + tokens).float().cpu()[len(prompt) - 1 : -1].log_softmax(-1)
+            own = rows.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+            differences.append((torch.tensor(logprobs) - own).abs())
+    assert torch.cat(differences).mean() < BF16_LOGPROB
 
 
 @pytest.fixture(scope="module")

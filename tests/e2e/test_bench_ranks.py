@@ -72,6 +72,17 @@ def test_ops_that_ranks_run_together_beside_their_link(tmp_path: Path, capsys: p
     assert "cuda: needs ranks that map each other's memory" in capsys.readouterr().out
 
 
+def test_the_exchange_of_data_parallel_ranks_beside_their_link(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    for op, sent in (("expert_dispatch", 2 * 8), ("expert_combine", 0)):  # beside the rows: the experts of a token
+        sizes = ["--suite", "ranks", "-tp", "2", "--op", op, "--device", "cpu", "--batch-size", "5"]
+        assert main(["bench", "kernels", *sizes, "--output-json", str(file)]) == 0
+        reference, cuda = json.loads(file.read_text())["results"]
+        assert reference["us"]["min"] > 0
+        assert cuda["refusal"] == "needs ranks that map each other's memory"
+        assert reference["num_bytes"] == 5 * (256 * 4 + sent)
+
+
 def test_an_operation_takes_the_longest_of_traffic_arithmetic_and_what_it_sends() -> None:
     ceilings = Ceilings(bytes_per_s=10.0, flops_per_s=100.0, link_bytes_per_s=2.0)
     costs = [Cost("read", bytes=20.0, flops=10.0), Cost("product", bytes=1.0, flops=300.0), Cost("reduce", sent=8.0)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -108,6 +108,32 @@ def triton_experts(case: MoeCase) -> Experts:
     names = ("pairs", "tiles", "grouped")
     able = (i.name for i in implementations(EXPERTS.name) if i.name in names and len(case.x) in i.tokens(case.dims))
     return implementation(next(able), case.scheme)
+
+
+def check_left_out(case: MoeCase, experts: Experts, most: float) -> None:
+    """That pairs of id -1 add nothing, whatever is read for them: some, all of a token, all of the case."""
+    T = len(case.x)
+    g = torch.Generator().manual_seed(T)
+    for share in (0.5, 1.0):
+        out = torch.rand(case.ids.shape, generator=g) < share
+        out[0, 0] = share == 1
+        out[T // 2] = True
+        out = out.to(case.x.device)
+        masked = replace(case, weights=torch.where(out, 0.0, case.weights))
+        expected = experts_in_float64(masked)
+        masked.ids = torch.where(out, -1, case.ids)
+        y = masked.run(experts, promise=False, finish=_finished)
+        assert rmse_ratio(y, expected) < most if share < 1 and T > 1 else not y.any()
+
+
+def _finished(
+    parts: Tensor, *, weights_Tk: Tensor | None = None, own_TD: Tensor | None = None, scale: float = 1.0
+) -> Tensor:
+    assert own_TD is None
+    if weights_Tk is None:
+        return parts
+    weights_Tk1 = weights_Tk.unsqueeze(-1)
+    return torch.where(weights_Tk1 != 0, parts.view(*weights_Tk.shape, -1).float() * weights_Tk1, 0.0).sum(1)
 
 
 def in_float8(x: Tensor) -> Tensor:

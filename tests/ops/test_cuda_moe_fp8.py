@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.ops.compile_cuda import compile_cuda
-from tests.ops.moe_case import experts_in_float64, moe_case_fp8, rmse_ratio
+from tests.ops.moe_case import check_left_out, experts_in_float64, moe_case_fp8, rmse_ratio
 from tests.ops.run_on_host import HostKernel
 from thalweg.ops.moe.experts import EXPERTS, ExpertsDims, steps_per_warp
 from thalweg.ops.registry import Resolver, Where
@@ -71,6 +71,7 @@ def test_experts_on_the_host(monkeypatch: pytest.MonkeyPatch, T: int) -> None:
     for _ in range(2):  # counters of who came are zero again
         y = case.run(cuda_fp8.experts, residual_TD=case.residual)
         assert rmse_ratio(y, experts_in_float64(case) + case.residual.double()) < 0.005
+    check_left_out(case, cuda_fp8.experts, 0.005)
 
 
 def test_constants_are_those_of_the_source() -> None:

@@ -89,6 +89,7 @@ def test_every_op_is_resolved_by_a_layer_of_some_family(tmp_path: Path) -> None:
     options: list[dict[str, Any]] = [
         {},
         {"tensor_parallel_size": 2},
+        {"data_parallel_size": 2, "enable_expert_parallel": True},
         {"quantization": "fp8"},
         {"load_format": "dummy", "config_file": str(tmp_path / "qwen.json")},
         {"load_format": "dummy", "config_file": str(tmp_path / "qwen_fp8.json")},

@@ -9,7 +9,15 @@ import torch
 
 from tests.ops.compile_sm90 import Compiled, compile_sm90
 from tests.ops.interpreted import run_interpreted
-from tests.ops.moe_case import experts_in_float64, moe_case, rmse_ratio, routed, triton_experts
+from tests.ops.moe_case import (
+    check_left_out,
+    experts_in_float64,
+    implementation,
+    moe_case,
+    rmse_ratio,
+    routed,
+    triton_experts,
+)
 from thalweg.errors import ConfigError
 from thalweg.ops.moe.experts import reference as experts_reference
 from thalweg.ops.moe.router import reference
@@ -90,6 +98,8 @@ def check_experts() -> None:
         y = case.run(triton_experts(case))
         assert rmse_ratio(y, experts_in_float64(case)) < 1e-5
         assert y.tolist() == case.run(triton_experts(case), promise=False).tolist()
+        check_left_out(case, triton_experts(case), 1e-5)
+    check_left_out(moe_case(7, 96, 33, 6, 3, 0, torch.float32), implementation("grouped"), 1e-5)
 
 
 def check_experts_add() -> None:
@@ -190,12 +200,14 @@ def test_pair_kernels_compile_for_hopper() -> None:
     pytest.importorskip("triton")
     from thalweg.ops.moe.experts.triton.pairs import down_pair_kernel, gate_up_pair_kernel
 
-    gate_up = dict(s_ptr=None, E=257, D=2304, I=1024, K=9, SHARED=1, BLOCK_I=2, BLOCK_D=512, PDL=True)
+    gate_up = dict(s_ptr=None, E=257, D=2304, I=1024, K=9, SHARED=1, MASKED=False, BLOCK_I=2, BLOCK_D=512, PDL=True)
     result = compiled(gate_up_pair_kernel, gate_up)
     assert result.spilled_bytes == 0
     # "down" reads ids before its wait: "gate_up" must not let it start before its own.
     assert result.ptx.rindex("griddepcontrol.wait") < result.ptx.index("griddepcontrol.launch_dependents")
-    result = compiled(down_pair_kernel, dict(s_ptr=None, D=2304, I=1024, BLOCK_D=16, BLOCK_I=256, PDL=True))
+    result = compiled(
+        down_pair_kernel, dict(s_ptr=None, D=2304, I=1024, MASKED=False, BLOCK_D=16, BLOCK_I=256, PDL=True)
+    )
     assert result.spilled_bytes == 0
     assert result.ptx.split("griddepcontrol.wait")[0].count("ld.global.v4.b32") == 16 // 4 * 4
 

@@ -10,6 +10,7 @@ import torch
 from tests.ops.compile_sm90 import Compiled, compile_sm90
 from tests.ops.interpreted import run_interpreted
 from tests.ops.moe_case import (
+    check_left_out,
     experts_in_float64,
     implementation,
     moe_case_fp8,
@@ -94,6 +95,12 @@ def check_add() -> None:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+def check_pairs_left_out() -> None:
+    for name, T in (("tiles", 5), ("tiles", 2), ("pairs", 2)):  # with a list for each expert, and one for each pair
+        case = moe_case_fp8(T, 48, 20, 6, 2, 0, torch.float32)
+        check_left_out(case, implementation(name, "fp8"), 1e-5)
+
+
 def check_nan_stays_in_its_row() -> None:
     for T in (2, 5):
         case = moe_case_fp8(T, 48, 20, 4, 2, 1, torch.float32)
@@ -105,7 +112,7 @@ def check_nan_stays_in_its_row() -> None:
 
 def test_kernels_under_the_interpreter() -> None:
     pytest.importorskip("triton")
-    run_interpreted(check_one_of_each)
+    run_interpreted(check_one_of_each, check_pairs_left_out)
 
 
 @pytest.mark.slow
@@ -149,11 +156,15 @@ def test_pair_kernels_compile_for_hopper() -> None:
     pytest.importorskip("triton")
     from thalweg.ops.moe.experts.triton.pairs import down_pair_kernel, gate_up_pair_kernel
 
-    result = compiled(gate_up_pair_kernel, dict(E=257, D=2304, I=1024, K=9, SHARED=1, BLOCK_I=8, BLOCK_D=128, PDL=True))
+    result = compiled(
+        gate_up_pair_kernel, dict(E=257, D=2304, I=1024, K=9, SHARED=1, MASKED=False, BLOCK_I=8, BLOCK_D=128, PDL=True)
+    )
     assert result.spilled_bytes == 0
     # "down" reads ids before its wait: "gate_up" must not let it start before its own.
     assert result.ptx.rindex("griddepcontrol.wait") < result.ptx.index("griddepcontrol.launch_dependents")
-    result = compiled(down_pair_kernel, dict(D=2304, I=1024, BLOCK_D=16, BLOCK_I=128, PDL=True), num_warps=2)
+    result = compiled(
+        down_pair_kernel, dict(D=2304, I=1024, MASKED=False, BLOCK_D=16, BLOCK_I=128, PDL=True), num_warps=2
+    )
     assert result.spilled_bytes == 0
     assert result.ptx.split("griddepcontrol.wait")[0].count("ld.global.v4.b32") == 2 * 1024 // 128
 

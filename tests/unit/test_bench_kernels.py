@@ -19,7 +19,7 @@ from thalweg.bench.kernels.case import Arguments, Candidate, Case, Setting
 from thalweg.bench.kernels.feed_forward import distinct_experts
 from thalweg.bench.kernels.measure import Measurement, measure_case
 from thalweg.bench.kernels.model import PUBLISHED, ModelOps
-from thalweg.bench.kernels.ranks import OPS
+from thalweg.bench.kernels.ranks import OF_EXPERTS, OPS
 from thalweg.bench.kernels.suites import DECODE, PREFILL, RANKS, SUITES, VIEWS, choose_ops, run_suite
 from thalweg.cli import main
 from thalweg.config.engine import EngineConfig
@@ -207,6 +207,8 @@ def check(results: list[Measurement]) -> None:
 def test_every_op_that_a_model_asks_for_has_cases(tmp_path: Path) -> None:
     known = {op.name for op, _ in (*DECODE, *PREFILL)} | set(VIEWS) | set(OPS)
     configs = [small_qwen(tmp_path), small_k2(tmp_path), small_k2(tmp_path, q_rank=None)]
+    divided = setting(data_parallel_size=2, enable_expert_parallel=True).model
+    assert divided.names() <= known | set(OF_EXPERTS)
     for options in ({}, *({"config_file": file} for file in configs), {"tensor_parallel_size": 2}):
         model = setting(**options).model
         assert model.names() <= known

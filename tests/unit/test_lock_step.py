@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from thalweg.core import StepPlan, StepResult
+from thalweg.core import Prefill, StepPlan, StepResult
 from thalweg.errors import EngineDeadError
 from thalweg.runner.executor import Executor
 from thalweg.runner.lock_step import LockStep
@@ -39,6 +39,17 @@ class Collective:
 
     def lose(self) -> None:
         self._barrier.abort()
+
+
+class Ranks:
+    """What a rank sees of the collective."""
+
+    def __init__(self, collective: Collective, rank: int) -> None:
+        self._collective, self._rank = collective, rank
+        self.rows = -1
+
+    def maxima(self, values: Sequence[int]) -> list[int]:
+        return self._collective.maxima(self._rank, values)
 
 
 @dataclass
@@ -80,10 +91,10 @@ class Rank:
         self.inbox: queue.SimpleQueue[tuple[int, int] | None] = queue.SimpleQueue()  # (wake-up, plans of a request)
         self.done = threading.Event()
         self._random = random.Random(100 * seed + rank)
-        collective_of_rank = lambda values: collective.maxima(rank, values)  # noqa: E731
+        self.ranks = Ranks(collective, rank)
 
         def build() -> tuple[Runner, None]:
-            self.lock_step.begin(collective_of_rank, self.runner.idle)
+            self.lock_step.begin(self.ranks, self.runner.idle, most_rows=4)
             return self.runner, None
 
         self.executor: Executor[None] = Executor(build, lock_step=self.lock_step)
@@ -137,6 +148,14 @@ class Client:
         self.wakes += 1
         for i, each in enumerate(self.ranks):
             each.inbox.put((self.wakes, plans if i == rank else 0))
+
+
+def decodes(rows: int) -> StepPlan:
+    return StepPlan(1, [], [], list(range(1, rows + 1)), [5] * rows, [])
+
+
+def prefills() -> StepPlan:
+    return StepPlan(1, [], [], [1], [5], [Prefill(2, 0, 3, True)])
 
 
 def asleep(ranks: list[Rank]) -> bool:
@@ -206,3 +225,34 @@ def test_a_plan_of_a_rank_that_was_not_woken_is_an_error() -> None:
     rank = Rank(Collective(1), 0, 0, waits=False)
     with pytest.raises(EngineDeadError, match="was not woken"):
         rank.executor.submit(StepPlan(1, [], [], [1], [1], [])).result(SECONDS)
+
+
+@pytest.mark.parametrize(
+    ("plans", "rows"),
+    [
+        ([decodes(3), decodes(1)], 3),
+        ([None, decodes(2)], 2),
+        ([decodes(5), decodes(1)], 0),  # more than can be padded
+        ([decodes(2), prefills()], 0),
+        ([None, prefills()], 0),
+    ],
+)
+def test_steps_are_padded_if_all_ranks_only_decode(plans: list[StepPlan | None], rows: int) -> None:
+    collective = Collective(2)
+    ranks = [Ranks(collective, rank) for rank in range(2)]
+
+    def step(ranks: Ranks, plan: StepPlan | None) -> None:
+        lock_step = LockStep()
+        lock_step.begin(ranks, lambda: None, most_rows=4)
+        lock_step.wake(1)
+        if plan is None:
+            lock_step.without_plan()
+        else:
+            lock_step.with_plan(plan)
+
+    threads = [threading.Thread(target=step, args=pair, daemon=True) for pair in zip(ranks, plans, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(SECONDS)
+    assert [each.rows for each in ranks] == [rows, rows]

@@ -29,12 +29,12 @@ from thalweg.errors import CheckpointError, ConfigError
 from thalweg.layers.attributes import find_directly
 from thalweg.models.decoder import Decoder
 from thalweg.ops.all_gather import ALL_GATHER, AllGatherDims
-from thalweg.ops.all_reduce import areas_of
+from thalweg.ops.all_reduce import AREAS, ROWS, areas_of
 from thalweg.ops.registry import Resolver, Where, dims_of
 from thalweg.ops.sample import SAMPLE, Sample, SampleDims
 from thalweg.parallel.data_ranks import join_data_ranks
 from thalweg.parallel.mesh import Mesh, join_mesh
-from thalweg.parallel.peers import map_peers
+from thalweg.parallel.peers import map_data_peers, map_peers
 from thalweg.runner.cache_file import CacheIndex, images
 from thalweg.runner.cache_file import read as read_file
 from thalweg.runner.graphs import MAX_ROWS, Share, buckets
@@ -70,10 +70,12 @@ def build_rank(
     meeting: str,
     grammars: Grammars | None = None,
     data_rank: int = 0,
+    data_meeting: str = "",
     listener: socket.socket | None = None,
 ) -> tuple[ModelRunner, EngineInfo]:
     """Everything one rank needs to execute plans. With several ranks, all of them call this at the same time; those
-    whose tokens count get `grammars`. `meeting` and `listener`: see join_mesh."""
+    whose tokens count get `grammars`. `meeting` and `listener`: see join_mesh. Data-parallel ranks of one number among
+    those that share a model meet at files that begin with `data_meeting`."""
     laps = Laps()
     opened = open_model(config, tp_rank, data_rank)
     config, source, device = opened.config, opened.source, opened.device
@@ -82,7 +84,8 @@ def build_rank(
     laps.end("device")
     mesh = join_mesh(tp_rank, config.tensor_parallel_size, meeting, device, hosts=config.nnodes, listener=listener)
     if config.data_parallel_size > 1:
-        mesh.data = join_data_ranks(data_rank, config.data_parallel_size, meeting, device)
+        mesh.data = join_data_ranks(data_rank, config.data_parallel_size, f"{data_meeting}-{tp_rank}", device)
+        map_data_peers(mesh.data, device, AREAS[: ROWS + 1])
     map_peers(mesh, device, areas_of(mesh.tp_size))
     resolver = Resolver(config.op_preference, quantize_activations=config.quantize_activations)
     model = Decoder(opened.context(mesh, resolver), c)

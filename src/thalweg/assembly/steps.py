@@ -15,7 +15,7 @@ def why_eager(config: EngineConfig, device: torch.device, resolver: Resolver, ro
         return "--enforce-eager"
     if device.type != "cuda":
         return f"{device.type} has no CUDA graphs"
-    if config.data_parallel_size > 1:
+    if config.data_parallel_size > 1 and rows == "prefills":
         return "the host has to know how many tokens go to each data-parallel rank"
     reasons = (choice.why_not_captured(rows, most) for choice in resolver.explain())
     return next((reason for reason in reasons if reason is not None), None)

@@ -138,7 +138,8 @@ def serve(
     expert_metrics: Annotated[
         bool,
         typer.Option(
-            "--expert-metrics", help="Have /metrics count the tokens of each expert; with --data-parallel-size only."
+            "--expert-metrics",
+            help="Have /metrics count the tokens of each expert; with --data-parallel-size only, and no CUDA graphs.",
         ),
     ] = False,
     log_level: Annotated[

@@ -49,11 +49,13 @@ class Engine:
             source = open_source(config)
             source.plan(Shards(0, config.tensor_parallel_size))  # refuses what ranks do not divide
         self._give_folder_back = None if config.cache_folder is None else cache_folder.take(config.cache_folder)
-        self.ranks = OtherRanks(config, folder) if config.tensor_parallel_size > 1 else None
+        self.ranks = OtherRanks(config, folder, data_rank or 0) if config.tensor_parallel_size > 1 else None
 
         self._config = config = self.ranks.config if self.ranks else config
         self.lock_step = LockStep() if config.data_parallel_size > 1 else None
-        meeting = self.ranks.meeting if self.ranks else "" if folder is None else str(folder / "rendezvous")
+        meeting = self.ranks.meeting if self.ranks else ""
+        data_meeting = "" if folder is None else str(folder / "data-rendezvous")
+        tell = self.ranks.send if self.ranks else None
         listener = self.ranks.listener if self.ranks else None
         self.grammars = Grammars(lambda: _vocabulary(config))
         self.expert_counts: Callable[[], dict[int, list[int]]]  # of a data-parallel rank: Decoder.expert_counts
@@ -63,14 +65,14 @@ class Engine:
             from thalweg.assembly.rank import build_rank  # torch comes in on the rank's own thread
             from thalweg.recorder.window import RecordedRunner
 
-            runner, info = build_rank(config, 0, meeting, self.grammars, data_rank or 0, listener)
+            runner, info = build_rank(config, 0, meeting, self.grammars, data_rank or 0, data_meeting, listener)
             cached.append(runner.cache_index)
             if self.lock_step is not None:
-                self.lock_step.begin(runner.mesh.data.maxima, runner.serve_others)
+                self.lock_step.begin(runner.mesh.data, runner.serve_others, runner.most_padded_rows, tell)
                 self.expert_counts = runner.expert_counts
             return RecordedRunner(runner), info
 
-        self._executor: Executor[EngineInfo] = Executor(build, self.ranks.send if self.ranks else None, self.lock_step)
+        self._executor: Executor[EngineInfo] = Executor(build, tell, self.lock_step)
         if self.ranks is not None:
             self.ranks.watch(self._executor.fail)
         try:

@@ -8,7 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from thalweg.parallel.data_ranks import DataRanks
+from thalweg.layers.context import BuildContext
+from thalweg.ops.moe.exchange import (
+    EXPERT_COMBINE,
+    EXPERT_DISPATCH,
+    ExpertCombineDims,
+    ExpertDispatchDims,
+    Gathered,
+)
 from thalweg.parallel.placement import Placement
 
 MOST_BYTES = 1 << 30
@@ -22,8 +29,16 @@ class ExpertExchange:
     """All ranks call at the same time, each with its own tokens, of which there may be none. An expert that is on
     several ranks serves the tokens of these where they are; those of other ranks go to its copies in turn."""
 
-    def __init__(self, ranks: DataRanks, placement: Placement, device: torch.device) -> None:
-        self._ranks, self._here = ranks, placement.here
+    def __init__(self, ctx: BuildContext, placement: Placement, *, width: int, top_k: int, shared: int) -> None:
+        """Of tokens of this width, which take `top_k` of the experts, and of `shared` more, which every rank has behind
+        its own."""
+        ranks, device = ctx.mesh.data, ctx.device
+        self._ranks, self._here, self._shared = ranks, placement.here, shared
+        size, mapped, here = ranks.size, ranks.mapped, placement.here
+        dims = ExpertDispatchDims(D=width, K=top_k, S=shared, here=here, ranks=size, mapped=mapped)
+        self._dispatch = ctx.op(EXPERT_DISPATCH, dims)
+        of_parts = ExpertCombineDims(D=width, parts=top_k + shared, ranks=size, mapped=mapped)
+        self._combine = ctx.op(EXPERT_COMBINE, of_parts)
         choices = placement.choices(ranks.rank)
         self._experts, self._device = len(choices), device
         self._slots: tuple[Tensor, Tensor] | None = None  # of each expert [E, most copies], and how many they are [E]
@@ -68,6 +83,33 @@ class ExpertExchange:
         # In place: of a long prompt these are gigabytes.
         y_TD = y_PD.view(T, k, y_PD.shape[1]).mul_(weights_Tk.unsqueeze(-1)).sum(1).to(x_TD.dtype)
         return y_TD, any(left)
+
+    def dispatch(self, x_TD: Tensor, weights_Tk: Tensor, ids_Tk: Tensor) -> Gathered:
+        """Tokens of all ranks, as many of each, and which of this rank's experts they take. With `combine` the same as
+        a call, but that the shared experts are among a token's, nothing waits for the device, and each rank's part of
+        a token's sum is rounded. Only while the ranks run a padded step (DataRanks.padded)."""
+        live_T, shared = self._ranks.live_T, self._shared
+        assert live_T is not None
+        if self._slots is None:
+            slots_Tk = ids_Tk
+        else:
+            routed = ids_Tk.shape[1] - shared
+            slots_Tk = torch.cat([self._slots_of(ids_Tk[:, :routed]), ids_Tk[:, routed:]], 1)
+        return self._dispatch(x_TD, weights_Tk, slots_Tk, live_T, self._ranks, here=self._here, shared=shared)
+
+    def combine(
+        self,
+        residual_TD: Tensor,
+        parts_PD: Tensor,
+        *,
+        weights_Tk: Tensor | None = None,
+        own_TD: Tensor | None = None,
+        scale: float = 1.0,
+    ) -> Tensor:
+        """The residual of this rank's tokens plus what all ranks' experts gave for them; a `Finish` of the experts of
+        what `dispatch` gave, of which there is none that every token takes."""
+        assert own_TD is None
+        return self._combine(residual_TD, parts_PD, self._ranks, weights_Ak=weights_Tk)
 
     def _slots_of(self, ids_Tk: Tensor) -> Tensor:
         """The slot, over all ranks, of each pair's expert."""

@@ -224,7 +224,7 @@ class MoE(nn.Module):
         self.shared: SharedExpert | OwnExpert | None = None
         placement = ctx.placement(experts)
         self._routed = placement.here
-        self._exchange = ExpertExchange(ctx.mesh.data, placement, ctx.device) if ctx.mesh.data.size > 1 else None
+        divided = ctx.mesh.data.size > 1
         self._reduce_add: AllReduceAdd | None = None
         if ctx.mesh.tp_size > 1:
             dims = AllReduceAddDims(D=width, ranks=ctx.mesh.tp_size, mapped=ctx.mesh.mapped)
@@ -237,7 +237,7 @@ class MoE(nn.Module):
             self.shared = SharedExpert(ctx.below("shared"), width, gated_shared, gated=True)
         elif shared and "shared.down.weight" in ctx:
             plain = all(ctx.planned(f"shared.{name}.weight") is None for name in ("in_proj", "down"))
-            if plain and self._exchange is None:
+            if plain and not divided:
                 self.shared = OwnExpert(ctx.below("shared"), width, shared * inner)
                 own = self.shared.width
             else:
@@ -258,11 +258,14 @@ class MoE(nn.Module):
             shared=shared,
             gated=gated,
         )
+        self._exchange: ExpertExchange | None = None
+        if divided:
+            self._exchange = ExpertExchange(ctx, placement, width=width, top_k=top_k, shared=shared)
         local = ctx.shards.count(inner, "moe_intermediate_size")
         own_scale = scale if own else 1.0
         total = self._routed + shared
-        # With an exchange the op never has shared experts behind a token's routed ones.
-        promised = shared if self._exchange is None else 0
+        # With an exchange only some of the tokens have shared experts behind their routed ones.
+        promised = 0 if divided else shared
         self.experts = Experts(ctx.below("experts"), width, total, promised, local, own, own_scale)
 
     def forward(self, x_TD: Tensor) -> Tensor:
@@ -296,15 +299,20 @@ class MoE(nn.Module):
         self, exchange: ExpertExchange, x_TD: Tensor, normed_TD: Tensor, weights_Tk: Tensor, ids_Tk: Tensor
     ) -> Tensor:
         k, own = self.router.top_k, self.router.shared
-        added_TD = x_TD
+        # What the experts' sum is added to; if ranks share the model, which sum over theirs at last, this one's part.
+        added_TD = x_TD if self._reduce_add is None else torch.zeros_like(x_TD)
         if isinstance(self.shared, SharedExpert):
-            added_TD = self.shared.added(normed_TD, x_TD)
-        elif own:
-            ids_S = torch.arange(self._routed, self._routed + own, device=ids_Tk.device, dtype=ids_Tk.dtype)
-            ids_TS = ids_S.expand(len(ids_Tk), own).contiguous()
-            added_TD = self.experts(normed_TD, weights_Tk[:, k:].contiguous(), ids_TS, x_TD, None)
-        routed_TD = exchange(normed_TD, weights_Tk[:, :k], ids_Tk[:, :k], self._run_routed)
-        return added_TD + routed_TD
+            added_TD = self.shared.added(normed_TD, added_TD)
+        if self.mesh.data.live_T is not None:
+            gathered = exchange.dispatch(normed_TD, weights_Tk, ids_Tk)
+            y_TD: Tensor = self.experts(*gathered, None, None, partial(exchange.combine, added_TD))
+        else:
+            if own:
+                ids_S = torch.arange(self._routed, self._routed + own, device=ids_Tk.device, dtype=ids_Tk.dtype)
+                ids_TS = ids_S.expand(len(ids_Tk), own).contiguous()
+                added_TD = self.experts(normed_TD, weights_Tk[:, k:].contiguous(), ids_TS, added_TD, None)
+            y_TD = added_TD + exchange(normed_TD, weights_Tk[:, :k], ids_Tk[:, :k], self._run_routed)
+        return y_TD if self._reduce_add is None else self._reduce_add(x_TD, y_TD, self.mesh)
 
     def _run_routed(self, rows_PD: Tensor, ids_P: Tensor) -> Tensor:
         """Rows that each take one of this rank's routed experts."""

@@ -21,7 +21,7 @@ from thalweg.ops import (
 from thalweg.ops.attention import gqa, mla, mla_down_norms, mla_mixer, mla_rope
 from thalweg.ops.delta import gdn, kda_mixer
 from thalweg.ops.linear import fp8
-from thalweg.ops.moe import experts, router
+from thalweg.ops.moe import exchange, experts, router
 from thalweg.ops.registry import Choice, Op, Resolver, Tokens, Where
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "all_gather",
     "all_reduce",
     "embedding",
+    "exchange",
     "experts",
     "fp8",
     "gdn",

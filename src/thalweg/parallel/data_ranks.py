@@ -5,9 +5,10 @@ One host: they meet through a file, and agree over gloo; rows of tokens go over 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,9 @@ from torch import Tensor
 
 from thalweg.errors import RankLostError
 from thalweg.parallel.groups import file_store, leave
+
+if TYPE_CHECKING:
+    from thalweg.parallel.peers import PeerMemory
 
 
 class DataRanks:
@@ -29,6 +33,9 @@ class DataRanks:
         """`host` is the group for integers of the host, `device` the one for tensors; `file`: where they met."""
         self.rank, self.size = rank, size
         self._host, self._device, self._file = host, device, file  # in this order, as of a Mesh
+        self.rows = 0  # that every rank has in the next step, if all are to have as many, padded; else 0
+        self.live_T: Tensor | None = None  # while such a step runs: 0 for rows that pad it, else anything
+        self.peers: PeerMemory | None = None  # that the ranks map from one another, if they can
 
     def all_to_all(self, rows_ND: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
         """`rows_ND` begins with `sent[0]` rows for rank 0, then come those for rank 1, and so on; the result [M, D] has
@@ -40,6 +47,29 @@ class DataRanks:
         # Bytes: gloo and NCCL know different dtypes.
         to, of = out.view(torch.uint8), rows_ND.contiguous().view(torch.uint8)
         self._run(lambda: group.alltoall_base(to, of, list(received), list(sent)))
+        return out
+
+    @property
+    def mapped(self) -> bool:
+        """Whether kernels may use `peers`. Ranks that joined nobody, as those that are only looked at, say yes."""
+        return self.peers is not None or self._device is None
+
+    @contextmanager
+    def padded(self, live_T: Tensor) -> Iterator[None]:
+        """Around a step in which every rank has as many rows as this: then nothing waits for the device."""
+        self.live_T = live_T
+        try:
+            yield
+        finally:
+            self.live_T = None
+
+    def gather(self, x_TD: Tensor) -> Tensor:
+        """Every rank's x, of the same shape, one below the other in rank order: [size * T, D]."""
+        if self._device is None:
+            return x_TD
+        group, x_TD = self._device, x_TD.contiguous()
+        out = x_TD.new_empty(self.size * len(x_TD), x_TD.shape[1])
+        self._run(lambda: group._allgather_base(out.view(torch.uint8), x_TD.view(torch.uint8)))
         return out
 
     def exchange(self, x_RN: Tensor) -> Tensor:
@@ -63,9 +93,23 @@ class DataRanks:
         """The least of the ranks' values."""
         return -self.maxima([-value], timeout_s)[0]
 
+    def gather_bytes(self, own: bytes) -> list[bytes]:
+        """Every rank's `own`, in rank order, all of one length; on the host alone."""
+        group, x = self._host, torch.frombuffer(bytearray(own), dtype=torch.uint8)
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        self._run(lambda: group.allgather([parts], [x]))
+        return [bytes(part.tolist()) for part in parts]
+
+    def check(self) -> None:
+        """As Mesh.check."""
+        if self.peers is not None and self.peers.stopped:
+            raise RankLostError(f"data-parallel rank {self.rank} lost another rank of {self.size}: its process ended")
+
     def close(self) -> None:
         leave(self._device)
         self._host = self._device = None
+        if self.peers is not None:
+            self.peers.close()
         if self._file is not None:
             self._file.close()
 

@@ -103,11 +103,18 @@ class Mesh:
         self._run(lambda: group.allreduce([x], options))
         return int(x)
 
+    def as_data_ranks(self) -> DataRanks:
+        """The same ranks as if they were data-parallel ones, to measure what these do."""
+        ranks = DataRanks(self.tp_rank, self.tp_size, device=self._group)
+        ranks.peers = self.peers
+        return ranks
+
     def check(self) -> None:
         """Raises RankLostError once kernels that meet in `peers` no longer wait for a rank that ended. What they give
         then is undefined, so this comes after a result is read and before it is used."""
         if self.peers is not None and self.peers.stopped:
             raise RankLostError(f"rank {self.tp_rank} lost another rank of {self.tp_size}: its process ended")
+        self.data.check()
 
     def close(self) -> None:
         leave(self._group)

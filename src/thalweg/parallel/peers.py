@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from thalweg.errors import ThalwegError
+from thalweg.parallel.data_ranks import DataRanks
 from thalweg.parallel.mesh import Mesh
 
 _log = logging.getLogger(__name__)
@@ -156,11 +157,26 @@ def map_peers(mesh: Mesh, device: torch.device, areas: Sequence[tuple[int, int]]
     """Give `mesh` its `peers`, if there are other ranks and their devices let them. All ranks call this together."""
     if mesh.tp_size == 1 or mesh.hosts > 1 or device.type != "cuda":
         return
+    mesh.peers = _mapped(
+        mesh.tp_rank, mesh.tp_size, lambda own: mesh.gather_bytes(own, device), areas, "sums over ranks"
+    )
+
+
+def map_data_peers(ranks: DataRanks, device: torch.device, areas: Sequence[tuple[int, int]]) -> None:
+    """The same of data-parallel ranks."""
+    if ranks.size > 1 and device.type == "cuda":
+        ranks.peers = _mapped(ranks.rank, ranks.size, ranks.gather_bytes, areas, "decode steps' rows")
+
+
+def _mapped(
+    rank: int, ranks: int, gather: Callable[[bytes], Sequence[bytes]], areas: Sequence[tuple[int, int]], what: str
+) -> PeerMemory | None:
     try:
-        mesh.peers = PeerMemory(mesh.tp_rank, lambda own: mesh.gather_bytes(own, device), mesh.tp_size, areas)
+        return PeerMemory(rank, gather, ranks, areas)
     except NoPeerMemory as e:
-        if mesh.tp_rank == 0:
-            _log.warning("sums over ranks go by NCCL alone: ranks cannot map each other's memory: %s", e)
+        if rank == 0:
+            _log.warning("%s go by NCCL alone: ranks cannot map each other's memory: %s", what, e)
+        return None
 
 
 class _Handle(Structure):

@@ -13,6 +13,7 @@ from thalweg.ops.all_gather import ALL_GATHER, AllGatherDims
 from thalweg.ops.all_reduce import ALL_REDUCE_ADD, AllReduceAddDims
 from thalweg.ops.embedding import EMBEDDING
 from thalweg.ops.linear import LINEAR_REDUCE_ADD, LinearReduceDims
+from thalweg.ops.moe.exchange import EXPERT_COMBINE, EXPERT_DISPATCH, ExpertCombineDims, ExpertDispatchDims
 from thalweg.ops.registry import Op, Where, implementations
 from thalweg.parallel.mesh import Mesh
 from thalweg.recorder.orders import MeasureExchange
@@ -55,6 +56,8 @@ def dims_of_exchange(op: Op[Any, Any], sizes: Mapping[str, int], mesh: Mesh) -> 
         EMBEDDING.name: AllReduceAddDims,
         ALL_GATHER.name: AllGatherDims,
         LINEAR_REDUCE_ADD.name: LinearReduceDims,
+        EXPERT_DISPATCH.name: ExpertDispatchDims,
+        EXPERT_COMBINE.name: ExpertCombineDims,
     }
     return kinds[op.name](**sizes, ranks=mesh.tp_size, mapped=mesh.mapped)
 
@@ -74,6 +77,17 @@ def _call(op: Op[Any, Any], order: MeasureExchange, mesh: Mesh, device: torch.de
     if op.name == ALL_GATHER.name:
         part = draw(rows, sizes["row_bytes"] // dtype.itemsize)
         return lambda function, _: function(part, mesh)
+    if op.name == EXPERT_DISPATCH.name:
+        ranks, k, here = mesh.as_data_ranks(), sizes["K"] + sizes["S"], sizes["here"]
+        x, each = draw(rows, sizes["D"]), torch.rand(rows, k, device=device)
+        slots = torch.rand(rows, here * ranks.size, device=device).topk(k).indices
+        live = torch.ones(rows, dtype=torch.int64, device=device)
+        return lambda function, _: function(x, each, slots, live, ranks, here=here, shared=sizes["S"]).x_AD
+    if op.name == EXPERT_COMBINE.name:
+        ranks, k = mesh.as_data_ranks(), sizes["parts"]
+        residual, each = draw(rows, sizes["D"]), torch.rand(rows * ranks.size, k, device=device)
+        parts = torch.randn(rows * ranks.size * k, sizes["D"], device=device)
+        return lambda function, _: function(residual, parts, ranks, weights_Ak=each)
     weights = [draw(sizes["O"], sizes["D"]) for _ in range(COPIES)]
     residual, x = draw(rows, sizes["O"]), draw(rows, sizes["D"])
     return lambda function, i: function(x, weights[i % COPIES], residual, mesh)

@@ -139,10 +139,10 @@ class Executor(Generic[Info]):
                 self._obey(runner, plan, future)
                 continue
             try:
+                if self._lock_step is not None:
+                    self._lock_step.with_plan(plan)
                 if self._before is not None:
                     self._before(plan)
-                if self._lock_step is not None:
-                    self._lock_step.with_plan()
                 finish = runner.launch(plan)
                 if runner.waits:
                     results.put((finish, plan.step, future))

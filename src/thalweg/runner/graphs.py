@@ -16,6 +16,7 @@ from torch import Tensor
 from thalweg.cache.storage import CacheStorage
 from thalweg.core import StepPlan
 from thalweg.layers.batch import Batch
+from thalweg.parallel.data_ranks import DataRanks
 from thalweg.runner.batch import DECODE_ROWS, SINK, BatchBuilder, even
 from thalweg.runner.capture import captured
 from thalweg.sampling.sampler import Sampler
@@ -40,12 +41,23 @@ class DecodeGraphs:
     Until capture() the same static step runs eagerly; tests leave it there if there is no CUDA device.
     """
 
-    def __init__(self, model: Model, batches: BatchBuilder, sampler: Sampler, share: Share, sizes: list[int]) -> None:
+    def __init__(
+        self,
+        model: Model,
+        batches: BatchBuilder,
+        sampler: Sampler,
+        share: Share,
+        sizes: list[int],
+        data: DataRanks | None = None,
+    ) -> None:
+        self._data = data or DataRanks()
         self.model, self._batches, self._sampler, self._share = model, batches, sampler, share
         self._slots = batches.slots
         self._sizes = sizes
         device, shape = self._slots.device, (DECODE_ROWS, even(sizes[-1]))
         self._rows = torch.zeros(shape, dtype=torch.int64, device=device)
+        self._sinks = torch.from_numpy(SINK).to(device).repeat(1, shape[1])  # with one token each
+        self._sinks[-1] = 1 + (1 << 32)  # two int32 ones
         self._stage = [torch.zeros(shape, dtype=torch.int64, pin_memory=device.type == "cuda") for _ in range(STAGES)]
         self._turn = 0
         self._ids = torch.zeros(sizes[-1], dtype=torch.int64, device=device)
@@ -54,21 +66,32 @@ class DecodeGraphs:
         self._pool: Any = None
 
     def rehearse(self) -> None:
-        """A step of every size on the sinks."""
-        self._rest()
+        """A step of every size, every row on the sinks."""
+        self._rows.copy_(self._sinks)
         for size in self._sizes:
             self._step(size)
 
     def capture(self) -> None:
-        self._rest()
+        self._rows.copy_(self._sinks)
         for size in reversed(self._sizes):  # the largest first: the others fit into its memory
             self._replay[size] = self._captured(size)
 
     def close(self) -> None:
         self._replay.clear()
 
+    @property
+    def most_rows(self) -> int:
+        return self._sizes[-1]
+
     def serves(self, plan: StepPlan) -> bool:
+        if self._data.size > 1 and not self._data.rows:
+            return False
         return not plan.prefills and len(plan.decode_slots) <= self._sizes[-1]
+
+    def idle(self) -> None:
+        """The step of a data-parallel rank that has no rows and takes part with as many as the others: the sinks."""
+        self._rows.copy_(self._sinks)
+        self._replay[self._size(0)]()
 
     def stage(self, plan: StepPlan) -> Tensor:
         """Write the rows of a step that `serves` said yes to into a host buffer, which is returned."""
@@ -88,17 +111,14 @@ class DecodeGraphs:
         return self._logits[size][:d], self._ids[:d]
 
     def _size(self, d: int) -> int:
-        return next(size for size in self._sizes if size >= d)
-
-    def _rest(self) -> None:
-        """Every row on the sinks, with one token."""
-        self._rows.copy_(torch.from_numpy(SINK))
-        self._rows[-1] = 1 + (1 << 32)  # two int32 ones
+        """Rows of the graph for d rows, or for those of the data-parallel rank that has most."""
+        return next(size for size in self._sizes if size >= max(d, self._data.rows))
 
     def _step(self, size: int) -> None:
         rows = self._rows[:, :size]
         batch = self._batches.of_decodes(rows, self._slots.max_blocks)
-        logits = self.model(batch, self._slots.cache)
+        with self._data.padded(batch.slots_B):  # those of sinks are 0
+            logits = self.model(batch, self._slots.cache)
         ids = self._share(self._sampler.sample_rows(logits, batch.slots_B, rows[3]))
         self._logits[size] = logits
         self._ids[:size] = ids

@@ -3,11 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import msgspec
+
+from thalweg.core import StepPlan
 
 LULL_SECONDS = 0.001  # that a rank waits for a plan of its own before it asks again whether anybody has one
 
-Maxima = Callable[[Sequence[int]], list[int]]
-"""The largest of the ranks' values, one by one: a collective."""
+
+class Ranks(Protocol):
+    rows: int  # is told before a step: rows that each rank pads its own to, 0 if they are not padded
+
+    def maxima(self, values: Sequence[int]) -> list[int]:
+        """The largest of the ranks' values, one by one: a collective."""
+
+
+class Agreed(msgspec.Struct, frozen=True, array_like=True, tag="agreed"):
+    """What data-parallel ranks agreed on before a step, for those that share a model with one of them: the rows that
+    each pads its own to (Ranks.rows), and whether the step is an idle one, or of the plan that comes next."""
+
+    rows: int
+    idle: bool
 
 
 class WakeUp:
@@ -33,31 +50,44 @@ class LockStep:
         self.awake = False
         self.patience = 0.0  # seconds to wait for a plan before the next agreement, while awake
         self._seen = 0
-        self._maxima: Maxima
+        self._ranks: Ranks
         self._idle_step: Callable[[], None]
+        self._most_rows = 0
+        self._tell: Callable[[Agreed], None] | None = None
 
-    def begin(self, maxima: Maxima, idle_step: Callable[[], None]) -> None:
-        """Once the rank is built."""
-        self._maxima, self._idle_step = maxima, idle_step
+    def begin(
+        self,
+        ranks: Ranks,
+        idle_step: Callable[[], None],
+        most_rows: int = 0,
+        tell: Callable[[Agreed], None] | None = None,
+    ) -> None:
+        """Once the rank is built. Steps are padded if all ranks have decode rows alone, up to `most_rows`. `tell` is
+        called with what was agreed on before each step, for the ranks that share this one's model."""
+        self._ranks, self._idle_step, self._most_rows, self._tell = ranks, idle_step, most_rows, tell
 
     def wake(self, number: int) -> None:
         self._seen, self.awake = number, True
 
-    def with_plan(self) -> None:
+    def with_plan(self, plan: StepPlan) -> None:
         """Before a step of this rank's own is launched."""
         if not self.awake:
             raise RuntimeError("a data-parallel rank has a step and was not woken")
-        self._agree(1)
+        rows = len(plan.decode_slots)
+        self._agree(1, rows, bool(plan.prefills) or rows > self._most_rows)
 
     def without_plan(self) -> None:
         """Take part in the others' step, if there is one."""
-        if self._agree(0):
+        if self._agree(0, 0, False):
             self._idle_step()
 
-    def _agree(self, plans: int) -> bool:
+    def _agree(self, plans: int, rows: int, unpadded: bool) -> bool:
         """Whether any rank has a step."""
-        most = self._maxima([plans, int(self.busy), self._seen, -self._seen])
+        most = self._ranks.maxima([plans, int(self.busy), self._seen, -self._seen, rows, unpadded])
         steps, busy, seen, least = most[0], most[1], most[2], -most[3]
+        self._ranks.rows = 0 if most[5] else most[4]
         self.awake = bool(steps or busy or seen > least)
         self.patience = 0.0 if steps else LULL_SECONDS
+        if steps and self._tell is not None:
+            self._tell(Agreed(self._ranks.rows, not plans))
         return bool(steps)

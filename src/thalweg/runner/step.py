@@ -19,6 +19,7 @@ from thalweg.parallel.mesh import Mesh
 from thalweg.runner import cache_file
 from thalweg.runner.batch import BatchBuilder
 from thalweg.runner.graphs import DecodeGraphs, Model, Share
+from thalweg.runner.lock_step import Agreed
 from thalweg.runner.prefill_graphs import PrefillGraphs, Shape
 from thalweg.runner.readback import Readback
 from thalweg.runner.recorded import RecordedSteps
@@ -64,7 +65,7 @@ class ModelRunner:
         self._graphs = None
         if graph_sizes:
             with torch.inference_mode():
-                self._graphs = DecodeGraphs(model, self._batches, sampler, self._share, graph_sizes)
+                self._graphs = DecodeGraphs(model, self._batches, sampler, self._share, graph_sizes, mesh.data)
         self._recorded = RecordedSteps(model, self._batches, sampler, recorded_rows) if recorded_rows else None
         self.prefill_graphs = None
         if prefill_tokens:
@@ -139,9 +140,23 @@ class ModelRunner:
 
         return told
 
+    @property
+    def most_padded_rows(self) -> int:
+        """Decode rows at most of a step in which all data-parallel ranks have as many."""
+        return self._graphs.most_rows if self._graphs is not None else 0
+
+    def agree(self, agreed: Agreed) -> None:
+        """What the rank that plans for this one agreed on with other data-parallel ranks."""
+        self.mesh.data.rows = agreed.rows
+        if agreed.idle:
+            self.serve_others()
+
     @torch.inference_mode()
     def serve_others(self) -> None:
         """A step in which other data-parallel ranks have tokens and this one has none."""
+        if self._graphs is not None and self.mesh.data.rows:
+            self._graphs.idle()
+            return
         assert isinstance(self.model, Decoder)
         self.model.serve_others()
 

@@ -10,6 +10,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import uvicorn
 
@@ -82,10 +83,11 @@ def serve(
     _check_idle(keep_alive_timeout, sse_ping_interval)
     if profiler is not None and not config.one_host:
         raise ConfigError("--enable-profiler needs all ranks on one host; expected neither --nnodes nor Ray with it")
-    if expert_metrics and config.data_parallel_size == 1:
-        raise ConfigError(
-            "--expert-metrics counts what data-parallel ranks exchange; expected --data-parallel-size too"
-        )
+    if expert_metrics:
+        if config.data_parallel_size == 1:
+            what = "--expert-metrics counts what data-parallel ranks exchange"
+            raise ConfigError(f"{what}; expected --data-parallel-size above 1")
+        config = replace(config, enforce_eager=True)  # graphs' steps are padded with tokens that are nobody's
     raise_file_limit()
     sys.setswitchinterval(SWITCH_SECONDS)
     debug = log_level == "debug"

@@ -14,6 +14,7 @@ from thalweg.engine.processes.ipc import end_with_parent
 from thalweg.engine.processes.ranks import RankStart
 from thalweg.errors import ThalwegError
 from thalweg.recorder.orders import Order
+from thalweg.runner.lock_step import Agreed
 
 
 def main(address: str) -> int:
@@ -24,13 +25,17 @@ def main(address: str) -> int:
     from thalweg.assembly.rank import build_rank
     from thalweg.recorder.window import RecordedRunner
 
-    built, _ = build_rank(EngineConfig(**start.config), start.tp_rank, start.meeting)
+    where = start.data_rank, start.data_meeting
+    built, _ = build_rank(EngineConfig(**start.config), start.tp_rank, start.meeting, None, *where)
     runner = RecordedRunner(built, start.tp_rank)
-    decode = msgspec.msgpack.Decoder(StepPlan | Order).decode
+    decode = msgspec.msgpack.Decoder(StepPlan | Order | Agreed).decode
     while True:
         message = decode(socket.recv())
         if isinstance(message, StepPlan):
             runner.launch(message)  # only rank 0's tokens count, so nobody waits for these
+            continue
+        if isinstance(message, Agreed):
+            built.agree(message)
             continue
         try:
             runner.obey(message)

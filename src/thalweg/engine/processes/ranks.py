@@ -22,14 +22,17 @@ from thalweg.engine.processes.ipc import SocketFolder, address, end_group, tell_
 from thalweg.engine.processes.ray_hosts import RayHosts
 from thalweg.errors import ConfigError, EngineDeadError
 from thalweg.recorder.orders import Order
+from thalweg.runner.lock_step import Agreed
 
 
 class RankStart(msgspec.Struct, frozen=True):
-    """First message to a rank; every later one is a StepPlan, or an Order to record."""
+    """First message to a rank; every later one is a StepPlan, an Order to record, or an Agreed before a step."""
 
     config: dict[str, Any]
     tp_rank: int
     meeting: str
+    data_rank: int = 0
+    data_meeting: str = ""
 
 
 encode = msgspec.msgpack.Encoder().encode
@@ -40,20 +43,22 @@ class LocalRanks:
 
     `on_death(error)` is called, from a watching thread, when one ends before `close`. Sockets lie in `folder`, which
     whoever made it removes; without one, in a folder of their own. They meet at `meeting` (see join_mesh); "" is a file
-    in that folder.
+    in that folder. With --data-parallel-size it is that of all engines, of which this one is `data_rank`.
     """
 
-    def __init__(self, config: EngineConfig, meeting: str = "", folder: Path | None = None) -> None:
+    def __init__(self, config: EngineConfig, meeting: str = "", folder: Path | None = None, data_rank: int = 0) -> None:
         self._own_folder = SocketFolder() if folder is None else None
         folder = folder or self._own_folder.path  # type: ignore[union-attr]
-        self.meeting = meeting or str(folder / "rendezvous")
+        of = f"engine-{data_rank}-" if data_rank else ""  # whose ranks these are, if others have some in that folder
+        self.meeting = meeting or str(folder / f"{of}rendezvous")
+        self.data_meeting = str(folder / "data-rendezvous")
         self._context = zmq.Context()
         self._closing = False
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._sockets: list[zmq.Socket[bytes]] = []
         first = config.node_rank * config.ranks_per_node
         for rank in range(max(1, first), first + config.ranks_per_node):
-            where = address(folder, f"rank-{rank}")
+            where = address(folder, f"{of}rank-{rank}")
             socket = self._context.socket(zmq.PUSH)
             socket.setsockopt(zmq.LINGER, 0)
             # The rank binds and this side connects: what is sent before the rank is there waits, and nobody for it.
@@ -62,7 +67,8 @@ class LocalRanks:
             command = [sys.executable, "-m", "thalweg.engine.processes.rank_main", where]
             self._processes[rank] = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
             self._sockets.append(socket)
-            socket.send(encode(RankStart(config.to_dict(), rank, self.meeting)))
+            start = RankStart(config.to_dict(), rank, self.meeting, data_rank, self.data_meeting)
+            socket.send(encode(start))
 
     def watch(self, on_death: OnDeath) -> None:
         """Begin to wait for every rank, each on a thread of its own."""
@@ -76,7 +82,7 @@ class LocalRanks:
             on_death(EngineDeadError(f"tensor-parallel rank {rank} ended with exit code {code}; its own lines say why"))
 
     def send(self, message: bytes) -> None:
-        """A StepPlan or Order; to be called from one thread only, in the order of the steps."""
+        """A StepPlan, Order or Agreed; to be called from one thread only, in the order of the steps."""
         for socket in self._sockets:
             with contextlib.suppress(zmq.Again):  # a dead rank's queue is full; the watcher reports it
                 socket.send(message, zmq.NOBLOCK)
@@ -105,11 +111,11 @@ class LocalRanks:
 class OtherRanks:
     """All ranks but rank 0, which is the process that makes this: those of this host, and those of other hosts.
 
-    `folder`, `on_death`: as LocalRanks. `config` is the engine's, with places if Ray has chosen them. Raises
-    ConfigError if other hosts cannot reach this one, or Ray finds no place; UnsupportedError without Ray.
+    `folder`, `data_rank`, `on_death`: as LocalRanks. `config` is the engine's, with places if Ray has chosen them.
+    Raises ConfigError if other hosts cannot reach this one, or Ray finds no place; UnsupportedError without Ray.
     """
 
-    def __init__(self, config: EngineConfig, folder: Path | None = None) -> None:
+    def __init__(self, config: EngineConfig, folder: Path | None = None, data_rank: int = 0) -> None:
         if config.node_rank:
             raise ConfigError(f"--node-rank is {config.node_rank}; only `thalweg serve` joins another host's engine")
         self._ray = RayHosts(config) if config.distributed_executor_backend == "ray" else None
@@ -119,7 +125,7 @@ class OtherRanks:
             if config.nnodes > 1:
                 self._hosts = OtherHosts(config, cluster_key() if self._ray is None else self._ray.key)
             self.listener = self._hosts.listener if self._hosts else None
-            self._local = LocalRanks(config, self._hosts.meeting if self._hosts else "", folder)
+            self._local = LocalRanks(config, self._hosts.meeting if self._hosts else "", folder, data_rank)
         except BaseException:
             if self._ray is not None:
                 self._ray.close()
@@ -133,7 +139,7 @@ class OtherRanks:
         if self._ray is not None:
             self._ray.watch(on_death)
 
-    def send(self, plan: StepPlan | Order) -> None:
+    def send(self, plan: StepPlan | Order | Agreed) -> None:
         """To be called from one thread only, in the order of the steps."""
         message = encode(plan)
         if self._hosts is not None:

@@ -77,7 +77,9 @@ class Experts(Protocol):
         and the arithmetic is that of the parts by themselves: what each of the two gives is rounded to the dtype, and
         from there on as in op "scaled_residual_add". Without it scale is 1.
 
-        finish is called instead of the sum that ends it, and its result returned; there is no residual then.
+        finish is called instead of the sum that ends it, and its result returned; there is no residual then. Ids may
+        then be -1, with weight 0: such a pair is left out, no weights are read for it, and what finish is given for it
+        may be anything. (Kernels for a CPU refuse that: only steps of CUDA graphs have such pairs.)
 
         "fp8": (q float8_e4m3fn, scales fp32), and a weight is w = q * the scale of its block of 128 x 128. Scales of
         down are [E, ceil(D / 128), ceil(I / 128)], those of gate_up [E, 2 ceil(I / 128), ceil(D / 128)], whose halves
@@ -264,7 +266,7 @@ def _cuda(where: Where, dims: ExpertsDims) -> Experts:
     if dims.scheme == "int4":
         from thalweg.ops.moe.experts import cuda_int4
 
-        return _finishing(cuda_int4.experts)
+        return cuda_int4.experts
     from thalweg.ops.moe.experts import cuda_fp8
 
     return cuda_fp8.experts

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from thalweg.ops.moe.experts import INT4_COLUMNS, MAX_INT4_COLUMNS, MAX_INT4_TOKENS
+from thalweg.ops.moe.experts import INT4_COLUMNS, MAX_INT4_COLUMNS, MAX_INT4_TOKENS, Finish
 from thalweg.ops.moe.experts.arrivals import arrivals
 from thalweg.ops.toolchain.cuda_build import aligned_rows, cuda_kernel
 from thalweg.ops.toolchain.tensor_map import TensorMap, tensor_map
@@ -101,7 +101,7 @@ def run_gate_up(
     (T, K), I, D = ids_Tk.shape, words.shape[1] // 2, x_TD.shape[1]
     x_TD = aligned_rows(x_TD)
     h = torch.empty(T * (K + (own is not None)), I, dtype=x_TD.dtype, device=x_TD.device)
-    macros = {"GATED": 1, "OUT": I, "OWN": int(own is not None)}
+    macros = {"GATED": 1, "OUT": I, "OWN": int(own is not None), "ENDS": 0}
     args = (
         x_TD,
         ids_Tk,
@@ -121,27 +121,30 @@ def run_down(
     words: Tensor,
     scales: Tensor,
     own: tuple[Tensor, Tensor] | None,
-    weights_Tk: Tensor,
+    weights_Tk: Tensor | None,
     residual_TD: Tensor | None,
     scale: float,
     cut: Geometry | None = None,
 ) -> Tensor:
-    """The weighted sum over a token's experts of down h, with what is added to it."""
+    """With weights y [T, D], the weighted sum over a token's experts of down h, with what is added to it; without them
+    what every pair, and behind them the own expert, adds to it, in fp32."""
     T, D, I = len(ids_Tk), words.shape[1], h.shape[1]
     parts = torch.empty(len(h), D, dtype=torch.float32, device=h.device)
-    y_TD = torch.empty(T, D, dtype=h.dtype, device=h.device)
+    y_TD, ends = parts, weights_Tk is not None
+    if ends:
+        y_TD = torch.empty(T, D, dtype=h.dtype, device=h.device)
     _launch(
         cut,
         I,
         ids_Tk,
         words,
-        {"GATED": 0, "OUT": D, "OWN": int(own is not None)},
+        {"GATED": 0, "OUT": D, "OWN": int(own is not None), "ENDS": int(ends)},
         h,
         ids_Tk,
         scales,
         own[1] if own else h,
         parts,
-        weights_Tk,
+        parts if weights_Tk is None else weights_Tk,
         (c_longlong, 0) if residual_TD is None else residual_TD,
         y_TD,
         arrivals(h.device, MAX_TOKENS * D),
@@ -164,9 +167,14 @@ def experts(
     num_shared: int = 0,
     own: tuple[Tensor, Tensor] | None = None,
     scale: float = 1.0,
+    finish: Finish | None = None,
 ) -> Tensor:
     if len(x_TD) == 0:
-        return torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
+        y_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
+        return y_TD if finish is None else finish(y_TD)
     (words, scales), (down_words, down_scales) = gate_up, down
     h = run_gate_up(x_TD, ids_Tk, words, scales, own)
-    return run_down(h, ids_Tk, down_words, down_scales, own, weights_Tk, residual_TD, scale)
+    if finish is not None and own is None:
+        return finish(run_down(h, ids_Tk, down_words, down_scales, None, None, None, 1.0), weights_Tk=weights_Tk)
+    y_TD = run_down(h, ids_Tk, down_words, down_scales, own, weights_Tk, residual_TD, scale)
+    return y_TD if finish is None else finish(y_TD)

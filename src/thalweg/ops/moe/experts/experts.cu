@@ -108,7 +108,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, TILES == 1 && WARPS <= 12 
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++) {
             const int p = T * K - 1 - 32 * i - lane;
-            if (p < 0) continue;
+            if (expert[i] < 0) continue;
             atomicOr(&chosen.tokens[expert[i]], 1u << p / K);
             chosen.place[expert[i] * TOKENS + p / K] = p % K;
         }
@@ -116,7 +116,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, TILES == 1 && WARPS <= 12 
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++) {
             const int p = T * K - 1 - 32 * i - lane;
-            const bool is_last = p >= 0 && chosen.tokens[max(expert[i], 0)] >> p / K == 1;
+            const bool is_last = expert[i] >= 0 && chosen.tokens[max(expert[i], 0)] >> p / K == 1;
             const u32 all = __ballot_sync(~0u, is_last);
             if (is_last) chosen.expert[count + __popc(all & ((1u << lane) - 1))] = expert[i];
             count += __popc(all);
@@ -133,6 +133,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, TILES == 1 && WARPS <= 12 
     const int count = (blockIdx.x + 1) * total / gridDim.x - first;
 #endif
     if (warp == WARPS) {  // adds up what the others have, item by item
+#if !GATED
+        wait_for_kernel_ahead();
+#endif
 #pragma unroll 1
         for (int j = 0; j < count; j++) {
             const int item = first + j * stride, expert = chosen.expert[item / ITEMS];
@@ -150,9 +153,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, TILES == 1 && WARPS <= 12 
                 }
             }
             if (j + BUFFERS < count) arrive_at<THREADS>(EMPTY + j % BUFFERS);
-#if !GATED
-            if (j == 0) wait_for_kernel_ahead();
-#endif
             const int row = item % ITEMS * ROWS + quad;
 #pragma unroll
             for (int i = 0; i < 2 * TILES; i++) {

@@ -1,5 +1,5 @@
 // One of the experts' two matrix products over weights in int4, for a few tokens, on Hopper: gate and up with
-// SiLU (GATED), or down with the weighted sum that ends the experts.
+// SiLU (GATED), or down, with the weighted sum that ends the experts (ENDS).
 //
 // An item is 16 rows of an expert: 8 of gate and the same 8 of up, or 16 of down. Blocks fill the multiprocessors once
 // and share out the items by their bytes. One warp asks for them, a stage each: words come by tensor map, scales by bulk
@@ -15,7 +15,7 @@
 // behind all pairs. Beyond 8 tokens a pass of it has 32, in 4 tiles, that do not stay in registers.
 //
 // Macros: GATED; COLS, the columns; OUT, the rows of gate, up or down; E, experts; K, experts a token; OWN; TOKENS,
-// at most: 1, 8 or more; STAGES of the ring; BUFFERS of sums; BLOCKS of a multiprocessor.
+// at most: 1, 8 or more; STAGES of the ring; BUFFERS of sums; BLOCKS of a multiprocessor; ENDS.
 
 #include "hopper.cuh"
 
@@ -333,7 +333,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         }
     }
 #if !GATED
-    end_experts<K, OWN, OUT, THREADS>({weights, residual, y, arrived, residual_stride, scale}, out, T, (int*)shared, [&](auto come) {
+    if (ENDS) end_experts<K, OWN, OUT, THREADS>({weights, residual, y, arrived, residual_stride, scale}, out, T, (int*)shared, [&](auto come) {
         for (int n = tid; n < own_count * OWN_TOKENS; n += THREADS) {
             const int j = n / OWN_TOKENS, t = own_pass(j) * OWN_TOKENS + n % OWN_TOKENS;
             if (t < T) come(t, own_rows(j) / ROWS);

@@ -35,8 +35,11 @@ def experts(
         return torch.empty_like(x_TD)
     # Sort the T * k (token, expert) pairs by expert, so that each expert in use takes one slice.
     order_P = ids_Tk.flatten().argsort(stable=True)
-    counts = ids_Tk.flatten().bincount().tolist()
+    first, *counts = (ids_Tk.flatten().clamp(min=-1) + 1).bincount().tolist()
+    order_P = order_P[first:]  # without the pairs that are left out
     used = [e for e, n in enumerate(counts) if n]
+    if not used:
+        return torch.zeros_like(x_TD) if residual_TD is None else residual_TD.clone()
     sizes = [counts[e] for e in used]
 
     def products(x_PD: Tensor, stored: tuple[Tensor, ...], scheme: Scheme, parts: int) -> Tensor:
@@ -47,7 +50,7 @@ def experts(
     sorted_PD = products(silu_and_mul(products(x_TD[order_P // k], gate_up, scheme, 2)), down, down_scheme or scheme, 1)
 
     # Back to token order rather than index_add: the sum then has one fixed order on every device.
-    y_PD = torch.empty_like(sorted_PD, dtype=torch.float32)
+    y_PD = torch.zeros(T * k, sorted_PD.shape[1], device=x_TD.device)
     y_PD[order_P] = sorted_PD.float()
     y_TD = (y_PD.view(T, k, -1) * weights_Tk.float().unsqueeze(-1)).sum(1).to(x_TD.dtype)
     return y_TD if residual_TD is None else residual_TD + y_TD

@@ -38,7 +38,8 @@ def _scan(ids_ptr, start, pairs, expert, count, BLOCK_P: tl.constexpr):
     """A step of the search for the pairs that chose `expert`, of which there were `count` before: (some pairs, whether
     each did, its number among those that did). Ids are not read from L1, which may hold what was there before."""
     pair = start + tl.arange(0, BLOCK_P)
-    same = tl.load(ids_ptr + pair, mask=pair < pairs, other=-1, cache_modifier=".cg").to(tl.int32) == expert
+    chosen = tl.load(ids_ptr + pair, mask=pair < pairs, other=-1, cache_modifier=".cg").to(tl.int32)
+    same = (chosen == expert) & (chosen >= 0)
     number = count + tl.cumsum(same.to(tl.int32), 0) - 1
     return pair, same, number
 
@@ -55,7 +56,8 @@ def pairs_of_group(
 ):
     """(the pairs start .. start + BLOCK_T - 1 among those that chose `expert`, how many chose it in all).
 
-    With BY_PAIR only the last pair that chose an expert stands for it, for another the number is 0. Entries past
+    With BY_PAIR only the last pair that chose an expert stands for it, for another the number is 0, as it is for one
+    that is left out. Entries past
     the number are pair 0.
     """
     found = tl.zeros([BLOCK_T], tl.int32)
@@ -128,8 +130,8 @@ def rank_kernel(ids_ptr, counts_ptr, ranks_ptr, pairs, K: tl.constexpr, SHARED: 
     """Each pair's number among those of its expert. Every token is with the shared experts, so it is its own number."""
     pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     shared = pair % K >= K - SHARED
-    expert = tl.load(ids_ptr + pair, mask=pair < pairs, other=0)
-    rank = tl.atomic_add(counts_ptr + expert, 1, mask=(pair < pairs) & ~shared, sem="relaxed")
+    expert = tl.load(ids_ptr + pair, mask=pair < pairs, other=-1)
+    rank = tl.atomic_add(counts_ptr + expert, 1, mask=(expert >= 0) & ~shared, sem="relaxed")
     tl.store(ranks_ptr + pair, tl.where(shared, pair // K, rank), mask=pair < pairs)
 
 
@@ -158,7 +160,9 @@ def place_kernel(
 
     pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = pair < pairs
-    expert_of_pair = tl.load(ids_ptr + pair, mask=inside, other=0).to(tl.int32)
+    expert_of_pair = tl.load(ids_ptr + pair, mask=inside, other=-1).to(tl.int32)
+    inside = expert_of_pair >= 0
+    expert_of_pair = tl.maximum(expert_of_pair, 0)
     rank = tl.load(ranks_ptr + pair, mask=inside, other=0)
     tl.store(sorted_ptr + tl.gather(starts, expert_of_pair, 0) + rank, pair, mask=inside)
 

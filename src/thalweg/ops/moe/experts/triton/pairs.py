@@ -64,6 +64,7 @@ def gate_up_pair_kernel(
     I: tl.constexpr,
     K: tl.constexpr,
     SHARED: tl.constexpr,
+    MASKED: tl.constexpr,  # whether pairs may be left out
     BLOCK_I: tl.constexpr,  # divides BLOCK if there are scales, so that a program's rows lie in one row of blocks
     BLOCK_D: tl.constexpr,  # BLOCK if there are scales
     PDL: tl.constexpr,
@@ -76,6 +77,9 @@ def gate_up_pair_kernel(
         if PDL:
             gdc_wait()
         expert = tl.load(ids_ptr + pair).to(tl.int32)
+    if MASKED:
+        if expert < 0:
+            return
     first = (tl.program_id(0) % blocks) * BLOCK_I
     rows = first + tl.arange(0, BLOCK_I)
     cols = tl.arange(0, BLOCK_D)
@@ -114,6 +118,7 @@ def down_pair_kernel(
     y_ptr,  # [T * K, D] fp32
     D: tl.constexpr,
     I: tl.constexpr,
+    MASKED: tl.constexpr,
     BLOCK_D: tl.constexpr,  # divides BLOCK if there are scales
     BLOCK_I: tl.constexpr,  # BLOCK if there are scales
     PDL: tl.constexpr,
@@ -128,6 +133,11 @@ def down_pair_kernel(
     # The ids are complete: "gate_up" lets this kernel start only after its own wait for them. Not from L1, which may
     # hold what was there before.
     expert = tl.load(ids_ptr + pair, cache_modifier=".cg").to(tl.int64)
+    if MASKED:
+        if expert < 0:
+            if PDL:
+                gdc_wait()
+            return
     w_ptrs = w_ptr + (expert * D + tl.minimum(rows, D - 1))[:, None] * I + cols[None, :]
     tiles = _load_row_tiles(w_ptrs, cols, I, BLOCK_I)
     scales = ()
@@ -161,15 +171,15 @@ def experts_of_pairs(
     out_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
     if len(x_TD) == 0:
         return out_TD if finish is None else finish(out_TD)
-    h_PI = run_gate_up(x_TD, ids_Tk, *gate_up, num_shared=num_shared)
-    y_PD = run_down(h_PI, ids_Tk, *down)
+    h_PI = run_gate_up(x_TD, ids_Tk, *gate_up, num_shared=num_shared, masked=finish is not None)
+    y_PD = run_down(h_PI, ids_Tk, *down, masked=finish is not None)
     if finish is not None:
         return finish(y_PD, weights_Tk=weights_Tk)
     return weighted_sum(y_PD, weights_Tk, out_TD, residual_TD)
 
 
 def run_gate_up(
-    x_TD: Tensor, ids_Tk: Tensor, w_E2ID: Tensor, scales: Tensor | None = None, *, num_shared: int
+    x_TD: Tensor, ids_Tk: Tensor, w_E2ID: Tensor, scales: Tensor | None = None, *, num_shared: int, masked: bool = False
 ) -> Tensor:
     """h [T * k, I] = silu(gate x) * up x of every pair, in x's dtype."""
     (E, I2, D), (T, K) = w_E2ID.shape, ids_Tk.shape
@@ -189,6 +199,7 @@ def run_gate_up(
         I=I,
         K=K,
         SHARED=num_shared,
+        MASKED=masked,
         BLOCK_I=rows,
         BLOCK_D=columns,
         num_warps=4,
@@ -197,7 +208,9 @@ def run_gate_up(
     return h_PI
 
 
-def run_down(h_PI: Tensor, ids_Tk: Tensor, w_EDI: Tensor, scales: Tensor | None = None) -> Tensor:
+def run_down(
+    h_PI: Tensor, ids_Tk: Tensor, w_EDI: Tensor, scales: Tensor | None = None, *, masked: bool = False
+) -> Tensor:
     """y [T * k, D] fp32 = down h of every pair."""
     _, D, I = w_EDI.shape
     P, rows = ids_Tk.numel(), 16
@@ -211,6 +224,7 @@ def run_down(h_PI: Tensor, ids_Tk: Tensor, w_EDI: Tensor, scales: Tensor | None 
         y_PD,
         D=D,
         I=I,
+        MASKED=masked,
         BLOCK_D=rows,
         BLOCK_I=columns,
         num_warps=warps,

@@ -46,7 +46,8 @@ def weighted_sum_kernel(
         return
     total = tl.zeros([BLOCK_D], tl.float32)
     for j in tl.static_range(K):
-        total += weights[j] * ys[j].to(tl.float32)
+        # What stands there for a pair that is left out may be anything.
+        total += tl.where(weights[j] != 0, weights[j] * ys[j].to(tl.float32), 0.0)
     if own_ptr is not None:
         # Rounded where the additions by themselves round (op "scaled_residual_add").
         dtype: tl.constexpr = out_ptr.dtype.element_ty

@@ -1,0 +1,144 @@
+"""Ops "expert_dispatch" and "expert_combine": a decode step's tokens go to experts that data-parallel ranks divide, and
+what these give comes back, in shapes that do not depend on who chose what."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+from thalweg.ops.moe.exchange import reference
+from thalweg.ops.registry import Op, Refusal, Tokens, Where, register
+from thalweg.ops.toolchain import cuda_build
+
+
+class PeerMemory(Protocol):
+    @property
+    def areas(self) -> Sequence[Any]: ...
+
+
+class Ranks(Protocol):
+    """Those that divide the experts: DataRanks."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def peers(self) -> PeerMemory | None: ...
+    def gather(self, x_TD: Tensor, /) -> Tensor: ...
+    def all_to_all(self, rows_ND: Tensor, sent: Sequence[int], received: Sequence[int], /) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertDispatchDims:
+    D: int
+    K: int  # experts of a token that the ranks divide
+    S: int  # further ones of a token, which every rank has
+    here: int  # of the former, on each rank
+    ranks: int
+    mapped: bool  # whether ranks map each other's memory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertCombineDims:
+    D: int
+    parts: int  # experts per token
+    ranks: int
+    mapped: bool
+
+
+class Gathered(NamedTuple):
+    """Tokens of all ranks, those of rank 0 first, and what each takes on this one: the number of an expert here, or -1
+    and weight 0."""
+
+    x_AD: Tensor
+    weights_Ak: Tensor  # fp32
+    ids_Ak: Tensor  # int64
+
+
+class ExpertDispatch(Protocol):
+    def __call__(
+        self,
+        x_TD: Tensor,
+        weights_Tk: Tensor,
+        slots_Tk: Tensor,
+        live_T: Tensor,
+        ranks: Ranks,
+        /,
+        *,
+        here: int,
+        shared: int,
+    ) -> Gathered:
+        """Every rank's tokens. Slots are int64 [T, K + shared]: rank r has slots r * here to (r + 1) * here - 1 as its
+        experts 0 to here - 1; the last `shared` of a token are experts from `here` on of its own rank, whatever stands
+        there. A token takes none if its live_T, int64, is 0. x has a unit last stride, the others are contiguous. All
+        ranks call it in one order, with as many tokens."""
+
+
+class ExpertCombine(Protocol):
+    def __call__(
+        self, residual_TD: Tensor, parts_PD: Tensor, ranks: Ranks, /, *, weights_Ak: Tensor | None = None
+    ) -> Tensor:
+        """y_TD = residual + what all ranks' experts gave for this rank's tokens, in the order of the ranks.
+
+        A rank gives parts [A, D] of all ranks' tokens in x's dtype, or, with weights_Ak, k rows of parts [A * k, D] of
+        each, in that or fp32, times these, summed in fp32; a row whose weight is 0 is left out, whatever stands there.
+        What a rank gives for a token is rounded to the residual's dtype. The residual has a unit last stride, the
+        others are contiguous."""
+
+
+EXPERT_DISPATCH: Op[ExpertDispatchDims, ExpertDispatch] = Op("expert_dispatch", ExpertDispatchDims)
+EXPERT_COMBINE: Op[ExpertCombineDims, ExpertCombine] = Op("expert_combine", ExpertCombineDims)
+
+
+def _dispatch_refuses(where: Where, dims: ExpertDispatchDims) -> Refusal:
+    return _why_not(where, dims.mapped, dims.D, dims.ranks)
+
+
+def _combine_refuses(where: Where, dims: ExpertCombineDims) -> Refusal:
+    return _why_not(where, dims.mapped, dims.D, dims.ranks)
+
+
+def _why_not(where: Where, mapped: bool, D: int, ranks: int) -> Refusal:
+    if ranks == 1:
+        return "needs several ranks"
+    if not mapped:
+        return "needs ranks that map each other's memory"
+    if where.dtype != "bfloat16":
+        return f"needs bfloat16, not {where.dtype}"
+    if D % 8 or not D:
+        return f"needs D to be a multiple of 8, not {D}"
+    return cuda_build.why_not(where)
+
+
+def _few_to_dispatch(dims: ExpertDispatchDims) -> Tokens:
+    from thalweg.ops.moe.exchange import cuda
+
+    return Tokens(last=cuda.most_dispatched(dims.D, dims.K + dims.S))
+
+
+def _few_to_combine(dims: ExpertCombineDims) -> Tokens:
+    from thalweg.ops.moe.exchange import cuda
+
+    return Tokens(last=cuda.most_combined(dims.D))
+
+
+def _cuda_dispatch(where: Where, dims: ExpertDispatchDims) -> ExpertDispatch:
+    from thalweg.ops.moe.exchange import cuda
+
+    return cuda.dispatch
+
+
+def _cuda_combine(where: Where, dims: ExpertCombineDims) -> ExpertCombine:
+    from thalweg.ops.moe.exchange import cuda
+
+    return cuda.combine
+
+
+register(EXPERT_DISPATCH, "reference", lambda *_: reference.dispatch)
+register(EXPERT_COMBINE, "reference", lambda *_: reference.combine)
+register(EXPERT_DISPATCH, "cuda", _cuda_dispatch, supports=_dispatch_refuses, tokens=_few_to_dispatch, priority=10)
+register(EXPERT_COMBINE, "cuda", _cuda_combine, supports=_combine_refuses, tokens=_few_to_combine, priority=10)

@@ -1,0 +1,98 @@
+"""Launches the exchange of a few tokens by peer memory (dispatch.cu, combine.cu and ranks.cuh say how it works)."""
+
+from __future__ import annotations
+
+from ctypes import c_int, c_longlong
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thalweg.ops.all_reduce import AREAS, ROWS
+from thalweg.ops.all_reduce.cuda import chunks_of, threads_of
+from thalweg.ops.moe.exchange import Gathered, Ranks
+from thalweg.ops.toolchain.cuda_build import aligned_rows, cuda_kernel
+
+DISPATCH, COMBINE = (Path(__file__).with_name(f"{name}.cu") for name in ("dispatch", "combine"))
+UNIT, THREADS = 4, 256  # columns of a thread that dispatches, or one expert; threads of its block
+
+
+def _blocks(D: int, each: int) -> int:
+    """Of a token that is dispatched."""
+    return -(-(D // UNIT + each) // THREADS)
+
+
+def most_dispatched(D: int, each: int) -> int:
+    """Tokens of a rank."""
+    return AREAS[ROWS][0] // _blocks(D, each)
+
+
+def most_combined(D: int) -> int:
+    return AREAS[ROWS][0] // chunks_of(D)
+
+
+def _exchange(ranks: Ranks) -> tuple[dict[str, int], tuple[Any, ...]]:
+    """Macros and arguments of a kernel that includes ranks.cuh."""
+    assert ranks.peers is not None
+    table, blocks, place_bytes = ranks.peers.areas[ROWS]
+    return {"RANKS": ranks.size, "RANK": ranks.rank}, (table, (c_longlong, blocks * place_bytes))
+
+
+def dispatch(
+    x_TD: Tensor, weights_Tk: Tensor, slots_Tk: Tensor, live_T: Tensor, ranks: Ranks, *, here: int, shared: int
+) -> Gathered:
+    (T, D), k, device = x_TD.shape, slots_Tk.shape[1], x_TD.device
+    A = ranks.size * T
+    x_AD = torch.empty(A, D, dtype=x_TD.dtype, device=device)
+    weights_Ak = torch.empty(A, k, dtype=torch.float32, device=device)
+    ids_Ak = torch.empty(A, k, dtype=torch.int64, device=device)
+    if T == 0:
+        return Gathered(x_AD, weights_Ak, ids_Ak)
+    x_TD = aligned_rows(x_TD)
+    exchange, arguments = _exchange(ranks)
+    blocks = _blocks(D, k)
+    macros = {"D": D, "K": k - shared, "SHARED": shared, "HERE": here, "BLOCK": THREADS}
+    cuda_kernel(DISPATCH, "dispatch", THREADS, device, **macros, **exchange).launch(
+        (T * blocks, 1, 1),
+        0,
+        x_TD,
+        weights_Tk,
+        slots_Tk,
+        live_T,
+        x_AD,
+        weights_Ak,
+        ids_Ak,
+        (c_int, T),
+        (c_longlong, x_TD.stride(0)),
+        *arguments,
+    )
+    return Gathered(x_AD, weights_Ak, ids_Ak)
+
+
+def combine(residual_TD: Tensor, parts_PD: Tensor, ranks: Ranks, *, weights_Ak: Tensor | None = None) -> Tensor:
+    T, D = residual_TD.shape
+    y_TD = torch.empty(T, D, dtype=residual_TD.dtype, device=residual_TD.device)
+    if T == 0:
+        return y_TD
+    residual_TD, threads = aligned_rows(residual_TD), threads_of(D)
+    exchange, arguments = _exchange(ranks)
+    macros = {
+        "D": D,
+        "PARTS": 1 if weights_Ak is None else weights_Ak.shape[1],
+        "WEIGHTED": int(weights_Ak is not None),
+        "WIDE": int(parts_PD.dtype == torch.float32),
+        "BLOCK": threads,
+    }
+    cuda_kernel(COMBINE, "combine", threads, y_TD.device, **macros, **exchange).launch(
+        (T * chunks_of(D), 1, 1),
+        0,
+        parts_PD,
+        parts_PD if weights_Ak is None else weights_Ak,
+        residual_TD,
+        y_TD,
+        (c_int, T),
+        (c_longlong, residual_TD.stride(0)),
+        *arguments,
+    )
+    return y_TD
