@@ -125,6 +125,18 @@ def test_same_tokens_as_one_rank(kimi_folder: Path, ranks: int) -> None:
     run(kimi_folder, ranks, body)
 
 
+@pytest.mark.slow
+def test_same_tokens_if_each_is_several_tensor_parallel_ranks(kimi_folder: Path) -> None:
+    expected = alone(kimi_folder)
+
+    async def body(client: EngineClient) -> None:
+        await check_same_tokens(client, expected)
+        await idle(client)
+        assert client.info.tensor_parallel_size == client.info.data_parallel_size == 2
+
+    run(kimi_folder, 2, body, tensor_parallel_size=2)
+
+
 @pytest.mark.exhaustive
 def test_same_tokens_wherever_experts_and_their_copies_are(kimi_folder: Path, tmp_path: Path) -> None:
     rows = [[5, 1, 0, 3, 2, 4, 0, 1], [0, 1, 2, 3, 4, 5, 0, 1], [0, 2, 4, 5, 1, 3, 5, 2]]
@@ -250,8 +262,8 @@ def test_a_rank_that_hangs_ends_the_engines(kimi_folder: Path) -> None:
         ({"data_parallel_size": 2}, "needs --enable-expert-parallel"),
         ({"enable_expert_parallel": True}, "--data-parallel-size is 1, raise it"),
         (
-            {"data_parallel_size": 2, "enable_expert_parallel": True, "tensor_parallel_size": 2},
-            "--data-parallel-size is 2 and --tensor-parallel-size 2, which are not offered together",
+            {"data_parallel_size": 2, "enable_expert_parallel": True, "tensor_parallel_size": 2, "nnodes": 2},
+            "--data-parallel-size is 2, whose ranks are all on one host; leave out --nnodes and Ray",
         ),
         (
             {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from tests.models import random_kimi_k2 as k2
 from tests.models import random_qwen as qwen
 from tests.models.plans import read
 from thalweg import ops as _ops  # noqa: F401 -- registers every op's implementations
+from thalweg.assembly.model import open_model
+from thalweg.config.engine import EngineConfig
+from thalweg.errors import ConfigError
 from thalweg.layers import expert_exchange
 from thalweg.layers.context import BuildContext
 from thalweg.layers.moe import MoE, OwnExpert
@@ -23,8 +27,8 @@ from thalweg.models.decoder import Decoder
 from thalweg.models.family import weight_plan
 from thalweg.models.parts.moe import MoeDims
 from thalweg.ops.registry import Resolver
-from thalweg.parallel.data_ranks import DataRanks
-from thalweg.parallel.mesh import Mesh
+from thalweg.parallel.data_ranks import DataRanks, join_data_ranks
+from thalweg.parallel.mesh import Mesh, join_mesh
 from thalweg.parallel.placement import Placement
 from thalweg.parallel.shards import Shards
 from thalweg.weights.dummy import fill
@@ -272,3 +276,53 @@ def test_rows_that_pad_a_step_take_no_expert(tmp_path: Path) -> None:
             wanted = {int(e) - first for e in chosen[t, :3] if first <= e < first + 6} if t in (0, 2) else set()
             own = {6, 7} if t in (0, 2) and first == 0 else set()
             assert {int(e) for e in ids_Ak[t] if e >= 0} == wanted | own
+
+
+def test_experts_of_one_tensor_are_not_cut_twice(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(MODELS["a gated shared expert of its own width"]))
+    sizes = {"data_parallel_size": 2, "tensor_parallel_size": 2, "enable_expert_parallel": True}
+    config = EngineConfig(config_file=str(tmp_path / "config.json"), load_format="dummy", device="cpu", **sizes)
+    with pytest.raises(ConfigError, match="needs one tensor per expert"):
+        open_model(config, 0)
+
+
+@pytest.mark.parametrize("model", ["shared experts like the routed ones", "no shared expert"])
+def test_same_outputs_if_each_is_two_tensor_parallel_ranks(model: str, tmp_path: Path) -> None:
+    """Steps that are padded and others, with tokens on all ranks or on one, of experts whose width is divided too."""
+    raw = MODELS[model]
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(raw))
+
+    def layer(tp_rank: int, data: DataRanks, mesh: Mesh, **options: int) -> MoE:
+        config = EngineConfig(
+            config_file=str(folder / "config.json"), load_format="dummy", dtype="float32", device="cpu",
+            enable_expert_parallel=data.size > 1, **options,
+        )  # fmt: skip
+        opened = open_model(config, tp_rank, data.rank)
+        decoder = Decoder(opened.context(mesh, Resolver({"experts": LEAVES_OUT})), opened.source.config)
+        opened.fill(dict(decoder.named_parameters()))
+        found = decoder._stack[-1].mlp
+        assert isinstance(found, MoE)
+        return found
+
+    alone = layer(0, DataRanks(), Mesh())
+    inputs = [torch.randn(4, alone.router.weight.shape[1]) * 3 for _ in range(2)]
+
+    def body(ranks: DataRanks) -> list[Tensor]:
+        data, tp_rank = divmod(ranks.rank, 2)
+        mesh = join_mesh(tp_rank, 2, str(tmp_path / f"share-{data}"), torch.device("cpu"), timeout_s=20)
+        mesh.data = join_data_ranks(data, 2, str(tmp_path / f"data-{tp_rank}"), torch.device("cpu"), timeout_s=20)
+        own = layer(tp_rank, mesh.data, mesh, tensor_parallel_size=2, data_parallel_size=2)
+        outputs = [own(inputs[data].clone())]
+        with mesh.data.padded(torch.ones(4, dtype=torch.int64)):
+            outputs.append(own(inputs[data].clone()))
+        outputs.append(own.serve_others() or inputs[1] if data else own(inputs[0].clone()))
+        mesh.close()
+        return outputs
+
+    for rank, (eager, padded, one) in enumerate(on_ranks(4, tmp_path, body)):
+        expected = alone(inputs[rank // 2].clone())
+        torch.testing.assert_close(eager, expected, atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(padded, expected, atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(one, inputs[1] if rank > 1 else expected, atol=2e-5, rtol=1e-5)

@@ -235,6 +235,18 @@ def test_a_death_while_data_parallel_ranks_have_requests(
         check_death(server, point, victim, server.url(), server.all_of(2, "engine")[victim])
 
 
+@pytest.mark.parametrize("point", ["decode", exhaustive("idle"), exhaustive("prefill")])
+@pytest.mark.slow
+def test_a_death_of_a_rank_that_shares_a_data_parallel_one_s_model(
+    folder: Path, tmp: Path, tmp_path: Path, point: str
+) -> None:
+    options = (*DATA_PARALLEL, "-tp", "2", "--sse-ping-interval", "0.1")
+    with serving(tmp_path / "log", tmp, str(folder), *options) as server:
+        url = server.url()
+        server.pid("engine 1")
+        check_death(server, point, "rank 1", url, server.all_of(2)["rank 1"])
+
+
 @pytest.mark.slow
 def test_a_death_while_kernels_are_compiled(folder: Path, tmp: Path, tmp_path: Path) -> None:
     """The compiler ends too, and the next start does not wait for it."""

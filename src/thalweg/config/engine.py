@@ -264,11 +264,8 @@ class EngineConfig:
             return
         if not self.enable_expert_parallel:
             raise ConfigError(f"{size}, which needs --enable-expert-parallel: ranks with all experts are not offered")
-        if self.tensor_parallel_size > 1:
-            raise ConfigError(
-                f"{size} and --tensor-parallel-size {self.tensor_parallel_size}, which are not offered together;"
-                " leave one of them out"
-            )
+        if self.nnodes > 1 or self.distributed_executor_backend == "ray":
+            raise ConfigError(f"{size}, whose ranks are all on one host; leave out --nnodes and Ray")
         if self.cache_folder is not None:
             raise ConfigError(f"{size}, and --cache-folder is for one rank; leave one of them out")
 

@@ -151,6 +151,11 @@ class MoeDims:
         E, inner, D, (start, stop) = self.experts, self.inner, ctx.width, part
         local, shape = stop - start, (E, 2 * inner, D)
         if ctx.shards.data_size > 1:  # then each is whole
+            if ctx.shards.size > 1:
+                raise ConfigError(
+                    f"--tensor-parallel-size {ctx.shards.size} with --data-parallel-size needs one tensor per expert;"
+                    f" {names['stacked_down']!r} holds all of them, so leave one of the options out"
+                )
             if ctx.scheme is not PLAIN and inner % BLOCK:
                 raise ConfigError(
                     f"--quantization {ctx.scheme.name} with --data-parallel-size needs {WIDTH} to be a multiple of"
