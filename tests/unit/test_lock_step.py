@@ -150,6 +150,23 @@ class Client:
             each.inbox.put((self.wakes, plans if i == rank else 0))
 
 
+class SlowRunner(Runner):
+    """Steps run one after another on a device, for longer than a rank waits for a plan."""
+
+    def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
+        finish = super().launch(plan)
+        ends = self._end_of_step()
+        return lambda: (time.sleep(max(0.0, ends - time.monotonic())), finish())[1]
+
+    def idle(self) -> None:
+        super().idle()
+        self._end_of_step()
+
+    def _end_of_step(self) -> float:
+        self._ends = max(getattr(self, "_ends", 0.0), time.monotonic()) + 0.006
+        return self._ends
+
+
 def decodes(rows: int) -> StepPlan:
     return StepPlan(1, [], [], list(range(1, rows + 1)), [5] * rows, [])
 
@@ -219,6 +236,24 @@ def test_a_lost_rank_ends_those_that_wait_for_it() -> None:
     until(lambda: ranks[0].executor._failure is not None)
     with pytest.raises(EngineDeadError, match="did not come"):
         ranks[0].executor.check()
+
+
+def test_ranks_with_requests_step_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in turns, though one plans later than the other, and began later."""
+    monkeypatch.setattr("tests.unit.test_lock_step.Runner", SlowRunner)
+    collective = Collective(2)
+    ranks = [Rank(collective, rank, seed=1, waits=True) for rank in range(2)]
+    client = Client(ranks)
+    client.request(0, 60)
+    time.sleep(0.02)
+    client.request(1, 40)
+    for rank in ranks:
+        rank.inbox.put(None)
+    for rank in ranks:
+        assert rank.done.wait(SECONDS)
+    together = ranks[0].runner.steps.count(2)
+    assert together >= 34, ranks[0].runner.steps
+    assert len(ranks[1].runner.plans) == 40
 
 
 def test_a_plan_of_a_rank_that_was_not_woken_is_an_error() -> None:

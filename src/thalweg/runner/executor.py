@@ -118,6 +118,11 @@ class Executor(Generic[Info]):
         with contextlib.suppress(InvalidStateError):
             future.set_result(value)
 
+    def _settle_step(self, future: Future[Any], result: StepResult) -> None:
+        if self._lock_step is not None:
+            self._lock_step.settled()
+        self._settle(future, result)
+
     def _loop(self) -> None:
         try:
             runner, info = self._build()
@@ -147,7 +152,7 @@ class Executor(Generic[Info]):
                 if runner.waits:
                     results.put((finish, plan.step, future))
                 else:
-                    self._settle(future, finish())
+                    self._settle_step(future, finish())
             except Exception as e:  # noqa: BLE001 -- likewise
                 self._fail(_step_error(f"step {plan.step}", e))
         if runner.waits:
@@ -189,7 +194,7 @@ class Executor(Generic[Info]):
         while (item := results.get()) is not None:
             finish, step, future = item
             try:
-                self._settle(future, finish())
+                self._settle_step(future, finish())
             except Exception as e:  # noqa: BLE001 -- likewise
                 self._fail(_step_error(f"step {step}", e))
 

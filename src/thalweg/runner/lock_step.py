@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -10,6 +11,7 @@ import msgspec
 from thalweg.core import StepPlan
 
 LULL_SECONDS = 0.001  # that a rank waits for a plan of its own before it asks again whether anybody has one
+PLANNING_SECONDS = 0.002  # from a result to the plan that follows from it, at most if others are to wait for that
 
 
 class Ranks(Protocol):
@@ -41,6 +43,9 @@ class LockStep:
     They go to sleep at the same agreement: when no rank has a request, and all have seen the same wake-ups. A rank that
     sleeps takes part again from its next wake-up on, which the others, wherever they are, wait for in the agreement.
 
+    A step is of all ranks that decode: those with a plan wait for one whose next plan follows from a result that is not
+    there yet. Otherwise ranks whose plans come a moment apart would step in turns, each step with the rows of one.
+
     `busy` is set by the engine's thread: whether it has requests. It must be true from before the wake-up that comes
     with a request is handed over, until the request has ended.
     """
@@ -48,8 +53,8 @@ class LockStep:
     def __init__(self) -> None:
         self.busy = False
         self.awake = False
-        self.patience = 0.0  # seconds to wait for a plan before the next agreement, while awake
         self._seen = 0
+        self._launched, self._settled, self._settled_at = 0, 0, 0.0  # steps with a plan of this rank
         self._ranks: Ranks
         self._idle_step: Callable[[], None]
         self._most_rows = 0
@@ -69,12 +74,32 @@ class LockStep:
     def wake(self, number: int) -> None:
         self._seen, self.awake = number, True
 
+    def settled(self) -> None:
+        """A step of this rank's own has a result; from any thread."""
+        self._settled_at = time.monotonic()
+        self._settled += 1
+
+    @property
+    def patience(self) -> float:
+        """Seconds to wait for a plan before the next agreement, while awake. Who has no request waits there."""
+        if not self.busy:
+            return 0.0
+        return LULL_SECONDS if self._plans_soon else LULL_SECONDS / 4
+
+    @property
+    def _plans_soon(self) -> bool:
+        """Whether a plan of this rank's own will come once a result is there, or has been for a moment."""
+        in_flight = self._launched > self._settled
+        return self.busy and (in_flight or time.monotonic() - self._settled_at < PLANNING_SECONDS)
+
     def with_plan(self, plan: StepPlan) -> None:
         """Before a step of this rank's own is launched."""
         if not self.awake:
             raise RuntimeError("a data-parallel rank has a step and was not woken")
         rows = len(plan.decode_slots)
-        self._agree(1, rows, bool(plan.prefills) or rows > self._most_rows)
+        while not self._agree(1, rows, bool(plan.prefills) or rows > self._most_rows):
+            pass
+        self._launched += 1
 
     def without_plan(self) -> None:
         """Take part in the others' step, if there is one."""
@@ -82,12 +107,12 @@ class LockStep:
             self._idle_step()
 
     def _agree(self, plans: int, rows: int, unpadded: bool) -> bool:
-        """Whether any rank has a step."""
-        most = self._ranks.maxima([plans, int(self.busy), self._seen, -self._seen, rows, unpadded])
-        steps, busy, seen, least = most[0], most[1], most[2], -most[3]
+        """Whether there is a step."""
+        waits = not plans and self._plans_soon
+        most = self._ranks.maxima([plans, int(self.busy), self._seen, -self._seen, rows, unpadded, waits])
+        steps, busy, seen, least = most[0] and not most[6], most[1], most[2], -most[3]
         self._ranks.rows = 0 if most[5] else most[4]
-        self.awake = bool(steps or busy or seen > least)
-        self.patience = 0.0 if steps else LULL_SECONDS
+        self.awake = bool(most[0] or busy or seen > least)
         if steps and self._tell is not None:
             self._tell(Agreed(self._ranks.rows, not plans))
         return bool(steps)
