@@ -138,7 +138,7 @@ def test_there_are_as_many_recordings_as_sizes_and_they_go_with_the_engine() -> 
         recorded = alive()[-1]
         assert sorted(recorded._steps) == list(range(1, MAX_ROWS + 1))
         size = len(recorded.scratch)
-        assert size < 4 << 20
+        assert size < 32 << 20
         tokens(llm, [[5, 6, 7 + i] for i in range(len(params))], params)
         assert len(recorded.scratch) == size
         del recorded

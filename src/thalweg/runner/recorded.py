@@ -22,7 +22,7 @@ from thalweg.runner.graphs import Model
 from thalweg.runner.slots import IntArray
 from thalweg.sampling.sampler import Sampler
 
-MAX_ROWS = 16  # beyond, Python takes little of a step
+MAX_ROWS = 64  # beyond, Python takes little of a step
 _ONE_ON = np.array(ONE_ON)
 _log = logging.getLogger(__name__)
 
