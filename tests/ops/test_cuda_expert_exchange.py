@@ -59,9 +59,15 @@ def test_tokens_of_all_ranks_and_what_they_take_here(size: int, T: int, D: int, 
             assert all(torch.equal(a, b) for a, b in zip(gathered, want, strict=True))
 
 
-@pytest.mark.parametrize(("size", "D", "k", "wide"), [(2, 1032, 4, True), (2, 264, 0, False), (3, 264, 2, False)])
-def test_what_the_ranks_give_comes_back(size: int, D: int, k: int, wide: bool) -> None:
+@pytest.mark.parametrize(
+    ("size", "D", "k", "wide", "skips"),
+    [(2, 1032, 4, True, False), (2, 264, 0, False, False), (3, 264, 2, False, False), (2, 264, 3, True, True)],
+)
+def test_what_the_ranks_give_comes_back(
+    size: int, D: int, k: int, wide: bool, skips: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     of_host, T = Ranks(size), 2
+    monkeypatch.setattr(cuda, "FEWEST_SKIPPED", T if skips else T + 1)
     for _ in range(3):
         residual = torch.randn(size, T, D + 8).bfloat16()[..., :D]
         parts = torch.randn(size, size * T * max(k, 1), D).to(torch.float32 if wide else torch.bfloat16)
@@ -84,5 +90,5 @@ def test_what_the_ranks_give_comes_back(size: int, D: int, k: int, wide: bool) -
 def test_they_compile_for_hopper(ranks: int, wide: int, tmp_path: Path) -> None:
     dispatch = {"D": 2304, "K": 8, "SHARED": 1, "HERE": 128, "BLOCK": 256}
     assert compile_cuda(cuda.DISPATCH, tmp_path, RANKS=ranks, RANK=1, **dispatch).spilled_bytes == 0
-    combine = {"D": 2304, "PARTS": 9, "WEIGHTED": 1, "WIDE": wide, "BLOCK": 96}
+    combine = {"D": 2304, "PARTS": 9, "WEIGHTED": 1, "WIDE": wide, "SKIPS": 1 - wide, "BLOCK": 96}
     assert compile_cuda(cuda.COMBINE, tmp_path, RANKS=ranks, RANK=1, **combine).spilled_bytes == 0

@@ -2,9 +2,11 @@
 // its experts gave for a token to the memory of the token's rank (ranks.cuh says how they meet). A block takes 8 * BLOCK
 // columns of the token of one number of every rank, so that each rank writes to each in every exchange.
 //
-// With WEIGHTED a token's part is the sum of PARTS rows times their weights; rows whose weight is 0 are left out.
+// With WEIGHTED a token's part is the sum of PARTS rows times their weights; rows whose weight is 0 are left out. With
+// SKIPS they are not read, for which the others wait until the weights are there.
 //
-// Macros: D columns, a multiple of 8; PARTS; WEIGHTED; WIDE, parts in fp32 instead of bf16; RANKS; RANK; BLOCK threads.
+// Macros: D columns, a multiple of 8; PARTS; WEIGHTED; WIDE, parts in fp32 instead of bf16; SKIPS; RANKS; RANK; BLOCK
+// threads.
 
 #include "hopper.cuh"
 #include "ranks.cuh"
@@ -21,16 +23,16 @@ __device__ __forceinline__ uint4 narrow(const float (&x)[8]) {
 }
 
 // What this rank gives for a token, numbered over all ranks.
-__device__ __forceinline__ uint4 part_of(const u8* parts, const float* weights, long long token, int column) {
+__device__ __forceinline__ uint4 part_of(const u8* parts, const float (&weight)[PARTS], long long token, int column) {
     if (!WEIGHTED) return load16(parts + (token * D + column) * 2);
-    uint4 raw[PARTS][1 + WIDE];
-    float weight[PARTS], sum[8] = {};
+    uint4 raw[PARTS][1 + WIDE] = {};
+    float sum[8] = {};
 #pragma unroll
     for (int j = 0; j < PARTS; j++) {
         const u8* at = parts + ((token * PARTS + j) * D + column) * (2 + 2 * WIDE);
-        weight[j] = load_fp32(weights + token * PARTS + j);
 #pragma unroll
-        for (int h = 0; h <= WIDE; h++) raw[j][h] = load16(at + 16 * h);
+        for (int h = 0; h <= WIDE; h++)
+            if (!SKIPS || weight[j] != 0.0f) raw[j][h] = load16(at + 16 * h);
     }
 #pragma unroll
     for (int j = 0; j < PARTS; j++) {
@@ -60,16 +62,22 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
     begin_exchange(ranks);
     if (column < D) {
         const uint4 before = load16(residual + token * residual_stride + column);
+        float weight[RANKS][PARTS];
+#pragma unroll
+        for (int r = 0; r < RANKS; r++)
+#pragma unroll
+            for (int j = 0; j < PARTS; j++)
+                weight[r][j] = WEIGHTED ? load_fp32(weights + ((long long)r * tokens + token) * PARTS + j) : 1.0f;
         const long long place = (long long)blockIdx.x * PLACE + 16 * tid;
 #pragma unroll
         for (int i = 1; i < RANKS; i++) {
             const int r = (RANK + i) % RANKS;
-            const uint4 part = part_of(parts, weights, (long long)r * tokens + token, column);
+            const uint4 part = part_of(parts, weight[r], (long long)r * tokens + token, column);
             u8* to = place_of(ranks, r, RANK) + place;
             tell_rank(to, part.x, part.y, ranks.number);
             tell_rank(to + 16 * BLOCK, part.z, part.w, ranks.number);
         }
-        const uint4 mine = part_of(parts, weights, (long long)RANK * tokens + token, column);
+        const uint4 mine = part_of(parts, weight[RANK], (long long)RANK * tokens + token, column);
         float sum[8] = {};
 #pragma unroll
         for (int r = 0; r < RANKS; r++) {

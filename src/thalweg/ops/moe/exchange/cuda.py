@@ -15,6 +15,7 @@ from thalweg.ops.moe.exchange import Gathered, Ranks
 from thalweg.ops.toolchain.cuda_build import aligned_rows, cuda_kernel
 
 DISPATCH, COMBINE = (Path(__file__).with_name(f"{name}.cu") for name in ("dispatch", "combine"))
+FEWEST_SKIPPED = 64  # tokens of a rank from which on outputs that are left out are worth skipping
 UNIT, THREADS = 4, 256  # columns of a thread that dispatches, or one expert; threads of its block
 
 
@@ -82,6 +83,7 @@ def combine(residual_TD: Tensor, parts_PD: Tensor, ranks: Ranks, *, weights_Ak: 
         "PARTS": 1 if weights_Ak is None else weights_Ak.shape[1],
         "WEIGHTED": int(weights_Ak is not None),
         "WIDE": int(parts_PD.dtype == torch.float32),
+        "SKIPS": int(T >= FEWEST_SKIPPED),
         "BLOCK": threads,
     }
     cuda_kernel(COMBINE, "combine", threads, y_TD.device, **macros, **exchange).launch(
