@@ -136,10 +136,11 @@ def _finished(
     return torch.where(weights_Tk1 != 0, parts.view(*weights_Tk.shape, -1).float() * weights_Tk1, 0.0).sum(1)
 
 
-def in_float8(x: Tensor) -> Tensor:
-    """Rows as W8A8 has them, in float64."""
-    scale = x.float().abs().amax(-1, keepdim=True).clamp(min=2.0**-100) / 448
-    return ((x.float() / scale).to(torch.float8_e4m3fn).float() * scale).double()
+def in_float8(x: Tensor, columns: int | None = None) -> Tensor:
+    """Rows as W8A8 has them, in float64, or each `columns` of a row with a scale of their own."""
+    parts = x.float().unflatten(-1, (-1, columns or x.shape[-1]))
+    scale = parts.abs().amax(-1, keepdim=True).clamp(min=2.0**-100) / 448
+    return ((parts / scale).to(torch.float8_e4m3fn).float() * scale).flatten(-2).double()
 
 
 def experts_in_float64(case: MoeCase, *, quantized: Callable[[Tensor], Tensor] | None = None) -> Tensor:

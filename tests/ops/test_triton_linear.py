@@ -11,7 +11,7 @@ from thalweg.ops.registry import Resolver, Where
 
 
 def check_ops() -> None:
-    from thalweg.ops.linear.triton import norm_linear
+    from thalweg.ops.linear.triton.library import norm_linear
 
     g = torch.Generator().manual_seed(0)
     for T, D, O in ((0, 64, 37), (1, 64, 37), (17, 96, 8)):

@@ -124,7 +124,7 @@ def test_parts_are_summed_in_registers() -> None:
 @pytest.mark.parametrize(
     ("D", "O", "table"),
     [
-        (7168, 2112, {"1-16": "cuda", "17-128": "matrix", "129-": "w8a8"}),
+        (7168, 2112, {"1-16": "cuda", "17-64": "splits", "65-128": "matrix", "129-": "w8a8"}),
         (12288, 4096, {"1-16": "cuda", "17-128": "matrix", "129-": "w8a8"}),
         (2048, 9216, {"1-16": "cuda", "17-64": "matrix", "65-": "w8a8"}),
         (7168, 36864, {"1-16": "cuda", "17-64": "triton", "65-": "w8a8"}),

@@ -16,11 +16,12 @@ def check_experts() -> None:
         case = moe_case_fp8(T, D, I, E, k, shared, torch.bfloat16, published=True)
         case.x[0] *= 2.0**30
         case.x[-1] *= 2.0**-30
-        y = case.run(implementation("tiles_w8a8", "fp8"))
-        # The interpreter truncates to e4m3, which is twice as far off as rounding.
-        off = [rmse_ratio(a, b) for a, b in zip(y, experts_in_float64(case), strict=True)]
-        assert max(off) < 0.25
-        assert sum(off) / T < 0.12
+        for name in ("tiles_w8a8", "joined_w8a8"):
+            y = case.run(implementation(name, "fp8"))
+            # The interpreter truncates to e4m3, which is twice as far off as rounding.
+            off = [rmse_ratio(a, b) for a, b in zip(y, experts_in_float64(case), strict=True)]
+            assert max(off) < 0.25
+            assert sum(off) / T < 0.12
 
 
 def test_experts() -> None:
@@ -50,6 +51,27 @@ def test_kernels_compile_for_hopper(tokens: int) -> None:
         types = {p.name: TYPES[p.name] for p in kernel.params if not p.is_constexpr}
         constants |= common | dict(WIDE=tile.wide, STAGES=tile.stages)
         result = compile_sm90(kernel, types, constants, tile.warps, tile.stages)
+        assert "wgmma.mma_async.sync.aligned.m64n16k32.f32.e4m3.e4m3" in result.ptx
+        assert result.spilled_bytes == 0
+        assert 2 * result.shared_bytes <= 227 * 1024
+        assert 2 * 32 * tile.warps * result.registers <= 65536  # two programs per multiprocessor
+
+
+def test_two_launches_compile_for_hopper() -> None:
+    pytest.importorskip("triton")
+    from thalweg.ops.moe.experts.triton import joined
+
+    types = {**TYPES, **dict.fromkeys(("x_ptr", "y_ptr", "residual_ptr"), "*bf16"), "ids_ptr": "*i64"}
+    types |= {**dict.fromkeys(("parts_ptr", "weights_ptr"), "*fp32"), "arrived_ptr": "*i32"}
+    types |= dict.fromkeys(("pairs", "x_stride", "residual_stride"), "i32")
+    common = dict(D=7168, I=2048, K=9, WIDE=16, PDL=True)
+    up, down = joined.GATE_UP, joined.DOWN
+    for kernel, tile, constants in (
+        (joined.joined_gate_up_kernel, up, dict(E=385, BY_PAIR=False, BLOCK_P=256, BLOCK_I=up.rows)),
+        (joined.joined_down_kernel, down, dict(GROUP=up.rows, BLOCK_D=down.rows)),
+    ):
+        used = {p.name: types[p.name] for p in kernel.params if not p.is_constexpr}
+        result = compile_sm90(kernel, used, constants | common | dict(STAGES=tile.stages), tile.warps, tile.stages)
         assert "wgmma.mma_async.sync.aligned.m64n16k32.f32.e4m3.e4m3" in result.ptx
         assert result.spilled_bytes == 0
         assert 2 * result.shared_bytes <= 227 * 1024

@@ -111,6 +111,9 @@ WIDE, WIDE_FEW = 4096, Tokens(last=8)  # more columns: blocks read x for longer,
 FEWEST_ROWS = 2048  # of fewer it has not been timed
 # Tokens of so many rows; beyond, every block's x is as much as its part of w, unless there are many rows.
 SOME, OF_MANY, MANY_ROWS = 32, 128, 65536
+# "splits" is a launch where the norm, the library and its sum over parts of columns are three; of more rows the library
+# has no parts, and of fewer columns it has not been timed.
+SPLIT_COLUMNS, SPLIT_ROWS, SPLIT_TOKENS = 7168, 4096, Tokens(9, 64)
 NORM_COLUMNS, NORM_FEW = 2304, Tokens(last=32)  # so few do; there a norm inside saves its launch, and no time
 
 
@@ -161,6 +164,22 @@ def _matrix_refuses(where: Where, dims: LinearDims | NormLinearDims) -> Refusal:
     if where.dtype != "bfloat16":
         return f"needs bfloat16, not {where.dtype}"
     return why_not(where) or cuda_build.why_not(where) or why_not_hopper()
+
+
+def _splits_refuses(where: Where, dims: NormLinearDims) -> Refusal:
+    O = sum(dims.parts)
+    if dims.D % 128 or dims.D < SPLIT_COLUMNS or not 0 < O <= SPLIT_ROWS:
+        columns = f"a multiple of 128 columns from {SPLIT_COLUMNS} on"
+        return f"needs {columns} and at most {SPLIT_ROWS} rows, not {dims.D} and {O}"
+    if where.dtype != "bfloat16":
+        return f"needs bfloat16, not {where.dtype}"
+    return why_not(where) or why_not_hopper()
+
+
+def _splits_norm_linear(where: Where, dims: NormLinearDims) -> NormLinear:
+    from thalweg.ops.linear.triton import splits
+
+    return splits.norm_linear
 
 
 GATED_TILE_ROWS, HOPPER = 192, 132  # of gate and up together; multiprocessors, if no GPU says how many
@@ -300,9 +319,9 @@ def _panels_linear_add(where: Where, dims: LinearDims) -> LinearAdd:
 
 
 def _triton_norm_linear(where: Where, dims: NormLinearDims) -> NormLinear:
-    from thalweg.ops.linear import triton
+    from thalweg.ops.linear.triton import library
 
-    return triton.norm_linear
+    return library.norm_linear
 
 
 register(LINEAR, "reference", lambda *_: reference.linear)
@@ -317,6 +336,7 @@ register(NORM_LINEAR, "cpp", _cpp_norm_linear, supports=_cpp_refuses, tokens=CPU
 register(NORM_LINEAR, "panels", _panels_norm_linear, supports=_cpp_refuses, priority=5)
 register(NORM_LINEAR, "triton", _triton_norm_linear, supports=why_not, priority=10)
 register(NORM_LINEAR, "matrix", _matrix_norm_linear, supports=_matrix_refuses, tokens=_some, priority=15)
+register(NORM_LINEAR, "splits", _splits_norm_linear, supports=_splits_refuses, tokens=SPLIT_TOKENS, priority=16)
 register(NORM_LINEAR, "cuda", _cuda_norm_linear, supports=_cuda_refuses, tokens=_norm_few, priority=20)
 
 register(LINEAR_ADD, "reference", lambda *_: reference.linear_add)

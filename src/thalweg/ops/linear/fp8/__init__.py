@@ -59,6 +59,8 @@ LINEAR_ADD_FP8: Op[Fp8LinearDims, LinearAddFp8] = Op("linear_add_fp8", Fp8Linear
 FEW = Tokens(last=16)  # beyond, x does not fit the registers of a block
 MANY_ROWS, SOME, SOME_OF_MANY_ROWS = 8192, Tokens(17, 128), Tokens(17, 64)  # beyond, tiles of "w8a8" are as many
 W8A8: dict[str, Any] = {"rounding": 0.04}  # 0.027 for normally distributed activations
+# "splits" is a launch where "matrix" has another that brings x to float8; of other columns it has not been timed.
+SPLIT_COLUMNS, SPLIT_TOKENS = (7168, 8192), Tokens(17, 64)
 MAX_NORM = 16384  # columns that the norm's kernel takes
 MAX_CUDA_NORM, MAX_NORM_ROWS = 8192, 2**16  # beyond both a norm's weight and the sums do not fit shared memory
 MAX_SOME_ROWS = 2**14  # of which a block has at most 128
@@ -89,6 +91,16 @@ def _cuda_norm_refuses(where: Where, dims: Fp8LinearDims) -> Refusal:
     if dims.D > MAX_CUDA_NORM and dims.O > MAX_NORM_ROWS:  # the norm would not fit beside the sums
         return f"needs D of at most {MAX_CUDA_NORM} or O of at most {MAX_NORM_ROWS}, not {dims.D} and {dims.O}"
     return _cuda_refuses(where, dims)
+
+
+def _splits_refuses(where: Where, dims: Fp8LinearDims) -> Refusal:
+    least, most = SPLIT_COLUMNS
+    if dims.D % BLOCK or not least <= dims.D <= most or dims.O % 8 or not 0 < dims.O <= MAX_SOME_ROWS:
+        wanted = f"a multiple of {BLOCK} columns, {least} to {most}, and of 8 rows up to {MAX_SOME_ROWS}"
+        return f"needs {wanted}, not {dims.D} and {dims.O}"
+    if dims.rest:
+        return f"has no products for a rest, here of {dims.rest} rows"
+    return _triton_refuses(where, dims) or why_not_hopper()
 
 
 def _w8a8_refuses(where: Where, dims: Fp8LinearDims) -> Refusal:
@@ -157,6 +169,24 @@ def _w8a8_linear_add(where: Where, dims: Fp8LinearDims) -> LinearAddFp8:
     return w8a8.linear_add_fp8
 
 
+def _splits_linear(where: Where, dims: Fp8LinearDims) -> LinearFp8:
+    from thalweg.ops.linear.fp8 import splits
+
+    return splits.linear_fp8
+
+
+def _splits_norm_linear(where: Where, dims: Fp8LinearDims) -> NormLinearFp8:
+    from thalweg.ops.linear.fp8 import splits
+
+    return splits.norm_linear_fp8
+
+
+def _splits_linear_add(where: Where, dims: Fp8LinearDims) -> LinearAddFp8:
+    from thalweg.ops.linear.fp8 import splits
+
+    return splits.linear_add_fp8
+
+
 def _triton_linear(where: Where, dims: Fp8LinearDims) -> LinearFp8:
     from thalweg.ops.linear.fp8 import triton
 
@@ -197,16 +227,23 @@ register(LINEAR_FP8, "reference", lambda *_: reference.linear_fp8)
 register(LINEAR_FP8, "triton", _triton_linear, supports=_triton_refuses, priority=10)
 register(LINEAR_FP8, "w8a8", _w8a8_linear, supports=_w8a8_refuses, tokens=_more, priority=15, **W8A8)
 register(LINEAR_FP8, "matrix", _matrix_linear, supports=_matrix_refuses, tokens=_some, priority=17, **W8A8)
+register(LINEAR_FP8, "splits", _splits_linear, supports=_splits_refuses, tokens=SPLIT_TOKENS, priority=18, **W8A8)
 register(LINEAR_FP8, "cuda", _cuda_linear, supports=_cuda_refuses, tokens=FEW, priority=20)
 
 register(NORM_LINEAR_FP8, "reference", lambda *_: reference.norm_linear_fp8)
 register(NORM_LINEAR_FP8, "triton", _triton_norm_linear, supports=_triton_norm_refuses, priority=10)
 register(NORM_LINEAR_FP8, "w8a8", _w8a8_norm_linear, supports=_w8a8_norm_refuses, tokens=_more, priority=15, **W8A8)
 register(NORM_LINEAR_FP8, "matrix", _matrix_norm_linear, supports=_matrix_refuses, tokens=_some, priority=17, **W8A8)
+register(
+    NORM_LINEAR_FP8, "splits", _splits_norm_linear, supports=_splits_refuses, tokens=SPLIT_TOKENS, priority=18, **W8A8
+)
 register(NORM_LINEAR_FP8, "cuda", _cuda_norm_linear, supports=_cuda_norm_refuses, tokens=FEW, priority=20)
 
 register(LINEAR_ADD_FP8, "reference", lambda *_: reference.linear_add_fp8)
 register(LINEAR_ADD_FP8, "triton", _triton_linear_add, supports=_triton_refuses, priority=10)
 register(LINEAR_ADD_FP8, "w8a8", _w8a8_linear_add, supports=_w8a8_refuses, tokens=_more, priority=15, **W8A8)
 register(LINEAR_ADD_FP8, "matrix", _matrix_linear_add, supports=_matrix_refuses, tokens=_some, priority=17, **W8A8)
+register(
+    LINEAR_ADD_FP8, "splits", _splits_linear_add, supports=_splits_refuses, tokens=SPLIT_TOKENS, priority=18, **W8A8
+)
 register(LINEAR_ADD_FP8, "cuda", _cuda_linear_add, supports=_cuda_refuses, tokens=FEW, priority=20)

@@ -105,6 +105,8 @@ MAX_CUDA_EXPERTS = 1024  # a block of the CUDA C++ kernels has all of them in sh
 MAX_SORTED_EXPERTS = 1280  # of which a block of the sort has counts in shared memory, for each of its warps
 FEWEST_W8A8 = 17  # tokens of a decode step from which on activations are quantized: fewer stay as they are
 NARROWEST, WIDEST = 512, 1024  # width of experts that "tiles_w8a8" has been timed for
+# From how many rows and columns of an expert on finding pairs and quantizing x is little beside streaming its weights.
+JOINED_WIDTH, JOINED_COLUMNS, JOINED_TOKENS = 2048, 4096, 64
 MAX_CUDA_WARPS = 12
 CPU_FEW = Tokens(last=64)  # beyond, an expert has so many tokens that the library's products are faster
 INT4_COLUMNS, MAX_INT4_COLUMNS, MAX_INT4_TOKENS = 256, 7168, 64  # of a warp, and of as many as registers allow
@@ -223,6 +225,14 @@ def _narrow_refuses(where: Where, dims: ExpertsDims) -> Refusal:
     return _matrix_refuses(where, dims, scheme="fp8", columns=BLOCK)
 
 
+def _joined_refuses(where: Where, dims: ExpertsDims) -> Refusal:
+    if dims.own:
+        return "has no programs for an expert of its own"
+    if dims.I < JOINED_WIDTH or dims.D < JOINED_COLUMNS:
+        return f"needs experts {JOINED_WIDTH} wide of {JOINED_COLUMNS} columns or more, not {dims.I} of {dims.D}"
+    return _matrix_refuses(where, dims, scheme="fp8", columns=BLOCK)
+
+
 def _reference(where: Where, dims: ExpertsDims) -> Experts:
     schemes = [scheme_named(name) for name in dims.scheme.split(" | ")]
     return _finishing(partial(reference.experts, schemes[0], down_scheme=schemes[-1]))
@@ -254,6 +264,12 @@ def _narrow(where: Where, dims: ExpertsDims) -> Experts:
     from thalweg.ops.moe.experts.triton import narrow
 
     return narrow.experts
+
+
+def _joined(where: Where, dims: ExpertsDims) -> Experts:
+    from thalweg.ops.moe.experts.triton import joined
+
+    return joined.experts
 
 
 def _pairs(where: Where, dims: ExpertsDims) -> Experts:
@@ -336,6 +352,8 @@ register(EXPERTS, "matrix", _matrix, supports=_matrix_supports, tokens=_prompts,
 _w8a8_refuses = partial(_matrix_refuses, scheme="fp8", columns=BLOCK)
 register(EXPERTS, "w8a8", _matrix, supports=_w8a8_refuses, priority=15, rounding=0.06)
 register(EXPERTS, "tiles_w8a8", _narrow, supports=_narrow_refuses, tokens=_some_w8a8, priority=25, rounding=0.06)
+_joined_tokens = Tokens(FEWEST_W8A8, JOINED_TOKENS)
+register(EXPERTS, "joined_w8a8", _joined, supports=_joined_refuses, tokens=_joined_tokens, priority=27, rounding=0.06)
 register(EXPERTS, "tiles", _tiles, supports=_triton_refuses, tokens=_some, priority=20)
 register(EXPERTS, "pairs", _pairs, supports=_pairs_refuses, tokens=_few, priority=30)
 register(EXPERTS, "cuda", _cuda, supports=_cuda_refuses, tokens=_fewer, priority=40)

@@ -1,0 +1,1 @@
+"""Projections in Triton, and norms ahead of those by the library."""
