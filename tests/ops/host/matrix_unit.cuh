@@ -26,6 +26,19 @@ inline void arrive_after_copies(u32 barrier) {
     arrive_at_barrier(barrier);
 }
 
+// They are made as late as they may be.
+struct Write { void* to; u32 from, bytes; };
+static thread_local std::vector<Write> writes;
+inline void write_bytes(void* to, u32 from, u32 bytes) {
+    if ((u64)to % 16 || from % 16 || bytes % 16) fail("a write that is not of whole 16 bytes");
+    writes.push_back({to, from, bytes});
+}
+inline void wait_until_read() {
+    for (const Write& w : writes) memcpy(w.to, at_address(w.from), w.bytes);
+    writes.clear();
+}
+inline void wait_until_written() { wait_until_read(); }
+
 inline float float8_of_row(Operand x, int row, int k) {
     return widened(*at_address(swizzled(x.start + row / 8 * 1024 + row % 8 * 128 + k)));
 }

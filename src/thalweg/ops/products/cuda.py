@@ -14,7 +14,8 @@ from thalweg.ops.toolchain.tensor_map import tensor_map
 from thalweg.ops.toolchain.triton_support import multiprocessors
 
 SOURCE = Path(__file__).with_name("products.cu")
-STAGES, STEP_BYTES, UNIT, BOX_ROWS, PART, THREADS = 4, 128, 16, 128, 256, 384  # as in the source
+STEP_BYTES, UNIT, BOX_ROWS, PART, THREADS = 128, 16, 128, 256, 384  # as in the source
+PITCH = 272  # bytes of a row of results that are stored later
 TOLD = 8  # tiles that blocks are told of ahead
 WAIT_ROWS = 48  # what a tile of linears costs beside its rows, in rows
 UNITS = {1: 9, 2: 10}  # of rows of x at most in a tile, by bytes of an element: what registers hold
@@ -25,13 +26,13 @@ def most_rows(element_size: int) -> int:
     return UNIT * UNITS[element_size]
 
 
-def shared_bytes(units: int, dense: bool, fp8: bool) -> int:
-    """As struct Shared of the source."""
-    most = UNIT * units
+def shared_bytes(units: int, dense: bool, fp8: bool, later: bool = False) -> int:
+    """As struct Shared of the source; `later` of results that are stored later."""
+    most, stages = UNIT * units, 3 if later else 4
     scales = most + (PART if dense else 2) if fp8 else 1
-    size = STAGES * (PART + most) * STEP_BYTES + 4 * 2 * UNIT * STEP_BYTES
-    size += 4 * (STAGES * scales + 4 * (1 if dense else most) + 2 * (most if fp8 else 1))
-    return -(-(-(-(-(-size // 8) * 8 + 16 * STAGES) // 16) * 16 + (16 + 8) * TOLD) // 1024) * 1024
+    size = stages * (PART + most) * STEP_BYTES + (most * PITCH if later else 4 * 2 * UNIT * STEP_BYTES)
+    size += 4 * (stages * scales + 4 * (1 if dense else most) + 2 * (most if fp8 else 1))
+    return -(-(-(-(-(-size // 8) * 8 + 16 * stages) // 16) * 16 + (16 + 8) * TOLD) // 1024) * 1024
 
 
 def grouped(
@@ -109,7 +110,7 @@ def _launch(
     residual = out if residual is None else aligned_rows(residual)
     cuda_kernel(SOURCE, "products", THREADS, x.device, **macros).launch(
         (multiprocessors(x.device) // macros["CLUSTER"] * macros["CLUSTER"], 1, 1),
-        shared_bytes(UNITS[size], bool(macros["DENSE"]), size == 1),
+        shared_bytes(UNITS[size], bool(macros["DENSE"]), size == 1, size == 1 and bool(macros["GATED"])),
         (None, weights_map),
         (None, rows_map),
         x,
@@ -118,7 +119,7 @@ def _launch(
         *pairs,
         out,
         residual,
-        (c_longlong, x.stride(0) * size),
+        (c_int, x.stride(0) * size // 16),
         (c_longlong, out.stride(0)),
         (c_longlong, residual.stride(0)),
         (c_int, weights[-1].stride(0) if weights[-1].ndim == 2 else 0),

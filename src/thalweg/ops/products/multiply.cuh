@@ -11,6 +11,49 @@ struct Out {
 
 __device__ __forceinline__ u32 add_pairs(u32 a, u32 b) { return pack(low(a) + low(b), high(a) + high(b)); }
 
+// Unit v of a warp's results, in four pairs as store_turned takes them.
+template <int N> __device__ __forceinline__ void finish_unit(
+    float (&a)[8 * N], float (&b)[8 * N], int v, const float* of_rows, u32 (&two)[4]) {
+#pragma unroll
+    for (int q = 0; q < 4; q++) {
+        float x = a[8 * v + 2 * q], y = a[8 * v + 2 * q + 1];
+#if FP8
+        const float2 scale = *(const float2*)(of_rows + UNIT * v + q / 2 * 8 + threadIdx.x % 4 * 2);
+        x *= scale.x, y *= scale.y;
+#endif
+#if GATED
+        float up = b[8 * v + 2 * q], other_up = b[8 * v + 2 * q + 1];
+#if FP8
+        up *= scale.x, other_up *= scale.y;
+#endif
+        x = x / (1.0f + __expf(-x)) * up, y = y / (1.0f + __expf(-y)) * other_up;
+#endif
+        two[q] = pack(x, y);
+    }
+}
+
+#if LATER
+// A tile's results to a place of their own, from where each thread has a row of them copied while the next tile is
+// multiplied.
+template <int N> __device__ __forceinline__ void store_rows(
+    Shared& s, float (&a)[8 * N], float (&b)[8 * N], const Work& work, const Out& out, int group) {
+    const int tid = threadIdx.x % 128, lane = tid % 32, warp = tid / 32, row = threadIdx.x - COPIERS;
+    wait_until_read();
+    wait_at<MULTIPLIERS>(3);
+    const u32 write = shared_address(s.out) + (lane / 16 * 8 + lane % 8) * PITCH + 128 * group + (warp * 2 + lane / 8 % 2) * 16;
+#pragma unroll
+    for (int v = 0; v < N; v++) {
+        u32 two[4];
+        finish_unit<N>(a, b, v, s.of_rows[group], two);
+        store_turned(write + v * UNIT * PITCH, two[0], two[1], two[2], two[3]);
+    }
+    share_writes();
+    wait_at<MULTIPLIERS>(3);
+    const int column = work.part * 128;
+    if (row < work.count)
+        write_bytes(out.rows + (work.first + row) * out.stride + column, shared_address(s.out) + row * PITCH, 2 * min(128, out.columns - column));
+}
+#else
 template <int N> __device__ __forceinline__ void store_chunks(
     float (&a)[8 * N], float (&b)[8 * N], const Work& work, u8* stage, const float* of_rows, const int* to, const Out& out,
     int column, int group, int& turn) {
@@ -21,22 +64,7 @@ template <int N> __device__ __forceinline__ void store_chunks(
 #pragma unroll
         for (int v = u; v < u + 2 && v < N; v++) {
             u32 two[4];
-#pragma unroll
-            for (int q = 0; q < 4; q++) {
-                float x = a[8 * v + 2 * q], y = a[8 * v + 2 * q + 1];
-#if FP8
-                const float2 scale = *(const float2*)(of_rows + UNIT * v + q / 2 * 8 + lane % 4 * 2);
-                x *= scale.x, y *= scale.y;
-#endif
-#if GATED
-                float up = b[8 * v + 2 * q], other_up = b[8 * v + 2 * q + 1];
-#if FP8
-                up *= scale.x, other_up *= scale.y;
-#endif
-                x = x / (1.0f + __expf(-x)) * up, y = y / (1.0f + __expf(-y)) * other_up;
-#endif
-                two[q] = pack(x, y);
-            }
+            finish_unit<N>(a, b, v, of_rows, two);
             store_turned(write + turn * OUT_BYTES + (v - u) * UNIT * STEP_BYTES, two[0], two[1], two[2], two[3]);
         }
 #if ADD
@@ -65,6 +93,7 @@ template <int N> __device__ __forceinline__ void store_chunks(
         turn ^= 1;
     }
 }
+#endif
 
 template <int N> __device__ __forceinline__ void multiply_tile(
     Shared& s, Ring& ring, int steps, const Work& work, const int* sorted, const Out& out, int group, int& turn, int& parity) {
@@ -149,6 +178,9 @@ template <int N> __device__ __forceinline__ void multiply_tile(
     settle(c[0]);
     settle(c[1]);
 #endif
+#if LATER
+    store_rows<N>(s, c[0], c[1], work, out, group);
+#else
     const int* to = nullptr;
 #if !GATED && !DENSE
     int* places = s.to[group][parity];
@@ -167,5 +199,6 @@ template <int N> __device__ __forceinline__ void multiply_tile(
         const int column = work.part * 256 + half * 128 + group * 64;
         store_chunks<N>(c[half], c[half], work, stage, s.of_rows[group], to, out, column, group, turn);
     }
+#endif
 #endif
 }

@@ -17,7 +17,8 @@
 //
 // Macros: GATED; DENSE; FP8; ADD, whether a residual is added, of DENSE; UNITS; CLUSTER, 1 or 2.
 
-#define MAPPED (!GATED)  // rows of a tile lie side by side
+#define MAPPED (!GATED)       // rows of a tile lie side by side
+#define LATER (GATED && FP8)  // results are stored while the next tile is multiplied, for a stage of the ring
 
 #include "hopper.cuh"
 #include "matrix_unit.cuh"
@@ -35,7 +36,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(COP
                             // of zero, for GATED and not, and how many are not of 0; but of DENSE
     u16* out,               // bf16
     const u16* residual,    // bf16, of ADD
-    long long x_stride,     // bytes
+    int x_stride,           // of 16 bytes
     long long out_stride,   // elements
     long long residual_stride,
     int w_scales_stride,
@@ -102,6 +103,10 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(COP
             for (int u = 0; u < UNITS; u++)  // their scales come with the first step
                 if (chunk == 0 && u < n) copy4(shared_address(s.scales[ring.stage] + UNIT * u + row), x_scales + from[u]);
 #endif
+#if !MAPPED
+#pragma unroll
+            for (int u = 0; u < UNITS; u++) from[u] *= x_stride;
+#endif
             const int of_expert = work.expert * (GATED ? 2 * columns : columns);
             const int box = of_expert + work.part * PART, other = box + (GATED ? columns : 128);
 #pragma unroll 1
@@ -134,7 +139,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(COP
                 const u8* at = x + k * STEP_BYTES + chunk * 16;
 #pragma unroll
                 for (int u = 0; u < UNITS; u++)
-                    if (u < n) copy16(to + u * UNIT * STEP_BYTES, at + (long long)from[u] * x_stride);
+                    if (u < n) copy16(to + u * UNIT * STEP_BYTES, at + ((u64)from[u] << 4));
 #endif
 #if FP8 && !DENSE
                 if (tid < 2) copy4(shared_address(s.scales[stage] + MOST + tid), w_scales + (long long)((tid ? other : box) / 128) * steps + k);
@@ -171,6 +176,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(COP
 #endif
             }
         }
+        if (LATER) wait_until_written();
     }
     if (CLUSTER > 1) wait_for_cluster();  // before it ends, the other may still copy and arrive here
 }

@@ -1,10 +1,11 @@
 // Tiles of products.cu: what they are made of, who works on which, where they lie in shared memory.
 
-constexpr int STAGES = 4, STEP_BYTES = 128, UNIT = 16, MOST = UNIT * UNITS;
+constexpr int STAGES = LATER ? 3 : 4, STEP_BYTES = 128, UNIT = 16, MOST = UNIT * UNITS;
 constexpr int BOX = 128 * STEP_BYTES;  // bytes of weights that a copy brings
 constexpr int SCALES = FP8 ? MOST + (DENSE ? 256 : 2) : 0;  // floats: of x's rows, in the first step; of the weights
 constexpr int WEIGHTS = 2 * BOX, ROWS = MOST * STEP_BYTES;
 constexpr int OUT_BYTES = 2 * UNIT * STEP_BYTES;  // of 32 rows of 64 columns, swizzled
+constexpr int PITCH = 2 * 128 + 16;  // bytes of a tile's row of results, of LATER: no two of eight rows share banks
 constexpr int COPIERS = 128, MULTIPLIERS = 256;
 constexpr int TOLD = 8;  // tiles that may be told before the first of them is done: more than the ring has stages, and two
 
@@ -16,7 +17,11 @@ struct alignas(16) Told { int expert, first, all, part; };
 struct Shared {
     alignas(1024) u8 weights[STAGES][WEIGHTS];
     u8 rows[STAGES][ROWS];
+#if LATER
+    u8 out[MOST * PITCH];
+#else
     u8 out[2][2][OUT_BYTES];         // by warpgroup, by turns
+#endif
     alignas(16) float scales[STAGES][SCALES ? SCALES : 1];
     int to[2][2][DENSE ? 1 : MOST];  // by warpgroup, by turns: where rows go
     alignas(16) float of_rows[2][FP8 ? MOST : 1];  // by warpgroup: scales of x's rows

@@ -45,6 +45,17 @@ __device__ __forceinline__ void arrive_after_copies(u32 barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
+// From shared memory, while the thread goes on: a multiple of 16 bytes, both on multiples of 16. What threads wrote there
+// is to be shared first (share_writes).
+__device__ __forceinline__ void write_bytes(void* to, u32 from, u32 bytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\ncp.async.bulk.commit_group;" ::"l"(to),
+                 "r"(from), "r"(bytes)
+                 : "memory");
+}
+// Until others may write where all such writes of the thread come from, and until they are there.
+__device__ __forceinline__ void wait_until_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+__device__ __forceinline__ void wait_until_written() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
 #define T1 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define T2 T1 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define T3 T2 ", %16, %17, %18, %19, %20, %21, %22, %23"
