@@ -27,14 +27,22 @@ inline void arrive_after_copies(u32 barrier) {
 }
 
 // They are made as late as they may be.
-struct Write { void* to; u32 from, bytes; };
+struct Write { void* to; u32 from, bytes; bool adds; };
 static thread_local std::vector<Write> writes;
 inline void write_bytes(void* to, u32 from, u32 bytes) {
     if ((u64)to % 16 || from % 16 || bytes % 16) fail("a write that is not of whole 16 bytes");
-    writes.push_back({to, from, bytes});
+    writes.push_back({to, from, bytes, false});
+}
+inline void add_bytes(void* to, u32 from, u32 bytes) {
+    write_bytes(to, from, bytes);
+    writes.back().adds = true;
 }
 inline void wait_until_read() {
-    for (const Write& w : writes) memcpy(w.to, at_address(w.from), w.bytes);
+    for (const Write& w : writes)
+        for (u32 i = 0; i < w.bytes / 2; i++) {
+            bf16 &there = ((bf16*)w.to)[i], x = ((bf16*)at_address(w.from))[i];
+            there = w.adds ? (bf16)rounded(from_bf16(there) + from_bf16(x)) : x;
+        }
     writes.clear();
 }
 inline void wait_until_written() { wait_until_read(); }

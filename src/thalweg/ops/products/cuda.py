@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from thalweg.ops.toolchain.cuda_build import aligned_rows, cuda_kernel
+from thalweg.ops.toolchain.cuda_build import cuda_kernel
 from thalweg.ops.toolchain.tensor_map import tensor_map
 from thalweg.ops.toolchain.triton_support import multiprocessors
 
@@ -26,9 +26,10 @@ def most_rows(element_size: int) -> int:
     return UNIT * UNITS[element_size]
 
 
-def shared_bytes(units: int, dense: bool, fp8: bool, later: bool = False) -> int:
-    """As struct Shared of the source; `later` of results that are stored later."""
-    most, stages = UNIT * units, 3 if later else 4
+def shared_bytes(units: int, gated: bool, dense: bool, fp8: bool) -> int:
+    """As struct Shared of the source."""
+    most, later = UNIT * units, fp8 and (gated or dense)
+    stages = 3 if later else 4
     scales = most + (PART if dense else 2) if fp8 else 1
     size = stages * (PART + most) * STEP_BYTES + (most * PITCH if later else 4 * 2 * UNIT * STEP_BYTES)
     size += 4 * (stages * scales + 4 * (1 if dense else most) + 2 * (most if fp8 else 1))
@@ -57,7 +58,7 @@ def grouped(
     E, rows, _ = weights[0].shape
     macros = dict(GATED=int(gated), DENSE=0, ADD=0, CLUSTER=cluster)
     counts = (share, len(blocks_N3), 0)
-    _launch(x_RD, weights, E * rows, out_PO, None, x_scales_R, (sorted_P, blocks_N3), counts, macros)
+    _launch(x_RD, weights, E * rows, out_PO, x_scales_R, (sorted_P, blocks_N3), counts, macros)
 
 
 def dense(
@@ -66,16 +67,16 @@ def dense(
     x_scales_T: Tensor,
     w_scales_BO: Tensor,
     out_TO: Tensor,
-    residual_TO: Tensor | None = None,
     *,
+    add: bool = False,
     cluster: int = 1,
 ) -> None:
-    """out = x w^T, both in fp8 with scales as `quantize_rows` gives them, plus the residual. out's rows begin at
-    multiples of 16 bytes, its last stride and the residual's are 1."""
+    """out = x w^T, both in fp8 with scales as `quantize_rows` gives them, plus what out holds if `add` is asked for.
+    out's rows begin at multiples of 16 bytes, its last stride is 1."""
     T, O = out_TO.shape
-    macros = dict(GATED=0, DENSE=1, ADD=int(residual_TO is not None), CLUSTER=cluster)
+    macros = dict(GATED=0, DENSE=1, ADD=int(add), CLUSTER=cluster)
     blocks = dense_blocks(T, O, cluster * UNITS[1], multiprocessors(x_TD.device) // cluster)
-    _launch(x_TD, (q_OD, w_scales_BO), O, out_TO, residual_TO, x_scales_T, (x_TD, x_TD), (1, blocks, T), macros)
+    _launch(x_TD, (q_OD, w_scales_BO), O, out_TO, x_scales_T, (x_TD, x_TD), (1, blocks, T), macros)
 
 
 @lru_cache(maxsize=4096)
@@ -97,7 +98,6 @@ def _launch(
     weights: tuple[Tensor, ...],
     rows: int,
     out: Tensor,
-    residual: Tensor | None,
     x_scales: Tensor | None,
     pairs: tuple[Tensor, Tensor],
     counts: tuple[int, int, int],
@@ -107,10 +107,9 @@ def _launch(
     macros = macros | dict(FP8=int(size == 1), UNITS=UNITS[size])
     weights_map = tensor_map(weights[0].view(torch.bfloat16).view(rows, 1, -1), BOX_ROWS)
     rows_map = tensor_map(x.view(torch.bfloat16).view(len(x), 1, -1), UNIT) if not macros["GATED"] else weights_map
-    residual = out if residual is None else aligned_rows(residual)
     cuda_kernel(SOURCE, "products", THREADS, x.device, **macros).launch(
         (multiprocessors(x.device) // macros["CLUSTER"] * macros["CLUSTER"], 1, 1),
-        shared_bytes(UNITS[size], bool(macros["DENSE"]), size == 1, size == 1 and bool(macros["GATED"])),
+        shared_bytes(UNITS[size], bool(macros["GATED"]), bool(macros["DENSE"]), size == 1),
         (None, weights_map),
         (None, rows_map),
         x,
@@ -118,10 +117,8 @@ def _launch(
         weights[-1],
         *pairs,
         out,
-        residual,
         (c_int, x.stride(0) * size // 16),
         (c_longlong, out.stride(0)),
-        (c_longlong, residual.stride(0)),
         (c_int, weights[-1].stride(0) if weights[-1].ndim == 2 else 0),
         (c_int, D * size // STEP_BYTES),
         (c_int, out.shape[1]),

@@ -1,15 +1,11 @@
 // How a warpgroup of products.cu multiplies a tile, and stores it.
 
-// Where rows go, and what is added to them.
+// Where rows go.
 struct Out {
     u16* rows;
     long long stride;
     int columns;
-    const u16* residual;
-    long long residual_stride;
 };
-
-__device__ __forceinline__ u32 add_pairs(u32 a, u32 b) { return pack(low(a) + low(b), high(a) + high(b)); }
 
 // Unit v of a warp's results, in four pairs as store_turned takes them.
 template <int N> __device__ __forceinline__ void finish_unit(
@@ -33,25 +29,30 @@ template <int N> __device__ __forceinline__ void finish_unit(
 }
 
 #if LATER
-// A tile's results to a place of their own, from where each thread has a row of them copied while the next tile is
-// multiplied.
+// A tile's results, 128 columns at a time, to a place of their own, from where each thread has a row of them copied while
+// the next tile is multiplied.
 template <int N> __device__ __forceinline__ void store_rows(
     Shared& s, float (&a)[8 * N], float (&b)[8 * N], const Work& work, const Out& out, int group) {
     const int tid = threadIdx.x % 128, lane = tid % 32, warp = tid / 32, row = threadIdx.x - COPIERS;
-    wait_until_read();
-    wait_at<MULTIPLIERS>(3);
     const u32 write = shared_address(s.out) + (lane / 16 * 8 + lane % 8) * PITCH + 128 * group + (warp * 2 + lane / 8 % 2) * 16;
 #pragma unroll
-    for (int v = 0; v < N; v++) {
-        u32 two[4];
-        finish_unit<N>(a, b, v, s.of_rows[group], two);
-        store_turned(write + v * UNIT * PITCH, two[0], two[1], two[2], two[3]);
+    for (int half = 0; half < (GATED ? 1 : 2); half++) {
+        wait_until_read();
+        wait_at<MULTIPLIERS>(3);
+#pragma unroll
+        for (int v = 0; v < N; v++) {
+            u32 two[4];
+            finish_unit<N>(half ? b : a, b, v, s.of_rows[group], two);
+            store_turned(write + v * UNIT * PITCH, two[0], two[1], two[2], two[3]);
+        }
+        share_writes();
+        wait_at<MULTIPLIERS>(3);
+        const int column = work.part * (GATED ? 128 : 256) + 128 * half;
+        if (row < work.count && column < out.columns) {
+            u16* to = out.rows + (work.first + row) * out.stride + column;
+            (ADD ? add_bytes : write_bytes)(to, shared_address(s.out) + row * PITCH, 2 * min(128, out.columns - column));
+        }
     }
-    share_writes();
-    wait_at<MULTIPLIERS>(3);
-    const int column = work.part * 128;
-    if (row < work.count)
-        write_bytes(out.rows + (work.first + row) * out.stride + column, shared_address(s.out) + row * PITCH, 2 * min(128, out.columns - column));
 }
 #else
 template <int N> __device__ __forceinline__ void store_chunks(
@@ -67,24 +68,11 @@ template <int N> __device__ __forceinline__ void store_chunks(
             finish_unit<N>(a, b, v, of_rows, two);
             store_turned(write + turn * OUT_BYTES + (v - u) * UNIT * STEP_BYTES, two[0], two[1], two[2], two[3]);
         }
-#if ADD
-        uint4 residual[2];
-#pragma unroll
-        for (int v = u; v < u + 2 && v < N; v++) {
-            const long long row = work.first + min(UNIT * v + tid / 8, max(work.count, 1) - 1);
-            const bool inside = column + tid % 8 * 8 < out.columns;
-            residual[v - u] = inside ? load16(out.residual + row * out.residual_stride + column + tid % 8 * 8) : make_uint4(0, 0, 0, 0);
-        }
-#endif
         wait_at<128>(1 + group);
 #pragma unroll
         for (int v = u; v < u + 2 && v < N; v++) {
             const int within = (v - u) * UNIT + tid / 8, row = UNIT * v + tid / 8;
-            uint4 x = *(const uint4*)(stage + turn * OUT_BYTES + within * STEP_BYTES + ((tid % 8 ^ within % 8) << 4));
-#if ADD
-            const uint4 y = residual[v - u];
-            x = make_uint4(add_pairs(x.x, y.x), add_pairs(x.y, y.y), add_pairs(x.z, y.z), add_pairs(x.w, y.w));
-#endif
+            const uint4 x = *(const uint4*)(stage + turn * OUT_BYTES + within * STEP_BYTES + ((tid % 8 ^ within % 8) << 4));
             if (row < work.count && column + tid % 8 * 8 < out.columns) {
                 const long long place = to ? to[row] : work.first + row;
                 *(uint4*)(out.rows + place * out.stride + column + tid % 8 * 8) = x;

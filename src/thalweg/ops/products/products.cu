@@ -15,10 +15,10 @@
 // Sums of 128 columns go to float32 apart, times the weights' scale; that of x's row, which would be as many multiplications
 // again and a load for each, waits for the end of the tile.
 //
-// Macros: GATED; DENSE; FP8; ADD, whether a residual is added, of DENSE; UNITS; CLUSTER, 1 or 2.
+// Macros: GATED; DENSE; FP8; ADD, whether results are added to what is there, of DENSE; UNITS; CLUSTER, 1 or 2.
 
-#define MAPPED (!GATED)       // rows of a tile lie side by side
-#define LATER (GATED && FP8)  // results are stored while the next tile is multiplied, for a stage of the ring
+#define MAPPED (!GATED)                  // rows of a tile lie side by side
+#define LATER (FP8 && (GATED || DENSE))  // results are stored while the next tile is multiplied, for a stage of the ring
 
 #include "hopper.cuh"
 #include "matrix_unit.cuh"
@@ -35,10 +35,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(COP
     const int* blocks,      // [count, 3] (expert, first of sorted, how many), those of 0 last; behind them two counters
                             // of zero, for GATED and not, and how many are not of 0; but of DENSE
     u16* out,               // bf16
-    const u16* residual,    // bf16, of ADD
     int x_stride,           // of 16 bytes
     long long out_stride,   // elements
-    long long residual_stride,
     int w_scales_stride,
     int steps,              // of 128 bytes in a row of x
     int columns,            // of out
@@ -160,7 +158,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(COP
     } else {
         take_registers<FP8 ? 232 : 224>();
         const int group = warpgroup - 1;
-        const Out to = {out, out_stride, columns, residual, residual_stride};
+        const Out to = {out, out_stride, columns};
         int turn = 0, parity = 0;
 #pragma unroll 1
         for (Work work = walk.first(); work.all > 0; work = walk.next(s)) {

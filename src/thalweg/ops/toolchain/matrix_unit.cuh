@@ -52,6 +52,14 @@ __device__ __forceinline__ void write_bytes(void* to, u32 from, u32 bytes) {
                  "r"(from), "r"(bytes)
                  : "memory");
 }
+// bf16 to the bf16 that are there, each sum rounded.
+__device__ __forceinline__ void add_bytes(void* to, u32 from, u32 bytes) {
+    asm volatile(
+        "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.noftz.bf16 [%0], [%1], %2;\ncp.async.bulk.commit_group;" ::"l"(
+            to),
+        "r"(from), "r"(bytes)
+        : "memory");
+}
 // Until others may write where all such writes of the thread come from, and until they are there.
 __device__ __forceinline__ void wait_until_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 __device__ __forceinline__ void wait_until_written() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }

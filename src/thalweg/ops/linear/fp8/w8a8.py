@@ -8,6 +8,7 @@ from torch import Tensor
 from thalweg.ops.linear.fp8.by_product import linears_by
 from thalweg.ops.products.cuda import dense
 from thalweg.ops.products.triton import quantize_rows
+from thalweg.ops.toolchain.cuda_build import aligned_rows
 
 
 def _product(
@@ -18,11 +19,13 @@ def _product(
     out_TO: Tensor | None = None,
     norm: tuple[Tensor, float] | None = None,
 ) -> Tensor:
-    """[T, O] = x w^T, of x or its RMSNorm, plus the residual; in out_TO if it is given."""
+    """[T, O] = x w^T, of x or its RMSNorm; in out_TO if it is given, or added to the residual in its place."""
+    if residual_TO is not None:
+        out_TO = aligned_rows(residual_TO)
     y_TO = x_TD.new_empty(len(x_TD), len(q_OD)) if out_TO is None else out_TO
     if len(x_TD):
         rows, x_scales_T, w_scales_BO = quantize_rows(x_TD, scale_OB, norm)
-        dense(rows, q_OD, x_scales_T, w_scales_BO, y_TO, residual_TO)
+        dense(rows, q_OD, x_scales_T, w_scales_BO, y_TO, add=residual_TO is not None)
     return y_TO
 
 
