@@ -229,6 +229,7 @@ def with_static_steps(monkeypatch: pytest.MonkeyPatch) -> list[step_module.Model
         original(self, *args[:4], prefill_tokens=256, keeps_prefixes=args[7])
         made.append(self)
 
+    monkeypatch.setattr(rank, "why_not_recorded", lambda *_: "its steps are static")
     monkeypatch.setattr(step_module.ModelRunner, "__init__", init)
     return made
 
