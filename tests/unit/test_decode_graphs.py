@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -57,9 +58,9 @@ def test_static_steps_give_the_tokens_of_eager_ones(folder: Path, monkeypatch: p
     calls: list[int] = []
 
     class Uncaptured(DecodeGraphs):
-        def run(self, stage: torch.Tensor, d: int) -> tuple[torch.Tensor, torch.Tensor]:
+        def run(self, d: int) -> tuple[torch.Tensor, Callable[[], list[int]]]:
             calls.append(d)
-            return super().run(stage, d)
+            return super().run(d)
 
     original = step_module.ModelRunner.__init__
 

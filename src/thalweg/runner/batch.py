@@ -66,13 +66,13 @@ class BatchBuilder:
         np.add(positions, 1, out=ends)
         out[4].view(np.int32)[:n] = out[3]
 
-    def of_decodes(self, rows: Tensor, num_blocks: int) -> Batch:
+    def of_decodes(self, rows: Tensor, num_blocks: int, token_ids: Tensor | None = None) -> Batch:
         """Batch of decode rows alone, whose tensors are or follow from `rows` int64 [DECODE_ROWS, n] on the device, as
         write_decodes gives them. Nothing here depends on the plan but n and the width of the block tables."""
         slots_B, positions_B, block_rows_B, _, lens = rows.unbind(0)
         n = len(slots_B)
         return Batch(
-            token_ids_T=self.slots.last_tokens[slots_B],
+            token_ids_T=self.slots.last_tokens[slots_B] if token_ids is None else token_ids,
             positions_T=positions_B,
             num_decodes=n,
             prefill_offsets=[0],
@@ -168,7 +168,7 @@ class BatchBuilder:
         return rows[start - begin : stop - begin]
 
     def _tables(self, slots_B: Tensor, num_blocks: int) -> Tensor:
-        return self.slots.blocks[:, :num_blocks][slots_B]
+        return self.slots.blocks[:, :num_blocks].index_select(0, slots_B)
 
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block_size)

@@ -10,19 +10,21 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from thalweg.cache.storage import CacheStorage
 from thalweg.core import StepPlan
 from thalweg.layers.batch import Batch
+from thalweg.ops.step_rows import step_rows
 from thalweg.parallel.data_ranks import DataRanks
 from thalweg.runner.batch import DECODE_ROWS, SINK, BatchBuilder, even
 from thalweg.runner.capture import captured
+from thalweg.runner.mailbox import Mailbox
 from thalweg.sampling.sampler import Sampler
 
 MAX_ROWS = 512  # beyond, a step is long enough that launching it costs little, and kernels for few rows give up
-STAGES = 4  # host buffers in turn: a copy to the device may still be reading one when the next step is staged
 Model = Callable[[Batch, CacheStorage], Tensor]
 Share = Callable[[Tensor], Tensor]  # ids [R] of this rank to those of rank 0
 
@@ -56,25 +58,27 @@ class DecodeGraphs:
         self._sizes = sizes
         device, shape = self._slots.device, (DECODE_ROWS, even(sizes[-1]))
         self._rows = torch.zeros(shape, dtype=torch.int64, device=device)
-        self._sinks = torch.from_numpy(SINK).to(device).repeat(1, shape[1])  # with one token each
+        self._token_ids = torch.zeros(shape[1], dtype=torch.int64, device=device)
+        self._sinks = np.repeat(SINK, shape[1], axis=1)  # with one token each
         self._sinks[-1] = 1 + (1 << 32)  # two int32 ones
-        self._stage = [torch.zeros(shape, dtype=torch.int64, pin_memory=device.type == "cuda") for _ in range(STAGES)]
-        self._turn = 0
-        self._ids = torch.zeros(sizes[-1], dtype=torch.int64, device=device)
+        self._mailbox = Mailbox(*shape, device)
+        self._take, self._tell = step_rows(device)
         self._logits: dict[int, Tensor] = {}
         self._replay: dict[int, Callable[[], None]] = {size: partial(self._step, size) for size in sizes}
         self._pool: Any = None
 
     def rehearse(self) -> None:
         """A step of every size, every row on the sinks."""
-        self._rows.copy_(self._sinks)
+        self._rest()
         for size in self._sizes:
             self._step(size)
+        self._mailbox.begin()
 
     def capture(self) -> None:
-        self._rows.copy_(self._sinks)
+        self._rest()
         for size in reversed(self._sizes):  # the largest first: the others fit into its memory
             self._replay[size] = self._captured(size)
+        self._mailbox.begin()
 
     def close(self) -> None:
         self._replay.clear()
@@ -90,40 +94,43 @@ class DecodeGraphs:
 
     def idle(self) -> None:
         """The step of a data-parallel rank that has no rows and takes part with as many as the others: the sinks."""
-        self._rows.copy_(self._sinks)
+        self._mailbox.place()[:] = self._sinks
         self._replay[self._size(0)]()
+        self._mailbox.sent(0)
 
-    def stage(self, plan: StepPlan) -> Tensor:
-        """Write the rows of a step that `serves` said yes to into a host buffer, which is returned."""
-        stage = self._stage[self._turn]
-        self._turn = (self._turn + 1) % STAGES
-        self._batches.write_decodes(plan, stage.numpy()[:, : self._size(len(plan.decode_slots))])
-        return stage
+    def stage(self, plan: StepPlan) -> None:
+        """Write the rows of a step that `serves` said yes to into host memory."""
+        self._batches.write_decodes(plan, self._mailbox.place()[:, : self._size(len(plan.decode_slots))])
 
-    def run(self, stage: Tensor, d: int) -> tuple[Tensor, Tensor]:
+    def run(self, d: int) -> tuple[Tensor, Callable[[], list[int]]]:
         """Launch the step of d rows that was staged.
 
-        Returns logits [d, V] and ids [d] (-1 if a logit was not finite) of buffers that the next step overwrites.
+        Returns logits [d, V], of a buffer that the next step overwrites, and what waits for its d ids (-1 if a logit
+        was not finite).
         """
         size = self._size(d)
-        self._rows.copy_(stage, non_blocking=True)
         self._replay[size]()
-        return self._logits[size][:d], self._ids[:d]
+        return self._logits[size][:d], self._mailbox.sent(d)
 
     def _size(self, d: int) -> int:
         """Rows of the graph for d rows, or for those of the data-parallel rank that has most."""
         return next(size for size in self._sizes if size >= max(d, self._data.rows))
 
+    def _rest(self) -> None:
+        for rows in (self._rows, *self._mailbox.rows):
+            rows.copy_(torch.from_numpy(self._sinks))
+
     def _step(self, size: int) -> None:
-        rows = self._rows[:, :size]
-        batch = self._batches.of_decodes(rows, self._slots.max_blocks)
+        rows, token_ids = self._rows[:, :size], self._token_ids[:size]
+        mailbox, last_tokens = self._mailbox, self._slots.last_tokens
+        self._take(mailbox.rows, mailbox.turn, last_tokens, self._rows, token_ids)
+        batch = self._batches.of_decodes(rows, self._slots.max_blocks, token_ids)
         with self._data.padded(batch.slots_B):  # those of sinks are 0
             logits = self.model(batch, self._slots.cache)
         ids = self._share(self._sampler.sample_rows(logits, batch.slots_B, rows[3]))
         self._logits[size] = logits
-        self._ids[:size] = ids
-        self._slots.last_tokens[batch.slots_B] = ids.clamp(min=0)
+        self._tell(ids, batch.slots_B, mailbox.turn, last_tokens, mailbox.ids)
 
     def _captured(self, size: int) -> Callable[[], None]:
-        replay, self._pool = captured(partial(self._step, size), self._pool, warm_up=2)
+        replay, self._pool = captured(partial(self._step, size), self._pool, warm_up=1)
         return replay

@@ -23,7 +23,7 @@ from thalweg.core import Prefill, StepPlan
 from thalweg.ops.host_tables import Limits, Tables, UnknownWhileCapturing
 from thalweg.runner.batch import BatchBuilder, places_of, prefill_sizes
 from thalweg.runner.capture import captured
-from thalweg.runner.graphs import STAGES, Model, Share
+from thalweg.runner.graphs import Model, Share
 from thalweg.sampling.sampler import Sampler
 
 _log = logging.getLogger(__name__)
@@ -31,6 +31,7 @@ _log = logging.getLogger(__name__)
 # Beyond, a step is longer than launching it.
 TOKENS = (64, 128, 192, 256, 384, 512, 768, 1024, 1280, 1536, 2048, 2304, 2560, 2816, 3072, 3328, 3584, 3840, 4096)
 AT_ONCE = 2048  # most tokens of shapes that are captured at the start
+STAGES = 4  # host buffers in turn: a copy to the device may still be reading one when the next step is staged
 CONTEXTS = (4096, 8192, 16384)  # beyond those without cached tokens; more would be computed for nothing
 TURN = 512  # most tokens of a prompt after a cached prefix whose shapes are captured at the start
 PREFILLS = (1, 15)  # and the one that pads the step: logits of few enough rows for kernels that stream the head once

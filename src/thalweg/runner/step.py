@@ -189,23 +189,23 @@ class ModelRunner:
 
     def _launch_graph(self, graphs: DecodeGraphs, plan: StepPlan) -> Finish:
         with tracing.span("build"):
-            stage = graphs.stage(plan)
+            graphs.stage(plan)
         with tracing.span("model"):
-            logits, ids = graphs.run(stage, len(plan.decode_slots))
-        return self._of_decodes(plan, logits, ids)
+            logits, read = graphs.run(len(plan.decode_slots))
+        return self._of_decodes(plan, logits, read)
 
     def _launch_recorded(self, recorded: RecordedSteps, plan: StepPlan) -> Finish:
         with tracing.span("build"):
             recorded.stage(plan)
         with tracing.span("model"):
             logits, ids = recorded.run(len(plan.decode_slots))
-        return self._of_decodes(plan, logits, ids)
+        return self._of_decodes(plan, logits, self._readback(ids))
 
-    def _of_decodes(self, plan: StepPlan, logits: Tensor, ids: Tensor) -> Finish:
-        """The result of a static step, whose ids count unless a row asks for more."""
+    def _of_decodes(self, plan: StepPlan, logits: Tensor, read: Callable[[], list[int]]) -> Finish:
+        """The result of a static step, whose ids, which `read` gives, count unless a row asks for more."""
         slots, result = plan.decode_slots, StepResult(plan.step, [])
         if self._sampler.simple(slots):
-            return self._finish_simple(result, slots, ids)
+            return self._finish_read(result, slots, read)
         return self._sample(result, logits.float(), slots, [s + 1 for s in plan.decode_starts])
 
     def _shape_of(self, plan: StepPlan) -> Shape | None:
@@ -262,8 +262,9 @@ class ModelRunner:
 
     def _finish_simple(self, result: StepResult, slots: list[int], ids: Tensor) -> Finish:
         """`result` with ids that `Sampler.sample_rows` gave."""
-        read = self._readback(ids)
+        return self._finish_read(result, slots, self._readback(ids))
 
+    def _finish_read(self, result: StepResult, slots: list[int], read: Callable[[], list[int]]) -> Finish:
         def finish() -> StepResult:
             tokens = read()
             errors = {s: NON_FINITE for s, t in zip(slots, tokens, strict=True) if t < 0} if min(tokens) < 0 else {}
