@@ -67,7 +67,7 @@ bool experts(
   if (inner != I) memset(hidden, 0, 4 * pairs * inner);
 
   int64_t bytes = count_used * D * down.row_bytes();
-  int64_t of_threads = threads == 1 ? 1 : 4 * threads;
+  int64_t of_threads = threads == 1 ? 1 : 2 * threads;
   int64_t chunk = rows_of_chunk(I, (of_threads + count_used - 1) / (count_used ? count_used : 1), pairs);
   int64_t chunks = (I + chunk - 1) / chunk;
   parallel_for(worth(threads, 2 * bytes), count_used * chunks, [&](int64_t task) {
