@@ -19,7 +19,8 @@ from thalweg.ops.toolchain import cuda_build
 from thalweg.ops.toolchain.tensor_map import TensorMap
 
 HEADERS = Path(__file__).parent / "host"
-TOGETHER = {"states": 4}  # blocks that tell each other something; those of other kernels run one after another
+# Blocks that tell each other something; those of other kernels run one after another.
+TOGETHER = {"states": 4, "gdn_states": 2}
 WRONG = {
     1: "too much shared memory",
     2: "wrote past its shared memory",

@@ -47,11 +47,12 @@ def test_gdn_on_the_host(on_host: Any, lengths: tuple[int, ...], gate: float | N
     case.check(case.run(on_host.gdn_mixer_prefill), 0.005)
 
 
-def test_segments_on_the_host(on_host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("G", [None, 1])
+def test_segments_on_the_host(on_host: Any, monkeypatch: pytest.MonkeyPatch, G: int | None) -> None:
     """Of two chunks, of one, and none at all."""
     monkeypatch.setattr(on_host, "segments", lambda *_: 3)
-    case = MixerPrefillCase((321, 0, 66), 1, rate=-6.0)  # states outlive segments
-    case.check(case.run(on_host.kda_mixer_prefill), 0.005)
+    case = MixerPrefillCase((321, 0, 66), 1, G=G, rate=-6.0)  # states outlive segments
+    case.check(case.run(on_host.gdn_mixer_prefill if G else on_host.kda_mixer_prefill), 0.005)
 
 
 @pytest.mark.slow
@@ -61,14 +62,15 @@ def test_states_at_boundaries_on_the_host(on_host: Any) -> None:
 
 
 @pytest.mark.exhaustive
-def test_kda_in_graphs_on_the_host(on_host: Any) -> None:
-    case = MixerPrefillCase((128,), 1)
+@pytest.mark.parametrize("G", [None, 1])
+def test_mixers_in_graphs_on_the_host(on_host: Any, G: int | None) -> None:
+    case = MixerPrefillCase((128,), 1, G=G)
     before = [torch.randn(8, *x.shape[1:]).to(x.dtype) for x in (case.state, case.conv)]
 
     def run(offsets: Any, starts: Any, boundaries: Any) -> list[torch.Tensor]:
         state, conv = (x.clone() for x in before)
         where = {"state_NHVK": state, "conv_state_NWC": conv, "slots_B": torch.tensor([1, 2, 3, 0])}
-        op = on_host.kda_mixer_prefill
+        op = on_host.gdn_mixer_prefill if G else on_host.kda_mixer_prefill
         return [op(*case.inputs, **case.weights, **where, offsets=offsets, boundaries=boundaries), state, conv]
 
     steps = [StepSequences([0, 70, 70, 100, 128], [0] * 4, [(0, 64, 5)]), StepSequences([0, 1, 2, 3, 128], [0] * 4, [])]
@@ -78,35 +80,39 @@ def test_kda_in_graphs_on_the_host(on_host: Any) -> None:
 @pytest.mark.parametrize("ratio", [None, 1, 2, 8])
 def test_chunks_compile_for_hopper(tmp_path: Path, ratio: int | None) -> None:
     pytest.importorskip("triton")
-    from thalweg.ops.delta.prefill_cuda import GDN_CHUNKS, GDN_SHARED, KDA_CHUNKS, KDA_SHARED
+    from thalweg.ops.delta.prefill_cuda import GDN, KDA
 
-    if ratio is None:
-        compiled, shared_bytes = compile_cuda(KDA_CHUNKS, tmp_path), KDA_SHARED
-    else:
-        compiled, shared_bytes = compile_cuda(GDN_CHUNKS, tmp_path, RATIO=ratio), GDN_SHARED
+    macros = {"RATIO": ratio} if ratio else {}
+    source, _, shared_bytes = (GDN if ratio else KDA).chunks
+    compiled, blocks = compile_cuda(source, tmp_path, **macros), 3 if ratio else 2
     assert compiled.spilled_bytes <= 96
-    assert compiled.registers <= 128
-    assert 2 * (shared_bytes + compiled.static_shared_bytes + 1024) <= 228 * 1024
+    assert blocks * 256 * compiled.registers <= 65536
+    assert blocks * (shared_bytes + compiled.static_shared_bytes + 1024) <= 228 * 1024
 
 
 @pytest.mark.parametrize("split", [0, 1])
 @pytest.mark.parametrize("state_bf16", [0, 1])
-def test_states_compile_for_hopper(tmp_path: Path, split: int, state_bf16: int) -> None:
+@pytest.mark.parametrize("ratio", [None, 2])
+def test_states_compile_for_hopper(tmp_path: Path, split: int, state_bf16: int, ratio: int | None) -> None:
     pytest.importorskip("triton")
-    from thalweg.ops.delta.prefill_cuda import STATES, STATES_SHARED
+    from thalweg.ops.delta.prefill_cuda import GDN, KDA
 
-    macros = {"STATE_BF16": state_bf16, "NORM_BF16": 0, "SILU": 1, "RATIO": 2, "SPLIT": split}
-    compiled = compile_cuda(STATES, tmp_path, **macros)
+    macros = {"STATE_BF16": state_bf16, "NORM_BF16": 0, "SPLIT": split} | ({"RATIO": ratio} if ratio else {})
+    source, _, shared_bytes = (GDN if ratio else KDA).states
+    compiled = compile_cuda(source, tmp_path, **macros)
     assert compiled.spilled_bytes == 0
-    assert STATES_SHARED + compiled.static_shared_bytes + 1024 <= 228 * 1024
+    assert shared_bytes + compiled.static_shared_bytes + 1024 <= 228 * 1024
 
 
 @pytest.mark.parametrize("state_bf16", [0, 1])
-def test_segments_compile_for_hopper(tmp_path: Path, state_bf16: int) -> None:
+@pytest.mark.parametrize("ratio", [None, 2])
+def test_segments_compile_for_hopper(tmp_path: Path, state_bf16: int, ratio: int | None) -> None:
     pytest.importorskip("triton")
-    from thalweg.ops.delta.prefill_cuda import SEGMENTS
+    from thalweg.ops.delta.prefill_cuda import GDN, KDA
 
-    assert compile_cuda(SEGMENTS, tmp_path, STAGES=4, STATE_BF16=state_bf16).spilled_bytes == 0
+    form = GDN if ratio else KDA
+    macros = {"STAGES": form.stages, "STATE_BF16": state_bf16} | ({"RATIO": ratio} if ratio else {})
+    assert compile_cuda(form.segments[0], tmp_path, **macros).spilled_bytes == 0
 
 
 def test_few_heads_with_long_prompts_are_walked_in_segments() -> None:
@@ -115,6 +121,7 @@ def test_few_heads_with_long_prompts_are_walked_in_segments() -> None:
 
     assert [segments(heads, 1024, 132) for heads in (1, 4, 8, 11, 12, 16, 32)] == [8, 8, 4, 3, 1, 1, 1]
     assert [segments(8, chunks, 132) for chunks in (16, 63, 64)] == [1, 1, 4]
+    assert [segments(heads, 1024, 132, blocks=2) for heads in (8, 16, 22, 32)] == [8, 4, 3, 1]
 
 
 def test_constants_are_those_of_the_sources() -> None:
@@ -123,7 +130,11 @@ def test_constants_are_those_of_the_sources() -> None:
         BLOCK,
         CHUNK,
         FIXED,
+        GDN_HEAD,
+        GDN_KEYS,
+        GDN_PART,
         GDN_SHARED,
+        GDN_STATES,
         INPUT,
         KDA_SHARED,
         STAGES,
@@ -143,7 +154,18 @@ def test_constants_are_those_of_the_sources() -> None:
     assert f"WARPS = {WARPS}, OUTS = 2, FETCHES = 4, MOVES = 5, THREADS = 256, STAGES = {STAGES};" in STATES.read_text()
     solving = "constexpr int SOLVING = 20 * BLOCK;"
     assert solving in STATES.with_name("chunk_solve.cuh").read_text()
-    assert (KDA_SHARED, GDN_SHARED) == (5 * TILE + 20 * BLOCK, 3 * INPUT + 2 * TILE + 20 * BLOCK)
+    assert (KDA_SHARED, GDN_SHARED) == (5 * TILE + 20 * BLOCK, 3 * INPUT + 20 * BLOCK)
+    layout = STATES.with_name("gdn.cuh").read_text()
+    assert "SLAB = 128 * CHUNK;" in layout
+    assert "KEYS_AT = 0, QUERIES_AT = 2 * SLAB, SHARED_BY_HEADS = 4 * SLAB;" in layout
+    assert "PAIRS_AT = SLAB, FACTORS_AT = PAIRS_AT + 10 * BLOCK, FACTORS = 1024;" in layout
+    assert "VALUES_AT = FACTORS_AT + FACTORS, SQUARES_AT = VALUES_AT + TILE;" in layout
+    assert "SQUARES = 4 * CHUNK, OF_HEAD = SQUARES_AT + 2 * SQUARES;" in layout
+    slab, values = 128 * CHUNK, TILE // 2
+    assert 4 * slab == GDN_KEYS
+    assert slab + 10 * BLOCK + 1024 + values == GDN_PART
+    assert slab + 10 * BLOCK + 1024 + TILE + 2 * 4 * CHUNK == GDN_HEAD
+    assert "THREADS = 512, STAGES = 3, SLICES = K / ROWS;" in GDN_STATES.read_text()
 
 
 @pytest.mark.parametrize(

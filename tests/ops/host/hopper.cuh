@@ -337,6 +337,8 @@ inline Operand describe(u32 address, u32 slab_bytes) {
     if (address % 16) fail("an operand is not aligned");
     return {address, slab_bytes};
 }
+inline Operand further(Operand x, u32 bytes) { return {x.start + bytes, x.slab}; }
+inline float tanh_approximately(float x) { return tanhf(x); }
 inline u32 swizzled(u32 address) { return address ^ (address >> 7 & 7) << 4; }
 inline float value_at(u32 address) { return from_bf16(*(const bf16*)at_address(swizzled(address))); }
 inline float of_row(Operand x, int row, int k) { return value_at(x.start + row / 8 * 1024 + row % 8 * 128 + 2 * k); }

@@ -61,13 +61,14 @@ template <int N, bool E4M3> void multiply(float (&c)[8 * N], Operand a, Operand 
     }
 }
 
-template <int N> void multiply_left(float (&c)[8 * N], const u32 (&a)[4], Operand b) {
+template <int N> void multiply_left(float (&c)[8 * N], const u32 (&a)[4], Operand b, int add = 1) {
     Warp& w = warp_here();
     const int lane = threadIdx.x % 32;
     memcpy(w.of_lane[lane], a, sizeof a);
     w.all.arrive_and_wait();
     for (int e = 0; e < 8 * N; e++) {
         const int row = lane / 4 + 8 * (e / 2 % 2), column = e / 4 * 8 + 2 * (lane % 4) + e % 2;
+        if (!add) c[e] = 0;
         for (int k = 0; k < 16; k++) {
             const u32 pair = w.of_lane[row % 8 * 4 + k % 8 / 2][row / 8 + 2 * (k / 8)];
             c[e] += (k % 2 ? high(pair) : low(pair)) * of_row(b, column, k);
@@ -80,6 +81,15 @@ inline u32 widen_nibbles(u32 word, u32 scales) {
     return pack(((int)(word & 15) - 8) * low(scales), ((int)(word >> 16 & 15) - 8) * high(scales));
 }
 
+inline void store_matrices(u32 to, const u32 (&x)[4]) {
+    Warp& w = warp_here();
+    const int lane = threadIdx.x % 32;
+    if (to % 16) fail("a row of a matrix is not aligned");
+    memcpy(w.of_lane[lane], x, sizeof x);
+    w.all.arrive_and_wait();
+    for (int i = 0; i < 4; i++) memcpy(at_address(to) + 4 * i, &w.of_lane[lane % 8 * 4 + i][lane / 8], 4);
+    w.all.arrive_and_wait();
+}
 inline void store_turned(u32 to, u32 a, u32 b, u32 c, u32 d) {
     Warp& w = warp_here();
     const int lane = threadIdx.x % 32, row = lane % 8;

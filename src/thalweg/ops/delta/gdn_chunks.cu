@@ -1,20 +1,32 @@
-// What kda_chunks.cu is for KDA, for Gated DeltaNet, which has one decay for all channels of a head, and value heads that
-// share keys and queries. A block makes what states.cu needs of CHUNK tokens of all value heads of a key head: the
-// convolutions of keys and queries, their norms and their products are the same for all, and a head's decays multiply
-// those as they are.
+// Gated DeltaNet's part of a prompt's delta rule that needs no state, for Hopper: K = V = 128, bf16 activations, 4 taps.
+// It has one decay for all channels of a head, and value heads that share keys and queries. A block makes what
+// gdn_states.cu needs of CHUNK tokens of all value heads of a key head. With f_i the products of a head's decays from the
+// beginning of the chunk up to token i, g_i those behind it, (j, i] those in between, and S0 the state before the chunk:
+//
+//     (I + A) U = beta (V - f (K S0^T)),   A_ij = beta_i (j, i] k_i . k_j,  j < i
+//     O = f (Q S0^T) + P U,                P_ij = (j, i] q_i . k_j,         j <= i
+//     S = f_C S0 + (g U)^T K
+//
+// Decays are no part of keys and queries, so these are written once for all heads, and of a head T = (I + A)^-1 beta, P,
+// V, f and g. No decay is ever divided by another.
+//
+// (I + A) is inverted for sub-blocks by halves of 1, 2, 4 and 8 tokens (chunk_solve.cuh), and then below them. What is at
+// most 1 goes into products as fp16 here, which is finer than bf16 there.
 //
 // Values of the next head are on their way while those of one are made use of.
 //
 // Macro: RATIO, value heads per key head.
 
 #include "hopper.cuh"
+#include "matrix_unit.cuh"
 #include "delta.cuh"
 #include "chunk_parts.cuh"
 #include "chunk_inputs.cuh"
 #include "chunk_tiles.cuh"
 #include "chunk_solve.cuh"
+#include "gdn.cuh"
 
-extern "C" __global__ void __launch_bounds__(THREADS, 2)
+extern "C" __global__ void __launch_bounds__(THREADS, 3)
     gdn_chunks(const bf16* qkv, const bf16* beta, const bf16* gate, const bf16* conv_weight, bf16* conv_state,
                const float* A_log, const float* dt_bias, const long long* slots, const int* pieces, const int* offsets,
                const int* saves, u8* work, long long qkv_stride, long long beta_stride, long long gate_stride, int H) {
@@ -23,9 +35,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     const int key_heads = H / RATIO, n = blockIdx.x / key_heads, key_head = blockIdx.x % key_heads;
     extern __shared__ __align__(128) u8 shared[];
     // Inputs of queries and keys come to where their tiles go, and then those of every other head's values.
-    u8 *const k_tile = shared, *const q_tile = shared + TILE, *const start_tile = shared + 3 * INPUT;
-    u8* const v_tile = start_tile + TILE;
-    const Solving solving = solving_at(v_tile + TILE);
+    u8 *const k_tile = shared, *const q_tile = shared + TILE;
+    const Solving solving = solving_at(shared + 3 * INPUT);
     auto values_at = [&](int r) { return shared + (r % 2 ? 0 : 2 * INPUT); };
     auto channel_of = [&](int p) { return (p * key_heads + key_head) * K; };  // of queries and keys
     auto values_of = [&](int r) { return (2 * key_heads + key_head * RATIO + r) * K; };
@@ -45,8 +56,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     fetch(shared + INPUT, in, piece, slot, channel_of(1));
     fetch(shared, in, piece, slot, channel_of(0));
     commit_copies();
-    fetch(values_at(0), in, piece, slot, values_of(0));
-    commit_copies();
 
     for (int i = tid; i < RATIO * CHUNK; i += THREADS) {
         const int r = i / CHUNK, t = i % CHUNK, h = key_head * RATIO + r;
@@ -56,18 +65,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
         beta_s[r][t] = there ? sigmoid(b) : 0.0f;
         decay_s[r][t] = there ? decay(x, dt_bias[h] * LOG2_E, __expf(A_log[h])) : 1.0f;
     }
-    u32 k[SUB], q[SUB];
+    u8* const group = work + ((long long)n * key_heads + key_head) * (SHARED_BY_HEADS + RATIO * OF_HEAD);
     {
+        u32 k[SUB], q[SUB];
         const uint4 k_taps = taps_at(channel_of(1)), q_taps = taps_at(channel_of(0));
-        wait_for_copies<1>();
+        wait_for_copies<0>();
         __syncthreads();
-        unit_rows<false>(k, q, shared + INPUT, shared, k_taps, q_taps, nullptr, at);
+        fetch(values_at(0), in, piece, slot, values_of(0));  // now, or keys and queries of other blocks would be late
+        commit_copies();
+        unit_rows<false, true>(k, q, shared + INPUT, shared, k_taps, q_taps, nullptr, at);
+#pragma unroll
+        for (int i = 0; i < SUB; i++) {
+            u8* const to = group + in_slabs(SUB * s + i, c);
+            *(u32*)(to + KEYS_AT) = pack(half_low(k[i]), half_high(k[i]));
+            *(u32*)(to + QUERIES_AT) = pack(half_low(q[i]), half_high(q[i]));
+        }
+        if (piece.save > 0 && tid < 6 * 16)
+            save_rows(conv_state, shared + tid / 48 * INPUT, piece.save, in.C, channel_of(tid / 48), tid % 48);
+        __syncthreads();  // inputs of queries and keys have been read
+        store_tokens(k_tile, k, at);
+        store_tokens(q_tile, q, at);
     }
-    if (piece.save > 0 && tid < 6 * 16)
-        save_rows(conv_state, shared + tid / 48 * INPUT, piece.save, in.C, channel_of(tid / 48), tid % 48);
-    __syncthreads();  // inputs of queries and keys have been read
-    store_tokens(k_tile, k, at);
-    store_tokens(q_tile, q, at);
     __syncthreads();
 
     // Products as they are: blocks on the diagonals of A (even warps) and P (odd ones), and those below, 6 of each, 2 for
@@ -90,11 +108,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
 #pragma unroll 1
     for (int r = 0; r < RATIO; r++) {
         forget(at.lane), forget(at.c);  // or all addresses are kept from head to head
-        u8* const out = work + ((long long)n * H + key_head * RATIO + r) * WORK;
+        u8* const out = group + SHARED_BY_HEADS + r * OF_HEAD;
         const float *const betas = beta_s[r], *const decays = decay_s[r];
-        *(uint2*)(out + SUMS_AT + 8 * tid) = make_uint2(NOT_YET, NOT_YET);
+        if (tid < CHUNK) *(uint2*)(out + SQUARES_AT + 8 * tid) = make_uint2(NOT_YET, NOT_YET);
         const uint4 taps = taps_at(values_of(r));
         wait_for_copies<0>();
+        if (tid == 0) wait_until_read();
         __syncthreads();  // values have come, and nothing is read any more that others used before
         if (r + 1 < RATIO) fetch(values_at(r + 1), in, piece, slot, values_of(r + 1));
         commit_copies();
@@ -104,14 +123,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
         u32 first_of[8], second_of[8];  // of pairs of tokens, this thread's two channels
         {
             float2 v[SUB];
-            convolve(v, values_at(r), taps, at);
+            convolve<true>(v, values_at(r), taps, at);
 #pragma unroll
             for (int t = 0; t < SUB; t += 2) {
-                const float b0 = betas[SUB * s + t], b1 = betas[SUB * s + t + 1];
-                first_of[t / 2] = pack(v[t].x * b0, v[t + 1].x * b1);
-                second_of[t / 2] = pack(v[t].y * b0, v[t + 1].y * b1);
+                first_of[t / 2] = pack(v[t].x, v[t + 1].x);
+                second_of[t / 2] = pack(v[t].y, v[t + 1].y);
             }
-            store_channels(v_tile, first_of, second_of, swap_of(at), at);
         }
         float a[SUB];
 #pragma unroll
@@ -135,44 +152,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
         }
         __syncthreads();
 
-        // Tokens decayed from the beginning of the chunk, and to its end.
-        {
-            float x = 1.0f, y = 1.0f;
+        if (tid < CHUNK) {
+            float f = from_start_s[tid], g = to_end_s[tid];
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                if (i < s) x *= total_s[i];
-                if (i > s) y *= total_s[i];
+                if (i < tid / SUB) f *= total_s[i];
+                if (i > tid / SUB) g *= total_s[i];
             }
-            if (s == 3) {
-                const float all = x * total_s[3];
-                *(float2*)(out + A_AT + 8 * c) = float2{all, all};
-            }
-            float2 even;
-            u32 q_x[8];
-#pragma unroll
-            for (int t = 0; t < SUB; t++) {
-                const float of_q = from_start_s[SUB * s + t] * x, of_k = of_q * betas[SUB * s + t];
-                const u32 q_here = pack(half_low(q[t]) * of_q, half_high(q[t]) * of_q);
-                if (t < 8) q_x[t] = q_here;
-                else *(uint2*)(out + Q_AT + at_token(at) + (t - 8) * 64) = make_uint2(q_x[t - 8], q_here);
-                const float2 k_start = {half_low(k[t]) * of_k, half_high(k[t]) * of_k};
-                if (t % 2) {
-                    first_of[t / 2] = pack_half(even.x, k_start.x);
-                    second_of[t / 2] = pack_half(even.y, k_start.y);
-                }
-                even = k_start;
-            }
-            store_channels(start_tile, first_of, second_of, swap_of(at), at);
-#pragma unroll
-            for (int t = 0; t < SUB; t++) {
-                const float to = to_end_s[SUB * s + t] * y;
-                const float2 k_end = {half_low(k[t]) * to, half_high(k[t]) * to};
-                if (t % 2) first_of[t / 2] = pack(even.x, k_end.x), second_of[t / 2] = pack(even.y, k_end.y);
-                even = k_end;
-            }
-            store_channels(out + K_AT, first_of, second_of, 0, at);
+            float* const factors = (float*)(out + FACTORS_AT);
+            factors[tid] = f, factors[CHUNK + tid] = g;
+            if (tid == CHUNK - 1) factors[2 * CHUNK] = f;
         }
-
+        store_channels(values_at(r), first_of, second_of, swap_of(at), at);  // over their inputs
+        share_writes();
         const int lane = at.lane, row = lane / 4, i_s = SUB * s + row;
         float diagonal[6];
 #pragma unroll
@@ -201,11 +193,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
                 right[e] = from_right[e] * factors[e / 2] * to_end[8];
             }
             if (is_A) store_A(solving, pair, left, right, lane);
-            else store_P(out, i, j, pack_block(left, right), lane);
+            else store_P(out + PAIRS_AT, i, j, pack_block(left, right), lane);
         };
         below(below_left[0], below_right[0], task_of(0));
         if (warp % 2) {
-            store_P_diagonal(out, diagonal, at);
+            store_P_diagonal(out + PAIRS_AT, diagonal, at);
             below(below_left[1], below_right[1], task_of(1));
         } else {
             const float b0 = betas[i_s], b1 = betas[i_s + 8];
@@ -214,6 +206,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
             invert(solving, diagonal, at);
         }
         __syncthreads();
-        solve<false>(out, solving, v_tile, start_tile, at);
+        if (tid == 0) write_bytes(out + VALUES_AT, shared_address(values_at(r)), TILE);
+        if (warp % 2 == 0) invert_below(out + T_AT, solving, betas, s, at);
     }
+    if (tid == 0) wait_until_written();
 }

@@ -81,7 +81,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
         const uint4 k_taps = taps_of(1), q_taps = taps_of(0);
         wait_for_copies<1>();
         __syncthreads();
-        unit_rows<true>(k, q, input_of(1), input_of(0), k_taps, q_taps, products_s, at);
+        unit_rows<true, false>(k, q, input_of(1), input_of(0), k_taps, q_taps, products_s, at);
     }
     wait_for_copies<0>();
     __syncthreads();
@@ -182,7 +182,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     }
     {
         float2 v[SUB];
-        convolve(v, input_of(2), taps_of(2), at);
+        convolve<false>(v, input_of(2), taps_of(2), at);
 #pragma unroll
         for (int t = 0; t < SUB; t += 2) {
             const float b0 = beta_s[SUB * s + t], b1 = beta_s[SUB * s + t + 1];
@@ -215,7 +215,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
             }
             multiply_tokens(left, right, x, tokens_of(end_tile, column, j, at));
         }
-        if (!is_A) return store_P(out, i, j, pack_block(left, right), lane);
+        if (!is_A) return store_P(out + P_AT, i, j, pack_block(left, right), lane);
         const float f0 = -beta_s[SUB * i + row], f1 = -beta_s[SUB * i + row + 8];
 #pragma unroll
         for (int e = 0; e < 2; e++) left[e] *= f0, right[e] *= f0, left[2 + e] *= f1, right[2 + e] *= f1;
@@ -229,7 +229,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
                 diagonal[e] = products_s[SUB * s + row];
                 diagonal[4 + e] = products_s[SUB * s + row + 8];
             }
-        store_P_diagonal(out, diagonal, at);
+        store_P_diagonal(out + P_AT, diagonal, at);
 #pragma unroll 1
         for (int task = warp - 1; task <= warp; task++) below(task);
     } else {
@@ -240,5 +240,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
         below(8 + warp / 2);
     }
     __syncthreads();
-    solve<true>(out, solving, v_tile, start_tile, at);
+    solve(out, solving, v_tile, start_tile, at);
 }

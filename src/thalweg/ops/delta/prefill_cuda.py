@@ -1,21 +1,23 @@
-"""Launches the delta rule over prompts in CUDA C++: kda_chunks.cu or gdn_chunks.cu, segments.cu for few heads, and
-states.cu, which say how they work."""
+"""Launches the delta rule over prompts in CUDA C++: kda_chunks.cu, segments.cu for few heads, and states.cu, or Gated
+DeltaNet's, whose names begin with gdn. They say how they work."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from ctypes import c_float, c_int, c_longlong
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from thalweg.ops.host_tables import Boundaries, PerStep, pieces
-from thalweg.ops.toolchain.cuda_build import aligned_rows, cuda_kernel
+from thalweg.ops.toolchain.cuda_build import CudaKernel, aligned_rows, cuda_kernel
 from thalweg.ops.toolchain.triton_support import multiprocessors
 
-KDA_CHUNKS, GDN_CHUNKS, SEGMENTS, STATES = (
-    Path(__file__).with_name(f"{name}.cu") for name in ("kda_chunks", "gdn_chunks", "segments", "states")
+FOLDER = Path(__file__).parent
+KDA_CHUNKS, SEGMENTS, STATES, GDN_CHUNKS, GDN_SEGMENTS, GDN_STATES = (
+    FOLDER / f"{name}.cu" for name in ("kda_chunks", "segments", "states", "gdn_chunks", "gdn_segments", "gdn_states")
 )
 K, CHUNK, BLOCK = 128, 64, 512  # as in the sources
 TILE = CHUNK * K * 2
@@ -26,13 +28,52 @@ WARPS, STAGES = 2, 3  # of a block of states.cu, which has 16 rows of V for each
 HANDED = 2 * 12 * BLOCK  # of a warp that keeps states, for those that make outputs
 STATES_SHARED = STAGES * (FIXED + WARPS * 4 * BLOCK) + WARPS * HANDED
 INPUT = (CHUNK + 3) * 2 * K  # of a convolution
-KDA_SHARED, GDN_SHARED = 5 * TILE + 20 * BLOCK, 3 * INPUT + 2 * TILE + 20 * BLOCK
+KDA_SHARED, GDN_SHARED = 5 * TILE + 20 * BLOCK, 3 * INPUT + 20 * BLOCK
+# Of Gated DeltaNet: what a chunk's heads share, what a block of gdn_states.cu needs of a head beside that (T, P,
+# factors, 64 rows of V), and the bytes of a head.
+GDN_KEYS, GDN_PART = 2 * TILE, TILE // 2 + 10 * BLOCK + 1024 + TILE // 2
+GDN_HEAD = GDN_PART + TILE // 2 + 2 * 4 * CHUNK
+ALIGNED = 1024  # for the beginning of a ring
+GDN_STATES_SHARED = 3 * (GDN_KEYS + GDN_PART) + 2 * 3 * TILE // 2 + ALIGNED
+GDN_SEGMENTS_STAGES = 3
+GDN_SEGMENTS_SHARED = GDN_SEGMENTS_STAGES * (TILE + TILE // 2 + 1024 + TILE // 2) + ALIGNED
 
 
-def segments(heads: int, chunks: int, processors: int) -> int:
-    """How many parts a sequence of so many chunks is walked in, side by side, for so many heads of sequences together.
-    That walks most of them twice, and pays from three on."""
-    count = min(8, processors // (4 * heads))
+@dataclass(frozen=True)
+class Form:
+    """Kernels as (source, threads, bytes of shared memory), and how many blocks walk a head."""
+
+    chunks: tuple[Path, int, int]
+    segments: tuple[Path, int, int]
+    stages: int  # of the ring of `segments`
+    states: tuple[Path, int, int]
+    blocks: int
+
+    def work(self, key_heads: int, heads: int) -> int:
+        """Bytes of a chunk."""
+        return key_heads * GDN_KEYS + heads * GDN_HEAD if self is GDN else heads * WORK
+
+
+KDA = Form(
+    (KDA_CHUNKS, 256, KDA_SHARED),
+    (SEGMENTS, 160, 4 * (2 * TILE + 4 * K + 16 * BLOCK)),
+    4,
+    (STATES, 256, STATES_SHARED),
+    8 // WARPS,
+)
+GDN = Form(
+    (GDN_CHUNKS, 256, GDN_SHARED),
+    (GDN_SEGMENTS, 160, GDN_SEGMENTS_SHARED),
+    GDN_SEGMENTS_STAGES,
+    (GDN_STATES, 512, GDN_STATES_SHARED),
+    2,
+)
+
+
+def segments(heads: int, chunks: int, processors: int, blocks: int = 8 // WARPS) -> int:
+    """How many parts a sequence of so many chunks is walked in, side by side, for so many heads of sequences together,
+    with so many blocks each. That walks most of them twice, and pays from three on."""
+    count = min(8, processors // (blocks * heads))
     return count if count > 2 and chunks >= 16 * count else 1
 
 
@@ -101,18 +142,22 @@ def _mixer(
     if not T:
         return out_TO
     is_gdn = dt_bias.ndim == 1
+    form = GDN if is_gdn else KDA
+
+    def kernel(of: tuple[Path, int, int], **macros: int) -> tuple[CudaKernel, int]:
+        source, threads, shared = of
+        return cuda_kernel(source, source.stem, threads, device, **macros), shared
+
     qkv_TC, gate_TO = aligned_rows(qkv_TC), aligned_rows(gate_TO)
     gate_TX = gate_TX if is_gdn else aligned_rows(gate_TX)
     ratio = 2 * H // (len(conv_weight_CW) // K - H)
+    shape = {"RATIO": ratio} if is_gdn else {}
     cut = pieces(offsets, CHUNK, device, boundaries)
-    work = torch.empty(cut.num * H * WORK, dtype=torch.uint8, device=device)
-    if is_gdn:
-        chunks = cuda_kernel(GDN_CHUNKS, "gdn_chunks", 256, device, RATIO=ratio)
-    else:
-        chunks = cuda_kernel(KDA_CHUNKS, "kda_chunks", 256, device)
+    work = torch.empty(cut.num * form.work(H // ratio, H), dtype=torch.uint8, device=device)
+    chunks, shared = kernel(form.chunks, **shape)
     chunks.launch(
         (cut.num * (H // ratio), 1, 1),
-        GDN_SHARED if is_gdn else KDA_SHARED,
+        shared,
         qkv_TC,
         beta_TH,
         gate_TX,
@@ -133,13 +178,13 @@ def _mixer(
     sequences = len(offsets) - 1
     long = max(1, sequences - isinstance(offsets, PerStep))  # one of a captured step is there to pad it
     state_bf16, norm_bf16 = (int(x.dtype == torch.bfloat16) for x in (state_NHVK, norm_weight_V))
-    count, moves = segments(long * H, cut.num // long, multiprocessors(device)), work
+    count, moves = segments(long * H, cut.num // long, multiprocessors(device), form.blocks), work
     if count > 1:
         moves = torch.empty(sequences * (count - 1) * H * MOVE, dtype=torch.uint8, device=device)
-        ahead = cuda_kernel(SEGMENTS, "segments", 160, device, STAGES=4, STATE_BF16=state_bf16)
+        ahead, shared = kernel(form.segments, STAGES=form.stages, STATE_BF16=state_bf16, **shape)
         ahead.launch(
             (sequences * (count - 1) * H * 4, 1, 1),
-            4 * (2 * TILE + 4 * K + 16 * BLOCK),
+            shared,
             work,
             state_NHVK,
             slots_B,
@@ -149,12 +194,10 @@ def _mixer(
             (c_int, H),
             (c_int, count),
         )
-    macros = {"RATIO": ratio, "SPLIT": int(count > 1), "SILU": int(is_gdn)}
-    macros |= {"STATE_BF16": state_bf16, "NORM_BF16": norm_bf16}
-    walk = cuda_kernel(STATES, "states", 256, device, **macros)
+    walk, shared = kernel(form.states, SPLIT=int(count > 1), STATE_BF16=state_bf16, NORM_BF16=norm_bf16, **shape)
     walk.launch(
-        (sequences * count * H * (8 // WARPS), 1, 1),
-        STATES_SHARED,
+        (sequences * count * H * form.blocks, 1, 1),
+        shared,
         work,
         qkv_TC,
         gate_TO,

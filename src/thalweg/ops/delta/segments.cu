@@ -89,25 +89,5 @@ extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1))
         if (++place == STAGES) place = 0, phase ^= 1;
     }
 
-    u8* const to = moves + (((long long)sequence * (count - 1) + segment) * H + h) * MOVE + lane * 16;
-    if (!of_M) {
-#pragma unroll
-        for (int i = 0; i < 16; i++)
-            *(float4*)(to + (rows + i) * BLOCK) = make_float4(S[i][0], S[i][1], S[i][2], S[i][3]);
-        return;
-    }
-    // Pairs are those of a column: of the first 8 rows and of the last, of two blocks of 8 columns.
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-        u32 m[4], rest[4];
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-            const float x = S[2 * i + e / 2][e % 2 * 2], y = S[2 * i + e / 2][e % 2 * 2 + 1];
-            const u32 both = pack(x, y);
-            m[e] = transpose_matrix(both);
-            rest[e] = transpose_matrix(pack(x - low(both), y - high(both)));
-        }
-        *(uint4*)(to + M_AT + (rows / 2 + i) * BLOCK) = make_uint4(m[0], m[1], m[2], m[3]);
-        *(uint4*)(to + REST_AT + (rows / 2 + i) * BLOCK) = make_uint4(rest[0], rest[1], rest[2], rest[3]);
-    }
+    write_moves(S, moves + (((long long)sequence * (count - 1) + segment) * H + h) * MOVE + lane * 16, rows, of_M);
 }

@@ -1,5 +1,5 @@
-// Carries states across the chunks of prompts, for Hopper: what kda_chunks.cu or gdn_chunks.cu makes of every
-// chunk, in order. They say what the parts are, and chunk_tiles.cuh how they lie in memory.
+// Carries states across the chunks of prompts, for Hopper: what kda_chunks.cu makes of every chunk, in order. It says what
+// the parts are, and chunk_tiles.cuh how they lie in memory.
 //
 // A block has 32 rows of V of a head's state, and walks a sequence. Of each 16 rows one warp keeps the state, in fp32, as
 // the matrix unit's result C, and packs it to bf16 for its operand a; two others make outputs, in turn, of what the first
@@ -18,8 +18,8 @@
 // Another warp fetches the parts of the next chunks to a ring in shared memory, and one of a head's first block moves the
 // convolution's states on, which nothing reads any more.
 //
-// Macros: STATE_BF16, 1 for states stored in bf16, 0 for fp32. NORM_BF16, for the norm's weight. SILU, 1 for gates that
-// multiply by x sigmoid(x), 0 for sigmoid(x). RATIO, value heads per key head. SPLIT, 1 if `count` may be above 1.
+// Macros: STATE_BF16, 1 for states stored in bf16, 0 for fp32. NORM_BF16, for the norm's weight. SPLIT, 1 if `count` may
+// be above 1.
 
 #include "hopper.cuh"
 #include "delta.cuh"
@@ -37,9 +37,6 @@ __device__ __forceinline__ float load_weight(const Weight* from) { return from_b
 typedef float Weight;
 __device__ __forceinline__ float load_weight(const Weight* from) { return *from; }
 #endif
-
-// What a gate multiplies by.
-__device__ __forceinline__ float opening(float x) { return SILU ? x * sigmoid(x) : sigmoid(x); }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     states(u8* work, const bf16* qkv, const bf16* gate, const Weight* norm_weight, bf16* conv_state, State* state,
@@ -101,10 +98,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     };
 
     if (slice == 0 && segment == 0 && warp == MOVES) {
-        const int key_heads = H / RATIO, C = (2 * key_heads + H) * K, length = end - first;
+        const int C = 3 * H * K, length = end - first;
 #pragma unroll 2
-        for (int i = h % RATIO ? K + lane : lane; i < 3 * K / 2; i += 32) {
-            const int p = i / 64, channel = (p < 2 ? p * key_heads + h / RATIO : 2 * key_heads + h) * K + i % 64 * 2;
+        for (int i = lane; i < 3 * K / 2; i += 32) {
+            const int channel = (i / 64 * H + h) * K + i % 64 * 2;
             bf16* remembered = conv_state + slots[sequence] * 3 * C + channel;
             u32 x[3];
 #pragma unroll
@@ -164,8 +161,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
                 for (int e = 0; e < 2; e++) {
                     const u32 g = gates[i][e];
-                    const u32 y = pack(kept[i][2 * e] * factor * weight[2 * e] * opening(low(g)),
-                                       kept[i][2 * e + 1] * factor * weight[2 * e + 1] * opening(high(g)));
+                    const u32 y = pack(kept[i][2 * e] * factor * weight[2 * e] * sigmoid(low(g)),
+                                       kept[i][2 * e + 1] * factor * weight[2 * e + 1] * sigmoid(high(g)));
                     if (t + 8 * i < end) *(u32*)(to + 8 * e) = y;
                 }
             }

@@ -60,6 +60,11 @@ __device__ __forceinline__ u32 fp16_of(u32 word, u32 mask) {
     return pair;
 }
 
+__device__ __forceinline__ float tanh_approximately(float x) {  // to 2^-11
+    float y;
+    asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 __device__ __forceinline__ float from_bf16(bf16 x) { return __uint_as_float((u32)x << 16); }
 __device__ __forceinline__ void store_bf16(bf16* to, float x) { *to = (bf16)pack(x, 0.0f); }
 __device__ __forceinline__ float as_bf16(float x) { return low(pack(x, 0.0f)); }
@@ -238,6 +243,11 @@ __device__ __forceinline__ void mma_fp16(float (&c)[4], u32 a0, u32 a1, u32 a2, 
 __device__ __forceinline__ u64 describe(u32 address, u32 slab_bytes) {
     return (u64)((address & 0x3ffff) >> 4) | (u64)(slab_bytes >> 4) << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
 }
+// The same so many bytes further on: one instruction, where `describe` takes five.
+__device__ __forceinline__ u64 further(u64 operand, u32 bytes) {
+    return operand >> 32 << 32 | (u32)operand + (bytes >> 4);
+}
+typedef u64 Operand;
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 // For all products but those of the last PENDING commits.

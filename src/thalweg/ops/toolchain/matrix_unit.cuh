@@ -109,20 +109,21 @@ MULTIPLY(8, "128", ALL(R8_), "%64", "%65", "%66")
 MULTIPLY(9, "144", ALL(R9), "%72", "%73", "%74")
 MULTIPLY(10, "160", ALL(R10), "%80", "%81", "%82")
 
-// c += a b^T in bf16, of 64 rows and 16 N columns, over 16 values of each. a is in registers, spread as mma has it.
-template <int N> __device__ void multiply_left(float (&c)[8 * N], const u32 (&a)[4], u64 b);
-#define MULTIPLY_LEFT(n, columns, registers, va, vb)                                                         \
-    template <> __device__ __forceinline__ void multiply_left<n>(float(&c)[8 * n], const u32(&a)[4], u64 b) { \
-        asm volatile("{\n.reg .pred p;\nsetp.eq.u32 p, 1, 1;\n"                                             \
+// c (+)= a b^T in bf16, of 64 rows and 16 N columns, over 16 values of each. a is in registers, spread as mma has it.
+template <int N> __device__ void multiply_left(float (&c)[8 * N], const u32 (&a)[4], u64 b, int add = 1);
+#define MULTIPLY_LEFT(n, columns, registers, va, vb, vp)                                                     \
+    template <>                                                                                              \
+    __device__ __forceinline__ void multiply_left<n>(float(&c)[8 * n], const u32(&a)[4], u64 b, int add) {   \
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " vp ", 0;\n"                                        \
                      "wgmma.mma_async.sync.aligned.m64n" columns "k16.f32.bf16.bf16 {" T##n "}, {" va "}, " vb \
                      ", p, 1, 1, 0;\n}"                                                                     \
                      : registers                                                                            \
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                 \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));                       \
     }
-MULTIPLY_LEFT(2, "32", ALL(R2), "%16, %17, %18, %19", "%20")
-MULTIPLY_LEFT(4, "64", ALL(R4), "%32, %33, %34, %35", "%36")
-MULTIPLY_LEFT(6, "96", ALL(R6), "%48, %49, %50, %51", "%52")
-MULTIPLY_LEFT(8, "128", ALL(R8_), "%64, %65, %66, %67", "%68")
+MULTIPLY_LEFT(2, "32", ALL(R2), "%16, %17, %18, %19", "%20", "%21")
+MULTIPLY_LEFT(4, "64", ALL(R4), "%32, %33, %34, %35", "%36", "%37")
+MULTIPLY_LEFT(6, "96", ALL(R6), "%48, %49, %50, %51", "%52", "%53")
+MULTIPLY_LEFT(8, "128", ALL(R8_), "%64, %65, %66, %67", "%68", "%69")
 template <int N> __device__ __forceinline__ void keep(u32 (&a)[N][4]) {  // products may read these until here
 #pragma unroll
     for (int i = 0; i < 4 * N; i++) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
@@ -136,7 +137,13 @@ __device__ __forceinline__ u32 widen_nibbles(u32 word, u32 scales) {
     return pair;
 }
 
-// Four matrices of 8 x 8, each turned over: the lane's two of a column are of rows 2 i and 2 i + 1 in memory.
+// Four matrices of 8 x 8 to rows of 16 bytes that the lanes point at, 8 lanes to a matrix: as they are, and each turned
+// over: the lane's two of a column are of rows 2 i and 2 i + 1 in memory.
+__device__ __forceinline__ void store_matrices(u32 to, const u32 (&x)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x[0]), "r"(x[1]),
+                 "r"(x[2]), "r"(x[3])
+                 : "memory");
+}
 __device__ __forceinline__ void store_turned(u32 to, u32 a, u32 b, u32 c, u32 d) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a), "r"(b),
                  "r"(c), "r"(d)

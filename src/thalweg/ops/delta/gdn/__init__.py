@@ -22,7 +22,7 @@ from thalweg.ops.delta.gdn import reference
 from thalweg.ops.host_tables import Boundaries
 from thalweg.ops.registry import Op, Refusal, Where, register
 from thalweg.ops.toolchain import cpu_build, cuda_build
-from thalweg.ops.toolchain.triton_support import why_not
+from thalweg.ops.toolchain.triton_support import why_not, why_not_hopper
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +140,7 @@ def _cuda_prefill_refuses(where: Where, dims: GdnDims) -> Refusal:
         return f"needs K = V = 128 and W = 3, not {dims.K}, {dims.V} and {dims.W}"
     if where.dtype != "bfloat16":
         return f"needs bfloat16, not {where.dtype}"
-    return why_not(where) or cuda_build.why_not(where)
+    return why_not(where) or cuda_build.why_not(where) or why_not_hopper()
 
 
 def _cpp_prefill(where: Where, dims: GdnDims) -> GdnMixerPrefill:
