@@ -90,8 +90,8 @@ class Rank:
         found: list[Tensor] = []
         original = graphs.run
 
-        def watched(plan: StepPlan, shape: Any) -> tuple[Tensor, Tensor]:
-            logits, ids = original(plan, shape)
+        def watched(plan: StepPlan, shape: Any, news: Any) -> tuple[Tensor, Tensor]:
+            logits, ids = original(plan, shape, news)
             found.append(logits.float().clone())
             return logits, ids
 
@@ -108,8 +108,7 @@ class Rank:
         shape = graphs.shape_of(plan)
         assert shape is not None
         with torch.inference_mode():
-            slots.admit(plan.admissions)
-            slots.add_blocks(plan.new_blocks)
+            slots.tell(slots.note(plan.admissions, plan.new_blocks))
             static = prefill_graphs.Static(shape, self.runner._batches)
             image = np.zeros(static.size, dtype=np.int64)
             static.write(plan, image)

@@ -70,7 +70,7 @@ def sampler_of(tokenizer: Tokenizer) -> Sampler:
 
 def admit(sampler: Sampler, slot: int, params: SamplingParams, output: list[int] | None = None) -> None:
     a = Admission(slot, f"r{slot}", [1, 2, *(output or [])], 2, params, slot, False)
-    sampler.table.admit([a], torch.tensor([slot]))
+    sampler.table.write(torch.tensor([slot]), *map(torch.from_numpy, sampler.table.admit([a])))
 
 
 def generated(tokenizer: Tokenizer, grammar: Grammar, seed: int, limit: int = 400, **params: Any) -> list[int]:

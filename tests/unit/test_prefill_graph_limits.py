@@ -17,6 +17,7 @@ from thalweg.config.engine import EngineConfig
 from thalweg.core import StepPlan
 from thalweg.runner import step as step_module
 from thalweg.runner.prefill_graphs import PrefillGraphs, Shape, token_sizes
+from thalweg.runner.slots import News
 
 CONTEXT = 600
 
@@ -37,9 +38,9 @@ def tokens_of_graphs(monkeypatch: pytest.MonkeyPatch, llm: LLM, lengths: list[in
     met: list[int] = []
     run = PrefillGraphs.run
 
-    def watched(graphs: PrefillGraphs, plan: StepPlan, shape: Shape) -> tuple[Tensor, Tensor]:
+    def watched(graphs: PrefillGraphs, plan: StepPlan, shape: Shape, news: News | None) -> tuple[Tensor, Tensor]:
         met.append(sum(p.length for p in plan.prefills))
-        return run(graphs, plan, shape)
+        return run(graphs, plan, shape, news)
 
     monkeypatch.setattr(step_module.PrefillGraphs, "run", watched)
     for n in lengths:

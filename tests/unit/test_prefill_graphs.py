@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,7 +22,17 @@ from thalweg.ops.host_tables import Limits, StepSequences, Tables, UnknownWhileC
 from thalweg.ops.registry import Resolver, Where
 from thalweg.runner import prefill_graphs
 from thalweg.runner import step as step_module
-from thalweg.runner.prefill_graphs import AT_ONCE, CONTEXTS, PREFILLS, TOKENS, PrefillGraphs, Shape, token_sizes
+from thalweg.runner.prefill_graphs import (
+    AT_ONCE,
+    CONTEXTS,
+    PREFILLS,
+    TOKENS,
+    PrefillGraphs,
+    Shape,
+    carries,
+    token_sizes,
+)
+from thalweg.runner.slots import News
 
 CPU = torch.device("cpu")
 
@@ -226,7 +237,7 @@ def with_static_steps(monkeypatch: pytest.MonkeyPatch) -> list[step_module.Model
     original, made = step_module.ModelRunner.__init__, []
 
     def init(self: Any, *args: Any) -> None:
-        original(self, *args[:4], prefill_tokens=256, keeps_prefixes=args[7])
+        original(self, *args[:4], prefill_tokens=256, keeps_prefixes=args[7], recorded_rows=args[9])
         made.append(self)
 
     monkeypatch.setattr(rank, "why_not_recorded", lambda *_: "its steps are static")
@@ -242,11 +253,13 @@ def test_static_steps_give_the_tokens_of_eager_ones(
     options = {"enable_prefix_caching": keeps, "snapshot_interval": 64}
     expected = generate(folder, **options)
     met: list[tuple[Shape, StepPlan]] = []
+    carried: list[News | None] = []
 
     class Uncaptured(PrefillGraphs):
-        def run(self, plan: StepPlan, shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
+        def run(self, plan: StepPlan, shape: Shape, news: News | None = None) -> tuple[torch.Tensor, torch.Tensor]:
             met.append((shape, plan))
-            return super().run(plan, shape)
+            carried.append(news)
+            return super().run(plan, shape, news)
 
     monkeypatch.setattr(step_module, "PrefillGraphs", Uncaptured)
     with_static_steps(monkeypatch)
@@ -255,9 +268,26 @@ def test_static_steps_give_the_tokens_of_eager_ones(
     assert {shape.rows for shape, _ in met} == {0, 5}
     assert len({shape.tokens for shape, _ in met}) > 1
     assert any(p.start for _, plan in met for p in plan.prefills)
+    assert all(
+        news is None for news, (shape, plan) in zip(carried, met, strict=True) if shape.prefills > 1 or plan.restores
+    )
+    assert any(news is not None and len(news.slots) for news in carried)
     assert any(len(plan.prefills) > 1 for _, plan in met)
     assert any(plan.boundaries for _, plan in met) == keeps
     assert any(plan.restores for _, plan in met) == keeps
+
+
+def test_a_step_of_one_prompt_carries_what_is_new_up_to_the_blocks_of_its_context() -> None:
+    def news(admissions: int, blocks: int) -> News:
+        return News(*(np.zeros(n) for n in (admissions, 3, 2, blocks, blocks)))
+
+    one, many = Shape(0, 1, 1024, 1024), Shape(8, 15, 1024, 1024)
+    assert carries(one, news(1, 17))
+    assert carries(one, news(0, 1))
+    assert not carries(one, news(2, 0))
+    assert not carries(one, news(1, 60))
+    assert carries(Shape(0, 1, 1024, 4096), news(1, 60))
+    assert not carries(many, news(1, 0))
 
 
 def start_before_ready(monkeypatch: pytest.MonkeyPatch) -> None:

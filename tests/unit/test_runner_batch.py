@@ -16,6 +16,7 @@ from thalweg.cache.storage import CacheStorage
 from thalweg.config.engine import EngineConfig
 from thalweg.core import Admission, Prefill, SamplingParams, StepPlan
 from thalweg.layers.batch import Batch
+from thalweg.ops.host_tables import all_to_device
 from thalweg.ops.sample.reference import sample
 from thalweg.runner import batch as batch_module
 from thalweg.runner.batch import DECODE_ROWS, BatchBuilder
@@ -30,6 +31,10 @@ LAYER: LayerSpecs = {"latent": PagedSpec((3,), "float32"), "state": StateSpec((2
 def slot_table(num_slots: int = 4, max_model_len: int = 40, block_size: int = 4) -> SlotTable:
     cache = CacheStorage([LAYER], 40, num_slots, block_size, CPU)
     return SlotTable(cache, SamplingTable(num_slots, 50, device=CPU), max_model_len)
+
+
+def take_in(slots: SlotTable, admissions: list[Admission], blocks: list[tuple[int, int, int]]) -> None:
+    slots.tell(slots.note(admissions, blocks))
 
 
 def admission(slot: int, ids: list[int], *, prompt_logits: bool = False, **params: Any) -> Admission:
@@ -49,8 +54,11 @@ def values(batch: Batch) -> dict[str, Any]:
 @pytest.mark.parametrize("every_row", [False, True])
 def test_decode_rows_and_prefills_in_one_batch(every_row: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     slots = slot_table()
-    slots.admit([admission(2, [20, 21, 22, 23, 24, 25, 26]), admission(4, [40, 41, 42])])
-    slots.add_blocks([(1, 0, 9), (1, 1, 8), (1, 2, 7), (3, 0, 11), (2, 0, 5), (2, 1, 3), (4, 0, 6)])
+    take_in(
+        slots,
+        [admission(2, [20, 21, 22, 23, 24, 25, 26]), admission(4, [40, 41, 42])],
+        [(1, 0, 9), (1, 1, 8), (1, 2, 7), (3, 0, 11), (2, 0, 5), (2, 1, 3), (4, 0, 6)],
+    )
     slots.last_tokens[:] = torch.tensor([0, 31, 0, 33, 0])
     copies: list[int] = []
     original = batch_module.to_device
@@ -80,8 +88,7 @@ def test_decode_rows_and_prefills_in_one_batch(every_row: bool, monkeypatch: pyt
 
 def test_prefills_alone_that_sample_nothing() -> None:
     slots = slot_table()
-    slots.admit([admission(1, [7, 8, 9])])
-    slots.add_blocks([(1, 0, 2)])
+    take_in(slots, [admission(1, [7, 8, 9])], [(1, 0, 2)])
     batch = BatchBuilder(slots).build(StepPlan(0, [], [], [], [], [Prefill(1, 0, 2, False)]))
     assert (batch.num_decodes, batch.prefill_offsets) == (0, [0, 2])
     assert (batch.token_ids_T.tolist(), batch.positions_T.tolist()) == ([7, 8], [0, 1])
@@ -90,7 +97,7 @@ def test_prefills_alone_that_sample_nothing() -> None:
 
 def test_steps_moved_on_by_a_token_equal_steps_built_anew() -> None:
     slots = slot_table()
-    slots.add_blocks([(s, i, 10 * s + i - 9) for s in (1, 2, 3) for i in range(4)])
+    take_in(slots, [], [(s, i, 10 * s + i - 9) for s in (1, 2, 3) for i in range(4)])
     moving = BatchBuilder(slots)
     plans = [decodes([1, 3, 2], [5 + i, 1 + i, 2 + i]) for i in range(9)]
     plans += [decodes([1, 2], [14, 11]), decodes([1, 2], [15, 12], [(4, 0, 40)]), decodes([2, 1], [13, 15])]
@@ -109,7 +116,7 @@ def test_steps_moved_on_by_a_token_equal_steps_built_anew() -> None:
 @pytest.mark.parametrize("size", [3, 4, 7])
 def test_rows_staged_for_a_graph_are_those_of_an_eager_step_and_sinks(size: int) -> None:
     slots = slot_table()
-    slots.add_blocks([(1, 0, 9), (1, 1, 8), (3, 0, 11), (2, 0, 5)])
+    take_in(slots, [], [(1, 0, 9), (1, 1, 8), (3, 0, 11), (2, 0, 5)])
     slots.last_tokens[:] = torch.tensor([0, 31, 32, 33, 0])
     plan, builder = decodes([3, 1, 2], [0, 6, 3]), BatchBuilder(slots)
     stage = torch.full((DECODE_ROWS, 8), -1)
@@ -132,11 +139,11 @@ def test_an_admission_leaves_nothing_of_the_slots_last_sequence() -> None:
     slots = slot_table()
     sampler = Sampler(slots.sampling, sample)
     reporting = admission(2, [1, 2], prompt_logits=True, prompt_logprobs=3, top_k=4, logprobs=1, presence_penalty=1.0)
-    slots.admit([reporting, admission(3, [4], temperature=0)])
+    take_in(slots, [reporting, admission(3, [4], temperature=0)], [])
     slots.cache.layers[0]["state"].fill_(7)
     assert slots[2].inspected
     assert (sampler.simple([2]), sampler.simple([3])) == (False, True)
-    slots.admit([admission(2, [5], temperature=0.5, min_p=0.0)])
+    take_in(slots, [admission(2, [5], temperature=0.5, min_p=0.0)], [])
     assert not slots[2].inspected
     assert slots[2].token_ids == [5]
     assert sampler.simple([2, 3])
@@ -186,3 +193,18 @@ def test_three_new_tokens_of_a_running_sequence_give_the_logits_of_three_decode_
         assert [after] == runner.execute(decodes([1], [n + 3])).token_ids
     else:
         assert after == result.token_ids[0]
+
+
+def test_arrays_of_several_dtypes_go_to_the_device_in_one_copy() -> None:
+    arrays = [
+        np.arange(3, dtype=np.int64),
+        np.array([[1.5], [2.5], [-3.5]], dtype=np.float32),
+        np.zeros(0, dtype=np.int32),
+        np.array([7, -8, 9], dtype=np.int32),
+    ]
+    there = all_to_device(arrays, CPU)
+    assert len({tensor.untyped_storage().data_ptr() for tensor in there}) == 1
+    assert all(tensor.data_ptr() % 16 == there[0].data_ptr() % 16 for tensor in there if tensor.numel())
+    for tensor, array in zip(there, arrays, strict=True):
+        assert torch.equal(tensor, torch.from_numpy(array))
+        assert tensor.dtype == torch.from_numpy(array).dtype

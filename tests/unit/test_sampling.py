@@ -33,7 +33,7 @@ def sampler(*requests: tuple[SamplingParams, list[int], int], slots: int = 8) ->
 
 def admit(s: Sampler, slot: int, params: SamplingParams, ids: list[int], num_prompt: int = 1) -> None:
     a = Admission(slot, f"r{slot}", ids, num_prompt, params, params.seed or 0, False)
-    s.table.admit([a], torch.tensor([slot]))
+    s.table.write(torch.tensor([slot]), *map(torch.from_numpy, s.table.admit([a])))
 
 
 def rows(n: int, seed: int = 0) -> torch.Tensor:

@@ -42,7 +42,8 @@ class Rows:
         self.outputs = {slot: list(output or []) for slot in self.slots}
         self.reads = 0
         for slot, own in zip(self.slots, params, strict=True):
-            table.admit([Admission(slot, f"r{slot}", [5, *self.outputs[slot]], 1, own, 0, False)], torch.tensor([slot]))
+            numbers = table.admit([Admission(slot, f"r{slot}", [5, *self.outputs[slot]], 1, own, 0, False)])
+            table.write(torch.tensor([slot]), *map(torch.from_numpy, numbers))
 
     def run(self, steps: int, wish: Callable[[int, list[int]], int]) -> dict[int, list[int]]:
         for _ in range(steps):

@@ -3,6 +3,9 @@
 A graph is for a shape: decode rows, prefills, tokens of prefills, and tokens of their contexts. A step runs in the
 smallest shape that holds it. Decode rows beyond its own are on the sinks; so is the last prefill, which has the tokens
 that the step lacks, and prefills between them and its own have none. Shapes are captured as they are met.
+
+What is new in the plan of a step with one prompt comes with its inputs, in one copy, and a graph's first kernels take
+it in: a host that told the device before would make it wait.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from thalweg.ops.host_tables import Limits, Tables, UnknownWhileCapturing
 from thalweg.runner.batch import BatchBuilder, places_of, prefill_sizes
 from thalweg.runner.capture import captured
 from thalweg.runner.graphs import Model, Share
+from thalweg.runner.slots import News
 from thalweg.sampling.sampler import Sampler
 
 _log = logging.getLogger(__name__)
@@ -36,6 +40,7 @@ CONTEXTS = (4096, 8192, 16384)  # beyond those without cached tokens; more would
 TURN = 512  # most tokens of a prompt after a cached prefix whose shapes are captured at the start
 PREFILLS = (1, 15)  # and the one that pads the step: logits of few enough rows for kernels that stream the head once
 ROWS = (0, 8, 32, 64, 128, 256)  # beyond, a step is long, and logits of so many rows are much memory
+NEWS_BLOCK = 32  # tokens of a block at least, if all of a step's can come with it
 MAX_SHAPES = 128  # that are captured; others run eagerly from then on
 
 
@@ -63,13 +68,15 @@ class Static:
     def __init__(self, shape: Shape, batches: BatchBuilder) -> None:
         self.shape, self._batches = shape, batches
         self.limits, places = _layout(shape)
-        *self._places, self._chosen, self._positions, self._tables = places
-        self.size = self._tables.stop
+        *self._places, self._chosen, self._positions, self._tables = places[:-5]
+        self._news = places[-5:]
+        self.size = places[-1].stop
         self.memory = torch.zeros(self.size, dtype=torch.int64, device=batches.slots.device)
         self.tables = Tables(self.limits, self.memory[self._tables].view(torch.int32))
 
-    def write(self, plan: StepPlan, stage: np.ndarray) -> None:
-        """The plan's step into an image of `memory`, stage int64 [size]."""
+    def write(self, plan: StepPlan, stage: np.ndarray, news: News | None = None) -> None:
+        """The plan's step into an image of `memory`, stage int64 [size], with what is new in it if the shape `carries`
+        that."""
         shape, prefills = self.shape, plan.prefills
         rest = shape.tokens - sum(p.length for p in prefills)
         empty = [Prefill(0, 0, 0, False)] * (shape.prefills - len(prefills))
@@ -89,10 +96,29 @@ class Static:
         chosen[of_prefills] = [p.slot for p in sampling]
         positions[of_prefills] = [p.start + p.length for p in sampling]
         self.tables.fill(self._batches.sequences(padded), stage[self._tables].view(np.int32))
+        parts = self._parts_of_news([stage[place] for place in self._news], np.float32, np.int32)
+        for part in parts:
+            part[...] = 1 if part.dtype == np.float32 else 0  # of the sinks
+        for part, new in zip(parts, news or (), strict=False):
+            part[..., : new.shape[-1]] = new
+
+    def _parts_of_news(self, parts: Sequence[Any], reals: Any, blocks: Any) -> list[Any]:
+        """As class News has them, of int64 arrays or tensors."""
+        n = self.shape.prefills if self._news[0].stop > self._news[0].start else 0
+        slots, numbers, integers, places, numbered = parts
+        return [
+            slots,
+            numbers.view(reals)[: 3 * n].reshape(3, n),
+            integers.reshape(2, n),
+            places,
+            numbered.view(blocks)[: len(places)],
+        ]
 
     def run(self, model: Model, sampler: Sampler, share: Share) -> tuple[Tensor, Tensor]:
         """Logits [rows + prefills + 1, V] and the ids sampled from them, which are each slot's last token then."""
         slots, tables = self._batches.slots, self.tables
+        news = [self.memory[place] for place in self._news]
+        slots.write(*self._parts_of_news(news, torch.float32, torch.int32))
         parts = [self.memory[place] for place in self._places]
         of_prefills = min(self._batches.blocks_for(self.shape.context), slots.max_blocks)
         num_blocks = slots.max_blocks if self.shape.rows else of_prefills
@@ -204,15 +230,15 @@ class PrefillGraphs:
         full = self._started and len(self._replays) + len(self._refused) >= MAX_SHAPES
         return None if full and shape not in self._replays and shape not in self._refused else shape
 
-    def run(self, plan: StepPlan, shape: Shape) -> tuple[Tensor, Tensor]:
-        """Launch the step in the shape that `shape_of` gave.
+    def run(self, plan: StepPlan, shape: Shape, news: News | None = None) -> tuple[Tensor, Tensor]:
+        """Launch the step in the shape that `shape_of` gave, with what the device was not told before.
 
         Returns logits [R, V] and ids [R] (-1 if a logit was not finite) of the rows that sample, in the plan's order,
         in buffers that the next step overwrites.
         """
         new, static = shape not in self._statics, self._static(shape)
         stage = self._next_stage(static.size)
-        static.write(plan, stage.numpy())
+        static.write(plan, stage.numpy(), news)
         static.memory.copy_(stage, non_blocking=True)
         if self._started and not new and shape not in self._replays and shape not in self._refused:
             self._try_to_capture(static)
@@ -261,11 +287,26 @@ class PrefillGraphs:
 
 def _layout(shape: Shape) -> tuple[Limits, list[slice]]:
     """Where a step's inputs lie in one array of int64: what write_prefills writes, slots and positions of the rows that
-    are chosen for, and tables."""
+    are chosen for, tables, and what is new."""
     d, B = shape.rows, shape.prefills + 1
     limits = Limits(B, shape.tokens, shape.context)
     sizes = prefill_sizes(d, B, shape.tokens, d + B)
-    return limits, places_of((*sizes, d + B, d + B, -(-Tables.words(limits) // 2)))
+    n, m = _most_news(shape)
+    return limits, places_of(
+        (*sizes, d + B, d + B, -(-Tables.words(limits) // 2), n, -(-3 * n // 2), 2 * n, m, -(-m // 2))
+    )
+
+
+def _most_news(shape: Shape) -> tuple[int, int]:
+    """Admissions and blocks that steps of the shape can carry. States of all that it can are zeroed, so that it is one
+    prompt; blocks are those of a whole context."""
+    return (1, shape.context // NEWS_BLOCK + shape.rows + 8) if shape.prefills == 1 else (0, 0)
+
+
+def carries(shape: Shape, news: News) -> bool:
+    """Whether a step of the shape can take in what is new itself."""
+    n, m = _most_news(shape)
+    return len(news.slots) <= n and len(news.places) <= m
 
 
 def _cuts(model: Model) -> list[nn.Module]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from thalweg.cache.storage import CacheStorage
 from thalweg.core import Admission
-from thalweg.ops.host_tables import to_device
+from thalweg.ops.host_tables import all_to_device
 from thalweg.sampling.table import SamplingTable
 
 IntArray = np.ndarray
@@ -28,6 +30,18 @@ class Admitted:
     def inspected(self) -> bool:
         """Whether something is reported of every row of its prompt."""
         return self.prompt_logits or self.prompt_logprobs is not None
+
+
+class News(NamedTuple):
+    """What is new in a plan, for the device: slots of admitted sequences (int64 [n]), how their tokens are chosen
+    (float32 [3, n] and int64 [2, n], see SamplingTable), and places in the flattened block tables (int64 [m]) with the
+    blocks that go there (int32 [m])."""
+
+    slots: IntArray
+    reals: np.ndarray
+    integers: IntArray
+    places: IntArray
+    blocks: IntArray
 
 
 class SlotTable:
@@ -53,18 +67,24 @@ class SlotTable:
         """What the slot's sequence was admitted with. Raises KeyError if there was none."""
         return self._admitted[slot]
 
-    def admit(self, admissions: Sequence[Admission]) -> None:
-        """Sequences begin in their slots: nothing of an earlier one shows."""
-        slots = to_device([a.slot for a in admissions], self.device)
-        self.cache.reset_slots(slots)
-        self.sampling.admit(admissions, slots)
+    def note(self, admissions: Sequence[Admission], new_blocks: Sequence[tuple[int, int, int]]) -> News:
+        """Take in on the host what is new in a plan, before its rows are built: sequences begin in their slots, and
+        (slot, index in its block table, block) are added. The device is to be told."""
+        slot, index, block = np.array(new_blocks, dtype=np.int64).reshape(-1, 3).T
+        self.host_blocks[slot, index] = block
         for a in admissions:
             self._admitted[a.slot] = Admitted(a.token_ids, a.prompt_logits, a.params.prompt_logprobs)
+        slots = np.array([a.slot for a in admissions], dtype=np.int64)
+        return News(slots, *self.sampling.admit(admissions), slot * self.max_blocks + index, block.astype(np.int32))
 
-    def add_blocks(self, new_blocks: Sequence[tuple[int, int, int]]) -> None:
-        """Take in (slot, index in its block table, block) of a plan, before its rows are built."""
-        slot, index, block = np.array(new_blocks, dtype=np.int64).T
-        self.host_blocks[slot, index] = block
-        if self.device.type != "cpu":
-            places, blocks = to_device(np.stack((slot * self.max_blocks + index, block)), self.device)
-            self.blocks.view(-1).index_copy_(0, places, blocks.int())
+    def tell(self, news: News) -> None:
+        """The device what `note` gave, in one copy."""
+        self.write(*all_to_device(news, self.device))
+
+    def write(self, slots: Tensor, reals: Tensor, integers: Tensor, places: Tensor, blocks: Tensor) -> None:
+        """As `tell`, what is on the device; nothing of an earlier sequence in the slots shows from now on."""
+        if len(places):
+            self.blocks.view(-1).index_copy_(0, places, blocks)
+        if len(slots):
+            self.cache.reset_slots(slots)
+            self.sampling.write(slots, reals, integers)

@@ -20,10 +20,10 @@ from thalweg.runner import cache_file
 from thalweg.runner.batch import BatchBuilder
 from thalweg.runner.graphs import DecodeGraphs, Model, Share
 from thalweg.runner.lock_step import Agreed
-from thalweg.runner.prefill_graphs import PrefillGraphs, Shape
+from thalweg.runner.prefill_graphs import PrefillGraphs, Shape, carries
 from thalweg.runner.readback import Readback
 from thalweg.runner.recorded import RecordedSteps
-from thalweg.runner.slots import SlotTable
+from thalweg.runner.slots import News, SlotTable
 from thalweg.sampling.logprobs import token_logprobs
 from thalweg.sampling.sampler import NON_FINITE, Sampler
 
@@ -116,18 +116,19 @@ class ModelRunner:
             host.copy(plan)
         if plan.snapshots:
             cache.save(plan.snapshots)
-        if plan.admissions:
-            self.slots.admit(plan.admissions)
+        news = self.slots.note(plan.admissions, plan.new_blocks) if plan.admissions or plan.new_blocks else None
+        shape = self._shape_of(plan) if plan.prefills and not eagerly else None
+        if news is not None and (shape is None or plan.restores or not carries(shape, news)):
+            self.slots.tell(news)
+            news = None
         if plan.restores:
             cache.restore(plan.restores)
-        if plan.new_blocks:
-            self.slots.add_blocks(plan.new_blocks)
         if self._graphs is not None and self._graphs.serves(plan):
             finish = self._launch_graph(self._graphs, plan)
         elif self._recorded is not None and self._recorded.serves(plan):
             finish = self._launch_recorded(self._recorded, plan)
-        elif not eagerly and self.prefill_graphs is not None and (shape := self._shape_of(plan)) is not None:
-            finish = self._launch_prefill_graph(self.prefill_graphs, plan, shape)
+        elif shape is not None and self.prefill_graphs is not None:
+            finish = self._launch_prefill_graph(self.prefill_graphs, plan, shape, news)
         else:
             finish = self._launch_eager(plan)
         if plan.boundaries:
@@ -211,16 +212,17 @@ class ModelRunner:
     def _shape_of(self, plan: StepPlan) -> Shape | None:
         """The shape of graphs that the step runs in, if any."""
         graphs = self.prefill_graphs
-        assert graphs is not None
+        if graphs is None:
+            return None
         inspected = any(self.slots[p.slot].inspected for p in plan.prefills)
         shape = None if inspected else graphs.shape_of(plan)
         if shape is None and plan.prefills:
             graphs.steps["eager"] += 1
         return shape
 
-    def _launch_prefill_graph(self, graphs: PrefillGraphs, plan: StepPlan, shape: Shape) -> Finish:
+    def _launch_prefill_graph(self, graphs: PrefillGraphs, plan: StepPlan, shape: Shape, news: News | None) -> Finish:
         with tracing.span("model"):
-            logits, ids = graphs.run(plan, shape)
+            logits, ids = graphs.run(plan, shape, news)
         result, slots, positions = self._sampling(plan)
         if not slots:
             return self._finish_unsampled(result)

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from thalweg.core import Admission
 from thalweg.errors import InvalidRequest
-from thalweg.ops.host_tables import to_device
 from thalweg.sampling.adjust import LogitAdjuster
 from thalweg.sampling.grammars import Grammars
 from thalweg.sampling.structured import GrammarState
@@ -69,9 +68,9 @@ class SamplingTable:
         self.rows = [SlotSampling() for _ in range(n)]
         self.special: set[int] = set()  # the slots whose rows are
 
-    def admit(self, admissions: Sequence[Admission], slots: Tensor) -> None:
-        """Take in a step's admissions, whose slots are int64 [n] on the device; nothing here waits for the device
-        unless a request adjusts its logits."""
+    def admit(self, admissions: Sequence[Admission]) -> tuple[np.ndarray, np.ndarray]:
+        """Take in a step's admissions. What is to be `write`n of them on the device: reals float32 [3, n] and integers
+        int64 [2, n]. Nothing here waits for the device unless a request adjusts its logits."""
         for a in admissions:
             self.rows[a.slot] = row = self._row(a)
             (self.special.add if row.special else self.special.discard)(a.slot)
@@ -81,8 +80,12 @@ class SamplingTable:
             [max(p.top_k, 0) for p in params],
             [a.seed - 2**64 if a.seed >= 2**63 else a.seed for a in admissions],
         ]
-        self._reals.index_copy_(1, slots, to_device(np.array(reals, dtype=np.float32), self.device))
-        self._integers.index_copy_(1, slots, to_device(np.array(integers, dtype=np.int64), self.device))
+        return np.array(reals, dtype=np.float32), np.array(integers, dtype=np.int64)
+
+    def write(self, slots: Tensor, reals: Tensor, integers: Tensor) -> None:
+        """What `admit` gave, all on the device, for slots int64 [n]."""
+        self._reals.index_copy_(1, slots, reals)
+        self._integers.index_copy_(1, slots, integers)
 
     def _row(self, a: Admission) -> SlotSampling:
         p = a.params
