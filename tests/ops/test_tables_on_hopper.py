@@ -102,6 +102,7 @@ def tables(resolver: Resolver) -> dict[str, list[str]]:
 def test_decode_rows_and_prompts_of_the_published_shape() -> None:
     assert tables(resolved()) == {
         "norm_linear 2304": ["1-32: cuda", "33-128: matrix", "129-: triton"],  # the head
+        "linear 2304": ["1-16: cuda", "17-128: matrix", "129-: reference"],  # of a norm that experts have computed
         "linear_add 4096": ["1-16: cuda", "17-32: matrix", "33-: in_place"],  # out of the mixers
         "linear_add 9216": ["1-8: cuda", "9-32: matrix", "33-: in_place"],  # down, of the layer without experts
         "norm_router": ["1-128: cuda", "129-512: triton", "513-: library"],

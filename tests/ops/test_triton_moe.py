@@ -143,6 +143,9 @@ TYPES = {
     "own_programs": "i32",
     "own_ptr": "*fp32",
     "scale": "fp32",
+    "norm_weight_ptr": "*bf16",
+    "normed_ptr": "*bf16",
+    "eps": "fp32",
 }
 
 
@@ -184,6 +187,60 @@ def test_tile_kernels_compile_for_narrow_experts() -> None:
     assert result.spilled_bytes == 0
     assert result.registers <= 128
     assert 2 * result.shared_bytes <= 227 * 1024
+
+
+def check_sum_with_norm() -> None:
+    """The sum's bits are those without a norm, and the norm is that of the rounded sum."""
+    from thalweg.ops.moe.experts.triton.weighted_sum import weighted_sum, weighted_sum_norm
+    from thalweg.ops.norm.triton.rms import rms_norm as norm_alone
+
+    for T, D, k, dtype, own, residual in (
+        (3, 2304, 9, torch.bfloat16, False, True),
+        (2, 96, 3, torch.float32, False, False),
+        (2, 1030, 2, torch.bfloat16, True, True),
+    ):
+        g = torch.Generator().manual_seed(D)
+        y_PD, x_TD, own_TD = (torch.randn(n, D + 2, generator=g).to(dtype) for n in (T * k, T, T))
+        y_PD, own_TD, x_TD = y_PD[:, :D].contiguous(), own_TD[:, :D].contiguous(), x_TD[:, :D]
+        weights, norm = torch.rand(T, k, generator=g), 1 + torch.randn(D, generator=g) * 0.2
+        others = (x_TD if residual else None, own_TD if own else None, 2.5)
+        alone, out, normed = (torch.full((T, D), torch.nan, dtype=dtype) for _ in range(3))
+        weighted_sum(y_PD, weights, alone, *others)
+        weighted_sum_norm(y_PD, weights, out, normed, norm, 1e-5, *others)
+        assert torch.equal(out, alone)
+        expected = norm_alone(out, norm, 1e-5)
+        torch.testing.assert_close(normed, expected, rtol=2**-7 if dtype == torch.bfloat16 else 1e-6, atol=1e-7)
+        assert dtype != torch.bfloat16 or (normed != expected).float().mean() < 0.01  # squares add up otherwise
+
+
+def check_experts_tell_the_next_norm() -> None:
+    from thalweg.ops.moe.experts.triton import grouped
+    from thalweg.ops.norm import NextNorm
+
+    case = moe_case(5, 64, 32, 4, 2, 1, torch.float32)
+    grouped.SLICE = 2  # so that there are several
+    next_norm = NextNorm(case.norm, 1e-5)
+    y_TD = case.run(grouped.experts_of_groups, next_norm=next_norm)
+    assert torch.equal(y_TD, case.run(grouped.experts_of_groups))
+    torch.testing.assert_close(next_norm.normed_TD, rms_norm(y_TD, case.norm, 1e-5), rtol=1e-5, atol=1e-6)
+    grouped.MAX_NORMED = 63
+    next_norm = NextNorm(case.norm, 1e-5)
+    case.run(grouped.experts_of_groups, next_norm=next_norm)
+    assert next_norm.normed_TD is None
+
+
+def test_the_next_norm_with_the_weighted_sum() -> None:
+    pytest.importorskip("triton")
+    run_interpreted(check_sum_with_norm, check_experts_tell_the_next_norm)
+
+
+def test_weighted_sum_with_a_norm_compiles_for_hopper() -> None:
+    pytest.importorskip("triton")
+    from thalweg.ops.moe.experts.triton.weighted_sum import PART, weighted_sum_norm_kernel
+
+    for own in ({"own_ptr": None}, {}):
+        result = compiled(weighted_sum_norm_kernel, dict(D=2304, K=9, PART=PART, PDL=True) | own, num_warps=8)
+        assert result.spilled_bytes == 0
 
 
 def test_weighted_sum_compiles_for_hopper() -> None:

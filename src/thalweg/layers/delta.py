@@ -25,8 +25,8 @@ class DeltaMixer(nn.Module):
     in_proj: NormLinear
     out_proj: LinearAdd
 
-    def forward(self, x_TD: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
-        proj_TX = self.in_proj(x_TD)
+    def forward(self, x_TD: Tensor, batch: Batch, cache: LayerCache, normed_TD: Tensor | None = None) -> Tensor:
+        proj_TX = self.in_proj(x_TD, normed_TD)
         n, parts = batch.num_decodes, []
         if n:
             parts.append(self._mix_decode(proj_TX[:n], batch.slots_B[:n], cache))

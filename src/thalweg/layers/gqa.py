@@ -52,8 +52,8 @@ class GatedAttention(nn.Module):
         self._prepare = ctx.op(GQA_PREPARE, dims)
         self._prefill = ctx.op(GQA_PREFILL, dims)
 
-    def forward(self, x_TD: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
-        proj_TX = self.in_proj(x_TD)
+    def forward(self, x_TD: Tensor, batch: Batch, cache: LayerCache, normed_TD: Tensor | None = None) -> Tensor:
+        proj_TX = self.in_proj(x_TD, normed_TD)
         keys_MSGK, values_MSGK = cache["keys"], cache["values"]
         n, tables, parts = batch.num_decodes, batch.block_tables_BN, []
         if n:

@@ -27,7 +27,7 @@ from thalweg.ops.linear import (
     NormLinearDims,
 )
 from thalweg.ops.linear.fp8 import LINEAR_ADD_FP8, LINEAR_FP8, NORM_LINEAR_FP8, Fp8LinearDims
-from thalweg.ops.norm import RMS_NORM, RmsNormDims
+from thalweg.ops.norm import RMS_NORM, NextNorm, RmsNormDims
 from thalweg.ops.swiglu import NORM_SWIGLU, NormSwigluDims
 from thalweg.parallel.mesh import Mesh
 from thalweg.quant import PLAIN
@@ -100,8 +100,16 @@ class NormLinear(Weights):
         elif self.ggml is None:
             dims = NormLinearDims(D=in_features, parts=tuple(parts), norm_fp32=ctx.norm_fp32)
             self._norm_linear = ctx.op(NORM_LINEAR, dims)
+            self._linear = ctx.op(LINEAR, LinearDims(D=in_features, O=sum(parts)))
 
-    def forward(self, x_TD: Tensor) -> Tensor:
+    def next_norm(self) -> NextNorm | None:
+        """For whoever makes this layer's input, and may compute its norm as well; None if that would be of no use."""
+        return NextNorm(self.norm.weight, self.norm.eps) if self.fp8 is None and self.ggml is None else None
+
+    def forward(self, x_TD: Tensor, normed_TD: Tensor | None = None, /) -> Tensor:
+        """`normed_TD`: norm(x), if it is known."""
+        if normed_TD is not None:
+            return self._linear(normed_TD, *self.tensors())
         if self.ggml is not None:
             return self.product_ggml(x_TD, self.norm)
         return self._norm_linear(x_TD, self.norm.weight, self.norm.eps, *self.tensors())
@@ -220,8 +228,8 @@ class VocabHead(NormLinear):
             dims = AllGatherDims(row_bytes=row_bytes, ranks=ctx.mesh.tp_size, mapped=ctx.mesh.mapped)
             self._gather = ctx.op(ALL_GATHER, dims)
 
-    def forward(self, x_RD: Tensor) -> Tensor:
-        return self.gathered(super().forward(x_RD))
+    def forward(self, x_RD: Tensor, normed_RD: Tensor | None = None, /) -> Tensor:
+        return self.gathered(super().forward(x_RD, normed_RD))
 
     def gathered(self, logits_RV: Tensor) -> Tensor:
         """All ranks' logits [R, vocab_size], given this rank's."""

@@ -15,6 +15,7 @@ from thalweg.ops.activation import SILU_AND_MUL, SiluAndMulDims
 from thalweg.ops.all_reduce import ALL_REDUCE_ADD, AllReduceAdd, AllReduceAddDims
 from thalweg.ops.moe.experts import EXPERTS, ExpertsDims, Finish
 from thalweg.ops.moe.router import NORM_ROUTER, NormRouterDims, Scoring
+from thalweg.ops.norm import NextNorm
 from thalweg.ops.residual import GATED_ADD, GatedAddDims
 from thalweg.parallel.mesh import Mesh
 from thalweg.quant import PLAIN
@@ -119,6 +120,7 @@ class Experts(nn.Module):
         residual_TD: Tensor | None,
         own: tuple[Tensor, Tensor] | None,
         finish: Finish | None = None,
+        next_norm: NextNorm | None = None,
     ) -> Tensor:
         """The experts' sum over this rank's width, plus the residual if there is one, or what `finish` makes of it."""
         gate_up, down = self._stored(self._gate_up), self._stored(self._down)
@@ -133,6 +135,7 @@ class Experts(nn.Module):
             own=own,
             scale=self.scale,
             finish=finish,
+            next_norm=next_norm,
         )
 
 
@@ -268,7 +271,8 @@ class MoE(nn.Module):
         promised = 0 if divided else shared
         self.experts = Experts(ctx.below("experts"), width, total, promised, local, own, own_scale)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
+    def forward(self, x_TD: Tensor, next_norm: NextNorm | None = None) -> Tensor:
+        """`next_norm` is given what is known of it, as op "experts" does."""
         normed_TD, weights_Tk, ids_Tk = self.router(x_TD)
         if self._exchange is not None:
             return self._exchanged(self._exchange, x_TD, normed_TD, weights_Tk, ids_Tk)
@@ -276,7 +280,7 @@ class MoE(nn.Module):
         expert = self.shared if isinstance(self.shared, SharedExpert) else None
         if self._reduce_add is None:
             added_TD = x_TD if expert is None else expert.added(normed_TD, x_TD)
-            y_TD: Tensor = self.experts(normed_TD, weights_Tk, ids_Tk, added_TD, own)
+            y_TD: Tensor = self.experts(normed_TD, weights_Tk, ids_Tk, added_TD, own, next_norm=next_norm)
         else:
             own_TD = None if expert is None else expert(normed_TD)
             finish = partial(_over_ranks, self._reduce_add, self.mesh, x_TD, own_TD)

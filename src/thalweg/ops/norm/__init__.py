@@ -34,6 +34,16 @@ class RmsNorm(Protocol):
 RMS_NORM: Op[RmsNormDims, RmsNorm] = Op("rms_norm", RmsNormDims)
 
 
+@dataclass(slots=True)
+class NextNorm:
+    """The norm that comes next of an op's result. An op that can compute it on the way puts "rms_norm" of the result
+    into `normed_TD`; else that stays None."""
+
+    weight_D: Tensor
+    eps: float
+    normed_TD: Tensor | None = None
+
+
 def _cpp_rms_norm(where: Where, dims: RmsNormDims) -> RmsNorm:
     from thalweg.ops.norm.cpp import rms_norm
 

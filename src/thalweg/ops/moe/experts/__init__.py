@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from thalweg.ops.moe.experts import reference
+from thalweg.ops.norm import NextNorm
 from thalweg.ops.registry import Op, Refusal, Tokens, Where, register
 from thalweg.ops.toolchain import cpu_build, cuda_build
 from thalweg.ops.toolchain.triton_support import why_not, why_not_hopper
@@ -60,6 +61,7 @@ class Experts(Protocol):
         own: tuple[Tensor, Tensor] | None = None,
         scale: float = 1.0,
         finish: Finish | None = None,
+        next_norm: NextNorm | None = None,
     ) -> Tensor:
         """y_TD = sum over a token's k experts of weight * (silu(x @ gate.T) * (x @ up.T)) @ down.T, plus the residual.
 
@@ -77,9 +79,10 @@ class Experts(Protocol):
         and the arithmetic is that of the parts by themselves: what each of the two gives is rounded to the dtype, and
         from there on as in op "scaled_residual_add". Without it scale is 1.
 
-        finish is called instead of the sum that ends it, and its result returned; there is no residual then. Ids may
-        then be -1, with weight 0: such a pair is left out, no weights are read for it, and what finish is given for it
-        may be anything. (Kernels for a CPU refuse that: only steps of CUDA graphs have such pairs.)
+        finish is called instead of the sum that ends it, and its result returned; there is no residual then, and no
+        next_norm, which is of y. Ids may then be -1, with weight 0: such a pair is left out, no weights are read for
+        it, and what finish is given for it may be anything. (Kernels for a CPU refuse that: only steps of CUDA graphs
+        have such pairs.)
 
         "fp8": (q float8_e4m3fn, scales fp32), and a weight is w = q * the scale of its block of 128 x 128. Scales of
         down are [E, ceil(D / 128), ceil(I / 128)], those of gate_up [E, 2 ceil(I / 128), ceil(D / 128)], whose halves
@@ -198,6 +201,15 @@ def _matrix_refuses(where: Where, dims: ExpertsDims, scheme: str, columns: int) 
     return _no_cuda(where) or why_not_hopper()
 
 
+def _without_norm(form: Callable[..., Tensor]) -> Experts:
+    """A form that does not compute the next norm."""
+
+    def experts(*inputs: Any, next_norm: NextNorm | None = None, **others: Any) -> Tensor:
+        return form(*inputs, **others)
+
+    return experts
+
+
 def _finishing(form: Callable[..., Tensor]) -> Experts:
     """A form that gives no outputs of pairs, with a `finish` of its whole sum."""
 
@@ -235,7 +247,7 @@ def _joined_refuses(where: Where, dims: ExpertsDims) -> Refusal:
 
 def _reference(where: Where, dims: ExpertsDims) -> Experts:
     schemes = [scheme_named(name) for name in dims.scheme.split(" | ")]
-    return _finishing(partial(reference.experts, schemes[0], down_scheme=schemes[-1]))
+    return _without_norm(_finishing(partial(reference.experts, schemes[0], down_scheme=schemes[-1])))
 
 
 def _grouped(where: Where, dims: ExpertsDims) -> Experts:
@@ -257,13 +269,13 @@ def _matrix(where: Where, dims: ExpertsDims) -> Experts:
 def _tiles(where: Where, dims: ExpertsDims) -> Experts:
     from thalweg.ops.moe.experts.triton import tiles
 
-    return tiles.experts_of_tiles
+    return _without_norm(tiles.experts_of_tiles)
 
 
 def _narrow(where: Where, dims: ExpertsDims) -> Experts:
     from thalweg.ops.moe.experts.triton import narrow
 
-    return narrow.experts
+    return _without_norm(narrow.experts)
 
 
 def _joined(where: Where, dims: ExpertsDims) -> Experts:
@@ -275,17 +287,17 @@ def _joined(where: Where, dims: ExpertsDims) -> Experts:
 def _pairs(where: Where, dims: ExpertsDims) -> Experts:
     from thalweg.ops.moe.experts.triton import pairs
 
-    return pairs.experts_of_pairs
+    return _without_norm(pairs.experts_of_pairs)
 
 
 def _cuda(where: Where, dims: ExpertsDims) -> Experts:
     if dims.scheme == "int4":
         from thalweg.ops.moe.experts import cuda_int4
 
-        return cuda_int4.experts
+        return _without_norm(cuda_int4.experts)
     from thalweg.ops.moe.experts import cuda_fp8
 
-    return cuda_fp8.experts
+    return _without_norm(cuda_fp8.experts)
 
 
 def _few(dims: ExpertsDims) -> Tokens:
@@ -310,7 +322,7 @@ def _some_w8a8(dims: ExpertsDims) -> Tokens:
 def _cpp(where: Where, dims: ExpertsDims, *, rounds: bool = False, many: bool = False) -> Experts:
     from thalweg.ops.moe.experts import cpp
 
-    return _finishing(cpp.build(dims, rounds=rounds, many=many))
+    return _without_norm(_finishing(cpp.build(dims, rounds=rounds, many=many)))
 
 
 def _cpp_refuses(where: Where, dims: ExpertsDims, *, rounds: bool = False) -> Refusal:
@@ -332,7 +344,7 @@ def _prompts(dims: ExpertsDims) -> Tokens:
 def _separate(where: Where, dims: ExpertsDims) -> Experts:
     from thalweg.ops.moe.experts import separate
 
-    return _finishing(separate.build(where, dims))
+    return _without_norm(_finishing(separate.build(where, dims)))
 
 
 def _separate_refuses(where: Where, dims: ExpertsDims) -> Refusal:

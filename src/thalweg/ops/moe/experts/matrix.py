@@ -11,6 +11,7 @@ from torch import Tensor
 
 from thalweg.ops.moe.experts.sort import sort_pairs
 from thalweg.ops.moe.experts.triton.grouped import in_slices
+from thalweg.ops.norm import NextNorm
 from thalweg.ops.products.cuda import UNIT, grouped, most_rows
 from thalweg.ops.products.triton import quantize_rows
 from thalweg.ops.toolchain.cuda_build import aligned_rows
@@ -28,6 +29,7 @@ def experts(
     num_shared: int = 0,
     own: tuple[Tensor, Tensor] | None = None,
     scale: float = 1.0,
+    next_norm: NextNorm | None = None,
 ) -> Tensor:
     is_fp8 = len(down) == 2
     E, D, I = down[0].shape
@@ -49,4 +51,4 @@ def experts(
             grouped(rows, weights, *groups[:2], out, scales, gated=out is h_PI, share=k, cluster=cluster)
         return y_PD
 
-    return in_slices(outputs, x_TD, weights_Tk, ids_Tk, residual_TD, own, scale)
+    return in_slices(outputs, x_TD, weights_Tk, ids_Tk, residual_TD, own, scale, next_norm)

@@ -12,6 +12,7 @@ from torch import Tensor
 from thalweg.ops.moe.experts.sort import Groups, sort_pairs
 from thalweg.ops.moe.experts.triton.grouped import in_slices
 from thalweg.ops.moe.experts.triton.nibbles import in_order_of_pairs
+from thalweg.ops.norm import NextNorm
 from thalweg.ops.toolchain.cuda_build import cuda_kernel
 
 SOURCE = Path(__file__).with_name("matrix_int4.cu")
@@ -41,6 +42,7 @@ def experts(
     num_shared: int = 0,
     own: tuple[Tensor, Tensor] | None = None,
     scale: float = 1.0,
+    next_norm: NextNorm | None = None,
 ) -> Tensor:
     def outputs(x: Tensor, ids: Tensor) -> Tensor:
         E, D, I = down[0].shape[0], down[0].shape[1], gate_up[0].shape[1] // 2
@@ -50,4 +52,4 @@ def experts(
         product(h_PI, groups, down, y_PD, gated=False, share=1)
         return y_PD
 
-    return in_slices(outputs, x_TD, weights_Tk, ids_Tk, residual_TD, own, scale)
+    return in_slices(outputs, x_TD, weights_Tk, ids_Tk, residual_TD, own, scale, next_norm)

@@ -23,7 +23,8 @@ from thalweg.ops.moe.experts.triton.grouping import rows_per_block, sort_pairs
 from thalweg.ops.moe.experts.triton.half import in_half
 from thalweg.ops.moe.experts.triton.nibbles import in_order, ordered_width
 from thalweg.ops.moe.experts.triton.products import down_sums, gate_up_sums, h_width, scheme_of, store_h
-from thalweg.ops.moe.experts.triton.weighted_sum import weighted_sum
+from thalweg.ops.moe.experts.triton.weighted_sum import MAX_NORMED, weighted_sum, weighted_sum_norm
+from thalweg.ops.norm import NextNorm
 
 SLICE = 16384  # tokens at a time: what is kept in between is at most this many rows for each expert of a token
 
@@ -200,13 +201,14 @@ def experts_of_groups(
     num_shared: int = 0,
     own: tuple[Tensor, Tensor] | None = None,
     scale: float = 1.0,
+    next_norm: NextNorm | None = None,
 ) -> Tensor:
     def outputs(x: Tensor, ids: Tensor) -> Tensor:
         rows = rows_per_block(ids.numel(), len(down[0]), FEW[scheme_of(*down)])
         groups = sort_pairs(ids, len(down[0]), num_shared, rows)
         return run_down(run_gate_up(x, groups, ids.shape[1], *gate_up), groups, gate_up[0].shape[1] // 2, *down)
 
-    return in_slices(outputs, x_TD, weights_Tk, ids_Tk, residual_TD, own, scale)
+    return in_slices(outputs, x_TD, weights_Tk, ids_Tk, residual_TD, own, scale, next_norm)
 
 
 def in_slices(
@@ -217,17 +219,25 @@ def in_slices(
     residual_TD: Tensor | None,
     own: tuple[Tensor, Tensor] | None,
     scale: float,
+    next_norm: NextNorm | None = None,
 ) -> Tensor:
     """Of x and ids of some tokens, `outputs` gives those of their pairs, [T * k, D] by token, and they are summed up
-    here. A pair's output is rounded to x's dtype before the sum. The own expert's products are the library's."""
+    here, and normed if a row fits registers. A pair's output is rounded to x's dtype before the sum. The own expert's
+    products are the library's."""
     out_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
     block = min(1024, triton.next_power_of_2(x_TD.shape[1]))
+    if next_norm is not None and x_TD.shape[1] <= MAX_NORMED:
+        next_norm.normed_TD = torch.empty_like(out_TD)
     for start in range(0, len(x_TD), SLICE):
         x, weights, ids, out = (t[start : start + SLICE] for t in (x_TD, weights_Tk, ids_Tk, out_TD))
         residual = None if residual_TD is None else residual_TD[start : start + SLICE]
         y_PD = outputs(x, ids)
         own_TD = None if own is None else F.linear(silu_and_mul(F.linear(x, own[0])), own[1])
-        weighted_sum(y_PD, weights, out, residual, own_TD, scale, block, warps=4)
+        if next_norm is None or next_norm.normed_TD is None:
+            weighted_sum(y_PD, weights, out, residual, own_TD, scale, block, warps=4)
+        else:
+            normed, norm = next_norm.normed_TD[start : start + SLICE], (next_norm.weight_D, next_norm.eps)
+            weighted_sum_norm(y_PD, weights, out, normed, *norm, residual, own_TD, scale)
     return out_TD
 
 

@@ -1,4 +1,5 @@
-"""The last launch of the experts: a token's weighted sum, and with it the own expert and the residual.
+"""The last launch of the experts: a token's weighted sum, and with it the own expert, the residual and the norm that
+comes next.
 
 It takes the outputs of the (token, expert) pairs, whatever kernels they come from, in one fixed order.
 """
@@ -54,6 +55,104 @@ def weighted_sum_kernel(
         total = tl.fma(total.to(dtype).to(tl.float32), scale, own.to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
     total += residual
     tl.store(out_ptr + token * D + cols, total.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+MAX_NORMED = 4096  # columns of a row that a program has registers for
+PART = 1024  # columns of a row at a time
+
+
+@triton.jit
+def weighted_sum_norm_kernel(
+    y_ptr,  # [T * K, D]
+    weights_ptr,
+    own_ptr,  # [T, D] of the own expert, or None
+    residual_ptr,  # or None
+    out_ptr,
+    norm_weight_ptr,
+    normed_ptr,
+    scale,  # of the weighted sum, if there is an own expert
+    eps,
+    residual_stride,
+    D: tl.constexpr,
+    K: tl.constexpr,
+    PART: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """weighted_sum_kernel for whole rows, and rms_norm of what it gives."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    PARTS: tl.constexpr = (D + PART - 1) // PART
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    token = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, PART)
+    weights, ys, owns, residuals = (), (), (), ()
+    for j in tl.static_range(K):
+        weights = weights + (tl.load(weights_ptr + token * K + j),)
+    for p in tl.static_range(PARTS):
+        d = p * PART + cols
+        for j in tl.static_range(K):
+            ys = ys + (tl.load(y_ptr + (token * K + j) * D + d, mask=d < D, other=0.0),)
+        if own_ptr is not None:
+            owns = owns + (tl.load(own_ptr + token * D + d, mask=d < D, other=0.0),)
+        if residual_ptr is not None:
+            residuals = residuals + (tl.load(residual_ptr + token * residual_stride + d, mask=d < D, other=0.0),)
+    if residual_stride < 0:  # never, but the assembler does not sink loads over a branch
+        return
+    sums = ()
+    squares = tl.zeros([PART], tl.float32)
+    for p in tl.static_range(PARTS):
+        d = p * PART + cols
+        total = tl.zeros([PART], tl.float32)
+        for j in tl.static_range(K):
+            total += weights[j] * ys[p * K + j].to(tl.float32)
+        if own_ptr is not None:
+            own = owns[p].to(dtype).to(tl.float32)
+            total = tl.fma(total.to(dtype).to(tl.float32), scale, own).to(dtype).to(tl.float32)
+        if residual_ptr is not None:
+            total += residuals[p].to(tl.float32)
+        rounded = total.to(dtype)
+        tl.store(out_ptr + token * D + d, rounded, mask=d < D)
+        squares += rounded.to(tl.float32) * rounded.to(tl.float32)
+        sums = sums + (rounded,)
+    r = tl.rsqrt(tl.sum(squares, 0) / D + eps)
+    for p in tl.static_range(PARTS):
+        d = p * PART + cols
+        weight = tl.load(norm_weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+        tl.store(normed_ptr + token * D + d, (sums[p].to(tl.float32) * r * weight).to(dtype), mask=d < D)
+
+
+def weighted_sum_norm(
+    y_PD: Tensor,
+    weights_Tk: Tensor,
+    out_TD: Tensor,
+    normed_TD: Tensor,
+    norm_weight_D: Tensor,
+    eps: float,
+    residual_TD: Tensor | None,
+    own_TD: Tensor | None = None,
+    scale: float = 1.0,
+) -> None:
+    """out_TD as `weighted_sum` gives it, bit for bit, and "rms_norm" of it into normed_TD, of rows of at most
+    MAX_NORMED."""
+    (T, K), D = weights_Tk.shape, y_PD.shape[1]
+    weighted_sum_norm_kernel[(T,)](
+        y_PD,
+        weights_Tk,
+        own_TD,
+        residual_TD,
+        out_TD,
+        norm_weight_D,
+        normed_TD,
+        float(scale),
+        eps,
+        0 if residual_TD is None else residual_TD.stride(0),
+        D=D,
+        K=K,
+        PART=min(PART, triton.next_power_of_2(D)),
+        num_warps=8,
+        **pdl_options(y_PD),
+    )
 
 
 def weighted_sum(

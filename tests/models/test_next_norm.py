@@ -1,0 +1,67 @@
+"""Norms that experts compute with their sum, for the layer behind, change no model's answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.models import random_checkpoint, random_kimi_k2, random_qwen
+from thalweg import LLM, SamplingParams
+from thalweg.layers.linear import NormLinear
+from thalweg.ops.moe import experts
+from thalweg.ops.norm import NextNorm
+from thalweg.ops.norm.reference import rms_norm
+
+
+def model(family: str, folder: Path) -> Path:
+    if family == "kimi_linear":
+        c = random_checkpoint.config(vocab=128, context=600)
+        return random_checkpoint.write(folder, c, random_checkpoint.weights(c))
+    if family == "kimi_k2":
+        k2 = random_kimi_k2.config()
+        return random_kimi_k2.write(folder, k2, random_kimi_k2.weights(k2))
+    qwen = random_qwen.config()
+    return random_qwen.write(folder, random_qwen.nested(qwen), random_qwen.published(qwen, random_qwen.weights(qwen)))
+
+
+@pytest.mark.parametrize("family", ["kimi_linear", "kimi_k2", "qwen"])
+def test_the_next_layer_takes_the_norm_it_is_told(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = model(family, tmp_path)
+
+    def logits() -> Tensor:
+        with LLM(str(folder), device="cpu", dtype="float32", max_num_seqs=2) as llm:
+            params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=5)
+            [output] = llm.generate([[(7 * j * j) % 100 for j in range(40)]], params)
+        assert output.error is None
+        assert output.prompt_logprobs is not None
+        found = [entry.top_logprobs for entry in output.prompt_logprobs if entry is not None]
+        return torch.tensor(found)
+
+    expected = logits()
+    told, used = [], []
+
+    def telling(form: Any) -> Any:
+        def run(*inputs: Any, next_norm: NextNorm | None = None, **others: Any) -> Tensor:
+            y_TD: Tensor = form(*inputs, **others)
+            if next_norm is not None:
+                next_norm.normed_TD = rms_norm(y_TD, next_norm.weight_D, next_norm.eps)
+                told.append(next_norm.normed_TD)
+            return y_TD
+
+        return run
+
+    forward = NormLinear.forward
+
+    def spied(self: NormLinear, x_TD: Tensor, normed_TD: Tensor | None = None, /) -> Tensor:
+        used.extend([] if normed_TD is None else [normed_TD])
+        return forward(self, x_TD, normed_TD)
+
+    monkeypatch.setattr(experts, "_without_norm", telling)
+    monkeypatch.setattr(NormLinear, "forward", spied)
+    torch.testing.assert_close(logits(), expected, rtol=1e-4, atol=1e-4)
+    assert told
+    assert [t.data_ptr() for t in told] == [t.data_ptr() for t in used]
