@@ -43,12 +43,12 @@ def check(case: MoeCase, k: int, renormalize: bool = True, scale: float = 2.446,
         assert (weights[:, k:] == 1).all()
 
 
-@pytest.mark.parametrize("T", [1, 2, 3, 7, 8, 9, 31, 32, 33, 64, 100, 127, 128, 129, 257, 600])
+@pytest.mark.parametrize("T", [1, 2, 3, 7, 8, 9, 31, 32, 33, 64, 100, 127, 128, 129, 257, 600, 1033, 2048, 2049])
 def test_batch_sizes(T: int) -> None:
     check(moe_case(T, 2304, 16, 256, 8, 1, torch.bfloat16, "cuda", seed=T), 8)
 
 
-@pytest.mark.parametrize("T", [1, 5, 40])
+@pytest.mark.parametrize("T", [1, 5, 40, 300])
 @pytest.mark.parametrize(
     ("D", "E", "k", "shared"),
     [

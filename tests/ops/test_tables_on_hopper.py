@@ -105,7 +105,7 @@ def test_decode_rows_and_prompts_of_the_published_shape() -> None:
         "linear 2304": ["1-16: cuda", "17-128: matrix", "129-: reference"],  # of a norm that experts have computed
         "linear_add 4096": ["1-16: cuda", "17-32: matrix", "33-: in_place"],  # out of the mixers
         "linear_add 9216": ["1-8: cuda", "9-32: matrix", "33-: in_place"],  # down, of the layer without experts
-        "norm_router": ["1-128: cuda", "129-512: triton", "513-: library"],
+        "norm_router": ["1-128: cuda", "129-1024: prompts", "1025-: library"],
         "experts": ["1-2: pairs", "3-192: tiles", "193-: matrix"],
         "kda_mixer_decode": ["cuda"],
         "mla_mixer_decode": ["gluon"],
@@ -214,7 +214,7 @@ def test_over_ranks_in_fp8_and_with_other_blocks() -> None:
     [
         ("norm_linear", "cuda", ["1-32: cuda", "33-128: matrix", "129-: triton"]),
         ("norm_linear", "separate", ["separate"]),
-        ("norm_router", "triton", ["1-512: triton", "513-: library"]),
+        ("norm_router", "triton", ["1-512: triton", "513-1024: prompts", "1025-: library"]),
         ("experts", "tiles", ["1-192: tiles", "193-: matrix"]),
         ("experts", "grouped", ["grouped"]),
     ],

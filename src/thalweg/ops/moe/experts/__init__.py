@@ -281,7 +281,7 @@ def _narrow(where: Where, dims: ExpertsDims) -> Experts:
 def _joined(where: Where, dims: ExpertsDims) -> Experts:
     from thalweg.ops.moe.experts.triton import joined
 
-    return joined.experts
+    return _without_norm(joined.experts)
 
 
 def _pairs(where: Where, dims: ExpertsDims) -> Experts:

@@ -60,6 +60,7 @@ NORM_ROUTER: Op[NormRouterDims, NormRouter] = Op("norm_router", NormRouterDims)
 
 MAX_WIDTH = 16384  # of a row that is normed
 CPU_FEW = Tokens(last=16)  # beyond, tokens fill the lanes of panels
+SHORT_PROMPTS = 1024  # tokens: of more, clusters take turns
 MAX_EXPERTS = 1024  # one program holds all scores of a token in registers
 
 
@@ -115,6 +116,13 @@ def _triton(where: Where, dims: NormRouterDims) -> NormRouter:
     return triton.norm_router
 
 
+def _prompts_refuses(where: Where, dims: NormRouterDims) -> Refusal:
+    if where.dtype != "bfloat16":
+        return f"needs bfloat16, not {where.dtype}"
+    reason = cuda.prompt_refusal(dims.E, dims.D, dims.K + dims.S, dims.G)
+    return reason or cuda_build.why_not(where) or why_not_hopper()
+
+
 def _few(dims: NormRouterDims) -> Tokens:
     # Beyond, clusters take turns, and products of many tokens at once are quicker.
     return Tokens(last=128 if cuda.parts(dims.E, dims.D) == 1 else 64)
@@ -126,6 +134,14 @@ register(NORM_ROUTER, "panels", _panels, supports=_cpp_refuses, priority=5)
 register(NORM_ROUTER, "library", _library, supports=_triton_refuses, priority=10)
 # Beyond, a product fills the device without being split.
 register(NORM_ROUTER, "triton", _triton, supports=_triton_refuses, tokens=Tokens(last=512), priority=20)
+register(
+    NORM_ROUTER,
+    "prompts",
+    lambda *_: cuda.norm_router_of_prompts,
+    supports=_prompts_refuses,
+    tokens=Tokens(last=SHORT_PROMPTS),
+    priority=25,
+)
 register(NORM_ROUTER, "cuda", lambda *_: cuda.norm_router, supports=_cuda_refuses, tokens=_few, priority=30)
 register(
     NORM_ROUTER,

@@ -1,18 +1,27 @@
-"""Launches norm, router and choice in CUDA C++ (router.cu says how it works)."""
+"""Launches norm, router and choice in CUDA C++: of few tokens, and of short prompts (router.cu and prompts.cu say how
+they work)."""
 
 from __future__ import annotations
 
 from ctypes import c_float, c_int, c_longlong
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from thalweg.ops.moe.router.reference import is_softmax
 from thalweg.ops.toolchain.cuda_build import aligned_rows, cuda_kernel
+from thalweg.ops.toolchain.tensor_map import tensor_map
+from thalweg.ops.toolchain.triton_support import multiprocessors
 
 SOURCE = Path(__file__).with_name("router.cu")
+PROMPTS = SOURCE.with_name("prompts.cu")
 BLOCKS = 16  # of a cluster, as in the source
+PROMPT_WARPS, SPLIT = 16, 2  # of a block, and parts of the columns, of prompts.cu
+PROMPT_TOKENS = (16, 40)  # of a cluster
+MAX_PROMPT_WIDTH = 2560
+MAX_PROMPT_BYTES = 227 * 1024  # of shared memory that a block may ask for
 MAX_WIDTH, MAX_EXPERTS, MAX_SLOTS = 4096, 512, 32
 MAX_WIDTH_IN_PARTS, MAX_EXPERTS_IN_PARTS = 7168, 384  # of which a thread has registers for a half
 MAX_SHARED_BYTES = 220 * 1024  # the rest of a multiprocessor's 227 KB is for what is not counted in shared_bytes
@@ -51,6 +60,85 @@ def refusal(E: int, D: int, slots: int, groups: int = 1) -> str | None:
     if halves and (D % 512 or E > MAX_EXPERTS_IN_PARTS or shared_bytes(E, D, 8, 2) > MAX_SHARED_BYTES):
         return f"needs a thirty-second of the weights in shared memory, and as much in registers, not {E} x {D}"
     return None
+
+
+class PromptCut(NamedTuple):
+    """How a cluster divides norm, router and choice: tokens, parts of the experts, and stages of a block's ring."""
+
+    tokens: int
+    parts: int
+    stages: int
+    shared_bytes: int
+
+
+def prompt_cut(T: int, E: int, D: int, norm_words: int, processors: int) -> PromptCut:
+    """For T tokens: few for each cluster, if there is room for all clusters at a time, which fill four multiprocessors
+    of five. Stages are as many as find room in shared memory beside all else that the source lays out there."""
+    parts = max(1, E // 128)
+    places = processors * 4 // 5 // (parts * SPLIT)
+    tokens = next((n for n in PROMPT_TOKENS if places * n >= T), PROMPT_TOKENS[-1])
+    columns, own, stage = D // SPLIT, tokens // (parts * SPLIT), 128 * E // parts
+    fixed = 2 * columns * (tokens + norm_words) + SPLIT * own * (4 * E + 16) + 16 * tokens + 16
+    stages = min(columns // 64, (MAX_PROMPT_BYTES - fixed) // (stage + 16))
+    return PromptCut(tokens, parts, stages, fixed + stages * (stage + 16))
+
+
+def prompt_refusal(E: int, D: int, slots: int, groups: int = 1) -> str | None:
+    """Why prompts for E experts in `groups` of width D, `slots` a token, are not served."""
+    if groups != 1:
+        return f"needs experts in one group, not in {groups}"
+    if E not in (64, 128, 256) or slots > MAX_SLOTS:
+        return f"needs 64, 128 or 256 experts and at most {MAX_SLOTS} of them a token, not {E} and {slots}"
+    if D % 128 or not 640 <= D <= MAX_PROMPT_WIDTH:
+        return f"needs rows of a multiple of 128 from 640 up to {MAX_PROMPT_WIDTH}, not {D}"
+    return None
+
+
+def norm_router_of_prompts(
+    x_TD: Tensor,
+    norm_weight_D: Tensor,
+    eps: float,
+    w_ED: Tensor,
+    bias_E: Tensor,
+    *,
+    top_k: int,
+    renormalize: bool,
+    scale: float,
+    scoring: str = "sigmoid",
+    n_group: int = 1,
+    topk_group: int = 1,
+    num_shared: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    (T, D), E, k, device = x_TD.shape, len(bias_E), top_k + num_shared, x_TD.device
+    normed_TD = torch.empty(T, D, dtype=x_TD.dtype, device=device)
+    weights_Tk = torch.empty(T, k, dtype=torch.float32, device=device)
+    ids_Tk = torch.empty(T, k, dtype=torch.int64, device=device)
+    if T == 0:
+        return normed_TD, weights_Tk, ids_Tk
+    x_TD = aligned_rows(x_TD)
+    cut = prompt_cut(T, E, D, norm_weight_D.element_size() // 2, multiprocessors(device))
+    macros = {"E": E, "D": D, "K": top_k, "SHARED": num_shared, "GATED": len(w_ED) > E, "SOFTMAX": is_softmax(scoring)}
+    macros |= {"RENORMALIZE": renormalize, "NORM_FLOAT": norm_weight_D.dtype == torch.float32, "TOKENS": cut.tokens}
+    macros |= {"PARTS": cut.parts, "SPLIT": SPLIT, "STAGES": cut.stages, "WARPS": PROMPT_WARPS}
+    macros = {name: int(value) for name, value in macros.items()}
+    kernel = cuda_kernel(PROMPTS, "router_of_prompts", 32 * PROMPT_WARPS, device, **macros)
+    kernel.launch(
+        (cut.parts * SPLIT * -(-T // cut.tokens), 1, 1),
+        cut.shared_bytes,
+        (None, tensor_map(w_ED.unsqueeze(1), E // cut.parts)),
+        x_TD,
+        norm_weight_D,
+        w_ED,
+        bias_E,
+        normed_TD,
+        weights_Tk,
+        ids_Tk,
+        (c_longlong, x_TD.stride(0)),
+        (c_int, T),
+        (c_float, eps),
+        (c_float, scale),
+    )
+    return normed_TD, weights_Tk, ids_Tk
 
 
 def norm_router(

@@ -9,20 +9,15 @@
 // ROWS; WARPS.
 
 #include "hopper.cuh"
+#include "choice.cuh"
 
 constexpr int THREADS = 32 * WARPS, VECTORS = D / 8 / THREADS;  // of 16 bytes, of a row, that a thread has
 constexpr int KEYS = E / 32;                                    // of a lane
-constexpr int LOWEST_KEY = -2147483647 - 1;
 static_assert(D % (8 * THREADS) == 0 && E % 32 == 0 && WARPS <= 32, "");
 
 __device__ __forceinline__ void unpack(float (&to)[8], uint4 from) {
     to[0] = low(from.x), to[1] = high(from.x), to[2] = low(from.y), to[3] = high(from.y);
     to[4] = low(from.z), to[5] = high(from.z), to[6] = low(from.w), to[7] = high(from.w);
-}
-// Floats as integers in the same order. NaN is as low as -infinity, and that above LOWEST_KEY.
-__device__ __forceinline__ int order(float x) {
-    const int bits = x == x ? (int)__float_as_uint(x) : (int)0xff800000;
-    return bits < 0 ? bits ^ 0x7fffffff : bits;
 }
 __device__ __forceinline__ float sum_of_lanes(float x) {
 #pragma unroll

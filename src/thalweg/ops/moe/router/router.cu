@@ -18,6 +18,7 @@
 // or 2; GROUPS of experts, 1 or as many as warps, of which the best TOP_GROUPS compete.
 
 #include "hopper.cuh"
+#include "choice.cuh"
 
 constexpr int BLOCKS = 16, WARPS = E / 32;
 constexpr int COLUMNS = D / BLOCKS, VECTORS = COLUMNS / 8;  // of a block; VECTORS have 16 bytes
@@ -28,7 +29,6 @@ constexpr int OF_LANE = (VECTORS + 31) / 32;
 constexpr int MINE = (TOKENS + WARPS - 1) / WARPS;   // tokens that a warp norms
 constexpr int TILES = TOKENS / 8;
 constexpr int LIST = (K + 3) / 4 * 4;
-constexpr int LOWEST_KEY = -2147483647 - 1;
 static_assert(GROUPS == 1 || GROUPS == WARPS, "a warp ranks the experts of a group");
 
 __device__ __forceinline__ void unpack(float (&to)[8], uint4 from) {
@@ -99,12 +99,6 @@ __device__ __forceinline__ void send4(int block, u64* barrier, float* to, float4
             in_block(block, to)),
         "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w), "r"(in_block(block, barrier))
         : "memory");
-}
-
-// Floats as integers in the same order. NaN is as low as -infinity, and that above LOWEST_KEY.
-__device__ __forceinline__ int order(float x) {
-    const int bits = x == x ? __float_as_int(x) : (int)0xff800000;
-    return bits < 0 ? bits ^ 0x7fffffff : bits;
 }
 
 extern "C" __global__ void __cluster_dims__(BLOCKS) __launch_bounds__(E)
