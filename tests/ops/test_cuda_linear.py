@@ -123,7 +123,8 @@ def test_float8_compiles_for_hopper_without_spills(
 ) -> None:
     each = 0 if add else 1
     cut = FP8.tiling(8 * -(-O // 8 // 132), D, tokens, 2 * norm, each)
-    macros = dict(D=D, PASS=cut.columns, WARPS=FP8.WARPS, TOKENS=tokens, NORM=norm, ADD=add)
+    warps = FP8.warps(tokens, -(-D // cut.columns))
+    macros = dict(D=D, PASS=cut.columns, WARPS=warps, TOKENS=tokens, NORM=norm, ADD=add)
     macros |= dict(REST=64 * each, REST_EACH=each)
     compiled = compile_cuda(FP8.SOURCE, tmp_path, **macros)
     assert compiled.spilled_bytes == 0

@@ -12,7 +12,7 @@ from thalweg.ops.toolchain.triton_support import multiprocessors
 from thalweg.quant.blocks import BLOCK
 
 SOURCE = Path(__file__).with_name("few.cu")
-WARPS, MAX_STAGES, BUFFERS = 11, 16, 4  # that multiply; the others as in the source
+MAX_STAGES, BUFFERS = 16, 4  # as in the source
 SHARED = 222 * 1024  # bytes of shared memory that a block may ask for
 COLUMNS = 4096  # that a pass has at most: what registers hold of x
 ROWS, ROW_GROUP = 16, 8  # of a tile at most; dealt out together, so that their scales are copied 16 bytes at a time
@@ -58,6 +58,11 @@ def _blocks(x_TD: Tensor, q_OD: Tensor) -> int:
     return min(multiprocessors(x_TD.device), len(q_OD) // ROW_GROUP)
 
 
+def warps(tokens: int, passes: int) -> int:
+    """That multiply."""
+    return 8 if tokens == 8 and passes == 1 else 11
+
+
 def tiling(block_rows: int, D: int, tokens: int, norm_bytes: int = 0, rest_each: int = 0) -> bf16.Tiling:
     """For blocks of at most `block_rows` rows, and rest_each of the rest; norm_bytes: of an element of the norm's
     weight, if there is one.
@@ -69,9 +74,10 @@ def tiling(block_rows: int, D: int, tokens: int, norm_bytes: int = 0, rest_each:
     passes = -(-D // COLUMNS)
     while True:
         columns = D if passes == 1 else -(-D // passes // GRANULE) * GRANULE
-        scales = columns // BLOCK + (4 if D // BLOCK % 4 == 0 and columns // BLOCK % 8 == 0 else 0)
+        by_row = passes > 1 or tokens > 8  # as in the source
+        scales = columns // BLOCK + (4 if by_row and D // BLOCK % 4 == 0 and columns // BLOCK % 8 == 0 else 0)
         stage_bytes = tile_rows * (columns + 64 + 4 * scales)
-        sums = tokens // 8 * 512 * (BUFFERS * WARPS + (tiles if passes > 1 else 0))
+        sums = tokens // 8 * 512 * (BUFFERS * warps(tokens, passes) + (tiles if passes > 1 else 0))
         fixed = -(-norm_bytes * D // 128) * 128 + rest_each * D * 2 + sums
         stages = min(passes * tiles, max(0, SHARED - fixed) // stage_bytes, MAX_STAGES)
         if stages >= min(2, passes * tiles) or columns <= GRANULE:
@@ -97,6 +103,7 @@ def few_tokens(
     tokens, rest = 8 if T <= 8 else 16, 0 if rest_RD is None else len(rest_RD)
     each = -(-rest // blocks)
     cut = tiling(ROW_GROUP * -(-O // ROW_GROUP // blocks), D, tokens, bf16.norm_bytes(norm), each)
-    macros = dict(WARPS=WARPS, TOKENS=tokens, REST=rest, REST_EACH=each)
+    multiply = warps(tokens, -(-D // cut.columns))
+    macros = dict(WARPS=multiply, TOKENS=tokens, REST=rest, REST_EACH=each)
     weights = (q_OD, scale_OB, x_TD if rest_RD is None else rest_RD)
-    return bf16.launch(SOURCE, blocks, WARPS + 1, cut, macros, x_TD, weights, norm, residual_TO, out_TO)
+    return bf16.launch(SOURCE, blocks, multiply + 1, cut, macros, x_TD, weights, norm, residual_TO, out_TO)

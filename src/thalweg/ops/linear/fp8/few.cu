@@ -24,7 +24,9 @@ constexpr int PITCH = PASS + 64;                                // bytes between
 constexpr int CHUNKS = PASS / BLOCK, MINE = (CHUNKS + WARPS - 1) / WARPS;  // of 128 columns: all, and a warp's at most
 constexpr int HALVES = TOKENS / 8, LOADS = 4;                   // of 8 tokens; of x for a chunk
 constexpr int NORM_BYTES = D * 2 * NORM;
-constexpr int SCALES = D / BLOCK, BY_ROW = SCALES % 4 == 0;     // of a row; whether copied row by row
+// Of a row; whether copied row by row, which costs the copy unit 20 ns each, however small they are, but gives no bank
+// conflicts: more tokens have more products between copies.
+constexpr int SCALES = D / BLOCK, BY_ROW = SCALES % 4 == 0 && (PASSES > 1 || TOKENS > 8);
 constexpr int SCALE_PITCH = CHUNKS + (BY_ROW && CHUNKS % 8 == 0 ? 4 : 0);  // no bank conflicts
 constexpr int SUMS = HALVES * WARPS * 32;                       // float4 in a buffer
 
