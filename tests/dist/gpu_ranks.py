@@ -68,6 +68,23 @@ def many(r: Ranks) -> None:
         assert torch.equal(y, (first.float() + second.float() + residual.float()).bfloat16()), T
 
 
+def weighted_many(r: Ranks) -> None:
+    """A token's rows of experts within the sum, in two launches too, by turns with sums of rows as they are."""
+    for T in (513, 1000, 4800):
+        for own in (None, torch.bfloat16, torch.float32):
+            parts, residual = r.draw(T * 9, D), r.draw(T, D, same=True)
+            options = {
+                "weights_Tk": torch.rand(T, 9, device=r.device, generator=r.same),
+                "own_TD": None if own is None else r.draw(T, D).to(own),
+                "scale": 1.0 if own is None else 2.5,
+            }
+            y = cuda.all_reduce_add_many(residual, parts, r.mesh, **options)
+            z = cuda.all_reduce_add_many(residual, cuda.of_rank(residual, parts, *options.values()), r.mesh)
+            assert r.same_bits(y)
+            for other in (z, cuda.all_reduce_add_separate(residual, parts, r.mesh, **options)):
+                assert ((y.float() - other.float()).norm() / other.float().norm()) < 0.004, (T, own)
+
+
 def weighted_sums(r: Ranks) -> None:
     for T in (1, 3, 128):
         for dtype in (torch.float32, torch.bfloat16):
@@ -101,6 +118,23 @@ def projections(r: Ranks) -> None:
             assert ((y.float() - want).norm() / want.norm()) < 0.004, (width, rows, T)
 
 
+def projections_of_more_tokens(r: Ranks) -> None:
+    from thalweg.ops.linear import matrix
+
+    for width, rows in ((2048, D), (1024, D), (4608, D)):
+        assert matrix.reduce_refuses(rows, 128) is None
+        for T in (0, 1, 17, 33, 64, 100, 128):
+            w, x, residual = r.draw(rows, width) * 0.05, r.draw(T, width), r.draw(T, rows, same=True)
+            for _ in range(3):
+                y = matrix.linear_reduce_add(x, w, residual, r.mesh)
+            if T == 0:
+                continue
+            first, second = r.both(x.float() @ w.float().T)
+            want = first + second + residual.float()
+            assert r.same_bits(y)
+            assert ((y.float() - want).norm() / want.norm()) < 0.004, (width, rows, T)
+
+
 def rows(r: Ranks) -> None:
     """Logits and ids side by side, and rows of a vocabulary that the ranks divide."""
     for R, N, dtype in ((1, 81920, torch.bfloat16), (25, 81920, torch.bfloat16), (3, 1, torch.int64), (128, 1, torch.int64)):
@@ -117,14 +151,19 @@ def rows(r: Ranks) -> None:
 
 def replays(r: Ranks) -> None:
     """Thousands of a graph in which every sum is of what the one before gave, while ranks are late in turn."""
+    from thalweg.ops.linear import matrix
+
     w = r.draw(D, D) * 0.02
-    for T in (1, 16):
+    for T in (1, 16, 24, 100, 600):
         x, residual = r.draw(T, D), r.draw(T, D, same=True)
         digest = torch.zeros(T, D, device=r.device)
 
-        def step(x: Tensor = x, residual: Tensor = residual, digest: Tensor = digest) -> None:
-            y = cuda.all_reduce_add(residual, x, r.mesh)
-            z = linear.linear_reduce_add(y, w, residual, r.mesh)
+        def step(T: int = T, x: Tensor = x, residual: Tensor = residual, digest: Tensor = digest) -> None:
+            y = (cuda.all_reduce_add if T <= 512 else cuda.all_reduce_add_many)(residual, x, r.mesh)
+            if T > 128:
+                z = cuda.all_reduce_add_many(residual, y @ w.T, r.mesh)
+            else:
+                z = (linear if T <= 16 else matrix).linear_reduce_add(y, w, residual, r.mesh)
             x.copy_((z * 0.5 + 0.25 * (r.rank + 1)).clamp(-4, 4))
             digest.mul_(0.9).add_(z)
 
@@ -219,15 +258,8 @@ def _run(rank: int, file: str, check: Callable[[Ranks], None]) -> None:
 
 
 CHECKS = [
-    sums,
-    many,
-    weighted_sums,
-    projections,
-    rows,
-    replays,
-    the_same_from_run_to_run,
-    tokens_to_experts_and_back,
-    a_rank_that_dies,
+    *(sums, many, weighted_sums, weighted_many, projections, projections_of_more_tokens),
+    *(rows, replays, the_same_from_run_to_run, tokens_to_experts_and_back, a_rank_that_dies),
 ]
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tests.ops.compile_cuda import compile_cuda
-from tests.ops.run_on_host import HostKernel
+from tests.ops.run_on_host import HostKernel, host_tensor_map
 from thalweg.ops.all_gather import cuda as gather
 from thalweg.ops.all_reduce import AREAS, cuda, reference
 from thalweg.ops.embedding import cuda as embedding
@@ -27,9 +27,9 @@ REST = pytest.mark.exhaustive  # of a matrix, each of which compiles the kernels
 class HostRanks:
     """Ranks whose memory is this process's, and which run as its threads."""
 
-    def __init__(self, size: int, of_many: int = 256) -> None:
+    def __init__(self, size: int, of_many: tuple[int, int] = (1, 0)) -> None:
         self.size = size
-        blocks = [*((16, place_bytes) for _, place_bytes in AREAS[:2]), (3, of_many)]
+        blocks = [*((16, place_bytes) for _, place_bytes in AREAS[:2]), of_many]
         self.memory = [[torch.zeros(KINDS * size * n * b, dtype=torch.uint8) for n, b in blocks] for _ in range(size)]
         self.stop = torch.zeros(1, dtype=torch.int32)
         self.counts = [[torch.zeros(n, dtype=torch.int32) for n, _ in blocks] for _ in range(size)]
@@ -77,16 +77,40 @@ def test_sums_one_after_another(size: int, D: int) -> None:
         assert torch.equal(y, (x.float().sum(0) + residual.float()).bfloat16())
 
 
-def test_sums_of_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of small blocks: more than one launch, blocks without a part, and more groups than a block is ahead."""
+def few_threads(monkeypatch: pytest.MonkeyPatch) -> HostRanks:
+    """Ranks whose sums of many tokens have more than one launch, and more than two batches."""
     monkeypatch.setattr(cuda, "MANY_THREADS", 32)
-    monkeypatch.setattr(cuda, "GROUP", 32 * 16 * 2)
-    monkeypatch.setattr(cuda, "AREAS", (*AREAS[:2], (3, 128 + 7 * 1024)))
-    ranks = HostRanks(2, 128 + 7 * 1024)
-    for T in (40, 1, 12, 3, 0):
-        x, residual = torch.randn(2, T, 264).bfloat16(), torch.randn(T, 272).bfloat16()[:, :264]
+    monkeypatch.setattr(cuda, "AREAS", (*AREAS[:2], (3, 2560)))
+    return HostRanks(2, (3, 2560))
+
+
+def test_sums_of_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = few_threads(monkeypatch)
+    for T in (60, 1, 12, 3, 0):
+        x, residual = torch.randn(2, T, 264).relu().bfloat16(), torch.randn(T, 272).bfloat16()[:, :264]
+        x[0, :, 7], x[1, ::3], residual[::2, 5] = 0.0, 0.0, -0.0
         y = same(ranks.run(lambda r, x=x, residual=residual: cuda.all_reduce_add_many(residual, x[r.tp_rank], r)))
         assert torch.equal(y, (x.float().sum(0) + residual.float()).bfloat16())
+
+
+@pytest.mark.parametrize("own", [False, pytest.param(True, marks=REST)])
+def test_weighted_sums_of_many_tokens(monkeypatch: pytest.MonkeyPatch, own: bool) -> None:
+    ranks, k = few_threads(monkeypatch), 3
+    for T in (40, 1):
+        parts, residual = torch.randn(2, T * k, 264).bfloat16(), torch.randn(T, 264).bfloat16()
+        weights, owns = torch.rand(T, k), torch.randn(2, T, 264).bfloat16()
+        options = [
+            {"weights_Tk": weights, "own_TD": owns[r] if own else None, "scale": 2.5 if own else 1.0} for r in (0, 1)
+        ]
+        y = same(
+            ranks.run(
+                lambda r, parts=parts, residual=residual, options=options: cuda.all_reduce_add_many(
+                    residual, parts[r.tp_rank], r, **options[r.tp_rank]
+                )
+            )
+        )
+        given = [reference.of_rank(residual, parts[r], **options[r]).float() for r in range(2)]
+        torch.testing.assert_close(y.float(), given[0] + given[1] + residual.float(), atol=0.05, rtol=0.02)
 
 
 @pytest.mark.parametrize(
@@ -136,6 +160,19 @@ def test_projections(T: int, D: int, O: int) -> None:
         assert ((y.double() - want).norm() / want.norm()) < 0.004
 
 
+def test_projections_of_more_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = pytest.importorskip("thalweg.ops.linear.matrix", exc_type=ImportError)
+    monkeypatch.setattr(matrix, "cuda_kernel", HostKernel)
+    monkeypatch.setattr(matrix, "tensor_map", host_tensor_map)
+    T, D, O = 18, 136, 232  # in four tiles, of which the last is shorter
+    ranks, residual = HostRanks(2), torch.randn(T, O + 8).bfloat16()[:, :O]
+    for _ in range(3):
+        x, w = torch.randn(2, T, D).bfloat16(), torch.randn(2, O, D).bfloat16()
+        y = same(ranks.run(lambda r, x=x, w=w: matrix.linear_reduce_add(x[r.tp_rank], w[r.tp_rank], residual, r)))
+        want = sum(x[r].double() @ w[r].double().T for r in range(2)) + residual.double()
+        assert ((y.double() - want).norm() / want.norm()) < 0.004
+
+
 @pytest.mark.parametrize(
     ("ranks", "R", "N", "dtype"),
     [
@@ -177,8 +214,15 @@ def test_sums_compile_for_hopper(wide: int, tmp_path: Path) -> None:
 
 
 def test_the_others_compile_for_hopper(tmp_path: Path) -> None:
-    for source, macros in ((gather.SOURCE, {}), (embedding.SOURCE, {"D": 2304}), (cuda.OF_MANY, {})):
+    for source, macros in ((gather.SOURCE, {}), (embedding.SOURCE, {"D": 2304})):
         assert compile_cuda(source, tmp_path, BLOCK=96, RANKS=4, RANK=1, **macros).spilled_bytes == 0
+
+
+@pytest.mark.parametrize("parts", [1, 9])
+def test_sums_of_many_compile_for_hopper(parts: int, tmp_path: Path) -> None:
+    macros = {"D": 2304, "PARTS": parts, "WEIGHTED": int(parts > 1), "OWN": 0, "BLOCK": cuda.MANY_THREADS}
+    macros |= {**cuda.MANY, "RANKS": 2, "RANK": 1}
+    assert compile_cuda(cuda.OF_MANY, tmp_path, **macros).spilled_bytes == 0
 
 
 @pytest.mark.parametrize("tokens", [8, 16])

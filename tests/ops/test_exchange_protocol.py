@@ -99,3 +99,61 @@ def test_places_that_other_blocks_had_before_may_still_be_read() -> None:
     assert (
         stuck([1, 2, 2], ranks=2, kinds=2, place=lambda block, kernel: block if kernel < 2 else 1 - block) is not None
     )
+
+
+class Thread(NamedTuple):
+    written: int = 0  # elements, to the other rank
+    read: int = 0  # elements of the other's, and zeros left in their places
+    cleared: int = 0
+
+
+def misread(parts: list[list[list[int]]], kinds: int) -> bool:
+    """The same of two ranks whose data are their own flags (ops/all_reduce/many.cu): whatever is not zero counts as
+    come, and a place is left with zeros. Whether anybody can read what is of another exchange, or wait for ever.
+    `parts` are the elements of each thread of each kernel, which lie where their number says."""
+    start = (tuple((0, (Thread(),) * len(parts[0])) for _ in range(2)), frozenset())
+    seen, waiting = {start}, [start]
+    while waiting:
+        ranks, memory = waiting.pop()
+        following = []
+        for r, (kernel, threads) in enumerate(ranks):
+            if kernel == len(parts):
+                continue
+            number, held = kernel + 1, dict(memory)
+            for t, thread in enumerate(threads):
+                elements = parts[kernel][t]
+                if thread.written < len(elements):
+                    held_after = held | {(1 - r, number % kinds, elements[thread.written]): number}
+                    after = thread._replace(written=thread.written + 1)
+                elif thread.cleared < thread.read:
+                    held_after = {k: v for k, v in held.items() if k != (r, number % kinds, elements[thread.cleared])}
+                    after = thread._replace(cleared=thread.cleared + 1)
+                elif thread.read < len(elements) and (r, number % kinds, elements[thread.read]) in held:
+                    if held[r, number % kinds, elements[thread.read]] != number:
+                        return True
+                    held_after, after = held, thread._replace(read=thread.read + 1)
+                else:
+                    continue
+                all_threads = _replaced(threads, t, after)
+                if all(x.cleared == len(e) for x, e in zip(all_threads, parts[kernel], strict=True)):
+                    kernel_after = kernel + 1
+                    rank = (kernel_after, (Thread(),) * (len(parts[kernel_after]) if kernel_after < len(parts) else 0))
+                else:
+                    rank = (kernel, all_threads)
+                following.append((_replaced(ranks, r, rank), frozenset(held_after.items())))
+        if not following and any(kernel < len(parts) for kernel, _ in ranks):
+            return True
+        for each in following:
+            if each not in seen:
+                seen.add(each)
+                waiting.append(each)
+    return False
+
+
+@pytest.mark.parametrize("parts", [[[[0], [1]]] * 3, [[[0], [1]], [[1], [0]], [[0, 1]]], [[[0, 1]], [[1]], [[0], [1]]]])
+def test_data_that_are_their_own_flags_are_read_once_each(parts: list[list[list[int]]]) -> None:
+    assert not misread(parts, kinds=2)
+
+
+def test_data_that_are_their_own_flags_need_places_of_two_kinds() -> None:
+    assert misread([[[0]], [[0]]], kinds=1)

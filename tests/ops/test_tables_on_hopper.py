@@ -52,7 +52,8 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_support, "_compute_capability_major", lambda: 9)
     monkeypatch.setattr(cuda_build, "why_not", lambda where: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr("thalweg.ops.linear.cuda.multiprocessors", lambda device: 132)
+    for module in ("cuda", "matrix"):
+        monkeypatch.setattr(f"thalweg.ops.linear.{module}.multiprocessors", lambda device: 132)
 
 
 def resolved(
@@ -204,7 +205,7 @@ def test_experts_in_fp8_of_a_batch_are_multiplied_in_fp8() -> None:
 
 def test_over_ranks_in_fp8_and_with_other_blocks() -> None:
     found = tables(resolved(ranks=4, scheme="fp8", block_size=16))
-    assert found["linear_reduce_add 1024"] == ["1-16: cuda", "17-: separate"]
+    assert found["linear_reduce_add 1024"] == ["1-16: cuda", "17-128: matrix", "129-: separate"]
     assert found["experts"] == ["1-16: cuda", "17-192: tiles", "193-: w8a8"]  # 256 wide
     assert found["mla_mixer_decode"] == ["triton"]
 

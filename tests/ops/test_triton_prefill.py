@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -168,6 +169,22 @@ def check_mla_in_graphs() -> None:
     check_in_graphs(run, STEPS, 300)
 
 
+def in_float64_of_parts(
+    residual_TD: torch.Tensor,
+    parts_PD: torch.Tensor,
+    *,
+    weights_Tk: torch.Tensor | None = None,
+    own_TD: torch.Tensor | None = None,
+    scale: float = 1.0,
+) -> torch.Tensor:
+    """A `finish`: of outputs of pairs, or of their sum if there were slices."""
+    assert own_TD is None
+    assert scale == 1.0
+    if weights_Tk is not None:
+        parts_PD = (parts_PD.double().view(*weights_Tk.shape, -1) * weights_Tk.double().unsqueeze(-1)).sum(1)
+    return residual_TD.double() + parts_PD
+
+
 def check_experts() -> None:
     from thalweg.ops.moe.experts.triton import grouped
 
@@ -178,7 +195,9 @@ def check_experts() -> None:
             grouped.SLICE = most
             y = case.run(grouped.experts_of_groups)
             added = case.run(grouped.experts_of_groups, residual_TD=case.residual)
+            finished = case.run(grouped.experts_of_groups, finish=partial(in_float64_of_parts, case.residual))
             grouped.SLICE = whole
+            assert rmse_ratio(finished, experts_in_float64(case) + case.residual.double()) < 1e-6
             assert rmse_ratio(y, experts_in_float64(case)) < 1e-6
             assert torch.equal(added, y + case.residual)
             y = case.run(grouped.experts_of_groups, promise=False)

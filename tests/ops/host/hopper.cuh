@@ -180,6 +180,16 @@ inline void ask_system(const u64* p, u64& x) {
     x = std::atomic_ref<u64>(*(u64*)p).load();
 }
 inline void ask_system(const u64* p, u64& x, u64& y) { ask_system(p, x), ask_system(p + 1, y); }
+inline void give_system(void* to, u32 x, u32 y, u32 z, u32 w) {
+    const u32 all[4] = {x, y, z, w};
+    for (int i = 3; i >= 0; i--) std::atomic_ref<u32>(((u32*)to)[i]).store(all[i]);
+}
+inline void take_system(const void* p, uint4& x) {
+    std::this_thread::yield();
+    u32* all[4] = {&x.x, &x.y, &x.z, &x.w};
+    for (int i = 0; i < 4; i++) *all[i] = std::atomic_ref<u32>(((u32*)p)[i]).load();
+}
+inline void nap(u32) {}
 inline u32 load_anew(const u32* p) { return std::atomic_ref<u32>(*(u32*)p).load(); }
 inline float load_fp32(const float* p) { return *p; }
 inline int load_id(const long long* p) { return (int)*p; }

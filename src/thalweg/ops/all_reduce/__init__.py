@@ -11,6 +11,7 @@ from torch import Tensor
 from thalweg.ops.all_reduce import reference
 from thalweg.ops.registry import Op, Refusal, Tokens, Where, register
 from thalweg.ops.toolchain import cuda_build
+from thalweg.ops.toolchain.triton_support import why_not
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +74,7 @@ class AllReduceAdd(Protocol):
 
 ALL_REDUCE_ADD: Op[AllReduceAddDims, AllReduceAdd] = Op("all_reduce_add", AllReduceAddDims)
 
-ROWS, SUMS, MANY = 0, 1, 2
+ROWS, SUMS, MANY_TOKENS = 0, 1, 2
 AREAS = ((2048, 4096), (256, 16384), (264, 82048))
 """Blocks that may meet, and bytes that one of them writes for one rank: in the area of rows, in that of sums within a
 projection, and in that of many tokens."""
@@ -81,7 +82,7 @@ projection, and in that of many tokens."""
 
 def areas_of(ranks: int) -> tuple[tuple[int, int], ...]:
     """Those that so many ranks have a use for: many tokens go straight from rank to rank if there are two."""
-    return AREAS if ranks == 2 else AREAS[:MANY]
+    return AREAS if ranks == 2 else AREAS[:MANY_TOKENS]
 
 
 def why_not_exchanged(where: Where, dims: AllReduceAddDims) -> Refusal:
@@ -108,7 +109,14 @@ def _cuda(where: Where, dims: AllReduceAddDims) -> AllReduceAdd:
     return cuda.all_reduce_add
 
 
+def _separate(where: Where, dims: AllReduceAddDims) -> AllReduceAdd:
+    from thalweg.ops.all_reduce import cuda
+
+    return cuda.all_reduce_add_separate
+
+
 register(ALL_REDUCE_ADD, "reference", lambda *_: reference.all_reduce_add)
+register(ALL_REDUCE_ADD, "separate", _separate, supports=lambda where, _: why_not(where), priority=3)
 
 
 def _many_refuses(where: Where, dims: AllReduceAddDims) -> Refusal:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from ctypes import c_float, c_longlong
+from ctypes import c_float, c_int, c_longlong
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from thalweg.ops.all_reduce import AREAS, MANY, ROWS, Ranks, reference
+from thalweg.ops.all_reduce import AREAS, MANY_TOKENS, ROWS, Ranks, reference
 from thalweg.ops.toolchain.cuda_build import aligned_rows, cuda_kernel
 
 SOURCE = Path(__file__).with_name("rows.cu")
 EACH = 8  # columns of a thread, of which it writes 32 bytes for each rank
 MOST_TOKENS = 512  # of two ranks
-OF_MANY, MANY_THREADS, FLAGS = Path(__file__).with_name("many.cu"), 512, 128
-GROUP = MANY_THREADS * 16 * 2  # bytes of many that a block writes at a time, as in the source
+OF_MANY, MANY_THREADS = Path(__file__).with_name("many.cu"), 512
+MANY = {"PER": 2, "BATCH": 1, "NAP": 100}
 
 
 def threads_of(D: int) -> int:
@@ -81,6 +81,33 @@ def all_reduce_add(
     return y_TD
 
 
+def all_reduce_add_separate(
+    residual_TD: Tensor,
+    parts_PD: Tensor,
+    ranks: Ranks,
+    *,
+    weights_Tk: Tensor | None = None,
+    own_TD: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """By the ranks' own collective."""
+    x_TD = of_rank(residual_TD, parts_PD, weights_Tk, own_TD, scale)
+    return residual_TD + ranks.all_reduce(x_TD.contiguous())
+
+
+def of_rank(
+    residual_TD: Tensor, parts_PD: Tensor, weights_Tk: Tensor | None, own_TD: Tensor | None, scale: float
+) -> Tensor:
+    """What this rank adds to the sum."""
+    if weights_Tk is None or len(weights_Tk) == 0:
+        return reference.of_rank(residual_TD, parts_PD, None, own_TD, scale)
+    from thalweg.ops.moe.experts.triton.weighted_sum import weighted_sum
+
+    out_TD = torch.empty(residual_TD.shape, dtype=residual_TD.dtype, device=residual_TD.device)
+    block = min(1024, 1 << (out_TD.shape[1] - 1).bit_length())
+    return weighted_sum(parts_PD, weights_Tk, out_TD, None, own_TD, scale, block, warps=4)
+
+
 def all_reduce_add_many(
     residual_TD: Tensor,
     parts_PD: Tensor,
@@ -90,16 +117,31 @@ def all_reduce_add_many(
     own_TD: Tensor | None = None,
     scale: float = 1.0,
 ) -> Tensor:
-    x_TD = reference.of_rank(residual_TD, parts_PD, weights_Tk, own_TD, scale).contiguous()
     residual_TD = residual_TD.contiguous()
-    y_TD = torch.empty_like(residual_TD)
-    blocks, place_bytes = AREAS[MANY]
-    row_bytes = y_TD.shape[1] * y_TD.element_size()
-    rows = blocks * ((place_bytes - FLAGS) // GROUP * GROUP) // row_bytes
-    exchange, arguments = exchange_arguments(ranks, MANY)
-    kernel = cuda_kernel(OF_MANY, "sum_of_many", MANY_THREADS, y_TD.device, BLOCK=MANY_THREADS, **exchange)
-    for x, residual, y in zip(x_TD.split(rows), residual_TD.split(rows), y_TD.split(rows), strict=True):
-        part = -(-len(y) * row_bytes // (blocks * GROUP)) * GROUP
-        sizes = ((c_longlong, len(y) * row_bytes), (c_longlong, part))
-        kernel.launch((blocks, 1, 1), 0, x, residual, y, *sizes, *arguments, (c_longlong, place_bytes))
+    dtype = residual_TD.dtype
+    if parts_PD.dtype != dtype or (own_TD is not None and (weights_Tk is None or own_TD.dtype != dtype)):
+        parts_PD = of_rank(residual_TD, parts_PD, weights_Tk, own_TD, scale)
+        weights_Tk = own_TD = None
+    parts_PD, y_TD = parts_PD.contiguous(), torch.empty_like(residual_TD)
+    D, k, (blocks, place_bytes) = y_TD.shape[1], 1 if weights_Tk is None else weights_Tk.shape[1], AREAS[MANY_TOKENS]
+    row_bytes = D * y_TD.element_size()
+    rows = ranks.tp_size * blocks * place_bytes // row_bytes  # of a launch: no rank writes to its own place
+    exchange, arguments = exchange_arguments(ranks, MANY_TOKENS)
+    macros = {"D": D, "PARTS": k, "WEIGHTED": int(weights_Tk is not None), "OWN": int(own_TD is not None)}
+    macros |= {"BLOCK": MANY_THREADS, **MANY, **exchange}
+    kernel = cuda_kernel(OF_MANY, "sum_of_many", MANY_THREADS, y_TD.device, **macros)
+    for first in range(0, len(y_TD), rows):
+        y = y_TD[first : first + rows]
+        kernel.launch(
+            (blocks, 1, 1),
+            0,
+            parts_PD[first * k :],
+            parts_PD if weights_Tk is None else weights_Tk[first:],
+            parts_PD if own_TD is None else own_TD[first:],
+            residual_TD[first:],
+            y,
+            (c_float, scale),
+            (c_int, len(y) * row_bytes),
+            *arguments,
+        )
     return y_TD

@@ -1,85 +1,110 @@
-// y = residual + the sum over ranks of x for many tokens: too many bytes for twice as many to be written, as rows.cu does.
+// y = residual + the sum over two ranks of x for many tokens: too many bytes for twice as many to be written, as rows.cu
+// does.
 //
-// A block has the same part of the elements on every rank. It writes its x to every other rank's memory, GROUP bytes at
-// a time, each with a count of groups behind it, and AHEAD groups later reads what the others wrote here. So the link
-// and the memory are busy at once. Exchanges have numbers and places of two kinds, as ranks.cuh says.
+// A thread writes its x to the other rank's memory and adds what the other wrote to the same place of this one's. A word
+// of 32 bits that is not zero has come, whatever else has: so nothing tells of it, and there are no fences. Zeros count
+// as negative ones, which add up to the same. Whoever has read a place leaves zeros there. A thread writes a batch ahead of
+// the one that it awaits, so that the link and the memory are busy at once.
 //
-// Macros: RANKS; RANK; BLOCK threads.
+// Exchanges have numbers and places of two kinds in turn, as ranks.cuh says: a rank writes to one of exchange e once it
+// has all of e - 1, and no rank wrote e - 1 before its kernel of e - 2 had ended, with the zeros that it left.
+//
+// With WEIGHTED x is the sum of PARTS rows times their weights, the experts' outputs of a token; with OWN an expert of
+// its own width is added to `scale` times that, rounded as in op "scaled_residual_add".
+//
+// Macros: D columns, a multiple of 8; PARTS; WEIGHTED; OWN; RANKS, which are 2; RANK; BLOCK threads, PER blocks of a
+// multiprocessor; BATCH, of 16 bytes; NAP, nanoseconds between two looks.
 
 #include "hopper.cuh"
 #include "ranks.cuh"
+static_assert(RANKS == 2);
 
-constexpr int FLAGS = 128;  // bytes ahead of a place, for the count
-constexpr int STEPS = 2, GROUP = BLOCK * 16 * STEPS, AHEAD = 4;
+struct Eight {
+    float x[8];
+    __device__ __forceinline__ void add(uint4 v, float by = 1) {
+        x[0] += by * low(v.x), x[1] += by * high(v.x), x[2] += by * low(v.y), x[3] += by * high(v.y);
+        x[4] += by * low(v.z), x[5] += by * high(v.z), x[6] += by * low(v.w), x[7] += by * high(v.w);
+    }
+    __device__ __forceinline__ uint4 narrow() const {
+        return make_uint4(pack(x[0], x[1]), pack(x[2], x[3]), pack(x[4], x[5]), pack(x[6], x[7]));
+    }
+};
+__device__ __forceinline__ u32 not_zero(u32 pair) { return pair ? pair : 0x80008000u; }
 
-// `part`: bytes of a block, a multiple of GROUP, whose place begins with FLAGS bytes for the count; `size`: all bytes.
-extern "C" __global__ void __launch_bounds__(BLOCK, 2)
-    sum_of_many(const u8* x, const u8* residual, u8* y, long long size, long long part, const u64* table,
-                long long bytes, long long place_bytes) {
+// `size`: bytes of y; `bytes`: as of ranks_of, of which this rank's share for each kind of places has two.
+extern "C" __global__ void __launch_bounds__(BLOCK, PER)
+    sum_of_many(const u8* parts, const float* weights, const u8* own, const u8* residual, u8* y, float scale, int size,
+                const u64* table, long long bytes) {
     const int tid = threadIdx.x;
     Ranks ranks = ranks_of(table, blockIdx.x, bytes);
     wait_for_kernel_ahead();
     start_kernel_behind();
     begin_exchange(ranks);
-    const long long first = blockIdx.x * part, count = max(0ll, min(part, size - first));
-    const int groups = (int)((count + GROUP - 1) / GROUP);
-    auto place = [&](int reader, int writer) {
-        return place_of(ranks, reader, writer) + (long long)blockIdx.x * place_bytes;
-    };
-#pragma unroll 1
-    for (int i = 0; i < groups + AHEAD; i++) {
-        if (i < groups) {
-            uint4 v[STEPS];
+    const long long kind = (ranks.number & 1) * RANKS * bytes;
+    u8 *theirs = ranks.peers[1 - RANK] + kind, *mine = ranks.peers[RANK] + kind;
+    auto place = [&](int i, int u) { return ((i * (int)gridDim.x + (int)blockIdx.x) * BATCH + u) * (16 * BLOCK) + 16 * tid; };
+    auto given = [&](int at) {  // what this rank adds there
+        if (!WEIGHTED) return load16(parts + at);
+        const int token = at / (2 * D), column = at % (2 * D);
+        uint4 raw[PARTS], by_own;
+        float weight[PARTS];
 #pragma unroll
-            for (int s = 0; s < STEPS; s++) {
-                const long long at = (long long)i * GROUP + (s * BLOCK + tid) * 16;
-                if (at < count) v[s] = load16(x + first + at);
-            }
+        for (int j = 0; j < PARTS; j++) raw[j] = load16(parts + ((long long)token * PARTS + j) * (2 * D) + column);
 #pragma unroll
-            for (int s = 0; s < STEPS; s++) {
-                const long long at = (long long)i * GROUP + (s * BLOCK + tid) * 16;
+        for (int j = 0; j < PARTS; j++) weight[j] = load_fp32(weights + token * PARTS + j);
+        if (OWN) by_own = load16(own + at);
+        Eight sum = {};
 #pragma unroll
-                for (int r = 0; r < RANKS; r++)
-                    if (r != RANK && at < count) *(uint4*)(place(r, RANK) + FLAGS + at) = v[s];
-            }
-            __syncthreads();
-#pragma unroll
-            for (int r = 0; r < RANKS; r++)
-                if (r != RANK && tid == r) {
-                    __threadfence_system();
-                    tell_system((u64*)place(r, RANK), (u64)ranks.number << 32 | (u32)(i + 1));
-                }
+        for (int j = 0; j < PARTS; j++) sum.add(raw[j], weight[j]);
+        if (OWN) {
+            const uint4 rounded = sum.narrow();
+            sum = {};
+            sum.add(by_own), sum.add(rounded, scale);
         }
-        const int ready = i - AHEAD;
-        if (ready < 0) continue;
+        return sum.narrow();
+    };
+    uint4 next[BATCH], now[BATCH];
+    auto send = [&](int i) {
 #pragma unroll
-        for (int r = 0; r < RANKS; r++)
-            if (r != RANK && tid == r) {
-                poll(ranks, [&] {
-                    u64 told;
-                    ask_system((const u64*)place(RANK, r), told);
-                    return (u32)(told >> 32) == ranks.number && (u32)told > (u32)ready;
-                });
-                __threadfence_system();
+        for (int u = 0; u < BATCH; u++)
+            if (place(i, u) < size) {
+                const uint4 v = given(place(i, u));
+                next[u] = make_uint4(not_zero(v.x), not_zero(v.y), not_zero(v.z), not_zero(v.w));
             }
-        __syncthreads();
 #pragma unroll
-        for (int s = 0; s < STEPS; s++) {
-            const long long at = (long long)ready * GROUP + (s * BLOCK + tid) * 16;
-            if (at >= count) continue;
-            const uint4 added = load16(residual + first + at);
-            float sum[8] = {};
+        for (int u = 0; u < BATCH; u++)
+            if (place(i, u) < size) give_system(theirs + place(i, u), next[u].x, next[u].y, next[u].z, next[u].w);
+    };
+    send(0);
+#pragma unroll 1
+    for (int i = 0; place(i, 0) < size; i++) {
 #pragma unroll
-            for (int r = 0; r < RANKS; r++) {
-                const uint4 v = load16(r == RANK ? x + first + at : place(RANK, r) + FLAGS + at);
-                sum[0] += low(v.x), sum[1] += high(v.x), sum[2] += low(v.y), sum[3] += high(v.y);
-                sum[4] += low(v.z), sum[5] += high(v.z), sum[6] += low(v.w), sum[7] += high(v.w);
-            }
-            *(uint4*)(y + first + at) =
-                make_uint4(pack(sum[0] + low(added.x), sum[1] + high(added.x)), pack(sum[2] + low(added.y), sum[3] + high(added.y)),
-                           pack(sum[4] + low(added.z), sum[5] + high(added.z)), pack(sum[6] + low(added.w), sum[7] + high(added.w)));
+        for (int u = 0; u < BATCH; u++) now[u] = next[u];
+        send(i + 1);
+        uint4 come[BATCH] = {}, added[BATCH];
+#pragma unroll
+        for (int u = 0; u < BATCH; u++)
+            if (place(i, u) < size) added[u] = load16(residual + place(i, u));
+        poll(ranks, [&] {
+            bool all = true;
+#pragma unroll
+            for (int u = 0; u < BATCH; u++)
+                if (place(i, u) < size) {
+                    take_system(mine + place(i, u), come[u]);
+                    all = all && come[u].x && come[u].y && come[u].z && come[u].w;
+                }
+            if (NAP && !all) nap(NAP);
+            return all;
+        });
+#pragma unroll
+        for (int u = 0; u < BATCH; u++) {
+            if (place(i, u) >= size) continue;
+            Eight sum = {};
+            sum.add(RANK ? come[u] : now[u]), sum.add(RANK ? now[u] : come[u]), sum.add(added[u]);
+            *(uint4*)(y + place(i, u)) = sum.narrow();
+            *(uint4*)(mine + place(i, u)) = make_uint4(0, 0, 0, 0);
         }
     }
     __syncthreads();
-    if (tid == 0 && groups) end_exchange(ranks);  // or the next would not know that the one before was read
+    if (tid == 0) end_exchange(ranks);
 }

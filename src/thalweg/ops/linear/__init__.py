@@ -114,6 +114,7 @@ SOME, OF_MANY, MANY_ROWS = 32, 128, 65536
 # "splits" is a launch where the norm, the library and its sum over parts of columns are three; of more rows the library
 # has no parts, and of fewer columns it has not been timed.
 SPLIT_COLUMNS, SPLIT_ROWS, SPLIT_TOKENS = 7168, 4096, Tokens(9, 64)
+REDUCED = Tokens(17, 128)  # of sums over ranks within "matrix", which save a launch
 NORM_COLUMNS, NORM_FEW = 2304, Tokens(last=32)  # so few do; there a norm inside saves its launch, and no time
 
 
@@ -216,6 +217,26 @@ def _reduce_separate(where: Where, dims: LinearReduceDims) -> LinearReduceAdd:
     linear = resolver.resolve(LINEAR, where, LinearDims(D=dims.D, O=dims.O))
     add = resolver.resolve(ALL_REDUCE_ADD, where, AllReduceAddDims(D=dims.O, ranks=dims.ranks, mapped=dims.mapped))
     return partial(separate.linear_reduce_add, linear=linear, add=add)
+
+
+def _matrix_reduce_refuses(where: Where, dims: LinearReduceDims) -> Refusal:
+    if not dims.mapped:
+        return "needs ranks that map each other's memory"
+    if dims.D % 8 or dims.O % 8 or not dims.D:
+        return f"needs D and O to be multiples of 8, not {dims.D} and {dims.O}"
+    if where.dtype != "bfloat16":
+        return f"needs bfloat16, not {where.dtype}"
+    if reason := why_not(where) or cuda_build.why_not(where) or why_not_hopper():
+        return reason
+    from thalweg.ops.linear.matrix import reduce_refuses
+
+    return reduce_refuses(dims.O, REDUCED.last or 0)
+
+
+def _matrix_reduce(where: Where, dims: LinearReduceDims) -> LinearReduceAdd:
+    from thalweg.ops.linear import matrix
+
+    return matrix.linear_reduce_add
 
 
 def _cuda_reduce(where: Where, dims: LinearReduceDims) -> LinearReduceAdd:
@@ -348,6 +369,7 @@ register(LINEAR_ADD, "cuda", _cuda_linear_add, supports=_cuda_refuses, tokens=_f
 
 register(LINEAR_REDUCE_ADD, "reference", lambda *_: reference.linear_reduce_add)
 register(LINEAR_REDUCE_ADD, "separate", _reduce_separate, priority=10)
+register(LINEAR_REDUCE_ADD, "matrix", _matrix_reduce, supports=_matrix_reduce_refuses, tokens=REDUCED, priority=15)
 register(LINEAR_REDUCE_ADD, "cuda", _cuda_reduce, supports=_reduce_refuses, tokens=_few, priority=20)
 
 register(LINEAR_GGML, "reference", _ggml, capturable=False)

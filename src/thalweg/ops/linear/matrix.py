@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from ctypes import c_int, c_longlong
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from thalweg.errors import KernelError
+from thalweg.ops.all_reduce import AREAS, SUMS, Ranks
+from thalweg.ops.all_reduce.cuda import exchange_arguments
 from thalweg.ops.norm.triton.rms import rms_norm
+from thalweg.ops.registry import Refusal
 from thalweg.ops.toolchain.cuda_build import aligned_rows, cuda_kernel
 from thalweg.ops.toolchain.tensor_map import tensor_map
 from thalweg.ops.toolchain.triton_support import multiprocessors
@@ -22,6 +25,7 @@ from thalweg.ops.toolchain.triton_support import multiprocessors
 SOURCE = Path(__file__).with_name("some.cu")
 UNIT, STEP_BYTES, MAX_STAGES, PITCH = 16, 128, 24, 68  # as in the source
 GROUPS = 3  # of 64 rows of a tile
+THREADS = 128 * GROUPS + 64
 SHARED = 224 * 1024  # bytes of shared memory that a block may ask for
 
 
@@ -47,6 +51,21 @@ def linear_add(x_TD: Tensor, w_OD: Tensor, residual_TO: Tensor) -> Tensor:
 
 def norm_swiglu(x_TD: Tensor, norm_weight_D: Tensor, eps: float, w_2ID: Tensor) -> Tensor:
     return some_tokens(rms_norm(x_TD, norm_weight_D, eps), w_2ID, gated=True)
+
+
+def linear_reduce_add(x_TD: Tensor, w_OD: Tensor, residual_TO: Tensor, ranks: Ranks) -> Tensor:
+    return some_tokens(x_TD, w_OD, residual_TO, ranks=ranks)
+
+
+def reduce_refuses(O: int, most_tokens: int) -> Refusal:
+    """Why sums of O rows of up to so many tokens cannot go over ranks within the projection, or None."""
+    blocks, place_bytes = AREAS[SUMS]
+    how = cut(O, multiprocessors(torch.device("cuda", torch.cuda.current_device())))
+    if how.pair or -(-O // how.rows) * how.split > blocks:
+        return f"needs at most {blocks} blocks that have a tile each, not {O} rows"
+    if place_bytes < 32 * THREADS or most_tokens * how.rows // 8 > how.split * THREADS:
+        return f"has no room for sums of {how.rows} rows per {how.split} multiprocessors"
+    return None
 
 
 def cut(O: int, processors: int, unit: int = 8) -> Cut:
@@ -80,9 +99,11 @@ def some_tokens(
     out_TO: Tensor | None = None,
     how: Cut | None = None,
     gated: bool = False,
+    ranks: Ranks | None = None,
 ) -> Tensor:
     """[T, O] of at most 128 tokens in bf16: x times w, plus the residual, rounded once; or, if `gated`, [T, O / 2], the
-    SiLU of the first half of that times the other.
+    SiLU of the first half of that times the other. With `ranks` the product is rounded and summed over them before the
+    residual is added.
 
     out_TO has a unit last stride, and is what is returned if it is given.
     """
@@ -99,7 +120,11 @@ def some_tokens(
         tiles * how.split if how.split > 1 else min(-(-tiles // cluster), multiprocessors(device) // cluster) * cluster
     )
     macros = dict(UNITS=units, SPLIT=how.split, PAIR=int(how.pair), ADD=int(residual_TO is not None), GATED=int(gated))
-    cuda_kernel(SOURCE, "some_tokens", 128 * GROUPS + 64, device, **macros).launch(
+    further: tuple[Any, ...] = ()
+    if ranks is not None:
+        exchange, further = exchange_arguments(ranks, SUMS)
+        macros |= exchange
+    cuda_kernel(SOURCE, "some_tokens", THREADS, device, **macros).launch(
         (blocks, 1, 1),
         shared,
         (None, tensor_map(w_OD.view(O, 1, D), how.rows // (1 + gated))),
@@ -113,5 +138,6 @@ def some_tokens(
         (c_int, how.rows),
         (c_int, -(-2 * D // STEP_BYTES)),
         (c_int, stages),
+        *further,
     )
     return y_TO

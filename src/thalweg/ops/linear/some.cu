@@ -13,11 +13,18 @@
 //
 // GATED: w has rows of gate, and as many of up below them; a tile has as many of either; y = silu(gate) * up.
 //
+// With RANKS of a tile each, sums go over these before the residual is added: a thread writes eight of a token, rounded,
+// to every other rank's memory (ranks.cuh) and adds what came from all, in their order.
+//
 // Macros: UNITS of 16 tokens; SPLIT, 1, 2 or 4; PAIR, 0 or 1, of SPLIT 1; ADD; GATED, without PAIR and ADD, of tiles that
-// are all in one round.
+// are all in one round; perhaps RANKS, RANK.
 
 #include "hopper.cuh"
 #include "matrix_unit.cuh"
+#ifdef RANKS
+#include "ranks.cuh"
+constexpr int PLACE = 16384;  // bytes that a block writes for a rank at most: ops/all_reduce
+#endif
 
 constexpr int TOKENS = 16 * UNITS, STEP_BYTES = 128, CLUSTER = PAIR ? 2 : SPLIT, MAX_STAGES = 24;
 constexpr int GROUPS = 3, MULTIPLIERS = 128 * GROUPS, THREADS = MULTIPLIERS + 64;
@@ -38,7 +45,12 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
                 long long residual_stride, long long y_stride, int T, int O,
                 int rows,      // of a tile, a multiple of 8, with GATED of 16
                 int steps,     // of 128 bytes of a row
-                int stages) {  // of the ring, a multiple of the warpgroups that share out steps: each has its own
+                int stages  // of the ring, a multiple of the warpgroups that share out steps: each has its own
+#ifdef RANKS
+                ,
+                const u64* table, long long bytes
+#endif
+    ) {
     extern __shared__ __align__(1024) u8 shared[];
     const int tid = threadIdx.x, lane = tid % 32, warp = __shfl_sync(~0u, tid / 32, 0);
     const int groups = (rows + 63) / 64, stage_bytes = (rows + TOKENS) * STEP_BYTES, stage_bytes_of_w = rows * STEP_BYTES;
@@ -62,6 +74,11 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     const int phases = rounds > 1 ? 1 : max(1, min(GROUPS / groups, stages / 2));  // of steps, by warpgroups
     auto step_of = [&](int k) { return from + (k + ahead < span ? k + ahead : k + ahead - span); };
     if (tid != MULTIPLIERS) wait_for_kernel_ahead();
+#ifdef RANKS
+    static_assert(!PAIR && ADD && !GATED);
+    Ranks ranks = ranks_of(table, blockIdx.x, bytes);
+    if (tid != MULTIPLIERS) begin_exchange(ranks);
+#endif
     if (tid == MULTIPLIERS) {  // asks for w
         int stage = 0, phase = 1, n = 0;
 #pragma unroll 1
@@ -78,6 +95,9 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
             }
         start_kernel_behind();
         wait_for_kernel_ahead();
+#ifdef RANKS
+        begin_exchange(ranks);
+#endif
     } else if (tid == MULTIPLIERS + 32) {  // asks for x
         int stage = 0, phase = 1, n = 0;
 #pragma unroll 1
@@ -183,8 +203,45 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
                     auto gated = [](float gate, float up) { return gate / (1 + __expf(-gate)) * up; };
                     of[0][n] = make_float4(gated(a.x, b.x), gated(a.y, b.y), gated(a.z, b.z), gated(a.w, b.w));
                 }
+#ifdef RANKS
+            const uint4 added = load16(residual + t * residual_stride + place);
+            float4 a = of[0][0], b = of[0][1];
+            const uint4 mine = make_uint4(pack(a.x, a.y), pack(a.z, a.w), pack(b.x, b.y), pack(b.z, b.w));
+            const long long at = (long long)blockIdx.x * PLACE + 16 * tid;
+#pragma unroll
+            for (int r = 0; r < RANKS; r++)
+                if (r != RANK) {
+                    u8* to = place_of(ranks, r, RANK) + at;
+                    tell_rank(to, mine.x, mine.y, ranks.number);
+                    tell_rank(to + 16 * THREADS, mine.z, mine.w, ranks.number);
+                }
+            a = make_float4(0, 0, 0, 0), b = a;
+            auto add = [&](uint4 v) {
+                a.x += low(v.x), a.y += high(v.x), a.z += low(v.y), a.w += high(v.y);
+                b.x += low(v.z), b.y += high(v.z), b.z += low(v.w), b.w += high(v.w);
+            };
+#pragma unroll
+            for (int r = 0; r < RANKS; r++) {
+                uint4 theirs = mine;
+                if (r != RANK) {
+                    const u8* from = place_of(ranks, RANK, r) + at;
+                    poll(ranks, [&] {
+                        const bool all = told(from, theirs.x, theirs.y, ranks.number);
+                        return told(from + 16 * THREADS, theirs.z, theirs.w, ranks.number) && all;
+                    });
+                }
+                add(theirs);
+            }
+            add(added);
+            *(uint4*)(y + t * y_stride + place) = make_uint4(pack(a.x, a.y), pack(a.z, a.w), pack(b.x, b.y), pack(b.z, b.w));
+#else
             store_sums(y + t * y_stride + place, residual + t * residual_stride + place, of[0][0], of[0][1]);
+#endif
         }
     }
+#ifdef RANKS
+    __syncthreads();
+    if (tid == 0) end_exchange(ranks);
+#endif
     if (CLUSTER > 1) wait_for_cluster();  // before it ends, others may still read, copy to and arrive at this block
 }

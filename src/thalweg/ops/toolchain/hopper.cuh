@@ -110,6 +110,17 @@ __device__ __forceinline__ void ask_system(const u64* p, u64& x) {
 __device__ __forceinline__ void ask_system(const u64* p, u64& x, u64& y) {
     asm volatile("ld.relaxed.sys.global.v2.u64 {%0, %1}, [%2];" : "=l"(x), "=l"(y) : "l"(p) : "memory");
 }
+// Four words, each of which comes whole and says nothing of others.
+__device__ __forceinline__ void give_system(void* to, u32 x, u32 y, u32 z, u32 w) {
+    asm volatile("st.relaxed.sys.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");
+}
+__device__ __forceinline__ void take_system(const void* p, uint4& x) {
+    asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "l"(p)
+                 : "memory");
+}
+__device__ __forceinline__ void nap(u32 nanoseconds) { asm volatile("nanosleep.u32 %0;" ::"r"(nanoseconds)); }
 // What a kernel ahead, or the host, has left there last.
 __device__ __forceinline__ u32 load_anew(const u32* p) {
     u32 x;

@@ -253,17 +253,17 @@ def _reference(where: Where, dims: ExpertsDims) -> Experts:
 def _grouped(where: Where, dims: ExpertsDims) -> Experts:
     from thalweg.ops.moe.experts.triton import grouped
 
-    return _finishing(grouped.experts_of_groups)
+    return grouped.experts_of_groups
 
 
 def _matrix(where: Where, dims: ExpertsDims) -> Experts:
     if dims.scheme == "int4":
         from thalweg.ops.moe.experts import matrix_int4
 
-        return _finishing(matrix_int4.experts)
+        return matrix_int4.experts
     from thalweg.ops.moe.experts import matrix
 
-    return _finishing(matrix.experts)
+    return matrix.experts
 
 
 def _tiles(where: Where, dims: ExpertsDims) -> Experts:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from thalweg.ops.moe.experts import Finish
 from thalweg.ops.moe.experts.sort import sort_pairs
 from thalweg.ops.moe.experts.triton.grouped import in_slices
 from thalweg.ops.norm import NextNorm
@@ -30,6 +31,7 @@ def experts(
     own: tuple[Tensor, Tensor] | None = None,
     scale: float = 1.0,
     next_norm: NextNorm | None = None,
+    finish: Finish | None = None,
 ) -> Tensor:
     is_fp8 = len(down) == 2
     E, D, I = down[0].shape
@@ -51,4 +53,4 @@ def experts(
             grouped(rows, weights, *groups[:2], out, scales, gated=out is h_PI, share=k, cluster=cluster)
         return y_PD
 
-    return in_slices(outputs, x_TD, weights_Tk, ids_Tk, residual_TD, own, scale, next_norm)
+    return in_slices(outputs, x_TD, weights_Tk, ids_Tk, residual_TD, own, scale, next_norm, finish)

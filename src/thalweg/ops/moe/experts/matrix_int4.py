@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from thalweg.ops.moe.experts import Finish
 from thalweg.ops.moe.experts.sort import Groups, sort_pairs
 from thalweg.ops.moe.experts.triton.grouped import in_slices
 from thalweg.ops.moe.experts.triton.nibbles import in_order_of_pairs
@@ -43,6 +44,7 @@ def experts(
     own: tuple[Tensor, Tensor] | None = None,
     scale: float = 1.0,
     next_norm: NextNorm | None = None,
+    finish: Finish | None = None,
 ) -> Tensor:
     def outputs(x: Tensor, ids: Tensor) -> Tensor:
         E, D, I = down[0].shape[0], down[0].shape[1], gate_up[0].shape[1] // 2
@@ -52,4 +54,4 @@ def experts(
         product(h_PI, groups, down, y_PD, gated=False, share=1)
         return y_PD
 
-    return in_slices(outputs, x_TD, weights_Tk, ids_Tk, residual_TD, own, scale, next_norm)
+    return in_slices(outputs, x_TD, weights_Tk, ids_Tk, residual_TD, own, scale, next_norm, finish)

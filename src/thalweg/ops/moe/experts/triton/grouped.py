@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from thalweg.ops.activation.triton import silu_and_mul
+from thalweg.ops.moe.experts import Finish
 from thalweg.ops.moe.experts.sort import Groups
 from thalweg.ops.moe.experts.triton.grouping import rows_per_block, sort_pairs
 from thalweg.ops.moe.experts.triton.half import in_half
@@ -202,13 +203,14 @@ def experts_of_groups(
     own: tuple[Tensor, Tensor] | None = None,
     scale: float = 1.0,
     next_norm: NextNorm | None = None,
+    finish: Finish | None = None,
 ) -> Tensor:
     def outputs(x: Tensor, ids: Tensor) -> Tensor:
         rows = rows_per_block(ids.numel(), len(down[0]), FEW[scheme_of(*down)])
         groups = sort_pairs(ids, len(down[0]), num_shared, rows)
         return run_down(run_gate_up(x, groups, ids.shape[1], *gate_up), groups, gate_up[0].shape[1] // 2, *down)
 
-    return in_slices(outputs, x_TD, weights_Tk, ids_Tk, residual_TD, own, scale, next_norm)
+    return in_slices(outputs, x_TD, weights_Tk, ids_Tk, residual_TD, own, scale, next_norm, finish)
 
 
 def in_slices(
@@ -220,10 +222,17 @@ def in_slices(
     own: tuple[Tensor, Tensor] | None,
     scale: float,
     next_norm: NextNorm | None = None,
+    finish: Finish | None = None,
 ) -> Tensor:
     """Of x and ids of some tokens, `outputs` gives those of their pairs, [T * k, D] by token, and they are summed up
     here, and normed if a row fits registers. A pair's output is rounded to x's dtype before the sum. The own expert's
     products are the library's."""
+
+    def by_own(x: Tensor) -> Tensor | None:
+        return None if own is None else F.linear(silu_and_mul(F.linear(x, own[0])), own[1])
+
+    if finish is not None and 0 < len(x_TD) <= SLICE:
+        return finish(outputs(x_TD, ids_Tk), weights_Tk=weights_Tk, own_TD=by_own(x_TD), scale=scale)
     out_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
     block = min(1024, triton.next_power_of_2(x_TD.shape[1]))
     if next_norm is not None and x_TD.shape[1] <= MAX_NORMED:
@@ -232,13 +241,13 @@ def in_slices(
         x, weights, ids, out = (t[start : start + SLICE] for t in (x_TD, weights_Tk, ids_Tk, out_TD))
         residual = None if residual_TD is None else residual_TD[start : start + SLICE]
         y_PD = outputs(x, ids)
-        own_TD = None if own is None else F.linear(silu_and_mul(F.linear(x, own[0])), own[1])
+        own_TD = by_own(x)
         if next_norm is None or next_norm.normed_TD is None:
             weighted_sum(y_PD, weights, out, residual, own_TD, scale, block, warps=4)
         else:
             normed, norm = next_norm.normed_TD[start : start + SLICE], (next_norm.weight_D, next_norm.eps)
             weighted_sum_norm(y_PD, weights, out, normed, *norm, residual, own_TD, scale)
-    return out_TD
+    return out_TD if finish is None else finish(out_TD)
 
 
 def run_gate_up(
