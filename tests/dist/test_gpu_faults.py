@@ -91,6 +91,47 @@ def test_a_death_in_decode_ends_all(folder: Path, victim: str) -> None:
     assert shared_memory() <= before
 
 
+AT_CAPTURE = """
+import sys, threading, time
+def wait():
+    while not hasattr(sys.modules.get("thalweg.runner.capture"), "captured"):
+        time.sleep(0.01)
+    import torch
+    def capture_end(graph):
+        open({file!r}, "w").close()
+        time.sleep(600)
+    torch.cuda.CUDAGraph.capture_end = capture_end
+if sys.orig_argv[-1].endswith("/rank-1"):
+    threading.Thread(target=wait, daemon=True).start()
+"""
+
+
+def test_a_death_in_the_middle_of_a_capture_ends_all(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 1 stays where it would end its first graph; the other one comes as far as it does without it."""
+    (tmp_path / "sitecustomize.py").write_text(AT_CAPTURE.format(file=str(tmp_path / "captures")))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+
+    async def check() -> None:
+        client = EngineClient(EngineConfig(str(folder), **OPTIONS))
+        start = asyncio.create_task(client.start())
+        try:
+            await _until(lambda: (tmp_path / "captures").exists() or start.done())
+            engine = client.engines[0].process.pid
+            rank = _rank(engine)
+            os.kill(rank, signal.SIGKILL)
+            with pytest.raises(EngineDeadError, match="rank 1 ended with exit code -9"):
+                await asyncio.wait_for(start, WITHIN)
+            until(lambda: not lives(engine) and not lives(rank), "a process lives on", WITHIN)
+        finally:
+            await client.close()
+
+    before = shared_memory()
+    asyncio.run(check())
+    assert shared_memory() <= before
+
+
 @pytest.mark.parametrize("file", ["model.safetensors", "libnvrtc.so"])
 def test_a_death_at_the_start_ends_all(folder: Path, file: str) -> None:
     """As a rank loads weights, and as it compiles kernels; the other one comes as far as it does without it."""
