@@ -21,7 +21,8 @@ from thalweg.config.engine import EngineConfig
 from thalweg.errors import ConfigError
 from thalweg.layers import expert_exchange
 from thalweg.layers.context import BuildContext
-from thalweg.layers.moe import MoE, OwnExpert
+from thalweg.layers.experts import OwnExpert
+from thalweg.layers.moe import MoE
 from thalweg.models import family_of
 from thalweg.models.decoder import Decoder
 from thalweg.models.family import weight_plan

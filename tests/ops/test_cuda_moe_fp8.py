@@ -45,6 +45,24 @@ def test_they_compile_for_hopper(tmp_path: Path, tokens: int, gated: int, column
     assert blocks * (shared_bytes + compiled.static_shared_bytes + 1024) <= 228 * 1024
 
 
+def test_gate_and_up_with_the_router_inside_compile_for_hopper(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    from thalweg.ops.moe.experts import cuda_fp8, cuda_int4
+
+    warps, shared_bytes, macros = cuda_fp8.geometry(7168, 1)
+    macros |= dict(E=385, K=9, SHARED=1, ENDS=0, OUT=2048, GATED=1, ROUTES=1)
+    compiled = compile_cuda(cuda_fp8.SOURCE, tmp_path, **macros)
+    assert compiled.registers * 32 * (warps + 1) <= 65536
+    assert compiled.spilled_bytes <= 32
+    assert shared_bytes + compiled.static_shared_bytes + 1024 <= 228 * 1024
+    cut = cuda_int4.geometry(7168, 384, 8, 1)
+    assert cut is not None
+    of_int4 = dict(COLS=7168, E=384, K=8, TOKENS=1, OWN=1, ENDS=0, OUT=2048, GATED=1, ROUTES=1)
+    compiled = compile_cuda(cuda_int4.SOURCE, tmp_path, **of_int4, **cut.macros)
+    assert compiled.registers * 32 * (cut.warps + 2) <= 65536
+    assert cut.shared_bytes + compiled.static_shared_bytes + 1024 <= 228 * 1024
+
+
 @pytest.mark.parametrize(("T", "D"), [(2, 256), (1, 3584)])  # a ring that holds all steps of an item, and not
 def test_gate_and_up_on_the_host(monkeypatch: pytest.MonkeyPatch, T: int, D: int) -> None:
     pytest.importorskip("triton")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from thalweg.models.kimi_linear.config import read
 from thalweg.models.kimi_linear.family import KimiLinear
 from thalweg.models.qwen.family import Qwen35
 from thalweg.ops.linear import NORM_LINEAR, NormLinearDims
+from thalweg.ops.moe.experts import ExpertsDims
+from thalweg.ops.moe.routed import RoutedExpertsDims, refusal
 from thalweg.ops.registry import Resolver, Rows, Where
 from thalweg.ops.toolchain import cuda_build, triton_support
 from thalweg.parallel.mesh import Mesh
@@ -67,8 +70,8 @@ def resolved(
     return resolver
 
 
-def resolved_k2(shared_dir: Path, name: str, ranks: int) -> Resolver:
-    resolver, cuda = Resolver(), torch.device("cuda")
+def resolved_k2(shared_dir: Path, name: str, ranks: int, prefer: dict[str, str] | None = None) -> Resolver:
+    resolver, cuda = Resolver(prefer), torch.device("cuda")
     raw = json.loads((shared_dir / f"configs/{name}.json").read_text())
     config = kimi_k2.read({**raw, "num_hidden_layers": 2})
     plan = {t.name: t for t in weight_plan(KimiK2(), config, Shards(0, ranks))}
@@ -157,6 +160,43 @@ def test_experts_of_kimi_k2(shared_dir: Path, name: str, spans: list[str], ranks
     if name == "kimi_k2_instruct" and ranks == 1:  # experts 2048 wide
         spans = ["1-8: cuda", "9-16: tiles", "17-64: joined_w8a8", "65-384: tiles", "385-: w8a8"]
     assert found["experts"] == spans
+    assert found.get("routed_experts") == (["1: cuda", "2-: reference"] if ranks == 1 else None)
+
+
+@pytest.mark.parametrize("prefer", [{"experts": "separate"}, {"norm_router": "cuda"}])
+def test_router_and_experts_are_apart_if_one_of_them_is_asked_for(shared_dir: Path, prefer: dict[str, str]) -> None:
+    found = tables(resolved_k2(shared_dir, "kimi_k2_5_text_int4", 1, prefer))
+    assert "routed_experts" not in found
+    assert found[next(iter(prefer))][0].endswith(next(iter(prefer.values())))
+
+
+INT4 = ExpertsDims(E=384, D=7168, I=2048, scheme="int4", own=2048)
+FP8_EXPERTS = ExpertsDims(E=385, D=7168, I=2048, scheme="fp8")
+ROUTED = dict(K=8, G=1, S=0, scoring="sigmoid", renormalize=True)
+
+
+@pytest.mark.parametrize(
+    ("experts", "others", "reason"),
+    [
+        (INT4, {}, None),
+        (FP8_EXPERTS, {"S": 1}, None),
+        (INT4, {"scoring": "softmax"}, "needs sigmoids"),
+        (INT4, {"G": 8}, "experts in one group"),
+        (INT4, {"norm_fp32": True}, "a norm in x's dtype"),
+        (INT4, {"K": 17}, "at most 16 of them a token"),
+        (replace(INT4, E=768), {}, "at most 3 experts for each of 132 multiprocessors"),
+        (replace(INT4, own=0), {}, "one expert that every token takes"),
+        (replace(INT4, D=2304), {}, "needs 4096 columns or more"),
+        (replace(INT4, own=1024), {}, "needs an own expert as wide as the others"),
+        (replace(FP8_EXPERTS, I=512), {"S": 1}, "experts wide enough"),
+        (replace(FP8_EXPERTS, scheme="none"), {"S": 1}, "needs weights in scheme fp8 or int4"),
+    ],
+)
+def test_what_router_and_experts_in_one_are_refused_for(
+    experts: ExpertsDims, others: dict[str, Any], reason: str | None
+) -> None:
+    found = refusal(Where("cuda", "bfloat16"), RoutedExpertsDims(experts=experts, **{**ROUTED, **others}))
+    assert found is None if reason is None else reason in (found or "")
 
 
 def test_down_projections_of_kimi_k2_in_bf16() -> None:

@@ -9,16 +9,14 @@ from torch import Tensor, nn
 
 from thalweg.layers.context import BuildContext
 from thalweg.layers.expert_exchange import ExpertExchange
-from thalweg.layers.linear import GateUp, Linear, LinearAdd, Weights
-from thalweg.layers.norm import NormWeight
-from thalweg.ops.activation import SILU_AND_MUL, SiluAndMulDims
+from thalweg.layers.experts import Experts, OwnExpert, Router, SharedExpert
+from thalweg.layers.linear import GateUp, LinearAdd
 from thalweg.ops.all_reduce import ALL_REDUCE_ADD, AllReduceAdd, AllReduceAddDims
-from thalweg.ops.moe.experts import EXPERTS, ExpertsDims, Finish
-from thalweg.ops.moe.router import NORM_ROUTER, NormRouterDims, Scoring
+from thalweg.ops.moe.experts import EXPERTS
+from thalweg.ops.moe.routed import ROUTED_EXPERTS, RoutedExperts, RoutedExpertsDims, refusal
+from thalweg.ops.moe.router import NORM_ROUTER, Scoring
 from thalweg.ops.norm import NextNorm
-from thalweg.ops.residual import GATED_ADD, GatedAddDims
 from thalweg.parallel.mesh import Mesh
-from thalweg.quant import PLAIN
 
 
 class SwiGLU(nn.Module):
@@ -33,151 +31,6 @@ class SwiGLU(nn.Module):
     def forward(self, x_TD: Tensor) -> Tensor:
         y_TD: Tensor = self.down(self.gate_up(x_TD), x_TD)
         return y_TD
-
-
-class Router(nn.Module):
-    """Scores of experts and the choice of top_k: sigmoids, with a bias that steers the choice only (auxiliary-loss-free
-    balancing, arXiv:2408.15664), or a softmax without one."""
-
-    def __init__(
-        self,
-        ctx: BuildContext,
-        width: int,
-        experts: int,
-        eps: float,
-        *,
-        top_k: int,
-        renormalize: bool,
-        scale: float,
-        groups: int,
-        topk_groups: int,
-        scoring: Scoring,
-        shared: int,
-        gated: bool,
-    ) -> None:
-        super().__init__()
-        self.norm = NormWeight(ctx, width, eps)
-        self.weight = ctx.weight(experts + int(gated), width)
-        if scoring == "sigmoid":
-            self.bias = ctx.weight(experts, dtype=torch.float32)
-        else:
-            self.register_buffer("bias", torch.zeros(experts, device=ctx.device))
-        self.scoring = scoring
-        self.top_k, self.renormalize, self.scale = top_k, renormalize, scale
-        self.groups, self.topk_groups, self.shared = groups, topk_groups, shared
-        dims = NormRouterDims(E=experts, D=width, K=top_k, G=groups, S=shared, gated=gated, norm_fp32=ctx.norm_fp32)
-        self._router = ctx.op(NORM_ROUTER, dims)
-
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(norm(x), weights float32, expert ids), the latter two [T, top_k + shared]; the shared experts come last,
-        with weight 1 or, if `gated`, the sigmoid of what the last row of the weight gives."""
-        return self._router(
-            x_TD,
-            self.norm.weight,
-            self.norm.eps,
-            self.weight,
-            self.bias,
-            top_k=self.top_k,
-            renormalize=self.renormalize,
-            scale=self.scale,
-            scoring=self.scoring,
-            n_group=self.groups,
-            topk_group=self.topk_groups,
-            num_shared=self.shared,
-        )
-
-
-class Experts(nn.Module):
-    """Weights of this rank's experts, each `inner` wide on it, stored as the plan says: the routed ones, then the
-    shared ones. Beside them may stand one of its own width and weights that every token takes, `own`."""
-
-    def __init__(
-        self, ctx: BuildContext, width: int, total: int, shared: int, inner: int, own: int, scale: float
-    ) -> None:
-        """`total` experts, of which every token takes the last `shared`."""
-        super().__init__()
-        self.shared, self.scale = shared, scale
-        self._gate_up = self._register(ctx.stored("gate_up", (total, 2 * inner, width)))
-        self._down = self._register(ctx.stored("down", (total, width, inner)))
-        schemes = [PLAIN if target is None else target.scheme for target in map(ctx.planned, ("gate_up", "down"))]
-        name = " | ".join(dict.fromkeys(scheme.name for scheme in schemes))
-        self._experts = ctx.op(EXPERTS, ExpertsDims(E=total, D=width, I=inner, scheme=name, own=own))
-
-    def _register(self, stored: dict[str, nn.Parameter]) -> tuple[str, ...]:
-        for name, weight in stored.items():
-            self.register_parameter(name, weight)
-        return tuple(stored)
-
-    def _stored(self, names: tuple[str, ...]) -> tuple[Tensor, ...]:
-        """The tensors of a weight, as the op takes them."""
-        return tuple(getattr(self, name) for name in names)
-
-    def forward(
-        self,
-        normed_TD: Tensor,
-        weights_Tk: Tensor,
-        ids_Tk: Tensor,
-        residual_TD: Tensor | None,
-        own: tuple[Tensor, Tensor] | None,
-        finish: Finish | None = None,
-        next_norm: NextNorm | None = None,
-    ) -> Tensor:
-        """The experts' sum over this rank's width, plus the residual if there is one, or what `finish` makes of it."""
-        gate_up, down = self._stored(self._gate_up), self._stored(self._down)
-        return self._experts(
-            normed_TD,
-            weights_Tk,
-            ids_Tk,
-            gate_up,
-            down,
-            residual_TD=residual_TD,
-            num_shared=self.shared,
-            own=own,
-            scale=self.scale,
-            finish=finish,
-            next_norm=next_norm,
-        )
-
-
-class OwnExpert(nn.Module):
-    """Weights of an expert that every token takes, in the model's dtype, its width sharded: gate above up, and down."""
-
-    def __init__(self, ctx: BuildContext, width: int, inner: int) -> None:
-        super().__init__()
-        self.width = ctx.shards.count(inner, "moe_intermediate_size")
-        self.in_proj = Weights(ctx.below("in_proj"), width, 2 * self.width)
-        self.down = Weights(ctx.below("down"), self.width, width)
-
-    @property
-    def weights(self) -> tuple[Tensor, Tensor]:
-        return self.in_proj.weight, self.down.weight
-
-
-class SharedExpert(nn.Module):
-    """down(silu(gate n) * up n), its width sharded: an expert that every token takes. If `gated` it has a gate g, and
-    its output is multiplied with sigmoid(g n)."""
-
-    def __init__(self, ctx: BuildContext, width: int, inner: int, *, gated: bool) -> None:
-        super().__init__()
-        local = ctx.shards.count(inner, "shared_expert_intermediate_size" if gated else "moe_intermediate_size")
-        self.split = [2 * local, int(gated)]
-        self.gated = gated
-        self.in_proj = Linear(ctx.below("in_proj"), width, sum(self.split))
-        self.down = Linear(ctx.below("down"), local, width)
-        self._act = ctx.op(SILU_AND_MUL, SiluAndMulDims(I=local))
-        self._gated_add = ctx.op(GATED_ADD, GatedAddDims(D=width))
-
-    def forward(self, normed_TD: Tensor) -> Tensor:
-        y_TD, gate_T1 = self._output_and_gate(normed_TD)
-        return y_TD if gate_T1 is None else y_TD * gate_T1.sigmoid()
-
-    def added(self, normed_TD: Tensor, x_TD: Tensor) -> Tensor:
-        """x + the expert of normed."""
-        return self._gated_add(x_TD, *self._output_and_gate(normed_TD))
-
-    def _output_and_gate(self, normed_TD: Tensor) -> tuple[Tensor, Tensor | None]:
-        gate_up_T2I, gate_T1 = self.in_proj(normed_TD).split(self.split, dim=-1)
-        return self.down(self._act(gate_up_T2I)), gate_T1 if self.gated else None
 
 
 def _over_ranks(
@@ -270,13 +123,51 @@ class MoE(nn.Module):
         # With an exchange only some of the tokens have shared experts behind their routed ones.
         promised = 0 if divided else shared
         self.experts = Experts(ctx.below("experts"), width, total, promised, local, own, own_scale)
+        self._together: RoutedExperts | None = None
+        whole = self._exchange is None and self._reduce_add is None and not isinstance(self.shared, SharedExpert)
+        # Whoever asks for one of them by name is to have it.
+        if whole and not any(ctx.resolver.prefers(op.name) for op in (NORM_ROUTER, EXPERTS)):
+            together = RoutedExpertsDims(
+                experts=self.experts.dims,
+                K=top_k,
+                G=groups,
+                S=shared,
+                scoring=scoring,
+                renormalize=renormalize,
+                gated=gated,
+                norm_fp32=ctx.norm_fp32,
+            )
+            if refusal(ctx.where, together) is None:
+                self._together = ctx.op(ROUTED_EXPERTS, together)
 
     def forward(self, x_TD: Tensor, next_norm: NextNorm | None = None) -> Tensor:
         """`next_norm` is given what is known of it, as op "experts" does."""
+        if self._together is None:
+            return self._apart(x_TD, next_norm)
+        router, experts = self.router, self.experts
+        return self._together(
+            x_TD,
+            partial(self._apart, next_norm=next_norm),
+            router.norm.weight,
+            router.norm.eps,
+            router.weight,
+            router.bias,
+            *experts.weights,
+            router_scale=router.scale,
+            own=self._own,
+            scale=experts.scale,
+        )
+
+    @property
+    def _own(self) -> tuple[Tensor, Tensor] | None:
+        return self.shared.weights if isinstance(self.shared, OwnExpert) else None
+
+    def _apart(self, x_TD: Tensor, next_norm: NextNorm | None) -> Tensor:
+        """By the router's op and then the experts'."""
         normed_TD, weights_Tk, ids_Tk = self.router(x_TD)
         if self._exchange is not None:
             return self._exchanged(self._exchange, x_TD, normed_TD, weights_Tk, ids_Tk)
-        own = self.shared.weights if isinstance(self.shared, OwnExpert) else None
+        own = self._own
         expert = self.shared if isinstance(self.shared, SharedExpert) else None
         if self._reduce_add is None:
             added_TD = x_TD if expert is None else expert.added(normed_TD, x_TD)

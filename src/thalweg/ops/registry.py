@@ -215,6 +215,10 @@ class Resolver:
         functions = {i.name: _watched(i, dims, i.build(where, dims)) for _, i in table}
         return cast(F, _by_tokens([(tokens, functions[i.name]) for tokens, i in table]))
 
+    def prefers(self, op: str) -> bool:
+        """Whether an implementation of the op of that name was asked for."""
+        return op in self._prefer or "*" in self._prefer
+
     def explain(self) -> list[Choice]:
         """Every choice made so far, in the order first asked."""
         return list(self._choices.values())

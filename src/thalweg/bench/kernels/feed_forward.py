@@ -14,8 +14,10 @@ from thalweg.bench.kernels.projections import EPS
 from thalweg.errors import ConfigError
 from thalweg.ops.activation import SILU_AND_MUL, SiluAndMulDims
 from thalweg.ops.moe.experts import EXPERTS, SCHEMES, ExpertsDims
+from thalweg.ops.moe.routed import ROUTED_EXPERTS, RoutedExpertsDims
 from thalweg.ops.moe.router import NORM_ROUTER, NormRouterDims
 from thalweg.ops.norm import RMS_NORM, RmsNormDims
+from thalweg.ops.registry import Resolver
 from thalweg.ops.residual import GATED_ADD, GatedAddDims
 from thalweg.ops.sample import SAMPLE, SampleDims
 from thalweg.quant import INT4_EXPERTS, PLAIN, scheme_named
@@ -100,6 +102,48 @@ def _experts(setting: Setting, dims: ExpertsDims) -> Iterator[Case]:
             num_bytes=expert_bytes * (S + distinct_experts(E, k, T)) + es * 3 * D * (T + dims.own),
             flops=6 * T * D * ((k + S) * I + dims.own),
             rate=scheme.rate if setting.prompts else 1.0,
+            timed=setting.timed,
+        )
+
+
+def routed_experts(setting: Setting, dims: RoutedExpertsDims) -> Iterator[Case]:
+    """In the model's scheme, beside router and experts by themselves."""
+    of, (D, I), (k, S), es = dims.experts, (dims.experts.D, dims.experts.I), (dims.K, dims.S), setting.dtype.itemsize
+    E, scheme = of.E - S, PLAIN if of.scheme == PLAIN.name else scheme_named(of.scheme)
+    gate_up, down = _stored(setting, of)
+    draw = Draw(setting, 0)
+    own = (draw(2 * of.own, D, scale=D**-0.5), draw(D, of.own, scale=of.own**-0.5)) if of.own else None
+    scale, resolver = 2.5 if of.own else 1.0, Resolver()
+    router_dims = NormRouterDims(E=E, D=D, K=k, G=dims.G, S=S, gated=dims.gated, norm_fp32=dims.norm_fp32)
+    router = resolver.resolve(NORM_ROUTER, setting.where, router_dims)
+    experts = resolver.resolve(EXPERTS, setting.where, of)
+    routing: dict[str, Any] = {"top_k": k, "renormalize": dims.renormalize, "num_shared": S, "scoring": dims.scoring}
+    if dims.G > 1:
+        routing |= {"n_group": dims.G, "topk_group": -(-dims.G // 2)}
+    for _, T, size in setting.calls():
+
+        def make(copy: int, T: int = T) -> Arguments:
+            draw = Draw(setting, copy)
+            norm = draw(D, scale=0.1, dtype=torch.float32 if dims.norm_fp32 else None).add_(1)
+            weight = draw(E + int(dims.gated), D, scale=D**-0.5)
+            inputs = (norm, EPS, weight, draw(E, scale=0.05, dtype=torch.float32))
+
+            def apart(x_TD: Tensor) -> Tensor:
+                routed = router(x_TD, *inputs, scale=1.5, **routing)
+                added: dict[str, Any] = {"residual_TD": x_TD, "num_shared": S, "own": own, "scale": scale}
+                y_TD: Tensor = experts(*routed, gate_up, down, **added)
+                return y_TD
+
+            return Arguments(draw(T, D), apart, *inputs, gate_up, down, router_scale=1.5, own=own, scale=scale)
+
+        expert_bytes = 3 * D * I * scheme.bytes_per_weight(es)
+        yield Case(
+            ROUTED_EXPERTS.name,
+            f"{k} of {E}{'' if scheme is PLAIN else f' in {scheme.name}'}, {size}",
+            candidates_of(setting, ROUTED_EXPERTS, dims, T),
+            make,
+            num_bytes=expert_bytes * (S + distinct_experts(E, k, T)) + es * (3 * D * (T + of.own) + E * D),
+            flops=6 * T * D * ((k + S) * I + of.own),
             timed=setting.timed,
         )
 

@@ -25,6 +25,7 @@ from thalweg.ops.embedding import VOCAB_ROWS
 from thalweg.ops.linear import LINEAR, LINEAR_ADD, LINEAR_GGML, NORM_LINEAR
 from thalweg.ops.linear.fp8 import LINEAR_ADD_FP8, LINEAR_FP8, NORM_LINEAR_FP8
 from thalweg.ops.moe.experts import EXPERTS
+from thalweg.ops.moe.routed import ROUTED_EXPERTS
 from thalweg.ops.moe.router import NORM_ROUTER
 from thalweg.ops.norm import RMS_NORM
 from thalweg.ops.projection import BATCHED_PROJECTION
@@ -46,6 +47,7 @@ _OF_TOKENS: Makers = [  # what is the same for a token of a prompt
     (LINEAR_ADD_FP8, projections.linear_add_fp8),
     (NORM_ROUTER, feed_forward.norm_router),
     (EXPERTS, feed_forward.experts),
+    (ROUTED_EXPERTS, feed_forward.routed_experts),
     (SILU_AND_MUL, feed_forward.silu_and_mul),
     (GATED_ADD, feed_forward.gated_add),
     (RMS_NORM, feed_forward.rms_norm),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ctypes import c_int, c_longlong
+from ctypes import c_float, c_int, c_longlong
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from thalweg.ops.moe.experts import MAX_CUDA_WARPS, Finish, steps_per_warp
-from thalweg.ops.moe.experts.arrivals import arrivals
+from thalweg.ops.moe.experts.arrivals import arrivals, told_logits
 from thalweg.ops.moe.experts.triton.weighted_sum import weighted_sum
 from thalweg.ops.toolchain.cuda_build import cuda_kernel
 from thalweg.ops.toolchain.triton_support import multiprocessors
@@ -30,6 +30,11 @@ def blocks_per_multiprocessor(warps: int, tiles: int) -> int:
     if tiles == 1 and warps == FEW_WARPS:
         return FEW_BLOCKS
     return 2 if tiles == 1 and warps <= MAX_CUDA_WARPS else 1
+
+
+def blocks_of(columns: int, processors: int) -> int:
+    """Of a launch for few tokens."""
+    return processors * blocks_per_multiprocessor(geometry(columns, 1)[0], 1)
 
 
 def geometry(columns: int, tokens: int) -> tuple[int, int, dict[str, int]]:
@@ -61,6 +66,38 @@ def run_gate_up(x_TD: Tensor, ids_Tk: Tensor, q_E2ID: Tensor, s_gate_up: Tensor,
     h_PI = torch.empty(ids_Tk.numel(), q_E2ID.shape[1] // 2, dtype=x_TD.dtype, device=x_TD.device)
     _product(x_TD, ids_Tk, q_E2ID, s_gate_up, h_PI, {"GATED": 1, "SHARED": num_shared, "ENDS": 0})
     return h_PI
+
+
+def run_routed_gate_up(
+    x_TD: Tensor,
+    norm_weight_D: Tensor,
+    eps: float,
+    router_ED: Tensor,
+    bias_E: Tensor,
+    K: int,
+    router_scale: float,
+    q_E2ID: Tensor,
+    s_gate_up: Tensor,
+    *,
+    num_shared: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As run_gate_up of the norm of one token x, and the choice of its experts: (h, weights_Tk, ids_Tk)."""
+    D, I, k, device = x_TD.shape[1], q_E2ID.shape[1] // 2, K + num_shared, x_TD.device
+    h_PI = torch.empty(k, I, dtype=x_TD.dtype, device=device)
+    weights_Tk = torch.empty(1, k, dtype=torch.float32, device=device)
+    ids_Tk = torch.empty(1, k, dtype=torch.int64, device=device)
+    further = (
+        norm_weight_D,
+        router_ED,
+        bias_E,
+        told_logits("fp8", D, device, len(bias_E)),
+        weights_Tk,
+        (c_float, eps),
+        (c_float, router_scale),
+    )
+    macros = {"GATED": 1, "SHARED": num_shared, "ENDS": 0, "ROUTES": 1}
+    _product(x_TD, ids_Tk, q_E2ID, s_gate_up, h_PI, macros, *further)
+    return h_PI, weights_Tk, ids_Tk
 
 
 def run_down(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from thalweg.ops.moe.experts import INT4_COLUMNS, MAX_INT4_COLUMNS, MAX_INT4_TOKENS, Finish
-from thalweg.ops.moe.experts.arrivals import arrivals
+from thalweg.ops.moe.experts.arrivals import arrivals, told_logits
 from thalweg.ops.toolchain.cuda_build import aligned_rows, cuda_kernel
 from thalweg.ops.toolchain.tensor_map import TensorMap, tensor_map
 from thalweg.ops.toolchain.triton_support import multiprocessors
@@ -113,6 +113,44 @@ def run_gate_up(
     )
     _launch(cut, D, ids_Tk, words, macros, *args)
     return h
+
+
+def run_routed_gate_up(
+    x_TD: Tensor,
+    norm_weight_D: Tensor,
+    eps: float,
+    router_ED: Tensor,
+    bias_E: Tensor,
+    K: int,
+    router_scale: float,
+    words: Tensor,
+    scales: Tensor,
+    own: tuple[Tensor, Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As run_gate_up of the norm of one token x, and the choice of its experts: (h, weights_Tk, ids_Tk)."""
+    I, D, E, device = words.shape[1] // 2, x_TD.shape[1], len(words), x_TD.device
+    x_TD = aligned_rows(x_TD)
+    h = torch.empty(K + 1, I, dtype=x_TD.dtype, device=device)
+    weights_Tk = torch.empty(1, K, dtype=torch.float32, device=device)
+    ids_Tk = torch.empty(1, K, dtype=torch.int64, device=device)
+    args = (
+        x_TD,
+        ids_Tk,
+        scales,
+        own[0],
+        h,
+        norm_weight_D,
+        router_ED,
+        bias_E,
+        told_logits("int4", D, device, E),
+        weights_Tk,
+        (c_float, eps),
+        (c_float, router_scale),
+        (c_longlong, x_TD.stride(0)),
+        (c_int, 1),
+    )
+    _launch(None, D, ids_Tk, words, {"GATED": 1, "OUT": I, "OWN": 1, "ENDS": 0, "ROUTES": 1}, *args)
+    return h, weights_Tk, ids_Tk
 
 
 def run_down(

@@ -15,7 +15,8 @@
 //
 // Macros: GATED; COLS, the columns; OUT, the rows of gate, up or down; E, experts; K, experts a token; SHARED, how many
 // of these are the last experts; TILES of 8 tokens; STEPS of 128 columns that a warp has; STAGES of the ring;
-// ENDS.
+// ENDS; ROUTES, of GATED for one token: norm and router are inside (routing.cuh), x is what they take, and the shared
+// experts' items are those that are known before.
 
 #include "hopper.cuh"
 
@@ -33,6 +34,13 @@ constexpr int UPPER = GATED ? OUT : 8;  // from a row of the item's first eight 
 constexpr int STEP_BYTES = 16 * BLOCK, EARLY = STEPS < STAGES ? STEPS : STAGES;
 constexpr int THREADS = 32 * (WARPS + 1), BUFFERS = 4;
 constexpr int FULL = 1, EMPTY = FULL + BUFFERS;  // barriers of the buffers
+
+#ifndef ROUTES
+#define ROUTES 0
+#endif
+#if ROUTES
+#include "routing.cuh"
+#endif
 
 __device__ __forceinline__ void store(u16* to, float x) { store_bf16(to, x); }
 __device__ __forceinline__ void store(float* to, float x) { *to = x; }
@@ -57,6 +65,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, TILES == 1 && WARPS <= 12 
 #if !GATED
             const float* weights, const bf16* residual, bf16* y, int* arrived, long long residual_stride,
 #endif
+#if ROUTES
+            const bf16* norm_weight, const bf16* router, const float* bias, u32* told, float* weights, float eps,
+            float routed_scale,
+#endif
             long long x_stride, int T) {
     const int tid = threadIdx.x, lane = tid % 32, quad = lane / 4, pair = lane % 4;
     const int warp = __shfl_sync(~0u, tid / 32, 0);  // so that the compiler knows it for the same in all lanes
@@ -66,7 +78,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, TILES == 1 && WARPS <= 12 
     __shared__ float scales_s[WARPS * STAGES * 2];
     __shared__ Choices chosen;
 
+#if ROUTES
+    __shared__ Routed<WARPS> routed;
+    __shared__ u64 listed_s;
+    const u32 listed = shared_address(&listed_s);
+    const Routing routing = {norm_weight, router, bias, told, weights, (long long*)ids, eps, routed_scale};
+    if (tid == 0) init_barrier(listed), share_barriers();
+    for (int e = tid; e < E; e += THREADS) chosen.tokens[e] = e >= E - SHARED, chosen.place[e * TOKENS] = K - E + e;
+    if (tid < SHARED) chosen.expert[tid] = E - 1 - tid;
+#else
     for (int e = tid; e < E; e += THREADS) chosen.tokens[e] = 0;
+#endif
     __syncthreads();
 
     // Eight lanes copy a line of a row, to where the four lanes that multiply it read.
@@ -90,11 +112,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, TILES == 1 && WARPS <= 12 
     if (early)
 #pragma unroll
         for (int step = 0; step < EARLY; step++) ask(step, E - 1 - blockIdx.x / ITEMS, blockIdx.x % ITEMS, step);
+#if ROUTES
+    Portion<STEPS / 2> portion;
+    if (warp < WARPS) portion.ask(routing, blockIdx.x, warp, COLS, E - SHARED);
+#endif
     wait_for_kernel_ahead();
     // Only now may "down" start: it reads ids before its own wait, and they are complete here.
 #else
     const bool early = false;
 #endif
+#if ROUTES
+    if (warp == WARPS) {
+        __shared__ u16 best_s[K];
+        route<E - SHARED, K - SHARED, SHARED, WARPS>(routing, routed, blockIdx.x, best_s);
+        if (lane < K - SHARED) {
+            chosen.expert[SHARED + lane] = best_s[lane];
+            chosen.tokens[best_s[lane]] = 1, chosen.place[best_s[lane] * TOKENS] = lane;
+        }
+        __syncwarp();
+        if (lane == 0) chosen.count = K, arrive_at_barrier(listed), start_kernel_behind();  // ids are there for "down"
+    }
+#else
     start_kernel_behind();
 
     if (warp == 0) {
@@ -124,9 +162,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, TILES == 1 && WARPS <= 12 
         if (lane == 0) chosen.count = count;
     }
     __syncthreads();
+#endif
 
 #if GATED  // by turns, so that the first is known early
-    const int total = chosen.count * ITEMS, first = blockIdx.x, stride = gridDim.x;
+    const int total = (ROUTES ? K : chosen.count) * ITEMS, first = blockIdx.x, stride = gridDim.x;
     const int count = (total - first + stride - 1) / stride;
 #else  // a run, so that it is of few experts
     const int total = chosen.count * ITEMS, first = blockIdx.x * total / gridDim.x, stride = 1;
@@ -172,6 +211,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, TILES == 1 && WARPS <= 12 
         auto ask_next = [&](int stage, int j, int step) {
             if (j < count) {
                 const int item = first + j * stride;
+#if ROUTES
+                if (item >= SHARED * ITEMS) wait_at_barrier(listed, 0);
+#endif
                 ask(stage, chosen.expert[item / ITEMS], item % ITEMS, step);
             }
             commit_copies();
@@ -189,7 +231,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, TILES == 1 && WARPS <= 12 
                 const int t = 8 * tile + quad;
 #if GATED
                 const bool is = t < T;
+#if ROUTES
+                const u16* from = (const u16*)sums;
+#else
                 const u16* from = x + t * x_stride;
+#endif
 #else
                 const bool is = chosen.tokens[expert] >> t & 1;
                 const u16* from = x + (t * K + (is ? chosen.place[expert * TOKENS + t] : 0)) * x_stride;
@@ -201,8 +247,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, TILES == 1 && WARPS <= 12 
 #pragma unroll
                     for (int c = 0; c < 2; c++) {
                         const u16* at = from + step * BLOCK + c * 64;
+#if ROUTES
+                        const uint4 a = is ? *(const uint4*)at : make_uint4(0, 0, 0, 0);
+                        const uint4 b = is ? *(const uint4*)(at + 8) : make_uint4(0, 0, 0, 0);
+#else
                         const uint4 a = is ? load16(at) : make_uint4(0, 0, 0, 0);
                         const uint4 b = is ? load16(at + 8) : make_uint4(0, 0, 0, 0);
+#endif
                         const u32 words[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
 #pragma unroll
                         for (int i = 0; i < 8; i++) rows.x[tile][step][c][i] = words[i];
@@ -227,7 +278,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, TILES == 1 && WARPS <= 12 
         };
 
 #if GATED
+#if ROUTES
+        portion.template norm_and_multiply<WARPS, COLS>(routing, routed, x, warp);
+        // Lanes have other columns than they multiply: all meet in shared memory, before it has sums.
+#pragma unroll
+        for (int v = 0; v < STEPS / 2; v++) *(uint4*)((u8*)sums + 2 * portion.column(warp, v)) = portion.x[v];
+        wait_at<32 * WARPS>(MEET);
         if (count > 0) load_rows(0);
+        wait_at<32 * WARPS>(MEET);
+#else
+        if (count > 0) load_rows(0);
+#endif
 #else
         wait_for_kernel_ahead();
         int held = -1;

@@ -15,12 +15,20 @@
 // behind all pairs. Beyond 8 tokens a pass of it has 32, in 4 tiles, that do not stay in registers.
 //
 // Macros: GATED; COLS, the columns; OUT, the rows of gate, up or down; E, experts; K, experts a token; OWN; TOKENS,
-// at most: 1, 8 or more; STAGES of the ring; BUFFERS of sums; BLOCKS of a multiprocessor; ENDS.
+// at most: 1, 8 or more; STAGES of the ring; BUFFERS of sums; BLOCKS of a multiprocessor; ENDS;
+// ROUTES, of GATED for one token: norm and router are inside (routing.cuh), x is what they take, and the own expert's
+// items are multiplied meanwhile.
 
 #include "hopper.cuh"
 
 #include "arrivals.cuh"
 #include "groups_int4.cuh"
+#ifndef ROUTES
+#define ROUTES 0
+#endif
+#if ROUTES
+#include "routing.cuh"
+#endif
 #include "passes.cuh"
 
 #if GATED
@@ -52,6 +60,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             const bf16* own, Out* out,
 #if !GATED
             const float* weights, const bf16* residual, bf16* y, int* arrived, long long residual_stride, float scale,
+#endif
+#if ROUTES
+            const bf16* norm_weight, const bf16* router, const float* bias, u32* told, float* weights, float eps,
+            float scale,
 #endif
             long long x_stride, int T) {
     const int tid = threadIdx.x, lane = tid % 32, quad = lane / 4, pair = lane % 4;
@@ -124,11 +136,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         for (int n = STAGES; GATED && TOKENS <= 8 && lane < 16 && n < min(own_count * OWN_STEPS, STAGES + 3); n++)
             bring_near(own_row(own_rows(n / OWN_STEPS), n % OWN_STEPS), PIECE);
     }
+#if ROUTES
+    __shared__ Routed<WARPS> routed;
+    const Routing routing = {norm_weight, router, bias, told, weights, (long long*)ids, eps, scale};
+    Portion<1> portion;  // of the token and of this block's rows of the router
+    if (warp < WARPS) portion.ask(routing, block, warp, COLS, E);
+    wait_for_kernel_ahead();
+#else
 #if GATED
     wait_for_kernel_ahead();
 #endif
     // Only now may "down" start: it reads ids before its own wait, and they are complete here.
     start_kernel_behind();
+#endif
 
     __shared__ int run_s[2];
     int first = 0, end = 0;  // of the others' items
@@ -162,7 +182,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         wait_for_kernel_ahead();
 #endif
     } else if (warp == WARPS) {  // lists passes, then adds up what the others have, tile by tile
+#if ROUTES
+        route<E, K, 0, WARPS>(routing, routed, block, passes.expert);
+        if (lane < K) passes.pairs[lane] = lane;
+        if (lane == 0) passes.count = K, start_kernel_behind();  // ids are there for "down"
+        __syncwarp();
+#else
         passes.list(ids, T);
+#endif
         if (lane < 2) run_s[lane] = block + lane < grid ? start(block + lane) : passes.count * ITEMS;
         __syncwarp();
         if (lane == 0) arrive_at_barrier(listed);
@@ -258,12 +285,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             if (++place == STAGES) place = 0, phase ^= 1;
         };
         const int own_at = quad * OWN_PITCH + warp * (2 * OWN_COLUMNS) + pair * 16;
+#if ROUTES
+        portion.norm_and_multiply<WARPS, COLS>(routing, routed, x, warp);
+        // The own expert's columns of a warp are others: all meet in shared memory, before it has sums.
+        *(uint4*)((u8*)sums + 2 * portion.column(warp, 0)) = portion.x[0];
+        wait_at<32 * WARPS>(MEET);
+        if (own_count > 0) {
+            const bf16* from = (const bf16*)sums + warp * OWN_COLUMNS + 8 * pair;
+#pragma unroll
+            for (int g = 0; g < GROUPS; g++)
+                spread(quad == 0 ? *(const uint4*)(from + g / 2 * WARPS * OWN_COLUMNS + g % 2 * 32) : make_uint4(0, 0, 0, 0), columns.rows[g]);
+        }
+        wait_at<32 * WARPS>(MEET);
+#else
         if (TILES == 1 && own_count > 0) {
             const bf16* from = x + (GATED ? quad : T * K + quad) * x_stride + warp * OWN_COLUMNS + 8 * pair;
 #pragma unroll
             for (int g = 0; g < GROUPS; g++)
                 spread(quad < T ? load16(from + g / 2 * WARPS * OWN_COLUMNS + g % 2 * 32) : make_uint4(0, 0, 0, 0), columns.rows[g]);
         }
+#endif
 #pragma unroll 1
         for (int j = 0; j < own_count; j++) {
             float c[TILES == 1 ? 2 : TILES][4] = {};
@@ -321,7 +362,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             give(columns.multiply<W, SCALE_PITCH>(shared_address(at) + words_at, at + scales_at, next));
         };
         constexpr bool ALWAYS = GATED && TOKENS == 1;  // this token is that of every pass
+#if ROUTES
+        if (first < end) {
+            columns.take<1>(portion.x);  // a lane has those columns of the items, too
+        }
+#else
         if (ALWAYS && first < end) load_rows(Width<1>(), first / ITEMS);
+#endif
 #pragma unroll 1
         for (int item = first; item < end;) {
             const int pass = item / ITEMS, stop = min(end, (pass + 1) * ITEMS);

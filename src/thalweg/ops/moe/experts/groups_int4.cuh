@@ -30,10 +30,17 @@ struct Columns {
     template <int W> __device__ __forceinline__ void load(const bf16* from, bool is) {
         const int lane = threadIdx.x % 32, pair = lane % 4, slot = lane / 4 / W;  // its column has groups slot * W and on
         from += slot * W * 32 + 8 * pair;
+        uint4 words[W];
+#pragma unroll
+        for (int j = 0; j < W; j++) words[j] = is ? load16(from + 32 * j) : make_uint4(0, 0, 0, 0);
+        take<W>(words);
+    }
+    // The same, of what a lane would load.
+    template <int W> __device__ __forceinline__ void take(const uint4 (&words)[W]) {
+        const int lane = threadIdx.x % 32, pair = lane % 4, slot = lane / 4 / W;
         u32 mine[W][4], largest = 0;
 #pragma unroll
-        for (int j = 0; j < W; j++)
-            spread(is ? load16(from + 32 * j) : make_uint4(0, 0, 0, 0), mine[j]);
+        for (int j = 0; j < W; j++) spread(words[j], mine[j]);
 #pragma unroll
         for (int i = 0; i < W * 4; i++) largest = max_pairs(largest, mine[i / 4][i % 4] & 0x7fff7fffu);
         largest = max(largest & 0xffff, largest >> 16);

@@ -1,0 +1,62 @@
+"""Norm and router of one token within the experts' first launch in CUDA C++ (ops/moe/experts/routing.cuh)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from thalweg.ops.moe.experts import cuda_fp8, cuda_int4, steps_per_warp
+from thalweg.ops.moe.routed import ROUTER_ROWS, RoutedExperts, RoutedExpertsDims
+from thalweg.ops.registry import Refusal
+from thalweg.ops.toolchain.cuda_build import aligned_rows
+from thalweg.ops.toolchain.triton_support import multiprocessors
+
+HOPPER = 132  # multiprocessors, if no GPU says how many
+
+
+def refusal(dims: RoutedExpertsDims) -> Refusal:
+    """Why the kernels, which serve these experts, have no router for them, or None."""
+    of, E = dims.experts, dims.experts.E - dims.S
+    blocks = multiprocessors(torch.device("cuda")) if torch.cuda.is_available() else HOPPER
+    if ROUTER_ROWS * blocks < E:
+        return f"needs at most {ROUTER_ROWS} experts for each of {blocks} multiprocessors, not {E}"
+    if of.scheme == "int4":
+        return None
+    # A block begins with a part of the shared expert, and has a multiprocessor to itself.
+    if (steps_per_warp(of.D) or 0) % 2 or cuda_fp8.blocks_of(of.D, blocks) > of.I // 8:
+        return f"needs columns for warps of an even number of steps and experts wide enough, not {of.D} and {of.I}"
+    return None
+
+
+def build(dims: RoutedExpertsDims) -> RoutedExperts:
+    K, int4, num_shared = dims.K, dims.experts.scheme == "int4", dims.S
+
+    def routed_experts(
+        x_TD: Tensor,
+        apart: Callable[[Tensor], Tensor],
+        norm_weight_D: Tensor,
+        eps: float,
+        router_ED: Tensor,
+        bias_E: Tensor,
+        gate_up: tuple[Tensor, ...],
+        down: tuple[Tensor, ...],
+        *,
+        router_scale: float,
+        own: tuple[Tensor, Tensor] | None,
+        scale: float,
+    ) -> Tensor:
+        if len(x_TD) == 0:
+            return torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
+        x_TD = aligned_rows(x_TD)
+        router = (norm_weight_D, eps, router_ED, bias_E, K, router_scale)
+        (first, first_scales), (second, second_scales) = gate_up, down
+        if int4:
+            assert own is not None
+            h, weights_Tk, ids_Tk = cuda_int4.run_routed_gate_up(x_TD, *router, first, first_scales, own)
+            return cuda_int4.run_down(h, ids_Tk, second, second_scales, own, weights_Tk, x_TD, scale)
+        h, weights_Tk, ids_Tk = cuda_fp8.run_routed_gate_up(x_TD, *router, first, first_scales, num_shared=num_shared)
+        return cuda_fp8.run_down(h, ids_Tk, second, second_scales, weights_Tk, x_TD)
+
+    return routed_experts
