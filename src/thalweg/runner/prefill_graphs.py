@@ -157,10 +157,10 @@ class PrefillGraphs:
         self._statics: dict[Shape, Static] = {}
         self._replays: dict[Shape, Callable[[], None]] = {}
         self._refused: set[Shape] = set()  # of which a capture failed: steps of these run uncaptured
-        _, places = _layout(Shape(most, PREFILLS[-1], sizes[-1], max(CONTEXTS[-1], sizes[-1])))
+        largest = max(_size(Shape(most, n, sizes[-1], max(CONTEXTS[-1], sizes[-1]))) for n in PREFILLS)
         device = batches.slots.device
         pinned = device.type == "cuda"
-        self._stage = [torch.zeros(places[-1].stop, dtype=torch.int64, pin_memory=pinned) for _ in range(STAGES)]
+        self._stage = [torch.zeros(largest, dtype=torch.int64, pin_memory=pinned) for _ in range(STAGES)]
         self._turn = 0
         self._started = False
         self._pool: Any = None
@@ -295,6 +295,12 @@ def _layout(shape: Shape) -> tuple[Limits, list[slice]]:
     return limits, places_of(
         (*sizes, d + B, d + B, -(-Tables.words(limits) // 2), n, -(-3 * n // 2), 2 * n, m, -(-m // 2))
     )
+
+
+def _size(shape: Shape) -> int:
+    """int64 values of a step's inputs."""
+    size: int = _layout(shape)[1][-1].stop
+    return size
 
 
 def _most_news(shape: Shape) -> tuple[int, int]:
