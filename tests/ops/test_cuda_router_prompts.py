@@ -88,6 +88,24 @@ def test_a_cluster_has_few_tokens_if_all_clusters_find_room() -> None:
     assert prompt_cut(700, 64, 2304, 1, 132)[:2] == (16, 1)
 
 
+def test_a_rehearsal_makes_the_kernels_for_few_and_for_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    class Kernel:
+        def __init__(self, *_: object, TOKENS: int, **macros: int) -> None:
+            made.append(TOKENS)
+
+        def launch(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setattr(cuda, "cuda_kernel", Kernel)
+    monkeypatch.setattr(cuda, "tensor_map", host_tensor_map)
+    monkeypatch.setattr(cuda, "multiprocessors", lambda _: 132)
+    monkeypatch.setattr(cuda, "rehearsing", lambda: True)
+    routed(cuda.norm_router_of_prompts, moe_case(130, 640, 16, 256, 4, 1, torch.bfloat16), 4)
+    assert set(made) == {16, 40}
+
+
 def test_prompts_that_are_not_served_say_why() -> None:
     assert prompt_refusal(256, 2304, 9) is None
     assert "one group, not in 8" in (prompt_refusal(256, 2304, 9, groups=8) or "")

@@ -60,7 +60,6 @@ NORM_ROUTER: Op[NormRouterDims, NormRouter] = Op("norm_router", NormRouterDims)
 
 MAX_WIDTH = 16384  # of a row that is normed
 CPU_FEW = Tokens(last=16)  # beyond, tokens fill the lanes of panels
-SHORT_PROMPTS = 1024  # tokens: of more, clusters take turns
 MAX_EXPERTS = 1024  # one program holds all scores of a token in registers
 
 
@@ -139,7 +138,7 @@ register(
     "prompts",
     lambda *_: cuda.norm_router_of_prompts,
     supports=_prompts_refuses,
-    tokens=Tokens(last=SHORT_PROMPTS),
+    tokens=Tokens(last=cuda.MAX_PROMPT_TOKENS),
     priority=25,
 )
 register(NORM_ROUTER, "cuda", lambda *_: cuda.norm_router, supports=_cuda_refuses, tokens=_few, priority=30)

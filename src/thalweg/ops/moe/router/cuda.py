@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from thalweg.ops.moe.router.reference import is_softmax
-from thalweg.ops.toolchain.cuda_build import aligned_rows, cuda_kernel
+from thalweg.ops.toolchain.cuda_build import CudaKernel, aligned_rows, cuda_kernel
 from thalweg.ops.toolchain.tensor_map import tensor_map
+from thalweg.ops.toolchain.triton_compile import rehearsing
 from thalweg.ops.toolchain.triton_support import multiprocessors
 
 SOURCE = Path(__file__).with_name("router.cu")
@@ -20,7 +21,7 @@ PROMPTS = SOURCE.with_name("prompts.cu")
 BLOCKS = 16  # of a cluster, as in the source
 PROMPT_WARPS, SPLIT = 16, 2  # of a block, and parts of the columns, of prompts.cu
 PROMPT_TOKENS = (16, 40)  # of a cluster
-MAX_PROMPT_WIDTH = 2560
+MAX_PROMPT_WIDTH, MAX_PROMPT_TOKENS = 2560, 1024  # of more tokens clusters take turns
 MAX_PROMPT_BYTES = 227 * 1024  # of shared memory that a block may ask for
 MAX_WIDTH, MAX_EXPERTS, MAX_SLOTS = 4096, 512, 32
 MAX_WIDTH_IN_PARTS, MAX_EXPERTS_IN_PARTS = 7168, 384  # of which a thread has registers for a half
@@ -116,13 +117,20 @@ def norm_router_of_prompts(
     if T == 0:
         return normed_TD, weights_Tk, ids_Tk
     x_TD = aligned_rows(x_TD)
-    cut = prompt_cut(T, E, D, norm_weight_D.element_size() // 2, multiprocessors(device))
+    norm_words, processors = norm_weight_D.element_size() // 2, multiprocessors(device)
     macros = {"E": E, "D": D, "K": top_k, "SHARED": num_shared, "GATED": len(w_ED) > E, "SOFTMAX": is_softmax(scoring)}
-    macros |= {"RENORMALIZE": renormalize, "NORM_FLOAT": norm_weight_D.dtype == torch.float32, "TOKENS": cut.tokens}
-    macros |= {"PARTS": cut.parts, "SPLIT": SPLIT, "STAGES": cut.stages, "WARPS": PROMPT_WARPS}
+    macros |= {"RENORMALIZE": renormalize, "NORM_FLOAT": norm_words == 2, "SPLIT": SPLIT, "WARPS": PROMPT_WARPS}
     macros = {name: int(value) for name, value in macros.items()}
-    kernel = cuda_kernel(PROMPTS, "router_of_prompts", 32 * PROMPT_WARPS, device, **macros)
-    kernel.launch(
+
+    def kernel(cut: PromptCut) -> CudaKernel:
+        more = {"TOKENS": cut.tokens, "PARTS": cut.parts, "STAGES": cut.stages}
+        return cuda_kernel(PROMPTS, "router_of_prompts", 32 * PROMPT_WARPS, device, **macros, **more)
+
+    if rehearsing():  # a step may have more tokens than the longest that is rehearsed
+        for most in (1, MAX_PROMPT_TOKENS):
+            kernel(prompt_cut(most, E, D, norm_words, processors))
+    cut = prompt_cut(T, E, D, norm_words, processors)
+    kernel(cut).launch(
         (cut.parts * SPLIT * -(-T // cut.tokens), 1, 1),
         cut.shared_bytes,
         (None, tensor_map(w_ED.unsqueeze(1), E // cut.parts)),
