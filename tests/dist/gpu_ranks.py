@@ -149,6 +149,26 @@ def rows(r: Ranks) -> None:
         assert torch.equal(x, torch.cat(r.both(w))[ids]), T
 
 
+def ids(r: Ranks) -> None:
+    """Of logits that the ranks have halves of, those of all of them on one, in a graph's order and again."""
+    from thalweg.ops.sample.over_ranks import sample_over_ranks
+    from thalweg.ops.sample.triton import sample
+
+    for R, V in ((1, 163_840), (128, 163_840), (5, 5001)):
+        part = -(-V // 2)
+        logits = r.draw(R, 2 * part, same=True) * 3
+        temperatures = torch.rand(R, device=r.device, generator=r.same) + 0.1
+        temperatures[::3] = 0
+        seeds, slots = torch.arange(R, device=r.device) * 1_000_003, torch.randperm(R, device=r.device, generator=r.same)
+        if R > 3:
+            logits[3, V - 1] = torch.nan
+        for step in range(5):
+            given = (temperatures, seeds, torch.arange(R, device=r.device) + step, slots)
+            mine = logits[:, part * r.rank : part * (r.rank + 1)]
+            found = sample_over_ranks(mine, *given, r.mesh, vocab=V)
+            assert torch.equal(found, sample(logits[:, :V], *given, check=True)), (R, V)
+
+
 def replays(r: Ranks) -> None:
     """Thousands of a graph in which every sum is of what the one before gave, while ranks are late in turn."""
     from thalweg.ops.linear import matrix
@@ -259,7 +279,7 @@ def _run(rank: int, file: str, check: Callable[[Ranks], None]) -> None:
 
 CHECKS = [
     *(sums, many, weighted_sums, weighted_many, projections, projections_of_more_tokens),
-    *(rows, replays, the_same_from_run_to_run, tokens_to_experts_and_back, a_rank_that_dies),
+    *(rows, ids, replays, the_same_from_run_to_run, tokens_to_experts_and_back, a_rank_that_dies),
 ]
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from thalweg.ops.all_gather import cuda as gather
 from thalweg.ops.all_reduce import AREAS, cuda, reference
 from thalweg.ops.embedding import cuda as embedding
 from thalweg.ops.linear import cuda as linear
+from thalweg.ops.sample import over_ranks
 from thalweg.parallel.peers import KINDS, Area
 
 REST = pytest.mark.exhaustive  # of a matrix, each of which compiles the kernels of its ranks
@@ -195,6 +196,24 @@ def test_rows_of_a_vocabulary() -> None:
         assert torch.equal(x, w.view(60, 264)[ids])
 
 
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=REST)])
+def test_ids_of_the_best_of_all_ranks(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr(over_ranks, "cuda_kernel", HostKernel)
+    ranks, R, B = HostRanks(size), 6, 37
+    for _ in range(3):
+        values, ids = torch.randn(R, size * B), torch.arange(size * B, dtype=torch.int32).expand(R, -1).contiguous()
+        values[0], values[1, 5], values[1, B + 2] = -torch.inf, 9.0, 9.0  # equals of one rank, and of two
+        values[2, B + 4], ids[2, B + 4] = torch.inf, -1  # a logit was not finite
+
+        def body(r: Any, values: Tensor = values, ids: Tensor = ids) -> Tensor:
+            part = slice(B * r.tp_rank, B * r.tp_rank + B)
+            return over_ranks.choose(values[:, part].contiguous(), ids[:, part].contiguous(), r)
+
+        chosen = same(ranks.run(body))
+        assert chosen.tolist() == ids.gather(1, values.argmax(1, keepdim=True))[:, 0].tolist()
+        assert chosen[:3].tolist() == [0, 5, -1]
+
+
 def test_who_waits_for_a_rank_that_is_gone_is_stopped() -> None:
     ranks = HostRanks(2)
     x = torch.zeros(1, 264).bfloat16()
@@ -214,7 +233,7 @@ def test_sums_compile_for_hopper(wide: int, tmp_path: Path) -> None:
 
 
 def test_the_others_compile_for_hopper(tmp_path: Path) -> None:
-    for source, macros in ((gather.SOURCE, {}), (embedding.SOURCE, {"D": 2304})):
+    for source, macros in ((gather.SOURCE, {}), (embedding.SOURCE, {"D": 2304}), (over_ranks.SOURCE, {})):
         assert compile_cuda(source, tmp_path, BLOCK=96, RANKS=4, RANK=1, **macros).spilled_bytes == 0
 
 

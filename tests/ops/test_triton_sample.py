@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from tests.ops.compile_sm90 import compile_sm90
 from tests.ops.interpreted import run_interpreted
+from thalweg.ops.registry import Resolver, Where
+from thalweg.ops.sample import SAMPLE_OVER_RANKS, SampleOverRanksDims
 from thalweg.ops.sample.reference import gumbel, sample
 
 
@@ -83,9 +88,33 @@ def check_kernel() -> None:
         assert kernel(*rows, slots, check=True).tolist() == sample(*rows, slots, check=True).tolist()
 
 
+def check_parts() -> None:
+    """Blocks of a part have the best of those of the whole, with their ids."""
+    from thalweg.ops.sample.triton import best_of_blocks
+
+    logits, temperatures, seeds, positions = case(5, 9000)
+    of_slots = (temperatures, seeds, positions, torch.arange(5).flip(0))
+    values, ids = best_of_blocks(logits, *of_slots, check=True)
+    parts = [best_of_blocks(logits[:, at : at + 4096], *of_slots, check=True, first=at) for at in (0, 4096, 8192)]
+    assert torch.cat([v for v, _ in parts], 1).tolist() == values.tolist()
+    assert torch.cat([i for _, i in parts], 1).tolist() == ids.tolist()
+
+
 def test_kernel_under_the_interpreter() -> None:
     pytest.importorskip("triton")
-    run_interpreted(check_kernel)
+    run_interpreted(check_kernel, check_parts)
+
+
+def test_ranks_that_divide_a_vocabulary_choose_as_one() -> None:
+    logits, temperatures, seeds, positions = case(9, 501)
+    given = (temperatures, seeds, positions, torch.arange(9))
+    want = sample(logits, *given, check=True)
+    padded = torch.cat([logits, torch.full((9, 1), 1e9)], 1)
+    for rank in range(2):
+        ranks: Any = SimpleNamespace(tp_rank=rank, tp_size=2, all_gather_last=lambda _: padded)
+        dims = SampleOverRanksDims(V=501, ranks=2, mapped=False)
+        op = Resolver().resolve(SAMPLE_OVER_RANKS, Where("cpu", "float32"), dims)
+        assert op(padded[:, 251 * rank : 251 * rank + 251], *given, ranks).tolist() == want.tolist()
 
 
 def test_kernels_compile_for_hopper() -> None:
@@ -93,7 +122,14 @@ def test_kernels_compile_for_hopper() -> None:
     from thalweg.ops.sample.triton import best_of_blocks_kernel, best_of_rows_kernel
 
     types = {"logits_ptr": "*bf16", "temperatures_ptr": "*fp32", "seeds_ptr": "*i64", "positions_ptr": "*i64"}
-    types |= {"values_ptr": "*fp32", "ids_ptr": "*i32", "V": "i32", "logits_stride": "i32", "slots_ptr": "*i64"}
+    types |= {
+        "values_ptr": "*fp32",
+        "ids_ptr": "*i32",
+        "V": "i32",
+        "first": "i32",
+        "logits_stride": "i32",
+        "slots_ptr": "*i64",
+    }
     constants = dict(BLOCK_V=2048, BY_SLOT=True, CHECK=True, PDL=True)
     assert compile_sm90(best_of_blocks_kernel, types, constants).spilled_bytes == 0
     types = {"values_ptr": "*fp32", "ids_ptr": "*i32", "out_ptr": "*i64", "blocks": "i32"}

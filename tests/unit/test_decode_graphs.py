@@ -17,6 +17,8 @@ from thalweg.assembly.rank import build_rank
 from thalweg.assembly.warmup import plans
 from thalweg.cache.memory import MemorySplit
 from thalweg.config.engine import EngineConfig
+from thalweg.ops.sample.reference import sample_over_ranks
+from thalweg.parallel.mesh import Mesh
 from thalweg.runner import step as step_module
 from thalweg.runner.graphs import MAX_ROWS, DecodeGraphs, buckets
 
@@ -53,9 +55,21 @@ def generate(folder: Path) -> list[list[int]]:
         return [o.outputs[0].token_ids for o in llm.generate(prompts, params)]
 
 
-def test_static_steps_give_the_tokens_of_eager_ones(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("divided", [False, True])
+def test_static_steps_give_the_tokens_of_eager_ones(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, divided: bool
+) -> None:
+    """Where ranks divide the vocabulary, logits are gathered for those rows alone that ask for more than an id."""
     expected = generate(folder)
     calls: list[int] = []
+    gathered: list[int] = []
+
+    def gather(logits: torch.Tensor) -> torch.Tensor:
+        gathered.append(len(logits))
+        return logits
+
+    def over_ranks(*given: torch.Tensor) -> torch.Tensor:
+        return sample_over_ranks(*given, Mesh(), vocab=given[0].shape[1])
 
     class Uncaptured(DecodeGraphs):
         def run(self, d: int) -> tuple[torch.Tensor, Callable[[], list[int]]]:
@@ -65,13 +79,16 @@ def test_static_steps_give_the_tokens_of_eager_ones(folder: Path, monkeypatch: p
     original = step_module.ModelRunner.__init__
 
     def with_static_steps(self: Any, *args: Any) -> None:
-        original(self, *args[:4], graph_sizes=[1, 2, 4, 5])
+        args[2]._over_ranks = over_ranks
+        original(self, *args[:4], graph_sizes=[1, 2, 4, 5], gather=gather if divided else None)
 
     monkeypatch.setattr(step_module, "DecodeGraphs", Uncaptured)
     monkeypatch.setattr(step_module.ModelRunner, "__init__", with_static_steps)
     assert generate(folder) == expected
     assert len(calls) > 20
     assert len(set(calls)) > 2
+    assert len(gathered) < len(calls)
+    assert bool(gathered) == divided
 
 
 def test_a_rehearsal_is_the_given_models_alone_and_capture_begins_on_the_sinks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,12 +6,13 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from thalweg import ops as _ops  # noqa: F401 -- registers every op's implementations
 from thalweg.assembly.expert_placement import describe_experts
@@ -31,7 +32,7 @@ from thalweg.models.decoder import Decoder
 from thalweg.ops.all_gather import ALL_GATHER, AllGatherDims
 from thalweg.ops.all_reduce import AREAS, ROWS, areas_of
 from thalweg.ops.registry import Resolver, Where, dims_of
-from thalweg.ops.sample import SAMPLE, Sample, SampleDims
+from thalweg.ops.sample import SAMPLE, SAMPLE_OVER_RANKS, Sample, SampleDims, SampleOverRanksDims
 from thalweg.parallel.data_ranks import join_data_ranks
 from thalweg.parallel.mesh import Mesh, join_mesh
 from thalweg.parallel.peers import map_data_peers, map_peers
@@ -89,6 +90,7 @@ def build_rank(
     map_peers(mesh, device, areas_of(mesh.tp_size))
     resolver = Resolver(config.op_preference, quantize_activations=config.quantize_activations)
     model = Decoder(opened.context(mesh, resolver), c)
+    over_ranks = resolve_over_ranks(resolver, device, mesh, c.vocab_size)
     sample = resolve_sample(resolver, device, c.vocab_size)
     opened.fill(dict(model.named_parameters()))
     find_directly(model)
@@ -123,11 +125,11 @@ def build_rank(
     prefills_eager = eager or why_eager(config, device, resolver, "prefills", max(prefill_sizes, default=0))
     prefill_tokens = 0 if prefills_eager or not prefill_sizes else min(prefill_tokens, prefill_sizes[-1])
     laps.end("cache")
-    sampler = Sampler(sampling, sample)
+    sampler = Sampler(sampling, sample, over_ranks)
     share = resolve_share(resolver, device, mesh)
-    runner = ModelRunner(
-        model, slots, sampler, mesh, graph_sizes, prefill_tokens, host, split.keeps_prefixes, share, recorded_rows
-    )
+    gather = None if over_ranks is None else model.lm_head.gathered
+    tiers = host, split.keeps_prefixes
+    runner = ModelRunner(model, slots, sampler, mesh, graph_sizes, prefill_tokens, *tiers, share, recorded_rows, gather)
     runner.identity, runner.cache_index = identity, index
     if device.type == "cuda":
         make_kernels(runner, partial(model, layers=model.one_of_each()), split, config.max_num_batched_tokens)
@@ -210,6 +212,23 @@ def resolve_share(resolver: Resolver, device: torch.device, mesh: Mesh) -> Share
     dims = AllGatherDims(row_bytes=torch.int64.itemsize, ranks=mesh.tp_size, mapped=mesh.mapped)
     gather = resolver.resolve(ALL_GATHER, Where(device.type, "int64"), dims)
     return lambda ids_R: gather(ids_R.unsqueeze(1), mesh)[:, 0]
+
+
+def resolve_over_ranks(
+    resolver: Resolver, device: torch.device, mesh: Mesh, vocab_size: int
+) -> Callable[..., Tensor] | None:
+    """Op "sample_over_ranks" of this rank, if ranks map each other's memory."""
+    if mesh.tp_size == 1 or mesh.peers is None:
+        return None
+    dims = SampleOverRanksDims(V=vocab_size, ranks=mesh.tp_size, mapped=mesh.mapped)
+    op = resolver.resolve(SAMPLE_OVER_RANKS, Where(device.type, "float32"), dims)
+
+    def over_ranks(
+        logits_RV: Tensor, temperatures_N: Tensor, seeds_N: Tensor, positions_R: Tensor, slots_R: Tensor
+    ) -> Tensor:
+        return op(logits_RV, temperatures_N, seeds_N, positions_R, slots_R, mesh)
+
+    return over_ranks
 
 
 def resolve_sample(resolver: Resolver, device: torch.device, vocab_size: int) -> Sample:

@@ -27,3 +27,4 @@ class Batch:
     logit_rows_R: Tensor | None  # int64 [R], which of the T rows need logits; None: all of them
     # (prefill, tokens of it, slot): after so many tokens, a multiple of 64, its states are written into that slot too
     boundaries: Sequence[tuple[int, int, int]] = ()
+    gathers: bool = True  # whether all logits are wanted, or of several ranks this one's alone

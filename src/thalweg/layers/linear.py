@@ -216,7 +216,8 @@ class VocabEmbedding(nn.Module):
 
 
 class VocabHead(NormLinear):
-    """Hidden states, through the last norm, to logits [R, vocab_size] in the model's dtype, gathered from all ranks."""
+    """Hidden states, through the last norm, to logits [R, vocab_size] in the model's dtype, gathered from all ranks if
+    that is wanted; otherwise they are this rank's [R, ceil(vocab_size / ranks)]."""
 
     def __init__(self, ctx: BuildContext, vocab_size: int, width: int, eps: float) -> None:
         super().__init__(ctx, width, [-(-vocab_size // ctx.mesh.tp_size)], eps)
@@ -228,8 +229,9 @@ class VocabHead(NormLinear):
             dims = AllGatherDims(row_bytes=row_bytes, ranks=ctx.mesh.tp_size, mapped=ctx.mesh.mapped)
             self._gather = ctx.op(ALL_GATHER, dims)
 
-    def forward(self, x_RD: Tensor, normed_RD: Tensor | None = None, /) -> Tensor:
-        return self.gathered(super().forward(x_RD, normed_RD))
+    def forward(self, x_RD: Tensor, normed_RD: Tensor | None = None, /, *, gathers: bool = True) -> Tensor:
+        logits_RV = super().forward(x_RD, normed_RD)
+        return self.gathered(logits_RV) if gathers else logits_RV
 
     def gathered(self, logits_RV: Tensor) -> Tensor:
         """All ranks' logits [R, vocab_size], given this rank's."""

@@ -165,5 +165,6 @@ class Decoder(nn.Module):
     def forward(self, batch: Batch, cache: CacheStorage, layers: Sequence[int] | None = None) -> Tensor:
         """`layers` are those to run, for a rehearsal; None runs all."""
         x_TD = self.stream(batch, cache, layers)
-        logits_RV: Tensor = self.lm_head(x_TD if batch.logit_rows_R is None else x_TD[batch.logit_rows_R])
+        x_RD = x_TD if batch.logit_rows_R is None else x_TD[batch.logit_rows_R]
+        logits_RV: Tensor = self.lm_head(x_RD, gathers=batch.gathers)
         return logits_RV

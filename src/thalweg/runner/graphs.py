@@ -7,6 +7,7 @@ once.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -27,6 +28,7 @@ from thalweg.sampling.sampler import Sampler
 MAX_ROWS = 512  # beyond, a step is long enough that launching it costs little, and kernels for few rows give up
 Model = Callable[[Batch, CacheStorage], Tensor]
 Share = Callable[[Tensor], Tensor]  # ids [R] of this rank to those of rank 0
+Gather = Callable[[Tensor], Tensor]  # this rank's part of logits to all of them
 
 
 def buckets(max_num_seqs: int) -> list[int]:
@@ -40,6 +42,9 @@ def buckets(max_num_seqs: int) -> list[int]:
 class DecodeGraphs:
     """Captured steps, chosen by the number of rows. Rows that pad a bucket use slot 0 and block 0, the sinks.
 
+    With `gather` each rank samples from its part of the logits, and all agree on the best: what is gathered is an id
+    and a value of each row. All logits are gathered of those steps alone in which a row asks for more.
+
     Until capture() the same static step runs eagerly; tests leave it there if there is no CUDA device.
     """
 
@@ -51,8 +56,9 @@ class DecodeGraphs:
         share: Share,
         sizes: list[int],
         data: DataRanks | None = None,
+        gather: Gather | None = None,
     ) -> None:
-        self._data = data or DataRanks()
+        self._data, self._gather = data or DataRanks(), gather
         self.model, self._batches, self._sampler, self._share = model, batches, sampler, share
         self._slots = batches.slots
         self._sizes = sizes
@@ -105,12 +111,16 @@ class DecodeGraphs:
     def run(self, d: int) -> tuple[Tensor, Callable[[], list[int]]]:
         """Launch the step of d rows that was staged.
 
-        Returns logits [d, V], of a buffer that the next step overwrites, and what waits for its d ids (-1 if a logit
-        was not finite).
+        Returns logits [d, V] for `all_logits`, of a buffer that the next step overwrites, and what waits for its d ids
+        (-1 if a logit was not finite).
         """
         size = self._size(d)
         self._replay[size]()
         return self._logits[size][:d], self._mailbox.sent(d)
+
+    def all_logits(self, logits: Tensor) -> Tensor:
+        """[d, V] of what `run` gave. Every rank calls this or none."""
+        return logits if self._gather is None else self._gather(logits)
 
     def _size(self, d: int) -> int:
         """Rows of the graph for d rows, or for those of the data-parallel rank that has most."""
@@ -126,8 +136,11 @@ class DecodeGraphs:
         self._take(mailbox.rows, mailbox.turn, last_tokens, self._rows, token_ids)
         batch = self._batches.of_decodes(rows, self._slots.max_blocks, token_ids)
         with self._data.padded(batch.slots_B):  # those of sinks are 0
-            logits = self.model(batch, self._slots.cache)
-        ids = self._share(self._sampler.sample_rows(logits, batch.slots_B, rows[3]))
+            logits = self.model(replace(batch, gathers=self._gather is None), self._slots.cache)
+        if self._gather is None:
+            ids = self._share(self._sampler.sample_rows(logits, batch.slots_B, rows[3]))
+        else:
+            ids = self._sampler.sample_over_ranks(logits, batch.slots_B, rows[3])
         self._logits[size] = logits
         self._tell(ids, batch.slots_B, mailbox.turn, last_tokens, mailbox.ids)
 

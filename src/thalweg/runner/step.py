@@ -18,7 +18,7 @@ from thalweg.ops.host_tables import to_device
 from thalweg.parallel.mesh import Mesh
 from thalweg.runner import cache_file
 from thalweg.runner.batch import BatchBuilder
-from thalweg.runner.graphs import DecodeGraphs, Model, Share
+from thalweg.runner.graphs import DecodeGraphs, Gather, Model, Share
 from thalweg.runner.lock_step import Agreed
 from thalweg.runner.prefill_graphs import PrefillGraphs, Shape, carries
 from thalweg.runner.readback import Readback
@@ -49,11 +49,12 @@ class ModelRunner:
         keeps_prefixes: bool = False,
         share: Share | None = None,
         recorded_rows: int = 0,
+        gather: Gather | None = None,
     ) -> None:
         """`sampler` reads `slots.sampling`. `graph_sizes` are rows of steps that decode. Steps of up to
         `prefill_tokens` prompt tokens can be graphs; 0: none. `host`: the cache's second tier. `keeps_prefixes`:
         whether prompts may begin after cached tokens. `share`: instead of the mesh's broadcast. `recorded_rows`: steps
-        that decode so many rows at most are recorded, on a CPU without other ranks."""
+        that decode so many rows at most are recorded, on a CPU without other ranks. `gather`: see DecodeGraphs."""
         self.model, self.slots, self._sampler, self.mesh = model, slots, sampler, mesh
         self.host = host
         self.identity = ""  # of the model and all that cached bytes depend on
@@ -65,7 +66,7 @@ class ModelRunner:
         self._graphs = None
         if graph_sizes:
             with torch.inference_mode():
-                self._graphs = DecodeGraphs(model, self._batches, sampler, self._share, graph_sizes, mesh.data)
+                self._graphs = DecodeGraphs(model, self._batches, sampler, self._share, graph_sizes, mesh.data, gather)
         self._recorded = RecordedSteps(model, self._batches, sampler, recorded_rows) if recorded_rows else None
         self.prefill_graphs = None
         if prefill_tokens:
@@ -193,6 +194,8 @@ class ModelRunner:
             graphs.stage(plan)
         with tracing.span("model"):
             logits, read = graphs.run(len(plan.decode_slots))
+            if not self._sampler.simple(plan.decode_slots):
+                logits = graphs.all_logits(logits)
         return self._of_decodes(plan, logits, read)
 
     def _launch_recorded(self, recorded: RecordedSteps, plan: StepPlan) -> Finish:

@@ -20,9 +20,12 @@ NON_FINITE = "the model gave non-finite logits for this request"
 class Sampler:
     """A row's token depends on its logits, its parameters, its seed and its position, never on its neighbours."""
 
-    def __init__(self, table: SamplingTable, sample: Callable[..., Tensor]) -> None:
+    def __init__(
+        self, table: SamplingTable, sample: Callable[..., Tensor], over_ranks: Callable[..., Tensor] | None = None
+    ) -> None:
+        """Of ops "sample" and, if ranks divide the vocabulary, "sample_over_ranks" with the ranks given."""
         self.table = table
-        self._sample = sample  # op "sample"
+        self._sample, self._over_ranks = sample, over_ranks
         self._masker = Masker(table.vocab_size)
 
     def __call__(
@@ -81,6 +84,11 @@ class Sampler:
     def sample_rows(self, logits_RV: Tensor, slots_R: Tensor, positions_R: Tensor) -> Tensor:
         """Ids int64 [R] of greedy and plain rows, all on the device; -1 for a row with a non-finite logit."""
         return self._sample(logits_RV, self.table.temperature, self.table.seed, positions_R, slots_R, check=True)
+
+    def sample_over_ranks(self, logits_RV: Tensor, slots_R: Tensor, positions_R: Tensor) -> Tensor:
+        """As `sample_rows`, of this rank's part of the logits."""
+        assert self._over_ranks is not None
+        return self._over_ranks(logits_RV, self.table.temperature, self.table.seed, positions_R, slots_R)
 
     def _masks(self, rows: list[SlotSampling], errors: dict[int, str]) -> Masks | None:
         """Masks of the rows that need one; if there can be none, every row that might ends in `errors`."""

@@ -1,21 +1,31 @@
-"""Op "sample": one token id per row of logits, greedy or drawn, without a generator's state."""
+"""Op "sample": one token id per row of logits, greedy or drawn, without a generator's state. "sample_over_ranks" is the
+same of logits that ranks have parts of."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from torch import Tensor
 
-from thalweg.ops.registry import Op, Refusal, Where, register
+from thalweg.ops.all_reduce import AREAS, ROWS, Ranks
+from thalweg.ops.registry import Op, Refusal, Tokens, Where, register
 from thalweg.ops.sample import reference
-from thalweg.ops.toolchain import cpu_build
+from thalweg.ops.toolchain import cpu_build, cuda_build
 from thalweg.ops.toolchain.triton_support import why_not
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleDims:
     V: int  # size of the vocabulary
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleOverRanksDims:
+    V: int  # size of the vocabulary
+    ranks: int
+    mapped: bool  # whether ranks map each other's memory
 
 
 class Sample(Protocol):
@@ -41,7 +51,24 @@ class Sample(Protocol):
         """
 
 
+class SampleOverRanks(Protocol):
+    def __call__(
+        self,
+        logits_RV: Tensor,
+        temperatures_N: Tensor,
+        seeds_N: Tensor,
+        positions_R: Tensor,
+        slots_R: Tensor,
+        ranks: Ranks,
+        /,
+    ) -> Tensor:
+        """The ids that "sample" with `check` gives of all ranks' logits side by side, on every rank. Each has as many
+        columns, and what lies beyond the vocabulary does not count. All ranks call it in one order, for as many rows.
+        """
+
+
 SAMPLE: Op[SampleDims, Sample] = Op("sample", SampleDims)
+SAMPLE_OVER_RANKS: Op[SampleOverRanksDims, SampleOverRanks] = Op("sample_over_ranks", SampleOverRanksDims)
 
 
 def _cpp(where: Where, dims: SampleDims) -> Sample:
@@ -63,3 +90,32 @@ def _triton(where: Where, dims: SampleDims) -> Sample:
 register(SAMPLE, "reference", lambda *_: reference.sample)
 register(SAMPLE, "cpp", _cpp, supports=_cpp_refuses, priority=10)
 register(SAMPLE, "triton", _triton, supports=why_not, priority=10)
+
+
+def _over_ranks(where: Where, dims: SampleOverRanksDims) -> SampleOverRanks:
+    return partial(reference.sample_over_ranks, vocab=dims.V)
+
+
+def _cuda_over_ranks(where: Where, dims: SampleOverRanksDims) -> SampleOverRanks:
+    from thalweg.ops.sample import over_ranks
+
+    return partial(over_ranks.sample_over_ranks, vocab=dims.V)
+
+
+def _cuda_over_ranks_refuses(where: Where, dims: SampleOverRanksDims) -> Refusal:
+    if not dims.mapped:
+        return "needs ranks that map each other's memory"
+    if -(-dims.V // dims.ranks) * (dims.ranks - 1) >= dims.V:
+        return f"needs a part of the vocabulary for each rank, not {dims.V} ids for {dims.ranks}"
+    return why_not(where) or cuda_build.why_not(where)
+
+
+register(SAMPLE_OVER_RANKS, "reference", _over_ranks)
+register(
+    SAMPLE_OVER_RANKS,
+    "cuda",
+    _cuda_over_ranks,
+    supports=_cuda_over_ranks_refuses,
+    tokens=Tokens(last=AREAS[ROWS][0]),
+    priority=10,
+)

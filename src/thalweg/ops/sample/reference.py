@@ -5,8 +5,13 @@ splitmix64 (Steele, Lea and Flood, OOPSLA 2014) on int64 tensors, whose products
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from thalweg.ops.all_reduce import Ranks
 
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
@@ -53,3 +58,17 @@ def sample(
     drawn_RV = logits_RV / hot_R1.where(hot_R1 > 0, 1.0) + gumbel(seeds_R, positions_R, logits_RV.shape[1])
     ids_R = torch.where(hot_R1 > 0, drawn_RV, logits_RV).argmax(-1)
     return ids_R if finite_R is None else ids_R.where(finite_R, -1)
+
+
+def sample_over_ranks(
+    logits_RV: Tensor,
+    temperatures_N: Tensor,
+    seeds_N: Tensor,
+    positions_R: Tensor,
+    slots_R: Tensor,
+    ranks: Ranks,
+    *,
+    vocab: int,
+) -> Tensor:
+    logits_RV = ranks.all_gather_last(logits_RV)[:, :vocab]
+    return sample(logits_RV, temperatures_N, seeds_N, positions_R, slots_R, check=True)

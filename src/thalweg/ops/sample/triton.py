@@ -1,5 +1,5 @@
 """Sampling in two launches: each program finds the best of a block of the vocabulary, then one program a row the best
-of those.
+of those. Where ranks divide the vocabulary the second launch is over_ranks.cu's.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ def best_of_blocks_kernel(
     values_ptr,
     ids_ptr,
     V,
+    first,
     logits_stride,
     BLOCK_V: tl.constexpr,
     BY_SLOT: tl.constexpr,
@@ -72,9 +73,9 @@ def best_of_blocks_kernel(
     temperature = tl.load(temperatures_ptr + entry).to(tl.float32)
     if temperature > 0.0:
         state = _splitmix64(_splitmix64(tl.load(seeds_ptr + entry)) + tl.load(positions_ptr + row))
-        value = tl.where(index < V, value / temperature + _gumbel(state + index), float("-inf"))
+        value = tl.where(index < V, value / temperature + _gumbel(state + first + index), float("-inf"))
     best, where = tl.max(value, 0, return_indices=True, return_indices_tie_break_left=True)
-    id = block * BLOCK_V + where
+    id = first + block * BLOCK_V + where
     if CHECK:  # above any that a row of finite logits has
         best = tl.where(bad > 0, float("inf"), best)
         id = tl.where(bad > 0, -1, id)
@@ -104,16 +105,34 @@ def sample(
     *,
     check: bool = False,
 ) -> Tensor:
+    R = len(logits_RV)
+    out_R = torch.empty(R, dtype=torch.int64, device=logits_RV.device)
+    if R == 0:
+        return out_R
+    values, ids = best_of_blocks(logits_RV, temperatures_R, seeds_R, positions_R, slots_R, check=check)
+    blocks, pdl = values.shape[1], pdl_options(logits_RV)
+    best_of_rows_kernel[(R,)](values, ids, out_R, blocks, BLOCKS=triton.next_power_of_2(blocks), num_warps=1, **pdl)
+    return out_R
+
+
+def best_of_blocks(
+    logits_RV: Tensor,
+    temperatures_R: Tensor,
+    seeds_R: Tensor,
+    positions_R: Tensor,
+    slots_R: Tensor | None,
+    *,
+    check: bool,
+    first: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Values fp32 and ids int32 [R, blocks]; `first` is the id of the first column."""
     R, V = logits_RV.shape
     block = 2048
     blocks = triton.cdiv(V, block)
-    device = logits_RV.device
-    values = torch.empty(R, blocks, dtype=torch.float32, device=device)
-    ids = torch.empty(R, blocks, dtype=torch.int32, device=device)
-    out_R = torch.empty(R, dtype=torch.int64, device=device)
+    values = torch.empty(R, blocks, dtype=torch.float32, device=logits_RV.device)
+    ids = torch.empty(R, blocks, dtype=torch.int32, device=logits_RV.device)
     if R == 0:
-        return out_R
-    pdl = pdl_options(logits_RV)
+        return values, ids
     best_of_blocks_kernel[(blocks, R)](
         logits_RV,
         temperatures_R,
@@ -123,12 +142,12 @@ def sample(
         values,
         ids,
         V,
+        first,
         logits_RV.stride(0),
         BLOCK_V=block,
         BY_SLOT=slots_R is not None,
         CHECK=check,
         num_warps=4,
-        **pdl,
+        **pdl_options(logits_RV),
     )
-    best_of_rows_kernel[(R,)](values, ids, out_R, blocks, BLOCKS=triton.next_power_of_2(blocks), num_warps=1, **pdl)
-    return out_R
+    return values, ids
