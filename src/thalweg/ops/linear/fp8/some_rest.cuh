@@ -36,6 +36,7 @@ __device__ __forceinline__ void multiply_rest(const bf16* x, long long x_stride,
             uint4 v[AT_ONCE];
 #pragma unroll
             for (int h = 0; h < HALVES; h++) {
+                if (8 * h >= T) break;  // or registers would hold what all ask for
                 if (h % AT_ONCE == 0)
 #pragma unroll
                     for (int i = 0; i < AT_ONCE && h + i < HALVES; i++) {
