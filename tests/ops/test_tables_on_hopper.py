@@ -186,6 +186,7 @@ ROUTED = dict(K=8, G=1, S=0, scoring="sigmoid", renormalize=True)
         (INT4, {"K": 17}, "at most 16 of them a token"),
         (replace(INT4, E=768), {}, "at most 3 experts for each of 132 multiprocessors"),
         (replace(INT4, own=0), {}, "one expert that every token takes"),
+        (replace(INT4, E=385, own=0), {"S": 1}, "to be an own one"),  # the shared expert in int4 too, as a routed one
         (replace(INT4, D=2304), {}, "needs 4096 columns or more"),
         (replace(INT4, own=1024), {}, "needs an own expert as wide as the others"),
         (replace(FP8_EXPERTS, I=512), {"S": 1}, "experts wide enough"),

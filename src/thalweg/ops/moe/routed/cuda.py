@@ -23,7 +23,7 @@ def refusal(dims: RoutedExpertsDims) -> Refusal:
     if ROUTER_ROWS * blocks < E:
         return f"needs at most {ROUTER_ROWS} experts for each of {blocks} multiprocessors, not {E}"
     if of.scheme == "int4":
-        return None
+        return None if of.own else "needs the expert that every token takes to be an own one, beside those in int4"
     # A block begins with a part of the shared expert, and has a multiprocessor to itself.
     if (steps_per_warp(of.D) or 0) % 2 or cuda_fp8.blocks_of(of.D, blocks) > of.I // 8:
         return f"needs columns for warps of an even number of steps and experts wide enough, not {of.D} and {of.I}"
