@@ -52,6 +52,11 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in anchors(target), link
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_no_page_has_marks_of_a_merge(page: Path) -> None:
+    assert not re.findall(r"^(?:<{7} .*|={7}|>{7} .*)$", page.read_text(), re.MULTILINE)
+
+
 def test_pages_named_in_text_exist() -> None:
     files = [*PAGES, *(path for room in ("src", "scripts", "tests") for path in ROOT.glob(f"{room}/**/*.py"))]
     for file in files:
