@@ -339,7 +339,7 @@ def test_command_prints_and_writes(tmp_path: Path, capfd: pytest.CaptureFixture[
         ("--suite x", "--suite is 'x'; expected seeds, decode, prefill, ranks"),
         ("--suite ranks", "--tensor-parallel-size"),
         ("--suite ranks -tp 2 --op sample", "suite 'ranks' has all_reduce_add"),
-        ("--op x", "--op is 'x'; suite 'decode' has vocab_rows, norm_linear"),
+        ("--op x", "--op is 'x'; suite 'decode' has vocab_rows, linear, norm_linear"),
         ("--batch-size 0", "--batch-size is '0'"),
         ("--batch-size a", "--batch-size is 'a'"),
         ("--context 0", "--context"),
