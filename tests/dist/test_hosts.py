@@ -413,16 +413,41 @@ def test_node_0_hears_only_hosts_that_joined_it_and_says_so_if_it_understands_no
             link.connect(words, config, 0)
             link.connect(plans, config, 1)
             # What a host of an engine that was here before has not yet said.
-            words.send(link.encode(link.Lost(1, "its rank 1 ended")))
-            words.send(link.encode(link.Alive(1)))
+            words.send(link.encode(link.Lost(1, b"another", "its rank 1 ended")))
+            words.send(link.encode(link.Alive(1, b"another")))
             words.send(link.encode(link.Join(1, plans.routing_id, __version__, config.to_dict())))
             assert plans.poll(30_000)
             assert plans.recv_multipart()[0] == link.MEET
             assert errors.empty()
             words.send(b"\xc1")
             assert "a host says what node 0 does not understand" in str(errors.get(timeout=30))
-            words.send(link.encode(link.Lost(1, "its rank 1 ended")))
+            words.send(link.encode(link.Lost(1, b"another", "of a host that was refused")))
+            words.send(link.encode(link.Lost(1, plans.routing_id, "its rank 1 ended")))
             assert str(errors.get(timeout=30)) == "node 1: its rank 1 ended"
+        finally:
+            hosts.close("")
+            context.destroy(0)
+
+
+def test_a_host_that_is_refused_over_and_over_does_not_speak_for_the_one_that_is_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As a service manager starts a host again whose first process died a moment ago."""
+    monkeypatch.setattr(link, "LOST_SECONDS", 1.0)
+    config = EngineConfig(tensor_parallel_size=2, nnodes=2, master_port=free_ports(2))
+    hosts, errors = OtherHosts(config, KEY), SimpleQueue[EngineDeadError]()
+    with zmq.Context() as context:
+        words, first, again = (link.connected(context, node, KEY) for node in (0, 1, 1))
+        hosts.watch(errors.put)
+        try:
+            for node, each in ((0, words), (1, first), (1, again)):
+                link.connect(each, config, node)
+            for each, answer in ((first, link.MEET), *[(again, link.LEAVE)] * 8):
+                words.send(link.encode(link.Join(1, each.routing_id, __version__, config.to_dict())))
+                assert each.recv_multipart()[0] == answer
+                time.sleep(0.25)
+            assert not errors.empty()
+            assert "node 1 has said nothing for 1 s" in str(errors.get())
         finally:
             hosts.close("")
             context.destroy(0)

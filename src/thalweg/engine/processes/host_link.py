@@ -38,13 +38,17 @@ class Join(msgspec.Struct, frozen=True, tag=True):
 
 
 class Alive(msgspec.Struct, frozen=True, tag=True):
+    """A host, by the name that it joined with, goes on."""
+
     node: int
+    socket: bytes
 
 
 class Lost(msgspec.Struct, frozen=True, tag=True):
-    """A host cannot go on."""
+    """The same host cannot go on."""
 
     node: int
+    socket: bytes
     reason: str
 
 

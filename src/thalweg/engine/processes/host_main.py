@@ -48,6 +48,9 @@ class Host:
             context: zmq.Context[Any] = stack.enter_context(zmq.Context())
             self._words = stack.enter_context(link.connected(context, 0, self._key))
             self._plans = stack.enter_context(link.connected(context, self._node, self._key))
+            name = self._plans.getsockopt(zmq.ROUTING_ID)
+            assert isinstance(name, bytes)
+            self._name = name  # by which node 0 knows this host
             events = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | _REFUSED
             self._monitor = self._plans.get_monitor_socket(events)
             stack.callback(self._plans.disable_monitor)
@@ -80,7 +83,7 @@ class Host:
                 os.read(self._wake, 1)
                 error = self._ended.get()
                 if error is not None:
-                    self._words.send(link.encode(link.Lost(self._node, str(error))))
+                    self._words.send(link.encode(link.Lost(self._node, self._name, str(error))))
                     raise error
                 is_first = leaves_at == float("inf")
                 leaves_at = time.monotonic() + (self._patience_s if is_first and self._ranks is not None else 0)
@@ -90,14 +93,14 @@ class Host:
             now = time.monotonic()
             if now >= leaves_at:
                 if self._ranks is not None:
-                    self._words.send(link.encode(link.Lost(self._node, "its host was told to stop")))
+                    self._words.send(link.encode(link.Lost(self._node, self._name, "its host was told to stop")))
                 return
             if self._ranks is None and now - started > link.MEET_SECONDS:
                 raise EngineDeadError(f"node 0 has not answered after {link.MEET_SECONDS:g} s (--master-addr)")
             if now - said > link.ALIVE_SECONDS:
                 said = now
                 if self._ranks is not None:
-                    self._words.send(link.encode(link.Alive(self._node)))
+                    self._words.send(link.encode(link.Alive(self._node, self._name)))
 
     def _take(self, kind: bytes, body: bytes) -> bool:
         """What node 0 says; whether it says that all is over."""
@@ -118,9 +121,7 @@ class Host:
         """At what became of the connection."""
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self._connected = True  # from now on this host hears what node 0 answers
-            socket = self._plans.getsockopt(zmq.ROUTING_ID)
-            assert isinstance(socket, bytes)
-            self._words.send(link.encode(link.Join(self._node, socket, __version__, self._config.to_dict())))
+            self._words.send(link.encode(link.Join(self._node, self._name, __version__, self._config.to_dict())))
         elif event & _REFUSED and not self._connected:
             self._refusals += 1
             if self._refusals >= _REFUSALS:

@@ -123,9 +123,9 @@ class OtherHosts:
             return  # of more hosts than this engine has
         if isinstance(message, link.Join):
             self._meet(message)
-        elif node not in self._joined:
-            return  # of an engine that was here before, whose hosts have yet to end
-        elif isinstance(message, link.Lost):
+        if self._joined.get(node) != message.socket:
+            return  # of a host that was refused, or of an engine that was here before, whose hosts have yet to end
+        if isinstance(message, link.Lost):
             self._lose(f"node {node}: {message.reason}")
         self._heard[node] = time.monotonic()
 
