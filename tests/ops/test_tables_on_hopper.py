@@ -26,7 +26,7 @@ from thalweg.models.qwen.family import Qwen35
 from thalweg.ops.linear import NORM_LINEAR, NormLinearDims
 from thalweg.ops.moe.experts import ExpertsDims
 from thalweg.ops.moe.routed import RoutedExpertsDims, refusal
-from thalweg.ops.registry import Resolver, Rows, Where
+from thalweg.ops.registry import Resolver, Rows, Where, implementations
 from thalweg.ops.toolchain import cuda_build, triton_support
 from thalweg.parallel.mesh import Mesh
 from thalweg.parallel.shards import Shards
@@ -198,6 +198,23 @@ def test_what_router_and_experts_in_one_are_refused_for(
 ) -> None:
     found = refusal(Where("cuda", "bfloat16"), RoutedExpertsDims(experts=experts, **{**ROUTED, **others}))
     assert found is None if reason is None else reason in (found or "")
+
+
+@pytest.mark.parametrize("processors", [132, 114, 78])  # of an H200, an H100 on PCIe, an H20
+def test_what_matrix_serves_over_float8_finds_room(monkeypatch: pytest.MonkeyPatch, processors: int) -> None:
+    from thalweg.ops.linear import fp8
+    from thalweg.ops.linear.fp8.matrix import cut
+
+    monkeypatch.setattr(fp8, "processors_here", lambda: processors)
+    (matrix,) = (i for i in implementations("linear_fp8") if i.name == "matrix")
+    most = 0
+    for O in (64, 2048, 8184, 8192, 12288, 14976, 16384):
+        dims = fp8.Fp8LinearDims(D=1536, O=O)
+        if matrix.supports(Where("cuda", "bfloat16"), dims) is None:
+            most = O
+            for T in range(17, (matrix.tokens(dims).last or 0) + 1):
+                cut(T, dims.D, O, processors)  # which raises if it does not fit
+    assert most == min(16384, 192 * processors)
 
 
 def test_down_projections_of_kimi_k2_in_bf16() -> None:

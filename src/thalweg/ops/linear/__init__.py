@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from thalweg.ops.all_reduce import ALL_REDUCE_ADD, AllReduceAddDims, Ranks
@@ -19,7 +18,7 @@ from thalweg.ops.linear import reference, separate
 from thalweg.ops.norm import RMS_NORM, RmsNormDims
 from thalweg.ops.registry import Op, Refusal, Resolver, Tokens, Where, register
 from thalweg.ops.toolchain import cpu_build, cuda_build
-from thalweg.ops.toolchain.triton_support import multiprocessors, why_not, why_not_hopper
+from thalweg.ops.toolchain.triton_support import processors_here, why_not, why_not_hopper
 from thalweg.quant import GgmlRows
 
 
@@ -183,14 +182,14 @@ def _splits_norm_linear(where: Where, dims: NormLinearDims) -> NormLinear:
     return splits.norm_linear
 
 
-GATED_TILE_ROWS, HOPPER = 192, 132  # of gate and up together; multiprocessors, if no GPU says how many
+GATED_TILE_ROWS = 192  # of gate and up together
 
 
 def fused_gate_up_refuses(name: str, where: Where, dims: NormLinearDims) -> Refusal:
     """Of op "norm_swiglu", which launches "cuda" and "matrix" with the activation behind."""
     if name == "cuda":
         return _cuda_refuses(where, dims)
-    most = GATED_TILE_ROWS * (multiprocessors(torch.device("cuda")) if torch.cuda.is_available() else HOPPER)
+    most = GATED_TILE_ROWS * processors_here()
     O = sum(dims.parts)
     if O % 16 or most < O:
         return f"needs I to be a multiple of 8 up to {most // 2}, not {O // 2}"

@@ -30,6 +30,14 @@ def why_not_hopper() -> Refusal:
     return None if major == 9 else f"needs compute capability 9 (Hopper), not {major}.x"
 
 
+HOPPER = 132  # multiprocessors of an H100 or H200
+
+
+def processors_here() -> int:
+    """Multiprocessors of the current GPU; if there is none, those that tables of a Hopper GPU are made for."""
+    return multiprocessors(torch.device("cuda")) if torch.cuda.is_available() else HOPPER
+
+
 @cache
 def _compute_capability_major() -> int:
     return torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 0

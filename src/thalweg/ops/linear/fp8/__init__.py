@@ -16,7 +16,7 @@ from torch import Tensor
 from thalweg.ops.linear.fp8 import reference
 from thalweg.ops.registry import Op, Refusal, Tokens, Where, register
 from thalweg.ops.toolchain import cuda_build
-from thalweg.ops.toolchain.triton_support import why_not, why_not_hopper
+from thalweg.ops.toolchain.triton_support import processors_here, why_not, why_not_hopper
 from thalweg.quant.blocks import BLOCK
 
 
@@ -63,7 +63,8 @@ W8A8: dict[str, Any] = {"rounding": 0.04}  # 0.027 for normally distributed acti
 SPLIT_COLUMNS, SPLIT_TOKENS = (7168, 8192), Tokens(17, 64)
 MAX_NORM = 16384  # columns that the norm's kernel takes
 MAX_CUDA_NORM, MAX_NORM_ROWS = 8192, 2**16  # beyond both a norm's weight and the sums do not fit shared memory
-MAX_SOME_ROWS = 2**14  # of which a block has at most 128
+MAX_SOME_ROWS = 2**14
+TILE_ROWS = {128: 128, 64: 192}  # of a block at most, by tokens: 64 for each warpgroup that has registers for them
 MAX_ROWS = 2**18  # of which the sums over passes fit shared memory
 
 
@@ -126,8 +127,9 @@ def _more(dims: Fp8LinearDims) -> Tokens:
 def _matrix_refuses(where: Where, dims: Fp8LinearDims) -> Refusal:
     if dims.D % BLOCK or not 0 < dims.D <= MAX_NORM:
         return f"needs D to be a multiple of {BLOCK} up to {MAX_NORM}, not {dims.D}"
-    if dims.O % 8 or not 0 < dims.O <= MAX_SOME_ROWS:
-        return f"needs O to be a multiple of 8 up to {MAX_SOME_ROWS}, not {dims.O}"
+    most = min(MAX_SOME_ROWS, TILE_ROWS[_some(dims).last or 0] * processors_here())
+    if dims.O % 8 or not 0 < dims.O <= most:
+        return f"needs O to be a multiple of 8 up to {most}, not {dims.O}"
     if dims.rest % 8:
         return f"needs the rest to be a multiple of 8, not {dims.rest}"
     return _triton_refuses(where, dims) or cuda_build.why_not(where) or why_not_hopper()

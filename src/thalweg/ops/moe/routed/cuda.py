@@ -11,15 +11,13 @@ from thalweg.ops.moe.experts import cuda_fp8, cuda_int4, steps_per_warp
 from thalweg.ops.moe.routed import ROUTER_ROWS, RoutedExperts, RoutedExpertsDims
 from thalweg.ops.registry import Refusal
 from thalweg.ops.toolchain.cuda_build import aligned_rows
-from thalweg.ops.toolchain.triton_support import multiprocessors
-
-HOPPER = 132  # multiprocessors, if no GPU says how many
+from thalweg.ops.toolchain.triton_support import processors_here
 
 
 def refusal(dims: RoutedExpertsDims) -> Refusal:
     """Why the kernels, which serve these experts, have no router for them, or None."""
     of, E = dims.experts, dims.experts.E - dims.S
-    blocks = multiprocessors(torch.device("cuda")) if torch.cuda.is_available() else HOPPER
+    blocks = processors_here()
     if ROUTER_ROWS * blocks < E:
         return f"needs at most {ROUTER_ROWS} experts for each of {blocks} multiprocessors, not {E}"
     if of.scheme == "int4":
