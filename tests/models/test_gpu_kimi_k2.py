@@ -14,6 +14,9 @@ from tests.models.served import BF16_KL, BF16_LOGPROB, PARAMS, VOCAB, Model, dec
 
 pytestmark = pytest.mark.gpu
 
+# Products over fp8 round activations of 17 tokens and more, and not of fewer: in all of this model's products that is a
+# mean difference of 0.13 in float32 and 0.14 in bfloat16, measured on a CPU.
+W8A8_LOGPROB = 0.2
 SHAPE = dict(layers=3, hidden=256, heads=4, q_rank=128, rank=128, nope=128, rope=64, value=128, experts=16, top_k=4,
              inner=256, dense_inner=512, vocab=VOCAB, max_position_embeddings=600)  # fmt: skip
 
@@ -46,9 +49,10 @@ def test_logits_in_float32_and_bfloat16(served: tuple[Path, Model]) -> None:
 
 
 def test_decode_steps_in_bfloat16_say_what_prompts_say(served: tuple[Path, Model]) -> None:
+    rounds = served[1].config.get("quantization_config") == random.FP8
     with on_gpu(served[0], "bfloat16", max_num_seqs=6, max_num_batched_tokens=64) as llm:
         assert llm.info.decode_steps.startswith("CUDA graphs"), llm.info.decode_steps
-        assert decode_against_prompts(llm).mean() < BF16_LOGPROB
+        assert decode_against_prompts(llm).mean() < (W8A8_LOGPROB if rounds else BF16_LOGPROB)
 
 
 def test_kernels_give_the_tokens_of_references_in_float32(served: tuple[Path, Model]) -> None:

@@ -167,7 +167,7 @@ def test_attention_and_combination_in_one_launch_are_two_bit_for_bit(
     two = case.copy().run_rotated(op)
     assert len(used) == 20
     assert all(torch.equal(one, two) for one in ones)
-    assert not counts(two.device).any()
+    assert not counts("mla_decode", two.device, 2).any()
 
 
 @pytest.mark.parametrize("B", [8, 64])

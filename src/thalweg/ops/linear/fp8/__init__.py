@@ -59,8 +59,8 @@ LINEAR_ADD_FP8: Op[Fp8LinearDims, LinearAddFp8] = Op("linear_add_fp8", Fp8Linear
 FEW = Tokens(last=16)  # beyond, x does not fit the registers of a block
 MANY_ROWS, SOME, SOME_OF_MANY_ROWS = 8192, Tokens(17, 128), Tokens(17, 64)  # beyond, tiles of "w8a8" are as many
 W8A8: dict[str, Any] = {"rounding": 0.04}  # 0.027 for normally distributed activations
-# "splits" is a launch where "matrix" has another that brings x to float8; of other columns it has not been timed.
-SPLIT_COLUMNS, SPLIT_TOKENS = (7168, 8192), Tokens(17, 64)
+# "splits" is a launch where "matrix" has another that brings x to float8; of Kimi-K2's columns, whose layers have 9 so.
+SPLIT_COLUMNS, SPLIT_TOKENS = (1536, *range(7168, 8193, BLOCK)), Tokens(17, 64)
 MAX_NORM = 16384  # columns that the norm's kernel takes
 MAX_CUDA_NORM, MAX_NORM_ROWS = 8192, 2**16  # beyond both a norm's weight and the sums do not fit shared memory
 MAX_SOME_ROWS = 2**14
@@ -95,10 +95,10 @@ def _cuda_norm_refuses(where: Where, dims: Fp8LinearDims) -> Refusal:
 
 
 def _splits_refuses(where: Where, dims: Fp8LinearDims) -> Refusal:
-    least, most = SPLIT_COLUMNS
-    if dims.D % BLOCK or not least <= dims.D <= most or dims.O % 8 or not 0 < dims.O <= MAX_SOME_ROWS:
-        wanted = f"a multiple of {BLOCK} columns, {least} to {most}, and of 8 rows up to {MAX_SOME_ROWS}"
-        return f"needs {wanted}, not {dims.D} and {dims.O}"
+    if dims.D not in SPLIT_COLUMNS or dims.O % 8 or not 0 < dims.O <= MAX_SOME_ROWS:
+        least, *_, most = SPLIT_COLUMNS
+        wanted = f"{least} columns, or a multiple of {BLOCK} from {SPLIT_COLUMNS[1]} to {most}, and"
+        return f"needs {wanted} a multiple of 8 rows up to {MAX_SOME_ROWS}, not {dims.D} and {dims.O}"
     if dims.rest:
         return f"has no products for a rest, here of {dims.rest} rows"
     return _triton_refuses(where, dims) or why_not_hopper()
