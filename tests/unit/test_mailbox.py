@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from threading import Thread
+
 import torch
 
 from thalweg.runner.mailbox import PLACES, Mailbox
@@ -29,3 +31,27 @@ def test_it_begins_again_at_the_first_place() -> None:
     mailbox.place()[:] = 7
     assert mailbox.rows[0].eq(7).all()
     assert mailbox.turn.item() == 0
+
+
+def test_ids_are_read_once_if_a_place_is_wanted_while_they_are_read() -> None:
+    mailbox, values = Mailbox(2, 4, torch.device("cpu")), [5, 6, 7]
+    found: list[list[int]] = []
+    other = Thread(target=lambda: found.append(list(read())))
+
+    class Ids:
+        def __getitem__(self, _: object) -> Ids:
+            return self
+
+        def tolist(self) -> list[int]:
+            if other.ident is None:
+                other.start()
+                other.join(0.05)
+            return values
+
+    mailbox.ids = Ids()  # type: ignore[assignment]
+    mailbox.place()
+    read = mailbox.sent(3)
+    assert read() == values
+    other.join()
+    assert found == [values]
+    assert read() == values

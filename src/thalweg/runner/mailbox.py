@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from threading import Lock
 
 import torch
 
@@ -41,12 +42,14 @@ class Mailbox:
         if done is not None:
             done.record()
         values: list[int] = []
+        one_reader = Lock()  # whoever waits for the ids, or whoever wants the place again
 
         def read() -> list[int]:
             if done is not None:
                 done.synchronize()  # lets other threads run
-            if not values:
-                values.extend(ids[:d].tolist())
+            with one_reader:
+                if not values:
+                    values.extend(ids[:d].tolist())
             return values
 
         self._reads[self._next] = read
