@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 
 from tests.models import random_checkpoint as random
 from thalweg.assembly.rank import build_rank
@@ -41,8 +42,10 @@ def admission(slot: int, ids: list[int], *, prompt_logits: bool = False, **param
     return Admission(slot, f"r{slot}", ids, len(ids), SamplingParams(**params), 0, prompt_logits)
 
 
-def decodes(slots: list[int], starts: list[int], new_blocks: list[tuple[int, int, int]] | None = None) -> StepPlan:
-    return StepPlan(0, [], new_blocks or [], slots, starts, [])
+def decodes(
+    slots: list[int], starts: list[int], new_blocks: list[tuple[int, int, int]] | None = None, step: int = 0
+) -> StepPlan:
+    return StepPlan(step, [], new_blocks or [], slots, starts, [])
 
 
 def values(batch: Batch) -> dict[str, Any]:
@@ -77,6 +80,7 @@ def test_decode_rows_and_prefills_in_one_batch(every_row: bool, monkeypatch: pyt
         "logit_rows_R": None if every_row else [0, 1, 2, 10],
         "boundaries": [(1, 2, 4 + 1), (0, 4, 4 + 3)],  # snapshots are slots after those of sequences
         "prefill_offsets": [0, 5, 8],
+        "gathers": True,
     }
     assert batch.block_tables_BN.tolist() == [[9, 8, 7], [11, 0, 0], [9, 8, 7], [5, 3, 0], [6, 0, 0]]
     assert (batch.block_tables_BN.dtype, batch.context_lens_B.dtype) == (torch.int32, torch.int32)
@@ -105,12 +109,21 @@ def test_steps_moved_on_by_a_token_equal_steps_built_anew() -> None:
     for i, plan in enumerate(plans):
         slots.last_tokens[:] = torch.arange(5) + 100 * i
         before = moving._last
-        batch = moving.build(plan)
-        same.append(before is not None and batch is before[0])
+        batch = moving.build(replace(plan, step=i))
+        same.append(before is not None and batch is before[1])
         anew = BatchBuilder(slots).build(plan)
         assert values(batch) == values(anew)
         assert torch.equal(batch.block_tables_BN[:, :3], anew.block_tables_BN[:, :3])
     assert 4 <= sum(same) < 9  # both ways are met
+
+
+def test_a_step_after_one_that_was_built_elsewhere_is_built_anew() -> None:
+    slots = slot_table()
+    take_in(slots, [], [(1, 0, 9), (1, 1, 8)])
+    batches = BatchBuilder(slots)
+    batches.build(decodes([1], [4], step=7))
+    take_in(slots, [admission(1, [5] * 5)], [(1, 0, 3), (1, 1, 2)])  # with a prompt in a graph, step 8
+    assert batches.build(decodes([1], [5], step=9)).block_rows_T.tolist() == [2 * 4 + 1]
 
 
 @pytest.mark.parametrize("size", [3, 4, 7])

@@ -31,17 +31,15 @@ class BatchBuilder:
         self._block_size, self._device = slots.cache.block_size, slots.device
         self._in_block = np.arange(self._block_size)
         self._one_on = torch.tensor(ONE_ON, device=slots.device)
-        self._last: tuple[Batch, Tensor] | None = None  # of the last step, if it had decode rows alone
-        self._last_slots: list[int] = []
-        self._last_starts: list[int] = []
+        self._last: tuple[StepPlan, Batch, Tensor] | None = None  # the last step built, if it had decode rows alone
 
     def build(self, plan: StepPlan, every_row: bool = False) -> Batch:
         """The step's Batch, valid until the next. Logits are wanted of rows that sample; of all with `every_row`."""
         if plan.prefills:
             self._last = None
             return self._with_prefills(plan, every_row)
-        if self._last is not None and moved_on(plan, self._last_slots, self._last_starts, self._block_size):
-            batch, rows = self._last
+        if self._last is not None and moved_on(plan, self._last[0], self._block_size):
+            _, batch, rows = self._last
             rows.add_(self._one_on)
             torch.index_select(self.slots.last_tokens, 0, batch.slots_B, out=batch.token_ids_T)
         else:
@@ -50,8 +48,7 @@ class BatchBuilder:
             self.write_decodes(plan, host)
             rows = to_device(host, self._device)
             batch = self.of_decodes(rows[:, :d], self.blocks_for(max(plan.decode_starts) + 1))
-            self._last = batch, rows
-        self._last_slots, self._last_starts = plan.decode_slots, plan.decode_starts
+        self._last = plan, batch, rows
         return batch
 
     def write_decodes(self, plan: StepPlan, out: IntArray) -> None:
@@ -174,13 +171,14 @@ class BatchBuilder:
         return -(-num_tokens // self._block_size)
 
 
-def moved_on(plan: StepPlan, last_slots: list[int], last_starts: list[int], block_size: int) -> bool:
-    """Whether a step of decode rows is the last one moved on by a token, within the same blocks: most steps of most
-    runs. A step's host time is mostly that of making its tensors, which are then the last one's moved on."""
-    if plan.new_blocks or plan.decode_slots != last_slots:
+def moved_on(plan: StepPlan, last: StepPlan, block_size: int) -> bool:
+    """Whether a step of decode rows is that of `last`, of decode rows too, moved on by a token, within the same blocks:
+    most steps of most runs. A step's host time is mostly that of making its tensors, which are then the last one's
+    moved on. It is not if another step was in between, in which a slot may have begun a new sequence."""
+    if plan.step != last.step + 1 or plan.new_blocks or plan.decode_slots != last.decode_slots:
         return False
     starts = plan.decode_starts
-    moved = all(start == before + 1 for start, before in zip(starts, last_starts, strict=True))
+    moved = all(start == before + 1 for start, before in zip(starts, last.decode_starts, strict=True))
     return moved and all(start % block_size for start in starts)
 
 

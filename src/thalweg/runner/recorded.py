@@ -74,7 +74,7 @@ class RecordedSteps:
     def stage(self, plan: StepPlan) -> None:
         """Write the rows of a step that `serves` said yes to."""
         d, rows = len(plan.decode_slots), self._host_rows
-        if self._moved_on(plan):
+        if self._last is not None and moved_on(plan, self._last, self._slots.cache.block_size):
             rows += _ONE_ON
         else:
             self._batches.write_decodes(plan, rows[:, :d])
@@ -123,11 +123,3 @@ class RecordedSteps:
             context_lens_B=lens.view(torch.int32)[:d],
             logit_rows_R=None,
         )
-
-    def _moved_on(self, plan: StepPlan) -> bool:
-        """Whether `plan` is the last one staged moved on by a token, and no other step was in between, in which a slot
-        may have begun a new sequence."""
-        last = self._last
-        if last is None or plan.step != last.step + 1:
-            return False
-        return moved_on(plan, last.decode_slots, last.decode_starts, self._slots.cache.block_size)
