@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from ctypes import c_int64
 from threading import Thread
@@ -92,6 +94,35 @@ def test_a_call_that_fails_is_named() -> None:
     ids[1] = 0
     recorded.replay()
     assert x.equal(w[ids])
+
+
+@torch.inference_mode()
+def test_once_it_is_refused_it_keeps_no_more_results() -> None:
+    scratch, norm = Scratch(), torch.rand(CHUNK)
+    with recording(scratch) as recorded:
+        y = rms_norm(torch.randn(1, 8), torch.rand(8), 1e-5).sigmoid()
+        for _ in range(3):
+            y = rms_norm(torch.randn(4, CHUNK), norm, 1e-5)
+        large = weakref.ref(y)
+        del y
+        assert large() is None
+    assert recorded.why_not == "torch runs randn between ops in C++"
+    assert len(scratch) <= CHUNK
+
+
+@torch.inference_mode()
+def test_it_is_freed_with_its_last_reference() -> None:
+    x, norm = torch.randn(3, 8), torch.rand(8)
+    with recording(Scratch()) as recorded:
+        rms_norm(x, norm, 1e-5)
+    recorded.replay()
+    freed = weakref.ref(recorded)
+    gc.disable()
+    try:
+        del recorded
+        assert freed() is None
+    finally:
+        gc.enable()
 
 
 @torch.inference_mode()

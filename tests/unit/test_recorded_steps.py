@@ -14,6 +14,8 @@ from tests.models import random_checkpoint as random
 from tests.models import random_kimi_k2, random_qwen
 from tests.ops.cpp_case import needs_cpp
 from thalweg import LLM, SamplingParams
+from thalweg.assembly.rank import build_rank
+from thalweg.config.engine import EngineConfig
 from thalweg.ops.toolchain.cpu_recording import Recording
 from thalweg.runner.recorded import MAX_ROWS
 
@@ -116,6 +118,24 @@ def test_a_model_with_an_op_in_torch_runs_eagerly_and_says_why(folder: Path, rep
         assert llm.info.decode_steps.endswith(" between ops in C++")
         llm.generate([[1, 2, 3]], SamplingParams(max_tokens=8, ignore_eos=True))
     assert not replays
+
+
+def test_a_rank_that_cannot_record_keeps_nothing_for_it(folder: Path) -> None:
+    preference = {"norm_swiglu": "reference"}
+    config = EngineConfig(model=str(folder), device="cpu", max_num_seqs=2, op_preference=preference)
+    runner, info = build_rank(config, 0, "")
+    assert info.decode_steps.startswith("eager: torch runs ")
+    assert runner._recorded is None
+    runner.close()
+
+
+def test_an_engine_that_starts_while_a_profile_runs_records_steps_after_it(folder: Path, replays: Counter[int]) -> None:
+    with profile():
+        llm = LLM(str(folder), max_num_seqs=2)
+    assert llm.info.decode_steps.startswith("recorded calls")
+    llm.generate([[1, 2, 3]], SamplingParams(max_tokens=8, ignore_eos=True))
+    assert replays.total() > 4
+    llm.close()
 
 
 def test_a_profile_shows_ops_by_name(folder: Path, replays: Counter[int]) -> None:

@@ -103,7 +103,10 @@ class ModelRunner:
     def record(self) -> str | None:
         """Begin to record steps. Returns why none can be recorded, if so."""
         assert self._recorded is not None
-        return self._recorded.start()
+        why_not = self._recorded.start()
+        if why_not is not None:
+            self._recorded = None
+        return why_not
 
     def execute(self, plan: StepPlan) -> StepResult:
         return self.launch(plan)()

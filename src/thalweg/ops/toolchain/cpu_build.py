@@ -92,7 +92,7 @@ def why_not(where: Where) -> Refusal:
 def function(name: str, *types: Any) -> Callable[..., int]:
     """The library's function `thalweg_<name>`, which takes arguments of these ctypes types and lets other Python
     threads run; its result means something unless the function is void. The profiler shows calls as `thalweg::<name>`,
-    beside torch's own ops. Raises BuildError."""
+    beside torch's own ops, but for those that are recorded. Raises BuildError."""
     loaded = _loaded()
     if isinstance(loaded, str):
         raise BuildError(loaded)
@@ -103,10 +103,10 @@ def function(name: str, *types: Any) -> Callable[..., int]:
     def call(*args: Any) -> Any:
         if _told and (tell := _told.get(get_ident())) is not None:
             tell(name, types, args)
-        if not profiler._is_profiler_enabled:
-            return found(*args)
-        with profiler.record_function(seen):
-            return found(*args)
+        elif profiler._is_profiler_enabled:
+            with profiler.record_function(seen):
+                return found(*args)
+        return found(*args)
 
     return call
 

@@ -11,6 +11,7 @@ import ctypes
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ class Recording:
         self.why_not: str | None = None
         self._calls: list[tuple[str, Sequence[Any], tuple[Any, ...]]] = []
         self._kept: list[Any] = []  # what calls have addresses of
-        self._replay: Callable[[], int] | None = None
+        self._replay: Callable[[], int] | None = None  # refers to nothing here: who lets go of this frees it at once
 
     def __len__(self) -> int:
         return len(self._calls)
@@ -99,7 +100,7 @@ class Recording:
         calls = (ctypes.c_void_p * len(table))(*table)
         self._kept += [memory, calls]
         run = cpu_build.function("replay", ctypes.c_void_p, ctypes.c_int64)
-        self._replay = lambda: run(calls, len(self._calls))
+        self._replay = partial(run, calls, len(self._calls))
 
 
 def _packed(types: Sequence[Any], args: tuple[Any, ...]) -> bytes:
@@ -124,7 +125,7 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
         name = func.__name__
-        if name in _ASKS:
+        if name in _ASKS or self._recording.why_not is not None:
             return made
         if name in _ALLOCATES:
             made = self._scratch.like(made)
