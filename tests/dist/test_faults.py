@@ -235,16 +235,28 @@ def test_a_death_while_data_parallel_ranks_have_requests(
         check_death(server, point, victim, server.url(), server.all_of(2, "engine")[victim])
 
 
-@pytest.mark.parametrize("point", ["decode", exhaustive("idle"), exhaustive("prefill")])
+@pytest.mark.parametrize(
+    ("point", "victim"),
+    [
+        ("decode", "rank 1"),
+        ("decode", "engine 1"),
+        exhaustive("idle", "rank 1"),
+        exhaustive("prefill", "rank 1"),
+        exhaustive("prefill", "engine 1"),
+    ],
+)
 @pytest.mark.slow
 def test_a_death_of_a_rank_that_shares_a_data_parallel_one_s_model(
-    folder: Path, tmp: Path, tmp_path: Path, point: str
+    folder: Path, tmp: Path, tmp_path: Path, point: str, victim: str
 ) -> None:
+    """The others' ranks lose one that shares the model of none of them, and leave it to others to say so."""
     options = (*DATA_PARALLEL, "-tp", "2", "--sse-ping-interval", "0.1")
     with serving(tmp_path / "log", tmp, str(folder), *options) as server:
         url = server.url()
-        server.pid("engine 1")
-        check_death(server, point, "rank 1", url, server.all_of(2)["rank 1"])
+        pid = (server.all_of(2) | server.all_of(2, "engine"))[victim]
+        check_death(server, point, victim, url, pid)
+        if victim == "rank 1":
+            assert "tensor-parallel rank 1 of data-parallel rank 0 ended" in server.log.read_text()
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from thalweg.errors import RankLostError
-from thalweg.parallel.groups import file_store, leave
+from thalweg.parallel.groups import file_store, leave, reason
 
 if TYPE_CHECKING:
     from thalweg.parallel.peers import PeerMemory
@@ -117,8 +117,8 @@ class DataRanks:
         try:
             collective().wait()
         except RuntimeError as e:
-            reason = str(e).splitlines()[0]
-            raise RankLostError(f"data-parallel rank {self.rank} lost another rank of {self.size}: {reason}") from e
+            lost = f"data-parallel rank {self.rank} lost another rank of {self.size}"
+            raise RankLostError(f"{lost}: {reason(e)}") from e
 
 
 def join_data_ranks(

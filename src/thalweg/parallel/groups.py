@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,6 +22,11 @@ def file_store(path: str, size: int) -> tuple[Any, BinaryIO]:
     name = f"/proc/self/fd/{file.fileno()}"
     where = name if Path(name).exists() else path
     return dist.FileStore(where, size), file  # type: ignore[attr-defined]  # public, but not in __all__
+
+
+def reason(error: RuntimeError) -> str:
+    """What a collective failed for: gloo's words without the place in its source and its advice."""
+    return re.sub(r"^\[\S+\] |\. This is typically.*", "", str(error).splitlines()[0])
 
 
 def leave(group: Any) -> None:

@@ -5,7 +5,6 @@ Ranks of one host meet through a file, those of several through a TCP store; the
 
 from __future__ import annotations
 
-import re
 import socket
 from collections.abc import Callable
 from datetime import timedelta
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from thalweg.errors import RankLostError
 from thalweg.parallel.data_ranks import DataRanks
-from thalweg.parallel.groups import file_store, leave
+from thalweg.parallel.groups import file_store, leave, reason
 
 if TYPE_CHECKING:
     from thalweg.parallel.peers import PeerMemory
@@ -129,8 +128,7 @@ class Mesh:
         try:
             collective().wait()
         except RuntimeError as e:
-            reason = re.sub(r"^\[\S+\] |\. This is typically.*", "", str(e).splitlines()[0])  # gloo's place and advice
-            raise RankLostError(f"rank {self.tp_rank} lost another rank of {self.tp_size}: {reason}") from e
+            raise RankLostError(f"rank {self.tp_rank} lost another rank of {self.tp_size}: {reason(e)}") from e
 
 
 def join_mesh(

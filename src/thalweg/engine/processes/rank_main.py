@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 
 import msgspec
 import zmq
@@ -12,8 +13,9 @@ from thalweg.config.engine import EngineConfig
 from thalweg.core import StepPlan
 from thalweg.engine.processes.ipc import end_with_parent
 from thalweg.engine.processes.ranks import RankStart
-from thalweg.errors import ThalwegError
+from thalweg.errors import RankLostError, ThalwegError
 from thalweg.recorder.orders import Order
+from thalweg.runner.executor import WATCHER_SECONDS
 from thalweg.runner.lock_step import Agreed
 
 
@@ -47,5 +49,7 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1])
     except ThalwegError as e:
+        if isinstance(e, RankLostError):
+            time.sleep(WATCHER_SECONDS)  # whoever watches the lost one has this one leave, and says why
         print(f"thalweg rank: {e}", file=sys.stderr, flush=True)
         os._exit(2)

@@ -54,6 +54,7 @@ class LocalRanks:
         self.data_meeting = str(folder / "data-rendezvous")
         self._context = zmq.Context()
         self._closing = False
+        self._of = f" of data-parallel rank {data_rank}" if config.data_parallel_size > 1 else ""
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._sockets: list[zmq.Socket[bytes]] = []
         first = config.node_rank * config.ranks_per_node
@@ -79,7 +80,8 @@ class LocalRanks:
         code = process.wait()
         end_group(process.pid)
         if not self._closing:
-            on_death(EngineDeadError(f"tensor-parallel rank {rank} ended with exit code {code}; its own lines say why"))
+            which = f"tensor-parallel rank {rank}{self._of}"
+            on_death(EngineDeadError(f"{which} ended with exit code {code}; its own lines say why"))
 
     def send(self, message: bytes) -> None:
         """A StepPlan, Order or Agreed; to be called from one thread only, in the order of the steps."""
