@@ -76,6 +76,26 @@ def test_a_rank_whose_disk_is_slower_than_the_collectives_timeout_is_awaited(tmp
     assert order == ["met", "missed"]
 
 
+@pytest.mark.parametrize(("hosts", "calls"), [(1, []), (2, ["minimum"])])
+def test_ranks_of_several_hosts_connect_before_they_load_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hosts: int, calls: list[str]
+) -> None:
+    """As NCCL does at its first collective, for which the store's time holds."""
+    import torch
+    import torch.distributed as dist
+
+    class Nccl:
+        def __init__(self, *_: object) -> None: ...
+
+        class Options: ...
+
+    found: list[str] = []
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", Nccl, raising=False)
+    monkeypatch.setattr(Mesh, "minimum", lambda *_: found.append("minimum"))
+    join_mesh(1, 2, str(tmp_path / "meet"), torch.device("cuda"), hosts=hosts)
+    assert found == calls
+
+
 def test_grammars_over_two_ranks(tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path / "tiny")
     grammar = Grammar("regex", "[a-z]{4,30}!")

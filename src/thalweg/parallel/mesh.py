@@ -164,7 +164,12 @@ def join_mesh(
     if device.type == "cuda":
         nccl = dist.ProcessGroupNCCL.Options()
         nccl._timeout = timeout
-        return Mesh(tp_rank, tp_size, dist.ProcessGroupNCCL(store, tp_rank, tp_size, nccl), hosts=hosts, file=file)
+        mesh = Mesh(tp_rank, tp_size, dist.ProcessGroupNCCL(store, tp_rank, tp_size, nccl), hosts=hosts, file=file)
+        if hosts > 1:
+            # NCCL connects at the first collective, where others await rank 0 as long as the store does, whatever its
+            # own time: so not behind the weights. Ranks of one host have one ahead of these (map_peers).
+            mesh.minimum(0, device)
+        return mesh
     gloo: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=own)]  # listens there alone
     gloo._timeout = timeout
