@@ -11,10 +11,13 @@ from torch import Tensor
 
 from tests.models import random_checkpoint, random_kimi_k2, random_qwen
 from thalweg import LLM, SamplingParams
+from thalweg.layers.context import BuildContext
 from thalweg.layers.linear import NormLinear
 from thalweg.ops.moe import experts
 from thalweg.ops.norm import NextNorm
 from thalweg.ops.norm.reference import rms_norm
+from thalweg.ops.registry import Resolver
+from thalweg.parallel.mesh import Mesh
 
 
 def model(family: str, folder: Path) -> Path:
@@ -65,3 +68,19 @@ def test_the_next_layer_takes_the_norm_it_is_told(family: str, tmp_path: Path, m
     torch.testing.assert_close(logits(), expected, rtol=1e-4, atol=1e-4)
     assert told
     assert [t.data_ptr() for t in told] == [t.data_ptr() for t in used]
+
+
+@pytest.mark.parametrize(
+    ("prefer", "is_told"),
+    [({}, True), ({"linear": "reference"}, True), ({"norm_linear": "separate"}, False), ({"*": "reference"}, False)],
+)
+def test_a_layer_whose_form_of_norm_linear_was_asked_for_norms_by_that(prefer: dict[str, str], is_told: bool) -> None:
+    ctx = BuildContext(torch.device("cpu"), torch.float32, Mesh(0, 1), Resolver(prefer), "float32", {}, block_size=16)
+    layer = NormLinear(ctx, 32, (16, 8), 1e-5)
+    assert (layer.next_norm() is not None) == is_told
+    layer.norm.weight.fill_(2)
+    layer.weight.copy_(torch.eye(24, 32))
+    x_TD = torch.randn(3, 32)
+    expected = rms_norm(x_TD, layer.norm.weight, 1e-5)
+    torch.testing.assert_close(layer(x_TD), expected[:, :24])
+    torch.testing.assert_close(layer(x_TD, expected), expected[:, :24])

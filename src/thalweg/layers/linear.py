@@ -95,20 +95,22 @@ class NormLinear(Weights):
         super().__init__(ctx, in_features, sum(parts))
         self.norm = NormWeight(ctx, in_features, eps)
         self._norm_linear: Callable[..., Tensor]
+        self._linear: Callable[..., Tensor] | None = None  # of a norm that is known
         if self.fp8 is not None:
             self._norm_linear = ctx.op(NORM_LINEAR_FP8, self.fp8)
         elif self.ggml is None:
             dims = NormLinearDims(D=in_features, parts=tuple(parts), norm_fp32=ctx.norm_fp32)
             self._norm_linear = ctx.op(NORM_LINEAR, dims)
-            self._linear = ctx.op(LINEAR, LinearDims(D=in_features, O=sum(parts)))
+            if not ctx.resolver.prefers(NORM_LINEAR.name):  # whoever asks for a form of it by name is to have it
+                self._linear = ctx.op(LINEAR, LinearDims(D=in_features, O=sum(parts)))
 
     def next_norm(self) -> NextNorm | None:
         """For whoever makes this layer's input, and may compute its norm as well; None if that would be of no use."""
-        return NextNorm(self.norm.weight, self.norm.eps) if self.fp8 is None and self.ggml is None else None
+        return None if self._linear is None else NextNorm(self.norm.weight, self.norm.eps)
 
     def forward(self, x_TD: Tensor, normed_TD: Tensor | None = None, /) -> Tensor:
         """`normed_TD`: norm(x), if it is known."""
-        if normed_TD is not None:
+        if normed_TD is not None and self._linear is not None:
             return self._linear(normed_TD, *self.tensors())
         if self.ggml is not None:
             return self.product_ggml(x_TD, self.norm)

@@ -1,9 +1,9 @@
 """Op "experts": the experts' SwiGLU networks with the sum that ends them, over weights that carry their scheme.
 
-Seven forms, by how many tokens share an expert: pairs and tiles for decode, sorted pairs for prompts (all in Triton,
-for the schemes of SCHEMES), products in CUDA C++ for a few tokens over fp8 and int4 ("cuda"), and, for prompts on
-Hopper, products of sorted pairs at the rate of the matrix unit: in bf16 and over int4 ("matrix"), and over fp8, for
-which activations are quantized ("w8a8"), as they are in tiles of a batch ("tiles_w8a8").
+Eight forms on a GPU, by how many tokens share an expert: pairs and tiles for decode, sorted pairs for prompts (all in
+Triton, for the schemes of SCHEMES), products in CUDA C++ for a few tokens over fp8 and int4 ("cuda"), and, for prompts
+on Hopper, products of sorted pairs at the rate of the matrix unit: in bf16 and over int4 ("matrix"), and over fp8, for
+which activations are quantized ("w8a8"), as in tiles of a batch, narrow ("tiles_w8a8") or wide ("joined_w8a8").
 """
 
 from __future__ import annotations

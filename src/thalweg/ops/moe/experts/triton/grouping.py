@@ -57,8 +57,7 @@ def pairs_of_group(
     """(the pairs start .. start + BLOCK_T - 1 among those that chose `expert`, how many chose it in all).
 
     With BY_PAIR only the last pair that chose an expert stands for it, for another the number is 0, as it is for one
-    that is left out. Entries past
-    the number are pair 0.
+    that is left out. Entries past the number are pair 0.
     """
     found = tl.zeros([BLOCK_T], tl.int32)
     places = start + tl.arange(0, BLOCK_T)
