@@ -113,6 +113,7 @@ def test_engines_of_one_process_have_recordings_of_their_own() -> None:
     found: dict[int, Answers] = {}
     with LLM(max_num_seqs=3) as a, LLM(max_num_seqs=3, block_size=8) as b:
         both = (a, b)
+        assert {llm.info.decode_steps.split(" up to ")[0] for llm in both} == {"recorded calls of"}
 
         def run(i: int) -> None:
             found[i] = [answer for _ in range(4) for answer in tokens(both[i], PROMPTS[:3], params)]

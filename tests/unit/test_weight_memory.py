@@ -14,9 +14,10 @@ from thalweg.config.engine import EngineConfig
 from thalweg.weights import memory
 from thalweg.weights.memory import CHUNK, HUGE, LINE, WeightMemory
 
-SMAPS = Path("/proc/self/smaps")
+SMAPS, KERNEL = Path("/proc/self/smaps"), Path("/sys/kernel/mm/transparent_hugepage")
 has_huge_pages = pytest.mark.skipif(
-    not hasattr(mmap, "MADV_HUGEPAGE") or not SMAPS.exists(), reason="no huge pages here, or nothing shows them"
+    not hasattr(mmap, "MADV_HUGEPAGE") or not SMAPS.exists() or not KERNEL.exists(),
+    reason="the system has no huge pages, or does not show them",
 )
 
 
