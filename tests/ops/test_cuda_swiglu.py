@@ -41,7 +41,8 @@ def test_few_tokens(T: int, D: int, I: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("T", "D", "I", "rows"), [(17, 200, 200, 144), (33, 320, 40, 32), (20, 448, 72, 112), (5, 640, 8, 16)]
+    ("T", "D", "I", "rows"),
+    [(17, 200, 200, 144), (33, 320, 40, 32), (20, 448, 72, 112), (5, 640, 8, 16), (100, 136, 40, 48)],
 )
 def test_some_tokens(T: int, D: int, I: int, rows: int) -> None:
     torch.manual_seed(0)
@@ -55,6 +56,7 @@ def test_it_compiles_for_hopper(tmp_path: Path) -> None:
     cut = FEW.tiling(188, 4096, 8, norm_bytes=2)
     macros = dict(D=4096, PASS=cut.columns, WARPS=FEW.WARPS, TOKENS=8, ROWS=cut.rows, NORM=1, ADD=0, GATED=1)
     assert compile_cuda(FEW.SOURCE, tmp_path, **macros).spilled_bytes == 0
-    compiled = compile_cuda(SOME.SOURCE, tmp_path, UNITS=2, SPLIT=1, PAIR=0, ADD=0, GATED=1)
-    assert compiled.spilled_bytes == 0
-    assert compiled.registers <= 128
+    for units, split in ((2, 1), (8, 1), (8, 2)):
+        compiled = compile_cuda(SOME.SOURCE, tmp_path, UNITS=units, SPLIT=split, PAIR=0, ADD=0, GATED=1)
+        assert compiled.spilled_bytes == 0
+        assert compiled.registers <= 128

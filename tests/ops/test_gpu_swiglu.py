@@ -20,7 +20,7 @@ def resolved(D: int, I: int, norm_fp32: bool = False) -> Callable[..., torch.Ten
     return Resolver().resolve(NORM_SWIGLU, Where("cuda", "bfloat16"), NormSwigluDims(D=D, I=I, norm_fp32=norm_fp32))
 
 
-@pytest.mark.parametrize("T", [0, 1, 3, 8, 9, 16, 17, 31, 32, 33, 200])
+@pytest.mark.parametrize("T", [0, 1, 3, 8, 9, 16, 17, 31, 32, 33, 64, 100, 128, 200])
 @pytest.mark.parametrize("norm_dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(
     ("D", "I"), [(4096, 12288), (2304, 9216), (5120, 1000), (256, 768), (4096, 1536), (2560, 8328)]
