@@ -260,6 +260,20 @@ def test_a_death_of_a_rank_that_shares_a_data_parallel_one_s_model(
 
 
 @pytest.mark.slow
+def test_a_rank_that_hangs_and_shares_a_data_parallel_one_s_model_is_ended(
+    folder: Path, tmp: Path, tmp_path: Path
+) -> None:
+    """Its engine is told to leave at once, and does not leave it behind."""
+    with serving(tmp_path / "log", tmp, str(folder), *DATA_PARALLEL, "-tp", "2", "--step-timeout", "2") as server:
+        url = server.url()
+        pid = (server.all_of(2) | server.all_of(2, "engine"))["rank 1"]
+        stop(pid)
+        answer = httpx.post(f"{url}/v1/completions", json={"prompt": "a", "max_tokens": 4}, timeout=60)
+        assert '"engine_dead"' in answer.text
+        assert server.check_gone(WITHIN) == ENGINE_DIED
+
+
+@pytest.mark.slow
 def test_a_death_while_kernels_are_compiled(folder: Path, tmp: Path, tmp_path: Path) -> None:
     """The compiler ends too, and the next start does not wait for it."""
     compiler = tmp_path / "c++"

@@ -20,6 +20,7 @@ PREFIX = "thalweg-ipc-"
 _LOCK = "lock"
 _UNLOCKED_SECONDS = 60.0  # before a folder without its lock counts as given up, and not as being made
 _LEAVE = b"."  # on standard input, before its end: the parent lives and clears up
+_followers: set[subprocess.Popen[bytes]] = set()
 
 
 class SocketFolder:
@@ -108,6 +109,16 @@ def end_group(child: int) -> None:
         os.killpg(child, signal.SIGKILL)
 
 
+def follow(child: subprocess.Popen[bytes]) -> None:
+    """Have a child with a session of its own killed if this process has to leave at once (`end_with_parent`): one that
+    hangs would not leave by itself."""
+    _followers.add(child)
+
+
+def follow_no_more(child: subprocess.Popen[bytes]) -> None:
+    _followers.discard(child)
+
+
 def end_with_parent(own_address: str) -> None:
     """Leave at once when standard input ends, which the parent holds open: no orphan keeps memory or a device. What
     this process runs, such as a compiler, goes with it if its session is its own.
@@ -124,6 +135,9 @@ def end_with_parent(own_address: str) -> None:
                 told = read
         if not told.endswith(_LEAVE):
             remove(Path(own_address.removeprefix("ipc://")).parent)
+        for child in tuple(_followers):
+            if child.poll() is None:
+                end_group(child.pid)
         if os.getpgrp() == os.getpid():
             os.killpg(0, signal.SIGKILL)
         os._exit(0)

@@ -18,7 +18,7 @@ from thalweg.config.engine import EngineConfig
 from thalweg.core import StepPlan
 from thalweg.engine.processes.host_link import cluster_key
 from thalweg.engine.processes.hosts import OnDeath, OtherHosts
-from thalweg.engine.processes.ipc import SocketFolder, address, end_group, tell_to_leave
+from thalweg.engine.processes.ipc import SocketFolder, address, end_group, follow, follow_no_more, tell_to_leave
 from thalweg.engine.processes.ray_hosts import RayHosts
 from thalweg.errors import ConfigError, EngineDeadError
 from thalweg.recorder.orders import Order
@@ -67,6 +67,7 @@ class LocalRanks:
             # stdin stays open as long as this process lives: its end tells the rank that nobody needs it any more.
             command = [sys.executable, "-m", "thalweg.engine.processes.rank_main", where]
             self._processes[rank] = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+            follow(self._processes[rank])
             self._sockets.append(socket)
             start = RankStart(config.to_dict(), rank, self.meeting, data_rank, self.data_meeting)
             socket.send(encode(start))
@@ -103,6 +104,7 @@ class LocalRanks:
                 process.wait(timeout_s)
             end_group(process.pid)
             process.wait()
+            follow_no_more(process)
         for socket in self._sockets:
             socket.close()
         self._context.term()
