@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -110,6 +112,30 @@ def test_instructions_of_arm_are_found_by_its_features(
         assert cpu_build.level().name == level
     finally:
         cpu_build.processor_flags.cache_clear()
+
+
+@pytest.mark.parametrize(("error", "level"), [(0, "amx"), (errno.EPERM, "avx512_bf16")])
+def test_tiles_are_used_if_the_system_grants_them(
+    error: int, level: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    flags = " ".join(cpu_build.LEVELS["x86_64"][0].flags)
+    monkeypatch.setattr(cpu_build.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(Path, "read_text", lambda _: f"processor\t: 0\nflags\t\t: {flags}\n")
+    monkeypatch.setattr(cpu_build, "_ask_for_tiles", lambda: error)
+    cpu_build.processor_flags.cache_clear()
+    try:
+        assert cpu_build.level().name == level
+        refused = "without AMX: the system refuses its tiles (Operation not permitted)"
+        assert (refused in caplog.text) == bool(error)
+    finally:
+        cpu_build.processor_flags.cache_clear()
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="needs Linux on x86-64")
+def test_a_system_asked_for_tiles_answers() -> None:
+    has = "amx_tile" in Path("/proc/cpuinfo").read_text()
+    error = cpu_build._ask_for_tiles()
+    assert error in (errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM, *([0] if has else []))
 
 
 def test_without_a_compiler_the_reference_serves_and_the_reason_is_shown(

@@ -56,10 +56,13 @@ class Level:
 
 _AVX2 = frozenset({"avx2", "fma", "f16c", "bmi1", "bmi2", "movbe"})
 _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+_TILES = frozenset({"amx_tile", "amx_bf16"})
 _WIDE = ("-march=x86-64-v4", "-mprefer-vector-width=512")
+_BF16 = Level("avx512_bf16", _AVX512 | {"avx512_vnni", "avx512_bf16"}, (*_WIDE, "-mavx512vnni", "-mavx512bf16"))
 LEVELS = {
     "x86_64": (
-        Level("avx512_bf16", _AVX512 | {"avx512_vnni", "avx512_bf16"}, (*_WIDE, "-mavx512vnni", "-mavx512bf16")),
+        Level("amx", _BF16.flags | _TILES, (*_BF16.options, "-mamx-tile", "-mamx-bf16")),
+        _BF16,
         Level("avx512_vnni", _AVX512 | {"avx512_vnni"}, (*_WIDE, "-mavx512vnni")),
         Level("avx512", _AVX512, _WIDE),
         Level("avx2_vnni", _AVX2 | {"avx_vnni"}, ("-march=x86-64-v3", "-mavxvnni")),
@@ -239,10 +242,21 @@ def _compiler() -> list[str]:
 
 @cache
 def processor_flags() -> frozenset[str]:
-    """As Linux names them; none elsewhere."""
+    """As Linux names them, without those of tiles (AMX) if it does not let this process use them; none elsewhere."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return frozenset()
     found = next((line.split(":")[1].split() for line in lines if line.startswith(("flags", "Features"))), ())
-    return frozenset(found)
+    flags = frozenset(found)
+    if flags >= _TILES and (error := _ask_for_tiles()):
+        _log.warning("the CPU's ops do without AMX: the system refuses its tiles (%s)", os.strerror(error))
+        flags -= _TILES
+    return flags
+
+
+def _ask_for_tiles() -> int:
+    """0, or the system's error. A process has to ask before its first tile: arch_prctl(ARCH_REQ_XCOMP_PERM,
+    XFEATURE_XTILEDATA) holds for all of its threads and is inherited by forks."""
+    request = map(ctypes.c_long, (158, 0x1023, 18))
+    return ctypes.get_errno() if ctypes.CDLL(None, use_errno=True).syscall(*request) else 0

@@ -58,10 +58,68 @@ void tiles(Rows w, int64_t count, int64_t words, const float* x, float* out, boo
   }
 }
 
+#if defined(THALWEG_TILES)
+// Of as many rows, and words at once, as the tiles were shaped for: sums lie in tiles 0 to 2, the weight's words in 3,
+// the tokens' in 4 to 6.
+template <int V>
+inline void sums_in_tiles(Rows w, int64_t words, int64_t at_once, const float* x, float* out, bool add) {
+  constexpr int64_t NEXT = 4 * PANEL;  // bytes
+  if (add) {
+    TILE_LOAD(0, out, NEXT);
+    if constexpr (V > 1) TILE_LOAD(1, out + LANES, NEXT);
+    if constexpr (V > 2) TILE_LOAD(2, out + 2 * LANES, NEXT);
+  } else {
+    TILE_ZERO(0);
+    if constexpr (V > 1) TILE_ZERO(1);
+    if constexpr (V > 2) TILE_ZERO(2);
+  }
+  for (; words > 0; words -= at_once, w.at += at_once, x += at_once * PANEL) {
+    TILE_LOAD(3, w.at, 4 * w.row);
+    TILE_LOAD(4, x, NEXT);
+    if constexpr (V > 1) TILE_LOAD(5, x + LANES, NEXT);
+    if constexpr (V > 2) TILE_LOAD(6, x + 2 * LANES, NEXT);
+    TILE_PRODUCT(0, 3, 4);
+    if constexpr (V > 1) TILE_PRODUCT(1, 3, 5);
+    if constexpr (V > 2) TILE_PRODUCT(2, 3, 6);
+  }
+  TILE_STORE(0, out, NEXT);
+  if constexpr (V > 1) TILE_STORE(1, out + LANES, NEXT);
+  if constexpr (V > 2) TILE_STORE(2, out + 2 * LANES, NEXT);
+}
+
+// As tiles, of pairs in rows whose words lie side by side.
+template <int V>
+void in_tiles(Rows w, int64_t count, int64_t words, const float* x, float* out, bool add) {
+  static_assert(V <= 3 && NEAR_WORDS % TILE_WORDS == 0);
+  TileShapes shapes;
+  while (words > 0) {
+    const int64_t at_once = words < TILE_WORDS ? words : TILE_WORDS, whole = words / at_once * at_once;
+    const int64_t some = whole < NEAR_WORDS ? whole : NEAR_WORDS;
+    for (int64_t r = 0; r < count; r += TILE_ROWS) {
+      const int64_t rows = count - r < TILE_ROWS ? count - r : TILE_ROWS;
+      if (shapes.rows[0] != rows || shapes.rows[4] != at_once) {
+        for (int v = 0; v < V; v++) shapes.set(v, rows, LANES), shapes.set(4 + v, at_once, LANES);
+        shapes.set(3, rows, at_once);
+        TILE_SHAPES(shapes);
+      }
+      sums_in_tiles<V>(w.from(r), some, at_once, x, out + r * PANEL, add);
+    }
+    words -= some, w.at += some, x += some * PANEL, add = true;
+  }
+  TILE_RELEASE();
+}
+#endif
+
 }  // namespace
 
 template <bool PAIR>
 void panel_product(Rows rows, int64_t count, int64_t words, const float* x, int vectors, float* out, bool add) {
+#if defined(THALWEG_TILES)
+  if (PAIR && rows.step == 1) {
+    auto product = vectors == 1 ? in_tiles<1> : vectors == 2 ? in_tiles<2> : in_tiles<PANEL_VECTORS>;
+    return product(rows, count, words, x, out, add);
+  }
+#endif
   if (vectors == 1)
     tiles<PAIR, 1>(rows, count, words, x, out, add);
   else if (vectors == 2)
@@ -71,7 +129,7 @@ void panel_product(Rows rows, int64_t count, int64_t words, const float* x, int 
 }
 
 template void panel_product<false>(Rows, int64_t, int64_t, const float*, int, float*, bool);
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) || defined(THALWEG_TILES_IN_C)
 template void panel_product<true>(Rows, int64_t, int64_t, const float*, int, float*, bool);
 #endif
 

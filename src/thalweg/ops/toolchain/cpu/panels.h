@@ -9,6 +9,7 @@
 #pragma once
 
 #include "blocks.h"
+#include "tiles.h"
 
 namespace thalweg {
 
@@ -109,8 +110,13 @@ inline void unpack(const float* panel, int64_t rows, int64_t tokens, Take&& take
 
 // Rows of a task of products: many for which the panels are read once more, and no more than stay in a core's cache.
 inline int64_t rows_of_product(int64_t words) {
-  int64_t rows = (256 << 10) / (4 * words) / 8 * 8;
-  return rows < 8 ? 8 : rows > 64 ? 64 : rows;
+#if defined(THALWEG_TILES)
+  constexpr int64_t TOGETHER = TILE_ROWS;
+#else
+  constexpr int64_t TOGETHER = 8;
+#endif
+  int64_t rows = (256 << 10) / (4 * words) / TOGETHER * TOGETHER;
+  return rows < TOGETHER ? TOGETHER : rows > 64 ? 64 : rows;
 }
 
 // How many of `threads` are worth waking for so many products of numbers.

@@ -27,20 +27,16 @@ typedef int32_t IVec __attribute__((vector_size(4 * LANES)));
 typedef uint32_t UVec __attribute__((vector_size(4 * LANES)));
 typedef uint16_t HVec __attribute__((vector_size(2 * LANES)));
 
-struct bf16 {
-  uint16_t bits;
-};
+struct bf16 { uint16_t bits; };
 
-struct half {
-  uint16_t bits;
-};
+struct half { uint16_t bits; };
 
 enum Dtype { FLOAT32 = 0, BFLOAT16 = 1 };  // as cpu_build.DTYPES has them
 
 // Whether the processor multiplies pairs of T in neighbouring columns.
 template <class T>
 constexpr bool PAIRS = false;
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) || defined(THALWEG_TILES_IN_C)
 template <>
 inline constexpr bool PAIRS<bf16> = true;
 #endif
@@ -105,9 +101,7 @@ inline Vec rounded(Vec v) {
 }
 
 template <>
-inline Vec rounded<float>(Vec v) {
-  return v;
-}
+inline Vec rounded<float>(Vec v) { return v; }
 
 template <>
 inline Vec rounded<bf16>(Vec v) {  // without a detour over memory
@@ -150,6 +144,9 @@ template <class X>
 inline Vec add_product(Vec sum, Vec a, Vec b) {
 #if defined(__AVX512BF16__)
   if constexpr (sizeof(X) == 2) return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#elif defined(THALWEG_TILES_IN_C)
+  const UVec p = (UVec)a, q = (UVec)b, high = UVec{} + 0xffff0000u;
+  if constexpr (sizeof(X) == 2) return sum + (Vec)(p << 16) * (Vec)(q << 16) + (Vec)(p & high) * (Vec)(q & high);
 #endif
   return sum + a * b;
 }
