@@ -110,7 +110,7 @@ def test_bench_latency_writes_its_figures(capsys: pytest.CaptureFixture[str], tm
     figures = json.loads(path.read_text())
     assert figures["ops"]["kda_mixer_decode"] in ("cpp", "reference")
     assert f"served by {figures['ops']['experts']}: experts" in out
-    assert list(figures["start_seconds"]) == ["device", "weights", "cache"]
+    assert [part for part in figures["start_seconds"] if part != "recording"] == ["device", "weights", "cache"]
     assert [r["batch_size"] for r in figures["results"]] == [1, 3]
     assert figures["engine"]["load_format"] == "dummy"
     assert figures["machine"]["torch_threads"] >= 1

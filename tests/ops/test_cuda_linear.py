@@ -166,7 +166,11 @@ def test_rows_that_are_not_aligned_are_copied() -> None:
         (LINEAR_ADD, LinearDims(D=2304, O=64), {"1-16": "cuda", "17-": "in_place"}),
         (NORM_LINEAR, NormLinearDims(D=2304, parts=(64,)), {"1-32": "cuda", "33-": "triton"}),
         (NORM_LINEAR, NormLinearDims(D=2336, parts=(64,)), {"1-16": "cuda", "17-": "triton"}),
-        (NORM_LINEAR, NormLinearDims(D=7168, parts=(64,), norm_fp32=True), {"1-8": "cuda", "9-": "triton"}),
+        (
+            NORM_LINEAR,
+            NormLinearDims(D=7168, parts=(64,), norm_fp32=True),
+            {"1-8": "cuda", "9-64": "splits", "65-": "triton"},
+        ),
         (LINEAR, LinearDims(D=4096, O=2048), {"1-16": "cuda", "17-32": "matrix", "33-": "reference"}),
         (LINEAR, LinearDims(D=2048, O=248320), {"1-16": "cuda", "17-128": "matrix", "129-": "reference"}),
         (NORM_LINEAR, NormLinearDims(D=4096, parts=(12352,)), {"1-16": "cuda", "17-32": "matrix", "33-": "triton"}),
