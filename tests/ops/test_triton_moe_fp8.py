@@ -115,7 +115,7 @@ def test_kernels_under_the_interpreter() -> None:
     run_interpreted(check_one_of_each, check_pairs_left_out)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_kernels_under_the_interpreter_at_more_sizes() -> None:
     pytest.importorskip("triton")
     run_interpreted(check_grouped, check_more_sizes, check_experts_in_bfloat16, check_add, check_nan_stays_in_its_row)
