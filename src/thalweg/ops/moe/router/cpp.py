@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from thalweg.ops.moe.router.reference import is_softmax
+from thalweg.ops.moe.router.reference import empty_results, is_softmax
 from thalweg.ops.toolchain.cpu_build import DTYPES, function
 
 if TYPE_CHECKING:
@@ -40,9 +40,8 @@ def _route(
     topk_group: int = 1,
     num_shared: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    (T, D), E, k = x_TD.shape, bias_E.shape[0], top_k + num_shared
-    normed_TD = x_TD.new_empty(T, D)
-    weights_Tk, ids_Tk = x_TD.new_empty(T, k, dtype=torch.float32), x_TD.new_empty(T, k, dtype=torch.int64)
+    (T, D), E = x_TD.shape, bias_E.shape[0]
+    normed_TD, weights_Tk, ids_Tk = empty_results(x_TD, top_k + num_shared)
     _run()(
         many,
         DTYPES[x_TD.dtype],

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from thalweg.ops.moe.router.reference import is_softmax
+from thalweg.ops.moe.router.reference import empty_results, is_softmax
 from thalweg.ops.toolchain.cuda_build import CudaKernel, aligned_rows, cuda_kernel
 from thalweg.ops.toolchain.tensor_map import tensor_map
 from thalweg.ops.toolchain.triton_compile import rehearsing
@@ -110,10 +110,8 @@ def norm_router_of_prompts(
     topk_group: int = 1,
     num_shared: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    (T, D), E, k, device = x_TD.shape, len(bias_E), top_k + num_shared, x_TD.device
-    normed_TD = torch.empty(T, D, dtype=x_TD.dtype, device=device)
-    weights_Tk = torch.empty(T, k, dtype=torch.float32, device=device)
-    ids_Tk = torch.empty(T, k, dtype=torch.int64, device=device)
+    (T, D), E, device = x_TD.shape, len(bias_E), x_TD.device
+    normed_TD, weights_Tk, ids_Tk = empty_results(x_TD, top_k + num_shared)
     if T == 0:
         return normed_TD, weights_Tk, ids_Tk
     x_TD = aligned_rows(x_TD)
@@ -164,10 +162,8 @@ def norm_router(
     topk_group: int = 1,
     num_shared: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    (T, D), E, k, device = x_TD.shape, len(bias_E), top_k + num_shared, x_TD.device
-    normed_TD = torch.empty(T, D, dtype=x_TD.dtype, device=device)
-    weights_Tk = torch.empty(T, k, dtype=torch.float32, device=device)
-    ids_Tk = torch.empty(T, k, dtype=torch.int64, device=device)
+    (T, D), E, device = x_TD.shape, len(bias_E), x_TD.device
+    normed_TD, weights_Tk, ids_Tk = empty_results(x_TD, top_k + num_shared)
     choice = {"K": top_k, "SHARED": num_shared, "SOFTMAX": is_softmax(scoring), "RENORMALIZE": renormalize}
     choice |= {"GROUPS": n_group, "TOP_GROUPS": topk_group, "PARTS": parts(E, D), "GATED": len(w_ED) > E}
     choice["NORM_FLOAT"] = norm_weight_D.dtype == torch.float32

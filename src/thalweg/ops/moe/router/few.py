@@ -5,10 +5,9 @@ from __future__ import annotations
 from ctypes import c_float, c_longlong
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from thalweg.ops.moe.router.reference import is_softmax
+from thalweg.ops.moe.router.reference import empty_results, is_softmax
 from thalweg.ops.toolchain.counters import counters
 from thalweg.ops.toolchain.cuda_build import aligned_rows, cuda_kernel
 
@@ -44,10 +43,8 @@ def norm_router(
     topk_group: int = 1,
     num_shared: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    (T, D), E, k, device = x_TD.shape, len(bias_E), top_k + num_shared, x_TD.device
-    normed_TD = torch.empty(T, D, dtype=x_TD.dtype, device=device)
-    weights_Tk = torch.empty(T, k, dtype=torch.float32, device=device)
-    ids_Tk = torch.empty(T, k, dtype=torch.int64, device=device)
+    (T, D), E, device = x_TD.shape, len(bias_E), x_TD.device
+    normed_TD, weights_Tk, ids_Tk = empty_results(x_TD, top_k + num_shared)
     if T == 0:
         return normed_TD, weights_Tk, ids_Tk
     x_TD = aligned_rows(x_TD)

@@ -17,6 +17,15 @@ def is_softmax(scoring: str) -> bool:
     return scoring == "softmax"
 
 
+def empty_results(x_TD: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What "norm_router" fills in and returns, uninitialised: normed [T, D] in x's dtype, weights fp32 and ids int64,
+    both [T, slots]."""
+    T, D = x_TD.shape
+    weights_Tk = torch.empty(T, slots, dtype=torch.float32, device=x_TD.device)
+    ids_Tk = torch.empty(T, slots, dtype=torch.int64, device=x_TD.device)
+    return torch.empty(T, D, dtype=x_TD.dtype, device=x_TD.device), weights_Tk, ids_Tk
+
+
 def route(
     logits_TE: Tensor,
     bias_E: Tensor,

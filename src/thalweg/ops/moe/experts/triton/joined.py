@@ -24,7 +24,7 @@ from thalweg.ops.moe.experts.triton.grouping import (
     pairs_of_group,
     scan_of,
 )
-from thalweg.ops.moe.experts.triton.narrow import BLOCK, TOKENS, Tile
+from thalweg.ops.moe.experts.triton.narrow import BLOCK, TOKENS, Tile, down_sums, store_quantized
 from thalweg.ops.moe.experts.triton.products import silu_and_mul
 from thalweg.ops.products.triton import LARGEST, SMALLEST
 from thalweg.ops.toolchain.triton_dot import dot
@@ -65,12 +65,7 @@ def _gate_up(
         q = (x * (1 / scale)[None, :]).to(w_gate.dtype)
         gate += dot(w_gate, q) * (gate_scale * scale)[None, :]
         up += dot(w_up, q) * (up_scale * scale)[None, :]
-    h = silu_and_mul(gate, up)
-    h_scale = tl.maximum(tl.max(tl.abs(h), 0), SMALLEST) * (1 / LARGEST)
-    h = tl.trans(h * (1 / h_scale)[None, :]).to(h_ptr.dtype.element_ty)
-    places = first + tl.arange(0, BLOCK_I)
-    tl.store(h_ptr + pair[:, None] * I + places[None, :], h, mask=here[:, None])
-    tl.store(h_scale_ptr + pair * (I // BLOCK_I) + first // BLOCK_I, h_scale, mask=here)
+    store_quantized(silu_and_mul(gate, up), h_ptr, h_scale_ptr, first, pair, here, I, BLOCK_I)
 
 
 @triton.jit
@@ -151,16 +146,8 @@ def _down(
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    i = tl.arange(0, DEPTH)
-    h_ptrs = h_ptr + pair[None, :] * I + i[:, None]
-    h_scale_ptrs = h_scale_ptr + pair * (I // GROUP)
-    w_ptrs = w_ptr + tl.arange(0, BLOCK_D)[:, None] * I + i[None, :]
-    sums = tl.zeros([BLOCK_D, pair.shape[0]], tl.float32)
-    for at in tl.range(0, I, DEPTH, num_stages=STAGES):
-        scale = tl.load(s_ptr + at // BLOCK) * tl.load(h_scale_ptrs + at // GROUP)
-        h = tl.load(h_ptrs + at)
-        w = tl.load(w_ptrs + at)
-        sums += dot(w, h) * scale[None, :]
+    w_ptrs = w_ptr + tl.arange(0, BLOCK_D)[:, None] * I
+    sums = down_sums(h_ptr, h_scale_ptr, w_ptrs, s_ptr, pair, I, GROUP, DEPTH, BLOCK_D, STAGES)
     rows = first + tl.arange(0, BLOCK_D)
     tl.store(parts_ptr + pair[:, None] * D + rows[None, :], tl.trans(sums), mask=here[:, None])
     if y_ptr is not None:

@@ -41,6 +41,17 @@ class Tile(NamedTuple):
 
 
 @triton.jit
+def store_quantized(h, h_ptr, h_scale_ptr, first, pair, here, I: tl.constexpr, BLOCK_I: tl.constexpr):
+    """Rows first to first + BLOCK_I of h [BLOCK_I, tokens] fp32, in e4m3 with a scale for each token, to the places of
+    its pair; where `here` is false, nowhere."""
+    h_scale = tl.maximum(tl.max(tl.abs(h), 0), SMALLEST) * (1 / LARGEST)
+    h = tl.trans(h * (1 / h_scale)[None, :]).to(h_ptr.dtype.element_ty)
+    places = first + tl.arange(0, BLOCK_I)
+    tl.store(h_ptr + pair[:, None] * I + places[None, :], h, mask=here[:, None])
+    tl.store(h_scale_ptr + pair * (I // BLOCK_I) + first // BLOCK_I, h_scale, mask=here)
+
+
+@triton.jit
 def _gate_up(
     x_ptr,
     x_scale_ptr,
@@ -72,12 +83,7 @@ def _gate_up(
         gate += dot(w_gate, x) * gate_scale
         up += dot(w_up, x) * up_scale
     scale = tl.load(x_scale_ptr + pair // K)[None, :]
-    h = silu_and_mul(gate * scale, up * scale)
-    h_scale = tl.maximum(tl.max(tl.abs(h), 0), SMALLEST) * (1 / LARGEST)
-    h = tl.trans(h * (1 / h_scale)[None, :]).to(h_ptr.dtype.element_ty)
-    places = first + tl.arange(0, BLOCK_I)
-    tl.store(h_ptr + pair[:, None] * I + places[None, :], h, mask=here[:, None])
-    tl.store(h_scale_ptr + pair * (I // BLOCK_I) + first // BLOCK_I, h_scale, mask=here)
+    store_quantized(silu_and_mul(gate * scale, up * scale), h_ptr, h_scale_ptr, first, pair, here, I, BLOCK_I)
 
 
 @triton.jit
@@ -126,6 +132,33 @@ def narrow_gate_up_kernel(
 
 
 @triton.jit
+def down_sums(
+    h_ptr,  # [T * K, I] e4m3
+    h_scale_ptr,  # [T * K, I / GROUP]
+    w_ptrs,  # [BLOCK_D, 1], at the first column
+    s_ptr,  # of its blocks
+    pair,  # [tokens]
+    I: tl.constexpr,
+    GROUP: tl.constexpr,
+    DEPTH: tl.constexpr,  # columns at a time
+    BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """w h of these pairs, [BLOCK_D, tokens] fp32."""
+    i = tl.arange(0, DEPTH)
+    h_ptrs = h_ptr + pair[None, :] * I + i[:, None]
+    h_scale_ptrs = h_scale_ptr + pair * (I // GROUP)
+    w_ptrs += i[None, :]
+    y = tl.zeros([BLOCK_D, pair.shape[0]], tl.float32)
+    for at in tl.range(0, I, DEPTH, num_stages=STAGES):
+        scale = tl.load(s_ptr + at // BLOCK) * tl.load(h_scale_ptrs + at // GROUP)
+        h = tl.load(h_ptrs + at)
+        w = tl.load(w_ptrs + at)
+        y += dot(w, h) * scale[None, :]
+    return y
+
+
+@triton.jit
 def _down(
     h_ptr,
     h_scale_ptr,
@@ -141,16 +174,7 @@ def _down(
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    i = tl.arange(0, GROUP)
-    h_ptrs = h_ptr + pair[None, :] * I + i[:, None]
-    h_scale_ptrs = h_scale_ptr + pair * (I // GROUP)
-    w_ptrs += i[None, :]
-    y = tl.zeros([BLOCK_D, pair.shape[0]], tl.float32)
-    for at in tl.range(0, I, GROUP, num_stages=STAGES):
-        scale = tl.load(s_ptr + at // BLOCK) * tl.load(h_scale_ptrs + at // GROUP)
-        h = tl.load(h_ptrs + at)
-        w = tl.load(w_ptrs + at)
-        y += dot(w, h) * scale[None, :]
+    y = down_sums(h_ptr, h_scale_ptr, w_ptrs, s_ptr, pair, I, GROUP, GROUP, BLOCK_D, STAGES)
     rows = first + tl.arange(0, BLOCK_D)
     tl.store(y_ptr + pair[:, None] * D + rows[None, :], tl.trans(y), mask=here[:, None])
 
