@@ -25,7 +25,7 @@ from thalweg.ops.registry import Refusal, Where
 from thalweg.ops.toolchain.launch import Launcher
 from thalweg.ops.toolchain.triton_compile import beside, rehearsing
 
-HEADERS = tuple(Path(__file__).with_name(name) for name in ("hopper.cuh", "matrix_unit.cuh", "ranks.cuh"))
+HEADERS = tuple(Path(__file__).with_name(name) for name in ("hopper.cuh", "matrix_unit.cuh", "ranks.cuh", "choice.cuh"))
 
 
 def headers_of(source: Path) -> list[Path]:

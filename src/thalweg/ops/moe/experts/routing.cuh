@@ -1,6 +1,8 @@
 // Norm and choice of experts of one token within their first product: each block multiplies a few of the router's rows,
 // tells the others the logits, and chooses by itself, while the own expert's weights stream.
 
+#include "choice.cuh"
+
 constexpr int ROUTED_ROWS = 3;  // of the router, that a block has: its blocks have all
 constexpr int MEET = 10, MULTIPLIED = 11;  // barriers by number
 
@@ -16,16 +18,6 @@ struct Routing {
 template <int WARPS> struct Routed {
     float squares[32], sums[ROUTED_ROWS][32], scores[16];
 };
-
-__device__ __forceinline__ float sum_of_lanes(float x) {
-#pragma unroll
-    for (int m = 1; m < 32; m *= 2) x += __shfl_xor_sync(~0u, x, m);
-    return x;
-}
-__device__ __forceinline__ void unpack(float (&to)[8], uint4 from) {
-    to[0] = low(from.x), to[1] = high(from.x), to[2] = low(from.y), to[3] = high(from.y);
-    to[4] = low(from.z), to[5] = high(from.z), to[6] = low(from.w), to[7] = high(from.w);
-}
 
 // Columns of a lane: 8 of each 256 of its warp's.
 template <int VECTORS> struct Portion {
@@ -80,13 +72,6 @@ template <int VECTORS> struct Portion {
     }
 };
 
-// Floats as integers in the same order. NaN is as low as -infinity, and that above LOWEST_KEY.
-constexpr int LOWEST_KEY = -2147483647 - 1;
-__device__ __forceinline__ int order(float x) {
-    const int bits = x == x ? (int)__float_as_uint(x) : (int)0xff800000;
-    return bits < 0 ? bits ^ 0x7fffffff : bits;
-}
-
 // By one warp: the CHOSEN experts of the token, best first, to `experts` in shared memory and, of one block, to memory,
 // where BEHIND shared ones follow.
 template <int EXPERTS, int CHOSEN, int BEHIND, int WARPS, class Id>
@@ -118,19 +103,7 @@ __device__ __forceinline__ void route(const Routing& to, Routed<WARPS>& routed, 
     if (lane == 0) tell_blocks(last, launch, 0);
 #pragma unroll
     for (int i = 0; i < KEYS; i++) score[i] = 1.0f / (1.0f + __expf(-score[i])), key[i] = order(score[i] + shift[i]);
-#pragma unroll 1
-    for (int k = 0; k < CHOSEN; k++) {  // of equals the lower id comes first
-        int best = LOWEST_KEY, id = EXPERTS;
-#pragma unroll
-        for (int i = 0; i < KEYS; i++) best = max(best, key[i]);
-        best = __reduce_max_sync(~0u, best);
-#pragma unroll
-        for (int i = KEYS - 1; i >= 0; i--) id = key[i] == best ? 32 * i + lane : id;
-        id = __reduce_min_sync(~0u, id);
-#pragma unroll
-        for (int i = 0; i < KEYS; i++)
-            if (32 * i + lane == id) key[i] = LOWEST_KEY, routed.scores[k] = score[i], experts[k] = (Id)id;
-    }
+    choose_experts<CHOSEN>(key, [&](int k, int i, int id) { routed.scores[k] = score[i], experts[k] = (Id)id; });
     __syncwarp();
     if (block == 0) {
         float sum = 0;

@@ -15,16 +15,6 @@ constexpr int THREADS = 32 * WARPS, VECTORS = D / 8 / THREADS;  // of 16 bytes, 
 constexpr int KEYS = E / 32;                                    // of a lane
 static_assert(D % (8 * THREADS) == 0 && E % 32 == 0 && WARPS <= 32, "");
 
-__device__ __forceinline__ void unpack(float (&to)[8], uint4 from) {
-    to[0] = low(from.x), to[1] = high(from.x), to[2] = low(from.y), to[3] = high(from.y);
-    to[4] = low(from.z), to[5] = high(from.z), to[6] = low(from.w), to[7] = high(from.w);
-}
-__device__ __forceinline__ float sum_of_lanes(float x) {
-#pragma unroll
-    for (int m = 1; m < 32; m *= 2) x += __shfl_xor_sync(~0u, x, m);
-    return x;
-}
-
 // Two blocks' registers at most, so that there is room beside another kernel's.
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
     norm_router(const bf16* x, const bf16* norm_weight, const bf16* w, const float* bias, bf16* normed, float* weights,
@@ -131,19 +121,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
         score[i] = SOFTMAX ? score[i] / total : 1.0f / (1.0f + __expf(-score[i]));
         key[i] = order(score[i] + bias_s[32 * i + lane]);
     }
-#pragma unroll 1
-    for (int k = 0; k < K; k++) {  // of equals the lower id comes first
-        int best = LOWEST_KEY, id = E;
-#pragma unroll
-        for (int i = 0; i < KEYS; i++) best = max(best, key[i]);
-        best = __reduce_max_sync(~0u, best);
-#pragma unroll
-        for (int i = KEYS - 1; i >= 0; i--) id = key[i] == best ? 32 * i + lane : id;
-        id = __reduce_min_sync(~0u, id);
-#pragma unroll
-        for (int i = 0; i < KEYS; i++)
-            if (32 * i + lane == id) key[i] = LOWEST_KEY, scores_s[k] = score[i], ids_s[k] = id;
-    }
+    choose_experts<K>(key, [&](int k, int i, int id) { scores_s[k] = score[i], ids_s[k] = id; });
     __syncwarp();
     for (int k = lane; k < K + SHARED; k += 32) {
         float chosen = 0;

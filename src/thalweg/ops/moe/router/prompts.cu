@@ -21,15 +21,6 @@ constexpr int PITCH = ROWS + 4;                                       // floats 
 static_assert(COLUMNS % 64 == 0 && ROWS % 64 == 0 && 4 * GROUPS < WARPS && TOKENS % 8 == 0 && TOKENS % BLOCKS == 0);
 static_assert(4 * PITCH * TOKENS <= STEPS * SLAB && STAGES <= STEPS);
 
-__device__ __forceinline__ void unpack(float (&to)[8], uint4 from) {
-    to[0] = low(from.x), to[1] = high(from.x), to[2] = low(from.y), to[3] = high(from.y);
-    to[4] = low(from.z), to[5] = high(from.z), to[6] = low(from.w), to[7] = high(from.w);
-}
-__device__ __forceinline__ float sum_of_warp(float x) {
-#pragma unroll
-    for (int m = 1; m < 32; m *= 2) x += __shfl_xor_sync(~0u, x, m);
-    return x;
-}
 // Where 8 columns of a token are in shared memory.
 __device__ __forceinline__ int place_of(int t, int vector) { return vector / 8 * SLAB + t * STEP_BYTES + (vector % 8 ^ t % 8) * 16; }
 
@@ -51,7 +42,7 @@ __device__ __forceinline__ void choose(const float* logits, const float* gate, c
         for (int m = 1; m < 32; m *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, m));
 #pragma unroll
         for (int i = 0; i < OF_CHOICE; i++) total += score[i] = __expf(score[i] - most);
-        total = sum_of_warp(total);
+        total = sum_of_lanes(total);
 #pragma unroll
         for (int i = 0; i < OF_CHOICE; i++) score[i] = score[i] / total;
     }
@@ -148,7 +139,7 @@ extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(32 *
 #pragma unroll
                 for (int e = 0; e < 8; e++) sum += y[e] * y[e];
             }
-        square[i] = sum_of_warp(sum);
+        square[i] = sum_of_lanes(sum);
         if (SPLIT > 1 && lane == 0)
             store_in_block(rank ^ 1, shared_address(squares + 4 * t), make_uint4(__float_as_uint(square[i]), 0, 0, 0), squares_here);
     }
@@ -188,7 +179,7 @@ extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(32 *
             }
         }
         if (GATED && t / (TOKENS / PARTS) == part) {
-            gate = sum_of_warp(gate);
+            gate = sum_of_lanes(gate);
             if (lane == 0)
                 store_in_block(t / OWN, shared_address(gates + 4 * (half * OWN + t % OWN)), make_uint4(__float_as_uint(gate), 0, 0, 0),
                                logits_here);

@@ -31,10 +31,6 @@ constexpr int TILES = TOKENS / 8;
 constexpr int LIST = (K + 3) / 4 * 4;
 static_assert(GROUPS == 1 || GROUPS == WARPS, "a warp ranks the experts of a group");
 
-__device__ __forceinline__ void unpack(float (&to)[8], uint4 from) {
-    to[0] = low(from.x), to[1] = high(from.x), to[2] = low(from.y), to[3] = high(from.y);
-    to[4] = low(from.z), to[5] = high(from.z), to[6] = low(from.w), to[7] = high(from.w);
-}
 __device__ __forceinline__ void unpack_norm(float (&to)[8], const uint4 (&from)[1 + NORM_FLOAT]) {
     if (NORM_FLOAT) {
         const uint4 a = from[0], b = from[NORM_FLOAT];
