@@ -16,7 +16,7 @@ pytestmark = pytest.mark.gpu
 
 # Products over fp8 round activations of 17 tokens and more, and not of fewer: in all of this model's products that is a
 # mean difference of 0.13 in float32 and 0.14 in bfloat16, measured on a CPU.
-W8A8_LOGPROB = 0.2
+W8A8_LOGPROB = 0.14
 SHAPE = dict(layers=3, hidden=256, heads=4, q_rank=128, rank=128, nope=128, rope=64, value=128, experts=16, top_k=4,
              inner=256, dense_inner=512, vocab=VOCAB, max_position_embeddings=600)  # fmt: skip
 

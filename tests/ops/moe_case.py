@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.ops.replays import check_replays
 from thalweg.ops.moe.experts import EXPERTS, Experts, ExpertsDims, sort
 from thalweg.ops.registry import Where, implementations
 from thalweg.quant import PLAIN, scheme_named
@@ -242,21 +243,12 @@ def check_chained_in_a_graph(layers: Sequence[MoeCase], op: Experts, replays: in
     """Each kernel may start before the one ahead is done; replays must still equal a run with nothing in flight."""
     first, D = layers[0].x, layers[0].x.shape[1]
 
-    def chain(wait: bool) -> Tensor:
+    def chain(wait: Callable[[], None]) -> Tensor:
         x = first
         for case in layers:
             case.x = F.rms_norm(x, (D,))
             x = case.run(op, residual_TD=x)
-            if wait:
-                torch.cuda.synchronize()
+            wait()
         return x
 
-    expected = chain(wait=True).clone()
-    assert expected.isfinite().all()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = chain(wait=False)
-    for _ in range(replays):
-        y.fill_(torch.nan)
-        graph.replay()
-        assert torch.equal(y, expected)
+    check_replays(chain, replays)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.ops.moe_case import rmse_ratio
+from tests.ops.replays import check_replays
 from thalweg.ops.linear import LINEAR, LINEAR_ADD, NORM_LINEAR, LinearDims, NormLinearDims
 from thalweg.ops.norm.reference import rms_norm
 from thalweg.ops.registry import Resolver, Where
@@ -93,22 +94,13 @@ def test_chained_in_a_graph_reads_what_the_launch_ahead_wrote(T: int) -> None:
     norm = torch.ones(2048, device="cuda").bfloat16()
     first = torch.randn(T, 2048, device="cuda").bfloat16()
 
-    def chain(wait: bool) -> torch.Tensor:
+    def chain(wait: Callable[[], None]) -> torch.Tensor:
         x = first.clone()
         for w, v in weights:
             h = norm_linear(x, norm, 1e-5, w)
-            if wait:
-                torch.cuda.synchronize()
+            wait()
             x = linear_add(h, v, x)
-            if wait:
-                torch.cuda.synchronize()
+            wait()
         return x
 
-    expected = chain(wait=True).clone()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = chain(wait=False)
-    for _ in range(50):
-        y.fill_(torch.nan)
-        graph.replay()
-        assert torch.equal(y, expected)
+    check_replays(chain)

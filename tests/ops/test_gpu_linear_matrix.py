@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from tests.ops.moe_case import rmse_ratio
+from tests.ops.replays import check_replays
 from thalweg.ops.linear.matrix import Cut, some_tokens
 
 pytestmark = pytest.mark.gpu
@@ -33,19 +36,11 @@ def test_in_a_graph_under_load() -> None:
     ws = [torch.randn(2048, 2048, device="cuda").bfloat16() / 45 for _ in range(12)]
     first = torch.randn(40, 2048, device="cuda").bfloat16()
 
-    def chain(wait: bool) -> torch.Tensor:
+    def chain(wait: Callable[[], None]) -> torch.Tensor:
         x = first
         for w in ws:
             x = some_tokens(x, w, x)
-            if wait:
-                torch.cuda.synchronize()
+            wait()
         return x
 
-    expected = chain(wait=True).clone()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = chain(wait=False)
-    for _ in range(50):
-        y.fill_(torch.nan)
-        graph.replay()
-        assert torch.equal(y, expected)
+    check_replays(chain)
