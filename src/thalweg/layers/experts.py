@@ -132,6 +132,7 @@ class OwnExpert(nn.Module):
 
     @property
     def weights(self) -> tuple[Tensor, Tensor]:
+        """Gate above up [2 * width, D], and down [D, width], as op "experts" takes them in `own`."""
         return self.in_proj.weight, self.down.weight
 
 

@@ -66,6 +66,7 @@ class RecordedSteps:
         return self.refused.get(1)
 
     def serves(self, plan: StepPlan) -> bool:
+        """Whether the plan's step is one of decode rows alone, and not too many, whose size can be recorded."""
         d = len(plan.decode_slots)
         if plan.prefills or d > self._most or d in self.refused:
             return False

@@ -116,6 +116,7 @@ def follow(child: subprocess.Popen[bytes]) -> None:
 
 
 def follow_no_more(child: subprocess.Popen[bytes]) -> None:
+    """The child has ended, or is to outlive this process."""
     _followers.discard(child)
 
 

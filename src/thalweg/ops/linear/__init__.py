@@ -197,6 +197,7 @@ def fused_gate_up_refuses(name: str, where: Where, dims: NormLinearDims) -> Refu
 
 
 def fused_gate_up_tokens(name: str, dims: NormLinearDims) -> Tokens:
+    """That "cuda" or "matrix" serves with the activation behind."""
     few = _norm_few(dims)
     return few if name == "cuda" else Tokens((few.last or 0) + 1, OF_MANY)
 

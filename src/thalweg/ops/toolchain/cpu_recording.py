@@ -80,6 +80,7 @@ class Recording:
             raise RuntimeError(f"{self._calls[done][0]} failed, call {done} of {len(self._calls)} of a recorded step")
 
     def add(self, name: str, types: Sequence[Any], args: tuple[Any, ...]) -> None:
+        """A call that has just been made: the C++ function's name, the ctypes types of its arguments, and these."""
         self._calls.append((name, types, args))
 
     def _refuse(self, reason: str) -> None:

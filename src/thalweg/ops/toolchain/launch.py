@@ -96,4 +96,5 @@ class Launcher:
 
 @cache
 def driver() -> Any:
+    """The library of CUDA's driver. Raises OSError where there is none."""
     return CDLL("libcuda.so.1")

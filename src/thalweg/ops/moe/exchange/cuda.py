@@ -30,6 +30,7 @@ def most_dispatched(D: int, each: int) -> int:
 
 
 def most_combined(D: int) -> int:
+    """Tokens of a rank whose sums of D columns come back at a time."""
     return AREAS[ROWS][0] // chunks_of(D)
 
 

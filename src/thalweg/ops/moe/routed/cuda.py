@@ -29,6 +29,7 @@ def refusal(dims: RoutedExpertsDims) -> Refusal:
 
 
 def build(dims: RoutedExpertsDims) -> RoutedExperts:
+    """The op for dims that `refusal` has nothing against."""
     K, int4, num_shared = dims.K, dims.experts.scheme == "int4", dims.S
 
     def routed_experts(
