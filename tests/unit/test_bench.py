@@ -63,9 +63,9 @@ def test_host_time_has_every_part_and_is_flat_in_finished_requests() -> None:
 
 
 def test_lengths_are_checked() -> None:
-    check_lengths([1, 8], 1, 1)
+    check_lengths([1, 8], [1, 2], 1)
     with pytest.raises(ConfigError, match="--output-len"):
-        check_lengths([1], 1, 0)
+        check_lengths([1], [1], 0)
 
 
 def test_machine_is_plain_data() -> None:
@@ -75,7 +75,7 @@ def test_machine_is_plain_data() -> None:
     assert all(isinstance(value, str | int) for value in machine.values())
 
 
-def test_no_prompt_of_latency_is_like_another_whatever_the_batch_size() -> None:
+def test_no_prompt_of_latency_begins_like_another_whatever_its_size_and_length() -> None:
     asked: list[tuple[int, ...]] = []
 
     def generate(prompts: list[list[int]], params: Any) -> list[Any]:
@@ -86,6 +86,7 @@ def test_no_prompt_of_latency_is_like_another_whatever_the_batch_size() -> None:
     info = SimpleNamespace(vocab_size=1000, max_num_batched_tokens=64, max_model_len=100, device="cpu")
     llm: Any = SimpleNamespace(generate=generate, info=info)
     for size in (1, 2, 8):
-        measure_latency(llm, size, 16, 3, num_iters_warmup=1, num_iters=2)
-    assert len(asked) > 30
-    assert len(set(asked)) == len(asked)
+        for length in (16, 32):
+            measure_latency(llm, size, length, 3, num_iters_warmup=1, num_iters=2)
+    assert len(asked) > 60
+    assert len({prompt[:8] for prompt in asked}) == len(asked)

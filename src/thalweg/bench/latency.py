@@ -78,8 +78,8 @@ def measure_latency(
     seed: int = 0,
 ) -> BatchLatency:
     """Run `num_iters` pairs of batches of random prompts, one token and `output_len` tokens long, after a warm-up. No
-    two prompts are alike, those of other batch sizes included, so that the prefix cache has none of them."""
-    rng = random.Random(f"{seed} {batch_size}")
+    two prompts are alike, those of other sizes and lengths included, so that the prefix cache has none of them."""
+    rng = random.Random(f"{seed} {batch_size} {input_len}")
 
     def time_batch(input_len: int, output_len: int) -> float:
         return _time_batch(llm, rng, batch_size, input_len, output_len, temperature)
@@ -138,9 +138,10 @@ def _count(llm: LLM, run: Callable[[], float]) -> int | None:
     return sum(1 for e in events if str(e.device_type).endswith("CUDA"))
 
 
-def check_lengths(batch_sizes: Sequence[int], input_len: int, output_len: int) -> None:
+def check_lengths(batch_sizes: Sequence[int], input_lens: Sequence[int], output_len: int) -> None:
     """Raises ConfigError on a size or length below one."""
-    for option, value in (("--input-len", input_len), ("--output-len", output_len), ("--batch-size", min(batch_sizes))):
+    least = {"--input-len": min(input_lens), "--output-len": output_len, "--batch-size": min(batch_sizes)}
+    for option, value in least.items():
         if value < 1:
             raise ConfigError(f"{option} is {value}; expected 1 or more")
 

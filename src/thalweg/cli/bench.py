@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
+from itertools import product
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -41,7 +43,9 @@ def latency(
         str,
         typer.Option(metavar="N,N,...", help="Requests that start together. Several sizes run one after another."),
     ] = "1,8",
-    input_len: Annotated[int, typer.Option(metavar="TOKENS", help="Random tokens in each prompt.")] = 128,
+    input_len: Annotated[
+        str, typer.Option(metavar="N,N,...", help="Random tokens in each prompt. Several lengths, one after another.")
+    ] = "128",
     output_len: Annotated[int, typer.Option(metavar="TOKENS", help="Tokens that each request generates.")] = 64,
     num_iters_warmup: Annotated[int, typer.Option(metavar="N", min=0, help="Runs before those that count.")] = 1,
     num_iters: Annotated[int, typer.Option(metavar="N", min=1, help="Runs that count.")] = 5,
@@ -55,10 +59,10 @@ def latency(
     step's work outside the model and the sampler.
     """
     began = time.perf_counter()
-    sizes = _integers(batch_size, "--batch-size")
+    sizes, lengths = _integers(batch_size, "--batch-size"), _integers(input_len, "--input-len")
     from thalweg.bench.latency import check_lengths, measure_latency
 
-    check_lengths(sizes, input_len, output_len)
+    check_lengths(sizes, lengths, output_len)
     check_writable(output_json)
     import torch  # here, since the profiler wants to be used on the thread that brings torch in
 
@@ -78,18 +82,18 @@ def latency(
         on_gpu = info.device != "cpu"
         ceilings = measure_ceilings(torch.device("cuda" if on_gpu else "cpu"), getattr(torch, info.dtype))
         ceilings = ceilings.with_link(llm.engine)
-        for size in sizes:
+        for size, length in product(sizes, lengths):
             measured = measure_latency(
                 llm,
                 size,
-                input_len,
+                length,
                 output_len,
                 num_iters_warmup=num_iters_warmup,
                 num_iters=num_iters,
                 temperature=temperature,
                 seed=config.seed,
             )
-            floor = batch_floor(source, info, ceilings, size, input_len, output_len)
+            floor = batch_floor(source, info, ceilings, size, length, output_len)
             results.append(replace(measured, floor=floor))
     machine = describe_machine() | ceilings.describe()
     engine = {
@@ -218,13 +222,24 @@ def _print_latency(results: list[BatchLatency], measured_on: dict[str, Any], sta
     console.print(_facts(measured_on), markup=False)
     console.print("start: " + ", ".join(f"{part} {s:.1f} s" for part, s in start_seconds.items()), markup=False)
     first = results[0]
-    console.print(f"input {first.input_len} tokens, output {first.output_len}, {first.num_iters} runs\n")
-    headings = ("batch", "TTFT ms", "/floor", "TPOT ms", "floor ms", "/floor", "E2EL ms", "output\ntok/s")
+    console.print(f"output {first.output_len} tokens, {first.num_iters} runs\n")
+    headings = (
+        "batch",
+        "input\ntokens",
+        "TTFT ms",
+        "/floor",
+        "TPOT ms",
+        "floor ms",
+        "/floor",
+        "E2EL ms",
+        "output\ntok/s",
+    )
     table = plain_table(*headings, "launches\na step", "of the\nprompts", "host\nus/step", numbers=True)
     for r in results:
         tpot, floor = r.tpot_ms, r.floor
         table.add_row(
             str(r.batch_size),
+            str(r.input_len),
             r.ttft_ms.show(2),
             "-" if floor is None else f"{r.ttft_ms.median / floor.prefill.ms:.2f}",
             "-" if tpot is None else tpot.show(3),
@@ -240,8 +255,9 @@ def _print_latency(results: list[BatchLatency], measured_on: dict[str, Any], sta
     rows = []
     for r in results:
         if (f := r.floor) is not None:
-            rows += [(str(r.batch_size), "step", f.step), (str(r.batch_size), "prompts", f.prefill)]
-    _print_floors(rows, ("batch", "of"))
+            for part, of in (("step", f.step), ("prompts", f.prefill)):
+                rows.append(((str(r.batch_size), str(r.input_len), part), of))
+    _print_floors(rows, ("batch", "input", "of"))
 
 
 def _print_decode(results: list[tuple[DecodeStep, StepFloor]], measured_on: dict[str, Any]) -> None:
@@ -261,18 +277,18 @@ def _print_decode(results: list[tuple[DecodeStep, StepFloor]], measured_on: dict
             "-" if step.launches is None else str(step.launches),
         )
     console.print(table)
-    _print_floors([(str(step.batch_size), str(step.context), floor) for step, floor in results], ("batch", "context"))
+    _print_floors([((str(s.batch_size), str(s.context)), floor) for s, floor in results], ("batch", "context"))
 
 
-def _print_floors(rows: list[tuple[str, str, StepFloor]], names: tuple[str, str]) -> None:
+def _print_floors(rows: Sequence[tuple[tuple[str, ...], StepFloor]], names: tuple[str, ...]) -> None:
     from thalweg.cli.console import plain_table, stdout_console
 
     console = stdout_console()
     console.print("\n[bold]Floor[/] of a rank: each weight, state and cache entry once, over the measured rates")
     table = plain_table(*names, "GB", "GFLOP", "MB sent", "ms", numbers=True)
-    for first, second, f in rows:
+    for cells, f in rows:
         amounts = (f"{f.bytes / 1e9:.3f}", f"{f.flops / 1e9:.3f}", f"{f.sent / 1e6:.3f}", f"{f.ms:.3f}")
-        table.add_row(first, second, *amounts)
+        table.add_row(*cells, *amounts)
     console.print(table)
 
 
