@@ -1,4 +1,4 @@
-"""Runs a kernel in CUDA C++ on the host, thread by thread (host/hopper.cuh), where there is no GPU."""
+"""Runs a kernel in CUDA C++ on the host, its threads taking turns (host/hopper.cuh), where there is no GPU."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _libraries(source: Path, name: str, macros: tuple[tuple[str, int], ...]) -> 
     code = re.sub(r"extern __shared__ __align__\(\d+\) u8 shared\[\];", "", source.read_text())
     arguments = "first, blocks, grid, threads, shared_bytes, args"
     code += '\nextern "C" int run(int first, int blocks, int grid, int threads, int shared_bytes, void** args) {\n'
-    code += f"    return run_kernel({name}, {arguments});\n}}\n"
+    code += f"    return run_kernel<{name}>({arguments});\n}}\n"
     (folder / "kernel.cpp").write_text(code)
     command = [
         compiler,
@@ -48,7 +48,6 @@ def _libraries(source: Path, name: str, macros: tuple[tuple[str, int], ...]) -> 
         "-fPIC",
         "-fno-gnu-unique",
         "-w",
-        "-pthread",
         "-I",
         str(HEADERS),
         "-I",

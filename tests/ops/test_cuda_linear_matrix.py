@@ -48,7 +48,7 @@ def test_products_on_the_host(on_host: None, T: int, O: int, D: int, rows: int, 
 
 def test_a_copy_that_comes_last_is_waited_for(on_host: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Warpgroups share out steps: none may take a stage again before another has had what is still on its way there."""
-    monkeypatch.setattr(MATRIX, "cuda_kernel", partial(HostKernel, LATE=300))
+    monkeypatch.setattr(MATRIX, "cuda_kernel", partial(HostKernel, LATE=100))
     monkeypatch.setattr(MATRIX, "MAX_STAGES", 7)
     torch.manual_seed(0)
     x, w = torch.randn(20, 1280).bfloat16(), torch.randn(40, 1280).bfloat16()

@@ -1,18 +1,15 @@
-// The functions of ops/toolchain/hopper.cuh for a host: a kernel's block runs as a thread for each of its own, block by
-// block. Bulk copies are made when they are asked for, so their order is tested and overlap is not; other copies are
-// made when they are waited for.
+// The functions of ops/toolchain/hopper.cuh for a host: kernels run block by block, and the threads of a block take
+// turns, each until it has to wait. Bulk copies are made when they are asked for, so their order is tested and overlap is
+// not; other copies are made when they are waited for.
 
-#include <atomic>
-#include <barrier>
-#include <chrono>
-#include <cmath>
-#include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
-#include <mutex>
-#include <thread>
+#include <math.h>
+#include <sched.h>
+#include <setjmp.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <ucontext.h>
 #include <utility>
 #include <vector>
 
@@ -43,36 +40,71 @@ inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 struct Index { int x, y, z; };
-static thread_local Index threadIdx, blockIdx;
-static Index gridDim;
+static Index threadIdx, blockIdx, gridDim;
 
-static std::mutex one_at_a_time;
 [[noreturn]] inline void fail(const char* what) {
     fprintf(stderr, "%s (block %d, thread %d)\n", what, blockIdx.x, threadIdx.x);
     _Exit(3);
 }
 
-struct Warp {
-    std::barrier<> all{32};
-    u32 of_lane[32][6];
-};
-struct Block {
-    std::barrier<> all;
-    std::vector<std::unique_ptr<Warp>> warps;
-    explicit Block(int threads) : all(threads) {
-        for (int i = 0; i < threads / 32; i++) warps.push_back(std::make_unique<Warp>());
+// The threads of the block that runs. They are no threads of the system, which take a hundred times as long to take
+// turns. A warp goes on until all of it waits for others, so it gets as far ahead of them as it can; then it is the turn
+// of the next warp, up through the block and then down: whoever reads what others have yet to write, or writes what
+// others have yet to read, does so too early.
+constexpr int MOST_THREADS = 1024, STACK_BYTES = 1 << 18;
+static jmp_buf places[MOST_THREADS], place_of_host;
+static bool ended[MOST_THREADS];
+static int threads_here, threads_left, direction, found_waiting;
+inline void end_round();
+[[noreturn]] inline void let_next_run() {
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    do {
+        lane = (lane + 32 + direction) % 32;
+        if (++found_waiting < 32) continue;
+        found_waiting = 0, warp += direction;
+        if (warp >= 0 && warp < threads_here / 32) continue;
+        warp -= direction, direction = -direction;
+        end_round();
+    } while (ended[32 * warp + lane]);
+    threadIdx.x = 32 * warp + lane;
+    _longjmp(places[threadIdx.x], 1);
+}
+inline void let_others_run() {
+    if (!_setjmp(places[threadIdx.x])) let_next_run();
+}
+template <class Met> void wait_until(Met met) {
+    while (!met()) let_others_run();
+    found_waiting = 0;
+}
+
+// Where a number of threads wait for each other.
+struct Gate {
+    int threads = 0, arrived = 0;
+    u32 turns = 0;
+    void arrive() {
+        if (++arrived == threads) arrived = 0, turns++;
+    }
+    void arrive_and_wait() {
+        const u32 turn = turns;
+        arrive();
+        wait_until([&] { return turns != turn; });
     }
 };
-static Block* block;
-inline Warp& warp_here() { return *block->warps[threadIdx.x / 32]; }
-inline void __syncthreads() { block->all.arrive_and_wait(); }
+struct Warp {
+    Gate all{32};
+    u32 of_lane[32][6];
+};
+static Warp warps[MOST_THREADS / 32];
+static Gate block, numbered[16];
+inline Warp& warp_here() { return warps[threadIdx.x / 32]; }
+inline void __syncthreads() { block.arrive_and_wait(); }
 inline void __syncwarp() { warp_here().all.arrive_and_wait(); }
-inline void __threadfence_system() { std::atomic_thread_fence(std::memory_order_seq_cst); }
-inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+inline void __threadfence_system() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 template <class T>
-T atomicAdd(T* p, T x) { return std::atomic_ref<T>(*p).fetch_add(x); }
+T atomicAdd(T* p, T x) { return __atomic_fetch_add(p, x, __ATOMIC_SEQ_CST); }
 template <class T>
-T atomicOr(T* p, T x) { return std::atomic_ref<T>(*p).fetch_or(x); }
+T atomicOr(T* p, T x) { return __atomic_fetch_or(p, x, __ATOMIC_SEQ_CST); }
 
 template <class T>
 T __shfl_sync(u32, T x, int lane) {
@@ -152,7 +184,7 @@ inline float widened(u8 q) {  // e4m3
 }
 inline u32 widen_half(u16 two) { return pack_half(widened(two & 0xff), widened(two >> 8)); }
 
-static std::atomic<int> threads_that_waited, threads_that_let_go;
+static int threads_that_waited, threads_that_let_go;
 inline void wait_for_kernel_ahead() { threads_that_waited++; }
 inline void start_kernel_behind() { threads_that_let_go++; }
 
@@ -166,31 +198,33 @@ inline uint4 load16(const void* p) {
 }
 inline bf16 load_bf16(const bf16* p) { return *p; }
 // Blocks that tell each other something run side by side, see run_on_host.py.
+template <class T> void tell(T* to, T x) { __atomic_store_n(to, x, __ATOMIC_SEQ_CST); }
+template <class T> T ask(const T* p) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
 inline void tell_blocks(u32* to, u32 x, u32 y) {
-    std::atomic_ref<u32>(to[0]).store(x), std::atomic_ref<u32>(to[1]).store(y);
+    tell(to, x), tell(to + 1, y);
 }
 inline uint2 ask_blocks(const u32* p) {
-    std::this_thread::yield();
-    return {std::atomic_ref<u32>(((u32*)p)[0]).load(), std::atomic_ref<u32>(((u32*)p)[1]).load()};
+    let_others_run();
+    return {ask(p), ask(p + 1)};
 }
-inline void tell_system(u64* to, u64 x) { std::atomic_ref<u64>(*to).store(x); }
+inline void tell_system(u64* to, u64 x) { tell(to, x); }
 inline void tell_system(u64* to, u64 x, u64 y) { tell_system(to, x), tell_system(to + 1, y); }
 inline void ask_system(const u64* p, u64& x) {
-    std::this_thread::yield();
-    x = std::atomic_ref<u64>(*(u64*)p).load();
+    let_others_run();
+    x = ask(p);
 }
 inline void ask_system(const u64* p, u64& x, u64& y) { ask_system(p, x), ask_system(p + 1, y); }
 inline void give_system(void* to, u32 x, u32 y, u32 z, u32 w) {
     const u32 all[4] = {x, y, z, w};
-    for (int i = 3; i >= 0; i--) std::atomic_ref<u32>(((u32*)to)[i]).store(all[i]);
+    for (int i = 3; i >= 0; i--) tell((u32*)to + i, all[i]);
 }
 inline void take_system(const void* p, uint4& x) {
-    std::this_thread::yield();
+    let_others_run();
     u32* all[4] = {&x.x, &x.y, &x.z, &x.w};
-    for (int i = 0; i < 4; i++) *all[i] = std::atomic_ref<u32>(((u32*)p)[i]).load();
+    for (int i = 0; i < 4; i++) *all[i] = ask((const u32*)p + i);
 }
 inline void nap(u32) {}
-inline u32 load_anew(const u32* p) { return std::atomic_ref<u32>(*(u32*)p).load(); }
+inline u32 load_anew(const u32* p) { return ask(p); }
 inline float load_fp32(const float* p) { return *p; }
 inline int load_id(const long long* p) { return (int)*p; }
 
@@ -199,8 +233,9 @@ inline u32 shared_address(const void* p) { return (u32)((const u8*)p - shared); 
 inline u8* at_address(u32 address) { return shared + (int)address; }
 
 struct Copy { u32 to; const void* from; int bytes; };
-static thread_local std::vector<std::vector<Copy>> copies;  // by commit; the last has none yet
+static std::vector<std::vector<Copy>> copies_of_thread[MOST_THREADS];  // by commit; the last has none yet
 inline void copy(u32 to, const void* from, int bytes) {
+    auto& copies = copies_of_thread[threadIdx.x];
     if (to % bytes || (uintptr_t)from % bytes) fail("a copy is not aligned");
     if (copies.empty()) copies.emplace_back();
     memset(at_address(to), 0xff, bytes);
@@ -209,35 +244,24 @@ inline void copy(u32 to, const void* from, int bytes) {
 inline void copy16(u32 to, const void* from) { copy(to, from, 16); }
 inline void copy8(u32 to, const void* from) { copy(to, from, 8); }
 inline void copy4(u32 to, const void* from) { copy(to, from, 4); }
-inline void commit_copies() { copies.resize(copies.size() + 1 + copies.empty()); }
+inline void commit_copies() {
+    auto& copies = copies_of_thread[threadIdx.x];
+    copies.resize(copies.size() + 1 + copies.empty());
+}
 template <int N> void wait_for_copies() {
+    auto& copies = copies_of_thread[threadIdx.x];
     for (; (int)copies.size() > N + 1; copies.erase(copies.begin()))
         for (const Copy& c : copies[0]) memcpy(at_address(c.to), c.from, c.bytes);
 }
 
 // Barriers of a block by number.
-struct Numbered { std::mutex one; int arrived = 0; unsigned turns = 0; };
-static Numbered numbered[16];
 template <int THREADS> void arrive_at(int barrier) {
-    Numbered& b = numbered[barrier];
-    std::lock_guard lock(b.one);
-    if (++b.arrived == THREADS) b.arrived = 0, b.turns++;
+    numbered[barrier].threads = THREADS;
+    numbered[barrier].arrive();
 }
 template <int THREADS> void wait_at(int barrier) {
-    Numbered& b = numbered[barrier];
-    unsigned turns;
-    {
-        std::lock_guard lock(b.one);
-        turns = b.turns;
-        if (++b.arrived == THREADS) b.arrived = 0, b.turns++;
-    }
-    for (;;) {
-        {
-            std::lock_guard lock(b.one);
-            if (b.turns != turns) return;
-        }
-        std::this_thread::yield();
-    }
+    numbered[barrier].threads = THREADS;
+    numbered[barrier].arrive_and_wait();
 }
 
 struct Barrier { u8 pending, count; u16 phase; int bytes; };
@@ -248,14 +272,12 @@ inline void turn(Barrier& b) {
 inline void init_barrier(u32 barrier, u32 count = 1) { barrier_at(barrier) = {(u8)count, (u8)count, 0, 0}; }
 inline void share_barriers() {}
 inline void expect_bytes(u32 barrier, u32 bytes) {
-    std::lock_guard lock(one_at_a_time);
     Barrier& b = barrier_at(barrier);
     if (b.pending == 0) fail("a barrier is used again before its copies have come");
     b.pending--, b.bytes += (int)bytes;
     turn(b);
 }
 inline void arrive_at_barrier(u32 barrier) {
-    std::lock_guard lock(one_at_a_time);
     Barrier& b = barrier_at(barrier);
     if (b.pending == 0) fail("more arrive at a barrier than it counts");
     b.pending--;
@@ -269,19 +291,12 @@ inline void bring_near(const void* from, u32 bytes) {
 inline void arrive_once_read(u32 barrier, u32, u32) { arrive_at_barrier(barrier); }
 inline void copy_bytes(u32 to, const void* from, u32 bytes, u32 barrier) {
     if (to % 16 || (uintptr_t)from % 16 || bytes % 16 || bytes == 0) fail("a copy is not of aligned blocks of 16 bytes");
-    std::lock_guard lock(one_at_a_time);
     memcpy(at_address(to), from, bytes);
     barrier_at(barrier).bytes -= (int)bytes;
     turn(barrier_at(barrier));
 }
 inline void wait_at_barrier(u32 barrier, u32 phase) {
-    for (;;) {
-        {
-            std::lock_guard lock(one_at_a_time);
-            if (barrier_at(barrier).phase != phase) return;
-        }
-        std::this_thread::yield();
-    }
+    wait_until([&] { return barrier_at(barrier).phase != phase; });
 }
 
 template <class Low, class High>
@@ -394,21 +409,6 @@ struct TensorMap {
     const bf16* data;
     u64 rows, heads, columns, row_stride, head_stride, box, heads_box, rest[8];
 };
-inline void copy_tile_now(u32 to, const TensorMap* map, int column, int head, int row, u32 barrier);
-inline std::atomic<bool> late{false};
-// The first copy of a kernel comes after those behind it, if LATE says so (milliseconds).
-inline void copy_tile(u32 to, const TensorMap* map, int column, int head, int row, u32 barrier) {
-#ifdef LATE
-    if (!late.exchange(true)) {
-        std::thread([=, copy = *map] {
-            std::this_thread::sleep_for(std::chrono::milliseconds(LATE));
-            copy_tile_now(to, &copy, column, head, row, barrier);
-        }).detach();
-        return;
-    }
-#endif
-    copy_tile_now(to, map, column, head, row, barrier);
-}
 inline void copy_tile_now(u32 to, const TensorMap* map, int column, int head, int row, u32 barrier) {
     if (to % 1024) fail("a tile is not aligned");
     const int all = map->box * map->heads_box;
@@ -421,40 +421,70 @@ inline void copy_tile_now(u32 to, const TensorMap* map, int column, int head, in
             else
                 memset(at, 0, 16);
         }
-    std::lock_guard lock(one_at_a_time);
     barrier_at(barrier).bytes -= 128 * all;
     turn(barrier_at(barrier));
+}
+// The first copy of a kernel comes LATE rounds after it was asked for, behind others, if there is a LATE.
+static struct { bool asked; int rounds; u32 to; const TensorMap* map; int column, head, row; u32 barrier; } first;
+inline void copy_tile(u32 to, const TensorMap* map, int column, int head, int row, u32 barrier) {
+#ifdef LATE
+    if (!first.asked) {
+        first = {true, LATE, to, map, column, head, row, barrier};
+        return;
+    }
+#endif
+    copy_tile_now(to, map, column, head, row, barrier);
+}
+inline void end_round() {
+    if (first.rounds && --first.rounds == 0)
+        copy_tile_now(first.to, first.map, first.column, first.head, first.row, first.barrier);
+    sched_yield();  // ranks and blocks that run beside this block have something to tell it
 }
 inline void share_writes() {}
 template <int COUNT> void give_registers_back() {}
 template <int COUNT> void take_registers() {}
 
-// Runs blocks of a kernel, from the first of them on, with arguments by address, as the driver takes them.
+static void** kernel_args;
 template <class... A, size_t... I>
-int run_kernel(void (*kernel)(A...), int first, int blocks, int grid, int threads, int shared_bytes, void** args,
-               std::index_sequence<I...>) {
+void call(void (*kernel)(A...), std::index_sequence<I...>) { kernel(*(A*)kernel_args[I]...); }
+template <class... A> void call(void (*kernel)(A...)) { call(kernel, std::index_sequence_for<A...>()); }
+template <auto KERNEL> void run_thread() {
+    if (!_setjmp(places[threadIdx.x])) _longjmp(place_of_host, 1);
+    call(KERNEL);
+    ended[threadIdx.x] = true;
+    if (--threads_left == 0) _longjmp(place_of_host, 1);
+    let_next_run();
+}
+template <auto KERNEL> void run_block(int threads) {
+    static u8 stacks[MOST_THREADS][STACK_BYTES];
+    static ucontext_t start;
+    threads_here = threads_left = threads;
+    block = {threads};
+    for (Gate& gate : numbered) gate = {};
+    for (Warp& warp : warps) warp.all = {32};
+    for (int t = 0; t < threads; t++) {
+        threadIdx = {t, 0, 0}, ended[t] = false, copies_of_thread[t].clear();
+        getcontext(&start);
+        start.uc_stack.ss_sp = stacks[t], start.uc_stack.ss_size = STACK_BYTES;
+        makecontext(&start, run_thread<KERNEL>, 0);
+        if (!_setjmp(place_of_host)) setcontext(&start);
+    }
+    if (!_setjmp(place_of_host)) let_next_run();
+}
+
+// Runs blocks of a kernel, from the first of them on, with arguments by address, as the driver takes them.
+template <auto KERNEL>
+int run_kernel(int first_block, int blocks, int grid, int threads, int shared_bytes, void** args) {
     constexpr int GUARD = 1024;
     if (shared_bytes + GUARD > (int)sizeof shared) return 1;
-    gridDim = {grid, 1, 1};
+    kernel_args = args, gridDim = {grid, 1, 1}, first = {};
     threads_that_waited = threads_that_let_go = 0;
-    for (int b = first; b < first + blocks; b++) {
-        Block here(threads);
-        block = &here;
+    for (int b = first_block; b < first_block + blocks; b++) {
+        blockIdx = {b, 0, 0}, direction = b % 2 ? -1 : 1, found_waiting = 0;
         memset(shared, 0xff, sizeof shared);  // not a number
-        for (Numbered& b : numbered) b.arrived = 0;
-        std::vector<std::thread> all;
-        for (int t = 0; t < threads; t++)
-            all.emplace_back([=] {
-                threadIdx = {t, 0, 0}, blockIdx = {b, 0, 0};
-                kernel(*(A*)args[I]...);
-            });
-        for (auto& thread : all) thread.join();
+        run_block<KERNEL>(threads);
         for (int i = 0; i < GUARD; i++)
             if (shared[shared_bytes + i] != 0xff) return 2;
     }
     return threads_that_waited == blocks * threads && threads_that_let_go >= blocks ? 0 : 4;
-}
-template <class... A>
-int run_kernel(void (*kernel)(A...), int first, int blocks, int grid, int threads, int shared_bytes, void** args) {
-    return run_kernel(kernel, first, blocks, grid, threads, shared_bytes, args, std::index_sequence_for<A...>());
 }

@@ -6,7 +6,6 @@
 inline int take_number(int* counter) { return atomicAdd(counter, 1); }
 inline void store_in_block(u32 block, u32 to, uint4 x, u32 barrier) {
     if (block) fail("there are no clusters here");
-    std::lock_guard lock(one_at_a_time);
     memcpy(at_address(to), &x, 16);
     barrier_at(barrier).bytes -= 16;
     turn(barrier_at(barrier));
@@ -28,16 +27,17 @@ inline void arrive_after_copies(u32 barrier) {
 
 // They are made as late as they may be.
 struct Write { void* to; u32 from, bytes; bool adds; };
-static thread_local std::vector<Write> writes;
+static std::vector<Write> writes_of_thread[MOST_THREADS];
 inline void write_bytes(void* to, u32 from, u32 bytes) {
     if ((u64)to % 16 || from % 16 || bytes % 16) fail("a write that is not of whole 16 bytes");
-    writes.push_back({to, from, bytes, false});
+    writes_of_thread[threadIdx.x].push_back({to, from, bytes, false});
 }
 inline void add_bytes(void* to, u32 from, u32 bytes) {
     write_bytes(to, from, bytes);
-    writes.back().adds = true;
+    writes_of_thread[threadIdx.x].back().adds = true;
 }
 inline void wait_until_read() {
+    auto& writes = writes_of_thread[threadIdx.x];
     for (const Write& w : writes)
         for (u32 i = 0; i < w.bytes / 2; i++) {
             bf16 &there = ((bf16*)w.to)[i], x = ((bf16*)at_address(w.from))[i];
