@@ -12,7 +12,7 @@ import pytest
 
 from tests.models import random_checkpoint as kimi
 from thalweg import LLM, SamplingParams
-from thalweg.assembly import rank as assembly
+from thalweg.assembly import steps
 from thalweg.config.engine import EngineConfig
 from thalweg.core import Request
 from thalweg.engine.start import Engine
@@ -56,7 +56,7 @@ def test_same_tokens_as_one_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         outputs = llm.generate(PROMPTS, [params(i) for i in range(len(PROMPTS))])
         expected = {i: o.outputs[0].token_ids for i, o in enumerate(outputs)}
 
-    monkeypatch.setattr(assembly, "why_eager", lambda config, device, resolver, rows, most: rows == "prefills" and "so")
+    monkeypatch.setattr(steps, "why_eager", lambda config, device, resolver, rows, most: rows == "prefills" and "so")
     kinds: list[str] = []
     run, idle = DecodeGraphs.run, DecodeGraphs.idle
     monkeypatch.setattr(DecodeGraphs, "run", lambda *a: (kinds.append("run"), run(*a))[1])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.models import random_checkpoint as random
 from thalweg import LLM, SamplingParams
-from thalweg.assembly import rank
+from thalweg.assembly import rank, steps
 from thalweg.config.engine import EngineConfig
 from thalweg.core import StepPlan
 from thalweg.runner import step as step_module
@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rank, "why_eager", lambda *args: None)
+    monkeypatch.setattr(steps, "why_eager", lambda *args: None)
 
 
 def tokens_of_graphs(monkeypatch: pytest.MonkeyPatch, llm: LLM, lengths: list[int]) -> list[int]:

@@ -14,7 +14,7 @@ import torch
 from tests.models import random_checkpoint as random
 from tests.models import random_qwen
 from thalweg import LLM, SamplingParams
-from thalweg.assembly import rank
+from thalweg.assembly import rank, steps
 from thalweg.config.engine import EngineConfig
 from thalweg.core import Prefill, StepPlan
 from thalweg.ops.delta.kda_mixer import KDA_MIXER_DECODE, KDA_MIXER_PREFILL, KdaMixerDims
@@ -240,7 +240,7 @@ def with_static_steps(monkeypatch: pytest.MonkeyPatch) -> list[step_module.Model
         original(self, *args[:4], prefill_tokens=256, keeps_prefixes=args[7], recorded_rows=args[9])
         made.append(self)
 
-    monkeypatch.setattr(rank, "why_not_recorded", lambda *_: "its steps are static")
+    monkeypatch.setattr(steps, "why_not_recorded", lambda *_: "its steps are static")
     monkeypatch.setattr(step_module.ModelRunner, "__init__", init)
     return made
 

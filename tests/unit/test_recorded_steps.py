@@ -16,6 +16,7 @@ from tests.ops.cpp_case import needs_cpp
 from thalweg import LLM, SamplingParams
 from thalweg.assembly.rank import build_rank
 from thalweg.config.engine import EngineConfig
+from thalweg.ops.registry import Choice
 from thalweg.ops.toolchain.cpu_recording import Recording
 from thalweg.runner.recorded import MAX_ROWS
 
@@ -112,7 +113,21 @@ def test_more_rows_than_are_recorded_run_eagerly(folder: Path, replays: Counter[
     assert replays
 
 
-def test_a_model_with_an_op_in_torch_runs_eagerly_and_says_why(folder: Path, replays: Counter[int]) -> None:
+@pytest.fixture
+def unnoticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs in torch is not known from the names of the implementations."""
+    monkeypatch.setattr(Choice, "why_not_recorded", lambda *_: None)
+
+
+def test_a_model_with_an_op_in_torch_runs_eagerly_and_names_it(folder: Path, replays: Counter[int]) -> None:
+    with LLM(str(folder), max_num_seqs=2, op_preference={"norm_swiglu": "reference"}) as llm:
+        assert llm.info.decode_steps == "eager: op norm_swiglu is served by 'reference', which runs in torch"
+        llm.generate([[1, 2, 3]], SamplingParams(max_tokens=8, ignore_eos=True))
+    assert not replays
+
+
+@pytest.mark.usefixtures("unnoticed")
+def test_a_step_in_which_torch_computes_is_noticed_while_it_is_recorded(folder: Path, replays: Counter[int]) -> None:
     with LLM(str(folder), max_num_seqs=2, op_preference={"norm_swiglu": "reference"}) as llm:
         assert llm.info.decode_steps.startswith("eager: torch runs ")
         assert llm.info.decode_steps.endswith(" between ops in C++")
@@ -120,6 +135,7 @@ def test_a_model_with_an_op_in_torch_runs_eagerly_and_says_why(folder: Path, rep
     assert not replays
 
 
+@pytest.mark.usefixtures("unnoticed")
 def test_a_rank_that_cannot_record_keeps_nothing_for_it(folder: Path) -> None:
     preference = {"norm_swiglu": "reference"}
     config = EngineConfig(model=str(folder), device="cpu", max_num_seqs=2, op_preference=preference)

@@ -22,6 +22,7 @@ from thalweg.assembly.rank import (
     split_cache,
 )
 from thalweg.assembly.source import ModelSource, open_source
+from thalweg.assembly.steps import choose_steps
 from thalweg.cache.memory import MemorySplit
 from thalweg.cache.specs import LayerSpecs, bytes_per_sequence, bytes_per_token
 from thalweg.config.engine import EngineConfig
@@ -73,6 +74,8 @@ class Inspection(msgspec.Struct, frozen=True, kw_only=True):
     checkpoint_cost: Cost  # the same in the checkpoint's own dtype, which may not be what is computed in here
     memory: MemorySplit | None  # None: it does not fit, for the reason below
     memory_error: str | None
+    decode_steps: str | None  # how steps of decode rows alone would run, and why; None if the memory does not do
+    prefill_steps: str | None  # and those with prompts
     ops: list[OpChoice]
 
 
@@ -110,6 +113,7 @@ def describe(config: EngineConfig) -> Inspection:
     native = model if plain else _build(source, config, c.dtype, device, Resolver())
     cost = _cost(model, config.dtype, config.quantization)
     memory, memory_error = _split(config, model.cache_specs, device, cost.weight_bytes, c.context_len)
+    steps = None if memory is None else choose_steps(config, device, resolver, memory)
     kinds = Counter(f"{type(layer.attn).__name__} + {type(layer.mlp).__name__}" for layer in model.layers)
     return Inspection(
         name=source.name,
@@ -131,6 +135,8 @@ def describe(config: EngineConfig) -> Inspection:
         checkpoint_cost=_cost(native, c.dtype),
         memory=memory,
         memory_error=memory_error,
+        decode_steps=None if steps is None else steps.decodes,
+        prefill_steps=None if steps is None else steps.prefills,
         ops=op_choices(resolver),
     )
 

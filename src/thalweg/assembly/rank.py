@@ -19,7 +19,7 @@ from thalweg.assembly.expert_placement import describe_experts
 from thalweg.assembly.identity import cache_identity
 from thalweg.assembly.info import EngineInfo, OpChoice, OpSpan
 from thalweg.assembly.model import open_model
-from thalweg.assembly.steps import decode_steps_as, prefill_steps_as, why_eager, why_not_recorded
+from thalweg.assembly.steps import choose_steps
 from thalweg.assembly.warmup import make_kernels, warm_up
 from thalweg.cache.host_storage import HostStorage
 from thalweg.cache.memory import MemorySplit, default_num_seqs, split_memory
@@ -38,9 +38,7 @@ from thalweg.parallel.mesh import Mesh, join_mesh
 from thalweg.parallel.peers import map_data_peers, map_peers
 from thalweg.runner.cache_file import CacheIndex, images
 from thalweg.runner.cache_file import read as read_file
-from thalweg.runner.graphs import MAX_ROWS, Share, buckets
-from thalweg.runner.prefill_graphs import token_sizes
-from thalweg.runner.recorded import MAX_ROWS as MAX_RECORDED_ROWS
+from thalweg.runner.graphs import MAX_ROWS, Share
 from thalweg.runner.slots import SlotTable
 from thalweg.runner.step import ModelRunner
 from thalweg.sampling.grammars import Grammars
@@ -114,22 +112,24 @@ def build_rank(
         host = HostStorage(cache, split.num_host_blocks, split.num_host_snapshots)
     identity = cache_identity(config, source, device.type, [repr(layer) for layer in specs])
     index = read_cache(host, config, identity, mesh, device) if host is not None else None
-    graph_sizes = buckets(split.num_slots)
-    eager = why_eager(config, device, resolver, "decodes", graph_sizes[-1])
-    graph_sizes = [] if eager else graph_sizes
-    not_recorded = why_not_recorded(config, device, eager)
-    recorded_rows = 0 if not_recorded else min(MAX_RECORDED_ROWS, split.num_slots)
-    assert config.prefill_graph_tokens is not None
-    prefill_tokens = min(config.prefill_graph_tokens, config.max_num_batched_tokens)
-    prefill_sizes = token_sizes(prefill_tokens, split.max_model_len)
-    prefills_eager = eager or why_eager(config, device, resolver, "prefills", max(prefill_sizes, default=0))
-    prefill_tokens = 0 if prefills_eager or not prefill_sizes else min(prefill_tokens, prefill_sizes[-1])
+    steps = choose_steps(config, device, resolver, split)
     laps.end("cache")
     sampler = Sampler(sampling, sample, over_ranks)
     share = resolve_share(resolver, device, mesh)
     gather = None if over_ranks is None else model.lm_head.gathered
     tiers = host, split.keeps_prefixes
-    runner = ModelRunner(model, slots, sampler, mesh, graph_sizes, prefill_tokens, *tiers, share, recorded_rows, gather)
+    runner = ModelRunner(
+        model,
+        slots,
+        sampler,
+        mesh,
+        steps.graph_sizes,
+        steps.prefill_tokens,
+        *tiers,
+        share,
+        steps.recorded_rows,
+        gather,
+    )
     runner.identity, runner.cache_index = identity, index
     if device.type == "cuda":
         make_kernels(runner, partial(model, layers=model.one_of_each()), split, config.max_num_batched_tokens)
@@ -138,8 +138,8 @@ def build_rank(
         laps.end("graphs")
         warm_up(runner, split, config.max_num_batched_tokens)
         laps.end("warm-up")
-    elif recorded_rows:
-        not_recorded = runner.record()
+    elif steps.recorded_rows:
+        steps = replace(steps, not_recorded=runner.record())
         laps.end("recording")
     info = EngineInfo(
         name=source.name,
@@ -175,8 +175,8 @@ def build_rank(
         memory_split=_describe(weight_bytes, split),
         layers=[describe_layer(layer, spec) for layer, spec in zip(model.layers, specs, strict=True)],
         eos_token_ids=list(eos),
-        decode_steps=decode_steps_as(eager, graph_sizes, not_recorded, recorded_rows),
-        prefill_steps=prefill_steps_as(config, prefills_eager, prefill_tokens),
+        decode_steps=steps.decodes,
+        prefill_steps=steps.prefills,
         ops=op_choices(resolver),
         start_seconds=laps.seconds,
     )

@@ -68,6 +68,11 @@ def _print(found: Inspection) -> None:
     for line in [f"does not fit: {found.memory_error}"] if found.memory is None else found.memory.describe():
         console.print(line, markup=False)
 
+    if found.memory is not None:
+        console.print("\n[bold]Steps[/]")
+        console.print(f"of decodes alone  {found.decode_steps}", markup=False)
+        console.print(f"with prompts      {found.prefill_steps}", markup=False)
+
     console.print("\n[bold]Layers[/]")
     for first, last, layer in _runs(found.layers):
         console.print(f"{f'{first}-{last}' if last > first else first:>7}  {layer}", markup=False)

@@ -70,6 +70,7 @@ class Implementation:
     tokens: Callable[[Any], Tokens]
     priority: int  # higher is tried first; the reference has 0 and serves everywhere, so below 0 only --op chooses
     capturable: bool  # whether it can be part of a CUDA graph
+    recordable: bool  # whether it calls nothing but C++ on a CPU
     rounding: float  # that it does by its own choice, as ||error|| / ||result||, beside the dtype's
 
 
@@ -80,6 +81,7 @@ class Span:
     tokens: Tokens
     name: str
     capturable: bool
+    recordable: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +103,14 @@ class Choice:
                     return f"op {self.op} is served by {span.name!r}, which cannot be captured"
         return None
 
+    def why_not_recorded(self, most: int) -> str | None:
+        """Why steps of up to `most` decode rows on a CPU cannot be recorded; None if nothing here is against."""
+        if self.rows in ("all", "decodes"):
+            for span in self.table:
+                if span.tokens.first <= most and not span.recordable:
+                    return f"op {self.op} is served by {span.name!r}, which runs in torch"
+        return None
+
 
 _implementations: dict[str, list[Implementation]] = {}
 Watch = Callable[[str, Callable[..., Any]], Callable[..., Any]]
@@ -116,6 +126,7 @@ def register(
     tokens: Tokens | Callable[[D], Tokens] = ANY,
     priority: int = 0,
     capturable: bool | None = None,
+    recordable: bool | None = None,
     rounding: float = 0.0,
 ) -> None:
     """Add an implementation of `op`. The op's package calls this when it is imported.
@@ -127,15 +138,19 @@ def register(
     capturable: whether CUDA graphs can contain it. False for one that reads values back from the device. An op of
         prefills alone needs True, which promises that it takes `PerStep` offsets, starts and boundaries and makes
         nothing of them but tables (`ops/host_tables.py`).
+    recordable: whether steps on a CPU can be recorded with it (`ops/toolchain/cpu_recording.py`), which holds for calls
+        of C++ and for views; all but references do no more unless this says otherwise.
     rounding: how far off results are at most because it quantizes activations, as ||error|| / ||result||.
     """
     if capturable is None:
         capturable = op.rows != "prefills"
+    if recordable is None:
+        recordable = name != "reference"
     found = _implementations.setdefault(op.name, [])
     if any(i.name == name for i in found):
         raise ConfigError(f"op {op.name!r} already has an implementation named {name!r}")
     span = tokens if callable(tokens) else lambda _: tokens
-    found.append(Implementation(op, name, build, supports, span, priority, capturable, rounding))
+    found.append(Implementation(op, name, build, supports, span, priority, capturable, recordable, rounding))
     found.sort(key=lambda i: -i.priority)
 
 
@@ -209,7 +224,7 @@ class Resolver:
         for i in able:
             if i.name not in serving:
                 refused[i.name] = _outdone(i.tokens(dims), table, wanted)
-        spans = tuple(Span(tokens, i.name, i.capturable) for tokens, i in table)
+        spans = tuple(Span(tokens, i.name, i.capturable, i.recordable) for tokens, i in table)
         in_order = tuple((i.name, refused[i.name]) for i in implementations(op.name) if i.name in refused)
         self._choices[(op.name, where, dims)] = Choice(op.name, op.rows, where, dims, spans, in_order)
         functions = {i.name: _watched(i, dims, i.build(where, dims)) for _, i in table}

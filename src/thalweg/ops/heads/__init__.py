@@ -48,7 +48,7 @@ def _einops_refuses(where: Where, dims: HeadsDims) -> Refusal:
     return "einops is not installed; pip install einops" if find_spec("einops") is None else None
 
 
-register(SPLIT_HEADS, "reference", lambda _, dims: partial(reference.split_heads, width=dims.X))
+register(SPLIT_HEADS, "reference", lambda _, dims: partial(reference.split_heads, width=dims.X), recordable=True)
 register(SPLIT_HEADS, "einops", _einops_split, supports=_einops_refuses, priority=-10)
-register(MERGE_HEADS, "reference", lambda *_: reference.merge_heads)
+register(MERGE_HEADS, "reference", lambda *_: reference.merge_heads, recordable=True)
 register(MERGE_HEADS, "einops", _einops_merge, supports=_einops_refuses, priority=-10)

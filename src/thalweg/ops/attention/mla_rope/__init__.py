@@ -32,7 +32,7 @@ class MlaRope(Protocol):
         """
 
 
-MLA_ROPE: Op[MlaRopeDims, MlaRope] = Op("mla_rope", MlaRopeDims)
+MLA_ROPE: Op[MlaRopeDims, MlaRope] = Op("mla_rope", MlaRopeDims, rows="prefills")
 
 
 def _triton(where: Where, dims: MlaRopeDims) -> MlaRope:
@@ -47,5 +47,5 @@ def _triton_refuses(where: Where, dims: MlaRopeDims) -> Refusal:
     return why_not(where)
 
 
-register(MLA_ROPE, "reference", lambda *_: reference.mla_rope)
-register(MLA_ROPE, "triton", _triton, supports=_triton_refuses, priority=10)
+register(MLA_ROPE, "reference", lambda *_: reference.mla_rope, capturable=True)
+register(MLA_ROPE, "triton", _triton, supports=_triton_refuses, priority=10, capturable=True)
