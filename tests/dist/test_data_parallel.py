@@ -138,6 +138,22 @@ def test_same_tokens_if_each_is_several_tensor_parallel_ranks(kimi_folder: Path)
 
 
 @pytest.mark.exhaustive
+@pytest.mark.parametrize("name", ["kimi_k2_int4", "kimi_k2_fp8"])
+def test_same_tokens_of_published_experts_over_eight_ranks(shared_dir: Path, name: str) -> None:
+    """Of Kimi-K2's formats, with an expert on each rank."""
+    folder = shared_dir / "oracles" / name
+    expected = alone(folder)
+
+    async def body(client: EngineClient) -> None:
+        assert client.info.experts is not None
+        assert client.info.experts.startswith("1 of 8 on each of 8 data-parallel ranks")
+        await check_same_tokens(client, expected)
+        await idle(client)
+
+    run(folder, 8, body)
+
+
+@pytest.mark.exhaustive
 def test_same_tokens_wherever_experts_and_their_copies_are(kimi_folder: Path, tmp_path: Path) -> None:
     rows = [[5, 1, 0, 3, 2, 4, 0, 1], [0, 1, 2, 3, 4, 5, 0, 1], [0, 2, 4, 5, 1, 3, 5, 2]]
     file = tmp_path / "placement.json"
