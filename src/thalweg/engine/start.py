@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import math
 from collections.abc import Callable
@@ -31,6 +32,7 @@ from thalweg.scheduler.scheduler import Scheduler
 from thalweg.text.codec import load_codec
 
 STATE_CHUNK = 64  # tokens: prefills that end at a multiple cut no chunk that a kernel of a recurrent layer works in
+LAST_SECONDS = 2.0  # for a collective with ranks that are gone to fail
 COARSEST_GRID = 256  # tokens: with a coarser one, few prompts would have a snapshot
 
 
@@ -80,6 +82,7 @@ class Engine:
         except BaseException:
             self.close()
             raise
+        atexit.register(self._end)
         self.recording = Recording(self._executor, config.tensor_parallel_size, config.nnodes)
         # Requests without a seed of their own differ from rank to rank.
         scheduler = new_scheduler(info, config.seed + ((data_rank or 0) << 32))
@@ -110,10 +113,13 @@ class Engine:
             self._end()
 
     def _end(self) -> None:
+        atexit.unregister(self._end)
+        reason = self._executor.failure()
         self.grammars.close()
         self._executor.close()
         if self.ranks is not None:
-            self.ranks.close(self._executor.failure())
+            self.ranks.close(reason)
+        self._executor.join(LAST_SECONDS)
         if self._give_folder_back is not None:
             self._give_folder_back()
 

@@ -88,11 +88,18 @@ class Executor(Generic[Info]):
                 future.set_exception(self._failure)
 
     def close(self, timeout_s: float = 10.0) -> None:
-        """Finish the plan under way, close the runner, end the thread. Waits no longer than `timeout_s`."""
+        """Finish the step under way, leave out what follows, close the runner, end the thread. Waits no longer than
+        `timeout_s`."""
+        lost = self._failure is not None
+        self.fail(EngineDeadError("the engine is closed"))  # nobody is told any more why a rank was lost
         self._work.put((None, Future()))
-        self._failed.set()  # nobody is told any more why a rank was lost
-        if self._failure is None:  # else the thread may hang in a collective that nobody answers
-            self._thread.join(timeout_s)
+        if not lost:  # else the thread may be in a collective that ends with the other ranks
+            self.join(timeout_s)
+
+    def join(self, timeout_s: float) -> None:
+        """Wait for the end of the thread. Python stops daemon threads when the process ends, and one that comes back
+        from torch's code then aborts the process."""
+        self._thread.join(timeout_s)
 
     def failure(self) -> str:
         """What ended the rank, in words; "" if nothing did."""

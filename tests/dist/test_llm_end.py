@@ -1,0 +1,92 @@
+"""An `LLM` in a process that ends, whatever its ranks do: an error that says why, and the process's own exit code."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.dist.processes import lives, needs_proc, until
+from tests.e2e.tiny_model import write_tiny_model
+
+WITHIN = 10.0  # seconds from a fault to its error, and from there to the end of the process
+SCRIPT = """
+import os, signal, sys, time
+from thalweg import LLM, SamplingParams
+from thalweg.errors import EngineDeadError
+
+llm = LLM({folder!r}, device="cpu", tensor_parallel_size={ranks}, step_timeout={step_timeout})
+pids = llm.engine.ranks.pids if llm.engine.ranks else []
+print(*pids, flush=True)
+stream = llm.stream("a", SamplingParams(max_tokens=400, temperature=0, ignore_eos=True))
+for _ in range(5):
+    next(stream)
+{then}
+sys.exit(7)
+"""
+LOST = """
+os.kill(pids[0], signal.{signal})
+began = time.monotonic()
+try:
+    for _ in stream:
+        pass
+except EngineDeadError as e:
+    print(e)
+print(time.monotonic() - began, flush=True)
+"""
+CLOSED = """
+llm.close()
+with LLM({folder!r}, device="cpu", tensor_parallel_size={ranks}) as another:
+    assert another.generate("a", SamplingParams(max_tokens=2))[0].outputs[0].token_ids
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def said(folder: Path, ranks: int, then: str, step_timeout: float = 60) -> list[str]:
+    """What the script says, if it ends as it wants to and leaves no rank behind."""
+    options = {"folder": str(folder), "ranks": ranks, "step_timeout": step_timeout}
+    script = SCRIPT.format(**options, then=then.format(**options))
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=120)
+            ended = time.monotonic()
+        finally:
+            process.kill()
+    assert process.returncode == 7, (out, err)
+    assert not err
+    pids, *lines = out.splitlines()
+    until(lambda: not any(lives(int(pid)) for pid in pids.split()), "a rank lives on", WITHIN)
+    assert time.monotonic() - ended < WITHIN
+    return lines
+
+
+@needs_proc
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_process_may_end_in_the_middle_of_a_stream(folder: Path, ranks: int) -> None:
+    assert said(folder, ranks, "") == []
+
+
+@needs_proc
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("signal", "error", "then"),
+    [
+        ("SIGKILL", "rank 1 ended with exit code -9", ""),
+        ("SIGKILL", "rank 1 ended with exit code -9", CLOSED),
+        ("SIGSTOP", "a rank hangs, or --step-timeout is too short", ""),
+    ],
+    ids=["killed", "killed and closed", "hangs"],
+)
+def test_a_process_that_lost_a_rank_goes_on_to_its_own_end(folder: Path, signal: str, error: str, then: str) -> None:
+    reason, seconds = said(folder, 2, LOST.replace("{signal}", signal) + then, 5 if signal == "SIGSTOP" else 60)
+    assert error in reason
+    assert float(seconds) < WITHIN
