@@ -151,19 +151,19 @@ def test_recordings_share_the_memory_of_their_results() -> None:
         with recording(scratch) as recorded:
             results.append(rms_norm(rms_norm(x, norm, 1e-5), norm, 1e-5))
         recordings.append(recorded)
-    assert len(scratch) == CHUNK
+    assert len(scratch) == 6 * LINE  # two results of the largest
     assert {y.data_ptr() % LINE for y in results} == {0}
     for i in (2, 0, 1, 0):
         recordings[i].replay()
         assert results[i].equal(rms_norm(rms_norm(xs[i], norm, 1e-5), norm, 1e-5))
 
 
-def test_batches_that_grow_leave_little_behind() -> None:
+def test_a_larger_batch_uses_the_memory_of_smaller_ones() -> None:
     scratch = Scratch()
     for rows in range(1, 17):
-        scratch.begin()
+        scratch.begin(room=-(-16 // rows))
         scratch.like(torch.empty(rows * 600_000, dtype=torch.uint8))
-    assert len(scratch) < 4 * rows * 600_000
+        assert len(scratch) == rows * 600_000
 
 
 def test_a_large_result_has_memory_of_its_own_and_small_ones_fill_the_rest() -> None:
@@ -171,6 +171,63 @@ def test_a_large_result_has_memory_of_its_own_and_small_ones_fill_the_rest() -> 
     for _ in range(2):
         scratch.begin()
         sizes = (CHUNK // 2, CHUNK // 2 + 1, 3 * CHUNK, 7)
-        made = [scratch.like(torch.empty(size, dtype=torch.uint8)).fill_(i) for i, size in enumerate(sizes)]
-        assert [int(x.float().mean()) for x in made] == [0, 1, 2, 3]
-        assert len(scratch) == 6 * CHUNK
+        made = [scratch.like(torch.empty(size, dtype=torch.uint8)) for size in sizes]
+        for i, x in enumerate(made):
+            assert x is not None
+            x.fill_(i)
+        assert [int(x.float().mean()) for x in made if x is not None] == [0, 1, 2, 3]
+        assert len(scratch) == 4 * CHUNK + 2 * LINE
+
+
+def test_memory_serves_again_once_no_view_refers_to_it() -> None:
+    scratch, of = Scratch(), torch.empty(1000)
+    first, second = scratch.like(of), scratch.like(of)
+    assert first is not None
+    assert second is not None
+    at, part = first.data_ptr(), first.view(10, 100)[3:, :50]
+    del first
+    third = scratch.like(of)
+    assert third is not None
+    assert third.data_ptr() not in (at, second.data_ptr())
+    del part
+    fourth = scratch.like(of)
+    assert fourth is not None
+    assert fourth.data_ptr() == at
+    assert len(scratch) == 3 * 4032
+
+
+@torch.inference_mode()
+def test_a_chain_of_layers_takes_the_memory_of_one() -> None:
+    """And gives what it does without a recording, as often as it is replayed."""
+    torch.manual_seed(0)
+    w, norm = torch.randn(32, 8), torch.rand(8)
+    x = torch.randn(3, 8)
+
+    def chain(x: Tensor, depth: int) -> Tensor:
+        y = x
+        for _ in range(depth):
+            y = layers(y, w, norm)
+        return y
+
+    sizes = []
+    for depth in (2, 20):
+        with recording(scratch := Scratch()) as recorded:
+            y = chain(x, depth)
+        sizes.append(len(scratch))
+        for _ in range(2):
+            x.normal_()
+            recorded.replay()
+            assert y.equal(chain(x, depth))
+    assert sizes[0] == sizes[1]
+
+
+@torch.inference_mode()
+def test_more_than_the_limit_is_not_recorded() -> None:
+    x, norm, scratch = torch.randn(1, 8), torch.rand(8), Scratch(limit=2 * LINE)
+    with recording(scratch) as recorded:
+        rms_norm(rms_norm(rms_norm(x, norm, 1e-5), norm, 1e-5), norm, 1e-5)
+    assert recorded.why_not is None
+    with recording(scratch) as recorded:
+        _kept = [rms_norm(x, norm, 1e-5) for _ in range(3)]
+    assert recorded.why_not == "its results take more than 0 MiB"
+    assert len(scratch) == 2 * LINE

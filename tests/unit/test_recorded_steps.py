@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
@@ -14,11 +15,13 @@ from tests.models import random_checkpoint as random
 from tests.models import random_kimi_k2, random_qwen
 from tests.ops.cpp_case import needs_cpp
 from thalweg import LLM, SamplingParams
+from thalweg.assembly import rank
+from thalweg.assembly.inspect import describe
 from thalweg.assembly.rank import build_rank
 from thalweg.config.engine import EngineConfig
 from thalweg.ops.registry import Choice
 from thalweg.ops.toolchain.cpu_recording import Recording
-from thalweg.runner.recorded import MAX_ROWS
+from thalweg.runner.recorded import MAX_ROWS, RecordedSteps, most_bytes
 
 pytestmark = needs_cpp
 
@@ -106,11 +109,45 @@ def test_more_rows_than_are_recorded_run_eagerly(folder: Path, replays: Counter[
     for eager in (True, False):
         with LLM(str(folder), max_num_seqs=len(params), enforce_eager=eager) as llm:
             answers.append([o.outputs[0].token_ids for o in llm.generate(prompts, params)])
-            assert llm.info.decode_steps == (
-                "eager: --enforce-eager" if eager else f"recorded calls of up to {MAX_ROWS} rows, eager beyond"
-            )
+            said = "eager: --enforce-eager" if eager else f"recorded calls of up to {MAX_ROWS} rows, eager beyond; "
+            assert llm.info.decode_steps.startswith(said)
     assert answers[0] == answers[1]
     assert replays
+
+
+@pytest.mark.parametrize("family", [random, random_qwen, random_kimi_k2], ids=["kimi_linear", "qwen", "kimi_k2"])
+def test_steps_of_the_most_rows_take_less_than_the_cache_leaves_them(family: ModuleType, tmp_path: Path) -> None:
+    c = family.config(kda_dim=16) if family is random else family.config()
+    with LLM(str(family.write(tmp_path, c, family.weights(c)))) as llm:
+        (steps,) = (each for each in gc.get_objects() if type(each) is RecordedSteps)
+        for rows in (1, MAX_ROWS):
+            llm.generate([[3, 5]] * rows, SamplingParams(max_tokens=3, ignore_eos=True))
+        assert not steps.refused
+        assert len(steps.scratch) < steps.scratch.limit
+
+
+def test_steps_that_would_take_more_run_eagerly(
+    folder: Path, replays: Counter[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rank, "most_bytes", lambda *_: 1 << 14)
+    with LLM(str(folder), max_num_seqs=16) as llm:
+        few = llm.generate([[3, 5]], SamplingParams(temperature=0, max_tokens=9, ignore_eos=True))
+        recorded = replays.total()
+        assert recorded > 4
+        many = llm.generate([[3, 5]] * 16, SamplingParams(temperature=0, max_tokens=9, ignore_eos=True))
+        assert replays.total() == recorded
+    assert {tuple(o.outputs[0].token_ids) for o in many} == {tuple(few[0].outputs[0].token_ids)}
+
+
+def test_the_cache_is_what_recordings_leave_unless_its_size_was_given(folder: Path) -> None:
+    def memory(**options: Any) -> int:
+        found = describe(EngineConfig(str(folder), device="cpu", **options)).memory
+        assert found is not None
+        return found.memory_bytes
+
+    recorded = most_bytes(10, 128, random.config()["hidden_size"])
+    assert memory(max_num_seqs=10) == memory(max_num_seqs=10, enforce_eager=True) - recorded
+    assert memory(cache_memory=1 << 24) == memory(cache_memory=1 << 24, enforce_eager=True) == 1 << 24
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from thalweg.assembly.rank import (
     describe_layer,
     device_name,
     op_choices,
+    recorded_bytes,
     resolve_sample,
     split_cache,
 )
@@ -112,8 +113,9 @@ def describe(config: EngineConfig) -> Inspection:
     plain = config.dtype == c.dtype and config.quantization is None
     native = model if plain else _build(source, config, c.dtype, device, Resolver())
     cost = _cost(model, config.dtype, config.quantization)
-    memory, memory_error = _split(config, model.cache_specs, device, cost.weight_bytes, c.context_len)
-    steps = None if memory is None else choose_steps(config, device, resolver, memory)
+    recorded = recorded_bytes(config, device, resolver, c)
+    memory, memory_error = _split(config, model.cache_specs, device, cost.weight_bytes, recorded, c.context_len)
+    steps = None if memory is None else choose_steps(config, device, resolver, memory, recorded)
     kinds = Counter(f"{type(layer.attn).__name__} + {type(layer.mlp).__name__}" for layer in model.layers)
     return Inspection(
         name=source.name,
@@ -188,11 +190,16 @@ def _cost(model: Any, dtype: str, quantization: str | None = None) -> Cost:
 
 
 def _split(
-    config: EngineConfig, specs: list[LayerSpecs], device: torch.device, weight_bytes: int, context_len: int
+    config: EngineConfig,
+    specs: list[LayerSpecs],
+    device: torch.device,
+    weight_bytes: int,
+    recorded: int,
+    context_len: int,
 ) -> tuple[MemorySplit | None, str | None]:
     """The split under the given limits, or why they do not fit."""
     try:
-        memory = cache_memory(config, device, Mesh())
+        memory = cache_memory(config, device, Mesh(), recorded)
         if device.type == "cuda" and config.cache_memory is None:
             memory -= weight_bytes  # an engine measures what is left once they are there
         return split_cache(config, specs, memory, device, Mesh(), context_len), None

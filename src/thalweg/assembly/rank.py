@@ -19,7 +19,7 @@ from thalweg.assembly.expert_placement import describe_experts
 from thalweg.assembly.identity import cache_identity
 from thalweg.assembly.info import EngineInfo, OpChoice, OpSpan
 from thalweg.assembly.model import open_model
-from thalweg.assembly.steps import choose_steps
+from thalweg.assembly.steps import choose_steps, why_not_recorded
 from thalweg.assembly.warmup import make_kernels, warm_up
 from thalweg.cache.host_storage import HostStorage
 from thalweg.cache.memory import MemorySplit, default_num_seqs, split_memory
@@ -29,6 +29,7 @@ from thalweg.config.engine import EngineConfig
 from thalweg.errors import CheckpointError, ConfigError
 from thalweg.layers.attributes import find_directly
 from thalweg.models.decoder import Decoder
+from thalweg.models.family import DecoderConfig
 from thalweg.ops.all_gather import ALL_GATHER, AllGatherDims
 from thalweg.ops.all_reduce import AREAS, ROWS, areas_of
 from thalweg.ops.registry import Resolver, Where, dims_of
@@ -39,6 +40,8 @@ from thalweg.parallel.peers import map_data_peers, map_peers
 from thalweg.runner.cache_file import CacheIndex, images
 from thalweg.runner.cache_file import read as read_file
 from thalweg.runner.graphs import MAX_ROWS, Share
+from thalweg.runner.recorded import MAX_ROWS as MAX_RECORDED_ROWS
+from thalweg.runner.recorded import most_bytes
 from thalweg.runner.slots import SlotTable
 from thalweg.runner.step import ModelRunner
 from thalweg.sampling.grammars import Grammars
@@ -99,7 +102,8 @@ def build_rank(
 
     specs: list[LayerSpecs] = model.cache_specs
     weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    split = split_cache(config, specs, cache_memory(config, device, mesh), device, mesh, c.context_len)
+    recorded = recorded_bytes(config, device, resolver, c)
+    split = split_cache(config, specs, cache_memory(config, device, mesh, recorded), device, mesh, c.context_len)
     snapshots = split.num_snapshots, split.snapshot_dtype, split.num_staged
     cache = CacheStorage(specs, split.num_blocks, split.num_slots, config.block_size, device, *snapshots)
     eos = source.eos_token_ids
@@ -112,7 +116,7 @@ def build_rank(
         host = HostStorage(cache, split.num_host_blocks, split.num_host_snapshots)
     identity = cache_identity(config, source, device.type, [repr(layer) for layer in specs])
     index = read_cache(host, config, identity, mesh, device) if host is not None else None
-    steps = choose_steps(config, device, resolver, split)
+    steps = choose_steps(config, device, resolver, split, recorded)
     laps.end("cache")
     sampler = Sampler(sampling, sample, over_ranks)
     share = resolve_share(resolver, device, mesh)
@@ -129,6 +133,7 @@ def build_rank(
         share,
         steps.recorded_rows,
         gather,
+        recorded,
     )
     runner.identity, runner.cache_index = identity, index
     if device.type == "cuda":
@@ -252,12 +257,21 @@ def op_choices(resolver: Resolver) -> list[OpChoice]:
     ]
 
 
-def cache_memory(config: EngineConfig, device: torch.device, mesh: Mesh) -> int:
-    """Bytes for the cache on this rank; the same number on every rank."""
+def recorded_bytes(config: EngineConfig, device: torch.device, resolver: Resolver, c: DecoderConfig) -> int:
+    """Bytes that recordings of steps on a CPU may write; 0 if there are none."""
+    rows = min(MAX_RECORDED_ROWS, config.max_num_seqs or CPU_NUM_SEQS)
+    if device.type != "cpu" or why_not_recorded(config, device, resolver, None, rows):
+        return 0
+    return most_bytes(rows, c.vocab_size, c.width)
+
+
+def cache_memory(config: EngineConfig, device: torch.device, mesh: Mesh, recorded: int) -> int:
+    """Bytes for the cache on this rank; the same number on every rank. Unless --cache-memory says how many, they are
+    what `recorded` bytes of recordings leave."""
     if config.cache_memory is not None:
         return config.cache_memory
     if device.type != "cuda":
-        return min(CPU_CACHE_MEMORY, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
+        return min(CPU_CACHE_MEMORY, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2) - recorded
     free, total = torch.cuda.mem_get_info(device)
     memory = int(config.gpu_memory_utilization * total) - (total - free)
     memory = mesh.minimum(memory, device)

@@ -21,6 +21,7 @@ class Steps:
 
     graph_sizes: list[int]  # rows of steps of decode rows alone, as CUDA graphs
     recorded_rows: int  # of such a step on a CPU, if it is recorded, at most
+    recorded_bytes: int  # that results of recorded steps take, at most
     not_recorded: str | None  # why there are neither graphs nor recordings
     prefill_tokens: int  # of a step with prompts, as a CUDA graph, at most
     prefills: str  # how those run, and why
@@ -31,12 +32,16 @@ class Steps:
         if self.graph_sizes:
             return f"CUDA graphs of {', '.join(map(str, self.graph_sizes))} rows"
         if self.not_recorded is None:
-            return f"recorded calls of up to {self.recorded_rows} rows, eager beyond"
+            memory = f"results take up to {self.recorded_bytes / 2**20:.0f} MiB"
+            return f"recorded calls of up to {self.recorded_rows} rows, eager beyond; {memory}"
         return f"eager: {self.not_recorded}"
 
 
-def choose_steps(config: EngineConfig, device: torch.device, resolver: Resolver, split: MemorySplit) -> Steps:
-    """Of a model whose ops `resolver` has resolved. What is to be recorded may still turn out not to be."""
+def choose_steps(
+    config: EngineConfig, device: torch.device, resolver: Resolver, split: MemorySplit, recorded: int
+) -> Steps:
+    """Of a model whose ops `resolver` has resolved. What is to be recorded, in so many bytes, may still turn out not to
+    be."""
     assert config.max_num_batched_tokens is not None
     assert config.prefill_graph_tokens is not None
     sizes = buckets(split.num_slots)
@@ -50,6 +55,7 @@ def choose_steps(config: EngineConfig, device: torch.device, resolver: Resolver,
     return Steps(
         graph_sizes=[] if eager else sizes,
         recorded_rows=0 if not_recorded else rows,
+        recorded_bytes=recorded,
         not_recorded=not_recorded,
         prefill_tokens=tokens,
         prefills=prefill_steps_as(config, prefills_eager, tokens),

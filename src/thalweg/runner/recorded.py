@@ -23,8 +23,14 @@ from thalweg.runner.slots import IntArray
 from thalweg.sampling.sampler import Sampler
 
 MAX_ROWS = 64  # beyond, Python takes little of a step
+ROW_WIDTHS = 64  # times the model's width of numbers: of a row's results without logits; 31 at most were measured
 _ONE_ON = np.array(ONE_ON)
 _log = logging.getLogger(__name__)
+
+
+def most_bytes(rows: int, vocab_size: int, width: int) -> int:
+    """That recordings of steps of up to `rows` rows may write: results of the largest, in float32."""
+    return 4 * rows * (vocab_size + ROW_WIDTHS * width)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,16 +42,16 @@ class _Step:
 
 
 class RecordedSteps:
-    """Recordings by the number of rows, up to `most`.
+    """Recordings by the number of rows, up to `most`, whose results take up to `limit` bytes.
 
-    A size whose step does more than call ops in C++ is not recorded: `serves` says no from then on.
+    A size whose step does more than call ops in C++, or takes more, is not recorded: `serves` says no from then on.
     """
 
-    def __init__(self, model: Model, batches: BatchBuilder, sampler: Sampler, most: int) -> None:
+    def __init__(self, model: Model, batches: BatchBuilder, sampler: Sampler, most: int, limit: int) -> None:
         self._model, self._batches, self._sampler, self._most = model, batches, sampler, most
         self._slots = slots = batches.slots
         self._steps: dict[int, _Step] = {}
-        self.scratch = Scratch()
+        self.scratch = Scratch(limit)
         self.refused: dict[int, str] = {}  # why steps are not recorded
         # Memory that recorded calls read, and the same for the host: a call of torch costs more than most of numpy's
         # here, and one that lets go of the GIL may have to wait for the thread that plans.
@@ -98,7 +104,7 @@ class RecordedSteps:
             step.recording.replay()
             return step.logits_RV, step.ids_R, step.ids
         batch = self._batch(d)
-        with recording(self.scratch) as recorded:
+        with recording(self.scratch, room=-(-self._most // d)) as recorded:
             logits_RV = self._model(batch, self._slots.cache)
             ids_R = self._sampler.sample_rows(logits_RV, batch.slots_B, self._rows[3, :d])
         ids = ids_R.numpy()

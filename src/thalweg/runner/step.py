@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 
@@ -50,11 +51,13 @@ class ModelRunner:
         share: Share | None = None,
         recorded_rows: int = 0,
         gather: Gather | None = None,
+        recorded_bytes: int = sys.maxsize,
     ) -> None:
         """`sampler` reads `slots.sampling`. `graph_sizes` are rows of steps that decode. Steps of up to
         `prefill_tokens` prompt tokens can be graphs; 0: none. `host`: the cache's second tier. `keeps_prefixes`:
         whether prompts may begin after cached tokens. `share`: instead of the mesh's broadcast. `recorded_rows`: steps
-        that decode so many rows at most are recorded, on a CPU without other ranks. `gather`: see DecodeGraphs."""
+        that decode so many rows at most are recorded, on a CPU without other ranks, and their results take up to
+        `recorded_bytes`. `gather`: see DecodeGraphs."""
         self.model, self.slots, self._sampler, self.mesh = model, slots, sampler, mesh
         self.host = host
         self.identity = ""  # of the model and all that cached bytes depend on
@@ -67,7 +70,9 @@ class ModelRunner:
         if graph_sizes:
             with torch.inference_mode():
                 self._graphs = DecodeGraphs(model, self._batches, sampler, self._share, graph_sizes, mesh.data, gather)
-        self._recorded = RecordedSteps(model, self._batches, sampler, recorded_rows) if recorded_rows else None
+        self._recorded = None
+        if recorded_rows:
+            self._recorded = RecordedSteps(model, self._batches, sampler, recorded_rows, recorded_bytes)
         self.prefill_graphs = None
         if prefill_tokens:
             most = slots.cache.num_slots

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import ctypes
 import struct
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
+from weakref import finalize
 
 import torch
 from torch import Tensor
@@ -32,32 +34,58 @@ _VIEWS = frozenset(  # copies, some of them, of what cannot be viewed so
 
 
 class Scratch:
-    """Memory for what the calls of recordings give one another. Recordings with the same scratch overwrite each other's
-    results, so that together they take little more than the largest."""
+    """Memory for what the calls of recordings give one another, of which at most `limit` bytes are written.
 
-    def __init__(self) -> None:
+    As in a step that is not recorded, the memory of a result serves another one once nobody refers to the first.
+    Recordings with the same scratch overwrite each other's results, so that together they take what the largest does.
+    """
+
+    def __init__(self, limit: int = sys.maxsize) -> None:
+        self.limit = limit
         self._chunks: list[Tensor] = []
-        self._chunk = self._used = 0
+        self._written: list[int] = []  # of each chunk
+        self.begin()
 
-    def begin(self) -> None:
-        """From here on all of it is free again."""
+    def begin(self, room: int = 1) -> None:
+        """From here on all of it is free again. Recordings to come have results up to `room` times as large: addresses
+        are set aside for those, which take no memory before they are written."""
+        self._room = room
         self._chunk = self._used = 0
+        self._free: dict[int, list[Tensor]] = {}  # by size
 
-    def like(self, made: Tensor) -> Tensor:
-        """A tensor of the same size and dtype, uninitialised."""
+    def like(self, made: Tensor) -> Tensor | None:
+        """A tensor of the same size and dtype, uninitialised; None if that is more than the limit."""
         size = made.numel() * made.element_size()
+        padded = max(LINE, -(-size // LINE) * LINE)
+        free = self._free.setdefault(padded, [])
+        place = free.pop() if free else self._next(padded)
+        if place is None:
+            return None
+        memory = place.numpy()[:size]
+        # A storage of its own, which goes with its last view.
+        finalize(memory, free.append, place).atexit = False
+        return torch.from_numpy(memory).view(made.dtype).view(made.shape)
+
+    def _next(self, size: int) -> Tensor | None:
         while self._chunk < len(self._chunks) and self._used + size > len(self._chunks[self._chunk]):
             self._chunk, self._used = self._chunk + 1, 0
         if self._chunk == len(self._chunks):
-            # A power of two: batches that grow by a row at a time would leave a chunk behind for every size.
-            self._chunks.append(torch.empty(max(1 << (size - 1).bit_length(), CHUNK), dtype=torch.uint8))
-        place = self._chunks[self._chunk][self._used : self._used + size]
-        self._used += -(-size // LINE) * LINE
-        return place.view(made.dtype).view(made.shape)
+            self._chunks.append(torch.empty(max(size * self._room, CHUNK), dtype=torch.uint8))
+            self._written.append(0)
+        begin, end = self._used, self._used + size
+        if len(self) + end - self._written[self._chunk] > self.limit:
+            return None
+        self._written[self._chunk] = max(self._written[self._chunk], end)
+        self._used = end
+        return self._chunks[self._chunk][begin:end]
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        at = tensor.data_ptr()
+        return any(chunk.data_ptr() <= at < chunk.data_ptr() + len(chunk) for chunk in self._chunks)
 
     def __len__(self) -> int:
-        """Bytes."""
-        return sum(map(len, self._chunks))
+        """Bytes that are written."""
+        return sum(self._written)
 
 
 class Recording:
@@ -116,8 +144,8 @@ def _number(arg: Any) -> int | float:
 
 
 class _Watch(TorchFunctionMode):
-    """Keeps what torch makes, and notices what it computes. A TorchDispatchMode would see more than what Python asks
-    for, and imports for two seconds."""
+    """Gives what torch makes a place, and notices what it computes. A TorchDispatchMode would see more than what Python
+    asks for, and imports for two seconds."""
 
     def __init__(self, recording: Recording, scratch: Scratch) -> None:
         super().__init__()
@@ -129,10 +157,15 @@ class _Watch(TorchFunctionMode):
         if name in _ASKS or self._recording.why_not is not None:
             return made
         if name in _ALLOCATES:
-            made = self._scratch.like(made)
-        elif not (name in _VIEWS and _is_view(made, args[0])):
+            place = self._scratch.like(made)
+            if place is None:
+                self._recording._refuse(f"its results take more than {self._scratch.limit >> 20} MiB")
+                return made
+            return place
+        if not (name in _VIEWS and _is_view(made, args[0])):
             self._recording._refuse(f"torch runs {name} between ops in C++")
-        self._recording._kept.append(made)
+        elif args[0] not in self._scratch:
+            self._recording._kept.append(made)
         return made
 
 
@@ -143,11 +176,12 @@ def _is_view(made: Any, of: Tensor) -> bool:
 
 
 @contextmanager
-def recording(scratch: Scratch) -> Iterator[Recording]:
+def recording(scratch: Scratch, room: int = 1) -> Iterator[Recording]:
     """Inside, this thread's calls of ops in C++ are made and recorded; replayed they work on the same memory, which
-    for results is `scratch`."""
+    for results is `scratch`. `room`: see Scratch.begin."""
     recorded = Recording()
-    scratch.begin()
+    recorded._kept.append(scratch)
+    scratch.begin(room)
     with _Watch(recorded, scratch), cpu_build.telling(recorded.add):
         yield recorded
     try:
