@@ -273,6 +273,17 @@ def test_a_rank_that_hangs_and_shares_a_data_parallel_one_s_model_is_ended(
         assert server.check_gone(WITHIN) == ENGINE_DIED
 
 
+@pytest.mark.parametrize("victim", ["engine", exhaustive("server")])
+@pytest.mark.slow
+def test_a_death_while_a_rank_hangs_leaves_it_no_longer(folder: Path, tmp: Path, tmp_path: Path, victim: str) -> None:
+    with serving(tmp_path / "log", tmp, str(folder), "-tp", "2") as server:
+        server.url()
+        processes = server.all_of(2)
+        stop(processes["rank 1"])
+        os.kill(processes[victim], signal.SIGKILL)
+        check_error(server, victim, server.check_gone(WITHIN))
+
+
 @pytest.mark.slow
 def test_a_death_while_kernels_are_compiled(folder: Path, tmp: Path, tmp_path: Path) -> None:
     """The compiler ends too, and the next start does not wait for it."""

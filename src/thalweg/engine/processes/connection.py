@@ -49,7 +49,12 @@ class Connection:
         command = [sys.executable, "-m", "thalweg.engine.processes.main", where]
         # A session of its own: Ctrl-C in a terminal is for this process, which then ends the engine.
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
-        self._exit = asyncio.ensure_future(asyncio.to_thread(self.process.wait))
+        self._exit = asyncio.ensure_future(asyncio.to_thread(self._wait))
+
+    def _wait(self) -> int:
+        code = self.process.wait()
+        end_group(self.process.pid)  # of ranks that hang
+        return code
 
     async def ready(self, start: m.Start) -> EngineInfo:
         """Wait until the engine is ready. Raises what it could not start for."""

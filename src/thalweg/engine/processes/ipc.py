@@ -20,7 +20,6 @@ PREFIX = "thalweg-ipc-"
 _LOCK = "lock"
 _UNLOCKED_SECONDS = 60.0  # before a folder without its lock counts as given up, and not as being made
 _LEAVE = b"."  # on standard input, before its end: the parent lives and clears up
-_followers: set[subprocess.Popen[bytes]] = set()
 
 
 class SocketFolder:
@@ -104,25 +103,14 @@ def tell_to_leave(process: subprocess.Popen[bytes]) -> None:
 
 
 def end_group(child: int) -> None:
-    """Kill whatever is left of a child that was started with a session of its own: it, and compilers that it ran."""
+    """Kill whatever is left of a child that was started with a session of its own: it, its ranks and compilers."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(child, signal.SIGKILL)
 
 
-def follow(child: subprocess.Popen[bytes]) -> None:
-    """Have a child with a session of its own killed if this process has to leave at once (`end_with_parent`): one that
-    hangs would not leave by itself."""
-    _followers.add(child)
-
-
-def follow_no_more(child: subprocess.Popen[bytes]) -> None:
-    """The child has ended, or is to outlive this process."""
-    _followers.discard(child)
-
-
 def end_with_parent(own_address: str) -> None:
     """Leave at once when standard input ends, which the parent holds open: no orphan keeps memory or a device. What
-    this process runs, such as a compiler, goes with it if its session is its own.
+    this process runs, such as ranks and compilers, goes with it, though it hangs, if its session is its own.
 
     Unless the parent said `tell_to_leave`, it died, and the folder of `own_address`, a socket, is removed first.
 
@@ -136,9 +124,6 @@ def end_with_parent(own_address: str) -> None:
                 told = read
         if not told.endswith(_LEAVE):
             remove(Path(own_address.removeprefix("ipc://")).parent)
-        for child in tuple(_followers):
-            if child.poll() is None:
-                end_group(child.pid)
         if os.getpgrp() == os.getpid():
             os.killpg(0, signal.SIGKILL)
         os._exit(0)

@@ -18,7 +18,7 @@ from thalweg.config.engine import EngineConfig
 from thalweg.core import StepPlan
 from thalweg.engine.processes.host_link import cluster_key
 from thalweg.engine.processes.hosts import OnDeath, OtherHosts
-from thalweg.engine.processes.ipc import SocketFolder, address, end_group, follow, follow_no_more, tell_to_leave
+from thalweg.engine.processes.ipc import SocketFolder, address, end_group, tell_to_leave
 from thalweg.engine.processes.ray_hosts import RayHosts
 from thalweg.errors import ConfigError, EngineDeadError
 from thalweg.recorder.orders import Order
@@ -57,6 +57,9 @@ class LocalRanks:
         self._of = f" of data-parallel rank {data_rank}" if config.data_parallel_size > 1 else ""
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._sockets: list[zmq.Socket[bytes]] = []
+        # Those of an engine process share its session and end with it, even if they hang. Others have one of their own,
+        # which Ctrl-C in the user's terminal does not reach.
+        own_session = self._own_folder is not None
         first = config.node_rank * config.ranks_per_node
         for rank in range(max(1, first), first + config.ranks_per_node):
             where = address(folder, f"{of}rank-{rank}")
@@ -66,8 +69,7 @@ class LocalRanks:
             socket.connect(where)
             # stdin stays open as long as this process lives: its end tells the rank that nobody needs it any more.
             command = [sys.executable, "-m", "thalweg.engine.processes.rank_main", where]
-            self._processes[rank] = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
-            follow(self._processes[rank])
+            self._processes[rank] = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=own_session)
             self._sockets.append(socket)
             start = RankStart(config.to_dict(), rank, self.meeting, data_rank, self.data_meeting)
             socket.send(encode(start))
@@ -102,9 +104,9 @@ class LocalRanks:
         for process in self._processes.values():
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout_s)
+            process.kill()
             end_group(process.pid)
             process.wait()
-            follow_no_more(process)
         for socket in self._sockets:
             socket.close()
         self._context.term()
