@@ -469,7 +469,8 @@ template <auto KERNEL> void run_block(int threads) {
         makecontext(&start, run_thread<KERNEL>, 0);
         if (!_setjmp(place_of_host)) setcontext(&start);
     }
-    if (!_setjmp(place_of_host)) let_next_run();
+    threadIdx.x = direction > 0 ? 0 : threads - 1;
+    if (!_setjmp(place_of_host)) _longjmp(places[threadIdx.x], 1);
 }
 
 // Runs blocks of a kernel, from the first of them on, with arguments by address, as the driver takes them.
