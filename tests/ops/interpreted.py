@@ -6,23 +6,22 @@ Kernels are made for the interpreter or the compiler when their module is import
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+
+from tests.forked import CONTEXT
 
 
 def run_interpreted(*checks: Callable[[], None]) -> None:
-    """Call these module-level functions of one module, in order, in a fresh interpreting process."""
-    module = checks[0].__module__
-    calls = "; ".join(f"m.{check.__name__}()" for check in checks)
-    code = f"from tests.ops.interpreted import repair; repair(); import {module} as m; {calls}"
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr[-4000:]
+    """Call these module-level functions, in order, in a fresh interpreting process."""
+    with ProcessPoolExecutor(1, mp_context=CONTEXT, initializer=_interpret) as pool:
+        for check in checks:
+            pool.submit(check).result(timeout=120)
 
 
-def repair() -> None:
-    """Let loops run to bounds that were loaded: numpy 2.4 no longer turns an array of one element into an int."""
+def _interpret() -> None:
+    """Also lets loops run to bounds that were loaded: numpy 2.4 no longer turns an array of one element into an int."""
+    os.environ["TRITON_INTERPRET"] = "1"
     from triton.runtime import interpreter
 
     patch = interpreter._patch_lang_tensor
