@@ -44,6 +44,7 @@ def on_host(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_they_compile_for_hopper(tmp_path: Path, gated: int, dense: int, fp8: int, add: int) -> None:
     units = cuda.UNITS[1 if fp8 else 2]
     macros = dict(GATED=gated, DENSE=dense, FP8=fp8, ADD=add, UNITS=units, CLUSTER=1 + gated)
+    macros |= dict(EARLY=int(not dense and not fp8))
     compiled = compile_cuda(cuda.SOURCE, tmp_path, **macros)
     assert compiled.spilled_bytes == 0
     assert compiled.registers == 168  # of which the warpgroup that copies gives 128 to the two that multiply
@@ -88,6 +89,26 @@ def test_grouped_products_on_the_host(on_host: None, gated: bool, fp8: bool, ste
         else:
             want, got = wide_x[first : first + count] @ wide_w[expert].T, out[pairs]
         assert not count or rmse_ratio(got, want) < 0.003
+
+
+def test_a_launch_that_begins_early_on_the_host(on_host: None) -> None:
+    """Every tile of gate and up is counted, of several for the same rows too, and the launch behind waits for all."""
+    torch.manual_seed(0)
+    E, P, D, I = 3, 44, 6 * 64, 192
+    blocks = [[2, 0, 37], [0, 37, 1], [0, 38, 6], [0, 0, 0]]
+    x = torch.randn(P, D, dtype=torch.bfloat16)
+    gate_up, down = (torch.randn(E, *sizes, dtype=torch.bfloat16) * 0.05 for sizes in ((2 * I, D), (D, I)))
+    sorted_P = torch.randperm(P).int()
+    table = torch.tensor([*blocks, [0, 0, 3], [0, 0, 0], [0, 0, 0]], dtype=torch.int32)
+    h, y = torch.empty(P, I, dtype=torch.bfloat16), torch.empty(P, D, dtype=torch.bfloat16)
+    for rows, weights, out in ((x, gate_up, h), (h, down, y)):
+        cuda.grouped(rows, (weights,), sorted_P, table[:4], out, gated=out is h, share=1, early=True)
+    assert table[4:].flatten().tolist() == [0, 0, 3, 2, 2, 2, 0, 0, 0]
+    for expert, first, count in blocks[:3]:
+        pairs = sorted_P[first : first + count].long()
+        gate, up = (x[pairs].double() @ gate_up[expert].double().T).chunk(2, -1)
+        want = (F.silu(gate) * up).bfloat16().double() @ down[expert].double().T
+        assert rmse_ratio(y[pairs], want) < 0.006
 
 
 @pytest.mark.parametrize("add", [False, True])

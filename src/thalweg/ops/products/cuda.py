@@ -47,6 +47,7 @@ def grouped(
     gated: bool,
     share: int,
     cluster: int = 1,
+    early: bool = False,
 ) -> None:
     """Products of pairs with their experts' weights [E, rows, D], which in fp8 have scales of blocks behind them; then
     each row of x has one too.
@@ -54,9 +55,12 @@ def grouped(
     gated: out [P, rows / 2], by expert, is silu(gate x) * up x of x [P / share, D], by token. Otherwise out [P, rows],
     by token, is of x [P, D], by expert. Pairs are sorted, as `sort_pairs` of ops/moe/experts/sort.py does it, in blocks
     of at most `most_rows` rows for each block of a cluster (1 or 2), which shares the weights.
+
+    early, in bf16: of a gated launch and of the one behind it, of its results, with nothing in between; the latter
+    begins before the former ends. Their blocks have counts behind them then (`sort_pairs`).
     """
     E, rows, _ = weights[0].shape
-    macros = dict(GATED=int(gated), DENSE=0, ADD=0, CLUSTER=cluster)
+    macros = dict(GATED=int(gated), DENSE=0, ADD=0, CLUSTER=cluster, EARLY=int(early))
     counts = (share, len(blocks_N3), 0)
     _launch(x_RD, weights, E * rows, out_PO, x_scales_R, (sorted_P, blocks_N3), counts, macros)
 
@@ -74,7 +78,7 @@ def dense(
     """out = x w^T, both in fp8 with scales as `quantize_rows` gives them, plus what out holds if `add` is asked for.
     out's rows begin at multiples of 16 bytes, its last stride is 1."""
     T, O = out_TO.shape
-    macros = dict(GATED=0, DENSE=1, ADD=int(add), CLUSTER=cluster)
+    macros = dict(GATED=0, DENSE=1, ADD=int(add), CLUSTER=cluster, EARLY=0)
     blocks = dense_blocks(T, O, cluster * UNITS[1], multiprocessors(x_TD.device) // cluster)
     _launch(x_TD, (q_OD, w_scales_BO), O, out_TO, x_scales_T, (x_TD, x_TD), (1, blocks, T), macros)
 

@@ -80,6 +80,7 @@ template <int N> __device__ __forceinline__ void store_chunks(
         }
         turn ^= 1;
     }
+    __syncwarp();  // a lane arrives for all
 }
 #endif
 

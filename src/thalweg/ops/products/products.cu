@@ -15,7 +15,10 @@
 // Sums of 128 columns go to float32 apart, times the weights' scale; that of x's row, which would be as many multiplications
 // again and a load for each, waits for the end of the tile.
 //
-// Macros: GATED; DENSE; FP8; ADD, whether results are added to what is there, of DENSE; UNITS; CLUSTER, 1 or 2.
+// EARLY: of a gated launch and the one behind it, the latter begins on multiprocessors that have no tile of the former any
+// more, with rows that are made: the former counts the tiles of an expert's rows that are stored.
+//
+// Macros: GATED; DENSE; FP8; ADD, whether results are added to what is there, of DENSE; UNITS; CLUSTER, 1 or 2; EARLY.
 
 #define MAPPED (!GATED)                  // rows of a tile lie side by side
 #define LATER (FP8 && (GATED || DENSE))  // results are stored while the next tile is multiplied, for a stage of the ring
@@ -33,7 +36,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(COP
     const float* w_scales,  // of FP8: [experts * rows / 128, steps], or of DENSE [steps, w_scales_stride]
     const int* sorted,      // places of pairs by expert, but of DENSE
     const int* blocks,      // [count, 3] (expert, first of sorted, how many), those of 0 last; behind them two counters
-                            // of zero, for GATED and not, and how many are not of 0; but of DENSE
+                            // of zero, for GATED and not, how many are not of 0, and counts of zero, for EARLY; but of DENSE
     u16* out,               // bf16
     int x_stride,           // of 16 bytes
     long long out_stride,   // elements
@@ -59,7 +62,10 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(COP
         wait_for_cluster();
     else
         __syncthreads();
-    wait_for_kernel_ahead();
+    if (EARLY && !GATED)
+        begin_before_kernel_ahead_ends();
+    else
+        wait_for_kernel_ahead();
     start_kernel_behind();
     constexpr int PART = GATED ? 128 : 256;
     const Tiles tiles = {blocks, parts, count, tokens};
@@ -73,6 +79,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(COP
         const bool copies = !MAPPED || FP8 || tid == 0;  // whoever does not arrive could be a round behind, and miss it
 #if !DENSE
         int* counters = (int*)blocks + 3 * count;
+        [[maybe_unused]] u32* const stored = (u32*)counters + 3;
+        [[maybe_unused]] int before = -1;  // whose rows the tile before has
         const bool finds = tid == 0 && (CLUSTER == 1 || blockIdx.x % 2 == 0);
         Finder finder = {counters + !GATED, finds ? load_int(counters + 2) * parts : 0};
 #endif
@@ -126,6 +134,9 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(COP
                         copy_tile(to, &map, column, 0, box, full);
                         copy_tile(to + BOX, &map, column, 0, other, full);
                     }
+#if EARLY && MAPPED
+                    if (k == 0) wait_until_counted(stored + work.of, CLUSTER * ((steps + 1) / 2));  // tiles, of 128 columns
+#endif
 #if MAPPED
 #pragma unroll 1
                     for (int u = 0; u < n; u++)
@@ -145,13 +156,24 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(COP
 #if !MAPPED || FP8
                 arrive_after_copies(full);
 #endif
+#if EARLY && GATED
+                // Whoever has given the first stage of this tile back has stored the one before.
+                if (tid == COPIERS - 1 && k == STAGES && before >= 0) count_stored(stored + before);
+#endif
 #if !DENSE
                 if (finds && k == min(1, steps - 1)) finder.look(tiles);
                 if (finds && k == min(2, steps - 1)) finder.tell(s, walk.turn);
 #endif
                 ring.advance();
             }
+#if EARLY && GATED
+            before = work.of;
+#endif
         }
+#if EARLY && GATED
+        if (tid >= COPIERS - 32) wait_at<MULTIPLIERS + 32>(4);
+        if (tid == COPIERS - 1 && before >= 0) count_stored(stored + before);
+#endif
         __syncwarp();
         commit_copies();
         wait_for_copies<0>();
@@ -175,6 +197,9 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(COP
             }
         }
         if (LATER) wait_until_written();
+#if EARLY && GATED
+        arrive_at<MULTIPLIERS + 32>(4);
+#endif
     }
     if (CLUSTER > 1) wait_for_cluster();  // before it ends, the other may still copy and arrive here
 }

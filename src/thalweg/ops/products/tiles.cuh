@@ -9,10 +9,11 @@ constexpr int PITCH = 2 * 128 + 16;  // bytes of a tile's row of results, of LAT
 constexpr int COPIERS = 128, MULTIPLIERS = 256;
 constexpr int TOLD = 8;  // tiles that may be told before the first of them is done: more than the ring has stages, and two
 
-struct Work { int all, expert, first, count, part; };  // `all` the rows of the cluster, of which `count` are the block's
+// `all` the rows of the cluster, of which `count` are the block's; `of` the entry of `blocks` that they are.
+struct Work { int all, expert, first, count, part, of; };
 
 // A tile that is told to those who work on it: none if it has no rows.
-struct alignas(16) Told { int expert, first, all, part; };
+struct alignas(16) Told { int expert, first, all, tile; };
 
 struct Shared {
     alignas(1024) u8 weights[STAGES][WEIGHTS];
@@ -47,23 +48,23 @@ struct Tiles {
 #if DENSE
         constexpr int GROUP = 12;  // tiles of rows that go together, for the weights they share
         const int group = i / (GROUP * parts), width = min(count - group * GROUP, GROUP), within = i - group * GROUP * parts;
-        if (group * GROUP >= count || within >= width * parts) return {0, 0, 0, 0, 0};
+        if (group * GROUP >= count || within >= width * parts) return {};
         const int block = group * GROUP + within % width;
         const int units = (tokens + UNIT - 1) / UNIT, first = UNIT * (int)((long long)block * units / count);
         const int end = UNIT * (int)((long long)(block + 1) * units / count);
-        return share_out(0, first, min(end, tokens) - first, within / width);
+        return share_out(0, first, min(end, tokens) - first, within / width, 0);
 #else
         const int block = i / parts;
-        if (block >= count) return {0, 0, 0, 0, 0};
+        if (block >= count) return {};
         const int* at = blocks + 3 * block;
-        return share_out(load_int(at), load_int(at + 1), load_int(at + 2), i - block * parts);
+        return share_out(load_int(at), load_int(at + 1), load_int(at + 2), i - block * parts, block);
 #endif
     }
-    __device__ __forceinline__ Work share_out(int expert, int first, int all, int part) const {
-        if (CLUSTER == 1) return {all, expert, first, all, part};
+    __device__ __forceinline__ Work share_out(int expert, int first, int all, int part, int of) const {
+        if (CLUSTER == 1) return {all, expert, first, all, part, of};
         const int half = min(all, (all + 2 * UNIT - 1) / (2 * UNIT) * UNIT);
-        if (blockIdx.x % 2 == 0) return {all, expert, first, half, part};
-        return {all, expert, all > half ? first + half : first, all - half, part};
+        if (blockIdx.x % 2 == 0) return {all, expert, first, half, part, of};
+        return {all, expert, all > half ? first + half : first, all - half, part, of};
     }
 };
 
@@ -79,13 +80,13 @@ struct Finder {
         const int i = got + gridDim.x / CLUSTER, block = i / tiles.parts;  // the first ones need not be claimed
         const int* at = tiles.blocks + 3 * block;
         found.all = 0;
-        if (i < total) found = {load_int(at), load_int(at + 1), load_int(at + 2), i - block * tiles.parts};
+        if (i < total) found = {load_int(at), load_int(at + 1), load_int(at + 2), i};
         if (got == total - 1) *counter = 0;  // of as many claims as tiles this was the last
     }
     __device__ __forceinline__ void tell(Shared& s, int turn) const {
         const u32 to = shared_address(&s.told[turn % TOLD]), known = shared_address(&s.known[turn % TOLD]);
 #pragma unroll
-        for (int b = 0; b < CLUSTER; b++) store_in_block(b, to, make_uint4(found.expert, found.first, found.all, found.part), known);
+        for (int b = 0; b < CLUSTER; b++) store_in_block(b, to, make_uint4(found.expert, found.first, found.all, found.tile), known);
     }
 };
 
@@ -100,7 +101,8 @@ struct Walk {
         wait_at_barrier(shared_address(&s.known[slot]), turn / TOLD % 2);
         turn++;
         const Told x = s.told[slot];
-        return x.all ? tiles.share_out(x.expert, x.first, x.all, x.part) : Work{0, 0, 0, 0, 0};
+        const int of = x.tile / tiles.parts;
+        return x.all ? tiles.share_out(x.expert, x.first, x.all, x.tile - of * tiles.parts, of) : Work{};
 #else
         turn++;
         return tiles.at(blockIdx.x / CLUSTER + turn * (gridDim.x / CLUSTER));

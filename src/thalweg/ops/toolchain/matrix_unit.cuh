@@ -40,6 +40,19 @@ __device__ __forceinline__ int load_of_block(u32 block, const int* p) {
         : "memory");
     return x;
 }
+// A kernel that reads what the one ahead makes before all of that is there, and so does not wait for it. The one ahead
+// counts what its block has written, as far as this thread knows of it; whoever sees the count may read that by copies of
+// the copy unit.
+__device__ __forceinline__ void begin_before_kernel_ahead_ends() {}
+__device__ __forceinline__ void count_stored(u32* count) {
+    asm volatile("fence.acq_rel.gpu;\nred.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(count) : "memory");
+}
+__device__ __forceinline__ void wait_until_counted(const u32* count, u32 all) {
+    u32 x;
+    do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(count) : "memory");
+    while (x < all);
+    asm volatile("fence.proxy.async;" ::: "memory");
+}
 // Arrives once this thread's copies so far have come.
 __device__ __forceinline__ void arrive_after_copies(u32 barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");

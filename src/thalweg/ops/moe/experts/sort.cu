@@ -48,7 +48,7 @@ extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(THRE
     const long long* ids,
     int* sorted,   // [pairs]
     int* blocks,   // [count, 3] (expert, first of sorted, how many), as many as could be needed; the rest have 0. Behind them
-                   // two counters for who goes through them, and how many there are
+                   // two counters for who goes through them, how many there are, and a count of zero for each
     int pairs,
     int count,
     int rows,      // of a block at most
@@ -118,6 +118,7 @@ extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(THRE
     }
     for (int i = blocks_before + block * THREADS + tid; i < count; i += BLOCKS * THREADS)
         for (int j = 0; j < 3; j++) blocks[3 * i + j] = 0;
+    for (int i = block * THREADS + tid; i < count; i += BLOCKS * THREADS) blocks[3 * count + 3 + i] = 0;
     if (block == 0 && tid < 3) blocks[3 * count + tid] = tid < 2 ? 0 : blocks_before;
     __syncthreads();
     count_pairs<true>(experts, mine, next, first, sorted);

@@ -40,12 +40,13 @@ def shared_bytes(experts: int, of_warp: int) -> int:
 def sort_pairs(ids_Tk: Tensor, experts: int, rows: int, unit: int) -> Groups:
     """As `sort_pairs` of triton/grouping.py, in one launch; an expert's pairs keep their order.
 
-    Behind the blocks, in the same memory, are two counters of zero and the number of blocks that have pairs, for the
-    products of ops/products.
+    Behind the blocks, in the same memory, are two counters of zero, the number of blocks that have pairs, and a count
+    of zero for each, for the products of ops/products.
     """
     P, device = ids_Tk.numel(), ids_Tk.device
     sorted_P = torch.empty(P, dtype=torch.int32, device=device)
-    blocks_N3 = torch.empty(most_blocks(P, experts, rows) + 1, 3, dtype=torch.int32, device=device)[:-1]
+    most = most_blocks(P, experts, rows)
+    blocks_N3 = torch.empty(most + 1 + -(-most // 3), 3, dtype=torch.int32, device=device)[:most]
     of_warp = -(-P // (32 * BLOCKS * WARPS)) * 32
     kernel = cuda_kernel(SOURCE, "sort_pairs", 32 * WARPS, device, E=experts, BLOCKS=BLOCKS, WARPS=WARPS)
     numbers = (P, len(blocks_N3), rows, unit, of_warp)
