@@ -76,6 +76,16 @@ def test_a_rank_whose_disk_is_slower_than_the_collectives_timeout_is_awaited(tmp
     assert order == ["met", "missed"]
 
 
+@pytest.mark.parametrize("data", [False, True])
+def test_a_rank_that_does_not_come_is_missed(tmp_path: Path, data: bool) -> None:
+    """Which one that is, and why, is for whoever watches it to say: its end has the same error."""
+    import torch
+
+    with pytest.raises(RankLostError, match="rank 0 lost another rank of 2: ") as caught:
+        (join_data_ranks if data else join_mesh)(0, 2, str(tmp_path / "meet"), torch.device("cpu"), timeout_s=0.1)
+    assert str(caught.value).count("lost") == 1
+
+
 @pytest.mark.parametrize(("hosts", "calls"), [(1, []), (2, ["minimum"])])
 def test_ranks_of_several_hosts_connect_before_they_load_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hosts: int, calls: list[str]

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from thalweg.errors import RankLostError
-from thalweg.parallel.groups import file_store, leave, reason
+from thalweg.parallel.groups import file_store, leave, together
 
 if TYPE_CHECKING:
     from thalweg.parallel.peers import PeerMemory
@@ -114,20 +114,22 @@ class DataRanks:
             self._file.close()
 
     def _run(self, collective: Callable[[], Any]) -> None:
-        try:
+        with together(f"data-parallel rank {self.rank}", self.size):
             collective().wait()
-        except RuntimeError as e:
-            lost = f"data-parallel rank {self.rank} lost another rank of {self.size}"
-            raise RankLostError(f"{lost}: {reason(e)}") from e
 
 
 def join_data_ranks(
     rank: int, size: int, rendezvous_file: str, device: torch.device, timeout_s: float = 600.0
 ) -> DataRanks:
-    """Meet the other ranks at `rendezvous_file`, a path on this host that no others meet at."""
+    """Meet the other ranks at `rendezvous_file`, a path on this host that no others meet at. Raises RankLostError."""
     if size == 1:
         return DataRanks()
     store, file = file_store(rendezvous_file, size)
+    with together(f"data-parallel rank {rank}", size):
+        return _joined(rank, size, store, file, device, timeout_s)
+
+
+def _joined(rank: int, size: int, store: Any, file: BinaryIO, device: torch.device, timeout_s: float) -> DataRanks:
     timeout = timedelta(seconds=timeout_s)
     gloo: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     gloo._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]  # ranks are processes of one host

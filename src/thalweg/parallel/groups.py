@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch.distributed as dist
+
+from thalweg.errors import RankLostError
 
 
 def file_store(path: str, size: int) -> tuple[Any, BinaryIO]:
@@ -24,9 +28,17 @@ def file_store(path: str, size: int) -> tuple[Any, BinaryIO]:
     return dist.FileStore(where, size), file  # type: ignore[attr-defined]  # public, but not in __all__
 
 
-def reason(error: RuntimeError) -> str:
-    """What a collective failed for: gloo's words without the place in its source and its advice."""
-    return re.sub(r"^\[\S+\] |\. This is typically.*", "", str(error).splitlines()[0])
+@contextmanager
+def together(rank: str, size: int) -> Iterator[None]:
+    """Around what needs every rank of a group, of which `rank`, in words, is this one. Raises RankLostError if torch
+    misses one: gloo's words without the places in its source and its advice."""
+    try:
+        yield
+    except RankLostError:
+        raise
+    except RuntimeError as e:
+        reason = re.sub(r"\[\S+:\d+\] |\. This is typically.*", "", str(e).splitlines()[0])
+        raise RankLostError(f"{rank} lost another rank of {size}: {reason}") from e
 
 
 def leave(group: Any) -> None:

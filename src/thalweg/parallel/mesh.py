@@ -17,7 +17,7 @@ from torch import Tensor
 
 from thalweg.errors import RankLostError
 from thalweg.parallel.data_ranks import DataRanks
-from thalweg.parallel.groups import file_store, leave, reason
+from thalweg.parallel.groups import file_store, leave, together
 
 if TYPE_CHECKING:
     from thalweg.parallel.peers import PeerMemory
@@ -125,10 +125,8 @@ class Mesh:
         self.data.close()
 
     def _run(self, collective: Callable[[], Any]) -> None:
-        try:
+        with together(f"rank {self.tp_rank}", self.tp_size):
             collective().wait()
-        except RuntimeError as e:
-            raise RankLostError(f"rank {self.tp_rank} lost another rank of {self.tp_size}: {reason(e)}") from e
 
 
 def join_mesh(
@@ -145,10 +143,23 @@ def join_mesh(
     tcp://ADDRESS:PORT, where rank 0 has a `listener` that this takes over.
 
     The group is this mesh's own, not torch's default one: a process may have several engines, and one that failed to
-    meet its ranks stands in no other's way.
+    meet its ranks stands in no other's way. Raises RankLostError if one does not come.
     """
     if tp_size == 1:
         return Mesh()
+    with together(f"rank {tp_rank}", tp_size):
+        return _joined(tp_rank, tp_size, meeting, device, timeout_s, hosts, listener)
+
+
+def _joined(
+    tp_rank: int,
+    tp_size: int,
+    meeting: str,
+    device: torch.device,
+    timeout_s: float,
+    hosts: int,
+    listener: socket.socket | None,
+) -> Mesh:
     timeout, own, file = timedelta(seconds=timeout_s), "127.0.0.1", None
     if meeting.startswith("tcp://"):
         place = urlsplit(meeting)
