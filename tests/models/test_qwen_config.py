@@ -19,6 +19,7 @@ from thalweg.models.family import DecoderConfig
 from thalweg.models.parts.gdn import GdnDims
 from thalweg.models.parts.gqa import GqaDims
 from thalweg.models.parts.moe import MoeDims
+from thalweg.models.parts.quantized import Fp8Checkpoint
 from thalweg.models.parts.rope import RopeDims, Yarn
 
 FP8 = {
@@ -35,6 +36,13 @@ PUBLISHED = {
 }
 ROPE = {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25}
 FLAT = {"rope_theta": 1e7, "partial_rotary_factor": 0.25}
+
+
+def test_modules_are_kept_out_of_float8_by_whole_names() -> None:
+    checkpoint = Fp8Checkpoint(frozenset({"a.mlp", "a.b.in_proj"}))
+    kept = ["a.mlp.up_proj.weight", "a.mlp.weight", "a.b.in_proj.weight"]
+    stored = ["a.mlp_up.weight", "a.b.in_proj_qkv.weight", "b.a.mlp.up_proj.weight", "a.up_proj.weight"]
+    assert [checkpoint.lists(name) for name in (*kept, *stored)] == [False] * 3 + [True] * 4
 
 
 def test_published_shapes(shared_dir: Path) -> None:

@@ -4,7 +4,7 @@ layout), or experts in int4 with a scale for each group of 32 (compressed-tensor
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from thalweg.config.hf import ConfigReader
@@ -26,11 +26,20 @@ def _may_be_quantized(name: str) -> bool:
     return name.endswith(".weight") and not kept
 
 
+def _with_parents(module: str) -> Iterator[str]:
+    """The name, and those of the modules around it. A plan asks for each matrix of each expert, so a list of modules is
+    not gone through for every one of them."""
+    end = len(module)
+    while end > 0:
+        yield module[:end]
+        end = module.rfind(".", 0, end)
+
+
 @dataclass(frozen=True, slots=True)
 class Fp8Checkpoint:
     """Every linear is in float8 but for the modules whose names are `kept` or begin with one of them and a dot."""
 
-    kept: tuple[str, ...]
+    kept: frozenset[str]
 
     name = "fp8"
     schemes = (FP8_EXPERTS, FP8_LINEARS, FP8_EXPERTS)
@@ -39,8 +48,7 @@ class Fp8Checkpoint:
         return f"{name}_scale_inv"
 
     def lists(self, name: str) -> bool:
-        module = name.removesuffix(".weight")
-        return _may_be_quantized(name) and not any(module == k or module.startswith(f"{k}.") for k in self.kept)
+        return _may_be_quantized(name) and not any(m in self.kept for m in _with_parents(name.removesuffix(".weight")))
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +141,7 @@ def read_fp8(reader: ConfigReader) -> Fp8Checkpoint | None:
     section.get_str("scale_fmt", None)  # of activations, which are not quantized here
     kept = section.get_str_list("modules_to_not_convert", section.get_str_list("ignored_layers", []))
     section.finish()
-    return Fp8Checkpoint(tuple(kept))
+    return Fp8Checkpoint(frozenset(kept))
 
 
 def _read_int4(section: ConfigReader) -> Int4Checkpoint:
