@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,16 +13,21 @@ import thalweg
 ROOT = Path(thalweg.__file__).parent
 
 
-def names_used(path: Path) -> Iterator[str]:
-    """Dotted names that a file imports or reads, e.g. "torch.distributed" and "os.environ"."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            yield f"{node.value.id}.{node.attr}"
+@cache
+def names_used() -> dict[str, set[str]]:
+    """By file, dotted names that it imports or reads, e.g. "torch.distributed" and "os.environ"."""
+    found: dict[str, set[str]] = {}
+    for path in ROOT.rglob("*.py"):
+        names = found[str(path.relative_to(ROOT))] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names.update(alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                names.add(node.module)
+                names.update(f"{node.module}.{alias.name}" for alias in node.names)
+            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                names.add(f"{node.value.id}.{node.attr}")
+    return found
 
 
 RULES = [
@@ -44,10 +49,6 @@ RULES = [
 
 @pytest.mark.parametrize(("name", "only_in"), RULES)
 def test_only_its_own_room_uses(name: str, only_in: str | tuple[str, ...] | None) -> None:
-    users = {
-        str(path.relative_to(ROOT))
-        for path in ROOT.rglob("*.py")
-        if any(used == name or used.startswith(name + ".") for used in names_used(path))
-    }
+    users = {file for file, names in names_used().items() if any(n == name or n.startswith(name + ".") for n in names)}
     strangers = {u for u in users if only_in is None or not u.startswith(only_in)}
     assert not strangers
