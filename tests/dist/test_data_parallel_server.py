@@ -21,11 +21,6 @@ ARGUMENTS = ("--data-parallel-size", "2", "--enable-expert-parallel", "--expert-
 PROMPTS = [[5, 9, 2, 7] * (n + 1) for n in range(6)]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("tiny"))
-
-
 def ask(url: str, **body: Any) -> dict[str, Any]:
     answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
     assert answer.status_code == 200, answer.text

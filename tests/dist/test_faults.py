@@ -30,19 +30,6 @@ DATA_PARALLEL = ("--data-parallel-size", "2", "--enable-expert-parallel")
 PROMPT = {"prompt": "a", "max_tokens": CONTEXT - 2, "ignore_eos": True, "stream": True}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture
-def tmp() -> Iterator[Path]:
-    """For temporary files of the processes, with a path short enough for sockets."""
-    path = Path(tempfile.mkdtemp())
-    yield path
-    shutil.rmtree(path)
-
-
 def started(server: Server, victim: str) -> None:
     until(lambda: server.pid(victim), "it does not start")
 

@@ -109,13 +109,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return random.write(folder, c, random.weights(c))
 
 
-@pytest.fixture
-def tmp() -> Iterator[Path]:
-    path = Path(tempfile.mkdtemp())
-    yield path
-    shutil.rmtree(path)
-
-
 SERVE = (*DATA_PARALLEL, "--device", "cuda", "--max-num-seqs", "4", "--cache-memory", "1GiB")
 
 

@@ -35,19 +35,6 @@ KEY = "0123456789abcdef" * 4
 GREEDY = {"prompt": "ab", "max_tokens": 12, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture
-def tmp() -> Iterator[Path]:
-    """For temporary files of the processes, with a path short enough for sockets."""
-    path = Path(tempfile.mkdtemp())
-    yield path
-    shutil.rmtree(path)
-
-
 def free_ports(count: int) -> int:
     """The first of so many ports in a row that nobody has."""
     for first in range(29_600 + os.getpid() % 2000, 32_000, count):

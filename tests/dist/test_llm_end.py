@@ -44,11 +44,6 @@ with LLM({folder!r}, device="cpu", tensor_parallel_size={ranks}) as another:
 """
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
-
-
 def said(folder: Path, ranks: int, then: str, step_timeout: float = 60) -> list[str]:
     """What the script says, if it ends as it wants to and leaves no rank behind."""
     options = {"folder": str(folder), "ranks": ranks, "step_timeout": step_timeout}

@@ -26,18 +26,6 @@ from thalweg.errors import ConfigError, UnsupportedError
 BACKEND = ("--distributed-executor-backend", "ray", "--device", "cpu")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture
-def tmp() -> Iterator[Path]:
-    """For temporary files of the processes, with a path short enough for sockets."""
-    with tempfile.TemporaryDirectory() as path:
-        yield Path(path)
-
-
 @pytest.fixture
 def cluster() -> Iterator[Any]:
     """Two nodes with room for one rank each."""

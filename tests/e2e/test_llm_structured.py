@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.tiny_model import write_tiny_model
 from thalweg import LLM, Grammar, SamplingParams
 from thalweg.errors import InvalidRequest
 from thalweg.runner import step as step_module
@@ -31,11 +30,6 @@ PARAMS = [
     SamplingParams(max_tokens=40, seed=4, frequency_penalty=1.0, grammar=REGEX, ignore_eos=True),
 ]
 PROMPTS = [[(3 * i + j * j) % 260 for j in range(4 + 7 * i)] for i in range(len(PARAMS))]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="module")

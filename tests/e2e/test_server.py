@@ -14,16 +14,11 @@ import httpx
 import openai
 import pytest
 
-from tests.e2e.tiny_model import CONTEXT, VOCAB, ServerProcess, server_process, start_server, write_tiny_model
+from tests.e2e.tiny_model import CONTEXT, VOCAB, ServerProcess, server_process, start_server
 from thalweg import LLM, SamplingParams
 
 MESSAGES: Any = [{"role": "user", "content": "Hello <|im_end|> world"}]
 LIMITS = {"max_num_seqs": 16, "max_num_batched_tokens": 128, "block_size": 16}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="module")

@@ -14,15 +14,10 @@ import httpx
 import pytest
 import torch
 
-from tests.e2e.tiny_model import EOS, ServerProcess, server_process, write_tiny_model
+from tests.e2e.tiny_model import EOS, ServerProcess, server_process
 from thalweg import LLM, SamplingParams
 
 LIMITS = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "block_size": 16}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="module")

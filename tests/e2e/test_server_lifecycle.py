@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
-import tempfile
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
-import pytest
 
 from tests.dist.processes import lives, needs_proc, until
-from tests.e2e.tiny_model import CONTEXT, command_line_server, write_tiny_model
+from tests.e2e.tiny_model import CONTEXT, command_line_server
 from thalweg.engine.processes.ipc import PREFIX, remove_stale
 
 pytestmark = needs_proc
@@ -23,19 +19,6 @@ pytestmark = needs_proc
 LONG = {"prompt": "a", "max_tokens": CONTEXT - 2, "ignore_eos": True, "stream": True, "n": 16}
 KILLED = -signal.SIGKILL
 ENGINE_DIED = 3
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture
-def tmp() -> Iterator[Path]:
-    """For temporary files of the processes, with a path short enough for sockets."""
-    path = Path(tempfile.mkdtemp())
-    yield path
-    shutil.rmtree(path)
 
 
 def socket_folders(tmp: Path) -> list[Path]:

@@ -16,17 +16,12 @@ import httpx
 import pytest
 
 from tests.e2e.test_server import metric, wait_until_idle
-from tests.e2e.tiny_model import CONTEXT, ServerProcess, server_process, write_tiny_model
+from tests.e2e.tiny_model import CONTEXT, ServerProcess, server_process
 from thalweg.server.connections import listen
 from thalweg.server.protocol import PromptProtocol
 
 LIMITS = {"max_num_seqs": 2, "max_num_batched_tokens": 128, "block_size": 16}
 LONG = {"prompt": "a", "max_tokens": CONTEXT, "ignore_eos": True, "temperature": 0}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="module")

@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from torch import Tensor
 
 from tests.models import naive_qwen as naive
 from tests.models import random_qwen as random
+from tests.models.test_kimi_k2 import holds, ids_of
 from thalweg import LLM, SamplingParams
 from thalweg.errors import UnsupportedError
 
-ATOL = 2e-4
 GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 1e4,
         "partial_rotary_factor": 0.5, "mrope_section": [3, 3, 2], "mrope_interleaved": True}  # fmt: skip
@@ -34,15 +33,6 @@ SHAPES: dict[str, dict[str, Any]] = {
     "YaRN": dict(dense=40, rope_parameters=YARN),
 }  # fmt: skip
 ODD = next(iter(SHAPES))
-
-
-def ids_of(c: dict[str, Any], n: int, seed: int = 0) -> list[int]:
-    return np.random.default_rng(seed).integers(0, c["vocab_size"], n).tolist()
-
-
-def holds(folder: Path, ids: list[int], expected: Tensor, **options: Any) -> None:
-    with LLM(str(folder), dtype="float32", max_num_seqs=2, **options) as llm:
-        np.testing.assert_allclose(llm.prompt_logits(ids).numpy(), expected.numpy(), atol=ATOL, rtol=0)
 
 
 @pytest.mark.parametrize("name", SHAPES)

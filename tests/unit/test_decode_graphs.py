@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.models import random_checkpoint as random
-from thalweg import LLM, SamplingParams
+from tests.unit.test_recorded_steps import generate
 from thalweg.assembly.rank import build_rank
 from thalweg.assembly.warmup import plans
 from thalweg.cache.memory import MemorySplit
@@ -37,30 +37,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return random.write(tmp_path_factory.mktemp("model"), c, random.weights(c))
 
 
-def generate(folder: Path) -> list[list[int]]:
-    """Requests of every kind, joining and leaving, so that buckets are full, padded and mixed with eager steps."""
-    params = [
-        SamplingParams(max_tokens=n, ignore_eos=True, **options)
-        for n, options in [
-            (30, {"temperature": 0}),
-            (5, {"seed": 1}),
-            (17, {"seed": 2, "top_p": 0.8}),
-            (22, {"temperature": 0, "presence_penalty": 1.0}),
-            (40, {"seed": 3}),
-            (9, {"temperature": 0, "logprobs": 1}),
-        ]
-    ]
-    prompts = [[(3 * i + j * j) % 128 for j in range(4 + 9 * i)] for i in range(len(params))]
-    with LLM(str(folder), max_num_seqs=5, max_num_batched_tokens=24, block_size=8, enforce_eager=True) as llm:
-        return [o.outputs[0].token_ids for o in llm.generate(prompts, params)]
-
-
 @pytest.mark.parametrize("divided", [False, True])
 def test_static_steps_give_the_tokens_of_eager_ones(
     folder: Path, monkeypatch: pytest.MonkeyPatch, divided: bool
 ) -> None:
     """Where ranks divide the vocabulary, logits are gathered for those rows alone that ask for more than an id."""
-    expected = generate(folder)
+    expected = generate(folder, enforce_eager=True)
     calls: list[int] = []
     gathered: list[int] = []
 
@@ -84,7 +66,7 @@ def test_static_steps_give_the_tokens_of_eager_ones(
 
     monkeypatch.setattr(step_module, "DecodeGraphs", Uncaptured)
     monkeypatch.setattr(step_module.ModelRunner, "__init__", with_static_steps)
-    assert generate(folder) == expected
+    assert generate(folder, enforce_eager=True) == expected
     assert len(calls) > 20
     assert len(set(calls)) > 2
     assert len(gathered) < len(calls)
