@@ -23,6 +23,7 @@ from thalweg.ops.sample import over_ranks
 from thalweg.parallel.peers import KINDS, Area
 
 REST = pytest.mark.exhaustive  # of a matrix, each of which compiles the kernels of its ranks
+MORE = (4, 8)  # ranks, which no GPUs have shown
 
 
 class HostRanks:
@@ -69,7 +70,9 @@ def same(results: list[Tensor]) -> Tensor:
     return results[0]
 
 
-@pytest.mark.parametrize(("size", "D"), [(2, 264), pytest.param(3, 1032, marks=REST)])
+@pytest.mark.parametrize(
+    ("size", "D"), [(2, 264), *(pytest.param(*each, marks=REST) for each in ((3, 1032), (4, 264), (8, 264)))]
+)
 def test_sums_one_after_another(size: int, D: int) -> None:
     ranks = HostRanks(size)
     for T in (1, 3, 2, 3, 0, 1, 1):
@@ -115,27 +118,28 @@ def test_weighted_sums_of_many_tokens(monkeypatch: pytest.MonkeyPatch, own: bool
 
 
 @pytest.mark.parametrize(
-    ("dtype", "own"),
+    ("size", "dtype", "own"),
     [
-        (torch.float32, torch.float32),
+        (2, torch.float32, torch.float32),
         *(
-            pytest.param(dtype, own, marks=REST)
+            pytest.param(2, dtype, own, marks=REST)
             for dtype in (torch.float32, torch.bfloat16)
             for own in (None, torch.bfloat16)
         ),
+        *(pytest.param(size, torch.bfloat16, torch.bfloat16, marks=REST) for size in MORE),
     ],
 )
-def test_weighted_sums(dtype: torch.dtype, own: torch.dtype | None) -> None:
+def test_weighted_sums(size: int, dtype: torch.dtype, own: torch.dtype | None) -> None:
     T, k, D = 2, 3, 264
-    parts, residual, weights = torch.randn(2, T * k, D).to(dtype), torch.randn(T, D).bfloat16(), torch.rand(T, k)
-    owns = torch.randn(2, T, D).to(own)
+    parts, residual, weights = torch.randn(size, T * k, D).to(dtype), torch.randn(T, D).bfloat16(), torch.rand(T, k)
+    owns = torch.randn(size, T, D).to(own)
 
     def options(r: int) -> dict[str, Any]:
         return {"weights_Tk": weights, "own_TD": owns[r] if own else None, "scale": 2.5 if own else 1.0}
 
-    y = same(HostRanks(2).run(lambda r: cuda.all_reduce_add(residual, parts[r.tp_rank], r, **options(r.tp_rank))))
-    given = [reference.of_rank(residual, parts[r], **options(r)).float() for r in range(2)]
-    torch.testing.assert_close(y.float(), given[0] + given[1] + residual.float(), atol=0.05, rtol=0.02)
+    y = same(HostRanks(size).run(lambda r: cuda.all_reduce_add(residual, parts[r.tp_rank], r, **options(r.tp_rank))))
+    given = [reference.of_rank(residual, parts[r], **options(r)).float() for r in range(size)]
+    torch.testing.assert_close(y.float(), torch.stack([*given, residual.float()]).sum(0), atol=0.05, rtol=0.02)
 
 
 @REST
@@ -149,28 +153,33 @@ def test_of_a_whole_sum_and_an_own_expert() -> None:
 
 
 @pytest.mark.parametrize(
-    ("T", "D", "O"),
-    [(8, 992, 29), *(pytest.param(*sizes, marks=REST) for sizes in ((1, 288, 37), (9, 320, 90), (5, 4640, 12)))],
+    ("size", "T", "D", "O"),
+    [
+        (2, 8, 992, 29),
+        *(pytest.param(2, *sizes, marks=REST) for sizes in ((1, 288, 37), (9, 320, 90), (5, 4640, 12))),
+        *(pytest.param(size, 9, 320, 90, marks=REST) for size in MORE),
+    ],
 )
-def test_projections(T: int, D: int, O: int) -> None:
-    ranks, residual = HostRanks(2), torch.randn(T, O + 3).bfloat16()[:, :O]
+def test_projections(size: int, T: int, D: int, O: int) -> None:
+    ranks, residual = HostRanks(size), torch.randn(T, O + 3).bfloat16()[:, :O]
     for _ in range(3):
-        x, w = torch.randn(2, T, D).bfloat16(), torch.randn(2, O, D).bfloat16()
+        x, w = torch.randn(size, T, D).bfloat16(), torch.randn(size, O, D).bfloat16()
         y = same(ranks.run(lambda r, x=x, w=w: linear.linear_reduce_add(x[r.tp_rank], w[r.tp_rank], residual, r)))
-        want = sum(x[r].double() @ w[r].double().T for r in range(2)) + residual.double()
+        want = sum(x[r].double() @ w[r].double().T for r in range(size)) + residual.double()
         assert ((y.double() - want).norm() / want.norm()) < 0.004
 
 
-def test_projections_of_more_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("size", [2, *(pytest.param(size, marks=REST) for size in MORE)])
+def test_projections_of_more_tokens(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     matrix = pytest.importorskip("thalweg.ops.linear.matrix", exc_type=ImportError)
     monkeypatch.setattr(matrix, "cuda_kernel", HostKernel)
     monkeypatch.setattr(matrix, "tensor_map", host_tensor_map)
     T, D, O = 18, 136, 232  # in four tiles, of which the last is shorter
-    ranks, residual = HostRanks(2), torch.randn(T, O + 8).bfloat16()[:, :O]
+    ranks, residual = HostRanks(size), torch.randn(T, O + 8).bfloat16()[:, :O]
     for _ in range(3):
-        x, w = torch.randn(2, T, D).bfloat16(), torch.randn(2, O, D).bfloat16()
+        x, w = torch.randn(size, T, D).bfloat16(), torch.randn(size, O, D).bfloat16()
         y = same(ranks.run(lambda r, x=x, w=w: matrix.linear_reduce_add(x[r.tp_rank], w[r.tp_rank], residual, r)))
-        want = sum(x[r].double() @ w[r].double().T for r in range(2)) + residual.double()
+        want = sum(x[r].double() @ w[r].double().T for r in range(size)) + residual.double()
         assert ((y.double() - want).norm() / want.norm()) < 0.004
 
 
@@ -179,6 +188,7 @@ def test_projections_of_more_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (2, 2, 1284, torch.bfloat16),
         *(pytest.param(3, *row, marks=REST) for row in ((3, 4, torch.bfloat16), (5, 1, torch.int64))),
+        *(pytest.param(size, 3, 1284, torch.bfloat16, marks=REST) for size in MORE),
     ],
 )
 def test_rows_side_by_side(ranks: int, R: int, N: int, dtype: torch.dtype) -> None:
@@ -189,14 +199,15 @@ def test_rows_side_by_side(ranks: int, R: int, N: int, dtype: torch.dtype) -> No
         assert torch.equal(y, torch.cat(list(x), -1))
 
 
-def test_rows_of_a_vocabulary() -> None:
-    ranks, w = HostRanks(2), torch.randn(2, 30, 264).bfloat16()
-    for ids in (torch.tensor([0, 59, 29, 30, 40]), torch.tensor([41]), torch.tensor([], dtype=torch.int64)):
+@pytest.mark.parametrize("size", [2, *(pytest.param(size, marks=REST) for size in MORE)])
+def test_rows_of_a_vocabulary(size: int) -> None:
+    ranks, w, last = HostRanks(size), torch.randn(size, 30, 264).bfloat16(), 30 * size - 1
+    for ids in (torch.tensor([0, last, 29, 30, 40]), torch.tensor([41]), torch.tensor([], dtype=torch.int64)):
         x = same(ranks.run(lambda r, ids=ids: embedding.embedding(ids, w[r.tp_rank], r)))
-        assert torch.equal(x, w.view(60, 264)[ids])
+        assert torch.equal(x, w.view(-1, 264)[ids])
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(3, marks=REST)])
+@pytest.mark.parametrize("size", [2, *(pytest.param(size, marks=REST) for size in (3, *MORE))])
 def test_ids_of_the_best_of_all_ranks(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     monkeypatch.setattr(over_ranks, "cuda_kernel", HostKernel)
     ranks, R, B = HostRanks(size), 6, 37
@@ -226,9 +237,9 @@ def test_who_waits_for_a_rank_that_is_gone_is_stopped() -> None:
     assert not waits.is_alive()
 
 
-@pytest.mark.parametrize("wide", [0, 1])
-def test_sums_compile_for_hopper(wide: int, tmp_path: Path) -> None:
-    macros = {"D": 2304, "PARTS": 9, "WEIGHTED": 1, "WIDE": wide, "OWN": 0, "RANKS": 2, "RANK": 1}
+@pytest.mark.parametrize(("wide", "size"), [(0, 2), (1, 2), *(pytest.param(1, size, marks=REST) for size in MORE)])
+def test_sums_compile_for_hopper(wide: int, size: int, tmp_path: Path) -> None:
+    macros = {"D": 2304, "PARTS": 9, "WEIGHTED": 1, "WIDE": wide, "OWN": 0, "RANKS": size, "RANK": 1}
     assert compile_cuda(cuda.SOURCE, tmp_path, BLOCK=96, **macros).spilled_bytes == 0
 
 
@@ -244,9 +255,17 @@ def test_sums_of_many_compile_for_hopper(parts: int, tmp_path: Path) -> None:
     assert compile_cuda(cuda.OF_MANY, tmp_path, **macros).spilled_bytes == 0
 
 
-@pytest.mark.parametrize("tokens", [8, 16])
-def test_projections_compile_for_hopper(tokens: int, tmp_path: Path) -> None:
-    cut = linear.tiling(18, 2048, tokens)
-    macros = {"D": 2048, "PASS": cut.columns, "WARPS": 8, "TOKENS": tokens, "ROWS": cut.rows, "NORM": 0, "ADD": 1}
+@pytest.mark.parametrize(("tokens", "size"), [(8, 2), (16, 2), *(pytest.param(16, size, marks=REST) for size in MORE)])
+def test_projections_compile_for_hopper(tokens: int, size: int, tmp_path: Path) -> None:
+    cut = linear.tiling(18, 4096 // size, tokens)
+    macros = {
+        "D": 4096 // size,
+        "PASS": cut.columns,
+        "WARPS": 8,
+        "TOKENS": tokens,
+        "ROWS": cut.rows,
+        "NORM": 0,
+        "ADD": 1,
+    }
     macros["GATED"] = 0
-    assert compile_cuda(linear.SOURCE, tmp_path, RANKS=2, RANK=0, **macros).spilled_bytes == 0
+    assert compile_cuda(linear.SOURCE, tmp_path, RANKS=size, RANK=0, **macros).spilled_bytes == 0

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.ops.compile_cuda import compile_cuda
 from tests.ops.run_on_host import HostKernel
-from tests.ops.test_cuda_all_reduce import HostRanks
+from tests.ops.test_cuda_all_reduce import MORE, REST, HostRanks
 from thalweg.ops.moe.exchange import Gathered, cuda, reference
 
 
@@ -43,7 +43,10 @@ def expected(rank: int, x: Tensor, weights: Tensor, slots: Tensor, live: Tensor,
     return reference.dispatch(x[rank], weights[rank], slots[rank], live[rank], ranks, here=here, shared=shared)
 
 
-@pytest.mark.parametrize(("size", "T", "D", "shared"), [(2, 2, 1032, 1), (3, 3, 16, 0)])
+@pytest.mark.parametrize(
+    ("size", "T", "D", "shared"),
+    [(2, 2, 1032, 1), (3, 3, 16, 0), *(pytest.param(size, 3, 1032, 1, marks=REST) for size in MORE)],
+)
 def test_tokens_of_all_ranks_and_what_they_take_here(size: int, T: int, D: int, shared: int) -> None:
     of_host, here = Ranks(size), 4
     for _ in range(3):
@@ -61,7 +64,13 @@ def test_tokens_of_all_ranks_and_what_they_take_here(size: int, T: int, D: int, 
 
 @pytest.mark.parametrize(
     ("size", "D", "k", "wide", "skips"),
-    [(2, 1032, 4, True, False), (2, 264, 0, False, False), (3, 264, 2, False, False), (2, 264, 3, True, True)],
+    [
+        (2, 1032, 4, True, False),
+        (2, 264, 0, False, False),
+        (3, 264, 2, False, False),
+        (2, 264, 3, True, True),
+        *(pytest.param(size, 264, 4, size == 8, size == 4, marks=REST) for size in MORE),
+    ],
 )
 def test_what_the_ranks_give_comes_back(
     size: int, D: int, k: int, wide: bool, skips: bool, monkeypatch: pytest.MonkeyPatch

@@ -288,8 +288,9 @@ def test_a_preference_that_a_shape_cannot_have_is_an_error() -> None:
         resolved(prefer={"experts": "cuda"})
 
 
-def why_eager(resolver: Resolver, most: int, rows: Rows = "decodes") -> str | None:
-    return steps.why_eager(EngineConfig(device="cuda"), torch.device("cuda"), resolver, rows, most)
+def why_eager(resolver: Resolver, most: int, rows: Rows = "decodes", data_ranks: int = 1) -> str | None:
+    config = EngineConfig(device="cuda", data_parallel_size=data_ranks, enable_expert_parallel=data_ranks > 1)
+    return steps.why_eager(config, torch.device("cuda"), resolver, rows, most)
 
 
 def test_graphs_ask_only_what_decode_rows_run() -> None:
@@ -316,6 +317,8 @@ def test_graphs_do_not_mind_what_waits_for_the_device_beyond_their_rows(monkeypa
     resolver = resolved()  # the reference serves beyond 192 tokens
     assert why_eager(resolver, 192) is None
     assert why_eager(resolver, 193) == "op experts is served by 'reference', which cannot be captured"
+    assert why_eager(resolver, 48, data_ranks=4) is None  # the rows of all of them
+    assert why_eager(resolver, 49, data_ranks=4) is not None
 
 
 def test_the_published_config_is_that_shape(shared_dir: Path) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from thalweg.cache.memory import MemorySplit
 from thalweg.config.engine import EngineConfig
+from thalweg.ops.moe.experts import EXPERTS
 from thalweg.ops.registry import Resolver, Rows, Where
 from thalweg.ops.toolchain import cpu_build
 from thalweg.runner.graphs import buckets
@@ -70,7 +71,8 @@ def why_eager(config: EngineConfig, device: torch.device, resolver: Resolver, ro
         return f"{device.type} has no CUDA graphs"
     if config.data_parallel_size > 1 and rows == "prefills":
         return "the host has to know how many tokens go to each data-parallel rank"
-    reasons = (choice.why_not_captured(rows, most) for choice in resolver.explain())
+    of_all = most * config.data_parallel_size  # ranks, whose rows experts are given
+    reasons = (c.why_not_captured(rows, of_all if c.op == EXPERTS.name else most) for c in resolver.explain())
     return next((reason for reason in reasons if reason is not None), None)
 
 
