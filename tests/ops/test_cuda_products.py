@@ -154,7 +154,6 @@ def test_constants_are_those_of_the_source() -> None:
     assert f"PART = GATED ? {cuda.PART // 2} : {cuda.PART};" in source
     assert f"COPIERS = 128, MULTIPLIERS = {cuda.THREADS - 128};" in source
     assert f"TOLD = {cuda.TOLD};" in source
-    assert f"PITCH = 2 * 128 + {cuda.PITCH - 256};" in source
 
 
 def test_rows_of_dense_products_fill_multiprocessors_evenly() -> None:

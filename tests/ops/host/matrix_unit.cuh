@@ -37,10 +37,14 @@ inline void write_bytes(void* to, u32 from, u32 bytes) {
     if ((u64)to % 16 || from % 16 || bytes % 16) fail("a write that is not of whole 16 bytes");
     writes_of_thread[threadIdx.x].push_back({to, from, bytes, false});
 }
-inline void add_bytes(void* to, u32 from, u32 bytes) {
-    write_bytes(to, from, bytes);
-    writes_of_thread[threadIdx.x].back().adds = true;
+inline void put_tile(const TensorMap* map, int column, int row, u32 from, bool adds) {
+    if (from % 1024) fail("a tile is not aligned");
+    for (int r = 0; r < (int)map->box && row + r < (int)map->rows; r++)
+        for (int c = 0; c < 64 && column + c < (int)map->columns; c += 8)
+            writes_of_thread[threadIdx.x].push_back({(void*)(map->data + (row + r) * map->row_stride + column + c), swizzled(from + r * 128 + c * 2), 16, adds});
 }
+inline void write_tile(const TensorMap* map, int column, int row, u32 from) { put_tile(map, column, row, from, false); }
+inline void add_tile(const TensorMap* map, int column, int row, u32 from) { put_tile(map, column, row, from, true); }
 inline void wait_until_read() {
     auto& writes = writes_of_thread[threadIdx.x];
     for (const Write& w : writes)

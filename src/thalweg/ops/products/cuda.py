@@ -15,7 +15,6 @@ from thalweg.ops.toolchain.triton_support import multiprocessors
 
 SOURCE = Path(__file__).with_name("products.cu")
 STEP_BYTES, UNIT, BOX_ROWS, PART, THREADS = 128, 16, 128, 256, 384  # as in the source
-PITCH = 272  # bytes of a row of results that are stored later
 TOLD = 8  # tiles that blocks are told of ahead
 WAIT_ROWS = 48  # what a tile of linears costs beside its rows, in rows
 UNITS = {1: 9, 2: 10}  # of rows of x at most in a tile, by bytes of an element: what registers hold
@@ -31,7 +30,7 @@ def shared_bytes(units: int, gated: bool, dense: bool, fp8: bool) -> int:
     most, later = UNIT * units, fp8 and (gated or dense)
     stages = 3 if later else 4
     scales = most + (PART if dense else 2) if fp8 else 1
-    size = stages * (PART + most) * STEP_BYTES + (most * PITCH if later else 4 * 2 * UNIT * STEP_BYTES)
+    size = stages * (PART + most) * STEP_BYTES + (2 * most * STEP_BYTES if later else 4 * 2 * UNIT * STEP_BYTES)
     size += 4 * (stages * scales + 4 * (1 if dense else most) + 2 * (most if fp8 else 1))
     return -(-(-(-(-(-size // 8) * 8 + 16 * stages) // 16) * 16 + (16 + 8) * TOLD) // 1024) * 1024
 
@@ -111,11 +110,14 @@ def _launch(
     macros = macros | dict(FP8=int(size == 1), UNITS=UNITS[size])
     weights_map = tensor_map(weights[0].view(torch.bfloat16).view(rows, 1, -1), BOX_ROWS)
     rows_map = tensor_map(x.view(torch.bfloat16).view(len(x), 1, -1), UNIT) if not macros["GATED"] else weights_map
+    later = size == 1 and (macros["GATED"] or macros["DENSE"])
+    out_map = tensor_map(out.unsqueeze(1), UNIT) if later else weights_map
     cuda_kernel(SOURCE, "products", THREADS, x.device, **macros).launch(
         (multiprocessors(x.device) // macros["CLUSTER"] * macros["CLUSTER"], 1, 1),
         shared_bytes(UNITS[size], bool(macros["GATED"]), bool(macros["DENSE"]), size == 1),
         (None, weights_map),
         (None, rows_map),
+        (None, out_map),
         x,
         x if x_scales is None else x_scales,
         weights[-1],

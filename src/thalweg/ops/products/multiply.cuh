@@ -5,6 +5,7 @@ struct Out {
     u16* rows;
     long long stride;
     int columns;
+    const TensorMap* map;  // of LATER
 };
 
 // Unit v of a warp's results, in four pairs as store_turned takes them.
@@ -29,29 +30,37 @@ template <int N> __device__ __forceinline__ void finish_unit(
 }
 
 #if LATER
-// A tile's results, 128 columns at a time, to a place of their own, from where each thread has a row of them copied while
-// the next tile is multiplied.
-template <int N> __device__ __forceinline__ void store_rows(
+// A warpgroup's 64 columns of a tile to a place of their own in shared memory, from where the copy unit takes them, 16 rows
+// at a time, while the next tile is multiplied. Behind an expert's rows are those of another, so the last ones go by stores.
+template <int N> __device__ __forceinline__ void store_tile(
     Shared& s, float (&a)[8 * N], float (&b)[8 * N], const Work& work, const Out& out, int group) {
-    const int tid = threadIdx.x % 128, lane = tid % 32, warp = tid / 32, row = threadIdx.x - COPIERS;
-    const u32 write = shared_address(s.out) + (lane / 16 * 8 + lane % 8) * PITCH + 128 * group + (warp * 2 + lane / 8 % 2) * 16;
+    int tid = threadIdx.x % 128;
+    forget(tid);  // what follows from it would take registers from the products
+    const int lane = tid % 32, warp = tid / 32;
+    const u32 from = shared_address(s.out[group]);
+    const u32 write = from + (lane / 16 * 8 + lane % 8) * STEP_BYTES + ((warp * 2 + lane / 8 % 2 ^ lane % 8) << 4);
+    const int whole = (work.count + (DENSE ? UNIT - 1 : 0)) / UNIT;  // the map ends with the rows of DENSE
+    const int row = whole * UNIT + tid / 8;
 #pragma unroll
     for (int half = 0; half < (GATED ? 1 : 2); half++) {
-        wait_until_read();
-        wait_at<MULTIPLIERS>(3);
+        const int column = work.part * (GATED ? 128 : 256) + 128 * half + 64 * group;
+        if (tid == 0) wait_until_read();
+        wait_at<128>(1 + group);
 #pragma unroll
         for (int v = 0; v < N; v++) {
             u32 two[4];
             finish_unit<N>(half ? b : a, b, v, s.of_rows[group], two);
-            store_turned(write + v * UNIT * PITCH, two[0], two[1], two[2], two[3]);
+            store_turned(write + v * UNIT * STEP_BYTES, two[0], two[1], two[2], two[3]);
         }
         share_writes();
-        wait_at<MULTIPLIERS>(3);
-        const int column = work.part * (GATED ? 128 : 256) + 128 * half;
-        if (row < work.count && column < out.columns) {
-            u16* to = out.rows + (work.first + row) * out.stride + column;
-            (ADD ? add_bytes : write_bytes)(to, shared_address(s.out) + row * PITCH, 2 * min(128, out.columns - column));
-        }
+        wait_at<128>(1 + group);
+        if (tid == 0 && column < out.columns)
+#pragma unroll 1
+            for (int u = 0; u < whole; u++)
+                (ADD ? add_tile : write_tile)(out.map, column, work.first + u * UNIT, from + u * UNIT * STEP_BYTES);
+        if (!DENSE && row < work.count && column + tid % 8 * 8 < out.columns)
+            *(uint4*)(out.rows + (work.first + row) * out.stride + column + tid % 8 * 8) =
+                *(const uint4*)(s.out[group] + row * STEP_BYTES + ((tid % 8 ^ row % 8) << 4));
     }
 }
 #else
@@ -168,7 +177,7 @@ template <int N> __device__ __forceinline__ void multiply_tile(
     settle(c[1]);
 #endif
 #if LATER
-    store_rows<N>(s, c[0], c[1], work, out, group);
+    store_tile<N>(s, c[0], c[1], work, out, group);
 #else
     const int* to = nullptr;
 #if !GATED && !DENSE

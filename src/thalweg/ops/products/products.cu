@@ -31,6 +31,7 @@
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(COPIERS + MULTIPLIERS, 1) products(
     const __grid_constant__ TensorMap map,
     const __grid_constant__ TensorMap rows_map,  // of MAPPED
+    const __grid_constant__ TensorMap out_map,   // of LATER
     const u8* x,            // rows
     const float* x_scales,  // of FP8: [rows]
     const float* w_scales,  // of FP8: [experts * rows / 128, steps], or of DENSE [steps, w_scales_stride]
@@ -180,7 +181,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(COP
     } else {
         take_registers<FP8 ? 232 : 224>();
         const int group = warpgroup - 1;
-        const Out to = {out, out_stride, columns};
+        const Out to = {out, out_stride, columns, &out_map};
         int turn = 0, parity = 0;
 #pragma unroll 1
         for (Work work = walk.first(); work.all > 0; work = walk.next(s)) {

@@ -5,7 +5,6 @@ constexpr int BOX = 128 * STEP_BYTES;  // bytes of weights that a copy brings
 constexpr int SCALES = FP8 ? MOST + (DENSE ? 256 : 2) : 0;  // floats: of x's rows, in the first step; of the weights
 constexpr int WEIGHTS = 2 * BOX, ROWS = MOST * STEP_BYTES;
 constexpr int OUT_BYTES = 2 * UNIT * STEP_BYTES;  // of 32 rows of 64 columns, swizzled
-constexpr int PITCH = 2 * 128 + 16;  // bytes of a tile's row of results, of LATER: no two of eight rows share banks
 constexpr int COPIERS = 128, MULTIPLIERS = 256;
 constexpr int TOLD = 8;  // tiles that may be told before the first of them is done: more than the ring has stages, and two
 
@@ -19,7 +18,7 @@ struct Shared {
     alignas(1024) u8 weights[STAGES][WEIGHTS];
     u8 rows[STAGES][ROWS];
 #if LATER
-    u8 out[MOST * PITCH];
+    u8 out[2][ROWS];                 // by warpgroup: 64 columns, swizzled
 #else
     u8 out[2][2][OUT_BYTES];         // by warpgroup, by turns
 #endif

@@ -65,12 +65,19 @@ __device__ __forceinline__ void write_bytes(void* to, u32 from, u32 bytes) {
                  "r"(from), "r"(bytes)
                  : "memory");
 }
-// bf16 to the bf16 that are there, each sum rounded.
-__device__ __forceinline__ void add_bytes(void* to, u32 from, u32 bytes) {
+// The same of a tile of 64 columns of neighbouring rows, as copies bring them, where the map's tensor has them; or its bf16
+// to those that are there, each sum rounded.
+__device__ __forceinline__ void write_tile(const TensorMap* map, int column, int row, u32 from) {
     asm volatile(
-        "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.noftz.bf16 [%0], [%1], %2;\ncp.async.bulk.commit_group;" ::"l"(
-            to),
-        "r"(from), "r"(bytes)
+        "cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%1, 0, %2}], [%3];\ncp.async.bulk.commit_group;" ::"l"(map),
+        "r"(column), "r"(row), "r"(from)
+        : "memory");
+}
+__device__ __forceinline__ void add_tile(const TensorMap* map, int column, int row, u32 from) {
+    asm volatile(
+        "cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.bulk_group [%0, {%1, 0, %2}], [%3];\n"
+        "cp.async.bulk.commit_group;" ::"l"(map),
+        "r"(column), "r"(row), "r"(from)
         : "memory");
 }
 // Until others may write where all such writes of the thread come from, and until they are there.
