@@ -106,7 +106,8 @@ def test_kernels_compile_for_hopper_without_spills(H: int, G: int, dtype: str) -
 
     torch_dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
     shape = dict(H=H, G=G, K=256, S=64)
-    prepare = compiled(triton.prepare_kernel, dtype, {**shape, "HALF": 32}, triton.prepare_warps(256))
+    options = triton.prepare_options(H // G, 256)
+    prepare = compiled(triton.prepare_kernel, dtype, {**shape, "HALF": 32, **options}, options["num_warps"])
     assert "cos.approx" not in prepare.ptx  # wrong for angles of thousands of turns
     options = triton.attend_options(H, G, torch_dtype)
     compiled(triton.attend_kernel, dtype, {**shape, **options}, options["num_warps"], options["num_stages"])

@@ -36,39 +36,46 @@ def prepare_kernel(
     H: tl.constexpr,
     G: tl.constexpr,
     K: tl.constexpr,
+    HEADS: tl.constexpr,  # query heads of a key head, filled up to a power of two
     HALF: tl.constexpr,  # pairs that are rotated
 ):
+    """What a key head's query heads, its keys and its values need of a token, whose angles are the same for all."""
     token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)  # the queries', then the keys', then the values'
+    g = tl.program_id(1)
+    ratio: tl.constexpr = H // G
     dims = tl.arange(0, K)
+    heads = tl.arange(0, HEADS)
     row = tl.load(rows_ptr + token)
-    if head >= H + G:
-        g = head - H - G
-        v = tl.load(proj_ptr + token * proj_stride + (2 * H + G + g) * K + dims)
-        tl.store(values_ptr + (row * G + g) * K + dims, v.to(values_ptr.dtype.element_ty))
-        return
-    is_query = head < H
-    start = tl.where(is_query, 2 * head, H + head) * K
-    x_ptr = proj_ptr + token * proj_stride + start
-    w_ptr = q_norm_ptr if is_query else k_norm_ptr
-    # The other dim of the pair, and whether it comes second.
-    rotated = dims < 2 * HALF
-    other = tl.where(dims < HALF, dims + HALF, dims - HALF)
-    other = tl.where(rotated, other, dims)
-    x = tl.load(x_ptr + dims).to(tl.float32)
-    y = tl.load(x_ptr + other).to(tl.float32)
-    inverse = 1.0 / tl.sqrt(tl.sum(x * x, 0) / K + eps)
-    x = x * inverse * tl.load(w_ptr + dims).to(tl.float32)
-    y = y * inverse * tl.load(w_ptr + other).to(tl.float32)
-    pair = tl.where(dims < HALF, dims, dims - HALF)
-    frequency = tl.load(frequencies_ptr + tl.where(rotated, pair, 0))
-    angle = tl.load(positions_ptr + token).to(tl.float32) * frequency
-    turned = x * (tl.cos(angle) * rope_scale) + tl.where(dims < HALF, -y, y) * (tl.sin(angle) * rope_scale)
-    result = tl.where(rotated, turned, x)
-    if is_query:
-        tl.store(q_ptr + (token * H + head) * K + dims, result.to(q_ptr.dtype.element_ty))
-    else:
-        tl.store(keys_ptr + (row * G + head - H) * K + dims, result.to(keys_ptr.dtype.element_ty))
+    proj_ptr += token * proj_stride
+    v = tl.load(proj_ptr + (2 * H + G + g) * K + dims)
+    tl.store(values_ptr + (row * G + g) * K + dims, v.to(values_ptr.dtype.element_ty))
+    # The other dim of the pair.
+    other = tl.where(dims < 2 * HALF, tl.where(dims < HALF, dims + HALF, dims - HALF), dims)
+    pair = tl.where(dims < 2 * HALF, tl.where(dims < HALF, dims, dims - HALF), 0)
+    angle = tl.load(positions_ptr + token).to(tl.float32) * tl.load(frequencies_ptr + pair)
+    cos, sin = tl.cos(angle) * rope_scale, tl.sin(angle) * rope_scale
+    inside = (heads < ratio)[:, None]
+    starts = (2 * (g * ratio + heads) * K)[:, None]
+    x = tl.load(proj_ptr + starts + dims[None, :], mask=inside, other=0.0)
+    y = tl.load(proj_ptr + starts + other[None, :], mask=inside, other=0.0)
+    q = normed_and_turned(x, y, q_norm_ptr, dims, other, cos, sin, eps, K, HALF)
+    q_rows = ((token * H + g * ratio + heads) * K)[:, None]
+    tl.store(q_ptr + q_rows + dims[None, :], q.to(q_ptr.dtype.element_ty), mask=inside)
+    start = proj_ptr + (2 * H + g) * K
+    x, y = tl.load(start + dims)[None, :], tl.load(start + other)[None, :]
+    k = normed_and_turned(x, y, k_norm_ptr, dims, other, cos, sin, eps, K, HALF)
+    tl.store(keys_ptr + (row * G + g) * K + dims[None, :], k.to(keys_ptr.dtype.element_ty))
+
+
+@triton.jit
+def normed_and_turned(x, y, w_ptr, dims, other, cos, sin, eps, K: tl.constexpr, HALF: tl.constexpr):
+    """x [N, K], with y the other dims of its pairs."""
+    x, y = x.to(tl.float32), y.to(tl.float32)
+    inverse = (1.0 / tl.sqrt(tl.sum(x * x, 1) / K + eps))[:, None]
+    x = x * inverse * tl.load(w_ptr + dims).to(tl.float32)[None, :]
+    y = y * inverse * tl.load(w_ptr + other).to(tl.float32)[None, :]
+    turned = x * cos[None, :] + tl.where((dims < HALF)[None, :], -y, y) * sin[None, :]
+    return tl.where((dims < 2 * HALF)[None, :], turned, x)
 
 
 def gqa_prepare(
@@ -88,7 +95,7 @@ def gqa_prepare(
     H = (X - 2 * G * K) // (2 * K)
     q_THK = torch.empty(T, H, K, dtype=proj_TX.dtype, device=proj_TX.device)
     if T:
-        prepare_kernel[(T, H + 2 * G)](
+        prepare_kernel[(T, G)](
             proj_TX,
             q_norm_weight_K,
             k_norm_weight_K,
@@ -105,13 +112,14 @@ def gqa_prepare(
             G=G,
             K=K,
             HALF=len(frequencies_F),
-            num_warps=prepare_warps(K),
+            **prepare_options(H // G, K),
         )
     return q_THK
 
 
-def prepare_warps(K: int) -> int:
-    return 1 if K <= 128 else 2
+def prepare_options(ratio: int, K: int) -> dict[str, int]:
+    heads = triton.next_power_of_2(ratio)
+    return {"HEADS": heads, "num_warps": max(1, min(4, heads * K // 1024))}
 
 
 @triton.jit(do_not_specialize=["splits", "table_stride"], do_not_specialize_on_alignment=["tables_ptr", "lens_ptr"])
