@@ -7,8 +7,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from thalweg.ops.activation import reference
-from thalweg.ops.registry import Op, Refusal, Where, register
+from thalweg.ops.activation import cpp, reference
+from thalweg.ops.registry import Op, Where, register
 from thalweg.ops.toolchain import cpu_build
 from thalweg.ops.toolchain.triton_support import why_not
 
@@ -29,16 +29,6 @@ class SiluAndMul(Protocol):
 SILU_AND_MUL: Op[SiluAndMulDims, SiluAndMul] = Op("silu_and_mul", SiluAndMulDims)
 
 
-def _cpp(where: Where, dims: SiluAndMulDims) -> SiluAndMul:
-    from thalweg.ops.activation import cpp
-
-    return cpp.silu_and_mul
-
-
-def _cpp_refuses(where: Where, dims: SiluAndMulDims) -> Refusal:
-    return cpu_build.why_not(where)
-
-
 def _triton(where: Where, dims: SiluAndMulDims) -> SiluAndMul:
     from thalweg.ops.activation import triton
 
@@ -46,5 +36,5 @@ def _triton(where: Where, dims: SiluAndMulDims) -> SiluAndMul:
 
 
 register(SILU_AND_MUL, "reference", lambda *_: reference.silu_and_mul)
-register(SILU_AND_MUL, "cpp", _cpp, supports=_cpp_refuses, priority=10)
+register(SILU_AND_MUL, "cpp", lambda *_: cpp.silu_and_mul, supports=cpu_build.why_not, priority=10)
 register(SILU_AND_MUL, "triton", _triton, supports=why_not, priority=10)

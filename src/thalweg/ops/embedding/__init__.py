@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from thalweg.ops.all_reduce import AllReduceAddDims, Ranks, few_tokens, why_not_exchanged
-from thalweg.ops.embedding import reference
+from thalweg.ops.embedding import cuda, reference
 from thalweg.ops.registry import Op, Refusal, Where, register
 from thalweg.ops.toolchain import cpu_build
 from thalweg.quant import scheme_named
@@ -38,12 +38,6 @@ EMBEDDING: Op[AllReduceAddDims, Embedding] = Op("embedding", AllReduceAddDims)
 VOCAB_ROWS: Op[VocabRowsDims, VocabRows] = Op("vocab_rows", VocabRowsDims)
 
 
-def _cuda(where: Where, dims: AllReduceAddDims) -> Embedding:
-    from thalweg.ops.embedding import cuda
-
-    return cuda.embedding
-
-
 def _vocab_rows(where: Where, dims: VocabRowsDims) -> VocabRows:
     return partial(reference.vocab_rows, scheme=scheme_named(dims.scheme), dtype=getattr(torch, where.dtype))
 
@@ -61,7 +55,7 @@ def _cpp_refuses(where: Where, dims: VocabRowsDims) -> Refusal:
 
 
 register(EMBEDDING, "reference", lambda *_: reference.embedding)
-register(EMBEDDING, "cuda", _cuda, supports=why_not_exchanged, tokens=few_tokens, priority=10)
+register(EMBEDDING, "cuda", lambda *_: cuda.embedding, supports=why_not_exchanged, tokens=few_tokens, priority=10)
 
 register(VOCAB_ROWS, "reference", _vocab_rows)
 register(VOCAB_ROWS, "cpp", _cpp_vocab_rows, supports=_cpp_refuses, priority=10)

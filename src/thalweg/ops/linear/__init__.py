@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from thalweg.ops.all_reduce import ALL_REDUCE_ADD, AllReduceAddDims, Ranks
-from thalweg.ops.linear import reference, separate
+from thalweg.ops.linear import cpp, cuda, reference, separate
 from thalweg.ops.norm import RMS_NORM, RmsNormDims
 from thalweg.ops.registry import Op, Refusal, Resolver, Tokens, Where, register
 from thalweg.ops.toolchain import cpu_build, cuda_build
@@ -128,10 +128,6 @@ def _cuda_refuses(where: Where, dims: LinearDims | NormLinearDims | LinearReduce
     return why_not(where) or cuda_build.why_not(where) or why_not_hopper()
 
 
-def _cpp_refuses(where: Where, dims: LinearDims | NormLinearDims) -> Refusal:
-    return cpu_build.why_not(where)
-
-
 def _in_place_refuses(where: Where, dims: LinearDims) -> Refusal:
     return None if where.device == "cuda" else f"saves a launch on cuda, and nothing on {where.device}"
 
@@ -239,34 +235,10 @@ def _matrix_reduce(where: Where, dims: LinearReduceDims) -> LinearReduceAdd:
     return matrix.linear_reduce_add
 
 
-def _cuda_reduce(where: Where, dims: LinearReduceDims) -> LinearReduceAdd:
-    from thalweg.ops.linear import cuda
-
-    return cuda.linear_reduce_add
-
-
 def _ggml(where: Where, dims: LinearGgmlDims) -> LinearGgml:
     scheme = GgmlRows.named(dims.scheme)
     assert scheme is not None
     return partial(reference.linear_ggml, scheme)
-
-
-def _cuda_linear(where: Where, dims: LinearDims) -> Linear:
-    from thalweg.ops.linear import cuda
-
-    return cuda.linear
-
-
-def _cuda_norm_linear(where: Where, dims: NormLinearDims) -> NormLinear:
-    from thalweg.ops.linear import cuda
-
-    return cuda.norm_linear
-
-
-def _cuda_linear_add(where: Where, dims: LinearDims) -> LinearAdd:
-    from thalweg.ops.linear import cuda
-
-    return cuda.linear_add
 
 
 def _matrix_linear(where: Where, dims: LinearDims) -> Linear:
@@ -287,18 +259,6 @@ def _matrix_linear_add(where: Where, dims: LinearDims) -> LinearAdd:
     return matrix.linear_add
 
 
-def _cpp_linear(where: Where, dims: LinearDims) -> Linear:
-    from thalweg.ops.linear import cpp
-
-    return cpp.linear
-
-
-def _panels_linear(where: Where, dims: LinearDims) -> Linear:
-    from thalweg.ops.linear import cpp
-
-    return cpp.linear_many
-
-
 def _cpp_ggml(where: Where, dims: LinearGgmlDims, *, rounds: bool = False, many: bool = False) -> LinearGgml:
     from thalweg.ops.linear.blocks_cpp import BlockLinear
 
@@ -315,30 +275,6 @@ def _cpp_ggml_refuses(where: Where, dims: LinearGgmlDims, *, rounds: bool = Fals
     return refusal(scheme, rounds=rounds) or cpu_build.why_not(where)
 
 
-def _cpp_norm_linear(where: Where, dims: NormLinearDims) -> NormLinear:
-    from thalweg.ops.linear import cpp
-
-    return cpp.norm_linear
-
-
-def _panels_norm_linear(where: Where, dims: NormLinearDims) -> NormLinear:
-    from thalweg.ops.linear import cpp
-
-    return cpp.norm_linear_many
-
-
-def _cpp_linear_add(where: Where, dims: LinearDims) -> LinearAdd:
-    from thalweg.ops.linear import cpp
-
-    return cpp.linear_add
-
-
-def _panels_linear_add(where: Where, dims: LinearDims) -> LinearAdd:
-    from thalweg.ops.linear import cpp
-
-    return cpp.linear_add_many
-
-
 def _triton_norm_linear(where: Where, dims: NormLinearDims) -> NormLinear:
     from thalweg.ops.linear.triton import library
 
@@ -347,30 +283,32 @@ def _triton_norm_linear(where: Where, dims: NormLinearDims) -> NormLinear:
 
 register(LINEAR, "reference", lambda *_: reference.linear)
 register(LINEAR, "matrix", _matrix_linear, supports=_matrix_refuses, tokens=_some, priority=15)
-register(LINEAR, "cpp", _cpp_linear, supports=_cpp_refuses, tokens=CPU_FEW, priority=10)
-register(LINEAR, "panels", _panels_linear, supports=_cpp_refuses, priority=5)
-register(LINEAR, "cuda", _cuda_linear, supports=_cuda_refuses, tokens=_few, priority=20)
+register(LINEAR, "cpp", lambda *_: cpp.linear, supports=cpu_build.why_not, tokens=CPU_FEW, priority=10)
+register(LINEAR, "panels", lambda *_: cpp.linear_many, supports=cpu_build.why_not, priority=5)
+register(LINEAR, "cuda", lambda *_: cuda.linear, supports=_cuda_refuses, tokens=_few, priority=20)
 
 register(NORM_LINEAR, "reference", lambda *_: reference.norm_linear)
 register(NORM_LINEAR, "separate", _separate, priority=-10)
-register(NORM_LINEAR, "cpp", _cpp_norm_linear, supports=_cpp_refuses, tokens=CPU_FEW, priority=10)
-register(NORM_LINEAR, "panels", _panels_norm_linear, supports=_cpp_refuses, priority=5)
+register(NORM_LINEAR, "cpp", lambda *_: cpp.norm_linear, supports=cpu_build.why_not, tokens=CPU_FEW, priority=10)
+register(NORM_LINEAR, "panels", lambda *_: cpp.norm_linear_many, supports=cpu_build.why_not, priority=5)
 register(NORM_LINEAR, "triton", _triton_norm_linear, supports=why_not, priority=10)
 register(NORM_LINEAR, "matrix", _matrix_norm_linear, supports=_matrix_refuses, tokens=_some, priority=15)
 register(NORM_LINEAR, "splits", _splits_norm_linear, supports=_splits_refuses, tokens=SPLIT_TOKENS, priority=16)
-register(NORM_LINEAR, "cuda", _cuda_norm_linear, supports=_cuda_refuses, tokens=_norm_few, priority=20)
+register(NORM_LINEAR, "cuda", lambda *_: cuda.norm_linear, supports=_cuda_refuses, tokens=_norm_few, priority=20)
 
 register(LINEAR_ADD, "reference", lambda *_: reference.linear_add)
 register(LINEAR_ADD, "in_place", lambda *_: reference.linear_add_in_place, supports=_in_place_refuses, priority=10)
 register(LINEAR_ADD, "matrix", _matrix_linear_add, supports=_matrix_refuses, tokens=_some, priority=15)
-register(LINEAR_ADD, "cpp", _cpp_linear_add, supports=_cpp_refuses, tokens=CPU_FEW, priority=10)
-register(LINEAR_ADD, "panels", _panels_linear_add, supports=_cpp_refuses, priority=5)
-register(LINEAR_ADD, "cuda", _cuda_linear_add, supports=_cuda_refuses, tokens=_few, priority=20)
+register(LINEAR_ADD, "cpp", lambda *_: cpp.linear_add, supports=cpu_build.why_not, tokens=CPU_FEW, priority=10)
+register(LINEAR_ADD, "panels", lambda *_: cpp.linear_add_many, supports=cpu_build.why_not, priority=5)
+register(LINEAR_ADD, "cuda", lambda *_: cuda.linear_add, supports=_cuda_refuses, tokens=_few, priority=20)
 
 register(LINEAR_REDUCE_ADD, "reference", lambda *_: reference.linear_reduce_add)
 register(LINEAR_REDUCE_ADD, "separate", _reduce_separate, priority=10)
 register(LINEAR_REDUCE_ADD, "matrix", _matrix_reduce, supports=_matrix_reduce_refuses, tokens=REDUCED, priority=15)
-register(LINEAR_REDUCE_ADD, "cuda", _cuda_reduce, supports=_reduce_refuses, tokens=_few, priority=20)
+register(
+    LINEAR_REDUCE_ADD, "cuda", lambda *_: cuda.linear_reduce_add, supports=_reduce_refuses, tokens=_few, priority=20
+)
 
 register(LINEAR_GGML, "reference", _ggml, capturable=False)
 register(LINEAR_GGML, "cpp", _cpp_ggml, supports=_cpp_ggml_refuses, tokens=CPU_FEW, priority=10)

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from thalweg.ops.norm import reference
+from thalweg.ops.norm import cpp, reference
 from thalweg.ops.registry import Op, Refusal, Where, register
 from thalweg.ops.toolchain import cpu_build
 from thalweg.ops.toolchain.triton_support import why_not
@@ -44,16 +44,6 @@ class NextNorm:
     normed_TD: Tensor | None = None
 
 
-def _cpp_rms_norm(where: Where, dims: RmsNormDims) -> RmsNorm:
-    from thalweg.ops.norm.cpp import rms_norm
-
-    return rms_norm
-
-
-def _cpp_refuses(where: Where, dims: RmsNormDims) -> Refusal:
-    return cpu_build.why_not(where)
-
-
 def _triton_rms_norm(where: Where, dims: RmsNormDims) -> RmsNorm:
     from thalweg.ops.norm.triton.rms import rms_norm
 
@@ -65,5 +55,5 @@ def _triton_refuses(where: Where, dims: RmsNormDims) -> Refusal:
 
 
 register(RMS_NORM, "reference", lambda *_: reference.rms_norm)
-register(RMS_NORM, "cpp", _cpp_rms_norm, supports=_cpp_refuses, priority=10)
+register(RMS_NORM, "cpp", lambda *_: cpp.rms_norm, supports=cpu_build.why_not, priority=10)
 register(RMS_NORM, "triton", _triton_rms_norm, supports=_triton_refuses, priority=10)

@@ -7,9 +7,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from thalweg.ops.linear import separate
+from thalweg.ops.linear import cpp, separate
 from thalweg.ops.projection import reference
-from thalweg.ops.registry import Op, Refusal, Where, register
+from thalweg.ops.registry import Op, register
 from thalweg.ops.toolchain import cpu_build
 
 
@@ -31,16 +31,6 @@ class BatchedProjection(Protocol):
 BATCHED_PROJECTION: Op[BatchedProjectionDims, BatchedProjection] = Op("batched_projection", BatchedProjectionDims)
 
 
-def _panels(where: Where, dims: BatchedProjectionDims) -> BatchedProjection:
-    from thalweg.ops.linear import cpp
-
-    return cpp.batched_projection
-
-
-def _panels_refuses(where: Where, dims: BatchedProjectionDims) -> Refusal:
-    return cpu_build.why_not(where)
-
-
 register(BATCHED_PROJECTION, "reference", lambda *_: reference.batched_projection)
 register(BATCHED_PROJECTION, "separate", lambda *_: separate.batched_projection, priority=-10)
-register(BATCHED_PROJECTION, "panels", _panels, supports=_panels_refuses, priority=10)
+register(BATCHED_PROJECTION, "panels", lambda *_: cpp.batched_projection, supports=cpu_build.why_not, priority=10)

@@ -8,8 +8,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from thalweg.ops.registry import Op, Refusal, Where, register
-from thalweg.ops.residual import reference
+from thalweg.ops.registry import Op, Where, register
+from thalweg.ops.residual import cpp, reference
 from thalweg.ops.toolchain import cpu_build
 from thalweg.ops.toolchain.triton_support import why_not
 
@@ -43,16 +43,6 @@ SCALED_RESIDUAL_ADD: Op[ScaledResidualAddDims, ScaledResidualAdd] = Op("scaled_r
 GATED_ADD: Op[GatedAddDims, GatedAdd] = Op("gated_add", GatedAddDims)
 
 
-def _cpp(where: Where, dims: GatedAddDims) -> GatedAdd:
-    from thalweg.ops.residual import cpp
-
-    return cpp.gated_add
-
-
-def _cpp_refuses(where: Where, dims: GatedAddDims) -> Refusal:
-    return cpu_build.why_not(where)
-
-
 def _triton(where: Where, dims: ScaledResidualAddDims) -> ScaledResidualAdd:
     from thalweg.ops.residual.triton import scaled_residual_add
 
@@ -64,4 +54,4 @@ register(SCALED_RESIDUAL_ADD, "separate", lambda *_: reference.two_additions, pr
 register(SCALED_RESIDUAL_ADD, "triton", _triton, supports=why_not, priority=10)
 
 register(GATED_ADD, "reference", lambda *_: reference.gated_add)
-register(GATED_ADD, "cpp", _cpp, supports=_cpp_refuses, priority=10)
+register(GATED_ADD, "cpp", lambda *_: cpp.gated_add, supports=cpu_build.why_not, priority=10)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from thalweg.ops.all_reduce import AREAS, ROWS, Ranks
 from thalweg.ops.registry import Op, Refusal, Tokens, Where, register
-from thalweg.ops.sample import reference
+from thalweg.ops.sample import cpp, reference
 from thalweg.ops.toolchain import cpu_build, cuda_build
 from thalweg.ops.toolchain.triton_support import why_not
 
@@ -71,16 +71,6 @@ SAMPLE: Op[SampleDims, Sample] = Op("sample", SampleDims)
 SAMPLE_OVER_RANKS: Op[SampleOverRanksDims, SampleOverRanks] = Op("sample_over_ranks", SampleOverRanksDims)
 
 
-def _cpp(where: Where, dims: SampleDims) -> Sample:
-    from thalweg.ops.sample import cpp
-
-    return cpp.sample
-
-
-def _cpp_refuses(where: Where, dims: SampleDims) -> Refusal:
-    return cpu_build.why_not(where)
-
-
 def _triton(where: Where, dims: SampleDims) -> Sample:
     from thalweg.ops.sample import triton
 
@@ -88,7 +78,7 @@ def _triton(where: Where, dims: SampleDims) -> Sample:
 
 
 register(SAMPLE, "reference", lambda *_: reference.sample)
-register(SAMPLE, "cpp", _cpp, supports=_cpp_refuses, priority=10)
+register(SAMPLE, "cpp", lambda *_: cpp.sample, supports=cpu_build.why_not, priority=10)
 register(SAMPLE, "triton", _triton, supports=why_not, priority=10)
 
 

@@ -81,7 +81,7 @@ class BuildError(Exception):
     """The library cannot be had; one line says why."""
 
 
-def why_not(where: Where) -> Refusal:
+def why_not(where: Where, dims: object = None) -> Refusal:
     """Why C++ for the CPU cannot serve there, or None. The first call in a process loads the library, and the first on
     a machine compiles it."""
     if where.device != "cpu":

@@ -17,7 +17,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from thalweg.ops.attention.gqa import reference
+from thalweg.ops.attention import prompt_cuda
+from thalweg.ops.attention.gqa import cpp, cuda, reference
 from thalweg.ops.registry import Op, Refusal, Where, register
 from thalweg.ops.toolchain import cpu_build, cuda_build
 from thalweg.ops.toolchain.triton_support import why_not, why_not_hopper
@@ -124,34 +125,6 @@ def _triton_mixer(where: Where, dims: GqaDims) -> GqaMixerDecode:
     return triton.gqa_mixer_decode
 
 
-def _cpp_mixer(where: Where, dims: GqaDims) -> GqaMixerDecode:
-    from thalweg.ops.attention.gqa import cpp
-
-    return cpp.gqa_mixer_decode
-
-
-def _cpp_prepare(where: Where, dims: GqaDims) -> GqaPrepare:
-    from thalweg.ops.attention.gqa import cpp
-
-    return cpp.gqa_prepare
-
-
-def _cpp_prefill(where: Where, dims: GqaDims) -> GqaPrefill:
-    from thalweg.ops.attention.gqa import cpp
-
-    return cpp.gqa_prefill
-
-
-def _cpp_refuses(where: Where, dims: GqaDims) -> Refusal:
-    return cpu_build.why_not(where)
-
-
-def _cuda_mixer(where: Where, dims: GqaDims) -> GqaMixerDecode:
-    from thalweg.ops.attention.gqa import cuda
-
-    return cuda.gqa_mixer_decode
-
-
 def _cuda_mixer_refuses(where: Where, dims: GqaDims) -> Refusal:
     if dims.H > 8 * dims.G or dims.R % 64:
         return (
@@ -170,12 +143,6 @@ def _library_refuses(where: Where, dims: GqaDims) -> Refusal:
     return None if where.device == "cuda" else f"torch's attention with a cached prefix is for cuda, not {where.device}"
 
 
-def _cuda_prefill(where: Where, dims: GqaDims) -> GqaPrefill:
-    from thalweg.ops.attention.prompt_cuda import gqa_prefill
-
-    return gqa_prefill
-
-
 def _cuda_refuses(where: Where, dims: GqaDims) -> Refusal:
     if dims.K != 256 or dims.S % 16:
         return f"needs heads of 256 dims and blocks of a multiple of 16 tokens, not {dims.K} and {dims.S}"
@@ -185,13 +152,13 @@ def _cuda_refuses(where: Where, dims: GqaDims) -> Refusal:
 
 
 register(GQA_MIXER_DECODE, "reference", lambda *_: reference.gqa_mixer_decode, capturable=False)
-register(GQA_MIXER_DECODE, "cpp", _cpp_mixer, supports=_cpp_refuses, priority=10)
+register(GQA_MIXER_DECODE, "cpp", lambda *_: cpp.gqa_mixer_decode, supports=cpu_build.why_not, priority=10)
 register(GQA_MIXER_DECODE, "triton", _triton_mixer, supports=_triton_refuses, priority=10)
-register(GQA_MIXER_DECODE, "cuda", _cuda_mixer, supports=_cuda_mixer_refuses, priority=20)
+register(GQA_MIXER_DECODE, "cuda", lambda *_: cuda.gqa_mixer_decode, supports=_cuda_mixer_refuses, priority=20)
 register(GQA_PREPARE, "reference", lambda *_: reference.gqa_prepare, capturable=True)
-register(GQA_PREPARE, "cpp", _cpp_prepare, supports=_cpp_refuses, priority=10)
+register(GQA_PREPARE, "cpp", lambda *_: cpp.gqa_prepare, supports=cpu_build.why_not, priority=10)
 register(GQA_PREPARE, "triton", _triton_prepare, supports=_triton_refuses, priority=10, capturable=True)
 register(GQA_PREFILL, "reference", lambda *_: reference.gqa_prefill)
-register(GQA_PREFILL, "cpp", _cpp_prefill, supports=_cpp_refuses, priority=10)
+register(GQA_PREFILL, "cpp", lambda *_: cpp.gqa_prefill, supports=cpu_build.why_not, priority=10)
 register(GQA_PREFILL, "library", _library_prefill, supports=_library_refuses, priority=10)
-register(GQA_PREFILL, "cuda", _cuda_prefill, supports=_cuda_refuses, priority=20, capturable=True)
+register(GQA_PREFILL, "cuda", lambda *_: prompt_cuda.gqa_prefill, supports=_cuda_refuses, priority=20, capturable=True)

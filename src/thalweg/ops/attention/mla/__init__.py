@@ -16,7 +16,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from thalweg.ops.attention.mla import reference
+from thalweg.ops.attention.mla import cpp, cuda, reference
 from thalweg.ops.registry import Op, Refusal, Where, register
 from thalweg.ops.toolchain import cpu_build, cuda_build
 from thalweg.ops.toolchain.triton_support import why_not, why_not_hopper
@@ -70,12 +70,6 @@ def _prefill_refuses(where: Where, dims: MlaPrefillDims) -> Refusal:
     return why_not(where) if where.dtype == "bfloat16" else f"needs bfloat16, not {where.dtype}"
 
 
-def _cuda_prefill(where: Where, dims: MlaPrefillDims) -> MlaPrefill:
-    from thalweg.ops.attention.mla.cuda import mla_prefill
-
-    return mla_prefill
-
-
 def _cuda_refuses(where: Where, dims: MlaPrefillDims) -> Refusal:
     if (dims.K, dims.V, dims.P) != (128, 128, 64) or dims.R % 8:
         sizes = ", ".join(map(str, (dims.K, dims.V, dims.P, dims.R)))
@@ -83,17 +77,7 @@ def _cuda_refuses(where: Where, dims: MlaPrefillDims) -> Refusal:
     return _prefill_refuses(where, dims) or cuda_build.why_not(where) or why_not_hopper()
 
 
-def _cpp_prefill(where: Where, dims: MlaPrefillDims) -> MlaPrefill:
-    from thalweg.ops.attention.mla.cpp import mla_prefill
-
-    return mla_prefill
-
-
-def _cpp_refuses(where: Where, dims: MlaPrefillDims) -> Refusal:
-    return cpu_build.why_not(where)
-
-
 register(MLA_PREFILL, "reference", lambda *_: reference.mla_prefill)
-register(MLA_PREFILL, "cpp", _cpp_prefill, supports=_cpp_refuses, priority=10)
+register(MLA_PREFILL, "cpp", lambda *_: cpp.mla_prefill, supports=cpu_build.why_not, priority=10)
 register(MLA_PREFILL, "triton", _triton_prefill, supports=_prefill_refuses, priority=10, capturable=True)
-register(MLA_PREFILL, "cuda", _cuda_prefill, supports=_cuda_refuses, priority=20, capturable=True)
+register(MLA_PREFILL, "cuda", lambda *_: cuda.mla_prefill, supports=_cuda_refuses, priority=20, capturable=True)

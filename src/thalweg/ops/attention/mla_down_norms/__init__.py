@@ -9,7 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from thalweg.ops.attention.mla_down_norms import reference
+from thalweg.ops.attention.mla_down_norms import cpp, reference
 from thalweg.ops.registry import Op, Refusal, Where, register
 from thalweg.ops.toolchain import cpu_build
 from thalweg.ops.toolchain.triton_support import why_not
@@ -52,16 +52,6 @@ class SplitNorms(Protocol):
 SPLIT_NORMS: Op[SplitNormsDims, SplitNorms] = Op("split_norms", SplitNormsDims)
 
 
-def _cpp(where: Where, dims: SplitNormsDims) -> SplitNorms:
-    from thalweg.ops.attention.mla_down_norms import cpp
-
-    return cpp.split_norms
-
-
-def _cpp_refuses(where: Where, dims: SplitNormsDims) -> Refusal:
-    return cpu_build.why_not(where)
-
-
 def _triton(where: Where, dims: SplitNormsDims) -> SplitNorms:
     from thalweg.ops.attention.mla_down_norms import triton
 
@@ -81,6 +71,6 @@ def _triton_refuses(where: Where, dims: SplitNormsDims) -> Refusal:
 
 
 register(SPLIT_NORMS, "reference", lambda *_: reference.split_norms)
-register(SPLIT_NORMS, "cpp", _cpp, supports=_cpp_refuses, priority=10)
+register(SPLIT_NORMS, "cpp", lambda *_: cpp.split_norms, supports=cpu_build.why_not, priority=10)
 register(SPLIT_NORMS, "separate", _separate, supports=_triton_refuses, priority=-10)
 register(SPLIT_NORMS, "triton", _triton, supports=_triton_refuses, priority=10)

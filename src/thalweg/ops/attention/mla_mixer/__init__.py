@@ -17,7 +17,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from thalweg.ops.attention.mla_mixer import reference
+from thalweg.ops.attention.mla_mixer import cpp, reference
 from thalweg.ops.registry import Op, Refusal, Where, register
 from thalweg.ops.toolchain import cpu_build
 from thalweg.ops.toolchain.triton_support import why_not, why_not_hopper
@@ -83,22 +83,6 @@ MLA_DECODE: Op[MlaMixerDims, MlaDecode] = Op("mla_decode", MlaMixerDims, rows="d
 TILE = 64  # tokens of the context in a tile of the kernels in Gluon
 
 
-def _cpp(where: Where, dims: MlaMixerDims) -> MlaMixerDecode:
-    from thalweg.ops.attention.mla_mixer import cpp
-
-    return cpp.mla_mixer_decode
-
-
-def _cpp_refuses(where: Where, dims: MlaMixerDims) -> Refusal:
-    return cpu_build.why_not(where)
-
-
-def _cpp_decode(where: Where, dims: MlaMixerDims) -> MlaDecode:
-    from thalweg.ops.attention.mla_mixer import cpp
-
-    return cpp.mla_decode
-
-
 def _triton(where: Where, dims: MlaMixerDims) -> MlaMixerDecode:
     from thalweg.ops.attention.mla_mixer.triton import mixer
 
@@ -152,10 +136,10 @@ def _why_not_gluon() -> Refusal:
 
 
 register(MLA_MIXER_DECODE, "reference", lambda *_: reference.mla_mixer_decode, capturable=False)
-register(MLA_MIXER_DECODE, "cpp", _cpp, supports=_cpp_refuses, priority=10)
+register(MLA_MIXER_DECODE, "cpp", lambda *_: cpp.mla_mixer_decode, supports=cpu_build.why_not, priority=10)
 register(MLA_MIXER_DECODE, "triton", _triton, supports=_triton_refuses, priority=10)
 register(MLA_MIXER_DECODE, "gluon", _gluon, supports=_gluon_refuses, priority=20)
 register(MLA_DECODE, "reference", lambda *_: reference.mla_decode, capturable=False)
-register(MLA_DECODE, "cpp", _cpp_decode, supports=_cpp_refuses, priority=10)
+register(MLA_DECODE, "cpp", lambda *_: cpp.mla_decode, supports=cpu_build.why_not, priority=10)
 register(MLA_DECODE, "triton", _triton_decode, supports=_triton_refuses, priority=10)
 register(MLA_DECODE, "gluon", _gluon_decode, supports=_gluon_refuses, priority=20)

@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-from thalweg.ops.moe.router import cuda, few, reference
+from thalweg.ops.moe.router import cpp, cuda, few, reference
 from thalweg.ops.registry import Op, Refusal, Tokens, Where, register
 from thalweg.ops.toolchain import cpu_build, cuda_build
 from thalweg.ops.toolchain.triton_support import why_not, why_not_hopper
@@ -87,22 +87,6 @@ def _few_refuses(where: Where, dims: NormRouterDims) -> Refusal:
     return few.refusal(dims.E, dims.D, dims.K + dims.S) or cuda_build.why_not(where) or why_not_hopper()
 
 
-def _cpp(where: Where, dims: NormRouterDims) -> NormRouter:
-    from thalweg.ops.moe.router import cpp
-
-    return cpp.norm_router
-
-
-def _panels(where: Where, dims: NormRouterDims) -> NormRouter:
-    from thalweg.ops.moe.router import cpp
-
-    return cpp.norm_router_many
-
-
-def _cpp_refuses(where: Where, dims: NormRouterDims) -> Refusal:
-    return cpu_build.why_not(where)
-
-
 def _library(where: Where, dims: NormRouterDims) -> NormRouter:
     from thalweg.ops.moe.router import triton
 
@@ -128,8 +112,8 @@ def _few(dims: NormRouterDims) -> Tokens:
 
 
 register(NORM_ROUTER, "reference", lambda *_: reference.norm_router)
-register(NORM_ROUTER, "cpp", _cpp, supports=_cpp_refuses, tokens=CPU_FEW, priority=10)
-register(NORM_ROUTER, "panels", _panels, supports=_cpp_refuses, priority=5)
+register(NORM_ROUTER, "cpp", lambda *_: cpp.norm_router, supports=cpu_build.why_not, tokens=CPU_FEW, priority=10)
+register(NORM_ROUTER, "panels", lambda *_: cpp.norm_router_many, supports=cpu_build.why_not, priority=5)
 register(NORM_ROUTER, "library", _library, supports=_triton_refuses, priority=10)
 # Beyond, a product fills the device without being split.
 register(NORM_ROUTER, "triton", _triton, supports=_triton_refuses, tokens=Tokens(last=512), priority=20)
