@@ -111,7 +111,8 @@ def _launch(
     weights_map = tensor_map(weights[0].view(torch.bfloat16).view(rows, 1, -1), BOX_ROWS)
     rows_map = tensor_map(x.view(torch.bfloat16).view(len(x), 1, -1), UNIT) if not macros["GATED"] else weights_map
     later = size == 1 and (macros["GATED"] or macros["DENSE"])
-    out_map = tensor_map(out.unsqueeze(1), UNIT) if later else weights_map
+    shape, strides = (len(out), 1, out.shape[1]), (out.stride(0), out.stride(0), 1)
+    out_map = tensor_map(out.as_strided(shape, strides), UNIT) if later else weights_map
     cuda_kernel(SOURCE, "products", THREADS, x.device, **macros).launch(
         (multiprocessors(x.device) // macros["CLUSTER"] * macros["CLUSTER"], 1, 1),
         shared_bytes(UNITS[size], bool(macros["GATED"]), bool(macros["DENSE"]), size == 1),
