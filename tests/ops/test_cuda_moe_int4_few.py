@@ -26,12 +26,12 @@ DIMS: dict[str, Any] = {"E": 384, "D": 7168, "I": 2048, "scheme": "int4", "own":
     ("T", "D", "I", "own", "skewed"),
     [
         (1, 256, 256, 256, False),
-        pytest.param(2, 2304, 256, 256, False, marks=pytest.mark.exhaustive),  # two blocks of an odd number of warps
+        (2, 2304, 256, 256, False),  # two blocks of an odd number of warps
         (3, 256, 256, 0, True),  # passes of one, two and four tokens, as they are chosen
-        pytest.param(8, 256, 512, 512, False, marks=pytest.mark.slow),
+        (8, 256, 512, 512, False),
         # An expert has two passes, of eight and of five; the own expert has two passes.
-        pytest.param(13, 256, 256, 256, True, marks=pytest.mark.exhaustive),
-        pytest.param(40, 256, 256, 256, False, marks=pytest.mark.exhaustive),
+        (13, 256, 256, 256, True),
+        (40, 256, 256, 256, False),
     ],
 )
 def test_on_the_host(monkeypatch: pytest.MonkeyPatch, T: int, D: int, I: int, own: int, skewed: bool) -> None:

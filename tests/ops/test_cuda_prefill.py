@@ -47,7 +47,7 @@ def test_gdn_on_the_host(on_host: Any, lengths: tuple[int, ...], gate: float | N
     case.check(case.run(on_host.gdn_mixer_prefill), 0.005)
 
 
-@pytest.mark.parametrize("G", [None, pytest.param(1, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("G", [None, 1])
 def test_segments_on_the_host(on_host: Any, monkeypatch: pytest.MonkeyPatch, G: int | None) -> None:
     """Of two chunks, of one, and none at all."""
     monkeypatch.setattr(on_host, "segments", lambda *_: 3)
@@ -55,9 +55,7 @@ def test_segments_on_the_host(on_host: Any, monkeypatch: pytest.MonkeyPatch, G: 
     case.check(case.run(on_host.gdn_mixer_prefill if G else on_host.kda_mixer_prefill), 0.005)
 
 
-@pytest.mark.parametrize(
-    "G", [pytest.param(None, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.exhaustive)]
-)
+@pytest.mark.parametrize("G", [None, 1])
 def test_states_at_boundaries_on_the_host(on_host: Any, G: int | None) -> None:
     if G is None:
         mixer_boundaries(on_host.kda_mixer_prefill, "cpu", 1)
@@ -65,7 +63,6 @@ def test_states_at_boundaries_on_the_host(on_host: Any, G: int | None) -> None:
         mixer_boundaries(on_host.gdn_mixer_prefill, "cpu", 2, G)
 
 
-@pytest.mark.exhaustive
 @pytest.mark.parametrize("G", [None, 1])
 def test_mixers_in_graphs_on_the_host(on_host: Any, G: int | None) -> None:
     case = MixerPrefillCase((128,), 1, G=G)
