@@ -203,6 +203,17 @@ def test_a_death_at_the_start_of_data_parallel_ranks(
         check_error(server, victim, server.check_gone(WITHIN))
 
 
+@pytest.mark.slow
+def test_a_death_at_the_start_is_not_waited_with_for_a_data_parallel_rank_that_hangs(
+    folder: Path, tmp: Path, tmp_path: Path
+) -> None:
+    with serving(tmp_path / "log", tmp, str(folder), *DATA_PARALLEL) as server:
+        stopped_at(server, "bound", "engine")
+        pid = server.all_of(2, "engine")["engine 1"]
+        os.kill(pid, signal.SIGKILL)
+        check_error(server, "engine 1", server.check_gone(WITHIN))
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("point", "victim"),

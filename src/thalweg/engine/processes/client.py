@@ -26,7 +26,7 @@ from thalweg.text.prompts import check_params, check_token_ids
 
 MAX_UNREAD = 16_384  # updates that may wait for whoever asked for them
 SAVE_SECONDS = 900.0  # that an engine may take to end when it writes its cache to --cache-folder
-LEAVE_SECONDS = 2.0  # for an engine to leave because another died
+LEAVE_SECONDS = 2.0  # for an engine to leave that was told to, unless it hangs
 SILENCE = 1.5  # step timeouts without a word after which an engine that has work is taken to hang
 
 
@@ -216,9 +216,7 @@ class EngineClient:
             task.cancel()
         # It may have a cache to write down first.
         seconds = 10.0 if self.config.cache_folder is None else SAVE_SECONDS
-        if len(self.engines) > 1 and self.died is not None:
-            seconds = LEAVE_SECONDS  # all were told to leave
-        await self._end_processes(seconds, leave=not started)
+        await self._end_processes(seconds, leave=not started or (len(self.engines) > 1 and self.died is not None))
 
     async def _receive(self, engine: Connection) -> None:
         while True:
@@ -308,6 +306,7 @@ class EngineClient:
         """Wait for their end, and remove what they leave. `leave`: do not let them finish what they are at."""
         for engine in self.engines if leave else ():
             engine.leave()
+        timeout_s = LEAVE_SECONDS if leave else timeout_s
         await asyncio.gather(*(engine.close(timeout_s) for engine in self.engines))
         self._context.term()
         self._folder.cleanup()
