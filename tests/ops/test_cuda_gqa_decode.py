@@ -13,8 +13,9 @@ from tests.ops.gqa_case import GqaCase, GqaShape
 from tests.ops.run_on_host import HostKernel
 from thalweg.ops.attention.gqa import GQA_MIXER_DECODE, GqaDims, cuda
 from thalweg.ops.registry import Resolver, Where
+from thalweg.ops.toolchain.counters import counters
 
-FORMS = cuda.FORMS
+FORMS, form_for = cuda.FORMS, cuda.form_for
 HOPPER_SHARED = 227 * 1024  # bytes of shared memory that a multiprocessor's blocks may have
 
 
@@ -22,22 +23,26 @@ HOPPER_SHARED = 227 * 1024  # bytes of shared memory that a multiprocessor's blo
 def on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "cuda_kernel", HostKernel)
     monkeypatch.setattr(cuda, "FORMS", [(1, 1), (1, 2)])  # without clusters
+    monkeypatch.setattr(cuda, "form_for", lambda *_: (1, 1, 1))
 
 
 @pytest.mark.parametrize(
     ("shape", "contexts", "choice"),
     [
-        (GqaShape(4, 1, 256, 64, 64), [0, 1, 30], (1, 1)),
-        (GqaShape(12, 2, 256, 128, 16), [15, 16, 100], (1, 2)),
-        (GqaShape(8, 1, 256, 64, 64), [300], (1, 2)),
+        (GqaShape(4, 1, 256, 64, 64), [0, 1, 30], (1, 1, 1)),
+        (GqaShape(12, 2, 256, 128, 16), [15, 16, 100], (1, 2, 1)),
+        (GqaShape(8, 1, 256, 64, 64), [300], (1, 2, 1)),
+        (GqaShape(8, 2, 256, 64, 64), [9, 255, 256, 300, 500], (1, 1, 4)),
     ],
 )
 def test_results_and_the_rows_that_are_written(
-    shape: GqaShape, contexts: list[int], choice: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    shape: GqaShape, contexts: list[int], choice: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cuda, "form_for", lambda *_: choice)
+    arrived = counters("gqa_mixer_decode", torch.device("cpu"), cuda.COUNTERS)
     case = GqaCase(shape, contexts, [1] * len(contexts), torch.bfloat16, scale=1.1)
     case.check_mix(cuda.gqa_mixer_decode, 2**-6, padding=1)
+    assert not arrived.any()
 
 
 def test_positions_far_out() -> None:
@@ -52,11 +57,17 @@ def test_no_rows() -> None:
     assert case.mix(cuda.gqa_mixer_decode).shape == (0, 512)
 
 
-def test_contexts_fill_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "FORMS", FORMS)
-    forms = [cuda.form_for(groups, 132) for groups in (1, 8, 9, 16, 32, 34, 66, 67, 132, 133, 264, 512)]
-    assert forms == [(16, 1), (16, 1), (8, 1), (8, 1), (4, 1), (2, 2), (2, 2), (1, 2), (1, 2), (1, 1), (1, 1), (1, 1)]
-    assert set(forms) == set(FORMS)
+def test_contexts_fill_the_device() -> None:
+    numbers = (1, 2, 4, 7, 8, 15, 16, 17, 33, 34, 66, 67, 132, 133, 512)
+    forms = [form_for(groups, 132) for groups in numbers]
+    few = [(16, 1, 7), (16, 1, 7), (16, 1, 3), (16, 1, 2), (8, 1, 3), (8, 1, 2), (8, 1, 1), (2, 1, 7), (2, 1, 4)]
+    assert forms == [*few, (2, 2, 1), (2, 2, 1), (1, 2, 1), (1, 2, 1), (1, 1, 1), (1, 1, 1)]
+    assert {(splits, stages) for splits, stages, _ in forms} == set(FORMS)
+    for groups in range(1, 600):
+        splits, stages, parts = form_for(groups, 132)
+        assert parts >= 1
+        assert parts == 1 or groups * splits * parts <= (3 - stages) * 132
+        assert parts == 1 or groups * splits <= cuda.COUNTERS
 
 
 @pytest.mark.parametrize(("splits", "stages"), cuda.FORMS)

@@ -105,15 +105,30 @@ MIXER_SHAPES = [*GQA_SHAPES[:2], GqaShape(16, 4, 256, 64, 64), GqaShape(4, 2, 25
 
 
 @pytest.mark.parametrize("shape", MIXER_SHAPES, ids=str)
-@pytest.mark.parametrize("form", [None, (1, 1), (1, 2), (2, 2), (4, 1), (16, 1)], ids=str)
-def test_gqa_mixer(shape: GqaShape, form: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In one block, in clusters of any size, and as the device would have it; with rows that share the sink."""
+@pytest.mark.parametrize("form", [None, (1, 1, 1), (1, 2, 1), (2, 2, 1), (16, 1, 1), (1, 1, 8), (2, 1, 5)], ids=str)
+def test_gqa_mixer(shape: GqaShape, form: tuple[int, int, int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one block, in clusters of any size, over several, and as the device would have it; with rows that share the
+    sink."""
     from thalweg.ops.attention.gqa import cuda
 
     if form is not None:
         monkeypatch.setattr(cuda, "form_for", lambda *_: form)
     case = GqaCase(shape, [*CONTEXTS, 2000], [1] * (len(CONTEXTS) + 1), torch.bfloat16, "cuda")
     case.check_mix(cuda.gqa_mixer_decode, 2**-6, padding=3)
+
+
+@pytest.mark.parametrize("form", [None, (8, 1, 3), (2, 1, 4)], ids=str)
+def test_gqa_mixer_of_a_long_context(form: tuple[int, int, int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Again and again: the clusters of a launch count from zero, and which of them is last changes no bit."""
+    from thalweg.ops.attention.gqa import cuda
+
+    if form is not None:
+        monkeypatch.setattr(cuda, "form_for", lambda *_: form)
+    case = GqaCase(GqaShape(8, 1, 256, 64, 64), [6000, 30], [1, 1], torch.bfloat16, "cuda")
+    case.check_mix(cuda.gqa_mixer_decode, 2**-6)
+    first = case.mix(cuda.gqa_mixer_decode)
+    for _ in range(20):
+        assert case.mix(cuda.gqa_mixer_decode).equal(first)
 
 
 @pytest.mark.parametrize("B", [1, 3, 9, 32, 130])

@@ -8,15 +8,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from thalweg.ops.toolchain.counters import counters
 from thalweg.ops.toolchain.cuda_build import aligned_rows, cuda_kernel
 from thalweg.ops.toolchain.triton_support import multiprocessors
 
 SOURCE = Path(__file__).with_name("decode.cu")
 K, THREADS, WARPS, PITCH, TILE_BYTES = 256, 128, 4, 528, 16896  # as in the source
-FORMS = [(1, 1), (1, 2), (2, 2), (4, 1), (8, 1), (16, 1)]
-"""(Blocks that share a context, a cluster; tiles of a warp's ring.) One tile leaves room for two blocks on a
-multiprocessor, two for one, which is then as fast. Clusters of four blocks and more do not lie on all multiprocessors,
-if they have one to a block: two blocks on some are better."""
+FORMS = [(1, 1), (1, 2), (2, 1), (2, 2), (8, 1), (16, 1)]
+"""(Blocks that share a context, a cluster; tiles of a warp's ring). One tile leaves room for two blocks on a
+multiprocessor, two for one, which is then as fast."""
+# Clusters of so many blocks that run at once on 132 multiprocessors, two blocks to each.
+AT_ONCE = {16: 14, 8: 30, 2: 132}
+MOST_PARTS = 7  # of a context, in clusters of 16
+COUNTERS = 1024  # at least one for each block that runs at once
 LOG2_E = 1.4426950408889634
 
 
@@ -24,10 +28,23 @@ def shared_bytes(stages: int) -> int:
     return WARPS * stages * TILE_BYTES + 8 * K * 4 + 10 * PITCH
 
 
-def form_for(groups: int, processors: int) -> tuple[int, int]:
-    """Of so many contexts: blocks for all multiprocessors once, or for twice as many if they are more."""
-    splits = max((n for n, _ in FORMS if n * groups <= processors), default=1)
-    return splits, 2 if splits <= 2 and groups <= processors else 1
+def form_for(groups: int, processors: int) -> tuple[int, int, int]:
+    """Of so many contexts: a form, and how many clusters may have parts of one. Few contexts get as many blocks as run
+    at once, two to a multiprocessor; others as many as there are multiprocessors, or as contexts, if those are more.
+
+    Clusters of 16 and 8 are the fastest way to share a short context, and fit less often the larger they are.
+    """
+
+    def parts(splits: int) -> int:
+        return AT_ONCE[splits] * processors // 132 // groups
+
+    if parts(16) > 1:
+        return 16, 1, min(parts(16), MOST_PARTS)
+    if 8 * groups <= processors:
+        return 8, 1, max(parts(8), 1)
+    if 4 * groups <= processors:
+        return 2, 1, parts(2)
+    return (2, 2, 1) if 2 * groups <= processors else (1, 2, 1) if groups <= processors else (1, 1, 1)
 
 
 def gqa_mixer_decode(
@@ -61,9 +78,10 @@ def gqa_mixer_decode(
     kernels = {
         form: cuda_kernel(SOURCE, "decode", THREADS, device, SPLITS=form[0], STAGES=form[1], **macros) for form in FORMS
     }
-    splits, stages = form = form_for(B * G, multiprocessors(device))
-    kernels[form].launch(
-        (B * G * splits, 1, 1),
+    splits, stages, parts = form_for(B * G, multiprocessors(device))
+    parts_NPX = torch.empty(B * G if parts > 1 else 0, parts, H // G * (K + 2), dtype=torch.float32, device=device)
+    kernels[splits, stages].launch(
+        (B * G * parts * splits, 1, 1),
         shared_bytes(stages),
         proj_BX,
         q_norm_weight_K,
@@ -76,9 +94,12 @@ def gqa_mixer_decode(
         block_tables_BN,
         context_lens_B,
         o_BO,
+        parts_NPX,
+        counters("gqa_mixer_decode", device, COUNTERS),
         (c_longlong, proj_BX.stride(0)),
         (c_longlong, block_tables_BN.stride(0)),
         (c_int, G),
+        (c_int, parts),
         (c_float, eps),
         (c_float, rope_scale),
         (c_float, K**-0.5 * LOG2_E),

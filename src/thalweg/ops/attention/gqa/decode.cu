@@ -7,6 +7,9 @@
 // so that none waits for another. The matrix unit gets tokens (or dims of values) as its 16 rows, and heads as its 8
 // columns. Sums of the warps are joined in each block, those of the blocks through the cluster's shared memory.
 //
+// A long context is cut over up to most_parts clusters; if it is short, some have nothing to do. Each block leaves its
+// cluster's sums in memory, and the one that comes last with those of its heads joins them, always in one order.
+//
 // Above the wait for the kernel ahead stand the loads of what the op's contract says was written before the step, keys
 // and values of earlier tokens among it.
 //
@@ -18,6 +21,7 @@
 constexpr int K = 256, WARPS = 4, THREADS = 32 * WARPS, TOKENS = 16, HEADS = 8;
 constexpr int PITCH = 2 * K + 16;  // bytes between rows in shared memory: no bank conflicts
 constexpr int TILE_BYTES = 2 * TOKENS * PITCH, RING_BYTES = STAGES * TILE_BYTES, ACC_PITCH = K + 4;
+constexpr int LEAST_TILES = 2;  // of a warp of a context that is cut over clusters
 constexpr int WIDE = K / 32;  // dims of a lane: lane, lane + 32 and so on
 
 #if SPLITS > 1
@@ -71,11 +75,16 @@ __device__ __forceinline__ void prepare(float (&x)[WIDE], const Weight* weight, 
 extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, 1)
     decode(const bf16* proj, const Weight* q_norm, const Weight* k_norm, const float* frequencies,
            const long long* positions, bf16* keys, bf16* values, const long long* rows, const int* tables,
-           const int* lens, bf16* out, long long proj_stride, long long table_stride, int G, float eps,
-           float rope_scale, float scale) {
+           const int* lens, bf16* out,
+           float* parts,  // [contexts, most_parts]: sums [RATIO, K], then largest scores and their sums [RATIO, 2]
+           int* arrived,  // [contexts, SPLITS]: how many parts are there; zero before and after
+           long long proj_stride, long long table_stride, int G, int most_parts,
+           float eps, float rope_scale, float scale) {
     const int tid = threadIdx.x, lane = tid % 32, quad = lane / 4, pair = lane % 4;
     const int warp = __shfl_sync(~0u, tid / 32, 0);  // so that the compiler knows it for the same in all lanes
-    const int rank = blockIdx.x % SPLITS, g = blockIdx.x / SPLITS % G, b = blockIdx.x / SPLITS / G, H = G * RATIO;
+    const int rank = blockIdx.x % SPLITS, cluster = blockIdx.x / SPLITS;
+    const int part = cluster % most_parts, context = cluster / most_parts;
+    const int g = context % G, b = context / G, H = G * RATIO;
 
     extern __shared__ __align__(128) u8 shared[];
     u8* const ring_s = shared + warp * RING_BYTES;
@@ -86,6 +95,14 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, 1)
     __shared__ float most_s[WARPS][HEADS], sum_s[WARPS][HEADS], joined_most_s[HEADS], joined_sum_s[HEADS];
 
     start_kernel_behind();
+    const int n = lens[b], cached = n - 1, tiles = (n + TOKENS - 1) / TOKENS;
+    const int num_parts = max(1, min(most_parts, tiles / (SPLITS * WARPS * LEAST_TILES)));
+    if (part >= num_parts) {
+        wait_for_kernel_ahead();
+        return;
+    }
+    const int share = part * SPLITS + rank, shares = num_parts * SPLITS;
+
     const u32 full = shared_address(full_s + warp * STAGES), ring = shared_address(ring_s);
     if (lane < STAGES) {
         init_barrier(full + 8 * lane);
@@ -93,9 +110,8 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, 1)
     }
     __syncwarp();
 
-    const int n = lens[b], cached = n - 1, tiles = (n + TOKENS - 1) / TOKENS;
-    const int first = (int)((long long)tiles * rank / SPLITS), last = (int)((long long)tiles * (rank + 1) / SPLITS);
-    const bool has_new = rank == SPLITS - 1;
+    const int first = (int)((long long)tiles * share / shares), last = (int)((long long)tiles * (share + 1) / shares);
+    const bool has_new = share == shares - 1;
     // This warp's tiles are first + warp, and every WARPS-th behind it; a lane copies the key or the value of a token.
     int asked = first + warp, asked_place = 0;
     auto ask = [&]() {
@@ -246,9 +262,17 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, 1)
     meet_cluster();
 
     constexpr int EACH = RATIO * K / SPLITS;  // results of this block
+    const auto give = [&](int e, float x, float y, float total) {
+        const int head = e / K, dim = e % K;
+        const u32 gate = *(const u32*)(token_proj + (2 * (g * RATIO + head) + 1) * K + dim);
+        const float by = 1.0f / fmaxf(total, 1e-30f);
+        x *= by / (1.0f + __expf(-low(gate))), y *= by / (1.0f + __expf(-high(gate)));
+        *(u32*)(out + ((long long)b * H + g * RATIO) * K + e) = pack(x, y);
+    };
+    float* const of_context = parts + (long long)context * most_parts * RATIO * (K + 2);
 #pragma unroll 1
     for (int e = rank * EACH + 2 * tid; e < (rank + 1) * EACH; e += 2 * THREADS) {
-        const int head = e / K, dim = e % K;
+        const int head = e / K;
         float largest = LOWEST, of_rank[SPLITS], x = 0, y = 0, total = 0;
 #pragma unroll
         for (int s = 0; s < SPLITS; s++) largest = fmaxf(largest, of_rank[s] = load_from(joined_most_s + head, s));
@@ -258,10 +282,41 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, 1)
             total += by * load_from(joined_sum_s + head, s);
             x += by * load_from(joined_s + e, s), y += by * load_from(joined_s + e + 1, s);
         }
-        const u32 gate = *(const u32*)(token_proj + (2 * (g * RATIO + head) + 1) * K + dim);
-        const float by = 1.0f / fmaxf(total, 1e-30f);
-        x *= by / (1.0f + __expf(-low(gate))), y *= by / (1.0f + __expf(-high(gate)));
-        *(u32*)(out + ((long long)b * H + g * RATIO) * K + e) = pack(x, y);
+        if (num_parts == 1) {
+            give(e, x, y, total);
+        } else {
+            float* const mine = of_context + part * RATIO * (K + 2);
+            *(float2*)(mine + e) = make_float2(x, y);
+            *(float2*)(mine + RATIO * K + 2 * head) = make_float2(largest, total);
+        }
+    }
+    if (num_parts > 1) {
+        __shared__ bool ends;
+        __threadfence();
+        __syncthreads();
+        if (tid == 0) {
+            int* const here = arrived + context * SPLITS + rank;
+            ends = atomicAdd(here, 1) == num_parts - 1;
+            if (ends) *here = 0;
+        }
+        __syncthreads();
+        __threadfence();
+        if (ends)
+#pragma unroll 1
+            for (int e = rank * EACH + 2 * tid; e < (rank + 1) * EACH; e += 2 * THREADS) {
+                const int head = e / K;
+                float largest = LOWEST, x = 0, y = 0, total = 0;
+#pragma unroll 4
+                for (int c = 0; c < num_parts; c++) {
+                    const float* const theirs = of_context + c * RATIO * (K + 2);
+                    const float most = load_fp32(theirs + RATIO * K + 2 * head), now = fmaxf(largest, most);
+                    const float keep = exp2f(largest - now), by = exp2f(most - now);
+                    total = total * keep + by * load_fp32(theirs + RATIO * K + 2 * head + 1);
+                    x = x * keep + by * load_fp32(theirs + e), y = y * keep + by * load_fp32(theirs + e + 1);
+                    largest = now;
+                }
+                give(e, x, y, total);
+            }
     }
     meet_cluster();  // nobody leaves while others read
 }
