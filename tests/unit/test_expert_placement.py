@@ -123,6 +123,8 @@ def test_counts_are_read_off_metrics() -> None:
         counted("nothing", "m")
     with pytest.raises(ConfigError, match="the counts of layer 1 leave experts out"):
         counted('thalweg_expert_tokens_total{expert="1",layer="1"} 3.0', "m")
+    with pytest.raises(ConfigError, match="m has counted no tokens; expected"):
+        counted(metrics({1: [0, 0], 2: [0, 0]}), "m")
     with pytest.raises(ConfigError, match="is no count of an expert's tokens"):
         counted('thalweg_expert_tokens_total{expert="1",layer="1"} NaN', "m")
 

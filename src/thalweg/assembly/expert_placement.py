@@ -71,6 +71,8 @@ def counted(metrics: str, where: str) -> dict[int, list[int]]:
     if not found:
         expected = "what /metrics of a server with --expert-metrics says"
         raise ConfigError(f"{where} has no thalweg_expert_tokens_total; expected {expected}")
+    if not any(tokens for counts in found.values() for tokens in counts.values()):
+        raise ConfigError(f"{where} has counted no tokens; expected /metrics after a while of the usual load")
     return {layer: [tokens for _, tokens in sorted(counts.items())] for layer, counts in sorted(found.items())}
 
 
