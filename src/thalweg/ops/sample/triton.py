@@ -11,6 +11,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from thalweg.ops.sample import reference
+from thalweg.ops.toolchain.triton_dot import INTERPRETED
 from thalweg.ops.toolchain.triton_launch import pdl_options
 
 GOLDEN = tl.constexpr(reference.GOLDEN)
@@ -33,13 +34,33 @@ def _splitmix64(x):
 
 
 @triton.jit
+def _upper_half(x):
+    """The upper 32 of 64 bits as an unsigned number, in fp32: from a register, since of 64 bits it takes four times as
+    long."""
+    if INTERPRETED:
+        return _shift_right(x, 32).to(tl.float32)
+    else:
+        asm: tl.constexpr = "{ .reg .b32 low, high; mov.b64 {low, high}, $1; cvt.rn.f32.u32 $0, high; }"
+        return tl.inline_asm_elementwise(asm, "=f,l", [x], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _log(x):
+    """By the instruction for base 2, off by 2^-22, of numbers that are neither 0 nor denormal."""
+    if INTERPRETED:
+        return tl.log(x)
+    else:
+        asm: tl.constexpr = "lg2.approx.ftz.f32 $0, $1;"
+        return tl.inline_asm_elementwise(asm, "=f,f", [x], tl.float32, is_pure=True, pack=1) * 0.6931471805599453
+
+
+@triton.jit
 def _gumbel(state):
     """As reference.gumbel, for states that are a row's plus the vocabulary index."""
-    bits = _shift_right(_splitmix64(state), 32)
-    u = tl.minimum((bits.to(tl.float32) + 0.5) * 2.0**-32, LARGEST_UNIFORM)
+    u = tl.minimum((_upper_half(_splitmix64(state)) + 0.5) * 2.0**-32, LARGEST_UNIFORM)
     # -log1p(-u): its series where 1 - u would lose u's digits.
     series = u * (1.0 + u * (0.5 + u * (1.0 / 3.0 + u * (0.25 + u * 0.2))))
-    return -tl.log(tl.where(u < 0.03125, series, -tl.log(1.0 - u)))
+    return -_log(tl.where(u < 0.03125, series, -_log(1.0 - u)))
 
 
 @triton.jit
