@@ -13,6 +13,7 @@ from tests.models import random_checkpoint, random_kimi_k2, random_qwen
 from thalweg import LLM, SamplingParams
 from thalweg.layers.context import BuildContext
 from thalweg.layers.linear import NormLinear
+from thalweg.ops.linear.fp8 import reference
 from thalweg.ops.moe import experts
 from thalweg.ops.norm import NextNorm
 from thalweg.ops.norm.reference import rms_norm
@@ -68,6 +69,42 @@ def test_the_next_layer_takes_the_norm_it_is_told(family: str, tmp_path: Path, m
     torch.testing.assert_close(logits(), expected, rtol=1e-4, atol=1e-4)
     assert told
     assert [t.data_ptr() for t in told] == [t.data_ptr() for t in used]
+
+
+def test_a_norm_in_float8_reaches_the_projection_over_float8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    c = random_qwen.config()
+    tensors, quantization = random_qwen.in_fp8(random_qwen.published(c, random_qwen.weights(c)))
+    folder = random_qwen.write(tmp_path, random_qwen.nested({**c, "quantization_config": quantization}), tensors)
+
+    def answer() -> list[int]:
+        with LLM(str(folder), device="cpu", dtype="float32", max_num_seqs=2) as llm:
+            [output] = llm.generate([[5, 4, 3]], SamplingParams(max_tokens=4, temperature=0, ignore_eos=True))
+        return list(output.outputs[0].token_ids)
+
+    expected, told, used = answer(), [], []
+
+    def telling(form: Any) -> Any:
+        def run(*inputs: Any, next_norm: NextNorm | None = None, **others: Any) -> Tensor:
+            y_TD: Tensor = form(*inputs, **others)
+            if next_norm is not None:
+                assert next_norm.wants_float8
+                next_norm.in_float8 = y_TD.to(torch.float8_e4m3fn), y_TD[:, 0]
+                told.append(next_norm.in_float8[0].data_ptr())
+            return y_TD
+
+        return run
+
+    plain = reference.norm_linear_fp8
+
+    def spied(*inputs: Any, in_float8: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        used.extend([] if in_float8 is None else [in_float8[0].data_ptr()])
+        return plain(*inputs)
+
+    monkeypatch.setattr(experts, "_without_norm", telling)
+    monkeypatch.setattr(reference, "norm_linear_fp8", spied)
+    assert answer() == expected
+    assert told
+    assert told == used
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,13 @@ DIMS = {"H": 32, "K": 128, "V": 128, "R": 128, "W": 3}
 
 
 @pytest.mark.parametrize("bf16_states", [0, 1])
-@pytest.mark.parametrize(("gdn", "ratio"), [(0, 1), (1, 1), (1, 2), (1, 3), (1, MAX_RATIO)])
-def test_it_compiles_for_hopper_without_spills(tmp_path: Path, gdn: int, ratio: int, bf16_states: int) -> None:
-    compiled = compile_cuda(SOURCE, tmp_path, STATE_BF16=bf16_states, GDN=gdn, RATIO=ratio)
+@pytest.mark.parametrize(
+    ("gdn", "ratio", "float8"), [(0, 1, 0), (1, 1, 0), (1, 2, 0), (1, 3, 0), (1, MAX_RATIO, 0), (1, 2, 1)]
+)
+def test_it_compiles_for_hopper_without_spills(
+    tmp_path: Path, gdn: int, ratio: int, float8: int, bf16_states: int
+) -> None:
+    compiled = compile_cuda(SOURCE, tmp_path, STATE_BF16=bf16_states, GDN=gdn, RATIO=ratio, FLOAT8=float8)
     assert compiled.spilled_bytes == 0
     assert compiled.static_shared_bytes <= 5 * 1024
 

@@ -73,6 +73,31 @@ def test_products_on_the_host(
         assert rmse_ratio(y[:, O:], wanted[:, O:]) < 0.005
 
 
+@pytest.mark.parametrize(("T", "D", "O"), [(17, 1280, 200), (70, 1024, 328), (20, 640, 72)])
+def test_scales_of_128_columns_on_the_host(on_host: None, T: int, D: int, O: int) -> None:
+    case = draw(T, D, O, torch.bfloat16)
+    case.x_TD[:, :128] *= 2.0**20  # what a scale of the whole row would lose beside
+    x_TBC = case.x_TD.reshape(T, -1, 128).float()
+    scale_TB = x_TBC.abs().amax(2) / 448
+    narrow_TD = (x_TBC / scale_TB[:, :, None]).to(torch.float8_e4m3fn).view(T, D)
+    y = torch.full((T, O), torch.nan, dtype=torch.bfloat16)
+    x = (narrow_TD, torch.nn.functional.pad(scale_TB.T, (0, -T % 16), value=torch.nan))
+    MATRIX.multiply_float8(x, case.q_OD, case.scale_OB, y, case.residual_TO.contiguous())
+    narrow = (narrow_TD.double().view(T, -1, 128) * scale_TB[:, :, None].double()).view(T, D)
+    plain = case.q_OD.double() * case.scale_OB.double().repeat_interleave(128, 1)
+    assert rmse_ratio(y, narrow @ plain.T + case.residual_TO.double()) < 0.005
+
+
+def test_a_rest_of_many_tokens_has_blocks_of_some_each(on_host: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MATRIX, "multiprocessors", lambda device: 24)
+    case = draw(70, 1152, 120, torch.bfloat16, rest=24, norm_dtype=torch.float32)
+    weight = (case.q_OD, case.scale_OB, case.rest_RD)
+    y = MATRIX.norm_linear_fp8(case.x_TD, case.norm_D, 1e-5, *weight)
+    wanted = expected(case, norm=True, rest=True)
+    assert all(rmse_ratio(y[t, :120], wanted[t, :120]) < 0.06 for t in range(70))
+    assert all(rmse_ratio(y[t, 120:], wanted[t, 120:]) < 0.01 for t in range(70))
+
+
 def test_a_copy_that_comes_last_is_waited_for(on_host: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Warpgroups share out steps: none may take a stage again before another has had what is still on its way there."""
     monkeypatch.setattr(MATRIX, "cuda_kernel", partial(HostKernel, LATE=100))
@@ -81,10 +106,13 @@ def test_a_copy_that_comes_last_is_waited_for(on_host: None, monkeypatch: pytest
     assert rmse_ratio(y, expected(case)) < 0.035
 
 
-@pytest.mark.parametrize(("units", "groups", "split"), [(2, 4, 1), (4, 3, 1), (4, 3, 2), (6, 3, 1), (8, 2, 2)])
+@pytest.mark.parametrize(
+    ("units", "groups", "split"), [(2, 4, 1), (4, 3, 1), (4, 3, 2), (6, 3, 1), (8, 2, 1), (8, 2, 2)]
+)
 def test_it_compiles_for_hopper(tmp_path: Path, units: int, groups: int, split: int) -> None:
     macros = dict(UNITS=units, GROUPS=groups, SPLIT=split)
-    for more in (dict(ADD=1, REST=0), *([dict(ADD=0, REST=1, NORM=2)] if split == 1 and units <= 4 else [])):
+    forms = [dict(ADD=1, X_BLOCKS=0, REST=0), dict(ADD=1, X_BLOCKS=1, REST=0)]
+    for more in (*forms, *([dict(ADD=0, X_BLOCKS=0, REST=1, NORM=2)] if split == 1 else [])):
         compiled = compile_cuda(MATRIX.SOURCE, tmp_path, **macros, **more)
         assert compiled.spilled_bytes == 0
         assert compiled.registers <= {2: 168, 3: 128, 4: 96}[groups]  # of 9, 13 or 17 warps in four quarters
@@ -100,3 +128,5 @@ def test_any_shape_is_cut_into_what_fits() -> None:
             phases, steps = cut.groups // -(-cut.rows // 64), D // cut.split // 128
             assert cut.stages == steps or cut.stages % phases == 0  # each warpgroup has stages of its own
             assert cut.stages == steps or cut.stages >= 4
+            blocks = MATRIX.cut(T, D, O, 132, True)
+            assert blocks.shared_bytes <= MATRIX.SHARED

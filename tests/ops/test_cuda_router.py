@@ -29,6 +29,7 @@ def test_it_compiles_for_hopper_without_spills(
 ) -> None:
     macros = {"E": E, "D": D, "K": K, "SHARED": 1, "SOFTMAX": softmax, "RENORMALIZE": 1, "TOKENS": tokens}
     macros |= {"PARTS": parts(E, D), "GROUPS": 1, "TOP_GROUPS": 1, "GATED": gated, "NORM_FLOAT": gated}
+    macros["FOR_EXPERTS"] = int(D == 2048)
     compiled = compile_cuda(SOURCE, tmp_path, **macros)
     assert compiled.spilled_bytes == 0
     if E == 256:  # two blocks a multiprocessor, so that 16 clusters of 8 or 16 tokens find room beside each other
@@ -40,7 +41,7 @@ def test_it_compiles_for_hopper_without_spills(
 def test_it_compiles_for_weights_in_two_parts(tmp_path: Path, E: int, groups: int) -> None:
     assert parts(E, 7168) == 2
     macros = {"E": E, "D": 7168, "K": 8, "SHARED": 1, "SOFTMAX": 0, "RENORMALIZE": 1, "TOKENS": 8, "PARTS": 2}
-    macros |= {"GATED": 0, "NORM_FLOAT": 0}
+    macros |= {"GATED": 0, "NORM_FLOAT": 0, "FOR_EXPERTS": 0}
     compiled = compile_cuda(SOURCE, tmp_path, **macros, GROUPS=groups, TOP_GROUPS=(groups + 1) // 2)
     assert compiled.spilled_bytes == 0
     assert shared_bytes(E, 7168, 8, 2) + compiled.static_shared_bytes <= 227 * 1024

@@ -257,6 +257,17 @@ def test_linears_in_float8_have_kernels_for_any_number_of_tokens(shared_dir: Pat
     assert any(table in (whole, many_rows) for table in in_float8.values()) or (name, ranks) == ("kimi_k2_instruct", 1)
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_layers_of_qwen_in_float8_leave_out_launches_of_a_batch(shared_dir: Path, ranks: int) -> None:
+    raw = json.loads((shared_dir / "configs/qwen3_5_35b_a3b.json").read_text())
+    raw["quantization_config"] = {**FP8, "modules_to_not_convert": [*KEPT_OF_QWEN, "lm_head"]}
+    raw["text_config"] |= {"num_hidden_layers": 4, "layer_types": raw["text_config"]["layer_types"][:4]}
+    found = tables(resolved_qwen(raw, ranks))
+    for op, name in (("routed_experts", "w8a8"), ("gdn_decode_add", "cuda")):
+        expected = ["1-16: reference", f"17-128: {name}", "129-: reference"]
+        assert found.get(op) == (expected if ranks == 1 else None)
+
+
 def test_experts_in_fp8_of_a_batch_are_multiplied_in_fp8() -> None:
     assert tables(resolved(scheme="fp8"))["experts"] == ["1-16: cuda", "17-192: tiles_w8a8", "193-: w8a8"]
 

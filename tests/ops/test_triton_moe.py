@@ -211,10 +211,22 @@ def check_sum_with_norm() -> None:
         expected = norm_alone(out, norm, 1e-5)
         torch.testing.assert_close(normed, expected, rtol=2**-7 if dtype == torch.bfloat16 else 1e-6, atol=1e-7)
         assert dtype != torch.bfloat16 or (normed != expected).float().mean() < 0.01  # squares add up otherwise
+        narrow, scale, counts = torch.empty(T, D, dtype=torch.float8_e4m3fn), torch.empty(T), torch.arange(1, 12).int()
+        weighted_sum_norm(
+            y_PD, weights, out, narrow, norm, 1e-5, *others, normed_scale_T=scale, counts_E=(cleared := counts.clone())
+        )
+        assert torch.equal(out, alone)
+        assert not cleared.any()
+        # The interpreter truncates to e4m3, which is twice as far off as rounding.
+        assert (narrow.float() * scale[:, None] - normed.float()).norm() < 0.1 * normed.float().norm()
+        torch.testing.assert_close(scale, normed.float().abs().amax(1) / 448, rtol=2**-7, atol=0)
+        weighted_sum(y_PD, weights, out, *others, counts_E=counts)
+        assert torch.equal(out, alone)
+        assert not counts.any()
 
 
 def check_experts_tell_the_next_norm() -> None:
-    from thalweg.ops.moe.experts.triton import grouped
+    from thalweg.ops.moe.experts.triton import grouped, tiles
     from thalweg.ops.norm import NextNorm
 
     case = moe_case(5, 64, 32, 4, 2, 1, torch.float32)
@@ -223,6 +235,15 @@ def check_experts_tell_the_next_norm() -> None:
     y_TD = case.run(grouped.experts_of_groups, next_norm=next_norm)
     assert torch.equal(y_TD, case.run(grouped.experts_of_groups))
     torch.testing.assert_close(next_norm.normed_TD, rms_norm(y_TD, case.norm, 1e-5), rtol=1e-5, atol=1e-6)
+    tiles.NORMED = 5
+    next_norm = NextNorm(case.norm, 1e-5)
+    y_TD = case.run(tiles.experts_of_tiles, next_norm=next_norm)
+    assert torch.equal(y_TD, case.run(tiles.experts_of_tiles))
+    torch.testing.assert_close(next_norm.normed_TD, rms_norm(y_TD, case.norm, 1e-5), rtol=1e-5, atol=1e-6)
+    tiles.NORMED = 6  # of fewer tokens projections have the norm themselves
+    next_norm = NextNorm(case.norm, 1e-5)
+    case.run(tiles.experts_of_tiles, next_norm=next_norm)
+    assert next_norm.normed_TD is None
     grouped.MAX_NORMED = 63
     next_norm = NextNorm(case.norm, 1e-5)
     case.run(grouped.experts_of_groups, next_norm=next_norm)
@@ -239,7 +260,9 @@ def test_weighted_sum_with_a_norm_compiles_for_hopper() -> None:
     from thalweg.ops.moe.experts.triton.weighted_sum import PART, weighted_sum_norm_kernel
 
     for own in ({"own_ptr": None}, {}):
-        result = compiled(weighted_sum_norm_kernel, dict(D=2304, K=9, PART=PART, PDL=True) | own, num_warps=8)
+        none = dict(normed_scale_ptr=None, counts_ptr=None)
+        shape = dict(D=2304, K=9, PART=PART, BLOCK_E=1, PDL=True)
+        result = compiled(weighted_sum_norm_kernel, shape | none | own, num_warps=8)
         assert result.spilled_bytes == 0
 
 
@@ -249,7 +272,8 @@ def test_weighted_sum_compiles_for_hopper() -> None:
 
     for block, num_warps in ((256, 2), (1024, 4)):
         for own in ({"own_ptr": None}, {}):
-            result = compiled(weighted_sum_kernel, dict(D=2304, K=9, BLOCK_D=block, PDL=True) | own, num_warps)
+            shape = dict(D=2304, K=9, BLOCK_D=block, BLOCK_E=1, PDL=True, counts_ptr=None)
+            result = compiled(weighted_sum_kernel, shape | own, num_warps)
             assert result.spilled_bytes == 0
 
 

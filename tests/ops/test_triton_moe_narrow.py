@@ -26,7 +26,42 @@ def check_experts() -> None:
 
 def test_experts() -> None:
     pytest.importorskip("triton")
-    run_interpreted(check_experts)
+    run_interpreted(check_experts, check_lists_and_scales_of_a_router)
+
+
+def check_lists_and_scales_of_a_router() -> None:
+    """Pairs in any order, scales of 128 columns, and the norm behind the sum."""
+    from thalweg.ops.moe.experts.triton import narrow
+    from thalweg.ops.moe.experts.triton.grouping import Lists
+    from thalweg.ops.norm import NextNorm
+    from thalweg.ops.norm.reference import rms_norm
+
+    T, D, I, E, k = 20, 384, 128, 24, 3
+    case = moe_case_fp8(T, D, I, E, k, 1, torch.bfloat16, published=True)
+    case.x[0] *= 8
+    blocks = case.x.float().view(T, -1, 128)
+    scales = blocks.abs().amax(2) / 448
+    x = (blocks / scales[:, :, None]).to(torch.float8_e4m3fn).view(T, D)
+    pairs = case.ids.flatten()
+    experts = len(case.down[0])
+    lists = torch.full((experts, T), -1, dtype=torch.int32)
+    counts = torch.zeros(experts, dtype=torch.int32)
+    for pair in torch.randperm(len(pairs)).tolist():
+        g = experts - 1 - int(pairs[pair])
+        lists[g, counts[g]] = pair
+        counts[g] += 1
+    order = torch.arange(experts - 1, -1, -1, dtype=torch.int32)
+    y_PD = narrow.outputs(x, scales, Lists(order, counts, lists), case.ids.shape[1], case.gate_up, case.down)
+    next_norm = NextNorm(case.norm, 1e-5, wants_float8=True)
+    y = narrow.summed(y_PD, case.weights, case.x, None, next_norm, counts)
+    off = [rmse_ratio(a, b) for a, b in zip(y, experts_in_float64(case), strict=True)]
+    assert max(off) < 0.25
+    assert sum(off) / T < 0.12
+    assert not counts.any()
+    assert next_norm.normed_TD is None
+    assert next_norm.in_float8 is not None
+    q, scale = next_norm.in_float8
+    assert rmse_ratio(q.float() * scale[:, None], rms_norm(y, case.norm, 1e-5)) < 0.1
 
 
 TYPES = {
@@ -45,7 +80,8 @@ def test_kernels_compile_for_hopper(tokens: int) -> None:
     up, down = narrow.tiles(tokens, 512)
     common = dict(D=2048, I=512, PDL=True)
     for kernel, tile, constants in (
-        (narrow.narrow_gate_up_kernel, up, dict(K=9, BLOCK_I=up.rows)),
+        (narrow.narrow_gate_up_kernel, up, dict(K=9, BLOCK_I=up.rows, X_BLOCKS=False)),
+        (narrow.narrow_gate_up_kernel, up, dict(K=9, BLOCK_I=up.rows, X_BLOCKS=True)),
         (narrow.narrow_down_kernel, down, dict(GROUP=up.rows, BLOCK_D=down.rows)),
     ):
         types = {p.name: TYPES[p.name] for p in kernel.params if not p.is_constexpr}

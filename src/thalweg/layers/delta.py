@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from thalweg.layers.batch import Batch
 from thalweg.layers.context import BuildContext, LayerCache
 from thalweg.layers.linear import LinearAdd, NormLinear
+from thalweg.ops.norm import Normed
 
 
 class ShortConv(nn.Module):
@@ -24,15 +25,29 @@ class DeltaMixer(nn.Module):
 
     in_proj: NormLinear
     out_proj: LinearAdd
+    adds_decodes = False
 
-    def forward(self, x_TD: Tensor, batch: Batch, cache: LayerCache, normed_TD: Tensor | None = None) -> Tensor:
-        proj_TX = self.in_proj(x_TD, normed_TD)
+    def forward(self, x_TD: Tensor, batch: Batch, cache: LayerCache, normed: Normed | None = None) -> Tensor:
+        proj_TX = self.in_proj(x_TD, normed)
         n, parts = batch.num_decodes, []
+        if n and self.adds_decodes:
+            y_BD = self._decode_add(proj_TX[:n], x_TD[:n], batch.slots_B[:n], cache)
+            if n == len(x_TD):
+                return y_BD
+            x_TD[:n].copy_(y_BD)
+            rows_TD = x_TD[n:]
+            o_TO = self._mix_prefill(proj_TX[n:], batch.slots_B[n:], batch, cache)
+            rows_TD.copy_(self.out_proj(o_TO, rows_TD))
+            return x_TD
         if n:
             parts.append(self._mix_decode(proj_TX[:n], batch.slots_B[:n], cache))
         if n < proj_TX.shape[0]:
             parts.append(self._mix_prefill(proj_TX[n:], batch.slots_B[n:], batch, cache))
         return self.out_proj.of_parts(parts, x_TD)
+
+    def _decode_add(self, proj_BX: Tensor, x_BD: Tensor, slots_B: Tensor, cache: LayerCache) -> Tensor:
+        """x + out_proj of `_mix_decode`, where `adds_decodes` says that one op has both."""
+        raise NotImplementedError
 
     @abstractmethod
     def _mix_decode(self, proj_BX: Tensor, slots_B: Tensor, cache: LayerCache) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,8 @@ from thalweg.layers.delta import DeltaMixer, ShortConv
 from thalweg.layers.linear import LinearAdd, NormLinear
 from thalweg.layers.norm import NormWeight
 from thalweg.ops.delta.gdn import GDN_MIXER_DECODE, GDN_MIXER_PREFILL, GdnDims
+from thalweg.ops.delta.gdn_out import GDN_DECODE_ADD, GdnDecodeAddDims, refusal
+from thalweg.ops.linear.fp8 import LINEAR_ADD_FP8
 
 
 class GatedDeltaNet(DeltaMixer):
@@ -51,10 +55,29 @@ class GatedDeltaNet(DeltaMixer):
         dims = GdnDims(G=G, H=H, K=K, V=V, W=W)
         self._mixer_decode = ctx.op(GDN_MIXER_DECODE, dims)
         self._mixer_prefill = ctx.op(GDN_MIXER_PREFILL, dims)
+        # Whoever asks for one of them by name is to have it.
+        asked = any(ctx.resolver.prefers(op.name) for op in (GDN_MIXER_DECODE, LINEAR_ADD_FP8))
+        if self.out_proj.fp8 is not None and ctx.mesh.tp_size == 1 and not asked:
+            together = GdnDecodeAddDims(mixer=dims, linear=self.out_proj.fp8)
+            if refusal(ctx.where, together) is None:
+                self._mixer_decode_add = ctx.op(GDN_DECODE_ADD, together)
+                self.adds_decodes = True
 
     def _mix_decode(self, proj_BX: Tensor, slots_B: Tensor, cache: LayerCache) -> Tensor:
-        return self._mixer_decode(
-            proj_BX,
+        return self._mixer_decode(proj_BX, **self._decode_inputs(slots_B, cache))
+
+    def _decode_add(self, proj_BX: Tensor, x_BD: Tensor, slots_B: Tensor, cache: LayerCache) -> Tensor:
+        inputs = self._decode_inputs(slots_B, cache)
+
+        def apart(proj_BX: Tensor, x_BD: Tensor) -> Tensor:
+            y_BD: Tensor = self.out_proj(self._mixer_decode(proj_BX, **inputs), x_BD)
+            return y_BD
+
+        q_OD, scale_OB = self.out_proj.tensors()
+        return self._mixer_decode_add(proj_BX, x_BD, apart, q_OD=q_OD, scale_OB=scale_OB, **inputs)
+
+    def _decode_inputs(self, slots_B: Tensor, cache: LayerCache) -> dict[str, Any]:
+        return dict(
             conv_weight_CW=self.conv.weight,
             conv_state_NWC=cache["conv"],
             A_log_H=self.A_log,

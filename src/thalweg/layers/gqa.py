@@ -13,6 +13,7 @@ from thalweg.layers.context import BuildContext, LayerCache
 from thalweg.layers.linear import LinearAdd, NormLinear
 from thalweg.layers.norm import NormWeight
 from thalweg.ops.attention.gqa import GQA_MIXER_DECODE, GQA_PREFILL, GQA_PREPARE, GqaDims
+from thalweg.ops.norm import Normed
 
 
 class GatedAttention(nn.Module):
@@ -52,8 +53,8 @@ class GatedAttention(nn.Module):
         self._prepare = ctx.op(GQA_PREPARE, dims)
         self._prefill = ctx.op(GQA_PREFILL, dims)
 
-    def forward(self, x_TD: Tensor, batch: Batch, cache: LayerCache, normed_TD: Tensor | None = None) -> Tensor:
-        proj_TX = self.in_proj(x_TD, normed_TD)
+    def forward(self, x_TD: Tensor, batch: Batch, cache: LayerCache, normed: Normed | None = None) -> Tensor:
+        proj_TX = self.in_proj(x_TD, normed)
         keys_MSGK, values_MSGK = cache["keys"], cache["values"]
         n, tables, parts = batch.num_decodes, batch.block_tables_BN, []
         if n:

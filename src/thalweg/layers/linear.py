@@ -27,7 +27,7 @@ from thalweg.ops.linear import (
     NormLinearDims,
 )
 from thalweg.ops.linear.fp8 import LINEAR_ADD_FP8, LINEAR_FP8, NORM_LINEAR_FP8, Fp8LinearDims
-from thalweg.ops.norm import RMS_NORM, NextNorm, RmsNormDims
+from thalweg.ops.norm import RMS_NORM, NextNorm, Normed, RmsNormDims
 from thalweg.ops.swiglu import NORM_SWIGLU, NormSwigluDims
 from thalweg.parallel.mesh import Mesh
 from thalweg.quant import PLAIN
@@ -106,12 +106,17 @@ class NormLinear(Weights):
 
     def next_norm(self) -> NextNorm | None:
         """For whoever makes this layer's input, and may compute its norm as well; None if that would be of no use."""
-        return None if self._linear is None else NextNorm(self.norm.weight, self.norm.eps)
+        if self._linear is None and self.fp8 is None:
+            return None
+        return NextNorm(self.norm.weight, self.norm.eps, wants_float8=self.fp8 is not None)
 
-    def forward(self, x_TD: Tensor, normed_TD: Tensor | None = None, /) -> Tensor:
-        """`normed_TD`: norm(x), if it is known."""
-        if normed_TD is not None and self._linear is not None:
-            return self._linear(normed_TD, *self.tensors())
+    def forward(self, x_TD: Tensor, normed: Normed | None = None, /) -> Tensor:
+        """`normed`: norm(x), if it is known."""
+        if isinstance(normed, tuple):
+            weights = (self.norm.weight, self.norm.eps, *self.tensors())
+            return self._norm_linear(x_TD, *weights, in_float8=normed)
+        if normed is not None and self._linear is not None:
+            return self._linear(normed, *self.tensors())
         if self.ggml is not None:
             return self.product_ggml(x_TD, self.norm)
         return self._norm_linear(x_TD, self.norm.weight, self.norm.eps, *self.tensors())
@@ -231,8 +236,8 @@ class VocabHead(NormLinear):
             dims = AllGatherDims(row_bytes=row_bytes, ranks=ctx.mesh.tp_size, mapped=ctx.mesh.mapped)
             self._gather = ctx.op(ALL_GATHER, dims)
 
-    def forward(self, x_RD: Tensor, normed_RD: Tensor | None = None, /, *, gathers: bool = True) -> Tensor:
-        logits_RV = super().forward(x_RD, normed_RD)
+    def forward(self, x_RD: Tensor, normed: Normed | None = None, /, *, gathers: bool = True) -> Tensor:
+        logits_RV = super().forward(x_RD, normed)
         return self.gathered(logits_RV) if gathers else logits_RV
 
     def gathered(self, logits_RV: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from thalweg.ops.attention.mla_down_norms import SPLIT_NORMS, SplitNormsDims
 from thalweg.ops.attention.mla_mixer import MLA_DECODE, MLA_MIXER_DECODE, MlaMixerDims
 from thalweg.ops.attention.mla_rope import MLA_ROPE, MlaRopeDims
 from thalweg.ops.heads import MERGE_HEADS, SPLIT_HEADS, HeadsDims
+from thalweg.ops.norm import Normed
 
 
 class LatentUp(nn.Module):
@@ -88,8 +89,8 @@ class MultiHeadLatentAttention(LatentAttention):
         self._norms = ctx.op(SPLIT_NORMS, SplitNormsDims(Q=0, R=rank, P=rope, rotated=False))
         self._mixer_decode = ctx.op(MLA_MIXER_DECODE, MlaMixerDims(**self.sizes, S=ctx.block_size))
 
-    def forward(self, x_TD: Tensor, batch: Batch, cache: LayerCache, normed_TD: Tensor | None = None) -> Tensor:
-        proj_TX, latent_MSC = self.in_proj(x_TD, normed_TD), cache["latent"]
+    def forward(self, x_TD: Tensor, batch: Batch, cache: LayerCache, normed: Normed | None = None) -> Tensor:
+        proj_TX, latent_MSC = self.in_proj(x_TD, normed), cache["latent"]
         n, parts = batch.num_decodes, []
         if n:
             w_uk_HKR, w_uv_HVR = self.up_weights()
@@ -160,9 +161,9 @@ class RotatedLatentAttention(LatentAttention):
         self._rotate = ctx.op(MLA_ROPE, MlaRopeDims(H=self.H, K=nope, P=rope))
         self._decode = ctx.op(MLA_DECODE, MlaMixerDims(**self.sizes, S=ctx.block_size))
 
-    def forward(self, x_TD: Tensor, batch: Batch, cache: LayerCache, normed_TD: Tensor | None = None) -> Tensor:
+    def forward(self, x_TD: Tensor, batch: Batch, cache: LayerCache, normed: Normed | None = None) -> Tensor:
         latent_MSC = cache["latent"]
-        q_TO = self._queries(self.in_proj(x_TD, normed_TD), latent_MSC, batch)
+        q_TO = self._queries(self.in_proj(x_TD, normed), latent_MSC, batch)
         n, parts = batch.num_decodes, []
         if n:
             w_uk_HKR, w_uv_HVR = self.up_weights()

@@ -156,6 +156,7 @@ class MoE(nn.Module):
             router_scale=router.scale,
             own=self._own,
             scale=experts.scale,
+            next_norm=next_norm,
         )
 
     @property

@@ -22,7 +22,7 @@ from thalweg.models.parts.gdn import GdnDims
 from thalweg.models.parts.kda import KdaDims
 from thalweg.models.parts.mla import MlaDims
 from thalweg.models.parts.mlp import MlpDims
-from thalweg.ops.norm import NextNorm
+from thalweg.ops.norm import NextNorm, Normed
 
 MixerModule = KimiDeltaAttention | MultiHeadLatentAttention | RotatedLatentAttention | GatedDeltaNet | GatedAttention
 
@@ -102,12 +102,12 @@ class DecoderLayer(nn.Module):
         x_TD: Tensor,
         batch: Batch,
         cache: LayerCache,
-        normed_TD: Tensor | None = None,
+        normed: Normed | None = None,
         next_norm: NextNorm | None = None,
     ) -> Tensor:
-        """`normed_TD`: what the layer's first norm gives of x, if it is known. `next_norm`: that of the layer behind,
+        """`normed`: what the layer's first norm gives of x, if it is known. `next_norm`: that of the layer behind,
         which is told of the result if an op computes it on the way."""
-        x_TD = self.attn(x_TD, batch, cache, normed_TD)
+        x_TD = self.attn(x_TD, batch, cache, normed)
         out_TD: Tensor = self.mlp(x_TD, next_norm) if isinstance(self.mlp, MoE) else self.mlp(x_TD)
         return out_TD
 
@@ -143,12 +143,12 @@ class Decoder(nn.Module):
     def stream(self, batch: Batch, cache: CacheStorage, layers: Sequence[int] | None = None) -> Tensor:
         """The residual stream [T, D] behind the last layer, which the head's norm comes after."""
         x_TD: Tensor = self.embed(batch.token_ids_T)
-        normed_TD = None
+        normed: Normed | None = None
         for i in range(len(self._stack)) if layers is None else layers:
             after = self._stack[i + 1 : i + 2]
             next_norm = after[0].attn.in_proj.next_norm() if after else None
-            x_TD = self._stack[i](x_TD, batch, cache.layers[i], normed_TD, next_norm)
-            normed_TD = None if next_norm is None else next_norm.normed_TD
+            x_TD = self._stack[i](x_TD, batch, cache.layers[i], normed, next_norm)
+            normed = None if next_norm is None else next_norm.known
         return x_TD
 
     def serve_others(self) -> None:

@@ -9,11 +9,15 @@ import torch
 from torch import Tensor
 
 from thalweg.bench.kernels.case import Arguments, Case, Draw, Setting, candidates_of
-from thalweg.bench.kernels.projections import EPS
+from thalweg.bench.kernels.projections import EPS, fp8_weight
 from thalweg.ops.attention.gqa import GQA_MIXER_DECODE, GqaDims
 from thalweg.ops.attention.mla_mixer import MLA_MIXER_DECODE, MlaMixerDims
 from thalweg.ops.delta.gdn import GDN_MIXER_DECODE, GdnDims
+from thalweg.ops.delta.gdn_out import GDN_DECODE_ADD, GdnDecodeAddDims
 from thalweg.ops.delta.kda_mixer import KDA_MIXER_DECODE, KdaMixerDims
+from thalweg.ops.linear.fp8 import LINEAR_ADD_FP8
+from thalweg.ops.registry import Resolver
+from thalweg.quant import FP8_LINEARS
 
 
 def kda_mixer(setting: Setting, dims: KdaMixerDims) -> Iterator[Case]:
@@ -50,34 +54,78 @@ def kda_mixer(setting: Setting, dims: KdaMixerDims) -> Iterator[Case]:
 
 
 def gdn_mixer(setting: Setting, dims: GdnDims) -> Iterator[Case]:
-    G, H, K, V, W = dims.G, dims.H, dims.K, dims.V, dims.W
-    C, es, f32 = 2 * G * K + H * V, setting.dtype.itemsize, torch.float32
-    columns = C + H * V + 2 * H
+    for B, _, size in setting.calls():
+
+        def make(copy: int, B: int = B) -> Arguments:
+            proj_BX, mixer = _gdn_inputs(Draw(setting, copy), dims, B)
+            return Arguments(proj_BX, **mixer)
+
+        yield Case(
+            GDN_MIXER_DECODE.name,
+            f"{dims.H} heads over {dims.G}, {size}",
+            candidates_of(setting, GDN_MIXER_DECODE, dims, B),
+            make,
+            num_bytes=_gdn_bytes(setting, dims, B),
+            flops=_gdn_flops(dims, B),
+            changed=_states,
+        )
+
+
+def gdn_decode_add(setting: Setting, dims: GdnDecodeAddDims) -> Iterator[Case]:
+    """Beside the mixer and the projection by themselves."""
+    of, es, resolver = dims.linear, setting.dtype.itemsize, Resolver()
+    mixer_op = resolver.resolve(GDN_MIXER_DECODE, setting.where, dims.mixer)
+    linear_op = resolver.resolve(LINEAR_ADD_FP8, setting.where, of)
     for B, _, size in setting.calls():
 
         def make(copy: int, B: int = B) -> Arguments:
             draw = Draw(setting, copy)
-            return Arguments(
-                draw(B, columns),
-                conv_weight_CW=draw(C, W + 1, scale=0.5),
-                conv_state_NWC=draw(B + 1, W, C),
-                A_log_H=draw(H, dtype=f32),
-                dt_bias_H=draw(H, dtype=f32),
-                norm_weight_V=draw(V, scale=0.1, dtype=f32).add_(1),
-                eps=EPS,
-                state_NHVK=draw(B + 1, H, V, K, scale=0.1, dtype=f32),
-                slots_B=draw.order(B),
-            )
+            proj_BX, mixer = _gdn_inputs(draw, dims.mixer, B)
+            q_OD, scale_OB = fp8_weight(draw, of)
+
+            def apart(proj_BX: Tensor, residual_BD: Tensor) -> Tensor:
+                return linear_op(mixer_op(proj_BX, **mixer), q_OD, scale_OB, residual_BD)
+
+            return Arguments(proj_BX, draw(B, of.O), apart, q_OD=q_OD, scale_OB=scale_OB, **mixer)
 
         yield Case(
-            GDN_MIXER_DECODE.name,
-            f"{H} heads over {G}, {size}",
-            candidates_of(setting, GDN_MIXER_DECODE, dims, B),
+            GDN_DECODE_ADD.name,
+            f"{dims.mixer.H} heads over {dims.mixer.G} to {of.O}, {size}",
+            candidates_of(setting, GDN_DECODE_ADD, dims, B),
             make,
-            num_bytes=2 * 4 * B * H * V * K + es * (C * (W + 1) + B * (2 * W * C + columns + H * V)),
-            flops=B * (6 * H * K * V + 2 * C * (W + 1)),
+            num_bytes=_gdn_bytes(setting, dims.mixer, B)
+            + int(FP8_LINEARS.bytes_per_weight(es) * of.D * of.O)
+            + es * 2 * B * of.O,
+            flops=_gdn_flops(dims.mixer, B) + 2 * B * of.D * of.O,
             changed=_states,
         )
+
+
+def _gdn_inputs(draw: Draw, dims: GdnDims, B: int) -> tuple[Tensor, dict[str, Any]]:
+    """The projection's rows and what else a mixer of a decode step takes."""
+    G, H, K, V, W, f32 = dims.G, dims.H, dims.K, dims.V, dims.W, torch.float32
+    C = 2 * G * K + H * V
+    return draw(B, C + H * V + 2 * H), dict(
+        conv_weight_CW=draw(C, W + 1, scale=0.5),
+        conv_state_NWC=draw(B + 1, W, C),
+        A_log_H=draw(H, dtype=f32),
+        dt_bias_H=draw(H, dtype=f32),
+        norm_weight_V=draw(V, scale=0.1, dtype=f32).add_(1),
+        eps=EPS,
+        state_NHVK=draw(B + 1, H, V, K, scale=0.1, dtype=f32),
+        slots_B=draw.order(B),
+    )
+
+
+def _gdn_bytes(setting: Setting, dims: GdnDims, B: int) -> int:
+    C = 2 * dims.G * dims.K + dims.H * dims.V
+    inputs = C * (dims.W + 1) + B * (2 * dims.W * C + C + dims.H * dims.V + 2 * dims.H)
+    return 2 * 4 * B * dims.H * dims.V * dims.K + setting.dtype.itemsize * inputs
+
+
+def _gdn_flops(dims: GdnDims, B: int) -> int:
+    C = 2 * dims.G * dims.K + dims.H * dims.V
+    return B * (6 * dims.H * dims.K * dims.V + 2 * C * (dims.W + 1))
 
 
 def _states(a: Arguments) -> tuple[Tensor, ...]:

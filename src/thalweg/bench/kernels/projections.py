@@ -77,26 +77,26 @@ def norm_swiglu(setting: Setting, dims: NormSwigluDims) -> Iterator[Case]:
 
 def linear_fp8(setting: Setting, dims: Fp8LinearDims) -> Iterator[Case]:
     def make(draw: Draw, T: int) -> Arguments:
-        return Arguments(draw(T, dims.D), *_fp8_weight(draw, dims))
+        return Arguments(draw(T, dims.D), *fp8_weight(draw, dims))
 
     yield from _fp8_products(setting, LINEAR_FP8, dims, make)
 
 
 def norm_linear_fp8(setting: Setting, dims: Fp8LinearDims) -> Iterator[Case]:
     def make(draw: Draw, T: int) -> Arguments:
-        return Arguments(draw(T, dims.D), draw(dims.D, scale=0.1).add_(1), EPS, *_fp8_weight(draw, dims))
+        return Arguments(draw(T, dims.D), draw(dims.D, scale=0.1).add_(1), EPS, *fp8_weight(draw, dims))
 
     yield from _fp8_products(setting, NORM_LINEAR_FP8, dims, make)
 
 
 def linear_add_fp8(setting: Setting, dims: Fp8LinearDims) -> Iterator[Case]:
     def make(draw: Draw, T: int) -> Arguments:
-        return Arguments(draw(T, dims.D), *_fp8_weight(draw, dims), draw(T, dims.O))
+        return Arguments(draw(T, dims.D), *fp8_weight(draw, dims), draw(T, dims.O))
 
     yield from _fp8_products(setting, LINEAR_ADD_FP8, dims, make, results=2)
 
 
-def _fp8_weight(draw: Draw, dims: Fp8LinearDims) -> list[Tensor]:
+def fp8_weight(draw: Draw, dims: Fp8LinearDims) -> list[Tensor]:
     """Float8 and scales, as the scheme stores them, and the rest if there is one."""
     q, scale = FP8_LINEARS.stored((dims.O, dims.D), 1)
     weight = [draw(*q.shape).to(getattr(torch, q.dtype)), draw(*scale.shape, dtype=torch.float32).abs_().add_(0.1)]

@@ -14,8 +14,10 @@
 // Gated DeltaNet: RATIO value heads share a key head, and each computes its q and k for itself. Their blocks are a
 // cluster, whose first block writes the windows of q and k once all have read them.
 //
-// Macros: STATE_BF16, 1 for states stored in bf16, 0 for fp32. GDN, 1 for Gated DeltaNet: a decay per head, a gate from
-// the projection through SiLU, its norm's weight in fp32. RATIO, 1 for KDA.
+// With FLOAT8 a head's outputs go to float8 (e4m3), over a scale of their own.
+//
+// Macros: STATE_BF16, 1 for states stored in bf16, 0 for fp32. FLOAT8. GDN, 1 for Gated DeltaNet: a decay per head, a
+// gate from the projection through SiLU, its norm's weight in fp32. RATIO, 1 for KDA.
 
 #include "hopper.cuh"
 
@@ -25,6 +27,11 @@ constexpr int STRIDE = K + 4;  // floats between the rows of an input in shared 
 typedef bf16 State;
 #else
 typedef float State;
+#endif
+#if FLOAT8
+typedef u8 Out;
+#else
+typedef bf16 Out;
 #endif
 constexpr int VEC = 16 / sizeof(State);  // values of a 16-byte access
 constexpr int TILE_BYTES = 4096, WARP_ROWS = K / WARPS, TILE_ROWS = TILE_BYTES / (K * sizeof(State));
@@ -123,11 +130,13 @@ __device__ __forceinline__ void up_project(float (&c)[2][4], const UpWeights& up
 extern "C" __global__ void CLUSTER __launch_bounds__(32 * WARPS)
 #if GDN
     mixer(const bf16* proj, const bf16* conv_weight, bf16* conv_state, const float* A_log, const float* dt_bias,
-          const float* norm_weight, State* state, const long long* slots, bf16* out, long long proj_stride, int B,
-          int H, int rows, int stages, float eps) {
+          const float* norm_weight, State* state, const long long* slots, Out* out,
+          float* out_scales,  // [H, B up to a multiple of 16], of FLOAT8
+          long long proj_stride, int B, int H, int rows, int stages, float eps) {
 #else
     mixer(const bf16* proj, const bf16* conv_weight, bf16* conv_state, const bf16* w_up, const float* A_log,
-          const float* dt_bias, const bf16* norm_weight, State* state, const long long* slots, bf16* out,
+          const float* dt_bias, const bf16* norm_weight, State* state, const long long* slots, Out* out,
+          float* out_scales,  // [H, B up to a multiple of 16], of FLOAT8
           long long proj_stride, int B, int H, int rows, int stages, float eps) {
 #endif
     const int tid = threadIdx.x, lane = tid % 32;
@@ -409,9 +418,18 @@ extern "C" __global__ void CLUSTER __launch_bounds__(32 * WARPS)
 #pragma unroll
             for (int m = 1; m < 32; m *= 2) square += __shfl_xor_sync(~0u, square, m);
             const float r = rsqrtf(square * (1.0f / K) + eps);
-            bf16* to = out + ((long long)(first + base + warp) * H + h) * K + 4 * lane;
-            const u32 y0 = pack(o.x * r * gate.x, o.y * r * gate.y), y1 = pack(o.z * r * gate.z, o.w * r * gate.w);
-            *(uint2*)to = make_uint2(y0, y1);
+            Out* to = out + ((long long)(first + base + warp) * H + h) * K + 4 * lane;
+            const float4 y = make_float4(o.x * r * gate.x, o.y * r * gate.y, o.z * r * gate.z, o.w * r * gate.w);
+#if FLOAT8
+            float largest = fmaxf(fmaxf(fabsf(y.x), fabsf(y.y)), fmaxf(fabsf(y.z), fabsf(y.w)));
+#pragma unroll
+            for (int m = 1; m < 32; m *= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, m));
+            const float scale = fmaxf(largest, FLOAT8_SMALLEST) / FLOAT8_LARGEST;
+            *(u32*)to = to_float8(y.x / scale, y.y / scale) | to_float8(y.z / scale, y.w / scale) << 16;
+            if (lane == 0) out_scales[(B + 15) / 16 * 16 * h + first + base + warp] = scale;
+#else
+            *(uint2*)to = make_uint2(pack(y.x, y.y), pack(y.z, y.w));
+#endif
         }
         if (base + PASS < count) __syncthreads();
     }

@@ -11,7 +11,7 @@ at most 4096).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from torch import Tensor
 
@@ -34,14 +34,26 @@ class RmsNorm(Protocol):
 RMS_NORM: Op[RmsNormDims, RmsNorm] = Op("rms_norm", RmsNormDims)
 
 
+Normed: TypeAlias = Tensor | tuple[Tensor, Tensor]
+"""What a norm gives, in x's dtype or in e4m3 over scales of rows."""
+
+
 @dataclass(slots=True)
 class NextNorm:
     """The norm that comes next of an op's result. An op that can compute it on the way puts "rms_norm" of the result
-    into `normed_TD`; else that stays None."""
+    into `normed_TD`; else that stays None. If what comes next multiplies in float8, it is `in_float8` instead, of few
+    tokens: in e4m3 [T, D], over scales fp32 [T] of its rows."""
 
     weight_D: Tensor
     eps: float
+    wants_float8: bool = False
     normed_TD: Tensor | None = None
+    in_float8: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def known(self) -> Normed | None:
+        """What an op has put there."""
+        return self.in_float8 if self.normed_TD is None else self.normed_TD
 
 
 def _triton_rms_norm(where: Where, dims: RmsNormDims) -> RmsNorm:

@@ -47,6 +47,13 @@ __device__ __forceinline__ u32 mul_halves(u32 a, u32 b) {
     asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
     return c;
 }
+// What ops/products/triton.py says of e4m3 and of scales.
+constexpr float FLOAT8_LARGEST = 448, FLOAT8_SMALLEST = 7.8886090522101181e-31f;
+__device__ __forceinline__ u32 to_float8(float a, float b) {  // e4m3, the first in the lower half; NaN stays NaN
+    u16 two;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(two) : "f"(b), "f"(a));
+    return two;
+}
 __device__ __forceinline__ u32 widen_half(u16 two) {  // of two float8 (e4m3)
     u32 pair;
     asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(pair) : "h"(two));

@@ -42,9 +42,13 @@ class NormLinearFp8(Protocol):
         scale_OB: Tensor,
         rest_RD: Tensor | None = None,
         /,
+        *,
+        in_float8: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """y = "linear_fp8" of "rms_norm" of x_TD, which is rounded to the dtype in between, before or after a row is
-        divided by its root mean square. The norm's weight is in x's dtype or fp32."""
+        divided by its root mean square. The norm's weight is in x's dtype or fp32. in_float8 is that norm in e4m3
+        [T, D] and the scales of its rows, fp32 [T], as an op ahead has computed it (NextNorm): for those that quantize
+        activations."""
 
 
 class LinearAddFp8(Protocol):
@@ -57,13 +61,14 @@ NORM_LINEAR_FP8: Op[Fp8LinearDims, NormLinearFp8] = Op("norm_linear_fp8", Fp8Lin
 LINEAR_ADD_FP8: Op[Fp8LinearDims, LinearAddFp8] = Op("linear_add_fp8", Fp8LinearDims)
 
 FEW = Tokens(last=16)  # beyond, x does not fit the registers of a block
-MANY_ROWS, SOME, SOME_OF_MANY_ROWS = 8192, Tokens(17, 128), Tokens(17, 64)  # beyond, tiles of "w8a8" are as many
+SOME, SOME_OF_MANY_ROWS = Tokens(17, 128), Tokens(17, 64)  # the latter if more rows than tiles have of more tokens
 W8A8: dict[str, Any] = {"rounding": 0.04}  # 0.027 for normally distributed activations
 # "splits" is a launch where "matrix" has another that brings x to float8; of Kimi-K2's columns, whose layers have 9 so.
 SPLIT_COLUMNS, SPLIT_TOKENS = (1536, *range(7168, 8193, BLOCK)), Tokens(17, 64)
 MAX_NORM = 16384  # columns that the norm's kernel takes
 MAX_CUDA_NORM, MAX_NORM_ROWS = 8192, 2**16  # beyond both a norm's weight and the sums do not fit shared memory
 MAX_SOME_ROWS = 2**14
+REST_ROWS, REST_TOKENS = 16, 16  # of a block of the rest, beside tiles of more than 64 tokens
 TILE_ROWS = {128: 128, 64: 192}  # of a block at most, by tokens: 64 for each warpgroup that has registers for them
 MAX_ROWS = 2**18  # of which the sums over passes fit shared memory
 
@@ -117,7 +122,9 @@ def _w8a8_norm_refuses(where: Where, dims: Fp8LinearDims) -> Refusal:
 
 
 def _some(dims: Fp8LinearDims) -> Tokens:
-    return SOME_OF_MANY_ROWS if dims.O >= MANY_ROWS else SOME
+    rest = -(-dims.rest // REST_ROWS) * -(-128 // REST_TOKENS)
+    most = TILE_ROWS[128] * (processors_here() - rest)
+    return SOME if most >= dims.O else SOME_OF_MANY_ROWS
 
 
 def _more(dims: Fp8LinearDims) -> Tokens:

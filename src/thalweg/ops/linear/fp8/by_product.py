@@ -36,6 +36,8 @@ def linears_by(product: Callable[..., Tensor]) -> tuple[Linear, Linear, Linear]:
         q_OD: Tensor,
         scale_OB: Tensor,
         rest_RD: Tensor | None = None,
+        *,
+        in_float8: tuple[Tensor, Tensor] | None = None,  # not used
     ) -> Tensor:
         if rest_RD is None:
             return product(x_TD, q_OD, scale_OB, norm=(norm_weight_D, eps))

@@ -31,6 +31,8 @@ def norm_linear_fp8(
     q_OD: Tensor,
     scale_OB: Tensor,
     rest_RD: Tensor | None = None,
+    *,
+    in_float8: tuple[Tensor, Tensor] | None = None,  # not used
 ) -> Tensor:
     return _both(x_TD, q_OD, scale_OB, rest_RD, (norm_weight_D, eps))
 

@@ -22,6 +22,8 @@ def norm_linear_fp8(
     q_OD: Tensor,
     scale_OB: Tensor,
     rest_RD: Tensor | None = None,
+    *,
+    in_float8: tuple[Tensor, Tensor] | None = None,  # not used
 ) -> Tensor:
     return linear_fp8(rms_norm(x_TD, norm_weight_D, eps), q_OD, scale_OB, rest_RD)
 

@@ -7,10 +7,13 @@
 // weights' scales, and in the end their token's. SPLIT blocks, a cluster, share out the columns of their tile, so that each
 // reads as much less of x; sums are then added up by distributed shared memory, in one order.
 //
-// Blocks behind those have 16 rows each of a rest below w, in bf16, by x as it was before it went to float8.
+// With X_BLOCKS x has a scale for each 128 columns of a token, [columns / 128, T and some], which those sums take as well.
 //
-// Macros: UNITS of 16 tokens; GROUPS of 4 warps that multiply; SPLIT, 1 or 2; ADD; REST, whether there is one, of SPLIT 1,
-// and then NORM, 2 for a weight in fp32.
+// Blocks behind those have 16 rows each of a rest below w, in bf16, for some of the tokens, by x as it was before it went
+// to float8.
+//
+// Macros: UNITS of 16 tokens; GROUPS of 4 warps that multiply; SPLIT, 1 or 2; ADD; X_BLOCKS; REST, whether there is one,
+// of SPLIT 1, and then NORM, 2 for a weight in fp32.
 
 #include "hopper.cuh"
 #include "matrix_unit.cuh"
@@ -28,17 +31,21 @@ extern "C" __global__ void __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(THREA
                 int O,
                 int rows,      // of a tile, a multiple of 8
                 int steps,     // of 128 columns, of this block
+                int x_pitch,   // of X_BLOCKS: floats between scales of neighbouring columns, a multiple of 4
                 int stages  // of the ring: all steps, or a multiple of the warpgroups that share them out: each has its own
 #if REST
-                , const bf16* rest, const bf16* unquantized, const u8* norm_weight, long long x_stride, int rest_rows, float eps
+                , const bf16* rest, const bf16* unquantized, const u8* norm_weight, long long x_stride, int rest_rows,
+                int rest_tokens,  // of a block
+                float eps
 #endif
     ) {
     extern __shared__ __align__(1024) u8 shared[];
 #if REST
     if (const int block = blockIdx.x - (O + rows - 1) / rows; block >= 0) {
-        const int D = 128 * steps, row = 16 * block;
-        multiply_rest(unquantized, x_stride, norm_weight, rest + (long long)row * D, y + O + row, y_stride, T, D,
-                      min(16, rest_rows - row), eps, shared);
+        const int D = 128 * steps, many = (T + rest_tokens - 1) / rest_tokens;
+        const int row = block / many * 16, t = block % many * rest_tokens;
+        multiply_rest(unquantized + t * x_stride, x_stride, norm_weight, rest + (long long)row * D,
+                      y + t * y_stride + O + row, y_stride, min(rest_tokens, T - t), D, min(16, rest_rows - row), eps, shared);
         return;
     }
 #endif
@@ -50,15 +57,17 @@ extern "C" __global__ void __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(THREA
     const int ring_bytes = max(stages * stage_bytes, phases * TOKENS * pitch * 4);
     const u32 ring = shared_address(shared), full = ring + ring_bytes, empty = full + 8 * MAX_STAGES;
     float* w_scales_s = (float*)(shared + ring_bytes + 16 * MAX_STAGES);  // [steps, rows]
-    float* x_scales_s = w_scales_s + steps * rows;
+    float* x_scales_s = w_scales_s + steps * rows;  // [TOKENS], or of X_BLOCKS [stages, TOKENS]
     auto ask_for_w = [&](int k) {  // and expect x
         const int stage = k % stages;
-        expect_bytes(full + 8 * stage, stage_bytes);
+        expect_bytes(full + 8 * stage, stage_bytes + (X_BLOCKS ? 4 * x_pitch : 0));
         copy_tile(ring + stage * stage_bytes, &w, (from + k) * 64, 0, first, full + 8 * stage);
     };
     auto ask_for_x = [&](int k) {
         const int stage = k % stages;
         copy_tile(ring + stage * stage_bytes + w_bytes, &x, (from + k) * 64, 0, 0, full + 8 * stage);
+        if (X_BLOCKS)
+            copy_bytes(shared_address(x_scales_s + stage * TOKENS), x_scales + (from + k) * x_pitch, 4 * x_pitch, full + 8 * stage);
     };
     if (tid == MULTIPLIERS) {
         for (int i = 0; i < stages; i++) init_barrier(full + 8 * i), init_barrier(empty + 8 * i, 4 * groups);
@@ -85,7 +94,7 @@ extern "C" __global__ void __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(THREA
         }
         __syncwarp();
     } else {
-        for (int t = tid; t < T; t += MULTIPLIERS) x_scales_s[t] = load_fp32(x_scales + t);
+        for (int t = tid; !X_BLOCKS && t < T; t += MULTIPLIERS) x_scales_s[t] = load_fp32(x_scales + t);
         const int group = warp / 4 % groups, mine = warp / 4 / groups;
         const int row = 64 * group + 16 * (warp % 4) + lane / 4, column = lane % 4 * 2;
         // Products of 128 columns are over before their sums take the weights' scales: other warpgroups' are under way.
@@ -104,9 +113,16 @@ extern "C" __global__ void __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(THREA
             const float scale[2] = {row < rows ? by[0] : 0, row + 8 < rows ? by[8] : 0};
             wait_for_products<0>();
             settle(c);
-            if (lane == 0) arrive_at_barrier(empty + 8 * stage);
+            if (!X_BLOCKS && lane == 0) arrive_at_barrier(empty + 8 * stage);
 #pragma unroll
-            for (int i = 0; i < 8 * UNITS; i++) sum[i] += c[i] * scale[i / 2 % 2];
+            for (int i = 0; i < 8 * UNITS; i += 4) {
+                float2 x_scale = make_float2(1, 1);
+                if (X_BLOCKS) x_scale = *(const float2*)(x_scales_s + stage * TOKENS + 2 * i + column);
+#pragma unroll
+                for (int e = 0; e < 4; e++) sum[i + e] += c[i + e] * (scale[e / 2] * (e % 2 ? x_scale.y : x_scale.x));
+            }
+            if (X_BLOCKS) __syncwarp();
+            if (X_BLOCKS && lane == 0) arrive_at_barrier(empty + 8 * stage);
         }
         // Sum 4 j + 2 h + e of a thread: of row `row` + 8 h, and token 8 j + `column` + e. They go where the ring is.
         wait_at<MULTIPLIERS>(1);
@@ -115,7 +131,8 @@ extern "C" __global__ void __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(THREA
 #pragma unroll
             for (int i = 0; i < 8 * UNITS; i++) {
                 const int t = 8 * (i / 4) + column + i % 2;
-                if (t < T && row + i / 2 % 2 * 8 < rows) to[t * pitch + i / 2 % 2 * 8] = sum[i] * x_scales_s[t];
+                if (t < T && row + i / 2 % 2 * 8 < rows)
+                    to[t * pitch + i / 2 % 2 * 8] = X_BLOCKS ? sum[i] : sum[i] * x_scales_s[t];
             }
     }
     if (SPLIT > 1)

@@ -269,13 +269,13 @@ def _matrix(where: Where, dims: ExpertsDims) -> Experts:
 def _tiles(where: Where, dims: ExpertsDims) -> Experts:
     from thalweg.ops.moe.experts.triton import tiles
 
-    return _without_norm(tiles.experts_of_tiles)
+    return tiles.experts_of_tiles
 
 
 def _narrow(where: Where, dims: ExpertsDims) -> Experts:
     from thalweg.ops.moe.experts.triton import narrow
 
-    return _without_norm(narrow.experts)
+    return narrow.experts
 
 
 def _joined(where: Where, dims: ExpertsDims) -> Experts:

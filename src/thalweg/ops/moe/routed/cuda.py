@@ -9,6 +9,7 @@ from torch import Tensor
 
 from thalweg.ops.moe.experts import cuda_fp8, cuda_int4, steps_per_warp
 from thalweg.ops.moe.routed import ROUTER_ROWS, RoutedExperts, RoutedExpertsDims
+from thalweg.ops.norm import NextNorm
 from thalweg.ops.registry import Refusal
 from thalweg.ops.toolchain.cuda_build import aligned_rows
 from thalweg.ops.toolchain.triton_support import processors_here
@@ -45,6 +46,7 @@ def build(dims: RoutedExpertsDims) -> RoutedExperts:
         router_scale: float,
         own: tuple[Tensor, Tensor] | None,
         scale: float,
+        next_norm: NextNorm | None = None,  # not computed
     ) -> Tensor:
         if len(x_TD) == 0:
             return torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)

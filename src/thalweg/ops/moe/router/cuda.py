@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from thalweg.ops.moe.router.reference import empty_results, is_softmax
+from thalweg.ops.toolchain.counters import counters
 from thalweg.ops.toolchain.cuda_build import CudaKernel, aligned_rows, cuda_kernel
 from thalweg.ops.toolchain.tensor_map import tensor_map
 from thalweg.ops.toolchain.triton_compile import rehearsing
@@ -147,6 +148,28 @@ def norm_router_of_prompts(
     return normed_TD, weights_Tk, ids_Tk
 
 
+class ForExperts(NamedTuple):
+    """What experts in float8 need of a router: x's norm in e4m3, [T, D], with a scale for each 128 columns,
+    [T, D / 128], and the pairs of each expert, the last one's first: how many, and which, [E, T]. Counts are to be 0
+    again once they have been read."""
+
+    narrow_TD: Tensor
+    scales_TB: Tensor
+    counts_E: Tensor
+    lists_ET: Tensor
+
+
+def for_experts(x_TD: Tensor, experts: int) -> ForExperts:
+    """To be written by a launch."""
+    (T, D), device = x_TD.shape, x_TD.device
+    return ForExperts(
+        torch.empty(T, D, dtype=torch.float8_e4m3fn, device=device),
+        torch.empty(T, BLOCKS, dtype=torch.float32, device=device),
+        counters("expert pairs", device, experts),
+        torch.empty(experts, T, dtype=torch.int32, device=device),
+    )
+
+
 def norm_router(
     x_TD: Tensor,
     norm_weight_D: Tensor,
@@ -161,11 +184,13 @@ def norm_router(
     n_group: int = 1,
     topk_group: int = 1,
     num_shared: int = 0,
+    more: ForExperts | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     (T, D), E, device = x_TD.shape, len(bias_E), x_TD.device
     normed_TD, weights_Tk, ids_Tk = empty_results(x_TD, top_k + num_shared)
     choice = {"K": top_k, "SHARED": num_shared, "SOFTMAX": is_softmax(scoring), "RENORMALIZE": renormalize}
     choice |= {"GROUPS": n_group, "TOP_GROUPS": topk_group, "PARTS": parts(E, D), "GATED": len(w_ED) > E}
+    choice["FOR_EXPERTS"] = more is not None
     choice["NORM_FLOAT"] = norm_weight_D.dtype == torch.float32
     if T == 0:
         return normed_TD, weights_Tk, ids_Tk
@@ -186,5 +211,6 @@ def norm_router(
         (c_int, T),
         (c_float, eps),
         (c_float, scale),
+        *(more or ()),
     )
     return normed_TD, weights_Tk, ids_Tk

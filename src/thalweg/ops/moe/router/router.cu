@@ -13,9 +13,12 @@
 // A gate of the shared experts is one more row of the weights. The warp that norms a token multiplies it, as it has the
 // token in registers.
 //
+// With FOR_EXPERTS, of 128 columns for each block, tokens also go to float8 (e4m3), over a scale for these columns, and
+// (token, expert) pairs to lists of their experts, the last expert first, in no order.
+//
 // Macros: E, D and K as in the op's contract; SHARED experts behind the chosen ones; GATED, whether these have a gate;
 // SOFTMAX and RENORMALIZE, 0 or 1; NORM_FLOAT, whether the norm's weight is fp32; TOKENS of a cluster, 8 or 16; PARTS, 1
-// or 2; GROUPS of experts, 1 or as many as warps, of which the best TOP_GROUPS compete.
+// or 2; GROUPS of experts, 1 or as many as warps, of which the best TOP_GROUPS compete; FOR_EXPERTS.
 
 #include "hopper.cuh"
 #include "choice.cuh"
@@ -29,6 +32,7 @@ constexpr int OF_LANE = (VECTORS + 31) / 32;
 constexpr int MINE = (TOKENS + WARPS - 1) / WARPS;   // tokens that a warp norms
 constexpr int TILES = TOKENS / 8;
 constexpr int LIST = (K + 3) / 4 * 4;
+static_assert(!FOR_EXPERTS || COLUMNS == 128, "a scale is of 128 columns");
 static_assert(GROUPS == 1 || GROUPS == WARPS, "a warp ranks the experts of a group");
 
 __device__ __forceinline__ void unpack_norm(float (&to)[8], const uint4 (&from)[1 + NORM_FLOAT]) {
@@ -99,7 +103,12 @@ __device__ __forceinline__ void send4(int block, u64* barrier, float* to, float4
 
 extern "C" __global__ void __cluster_dims__(BLOCKS) __launch_bounds__(E)
     norm_router(const bf16* x, const u8* norm_weight, const bf16* w, const float* bias, bf16* normed, float* weights,
-                long long* ids, long long x_stride, int T, float eps, float scale) {
+                long long* ids, long long x_stride, int T, float eps, float scale
+#if FOR_EXPERTS
+                , u8* narrow, float* narrow_scales,  // [T, D], [T, BLOCKS]
+                int* counts, int* lists              // [E + SHARED], zero before; [E + SHARED, T]
+#endif
+    ) {
     const int tid = threadIdx.x, lane = tid % 32, quad = lane / 4, pair = lane % 4;
     const int warp = __shfl_sync(~0u, tid / 32, 0);  // so that the compiler knows it for the same in all lanes
     const int rank = blockIdx.x % BLOCKS, first = blockIdx.x / BLOCKS * TOKENS, n = min(TOKENS, T - first);
@@ -219,6 +228,19 @@ extern "C" __global__ void __cluster_dims__(BLOCKS) __launch_bounds__(E)
                 const uint4 n8 = make_uint4(pack(y[0], y[1]), pack(y[2], y[3]), pack(y[4], y[5]), pack(y[6], y[7]));
                 *(uint4*)(n_s + t * ROW + 8 * lane + 256 * v) = n8;
                 *(uint4*)(normed + (long long)(first + t) * D + column + 256 * v) = n8;
+#if FOR_EXPERTS
+                unpack(y, n8);
+                float largest = 0;
+#pragma unroll
+                for (int e = 0; e < 8; e++) largest = fmaxf(largest, fabsf(y[e]));
+#pragma unroll
+                for (int m = 1; m < VECTORS; m *= 2) largest = fmaxf(largest, __shfl_xor_sync((1u << VECTORS) - 1, largest, m));
+                const float over = fmaxf(largest, FLOAT8_SMALLEST) / FLOAT8_LARGEST;
+                *(uint2*)(narrow + (long long)(first + t) * D + column) =
+                    make_uint2(to_float8(y[0] / over, y[1] / over) | to_float8(y[2] / over, y[3] / over) << 16,
+                               to_float8(y[4] / over, y[5] / over) | to_float8(y[6] / over, y[7] / over) << 16);
+                if (lane == 0) narrow_scales[(first + t) * BLOCKS + rank] = over;
+#endif
                 if (GATED) {
                     unpack(y, n8);
                     unpack(weight, gate8[v]);
@@ -356,6 +378,12 @@ extern "C" __global__ void __cluster_dims__(BLOCKS) __launch_bounds__(E)
             shared_weight = 1.0f / (1.0f + __expf(-((gate[0] + gate[1]) + (gate[2] + gate[3]))));
         }
         weights[out] = tid < K ? chosen_score[tid] / divisor * scale : shared_weight;
-        ids[out] = tid < K ? chosen_id[tid] : E - K + tid;
+        const int id = tid < K ? chosen_id[tid] : E - K + tid;
+        ids[out] = id;
+#if FOR_EXPERTS
+        const int list = E + SHARED - 1 - id;
+        const int place = atomicAdd(counts + list, 1);
+        if (place < T) lists[list * T + place] = (int)out;  // or the counts were not 0
+#endif
     }
 }

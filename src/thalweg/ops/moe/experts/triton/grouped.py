@@ -235,7 +235,7 @@ def in_slices(
         return finish(outputs(x_TD, ids_Tk), weights_Tk=weights_Tk, own_TD=by_own(x_TD), scale=scale)
     out_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
     block = min(1024, triton.next_power_of_2(x_TD.shape[1]))
-    if next_norm is not None and x_TD.shape[1] <= MAX_NORMED:
+    if next_norm is not None and not next_norm.wants_float8 and x_TD.shape[1] <= MAX_NORMED:
         next_norm.normed_TD = torch.empty_like(out_TD)
     for start in range(0, len(x_TD), SLICE):
         x, weights, ids, out = (t[start : start + SLICE] for t in (x_TD, weights_Tk, ids_Tk, out_TD))

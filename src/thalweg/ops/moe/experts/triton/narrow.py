@@ -19,7 +19,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from thalweg.ops.moe.experts import Finish
 from thalweg.ops.moe.experts.triton.grouping import Lists, list_pairs
 from thalweg.ops.moe.experts.triton.products import silu_and_mul
-from thalweg.ops.moe.experts.triton.weighted_sum import weighted_sum
+from thalweg.ops.moe.experts.triton.weighted_sum import MAX_NORMED, weighted_sum, weighted_sum_norm
+from thalweg.ops.norm import NextNorm
 from thalweg.ops.products.triton import LARGEST, SMALLEST
 from thalweg.ops.toolchain.triton_dot import dot
 from thalweg.ops.toolchain.triton_launch import pdl_options
@@ -28,6 +29,7 @@ from thalweg.quant.blocks import BLOCK as _BLOCK
 BLOCK = tl.constexpr(_BLOCK)
 TOKENS = tl.constexpr(16)  # of a tile
 NARROW = 512  # columns of down, as in `tiles`
+NORMED = 128  # tokens up to which projections take x in float8 (ops/linear/fp8)
 
 
 class Tile(NamedTuple):
@@ -66,9 +68,11 @@ def _gate_up(
     I: tl.constexpr,
     K: tl.constexpr,
     BLOCK_I: tl.constexpr,
+    X_BLOCKS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     d = tl.arange(0, BLOCK)
+    x_scale_ptrs = x_scale_ptr + pair // K * (D // BLOCK if X_BLOCKS else 1)
     x_ptrs = x_ptr + (pair // K)[None, :] * D + d[:, None]
     w_ptrs += d[None, :]
     s_up_ptr = s_ptr + I // BLOCK * (D // BLOCK)
@@ -80,16 +84,24 @@ def _gate_up(
         x = tl.load(x_ptrs + at)
         w_gate = tl.load(w_ptrs + at)
         w_up = tl.load(w_ptrs + I * D + at)
-        gate += dot(w_gate, x) * gate_scale
-        up += dot(w_up, x) * up_scale
-    scale = tl.load(x_scale_ptr + pair // K)[None, :]
-    store_quantized(silu_and_mul(gate * scale, up * scale), h_ptr, h_scale_ptr, first, pair, here, I, BLOCK_I)
+        if X_BLOCKS:
+            x_scale = tl.load(x_scale_ptrs + at // BLOCK)[None, :]
+            gate += dot(w_gate, x) * (gate_scale * x_scale)
+            up += dot(w_up, x) * (up_scale * x_scale)
+        else:
+            gate += dot(w_gate, x) * gate_scale
+            up += dot(w_up, x) * up_scale
+    if not X_BLOCKS:
+        scale = tl.load(x_scale_ptrs)[None, :]
+        gate *= scale
+        up *= scale
+    store_quantized(silu_and_mul(gate, up), h_ptr, h_scale_ptr, first, pair, here, I, BLOCK_I)
 
 
 @triton.jit
 def narrow_gate_up_kernel(
     x_ptr,  # [T, D] e4m3
-    x_scale_ptr,  # [T]
+    x_scale_ptr,  # [T], or with X_BLOCKS [T, D / BLOCK]
     expert_ptr,  # these three: lists
     count_ptr,
     list_ptr,
@@ -103,6 +115,7 @@ def narrow_gate_up_kernel(
     K: tl.constexpr,
     BLOCK_I: tl.constexpr,
     WIDE: tl.constexpr,
+    X_BLOCKS: tl.constexpr,
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -121,13 +134,14 @@ def narrow_gate_up_kernel(
         place = tl.arange(0, TOKENS)
         pair = tl.load(list_ptr + place, mask=place < count, other=0)
         if count > 0:
-            _gate_up(*out, pair, place < count, D, I, K, BLOCK_I, STAGES)
+            _gate_up(*out, pair, place < count, D, I, K, BLOCK_I, X_BLOCKS, STAGES)
     else:
         start = 0
         while start < count:
             wide = start + tl.arange(0, WIDE)
             pairs = tl.load(list_ptr + wide, mask=wide < count, other=0)
-            _gate_up(*out, pairs, wide < count, D, I, K, BLOCK_I, STAGES if WIDE == TOKENS else STAGES - 1)
+            stages: tl.constexpr = STAGES if WIDE == TOKENS else STAGES - 1
+            _gate_up(*out, pairs, wide < count, D, I, K, BLOCK_I, X_BLOCKS, stages)
             start += WIDE
 
 
@@ -226,15 +240,16 @@ def narrow_down_kernel(
 
 
 def run_gate_up(
-    x_TD: Tensor, x_scale_T: Tensor, lists: Lists, K: int, q_E2ID: Tensor, s_gate_up: Tensor, tile: Tile
+    x_TD: Tensor, x_scale: Tensor, lists: Lists, K: int, q_E2ID: Tensor, s_gate_up: Tensor, tile: Tile
 ) -> tuple[Tensor, Tensor]:
-    """(silu(gate x) * up x of every pair over its scales, e4m3 [T * k, I]; those, [T * k, I / rows])."""
+    """(silu(gate x) * up x of every pair over its scales, e4m3 [T * k, I]; those, [T * k, I / rows]). Those of x are
+    [T] or, one for 128 columns, [T, D / 128]."""
     (T, D), I = x_TD.shape, q_E2ID.shape[1] // 2
     h_PI = torch.empty(T * K, I, dtype=x_TD.dtype, device=x_TD.device)
     h_scales_PB = torch.empty(T * K, I // tile.rows, device=x_TD.device)
     narrow_gate_up_kernel[(len(lists.count_G) * (I // tile.rows),)](
         x_TD,
-        x_scale_T,
+        x_scale,
         *lists,
         q_E2ID,
         s_gate_up,
@@ -246,6 +261,7 @@ def run_gate_up(
         K=K,
         BLOCK_I=tile.rows,
         WIDE=tile.wide,
+        X_BLOCKS=x_scale.dim() == 2,
         STAGES=tile.stages,
         num_warps=tile.warps,
         **pdl_options(x_TD),
@@ -297,15 +313,49 @@ def experts(
     own: tuple[Tensor, Tensor] | None = None,  # refused
     scale: float = 1.0,
     finish: Finish | None = None,
+    next_norm: NextNorm | None = None,
 ) -> Tensor:
-    out_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
     if len(x_TD) == 0:
+        out_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
         return out_TD if finish is None else finish(out_TD)
     lists, narrow_TD, x_scale_T = list_pairs(x_TD, ids_Tk, len(down[0]), False, narrow=True)
     assert x_scale_T is not None
-    up_tile, down_tile = tiles(len(x_TD), down[0].shape[2])
-    h_PI, h_scales_PB = run_gate_up(narrow_TD, x_scale_T, lists, ids_Tk.shape[1], *gate_up, up_tile)
-    y_PD = run_down(h_PI, h_scales_PB, lists, *down, down_tile)
+    y_PD = outputs(narrow_TD, x_scale_T, lists, ids_Tk.shape[1], gate_up, down)
     if finish is not None:
         return finish(y_PD, weights_Tk=weights_Tk)
-    return weighted_sum(y_PD, weights_Tk, out_TD, residual_TD)
+    return summed(y_PD, weights_Tk, x_TD, residual_TD, next_norm)
+
+
+def outputs(
+    narrow_TD: Tensor,
+    x_scale: Tensor,
+    lists: Lists,
+    K: int,
+    gate_up: tuple[Tensor, ...],
+    down: tuple[Tensor, ...],
+) -> Tensor:
+    """Of every pair [T * k, D] fp32, of x in e4m3."""
+    up_tile, down_tile = tiles(len(narrow_TD), down[0].shape[2])
+    h_PI, h_scales_PB = run_gate_up(narrow_TD, x_scale, lists, K, *gate_up, up_tile)
+    return run_down(h_PI, h_scales_PB, lists, *down, down_tile)
+
+
+def summed(
+    y_PD: Tensor,
+    weights_Tk: Tensor,
+    x_TD: Tensor,
+    residual_TD: Tensor | None,
+    next_norm: NextNorm | None,
+    counts_E: Tensor | None = None,
+) -> Tensor:
+    """The weighted sum of the pairs' outputs, as x, plus the residual, and of few tokens the norm behind it."""
+    out_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
+    (T, D), weights = x_TD.shape, (weights_Tk, out_TD)
+    if next_norm is None or not next_norm.wants_float8 or T > NORMED or D > MAX_NORMED:
+        return weighted_sum(y_PD, *weights, residual_TD, counts_E=counts_E)
+    normed_TD = torch.empty(T, D, dtype=torch.float8_e4m3fn, device=x_TD.device)
+    scale_T = torch.empty(T, dtype=torch.float32, device=x_TD.device)
+    norm = (normed_TD, next_norm.weight_D, next_norm.eps)
+    weighted_sum_norm(y_PD, *weights, *norm, residual_TD, normed_scale_T=scale_T, counts_E=counts_E)
+    next_norm.in_float8 = normed_TD, scale_T
+    return out_TD

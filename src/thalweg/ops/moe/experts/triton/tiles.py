@@ -19,10 +19,12 @@ from thalweg.ops.moe.experts.triton.grouping import Lists, empty_lists, list_pai
 from thalweg.ops.moe.experts.triton.nibbles import ordered_width
 from thalweg.ops.moe.experts.triton.products import BLOCK, scheme_of
 from thalweg.ops.moe.experts.triton.tile_kernels import WIDE, down_tile_kernel, gate_up_tile_kernel
-from thalweg.ops.moe.experts.triton.weighted_sum import weighted_sum
+from thalweg.ops.moe.experts.triton.weighted_sum import MAX_NORMED, weighted_sum, weighted_sum_norm
+from thalweg.ops.norm import NextNorm
 from thalweg.ops.toolchain.triton_launch import pdl_options
 
 TOKENS = 16  # of a tile
+NORMED = 33  # tokens from which on projections take no norm into their launch (ops/linear), so that the sum has it
 NARROW = 512  # columns of down, of which a tile of more rows is as much work
 SMALL_BATCH = 128  # above, an expert's tokens are several tiles one after the other: finer blocks spread them
 
@@ -85,6 +87,7 @@ def experts_of_tiles(
     own: tuple[Tensor, Tensor] | None = None,
     scale: float = 1.0,
     finish: Finish | None = None,
+    next_norm: NextNorm | None = None,
 ) -> Tensor:
     out_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
     if len(x_TD) == 0:
@@ -98,7 +101,12 @@ def experts_of_tiles(
     y_PD, own_TD = run_down(h, own_h, gate_up[0].shape[1] // 2, grouping, own_down, *down)
     if finish is not None:
         return finish(y_PD, weights_Tk=weights_Tk, own_TD=own_TD, scale=scale)
-    return weighted_sum(y_PD, weights_Tk, out_TD, residual_TD, own_TD, scale)
+    if next_norm is None or next_norm.wants_float8 or len(x_TD) < NORMED or x_TD.shape[1] > MAX_NORMED:
+        return weighted_sum(y_PD, weights_Tk, out_TD, residual_TD, own_TD, scale)
+    next_norm.normed_TD = torch.empty_like(out_TD)
+    norm = (next_norm.weight_D, next_norm.eps)
+    weighted_sum_norm(y_PD, weights_Tk, out_TD, next_norm.normed_TD, *norm, residual_TD, own_TD, scale)
+    return out_TD
 
 
 # The own expert within those launches: rows and columns at a time.
