@@ -18,6 +18,7 @@ class CompiledCuda:
     registers: int
     spilled_bytes: int
     static_shared_bytes: int
+    serialized: bool  # products of the matrix unit that could overlap wait for one another
 
 
 def compile_cuda(source: Path, folder: Path, **macros: int) -> CompiledCuda:
@@ -34,4 +35,4 @@ def compile_cuda(source: Path, folder: Path, **macros: int) -> CompiledCuda:
     found = re.search(r"Used (\d+) registers(?:.* (\d+) bytes smem)?", run.stderr)
     assert found is not None, run.stderr
     spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", run.stderr))
-    return CompiledCuda(int(found[1]), spilled, int(found[2] or 0))
+    return CompiledCuda(int(found[1]), spilled, int(found[2] or 0), "instructions are serialized" in run.stderr)

@@ -20,7 +20,7 @@ from thalweg.ops.toolchain.tensor_map import TensorMap
 
 HEADERS = Path(__file__).parent / "host"
 # Blocks that tell each other something; those of other kernels run one after another.
-TOGETHER = {"states": 4, "gdn_states": 2}
+TOGETHER = {"states": 4, "gdn_states": 2, "gdn_prompt": 4}
 WRONG = {
     1: "too much shared memory",
     2: "wrote past its shared memory",

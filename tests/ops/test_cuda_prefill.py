@@ -47,6 +47,19 @@ def test_gdn_on_the_host(on_host: Any, lengths: tuple[int, ...], gate: float | N
     case.check(case.run(on_host.gdn_mixer_prefill), 0.005)
 
 
+@pytest.mark.parametrize(("lengths", "rounds"), [((70,), 0), ((0, 2, 140, 17, 0), 1)])
+def test_gdn_at_once_on_the_host(
+    on_host: Any, monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, ...], rounds: int
+) -> None:
+    """Two blocks that walk a head, and two that make chunks for them. Twice, since flags have to be as they were."""
+    monkeypatch.setattr(on_host, "multiprocessors", lambda _: 4)
+    monkeypatch.setattr(on_host, "rounds_at_once", lambda *_: rounds)
+    for seed in range(2):
+        case = MixerPrefillCase(lengths, 1, G=1, seed=seed)
+        case.check(case.run(on_host.gdn_mixer_prefill), 0.005)
+    assert not on_host.counters("gdn_prompt", torch.device("cpu"), on_host.GDN_FLAGS).any()
+
+
 @pytest.mark.parametrize("G", [None, 1])
 def test_segments_on_the_host(on_host: Any, monkeypatch: pytest.MonkeyPatch, G: int | None) -> None:
     """Of two chunks, of one, and none at all."""
@@ -63,8 +76,12 @@ def test_states_at_boundaries_on_the_host(on_host: Any, G: int | None) -> None:
         mixer_boundaries(on_host.gdn_mixer_prefill, "cpu", 2, G)
 
 
-@pytest.mark.parametrize("G", [None, 1])
-def test_mixers_in_graphs_on_the_host(on_host: Any, G: int | None) -> None:
+@pytest.mark.parametrize(("G", "rounds"), [(None, None), (1, None), (1, 1)])
+def test_mixers_in_graphs_on_the_host(
+    on_host: Any, monkeypatch: pytest.MonkeyPatch, G: int | None, rounds: int | None
+) -> None:
+    monkeypatch.setattr(on_host, "multiprocessors", lambda _: 4)
+    monkeypatch.setattr(on_host, "rounds_at_once", lambda *_: rounds)
     case = MixerPrefillCase((128,), 1, G=G)
     before = [torch.randn(8, *x.shape[1:]).to(x.dtype) for x in (case.state, case.conv)]
 
@@ -101,7 +118,20 @@ def test_states_compile_for_hopper(tmp_path: Path, split: int, state_bf16: int, 
     macros = {"STATE_BF16": state_bf16, "NORM_BF16": 0, "SPLIT": split} | ({"RATIO": ratio} if ratio else {})
     source, _, shared_bytes = (GDN if ratio else KDA).states
     compiled = compile_cuda(source, tmp_path, **macros)
-    assert compiled.spilled_bytes == 0
+    assert compiled.spilled_bytes <= (8 if ratio and split else 0)
+    assert not compiled.serialized
+    assert shared_bytes + compiled.static_shared_bytes + 1024 <= 228 * 1024
+
+
+@pytest.mark.parametrize("ratio", [1, 2, 8])
+def test_gdn_at_once_compiles_for_hopper(tmp_path: Path, ratio: int) -> None:
+    pytest.importorskip("triton")
+    from thalweg.ops.delta.prefill_cuda import GDN_AT_ONCE
+
+    source, _, shared_bytes = GDN_AT_ONCE
+    compiled = compile_cuda(source, tmp_path, STATE_BF16=0, NORM_BF16=0, RATIO=ratio)
+    assert compiled.spilled_bytes <= 128
+    assert not compiled.serialized
     assert shared_bytes + compiled.static_shared_bytes + 1024 <= 228 * 1024
 
 
@@ -113,7 +143,9 @@ def test_segments_compile_for_hopper(tmp_path: Path, state_bf16: int, ratio: int
 
     form = GDN if ratio else KDA
     macros = {"STAGES": form.stages, "STATE_BF16": state_bf16} | ({"RATIO": ratio} if ratio else {})
-    assert compile_cuda(form.segments[0], tmp_path, **macros).spilled_bytes == 0
+    compiled = compile_cuda(form.segments[0], tmp_path, **macros)
+    assert compiled.spilled_bytes == 0
+    assert not compiled.serialized
 
 
 def test_few_heads_with_long_prompts_are_walked_in_segments() -> None:
@@ -166,7 +198,7 @@ def test_constants_are_those_of_the_sources() -> None:
     assert 4 * slab == GDN_KEYS
     assert slab + 10 * BLOCK + 1024 + values == GDN_PART
     assert slab + 10 * BLOCK + 1024 + TILE + 2 * 4 * CHUNK == GDN_HEAD
-    assert "THREADS = 512, STAGES = 3, SLICES = K / ROWS;" in GDN_STATES.read_text()
+    assert "WALKERS = 512, STAGES = 3, SLICES = K / ROWS;" in GDN_STATES.with_name("gdn_head.cuh").read_text()
 
 
 @pytest.mark.parametrize(

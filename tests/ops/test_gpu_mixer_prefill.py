@@ -70,6 +70,27 @@ def test_a_long_prompt_is_walked_in_segments(G: int | None) -> None:
     case.check(case.run(op_named("cuda", 8, G)), 0.005)
 
 
+@pytest.mark.parametrize("rounds", [0, 1, 3])
+def test_chunks_are_made_while_heads_are_walked(monkeypatch: pytest.MonkeyPatch, rounds: int) -> None:
+    from thalweg.ops.delta import prefill_cuda
+
+    monkeypatch.setattr(prefill_cuda, "rounds_at_once", lambda *_: rounds)
+    for G in (4, 2, 1):
+        case = MixerPrefillCase(LENGTHS, 4, G=G, device="cuda")
+        case.check(case.run(op_named("cuda", 4, G)), 0.005)
+        assert not prefill_cuda.counters("gdn_prompt", case.state.device, prefill_cuda.GDN_FLAGS).any()
+
+
+def test_one_prompt_of_many_heads() -> None:
+    from thalweg.ops.delta.prefill_cuda import rounds_at_once
+    from thalweg.ops.toolchain.triton_support import multiprocessors
+
+    case = MixerPrefillCase((1100,), 32, G=16, device="cuda")
+    if multiprocessors(torch.device("cuda")) == 132:
+        assert rounds_at_once(1, 32, 18, 132) is not None
+    case.check(case.run(op_named("cuda", 32, 16)), 0.005)
+
+
 @pytest.mark.parametrize("G", [None, 2])
 def test_segments_of_mixed_lengths(monkeypatch: pytest.MonkeyPatch, G: int | None) -> None:
     from thalweg.ops.delta import prefill_cuda

@@ -207,6 +207,12 @@ inline uint2 ask_blocks(const u32* p) {
     let_others_run();
     return {ask(p), ask(p + 1)};
 }
+inline void tell_made(u32* flag) { tell(flag, 1u); }
+inline void await_made(u32* flag) {
+    while (!ask(flag)) let_others_run();
+    tell(flag, 0u);
+}
+inline void share_writes_to_memory() {}
 inline void tell_system(u64* to, u64 x) { tell(to, x); }
 inline void tell_system(u64* to, u64 x, u64 y) { tell_system(to, x), tell_system(to + 1, y); }
 inline void ask_system(const u64* p, u64& x) {

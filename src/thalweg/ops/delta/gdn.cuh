@@ -9,7 +9,9 @@ constexpr int SLAB = 128 * CHUNK;
 // Of a key head.
 constexpr int KEYS_AT = 0, QUERIES_AT = 2 * SLAB, SHARED_BY_HEADS = 4 * SLAB;
 // Of a value head. Factors: of each token, decays from the beginning of the chunk, decays to its end; and those of all.
+// Beside them, where the chunk belongs: the slot that its state is saved in, or 0; sequence, first token, the sequence's end.
 constexpr int T_AT = 0, PAIRS_AT = SLAB, FACTORS_AT = PAIRS_AT + 10 * BLOCK, FACTORS = 1024;
+constexpr int PLACE_AT = FACTORS_AT + 4 * (2 * CHUNK + 4);
 constexpr int VALUES_AT = FACTORS_AT + FACTORS, SQUARES_AT = VALUES_AT + TILE;
 // Sums of outputs' squares by 64 values and token, which blocks of gdn_states.cu tell each other.
 constexpr int SQUARES = 4 * CHUNK, OF_HEAD = SQUARES_AT + 2 * SQUARES;

@@ -74,22 +74,26 @@ extern "C" __global__ void __launch_bounds__(160, 2)
     }
     const Operand keys = describe(ring, 16), keys_by_columns = describe(ring, SLAB), T = describe(ring + 2 * SLAB, 16);
     const u32 nothing = (u32)H >> 20;
-    int place = 0;
-    u32 phase = 0;
-#pragma unroll 1
-    for (int n = begin; n < end; n++) {
-        const u32 stage = place * STAGE;
-        const u8* stage_at = ring_at + place * STAGE;
-        wait_at_barrier(full + 8 * place, phase);
-        const Chunk chunk = {further(keys, stage), further(keys_by_columns, stage), further(T, stage),
-                             stage_at + 3 * SLAB + FACTORS + in_values(warp, lane), (const float*)(stage_at + 3 * SLAB)};
-        auto none = [](const auto&) {};
-        if (of_M) step<false>(S, chunk, none, none);
-        else step<true>(S, chunk, none, none);
+    const int chunks = end - begin;
+    auto wait_for = [&](int n) { wait_at_barrier(full + 8 * (n % STAGES), n / STAGES & 1); };
+    auto at = [&](int n) -> Chunk {
+        const u32 stage = n % STAGES * STAGE;
+        const u8* stage_at = ring_at + stage;
+        return {further(keys, stage), further(keys_by_columns, stage), further(T, stage),
+                stage_at + 3 * SLAB + FACTORS + in_values(warp, lane), (const float*)(stage_at + 3 * SLAB)};
+    };
+    auto next = [&](int n, const auto&) {
+        if (n + 1 < chunks) wait_for(n + 1);
+    };
+    auto made = [&](int n) {
         __syncwarp();
-        if (lane == 0) arrive_once_read(empty + 8 * place, __float_as_uint(S[0]), nothing);
-        if (++place == STAGES) place = 0, phase ^= 1;
-    }
+        if (lane == 0) arrive_once_read(empty + 8 * (n % STAGES), __float_as_uint(S[32]), nothing);
+    };
+    auto goes_on = [](int, const auto&) { return true; };
+    auto ended = [](int) {};
+    wait_for(0);
+    if (of_M) walk_chunks<false, false>(S, chunks, at, goes_on, next, made, ended);
+    else walk_chunks<true, false>(S, chunks, at, goes_on, next, made, ended);
 
     write_moves(by_8, moves + (((long long)sequence * (count - 1) + segment) * H + h) * MOVE + lane * 16, rows, of_M);
 }

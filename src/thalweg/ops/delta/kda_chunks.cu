@@ -25,7 +25,7 @@
 
 constexpr u32 NO_DECAY = 0xff80ff80;  // minus infinity twice, in bf16
 
-extern "C" __global__ void __launch_bounds__(THREADS, 2)
+extern "C" __global__ void __launch_bounds__(MAKERS, 2)
     kda_chunks(const bf16* qkv, const bf16* beta, const bf16* gate, const bf16* conv_weight, bf16* conv_state,
                const float* A_log, const float* dt_bias, const long long* slots, const int* pieces, const int* offsets,
                const int* saves, u8* work, long long qkv_stride, long long beta_stride, long long gate_stride, int H) {
@@ -37,6 +37,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     u8 *const start_tile = shared + 3 * TILE, *const v_tile = shared + 4 * TILE, *const decays = shared + 2 * INPUT;
     const Solving solving = solving_at(shared + 5 * TILE);
     __shared__ __align__(16) float total_s[4][K], beta_s[CHUNK], products_s[CHUNK];
+    __shared__ UnitRows unit_s;
 
     start_kernel_behind();
     const float rate = __expf(A_log[h]);
@@ -61,7 +62,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
         copy_rows(decays, decays_from, gate_stride, 0);
     } else {
 #pragma unroll 1
-        for (int i = tid; i < CHUNK * 16; i += THREADS) {
+        for (int i = tid; i < CHUNK * 16; i += MAKERS) {
             const bf16* from = decays_from + i / 16 * gate_stride + i % 16 * 8;
             if (i / 16 < count) copy16(shared_address(decays + i * 16), from);
             else *(uint4*)(decays + i * 16) = make_uint4(NO_DECAY, NO_DECAY, NO_DECAY, NO_DECAY);
@@ -81,7 +82,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
         const uint4 k_taps = taps_of(1), q_taps = taps_of(0);
         wait_for_copies<1>();
         __syncthreads();
-        unit_rows<true, false>(k, q, input_of(1), input_of(0), k_taps, q_taps, products_s, at);
+        unit_rows<true, false>(k, q, input_of(1), input_of(0), k_taps, q_taps, products_s, unit_s, at);
     }
     wait_for_copies<0>();
     __syncthreads();
@@ -89,7 +90,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
         save_rows(conv_state, input_of(tid / 48), piece.save, in.C, channel_of(tid / 48), tid % 48);
 #pragma unroll
     for (int t = 0; t < SUB; t++) {
-        const u32 x = *(const u32*)(decays + (SUB * s + t) * ROW + 4 * c);
+        const u32 x = *(const u32*)(decays + (SUB * s + t) * INPUT_ROW + 4 * c);
         a[t] = float2{decay(low(x), bias.x, rate), decay(high(x), bias.y, rate)};
     }
     __syncthreads();  // all inputs but those of values have been read

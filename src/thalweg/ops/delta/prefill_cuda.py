@@ -1,5 +1,5 @@
 """Launches the delta rule over prompts in CUDA C++: kda_chunks.cu, segments.cu for few heads, and states.cu, or Gated
-DeltaNet's, whose names begin with gdn. They say how they work."""
+DeltaNet's, whose names begin with gdn. gdn_prompt.cu does the work of all for one prompt. They say how they work."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from thalweg.ops.host_tables import Boundaries, PerStep, pieces
+from thalweg.ops.toolchain.counters import counters
 from thalweg.ops.toolchain.cuda_build import CudaKernel, aligned_rows, cuda_kernel
 from thalweg.ops.toolchain.triton_support import multiprocessors
 
 FOLDER = Path(__file__).parent
-KDA_CHUNKS, SEGMENTS, STATES, GDN_CHUNKS, GDN_SEGMENTS, GDN_STATES = (
-    FOLDER / f"{name}.cu" for name in ("kda_chunks", "segments", "states", "gdn_chunks", "gdn_segments", "gdn_states")
+KDA_CHUNKS, SEGMENTS, STATES = (FOLDER / f"{name}.cu" for name in ("kda_chunks", "segments", "states"))
+GDN_CHUNKS, GDN_SEGMENTS, GDN_STATES, GDN_PROMPT = (
+    FOLDER / f"gdn_{name}.cu" for name in ("chunks", "segments", "states", "prompt")
 )
 K, CHUNK, BLOCK = 128, 64, 512  # as in the sources
 TILE = CHUNK * K * 2
@@ -68,6 +70,20 @@ GDN = Form(
     (GDN_STATES, 512, GDN_STATES_SHARED),
     2,
 )
+
+
+GDN_AT_ONCE = (GDN_PROMPT, 512, GDN_STATES_SHARED)  # which is more than two chunks under way need
+GDN_FLAGS = 1 << 18  # int32: counters, and flags of chunks and walkers
+
+
+def rounds_at_once(sequences: int, heads: int, chunks: int, processors: int) -> int | None:
+    """How many chunks a team of gdn_prompt.cu makes before its block walks a head; None: another form is faster. It is
+    for one sequence whose heads, two blocks each, leave about half of the multiprocessors for making chunks. The more
+    chunks, the later they are walked, so that walking the last ones waits for none."""
+    walkers = 2 * heads
+    if sequences > 1 or chunks < 16 or 4 + chunks * walkers > GDN_FLAGS:
+        return None
+    return max(1, chunks // 48) if processors <= 3 * walkers <= 2 * processors else None
 
 
 def segments(heads: int, chunks: int, processors: int, blocks: int = 8 // WARPS) -> int:
@@ -154,31 +170,42 @@ def _mixer(
     shape = {"RATIO": ratio} if is_gdn else {}
     cut = pieces(offsets, CHUNK, device, boundaries)
     work = torch.empty(cut.num * form.work(H // ratio, H), dtype=torch.uint8, device=device)
-    chunks, shared = kernel(form.chunks, **shape)
-    chunks.launch(
-        (cut.num * (H // ratio), 1, 1),
-        shared,
-        qkv_TC,
-        beta_TH,
-        gate_TX,
-        conv_weight_CW,
-        conv_state_NWC,
-        A_log_H,
-        dt_bias,
-        slots_B,
-        cut.pieces_N2,
-        cut.offsets_B1,
-        cut.saves_N,
-        work,
-        (c_longlong, qkv_TC.stride(0)),
-        (c_longlong, beta_TH.stride(0)),
-        (c_longlong, gate_TX.stride(0)),
-        (c_int, H),
-    )
+    prompt = (qkv_TC, beta_TH, gate_TX, conv_weight_CW, conv_state_NWC, A_log_H, dt_bias, slots_B, cut.pieces_N2)
+    strides = tuple((c_longlong, x.stride(0)) for x in (qkv_TC, beta_TH, gate_TX))
     sequences = len(offsets) - 1
     long = max(1, sequences - isinstance(offsets, PerStep))  # one of a captured step is there to pad it
     state_bf16, norm_bf16 = (int(x.dtype == torch.bfloat16) for x in (state_NHVK, norm_weight_V))
-    count, moves = segments(long * H, cut.num // long, multiprocessors(device), form.blocks), work
+    dtypes = {"STATE_BF16": state_bf16, "NORM_BF16": norm_bf16}
+    processors = multiprocessors(device)
+    if is_gdn and (rounds := rounds_at_once(long, H, cut.num, processors)) is not None:
+        both, shared = kernel(GDN_AT_ONCE, **dtypes, **shape)
+        both.launch(
+            (processors, 1, 1),
+            shared,
+            *prompt,
+            cut.offsets_B1,
+            cut.firsts_B1,
+            cut.saves_N,
+            work,
+            gate_TO,
+            norm_weight_V,
+            state_NHVK,
+            out_TO,
+            counters("gdn_prompt", device, GDN_FLAGS),
+            *strides,
+            (c_longlong, gate_TO.stride(0)),
+            (c_float, eps),
+            (c_int, H),
+            (c_int, sequences),
+            (c_int, cut.num),
+            (c_int, rounds),
+        )
+        return out_TO
+    chunks, shared = kernel(form.chunks, **shape)
+    chunks.launch(
+        (cut.num * (H // ratio), 1, 1), shared, *prompt, cut.offsets_B1, cut.saves_N, work, *strides, (c_int, H)
+    )
+    count, moves = segments(long * H, cut.num // long, processors, form.blocks), work
     if count > 1:
         moves = torch.empty(sequences * (count - 1) * H * MOVE, dtype=torch.uint8, device=device)
         ahead, shared = kernel(form.segments, STAGES=form.stages, STATE_BF16=state_bf16, **shape)
@@ -194,7 +221,7 @@ def _mixer(
             (c_int, H),
             (c_int, count),
         )
-    walk, shared = kernel(form.states, SPLIT=int(count > 1), STATE_BF16=state_bf16, NORM_BF16=norm_bf16, **shape)
+    walk, shared = kernel(form.states, SPLIT=int(count > 1), **dtypes, **shape)
     walk.launch(
         (sequences * count * H * form.blocks, 1, 1),
         shared,
@@ -207,7 +234,7 @@ def _mixer(
         slots_B,
         cut.offsets_B1,
         cut.firsts_B1,
-        cut.saves_N,
+        *(() if is_gdn else (cut.saves_N,)),
         moves,
         out_TO,
         (c_longlong, qkv_TC.stride(0)),

@@ -104,6 +104,19 @@ __device__ __forceinline__ uint2 ask_blocks(const u32* p) {
     return x;
 }
 
+// A flag for one other block of the launch, which takes it back: what this thread wrote, and its block ahead of a barrier,
+// is there. Bulk copies read it, or have written it, on a way of their own, which both sides see to (share_writes_to_memory).
+__device__ __forceinline__ void tell_made(u32* flag) {
+    asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(flag) : "memory");
+}
+__device__ __forceinline__ void await_made(u32* flag) {
+    u32 x;
+    do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(flag) : "memory");
+    while (!x);
+    *(volatile u32*)flag = 0;
+}
+__device__ __forceinline__ void share_writes_to_memory() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
 // The same between kernels of several devices: each value comes whole, and says nothing of others.
 __device__ __forceinline__ void tell_system(u64* to, u64 x) {
     asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(to), "l"(x) : "memory");
@@ -281,6 +294,7 @@ template <int COUNT> __device__ __forceinline__ void settle(float (&x)[COUNT]) {
 #define TEN(t) "%" t "0, %" t "1, %" t "2, %" t "3, %" t "4, %" t "5, %" t "6, %" t "7, %" t "8, %" t "9"
 #define FOUR(t) "%" t "0, %" t "1, %" t "2, %" t "3"
 #define EIGHT(t) FOUR(t) ", %" t "4, %" t "5, %" t "6, %" t "7"
+#define LIST32 TEN("") ", " TEN("1") ", " TEN("2") ", %30, %31"
 #define LIST40 TEN("") ", " TEN("1") ", " TEN("2") ", " TEN("3")
 #define LIST64 LIST40 ", " TEN("4") ", " TEN("5") ", " FOUR("6")
 #define LIST110 LIST40 ", " TEN("4") ", " TEN("5") ", " TEN("6") ", " TEN("7") ", " TEN("8") ", " TEN("9") ", " TEN("10")
@@ -313,6 +327,7 @@ template <int COLUMNS> __device__ __forceinline__ void multiply_rows(float (&d)[
 // d [64, COLUMNS] += a b, a [64, 16] in registers as mma has it, b 16 rows.
 template <int COLUMNS>
 __device__ __forceinline__ void multiply_columns(float (&d)[COLUMNS / 2], u32 a0, u32 a1, u32 a2, u32 a3, u64 b) {
+    if constexpr (COLUMNS == 64) OF_REGISTERS("64", 32, "32", "33", "34", "35", "36");
     if constexpr (COLUMNS == 128) OF_REGISTERS("128", 64, "64", "65", "66", "67", "68");
     if constexpr (COLUMNS == 256) OF_REGISTERS("256", 128, "128", "129", "130", "131", "132");
 }
