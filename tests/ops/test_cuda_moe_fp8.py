@@ -63,6 +63,18 @@ def test_gate_and_up_with_the_router_inside_compile_for_hopper(tmp_path: Path) -
     assert cut.shared_bytes + compiled.static_shared_bytes + 1024 <= 228 * 1024
 
 
+def test_down_of_one_token_compiles_for_hopper(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    from thalweg.ops.moe.experts import cuda_fp8
+
+    warps, _, macros = cuda_fp8.geometry(2048, 1)
+    macros = {n: macros[n] for n in ("COLS", "STEPS", "STAGES")} | {"OUT": 7168, "K": 9, "MOST_ROWS": 28}
+    compiled = compile_cuda(cuda_fp8.ONE_SOURCE, tmp_path, **macros)
+    assert compiled.spilled_bytes <= 16
+    assert -(-2 * (warps + 1) // 4) * compiled.registers * 32 <= 16384  # two blocks to a multiprocessor
+    assert 2 * (cuda_fp8.one_shared_bytes(2048, 9) + compiled.static_shared_bytes + 1024) <= 228 * 1024
+
+
 @pytest.mark.parametrize(("T", "D"), [(2, 256), (1, 3584)])  # a ring that holds all steps of an item, and not
 def test_gate_and_up_on_the_host(monkeypatch: pytest.MonkeyPatch, T: int, D: int) -> None:
     pytest.importorskip("triton")
@@ -92,11 +104,24 @@ def test_experts_on_the_host(monkeypatch: pytest.MonkeyPatch, T: int) -> None:
     check_left_out(case, cuda_fp8.experts, 0.005)
 
 
+@pytest.mark.parametrize(("D", "I"), [(384, 256), (640, 512)])  # whose blocks have rows of two scales
+def test_down_of_one_token_has_the_bits_of_down(monkeypatch: pytest.MonkeyPatch, D: int, I: int) -> None:
+    pytest.importorskip("triton")
+    from thalweg.ops.moe.experts import cuda_fp8
+
+    monkeypatch.setattr(cuda_fp8, "cuda_kernel", HostKernel)
+    monkeypatch.setattr(cuda_fp8, "multiprocessors", lambda device: 3)
+    case = moe_case_fp8(1, D, I, 10, 8, 1, torch.bfloat16, published=True)
+    given = torch.randn(9, I).bfloat16(), case.ids, *case.down, case.weights, case.residual
+    assert torch.equal(cuda_fp8.run_down_of_one(*given), cuda_fp8.run_down(*given))
+
+
 def test_constants_are_those_of_the_source() -> None:
     pytest.importorskip("triton")
-    from thalweg.ops.moe.experts.cuda_fp8 import BUFFERS, SOURCE, TILE
+    from thalweg.ops.moe.experts.cuda_fp8 import BUFFERS, ONE_SOURCE, SOURCE, TILE
 
     source = SOURCE.read_text()
+    assert f"BUFFERS = {BUFFERS};" in ONE_SOURCE.read_text()
     assert "STEP_BYTES = 16 * BLOCK," in source
     assert f"BUFFERS = {BUFFERS};" in source
     assert f"TOKENS = {TILE} * TILES;" in source

@@ -141,3 +141,16 @@ def test_a_token_that_is_not_finite_ends_and_leaves_the_next_alone(scheme: str) 
     broken[0, 77] = torch.nan
     assert run(op, case, broken).isnan().all()
     assert torch.equal(run(op, case, case.x), clean)
+
+
+def test_down_of_one_token_has_the_bits_of_down() -> None:
+    from thalweg.ops.moe.experts import cuda_fp8
+
+    case = case_of("fp8", 7168, 2048, 32, 8)
+    for seed in range(4):
+        torch.manual_seed(seed)
+        ids = torch.cat([torch.randperm(32, device="cuda")[:8], torch.tensor([32], device="cuda")])[None]
+        given = torch.randn(9, 2048, device="cuda").bfloat16(), ids, *case.down, case.weights, case.x
+        expected = cuda_fp8.run_down(*given)
+        for _ in range(100):
+            assert torch.equal(cuda_fp8.run_down_of_one(*given), expected)

@@ -19,6 +19,7 @@ from thalweg.quant.blocks import BLOCK
 MAX_TOKENS = 16
 ENDING_COLUMNS = 4096  # from which on down ends with the weighted sum; for fewer that has not been timed
 SOURCE = Path(__file__).with_name("experts.cu")
+ONE_SOURCE = Path(__file__).with_name("down_of_one.cu")
 RING = 27  # steps of a block. More loads in flight are slower: neighbouring lines are then asked for further apart
 FEW_WARPS, FEW_BLOCKS, FEW_STAGES = 4, 4, 3  # of a block that waits for its copies most of the time: more of them
 STEP_BYTES, TILE, BUFFERS = 16 * BLOCK, 8, 4  # as in the source
@@ -124,6 +125,28 @@ def run_down(
     )
     _product(h_PI, ids_Tk, q_EDI, s_down, parts_PD, {"GATED": 0, "SHARED": 0, "ENDS": int(ends)}, *ending)
     return y_TD
+
+
+def one_shared_bytes(columns: int, K: int) -> int:
+    """Of shared memory, for a block of `run_down_of_one`: the ring, sums, and h."""
+    return geometry(columns, 1)[1] + 2 * K * columns
+
+
+def run_down_of_one(
+    h_kI: Tensor, ids_1k: Tensor, q_EDI: Tensor, s_down: Tensor, weights_1k: Tensor, residual_1D: Tensor
+) -> Tensor:
+    """run_down of one token that takes all of its experts here, with weights and a residual: the same bits, sooner."""
+    (k, columns), D, device = h_kI.shape, q_EDI.shape[1], h_kI.device
+    warps, _, cut = geometry(columns, 1)
+    blocks = blocks_of(columns, multiprocessors(device))
+    macros = {"COLS": columns, "OUT": D, "K": k, "STEPS": cut["STEPS"], "STAGES": cut["STAGES"]}
+    kernel = cuda_kernel(ONE_SOURCE, "down", 32 * (warps + 1), device, **macros, MOST_ROWS=-(-D // blocks))
+    y_1D = torch.empty(1, D, dtype=h_kI.dtype, device=device)
+    grid, shared_bytes = (blocks, 1, 1), one_shared_bytes(columns, k)
+    kernel.launch(
+        grid, shared_bytes, h_kI, ids_1k, q_EDI, s_down, weights_1k, residual_1D, y_1D, (c_longlong, h_kI.stride(0))
+    )
+    return y_1D
 
 
 def experts(

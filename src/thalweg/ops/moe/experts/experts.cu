@@ -8,8 +8,7 @@
 // lane takes 16 weights in a row. What the warps have of an item is added up by one more warp: none waits for another
 // until all buffers of sums are full.
 //
-// Products are in fp16, for which e4m3 has an instruction. A warp's part of a token's row is scaled by a power of two to
-// just below fp16's largest, which loses nothing but what is below 2^-29 of its largest element; it and the weights'
+// Products are in fp16, for which e4m3 has an instruction (halves.cuh); what a token's row was scaled by and the weights'
 // scales are applied to sums over 128 columns. All tokens of a tile of 8 are multiplied by every expert that one of
 // them chose, and those that did not choose it are dropped.
 //
@@ -21,6 +20,7 @@
 #include "hopper.cuh"
 
 #include "arrivals.cuh"
+#include "halves.cuh"
 
 #if GATED
 typedef u16 Out;  // bf16
@@ -56,7 +56,7 @@ struct Choices {
 
 // A lane's part of the tokens: of token lane / 4 of each tile, 16 neighbours in every 64 columns of its warp.
 struct Rows {
-    u32 x[TILES][STEPS][2][8];
+    u32 x[TILES][STEPS * 16];
     float scale[TILES][2];  // of the two tokens whose sums it gets
 };
 
@@ -241,7 +241,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, TILES == 1 && WARPS <= 12 
                 const u16* from = x + (t * K + (is ? chosen.place[expert * TOKENS + t] : 0)) * x_stride;
 #endif
                 from += warp * STEPS * BLOCK + 16 * pair;
-                u32 largest = 0;
 #pragma unroll
                 for (int step = 0; step < STEPS; step++)
 #pragma unroll
@@ -256,24 +255,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, TILES == 1 && WARPS <= 12 
 #endif
                         const u32 words[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
 #pragma unroll
-                        for (int i = 0; i < 8; i++) rows.x[tile][step][c][i] = words[i];
+                        for (int i = 0; i < 8; i++) rows.x[tile][16 * step + 8 * c + i] = words[i];
                     }
-#pragma unroll
-                for (int i = 0; i < STEPS * 16; i++)
-                    largest = max_pairs(largest, rows.x[tile][i / 16][i / 8 % 2][i % 8] & 0x7fff7fffu);
-                largest = max(largest & 0xffff, largest >> 16);
-                largest = max(largest, __shfl_xor_sync(~0u, largest, 1));
-                largest = max(largest, __shfl_xor_sync(~0u, largest, 2));
-                const int exponent = min(max((int)largest >> 7, 15), 253);
-                const float factor = __int_as_float((268 - exponent) << 23);
-                const float scale = __int_as_float((exponent - 14) << 23);
+                const float scale = scale_to_halves(rows.x[tile]);
                 rows.scale[tile][0] = __shfl_sync(~0u, scale, 8 * pair);
                 rows.scale[tile][1] = __shfl_sync(~0u, scale, 8 * pair + 4);
-#pragma unroll
-                for (int i = 0; i < STEPS * 16; i++) {
-                    u32& two = rows.x[tile][i / 16][i / 8 % 2][i % 8];
-                    two = pack_half(low(two) * factor, high(two) * factor);
-                }
             }
         };
 
@@ -306,24 +292,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, TILES == 1 && WARPS <= 12 
             for (int step = 0; step < STEPS; step++) {
                 wait_for_copies<STAGES - 1>();
                 __syncwarp();
-                const u8* at = shared + (warp * STAGES + stage) * STEP_BYTES + 16 * lane;
-                uint4 w[2][2];
-#pragma unroll
-                for (int i = 0; i < 4; i++) w[i / 2][i % 2] = *(const uint4*)(at + 512 * i);  // [lower or upper, half]
                 const float scale[2] = {scales_s[(warp * STAGES + stage) * 2], scales_s[(warp * STAGES + stage) * 2 + 1]};
                 float c[TILES][2][4] = {};
-#pragma unroll
-                for (int i = 0; i < 8; i++) {
-                    const uint4 l4 = w[0][i / 4], u4 = w[1][i / 4];
-                    const u32 l = i % 4 == 0 ? l4.x : i % 4 == 1 ? l4.y : i % 4 == 2 ? l4.z : l4.w;
-                    const u32 u = i % 4 == 0 ? u4.x : i % 4 == 1 ? u4.y : i % 4 == 2 ? u4.z : u4.w;
-                    const u32 a0 = widen_half((u16)l), a1 = widen_half((u16)u), a2 = widen_half((u16)(l >> 16)), a3 = widen_half((u16)(u >> 16));
+                widen_step(shared + (warp * STAGES + stage) * STEP_BYTES + 16 * lane, [&](int i, u32 a0, u32 a1, u32 a2, u32 a3) {
 #pragma unroll
                     for (int tile = 0; tile < TILES; tile++) {
-                        const u32* b = &rows.x[tile][step][i / 4][i % 4 * 2];
+                        const u32* b = &rows.x[tile][16 * step + 2 * i];
                         if (TILES == 1 || tokens >> 8 * tile & 0xff) mma_fp16(c[tile][i / 4], a0, a1, a2, a3, b[0], b[1]);
                     }
-                }
+                });
                 __syncwarp();  // all have read
                 ask_next(stage, j + (step + STAGES) / STEPS, (step + STAGES) % STEPS);
                 if (++stage == STAGES) stage = 0;

@@ -14,6 +14,8 @@ from thalweg.ops.registry import Refusal
 from thalweg.ops.toolchain.cuda_build import aligned_rows
 from thalweg.ops.toolchain.triton_support import processors_here
 
+SHARED = 226 * 1024  # bytes of shared memory that a block may ask for
+
 
 def refusal(dims: RoutedExpertsDims) -> Refusal:
     """Why the kernels, which serve these experts, have no router for them, or None."""
@@ -26,6 +28,8 @@ def refusal(dims: RoutedExpertsDims) -> Refusal:
     # A block begins with a part of the shared expert, and has a multiprocessor to itself.
     if (steps_per_warp(of.D) or 0) % 2 or cuda_fp8.blocks_of(of.D, blocks) > of.I // 8:
         return f"needs columns for warps of an even number of steps and experts wide enough, not {of.D} and {of.I}"
+    if cuda_fp8.one_shared_bytes(of.I, dims.K + dims.S) > SHARED:
+        return f"has no room for {dims.K + dims.S} rows of {of.I} columns"
     return None
 
 
@@ -58,6 +62,6 @@ def build(dims: RoutedExpertsDims) -> RoutedExperts:
             h, weights_Tk, ids_Tk = cuda_int4.run_routed_gate_up(x_TD, *router, first, first_scales, own)
             return cuda_int4.run_down(h, ids_Tk, second, second_scales, own, weights_Tk, x_TD, scale)
         h, weights_Tk, ids_Tk = cuda_fp8.run_routed_gate_up(x_TD, *router, first, first_scales, num_shared=num_shared)
-        return cuda_fp8.run_down(h, ids_Tk, second, second_scales, weights_Tk, x_TD)
+        return cuda_fp8.run_down_of_one(h, ids_Tk, second, second_scales, weights_Tk, x_TD)
 
     return routed_experts
