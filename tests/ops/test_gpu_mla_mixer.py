@@ -160,12 +160,17 @@ def test_attention_and_combination_in_one_launch_are_two_bit_for_bit(
 
     op, case, counts, used = rotated_kernel(H), case_of(ragged(B, 4000), H), gluon.counters, []
     monkeypatch.setattr(gluon, "counters", lambda *of: used.append(True) or counts(*of))
+    as_served = case.copy().run_rotated(op)
+    assert len(used) == (B > 1)
+    launch = gluon.launch
+    monkeypatch.setattr(gluon, "launch", lambda *args: launch(*args[:-1], True))
+    used.clear()
     ones = [case.copy().run_rotated(op) for _ in range(20)]
     assert len(used) == 20
-    launch = gluon.launch
-    monkeypatch.setattr(gluon, "launch", lambda *args, together: launch(*args))
+    monkeypatch.setattr(gluon, "launch", lambda *args: launch(*args[:-1], False))
     two = case.copy().run_rotated(op)
     assert len(used) == 20
+    assert torch.equal(as_served, two)
     assert all(torch.equal(one, two) for one in ones)
     assert not counts("mla_decode", two.device, 2).any()
 

@@ -1,6 +1,6 @@
 """Decode of latent attention with two of its three kernels in Gluon, for Hopper: bulk copies into shared memory, wgmma
 out of it. The first kernel, which absorbs, is module mixer's; the second for many heads is module many_heads', and the
-third module combining's. Where a multiprocessor has one program of each, these two are one launch.
+third module combining's. For several sequences these two are one launch if each program has a multiprocessor.
 
 `attend`: a program walks its split of a context in tiles of 64 tokens. A tile is two halves of the latent, [64, R / 2]
 each, which serve as keys and as values, and the shared key part, [64, P]. Shared memory holds two tiles, and the place
@@ -272,7 +272,8 @@ def mla_decode(
     rotation = dict(positions_B=positions_B, frequencies_F=frequencies_F, rope_scale=rope_scale)
     q_BHC = run_absorb(absorb, q_BO, w_uk_HKR, blocks_MSC, **rotation)
     context = (blocks_MSC, block_tables_BN, context_lens_B)
-    launch(*heads_and_splits(B, H, processors), q_BHC, *context, w_uv_HVR, o_BO, scale * LOG2_E, together=True)
+    together = B > 1  # Slower, for a launch less, which one sequence saves elsewhere (op "routed_experts").
+    launch(*heads_and_splits(B, H, processors), q_BHC, *context, w_uv_HVR, o_BO, scale * LOG2_E, together)
     return o_BO
 
 
