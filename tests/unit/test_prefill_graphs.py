@@ -331,6 +331,26 @@ def test_a_conversations_second_turn_waits_for_no_capture(folder: Path, monkeypa
     assert graphs.steps == {"captured": 2}
 
 
+def test_a_second_start_leaves_no_graph_of_the_first_behind(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a graph would read the inputs that it was captured with, whose memory is gone."""
+    monkeypatch.setattr(prefill_graphs, "captured", lambda step, pool, cuts: (step, pool))
+    prompts = [[(i * j + 7) % 128 for j in range(200)] for i in (3, 5)]
+    greedy = SamplingParams(max_tokens=4, temperature=0)
+    with LLM(str(folder), max_num_seqs=2, enable_prefix_caching=False) as llm:
+        expected = [llm.generate([p], greedy)[0].outputs[0].token_ids for p in prompts]
+    runners = with_static_steps(monkeypatch)
+    start_before_ready(monkeypatch)
+    with LLM(str(folder), max_num_seqs=2, enable_prefix_caching=False) as llm:
+        graphs = runners[0].prefill_graphs
+        assert graphs is not None
+        found = [llm.generate([prompts[0]], greedy)[0].outputs[0].token_ids]
+        monkeypatch.setattr(graphs, "_usual", lambda: [Shape(0, 1, 64, 64)])
+        runners[0].capture()
+        found.append(llm.generate([prompts[1]], greedy)[0].outputs[0].token_ids)
+        assert found == expected
+        assert set(graphs._replays) <= set(graphs._statics)
+
+
 def test_shapes_of_one_prompt_and_of_a_next_turn_are_captured_at_the_start_and_others_when_they_are_met_again(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

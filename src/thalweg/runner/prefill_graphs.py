@@ -176,8 +176,10 @@ class PrefillGraphs:
 
     def start(self) -> None:
         """From now on shapes are captured: the usual ones of few tokens at once. The largest comes first, so that the
-        others fit into its memory."""
+        others fit into its memory. Graphs of an earlier start go with the memory that they read."""
         self._started = True
+        self._replays.clear()
+        self._refused.clear()
         self._statics.clear()  # in a rehearsal nothing ran
         for shape in self._usual():
             if shape.tokens <= AT_ONCE:
