@@ -20,6 +20,7 @@ from thalweg.weights.plan import Init, Target
 STD = 0.02  # of matrices
 _E4M3_STD = 104.0  # of the numbers that the bytes 0 to 126 stand for, with either sign
 _INT4_STD = 4.6  # of the numbers -8 to 7
+_DRAWN_AT_ONCE = 64 << 20  # bytes of a stack, which are a few times as many while they are drawn
 DT_MIN, DT_MAX = 1e-3, 0.1  # softplus(dt_bias), drawn log-uniformly
 A_MIN, A_MAX = 1.0, 16.0  # exp(A_log), drawn uniformly
 
@@ -65,9 +66,10 @@ def _fill_quantized(target: Target, get_param: Callable[[str], Tensor], seed: in
     weight, scales = (get_param(target.name + s.suffix).detach() for s in target.parameters)
     generator = torch.Generator(weight.device).manual_seed(_seed_of(seed, target.name))
     packed, rows = weight.dtype == torch.int32, weight.view(torch.uint8)
-    for row in rows if rows.ndim == 3 else (rows,):
-        random = partial(torch.randint, size=row.shape, dtype=torch.uint8, device=row.device, generator=generator)
-        row.copy_(random(0, 256) if packed else random(0, 127) + random(0, 2) * 128)
+    some = max(1, _DRAWN_AT_ONCE // max(1, rows[0].numel()))
+    for part in rows.split(some) if rows.ndim == 3 else (rows,):
+        random = partial(torch.randint, size=part.shape, dtype=torch.uint8, device=part.device, generator=generator)
+        part.copy_(random(0, 256) if packed else random(0, 127) + random(0, 2) * 128)
     scales.fill_(STD / (_INT4_STD if packed else _E4M3_STD))
     return sum(t.numel() * t.element_size() for t in (weight, scales))
 
