@@ -103,7 +103,7 @@ def engine_config(
     ] = None,
     max_num_batched_tokens: Annotated[
         str | None,
-        _engine(metavar="TOKENS", help="Most tokens of one step, e.g. 8k. Default: 2k on a CPU, else 8k."),
+        _engine(metavar="TOKENS", help="Most tokens of one step, e.g. 8k. Default: 2k on a CPU, else 16k."),
     ] = None,
     long_prefill_token_threshold: Annotated[
         str,
