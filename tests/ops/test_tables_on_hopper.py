@@ -190,6 +190,7 @@ ROUTED = dict(K=8, G=1, S=0, scoring="sigmoid", renormalize=True)
         (replace(INT4, D=2304), {}, "needs 4096 columns or more"),
         (replace(INT4, own=1024), {}, "needs an own expert as wide as the others"),
         (replace(FP8_EXPERTS, I=512), {"S": 1}, "experts wide enough"),
+        (replace(FP8_EXPERTS, I=7168), {"S": 1}, "no room for 9 rows of 7168 columns"),
         (replace(FP8_EXPERTS, scheme="none"), {"S": 1}, "needs weights in scheme fp8 or int4"),
     ],
 )
