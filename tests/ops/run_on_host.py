@@ -88,7 +88,8 @@ class HostKernel:
 
         def run(library: Any, first: int, blocks: int) -> None:
             code = library.run(first, blocks, grid[0], self._threads, shared_bytes, addresses)
-            assert code == 0, WRONG.get(code, code)
+            failure = (ctypes.c_char * 200).in_dll(library, "failure_of_kernel").value.decode()
+            assert code == 0, WRONG.get(code, failure)
 
         count = len(self._libraries)
         if count == 1:

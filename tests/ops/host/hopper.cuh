@@ -7,8 +7,8 @@
 #include <setjmp.h>
 #include <stdint.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include <ucontext.h>
 #include <utility>
 #include <vector>
@@ -42,19 +42,21 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 struct Index { int x, y, z; };
 static Index threadIdx, blockIdx, gridDim;
 
-[[noreturn]] inline void fail(const char* what) {
-    fprintf(stderr, "%s (block %d, thread %d)\n", what, blockIdx.x, threadIdx.x);
-    _Exit(3);
-}
-
 // The threads of the block that runs. They are no threads of the system, which take a hundred times as long to take
 // turns. A warp goes on until all of it waits for others, so it gets as far ahead of them as it can; then it is the turn
 // of the next warp, up through the block and then down: whoever reads what others have yet to write, or writes what
 // others have yet to read, does so too early.
 constexpr int MOST_THREADS = 1024, STACK_BYTES = 1 << 18;
 static jmp_buf places[MOST_THREADS], place_of_host;
+extern "C" { char failure_of_kernel[200]; }  // which run_on_host.py reads
+[[noreturn]] inline void fail(const char* what) {
+    snprintf(failure_of_kernel, sizeof failure_of_kernel, "%s (block %d, thread %d)", what, blockIdx.x, threadIdx.x);
+    _longjmp(place_of_host, 1);
+}
+
 static bool ended[MOST_THREADS];
 static int threads_here, threads_left, direction, found_waiting;
+static u64 rounds_in_vain;
 inline void end_round();
 [[noreturn]] inline void let_next_run() {
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -74,7 +76,7 @@ inline void let_others_run() {
 }
 template <class Met> void wait_until(Met met) {
     while (!met()) let_others_run();
-    found_waiting = 0;
+    found_waiting = 0, rounds_in_vain = 0;
 }
 
 // Where a number of threads wait for each other.
@@ -444,6 +446,9 @@ inline void copy_tile(u32 to, const TensorMap* map, int column, int head, int ro
 inline void end_round() {
     if (first.rounds && --first.rounds == 0)
         copy_tile_now(first.to, first.map, first.column, first.head, first.row, first.barrier);
+    static time_t since;
+    if (rounds_in_vain == 0) since = time(nullptr);
+    if (++rounds_in_vain % 65536 == 0 && time(nullptr) - since > 200) fail("a block waits for ever");
     sched_yield();  // ranks and blocks that run beside this block have something to tell it
 }
 inline void share_writes() {}
@@ -475,6 +480,7 @@ template <auto KERNEL> void run_block(int threads) {
         makecontext(&start, run_thread<KERNEL>, 0);
         if (!_setjmp(place_of_host)) setcontext(&start);
     }
+    rounds_in_vain = 0;
     threadIdx.x = direction > 0 ? 0 : threads - 1;
     if (!_setjmp(place_of_host)) _longjmp(places[threadIdx.x], 1);
 }
@@ -485,11 +491,12 @@ int run_kernel(int first_block, int blocks, int grid, int threads, int shared_by
     constexpr int GUARD = 1024;
     if (shared_bytes + GUARD > (int)sizeof shared) return 1;
     kernel_args = args, gridDim = {grid, 1, 1}, first = {};
-    threads_that_waited = threads_that_let_go = 0;
+    threads_that_waited = threads_that_let_go = failure_of_kernel[0] = 0;
     for (int b = first_block; b < first_block + blocks; b++) {
         blockIdx = {b, 0, 0}, direction = b % 2 ? -1 : 1, found_waiting = 0;
         memset(shared, 0xff, sizeof shared);  // not a number
         run_block<KERNEL>(threads);
+        if (failure_of_kernel[0]) return 3;
         for (int i = 0; i < GUARD; i++)
             if (shared[shared_bytes + i] != 0xff) return 2;
     }
