@@ -75,14 +75,14 @@ TYPES = {
 @pytest.mark.parametrize("tokens", [32, 128])
 def test_kernels_compile_for_hopper(tokens: int) -> None:
     pytest.importorskip("triton")
-    from thalweg.ops.moe.experts.triton import narrow
+    from thalweg.ops.moe.experts.triton import narrow, narrow_kernels
 
     up, down = narrow.tiles(tokens, 512)
     common = dict(D=2048, I=512, PDL=True)
     for kernel, tile, constants in (
-        (narrow.narrow_gate_up_kernel, up, dict(K=9, BLOCK_I=up.rows, X_BLOCKS=False)),
-        (narrow.narrow_gate_up_kernel, up, dict(K=9, BLOCK_I=up.rows, X_BLOCKS=True)),
-        (narrow.narrow_down_kernel, down, dict(GROUP=up.rows, BLOCK_D=down.rows)),
+        (narrow_kernels.narrow_gate_up_kernel, up, dict(K=9, BLOCK_I=up.rows, X_BLOCKS=False)),
+        (narrow_kernels.narrow_gate_up_kernel, up, dict(K=9, BLOCK_I=up.rows, X_BLOCKS=True)),
+        (narrow_kernels.narrow_down_kernel, down, dict(GROUP=up.rows, BLOCK_D=down.rows)),
     ):
         types = {p.name: TYPES[p.name] for p in kernel.params if not p.is_constexpr}
         constants |= common | dict(WIDE=tile.wide, STAGES=tile.stages)

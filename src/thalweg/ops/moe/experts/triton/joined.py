@@ -24,7 +24,8 @@ from thalweg.ops.moe.experts.triton.grouping import (
     pairs_of_group,
     scan_of,
 )
-from thalweg.ops.moe.experts.triton.narrow import BLOCK, TOKENS, Tile, down_sums, store_quantized
+from thalweg.ops.moe.experts.triton.narrow import Tile
+from thalweg.ops.moe.experts.triton.narrow_kernels import BLOCK, TOKENS, down_sums, store_quantized
 from thalweg.ops.moe.experts.triton.products import silu_and_mul
 from thalweg.ops.products.triton import LARGEST, SMALLEST
 from thalweg.ops.toolchain.triton_dot import dot
