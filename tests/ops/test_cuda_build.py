@@ -231,3 +231,14 @@ def test_ranks_of_two_engines_count_apart() -> None:
     mine[0] = 1
     assert theirs.tolist() == [0, 0, 0]
     assert found() is mine
+
+
+def test_what_a_failed_rank_has_counted_is_not_another_ones() -> None:
+    def count() -> list[int]:
+        found = counters("a kernel of a rank", torch.device("cpu"), 1)
+        found += 1
+        return found.tolist()
+
+    for _ in range(3):  # whose threads have the same number, one after another
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(count).result() == [1]
