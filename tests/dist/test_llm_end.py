@@ -42,6 +42,19 @@ llm.close()
 with LLM({folder!r}, device="cpu", tensor_parallel_size={ranks}) as another:
     assert another.generate("a", SamplingParams(max_tokens=2))[0].outputs[0].token_ids
 """
+FORKED = """
+del stream
+child = os.fork()
+if not child:
+    try:
+        llm.generate("a")
+    except EngineDeadError as e:
+        print(e, flush=True)
+    llm.close()
+    sys.exit(0)
+print(os.waitpid(child, 0)[1])
+print(len(llm.generate("a", SamplingParams(max_tokens=3, ignore_eos=True))[0].outputs[0].token_ids), flush=True)
+"""
 
 
 def said(folder: Path, ranks: int, then: str, step_timeout: float = 60) -> list[str]:
@@ -85,3 +98,13 @@ def test_a_process_that_lost_a_rank_goes_on_to_its_own_end(folder: Path, signal:
     reason, seconds = said(folder, 2, LOST.replace("{signal}", signal) + then, 5 if signal == "SIGSTOP" else 60)
     assert error in reason
     assert float(seconds) < WITHIN
+
+
+@needs_proc
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("then", [FORKED, FORKED.replace("    llm.close()\n", "")], ids=["closes", "ends"])
+def test_a_fork_of_the_process_has_no_llm_and_leaves_its_parent_s_alone(folder: Path, ranks: int, then: str) -> None:
+    error, status, tokens = said(folder, ranks, then)
+    assert "in the process that made it" in error
+    assert (status, tokens) == ("0", "3")

@@ -230,9 +230,11 @@ class LLM(WithSessions):
 
     @property
     def engine(self) -> Engine:
-        """The engine. Raises EngineDeadError after close()."""
+        """The engine. Raises EngineDeadError after close(), and in a process that was forked since."""
         if self._engine is None:
             raise EngineDeadError("this LLM is closed; make a new one")
+        if self._engine.forked:
+            raise EngineDeadError("this LLM works only in the process that made it, of which this one is a fork")
         return self._engine
 
     def _next_id(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import math
+import os
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -47,6 +48,7 @@ class Engine:
         if config.data_parallel_size > 1 and (data_rank is None or folder is None):
             size = config.data_parallel_size
             raise ConfigError(f"--data-parallel-size is {size}; expected 1: only `thalweg serve` has such ranks")
+        self._pid = os.getpid()
         if config.tensor_parallel_size > 1:
             source = open_source(config)
             source.plan(Shards(0, config.tensor_parallel_size))  # refuses what ranks do not divide
@@ -82,7 +84,7 @@ class Engine:
         except BaseException:
             self.close()
             raise
-        atexit.register(self._end)
+        atexit.register(self.close, save=False)
         self.recording = Recording(self._executor, config.tensor_parallel_size, config.nnodes)
         # Requests without a seed of their own differ from rank to rank.
         scheduler = new_scheduler(info, config.seed + ((data_rank or 0) << 32))
@@ -104,8 +106,17 @@ class Engine:
         """Have every rank do something after the steps that were handed over; rank 0's outcome."""
         return self._executor.order(order)
 
+    @property
+    def forked(self) -> bool:
+        """Whether this is a process that was forked from the one with the engine, which has its threads and ranks."""
+        return os.getpid() != self._pid
+
     def close(self, *, save: bool = True) -> None:
-        """Without `save` the prefix cache is not written down: after an error its books may be wrong."""
+        """Without `save` the prefix cache is not written down: after an error its books may be wrong. Does nothing if
+        `forked`."""
+        if self.forked:
+            return
+        atexit.unregister(self.close)
         try:
             if save:
                 self._save_cache()
@@ -113,7 +124,6 @@ class Engine:
             self._end()
 
     def _end(self) -> None:
-        atexit.unregister(self._end)
         reason = self._executor.failure()
         self.grammars.close()
         self._executor.close()
