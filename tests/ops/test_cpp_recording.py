@@ -19,9 +19,11 @@ from thalweg.ops.embedding import cpp as embedding
 from thalweg.ops.linear.cpp import linear_add, norm_linear
 from thalweg.ops.norm.cpp import rms_norm
 from thalweg.ops.toolchain import cpu_build
-from thalweg.ops.toolchain.cpu_recording import CHUNK, LINE, Scratch, recording
+from thalweg.ops.toolchain.cpu_recording import LINE, Scratch, recording
 
 pytestmark = needs_cpp
+
+MIB = 1 << 20
 
 
 def layers(x: Tensor, w: Tensor, norm: Tensor) -> Tensor:
@@ -35,7 +37,7 @@ def layers(x: Tensor, w: Tensor, norm: Tensor) -> Tensor:
 def test_replays_compute_anew_from_the_same_memory() -> None:
     torch.manual_seed(0)
     x, w, norm = torch.randn(3, 8), torch.randn(32, 8), torch.rand(8)
-    with recording(Scratch()) as recorded:
+    with recording(Scratch(MIB)) as recorded:
         y = layers(x, w, norm)
     assert recorded.why_not is None
     assert len(recorded) == 4
@@ -63,7 +65,7 @@ COMPUTES: dict[str, Callable[[Tensor], object]] = {
 @pytest.mark.parametrize("name", COMPUTES)
 def test_what_torch_computes_in_between_is_named_and_nothing_is_recorded(name: str) -> None:
     x, norm = torch.randn(3, 8), torch.rand(8)
-    with recording(Scratch()) as recorded:
+    with recording(Scratch(MIB)) as recorded:
         COMPUTES[name](rms_norm(x, norm, 1e-5))
     assert recorded.why_not == f"torch runs {name} between ops in C++"
     assert len(recorded) == 0
@@ -72,7 +74,7 @@ def test_what_torch_computes_in_between_is_named_and_nothing_is_recorded(name: s
 @torch.inference_mode()
 def test_views_are_no_computation() -> None:
     x, norm = torch.randn(4, 2, 8), torch.rand(8)
-    with recording(Scratch()) as recorded:
+    with recording(Scratch(MIB)) as recorded:
         a, b = x.unflatten(0, (2, 2))[1].flatten(0, 1).split([2, 2])
         y = rms_norm(b.contiguous().view(2, 8), norm, 1e-5)
     assert recorded.why_not is None
@@ -86,7 +88,7 @@ def test_views_are_no_computation() -> None:
 def test_a_call_that_fails_is_named() -> None:
     rows = embedding.build(VocabRowsDims(D=8, scheme="none"), torch.float32)
     ids, w = torch.tensor([1, 2]), torch.randn(3, 8)
-    with recording(Scratch()) as recorded:
+    with recording(Scratch(MIB)) as recorded:
         x = rows(ids, w)
     ids[1] = 3
     with pytest.raises(RuntimeError, match="vocab_rows failed, call 0 of 1"):
@@ -98,22 +100,22 @@ def test_a_call_that_fails_is_named() -> None:
 
 @torch.inference_mode()
 def test_once_it_is_refused_it_keeps_no_more_results() -> None:
-    scratch, norm = Scratch(), torch.rand(CHUNK)
+    scratch, norm = Scratch(MIB), torch.rand(MIB)
     with recording(scratch) as recorded:
         y = rms_norm(torch.randn(1, 8), torch.rand(8), 1e-5).sigmoid()
         for _ in range(3):
-            y = rms_norm(torch.randn(4, CHUNK), norm, 1e-5)
+            y = rms_norm(torch.randn(4, MIB), norm, 1e-5)
         large = weakref.ref(y)
         del y
         assert large() is None
     assert recorded.why_not == "torch runs randn between ops in C++"
-    assert len(scratch) <= CHUNK
+    assert len(scratch) <= LINE
 
 
 @torch.inference_mode()
 def test_it_is_freed_with_its_last_reference() -> None:
     x, norm = torch.randn(3, 8), torch.rand(8)
-    with recording(Scratch()) as recorded:
+    with recording(Scratch(MIB)) as recorded:
         rms_norm(x, norm, 1e-5)
     recorded.replay()
     freed = weakref.ref(recorded)
@@ -128,7 +130,7 @@ def test_it_is_freed_with_its_last_reference() -> None:
 @torch.inference_mode()
 def test_other_threads_are_not_recorded() -> None:
     x, norm = torch.randn(3, 8), torch.rand(8)
-    with recording(Scratch()) as recorded:
+    with recording(Scratch(MIB)) as recorded:
         other = Thread(target=lambda: rms_norm(x, norm, 1e-5).sigmoid())
         other.start()
         other.join()
@@ -137,14 +139,14 @@ def test_other_threads_are_not_recorded() -> None:
 
 
 def test_a_function_without_a_form_for_replays_is_not_recorded() -> None:
-    with recording(Scratch()) as recorded:
+    with recording(Scratch(MIB)) as recorded:
         cpu_build.function("replay", *[c_int64] * 2)(0, 0)
     assert "replay_again" in str(recorded.why_not)
 
 
 @torch.inference_mode()
 def test_recordings_share_the_memory_of_their_results() -> None:
-    scratch, norm = Scratch(), torch.rand(8)
+    scratch, norm = Scratch(MIB), torch.rand(8)
     xs = [torch.randn(rows, 8) for rows in (3, 1, 5)]
     recordings, results = [], []
     for x in xs:
@@ -158,29 +160,31 @@ def test_recordings_share_the_memory_of_their_results() -> None:
         assert results[i].equal(rms_norm(rms_norm(xs[i], norm, 1e-5), norm, 1e-5))
 
 
-def test_a_larger_batch_uses_the_memory_of_smaller_ones() -> None:
-    scratch = Scratch()
-    for rows in range(1, 17):
-        scratch.begin(room=-(-16 // rows))
-        scratch.like(torch.empty(rows * 600_000, dtype=torch.uint8))
-        assert len(scratch) == rows * 600_000
+@pytest.mark.parametrize("rows", [range(1, 65), range(64, 0, -1)], ids=["growing", "shrinking"])
+def test_batches_of_every_size_take_what_the_largest_does(rows: range) -> None:
+    widths = (40, 500, 7, 4000, 1)  # of a row's results
+    scratch = Scratch(64 * sum(widths) * LINE)
+    for d in rows:
+        scratch.begin()
+        made = [scratch.like(torch.empty(d * width * LINE, dtype=torch.uint8)) for width in widths]
+        assert all(x is not None for x in made)
+    assert len(scratch) == scratch.limit
 
 
-def test_a_large_result_has_memory_of_its_own_and_small_ones_fill_the_rest() -> None:
-    scratch = Scratch()
+def test_results_lie_apart() -> None:
+    scratch = Scratch(MIB)
     for _ in range(2):
         scratch.begin()
-        sizes = (CHUNK // 2, CHUNK // 2 + 1, 3 * CHUNK, 7)
-        made = [scratch.like(torch.empty(size, dtype=torch.uint8)) for size in sizes]
+        made = [scratch.like(torch.empty(size, dtype=torch.uint8)) for size in (MIB // 2, LINE + 1, MIB // 4, 7)]
         for i, x in enumerate(made):
             assert x is not None
             x.fill_(i)
         assert [int(x.float().mean()) for x in made if x is not None] == [0, 1, 2, 3]
-        assert len(scratch) == 4 * CHUNK + 2 * LINE
+        assert len(scratch) == 3 * MIB // 4 + 3 * LINE
 
 
 def test_memory_serves_again_once_no_view_refers_to_it() -> None:
-    scratch, of = Scratch(), torch.empty(1000)
+    scratch, of = Scratch(MIB), torch.empty(1000)
     first, second = scratch.like(of), scratch.like(of)
     assert first is not None
     assert second is not None
@@ -211,7 +215,7 @@ def test_a_chain_of_layers_takes_the_memory_of_one() -> None:
 
     sizes = []
     for depth in (2, 20):
-        with recording(scratch := Scratch()) as recorded:
+        with recording(scratch := Scratch(MIB)) as recorded:
             y = chain(x, depth)
         sizes.append(len(scratch))
         for _ in range(2):

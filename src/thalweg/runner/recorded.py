@@ -104,7 +104,7 @@ class RecordedSteps:
             step.recording.replay()
             return step.logits_RV, step.ids_R, step.ids
         batch = self._batch(d)
-        with recording(self.scratch, room=-(-self._most // d)) as recorded:
+        with recording(self.scratch) as recorded:
             logits_RV = self._model(batch, self._slots.cache)
             ids_R = self._sampler.sample_rows(logits_RV, batch.slots_B, self._rows[3, :d])
         ids = ids_R.numpy()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 
@@ -51,7 +50,7 @@ class ModelRunner:
         share: Share | None = None,
         recorded_rows: int = 0,
         gather: Gather | None = None,
-        recorded_bytes: int = sys.maxsize,
+        recorded_bytes: int = 0,
     ) -> None:
         """`sampler` reads `slots.sampling`. `graph_sizes` are rows of steps that decode. Steps of up to
         `prefill_tokens` prompt tokens can be graphs; 0: none. `host`: the cache's second tier. `keeps_prefixes`:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import struct
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -23,7 +22,6 @@ from torch.overrides import TorchFunctionMode
 from thalweg.ops.toolchain import cpu_build
 from thalweg.ops.toolchain.cpu_build import BuildError
 
-CHUNK = 1 << 20  # bytes of scratch that are taken at a time, at least
 LINE = 64  # bytes, which results begin at a multiple of
 _ASKS = frozenset({"__get__", "__len__", "data_ptr", "dim", "element_size", "is_contiguous", "numel", "size", "stride"})
 _ALLOCATES = frozenset({"empty", "new_empty"})
@@ -34,23 +32,22 @@ _VIEWS = frozenset(  # copies, some of them, of what cannot be viewed so
 
 
 class Scratch:
-    """Memory for what the calls of recordings give one another, of which at most `limit` bytes are written.
+    """Memory for what the calls of recordings give one another: `limit` bytes of addresses, of which those that are
+    written take memory.
 
     As in a step that is not recorded, the memory of a result serves another one once nobody refers to the first.
     Recordings with the same scratch overwrite each other's results, so that together they take what the largest does.
     """
 
-    def __init__(self, limit: int = sys.maxsize) -> None:
+    def __init__(self, limit: int) -> None:
         self.limit = limit
-        self._chunks: list[Tensor] = []
-        self._written: list[int] = []  # of each chunk
+        self._memory = torch.empty(limit, dtype=torch.uint8)
+        self._most = 0
         self.begin()
 
-    def begin(self, room: int = 1) -> None:
-        """From here on all of it is free again. Recordings to come have results up to `room` times as large: addresses
-        are set aside for those, which take no memory before they are written."""
-        self._room = room
-        self._chunk = self._used = 0
+    def begin(self) -> None:
+        """From here on all of it is free again."""
+        self._used = 0
         self._free: dict[int, list[Tensor]] = {}  # by size
 
     def like(self, made: Tensor) -> Tensor | None:
@@ -67,25 +64,19 @@ class Scratch:
         return torch.from_numpy(memory).view(made.dtype).view(made.shape)
 
     def _next(self, size: int) -> Tensor | None:
-        while self._chunk < len(self._chunks) and self._used + size > len(self._chunks[self._chunk]):
-            self._chunk, self._used = self._chunk + 1, 0
-        if self._chunk == len(self._chunks):
-            self._chunks.append(torch.empty(max(size * self._room, CHUNK), dtype=torch.uint8))
-            self._written.append(0)
         begin, end = self._used, self._used + size
-        if len(self) + end - self._written[self._chunk] > self.limit:
+        if end > self.limit:
             return None
-        self._written[self._chunk] = max(self._written[self._chunk], end)
-        self._used = end
-        return self._chunks[self._chunk][begin:end]
+        self._used, self._most = end, max(self._most, end)
+        return self._memory[begin:end]
 
     def __contains__(self, tensor: Tensor) -> bool:
-        at = tensor.data_ptr()
-        return any(chunk.data_ptr() <= at < chunk.data_ptr() + len(chunk) for chunk in self._chunks)
+        at = self._memory.data_ptr()
+        return at <= tensor.data_ptr() < at + self.limit
 
     def __len__(self) -> int:
         """Bytes that are written."""
-        return sum(self._written)
+        return self._most
 
 
 class Recording:
@@ -176,12 +167,12 @@ def _is_view(made: Any, of: Tensor) -> bool:
 
 
 @contextmanager
-def recording(scratch: Scratch, room: int = 1) -> Iterator[Recording]:
+def recording(scratch: Scratch) -> Iterator[Recording]:
     """Inside, this thread's calls of ops in C++ are made and recorded; replayed they work on the same memory, which
-    for results is `scratch`. `room`: see Scratch.begin."""
+    for results is `scratch`."""
     recorded = Recording()
     recorded._kept.append(scratch)
-    scratch.begin(room)
+    scratch.begin()
     with _Watch(recorded, scratch), cpu_build.telling(recorded.add):
         yield recorded
     try:
