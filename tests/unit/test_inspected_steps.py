@@ -56,6 +56,10 @@ def test_every_family_is_told_to_be_recorded_as_it_is(family: ModuleType, tmp_pa
             {"op_preference": {"norm_swiglu": "reference"}},
             "eager: op norm_swiglu is served by 'reference', which runs in torch",
         ),
+        (
+            {"op_preference": {"norm_linear": "separate"}},
+            "eager: op norm_linear is served by 'separate', which runs in torch",
+        ),
     ],
 )
 def test_options_change_what_is_told_as_they_change_the_engine(

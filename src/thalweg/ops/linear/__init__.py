@@ -288,7 +288,7 @@ register(LINEAR, "panels", lambda *_: cpp.linear_many, supports=cpu_build.why_no
 register(LINEAR, "cuda", lambda *_: cuda.linear, supports=_cuda_refuses, tokens=_few, priority=20)
 
 register(NORM_LINEAR, "reference", lambda *_: reference.norm_linear)
-register(NORM_LINEAR, "separate", _separate, priority=-10)
+register(NORM_LINEAR, "separate", _separate, priority=-10, recordable=False)
 register(NORM_LINEAR, "cpp", lambda *_: cpp.norm_linear, supports=cpu_build.why_not, tokens=CPU_FEW, priority=10)
 register(NORM_LINEAR, "panels", lambda *_: cpp.norm_linear_many, supports=cpu_build.why_not, priority=5)
 register(NORM_LINEAR, "triton", _triton_norm_linear, supports=why_not, priority=10)

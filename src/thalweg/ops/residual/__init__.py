@@ -50,7 +50,7 @@ def _triton(where: Where, dims: ScaledResidualAddDims) -> ScaledResidualAdd:
 
 
 register(SCALED_RESIDUAL_ADD, "reference", lambda *_: reference.scaled_residual_add)
-register(SCALED_RESIDUAL_ADD, "separate", lambda *_: reference.two_additions, priority=-10)
+register(SCALED_RESIDUAL_ADD, "separate", lambda *_: reference.two_additions, priority=-10, recordable=False)
 register(SCALED_RESIDUAL_ADD, "triton", _triton, supports=why_not, priority=10)
 
 register(GATED_ADD, "reference", lambda *_: reference.gated_add)
