@@ -161,7 +161,9 @@ def test_same_tokens_wherever_experts_and_their_copies_are(kimi_folder: Path, tm
     expected = alone(kimi_folder)
 
     async def body(client: EngineClient) -> None:
-        assert client.info.experts == "4 of 6 on each of 2 data-parallel ranks with 2 copies in all; prompts run eagerly"
+        assert (
+            client.info.experts == "4 of 6 on each of 2 data-parallel ranks with 2 copies in all; prompts run eagerly"
+        )
         await check_same_tokens(client, expected)
 
     run(kimi_folder, 2, body, expert_placement=str(file))
@@ -298,7 +300,7 @@ def test_what_is_not_offered_is_refused(options: dict[str, object], message: str
 
 
 def test_offline_and_profiled_engines_have_one_rank(kimi_folder: Path) -> None:
-    with pytest.raises(ConfigError, match="expected 1: only `thalweg serve` has such ranks"):
+    with pytest.raises(ConfigError, match="expected 1: only `thalweg serve` has such ranks, and `thalweg bench serve`"):
         LLM(str(kimi_folder), data_parallel_size=2, enable_expert_parallel=True)
     config = EngineConfig(str(kimi_folder), data_parallel_size=2, enable_expert_parallel=True)
     with pytest.raises(ConfigError, match="--enable-profiler"):
@@ -307,7 +309,9 @@ def test_offline_and_profiled_engines_have_one_rank(kimi_folder: Path) -> None:
 
 @pytest.mark.exhaustive
 def test_experts_that_ranks_do_not_divide_are_refused(kimi_folder: Path) -> None:
-    with pytest.raises(ConfigError, match="--data-parallel-size is 4; it must divide the number of experts, which is 6"):
+    with pytest.raises(
+        ConfigError, match="--data-parallel-size is 4; it must divide the number of experts, which is 6"
+    ):
         run(kimi_folder, 4, lambda client: asyncio.sleep(0))
 
 

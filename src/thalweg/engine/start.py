@@ -46,8 +46,8 @@ class Engine:
 
     def __init__(self, config: EngineConfig, folder: Path | None = None, data_rank: int | None = None) -> None:
         if config.data_parallel_size > 1 and (data_rank is None or folder is None):
-            size = config.data_parallel_size
-            raise ConfigError(f"--data-parallel-size is {size}; expected 1: only `thalweg serve` has such ranks")
+            only = "only `thalweg serve` has such ranks, and `thalweg bench serve` measures them"
+            raise ConfigError(f"--data-parallel-size is {config.data_parallel_size}; expected 1: {only}")
         self._pid = os.getpid()
         if config.tensor_parallel_size > 1:
             source = open_source(config)
