@@ -48,7 +48,7 @@ def test_a_busy_expert_gets_the_copies_and_the_others_make_up_for_it() -> None:
     ("experts", "redundant", "ranks", "message"),
     [
         (8, 1, 2, "8 experts and 1 copies are 9; expected a multiple of 2 ranks"),
-        (4, 6, 2, "6 copies are more than 2 ranks have use for, 4"),
+        (4, 6, 2, "--redundant is 6; expected at most 4, which puts every expert on every rank"),
     ],
 )
 def test_copies_that_do_not_go_up_are_refused(experts: int, redundant: int, ranks: int, message: str) -> None:

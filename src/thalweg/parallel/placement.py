@@ -67,8 +67,8 @@ def place(tokens: Sequence[int], redundant: int, ranks: int) -> Placement:
     experts, slots = len(tokens), len(tokens) + redundant
     if slots % ranks:
         raise ConfigError(f"{experts} experts and {redundant} copies are {slots}; expected a multiple of {ranks} ranks")
-    if redundant > experts * (ranks - 1):
-        raise ConfigError(f"{redundant} copies are more than {ranks} ranks have use for, {experts * (ranks - 1)}")
+    if redundant > (most := experts * (ranks - 1)):
+        raise ConfigError(f"--redundant is {redundant}; expected at most {most}, which puts every expert on every rank")
     copies = [1] * experts
     for _ in range(redundant):
         copies[max((e for e in range(experts) if copies[e] < ranks), key=lambda e: (tokens[e] / copies[e], -e))] += 1
