@@ -1,5 +1,5 @@
-"""Projections of up to 64 tokens over float8 by the matrix unit of warpgroups: on the host, and compiled for Hopper. On
-a GPU: test_gpu_linear_fp8_matrix."""
+"""Projections of up to 128 tokens over float8 by the matrix unit of warpgroups: on the host, and compiled for Hopper.
+On a GPU: test_gpu_linear_fp8_matrix."""
 
 from __future__ import annotations
 
@@ -73,19 +73,21 @@ def test_products_on_the_host(
         assert rmse_ratio(y[:, O:], wanted[:, O:]) < 0.005
 
 
-@pytest.mark.parametrize(("T", "D", "O"), [(17, 1280, 200), (70, 1024, 328), (20, 640, 72)])
+@pytest.mark.parametrize(("T", "D", "O"), [(17, 1280, 200), (96, 1024, 328), (20, 640, 72)])
 def test_scales_of_128_columns_on_the_host(on_host: None, T: int, D: int, O: int) -> None:
     case = draw(T, D, O, torch.bfloat16)
     case.x_TD[:, :128] *= 2.0**20  # what a scale of the whole row would lose beside
+    case.q_OD[::2, :128] = 0  # or nothing else would be seen beside
     x_TBC = case.x_TD.reshape(T, -1, 128).float()
     scale_TB = x_TBC.abs().amax(2) / 448
     narrow_TD = (x_TBC / scale_TB[:, :, None]).to(torch.float8_e4m3fn).view(T, D)
     y = torch.full((T, O), torch.nan, dtype=torch.bfloat16)
-    x = (narrow_TD, torch.nn.functional.pad(scale_TB.T, (0, -T % 16), value=torch.nan))
+    x = (narrow_TD, torch.nn.functional.pad(scale_TB.T, (0, -T % 16), value=torch.nan).contiguous())
     MATRIX.multiply_float8(x, case.q_OD, case.scale_OB, y, case.residual_TO.contiguous())
     narrow = (narrow_TD.double().view(T, -1, 128) * scale_TB[:, :, None].double()).view(T, D)
     plain = case.q_OD.double() * case.scale_OB.double().repeat_interleave(128, 1)
-    assert rmse_ratio(y, narrow @ plain.T + case.residual_TO.double()) < 0.005
+    wanted = narrow @ plain.T + case.residual_TO.double()
+    assert all(rmse_ratio(y[:, i::2], wanted[:, i::2]) < 0.005 for i in range(2))
 
 
 def test_a_rest_of_many_tokens_has_blocks_of_some_each(on_host: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,7 +46,7 @@ class DeltaMixer(nn.Module):
         return self.out_proj.of_parts(parts, x_TD)
 
     def _decode_add(self, proj_BX: Tensor, x_BD: Tensor, slots_B: Tensor, cache: LayerCache) -> Tensor:
-        """x + out_proj of `_mix_decode`, where `adds_decodes` says that one op has both."""
+        """x + out_proj of `_mix_decode`, if `adds_decodes` says that one op has both."""
         raise NotImplementedError
 
     @abstractmethod

@@ -13,7 +13,7 @@ from thalweg.ops.toolchain.triton_support import multiprocessors
 
 SOURCE = Path(__file__).with_name("mixer.cu")
 K, WARPS, PASS, MAX_ROWS, TILE_BYTES, STRIDE = 128, 8, 8, 64, 4096, 132  # as in the source
-SCALES_PITCH = 16
+SCALES_PITCH = 16  # sequences whose scales of a head begin at a multiple of 64 bytes, for copies
 MAX_STAGES = 16
 
 

@@ -1,5 +1,5 @@
 """Op "gdn_decode_add": the mixer of a Gated DeltaNet layer's decode step and its output projection over float8, as one,
-where that saves the launch which brings what lies between to float8."""
+if that saves the launch which brings what lies between to float8."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class GdnDecodeAdd(Protocol):
     ) -> Tensor:
         """y_BD = residual + "linear_add_fp8" of "gdn_mixer_decode" of proj, whose inputs these are.
 
-        `apart(proj_BX, residual_BD)` computes the same by these two ops. Where activations are quantized, each head of
+        `apart(proj_BX, residual_BD)` computes the same by these two ops. If activations are quantized, each head of
         a token has a scale of its own.
         """
 

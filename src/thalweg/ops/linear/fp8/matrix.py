@@ -1,5 +1,5 @@
 """Linear projections of some tokens over float8 by the matrix unit of warpgroups in CUDA C++ (some.cu says how they
-work): x goes to float8 too, in a launch of its own that has the norm."""
+work): x goes to float8 too, in a launch of its own that has the norm, if it does not come so from the launch ahead."""
 
 from __future__ import annotations
 
@@ -28,7 +28,6 @@ SHARED = 224 * 1024  # bytes of shared memory that a block may ask for
 FEW_ROWS = 56  # of a block: with fewer it would wait for x longer than for its part of w
 MAX_REST = 256  # rows of a rest within the launch
 WHOLE_TOKENS = 64  # of which a block of it has all
-SCALES_PITCH = 16  # tokens whose scales of 128 columns are a multiple of
 SUM_BYTES = 84  # of a warp's sums for a token there
 
 
@@ -155,7 +154,7 @@ def multiply_float8(
     rest: tuple[Tensor, Tensor, tuple[Tensor, float] | None] | None = None,
 ) -> None:
     """`some_tokens` of x in e4m3 [T, D] over its scales fp32, one for each token [T] or for 128 columns of it
-    [D / 128, T and up to SCALES_PITCH - 1 more of anything]. `rest`: its rows, x as it was, and the norm."""
+    [D / 128, T and what fills it up to a multiple of UNIT], contiguous. `rest`: its rows, x as it was, and the norm."""
     narrow_TD, x_scales = x
     (T, D), O, device = narrow_TD.shape, len(q_OD), narrow_TD.device
     x_blocks, rest_blocks = x_scales.dim() == 2, 0 if rest is None else _rest_blocks(T, len(rest[0]))
