@@ -24,7 +24,7 @@ def place_experts(
         int, typer.Option("--redundant", metavar="N", min=0, help="Copies of experts in each layer, over all ranks.")
     ] = 0,
 ) -> None:
-    """Place a model's experts, and copies of the busiest, so that data-parallel ranks have alike to do."""
+    """Place a model's experts, and copies of the busiest, so that data-parallel ranks get equal work."""
     from thalweg.assembly.expert_placement import counted, placed_by
 
     try:
