@@ -11,12 +11,19 @@ from concurrent.futures import ProcessPoolExecutor
 
 from tests.forked import CONTEXT
 
+SECONDS = 120  # for each check
+
 
 def run_interpreted(*checks: Callable[[], None]) -> None:
     """Call these module-level functions, in order, in a fresh interpreting process."""
     with ProcessPoolExecutor(1, mp_context=CONTEXT, initializer=_interpret) as pool:
-        for check in checks:
-            pool.submit(check).result(timeout=120)
+        try:
+            for check in checks:
+                pool.submit(check).result(SECONDS)
+        except BaseException:
+            for process in pool._processes.values():
+                process.kill()  # one that hangs would be waited for
+            raise
 
 
 def _interpret() -> None:
