@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 from thalweg import tracing
 from thalweg.bench.host import measure_host
-from thalweg.bench.latency import check_lengths, measure_latency
+from thalweg.bench.latency import check_context, check_lengths, measure_latency
 from thalweg.bench.machine import describe_machine
 from thalweg.bench.spread import Spread
 from thalweg.config.model_source import model_folder
@@ -66,6 +67,9 @@ def test_lengths_are_checked() -> None:
     check_lengths([1, 8], [1, 2], 1)
     with pytest.raises(ConfigError, match="--output-len"):
         check_lengths([1], [1], 0)
+    check_context([8, 2], 4, 12)
+    with pytest.raises(ConfigError, match="--input-len 9 and --output-len 4 are 13 tokens; expected at most 12"):
+        check_context([2, 9], 4, 12)
 
 
 def test_machine_is_plain_data() -> None:
@@ -85,8 +89,9 @@ def test_no_prompt_of_latency_begins_like_another_whatever_its_size_and_length()
 
     info = SimpleNamespace(vocab_size=1000, max_num_batched_tokens=64, max_model_len=100, device="cpu")
     llm: Any = SimpleNamespace(generate=generate, info=info)
-    for size in (1, 2, 8):
-        for length in (16, 32):
-            measure_latency(llm, size, length, 3, num_iters_warmup=1, num_iters=2)
+    rng = random.Random(0)
+    for size in (1, 2, 8, 8):
+        for length in (16, 32, 32):
+            measure_latency(llm, size, length, 3, rng, num_iters_warmup=1, num_iters=2)
     assert len(asked) > 60
     assert len({prompt[:8] for prompt in asked}) == len(asked)

@@ -71,15 +71,14 @@ def measure_latency(
     batch_size: int,
     input_len: int,
     output_len: int,
+    rng: random.Random,
     *,
     num_iters_warmup: int,
     num_iters: int,
     temperature: float = 0.0,
-    seed: int = 0,
 ) -> BatchLatency:
-    """Run `num_iters` pairs of batches of random prompts, one token and `output_len` tokens long, after a warm-up. No
-    two prompts are alike, those of other sizes and lengths included, so that the prefix cache has none of them."""
-    rng = random.Random(f"{seed} {batch_size} {input_len}")
+    """Run `num_iters` pairs of batches of random prompts, one token and `output_len` tokens long, after a warm-up.
+    Those with the same `llm` share `rng`: no two prompts are alike, so that the prefix cache has none of them."""
 
     def time_batch(input_len: int, output_len: int) -> float:
         return _time_batch(llm, rng, batch_size, input_len, output_len, temperature)
@@ -144,6 +143,16 @@ def check_lengths(batch_sizes: Sequence[int], input_lens: Sequence[int], output_
     for option, value in least.items():
         if value < 1:
             raise ConfigError(f"{option} is {value}; expected 1 or more")
+
+
+def check_context(input_lens: Sequence[int], output_len: int, max_model_len: int) -> None:
+    """Raises ConfigError on the longest request, if it is too long, before those that are not are measured."""
+    longest = max(input_lens)
+    if longest + output_len > max_model_len:
+        raise ConfigError(
+            f"--input-len {longest} and --output-len {output_len} are {longest + output_len} tokens; expected at most"
+            f" {max_model_len} (--max-model-len)"
+        )
 
 
 def _time_batch(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -60,7 +61,7 @@ def latency(
     """
     began = time.perf_counter()
     sizes, lengths = _integers(batch_size, "--batch-size"), _integers(input_len, "--input-len")
-    from thalweg.bench.latency import check_lengths, measure_latency
+    from thalweg.bench.latency import check_context, check_lengths, measure_latency
 
     check_lengths(sizes, lengths, output_len)
     check_writable(output_json)
@@ -73,6 +74,7 @@ def latency(
     with LLM(**replace(config, max_num_seqs=max(sizes)).to_dict()) as llm:
         info = llm.info
         start_s = time.perf_counter() - began
+        check_context(lengths, output_len, info.max_model_len)
         from thalweg.bench.ceilings import measure_ceilings
         from thalweg.bench.floor import batch_floor
         from thalweg.bench.machine import describe_machine
@@ -82,16 +84,17 @@ def latency(
         on_gpu = info.device != "cpu"
         ceilings = measure_ceilings(torch.device("cuda" if on_gpu else "cpu"), getattr(torch, info.dtype))
         ceilings = ceilings.with_link(llm.engine)
+        rng = random.Random(config.seed)
         for size, length in product(sizes, lengths):
             measured = measure_latency(
                 llm,
                 size,
                 length,
                 output_len,
+                rng,
                 num_iters_warmup=num_iters_warmup,
                 num_iters=num_iters,
                 temperature=temperature,
-                seed=config.seed,
             )
             floor = batch_floor(source, info, ceilings, size, length, output_len)
             results.append(replace(measured, floor=floor))
