@@ -48,6 +48,7 @@ class ForkedRank:
 def _run(command: list[str], stdin: Connection, environment: dict[str, str]) -> None:
     os.setsid()
     os.dup2(stdin.fileno(), 0)
+    os.environ.clear()  # of what tests had set when the first of these processes was made
     os.environ.update(environment)
     module, *sys.argv[1:] = command
     runpy.run_module(module, run_name="__main__")
