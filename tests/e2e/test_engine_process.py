@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,21 @@ def test_streams_side_by_side_refusals_and_aborts(folder: Path, expected: list[l
         await idle(client)
 
     run(folder, body)
+
+
+def test_a_watched_engine_takes_no_thread_of_the_loop(folder: Path) -> None:
+    """Of which there are a few more than processors: as many data-parallel ranks would leave none to the server."""
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        client = EngineClient(EngineConfig(str(folder), max_num_seqs=4))
+        await client.start()
+        try:
+            assert await asyncio.wait_for(asyncio.to_thread(lambda: 5), 20) == 5
+        finally:
+            await client.close()
+
+    asyncio.run(main())
 
 
 def test_a_killed_engine_ends_every_stream_with_an_error(folder: Path) -> None:

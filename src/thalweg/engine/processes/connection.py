@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -49,19 +50,24 @@ class Connection:
         command = [sys.executable, "-m", "thalweg.engine.processes.main", where]
         # A session of its own: Ctrl-C in a terminal is for this process, which then ends the engine.
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
-        self._exit = asyncio.ensure_future(asyncio.to_thread(self._wait))
+        loop = asyncio.get_running_loop()
+        self._exit: asyncio.Future[int] = loop.create_future()
+        # A thread of its own: asyncio has a few more than there are processors, and engines would take all of them.
+        threading.Thread(target=self._wait, args=(loop,), name="thalweg-engine-watch", daemon=True).start()
 
-    def _wait(self) -> int:
+    def _wait(self, loop: asyncio.AbstractEventLoop) -> None:
         code = self.process.wait()
         end_group(self.process.pid)  # of ranks that hang
-        return code
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(self._exit.set_result, code)
 
     async def ready(self, start: m.Start) -> EngineInfo:
         """Wait until the engine is ready. Raises what it could not start for."""
         await self._socket.send(m.encode(start))
         receive = asyncio.ensure_future(self._socket.recv())
         try:
-            await asyncio.wait([receive, self._exit], return_when=asyncio.FIRST_COMPLETED)
+            either: list[asyncio.Future[Any]] = [receive, self._exit]
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if not receive.done():
                 # The process ended; what it sent before may still be on its way.
                 with contextlib.suppress(asyncio.TimeoutError):
