@@ -18,7 +18,7 @@ from tests.models import random_checkpoint as random
 from thalweg import LLM, Grammar, SamplingParams
 from thalweg.errors import ConfigError, EngineDeadError, InvalidRequest, RankLostError
 from thalweg.parallel.data_ranks import DataRanks, join_data_ranks
-from thalweg.parallel.groups import file_store
+from thalweg.parallel.groups import file_store, together
 from thalweg.parallel.mesh import Mesh, join_mesh
 
 PROMPTS = [[5, 9, 2, 7] * n for n in (1, 7, 20)]
@@ -84,6 +84,19 @@ def test_a_rank_that_does_not_come_is_missed(tmp_path: Path, data: bool) -> None
     with pytest.raises(RankLostError, match="rank 0 lost another rank of 2: ") as caught:
         (join_data_ranks if data else join_mesh)(0, 2, str(tmp_path / "meet"), torch.device("cpu"), timeout_s=0.1)
     assert str(caught.value).count("lost") == 1
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("[a/b.cc:12] Connection closed by peer. This is typically so.\nmore", "Connection closed by peer"),
+        ("", ""),
+    ],
+)
+def test_what_torch_misses_a_rank_for_is_told_in_a_line(said: str, told: str) -> None:
+    with pytest.raises(RankLostError) as caught, together("rank 0", 2):
+        raise RuntimeError(said)
+    assert str(caught.value) == f"rank 0 lost another rank of 2: {told}"
 
 
 @pytest.mark.parametrize(("hosts", "calls"), [(1, []), (2, ["minimum"])])

@@ -37,7 +37,7 @@ def together(rank: str, size: int) -> Iterator[None]:
     except RankLostError:
         raise
     except RuntimeError as e:
-        reason = re.sub(r"\[\S+:\d+\] |\. This is typically.*", "", str(e).splitlines()[0])
+        reason = re.sub(r"\[\S+:\d+\] |\. This is typically.*", "", str(e).partition("\n")[0])
         raise RankLostError(f"{rank} lost another rank of {size}: {reason}") from e
 
 
