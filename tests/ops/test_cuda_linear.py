@@ -74,6 +74,28 @@ def test_bfloat16(T: int, D: int, O: int, norm: bool, add: bool) -> None:
     check(draw(T, D, 0, torch.bfloat16, rest=O, norm_dtype=norm_dtype), fp8=False, norm=norm, add=add)
 
 
+@pytest.mark.parametrize(
+    ("D", "O", "rest", "norm_dtype"),
+    [
+        (7168, 24, 2, torch.bfloat16),
+        (8192, 16, 0, None),  # passes of as many columns
+        (640, 40, 0, torch.float32),
+        (384, 24, 3, torch.bfloat16),
+        (1536, 24, 0, None),
+    ],
+)
+def test_one_token_has_the_bits_it_has_among_others(D: int, O: int, rest: int, norm_dtype: torch.dtype | None) -> None:
+    case = draw(2, D, O, torch.bfloat16, rest=rest, norm_dtype=norm_dtype)
+    norm = None if norm_dtype is None else (case.norm_D, 1e-5)
+    more = dict(rest_RD=case.rest_RD if rest else None, residual_TO=case.residual_TO if norm is None else None)
+    both = FP8.few_tokens(case.x_TD, case.q_OD, case.scale_OB, norm, **more, out_TO=torch.empty(2, O + rest).bfloat16())
+    more["residual_TO"] = more["residual_TO"] if norm else case.residual_TO[1:]
+    alone = FP8.few_tokens(
+        case.x_TD[1:], case.q_OD, case.scale_OB, norm, **more, out_TO=torch.empty(1, O + rest).bfloat16()
+    )
+    assert torch.equal(alone, both[1:])
+
+
 def test_no_tokens_give_no_rows() -> None:
     case = draw(0, 128, 24, torch.bfloat16, rest=3)
     assert FP8.few_tokens(case.x_TD, case.q_OD, case.scale_OB).shape == (0, 24)
@@ -117,15 +139,15 @@ def test_it_compiles_for_hopper_without_spills(
     ("D", "O", "norm", "add"),
     [(7168, 2112, 1, 0), (18432, 7168, 0, 1), (5120, 16384, 2, 0), (256, 7168, 0, 0), (2048, 12288, 2, 0)],
 )
-@pytest.mark.parametrize("tokens", [8, 16])
+@pytest.mark.parametrize("tokens", [1, 8, 16])
 def test_float8_compiles_for_hopper_without_spills(
     tmp_path: Path, D: int, O: int, norm: int, add: int, tokens: int
 ) -> None:
-    each = 0 if add else 1
-    cut = FP8.tiling(8 * -(-O // 8 // 132), D, tokens, 2 * norm, each)
+    each, one, tokens = 0 if add else 1, tokens == 1 and FP8.shares_one(D, 2 * norm), max(tokens, 8)
+    cut = FP8.tiling(8 * -(-O // 8 // 132), D, tokens, 2 * norm, each, one)
     warps = FP8.warps(tokens, -(-D // cut.columns))
     macros = dict(D=D, PASS=cut.columns, WARPS=warps, TOKENS=tokens, NORM=norm, ADD=add)
-    macros |= dict(REST=64 * each, REST_EACH=each)
+    macros |= dict(REST=64 * each, REST_EACH=each, ONE=int(one))
     compiled = compile_cuda(FP8.SOURCE, tmp_path, **macros)
     assert compiled.spilled_bytes == 0
     assert compiled.static_shared_bytes + cut.shared_bytes <= HOPPER_SHARED

@@ -103,6 +103,23 @@ def test_a_row_that_is_not_finite_stays_alone(T: int) -> None:
     assert y[1].isnan().all()
 
 
+@pytest.mark.parametrize(
+    ("D", "O", "rest", "norm_dtype"),
+    [(7168, 2112, 0, torch.bfloat16), (2048, 12288, 64, torch.float32), (8192, 7168, 0, torch.bfloat16)],
+)
+def test_one_token_has_the_bits_it_has_among_others(D: int, O: int, rest: int, norm_dtype: torch.dtype) -> None:
+    case = draw(3, D, O, torch.bfloat16, rest=rest, device="cuda", norm_dtype=norm_dtype)
+    weight = (case.q_OD, case.scale_OB, *([case.rest_RD] if rest else []))
+    norm_linear = resolved(NORM_LINEAR_FP8, "cuda", D, O, rest)
+    linear_add = resolved(LINEAR_ADD_FP8, "cuda", D, O)
+    normed = norm_linear(case.x_TD, case.norm_D, 1e-5, *weight)
+    added = linear_add(case.x_TD, *weight[:2], case.residual_TO)
+    for t in range(3):
+        one = slice(t, t + 1)
+        assert torch.equal(norm_linear(case.x_TD[one], case.norm_D, 1e-5, *weight), normed[one])
+        assert torch.equal(linear_add(case.x_TD[one], *weight[:2], case.residual_TO[one]), added[one])
+
+
 @pytest.mark.parametrize("T", [1, 8, 16, 40])
 def test_chained_in_a_graph_reads_what_the_launch_ahead_wrote(T: int) -> None:
     D = 5120  # more than one pass

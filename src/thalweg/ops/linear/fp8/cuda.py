@@ -65,9 +65,11 @@ def warps(tokens: int, passes: int) -> int:
     return 8 if tokens == 8 and passes == 1 else 11
 
 
-def tiling(block_rows: int, D: int, tokens: int, norm_bytes: int = 0, rest_each: int = 0) -> bf16.Tiling:
+def tiling(
+    block_rows: int, D: int, tokens: int, norm_bytes: int = 0, rest_each: int = 0, one: bool = False
+) -> bf16.Tiling:
     """For blocks of at most `block_rows` rows, and rest_each of the rest; norm_bytes: of an element of the norm's
-    weight, if there is one.
+    weight, if there is one; one: of one token, which is in shared memory.
 
     Passes are as few as registers allow, or more until a ring of two tiles fits; tiles are equally high.
     """
@@ -80,11 +82,16 @@ def tiling(block_rows: int, D: int, tokens: int, norm_bytes: int = 0, rest_each:
         scales = columns // BLOCK + (4 if by_row and D // BLOCK % 4 == 0 and columns // BLOCK % 8 == 0 else 0)
         stage_bytes = tile_rows * (columns + 64 + 4 * scales)
         sums = tokens // 8 * 512 * (BUFFERS * warps(tokens, passes) + (tiles if passes > 1 else 0))
-        fixed = -(-norm_bytes * D // 128) * 128 + rest_each * D * 2 + sums
+        fixed = -(-norm_bytes * D // 128) * 128 + (rest_each + one) * D * 2 + sums
         stages = min(passes * tiles, max(0, SHARED - fixed) // stage_bytes, MAX_STAGES)
         if stages >= min(2, passes * tiles) or columns <= GRANULE:
             return bf16.Tiling(columns, ROWS, tile_rows, stages, fixed + stages * stage_bytes)
         passes += 1
+
+
+def shares_one(D: int, norm_bytes: int) -> bool:
+    """Whether all lanes of a warp prepare a single token (one.cuh): behind a norm that takes longer in one pass."""
+    return D > COLUMNS or not norm_bytes
 
 
 def few_tokens(
@@ -104,8 +111,13 @@ def few_tokens(
     (T, D), O, blocks = x_TD.shape, q_OD.shape[0], _blocks(x_TD, q_OD)
     tokens, rest = 8 if T <= 8 else 16, 0 if rest_RD is None else len(rest_RD)
     each = -(-rest // blocks)
-    cut = tiling(ROW_GROUP * -(-O // ROW_GROUP // blocks), D, tokens, bf16.norm_bytes(norm), each)
+    block_rows, norm_bytes = ROW_GROUP * -(-O // ROW_GROUP // blocks), bf16.norm_bytes(norm)
+    cut, one = tiling(block_rows, D, tokens, norm_bytes, each), False
+    if T == 1 and shares_one(D, norm_bytes):
+        shared = tiling(block_rows, D, tokens, norm_bytes, each, one=True)
+        if shared.columns == cut.columns and shared.stages == cut.stages:
+            cut, one = shared, True
     multiply = warps(tokens, -(-D // cut.columns))
-    macros = dict(WARPS=multiply, TOKENS=tokens, REST=rest, REST_EACH=each)
+    macros = dict(WARPS=multiply, TOKENS=tokens, REST=rest, REST_EACH=each, ONE=int(one))
     weights = (q_OD, scale_OB, x_TD if rest_RD is None else rest_RD)
     return bf16.launch(SOURCE, blocks, multiply + 1, cut, macros, x_TD, weights, norm, residual_TO, out_TO)

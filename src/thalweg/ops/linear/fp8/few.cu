@@ -14,7 +14,7 @@
 //
 // Macros: D columns, and PASS of them at most, multiples of 128 and, in several passes, of 512: scales are copied 16
 // bytes at a time, for which O is a multiple of 8; WARPS that multiply; TOKENS at most, 8 or 16; NORM, 2 for a weight in
-// fp32; ADD; REST rows, and REST_EACH.
+// fp32; ADD; REST rows, and REST_EACH; ONE for a single token (one.cuh).
 
 #include "hopper.cuh"
 
@@ -31,6 +31,7 @@ constexpr int SCALE_PITCH = CHUNKS + (BY_ROW && CHUNKS % 8 == 0 ? 4 : 0);  // no
 constexpr int SUMS = HALVES * WARPS * 32;                       // float4 in a buffer
 
 #include "rest.cuh"
+#include "one.cuh"
 
 // Four float8 as two pairs of fp16.
 __device__ __forceinline__ void widen(u32 q, u32& a, u32& b) {
@@ -49,14 +50,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const int tiles = (count + tile_rows - 1) / tile_rows;
     const int rest_first = REST * blockIdx.x / gridDim.x, rest_count = REST * (blockIdx.x + 1) / gridDim.x - rest_first;
 
-    // The norm's weight, rows of the rest, the ring (each tile with its scales), buffers of sums, sums of all tiles.
+    // The norm's weight, rows of the rest, the one token, the ring (each tile with its scales), buffers of sums, sums of
+    // all tiles.
     extern __shared__ __align__(128) u8 shared[];
     const int stage_bytes = tile_rows * (PITCH + SCALE_PITCH * 4);
-    u8 *rest_s = shared + (NORM_BYTES + 127) / 128 * 128, *ring_s = rest_s + REST_EACH * D * 2;
+    u8 *rest_s = shared + (NORM_BYTES + 127) / 128 * 128, *one_s = rest_s + REST_EACH * D * 2;
+    u8* ring_s = one_s + (ONE ? D * 2 : 0);
     float4* sums_s = (float4*)(ring_s + stages * stage_bytes);
     float4* kept_s = sums_s + BUFFERS * SUMS;
     __shared__ u64 full_s[MAX_STAGES], delivered_s[BUFFERS], taken_s[BUFFERS], normed_s, rest_here_s;
-    __shared__ float squares_s[WARPS][TOKENS], rest_sums_s[REST_SUMS][WARPS][TOKENS];
+    __shared__ float squares_s[WARPS][TOKENS], rest_sums_s[REST_SUMS][WARPS][TOKENS], scales_s[PASSES][WARPS];
 
     const u32 full = shared_address(full_s), delivered = shared_address(delivered_s), taken = shared_address(taken_s);
     if (tid == 32 * WARPS) {
@@ -165,7 +168,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         return;
     }
 
-    wait_for_kernel_ahead();
+    if (ONE)
+        prepare_one(x, shared, shared_address(&normed_s), one_s, scales_s, warp, quad, pair);
+    else
+        wait_for_kernel_ahead();
     int place = 0, n = 0;
     u32 phase = 0;
     float square[HALVES] = {};
@@ -188,10 +194,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
                 for (int j = 0; j < LOADS; j++) {
                     v[h][i][j] = make_uint4(0, 0, 0, 0);
-                    if (8 * h + quad < T && mine(i))
+                    if (ONE) {
+                        if (quad == 0 && mine(i))
+                            v[h][i][j] = *(const uint4*)(one_s + (pass * PASS + columns(i, j)) * 2);
+                    } else if (8 * h + quad < T && mine(i))
                         v[h][i][j] = load16(x + (8 * h + quad) * x_stride + pass * PASS + columns(i, j));
                 }
-        if (NORM) {
+        if (NORM && !ONE) {
             if (pass == 0) wait_at_barrier(shared_address(&normed_s), 0);
 #pragma unroll
             for (int i = 0; i < MINE; i++)
@@ -232,20 +241,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         float back[HALVES][2];  // of the tokens whose sums this thread has
 #pragma unroll
         for (int h = 0; h < HALVES; h++) {
-            u32 largest = 0;
+            float scale;
+            if (ONE) {
+                scale = back[h][0] = back[h][1] = scales_s[pass][warp];
+            } else {
+                u32 largest = 0;
 #pragma unroll
-            for (int i = 0; i < MINE * LOADS * 4; i++) largest = max_pairs(largest, ((u32*)v[h])[i] & 0x7fff7fffu);
-            largest = max(largest & 0xffff, largest >> 16);
-            largest = max(largest, __shfl_xor_sync(~0u, largest, 1));
-            largest = max(largest, __shfl_xor_sync(~0u, largest, 2));
-            const int exponent = min(max((int)largest >> 7, 15), 253);
-            const float by = __int_as_float((268 - exponent) << 23), scale = __int_as_float((exponent - 14) << 23);
-            back[h][0] = __shfl_sync(~0u, scale, 8 * pair);
-            back[h][1] = __shfl_sync(~0u, scale, 8 * pair + 4);
+                for (int i = 0; i < MINE * LOADS * 4; i++) largest = max_pairs(largest, ((u32*)v[h])[i] & 0x7fff7fffu);
+                largest = max(largest & 0xffff, largest >> 16);
+                largest = max(largest, __shfl_xor_sync(~0u, largest, 1));
+                largest = max(largest, __shfl_xor_sync(~0u, largest, 2));
+                const int exponent = min(max((int)largest >> 7, 15), 253);
+                const float by = __int_as_float((268 - exponent) << 23);
+                scale = __int_as_float((exponent - 14) << 23);
+                back[h][0] = __shfl_sync(~0u, scale, 8 * pair);
+                back[h][1] = __shfl_sync(~0u, scale, 8 * pair + 4);
 #pragma unroll
-            for (int i = 0; i < MINE * LOADS * 4; i++) {
-                u32& two = ((u32*)v[h])[i];
-                two = pack_half(low(two) * by, high(two) * by);
+                for (int i = 0; i < MINE * LOADS * 4; i++) {
+                    u32& two = ((u32*)v[h])[i];
+                    two = pack_half(low(two) * by, high(two) * by);
+                }
             }
             if (!REST || rest_count == 0) continue;
             if (h == 0 && pass == 0) wait_at_barrier(shared_address(&rest_here_s), 0);
@@ -295,6 +310,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                     make_float4(c[h][0] * back[h][0], c[h][1] * back[h][1], c[h][2] * back[h][0], c[h][3] * back[h][1]);
             __syncwarp();
             if (lane == 0) arrive_at_barrier(delivered + 8 * buffer);
+            // The sums of the last pass wait for them, and this tile's place in the ring does not.
+            if (ONE && NORM && n == 0) add_squares(shared, squares_s, warp, quad, pair);
             if (++place == stages) place = 0, phase ^= 1;
         }
     }
