@@ -455,6 +455,10 @@ inline void share_writes() {}
 template <int COUNT> void give_registers_back() {}
 template <int COUNT> void take_registers() {}
 
+// Copies out of shared memory (matrix_unit.cuh). They are made as late as they may be.
+struct Write { void* to; u32 from, bytes; bool adds; };
+static std::vector<Write> writes_of_thread[MOST_THREADS];
+
 static void** kernel_args;
 template <class... A, size_t... I>
 void call(void (*kernel)(A...), std::index_sequence<I...>) { kernel(*(A*)kernel_args[I]...); }
@@ -462,6 +466,7 @@ template <class... A> void call(void (*kernel)(A...)) { call(kernel, std::index_
 template <auto KERNEL> void run_thread() {
     if (!_setjmp(places[threadIdx.x])) _longjmp(place_of_host, 1);
     call(KERNEL);
+    if (!writes_of_thread[threadIdx.x].empty()) fail("a thread ended before what it writes was read");
     ended[threadIdx.x] = true;
     if (--threads_left == 0) _longjmp(place_of_host, 1);
     let_next_run();
@@ -474,7 +479,7 @@ template <auto KERNEL> void run_block(int threads) {
     for (Gate& gate : numbered) gate = {};
     for (Warp& warp : warps) warp.all = {32};
     for (int t = 0; t < threads; t++) {
-        threadIdx = {t, 0, 0}, ended[t] = false, copies_of_thread[t].clear();
+        threadIdx = {t, 0, 0}, ended[t] = false, copies_of_thread[t].clear(), writes_of_thread[t].clear();
         getcontext(&start);
         start.uc_stack.ss_sp = stacks[t], start.uc_stack.ss_size = STACK_BYTES;
         makecontext(&start, run_thread<KERNEL>, 0);

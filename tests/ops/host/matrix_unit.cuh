@@ -30,9 +30,6 @@ inline void arrive_after_copies(u32 barrier) {
     arrive_at_barrier(barrier);
 }
 
-// They are made as late as they may be.
-struct Write { void* to; u32 from, bytes; bool adds; };
-static std::vector<Write> writes_of_thread[MOST_THREADS];
 inline void write_bytes(void* to, u32 from, u32 bytes) {
     if ((u64)to % 16 || from % 16 || bytes % 16) fail("a write that is not of whole 16 bytes");
     writes_of_thread[threadIdx.x].push_back({to, from, bytes, false});
