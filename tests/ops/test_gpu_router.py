@@ -70,7 +70,7 @@ def test_other_shapes(T: int, D: int, E: int, k: int, shared: int) -> None:
 @pytest.mark.parametrize(("D", "E", "k", "shared"), [(2048, 256, 8, 1), (2048, 512, 10, 1), (7168, 384, 8, 2)])
 def test_gated_shared_experts_behind_a_norm_in_float32(T: int, D: int, E: int, k: int, shared: int) -> None:
     case = moe_case(T, D, 16, E, k, shared, torch.bfloat16, "cuda", seed=T, gated=True)
-    case.norm = 1 + torch.randn(D, device="cuda") * 0.2
+    case.norm = 1 + torch.randn(D, device="cuda", generator=torch.Generator("cuda").manual_seed(T)) * 0.2
     case.bias.zero_()
     check(case, k, scale=1.0, scoring="softmax")
 
