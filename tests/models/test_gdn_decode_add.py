@@ -1,5 +1,5 @@
 """Gated DeltaNet's mixer and output projection as one op in a layer: rows that decode beside prompts and by themselves.
-On a GPU: test_gpu_gdn_out in tests/ops."""
+On a GPU: test_gpu_gdn_decode_add in tests/ops."""
 
 from __future__ import annotations
 

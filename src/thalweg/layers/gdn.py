@@ -14,7 +14,7 @@ from thalweg.layers.delta import DeltaMixer, ShortConv
 from thalweg.layers.linear import LinearAdd, NormLinear
 from thalweg.layers.norm import NormWeight
 from thalweg.ops.delta.gdn import GDN_MIXER_DECODE, GDN_MIXER_PREFILL, GdnDims
-from thalweg.ops.delta.gdn_out import GDN_DECODE_ADD, GdnDecodeAddDims, refusal
+from thalweg.ops.delta.gdn_decode_add import GDN_DECODE_ADD, GdnDecodeAddDims, refusal
 from thalweg.ops.linear.fp8 import LINEAR_ADD_FP8
 
 

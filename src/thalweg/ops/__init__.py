@@ -19,7 +19,7 @@ from thalweg.ops import (
     swiglu,
 )
 from thalweg.ops.attention import gqa, mla, mla_down_norms, mla_mixer, mla_rope
-from thalweg.ops.delta import gdn, gdn_out, kda_mixer
+from thalweg.ops.delta import gdn, gdn_decode_add, kda_mixer
 from thalweg.ops.linear import fp8
 from thalweg.ops.moe import exchange, experts, router
 from thalweg.ops.registry import Choice, Op, Resolver, Tokens, Where
@@ -38,7 +38,7 @@ __all__ = [
     "experts",
     "fp8",
     "gdn",
-    "gdn_out",
+    "gdn_decode_add",
     "gqa",
     "heads",
     "kda_mixer",

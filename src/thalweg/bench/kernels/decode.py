@@ -13,7 +13,7 @@ from thalweg.bench.kernels.projections import EPS, fp8_weight
 from thalweg.ops.attention.gqa import GQA_MIXER_DECODE, GqaDims
 from thalweg.ops.attention.mla_mixer import MLA_MIXER_DECODE, MlaMixerDims
 from thalweg.ops.delta.gdn import GDN_MIXER_DECODE, GdnDims
-from thalweg.ops.delta.gdn_out import GDN_DECODE_ADD, GdnDecodeAddDims
+from thalweg.ops.delta.gdn_decode_add import GDN_DECODE_ADD, GdnDecodeAddDims
 from thalweg.ops.delta.kda_mixer import KDA_MIXER_DECODE, KdaMixerDims
 from thalweg.ops.linear.fp8 import LINEAR_ADD_FP8
 from thalweg.ops.registry import Resolver

@@ -20,7 +20,7 @@ from thalweg.ops.attention.mla_down_norms import SPLIT_NORMS
 from thalweg.ops.attention.mla_mixer import MLA_DECODE, MLA_MIXER_DECODE
 from thalweg.ops.attention.mla_rope import MLA_ROPE
 from thalweg.ops.delta.gdn import GDN_MIXER_DECODE, GDN_MIXER_PREFILL
-from thalweg.ops.delta.gdn_out import GDN_DECODE_ADD
+from thalweg.ops.delta.gdn_decode_add import GDN_DECODE_ADD
 from thalweg.ops.delta.kda_mixer import KDA_MIXER_DECODE, KDA_MIXER_PREFILL
 from thalweg.ops.embedding import VOCAB_ROWS
 from thalweg.ops.linear import LINEAR, LINEAR_ADD, LINEAR_GGML, NORM_LINEAR

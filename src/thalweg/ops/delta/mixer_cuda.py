@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ctypes import c_float, c_int, c_longlong
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,51 +42,30 @@ def kda_mixer_decode(
     return o_BO
 
 
-def gdn_mixer_decode(
-    proj_BX: Tensor,
-    *,
-    conv_weight_CW: Tensor,
-    conv_state_NWC: Tensor,
-    A_log_H: Tensor,
-    dt_bias_H: Tensor,
-    norm_weight_V: Tensor,
-    eps: float,
-    state_NHVK: Tensor,
-    slots_B: Tensor,
-) -> Tensor:
-    weights = (A_log_H, dt_bias_H, norm_weight_V)
-    return _gdn(proj_BX, conv_weight_CW, conv_state_NWC, weights, state_NHVK, slots_B, eps)[0]
+def gdn_mixer_decode(proj_BX: Tensor, **inputs: Any) -> Tensor:
+    return _gdn(proj_BX, **inputs)[0]
 
 
-def gdn_mixer_decode_float8(
-    proj_BX: Tensor,
-    *,
-    conv_weight_CW: Tensor,
-    conv_state_NWC: Tensor,
-    A_log_H: Tensor,
-    dt_bias_H: Tensor,
-    norm_weight_V: Tensor,
-    eps: float,
-    state_NHVK: Tensor,
-    slots_B: Tensor,
-) -> tuple[Tensor, Tensor]:
+def gdn_mixer_decode_float8(proj_BX: Tensor, **inputs: Any) -> tuple[Tensor, Tensor]:
     """`gdn_mixer_decode`, before it is rounded to bf16, in e4m3 [B, H * V] over scales fp32 [H, B and up to
     SCALES_PITCH - 1 more of anything], one for each head."""
-    weights = (A_log_H, dt_bias_H, norm_weight_V)
-    return _gdn(proj_BX, conv_weight_CW, conv_state_NWC, weights, state_NHVK, slots_B, eps, float8=True)
+    return _gdn(proj_BX, **inputs, float8=True)
 
 
 def _gdn(
     proj_BX: Tensor,
+    *,
     conv_weight_CW: Tensor,
     conv_state_NWC: Tensor,
-    weights: tuple[Tensor, ...],
+    A_log_H: Tensor,
+    dt_bias_H: Tensor,
+    norm_weight_V: Tensor,
+    eps: float,
     state_NHVK: Tensor,
     slots_B: Tensor,
-    eps: float,
     float8: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    H = state_NHVK.shape[1]
+    H, weights = state_NHVK.shape[1], (A_log_H, dt_bias_H, norm_weight_V)
     ratio = 2 * H // (len(conv_weight_CW) // K - H)
     return _launch(
         proj_BX, conv_weight_CW, conv_state_NWC, weights, state_NHVK, slots_B, eps, float8, GDN=1, RATIO=ratio

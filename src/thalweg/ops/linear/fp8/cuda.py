@@ -90,7 +90,8 @@ def tiling(
 
 
 def shares_one(D: int, norm_bytes: int) -> bool:
-    """Whether all lanes of a warp prepare a single token (one.cuh): behind a norm that takes longer in one pass."""
+    """Whether all lanes of a warp prepare a single token of D columns (one.cuh). In one pass behind a norm, whose
+    weight has norm_bytes per column, that takes longer."""
     return D > COLUMNS or not norm_bytes
 
 

@@ -153,8 +153,9 @@ def multiply_float8(
     residual_TO: Tensor | None = None,
     rest: tuple[Tensor, Tensor, tuple[Tensor, float] | None] | None = None,
 ) -> None:
-    """`some_tokens` of x in e4m3 [T, D] over its scales fp32, one for each token [T] or for 128 columns of it
-    [D / 128, T and what fills it up to a multiple of UNIT], contiguous. `rest`: its rows, x as it was, and the norm."""
+    """Write y [T, O], bf16: `some_tokens` of x in e4m3 [T, D] over its scales fp32, one for each token [T] or for 128
+    columns of it [D / 128, T and what fills it up to a multiple of UNIT], contiguous. `rest`: its rows, x as it was,
+    and the norm."""
     narrow_TD, x_scales = x
     (T, D), O, device = narrow_TD.shape, len(q_OD), narrow_TD.device
     x_blocks, rest_blocks = x_scales.dim() == 2, 0 if rest is None else _rest_blocks(T, len(rest[0]))

@@ -128,14 +128,15 @@ def run_down(
 
 
 def one_shared_bytes(columns: int, K: int) -> int:
-    """Of shared memory, for a block of `run_down_of_one`: the ring, sums, and h."""
+    """Bytes of shared memory of a block of `run_down_of_one`: the ring, sums, and h of K experts."""
     return geometry(columns, 1)[1] + 2 * K * columns
 
 
 def run_down_of_one(
     h_kI: Tensor, ids_1k: Tensor, q_EDI: Tensor, s_down: Tensor, weights_1k: Tensor, residual_1D: Tensor
 ) -> Tensor:
-    """run_down of one token that takes all of its experts here, with weights and a residual: the same bits, sooner."""
+    """run_down of one token that takes all of its experts here: y [1, D] in bf16, the weighted sum of the rows of h
+    [k, I], bf16, times down [E, D, I], e4m3, plus the residual. The bits are run_down's."""
     (k, columns), D, device = h_kI.shape, q_EDI.shape[1], h_kI.device
     warps, _, cut = geometry(columns, 1)
     blocks = blocks_of(columns, multiprocessors(device))

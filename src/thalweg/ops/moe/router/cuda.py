@@ -160,7 +160,7 @@ class ForExperts(NamedTuple):
 
 
 def for_experts(x_TD: Tensor, experts: int) -> ForExperts:
-    """To be written by a launch."""
+    """Room for what `norm_router` writes of x [T, D], bf16, besides its results. `experts` counts shared ones too."""
     (T, D), device = x_TD.shape, x_TD.device
     return ForExperts(
         torch.empty(T, D, dtype=torch.float8_e4m3fn, device=device),

@@ -14,7 +14,7 @@ from tests.ops.moe_case import rmse_ratio
 from tests.ops.replays import check_replays
 from tests.ops.test_gpu_linear_fp8 import resolved
 from thalweg.ops.delta.gdn import GdnDims
-from thalweg.ops.delta.gdn_out import GDN_DECODE_ADD, GdnDecodeAdd, GdnDecodeAddDims
+from thalweg.ops.delta.gdn_decode_add import GDN_DECODE_ADD, GdnDecodeAdd, GdnDecodeAddDims
 from thalweg.ops.linear.fp8 import NORM_LINEAR_FP8, Fp8LinearDims
 from thalweg.ops.registry import Resolver, Where
 

@@ -70,7 +70,7 @@ def _tokens(dims: GdnDecodeAddDims) -> Tokens:
 
 
 def _cuda(where: Where, dims: GdnDecodeAddDims) -> GdnDecodeAdd:
-    from thalweg.ops.delta.gdn_out import cuda
+    from thalweg.ops.delta.gdn_decode_add import cuda
 
     return cuda.gdn_decode_add
 

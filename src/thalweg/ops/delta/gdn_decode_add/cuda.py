@@ -21,6 +21,7 @@ def gdn_decode_add(
     scale_OB: Tensor,
     **mixer: Any,
 ) -> Tensor:
+    """The op: y [B, D] in bf16, of weights in e4m3 over a scale for each 128 x 128; nothing is computed `apart`."""
     y_BD = residual_BD.new_empty(len(residual_BD), len(q_OD))
     if len(y_BD):
         multiply_float8(gdn_mixer_decode_float8(proj_BX, **mixer), q_OD, scale_OB, y_BD, aligned_rows(residual_BD))
