@@ -7,11 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
 from tests.models import random_checkpoint as random
 from thalweg.assembly import steps
+from thalweg.assembly.info import OpChoice
 from thalweg.assembly.inspect import _MetaContext
 from thalweg.assembly.rank import op_choices
 from thalweg.config.engine import EngineConfig
@@ -95,7 +97,8 @@ def resolved_qwen(raw: dict[str, Any], ranks: int) -> Resolver:
 def tables(resolver: Resolver) -> dict[str, list[str]]:
     """By op and, where an op is there more than once, model width in the dims."""
     found: dict[str, list[str]] = {}
-    for choice in op_choices(resolver):
+    sent = msgspec.msgpack.encode(op_choices(resolver))  # as an engine process tells whoever started it
+    for choice in msgspec.msgpack.decode(sent, type=list[OpChoice]):
         width = f" {choice.dims['D']}" if choice.op.startswith(("linear", "norm_linear")) else ""
         if choice.op.endswith("_fp8"):
             width += f" to {choice.dims['O']}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Generic, Literal, TypeVar, cast
 
 from thalweg.errors import ConfigError
@@ -167,8 +167,12 @@ def implementations(op: str) -> list[Implementation]:
 
 
 def dims_of(dims: Any) -> dict[str, bool | int | str | tuple[int, ...]]:
-    """The dimensions of an op by name."""
-    return asdict(dims)
+    """The dimensions of an op by name, those of an op within it among them."""
+    found: dict[str, bool | int | str | tuple[int, ...]] = {}
+    for field in fields(dims):
+        value = getattr(dims, field.name)
+        found |= dims_of(value) if is_dataclass(value) else {field.name: value}
+    return found
 
 
 class Resolver:
