@@ -89,6 +89,23 @@ def test_a_step_that_fails_ends_its_capture_and_the_pause_of_the_collector(graph
     assert gc.isenabled()
 
 
+def test_a_step_that_fails_says_why_though_cuda_ended_its_capture(
+    graph: Double, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def capture_end() -> None:
+        raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    def step() -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(graph, "capture_end", capture_end)
+    with pytest.raises(RuntimeError, match="operation not permitted"):
+        capture.captured(step, None)
+    with pytest.raises(RuntimeError, match="a previous error"):
+        capture.captured(lambda: None, None)
+    assert gc.isenabled()
+
+
 def test_a_step_is_cut_into_graphs_behind_the_modules_named_and_replayed_in_order(graph: Double) -> None:
     layers = torch.nn.Sequential(*(torch.nn.Identity() for _ in range(3)))
 

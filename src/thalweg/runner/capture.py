@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -47,10 +47,14 @@ def captured(
             hooks = [module.register_forward_hook(cut) for module in cuts]
             try:
                 step()
+            except BaseException:
+                with contextlib.suppress(RuntimeError):  # what ended the step may have made CUDA end the capture
+                    graphs[-1].capture_end()
+                raise
             finally:
                 for hook in hooks:
                     hook.remove()
-                graphs[-1].capture_end()
+            graphs[-1].capture_end()
     torch.cuda.current_stream().wait_stream(stream)
 
     def replay() -> None:
@@ -63,7 +67,7 @@ def captured(
 _lock = threading.Lock()
 
 
-@contextmanager
+@contextlib.contextmanager
 def _nothing_collected() -> Iterator[None]:
     """No garbage is collected meanwhile, and no other capture begins. Graphs of an engine that was closed may be
     garbage, and CUDA ends a capture if its thread frees another graph."""
