@@ -303,8 +303,15 @@ def test_a_preference_that_a_shape_cannot_have_is_an_error() -> None:
         resolved(prefer={"experts": "cuda"})
 
 
-def why_eager(resolver: Resolver, most: int, rows: Rows = "decodes", data_ranks: int = 1) -> str | None:
-    config = EngineConfig(device="cuda", data_parallel_size=data_ranks, enable_expert_parallel=data_ranks > 1)
+def why_eager(
+    resolver: Resolver, most: int, rows: Rows = "decodes", data_ranks: int = 1, expert_metrics: bool = False
+) -> str | None:
+    config = EngineConfig(
+        device="cuda",
+        data_parallel_size=data_ranks,
+        enable_expert_parallel=data_ranks > 1,
+        expert_metrics=expert_metrics,
+    )
     return steps.why_eager(config, torch.device("cuda"), resolver, rows, most)
 
 
@@ -314,6 +321,11 @@ def test_graphs_ask_only_what_decode_rows_run() -> None:
     assert why_eager(resolved(prefer={"experts": "reference"}), 1) == waits
     assert why_eager(resolved(prefer={"mla_mixer_decode": "reference"}), 1) is not None
     assert why_eager(resolved(prefer={"mla_prefill": "reference"}), 512) is None
+
+
+def test_graphs_do_not_count_the_tokens_of_experts() -> None:
+    assert why_eager(resolved(), 16, data_ranks=2) is None
+    assert why_eager(resolved(), 16, data_ranks=2, expert_metrics=True) == "--expert-metrics"
 
 
 def test_graphs_of_prompts_ask_only_what_prompts_run() -> None:

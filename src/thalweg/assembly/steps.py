@@ -69,6 +69,8 @@ def why_eager(config: EngineConfig, device: torch.device, resolver: Resolver, ro
         return "--enforce-eager"
     if device.type != "cuda":
         return f"{device.type} has no CUDA graphs"
+    if config.expert_metrics:
+        return "--expert-metrics"
     if config.data_parallel_size > 1 and rows == "prefills":
         return "the host has to know how many tokens go to each data-parallel rank"
     of_all = most * config.data_parallel_size  # ranks, whose rows experts are given

@@ -69,6 +69,8 @@ class EngineConfig:
     load_format: "auto" or "safetensors" read the checkpoint, "dummy" draws random weights.
     seed: of sampling and of dummy weights.
     enforce_eager: whether steps run without CUDA graphs, and on a CPU without being recorded.
+    expert_metrics: whether data-parallel ranks are to count the tokens of each expert, which CUDA graphs do not: their
+        steps are padded with tokens that are nobody's.
     prefill_graph_tokens: steps with so many prompt tokens at most run as CUDA graphs, if there are graphs for so many.
         None: on one rank 2048, or 4096 with more than 32 layers; 4096 on two of one host, which are done with a prompt
         before its kernels are launched; and 0 otherwise.
@@ -114,6 +116,7 @@ class EngineConfig:
     load_format: str = "auto"
     seed: int = 0
     enforce_eager: bool = False
+    expert_metrics: bool = False
     prefill_graph_tokens: int | None = None
     step_timeout: float = 300.0
     config_file: str | None = None
@@ -260,6 +263,8 @@ class EngineConfig:
             raise ConfigError(f"--enable-expert-parallel divides experts among data-parallel ranks; {size}, raise it")
         if self.expert_placement is not None and self.data_parallel_size == 1:
             raise ConfigError(f"--expert-placement places experts on data-parallel ranks; {size}, raise it")
+        if self.expert_metrics and self.data_parallel_size == 1:
+            raise ConfigError(f"--expert-metrics counts what data-parallel ranks exchange; {size}, raise it")
         if self.data_parallel_size == 1:
             return
         if not self.enable_expert_parallel:

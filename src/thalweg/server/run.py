@@ -83,11 +83,7 @@ def serve(
     _check_idle(keep_alive_timeout, sse_ping_interval)
     if profiler is not None and not config.one_host:
         raise ConfigError("--enable-profiler needs all ranks on one host; expected neither --nnodes nor Ray with it")
-    if expert_metrics:
-        if config.data_parallel_size == 1:
-            what = "--expert-metrics counts what data-parallel ranks exchange"
-            raise ConfigError(f"{what}; expected --data-parallel-size above 1")
-        config = replace(config, enforce_eager=True)  # graphs' steps are padded with tokens that are nobody's
+    config = replace(config, expert_metrics=expert_metrics)
     raise_file_limit()
     sys.setswitchinterval(SWITCH_SECONDS)
     debug = log_level == "debug"
