@@ -28,6 +28,8 @@ PARAMS = [
     SamplingParams(max_tokens=12, seed=4, top_p=0.9, repetition_penalty=1.2, ignore_eos=True),
 ]
 
+NCCL = "NCCL error in: a/b.cpp:93, {0} (run with NCCL_DEBUG=INFO for details), NCCL version 2.28.9\nmore\nLast error:\n{1}\n"
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -90,6 +92,7 @@ def test_a_rank_that_does_not_come_is_missed(tmp_path: Path, data: bool) -> None
     ("said", "told"),
     [
         ("[a/b.cc:12] Connection closed by peer. This is typically so.\nmore", "Connection closed by peer"),
+        (NCCL.format("remote process exited or there was a network error", "socket closed"), "socket closed"),
         ("", ""),
     ],
 )
@@ -97,6 +100,35 @@ def test_what_torch_misses_a_rank_for_is_told_in_a_line(said: str, told: str) ->
     with pytest.raises(RankLostError) as caught, together("rank 0", 2):
         raise RuntimeError(said)
     assert str(caught.value) == f"rank 0 lost another rank of 2: {told}"
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (
+            NCCL.format("unhandled cuda error", "Cuda failure 2 'out of memory'"),
+            "Cuda failure 2 'out of memory'; lower --gpu-memory-utilization",
+        ),
+        (
+            "[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried 9 bytes.\nmore",
+            "DefaultCPUAllocator: can't allocate memory: you tried 9 bytes",
+        ),
+    ],
+)
+def test_a_rank_whose_own_memory_does_not_suffice_has_lost_no_other(said: str, told: str) -> None:
+    with pytest.raises(EngineDeadError) as caught, together("rank 0", 2):
+        raise RuntimeError(said)
+    assert type(caught.value) is EngineDeadError
+    assert str(caught.value) == f"rank 0 of 2 cannot exchange with the others: {told}"
+
+
+@pytest.mark.parametrize("name", ["OutOfMemoryError", "AcceleratorError"])
+def test_what_torch_says_of_this_rank_s_device_is_no_lost_rank(name: str) -> None:
+    import torch
+
+    error = getattr(torch, name)
+    with pytest.raises(error, match="CUDA"), together("rank 0", 2):
+        raise error("CUDA out of memory")
 
 
 @pytest.mark.parametrize(("hosts", "calls"), [(1, []), (2, ["minimum"])])

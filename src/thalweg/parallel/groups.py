@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import torch
 import torch.distributed as dist
 
-from thalweg.errors import RankLostError
+from thalweg.errors import EngineDeadError, RankLostError
 
 
 def file_store(path: str, size: int) -> tuple[Any, BinaryIO]:
@@ -31,13 +32,20 @@ def file_store(path: str, size: int) -> tuple[Any, BinaryIO]:
 @contextmanager
 def together(rank: str, size: int) -> Iterator[None]:
     """Around what needs every rank of a group, of which `rank`, in words, is this one. Raises RankLostError if torch
-    misses one: gloo's words without the places in its source and its advice."""
+    misses one: its words without the places in its source and its advice; and EngineDeadError if this rank's own
+    memory or device is what fails. Errors of CUDA that torch tells itself go on as they are."""
     try:
         yield
-    except RankLostError:
+    except (RankLostError, torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except RuntimeError as e:
-        reason = re.sub(r"\[\S+:\d+\] |\. This is typically.*", "", str(e).partition("\n")[0])
+        text = str(e)
+        first, said, last = text.partition("Last error:\n")  # NCCL's, behind what torch says of it
+        reason = (last if said and last else first).strip().partition("\n")[0]
+        reason = re.sub(r"\[[^]]+:\d+\] (\. )?|\. This is typically.*|\.$", "", reason)
+        if re.search("cuda (error|failure)|allocate memory", text, re.IGNORECASE):
+            advice = "; lower --gpu-memory-utilization" if "out of memory" in text else ""
+            raise EngineDeadError(f"{rank} of {size} cannot exchange with the others: {reason}{advice}") from e
         raise RankLostError(f"{rank} lost another rank of {size}: {reason}") from e
 
 
