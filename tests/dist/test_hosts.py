@@ -416,6 +416,24 @@ def test_node_0_hears_only_hosts_that_joined_it_and_says_so_if_it_understands_no
             context.destroy(0)
 
 
+def test_a_host_that_is_gone_once_it_is_answered_is_missed_without_another_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link, "LOST_SECONDS", 1.0)
+    config = EngineConfig(tensor_parallel_size=2, nnodes=2, master_port=free_ports(2))
+    hosts, errors = OtherHosts(config, KEY), SimpleQueue[EngineDeadError]()
+    with zmq.Context() as context:
+        words = link.connected(context, 0, KEY)
+        hosts.watch(errors.put)
+        try:
+            link.connect(words, config, 0)
+            began = time.monotonic()
+            words.send(link.encode(link.Join(1, b"its socket for plans", __version__, config.to_dict())))
+            assert str(errors.get(timeout=30)) == "node 1 asked to join and was gone; its own lines say why"
+            assert time.monotonic() - began < 1.9
+        finally:
+            hosts.close("")
+            context.destroy(0)
+
+
 def test_a_host_that_is_refused_over_and_over_does_not_speak_for_the_one_that_is_gone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

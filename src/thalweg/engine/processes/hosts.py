@@ -74,14 +74,15 @@ class OtherHosts:
             for node, socket in self._joined.items():
                 self._send(node, socket, kind, body)
 
-    def _answer(self, message: link.Join, kind: bytes, body: bytes) -> None:
-        """To one that has just spoken, whose connection for plans may be a moment behind."""
+    def _answer(self, message: link.Join, kind: bytes, body: bytes) -> bool:
+        """To one that has just spoken, whose connection for plans may be a moment behind. Whether it is there."""
         deadline = time.monotonic() + link.LOST_SECONDS
         while time.monotonic() < deadline:
             with self._lock:
                 if self._send(message.node, message.socket, kind, body):
-                    return
+                    return True
             time.sleep(0.01)
+        return False
 
     def _send(self, node: int, socket: bytes, kind: bytes, body: bytes) -> bool:
         """Whether it is on its way: False if nobody of that name is there."""
@@ -142,7 +143,9 @@ class OtherHosts:
             self._answer(message, link.LEAVE, reason.encode())
             self._lose(reason)
             return
-        self._answer(message, link.MEET, self.meeting.encode())
+        if not self._answer(message, link.MEET, self.meeting.encode()):
+            self._lose(f"node {node} asked to join and was gone; its own lines say why")
+            return
         with self._lock:
             self._joined[node] = message.socket
 
