@@ -71,7 +71,7 @@ def latency(
     from thalweg.engine.llm import LLM
 
     results = []
-    with LLM(**replace(config, max_num_seqs=max(sizes)).to_dict()) as llm:
+    with LLM.of(replace(config, max_num_seqs=max(sizes))) as llm:
         info = llm.info
         start_s = time.perf_counter() - began
         check_context(lengths, output_len, info.max_model_len)

@@ -39,7 +39,7 @@ def chat(
         with contextlib.suppress(ImportError):  # line editing and history, where Python has it
             import readline  # noqa: F401
     start = [] if system is None else [{"role": "system", "content": system}]
-    with LLM(**config.to_dict()) as llm:
+    with LLM.of(config) as llm:
         llm.codec.chat_template()  # refuses a model that cannot chat before the first line is typed
         messages = list(start)
         if interactive:

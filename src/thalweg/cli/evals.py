@@ -198,8 +198,7 @@ def _ask_engine(run: Run, config: EngineConfig, task: Task) -> tuple[Score, dict
     from thalweg.engine.llm import LLM
     from thalweg.evals.offline import evaluate_offline
 
-    options = replace(config, max_num_seqs=run.parallel).to_dict()
-    with LLM(**options) as llm, _progress(len(task.questions)) as advance:
+    with LLM.of(replace(config, max_num_seqs=run.parallel)) as llm, _progress(len(task.questions)) as advance:
         score = evaluate_offline(llm, task, lambda: advance(False))
     info = llm.info
     asked = {name: getattr(info, name) for name in ("name", "device", "dtype", "quantization", "tensor_parallel_size")}

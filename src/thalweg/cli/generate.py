@@ -27,7 +27,7 @@ def generate(
     from thalweg.engine.llm import LLM
     from thalweg.text.prompts import encode_prompt
 
-    with LLM(**config.to_dict()) as llm:
+    with LLM.of(config) as llm:
         if chat:
             ids = llm.codec.chat_ids([{"role": "user", "content": prompt}])
         else:

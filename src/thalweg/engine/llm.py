@@ -6,7 +6,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, SupportsIndex, cast
+from typing import TYPE_CHECKING, Any, Self, SupportsIndex, cast
 
 from thalweg import tracing
 from thalweg.config.engine import EngineConfig
@@ -121,6 +121,17 @@ class LLM(WithSessions):
             ignore_config_key=ignore_config_key,
             op_preference=op_preference or {},
         )
+        self._start()
+
+    @classmethod
+    def of(cls, config: EngineConfig) -> Self:
+        """The LLM that `config` describes. Raises as LLM does."""
+        llm = cls.__new__(cls)
+        llm.config = config
+        llm._start()
+        return llm
+
+    def _start(self) -> None:
         self._engine: Engine | None = None
         self.codec = load_codec(self.config)
         self.tokenizer = self.codec.tokenizer
