@@ -7,6 +7,8 @@ message to another process.
 from __future__ import annotations
 
 import math
+from array import array
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -182,24 +184,37 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     prompt_logits: bool = False  # also return float32 logits of every prompt position (in-process only)
 
 
+ID_BYTES = array("I").itemsize
+
+
+def pack_ids(token_ids: Sequence[int]) -> bytes:
+    """Token ids as uint32, one after another: other ranks take in a long prompt without a look at each token."""
+    return array("I", token_ids).tobytes()
+
+
 class Admission(msgspec.Struct, frozen=True, array_like=True):
     """A request takes a slot in this step, for the first time or again after preemption.
 
-    token_ids holds the prompt and, when resumed, what was generated so far; the slot's state starts from zero, unless
-    the plan restores it from a snapshot.
+    `packed` holds the ids of the prompt and, when resumed, of what was generated so far, as pack_ids gives them; the
+    slot's state starts from zero, unless the plan restores it from a snapshot.
     """
 
     slot: int
     request_id: str
-    token_ids: list[int]
+    packed: bytes
     num_prompt: int
     params: SamplingParams
     seed: int
     prompt_logits: bool
 
+    @property
+    def token_ids(self) -> list[int]:
+        """Those that are packed."""
+        return array("I", self.packed).tolist()
+
 
 class Prefill(msgspec.Struct, frozen=True, array_like=True):
-    """`length` tokens of the slot's admitted token_ids from `start` on; `sample` where they reach the end."""
+    """`length` tokens of the slot's admitted ones from `start` on; `sample` where they reach the end."""
 
     slot: int
     start: int

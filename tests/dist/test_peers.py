@@ -17,7 +17,7 @@ from tests.models import random_checkpoint as random
 from thalweg import SamplingParams
 from thalweg.assembly.rank import build_rank
 from thalweg.config.engine import EngineConfig
-from thalweg.core import Admission, Prefill, StepPlan
+from thalweg.core import Admission, Prefill, StepPlan, pack_ids
 from thalweg.errors import RankLostError
 from thalweg.parallel.mesh import Mesh
 from thalweg.parallel.peers import NoPeerMemory, PeerMemory, Watch, map_peers
@@ -142,7 +142,7 @@ def test_a_result_that_is_read_after_a_rank_has_ended_is_none(
     peers._watch = Watch([child.pid], peers._say_stop, after_s=0)
     monkeypatch.setattr(runner.mesh, "peers", peers)
     params = SamplingParams(temperature=0, max_tokens=None)
-    admission = Admission(1, "a", [1, 2, 3], 3, params, 0, False)
+    admission = Admission(1, "a", pack_ids([1, 2, 3]), 3, params, 0, False)
     first = StepPlan(0, [admission], [(1, 0, 1)], [], [], [Prefill(1, 0, 3, True)])
     assert len(runner.execute(first).token_ids) == 1
     finish = runner.launch(StepPlan(1, [], [], [1], [3], []))

@@ -21,7 +21,7 @@ from tests.models.served import BF16_KL, FAMILIES, KIMI
 from thalweg.assembly.rank import build_rank
 from thalweg.cache.specs import StateSpec
 from thalweg.config.engine import EngineConfig
-from thalweg.core import Admission, Prefill, SamplingParams, StepPlan
+from thalweg.core import Admission, Prefill, SamplingParams, StepPlan, pack_ids
 from thalweg.runner import prefill_graphs
 
 pytestmark = pytest.mark.gpu
@@ -61,7 +61,7 @@ class Rank:
         new = [slot for slot in prompts if chunks[slot][0] == 0]
         return StepPlan(
             step=self._step,
-            admissions=[Admission(s, f"r{s}", list(prompts[s]), len(prompts[s]), params, 0, False) for s in new],
+            admissions=[Admission(s, f"r{s}", pack_ids(prompts[s]), len(prompts[s]), params, 0, False) for s in new],
             new_blocks=[(s, i, 1 + (s - 1) * BLOCKS + i) for s in new for i in range(BLOCKS)],
             decode_slots=list(decodes),
             decode_starts=list(decodes.values()),

@@ -6,7 +6,7 @@ import pytest
 
 from tests.scheduler.device_simulator import EOS, Harness
 from thalweg.cache.manager import CacheManager
-from thalweg.core import Admission, Prefill, Request, SamplingParams, StepPlan
+from thalweg.core import Admission, Prefill, Request, SamplingParams, StepPlan, pack_ids
 from thalweg.errors import InvalidRequest
 from thalweg.scheduler.scheduler import Scheduler
 from thalweg.scheduler.sequence import derive_seed
@@ -25,7 +25,7 @@ def test_one_request_from_admission_to_decode() -> None:
     params = SamplingParams(max_tokens=None, seed=3, ignore_eos=True)
     assert h.plan() == StepPlan(
         0,
-        [Admission(1, "a", [5, 6, 7, 8, 9], 5, params, 3, False)],
+        [Admission(1, "a", pack_ids([5, 6, 7, 8, 9]), 5, params, 3, False)],
         [(1, 0, 1), (1, 1, 2)],
         [],
         [],

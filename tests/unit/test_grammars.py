@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.fixtures.tokenizer_folders import byte_level_tokenizer, kimi_config, write_hf, write_kimi
-from thalweg.core import Admission, Grammar, SamplingParams
+from thalweg.core import Admission, Grammar, SamplingParams, pack_ids
 from thalweg.errors import InvalidRequest
 from thalweg.ops.sample.reference import sample
 from thalweg.sampling.grammars import COMPILE_THREADS, MAX_COMPILED, Grammars
@@ -69,7 +69,7 @@ def sampler_of(tokenizer: Tokenizer) -> Sampler:
 
 
 def admit(sampler: Sampler, slot: int, params: SamplingParams, output: list[int] | None = None) -> None:
-    a = Admission(slot, f"r{slot}", [1, 2, *(output or [])], 2, params, slot, False)
+    a = Admission(slot, f"r{slot}", pack_ids([1, 2, *(output or [])]), 2, params, slot, False)
     sampler.table.write(torch.tensor([slot]), *map(torch.from_numpy, sampler.table.admit([a])))
 
 

@@ -15,7 +15,7 @@ from thalweg.assembly.rank import build_rank
 from thalweg.cache.specs import LayerSpecs, PagedSpec, StateSpec
 from thalweg.cache.storage import CacheStorage
 from thalweg.config.engine import EngineConfig
-from thalweg.core import Admission, Prefill, SamplingParams, StepPlan
+from thalweg.core import Admission, Prefill, SamplingParams, StepPlan, pack_ids
 from thalweg.layers.batch import Batch
 from thalweg.ops.host_tables import all_to_device
 from thalweg.ops.sample.reference import sample
@@ -39,7 +39,7 @@ def take_in(slots: SlotTable, admissions: list[Admission], blocks: list[tuple[in
 
 
 def admission(slot: int, ids: list[int], *, prompt_logits: bool = False, **params: Any) -> Admission:
-    return Admission(slot, f"r{slot}", ids, len(ids), SamplingParams(**params), 0, prompt_logits)
+    return Admission(slot, f"r{slot}", pack_ids(ids), len(ids), SamplingParams(**params), 0, prompt_logits)
 
 
 def decodes(
@@ -184,7 +184,7 @@ def test_three_new_tokens_of_a_running_sequence_give_the_logits_of_three_decode_
     params = SamplingParams(temperature=0, max_tokens=None)
     n, new_blocks = len(prompt), [(s, i, 10 * s + i) for s in (1, 2) for i in range(4)]
     first = StepPlan(
-        0, [Admission(1, "steps", prompt, n, params, 0, False)], new_blocks, [], [], [Prefill(1, 0, n, True)]
+        0, [Admission(1, "steps", pack_ids(prompt), n, params, 0, False)], new_blocks, [], [], [Prefill(1, 0, n, True)]
     )
     tokens = list(runner.execute(first).token_ids)
     for i in range(3):
@@ -192,7 +192,7 @@ def test_three_new_tokens_of_a_running_sequence_give_the_logits_of_three_decode_
     expected = torch.cat(seen[1:])
 
     drafted = [*prompt, *tokens[:3]]
-    whole = Admission(2, "at once", drafted, n, params, 0, True)
+    whole = Admission(2, "at once", pack_ids(drafted), n, params, 0, True)
     runner.execute(StepPlan(0, [whole], [], [], [], [Prefill(2, 0, n, False)]))
     others = ([1], [n + 3]) if beside else ([], [])
     result = runner.execute(StepPlan(0, [], [], *others, [Prefill(2, n, 3, True)]))

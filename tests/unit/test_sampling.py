@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from thalweg.core import Admission, SamplingParams
+from thalweg.core import Admission, SamplingParams, pack_ids
 from thalweg.errors import InvalidRequest
 from thalweg.ops.sample.reference import sample, splitmix64
 from thalweg.sampling.adjust import LogitAdjuster
@@ -32,7 +32,7 @@ def sampler(*requests: tuple[SamplingParams, list[int], int], slots: int = 8) ->
 
 
 def admit(s: Sampler, slot: int, params: SamplingParams, ids: list[int], num_prompt: int = 1) -> None:
-    a = Admission(slot, f"r{slot}", ids, num_prompt, params, params.seed or 0, False)
+    a = Admission(slot, f"r{slot}", pack_ids(ids), num_prompt, params, params.seed or 0, False)
     s.table.write(torch.tensor([slot]), *map(torch.from_numpy, s.table.admit([a])))
 
 

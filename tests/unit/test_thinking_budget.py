@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.unit.server_double import EOS, ByteTokenizer
-from thalweg.core import Admission, Grammar, SamplingParams, ThinkingLimit
+from thalweg.core import Admission, Grammar, SamplingParams, ThinkingLimit, pack_ids
 from thalweg.errors import InvalidRequest
 from thalweg.ops.sample.reference import sample
 from thalweg.sampling.grammars import Grammars
@@ -42,7 +42,7 @@ class Rows:
         self.outputs = {slot: list(output or []) for slot in self.slots}
         self.reads = 0
         for slot, own in zip(self.slots, params, strict=True):
-            numbers = table.admit([Admission(slot, f"r{slot}", [5, *self.outputs[slot]], 1, own, 0, False)])
+            numbers = table.admit([Admission(slot, f"r{slot}", pack_ids([5, *self.outputs[slot]]), 1, own, 0, False)])
             table.write(torch.tensor([slot]), *map(torch.from_numpy, numbers))
 
     def run(self, steps: int, wish: Callable[[int, list[int]], int]) -> dict[int, list[int]]:

@@ -12,7 +12,7 @@ from thalweg.assembly.rank import build_rank
 from thalweg.assembly.warmup import plans, warm_up
 from thalweg.cache.memory import MemorySplit
 from thalweg.config.engine import EngineConfig
-from thalweg.core import Admission, Prefill, StepPlan
+from thalweg.core import Admission, Prefill, StepPlan, pack_ids
 
 
 def split(**sizes: int) -> MemorySplit:
@@ -71,7 +71,7 @@ def test_a_request_after_them_gives_the_tokens_it_gives_without() -> None:
             warm_up(runner, memory, info.max_num_batched_tokens)
         params = SamplingParams(temperature=0, max_tokens=None)
         prompt = [5, 6, 7, 8]
-        admission = Admission(1, "a", prompt, len(prompt), params, 0, False)
+        admission = Admission(1, "a", pack_ids(prompt), len(prompt), params, 0, False)
         first = StepPlan(0, [admission], [(1, 0, 1), (1, 1, 2)], [], [], [Prefill(1, 0, len(prompt), True)])
         found = list(runner.execute(first).token_ids)
         for i in range(5):

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from msgspec.structs import replace
 
 from thalweg.cache.memory import MemorySplit
-from thalweg.core import Admission, Prefill, SamplingParams, StepPlan
+from thalweg.core import Admission, Prefill, SamplingParams, StepPlan, pack_ids
 from thalweg.ops.toolchain.triton_compile import compiled_together
 from thalweg.runner.graphs import Model
 from thalweg.runner.step import ModelRunner
@@ -55,7 +55,7 @@ def plans(split: MemorySplit, budget: int) -> Iterator[StepPlan]:
         new = [slot for slot, (start, _) in prompts.items() if start == 0]
         return StepPlan(
             step=step,
-            admissions=[Admission(s, f"warm-up-{s}", [0] * longest, longest, params, 0, False) for s in new],
+            admissions=[Admission(s, f"warm-up-{s}", pack_ids([0] * longest), longest, params, 0, False) for s in new],
             new_blocks=[(s, i, 1 + (s - 1) * blocks_each + i) for s in new for i in range(blocks_each)],
             decode_slots=list(decodes),
             decode_starts=list(decodes.values()),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from thalweg.bench.spread import Spread
-from thalweg.core import Admission, SamplingParams, StepPlan
+from thalweg.core import Admission, SamplingParams, StepPlan, pack_ids
 from thalweg.engine.start import Engine
 from thalweg.errors import ConfigError
 from thalweg.recorder.orders import FillCache
@@ -75,7 +75,7 @@ def _plans(
         first = i == 0 and admit
         yield StepPlan(
             step=i,
-            admissions=[Admission(s, f"r{s}", [0], 1, params, s, False) for s in slots] if first else [],
+            admissions=[Admission(s, f"r{s}", pack_ids([0]), 1, params, s, False) for s in slots] if first else [],
             new_blocks=[(s, j, 1 + (s - 1) * blocks_each + j) for s in slots for j in range(blocks_each)]
             if first
             else [],

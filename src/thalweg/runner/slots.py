@@ -22,7 +22,7 @@ IntArray = np.ndarray
 class Admitted:
     """What a sequence was admitted with, as far as prefills ask for it."""
 
-    token_ids: Sequence[int]  # a list: after a cached prefix few of them are ever looked at
+    token_ids: IntArray  # uint32
     prompt_logits: bool  # to be reported: the prompt's logits,
     prompt_logprobs: int | None  # and log-probabilities of its tokens, with this many most likely ones
 
@@ -73,7 +73,8 @@ class SlotTable:
         slot, index, block = np.array(new_blocks, dtype=np.int64).reshape(-1, 3).T
         self.host_blocks[slot, index] = block
         for a in admissions:
-            self._admitted[a.slot] = Admitted(a.token_ids, a.prompt_logits, a.params.prompt_logprobs)
+            token_ids = np.frombuffer(a.packed, dtype=np.uintc)
+            self._admitted[a.slot] = Admitted(token_ids, a.prompt_logits, a.params.prompt_logprobs)
         slots = np.array([a.slot for a in admissions], dtype=np.int64)
         return News(slots, *self.sampling.admit(admissions), slot * self.max_blocks + index, block.astype(np.int32))
 

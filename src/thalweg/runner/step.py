@@ -309,5 +309,5 @@ class ModelRunner:
         if admitted.prompt_logprobs is not None:
             # Of the tokens that follow each row, as far as they are known.
             following = admitted.token_ids[p.start + 1 : p.start + 1 + len(rows_LV)]
-            ids = to_device(np.array(following, dtype=np.int64), rows_LV.device)
+            ids = to_device(following.astype(np.int64), rows_LV.device)
             result.prompt_logprobs[p.slot] = token_logprobs(rows_LV[: len(ids)], ids, admitted.prompt_logprobs)

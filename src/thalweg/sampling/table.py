@@ -92,9 +92,9 @@ class SamplingTable:
         row = SlotSampling(logprobs=p.logprobs)
         if p.temperature > 0:
             row.draw = "filtered" if p.top_k > 0 or p.top_p < 1 or p.min_p > 0 else "plain"
-        output = a.token_ids[a.num_prompt :]
+        ids = a.token_ids if LogitAdjuster.needed(p) or p.thinking or p.grammar else []
+        prompt, output = ids[: a.num_prompt], ids[a.num_prompt :]
         if LogitAdjuster.needed(p):
-            prompt = a.token_ids[: a.num_prompt]
             try:
                 row.adjuster = LogitAdjuster(p, prompt, output, self._eos_token_ids, self.vocab_size, self.device)
             except InvalidRequest as e:

@@ -11,7 +11,7 @@ from typing import TypeVar
 from thalweg.cache.manager import CacheManager
 from thalweg.cache.node import MISS_REASONS, Match, Node
 from thalweg.cache.tiers import TieredTree
-from thalweg.core import HostCopies
+from thalweg.core import HostCopies, pack_ids
 from thalweg.scheduler.sequence import Sequence, keys_of
 
 Copy = TypeVar("Copy", tuple[int, int], tuple[int, int, int])
@@ -73,7 +73,7 @@ class Prefixes:
         a prompt that begins so will not compute, until even this has to make room."""
         if self._tree is None or name in self._kept:
             return 0
-        keys = keys_of(token_ids, self._block_size)
+        keys = keys_of(pack_ids(token_ids), self._block_size)
         match = self._tree.find(salt, lambda block: keys[block], len(keys), sys.maxsize)
         node = match.far or match.node
         if node.parent is None:

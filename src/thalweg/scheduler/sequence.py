@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from array import array
-
 from msgspec.structs import replace
 
-from thalweg.core import Admission, FinishReason, Prefill, Request, RequestUpdate, StepResult
+from thalweg.core import ID_BYTES, Admission, FinishReason, Prefill, Request, RequestUpdate, StepResult, pack_ids
 
 MASK64 = 2**64 - 1
 
@@ -32,8 +30,8 @@ class Sequence:
         "num_prompt",
         "order",
         "output",
+        "packed",
         "params",
-        "prompt",
         "prompt_rows_sent",
         "ready_after",
         "request_id",
@@ -49,8 +47,8 @@ class Sequence:
     def __init__(self, request: Request, order: int, seed: int, limit: int, stop_ids: frozenset[int]) -> None:
         params = request.params
         self.request_id = request.id
-        self.prompt = request.prompt_token_ids
-        self.num_prompt = len(self.prompt)
+        self.packed = pack_ids(request.prompt_token_ids)
+        self.num_prompt = len(request.prompt_token_ids)
         self.params = params
         self.wants_prompt_logits = request.prompt_logits
         self.order = order  # of all sequences: that of arrival, but for those that overtook others in the queue
@@ -84,12 +82,12 @@ class Sequence:
         """The tokens of full block `block`, all of which are known."""
         keys = self.keys
         if not keys:  # the prompt's, all at once
-            keys += keys_of(self.prompt, block_size)
+            keys += keys_of(self.packed, block_size)
         while len(keys) <= block:
             start = len(keys) * block_size
-            end = start + block_size
-            tokens = self.prompt[start:end] + self.output[max(start - self.num_prompt, 0) : end - self.num_prompt]
-            keys.append(array("I", tokens).tobytes())
+            end, size = start + block_size, block_size * ID_BYTES
+            of_output = self.output[max(start - self.num_prompt, 0) : end - self.num_prompt]
+            keys.append(self.packed[start * ID_BYTES :][:size] + pack_ids(of_output))
         return keys[block]
 
     def admission(self) -> Admission:
@@ -97,7 +95,7 @@ class Sequence:
         return Admission(
             self.slot,
             self.request_id,
-            self.prompt + self.output,
+            self.packed + pack_ids(self.output),
             self.num_prompt,
             self.params,
             self.seed,
@@ -153,12 +151,10 @@ class Sequence:
         return RequestUpdate(self.request_id, [], "error", None, error)
 
 
-def keys_of(token_ids: list[int], block_size: int) -> list[bytes]:
+def keys_of(packed: bytes, block_size: int) -> list[bytes]:
     """Full blocks of tokens, as the prefix tree knows them."""
-    packed = array("I", token_ids[: len(token_ids) // block_size * block_size])
-    size = block_size * packed.itemsize
-    text = packed.tobytes()
-    return [text[i : i + size] for i in range(0, len(text), size)]
+    size = block_size * ID_BYTES
+    return [packed[end - size : end] for end in range(size, len(packed) + 1, size)]
 
 
 def derive_seed(engine_seed: int, arrival: int) -> int:
