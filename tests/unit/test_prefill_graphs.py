@@ -290,19 +290,6 @@ def test_a_step_of_one_prompt_carries_what_is_new_up_to_the_blocks_of_its_contex
     assert not carries(many, news(1, 0))
 
 
-def test_what_is_staged_has_room_for_every_shape(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runners = with_static_steps(monkeypatch)
-    with LLM(str(folder), max_num_seqs=200, max_num_batched_tokens=512):
-        graphs = runners[0].prefill_graphs
-        assert graphs is not None
-        for rows in graphs._rows:
-            for prefills in PREFILLS:
-                for tokens in graphs._sizes:
-                    for context in (tokens, *CONTEXTS):
-                        size = prefill_graphs._size(Shape(rows, prefills, tokens, context))
-                        assert all(len(stage) >= size for stage in graphs._stage)
-
-
 def start_before_ready(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets ranks capture at their start, as on a GPU."""
     build = rank.build_rank

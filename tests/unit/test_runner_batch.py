@@ -64,11 +64,13 @@ def test_decode_rows_and_prefills_in_one_batch(every_row: bool, monkeypatch: pyt
     )
     slots.last_tokens[:] = torch.tensor([0, 31, 0, 33, 0])
     copies: list[int] = []
-    original = batch_module.to_device
-    monkeypatch.setattr(batch_module, "to_device", lambda *args: copies.append(1) or original(*args))
+    builder = BatchBuilder(slots)
+    for owner, name in ((batch_module, "to_device"), (builder.stages, "next")):
+        original = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, original=original: copies.append(1) or original(*args))
     prefills = [Prefill(2, 2, 5, False), Prefill(4, 0, 3, True)]
     plan = StepPlan(0, [], [], [1, 3, 1], [10, 0, 3], prefills, boundaries=[(4, 2, 1), (2, 4, 3)])
-    batch = BatchBuilder(slots).build(plan, every_row)
+    batch = builder.build(plan, every_row)
     assert values(batch) == {
         "token_ids_T": [31, 33, 31, 22, 23, 24, 25, 26, 40, 41, 42],
         "positions_T": [10, 0, 3, 2, 3, 4, 5, 6, 0, 1, 2],

@@ -14,6 +14,7 @@ from thalweg.core import StepPlan
 from thalweg.layers.batch import Batch
 from thalweg.ops.host_tables import Boundaries, StepSequences, to_device
 from thalweg.runner.slots import IntArray, SlotTable
+from thalweg.runner.stages import Stages
 
 # What the host stages of decode rows, int64 [DECODE_ROWS, n], so that one copy takes all of it to the device: slots,
 # positions of the new tokens, rows of the flattened blocks that these fill, positions of the tokens to be chosen, and
@@ -29,6 +30,7 @@ class BatchBuilder:
     def __init__(self, slots: SlotTable) -> None:
         self.slots = slots
         self._block_size, self._device = slots.cache.block_size, slots.device
+        self.stages = Stages(slots.device)
         self._in_block = np.arange(self._block_size)
         self._one_on = torch.tensor(ONE_ON, device=slots.device)
         self._last: tuple[StepPlan, Batch, Tensor] | None = None  # the last step built, if it had decode rows alone
@@ -149,9 +151,10 @@ class BatchBuilder:
         d, step = len(plan.decode_slots), self.sequences(plan)
         sampling = 0 if every_row else d + sum(p.sample for p in plan.prefills)
         places = places_of(prefill_sizes(d, len(plan.prefills), step.offsets[-1], sampling))
-        host = np.empty(places[-1].stop, dtype=np.int64)
+        stage = self.stages.next(places[-1].stop)
+        host = stage.numpy()
         self.write_prefills(plan, [host[place] for place in places])
-        on_device = to_device(host, self._device)
+        on_device = stage.to(self._device, non_blocking=True)
         longest = max([start + 1 for start in plan.decode_starts] + [p.start + p.length for p in plan.prefills])
         batch = self.of_prefills([on_device[place] for place in places], d, *step, self.blocks_for(longest))
         return batch if every_row else replace(batch, logit_rows_R=on_device[places[-1]])

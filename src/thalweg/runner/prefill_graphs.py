@@ -35,7 +35,6 @@ _log = logging.getLogger(__name__)
 # Beyond, a step is longer than launching it.
 TOKENS = (64, 128, 192, 256, 384, 512, 768, 1024, 1280, 1536, 2048, 2304, 2560, 2816, 3072, 3328, 3584, 3840, 4096)
 AT_ONCE = 2048  # most tokens of shapes that are captured at the start
-STAGES = 4  # host buffers in turn: a copy to the device may still be reading one when the next step is staged
 CONTEXTS = (4096, 8192, 16384)  # beyond those without cached tokens; more would be computed for nothing
 TURN = 512  # most tokens of a prompt after a cached prefix whose shapes are captured at the start
 PREFILLS = (1, 15)  # and the one that pads the step: logits of few enough rows for kernels that stream the head once
@@ -157,11 +156,7 @@ class PrefillGraphs:
         self._statics: dict[Shape, Static] = {}
         self._replays: dict[Shape, Callable[[], None]] = {}
         self._refused: set[Shape] = set()  # of which a capture failed: steps of these run uncaptured
-        largest = max(_size(Shape(most, n, sizes[-1], max(CONTEXTS[-1], sizes[-1]))) for n in PREFILLS)
         device = batches.slots.device
-        pinned = device.type == "cuda"
-        self._stage = [torch.zeros(largest, dtype=torch.int64, pin_memory=pinned) for _ in range(STAGES)]
-        self._turn = 0
         self._started = False
         self._pool: Any = None
         self._logits: Tensor | None = None
@@ -239,7 +234,7 @@ class PrefillGraphs:
         in buffers that the next step overwrites.
         """
         new, static = shape not in self._statics, self._static(shape)
-        stage = self._next_stage(static.size)
+        stage = self._batches.stages.next(static.size)
         static.write(plan, stage.numpy(), news)
         static.memory.copy_(stage, non_blocking=True)
         if self._started and not new and shape not in self._replays and shape not in self._refused:
@@ -255,11 +250,6 @@ class PrefillGraphs:
         if shape not in self._statics:
             self._statics[shape] = Static(shape, self._batches)
         return self._statics[shape]
-
-    def _next_stage(self, size: int) -> Tensor:
-        """int64 [size] on the host: a copy to the device may still be reading those before it."""
-        self._turn = (self._turn + 1) % STAGES
-        return self._stage[self._turn][:size]
 
     def _step(self, static: Static) -> None:
         logits, ids = static.run(self.model, self._sampler, self._share)
@@ -297,12 +287,6 @@ def _layout(shape: Shape) -> tuple[Limits, list[slice]]:
     return limits, places_of(
         (*sizes, d + B, d + B, -(-Tables.words(limits) // 2), n, -(-3 * n // 2), 2 * n, m, -(-m // 2))
     )
-
-
-def _size(shape: Shape) -> int:
-    """int64 values of a step's inputs."""
-    size: int = _layout(shape)[1][-1].stop
-    return size
 
 
 def _most_news(shape: Shape) -> tuple[int, int]:
