@@ -20,6 +20,7 @@ from thalweg.assembly.inspect import describe
 from thalweg.config.engine import EngineConfig
 from thalweg.engine.processes.client import EngineClient
 from thalweg.engine.processes.messages import ProfilerOptions
+from thalweg.engine.start import Engine
 from thalweg.errors import ConfigError, EngineDeadError, InvalidRequest
 
 PROMPTS = [[3 + i, 7, 11 * i % 100, 5] * (1 + 3 * i) for i in range(7)]
@@ -299,10 +300,10 @@ def test_what_is_not_offered_is_refused(options: dict[str, object], message: str
         EngineConfig(**options)  # type: ignore[arg-type]
 
 
-def test_offline_and_profiled_engines_have_one_rank(kimi_folder: Path) -> None:
-    with pytest.raises(ConfigError, match="expected 1: only `thalweg serve` has such ranks, and `thalweg bench serve`"):
-        LLM(str(kimi_folder), data_parallel_size=2, enable_expert_parallel=True)
+def test_profiled_engines_and_those_that_are_driven_step_by_step_have_one_rank(kimi_folder: Path) -> None:
     config = EngineConfig(str(kimi_folder), data_parallel_size=2, enable_expert_parallel=True)
+    with pytest.raises(ConfigError, match="expected 1: this drives the steps of one rank; `LLM` and"):
+        Engine(config)
     with pytest.raises(ConfigError, match="--enable-profiler"):
         EngineClient(config, profiler=ProfilerOptions("traces", 1, 1))
 

@@ -18,8 +18,9 @@ import os, signal, sys, time
 from thalweg import LLM, SamplingParams
 from thalweg.errors import EngineDeadError
 
-llm = LLM({folder!r}, device="cpu", tensor_parallel_size={ranks}, step_timeout={step_timeout})
-pids = llm.engine.ranks.pids if llm.engine.ranks else []
+llm = LLM({folder!r}, device="cpu", step_timeout={step_timeout}, **{options})
+ranks = getattr(llm.engine, "ranks", llm.engine)
+pids = ranks.pids if ranks else []
 print(*pids, flush=True)
 stream = llm.stream("a", SamplingParams(max_tokens=400, temperature=0, ignore_eos=True))
 for _ in range(5):
@@ -28,7 +29,7 @@ for _ in range(5):
 sys.exit(7)
 """
 LOST = """
-os.kill(pids[0], signal.{signal})
+os.kill(pids[-1], signal.{signal})
 began = time.monotonic()
 try:
     for _ in stream:
@@ -39,9 +40,15 @@ print(time.monotonic() - began, flush=True)
 """
 CLOSED = """
 llm.close()
-with LLM({folder!r}, device="cpu", tensor_parallel_size={ranks}) as another:
+with LLM({folder!r}, device="cpu", **{options}) as another:
     assert another.generate("a", SamplingParams(max_tokens=2))[0].outputs[0].token_ids
 """
+OPTIONS: dict[str, dict[str, object]] = {
+    "one": {},
+    "tensor-parallel": {"tensor_parallel_size": 2},
+    "data-parallel": {"data_parallel_size": 2, "enable_expert_parallel": True, "max_num_seqs": 4},
+}
+SEVERAL = [name for name in OPTIONS if name != "one"]
 FORKED = """
 del stream
 child = os.fork()
@@ -57,10 +64,10 @@ print(len(llm.generate("a", SamplingParams(max_tokens=3, ignore_eos=True))[0].ou
 """
 
 
-def said(folder: Path, ranks: int, then: str, step_timeout: float = 60) -> list[str]:
+def said(folder: Path, ranks: str, then: str, step_timeout: float = 60) -> list[str]:
     """What the script says, if it ends as it wants to and leaves no rank behind."""
-    options = {"folder": str(folder), "ranks": ranks, "step_timeout": step_timeout}
-    script = SCRIPT.format(**options, then=then.format(**options))
+    values = {"folder": str(folder), "options": OPTIONS[ranks], "step_timeout": step_timeout}
+    script = SCRIPT.format(**values, then=then.format(**values))
     with subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -78,13 +85,14 @@ def said(folder: Path, ranks: int, then: str, step_timeout: float = 60) -> list[
 
 
 @needs_proc
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_process_may_end_in_the_middle_of_a_stream(folder: Path, ranks: int) -> None:
+@pytest.mark.parametrize("ranks", ["one", *(pytest.param(name, marks=pytest.mark.slow) for name in SEVERAL)])
+def test_a_process_may_end_in_the_middle_of_a_stream(folder: Path, ranks: str) -> None:
     assert said(folder, ranks, "") == []
 
 
 @needs_proc
 @pytest.mark.slow
+@pytest.mark.parametrize("ranks", SEVERAL)
 @pytest.mark.parametrize(
     ("signal", "error", "then"),
     [
@@ -94,17 +102,19 @@ def test_a_process_may_end_in_the_middle_of_a_stream(folder: Path, ranks: int) -
     ],
     ids=["killed", "killed and closed", "hangs"],
 )
-def test_a_process_that_lost_a_rank_goes_on_to_its_own_end(folder: Path, signal: str, error: str, then: str) -> None:
-    reason, seconds = said(folder, 2, LOST.replace("{signal}", signal) + then, 5 if signal == "SIGSTOP" else 60)
+def test_a_process_that_lost_a_rank_goes_on_to_its_own_end(
+    folder: Path, ranks: str, signal: str, error: str, then: str
+) -> None:
+    reason, seconds = said(folder, ranks, LOST.replace("{signal}", signal) + then, 5 if signal == "SIGSTOP" else 60)
     assert error in reason
     assert float(seconds) < WITHIN
 
 
 @needs_proc
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", OPTIONS)
 @pytest.mark.parametrize("then", [FORKED, FORKED.replace("    llm.close()\n", "")], ids=["closes", "ends"])
-def test_a_fork_of_the_process_has_no_llm_and_leaves_its_parent_s_alone(folder: Path, ranks: int, then: str) -> None:
+def test_a_fork_of_the_process_has_no_llm_and_leaves_its_parent_s_alone(folder: Path, ranks: str, then: str) -> None:
     error, status, tokens = said(folder, ranks, then)
     assert "in the process that made it" in error
     assert (status, tokens) == ("0", "3")

@@ -63,7 +63,7 @@ def test_requests_pass_once_their_grammar_is_there(monkeypatch: pytest.MonkeyPat
 
 def test_an_idle_engine_does_not_sleep_over_a_grammar_and_says_that_it_lives() -> None:
     grammars, polls, sent = Compiling(), [], []
-    inbox: list[m.ToEngine | None] = [m.Add(request("a", "x")), *[None] * 3, m.Stop()]  # None: nothing there yet
+    inbox: list[m.ToEngine | None] = [m.Add([request("a", "x")]), *[None] * 3, m.Stop()]  # None: nothing there yet
 
     def poll(timeout_ms: int) -> bool:
         polls.append(timeout_ms)

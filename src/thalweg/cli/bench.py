@@ -65,10 +65,14 @@ def latency(
 
     check_lengths(sizes, lengths, output_len)
     check_writable(output_json)
+    if config.data_parallel_size > 1:
+        ranks = f"--data-parallel-size is {config.data_parallel_size}"
+        raise ConfigError(f"{ranks}; expected 1: `thalweg bench serve` measures several")
     import torch  # here, since the profiler wants to be used on the thread that brings torch in
 
     from thalweg.assembly.source import open_source
     from thalweg.engine.llm import LLM
+    from thalweg.engine.start import Engine
 
     results = []
     with LLM.of(replace(config, max_num_seqs=max(sizes))) as llm:
@@ -83,6 +87,7 @@ def latency(
         source = open_source(config)
         on_gpu = info.device != "cpu"
         ceilings = measure_ceilings(torch.device("cuda" if on_gpu else "cpu"), getattr(torch, info.dtype))
+        assert isinstance(llm.engine, Engine)
         ceilings = ceilings.with_link(llm.engine)
         rng = random.Random(config.seed)
         for size, length in product(sizes, lengths):

@@ -174,7 +174,7 @@ def engine_config(
             "--data-parallel-size",
             "-dp",
             metavar="N",
-            help="serve: number of ranks (GPUs) that each serve requests of their own. Needs --enable-expert-parallel.",
+            help="Number of ranks (GPUs) that each serve requests of their own. Needs --enable-expert-parallel.",
         ),
     ] = _DEFAULTS.data_parallel_size,
     enable_expert_parallel: Annotated[

@@ -58,7 +58,7 @@ class EngineConfig:
     cache_memory: bytes for blocks, states and snapshots, instead of `gpu_memory_utilization`.
     gpu_memory_utilization: share of the device's memory for weights and cache.
     tensor_parallel_size: ranks that share the model.
-    data_parallel_size: ranks of a server that each serve requests of their own, with their own cache.
+    data_parallel_size: ranks that each serve requests of their own, with their own cache.
     enable_expert_parallel: whether data-parallel ranks divide the routed experts.
     expert_placement: a file that says which rank has which experts (assembly/expert_placement.py). None: in order.
     nnodes: hosts that the ranks are spread over, evenly and in order.

@@ -1,4 +1,4 @@
-"""The offline API: an engine in this process, for scripts, evaluations and benchmarks."""
+"""The offline API: an engine for the callers of one process, for scripts, evaluations and benchmarks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from thalweg import tracing
 from thalweg.config.engine import EngineConfig
 from thalweg.core import Request, RequestUpdate, SamplingParams
 from thalweg.engine.llm_sessions import LLMSessions, WithSessions
-from thalweg.engine.start import Engine
+from thalweg.engine.offline import OfflineEngine, start_engine
 from thalweg.errors import EngineDeadError, InvalidRequest
 from thalweg.text.codec import load_codec
 from thalweg.text.output import Delta, OutputProcessor
@@ -132,10 +132,10 @@ class LLM(WithSessions):
         return llm
 
     def _start(self) -> None:
-        self._engine: Engine | None = None
+        self._engine: OfflineEngine | None = None
         self.codec = load_codec(self.config)
         self.tokenizer = self.codec.tokenizer
-        self._engine = Engine(self.config)
+        self._engine = start_engine(self.config)
         self.info = self._engine.info
         self._ids = itertools.count()
         self._sessions = LLMSessions(self)
@@ -200,9 +200,9 @@ class LLM(WithSessions):
         request = self._request(prompt, sampling_params or self.get_default_sampling_params())
         outputs = self._outputs()
         outputs.add(request)
-        with self.engine.pump.running([request]) as inbox:
+        with self.engine.pump.running([request]) as news:
             while True:
-                for update in self.engine.pump.wait(inbox):
+                for update in news():
                     delta = outputs.process(update)
                     if delta is not None:
                         yield delta
@@ -210,7 +210,8 @@ class LLM(WithSessions):
                             return
 
     def prompt_logits(self, token_ids: Sequence[int]) -> Tensor:
-        """Float32 logits [T, V] after each of the T tokens, which are prefilled in chunks as any prompt is."""
+        """Float32 logits [T, V] after each of the T tokens, which are prefilled in chunks as any prompt is. Raises
+        InvalidRequest, also with several data-parallel ranks, which are other processes."""
         import torch
 
         ids = check_token_ids(token_ids, self.info.vocab_size)
@@ -218,9 +219,9 @@ class LLM(WithSessions):
             id=self._next_id(), prompt_token_ids=ids, params=SamplingParams(max_tokens=0), prompt_logits=True
         )
         chunks, ended = [], False
-        with self.engine.pump.running([request]) as inbox:
+        with self.engine.pump.running([request]) as news:
             while not ended:
-                for update in self.engine.pump.wait(inbox):
+                for update in news():
                     if update.error is not None:
                         raise EngineDeadError(f"the prompt's logits could not be computed: {update.error}")
                     if update.prompt_logits is not None:
@@ -240,7 +241,7 @@ class LLM(WithSessions):
         self.close()
 
     @property
-    def engine(self) -> Engine:
+    def engine(self) -> OfflineEngine:
         """The engine. Raises EngineDeadError after close(), and in a process that was forked since."""
         if self._engine is None:
             raise EngineDeadError("this LLM is closed; make a new one")
@@ -257,8 +258,6 @@ class LLM(WithSessions):
     def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
         ids = encode_prompt(prompt, self.tokenizer, self.info.vocab_size)
         check_params(params, self.tokenizer, self.info.vocab_size)
-        if params.grammar is not None:
-            self.engine.grammars.compiled(params.grammar).result()
         return Request(id=self._next_id(), prompt_token_ids=ids, params=params)
 
     def _collect(
@@ -267,9 +266,9 @@ class LLM(WithSessions):
         prompts: Sequence[Any],
         on_finished: Callable[[RequestOutput], object] = lambda _: None,
     ) -> list[RequestOutput]:
-        pump, outputs = self.engine.pump, self._outputs(late=True)
+        outputs = self._outputs(late=True)
         results: dict[str, RequestOutput] = {}
-        with pump.running(requests) as inbox:
+        with self.engine.pump.running(requests) as news:
             for request, prompt in zip(requests, prompts, strict=True):
                 outputs.add(request)
                 results[request.id] = RequestOutput(
@@ -282,7 +281,7 @@ class LLM(WithSessions):
                 )
             unfinished = len(results)
             while unfinished:
-                updates = pump.wait(inbox)
+                updates = news()
                 with tracing.span("output"):
                     ended = self._take(updates, outputs, results)
                 unfinished -= len(ended)

@@ -5,30 +5,52 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
 
 from thalweg.core import Request, RequestUpdate
 from thalweg.engine.core import EngineCore
 from thalweg.errors import EngineDeadError
+from thalweg.sampling.grammars import Grammars
 
-Inbox = deque[RequestUpdate]
+News = Callable[[], list[RequestUpdate]]
+"""Waits until there are updates of a caller's requests, and gives them. Raises EngineDeadError."""
+
+
+class Requests(Protocol):
+    """What an engine does for callers of this process, which may overlap, also in several threads."""
+
+    def running(self, requests: Sequence[Request]) -> AbstractContextManager[News]:
+        """The requests' news; when the context ends, whatever is left of them is aborted.
+
+        Raises InvalidRequest, and runs none of them, if the engine refuses one.
+        """
+
+    def abort(self, request_id: str) -> None:
+        """End a request whose caller has all he wants of it."""
+
+    def keep(self, name: str, salt: str, token_ids: list[int]) -> int:
+        """As EngineCore.keep."""
+
+    def release(self, name: str) -> None:
+        """As EngineCore.release."""
 
 
 class Pump:
-    """Calls may overlap, from several threads or by leaving a stream half read; none loses tokens to another."""
+    """Requests to an engine in this process. Calls may overlap, from several threads or by leaving a stream half read;
+    none loses tokens to another."""
 
-    def __init__(self, core: EngineCore) -> None:
-        self._core, self._lock = core, threading.RLock()
-        self._inboxes: dict[str, Inbox] = {}
+    def __init__(self, core: EngineCore, grammars: Grammars) -> None:
+        self._core, self._grammars, self._lock = core, grammars, threading.RLock()
+        self._inboxes: dict[str, deque[RequestUpdate]] = {}
 
     @contextmanager
-    def running(self, requests: Sequence[Request]) -> Iterator[Inbox]:
-        """The requests' inbox; when the context ends, whatever is left of them is aborted.
-
-        Raises InvalidRequest, and adds none of them, if the engine refuses one.
-        """
-        inbox: Inbox = deque()
+    def running(self, requests: Sequence[Request]) -> Iterator[News]:
+        for request in requests:
+            if request.params.grammar is not None:
+                self._grammars.compiled(request.params.grammar).result()
+        inbox: deque[RequestUpdate] = deque()
         with self._lock:
             added = []
             try:
@@ -41,7 +63,7 @@ class Pump:
                 raise
             self._inboxes.update(dict.fromkeys(added, inbox))
         try:
-            yield inbox
+            yield lambda: self._wait(inbox)
         finally:
             with self._lock:
                 for request_id in added:
@@ -52,8 +74,8 @@ class Pump:
                     while not self._inboxes and self._core.has_work():
                         self._core.step()
 
-    def wait(self, inbox: Inbox) -> list[RequestUpdate]:
-        """Drive the engine until the inbox has news, and empty it. Raises EngineDeadError."""
+    def _wait(self, inbox: deque[RequestUpdate]) -> list[RequestUpdate]:
+        """Drive the engine until the inbox has news, and empty it."""
         with self._lock:
             while not inbox:
                 if not self._core.has_work():
@@ -67,16 +89,13 @@ class Pump:
             return news
 
     def abort(self, request_id: str) -> None:
-        """End a request whose caller has all he wants of it."""
         with self._lock:
             self._core.abort(request_id)
 
     def keep(self, name: str, salt: str, token_ids: list[int]) -> int:
-        """As EngineCore.keep."""
         with self._lock:
             return self._core.keep(name, salt, token_ids)
 
     def release(self, name: str) -> None:
-        """As EngineCore.release."""
         with self._lock:
             self._core.release(name)

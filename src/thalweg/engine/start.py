@@ -46,7 +46,7 @@ class Engine:
 
     def __init__(self, config: EngineConfig, folder: Path | None = None, data_rank: int | None = None) -> None:
         if config.data_parallel_size > 1 and (data_rank is None or folder is None):
-            only = "only `thalweg serve` has such ranks, and `thalweg bench serve` measures them"
+            only = "this drives the steps of one rank; `LLM` and `thalweg serve` have several"
             raise ConfigError(f"--data-parallel-size is {config.data_parallel_size}; expected 1: {only}")
         self._pid = os.getpid()
         if config.tensor_parallel_size > 1:
@@ -92,7 +92,7 @@ class Engine:
         if isinstance(tree, TieredTree) and cached[0] is not None:
             cache_folder.restore(tree, cached[0], info)
         self.core = EngineCore(scheduler, self._executor, config.step_timeout, self.recording.submit)
-        self.pump = Pump(self.core)
+        self.pump = Pump(self.core, self.grammars)
 
     def submit(self, plan: StepPlan) -> Future[StepResult]:
         """Run a step that no scheduler planned, for benchmarks; only while no request is here."""

@@ -55,6 +55,10 @@ class Balance:
         """Which rank serves a request; None if it was never added, or forgotten."""
         return self._rank_of.get(request_id)
 
+    def is_under_way(self, request_id: str) -> bool:
+        """Whether a request was added and has not ended."""
+        return request_id in self._left
+
     def came(self, request_id: str, tokens: int) -> None:
         """So many of its tokens came."""
         if request_id in self._left:

@@ -37,6 +37,7 @@ class EngineProcess:
         profiler: m.ProfilerOptions | None = None,
     ) -> None:
         self._socket, self._core, self._queue_timeout_s = socket, engine.core, queue_timeout_s
+        self._taken: list[RequestUpdate] = []  # of requests that were taken in, and whose front end has yet to be told
         self._queued: dict[str, float] = {}  # when each must have a slot, in order of arrival; may name ended ones
         self._gate = GrammarGate(engine.grammars, self._add, self._refuse)
         self._profiler = None if profiler is None else Profiler(engine.recording, profiler, self._reply)
@@ -54,6 +55,9 @@ class EngineProcess:
                     return
                 self._take(message)
             self._gate.poll()
+            if self._taken:
+                self._send(self._taken)
+                self._taken = []
             if self._profiler is not None:
                 self._profiler.poll()
             if self._queued:
@@ -85,7 +89,8 @@ class EngineProcess:
             if self._lock_step is not None:
                 self._lock_step.busy = True  # before the wake-up
                 self._engine.wake(message.wake)
-            self._gate.take(message.request)
+            for request in message.requests:
+                self._gate.take(request)
         elif isinstance(message, m.Abort):
             for request_id in message.request_ids:
                 self._gate.abort(request_id)
@@ -148,7 +153,7 @@ class EngineProcess:
             sys.excepthook(*sys.exc_info())
             self._refuse(request.id, ThalwegError(f"the engine could not take the request in: {type(e).__name__}"))
         else:
-            self._send([RequestUpdate(request.id, [])])  # it is taken in, and can wait
+            self._taken.append(RequestUpdate(request.id, []))  # it can wait
             if self._profiler is not None:
                 self._profiler.added(request)
             if self._queue_timeout_s is not None:

@@ -31,9 +31,9 @@ class Start(msgspec.Struct, frozen=True, tag=True):
 
 
 class Add(msgspec.Struct, frozen=True, tag=True):
-    """A request, and the number of the wake-up that comes with it, if there are several data-parallel ranks."""
+    """Requests, and the number of the wake-up that comes with them, if there are several data-parallel ranks."""
 
-    request: Request
+    requests: list[Request]
     wake: int = 0
 
 

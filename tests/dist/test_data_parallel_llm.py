@@ -1,0 +1,74 @@
+"""`LLM(data_parallel_size=2)` answers as with one rank, and refuses what it does not offer."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.tiny_model import write_tiny_model
+from thalweg import LLM, Grammar, SamplingParams
+from thalweg.engine.data_parallel import DataParallelEngine
+from thalweg.errors import EngineDeadError, InvalidRequest
+
+PROMPTS = [[5, 9, 2, 7] * (1 + 3 * n) for n in range(7)]
+GREEDY = SamplingParams(max_tokens=9, temperature=0, ignore_eos=True)
+PARAMS = [
+    SamplingParams(max_tokens=3 + i, seed=i, temperature=i % 2, ignore_eos=True, logprobs=2, prompt_logprobs=1)
+    for i in range(len(PROMPTS))
+]
+GRAMMAR = SamplingParams(max_tokens=20, temperature=0, grammar=Grammar("regex", "[a-z]{4,12}!"))
+OPTIONS = {"max_num_seqs": 3, "max_num_batched_tokens": 64}
+
+
+def answers(llm: LLM) -> list[object]:
+    """Of every kind of request, without what differs from run to run."""
+    together = [(o.outputs[0].token_ids, o.outputs[0].finish_reason) for o in llm.generate(PROMPTS, PARAMS)]
+    texts = [o.outputs[0].text for o in llm.chat([{"role": "user", "content": "a"}], GREEDY)]
+    streamed = [t for delta in llm.stream(PROMPTS[2], GREEDY) for t in delta.token_ids]
+    session = llm.session("one", PROMPTS[6] * 4)
+    first = session.generate([3, 4], GREEDY).outputs[0].token_ids
+    other, *_ = llm.fork(session, 2)
+    continued = [each.generate([7], GREEDY).outputs[0].token_ids for each in (session, other)]
+    session.roll_back(0)
+    return [
+        together,
+        texts,
+        streamed,
+        first,
+        continued,
+        session.token_ids,
+        llm.generate("b", GRAMMAR)[0].outputs[0].text,
+    ]
+
+
+@pytest.mark.slow
+def test_same_answers_as_one_rank(tmp_path: Path) -> None:
+    folder = str(write_tiny_model(tmp_path / "tiny"))
+    with LLM(folder, **OPTIONS) as llm:
+        expected = answers(llm)
+    with LLM(folder, data_parallel_size=2, enable_expert_parallel=True, **OPTIONS) as llm:
+        assert isinstance(llm.engine, DataParallelEngine)
+        with pytest.raises(InvalidRequest, match="data_parallel_size 1"):
+            llm.prompt_logits([1, 2])
+        with pytest.raises(InvalidRequest, match="600 tokens"):
+            llm.generate([[1], [2] * 600], GREEDY)
+        with pytest.raises(InvalidRequest, match="grammar"):
+            llm.generate(["a", "b"], [GREEDY, SamplingParams(grammar=Grammar("regex", "("))])
+        assert answers(llm) == expected
+        for session in ("one", "one/1", "one/2"):
+            llm.session(session).delete()
+
+        # Callers of several threads, one of whom leaves early; then nothing is left of them.
+        stream = llm.stream(PROMPTS[0], SamplingParams(max_tokens=300, ignore_eos=True))
+        assert next(stream).token_ids
+        with ThreadPoolExecutor(3) as pool:
+            found = list(pool.map(lambda i: llm.generate([PROMPTS[i]], PARAMS[i])[0].outputs[0].token_ids, range(6)))
+        stream.close()
+        assert found == [tokens for tokens, _ in expected[0][:6]]  # type: ignore[index]
+        engine = llm.engine
+    with pytest.raises(EngineDeadError, match="closed"):
+        engine.pump.keep("a", "", [1])
+    with pytest.raises(EngineDeadError, match="closed"):
+        llm.generate("a")
