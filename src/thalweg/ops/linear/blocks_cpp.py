@@ -1,18 +1,16 @@
-"""Matrices in GGML's blocks for C++ on a CPU, and their products with few tokens (few.cpp) and many
-(many.cpp)."""
+"""Matrices in GGML's blocks for C++ on a CPU, and their products."""
 
 from __future__ import annotations
 
-from ctypes import Array, c_float, c_int, c_int32, c_int64, c_void_p
-from functools import cache
-from typing import Any, NamedTuple
+from ctypes import Array, c_int32, c_int64
+from functools import partial
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
+from thalweg.ops.linear.cpp import product
 from thalweg.ops.norm.reference import rms_norm
 from thalweg.ops.registry import Refusal
-from thalweg.ops.toolchain.cpu_build import DTYPES, function
 from thalweg.quant import GgmlRows
 from thalweg.quant.ggml_types import TYPES
 
@@ -41,20 +39,13 @@ def refusal(scheme: GgmlRows, *, rounds: bool = False) -> Refusal:
     return f"has no code for {', '.join(unserved)}" if unserved else None
 
 
-@cache
-def _run(name: str) -> Any:
-    matrix, norm = (c_void_p, c_int, c_void_p, c_void_p), (c_int, c_void_p, c_float)
-    rest = (c_void_p, c_int64, c_void_p, *[c_int64] * 3, c_int)
-    return function(name, c_int, c_void_p, c_int64, *matrix, c_int, *norm, *rest)
-
-
 class BlockLinear:
-    """y_TO = x @ w.T of w in GGML's blocks, as op "linear_ggml" says; rounds: of x rounded to 8 bits; many:
-    for prompts."""
+    """y_TO = x @ w.T of w in GGML's blocks, as op "linear_ggml" says; rounds: of x rounded to 8 bits; many: for
+    prompts."""
 
     def __init__(self, scheme: GgmlRows, *, rounds: bool = False, many: bool = False) -> None:
-        self._name, self._rounds = "linear_ggml_many" if many else "linear_ggml", rounds
-        self._segments, self._tile = Segments.of(scheme), scheme.tile
+        self._product = partial(product, layout=Segments.of(scheme), rounds=rounds, many=many)
+        self._tile = scheme.tile
         self._rows = sum(rows for _, rows in scheme.segments)
 
     def __call__(
@@ -72,24 +63,5 @@ class BlockLinear:
         if self._tile is not None:  # columns of w are in a file's order: x follows them
             R, G, V = self._tile
             x_TD = x_TD.unflatten(-1, (G, R, V)).transpose(-3, -2).flatten(-3)
-        (T, D), O = x_TD.shape, self._rows
-        y_TO = x_TD.new_empty(T, O)
-        _run(self._name)(
-            DTYPES[x_TD.dtype],
-            x_TD.data_ptr(),
-            x_TD.stride(0),
-            blocks.data_ptr(),
-            *self._segments,
-            self._rounds,
-            0 if norm_weight_D is None else DTYPES[norm_weight_D.dtype],
-            None if norm_weight_D is None else norm_weight_D.data_ptr(),
-            eps,
-            None if residual_TO is None else residual_TO.data_ptr(),
-            0 if residual_TO is None else residual_TO.stride(0),
-            y_TO.data_ptr(),
-            T,
-            D,
-            O,
-            torch.get_num_threads(),
-        )
-        return y_TO
+        y_TO = x_TD.new_empty(x_TD.shape[0], self._rows)
+        return self._product(x_TD, blocks, y_TO, norm_weight_D=norm_weight_D, eps=eps, residual_TO=residual_TO)

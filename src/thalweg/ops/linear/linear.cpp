@@ -1,4 +1,5 @@
-// Ops "linear", "norm_linear", "linear_add" and "linear_ggml" of many tokens.
+// Ops "linear", "norm_linear", "linear_add" and "linear_ggml" of few tokens, and of many in panels.
+#include "int8.h"
 #include "products.h"
 #include "recording.h"
 
@@ -6,10 +7,44 @@ using namespace thalweg;
 
 namespace {
 
+template <class T, class N, class W>
+void linear_of_few(
+    const T* x,
+    int64_t x_stride,
+    const W& w,
+    const N* norm,
+    float eps,
+    const T* residual,
+    int64_t residual_stride,
+    T* y,
+    int64_t y_stride,
+    int64_t tokens,
+    int64_t columns,
+    int64_t rows,
+    int threads) {
+  const int64_t stride = padded(columns), chunk = rows_of_task(w.row_bytes());
+  float* wide = scratch<0>(tokens * stride);
+  widen(x, x_stride, norm, eps, tokens, columns, wide);
+  if constexpr (requires { w.round(wide); })
+    for (int64_t t = 0; t < tokens; t++) w.round(wide + t * stride);
+  threads = worth(threads, rows * w.row_bytes());
+  parallel_for(threads, (rows + chunk - 1) / chunk, [&](int64_t c) {
+    int64_t first = c * chunk, count = rows - first < chunk ? rows - first : chunk;
+    float* sums = scratch<1>(tokens * chunk);
+    w.times(first, count, wide, stride, tokens, sums, chunk);
+    for (int64_t t = 0; t < tokens; t++)
+      in_lanes(count, [&](int64_t r, int64_t n) {
+        Vec v = load(sums + t * chunk + r, n);
+        if (residual) v += load(residual + t * residual_stride + first + r, n);
+        store(y + t * y_stride + first + r, v, n);
+      });
+  });
+}
+
 constexpr int64_t TOKENS = 16 * PANEL;  // that are packed at a time
 
 template <class T, class N, class W>
-void linear(
+void linear_of_many(
     const T* x,
     int64_t x_stride,
     const W& w,
@@ -52,11 +87,18 @@ void linear(
 
 }  // namespace
 
-extern "C" void thalweg_linear_many(
+// segments 0: w is in the model's dtype, and there are no types and rows. rounds: whether x is rounded to 8 bits. many:
+// in panels.
+extern "C" void thalweg_linear(
     int dtype,
     const void* x,
     int64_t x_stride,
     const void* w,
+    int segments,
+    const int32_t* types,
+    const int64_t* segment_rows,
+    int rounds,
+    int many,
     int norm_dtype,
     const void* norm,
     float eps,
@@ -68,58 +110,30 @@ extern "C" void thalweg_linear_many(
     int64_t columns,
     int64_t rows,
     int threads) {
-  auto run = [&](auto t, auto n) {
-    using T = decltype(t);
-    using N = decltype(n);
-    for (int64_t first = 0; first < tokens; first += TOKENS)
-      linear<T, N>(
-          (const T*)x + first * x_stride, x_stride, PlainMatrix<T>{(const T*)w, columns}, (const N*)norm, eps,
-          residual ? (const T*)residual + first * residual_stride : nullptr, residual_stride, (T*)y + first * y_stride,
-          y_stride, tokens - first < TOKENS ? tokens - first : TOKENS, columns, rows, threads);
-  };
-  if (dtype == FLOAT32)
-    run(float{}, float{});
-  else
-    norm_dtype == FLOAT32 ? run(bf16{}, float{}) : run(bf16{}, bf16{});
-}
-
-extern "C" void thalweg_linear_ggml_many(
-    int dtype,
-    const void* x,
-    int64_t x_stride,
-    const uint8_t* w,
-    int segments,
-    const int32_t* types,
-    const int64_t* segment_rows,
-    int rounds,
-    int norm_dtype,
-    const void* norm,
-    float eps,
-    const void* residual,
-    int64_t residual_stride,
-    void* y,
-    int64_t tokens,
-    int64_t columns,
-    int64_t rows,
-    int threads) {
-  auto run = [&](auto t, auto n, const auto& matrix) {
-    using T = decltype(t);
-    using N = decltype(n);
-    for (int64_t first = 0; first < tokens; first += TOKENS)
-      linear<T, N>(
+  auto run = [&]<class T, class N, class W>(T, N, const W& matrix) {
+    for (int64_t first = 0, some; first < tokens; first += some) {
+      some = many && tokens - first > TOKENS ? TOKENS : tokens - first;
+      (many ? linear_of_many<T, N, W> : linear_of_few<T, N, W>)(
           (const T*)x + first * x_stride, x_stride, matrix, (const N*)norm, eps,
-          residual ? (const T*)residual + first * residual_stride : nullptr, residual_stride, (T*)y + first * rows, rows,
-          tokens - first < TOKENS ? tokens - first : TOKENS, columns, rows, threads);
+          residual ? (const T*)residual + first * residual_stride : nullptr, residual_stride, (T*)y + first * y_stride,
+          y_stride, some, columns, rows, threads);
+    }
   };
-  const BlockMatrix exact{w, columns, segments, types, segment_rows};
-  auto of_dtype = [&](const auto& matrix) {
+  auto of_dtype = [&](auto matrix_of) {
     if (dtype == FLOAT32)
-      run(float{}, float{}, matrix);
+      run(float{}, float{}, matrix_of(float{}));
+    else if (norm_dtype == FLOAT32)
+      run(bf16{}, float{}, matrix_of(bf16{}));
     else
-      norm_dtype == FLOAT32 ? run(bf16{}, float{}, matrix) : run(bf16{}, bf16{}, matrix);
+      run(bf16{}, bf16{}, matrix_of(bf16{}));
   };
-  rounds ? of_dtype(RoundedMatrix{exact}) : of_dtype(exact);
+  const BlockMatrix blocks{(const uint8_t*)w, columns, segments, types, segment_rows};
+  if (!segments)
+    of_dtype([&]<class T>(T) { return PlainMatrix<T>{(const T*)w, columns}; });
+  else if (rounds)
+    of_dtype([&](auto) { return RoundedMatrix{blocks}; });
+  else
+    of_dtype([&](auto) { return blocks; });
 }
 
-THALWEG_RECORDABLE(linear_many)
-THALWEG_RECORDABLE(linear_ggml_many)
+THALWEG_RECORDABLE(linear)
