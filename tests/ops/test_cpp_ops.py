@@ -84,9 +84,9 @@ def test_linears_of_any_shape(T: int, D: int, O: int, dtype: torch.dtype, norm_f
         normed = norm_reference.rms_norm(x, norm, 1e-5)  # what is multiplied is rounded, as in plain torch
     if many:
         got = (
-            linear.linear_many(x, w),
-            linear.norm_linear_many(x, norm, 1e-5, w),
-            linear.linear_add_many(x, w, residual),
+            linear.linear(x, w, many=True),
+            linear.norm_linear(x, norm, 1e-5, w, many=True),
+            linear.linear_add(x, w, residual, many=True),
         )
     else:
         got = linear.linear(x, w), linear.norm_linear(x, norm, 1e-5, w), linear.linear_add(x, w, residual)
@@ -366,7 +366,7 @@ def test_attention_without_tokens_is_finite() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("op", [experts.experts, experts.experts_many])
+@pytest.mark.parametrize("op", [experts.experts, partial(experts.experts, many=True)])
 @pytest.mark.parametrize(
     ("T", "D", "I", "E", "k", "shared"),
     [(1, 64, 48, 8, 2, 1), (5, 37, 21, 4, 3, 0), (40, 96, 80, 6, 2, 2), (130, 520, 40, 5, 2, 1)],
@@ -382,7 +382,7 @@ def test_experts(op: Experts, T: int, D: int, I: int, E: int, k: int, shared: in
     assert torch.equal(case.residual, before)
 
 
-@pytest.mark.parametrize("op", [experts.experts, experts.experts_many])
+@pytest.mark.parametrize("op", [experts.experts, partial(experts.experts, many=True)])
 def test_experts_that_are_not_there_are_refused(op: Experts) -> None:
     for wrong in (-1, 9, 2**40):
         case = moe_case(2, 32, 16, 8, 2, 1, torch.float32)
@@ -393,7 +393,7 @@ def test_experts_that_are_not_there_are_refused(op: Experts) -> None:
 
 def test_experts_of_more_pairs_than_are_sorted_at_once() -> None:
     case = moe_case(9000, 24, 16, 4, 2, 0, torch.float32)
-    assert rmse_ratio(case.run(experts.experts_many), case.run(implementation("reference"))) < 1e-6
+    assert rmse_ratio(case.run(partial(experts.experts, many=True)), case.run(implementation("reference"))) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -536,8 +536,8 @@ def in_panels(dtype: torch.dtype, rows: slice = slice(None)) -> list[Tensor]:
     ]
     return [
         *products,
-        linear.norm_linear_many(x, norm, 1e-5, w),
-        moe.run(experts.experts_many),
+        linear.norm_linear(x, norm, 1e-5, w, many=True),
+        moe.run(partial(experts.experts, many=True)),
         *routed(router.norm_router_many, choice, 4),
     ]
 

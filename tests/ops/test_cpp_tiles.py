@@ -7,6 +7,7 @@ import platform
 import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from thalweg.ops.moe.router import cpp as router
 from thalweg.ops.toolchain import cpu_build
 
 pytestmark = needs_cpp
-SOURCES = ("attention/mla/prefill.cpp", "linear/many.cpp", "moe/experts/many.cpp", "moe/router/router.cpp")
+SOURCES = ("attention/mla/prefill.cpp", "linear/linear.cpp", "moe/experts/experts.cpp", "moe/router/router.cpp")
 
 
 @pytest.fixture(name="tiles", scope="module")
@@ -49,9 +50,9 @@ def whole(*shape: int, seed: int) -> Tensor:
 def test_linears_are_exact(T: int, D: int, O: int) -> None:
     x, w, residual = whole(T, D + 3, seed=0)[:, :D], whole(O, D, seed=1), whole(T, O + 2, seed=2)[:, :O]
     product = x.double() @ w.double().T
-    assert torch.equal(linear.linear_many(x, w), product.bfloat16())
+    assert torch.equal(linear.linear(x, w, many=True), product.bfloat16())
     added = (product + residual).bfloat16()
-    assert torch.equal(linear.linear_add_many(x, w, residual), added)
+    assert torch.equal(linear.linear_add(x, w, residual, many=True), added)
 
 
 @pytest.mark.usefixtures("tiles")
@@ -61,7 +62,7 @@ def test_linears_are_exact(T: int, D: int, O: int) -> None:
 def test_experts(T: int, D: int, I: int, E: int, k: int, shared: int) -> None:
     case = moe_case(T, D, I, E, k, shared, torch.bfloat16)
     case.x = torch.cat([case.x, case.x[:, :5]], 1)[:, :D]  # rows with a stride
-    y = case.run(experts.experts_many)
+    y = case.run(partial(experts.experts, many=True))
     assert rmse_ratio(y, experts_in_float64(case)) < 6e-3  # one rounding to bfloat16 is 1.7e-3
     assert rmse_ratio(y, case.run(implementation("reference"))) < 5e-4
 
@@ -82,7 +83,7 @@ def test_a_token_has_the_same_bits_on_any_number_of_threads_and_in_any_company()
 
     def results(rows: slice) -> list[Tensor]:
         here, chosen = (replace(c, x=c.x[rows], weights=c.weights[rows], ids=c.ids[rows]) for c in (moe, choice))
-        products = linear.linear_many(chosen.x, w), here.run(experts.experts_many)
+        products = linear.linear(chosen.x, w, many=True), here.run(partial(experts.experts, many=True))
         return [*products, *routed(router.norm_router_many, chosen, 4)]
 
     with threads(1):

@@ -1,5 +1,5 @@
-"""Experts on a CPU, in C++: of few tokens over weights in the model's dtype or in GGML's blocks (few.cpp), of many over
-weights in the model's dtype (many.cpp)."""
+"""Experts on a CPU, in C++, over weights in the model's dtype or in GGML's blocks: of few tokens, and of many in
+panels."""
 
 from __future__ import annotations
 
@@ -12,19 +12,17 @@ import torch
 from torch import Tensor
 
 from thalweg.ops.linear.blocks_cpp import Segments, refusal
+from thalweg.ops.linear.cpp import PLAIN_LAYOUT, Layout
 from thalweg.ops.moe.experts import ExpertsDims
 from thalweg.ops.registry import Refusal
 from thalweg.ops.toolchain.cpu_build import DTYPES, function
 from thalweg.quant import PLAIN, GgmlRows
 
-Layout = tuple[Any, Any, Any]  # of a weight: its Segments, or (0, None, None) if it is plain
-_PLAIN: Layout = (0, None, None)
-
 
 def build(dims: ExpertsDims, *, rounds: bool = False, many: bool = False) -> Callable[..., Tensor]:
     """rounds: whether activations are rounded to 8 bits before they are multiplied with GGML's blocks. many: for
     prompts."""
-    form = experts_many if many else experts
+    form = partial(experts, many=many)
     if dims.scheme == PLAIN.name:
         return form
     schemes = _schemes(dims)
@@ -50,10 +48,10 @@ def _schemes(dims: ExpertsDims) -> list[GgmlRows]:
 
 
 @cache
-def _run(name: str) -> Any:
+def _run() -> Any:
     x, routing, residual, sizes = (c_void_p, c_int64), [c_void_p] * 2, (c_void_p, c_int64), [c_int64] * 5
     weight = (c_void_p, c_int, c_void_p, c_void_p)
-    return function(name, c_int, *x, *routing, *weight, *weight, c_int, *residual, c_void_p, *sizes, c_int)
+    return function("experts", c_int, *x, *routing, *weight, *weight, c_int, c_int, *residual, c_void_p, *sizes, c_int)
 
 
 def experts(
@@ -68,15 +66,15 @@ def experts(
     own: tuple[Tensor, Tensor] | None = None,
     scale: float = 1.0,
     inner: int | None = None,
-    gate_up_layout: Layout = _PLAIN,
-    down_layout: Layout = _PLAIN,
+    gate_up_layout: Layout = PLAIN_LAYOUT,
+    down_layout: Layout = PLAIN_LAYOUT,
     rounds: bool = False,
-    name: str = "experts",
+    many: bool = False,
 ) -> Tensor:
     (T, k), E, D = ids_Tk.shape, down[0].shape[0], x_TD.shape[1]
     I = down[0].shape[2] if inner is None else inner
     y_TD = x_TD.new_empty(T, D)
-    served = _run(name)(
+    served = _run()(
         DTYPES[x_TD.dtype],
         x_TD.data_ptr(),
         x_TD.stride(0),
@@ -87,6 +85,7 @@ def experts(
         down[0].data_ptr(),
         *down_layout,
         rounds,
+        many,
         None if residual_TD is None else residual_TD.data_ptr(),
         0 if residual_TD is None else residual_TD.stride(0),
         y_TD.data_ptr(),
@@ -100,6 +99,3 @@ def experts(
     if not served:
         raise IndexError(f"ids of experts are {ids_Tk.min()} to {ids_Tk.max()}; expected 0 to {E - 1}")
     return y_TD
-
-
-experts_many = partial(experts, name="experts_many")
