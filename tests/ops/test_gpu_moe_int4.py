@@ -78,8 +78,8 @@ def test_experts_in_triton(T: int, skewed: bool, D: int, I: int, E: int, k: int,
     case = moe_case_int4(T, D, I, E, k, torch.bfloat16, "cuda", seed=T, own=own, scale=2.5)
     if skewed and T:
         case.ids[:] = case.ids[0]
-    for name in ("tiles", "grouped", "matrix"):
-        if (name != "tiles" or T <= 512) and (name != "matrix" or D % 256 == 0):
+    for name in ("tiles", "grouped", "matrix", "batch"):
+        if (name != "tiles" or T <= 512) and (name in ("tiles", "grouped") or D % 256 == 0):
             check(case, name)
 
 

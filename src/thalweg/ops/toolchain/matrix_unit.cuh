@@ -140,6 +140,7 @@ template <int N> __device__ void multiply_left(float (&c)[8 * N], const u32 (&a)
                      : registers                                                                            \
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));                       \
     }
+MULTIPLY_LEFT(1, "16", ALL(R1), "%8, %9, %10, %11", "%12", "%13")
 MULTIPLY_LEFT(2, "32", ALL(R2), "%16, %17, %18, %19", "%20", "%21")
 MULTIPLY_LEFT(4, "64", ALL(R4), "%32, %33, %34, %35", "%36", "%37")
 MULTIPLY_LEFT(6, "96", ALL(R6), "%48, %49, %50, %51", "%52", "%53")

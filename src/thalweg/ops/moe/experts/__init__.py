@@ -1,8 +1,8 @@
 """Op "experts": the experts' SwiGLU networks with the sum that ends them, over weights that carry their scheme.
 
-Eight forms on a GPU, by how many tokens share an expert: pairs and tiles for decode, sorted pairs for prompts (all in
-Triton, for the schemes of SCHEMES), products in CUDA C++ for a few tokens over fp8 and int4 ("cuda"), and, for prompts
-on Hopper, products of sorted pairs at the rate of the matrix unit: in bf16 and over int4 ("matrix"), and over fp8, for
+Nine forms on a GPU, by how many tokens share an expert: pairs and tiles for decode, sorted pairs for prompts (all in
+Triton, for the schemes of SCHEMES), products in CUDA C++ for a few tokens over fp8 and int4 ("cuda") and for batches over
+int4 ("batch"), and, for prompts on Hopper, products of sorted pairs at the rate of the matrix unit: in bf16 and over int4 ("matrix"), and over fp8, for
 which activations are quantized ("w8a8"), as in tiles of a batch, narrow ("tiles_w8a8") or wide ("joined_w8a8").
 """
 
@@ -113,6 +113,9 @@ JOINED_WIDTH, JOINED_COLUMNS, JOINED_TOKENS = 2048, 4096, 64
 MAX_CUDA_WARPS = 12
 CPU_FEW = Tokens(last=64)  # beyond, an expert has so many tokens that the library's products are faster
 INT4_COLUMNS, MAX_INT4_COLUMNS, MAX_INT4_TOKENS = 256, 7168, 64  # of a warp, and of as many as registers allow
+# Rows beyond which an expert has more tokens than a tile of "batch". Pairs of other ranks' experts may be left out, so it is
+# not the number of experts here that says how many of the rows one has.
+MAX_INT4_BATCH = 1024
 # Tokens from which on words are widened between products of warpgroups; fewer leave these too small.
 INT4_PROMPTS = 3072
 WIDE_STEPS, MAX_WIDE_WARPS = 4, 14  # over fp8, for up to 8 tokens: more would not fit the registers
@@ -229,6 +232,16 @@ def _finishing(form: Callable[..., Tensor]) -> Experts:
     return experts
 
 
+def _batch_refuses(where: Where, dims: ExpertsDims) -> Refusal:
+    if dims.scheme != "int4":
+        return f"needs weights in scheme int4, not {dims.scheme}"
+    if dims.E > MAX_SORTED_EXPERTS:
+        return f"needs at most {MAX_SORTED_EXPERTS} experts, not {dims.E}"
+    if dims.D % 256 or dims.I % 256 or not dims.D or not dims.I:
+        return f"needs D and I to be multiples of 256, not {dims.D} and {dims.I}"
+    return _no_cuda(where) or why_not_hopper()
+
+
 def _narrow_refuses(where: Where, dims: ExpertsDims) -> Refusal:
     if dims.own:
         return "has no programs for an expert of its own"
@@ -264,6 +277,12 @@ def _matrix(where: Where, dims: ExpertsDims) -> Experts:
     from thalweg.ops.moe.experts import matrix
 
     return matrix.experts
+
+
+def _batch(where: Where, dims: ExpertsDims) -> Experts:
+    from thalweg.ops.moe.experts import batch_int4
+
+    return batch_int4.experts
 
 
 def _tiles(where: Where, dims: ExpertsDims) -> Experts:
@@ -367,5 +386,6 @@ register(EXPERTS, "tiles_w8a8", _narrow, supports=_narrow_refuses, tokens=_some_
 _joined_tokens = Tokens(FEWEST_W8A8, JOINED_TOKENS)
 register(EXPERTS, "joined_w8a8", _joined, supports=_joined_refuses, tokens=_joined_tokens, priority=27, rounding=0.06)
 register(EXPERTS, "tiles", _tiles, supports=_triton_refuses, tokens=_some, priority=20)
+register(EXPERTS, "batch", _batch, supports=_batch_refuses, tokens=Tokens(last=MAX_INT4_BATCH), priority=25)
 register(EXPERTS, "pairs", _pairs, supports=_pairs_refuses, tokens=_few, priority=30)
 register(EXPERTS, "cuda", _cuda, supports=_cuda_refuses, tokens=_fewer, priority=40)
