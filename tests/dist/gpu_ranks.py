@@ -222,12 +222,15 @@ def tokens_to_experts_and_back(r: Ranks) -> None:
         weights = torch.rand(T, K + shared, device=r.device, generator=r.own)
         slots = torch.rand(T, 2 * here, device=r.device, generator=r.own).topk(K + shared).indices
         live = torch.randint(0, 3, (T,), device=r.device, generator=r.own)
-        parts = r.draw(2 * T * (K + shared), width).float()
+        parts, own = r.draw(2 * T * (K + shared), width).float(), r.draw(T, width).float()
 
         def step(x: Tensor = x, weights: Tensor = weights, slots: Tensor = slots, live: Tensor = live,
-                 residual: Tensor = residual, parts: Tensor = parts, form: Any = exchange) -> tuple[Tensor, ...]:  # fmt: skip
+                 residual: Tensor = residual, parts: Tensor = parts, own: Tensor = own,
+                 form: Any = exchange) -> tuple[Tensor, ...]:  # fmt: skip
             gathered = form.dispatch(x, weights, slots, live, ranks, here=here, shared=shared)
-            return *gathered, form.combine(residual, parts, ranks, weights_Ak=gathered.weights_Ak)
+            given = (residual, parts, ranks)
+            each = gathered.weights_Ak
+            return *gathered, form.combine(*given, weights_Ak=each), form.combine(*given, weights_Ak=each, own_TD=own)
 
         want = step(form=exchange_reference)
         side = torch.cuda.Stream()
@@ -246,7 +249,8 @@ def tokens_to_experts_and_back(r: Ranks) -> None:
             graph.replay()
         for a, b in zip(found[:3], want[:3], strict=True):
             assert torch.equal(a, b), (T, width)
-        assert ((found[3].float() - want[3].float()).norm() / want[3].float().norm()) < 0.005, (T, width)
+        for a, b in zip(found[3:], want[3:], strict=True):
+            assert ((a.float() - b.float()).norm() / b.float().norm()) < 0.005, (T, width)
     torch.cuda.synchronize()
     ranks.close()
 

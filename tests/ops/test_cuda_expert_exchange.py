@@ -20,6 +20,7 @@ from thalweg.ops.moe.exchange import Gathered, cuda, reference
 @pytest.fixture(autouse=True)
 def on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "cuda_kernel", HostKernel)
+    monkeypatch.setattr(cuda, "multiprocessors", lambda device: 6)
 
 
 class Ranks(HostRanks):
@@ -63,41 +64,50 @@ def test_tokens_of_all_ranks_and_what_they_take_here(size: int, T: int, D: int, 
 
 
 @pytest.mark.parametrize(
-    ("size", "D", "k", "wide", "skips"),
+    ("size", "D", "k", "wide", "ways"),
     [
-        (2, 1032, 4, True, False),
-        (2, 264, 0, False, False),
-        (3, 264, 2, False, False),
-        (2, 264, 3, True, True),
-        *(pytest.param(size, 264, 4, size == 8, size == 4, marks=REST) for size in MORE),
+        (2, 1032, 4, True, 2),
+        (2, 264, 0, False, 1),
+        (3, 264, 2, False, 2),
+        (2, 264, 3, True, 1),
+        *(pytest.param(size, 264, 4, size == 8, size // 2, marks=REST) for size in MORE),
     ],
 )
 def test_what_the_ranks_give_comes_back(
-    size: int, D: int, k: int, wide: bool, skips: bool, monkeypatch: pytest.MonkeyPatch
+    size: int, D: int, k: int, wide: bool, ways: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     of_host, T = Ranks(size), 2
-    monkeypatch.setattr(cuda, "FEWEST_SKIPPED", T if skips else T + 1)
-    for _ in range(3):
+    monkeypatch.setattr(cuda, "AT_ONCE", T * cuda.chunks_of(D) * cuda.threads_of(D) * ways)
+    for turn in range(3):
         residual = torch.randn(size, T, D + 8).bfloat16()[..., :D]
         parts = torch.randn(size, size * T * max(k, 1), D).to(torch.float32 if wide else torch.bfloat16)
         weights = torch.rand(size, size * T, k) * torch.randint(0, 2, (size, size * T, k)) if k else None
         if weights is not None:
             parts[weights.view(size, -1) == 0] = torch.nan  # left out, so it may be anything
 
-        def combine(r: Any, x: Tensor = residual, p: Tensor = parts, w: Tensor | None = weights) -> Tensor:
-            return cuda.combine(x[r.rank], p[r.rank], r, weights_Ak=None if w is None else w[r.rank])
+        own = torch.randn(size, T, D) if turn else None
+
+        def combine(r: Any, x: Tensor = residual, p: Tensor = parts, w: Any = weights, own: Any = own) -> Tensor:
+            options = {"weights_Ak": w, "own_TD": own}
+            return cuda.combine(
+                x[r.rank], p[r.rank], r, **{k: v if v is None else v[r.rank] for k, v in options.items()}
+            )
 
         given = parts.float().view(size, size, T, max(k, 1), D)  # by, to
         if weights is not None:
             given = torch.nan_to_num(given) * weights.view(size, size, T, k, 1)
         sums = given.sum(3).bfloat16().float().sum(0)
         for rank, y in enumerate(of_host.run(combine)):
-            torch.testing.assert_close(y, (residual[rank].float() + sums[rank]).bfloat16(), atol=0.02, rtol=0.01)
+            want = residual[rank].float() + sums[rank] + (0.0 if own is None else own[rank])
+            torch.testing.assert_close(y, want.bfloat16(), atol=0.02, rtol=0.01)
 
 
-@pytest.mark.parametrize(("ranks", "wide"), [(2, 1), (8, 0)])
-def test_they_compile_for_hopper(ranks: int, wide: int, tmp_path: Path) -> None:
-    dispatch = {"D": 2304, "K": 8, "SHARED": 1, "HERE": 128, "BLOCK": 256}
-    assert compile_cuda(cuda.DISPATCH, tmp_path, RANKS=ranks, RANK=1, **dispatch).spilled_bytes == 0
-    combine = {"D": 2304, "PARTS": 9, "WEIGHTED": 1, "WIDE": wide, "SKIPS": 1 - wide, "BLOCK": 96}
-    assert compile_cuda(cuda.COMBINE, tmp_path, RANKS=ranks, RANK=1, **combine).spilled_bytes == 0
+@pytest.mark.parametrize(("ranks", "wide", "ways"), [(2, 1, 2), (8, 0, 8), (8, 1, 8), (8, 1, 1)])
+def test_they_compile_for_hopper(ranks: int, wide: int, ways: int, tmp_path: Path) -> None:
+    dispatch = {"D": 2304, "K": 8, "SHARED": 1, "HERE": 128, "BLOCK": 256 if ranks == 2 else 128}
+    compiled = compile_cuda(cuda.DISPATCH, tmp_path, RANKS=ranks, RANK=1, **dispatch)
+    assert compiled.spilled_bytes == 0
+    assert compiled.registers <= 32
+    combine = {"D": 2304, "PARTS": 9, "WEIGHTED": 1, "WIDE": wide, "OWN": wide, "BLOCK": 128, "WAYS": ways}
+    compiled = compile_cuda(cuda.COMBINE, tmp_path, RANKS=ranks, RANK=1, **combine)
+    assert compiled.spilled_bytes == 0

@@ -34,8 +34,12 @@ __device__ __forceinline__ void begin_exchange(Ranks& r) { r.number = load_anew(
 // In one thread, once all of the block have begun.
 __device__ __forceinline__ void end_exchange(const Ranks& r) { *r.count = r.number; }
 
+// In the memory of a reader.
+__device__ __forceinline__ u8* place_of(const Ranks& r, u8* memory, int writer) {
+    return memory + ((r.number & 1) * RANKS + writer) * r.bytes;
+}
 __device__ __forceinline__ u8* place_of(const Ranks& r, int reader, int writer) {
-    return r.peers[reader] + ((r.number & 1) * RANKS + writer) * r.bytes;
+    return place_of(r, r.peers[reader], writer);
 }
 __device__ __forceinline__ void tell_rank(u8* to, u32 x, u32 y, u32 number) {
     tell_system((u64*)to, (u64)number << 32 | x, (u64)number << 32 | y);

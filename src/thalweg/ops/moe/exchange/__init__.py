@@ -80,9 +80,17 @@ class ExpertDispatch(Protocol):
 
 class ExpertCombine(Protocol):
     def __call__(
-        self, residual_TD: Tensor, parts_PD: Tensor, ranks: Ranks, /, *, weights_Ak: Tensor | None = None
+        self,
+        residual_TD: Tensor,
+        parts_PD: Tensor,
+        ranks: Ranks,
+        /,
+        *,
+        weights_Ak: Tensor | None = None,
+        own_TD: Tensor | None = None,
     ) -> Tensor:
-        """y_TD = residual + what all ranks' experts gave for this rank's tokens, in the order of the ranks.
+        """y_TD = residual + own_TD, fp32, if there is one, + what all ranks' experts gave for this rank's tokens, in
+        the order of the ranks.
 
         A rank gives parts [A, D] of all ranks' tokens in x's dtype, or, with weights_Ak, k rows of parts [A * k, D] of
         each, in that or fp32, times these, summed in fp32; a row whose weight is 0 is left out, whatever stands there.

@@ -12,7 +12,7 @@ constexpr int PLACE = 4096;  // bytes that a block writes for a rank at most: op
 constexpr int WIDTH = D / 4, EACH = K + SHARED, BLOCKS = (WIDTH + EACH + BLOCK - 1) / BLOCK;
 
 // x and all_x in units of 8 bytes, the stride in elements; [tokens, EACH] weights and slots; live [tokens].
-extern "C" __global__ void __launch_bounds__(BLOCK)
+extern "C" __global__ void __launch_bounds__(BLOCK, 2048 / BLOCK)
     dispatch(const uint2* x, const float* weights, const long long* slots, const long long* live, uint2* all_x,
              float* all_weights, long long* all_ids, int tokens, long long x_stride, const u64* table, long long bytes) {
     const int tid = threadIdx.x, token = blockIdx.x / BLOCKS, at = blockIdx.x % BLOCKS * BLOCK + tid, j = at - WIDTH;

@@ -30,7 +30,14 @@ def dispatch(
     return Gathered(x_AD, torch.where(ours_Ak, weights_Ak, 0.0), torch.where(ours_Ak, ids_Ak, -1))
 
 
-def combine(residual_TD: Tensor, parts_PD: Tensor, ranks: Ranks, *, weights_Ak: Tensor | None = None) -> Tensor:
+def combine(
+    residual_TD: Tensor,
+    parts_PD: Tensor,
+    ranks: Ranks,
+    *,
+    weights_Ak: Tensor | None = None,
+    own_TD: Tensor | None = None,
+) -> Tensor:
     T = len(residual_TD)
     if weights_Ak is not None:
         weights_Ak1 = weights_Ak.unsqueeze(-1)
@@ -38,4 +45,5 @@ def combine(residual_TD: Tensor, parts_PD: Tensor, ranks: Ranks, *, weights_Ak: 
         parts_PD = torch.where(weights_Ak1 != 0, parts_AkD * weights_Ak1, 0.0).sum(1)
     each = [T] * ranks.size
     parts_AD = ranks.all_to_all(parts_PD.to(residual_TD.dtype), each, each)
-    return (residual_TD + parts_AD.view(ranks.size, T, -1).float().sum(0)).to(residual_TD.dtype)
+    sum_TD = residual_TD + parts_AD.view(ranks.size, T, -1).float().sum(0)
+    return (sum_TD if own_TD is None else sum_TD + own_TD).to(residual_TD.dtype)
