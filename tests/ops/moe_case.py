@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -135,6 +135,30 @@ def _finished(
         return parts
     weights_Tk1 = weights_Tk.unsqueeze(-1)
     return torch.where(weights_Tk1 != 0, parts.view(*weights_Tk.shape, -1).float() * weights_Tk1, 0.0).sum(1)
+
+
+def own_beside(case: MoeCase, own_rows: tuple[int, int]) -> Experts:
+    """Op "gathered_experts" in int4 as "experts" of a case without its own expert, whose part is checked."""
+    from thalweg.ops.moe.experts import cuda_int4
+
+    own, (first, count) = case.own, own_rows
+    assert own is not None
+    h = F.linear(case.x[first : first + count].double(), own[0].double())
+    gate, up = h.chunk(2, -1)
+    expected = F.linear(F.silu(gate) * up, own[1].double())
+
+    def experts(
+        x: Tensor, weights: Tensor, ids: Tensor, *stored: Any, finish: Callable[..., Tensor], num_shared: int
+    ) -> Tensor:
+        def finished(parts: Tensor, *, own_TD: Tensor, **others: Any) -> Tensor:
+            assert rmse_ratio(own_TD, expected) < 0.005
+            return finish(parts, **others)
+
+        apart: Any = None
+        return cuda_int4.gathered_experts(x, apart, weights, ids, *stored, own, finished, own_rows=own_rows)
+
+    form: Any = experts
+    return cast(Experts, form)
 
 
 def in_float8(x: Tensor, columns: int | None = None) -> Tensor:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.ops.compile_cuda import compile_cuda
-from tests.ops.moe_case import check_left_out, experts_in_float64, moe_case_int4, rmse_ratio
+from tests.ops.moe_case import check_left_out, experts_in_float64, moe_case_int4, own_beside, rmse_ratio
 from tests.ops.run_on_host import HostKernel, host_tensor_map
 from thalweg.ops.moe import experts
 from thalweg.ops.moe.experts import EXPERTS, ExpertsDims, cuda_int4
@@ -51,16 +51,28 @@ def test_on_the_host(monkeypatch: pytest.MonkeyPatch, T: int, D: int, I: int, ow
         assert torch.equal(y, case.residual + added)
 
 
-@pytest.mark.parametrize("tokens", [1, 8, MAX_TOKENS])
+@pytest.mark.parametrize(("T", "first", "count"), [(3, 1, 1), (12, 6, 6), (30, 10, 10)])
+def test_an_own_expert_of_some_tokens_on_the_host(
+    monkeypatch: pytest.MonkeyPatch, T: int, first: int, count: int
+) -> None:
+    """As a rank has it beside tokens of others, most of whose experts are elsewhere."""
+    monkeypatch.setattr(cuda_int4, "cuda_kernel", HostKernel)
+    monkeypatch.setattr(cuda_int4, "tensor_map", host_tensor_map)
+    monkeypatch.setattr(cuda_int4, "multiprocessors", lambda device: 3)
+    case = moe_case_int4(T, 256, 256, 5, 2, torch.bfloat16, seed=T, own=256)
+    check_left_out(replace(case, own=None), own_beside(case, (first, count)), 0.004)
+
+
+@pytest.mark.parametrize(("tokens", "own"), [(1, 1), (8, 8), (MAX_TOKENS, MAX_TOKENS), (MAX_TOKENS, 8)])
 @pytest.mark.parametrize(
     ("gated", "columns", "rows"),
     [(1, 7168, 2048), (0, 2048, 7168), (1, 7168, 256), (0, 256, 7168), (1, 2304, 256)],
 )
-def test_they_compile_for_hopper(tmp_path: Path, tokens: int, gated: int, columns: int, rows: int) -> None:
+def test_they_compile_for_hopper(tmp_path: Path, tokens: int, own: int, gated: int, columns: int, rows: int) -> None:
     cut = geometry(columns, 384, 8, tokens)
     assert cut is not None
-    macros = {"GATED": gated, "COLS": columns, "OUT": rows, "OWN": 1, "TOKENS": tokens}
-    compiled = compile_cuda(SOURCE, tmp_path, E=384, K=8, ENDS=1, **macros, **cut.macros)
+    macros = {"GATED": gated, "COLS": columns, "OUT": rows, "OWN": own, "TOKENS": tokens}
+    compiled = compile_cuda(SOURCE, tmp_path, E=384, K=8, ENDS=int(own == tokens), **macros, **cut.macros)
     assert compiled.spilled_bytes <= 160  # of a pass, not of an item
     per_partition = -(-(cut.warps + 2) * cut.blocks // 4)  # warps of a quarter of a multiprocessor
     assert per_partition * compiled.registers * 32 <= 16384

@@ -30,6 +30,7 @@ from thalweg.ops.moe.experts import ExpertsDims
 from thalweg.ops.moe.routed import RoutedExpertsDims, refusal
 from thalweg.ops.registry import Resolver, Rows, Where, implementations
 from thalweg.ops.toolchain import cuda_build, triton_support
+from thalweg.parallel.data_ranks import DataRanks
 from thalweg.parallel.mesh import Mesh
 from thalweg.parallel.shards import Shards
 from thalweg.quant import scheme_named
@@ -72,12 +73,14 @@ def resolved(
     return resolver
 
 
-def resolved_k2(shared_dir: Path, name: str, ranks: int, prefer: dict[str, str] | None = None) -> Resolver:
+def resolved_k2(
+    shared_dir: Path, name: str, ranks: int, prefer: dict[str, str] | None = None, data: int = 1
+) -> Resolver:
     resolver, cuda = Resolver(prefer), torch.device("cuda")
     raw = json.loads((shared_dir / f"configs/{name}.json").read_text())
     config = kimi_k2.read({**raw, "num_hidden_layers": 2})
-    plan = {t.name: t for t in weight_plan(KimiK2(), config, Shards(0, ranks))}
-    mesh, meta = Mesh(0, ranks), torch.device("meta")
+    plan = {t.name: t for t in weight_plan(KimiK2(), config, Shards(0, ranks, 0, data))}
+    mesh, meta = Mesh(0, ranks, data=DataRanks(0, data)), torch.device("meta")
     Decoder(_MetaContext(meta, torch.bfloat16, mesh, resolver, "float32", plan, block_size=64, target=cuda), config)
     return resolver
 
@@ -171,6 +174,21 @@ def test_router_and_experts_are_apart_if_one_of_them_is_asked_for(shared_dir: Pa
     found = tables(resolved_k2(shared_dir, "kimi_k2_5_text_int4", 1, prefer))
     assert "routed_experts" not in found
     assert found[next(iter(prefer))][0].endswith(next(iter(prefer.values())))
+
+
+@pytest.mark.parametrize(("ranks", "data"), [(1, 2), (1, 8), (2, 4)])
+def test_experts_of_kimi_k2_that_data_parallel_ranks_divide(shared_dir: Path, ranks: int, data: int) -> None:
+    for name, spans in (("kimi_k2_instruct", None), ("kimi_k2_5_text_int4", ["1-64: cuda", "65-: reference"])):
+        found = tables(resolved_k2(shared_dir, name, ranks, data=data))
+        assert found.get("gathered_experts") == spans
+        # Of all ranks' tokens, as long as these fit.
+        assert (found["expert_dispatch"], found["expert_combine"]) == (
+            ["1-256: cuda", "257-: reference"],
+            ["1-292: cuda", "293-: reference"],
+        )
+    prefer = {"gathered_experts": "reference"}
+    found = tables(resolved_k2(shared_dir, "kimi_k2_5_text_int4", ranks, prefer, data))
+    assert found["gathered_experts"] == ["reference"]
 
 
 INT4 = ExpertsDims(E=384, D=7168, I=2048, scheme="int4", own=2048)

@@ -106,10 +106,9 @@ class ExpertExchange:
         own_TD: Tensor | None = None,
         scale: float = 1.0,
     ) -> Tensor:
-        """The residual of this rank's tokens plus what all ranks' experts gave for them; a `Finish` of the experts of
-        what `dispatch` gave, of which there is none that every token takes."""
-        assert own_TD is None
-        return self._combine(residual_TD, parts_PD, self._ranks, weights_Ak=weights_Tk)
+        """The residual of this rank's tokens plus what all ranks' experts gave for them, and their own expert (fp32); a
+        `Finish` of the experts of what `dispatch` gave."""
+        return self._combine(residual_TD, parts_PD, self._ranks, weights_Ak=weights_Tk, own_TD=own_TD)
 
     def _slots_of(self, ids_Tk: Tensor) -> Tensor:
         """The slot, over all ranks, of each pair's expert."""

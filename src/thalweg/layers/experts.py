@@ -144,11 +144,18 @@ class SharedExpert(nn.Module):
         super().__init__()
         local = ctx.shards.count(inner, "shared_expert_intermediate_size" if gated else "moe_intermediate_size")
         self.split = [2 * local, int(gated)]
-        self.gated = gated
+        self.gated, self.width = gated, local
         self.in_proj = Linear(ctx.below("in_proj"), width, sum(self.split))
         self.down = Linear(ctx.below("down"), local, width)
         self._act = ctx.op(SILU_AND_MUL, SiluAndMulDims(I=local))
         self._gated_add = ctx.op(GATED_ADD, GatedAddDims(D=width))
+
+    @property
+    def weights(self) -> tuple[Tensor, Tensor] | None:
+        """As those of an OwnExpert; None if it is quantized or has a gate."""
+        if self.gated or self.in_proj.is_quantized or self.down.is_quantized:
+            return None
+        return self.in_proj.weight, self.down.weight
 
     def forward(self, normed_TD: Tensor) -> Tensor:
         y_TD, gate_T1 = self._output_and_gate(normed_TD)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -13,6 +14,8 @@ from thalweg.layers.experts import Experts, OwnExpert, Router, SharedExpert
 from thalweg.layers.linear import GateUp, LinearAdd
 from thalweg.ops.all_reduce import ALL_REDUCE_ADD, AllReduceAdd, AllReduceAddDims
 from thalweg.ops.moe.experts import EXPERTS
+from thalweg.ops.moe.gathered import GATHERED_EXPERTS, GatheredExperts
+from thalweg.ops.moe.gathered import refusal as why_not_gathered
 from thalweg.ops.moe.routed import ROUTED_EXPERTS, RoutedExperts, RoutedExpertsDims, refusal
 from thalweg.ops.moe.router import NORM_ROUTER, Scoring
 from thalweg.ops.norm import NextNorm
@@ -123,6 +126,11 @@ class MoE(nn.Module):
         # With an exchange only some of the tokens have shared experts behind their routed ones.
         promised = 0 if divided else shared
         self.experts = Experts(ctx.below("experts"), width, total, promised, local, own, own_scale)
+        self._gathered: GatheredExperts | None = None
+        if divided and isinstance(self.shared, SharedExpert) and self.shared.weights is not None:
+            gathered = replace(self.experts.dims, own=self.shared.width)
+            if why_not_gathered(ctx.where, gathered) is None and not ctx.resolver.prefers(EXPERTS.name):
+                self._gathered = ctx.op(GATHERED_EXPERTS, gathered)
         self._together: RoutedExperts | None = None
         whole = self._exchange is None and self._reduce_add is None and not isinstance(self.shared, SharedExpert)
         # Whoever asks for one of them by name is to have it.
@@ -197,18 +205,47 @@ class MoE(nn.Module):
         k, own = self.router.top_k, self.router.shared
         # What the experts' sum is added to; if ranks share the model, which sum over theirs at last, this one's part.
         added_TD = x_TD if self._reduce_add is None else torch.zeros_like(x_TD)
-        if isinstance(self.shared, SharedExpert):
-            added_TD = self.shared.added(normed_TD, added_TD)
         if self.mesh.data.live_T is not None:
-            gathered = exchange.dispatch(normed_TD, weights_Tk, ids_Tk)
-            y_TD: Tensor = self.experts(*gathered, None, None, partial(exchange.combine, added_TD))
+            y_TD = self._padded(exchange, added_TD, normed_TD, weights_Tk, ids_Tk)
         else:
+            added_TD = self._with_shared(normed_TD, added_TD)
             if own:
                 ids_S = torch.arange(self._routed, self._routed + own, device=ids_Tk.device, dtype=ids_Tk.dtype)
                 ids_TS = ids_S.expand(len(ids_Tk), own).contiguous()
                 added_TD = self.experts(normed_TD, weights_Tk[:, k:].contiguous(), ids_TS, added_TD, None)
             y_TD = added_TD + exchange(normed_TD, weights_Tk[:, :k], ids_Tk[:, :k], self._run_routed)
         return y_TD if self._reduce_add is None else self._reduce_add(x_TD, y_TD, self.mesh)
+
+    def _padded(
+        self, exchange: ExpertExchange, added_TD: Tensor, normed_TD: Tensor, weights_Tk: Tensor, ids_Tk: Tensor
+    ) -> Tensor:
+        """Of a step in which all ranks have as many rows. The shared expert is behind what brings the others' rows: its
+        weights are on their way while that waits."""
+        gathered = exchange.dispatch(normed_TD, weights_Tk, ids_Tk)
+
+        def apart() -> Tensor:
+            finish = partial(exchange.combine, self._with_shared(normed_TD, added_TD))
+            y_TD: Tensor = self.experts(*gathered, None, None, finish)
+            return y_TD
+
+        if self._gathered is None:
+            return apart()
+        assert isinstance(self.shared, SharedExpert)
+        assert self.shared.weights is not None
+        T = len(normed_TD)
+        return self._gathered(
+            gathered.x_AD,
+            apart,
+            gathered.weights_Ak,
+            gathered.ids_Ak,
+            *self.experts.weights,
+            self.shared.weights,
+            partial(exchange.combine, added_TD),
+            own_rows=(self.mesh.data.rank * T, T),
+        )
+
+    def _with_shared(self, normed_TD: Tensor, x_TD: Tensor) -> Tensor:
+        return self.shared.added(normed_TD, x_TD) if isinstance(self.shared, SharedExpert) else x_TD
 
     def _run_routed(self, rows_PD: Tensor, ids_P: Tensor) -> Tensor:
         """Rows that each take one of this rank's routed experts."""

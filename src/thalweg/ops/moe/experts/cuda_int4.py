@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from ctypes import c_float, c_int, c_longlong
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,13 +71,18 @@ def _launch(
     cut: Geometry | None, columns: int, ids_Tk: Tensor, words: Tensor, macros: dict[str, int], *args: Any
 ) -> None:
     (T, K), device, E = ids_Tk.shape, ids_Tk.device, len(words)
-    tokens = 1 if T == 1 else 8 if T <= 8 else MAX_TOKENS
+    tokens = at_most(T)
     cut = cut or geometry(columns, E, K, tokens)
     assert cut is not None
     macros = {"COLS": columns, "K": K, "TOKENS": tokens, "E": E} | macros | cut.macros
     words_map = (None, in_chunks(words, cut.warps))
     kernel = cuda_kernel(SOURCE, "experts", 32 * (cut.warps + 2), device, **macros)
     kernel.launch((multiprocessors(device) * cut.blocks, 1, 1), cut.shared_bytes, words_map, *args)
+
+
+def at_most(tokens: int) -> int:
+    """For how many tokens a kernel is made that serves these."""
+    return tokens if tokens <= 1 else 8 if tokens <= 8 else MAX_TOKENS
 
 
 def in_chunks(words: Tensor, warps: int) -> TensorMap:
@@ -96,12 +102,16 @@ def run_gate_up(
     scales: Tensor,
     own: tuple[Tensor, Tensor] | None,
     cut: Geometry | None = None,
+    *,
+    own_rows: tuple[int, int] | None = None,
 ) -> Tensor:
-    """h bf16 = silu(gate x) * up x of every pair, [T * k, I], and behind them of every token by the own expert."""
+    """h bf16 = silu(gate x) * up x of every pair, [T * k, I], and behind them of every token by the own expert, or of
+    `own_rows`, the first one and how many."""
     (T, K), I, D = ids_Tk.shape, words.shape[1] // 2, x_TD.shape[1]
     x_TD = aligned_rows(x_TD)
-    h = torch.empty(T * (K + (own is not None)), I, dtype=x_TD.dtype, device=x_TD.device)
-    macros = {"GATED": 1, "OUT": I, "OWN": int(own is not None), "ENDS": 0}
+    first, count = (own_rows or (0, T)) if own else (0, 0)
+    h = torch.empty(T * K + count, I, dtype=x_TD.dtype, device=x_TD.device)
+    macros = {"GATED": 1, "OUT": I, "OWN": at_most(count), "ENDS": 0}
     args = (
         x_TD,
         ids_Tk,
@@ -110,6 +120,8 @@ def run_gate_up(
         h,
         (c_longlong, x_TD.stride(0)),
         (c_int, T),
+        (c_int, first),
+        (c_int, count),
     )
     _launch(cut, D, ids_Tk, words, macros, *args)
     return h
@@ -148,6 +160,8 @@ def run_routed_gate_up(
         (c_float, router_scale),
         (c_longlong, x_TD.stride(0)),
         (c_int, 1),
+        (c_int, 0),
+        (c_int, 1),
     )
     _launch(None, D, ids_Tk, words, {"GATED": 1, "OUT": I, "OWN": 1, "ENDS": 0, "ROUTES": 1}, *args)
     return h, weights_Tk, ids_Tk
@@ -165,8 +179,9 @@ def run_down(
     cut: Geometry | None = None,
 ) -> Tensor:
     """With weights y [T, D], the weighted sum over a token's experts of down h, with what is added to it; without them
-    what every pair, and behind them the own expert, adds to it, in fp32."""
-    T, D, I = len(ids_Tk), words.shape[1], h.shape[1]
+    what every pair adds to it, and behind them the own expert of the tokens whose rows h has behind them, in fp32."""
+    (T, K), D, I = ids_Tk.shape, words.shape[1], h.shape[1]
+    count = len(h) - T * K
     parts = torch.empty(len(h), D, dtype=torch.float32, device=h.device)
     y_TD, ends = parts, weights_Tk is not None
     if ends:
@@ -176,7 +191,7 @@ def run_down(
         I,
         ids_Tk,
         words,
-        {"GATED": 0, "OUT": D, "OWN": int(own is not None), "ENDS": int(ends)},
+        {"GATED": 0, "OUT": D, "OWN": at_most(count), "ENDS": int(ends)},
         h,
         ids_Tk,
         scales,
@@ -190,6 +205,8 @@ def run_down(
         (c_float, scale),
         (c_longlong, I),
         (c_int, T),
+        (c_int, 0),
+        (c_int, count),
     )
     return y_TD
 
@@ -216,3 +233,25 @@ def experts(
         return finish(run_down(h, ids_Tk, down_words, down_scales, None, None, None, 1.0), weights_Tk=weights_Tk)
     y_TD = run_down(h, ids_Tk, down_words, down_scales, own, weights_Tk, residual_TD, scale)
     return y_TD if finish is None else finish(y_TD)
+
+
+def gathered_experts(
+    x_AD: Tensor,
+    apart: Callable[[], Tensor],
+    weights_Ak: Tensor,
+    ids_Ak: Tensor,
+    gate_up: tuple[Tensor, ...],
+    down: tuple[Tensor, ...],
+    own: tuple[Tensor, Tensor],
+    finish: Finish,
+    /,
+    *,
+    own_rows: tuple[int, int],
+) -> Tensor:
+    """Op "gathered_experts"."""
+    if len(x_AD) == 0:
+        return apart()
+    (words, scales), (down_words, down_scales) = gate_up, down
+    h = run_gate_up(x_AD, ids_Ak, words, scales, own, own_rows=own_rows)
+    parts, pairs = run_down(h, ids_Ak, down_words, down_scales, own, None, None, 1.0), ids_Ak.numel()
+    return finish(parts[:pairs], weights_Tk=weights_Ak, own_TD=parts[pairs:])

@@ -2,7 +2,7 @@
 // SiLU (GATED), or down, with the weighted sum that ends the experts (ENDS).
 //
 // An item is 16 rows of an expert: 8 of gate and the same 8 of up, or 16 of down. Blocks fill the multiprocessors once
-// and share out the items by their bytes. One warp asks for them, a stage each: words come by tensor map, scales by bulk
+// and share out the items by the time that they take: their bytes', a little more of several tokens. One warp asks for them, a stage each: words come by tensor map, scales by bulk
 // copies, into a ring of STAGES, ahead of the wait for the kernel before, as far as they are known. WARPS warps multiply:
 // each has the same 256 columns of all items, so its part of the tokens stays in registers, as the right-hand operand of
 // the matrix unit. What they have of an item is added up by one more warp: none waits for another until all buffers of
@@ -10,12 +10,14 @@
 //
 // A pass is an expert with up to 8 of the tokens that chose it; most have one or two.
 //
-// With OWN there is one more expert, every token's, as wide as the others and with weights in bf16. Its items come
-// first, by turns, since they are known before the router is done; an item has 4 stages. Its rows of h and y are those
-// behind all pairs. Beyond 8 tokens a pass of it has 32, in 4 tiles, that do not stay in registers.
+// With OWN there is one more expert, as wide as the others and with weights in bf16, of own_T tokens from own_first on:
+// all, or those of one of the ranks that divide the others. Its items come first, by turns, since they are known before
+// the router is done; an item has 4 stages. Its rows of h and y are those behind all pairs. Beyond 8 tokens a pass of it
+// has 32, in 4 tiles, that do not stay in registers.
 //
-// Macros: GATED; COLS, the columns; OUT, the rows of gate, up or down; E, experts; K, experts a token; OWN; TOKENS,
-// at most: 1, 8 or more; STAGES of the ring; BUFFERS of sums; BLOCKS of a multiprocessor; ENDS;
+// Macros: GATED; COLS, the columns; OUT, the rows of gate, up or down; E, experts; K, experts a token; OWN, tokens of the
+// own expert at most, 0 without it; TOKENS, at most: 1, 8 or more; STAGES of the ring; BUFFERS of sums; BLOCKS of a
+// multiprocessor; ENDS, where the own expert has all tokens;
 // ROUTES, of GATED for one token: norm and router are inside (routing.cuh), x is what they take, and the own expert's
 // items are multiplied meanwhile.
 
@@ -52,8 +54,11 @@ constexpr int STAGE_BYTES = ((SLOT > OWN_SLOT ? SLOT : OWN_SLOT) + 1023) / 1024 
 constexpr int OWN_STEPS = 4, OWN_COLUMNS = STEP / 4;  // of every warp
 constexpr int SUMMING = 32 * (WARPS + 1), THREADS = SUMMING + 32;
 constexpr int FULL = 1;                  // barriers by number: of the buffers
-constexpr int COST = 9, OWN_COST = 32;   // bytes of an item relative to one another
-constexpr int TILES = TOKENS > 8 ? 4 : 1, OWN_TOKENS = 8 * TILES;
+constexpr int OWN_COST = 100;            // of an item, relative to cost_of
+constexpr int TILES = OWN > 8 ? 4 : 1, OWN_TOKENS = 8 * TILES;
+
+// Of an item by so many tokens.
+__device__ __forceinline__ int cost_of(int tokens) { return tokens <= 2 ? 27 + tokens : tokens <= 4 ? 30 : 32; }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     experts(const __grid_constant__ TensorMap words, const bf16* x, const long long* ids, const u8* scales,
@@ -65,7 +70,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             const bf16* norm_weight, const bf16* router, const float* bias, u32* told, float* weights, float eps,
             float scale,
 #endif
-            long long x_stride, int T) {
+            long long x_stride, int T, int own_first, int own_T) {
     const int tid = threadIdx.x, lane = tid % 32, quad = lane / 4, pair = lane % 4;
     const int warp = __shfl_sync(~0u, tid / 32, 0);  // so that the compiler knows it for the same in all lanes
     const int block = blockIdx.x, grid = gridDim.x;
@@ -91,7 +96,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     __syncthreads();
 
     // What this block has: its turns of the own expert's items, then a run of the others'.
-    const int own_passes = OWN ? (T + OWN_TOKENS - 1) / OWN_TOKENS : 0, own_items = own_passes * ITEMS;
+    const int own_passes = OWN ? (own_T + OWN_TOKENS - 1) / OWN_TOKENS : 0, own_items = own_passes * ITEMS;
     const int own_count = block < own_items ? (own_items - block + grid - 1) / grid : 0;
 
     // Of the block's item j: blocks beside one another have the passes of the same rows, which are then in L2.
@@ -133,7 +138,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         ask_known(STAGES);
         // While the router runs memory would idle: what comes next is brought to L2.
 #pragma unroll 1
-        for (int n = STAGES; GATED && TOKENS <= 8 && lane < 16 && n < min(own_count * OWN_STEPS, STAGES + 3); n++)
+        for (int n = STAGES; GATED && TILES == 1 && lane < 16 && n < min(own_count * OWN_STEPS, STAGES + 3); n++)
             bring_near(own_row(own_rows(n / OWN_STEPS), n % OWN_STEPS), PIECE);
     }
 #if ROUTES
@@ -152,19 +157,45 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 
     __shared__ int run_s[2];
     int first = 0, end = 0;  // of the others' items
-    // Bytes are shared out evenly; where the blocks' own turns are more than that already, others take the run.
-    auto start = [&](int b) {
-        const long long items = passes.count * ITEMS, all = items * COST + (long long)own_items * OWN_COST;
-        const int turns = own_items / grid * b + min(b, own_items % grid);
-        const long long before = all * b / grid - turns * OWN_COST;
-        return before < 0 ? 0 : (int)min(before / COST, items);
+    // Time is shared out evenly; where the blocks' own turns are more than that already, others take the run. By the warp
+    // that lists passes: where the runs of this block and the next one start.
+    auto share_out = [&]() {
+        auto cost = [&](int pass) { return pass < passes.count ? cost_of(passes.size(pass)) : 0; };
+        int all = 0;
+        for (int pass = lane; pass < passes.count; pass += 32) all += cost(pass);
+#pragma unroll
+        for (int m = 16; m > 0; m /= 2) all += __shfl_xor_sync(~0u, all, m);
+        auto time_before = [&](int b) {
+            const int turns = own_items / grid * b + min(b, own_items % grid);
+            const long long time = ((long long)all * ITEMS + (long long)own_items * OWN_COST) * b / grid;
+            return (int)max(time - turns * OWN_COST, 0ll);
+        };
+        const int starts[2] = {time_before(block), time_before(block + 1)};
+        if (lane < 2) run_s[lane] = passes.count * ITEMS;
+        __syncwarp();
+        int ahead = 0;  // of passes
+        for (int from = 0; from < passes.count; from += 32) {
+            const int own = cost(from + lane);
+            int end = own;
+#pragma unroll
+            for (int m = 1; m < 32; m *= 2) {
+                const int before = __shfl_up_sync(~0u, end, m);
+                if (lane >= m) end += before;
+            }
+            const int begin = (ahead + end - own) * ITEMS;
+            for (int i = 0; i < 2; i++)
+                if (starts[i] >= begin && starts[i] < begin + own * ITEMS)
+                    run_s[i] = (from + lane) * ITEMS + (starts[i] - begin) / own;
+            ahead += __shfl_sync(~0u, end, 31);
+        }
+        __syncwarp();
     };
     auto await_passes = [&]() {
         wait_at_barrier(listed, 0);
         first = run_s[0], end = run_s[1];
     };
 
-    auto own_tiles = [&](int pass) { return min(TILES, (T - pass * OWN_TOKENS + 7) / 8); };
+    auto own_tiles = [&](int pass) { return min(TILES, (own_T - pass * OWN_TOKENS + 7) / 8); };
     auto with_width = [&](int pass, auto f) {  // f of the tokens that a pass has places for
         const int n = TOKENS == 1 ? 1 : passes.size(pass);
         if (n == 1) f(Width<1>());
@@ -190,8 +221,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #else
         passes.list(ids, T);
 #endif
-        if (lane < 2) run_s[lane] = block + lane < grid ? start(block + lane) : passes.count * ITEMS;
-        __syncwarp();
+        share_out();
         if (lane == 0) arrive_at_barrier(listed);
 #if !GATED
         wait_for_kernel_ahead();
@@ -230,7 +260,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                 take();
                 for (int i = 0; i < 2; i++) {
                     const int t = pass * OWN_TOKENS + 8 * tile + 2 * pair + i;
-                    if (t < T) put(T * K + t, i, own_rows(j));
+                    if (t < own_T) put(T * K + t, i, own_rows(j));
                 }
                 release();
             }
@@ -285,6 +315,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             if (++place == STAGES) place = 0, phase ^= 1;
         };
         const int own_at = quad * OWN_PITCH + warp * (2 * OWN_COLUMNS) + pair * 16;
+        const int own_from = GATED ? own_first : T * K;  // row of x of the own expert's first token
 #if ROUTES
         portion.norm_and_multiply<WARPS, COLS>(routing, routed, x, warp);
         // The own expert's columns of a warp are others: all meet in shared memory, before it has sums.
@@ -299,10 +330,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         wait_at<32 * WARPS>(MEET);
 #else
         if (TILES == 1 && own_count > 0) {
-            const bf16* from = x + (GATED ? quad : T * K + quad) * x_stride + warp * OWN_COLUMNS + 8 * pair;
+            const bf16* from = x + (own_from + quad) * x_stride + warp * OWN_COLUMNS + 8 * pair;
 #pragma unroll
             for (int g = 0; g < GROUPS; g++)
-                spread(quad < T ? load16(from + g / 2 * WARPS * OWN_COLUMNS + g % 2 * 32) : make_uint4(0, 0, 0, 0), columns.rows[g]);
+                spread(quad < own_T ? load16(from + g / 2 * WARPS * OWN_COLUMNS + g % 2 * 32) : make_uint4(0, 0, 0, 0), columns.rows[g]);
         }
 #endif
 #pragma unroll 1
@@ -310,7 +341,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             float c[TILES == 1 ? 2 : TILES][4] = {};
             const int t = own_pass(j) * OWN_TOKENS + quad;
             if (TILES > 1) {
-                const bf16* from = x + (GATED ? t : T * K + t) * x_stride + warp * OWN_COLUMNS + 8 * pair;
+                const bf16* from = x + (own_from + t) * x_stride + warp * OWN_COLUMNS + 8 * pair;
 #pragma unroll 1
                 for (int step = 0; step < OWN_STEPS; step++, from += WARPS * OWN_COLUMNS) {
                     const u8* at = stage() + own_at;
@@ -322,7 +353,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                         // Neighbours as they are: here both operands have their own order.
 #pragma unroll
                         for (int i = 0; i < TILES; i++) {
-                            const uint4 b = t + 8 * i < T ? load16(from + 8 * i * x_stride + 32 * half) : make_uint4(0, 0, 0, 0);
+                            const uint4 b = t + 8 * i < own_T ? load16(from + 8 * i * x_stride + 32 * half) : make_uint4(0, 0, 0, 0);
                             mma(c[i], l.x, u.x, l.y, u.y, b.x, b.y);
                             mma(c[i], l.z, u.z, l.w, u.w, b.z, b.w);
                         }
@@ -331,7 +362,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                 }
 #pragma unroll
                 for (int i = 0; i < TILES; i++)
-                    if (t - quad + 8 * i < T) give(make_float4(c[i][0], c[i][1], c[i][2], c[i][3]));
+                    if (t - quad + 8 * i < own_T) give(make_float4(c[i][0], c[i][1], c[i][2], c[i][3]));
             } else {
 #pragma unroll
                 for (int step = 0; step < OWN_STEPS; step++) {
@@ -380,7 +411,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         }
     }
 #if !GATED
-    if (ENDS) end_experts<K, OWN, OUT, THREADS>({weights, residual, y, arrived, residual_stride, scale}, out, T, (int*)shared, [&](auto come) {
+    if (ENDS) end_experts<K, OWN != 0, OUT, THREADS>({weights, residual, y, arrived, residual_stride, scale}, out, T, (int*)shared, [&](auto come) {
         for (int n = tid; n < own_count * OWN_TOKENS; n += THREADS) {
             const int j = n / OWN_TOKENS, t = own_pass(j) * OWN_TOKENS + n % OWN_TOKENS;
             if (t < T) come(t, own_rows(j) / ROWS);
