@@ -7,9 +7,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tests.fixtures.gguf_files import converted
 from tests.models import random_checkpoint, random_kimi_k2, random_qwen
+from thalweg.assembly.info import OpChoice
 from thalweg.assembly.inspect import describe
 from thalweg.config.engine import EngineConfig
 from thalweg.errors import ConfigError
@@ -77,6 +78,22 @@ def random_gguf(folder: Path) -> Path:
     c = random_qwen.config()
     random_checkpoint.write(folder / "random", c, random_qwen.published(c, random_qwen.weights(c), prefix="model."))
     return converted(folder / "random.gguf", "q8_0", str(folder / "random"))
+
+
+def dims_classes() -> list[type]:
+    """Of all ops, and of ops within them."""
+    modules = [m for name, m in sys.modules.items() if name.startswith("thalweg.ops.")]
+    found = {c for m in modules for c in vars(m).values() if isinstance(c, type) and c.__name__.endswith("Dims")}
+    return sorted(found, key=lambda c: c.__name__)
+
+
+def test_every_dimension_can_be_told_by_an_engine_process() -> None:
+    told = get_args(get_args(get_type_hints(OpChoice)["dims"])[1])
+    found = [(c, name, kind) for c in dims_classes() for name, kind in get_type_hints(c).items()]
+    assert len(found) > len(ops())
+    for dims, name, kind in found:
+        kinds = set(map(type, get_args(kind))) if get_origin(kind) is Literal else {kind}
+        assert kinds <= set(told) or is_dataclass(kind), f"{dims.__name__}.{name} is {kind}"
 
 
 def test_every_op_is_resolved_by_a_layer_of_some_family(tmp_path: Path) -> None:
