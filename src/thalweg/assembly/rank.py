@@ -74,10 +74,12 @@ def build_rank(
     data_rank: int = 0,
     data_meeting: str = "",
     listener: socket.socket | None = None,
+    joined: Callable[[Mesh], object] = lambda _: None,
 ) -> tuple[ModelRunner, EngineInfo]:
     """Everything one rank needs to execute plans. With several ranks, all of them call this at the same time; those
     whose tokens count get `grammars`. `meeting` and `listener`: see join_mesh. Data-parallel ranks of one number among
-    those that share a model meet at files that begin with `data_meeting`."""
+    those that share a model meet at files that begin with `data_meeting`. `joined` is called with the mesh once this
+    rank is in it, from where on it may have to wait for others."""
     laps = Laps()
     opened = open_model(config, tp_rank, data_rank)
     config, source, device = opened.config, opened.source, opened.device
@@ -85,6 +87,7 @@ def build_rank(
     assert config.max_num_batched_tokens is not None
     laps.end("device")
     mesh = join_mesh(tp_rank, config.tensor_parallel_size, meeting, device, hosts=config.nnodes, listener=listener)
+    joined(mesh)
     if config.data_parallel_size > 1:
         mesh.data = join_data_ranks(data_rank, config.data_parallel_size, f"{data_meeting}-{tp_rank}", device)
         map_data_peers(mesh.data, device, AREAS[: ROWS + 1])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 VARIABLES = {
     "THALWEG_API_KEY": "the key clients of the server must send; --api-key comes first",
@@ -29,6 +31,20 @@ def read(name: str) -> str | None:
     if name not in VARIABLES:
         raise KeyError(name)
     return os.environ.get(name) or None
+
+
+@contextmanager
+def unless_set(name: str, value: str) -> Iterator[None]:
+    """Around a library's call that takes an option from the environment alone: what it finds if the user says nothing.
+    Other threads see it meanwhile."""
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 def for_child(**variables: str) -> dict[str, str]:

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from thalweg.assembly.info import EngineInfo
 from thalweg.assembly.source import open_source
@@ -32,8 +32,11 @@ from thalweg.sampling.grammars import Grammars, Vocabulary
 from thalweg.scheduler.scheduler import Scheduler
 from thalweg.text.codec import load_codec
 
+if TYPE_CHECKING:
+    from thalweg.parallel.mesh import Mesh
+
 STATE_CHUNK = 64  # tokens: prefills that end at a multiple cut no chunk that a kernel of a recurrent layer works in
-LAST_SECONDS = 2.0  # for a collective with ranks that are gone to fail
+LAST_SECONDS = 2.0  # for NCCL to give up, and for a collective with ranks that are gone to end then
 COARSEST_GRID = 256  # tokens: with a coarser one, few prompts would have a snapshot
 
 
@@ -63,13 +66,15 @@ class Engine:
         listener = self.ranks.listener if self.ranks else None
         self.grammars = Grammars(lambda: _vocabulary(config))
         self.expert_counts: Callable[[], dict[int, list[int]]]  # of a data-parallel rank: Decoder.expert_counts
+        self._joined: list[Mesh] = []  # once this rank is in one
         cached: list[CacheIndex | None] = []
 
         def build() -> tuple[Runner, EngineInfo]:
             from thalweg.assembly.rank import build_rank  # torch comes in on the rank's own thread
             from thalweg.recorder.window import RecordedRunner
 
-            runner, info = build_rank(config, 0, meeting, self.grammars, data_rank or 0, data_meeting, listener)
+            where = data_rank or 0, data_meeting, listener
+            runner, info = build_rank(config, 0, meeting, self.grammars, *where, self._joined.append)
             cached.append(runner.cache_index)
             if self.lock_step is not None:
                 self.lock_step.begin(runner.mesh.data, runner.serve_others, runner.most_padded_rows, tell)
@@ -129,6 +134,8 @@ class Engine:
         self._executor.close()
         if self.ranks is not None:
             self.ranks.close(reason)
+            for mesh in self._joined if reason else ():
+                mesh.abandon(LAST_SECONDS)
         self._executor.join(LAST_SECONDS)
         if self._give_folder_back is not None:
             self._give_folder_back()

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from thalweg.errors import RankLostError
-from thalweg.parallel.groups import file_store, leave, together
+from thalweg.parallel.groups import file_store, leave, nccl_group, together
 
 if TYPE_CHECKING:
     from thalweg.parallel.peers import PeerMemory
@@ -137,7 +137,5 @@ def _joined(rank: int, size: int, store: Any, file: BinaryIO, device: torch.devi
     host = dist.ProcessGroupGloo(dist.PrefixStore("host", store), rank, size, gloo)  # type: ignore[attr-defined]
     if device.type != "cuda":
         return DataRanks(rank, size, host, host, file)
-    nccl = dist.ProcessGroupNCCL.Options()
-    nccl._timeout = timeout
-    tensors = dist.ProcessGroupNCCL(dist.PrefixStore("tensors", store), rank, size, nccl)  # type: ignore[attr-defined]
+    tensors = nccl_group(dist.PrefixStore("tensors", store), rank, size, timeout)  # type: ignore[attr-defined]
     return DataRanks(rank, size, host, tensors, file)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 import torch.distributed as dist
 
+from thalweg.config import env
 from thalweg.errors import EngineDeadError, RankLostError
 
 
@@ -49,9 +51,18 @@ def together(rank: str, size: int) -> Iterator[None]:
         raise RankLostError(f"{rank} lost another rank of {size}: {reason}") from e
 
 
+def nccl_group(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
+    """torch is not to end the process if NCCL misses a rank: whoever watches the ranks says why, and `leave` ends what
+    waits for it."""
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timeout
+    with env.unless_set("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0"):
+        return dist.ProcessGroupNCCL(store, rank, size, options)
+
+
 def leave(group: Any) -> None:
-    """Leave a group, whoever of the others is still in it. CUDA graphs with its collectives must be gone: NCCL waits
-    for them."""
+    """Leave a group, whoever of the others is still in it; from any thread. Collectives under way end, and what they
+    give is undefined. NCCL waits until CUDA graphs with its collectives are gone."""
     nccl: Any = getattr(dist, "ProcessGroupNCCL", ())  # which torch for CPUs lacks
     if isinstance(group, nccl):
         group.abort()  # a shutdown would wait for the other ranks; torch warns of a group that had neither

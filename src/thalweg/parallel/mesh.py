@@ -6,6 +6,7 @@ Ranks of one host meet through a file, those of several through a TCP store; the
 from __future__ import annotations
 
 import socket
+import threading
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from thalweg.errors import RankLostError
 from thalweg.parallel.data_ranks import DataRanks
-from thalweg.parallel.groups import file_store, leave, together
+from thalweg.parallel.groups import file_store, leave, nccl_group, together
 
 if TYPE_CHECKING:
     from thalweg.parallel.peers import PeerMemory
@@ -48,6 +49,7 @@ class Mesh:
         self.tp_size = tp_size
         self.data = data or DataRanks()
         self.peers: PeerMemory | None = None
+        self._abandoned = False
 
     @property
     def mapped(self) -> bool:
@@ -73,7 +75,9 @@ class Mesh:
     def gather_bytes(self, own: bytes, device: torch.device) -> list[bytes]:
         """Every rank's `own`, in rank order, all of one length."""
         x = torch.frombuffer(bytearray(own), dtype=torch.uint8).to(device)
-        return [bytes(part.cpu().tolist()) for part in self.all_gather_last(x).split(len(own))]
+        found = [bytes(part.cpu().tolist()) for part in self.all_gather_last(x).split(len(own))]
+        self.check()
+        return found
 
     def broadcast(self, x: Tensor) -> Tensor:
         """Rank 0's x on every rank, in place."""
@@ -100,7 +104,9 @@ class Mesh:
         options.reduceOp = dist.ReduceOp(dist.ReduceOp.MIN)
         x = torch.tensor(value, dtype=torch.int64, device=device)
         self._run(lambda: group.allreduce([x], options))
-        return int(x)
+        least = int(x)
+        self.check()
+        return least
 
     def as_data_ranks(self) -> DataRanks:
         """The same ranks as if they were data-parallel ones, to measure what these do."""
@@ -109,11 +115,19 @@ class Mesh:
         return ranks
 
     def check(self) -> None:
-        """Raises RankLostError once kernels that meet in `peers` no longer wait for a rank that ended. What they give
-        then is undefined, so this comes after a result is read and before it is used."""
-        if self.peers is not None and self.peers.stopped:
+        """Raises RankLostError once kernels no longer wait for a rank that ended. What they give then is undefined, so
+        this comes after a result is read and before it is used."""
+        if self._abandoned or (self.peers is not None and self.peers.stopped):
             raise RankLostError(f"rank {self.tp_rank} lost another rank of {self.tp_size}: its process ended")
         self.data.check()
+
+    def abandon(self, timeout_s: float) -> None:
+        """Have NCCL's kernels no longer wait for a rank that ended; from another thread than that of the collectives,
+        which then comes back from them. NCCL may take longer than `timeout_s`, as with a device that hangs."""
+        self._abandoned = True
+        thread = threading.Thread(target=leave, args=(self._group,), name="thalweg-abandon", daemon=True)
+        thread.start()
+        thread.join(timeout_s)
 
     def close(self) -> None:
         leave(self._group)
@@ -173,9 +187,7 @@ def _joined(
     else:
         store, file = file_store(meeting, tp_size)
     if device.type == "cuda":
-        nccl = dist.ProcessGroupNCCL.Options()
-        nccl._timeout = timeout
-        mesh = Mesh(tp_rank, tp_size, dist.ProcessGroupNCCL(store, tp_rank, tp_size, nccl), hosts=hosts, file=file)
+        mesh = Mesh(tp_rank, tp_size, nccl_group(store, tp_rank, tp_size, timeout), hosts=hosts, file=file)
         if hosts > 1:
             # NCCL connects at the first collective, where others await rank 0 as long as the store does, whatever its
             # own time: so not behind the weights. Ranks of one host have one ahead of these (map_peers).

@@ -48,8 +48,12 @@ def main(address: str) -> int:
 if __name__ == "__main__":
     try:
         main(sys.argv[1])
-    except ThalwegError as e:
+    except Exception as e:  # noqa: BLE001 -- whatever it was, this rank ends
         if isinstance(e, RankLostError):
             time.sleep(WATCHER_SECONDS)  # whoever watches the lost one has this one leave, and says why
-        print(f"thalweg rank: {e}", file=sys.stderr, flush=True)
-        os._exit(2)
+        if isinstance(e, ThalwegError):
+            print(f"thalweg rank: {e}", file=sys.stderr)
+        else:
+            sys.excepthook(*sys.exc_info())
+        sys.stderr.flush()
+        os._exit(2)  # a group that Python lets go at its end waits for the other ranks
