@@ -128,6 +128,17 @@ def shared_memory() -> set[str]:
     return {path.name for path in SHARED_MEMORY.iterdir()} if SHARED_MEMORY.is_dir() else set()
 
 
+def left_in_shared_memory(before: set[str]) -> set[str]:
+    """What is new there since `before` and no process has in its memory: other tests may run beside this one."""
+    held = set[str]()
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        try:
+            held |= {line.rpartition("/")[2] for line in maps.read_text().splitlines() if f"{SHARED_MEMORY}/" in line}
+        except OSError:  # it ended, or is another user's
+            continue
+    return shared_memory() - before - held
+
+
 @contextmanager
 def serving(log: Path, tmp: Path, *arguments: str, **variables: str) -> Iterator[Server]:
     """`thalweg serve` as a user starts it, with `tmp` for temporary files; perhaps not yet ready."""

@@ -125,7 +125,7 @@ def test_an_exit_says_nothing_of_process_groups(folder: Path, tmp: Path, tmp_pat
         assert word not in said, said
 
 
-@pytest.mark.parametrize(("point", "victim"), [("decode", "engine 1"), ("prefill", "engine"), ("idle", "engine 1")])
+@pytest.mark.parametrize(("point", "victim"), [("decode", "server"), ("idle", "engine 1")])
 def test_a_death_ends_all(folder: Path, tmp: Path, tmp_path: Path, point: str, victim: str) -> None:
     with serving(tmp_path / "log", tmp, str(folder), *SERVE, "--sse-ping-interval", "0.1") as server:
         check_death(server, point, victim, server.url(), server.all_of(2, "engine")[victim])

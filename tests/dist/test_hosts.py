@@ -416,7 +416,7 @@ def test_node_0_hears_only_hosts_that_joined_it_and_says_so_if_it_understands_no
             context.destroy(0)
 
 
-def test_a_host_that_is_gone_once_it_is_answered_is_missed_without_another_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_that_is_gone_once_it_is_answered_is_missed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(link, "LOST_SECONDS", 1.0)
     config = EngineConfig(tensor_parallel_size=2, nnodes=2, master_port=free_ports(2))
     hosts, errors = OtherHosts(config, KEY), SimpleQueue[EngineDeadError]()
