@@ -8,12 +8,13 @@ matrices that are fused.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from thalweg.ops.linear.fp8 import reference
+from thalweg.ops.linear.fp8 import cuda, reference
 from thalweg.ops.registry import Op, Refusal, Tokens, Where, register
 from thalweg.ops.toolchain import cuda_build
 from thalweg.ops.toolchain.triton_support import processors_here, why_not, why_not_hopper
@@ -142,117 +143,57 @@ def _matrix_refuses(where: Where, dims: Fp8LinearDims) -> Refusal:
     return _triton_refuses(where, dims) or cuda_build.why_not(where) or why_not_hopper()
 
 
-def _matrix_linear(where: Where, dims: Fp8LinearDims) -> LinearFp8:
-    from thalweg.ops.linear.fp8 import matrix
+class Forms(Protocol):
+    """A module that has the three ops."""
 
-    return matrix.linear_fp8
-
-
-def _matrix_norm_linear(where: Where, dims: Fp8LinearDims) -> NormLinearFp8:
-    from thalweg.ops.linear.fp8 import matrix
-
-    return matrix.norm_linear_fp8
-
-
-def _matrix_linear_add(where: Where, dims: Fp8LinearDims) -> LinearAddFp8:
-    from thalweg.ops.linear.fp8 import matrix
-
-    return matrix.linear_add_fp8
+    @property
+    def linear_fp8(self) -> LinearFp8: ...
+    @property
+    def norm_linear_fp8(self) -> NormLinearFp8: ...
+    @property
+    def linear_add_fp8(self) -> LinearAddFp8: ...
 
 
-def _w8a8_linear(where: Where, dims: Fp8LinearDims) -> LinearFp8:
-    from thalweg.ops.linear.fp8 import w8a8
-
-    return w8a8.linear_fp8
-
-
-def _w8a8_norm_linear(where: Where, dims: Fp8LinearDims) -> NormLinearFp8:
-    from thalweg.ops.linear.fp8 import w8a8
-
-    return w8a8.norm_linear_fp8
-
-
-def _w8a8_linear_add(where: Where, dims: Fp8LinearDims) -> LinearAddFp8:
-    from thalweg.ops.linear.fp8 import w8a8
-
-    return w8a8.linear_add_fp8
-
-
-def _splits_linear(where: Where, dims: Fp8LinearDims) -> LinearFp8:
-    from thalweg.ops.linear.fp8 import splits
-
-    return splits.linear_fp8
-
-
-def _splits_norm_linear(where: Where, dims: Fp8LinearDims) -> NormLinearFp8:
-    from thalweg.ops.linear.fp8 import splits
-
-    return splits.norm_linear_fp8
-
-
-def _splits_linear_add(where: Where, dims: Fp8LinearDims) -> LinearAddFp8:
-    from thalweg.ops.linear.fp8 import splits
-
-    return splits.linear_add_fp8
-
-
-def _triton_linear(where: Where, dims: Fp8LinearDims) -> LinearFp8:
+def _triton() -> Forms:
     from thalweg.ops.linear.fp8 import triton
 
-    return triton.linear_fp8
+    return triton
 
 
-def _triton_norm_linear(where: Where, dims: Fp8LinearDims) -> NormLinearFp8:
-    from thalweg.ops.linear.fp8 import triton
+def _w8a8() -> Forms:
+    from thalweg.ops.linear.fp8 import w8a8
 
-    return triton.norm_linear_fp8
-
-
-def _triton_linear_add(where: Where, dims: Fp8LinearDims) -> LinearAddFp8:
-    from thalweg.ops.linear.fp8 import triton
-
-    return triton.linear_add_fp8
+    return w8a8
 
 
-def _cuda_linear(where: Where, dims: Fp8LinearDims) -> LinearFp8:
-    from thalweg.ops.linear.fp8 import cuda
+def _matrix() -> Forms:
+    from thalweg.ops.linear.fp8 import matrix
 
-    return cuda.linear_fp8
-
-
-def _cuda_norm_linear(where: Where, dims: Fp8LinearDims) -> NormLinearFp8:
-    from thalweg.ops.linear.fp8 import cuda
-
-    return cuda.norm_linear_fp8
+    return matrix
 
 
-def _cuda_linear_add(where: Where, dims: Fp8LinearDims) -> LinearAddFp8:
-    from thalweg.ops.linear.fp8 import cuda
+def _splits() -> Forms:
+    from thalweg.ops.linear.fp8 import splits
 
-    return cuda.linear_add_fp8
+    return splits
 
 
-register(LINEAR_FP8, "reference", lambda *_: reference.linear_fp8)
-register(LINEAR_FP8, "triton", _triton_linear, supports=_triton_refuses, priority=10)
-register(LINEAR_FP8, "w8a8", _w8a8_linear, supports=_w8a8_refuses, tokens=_more, priority=15, **W8A8)
-register(LINEAR_FP8, "matrix", _matrix_linear, supports=_matrix_refuses, tokens=_some, priority=17, **W8A8)
-register(LINEAR_FP8, "splits", _splits_linear, supports=_splits_refuses, tokens=SPLIT_TOKENS, priority=18, **W8A8)
-register(LINEAR_FP8, "cuda", _cuda_linear, supports=_cuda_refuses, tokens=FEW, priority=20)
+def _register(
+    name: str,
+    forms: Callable[[], Forms],
+    refuses: Callable[[Where, Fp8LinearDims], Refusal] = lambda _where, _dims: None,
+    norm_refuses: Callable[[Where, Fp8LinearDims], Refusal] | None = None,
+    **options: Any,
+) -> None:
+    """norm_refuses: of "norm_linear_fp8", if it is not the same."""
+    register(LINEAR_FP8, name, lambda *_: forms().linear_fp8, supports=refuses, **options)
+    register(NORM_LINEAR_FP8, name, lambda *_: forms().norm_linear_fp8, supports=norm_refuses or refuses, **options)
+    register(LINEAR_ADD_FP8, name, lambda *_: forms().linear_add_fp8, supports=refuses, **options)
 
-register(NORM_LINEAR_FP8, "reference", lambda *_: reference.norm_linear_fp8)
-register(NORM_LINEAR_FP8, "triton", _triton_norm_linear, supports=_triton_norm_refuses, priority=10)
-register(NORM_LINEAR_FP8, "w8a8", _w8a8_norm_linear, supports=_w8a8_norm_refuses, tokens=_more, priority=15, **W8A8)
-register(NORM_LINEAR_FP8, "matrix", _matrix_norm_linear, supports=_matrix_refuses, tokens=_some, priority=17, **W8A8)
-register(
-    NORM_LINEAR_FP8, "splits", _splits_norm_linear, supports=_splits_refuses, tokens=SPLIT_TOKENS, priority=18, **W8A8
-)
-register(NORM_LINEAR_FP8, "cuda", _cuda_norm_linear, supports=_cuda_norm_refuses, tokens=FEW, priority=20)
 
-register(LINEAR_ADD_FP8, "reference", lambda *_: reference.linear_add_fp8)
-register(LINEAR_ADD_FP8, "triton", _triton_linear_add, supports=_triton_refuses, priority=10)
-register(LINEAR_ADD_FP8, "w8a8", _w8a8_linear_add, supports=_w8a8_refuses, tokens=_more, priority=15, **W8A8)
-register(LINEAR_ADD_FP8, "matrix", _matrix_linear_add, supports=_matrix_refuses, tokens=_some, priority=17, **W8A8)
-register(
-    LINEAR_ADD_FP8, "splits", _splits_linear_add, supports=_splits_refuses, tokens=SPLIT_TOKENS, priority=18, **W8A8
-)
-register(LINEAR_ADD_FP8, "cuda", _cuda_linear_add, supports=_cuda_refuses, tokens=FEW, priority=20)
+_register("reference", lambda: reference)
+_register("triton", _triton, _triton_refuses, _triton_norm_refuses, priority=10)
+_register("w8a8", _w8a8, _w8a8_refuses, _w8a8_norm_refuses, tokens=_more, priority=15, **W8A8)
+_register("matrix", _matrix, _matrix_refuses, tokens=_some, priority=17, **W8A8)
+_register("splits", _splits, _splits_refuses, tokens=SPLIT_TOKENS, priority=18, **W8A8)
+_register("cuda", lambda: cuda, _cuda_refuses, _cuda_norm_refuses, tokens=FEW, priority=20)
