@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from thalweg.ops.all_gather import reference
+from thalweg.ops.all_gather import cuda, reference
 from thalweg.ops.all_reduce import Ranks
 from thalweg.ops.registry import Op, Refusal, Tokens, Where, register
 from thalweg.ops.toolchain import cuda_build
@@ -40,16 +40,8 @@ def _cuda_refuses(where: Where, dims: AllGatherDims) -> Refusal:
 
 
 def _few(dims: AllGatherDims) -> Tokens:
-    from thalweg.ops.all_gather.cuda import most_rows
-
-    return Tokens(last=most_rows(dims.row_bytes, dims.ranks))
-
-
-def _cuda(where: Where, dims: AllGatherDims) -> AllGather:
-    from thalweg.ops.all_gather import cuda
-
-    return cuda.all_gather
+    return Tokens(last=cuda.most_rows(dims.row_bytes, dims.ranks))
 
 
 register(ALL_GATHER, "reference", lambda *_: reference.all_gather)
-register(ALL_GATHER, "cuda", _cuda, supports=_cuda_refuses, tokens=_few, priority=10)
+register(ALL_GATHER, "cuda", lambda *_: cuda.all_gather, supports=_cuda_refuses, tokens=_few, priority=10)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from thalweg.ops.all_reduce import AllReduceAddDims, Ranks, few_tokens, why_not_exchanged
-from thalweg.ops.embedding import cuda, reference
+from thalweg.ops.embedding import cpp, cuda, reference
 from thalweg.ops.registry import Op, Refusal, Where, register
 from thalweg.ops.toolchain import cpu_build
 from thalweg.quant import scheme_named
@@ -43,14 +43,10 @@ def _vocab_rows(where: Where, dims: VocabRowsDims) -> VocabRows:
 
 
 def _cpp_vocab_rows(where: Where, dims: VocabRowsDims) -> VocabRows:
-    from thalweg.ops.embedding import cpp
-
     return cpp.build(dims, getattr(torch, where.dtype))
 
 
 def _cpp_refuses(where: Where, dims: VocabRowsDims) -> Refusal:
-    from thalweg.ops.embedding import cpp
-
     return cpp.refusal(dims) or cpu_build.why_not(where)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from thalweg.ops.linear.blocks_cpp import refusal as block_refusal
 from thalweg.ops.toolchain.cpu_build import DTYPES, function
 from thalweg.quant import PLAIN, scheme_named
 from thalweg.quant.ggml import GgmlRows
@@ -33,14 +34,12 @@ def build(dims: VocabRowsDims, dtype: torch.dtype) -> VocabRows:
 
 def refusal(dims: VocabRowsDims) -> str | None:
     """Why it does not serve these dims on any CPU, or None."""
-    from thalweg.ops.linear.blocks_cpp import refusal
-
     scheme = scheme_named(dims.scheme)
     if scheme is PLAIN:
         return None
     if not isinstance(scheme, GgmlRows):
         return f"needs rows in the model's dtype or in GGML's blocks, not {dims.scheme}"
-    return refusal(scheme)
+    return block_refusal(scheme)
 
 
 def _rows(ids_T: Tensor, w_VD: Tensor, /, *, D: int, V: int | None, kind: int, dtype: torch.dtype) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from thalweg.ops.all_reduce import ALL_REDUCE_ADD, AllReduceAddDims, Ranks
-from thalweg.ops.linear import cpp, cuda, reference, separate
+from thalweg.ops.linear import blocks_cpp, cpp, cuda, reference, separate
 from thalweg.ops.norm import RMS_NORM, RmsNormDims
 from thalweg.ops.registry import Op, Refusal, Resolver, Tokens, Where, register
 from thalweg.ops.toolchain import cpu_build, cuda_build
@@ -203,9 +203,7 @@ def _reduce_refuses(where: Where, dims: LinearReduceDims) -> Refusal:
         return "needs ranks that map each other's memory"
     if reason := _cuda_refuses(where, dims):
         return reason
-    from thalweg.ops.linear.cuda import reduce_refuses
-
-    return reduce_refuses(dims.D, dims.O, _few(dims).last or 0)
+    return cuda.reduce_refuses(dims.D, dims.O, _few(dims).last or 0)
 
 
 def _reduce_separate(where: Where, dims: LinearReduceDims) -> LinearReduceAdd:
@@ -260,19 +258,15 @@ def _matrix_linear_add(where: Where, dims: LinearDims) -> LinearAdd:
 
 
 def _cpp_ggml(where: Where, dims: LinearGgmlDims, *, rounds: bool = False, many: bool = False) -> LinearGgml:
-    from thalweg.ops.linear.blocks_cpp import BlockLinear
-
     scheme = GgmlRows.named(dims.scheme)
     assert scheme is not None
-    return BlockLinear(scheme, rounds=rounds, many=many)
+    return blocks_cpp.BlockLinear(scheme, rounds=rounds, many=many)
 
 
 def _cpp_ggml_refuses(where: Where, dims: LinearGgmlDims, *, rounds: bool = False) -> Refusal:
-    from thalweg.ops.linear.blocks_cpp import refusal
-
     scheme = GgmlRows.named(dims.scheme)
     assert scheme is not None
-    return refusal(scheme, rounds=rounds) or cpu_build.why_not(where)
+    return blocks_cpp.refusal(scheme, rounds=rounds) or cpu_build.why_not(where)
 
 
 def _triton_norm_linear(where: Where, dims: NormLinearDims) -> NormLinear:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from thalweg.ops.all_reduce import AREAS, ROWS, Ranks
 from thalweg.ops.registry import Op, Refusal, Tokens, Where, register
-from thalweg.ops.sample import cpp, reference
+from thalweg.ops.sample import cpp, over_ranks, reference
 from thalweg.ops.toolchain import cpu_build, cuda_build
 from thalweg.ops.toolchain.triton_support import why_not
 
@@ -87,8 +87,6 @@ def _over_ranks(where: Where, dims: SampleOverRanksDims) -> SampleOverRanks:
 
 
 def _cuda_over_ranks(where: Where, dims: SampleOverRanksDims) -> SampleOverRanks:
-    from thalweg.ops.sample import over_ranks
-
     return partial(over_ranks.sample_over_ranks, vocab=dims.V)
 
 

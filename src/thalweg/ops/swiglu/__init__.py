@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from thalweg.ops.activation import SILU_AND_MUL, SiluAndMulDims
-from thalweg.ops.linear import NORM_LINEAR, NormLinearDims, fused_gate_up_refuses, fused_gate_up_tokens
+from thalweg.ops.linear import NORM_LINEAR, NormLinearDims, cuda, fused_gate_up_refuses, fused_gate_up_tokens
 from thalweg.ops.registry import Op, Refusal, Resolver, Tokens, Where, register
 from thalweg.ops.swiglu import reference
 
@@ -43,12 +43,6 @@ def _separate(where: Where, dims: NormSwigluDims) -> NormSwiglu:
     return lambda x_TD, norm_weight_D, eps, w_2ID: silu_and_mul(norm_linear(x_TD, norm_weight_D, eps, w_2ID))
 
 
-def _cuda(where: Where, dims: NormSwigluDims) -> NormSwiglu:
-    from thalweg.ops.linear import cuda
-
-    return cuda.norm_swiglu
-
-
 def _matrix(where: Where, dims: NormSwigluDims) -> NormSwiglu:
     from thalweg.ops.linear import matrix
 
@@ -74,4 +68,4 @@ def _some(dims: NormSwigluDims) -> Tokens:
 register(NORM_SWIGLU, "reference", lambda *_: reference.norm_swiglu)
 register(NORM_SWIGLU, "separate", _separate, priority=10)
 register(NORM_SWIGLU, "matrix", _matrix, supports=_matrix_refuses, tokens=_some, priority=15)
-register(NORM_SWIGLU, "cuda", _cuda, supports=_cuda_refuses, tokens=_few, priority=20)
+register(NORM_SWIGLU, "cuda", lambda *_: cuda.norm_swiglu, supports=_cuda_refuses, tokens=_few, priority=20)

@@ -17,6 +17,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from thalweg.ops.delta import mixer_cpp, mixer_cuda, prefill_cpp, prefill_cuda
 from thalweg.ops.delta.conv1d import PIECE
 from thalweg.ops.delta.gdn import reference
 from thalweg.ops.host_tables import Boundaries
@@ -100,12 +101,6 @@ def _triton_prefill_refuses(where: Where, dims: GdnDims) -> Refusal:
     return why_not(where)
 
 
-def _cuda_mixer(where: Where, dims: GdnDims) -> GdnMixerDecode:
-    from thalweg.ops.delta import mixer_cuda
-
-    return mixer_cuda.gdn_mixer_decode
-
-
 def _cuda_mixer_refuses(where: Where, dims: GdnDims) -> Refusal:
     G, H, K, V, W = dims.G, dims.H, dims.K, dims.V, dims.W
     if (K, V, W) != (128, 128, 3) or H % 2:
@@ -117,22 +112,10 @@ def _cuda_mixer_refuses(where: Where, dims: GdnDims) -> Refusal:
     return cuda_build.why_not(where)
 
 
-def _cpp(where: Where, dims: GdnDims) -> GdnMixerDecode:
-    from thalweg.ops.delta import mixer_cpp
-
-    return mixer_cpp.gdn_mixer_decode
-
-
 def _cpp_refuses(where: Where, dims: GdnDims) -> Refusal:
     if dims.K % 16 or dims.V % 16:
         return f"needs K and V to be multiples of 16, not {dims.K} and {dims.V}"
     return cpu_build.why_not(where)
-
-
-def _cuda_prefill(where: Where, dims: GdnDims) -> GdnMixerPrefill:
-    from thalweg.ops.delta import prefill_cuda
-
-    return prefill_cuda.gdn_mixer_prefill
 
 
 def _cuda_prefill_refuses(where: Where, dims: GdnDims) -> Refusal:
@@ -143,12 +126,6 @@ def _cuda_prefill_refuses(where: Where, dims: GdnDims) -> Refusal:
     return why_not(where) or cuda_build.why_not(where) or why_not_hopper()
 
 
-def _cpp_prefill(where: Where, dims: GdnDims) -> GdnMixerPrefill:
-    from thalweg.ops.delta import prefill_cpp
-
-    return prefill_cpp.gdn_mixer_prefill
-
-
 def _cpp_prefill_refuses(where: Where, dims: GdnDims) -> Refusal:
     if dims.W > PIECE:
         return f"needs a convolution that remembers at most {PIECE} inputs, not {dims.W}"
@@ -156,9 +133,16 @@ def _cpp_prefill_refuses(where: Where, dims: GdnDims) -> Refusal:
 
 
 register(GDN_MIXER_DECODE, "reference", lambda *_: reference.gdn_mixer_decode)
-register(GDN_MIXER_DECODE, "cpp", _cpp, supports=_cpp_refuses, priority=10)
-register(GDN_MIXER_DECODE, "cuda", _cuda_mixer, supports=_cuda_mixer_refuses, priority=20)
+register(GDN_MIXER_DECODE, "cpp", lambda *_: mixer_cpp.gdn_mixer_decode, supports=_cpp_refuses, priority=10)
+register(GDN_MIXER_DECODE, "cuda", lambda *_: mixer_cuda.gdn_mixer_decode, supports=_cuda_mixer_refuses, priority=20)
 register(GDN_MIXER_PREFILL, "reference", lambda *_: reference.gdn_mixer_prefill)
-register(GDN_MIXER_PREFILL, "cpp", _cpp_prefill, supports=_cpp_prefill_refuses, priority=10)
+register(GDN_MIXER_PREFILL, "cpp", lambda *_: prefill_cpp.gdn_mixer_prefill, supports=_cpp_prefill_refuses, priority=10)
 register(GDN_MIXER_PREFILL, "triton", _triton_prefill, supports=_triton_prefill_refuses, priority=10, capturable=True)
-register(GDN_MIXER_PREFILL, "cuda", _cuda_prefill, supports=_cuda_prefill_refuses, priority=20, capturable=True)
+register(
+    GDN_MIXER_PREFILL,
+    "cuda",
+    lambda *_: prefill_cuda.gdn_mixer_prefill,
+    supports=_cuda_prefill_refuses,
+    priority=20,
+    capturable=True,
+)

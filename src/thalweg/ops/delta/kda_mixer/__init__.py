@@ -19,6 +19,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from thalweg.ops.delta import mixer_cpp, mixer_cuda, prefill_cpp, prefill_cuda
 from thalweg.ops.delta.conv1d import PIECE
 from thalweg.ops.delta.kda_mixer import reference
 from thalweg.ops.host_tables import Boundaries
@@ -105,12 +106,6 @@ def _triton_refuses(where: Where, dims: KdaMixerDims) -> Refusal:
     return why_not(where)
 
 
-def _cuda(where: Where, dims: KdaMixerDims) -> KdaMixerDecode:
-    from thalweg.ops.delta import mixer_cuda
-
-    return mixer_cuda.kda_mixer_decode
-
-
 def _cuda_refuses(where: Where, dims: KdaMixerDims) -> Refusal:
     H, K, V, R, W = dims.H, dims.K, dims.V, dims.R, dims.W
     if (K, V, R, W) != (128, 128, 128, 3) or H % 4:
@@ -118,12 +113,6 @@ def _cuda_refuses(where: Where, dims: KdaMixerDims) -> Refusal:
     if where.dtype != "bfloat16":
         return f"needs bfloat16, not {where.dtype}"
     return cuda_build.why_not(where)
-
-
-def _cpp(where: Where, dims: KdaMixerDims) -> KdaMixerDecode:
-    from thalweg.ops.delta import mixer_cpp
-
-    return mixer_cpp.kda_mixer_decode
 
 
 def _cpp_refuses(where: Where, dims: KdaMixerDims) -> Refusal:
@@ -149,24 +138,12 @@ def _triton_prefill_refuses(where: Where, dims: KdaMixerDims) -> Refusal:
     return why_not(where)
 
 
-def _cuda_prefill(where: Where, dims: KdaMixerDims) -> KdaMixerPrefill:
-    from thalweg.ops.delta import prefill_cuda
-
-    return prefill_cuda.kda_mixer_prefill
-
-
 def _cuda_prefill_refuses(where: Where, dims: KdaMixerDims) -> Refusal:
     if (dims.K, dims.V, dims.W) != (128, 128, 3) or dims.H % 2:
         return f"needs K = V = 128, W = 3 and an even number of heads, not {dims.K}, {dims.V}, {dims.W} and {dims.H}"
     if where.dtype != "bfloat16":
         return f"needs bfloat16, not {where.dtype}"
     return why_not(where) or cuda_build.why_not(where)
-
-
-def _cpp_prefill(where: Where, dims: KdaMixerDims) -> KdaMixerPrefill:
-    from thalweg.ops.delta import prefill_cpp
-
-    return prefill_cpp.kda_mixer_prefill
 
 
 def _cpp_prefill_refuses(where: Where, dims: KdaMixerDims) -> Refusal:
@@ -176,10 +153,17 @@ def _cpp_prefill_refuses(where: Where, dims: KdaMixerDims) -> Refusal:
 
 
 register(KDA_MIXER_DECODE, "reference", lambda *_: reference.kda_mixer_decode)
-register(KDA_MIXER_DECODE, "cpp", _cpp, supports=_cpp_refuses, priority=10)
+register(KDA_MIXER_DECODE, "cpp", lambda *_: mixer_cpp.kda_mixer_decode, supports=_cpp_refuses, priority=10)
 register(KDA_MIXER_DECODE, "triton", _triton, supports=_triton_refuses, priority=10)
-register(KDA_MIXER_DECODE, "cuda", _cuda, supports=_cuda_refuses, priority=20)
+register(KDA_MIXER_DECODE, "cuda", lambda *_: mixer_cuda.kda_mixer_decode, supports=_cuda_refuses, priority=20)
 register(KDA_MIXER_PREFILL, "reference", lambda *_: reference.kda_mixer_prefill)
-register(KDA_MIXER_PREFILL, "cpp", _cpp_prefill, supports=_cpp_prefill_refuses, priority=10)
+register(KDA_MIXER_PREFILL, "cpp", lambda *_: prefill_cpp.kda_mixer_prefill, supports=_cpp_prefill_refuses, priority=10)
 register(KDA_MIXER_PREFILL, "triton", _triton_prefill, supports=_triton_prefill_refuses, priority=10, capturable=True)
-register(KDA_MIXER_PREFILL, "cuda", _cuda_prefill, supports=_cuda_prefill_refuses, priority=20, capturable=True)
+register(
+    KDA_MIXER_PREFILL,
+    "cuda",
+    lambda *_: prefill_cuda.kda_mixer_prefill,
+    supports=_cuda_prefill_refuses,
+    priority=20,
+    capturable=True,
+)
