@@ -73,7 +73,7 @@ def prefill_by(
                 part = contexts(context_lens[b:end], local, GATHERED, q_THX.device)
             else:
                 part = _part(lo, min(total, lo + MAX_CONTEXT), context_lens[b], q_THX.device)
-            latent_SC = gather(blocks_MSC, block_tables_BN[b:end], part)
+            latent_SC = gather(blocks_MSC, block_tables_BN[b:end], part, GATHERED)
             kv_SHX = F.linear(latent_SC[:, :R], up_HXR.flatten(0, 1)).unflatten(1, (H, -1))
             starts = context_lens[b:end]
             attend(q_THX[queries], kv_SHX, latent_SC, o_THV[queries], sums, local, starts, part, scale)

@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from thalweg.ops.attention.mla.expanded import GATHERED
 from thalweg.ops.host_tables import Contexts
 
 
@@ -38,8 +37,8 @@ def gather_kernel(
     tl.store(latent_ptr + row.to(tl.int64)[:, None] * C + c[None, :], values, mask=mask)
 
 
-def gather(blocks_MSC: Tensor, block_tables_BN: Tensor, part: Contexts) -> Tensor:
-    """latent_SC of the contexts, one sequence after another. What is beyond theirs in a captured step is anything."""
+def gather(blocks_MSC: Tensor, block_tables_BN: Tensor, part: Contexts, gathered: int) -> Tensor:
+    """latent_SC of the contexts, one sequence after another, whose pieces are of so many tokens. What is beyond theirs in a captured step is anything."""
     _, block_size, C = blocks_MSC.shape
     latent_SC = torch.empty(part.total, C, dtype=blocks_MSC.dtype, device=blocks_MSC.device)
     gather_kernel[(part.cut.num,)](
@@ -53,7 +52,7 @@ def gather(blocks_MSC: Tensor, block_tables_BN: Tensor, part: Contexts) -> Tenso
         block_size,
         C,
         triton.next_power_of_2(C),
-        GATHERED,
+        gathered,
         num_warps=8,
     )
     return latent_SC
