@@ -234,7 +234,7 @@ def test_a_rank_that_is_killed_ends_every_request_and_all_ranks(kimi_folder: Pat
                         pass
         with pytest.raises(EngineDeadError, match="rank"):
             await tokens(client, 0)
-        await asyncio.gather(*(engine.exit_code() for engine in client.engines))
+        await asyncio.gather(*(engine.end() for engine in client.engines))
         assert time.monotonic() - began < 10
 
     run(kimi_folder, 2, body)
@@ -281,8 +281,8 @@ def test_a_rank_that_hangs_ends_the_engines(kimi_folder: Path) -> None:
         ({"data_parallel_size": 2}, "needs --enable-expert-parallel"),
         ({"enable_expert_parallel": True}, "--data-parallel-size is 1, raise it"),
         (
-            {"data_parallel_size": 2, "enable_expert_parallel": True, "tensor_parallel_size": 2, "nnodes": 2},
-            "--data-parallel-size is 2, whose ranks are all on one host; leave out --nnodes and Ray",
+            {"data_parallel_size": 2, "enable_expert_parallel": True, "distributed_executor_backend": "ray"},
+            "--data-parallel-size is 2, whose ranks Ray does not place; start the hosts with --nnodes",
         ),
         (
             {

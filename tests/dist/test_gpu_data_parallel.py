@@ -15,6 +15,7 @@ import pytest
 
 from tests.dist.processes import needs_proc, serving
 from tests.dist.test_faults import DATA_PARALLEL, WITHIN, check_death
+from tests.dist.test_hosts import KEY, free_ports, host
 from tests.e2e.tiny_model import CONTEXT, EOS, VOCAB, write_tiny_model
 from tests.models import random_checkpoint as random
 from tests.models.served import BF16_LOGPROB, FAMILIES, KIMI, PARAMS, prompts
@@ -42,8 +43,28 @@ def two_devices() -> None:
 Answer = tuple[list[int], list[float]]  # tokens, and their log-probabilities
 
 
-def answers(folder: Path, asked: list[list[int]], params: list[SamplingParams], **options: Any) -> list[Answer]:
-    """Together, and then the first and the last alone, while the other rank has nothing."""
+def answers(
+    folder: Path, asked: list[list[int]], params: list[SamplingParams], hosts: int = 1, **options: Any
+) -> list[Answer]:
+    """Together, and then the first and the last alone, while the other rank has nothing. Of two hosts, the other is a
+    launch of its own with the second device."""
+    given: dict[str, Any] = {**OPTIONS, **options}
+    if hosts == 1:
+        return _answers(folder, asked, params, given)
+    given |= {"nnodes": 2, "master_port": free_ports(2)}
+    words = ["--data-parallel-size", "2", "--enable-expert-parallel", "--node-rank", "1"]
+    for name, value in {**given, "device": "cuda:1"}.items():
+        words += ["--" + name.replace("_", "-"), *([] if value is True else [str(value)])]
+    tmp = folder / "other"
+    tmp.mkdir()
+    with pytest.MonkeyPatch.context() as patch, host(tmp / "log", tmp, str(folder), *words) as other:
+        patch.setenv("THALWEG_CLUSTER_KEY", KEY)
+        found = _answers(folder, asked, params, given)
+        assert other.ended()[0] == 0
+        return found
+
+
+def _answers(folder: Path, asked: list[list[int]], params: list[SamplingParams], given: dict[str, Any]) -> list[Answer]:
 
     async def answer(client: EngineClient, prompt: list[int], p: SamplingParams) -> Answer:
         tokens, logprobs = [], []
@@ -53,13 +74,11 @@ def answers(folder: Path, asked: list[list[int]], params: list[SamplingParams], 
         return tokens, logprobs
 
     async def all_answers() -> list[Answer]:
-        config = EngineConfig(
-            str(folder), data_parallel_size=2, enable_expert_parallel=True, **{**OPTIONS, **options}
-        )  # fmt: skip
+        config = EngineConfig(str(folder), data_parallel_size=2, enable_expert_parallel=True, **given)
         client = EngineClient(config)
         await client.start()
         try:
-            wanted = "eager" if options.get("dtype") != "bfloat16" else "CUDA graphs"
+            wanted = "eager" if given["dtype"] != "bfloat16" else "CUDA graphs"
             assert client.info.decode_steps.startswith(wanted), client.info.decode_steps
             found = await asyncio.wait_for(asyncio.gather(*map(answer, [client] * len(asked), asked, params)), 60)
             alone = [await asyncio.wait_for(answer(client, asked[i], params[i]), 60) for i in (0, -1)]
@@ -70,19 +89,19 @@ def answers(folder: Path, asked: list[list[int]], params: list[SamplingParams], 
     return asyncio.run(all_answers())
 
 
-@pytest.mark.parametrize("family", ["kimi_linear", "qwen3_next"])
-def test_same_tokens_in_float32(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "hosts"), [("kimi_linear", 1), ("qwen3_next", 1), ("kimi_linear", 2)])
+def test_same_tokens_in_float32(family: str, hosts: int, tmp_path: Path) -> None:
     two_devices()
     folder = FAMILIES[family]().write(tmp_path)
     asked, params = prompts(6), PARAMS * 2
     with LLM(str(folder), **OPTIONS) as llm:
         expected = [o.outputs[0].token_ids for o in llm.generate(asked, params)]
-    found = [tokens for tokens, _ in answers(folder, asked, params, enforce_eager=True)]
+    found = [tokens for tokens, _ in answers(folder, asked, params, hosts, enforce_eager=True)]
     assert found == [*expected, expected[0], expected[-1]]
 
 
-@pytest.mark.parametrize("family", ["kimi_linear", "qwen3_next"])
-def test_graphs_say_what_prompts_of_one_rank_say(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "hosts"), [("kimi_linear", 1), ("qwen3_next", 1), ("kimi_linear", 2)])
+def test_graphs_say_what_prompts_of_one_rank_say(family: str, hosts: int, tmp_path: Path) -> None:
     """In bfloat16, for which there are kernels that can be captured: of the same tokens, since rounding turns ties."""
     import torch
 
@@ -90,7 +109,7 @@ def test_graphs_say_what_prompts_of_one_rank_say(family: str, tmp_path: Path) ->
     folder = FAMILIES[family]().write(tmp_path)
     asked = prompts(6)
     params = [SamplingParams(max_tokens=24, temperature=i % 3, seed=i, logprobs=0, ignore_eos=True) for i in range(6)]
-    found, differences = answers(folder, asked, params, dtype="bfloat16"), []
+    found, differences = answers(folder, asked, params, hosts, dtype="bfloat16"), []
     with LLM(str(folder), **{**OPTIONS, "dtype": "bfloat16"}) as llm:
         for prompt, (tokens, logprobs) in zip([*asked, asked[0], asked[-1]], found, strict=True):
             rows = llm.prompt_logits(prompt + tokens).float().cpu()[len(prompt) - 1 : -1].log_softmax(-1)

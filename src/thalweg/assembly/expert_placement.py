@@ -6,17 +6,21 @@ those of rank 0 first; as many slots on each rank. Lists for layers without expe
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from thalweg.config.bounded_json import read_object
 from thalweg.errors import ConfigError
 from thalweg.models.family import DecoderConfig
 from thalweg.models.parts.moe import MoeDims
 from thalweg.parallel.placement import Placement, place
+
+if TYPE_CHECKING:
+    from thalweg.parallel.data_ranks import DataRanks
 
 KEY = "physical_to_logical_map"
 MAX_BYTES = 64 << 20
@@ -43,6 +47,17 @@ def read_placements(file: str, config: DecoderConfig, ranks: int) -> dict[int, P
             raise ConfigError(f"{where} is not a list of experts' numbers")
         placements[n] = Placement.of_row(row, count, ranks, where)
     return placements
+
+
+def check_same(ranks: DataRanks, placements: Mapping[int, Placement], file: str) -> None:
+    """Raises ConfigError unless all ranks have read the same from their `file`, of which each host has one. All call
+    this together."""
+    rows = json.dumps([placements[n].row for n in sorted(placements)])
+    read = ranks.gather_bytes(hashlib.sha256(rows.encode()).digest())
+    for rank, theirs in enumerate(read):
+        if theirs != read[0]:
+            differs = f"places experts otherwise on the host of data-parallel rank {rank} than on that of rank 0"
+            raise ConfigError(f"--expert-placement is {file!r}, which {differs}; expected the same file on every host")
 
 
 def describe_experts(config: DecoderConfig, placements: Mapping[int, Placement], ranks: int) -> str | None:

@@ -79,7 +79,7 @@ def open_model(config: EngineConfig, tp_rank: int, data_rank: int = 0, *, mtp: b
     source = source.fitted(checkpoint, mtp=mtp, dequantize=config.dequantize, halves=config.keeps_halves)
     plan = source.plan(shards_of(config, tp_rank, data_rank), config.quantization)
     if device.type == "cpu":
-        _choose_threads(sum(local_elements(plan).values()) * 4, config.ranks_per_node * config.data_parallel_size)
+        _choose_threads(sum(local_elements(plan).values()) * 4, config.ranks_per_node)
     if checkpoint is not None:
         check(plan, checkpoint, source.ignored)  # before anything is allocated by what config.json says
     _check_memory(local_bytes(plan, getattr(torch, config.dtype).itemsize), device)

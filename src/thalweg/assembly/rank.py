@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from thalweg import ops as _ops  # noqa: F401 -- registers every op's implementations
-from thalweg.assembly.expert_placement import describe_experts
+from thalweg.assembly.expert_placement import check_same, describe_experts
 from thalweg.assembly.identity import cache_identity
 from thalweg.assembly.info import EngineInfo, OpChoice, OpSpan
 from thalweg.assembly.model import open_model
@@ -77,19 +77,23 @@ def build_rank(
     joined: Callable[[Mesh], object] = lambda _: None,
 ) -> tuple[ModelRunner, EngineInfo]:
     """Everything one rank needs to execute plans. With several ranks, all of them call this at the same time; those
-    whose tokens count get `grammars`. `meeting` and `listener`: see join_mesh. Data-parallel ranks of one number among
-    those that share a model meet at files that begin with `data_meeting`. `joined` is called with the mesh once this
-    rank is in it, from where on it may have to wait for others."""
+    whose tokens count get `grammars`. `meeting`: see join_mesh; `data_meeting`: see join_data_ranks. `listener` is for
+    whichever of these is a place on a network. `joined` is called with the mesh once this rank is in it, from where on
+    it may have to wait for others."""
     laps = Laps()
     opened = open_model(config, tp_rank, data_rank)
     config, source, device = opened.config, opened.source, opened.device
     c = source.config
     assert config.max_num_batched_tokens is not None
     laps.end("device")
-    mesh = join_mesh(tp_rank, config.tensor_parallel_size, meeting, device, hosts=config.nnodes, listener=listener)
+    hosts, data_ranks = config.nodes_per_model, config.data_parallel_size
+    mesh = join_mesh(tp_rank, config.tensor_parallel_size, meeting, device, hosts=hosts, listener=listener)
     joined(mesh)
-    if config.data_parallel_size > 1:
-        mesh.data = join_data_ranks(data_rank, config.data_parallel_size, f"{data_meeting}-{tp_rank}", device)
+    if data_ranks > 1:
+        over = {"part": tp_rank, "hosts": config.nnodes}
+        mesh.data = join_data_ranks(data_rank, data_ranks, data_meeting, device, **over, listener=listener)
+        if config.expert_placement is not None and config.nnodes > 1:
+            check_same(mesh.data, source.placements, config.expert_placement)
         map_data_peers(mesh.data, device, AREAS[: ROWS + 1])
     map_peers(mesh, device, areas_of(mesh.tp_size))
     resolver = Resolver(config.op_preference, quantize_activations=config.quantize_activations)

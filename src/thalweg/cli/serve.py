@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -155,7 +156,7 @@ def serve(
     if config.node_rank:
         from thalweg.engine.processes.host_main import serve_ranks
 
-        serve_ranks(config, shutdown_timeout)
+        serve_ranks(replace(config, expert_metrics=expert_metrics), shutdown_timeout)
         return
     from thalweg.server.run import serve as run
 

@@ -203,9 +203,11 @@ class EngineConfig:
         self._integer("node_rank", 0, self.nnodes - 1)
         self._integer("master_port", 1, 65_536 - self.nnodes)
         self._need(isinstance(self.master_addr, str) and self.master_addr != "", "master_addr", "node 0's address")
-        if self.tensor_parallel_size % self.nnodes:
-            size = self.tensor_parallel_size
-            raise ConfigError(f"--nnodes is {self.nnodes}; it must divide --tensor-parallel-size, which is {size}")
+        option, size = "--tensor-parallel-size", self.tensor_parallel_size
+        if self.data_parallel_size > 1:  # the ranks that share a model are on one host
+            option, size = "--data-parallel-size", self.data_parallel_size
+        if size % self.nnodes:
+            raise ConfigError(f"--nnodes is {self.nnodes}; it must divide {option}, which is {size}")
         backend = self.distributed_executor_backend
         self._need(backend in EXECUTOR_BACKENDS, "distributed_executor_backend", _one_of(EXECUTOR_BACKENDS))
         if backend == "ray" and (self.nnodes > 1 or self.tensor_parallel_size == 1):
@@ -213,12 +215,8 @@ class EngineConfig:
                 "--distributed-executor-backend ray places the ranks of --tensor-parallel-size, which is"
                 f" {self.tensor_parallel_size}; expected 2 or more, and no --nnodes"
             )
-        for option, given in (
-            ("--data-parallel-size", self.data_parallel_size > 1),
-            ("--cache-folder", self.cache_folder),
-        ):
-            if given and not self.one_host:
-                raise ConfigError(f"{option} needs all ranks on one host; expected neither --nnodes nor Ray with it")
+        if self.cache_folder is not None and not self.one_host:
+            raise ConfigError("--cache-folder needs all ranks on one host; expected neither --nnodes nor Ray with it")
 
     @property
     def one_host(self) -> bool:
@@ -227,7 +225,26 @@ class EngineConfig:
 
     @property
     def ranks_per_node(self) -> int:
-        return self.tensor_parallel_size // self.nnodes
+        return self.tensor_parallel_size * self.data_parallel_size // self.nnodes
+
+    @property
+    def nodes_per_model(self) -> int:
+        """Over how many hosts the tensor-parallel ranks of one model are spread."""
+        return self.nnodes if self.data_parallel_size == 1 else 1
+
+    @property
+    def tensor_ranks_here(self) -> range:
+        """The tensor-parallel ranks on this host of each model that is here."""
+        count = self.tensor_parallel_size // self.nodes_per_model
+        first = 0 if self.nodes_per_model == 1 else self.node_rank * count
+        return range(first, first + count)
+
+    def data_ranks_of(self, node: int) -> range:
+        """The data-parallel ranks on a host, or of which it has a part."""
+        if self.data_parallel_size == 1:
+            return range(1)
+        count = self.data_parallel_size // self.nnodes
+        return range(node * count, (node + 1) * count)
 
     def resolve(self, *, device: str, checkpoint_dtype: str, context_len: int, layers: int) -> EngineConfig:
         """The same options with every "auto" decided, given what the machine and the checkpoint are. `max_num_seqs`
@@ -269,15 +286,15 @@ class EngineConfig:
             return
         if not self.enable_expert_parallel:
             raise ConfigError(f"{size}, which needs --enable-expert-parallel: ranks with all experts are not offered")
-        if self.nnodes > 1 or self.distributed_executor_backend == "ray":
-            raise ConfigError(f"{size}, whose ranks are all on one host; leave out --nnodes and Ray")
+        if self.distributed_executor_backend == "ray":
+            raise ConfigError(f"{size}, whose ranks Ray does not place; start the hosts with --nnodes")
         if self.cache_folder is not None:
             raise ConfigError(f"{size}, and --cache-folder is for one rank; leave one of them out")
 
     def _graph_tokens(self, layers: int) -> int:
         if self.prefill_graph_tokens is not None:
             return self.prefill_graph_tokens
-        if self.nnodes > 1:
+        if self.nodes_per_model > 1:
             return 0  # graphs with NCCL's sums of prompts inside, as with more than two ranks, have not been run yet
         # Launching takes as long as there are layers, about a millisecond for each.
         return {1: 2048 if layers <= 32 else 4096, 2: 4096}.get(self.tensor_parallel_size, 0)

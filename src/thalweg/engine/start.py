@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import math
 import os
+import socket
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -43,11 +44,19 @@ COARSEST_GRID = 256  # tokens: with a coarser one, few prompts would have a snap
 class Engine:
     """An EngineCore with what it stands on; `info` is known once this returns. Raises what building raised.
 
-    `folder` is for the sockets of its ranks (see OtherRanks). With --data-parallel-size it is that of all engines, of
-    which this one is `data_rank`.
+    `folder` is for the sockets of its ranks (see OtherRanks). With --data-parallel-size it is that of all engines of
+    this host, of which this one is `data_rank`; they meet in a file there, or, if they are on several hosts, at
+    `data_meeting`, for which one of them has a `listener` (see join_data_ranks).
     """
 
-    def __init__(self, config: EngineConfig, folder: Path | None = None, data_rank: int | None = None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        folder: Path | None = None,
+        data_rank: int | None = None,
+        data_meeting: str = "",
+        listener: socket.socket | None = None,
+    ) -> None:
         if config.data_parallel_size > 1 and (data_rank is None or folder is None):
             only = "this drives the steps of one rank; `LLM` and `thalweg serve` have several"
             raise ConfigError(f"--data-parallel-size is {config.data_parallel_size}; expected 1: {only}")
@@ -56,14 +65,15 @@ class Engine:
             source = open_source(config)
             source.plan(Shards(0, config.tensor_parallel_size))  # refuses what ranks do not divide
         self._give_folder_back = None if config.cache_folder is None else cache_folder.take(config.cache_folder)
-        self.ranks = OtherRanks(config, folder, data_rank or 0) if config.tensor_parallel_size > 1 else None
+        data_meeting = data_meeting or ("" if folder is None else str(folder / "data-rendezvous"))
+        several = config.tensor_parallel_size > 1
+        self.ranks = OtherRanks(config, folder, data_rank or 0, data_meeting) if several else None
 
         self._config = config = self.ranks.config if self.ranks else config
         self.lock_step = LockStep() if config.data_parallel_size > 1 else None
         meeting = self.ranks.meeting if self.ranks else ""
-        data_meeting = "" if folder is None else str(folder / "data-rendezvous")
         tell = self.ranks.send if self.ranks else None
-        listener = self.ranks.listener if self.ranks else None
+        listener = listener or (self.ranks.listener if self.ranks else None)
         self.grammars = Grammars(lambda: _vocabulary(config))
         self.expert_counts: Callable[[], dict[int, list[int]]]  # of a data-parallel rank: Decoder.expert_counts
         self._joined: list[Mesh] = []  # once this rank is in one

@@ -1,10 +1,12 @@
 """Ranks that each serve requests of their own and divide the routed experts among them.
 
-One host: they meet through a file, and agree over gloo; rows of tokens go over gloo (CPU) or NCCL (CUDA).
+Those of one host meet through a file, those of several through a TCP store. They agree over gloo; rows of tokens go
+over gloo (CPU) or NCCL (CUDA).
 """
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -15,23 +17,29 @@ import torch.distributed as dist
 from torch import Tensor
 
 from thalweg.errors import RankLostError
-from thalweg.parallel.groups import file_store, leave, nccl_group, together
+from thalweg.parallel.groups import file_store, leave, nccl_group, tcp_store, together
 
 if TYPE_CHECKING:
     from thalweg.parallel.peers import PeerMemory
 
 
 class DataRanks:
-    """This process is `rank` of `size`. With one rank every method is free.
+    """This process is `rank` of `size`, over so many `hosts`. With one rank every method is free.
 
     Every method is a collective: all ranks call the same ones in the same order, from one thread each.
     """
 
     def __init__(
-        self, rank: int = 0, size: int = 1, host: Any = None, device: Any = None, file: BinaryIO | None = None
+        self,
+        rank: int = 0,
+        size: int = 1,
+        host: Any = None,
+        device: Any = None,
+        file: BinaryIO | None = None,
+        hosts: int = 1,
     ) -> None:
         """`host` is the group for integers of the host, `device` the one for tensors; `file`: where they met."""
-        self.rank, self.size = rank, size
+        self.rank, self.size, self.hosts = rank, size, hosts
         self._host, self._device, self._file = host, device, file  # in this order, as of a Mesh
         self.rows = 0  # that every rank has in the next step, if all are to have as many, padded; else 0
         self.live_T: Tensor | None = None  # while such a step runs: 0 for rows that pad it, else anything
@@ -119,23 +127,46 @@ class DataRanks:
 
 
 def join_data_ranks(
-    rank: int, size: int, rendezvous_file: str, device: torch.device, timeout_s: float = 600.0
+    rank: int,
+    size: int,
+    meeting: str,
+    device: torch.device,
+    timeout_s: float = 600.0,
+    *,
+    part: int = 0,
+    hosts: int = 1,
+    listener: socket.socket | None = None,
 ) -> DataRanks:
-    """Meet the other ranks at `rendezvous_file`, a path on this host that no others meet at. Raises RankLostError."""
+    """Meet the other ranks of the same `part`, which is a tensor-parallel rank, at `meeting`: a path on this host that
+    no others meet at, or tcp://ADDRESS:PORT, where one rank of all parts has a `listener` that this takes over. Raises
+    RankLostError."""
     if size == 1:
         return DataRanks()
-    store, file = file_store(rendezvous_file, size)
     with together(f"data-parallel rank {rank}", size):
-        return _joined(rank, size, store, file, device, timeout_s)
+        return _joined(rank, size, meeting, device, timedelta(seconds=timeout_s), part, hosts, listener)
 
 
-def _joined(rank: int, size: int, store: Any, file: BinaryIO, device: torch.device, timeout_s: float) -> DataRanks:
-    timeout = timedelta(seconds=timeout_s)
+def _joined(
+    rank: int,
+    size: int,
+    meeting: str,
+    device: torch.device,
+    timeout: timedelta,
+    part: int,
+    hosts: int,
+    listener: socket.socket | None,
+) -> DataRanks:
+    own, file = "127.0.0.1", None
+    if meeting.startswith("tcp://"):
+        store, own = tcp_store(meeting, timeout, listener)
+        store = dist.PrefixStore(f"part {part}", store)  # type: ignore[attr-defined]
+    else:
+        store, file = file_store(f"{meeting}-{part}", size)
     gloo: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-    gloo._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]  # ranks are processes of one host
+    gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=own)]  # listens there alone
     gloo._timeout = timeout
     host = dist.ProcessGroupGloo(dist.PrefixStore("host", store), rank, size, gloo)  # type: ignore[attr-defined]
     if device.type != "cuda":
-        return DataRanks(rank, size, host, host, file)
+        return DataRanks(rank, size, host, host, file, hosts)
     tensors = nccl_group(dist.PrefixStore("tensors", store), rank, size, timeout)  # type: ignore[attr-defined]
-    return DataRanks(rank, size, host, tensors, file)
+    return DataRanks(rank, size, host, tensors, file, hosts)

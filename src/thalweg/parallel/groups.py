@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, BinaryIO
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
@@ -29,6 +31,22 @@ def file_store(path: str, size: int) -> tuple[Any, BinaryIO]:
     name = f"/proc/self/fd/{file.fileno()}"
     where = name if Path(name).exists() else path
     return dist.FileStore(where, size), file  # type: ignore[attr-defined]  # public, but not in __all__
+
+
+def tcp_store(url: str, timeout: timedelta, listener: socket.socket | None) -> tuple[Any, str]:
+    """A store at tcp://ADDRESS:PORT, where processes of several hosts meet, and the address by which this host is seen
+    from there. Whoever has the `listener` is the store from then on."""
+    place = urlsplit(url)
+    assert place.hostname is not None
+    assert place.port is not None
+    with socket.socket(socket.AF_INET6 if ":" in place.hostname else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((place.hostname, place.port))  # sends no packet
+        own = str(probe.getsockname()[0])
+    fd = None if listener is None else listener.detach()
+    store: Any = dist.TCPStore(  # type: ignore[attr-defined]  # public, but not in __all__
+        place.hostname, place.port, None, fd is not None, timeout, wait_for_workers=False, master_listen_fd=fd
+    )
+    return store, own
 
 
 @contextmanager

@@ -10,7 +10,6 @@ import threading
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, BinaryIO
-from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from thalweg.errors import RankLostError
 from thalweg.parallel.data_ranks import DataRanks
-from thalweg.parallel.groups import file_store, leave, nccl_group, together
+from thalweg.parallel.groups import file_store, leave, nccl_group, tcp_store, together
 
 if TYPE_CHECKING:
     from thalweg.parallel.peers import PeerMemory
@@ -176,14 +175,7 @@ def _joined(
 ) -> Mesh:
     timeout, own, file = timedelta(seconds=timeout_s), "127.0.0.1", None
     if meeting.startswith("tcp://"):
-        place = urlsplit(meeting)
-        assert place.hostname is not None
-        assert place.port is not None
-        own = _own_address(place.hostname, place.port)
-        fd = None if listener is None else listener.detach()
-        store: Any = dist.TCPStore(  # type: ignore[attr-defined]  # public, but not in __all__
-            place.hostname, place.port, tp_size, tp_rank == 0, timeout, wait_for_workers=False, master_listen_fd=fd
-        )
+        store, own = tcp_store(meeting, timeout, listener)
     else:
         store, file = file_store(meeting, tp_size)
     if device.type == "cuda":
@@ -197,10 +189,3 @@ def _joined(
     gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=own)]  # listens there alone
     gloo._timeout = timeout
     return Mesh(tp_rank, tp_size, dist.ProcessGroupGloo(store, tp_rank, tp_size, gloo), hosts=hosts, file=file)
-
-
-def _own_address(host: str, port: int) -> str:
-    """The address by which this host is seen from another one: no packet is sent."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, port))
-        return str(probe.getsockname()[0])

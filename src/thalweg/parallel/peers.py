@@ -164,8 +164,9 @@ def map_peers(mesh: Mesh, device: torch.device, areas: Sequence[tuple[int, int]]
 
 def map_data_peers(ranks: DataRanks, device: torch.device, areas: Sequence[tuple[int, int]]) -> None:
     """The same of data-parallel ranks."""
-    if ranks.size > 1 and device.type == "cuda":
-        ranks.peers = _mapped(ranks.rank, ranks.size, ranks.gather_bytes, areas, "decode steps' rows")
+    if ranks.size == 1 or ranks.hosts > 1 or device.type != "cuda":
+        return
+    ranks.peers = _mapped(ranks.rank, ranks.size, ranks.gather_bytes, areas, "decode steps' rows")
 
 
 def _mapped(

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import msgspec
 import zmq.asyncio
 
 from thalweg.assembly.info import EngineInfo
@@ -14,9 +15,10 @@ from thalweg.config.engine import EngineConfig
 from thalweg.core import Request, RequestUpdate, SchedulerStats
 from thalweg.engine.processes import messages as m
 from thalweg.engine.processes.balance import Balance, ended, together
-from thalweg.engine.processes.connection import Connection, all_ready
+from thalweg.engine.processes.connection import AnyEngine, Connection, all_ready
 from thalweg.engine.processes.ipc import SocketFolder
 from thalweg.engine.processes.questions import Question, Questions, same_error
+from thalweg.engine.processes.remote import RemoteEngines
 from thalweg.errors import EngineDeadError, InvalidRequest, ThalwegError
 
 SAVE_SECONDS = 900.0  # that an engine may take to end when it writes its cache to --cache-folder
@@ -39,7 +41,9 @@ class Engines(ABC):
         self.rank_stats: dict[int, SchedulerStats] = {}  # what each rank last said
         self.dead: EngineDeadError | None = None  # why no request is served any more
         self.died: EngineDeadError | None = None  # the same, if that was not asked for
-        self.engines: list[Connection] = []
+        self.engines: list[Connection] = []  # of this host
+        self._others: RemoteEngines | None = None
+        self._ranks: list[AnyEngine] = []  # all
         self._questions = Questions()
         ranks = config.data_parallel_size
         self._balance = Balance(ranks)
@@ -67,17 +71,27 @@ class Engines(ABC):
 
     async def start(self) -> None:
         """Start the processes and wait until all are ready. Raises what an engine could not start for."""
+        c, start, listener = self.config, self._start, None
+        ranks, here = c.data_parallel_size, c.data_ranks_of(0)
+        others = self._others = RemoteEngines(c, start) if ranks > len(here) else None
+        if others is not None:
+            start = msgspec.structs.replace(start, data_meeting=others.meeting)
+            listener = others.listener.fileno()
         self._folder = SocketFolder()
         self._context = zmq.asyncio.Context()
-        ranks = range(self.config.data_parallel_size)
-        self.engines = [Connection(self._context, self._folder.path, rank, len(ranks)) for rank in ranks]
+        for rank in here:
+            given = listener if rank == 0 else None
+            self.engines.append(Connection(self._context, self._folder.path, rank, ranks, given))
+        self._ranks = [*self.engines, *(others.engines if others else ())]
+        if others is not None:
+            others.watch()
         try:
-            self.info = await all_ready(self.engines, self._start)
-        except Exception:
+            self.info = await all_ready(self._ranks, start)
+        except Exception as e:
             self._closing = True
-            await self._end_processes(leave=len(ranks) > 1)  # one alone ends by itself
+            await self._end_processes(leave=ranks > 1, reason=str(e))  # one alone ends by itself
             raise
-        watching = [work for e in self.engines for work in (self._receive(e), self._watch_process(e))]
+        watching = [work for e in self._ranks for work in (self._receive(e), self._watch_process(e))]
         self._tasks = [asyncio.create_task(work) for work in (*watching, self._watch_silence())]
 
     def _add(self, requests: Sequence[Request]) -> None:
@@ -85,9 +99,9 @@ class Engines(ABC):
         shares: dict[int, list[Request]] = {}
         for request in requests:
             shares.setdefault(self._balance.add(request), []).append(request)
-        several = len(self.engines) > 1
+        several = len(self._ranks) > 1
         self._wakes += several
-        for engine in self.engines:
+        for engine in self._ranks:
             if share := shares.get(engine.rank):
                 if self._balance.requests[engine.rank] == len(share):
                     self._heard[engine.rank] = asyncio.get_running_loop().time()
@@ -103,39 +117,42 @@ class Engines(ABC):
             if (rank := self._balance.rank_of(request_id)) is not None:
                 shares.setdefault(rank, []).append(request_id)
         for rank, share in shares.items():
-            self.engines[rank].post(m.Abort(share))
+            self._ranks[rank].post(m.Abort(share))
 
     async def expert_counts(self) -> dict[int, list[int]]:
         """Tokens that each expert got, by layer, over all data-parallel ranks since this was first asked. Raises as
         keep."""
         if not self._tasks:
             return {}  # engines that start expect Start first
-        ranks = await asyncio.gather(*(self._ask(m.CountExperts, engine) for engine in self.engines))
+        ranks = await asyncio.gather(*(self._ask(m.CountExperts, engine) for engine in self._ranks))
         return {layer: [sum(n) for n in zip(*(rank[layer] for rank in ranks), strict=True)] for layer in ranks[0]}
 
     async def keep(self, name: str, salt: str, token_ids: list[int]) -> int:
         """As EngineCore.keep, on every rank; the most that one of them has. Raises EngineDeadError, or RequestTimeout
         if the engine does not answer."""
         make = lambda question_id: m.Keep(question_id, name, salt, token_ids)  # noqa: E731
-        kept: list[int] = await asyncio.gather(*(self._ask(make, engine) for engine in self.engines))
+        kept: list[int] = await asyncio.gather(*(self._ask(make, engine) for engine in self._ranks))
         return max(kept)
 
     def release(self, name: str) -> None:
         """As EngineCore.release."""
-        for engine in self.engines if self.dead is None and not self._closing else ():
+        for engine in self._ranks if self.dead is None and not self._closing else ():
             engine.post(m.Release(name))
 
-    async def _ask(self, make: Callable[[int], Question], engine: Connection | None = None) -> Any:
+    async def _ask(self, make: Callable[[int], Question], engine: AnyEngine | None = None) -> Any:
         if self.dead is not None:
             raise self.dead
-        return await self._questions.ask((engine or self.engines[0]).post, make)
+        return await self._questions.ask((engine or self._ranks[0]).post, make)
 
     async def close(self) -> None:
         """Stop the engine processes, even while they start. Requests under way end with EngineDeadError."""
-        if self._closing or not self.engines:
+        if self._closing or not self._ranks:
             return
         self._closing = True
         started = bool(self._tasks)
+        reason = str(self.died or "")
+        if self._others is not None:
+            self._others.end(reason)  # first, or they would miss those of this host
         for engine in self.engines if started else ():
             engine.post(m.Stop())
         self._lose(EngineDeadError("the engine was closed"))
@@ -143,9 +160,10 @@ class Engines(ABC):
             task.cancel()
         # It may have a cache to write down first.
         seconds = 10.0 if self.config.cache_folder is None else SAVE_SECONDS
-        await self._end_processes(seconds, leave=not started or (len(self.engines) > 1 and self.died is not None))
+        leave = not started or (len(self._ranks) > 1 and self.died is not None)
+        await self._end_processes(seconds, leave=leave, reason=reason)
 
-    async def _receive(self, engine: Connection) -> None:
+    async def _receive(self, engine: AnyEngine) -> None:
         while True:
             message = await engine.receive()
             self._heard[engine.rank] = asyncio.get_running_loop().time()
@@ -170,24 +188,25 @@ class Engines(ABC):
         while True:
             await asyncio.sleep(min(1.0, allowed / 4))
             # Answers that are done and not yet read do not concern the engine.
-            for engine in self.engines:
+            for engine in self._ranks:
                 if self._balance.requests[engine.rank] and loop.time() - self._heard[engine.rank] > allowed:
                     self._die(f"the engine has said nothing for {allowed:g} s; it hangs (--step-timeout)")
-                    engine.process.kill()
+                    if isinstance(engine, Connection):
+                        engine.process.kill()
                     return
 
-    async def _watch_process(self, engine: Connection) -> None:
-        code = await engine.exit_code()
-        await asyncio.sleep(0.1)  # its last message, which says more, goes first
-        self._die(f"{engine.name} ended with exit code {code}")
+    async def _watch_process(self, engine: AnyEngine) -> None:
+        self._die(await engine.end())
 
     def _die(self, reason: str) -> None:
         """The engine is gone, and what it held with it."""
         self.died = self.died or EngineDeadError(reason)
         self.rank_stats = {rank: ended(stats) for rank, stats in self.rank_stats.items()}
-        if len(self.engines) > 1:
+        if len(self._ranks) > 1:
             for engine in self.engines:  # what is left of them waits for each other
                 engine.leave()
+        if self._others is not None:
+            self._others.end(str(self.died))
         self._lose(self.died)
 
     def _lose(self, error: EngineDeadError) -> None:
@@ -195,11 +214,13 @@ class Engines(ABC):
         self._lost(self.dead)
         self._questions.lose(self.dead)
 
-    async def _end_processes(self, timeout_s: float = 10.0, *, leave: bool) -> None:
-        """Wait for their end, and remove what they leave. `leave`: do not let them finish what they are at."""
+    async def _end_processes(self, timeout_s: float = 10.0, *, leave: bool, reason: str) -> None:
+        """Wait for their end, and remove what they leave. `leave`: do not let them finish what they are at. `reason` is
+        for other hosts."""
         for engine in self.engines if leave else ():
             engine.leave()
         timeout_s = LEAVE_SECONDS if leave else timeout_s
-        await asyncio.gather(*(engine.close(timeout_s) for engine in self.engines))
+        others = [] if self._others is None else [self._others.close(reason)]
+        await asyncio.gather(*(engine.close(timeout_s) for engine in self.engines), *others)
         self._context.term()
         self._folder.cleanup()

@@ -19,13 +19,28 @@ from zmq.utils import z85
 
 from thalweg.config import env
 from thalweg.config.engine import EngineConfig
+from thalweg.engine.processes.messages import Start
 from thalweg.errors import ConfigError
 
 ALIVE_SECONDS = 1.0  # between two signs of life
 LOST_SECONDS = 5.0  # without a sign of life after which a host is taken to be gone
 MEET_SECONDS = 600.0  # that hosts wait for each other
 MIN_KEY = 16  # characters
-PLAN, MEET, LEAVE = b"P", b"M", b"L"  # first frame to a host; the second is a plan or order, a place, a reason
+# First frame to a host. The second is a plan or order, or ToEngine; Meet; a reason, empty if nothing failed.
+WORK, MEET, LEAVE = b"W", b"M", b"L"
+
+
+class Meet(msgspec.Struct, frozen=True):
+    """Where ranks meet (see join_mesh), or how to start the host's data-parallel ranks, but for what is its own."""
+
+    where: str | Start
+
+
+class ToEngine(msgspec.Struct, frozen=True, array_like=True):
+    """A message to the engine process of a data-parallel rank, as its socket takes it."""
+
+    rank: int
+    message: bytes
 
 
 class Join(msgspec.Struct, frozen=True, tag=True):
@@ -44,6 +59,15 @@ class Alive(msgspec.Struct, frozen=True, tag=True):
     socket: bytes
 
 
+class Said(msgspec.Struct, frozen=True, tag=True):
+    """What the engine process of a data-parallel rank of the same host said, as it came from its socket."""
+
+    node: int
+    socket: bytes
+    rank: int
+    message: bytes
+
+
 class Lost(msgspec.Struct, frozen=True, tag=True):
     """The same host cannot go on."""
 
@@ -53,7 +77,9 @@ class Lost(msgspec.Struct, frozen=True, tag=True):
 
 
 encode = msgspec.msgpack.Encoder().encode
-decode = msgspec.msgpack.Decoder(Join | Alive | Lost).decode
+decode = msgspec.msgpack.Decoder(Join | Alive | Said | Lost).decode
+decode_meet = msgspec.msgpack.Decoder(Meet).decode
+decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
 
 # What may differ between hosts: where things are, and who it is.
 OWN_OPTIONS = frozenset(

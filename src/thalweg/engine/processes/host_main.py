@@ -1,4 +1,7 @@
-"""A host other than node 0: `thalweg serve --node-rank K`. Runs its ranks, and passes node 0's plans on to them."""
+"""A host other than node 0: `thalweg serve --node-rank K`. Runs its ranks, and passes on to them what node 0 says.
+
+That is plans, or, to data-parallel ranks, requests, whose answers it passes back.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +21,13 @@ from thalweg.assembly.source import open_source
 from thalweg.config.engine import EngineConfig
 from thalweg.config.streams import say
 from thalweg.engine.processes import host_link as link
+from thalweg.engine.processes.host_engines import HostEngines
 from thalweg.engine.processes.ranks import LocalRanks
 from thalweg.errors import ConfigError, EngineDeadError
 from thalweg.parallel.shards import Shards
 
 _REFUSED = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+LAST_WORDS_SECONDS = 0.1  # for what an engine process said before it ended, which says more than its end
 _REFUSALS = 3  # in a row before the key is taken to be wrong, and not node 0 to be starting or ending
 
 
@@ -32,7 +37,8 @@ class Host:
     def __init__(self, config: EngineConfig, key: str, shutdown_timeout_s: float = 30.0) -> None:
         self._config, self._node, self._key = config, config.node_rank, key
         self._patience_s = shutdown_timeout_s + link.LOST_SECONDS  # node 0, told at the same time, needs a moment more
-        self._ranks: LocalRanks | None = None
+        self._ranks: LocalRanks | HostEngines | None = None
+        self._engines: dict[zmq.Socket[bytes], int] = {}  # where data-parallel ranks speak
         self._ended: queue.SimpleQueue[EngineDeadError | None] = queue.SimpleQueue()  # a rank's error; None: a signal
         self._refusals = 0
         self._connected = self._gone = False
@@ -43,7 +49,8 @@ class Host:
         has not answered yet. Raises ConfigError or CheckpointError for a model that is not there or not whole,
         ConfigError if node 0 does not take this host, and EngineDeadError when the engine is lost, here or there."""
         c = self._config
-        open_source(c).plan(Shards(0, c.tensor_parallel_size))  # before node 0 counts on this host
+        shards = Shards(0, c.tensor_parallel_size, c.data_ranks_of(c.node_rank)[0], c.data_parallel_size)
+        open_source(c).plan(shards)  # before node 0 counts on this host
         with ExitStack() as stack:
             context: zmq.Context[Any] = stack.enter_context(zmq.Context())
             self._words = stack.enter_context(link.connected(context, 0, self._key))
@@ -57,7 +64,7 @@ class Host:
             self._wake, alarm = os.pipe()
             stack.callback(os.close, alarm)
             stack.callback(os.close, self._wake)
-            self._alarm = alarm
+            self._alarm, self._poller = alarm, zmq.Poller()
             stack.callback(self._close_ranks)
             self._catch_sigterm(stack)
             link.connect(self._words, c, 0)
@@ -66,7 +73,7 @@ class Host:
             self._loop()
 
     def _loop(self) -> None:
-        poller = zmq.Poller()
+        poller = self._poller
         for each in (self._plans, self._monitor, self._wake):
             poller.register(each, zmq.POLLIN)
         started = said = time.monotonic()
@@ -75,6 +82,9 @@ class Host:
             ready = dict(poller.poll(int(1000 * link.ALIVE_SECONDS / 2)))
             if self._plans in ready and self._take(*self._plans.recv_multipart()):
                 return
+            for socket in self._engines:
+                if socket in ready:
+                    self._pass_back(socket)
             if self._monitor in ready:
                 self._look(recv_monitor_message(self._monitor)["event"])
             if self._gone and not self._plans.poll(0):  # what it said last comes first
@@ -83,6 +93,7 @@ class Host:
                 os.read(self._wake, 1)
                 error = self._ended.get()
                 if error is not None:
+                    self._pass_last_words()
                     self._words.send(link.encode(link.Lost(self._node, self._name, str(error))))
                     raise error
                 is_first = leaves_at == float("inf")
@@ -104,10 +115,17 @@ class Host:
 
     def _take(self, kind: bytes, body: bytes) -> bool:
         """What node 0 says; whether it says that all is over."""
-        if kind == link.PLAN and self._ranks is not None:
+        if kind == link.WORK and self._ranks is not None:
             self._ranks.send(body)
         elif kind == link.MEET:
-            self._ranks = LocalRanks(self._config, body.decode())
+            where = link.decode_meet(body).where
+            if isinstance(where, str):
+                self._ranks = LocalRanks(self._config, where)
+            else:
+                self._ranks = engines = HostEngines(self._config, where)
+                self._engines = {socket: rank for rank, socket in engines.sockets.items()}
+                for socket in self._engines:
+                    self._poller.register(socket, zmq.POLLIN)
             self._ranks.watch(self._tell)
         elif kind == link.LEAVE:
             if not body:
@@ -116,6 +134,18 @@ class Host:
                 raise ConfigError(body.decode())
             raise EngineDeadError(f"node 0 ended the engine: {body.decode()}")
         return False
+
+    def _pass_back(self, socket: zmq.Socket[bytes]) -> None:
+        """What a data-parallel rank says."""
+        message = link.Said(self._node, self._name, self._engines[socket], socket.recv())
+        self._words.send(link.encode(message))
+
+    def _pass_last_words(self) -> None:
+        if self._engines:
+            time.sleep(LAST_WORDS_SECONDS)
+        for socket in self._engines:
+            while socket.poll(0):
+                self._pass_back(socket)
 
     def _look(self, event: int) -> None:
         """At what became of the connection."""

@@ -13,20 +13,26 @@ from thalweg import __version__
 from thalweg.config.engine import EngineConfig
 from thalweg.config.streams import say
 from thalweg.engine.processes import host_link as link
-from thalweg.errors import EngineDeadError
+from thalweg.engine.processes.messages import Start
+from thalweg.errors import ConfigError, EngineDeadError
 
 OnDeath = Callable[[EngineDeadError], object]
+OnSaid = Callable[[int, bytes], object]
 
 
 class OtherHosts:
-    """Nodes 1 to nnodes - 1, each of which runs ranks of its own (`host_main`).
+    """Nodes 1 to nnodes - 1, each of which runs ranks of its own (`host_main`): those of this engine, or data-parallel
+    ones, each an engine process, if `start` says how these start.
 
-    `on_death(error)`, from a listening thread, when one says that it cannot go on, or nothing for LOST_SECONDS, or has
-    not come after MEET_SECONDS. Raises ConfigError if this host cannot listen.
+    From a listening thread come `on_death(error)`, when one says that it cannot go on, or nothing for LOST_SECONDS, or
+    has not come after MEET_SECONDS, and `on_said(rank, message)`, what a data-parallel rank says. Raises ConfigError if
+    this host cannot listen, or is not node 0.
     """
 
-    def __init__(self, config: EngineConfig, key: str) -> None:
-        self._config = config
+    def __init__(self, config: EngineConfig, key: str, start: Start | None = None) -> None:
+        if config.node_rank:
+            raise ConfigError(f"--node-rank is {config.node_rank}; only `thalweg serve` joins another host's engine")
+        self._config, self._start = config, start
         self._context = zmq.Context()
         self._closing = False
         self._lock = threading.Lock()  # over the sockets of plans, which two threads write to
@@ -44,8 +50,8 @@ class OtherHosts:
         self._heard: dict[int, float] = {}  # of those that have joined
         self._thread = threading.Thread(target=self._listen, name="thalweg-hosts", daemon=True)
 
-    def watch(self, on_death: OnDeath) -> None:
-        self._on_death = on_death
+    def watch(self, on_death: OnDeath, on_said: OnSaid | None = None) -> None:
+        self._on_death, self._on_said = on_death, on_said
         missing, place = ", ".join(map(str, self._plans)), f"{self._config.master_addr}:{self._config.master_port}"
         address = self.listener.getsockname()[0]
         if address != self._config.master_addr:
@@ -55,12 +61,20 @@ class OtherHosts:
 
     def send(self, body: bytes) -> None:
         """A plan or an order, to all. A host that is gone is reported by the thread that listens."""
-        self._tell(link.PLAN, body)
+        self._tell(link.WORK, body)
+
+    def send_to(self, node: int, message: link.ToEngine) -> None:
+        """To one data-parallel rank."""
+        self._tell(link.WORK, link.encode(message), node)
+
+    def end(self, reason: str) -> None:
+        """Have the other hosts end their ranks; `reason` is empty if nothing failed."""
+        self._tell(link.LEAVE, reason.encode())
 
     def close(self, reason: str) -> None:
-        """End the other hosts' ranks; `reason` is empty if nothing failed."""
+        """The same, and hear no more of them."""
         self._closing = True
-        self._tell(link.LEAVE, reason.encode())
+        self.end(reason)
         if self._thread.is_alive():
             self._thread.join()
         self._words.close()
@@ -69,10 +83,11 @@ class OtherHosts:
         self._context.term()  # waits for what is under way, as long as LINGER allows
         self.listener.close()
 
-    def _tell(self, kind: bytes, body: bytes) -> None:
+    def _tell(self, kind: bytes, body: bytes, only: int | None = None) -> None:
         with self._lock:
             for node, socket in self._joined.items():
-                self._send(node, socket, kind, body)
+                if only in (None, node):
+                    self._send(node, socket, kind, body)
 
     def _answer(self, message: link.Join, kind: bytes, body: bytes) -> bool:
         """To one that has just spoken, whose connection for plans may be a moment behind. Whether it is there."""
@@ -118,7 +133,7 @@ class OtherHosts:
         else:
             self._take(message)
 
-    def _take(self, message: link.Join | link.Alive | link.Lost) -> None:
+    def _take(self, message: link.Join | link.Alive | link.Said | link.Lost) -> None:
         node = message.node
         if node not in self._plans:
             return  # of more hosts than this engine has
@@ -128,6 +143,8 @@ class OtherHosts:
             return  # of a host that was refused, or of an engine that was here before, whose hosts have yet to end
         if isinstance(message, link.Lost):
             self._lose(f"node {node}: {message.reason}")
+        elif isinstance(message, link.Said) and self._on_said is not None:
+            self._on_said(message.rank, message.message)
         self._heard[node] = time.monotonic()
 
     def _meet(self, message: link.Join) -> None:
@@ -143,7 +160,9 @@ class OtherHosts:
             self._answer(message, link.LEAVE, reason.encode())
             self._lose(reason)
             return
-        if not self._answer(message, link.MEET, self.meeting.encode()):
+        where = self.meeting
+        how = where if self._start is None else msgspec.structs.replace(self._start, data_meeting=where)
+        if not self._answer(message, link.MEET, link.encode(link.Meet(how))):
             self._lose(f"node {node} asked to join and was gone; its own lines say why")
             return
         with self._lock:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket as sockets
 import sys
 import time
 from pathlib import Path
@@ -175,7 +176,9 @@ def main(address: str) -> int:
         if start.debug:
             logging.basicConfig(format="%(levelname)s:    %(message)s")
             logging.getLogger("thalweg").setLevel(logging.DEBUG)
-        engine = Engine(EngineConfig(**start.config), Path(address.removeprefix("ipc://")).parent, start.data_rank)
+        folder = Path(address.removeprefix("ipc://")).parent
+        listener = None if start.listener is None else sockets.socket(fileno=start.listener)
+        engine = Engine(EngineConfig(**start.config), folder, start.data_rank, start.data_meeting, listener)
         socket.send(m.encode(m.Ready(engine.info)))
         with contextlib.closing(EngineProcess(socket, engine, start.queue_timeout, start.profiler)) as process:
             process.run()

@@ -21,13 +21,16 @@ class ProfilerOptions(msgspec.Struct, frozen=True):
 
 class Start(msgspec.Struct, frozen=True, tag=True):
     """First message to an engine process: EngineConfig.to_dict(), the seconds a request may wait for its slot, and
-    whether its debug log is wanted on standard error."""
+    whether its debug log is wanted on standard error. `data_meeting` is where data-parallel ranks of several hosts meet
+    (see join_data_ranks), and `listener` the file descriptor of that place, which the process of rank 0 is given."""
 
     config: dict[str, Any]
     queue_timeout: float | None = None
     profiler: ProfilerOptions | None = None
     debug: bool = False
     data_rank: int = 0
+    data_meeting: str = ""
+    listener: int | None = None
 
 
 class Add(msgspec.Struct, frozen=True, tag=True):

@@ -20,7 +20,7 @@ from thalweg.engine.processes.host_link import cluster_key
 from thalweg.engine.processes.hosts import OnDeath, OtherHosts
 from thalweg.engine.processes.ipc import SocketFolder, address, end_group, tell_to_leave
 from thalweg.engine.processes.ray_hosts import RayHosts
-from thalweg.errors import ConfigError, EngineDeadError
+from thalweg.errors import EngineDeadError
 from thalweg.recorder.orders import Order
 from thalweg.runner.lock_step import Agreed
 
@@ -43,15 +43,22 @@ class LocalRanks:
 
     `on_death(error)` is called, from a watching thread, when one ends before `close`. Sockets lie in `folder`, which
     whoever made it removes; without one, in a folder of their own. They meet at `meeting` (see join_mesh); "" is a file
-    in that folder. With --data-parallel-size it is that of all engines, of which this one is `data_rank`.
+    in that folder. With --data-parallel-size it is that of all engines of this host, of which this one is `data_rank`,
+    and all meet at `data_meeting`.
     """
 
-    def __init__(self, config: EngineConfig, meeting: str = "", folder: Path | None = None, data_rank: int = 0) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        meeting: str = "",
+        folder: Path | None = None,
+        data_rank: int = 0,
+        data_meeting: str = "",
+    ) -> None:
         self._own_folder = SocketFolder() if folder is None else None
         folder = folder or self._own_folder.path  # type: ignore[union-attr]
         of = f"engine-{data_rank}-" if data_rank else ""  # whose ranks these are, if others have some in that folder
         self.meeting = meeting or str(folder / f"{of}rendezvous")
-        self.data_meeting = str(folder / "data-rendezvous")
         self._context = zmq.Context()
         self._closing = False
         self._of = f" of data-parallel rank {data_rank}" if config.data_parallel_size > 1 else ""
@@ -60,8 +67,9 @@ class LocalRanks:
         # Those of an engine process share its session and end with it, even if they hang. Others have one of their own,
         # which Ctrl-C in the user's terminal does not reach.
         own_session = self._own_folder is not None
-        first = config.node_rank * config.ranks_per_node
-        for rank in range(max(1, first), first + config.ranks_per_node):
+        for rank in config.tensor_ranks_here:
+            if rank == 0:
+                continue  # which is the engine process
             where = address(folder, f"{of}rank-{rank}")
             socket = self._context.socket(zmq.PUSH)
             socket.setsockopt(zmq.LINGER, 0)
@@ -71,7 +79,7 @@ class LocalRanks:
             command = [sys.executable, "-m", "thalweg.engine.processes.rank_main", where]
             self._processes[rank] = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=own_session)
             self._sockets.append(socket)
-            start = RankStart(config.to_dict(), rank, self.meeting, data_rank, self.data_meeting)
+            start = RankStart(config.to_dict(), rank, self.meeting, data_rank, data_meeting)
             socket.send(encode(start))
 
     def watch(self, on_death: OnDeath) -> None:
@@ -117,21 +125,23 @@ class LocalRanks:
 class OtherRanks:
     """All ranks but rank 0, which is the process that makes this: those of this host, and those of other hosts.
 
-    `folder`, `data_rank`, `on_death`: as LocalRanks. `config` is the engine's, with places if Ray has chosen them.
-    Raises ConfigError if other hosts cannot reach this one, or Ray finds no place; UnsupportedError without Ray.
+    `folder`, `data_rank`, `data_meeting`, `on_death`: as LocalRanks. `config` is the engine's, with places if Ray has
+    chosen them. Raises ConfigError if other hosts cannot reach this one, or Ray finds no place; UnsupportedError
+    without Ray.
     """
 
-    def __init__(self, config: EngineConfig, folder: Path | None = None, data_rank: int = 0) -> None:
-        if config.node_rank:
-            raise ConfigError(f"--node-rank is {config.node_rank}; only `thalweg serve` joins another host's engine")
+    def __init__(
+        self, config: EngineConfig, folder: Path | None = None, data_rank: int = 0, data_meeting: str = ""
+    ) -> None:
         self._ray = RayHosts(config) if config.distributed_executor_backend == "ray" else None
         self._hosts = None
         self.config = config = config if self._ray is None else self._ray.config
         try:
-            if config.nnodes > 1:
+            if config.nodes_per_model > 1:
                 self._hosts = OtherHosts(config, cluster_key() if self._ray is None else self._ray.key)
             self.listener = self._hosts.listener if self._hosts else None
-            self._local = LocalRanks(config, self._hosts.meeting if self._hosts else "", folder, data_rank)
+            meeting = self._hosts.meeting if self._hosts else ""
+            self._local = LocalRanks(config, meeting, folder, data_rank, data_meeting)
         except BaseException:
             if self._ray is not None:
                 self._ray.close()
