@@ -266,11 +266,12 @@ def check_lost(lines: list[str]) -> None:
 
 @pytest.mark.parametrize("mapped", [True, False], ids=["mapped", "nccl"])
 @pytest.mark.parametrize("end", ["del stream; llm.close()", ""], ids=["closed", "ended"])
+@pytest.mark.parametrize("size", ["rank 1", "data rank 1"])
 def test_an_exit_says_nothing_of_process_groups(
-    folder: Path, tmp_path: Path, changed: Start, end: str, mapped: bool
+    folder: Path, tmp_path: Path, changed: Start, size: str, end: str, mapped: bool
 ) -> None:
     changed(mapped=mapped)
-    assert len(ran(folder, tmp_path, end=end)) == 1
+    assert len(ran(folder, tmp_path, end=end, size=size)) == 1
 
 
 @pytest.mark.parametrize("mapped", [True, False], ids=["mapped", "nccl"])
