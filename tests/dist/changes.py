@@ -1,5 +1,5 @@
-"""Processes whose interpreters change a few calls as they start: ranks that stop where a test wants it, so that the
-others come as far as they do without them, ranks without each other's memory, and all ranks on one device."""
+"""Processes whose interpreters change a few calls as they start: ranks that stop or fail where a test wants it, so that
+the others come as far as they do without them, ranks without each other's memory, and all ranks on one device."""
 
 from __future__ import annotations
 
@@ -41,6 +41,13 @@ def hangs(call):
         return call(*args, **kwargs)
     return hanging
 
+def fails(call):
+    def failing(*args, **kwargs):
+        if os.path.exists({armed!r}):
+            raise ZeroDivisionError("a test wants it")
+        return call(*args, **kwargs)
+    return failing
+
 def refuses(call):
     def refusing(*args):
         raise sys.modules["thalweg.parallel.peers"].NoPeerMemory("a test wants none")
@@ -57,7 +64,7 @@ for path, make, where in changes:
 
 class Changes:
     """`changes`: (module:name of a call, what becomes of it, the end of a process's last argument). One that "hangs"
-    does so once `arm` was called."""
+    or "fails" does so once `arm` was called."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, changes: Sequence[tuple[str, str, str]]) -> None:
         self._armed, self._there = folder / "armed", folder / "there"

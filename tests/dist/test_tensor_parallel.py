@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.dist.changes import Changes
 from tests.e2e.tiny_model import write_tiny_model
 from tests.models import random_checkpoint as random
 from thalweg import LLM, Grammar, SamplingParams
@@ -49,6 +50,18 @@ def test_same_tokens_and_logits_as_one_rank(folder: Path) -> None:
             results.append((outputs, llm.prompt_logits(PROMPTS[2])))
     assert results[0][0] == results[1][0]
     torch.testing.assert_close(results[0][1], results[1][1], atol=2e-4, rtol=0)
+
+
+def test_a_rank_that_fails_says_why_and_ends(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """At once: it does not wait, as Python ends, for a rank that waits for it."""
+    changes = Changes(tmp_path, monkeypatch, [("thalweg.runner.step:ModelRunner.launch", "fails", "/rank-1")])
+    with LLM(str(folder), tensor_parallel_size=2, max_num_seqs=2) as llm:
+        changes.arm()
+        with pytest.raises(EngineDeadError, match="tensor-parallel rank 1 ended with exit code 2"):
+            llm.generate(PROMPTS[0], PARAMS[0])
+    assert "ZeroDivisionError: a test wants it" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("data", [False, True])
