@@ -114,18 +114,18 @@ async def _until(condition: Callable[[], object], seconds: float = 90) -> None:
 @pytest.mark.parametrize(
     ("point", "victim"),
     [
-        ("loading", "rank 1"),
-        ("compiling", "rank 1"),
         ("capture", "rank 1"),
         ("loading", "data rank 1"),
-        ("capture", "data rank 0"),
+        exhaustive("loading", "rank 1"),
+        exhaustive("compiling", "rank 1"),
+        exhaustive("capture", "data rank 0"),
         exhaustive("capture", "data rank 1"),
         exhaustive("compiling", "data rank 1"),
         exhaustive("loading", "engine"),
         exhaustive("capture", "engine"),
     ],
 )
-@pytest.mark.parametrize("mapped", [True, pytest.param(False, marks=pytest.mark.exhaustive)], ids=["mapped", "nccl"])
+@pytest.mark.parametrize("mapped", [True, exhaustive(False)], ids=["mapped", "nccl"])
 def test_a_death_at_the_start_ends_all(folder: Path, changed: Start, point: str, victim: str, mapped: bool) -> None:
     """The victim stays where it comes to the point; the other one comes as far as it does without it."""
     changes = changed((AT_START[point], "hangs", ARGUMENT[victim]), mapped=mapped)
@@ -150,9 +150,9 @@ def test_a_death_at_the_start_ends_all(folder: Path, changed: Start, point: str,
     ("point", "victim"),
     [
         ("decode", "rank 1"),
-        ("decode", "data rank 1"),
-        ("prefill", "rank 1"),
         ("prefill", "data rank 0"),
+        exhaustive("decode", "data rank 1"),
+        exhaustive("prefill", "rank 1"),
         exhaustive("decode", "engine"),
         exhaustive("decode", "data rank 0"),
         exhaustive("prefill", "engine"),
@@ -265,7 +265,7 @@ def check_lost(lines: list[str]) -> None:
 
 
 @pytest.mark.parametrize("mapped", [True, False], ids=["mapped", "nccl"])
-@pytest.mark.parametrize("end", ["del stream; llm.close()", ""], ids=["closed", "ended"])
+@pytest.mark.parametrize("end", [exhaustive("del stream; llm.close()"), ""], ids=["closed", "ended"])
 @pytest.mark.parametrize("size", ["rank 1", "data rank 1"])
 def test_an_exit_says_nothing_of_process_groups(
     folder: Path, tmp_path: Path, changed: Start, size: str, end: str, mapped: bool
