@@ -38,7 +38,8 @@ def gather_kernel(
 
 
 def gather(blocks_MSC: Tensor, block_tables_BN: Tensor, part: Contexts, gathered: int) -> Tensor:
-    """latent_SC of the contexts, one sequence after another, whose pieces are of so many tokens. What is beyond theirs in a captured step is anything."""
+    """latent_SC of the contexts, one sequence after another; `gathered` is how many tokens a piece of `part` has. What
+    is beyond the contexts in a captured step is anything."""
     _, block_size, C = blocks_MSC.shape
     latent_SC = torch.empty(part.total, C, dtype=blocks_MSC.dtype, device=blocks_MSC.device)
     gather_kernel[(part.cut.num,)](
