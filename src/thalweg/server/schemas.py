@@ -70,6 +70,20 @@ class Body(BaseModel):
     model: str | None = says("a name of /v1/models; by default the model that is served")
 
 
+class DialectBody(Body):
+    """A request that clients of other servers send too, with fields of those (dialects.py)."""
+
+    ELSEWHERE: ClassVar[dict[str, str]] = {}  # fields of other requests, and the route that has them
+    FREE: ClassVar[tuple[str, ...]] = ()  # fields that say nothing here
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_dialect(cls, body: Any) -> Any:
+        if isinstance(body, dict):
+            dialects.check(body, {*cls.model_fields, *cls.FREE}, cls.ELSEWHERE)
+        return body
+
+
 class StreamOptions(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
 
@@ -138,10 +152,8 @@ class Synonyms(BaseModel):
         return self
 
 
-class GenerationBody(Body, Grammars, Synonyms):
+class GenerationBody(DialectBody, Grammars, Synonyms):
     """What chat and completions have in common. Ranges are core.SamplingParams's; only sizes are bounded here."""
-
-    ELSEWHERE: ClassVar[dict[str, str]] = {}  # fields of the other kind of request, and its route
 
     stream: bool | None = says("send the answer in pieces, as server-sent events with [DONE] at the end")
     stream_options: StreamOptions | None = says("include_usage: a last piece with the token counts")
@@ -186,13 +198,6 @@ class GenerationBody(Body, Grammars, Synonyms):
         if self.max_tokens is not None:
             return None if self.max_tokens < 0 else self.max_tokens
         return default if self.n_predict is None else None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _check_dialect(cls, body: Any) -> Any:
-        if isinstance(body, dict):
-            dialects.check(body, cls.model_fields, cls.ELSEWHERE)
-        return body
 
 
 class ThinkingBudget(BaseModel):
@@ -274,7 +279,7 @@ class RollBackBody(Body):
     cache_salt: str | None = says("the session's")
 
 
-class TokenizeBody(Body, TemplateOptions):
+class TokenizeBody(DialectBody, TemplateOptions):
     """One of the two: a text, or a conversation to be laid out by the chat template."""
 
     prompt: str | None = None
@@ -282,13 +287,6 @@ class TokenizeBody(Body, TemplateOptions):
     tools: Tools | None = says("functions, as in a chat request")
     add_special_tokens: bool | None = says("true is accepted if the tokenizer adds no tokens to a text")
     return_token_strs: bool | None = says("also give the text of each token, as token_strs")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _check_dialect(cls, body: Any) -> Any:
-        if isinstance(body, dict):
-            dialects.check(body, cls.model_fields, {})
-        return body
 
 
 class DetokenizeBody(Body):

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from thalweg.core import MAX_STOP_STRINGS
-from thalweg.server import dialects
-from thalweg.server.schemas import MAX_INT, Body, Budget, ChatBody, Messages, Tools, expecting
+from thalweg.server.schemas import MAX_INT, Budget, ChatBody, DialectBody, Messages, Tools, expecting
 from thalweg.server.template_options import says
 
 System = Annotated[
@@ -40,8 +39,10 @@ class OutputConfig(BaseModel):
     format: dict[str, Any] | None = None
 
 
-class CountBody(Body):
+class CountBody(DialectBody):
     """What makes up a prompt."""
+
+    FREE = ("container", "context_management", "inference_geo", "betas")  # they say nothing where nothing is kept
 
     messages: Messages = says("the conversation: objects with role and content, a text or blocks", required=True)
     system: System | None = says("what the model is told first")
@@ -55,13 +56,6 @@ class CountBody(Body):
     output_format: dict[str, Any] | None = says("the older name of output_config.format")
     mcp_servers: list[Any] | None = says("refused if it has any: no server is asked from here")
     chat_template_kwargs: dict[str, Any] | None = says("variables for the chat template")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _check_dialect(cls, body: Any) -> Any:
-        if isinstance(body, dict):
-            dialects.check(body, cls.model_fields | dict.fromkeys(_FREE), _ELSEWHERE)
-        return body
 
 
 class MessagesBody(CountBody):
@@ -77,5 +71,6 @@ class MessagesBody(CountBody):
     max_thinking_tokens: Budget | None = says("thinking.budget_tokens, as this server's chats have it")
 
 
-_FREE = ("container", "context_management", "inference_geo", "betas")  # they say nothing where nothing is kept
-_ELSEWHERE = dict.fromkeys(ChatBody.model_fields.keys() - MessagesBody.model_fields.keys(), "/v1/chat/completions")
+CountBody.ELSEWHERE = dict.fromkeys(
+    ChatBody.model_fields.keys() - MessagesBody.model_fields.keys(), "/v1/chat/completions"
+)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
-from thalweg.server import dialects
-from thalweg.server.schemas import MAX_INT, Body, Budget, ChatBody, Count, Stop, StreamOptions, Tools, expecting
+from thalweg.server.schemas import MAX_INT, Budget, ChatBody, Count, DialectBody, Stop, StreamOptions, Tools, expecting
 from thalweg.server.settings import MAX_MESSAGES
 from thalweg.server.template_options import says
 
@@ -39,7 +38,9 @@ class Text(BaseModel):
     verbosity: str | None = None
 
 
-class ResponsesBody(Body):
+class ResponsesBody(DialectBody):
+    FREE = ("max_tool_calls", "client_metadata")  # of tools that are not done here; of the client's own
+
     input: Input = says("a text, or items: messages, function_call, function_call_output, reasoning", required=True)
     instructions: str | None = says("what the model is told first; not kept for answers that continue from this one")
     previous_response_id: str | None = says("a stored answer, which this one continues")
@@ -70,13 +71,7 @@ class ResponsesBody(Body):
     cache_salt: str | None = says("cached prefixes are shared only with requests of the same salt")
     chat_template_kwargs: dict[str, Any] | None = says("variables for the chat template")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _check_dialect(cls, body: Any) -> Any:
-        if isinstance(body, dict):
-            dialects.check(body, cls.model_fields.keys() | _FREE, _ELSEWHERE)
-        return body
 
-
-_FREE = {"max_tool_calls", "client_metadata"}  # of tools that are not done here; of the client's own
-_ELSEWHERE = dict.fromkeys(ChatBody.model_fields.keys() - ResponsesBody.model_fields.keys(), "/v1/chat/completions")
+ResponsesBody.ELSEWHERE = dict.fromkeys(
+    ChatBody.model_fields.keys() - ResponsesBody.model_fields.keys(), "/v1/chat/completions"
+)
