@@ -64,10 +64,10 @@ class GatedDeltaNet(DeltaMixer):
                 self.adds_decodes = True
 
     def _mix_decode(self, proj_BX: Tensor, slots_B: Tensor, cache: LayerCache) -> Tensor:
-        return self._mixer_decode(proj_BX, **self._decode_inputs(slots_B, cache))
+        return self._mixer_decode(proj_BX, **self._inputs(slots_B, cache))
 
     def _decode_add(self, proj_BX: Tensor, x_BD: Tensor, slots_B: Tensor, cache: LayerCache) -> Tensor:
-        inputs = self._decode_inputs(slots_B, cache)
+        inputs = self._inputs(slots_B, cache)
 
         def apart(proj_BX: Tensor, x_BD: Tensor) -> Tensor:
             y_BD: Tensor = self.out_proj(self._mixer_decode(proj_BX, **inputs), x_BD)
@@ -76,7 +76,7 @@ class GatedDeltaNet(DeltaMixer):
         q_OD, scale_OB = self.out_proj.tensors()
         return self._mixer_decode_add(proj_BX, x_BD, apart, q_OD=q_OD, scale_OB=scale_OB, **inputs)
 
-    def _decode_inputs(self, slots_B: Tensor, cache: LayerCache) -> dict[str, Any]:
+    def _inputs(self, slots_B: Tensor, cache: LayerCache) -> dict[str, Any]:
         return dict(
             conv_weight_CW=self.conv.weight,
             conv_state_NWC=cache["conv"],
@@ -89,16 +89,5 @@ class GatedDeltaNet(DeltaMixer):
         )
 
     def _mix_prefill(self, proj_TX: Tensor, slots_B: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
-        return self._mixer_prefill(
-            proj_TX,
-            conv_weight_CW=self.conv.weight,
-            conv_state_NWC=cache["conv"],
-            A_log_H=self.A_log,
-            dt_bias_H=self.dt_bias,
-            norm_weight_V=self.out_norm.weight,
-            eps=self.out_norm.eps,
-            state_NHVK=cache["recurrent"],
-            slots_B=slots_B,
-            offsets=batch.prefill_offsets,
-            boundaries=batch.boundaries,
-        )
+        inputs = self._inputs(slots_B, cache)
+        return self._mixer_prefill(proj_TX, **inputs, offsets=batch.prefill_offsets, boundaries=batch.boundaries)

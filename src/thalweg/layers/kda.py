@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -56,24 +58,20 @@ class KimiDeltaAttention(DeltaMixer):
         self._mixer_prefill = ctx.op(KDA_MIXER_PREFILL, dims)
 
     def _mix_decode(self, proj_BX: Tensor, slots_B: Tensor, cache: LayerCache) -> Tensor:
-        return self._mixer_decode(
-            proj_BX,
-            conv_weight_CW=self.conv.weight,
-            conv_state_NWC=cache["conv"],
-            w_up_2OR=self.up_proj.weight,
-            A_log_H=self.A_log,
-            dt_bias_HK=self.dt_bias,
-            norm_weight_V=self.out_norm.weight,
-            eps=self.out_norm.eps,
-            state_NHVK=cache["recurrent"],
-            slots_B=slots_B,
-        )
+        return self._mixer_decode(proj_BX, w_up_2OR=self.up_proj.weight, **self._inputs(slots_B, cache))
 
     def _mix_prefill(self, proj_TX: Tensor, slots_B: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
         low_T2R = proj_TX[:, -2 * self.R :].unflatten(-1, (2, self.R))  # t (two r) -> t two r
         return self._mixer_prefill(
             proj_TX,
             self.up_proj(low_T2R),
+            **self._inputs(slots_B, cache),
+            offsets=batch.prefill_offsets,
+            boundaries=batch.boundaries,
+        )
+
+    def _inputs(self, slots_B: Tensor, cache: LayerCache) -> dict[str, Any]:
+        return dict(
             conv_weight_CW=self.conv.weight,
             conv_state_NWC=cache["conv"],
             A_log_H=self.A_log,
@@ -82,6 +80,4 @@ class KimiDeltaAttention(DeltaMixer):
             eps=self.out_norm.eps,
             state_NHVK=cache["recurrent"],
             slots_B=slots_B,
-            offsets=batch.prefill_offsets,
-            boundaries=batch.boundaries,
         )
