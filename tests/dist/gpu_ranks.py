@@ -68,6 +68,23 @@ def many(r: Ranks) -> None:
         assert torch.equal(y, (first.float() + second.float() + residual.float()).bfloat16()), T
 
 
+def many_embedded(r: Ranks) -> None:
+    """Rows of the vocabulary for many tokens, by turns with sums, where one rank has all rows too."""
+    w, V = r.draw(1000, D), 1000
+    both = torch.cat(r.both(w))
+    for T in (1, 513, 4096, 16000):
+        residual, x = r.draw(T, D, same=True), r.draw(T, D)
+        for low, high in ((0, 2 * V), (0, V), (V, 2 * V)):
+            ids = torch.randint(low, high, (T,), device=r.device, generator=r.same)
+            for _ in range(3):
+                rows = embedding.embedding_many(ids, w, r.mesh)
+            assert torch.equal(rows, both[ids]), (T, low)
+            assert r.same_bits(rows), (T, low)
+            y = cuda.all_reduce_add_many(residual, x, r.mesh)
+        first, second = r.both(x)
+        assert torch.equal(y, (first.float() + second.float() + residual.float()).bfloat16()), T
+
+
 def weighted_many(r: Ranks) -> None:
     """A token's rows of experts within the sum, in two launches too, by turns with sums of rows as they are."""
     for T in (513, 1000, 4800):
@@ -282,7 +299,7 @@ def _run(rank: int, file: str, check: Callable[[Ranks], None]) -> None:
 
 
 CHECKS = [
-    *(sums, many, weighted_sums, weighted_many, projections, projections_of_more_tokens),
+    *(sums, many, many_embedded, weighted_sums, weighted_many, projections, projections_of_more_tokens),
     *(rows, ids, replays, the_same_from_run_to_run, tokens_to_experts_and_back, a_rank_that_dies),
 ]
 

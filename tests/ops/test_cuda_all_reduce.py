@@ -207,6 +207,19 @@ def test_rows_of_a_vocabulary(size: int) -> None:
         assert torch.equal(x, w.view(-1, 264)[ids])
 
 
+def test_rows_of_a_vocabulary_for_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks, w = few_threads(monkeypatch), torch.randn(2, 30, 264).relu().bfloat16()
+    monkeypatch.setattr(embedding, "MANY_THREADS", 32)
+    for T in (60, 1, 12, 3, 0):
+        for ids in (torch.randint(60, (T,)), torch.randint(30, (T,)), torch.randint(30, 60, (T,))):
+            for _ in range(3):
+                x = same(ranks.run(lambda r, ids=ids: embedding.embedding_many(ids, w[r.tp_rank], r)))
+                assert torch.equal(x, w.view(-1, 264)[ids])
+        residual, x = torch.randn(T, 264).bfloat16(), torch.randn(2, T, 264).bfloat16()
+        y = same(ranks.run(lambda r, x=x, residual=residual: cuda.all_reduce_add_many(residual, x[r.tp_rank], r)))
+        assert torch.equal(y, (x.float().sum(0) + residual.float()).bfloat16())
+
+
 @pytest.mark.parametrize("size", [2, *(pytest.param(size, marks=REST) for size in (3, *MORE))])
 def test_ids_of_the_best_of_all_ranks(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     monkeypatch.setattr(over_ranks, "cuda_kernel", HostKernel)
@@ -246,6 +259,8 @@ def test_sums_compile_for_hopper(wide: int, size: int, tmp_path: Path) -> None:
 def test_the_others_compile_for_hopper(tmp_path: Path) -> None:
     for source, macros in ((gather.SOURCE, {}), (embedding.SOURCE, {"D": 2304}), (over_ranks.SOURCE, {})):
         assert compile_cuda(source, tmp_path, BLOCK=96, RANKS=4, RANK=1, **macros).spilled_bytes == 0
+    macros = {"BLOCK": embedding.MANY_THREADS, **embedding.MANY}
+    assert compile_cuda(embedding.OF_MANY, tmp_path, D=2304, RANKS=2, RANK=1, **macros).spilled_bytes == 0
 
 
 @pytest.mark.parametrize("parts", [1, 9])

@@ -115,11 +115,8 @@ def _separate(where: Where, dims: AllReduceAddDims) -> AllReduceAdd:
     return cuda.all_reduce_add_separate
 
 
-register(ALL_REDUCE_ADD, "reference", lambda *_: reference.all_reduce_add)
-register(ALL_REDUCE_ADD, "separate", _separate, supports=lambda where, _: why_not(where), priority=3)
-
-
-def _many_refuses(where: Where, dims: AllReduceAddDims) -> Refusal:
+def why_not_many(where: Where, dims: AllReduceAddDims) -> Refusal:
+    """Why ranks cannot exchange many tokens' rows."""
     return f"needs 2 ranks, not {dims.ranks}" if dims.ranks != 2 else why_not_exchanged(where, dims)
 
 
@@ -129,5 +126,7 @@ def _many(where: Where, dims: AllReduceAddDims) -> AllReduceAdd:
     return cuda.all_reduce_add_many
 
 
-register(ALL_REDUCE_ADD, "cuda_many", _many, supports=_many_refuses, priority=5)
+register(ALL_REDUCE_ADD, "reference", lambda *_: reference.all_reduce_add)
+register(ALL_REDUCE_ADD, "separate", _separate, supports=lambda where, _: why_not(where), priority=3)
+register(ALL_REDUCE_ADD, "cuda_many", _many, supports=why_not_many, priority=5)
 register(ALL_REDUCE_ADD, "cuda", _cuda, supports=why_not_exchanged, tokens=few_tokens, priority=10)

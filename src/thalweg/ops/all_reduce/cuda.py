@@ -108,6 +108,12 @@ def of_rank(
     return weighted_sum(parts_PD, weights_Tk, out_TD, None, own_TD, scale, block, warps=4)
 
 
+def launches_of_many(ranks: Ranks, row_bytes: int) -> tuple[int, int]:
+    """Blocks of a launch that exchanges rows of many tokens, and the most rows: no rank writes to its own place."""
+    blocks, place_bytes = AREAS[MANY_TOKENS]
+    return blocks, ranks.tp_size * blocks * place_bytes // row_bytes
+
+
 def all_reduce_add_many(
     residual_TD: Tensor,
     parts_PD: Tensor,
@@ -123,9 +129,9 @@ def all_reduce_add_many(
         parts_PD = of_rank(residual_TD, parts_PD, weights_Tk, own_TD, scale)
         weights_Tk = own_TD = None
     parts_PD, y_TD = parts_PD.contiguous(), torch.empty_like(residual_TD)
-    D, k, (blocks, place_bytes) = y_TD.shape[1], 1 if weights_Tk is None else weights_Tk.shape[1], AREAS[MANY_TOKENS]
+    D, k = y_TD.shape[1], 1 if weights_Tk is None else weights_Tk.shape[1]
     row_bytes = D * y_TD.element_size()
-    rows = ranks.tp_size * blocks * place_bytes // row_bytes  # of a launch: no rank writes to its own place
+    blocks, rows = launches_of_many(ranks, row_bytes)
     exchange, arguments = exchange_arguments(ranks, MANY_TOKENS)
     macros = {"D": D, "PARTS": k, "WEIGHTED": int(weights_Tk is not None), "OWN": int(own_TD is not None)}
     macros |= {"BLOCK": MANY_THREADS, **MANY, **exchange}

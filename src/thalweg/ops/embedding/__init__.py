@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from thalweg.ops.all_reduce import AllReduceAddDims, Ranks, few_tokens, why_not_exchanged
+from thalweg.ops.all_reduce import AllReduceAddDims, Ranks, few_tokens, why_not_exchanged, why_not_many
 from thalweg.ops.embedding import cpp, cuda, reference
 from thalweg.ops.registry import Op, Refusal, Where, register
 from thalweg.ops.toolchain import cpu_build
@@ -51,6 +51,7 @@ def _cpp_refuses(where: Where, dims: VocabRowsDims) -> Refusal:
 
 
 register(EMBEDDING, "reference", lambda *_: reference.embedding)
+register(EMBEDDING, "cuda_many", lambda *_: cuda.embedding_many, supports=why_not_many, priority=5)
 register(EMBEDDING, "cuda", lambda *_: cuda.embedding, supports=why_not_exchanged, tokens=few_tokens, priority=10)
 
 register(VOCAB_ROWS, "reference", _vocab_rows)
