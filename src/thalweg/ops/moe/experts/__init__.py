@@ -1,9 +1,10 @@
 """Op "experts": the experts' SwiGLU networks with the sum that ends them, over weights that carry their scheme.
 
 Nine forms on a GPU, by how many tokens share an expert: pairs and tiles for decode, sorted pairs for prompts (all in
-Triton, for the schemes of SCHEMES), products in CUDA C++ for a few tokens over fp8 and int4 ("cuda") and for batches over
-int4 ("batch"), and, for prompts on Hopper, products of sorted pairs at the rate of the matrix unit: in bf16 and over int4 ("matrix"), and over fp8, for
-which activations are quantized ("w8a8"), as in tiles of a batch, narrow ("tiles_w8a8") or wide ("joined_w8a8").
+Triton, for the schemes of SCHEMES), products in CUDA C++ for a few tokens over fp8 and int4 ("cuda") and for batches
+over int4 ("batch"), and, for prompts on Hopper, products of sorted pairs at the rate of the matrix unit: in bf16 and
+over int4 ("matrix"), and over fp8, for which activations are quantized ("w8a8"), as in tiles of a batch, narrow
+("tiles_w8a8") or wide ("joined_w8a8").
 """
 
 from __future__ import annotations
@@ -113,8 +114,8 @@ JOINED_WIDTH, JOINED_COLUMNS, JOINED_TOKENS = 2048, 4096, 64
 MAX_CUDA_WARPS = 12
 CPU_FEW = Tokens(last=64)  # beyond, an expert has so many tokens that the library's products are faster
 INT4_COLUMNS, MAX_INT4_COLUMNS, MAX_INT4_TOKENS = 256, 7168, 64  # of a warp, and of as many as registers allow
-# Rows beyond which an expert has more tokens than a tile of "batch". Pairs of other ranks' experts may be left out, so it is
-# not the number of experts here that says how many of the rows one has.
+# Rows beyond which an expert has more tokens than a tile of "batch". Pairs of other ranks' experts may be left out, so
+# it is not the number of experts here that says how many of the rows one has.
 MAX_INT4_BATCH = 1024
 # Tokens from which on words are widened between products of warpgroups; fewer leave these too small.
 INT4_PROMPTS = 3072

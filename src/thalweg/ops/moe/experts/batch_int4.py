@@ -1,5 +1,5 @@
-"""Experts in int4 for batches, in which an expert has up to some ten tokens: pairs sorted by expert, two grouped products
-in CUDA C++ (batch_int4.cu says how they work), and the weighted sum."""
+"""Experts in int4 for batches, in which an expert has up to some ten tokens: pairs sorted by expert, two grouped
+products in CUDA C++ (batch_int4.cu says how they work), and the weighted sum."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ STAGE_BYTES = 512 * TOKENS + 256 * 128 + 256 * 16  # tokens, words and scales
 
 
 def product(rows: Tensor, groups: Groups, weights: tuple[Tensor, ...], out: Tensor, *, gated: bool, share: int) -> None:
-    """Of sorted pairs: h [pairs, I], by expert, of ordered x, `share` pairs a row; or y [pairs, D], by token, of h. Rows
-    of pairs that are left out stay as they are."""
+    """Of sorted pairs: h [pairs, I], by expert, of ordered x, `share` pairs a row; or y [pairs, D], by token, of h.
+    Rows of pairs that are left out stay as they are."""
     (words, scales), device = weights, rows.device
     macros = {"GATED": int(gated), "COLS": rows.shape[1], "OUT": out.shape[1], "TOKENS": TOKENS, "STAGES": STAGES}
     kernel = cuda_kernel(SOURCE, "product", THREADS, device, **macros)
