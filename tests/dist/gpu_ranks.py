@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from thalweg.ops.all_gather import cuda as gather
-from thalweg.ops.all_reduce import AREAS, ROWS, areas_of, cuda, reference
+from thalweg.ops.all_reduce import areas_of, cuda, reference
 from thalweg.ops.embedding import cuda as embedding
 from thalweg.ops.linear import cuda as linear
+from thalweg.ops.moe.exchange import areas_of as exchange_areas
 from thalweg.ops.moe.exchange import cuda as exchange
 from thalweg.ops.moe.exchange import reference as exchange_reference
 from thalweg.parallel.data_ranks import join_data_ranks
@@ -232,22 +233,22 @@ def the_same_from_run_to_run(r: Ranks) -> None:
 def tokens_to_experts_and_back(r: Ranks) -> None:
     """Of data-parallel ranks, against the collectives; a graph of them many times, while ranks are late in turn."""
     ranks = join_data_ranks(r.rank, 2, f"{r.file}-data", r.device, timeout_s=60)
-    map_data_peers(ranks, r.device, AREAS[: ROWS + 1])
+    map_data_peers(ranks, r.device, exchange_areas(2))
     here, shared, K = 64, 1, 8
-    for T, width in ((1, D), (7, 7168), (64, D), (256, D)):
+    for R, width in ((1, D), (7, 7168), (64, D), (256, D), (1000, D)):
+        T = R if r.rank or R != 64 else 40
         x, residual = r.draw(T, width), r.draw(T, width + 8)[:, :width]
         weights = torch.rand(T, K + shared, device=r.device, generator=r.own)
         slots = torch.rand(T, 2 * here, device=r.device, generator=r.own).topk(K + shared).indices
-        live = torch.randint(0, 3, (T,), device=r.device, generator=r.own)
-        parts, own = r.draw(2 * T * (K + shared), width).float(), r.draw(T, width).float()
+        live = torch.randint(0, 3, (R,), device=r.device, generator=r.own)
+        parts, own = r.draw(2 * R * (K + shared), width).float(), r.draw(T, width).float()
 
         def step(x: Tensor = x, weights: Tensor = weights, slots: Tensor = slots, live: Tensor = live,
                  residual: Tensor = residual, parts: Tensor = parts, own: Tensor = own,
-                 form: Any = exchange) -> tuple[Tensor, ...]:  # fmt: skip
-            gathered = form.dispatch(x, weights, slots, live, ranks, here=here, shared=shared)
-            given = (residual, parts, ranks)
-            each = gathered.weights_Ak
-            return *gathered, form.combine(*given, weights_Ak=each), form.combine(*given, weights_Ak=each, own_TD=own)
+                 form: Any = exchange, **options: bool) -> tuple[Tensor, ...]:  # fmt: skip
+            gathered = form.dispatch(live, x, weights, slots, ranks, here=here, shared=shared, **options)
+            given, options = (live, residual, parts, ranks), {"weights_Ak": gathered.weights_Ak, **options}
+            return *gathered, form.combine(*given, **options), form.combine(*given, own_TD=own, **options)
 
         want = step(form=exchange_reference)
         side = torch.cuda.Stream()
@@ -265,9 +266,9 @@ def tokens_to_experts_and_back(r: Ranks) -> None:
                 torch.cuda._sleep(1_000_000)
             graph.replay()
         for a, b in zip(found[:3], want[:3], strict=True):
-            assert torch.equal(a, b), (T, width)
+            assert torch.equal(a, b), (R, width)
         for a, b in zip(found[3:], want[3:], strict=True):
-            assert ((a.float() - b.float()).norm() / b.float().norm()) < 0.005, (T, width)
+            assert ((a.float() - b.float()).norm() / b.float().norm()) < 0.005, (R, width)
     torch.cuda.synchronize()
     ranks.close()
 

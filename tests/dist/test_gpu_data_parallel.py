@@ -80,6 +80,7 @@ def _answers(folder: Path, asked: list[list[int]], params: list[SamplingParams],
         try:
             wanted = "eager" if given["dtype"] != "bfloat16" else "CUDA graphs"
             assert client.info.decode_steps.startswith(wanted), client.info.decode_steps
+            assert client.info.prefill_steps.startswith(wanted), client.info.prefill_steps
             found = await asyncio.wait_for(asyncio.gather(*map(answer, [client] * len(asked), asked, params)), 60)
             alone = [await asyncio.wait_for(answer(client, asked[i], params[i]), 60) for i in (0, -1)]
             return [*found, *alone]

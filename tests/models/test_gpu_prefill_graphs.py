@@ -22,6 +22,7 @@ from thalweg.assembly.rank import build_rank
 from thalweg.cache.specs import StateSpec
 from thalweg.config.engine import EngineConfig
 from thalweg.core import Admission, Prefill, SamplingParams, StepPlan, pack_ids
+from thalweg.parallel.data_ranks import DataRanks
 from thalweg.runner import prefill_graphs
 
 pytestmark = pytest.mark.gpu
@@ -109,7 +110,7 @@ class Rank:
         assert shape is not None
         with torch.inference_mode():
             slots.tell(slots.note(plan.admissions, plan.new_blocks))
-            static = prefill_graphs.Static(shape, self.runner._batches)
+            static = prefill_graphs.Static(shape, self.runner._batches, DataRanks())
             image = np.zeros(static.size, dtype=np.int64)
             static.write(plan, image)
             static.memory.copy_(torch.from_numpy(image))

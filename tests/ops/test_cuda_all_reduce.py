@@ -29,16 +29,18 @@ MORE = (4, 8)  # ranks, which no GPUs have shown
 class HostRanks:
     """Ranks whose memory is this process's, and which run as its threads."""
 
-    def __init__(self, size: int, of_many: tuple[int, int] = (1, 0)) -> None:
+    def __init__(self, size: int, of_many: tuple[int, int] = (1, 0), blocks: int = 16) -> None:
         self.size = size
-        blocks = [*((16, place_bytes) for _, place_bytes in AREAS[:2]), of_many]
-        self.memory = [[torch.zeros(KINDS * size * n * b, dtype=torch.uint8) for n, b in blocks] for _ in range(size)]
+        areas_of_rank = [*((blocks, place_bytes) for _, place_bytes in AREAS[:2]), of_many]
+        self.memory = [
+            [torch.zeros(KINDS * size * n * b, dtype=torch.uint8) for n, b in areas_of_rank] for _ in range(size)
+        ]
         self.stop = torch.zeros(1, dtype=torch.int32)
-        self.counts = [[torch.zeros(n, dtype=torch.int32) for n, _ in blocks] for _ in range(size)]
+        self.counts = [[torch.zeros(n, dtype=torch.int32) for n, _ in areas_of_rank] for _ in range(size)]
         self.ranks = []
         for rank in range(size):
             areas = []
-            for i, (n, place_bytes) in enumerate(blocks):
+            for i, (n, place_bytes) in enumerate(areas_of_rank):
                 addresses = [self.memory[r][i].data_ptr() for r in range(size)]
                 table = [*addresses, self.counts[rank][i].data_ptr(), self.stop.data_ptr()]
                 areas.append(Area(torch.tensor(table), n, place_bytes))

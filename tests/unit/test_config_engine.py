@@ -177,6 +177,8 @@ def test_prompts_run_as_graphs_unless_a_number_is_given() -> None:
     assert EngineConfig().resolve(**arguments | {"layers": 32}).prefill_graph_tokens == 2048
     assert EngineConfig().resolve(**arguments | {"layers": 33}).prefill_graph_tokens == 4096  # longer to launch
     assert EngineConfig(tensor_parallel_size=2).resolve(**arguments).prefill_graph_tokens == 4096
+    data_parallel = EngineConfig(data_parallel_size=2, enable_expert_parallel=True)
+    assert data_parallel.resolve(**arguments).prefill_graph_tokens == 4096
     for tokens in (0, 512):
         config = EngineConfig(tensor_parallel_size=2, prefill_graph_tokens=tokens)
         assert config.resolve(**arguments).prefill_graph_tokens == tokens

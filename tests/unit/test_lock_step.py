@@ -14,7 +14,7 @@ import pytest
 from thalweg.core import Prefill, StepPlan, StepResult
 from thalweg.errors import EngineDeadError
 from thalweg.runner.executor import Executor
-from thalweg.runner.lock_step import LockStep
+from thalweg.runner.lock_step import LockStep, Rows
 
 SECONDS = 5.0  # after which a rank is taken to hang
 
@@ -46,7 +46,7 @@ class Ranks:
 
     def __init__(self, collective: Collective, rank: int) -> None:
         self._collective, self._rank = collective, rank
-        self.rows = -1
+        self.rows, self.decodes = -1, False
 
     def maxima(self, values: Sequence[int]) -> list[int]:
         return self._collective.maxima(self._rank, values)
@@ -94,7 +94,7 @@ class Rank:
         self.ranks = Ranks(collective, rank)
 
         def build() -> tuple[Runner, None]:
-            self.lock_step.begin(self.ranks, self.runner.idle, most_rows=4)
+            self.lock_step.begin(self.ranks, self.runner.idle, rows_of)
             return self.runner, None
 
         self.executor: Executor[None] = Executor(build, lock_step=self.lock_step)
@@ -165,6 +165,11 @@ class SlowRunner(Runner):
     def _end_of_step(self) -> float:
         self._ends = max(getattr(self, "_ends", 0.0), time.monotonic()) + 0.006
         return self._ends
+
+
+def rows_of(plan: StepPlan) -> Rows:
+    rows = len(plan.decode_slots)
+    return Rows(rows, 100 * (rows + sum(p.length for p in plan.prefills)), not plan.prefills and rows <= 4)
 
 
 def decodes(rows: int) -> StepPlan:
@@ -263,22 +268,24 @@ def test_a_plan_of_a_rank_that_was_not_woken_is_an_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("plans", "rows"),
+    ("plans", "rows", "only_decodes"),
     [
-        ([decodes(3), decodes(1)], 3),
-        ([None, decodes(2)], 2),
-        ([decodes(5), decodes(1)], 0),  # more than can be padded
-        ([decodes(2), prefills()], 0),
-        ([None, prefills()], 0),
+        ([decodes(3), decodes(1)], 3, True),
+        ([None, decodes(2)], 2, True),
+        ([decodes(5), decodes(1)], 500, False),  # more than graphs of decode rows hold
+        ([decodes(4), prefills()], 400, False),
+        ([decodes(4), None], 4, True),
+        ([None, prefills()], 400, False),
+        ([prefills(), prefills()], 400, False),
     ],
 )
-def test_steps_are_padded_if_all_ranks_only_decode(plans: list[StepPlan | None], rows: int) -> None:
+def test_ranks_agree_on_rows(plans: list[StepPlan | None], rows: int, only_decodes: bool) -> None:
     collective = Collective(2)
     ranks = [Ranks(collective, rank) for rank in range(2)]
 
     def step(ranks: Ranks, plan: StepPlan | None) -> None:
         lock_step = LockStep()
-        lock_step.begin(ranks, lambda: None, most_rows=4)
+        lock_step.begin(ranks, lambda: None, rows_of)
         lock_step.wake(1)
         if plan is None:
             lock_step.without_plan()
@@ -290,4 +297,4 @@ def test_steps_are_padded_if_all_ranks_only_decode(plans: list[StepPlan | None],
         thread.start()
     for thread in threads:
         thread.join(SECONDS)
-    assert [each.rows for each in ranks] == [rows, rows]
+    assert [(each.rows, each.decodes) for each in ranks] == [(rows, only_decodes)] * 2

@@ -20,6 +20,7 @@ from thalweg.core import Prefill, StepPlan
 from thalweg.ops.delta.kda_mixer import KDA_MIXER_DECODE, KDA_MIXER_PREFILL, KdaMixerDims
 from thalweg.ops.host_tables import Limits, StepSequences, Tables, UnknownWhileCapturing, contexts, pieces, table
 from thalweg.ops.registry import Resolver, Where
+from thalweg.parallel.data_ranks import DataRanks
 from thalweg.runner import prefill_graphs
 from thalweg.runner import step as step_module
 from thalweg.runner.prefill_graphs import (
@@ -50,7 +51,7 @@ def test_token_sizes_end_with_the_budget_and_are_no_further_apart_than_a_sequenc
 def shapes(**options: Any) -> PrefillGraphs:
     graphs = PrefillGraphs.__new__(PrefillGraphs)
     graphs._sizes, graphs._most_tokens, graphs._rows = [64, 128, 256], 256, [0, 8, 20]
-    graphs._replays, graphs._refused, graphs._started = {}, set(), False
+    graphs._replays, graphs._refused, graphs._started, graphs._data = {}, set(), False, DataRanks()
     for name, value in options.items():
         setattr(graphs, name, value)
     return graphs
@@ -69,7 +70,7 @@ def shapes(**options: Any) -> PrefillGraphs:
         (21, [(0, 9)], None),
         (0, [(0, 257)], None),
         (0, [(0, 1)] * (PREFILLS[-1] + 1), None),
-        (5, [], None),
+        (5, [], Shape(8, 1, 64, 64)),  # beside prompts of another data-parallel rank
     ],
 )
 def test_the_smallest_shape_that_holds_a_step(
@@ -84,7 +85,7 @@ def test_shapes_beyond_the_most_that_are_kept_run_eagerly() -> None:
     plan = StepPlan(0, [], [], [], [], [Prefill(1, 0, 100, True)])
     full: dict[Any, Any] = dict.fromkeys(range(1000))
     assert shapes(_replays=full, _started=True).shape_of(plan) is None
-    assert shapes(_replays=full | {Shape(0, 1, 128, 128): None}, _started=True).shape_of(plan) == (0, 1, 128, 128)
+    assert shapes(_replays=full | {Shape(0, 1, 128, 128): None}, _started=True).shape_of(plan) == Shape(0, 1, 128, 128)
 
 
 def test_ranks_run_the_same_shapes_whichever_of_them_had_no_memory_for_a_graph() -> None:
@@ -104,10 +105,10 @@ def test_shapes_of_many_tokens_are_rehearsed_and_not_captured_at_the_start() -> 
     graphs, slots, captured = shapes(), SimpleNamespace(max_model_len=9999), []
     graphs._sizes, graphs._keeps_prefixes, graphs._statics = [64, AT_ONCE, AT_ONCE + 256], False, {}
     graphs._batches = SimpleNamespace(slots=slots)
-    graphs._at_rest = lambda shape: shape
-    graphs._capture = lambda shape: captured.append(shape)
+    graphs._at_rest = lambda shape: SimpleNamespace(tables=None)
+    graphs._capture = lambda shape, step, tables: captured.append(shape)
     graphs.start()
-    assert captured == [(0, 1, AT_ONCE, AT_ONCE), (0, 1, 64, 64)]
+    assert captured == [Shape(0, 1, AT_ONCE, AT_ONCE), Shape(0, 1, 64, 64)]
     assert {shape.tokens for shape in graphs._usual()} == set(graphs._sizes)
 
 

@@ -68,7 +68,7 @@ def describe_experts(config: DecoderConfig, placements: Mapping[int, Placement],
     n, experts = next((n, layer.mlp.experts) for n, layer in layers if isinstance(layer.mlp, MoeDims))
     placement = placements.get(n) or Placement.even(experts, ranks)
     copies = f" with {len(placement.row) - experts} copies in all" if placements else ""
-    return f"{placement.here} of {experts} on each of {ranks} data-parallel ranks{copies}; prompts run eagerly"
+    return f"{placement.here} of {experts} on each of {ranks} data-parallel ranks{copies}"
 
 
 def counted(metrics: str, where: str) -> dict[int, list[int]]:

@@ -31,7 +31,8 @@ from thalweg.layers.attributes import find_directly
 from thalweg.models.decoder import Decoder
 from thalweg.models.family import DecoderConfig
 from thalweg.ops.all_gather import ALL_GATHER, AllGatherDims
-from thalweg.ops.all_reduce import AREAS, ROWS, areas_of
+from thalweg.ops.all_reduce import areas_of
+from thalweg.ops.moe import exchange
 from thalweg.ops.registry import Resolver, Where, dims_of
 from thalweg.ops.sample import SAMPLE, SAMPLE_OVER_RANKS, Sample, SampleDims, SampleOverRanksDims
 from thalweg.parallel.data_ranks import join_data_ranks
@@ -94,7 +95,7 @@ def build_rank(
         mesh.data = join_data_ranks(data_rank, data_ranks, data_meeting, device, **over, listener=listener)
         if config.expert_placement is not None and config.nnodes > 1:
             check_same(mesh.data, source.placements, config.expert_placement)
-        map_data_peers(mesh.data, device, AREAS[: ROWS + 1])
+        map_data_peers(mesh.data, device, exchange.areas_of(data_ranks))
     map_peers(mesh, device, areas_of(mesh.tp_size))
     resolver = Resolver(config.op_preference, quantize_activations=config.quantize_activations)
     model = Decoder(opened.context(mesh, resolver), c)

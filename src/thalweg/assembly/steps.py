@@ -8,11 +8,12 @@ import torch
 
 from thalweg.cache.memory import MemorySplit
 from thalweg.config.engine import EngineConfig
+from thalweg.ops.moe.exchange import EXPERT_DISPATCH
 from thalweg.ops.moe.experts import EXPERTS
 from thalweg.ops.registry import Resolver, Rows, Where
 from thalweg.ops.toolchain import cpu_build
 from thalweg.runner.graphs import buckets
-from thalweg.runner.prefill_graphs import token_sizes
+from thalweg.runner.prefill_graphs import ROWS, exchanged_rows, token_sizes
 from thalweg.runner.recorded import MAX_ROWS
 
 
@@ -71,9 +72,11 @@ def why_eager(config: EngineConfig, device: torch.device, resolver: Resolver, ro
         return f"{device.type} has no CUDA graphs"
     if config.expert_metrics:
         return "--expert-metrics"
-    if config.data_parallel_size > 1 and rows == "prefills":
-        return "the host has to know how many tokens go to each data-parallel rank"
     of_all = most * config.data_parallel_size  # ranks, whose rows experts are given
+    if config.data_parallel_size > 1 and rows == "prefills":
+        if any(c.op == EXPERT_DISPATCH.name and c.table[0].name == "reference" for c in resolver.explain()):
+            return "collectives of data-parallel ranks would have to be captured by all of them at once"
+        of_all = exchanged_rows(most + ROWS[-1]) * config.data_parallel_size
     reasons = (c.why_not_captured(rows, of_all if c.op == EXPERTS.name else most) for c in resolver.explain())
     return next((reason for reason in reasons if reason is not None), None)
 

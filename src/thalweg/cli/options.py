@@ -214,7 +214,7 @@ def engine_config(
         _engine(
             metavar="TOKENS",
             help="Run steps of up to so many prompt tokens as CUDA graphs; 0: none. Default: 2k; with more than 32"
-            " layers or 2 ranks: 4k; with more ranks: 0.",
+            " layers, 2 ranks or data-parallel ones: 4k; with more tensor-parallel ranks: 0.",
         ),
     ] = None,
     step_timeout: Annotated[

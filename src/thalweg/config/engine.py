@@ -72,8 +72,8 @@ class EngineConfig:
     expert_metrics: whether data-parallel ranks are to count the tokens of each expert, which CUDA graphs do not: their
         steps are padded with tokens that are nobody's.
     prefill_graph_tokens: steps with so many prompt tokens at most run as CUDA graphs, if there are graphs for so many.
-        None: on one rank 2048, or 4096 with more than 32 layers; 4096 on two of one host, which are done with a prompt
-        before its kernels are launched; and 0 otherwise.
+        None: on one rank 2048, or 4096 with more than 32 layers, or with data-parallel ones; 4096 on two of one host,
+        which are done with a prompt before its kernels are launched; and 0 otherwise.
     step_timeout: seconds after which a step that has not ended ends the engine.
     config_file: a config.json to run with dummy weights.
     num_layers: how many of the model's layers run, with dummy weights.
@@ -297,7 +297,8 @@ class EngineConfig:
         if self.nodes_per_model > 1:
             return 0  # graphs with NCCL's sums of prompts inside, as with more than two ranks, have not been run yet
         # Launching takes as long as there are layers, about a millisecond for each.
-        return {1: 2048 if layers <= 32 else 4096, 2: 4096}.get(self.tensor_parallel_size, 0)
+        alone = layers <= 32 and self.data_parallel_size == 1
+        return {1: 2048 if alone else 4096, 2: 4096}.get(self.tensor_parallel_size, 0)
 
     @property
     def keeps_halves(self) -> bool:

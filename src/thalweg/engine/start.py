@@ -87,7 +87,7 @@ class Engine:
             runner, info = build_rank(config, 0, meeting, self.grammars, *where, self._joined.append)
             cached.append(runner.cache_index)
             if self.lock_step is not None:
-                self.lock_step.begin(runner.mesh.data, runner.serve_others, runner.most_padded_rows, tell)
+                self.lock_step.begin(runner.mesh.data, runner.serve_others, runner.rows_of, tell)
                 self.expert_counts = runner.expert_counts
             return RecordedRunner(runner), info
 

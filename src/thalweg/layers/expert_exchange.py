@@ -19,8 +19,8 @@ from thalweg.ops.moe.exchange import (
 from thalweg.parallel.placement import Placement
 
 MOST_BYTES = 1 << 30
-"""Of the rows that ranks may send to one of them, if all their tokens take experts of that one. More tokens are
-exchanged in turns."""
+"""Of the experts' outputs on a rank, if all ranks' tokens take experts of that one. More tokens are exchanged in
+turns."""
 RunExperts = Callable[[Tensor, Tensor], Tensor]
 """(rows [P, D], their experts' places on this rank, int64 [P]) to the experts' outputs [P, D]."""
 
@@ -51,8 +51,7 @@ class ExpertExchange:
     def __call__(self, x_TD: Tensor, weights_Tk: Tensor, ids_Tk: Tensor, run: RunExperts) -> Tensor:
         """y_TD in x's dtype, the weighted sum over each token's k experts, wherever they are. `run` is called if any
         rank has rows for this one. The sum is in fp32 and in the order of the ids, whatever the number of ranks."""
-        row_bytes = ids_Tk.shape[1] * x_TD.shape[1] * x_TD.element_size()
-        most = max(1, MOST_BYTES // (self._ranks.size * row_bytes))
+        most = self._most(x_TD, ids_Tk)
         outputs, left = [], True
         while left:
             y_TD, left = self._exchange(x_TD[:most], weights_Tk[:most], ids_Tk[:most], len(x_TD) > most, run)
@@ -84,21 +83,31 @@ class ExpertExchange:
         y_TD = y_PD.view(T, k, y_PD.shape[1]).mul_(weights_Tk.unsqueeze(-1)).sum(1).to(x_TD.dtype)
         return y_TD, any(left)
 
-    def dispatch(self, x_TD: Tensor, weights_Tk: Tensor, ids_Tk: Tensor) -> Gathered:
-        """Tokens of all ranks, as many of each, and which of this rank's experts they take. With `combine` the same as
-        a call, but that the shared experts are among a token's, nothing waits for the device, and each rank's part of
-        a token's sum is rounded. Only while the ranks run a padded step (DataRanks.padded)."""
-        live_T, shared = self._ranks.live_T, self._shared
-        assert live_T is not None
-        if self._slots is None:
-            slots_Tk = ids_Tk
-        else:
-            routed = ids_Tk.shape[1] - shared
+    def turns(self, x_TD: Tensor, ids_Tk: Tensor) -> list[slice]:
+        """Which rows are exchanged together, in the steps that ranks pad."""
+        assert self._ranks.live_R is not None
+        most = self._most(x_TD, ids_Tk)
+        return [slice(start, start + most) for start in range(0, len(self._ranks.live_R), most)]
+
+    def dispatch(self, turn: slice, x_TD: Tensor, weights_Tk: Tensor, ids_Tk: Tensor) -> Gathered:
+        """Tokens of all ranks in a turn, of which this rank's are given, padded to as many of each, and which of this
+        rank's experts they take. With `combine` the same as a call, but that the shared experts are among a token's,
+        nothing waits for the device, and each rank's part of a token's sum is rounded. Only while the ranks run a
+        padded step (DataRanks.padded)."""
+        live_R, routed = self._ranks.live_R, ids_Tk.shape[1] - self._shared
+        assert live_R is not None
+        if self._counted_E is not None:
+            counted_P = ids_Tk[:, :routed].flatten()
+            self._counted_E.scatter_add_(0, counted_P, torch.ones_like(counted_P))
+        slots_Tk = ids_Tk
+        if self._slots is not None:
             slots_Tk = torch.cat([self._slots_of(ids_Tk[:, :routed]), ids_Tk[:, routed:]], 1)
-        return self._dispatch(x_TD, weights_Tk, slots_Tk, live_T, self._ranks, here=self._here, shared=shared)
+        tokens = x_TD, weights_Tk, slots_Tk
+        return self._dispatch(live_R[turn], *tokens, self._ranks, here=self._here, shared=self._shared)
 
     def combine(
         self,
+        turn: slice,
         residual_TD: Tensor,
         parts_PD: Tensor,
         *,
@@ -108,7 +117,14 @@ class ExpertExchange:
     ) -> Tensor:
         """The residual of this rank's tokens plus what all ranks' experts gave for them, and their own expert (fp32); a
         `Finish` of the experts of what `dispatch` gave."""
-        return self._combine(residual_TD, parts_PD, self._ranks, weights_Ak=weights_Tk, own_TD=own_TD)
+        live_R = self._ranks.live_R
+        assert live_R is not None
+        return self._combine(live_R[turn], residual_TD, parts_PD, self._ranks, weights_Ak=weights_Tk, own_TD=own_TD)
+
+    def _most(self, x_TD: Tensor, ids_Tk: Tensor) -> int:
+        """Tokens of each rank in a turn."""
+        row_bytes = ids_Tk.shape[1] * x_TD.shape[1] * x_TD.element_size()
+        return max(1, MOST_BYTES // (self._ranks.size * row_bytes))
 
     def _slots_of(self, ids_Tk: Tensor) -> Tensor:
         """The slot, over all ranks, of each pair's expert."""

@@ -191,8 +191,12 @@ class MoE(nn.Module):
         """Take part in the exchange of a step in which this rank has no tokens."""
         assert self._exchange is not None
         x_TD, k = self._nothing_TD, self.router.top_k
-        ids_Tk = torch.empty(0, k, dtype=torch.int64, device=x_TD.device)
-        self._exchange(x_TD, ids_Tk.float(), ids_Tk, self._run_routed)
+        padded = self.mesh.data.live_R is not None
+        ids_Tk = torch.empty(0, k + self.router.shared * padded, dtype=torch.int64, device=x_TD.device)
+        if padded:
+            self._padded(self._exchange, x_TD, x_TD, ids_Tk.float(), ids_Tk)
+        else:
+            self._exchange(x_TD, ids_Tk.float(), ids_Tk, self._run_routed)
 
     def expert_counts(self) -> list[int]:
         """As ExpertExchange.counts."""
@@ -205,7 +209,7 @@ class MoE(nn.Module):
         k, own = self.router.top_k, self.router.shared
         # What the experts' sum is added to; if ranks share the model, which sum over theirs at last, this one's part.
         added_TD = x_TD if self._reduce_add is None else torch.zeros_like(x_TD)
-        if self.mesh.data.live_T is not None:
+        if self.mesh.data.live_R is not None:
             y_TD = self._padded(exchange, added_TD, normed_TD, weights_Tk, ids_Tk)
         else:
             added_TD = self._with_shared(normed_TD, added_TD)
@@ -219,12 +223,26 @@ class MoE(nn.Module):
     def _padded(
         self, exchange: ExpertExchange, added_TD: Tensor, normed_TD: Tensor, weights_Tk: Tensor, ids_Tk: Tensor
     ) -> Tensor:
-        """Of a step in which all ranks have as many rows. The shared expert is behind what brings the others' rows: its
-        weights are on their way while that waits."""
-        gathered = exchange.dispatch(normed_TD, weights_Tk, ids_Tk)
+        """Of a step in which all ranks have as many rows."""
+        tokens = added_TD, normed_TD, weights_Tk, ids_Tk
+        turns = exchange.turns(normed_TD, ids_Tk)
+        outputs = [self._in_turn(exchange, turn, *(t[turn] for t in tokens)) for turn in turns]
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+    def _in_turn(
+        self,
+        exchange: ExpertExchange,
+        turn: slice,
+        added_TD: Tensor,
+        normed_TD: Tensor,
+        weights_Tk: Tensor,
+        ids_Tk: Tensor,
+    ) -> Tensor:
+        """The shared expert is behind what brings the others' rows: its weights are on their way while that waits."""
+        gathered = exchange.dispatch(turn, normed_TD, weights_Tk, ids_Tk)
 
         def apart() -> Tensor:
-            finish = partial(exchange.combine, self._with_shared(normed_TD, added_TD))
+            finish = partial(exchange.combine, turn, self._with_shared(normed_TD, added_TD))
             y_TD: Tensor = self.experts(*gathered, None, None, finish)
             return y_TD
 
@@ -232,7 +250,7 @@ class MoE(nn.Module):
             return apart()
         assert isinstance(self.shared, SharedExpert)
         assert self.shared.weights is not None
-        T = len(normed_TD)
+        ranks = self.mesh.data
         return self._gathered(
             gathered.x_AD,
             apart,
@@ -240,12 +258,12 @@ class MoE(nn.Module):
             gathered.ids_Ak,
             *self.experts.weights,
             self.shared.weights,
-            partial(exchange.combine, added_TD),
-            own_rows=(self.mesh.data.rank * T, T),
+            partial(exchange.combine, turn, added_TD),
+            own_rows=(ranks.rank * len(gathered.x_AD) // ranks.size, len(normed_TD)),
         )
 
     def _with_shared(self, normed_TD: Tensor, x_TD: Tensor) -> Tensor:
-        return self.shared.added(normed_TD, x_TD) if isinstance(self.shared, SharedExpert) else x_TD
+        return self.shared.added(normed_TD, x_TD) if isinstance(self.shared, SharedExpert) and len(x_TD) else x_TD
 
     def _run_routed(self, rows_PD: Tensor, ids_P: Tensor) -> Tensor:
         """Rows that each take one of this rank's routed experts."""

@@ -41,8 +41,10 @@ class DataRanks:
         """`host` is the group for integers of the host, `device` the one for tensors; `file`: where they met."""
         self.rank, self.size, self.hosts = rank, size, hosts
         self._host, self._device, self._file = host, device, file  # in this order, as of a Mesh
-        self.rows = 0  # that every rank has in the next step, if all are to have as many, padded; else 0
-        self.live_T: Tensor | None = None  # while such a step runs: 0 for rows that pad it, else anything
+        self.pads = False  # whether rows are padded in all steps, and not only in graphs of decode rows
+        self.rows = 0  # that every rank is to have in the next step, padded; 0: its own, of which the others hear in it
+        self.decodes = False  # whether no rank has anything but decode rows in the next step
+        self.live_R: Tensor | None = None  # while a padded step runs: see `padded`
         self.peers: PeerMemory | None = None  # that the ranks map from one another, if they can
 
     def all_to_all(self, rows_ND: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
@@ -63,13 +65,14 @@ class DataRanks:
         return self.peers is not None or self._device is None
 
     @contextmanager
-    def padded(self, live_T: Tensor) -> Iterator[None]:
-        """Around a step in which every rank has as many rows as this: then nothing waits for the device."""
-        self.live_T = live_T
+    def padded(self, live_R: Tensor) -> Iterator[None]:
+        """Around a step in which every rank has R rows, so that nothing waits for the device. This rank's own tokens
+        are the first of them, as many or fewer; those whose live_R, int64, is 0 are padding too."""
+        self.live_R = live_R
         try:
             yield
         finally:
-            self.live_T = None
+            self.live_R = None
 
     def gather(self, x_TD: Tensor) -> Tensor:
         """Every rank's x, of the same shape, one below the other in rank order: [size * T, D]."""
@@ -169,4 +172,6 @@ def _joined(
     if device.type != "cuda":
         return DataRanks(rank, size, host, host, file, hosts)
     tensors = nccl_group(dist.PrefixStore("tensors", store), rank, size, timeout)  # type: ignore[attr-defined]
-    return DataRanks(rank, size, host, tensors, file, hosts)
+    ranks = DataRanks(rank, size, host, tensors, file, hosts)
+    ranks.pads = True  # the host would wait for the device; on a CPU there is nothing to wait for
+    return ranks

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from thalweg.ops.all_gather import ALL_GATHER, AllGatherDims
-from thalweg.ops.all_reduce import ALL_REDUCE_ADD, AllReduceAddDims
+from thalweg.ops.all_reduce import ALL_REDUCE_ADD, MANY_TOKENS, AllReduceAddDims
 from thalweg.ops.embedding import EMBEDDING
 from thalweg.ops.linear import LINEAR_REDUCE_ADD, LinearReduceDims
 from thalweg.ops.moe.exchange import EXPERT_COMBINE, EXPERT_DISPATCH, ExpertCombineDims, ExpertDispatchDims
@@ -36,6 +36,8 @@ def exchange_us(runner: ModelRunner, order: MeasureExchange) -> list[float] | st
     reason = found.supports(where, dims)
     if reason is None and order.rows not in found.tokens(dims):
         reason = f"serves {found.tokens(dims)} tokens, not {order.rows}"
+    if found.name == "cuda_many" and (mesh.peers is None or len(mesh.peers.areas) <= MANY_TOKENS):
+        reason = reason or "needs an area of many tokens, which only two tensor-parallel ranks have"
     if reason is not None:
         return reason
     function, call = found.build(where, dims), _call(found.op, order, mesh, device)
@@ -82,12 +84,13 @@ def _call(op: Op[Any, Any], order: MeasureExchange, mesh: Mesh, device: torch.de
         x, each = draw(rows, sizes["D"]), torch.rand(rows, k, device=device)
         slots = torch.rand(rows, here * ranks.size, device=device).topk(k).indices
         live = torch.ones(rows, dtype=torch.int64, device=device)
-        return lambda function, _: function(x, each, slots, live, ranks, here=here, shared=sizes["S"]).x_AD
+        return lambda function, _: function(live, x, each, slots, ranks, here=here, shared=sizes["S"]).x_AD
     if op.name == EXPERT_COMBINE.name:
         ranks, k = mesh.as_data_ranks(), sizes["parts"]
-        residual, each = draw(rows, sizes["D"]), torch.rand(rows * ranks.size, k, device=device)
+        live, residual = torch.ones(rows, dtype=torch.int64, device=device), draw(rows, sizes["D"])
+        each = torch.rand(rows * ranks.size, k, device=device)
         parts = torch.randn(rows * ranks.size * k, sizes["D"], device=device)
-        return lambda function, _: function(residual, parts, ranks, weights_Ak=each)
+        return lambda function, _: function(live, residual, parts, ranks, weights_Ak=each)
     weights = [draw(sizes["O"], sizes["D"]) for _ in range(COPIES)]
     residual, x = draw(rows, sizes["O"]), draw(rows, sizes["D"])
     return lambda function, i: function(x, weights[i % COPIES], residual, mesh)

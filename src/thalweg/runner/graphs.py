@@ -94,7 +94,7 @@ class DecodeGraphs:
         return self._sizes[-1]
 
     def serves(self, plan: StepPlan) -> bool:
-        if self._data.size > 1 and not self._data.rows:
+        if self._data.size > 1 and not self._data.decodes:
             return False
         return not plan.prefills and len(plan.decode_slots) <= self._sizes[-1]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 
@@ -14,8 +14,17 @@ LULL_SECONDS = 0.001  # that a rank waits for a plan of its own before it asks a
 PLANNING_SECONDS = 0.002  # from a result to the plan that follows from it, at most if others are to wait for that
 
 
+class Rows(NamedTuple):
+    """What a rank brings to the experts of its next step."""
+
+    decodes: int = 0  # rows, if all ranks only decode
+    padded: int = 0  # rows that it pads its own to otherwise; 0 on all ranks, if they do not pad
+    only_decodes: bool = True  # whether it has no more than a graph of decode rows holds
+
+
 class Ranks(Protocol):
     rows: int  # is told before a step: rows that each rank pads its own to, 0 if they are not padded
+    decodes: bool  # and whether all have decode rows alone
 
     def maxima(self, values: Sequence[int]) -> list[int]:
         """The largest of the ranks' values, one by one: a collective."""
@@ -23,9 +32,11 @@ class Ranks(Protocol):
 
 class Agreed(msgspec.Struct, frozen=True, array_like=True, tag="agreed"):
     """What data-parallel ranks agreed on before a step, for those that share a model with one of them: the rows that
-    each pads its own to (Ranks.rows), and whether the step is an idle one, or of the plan that comes next."""
+    each pads its own to and whether these all decode (Ranks), and whether the step is an idle one, or of the plan that
+    comes next."""
 
     rows: int
+    decodes: bool
     idle: bool
 
 
@@ -57,19 +68,19 @@ class LockStep:
         self._launched, self._settled, self._settled_at = 0, 0, 0.0  # steps with a plan of this rank
         self._ranks: Ranks
         self._idle_step: Callable[[], None]
-        self._most_rows = 0
+        self._rows_of: Callable[[StepPlan], Rows]
         self._tell: Callable[[Agreed], None] | None = None
 
     def begin(
         self,
         ranks: Ranks,
         idle_step: Callable[[], None],
-        most_rows: int = 0,
+        rows_of: Callable[[StepPlan], Rows],
         tell: Callable[[Agreed], None] | None = None,
     ) -> None:
-        """Once the rank is built. Steps are padded if all ranks have decode rows alone, up to `most_rows`. `tell` is
-        called with what was agreed on before each step, for the ranks that share this one's model."""
-        self._ranks, self._idle_step, self._most_rows, self._tell = ranks, idle_step, most_rows, tell
+        """Once the rank is built. `tell` is called with what was agreed on before each step, for the ranks that share
+        this one's model."""
+        self._ranks, self._idle_step, self._rows_of, self._tell = ranks, idle_step, rows_of, tell
 
     def wake(self, number: int) -> None:
         self._seen, self.awake = number, True
@@ -96,23 +107,25 @@ class LockStep:
         """Before a step of this rank's own is launched."""
         if not self.awake:
             raise RuntimeError("a data-parallel rank has a step and was not woken")
-        rows = len(plan.decode_slots)
-        while not self._agree(1, rows, bool(plan.prefills) or rows > self._most_rows):
+        rows = self._rows_of(plan)
+        while not self._agree(1, rows):
             pass
         self._launched += 1
 
     def without_plan(self) -> None:
         """Take part in the others' step, if there is one."""
-        if self._agree(0, 0, False):
+        if self._agree(0, Rows()):
             self._idle_step()
 
-    def _agree(self, plans: int, rows: int, unpadded: bool) -> bool:
+    def _agree(self, plans: int, rows: Rows) -> bool:
         """Whether there is a step."""
         waits = not plans and self._plans_soon
-        most = self._ranks.maxima([plans, int(self.busy), self._seen, -self._seen, rows, unpadded, waits])
-        steps, busy, seen, least = most[0] and not most[6], most[1], most[2], -most[3]
-        self._ranks.rows = 0 if most[5] else most[4]
-        self.awake = bool(most[0] or busy or seen > least)
+        of_rows = rows.decodes, rows.padded, not rows.only_decodes
+        most = self._ranks.maxima([plans, int(self.busy), self._seen, -self._seen, waits, *of_rows])
+        plan, busy, seen, unseen, wait, decodes, padded, mixed = most
+        self._ranks.rows, self._ranks.decodes = padded if mixed else decodes, not mixed
+        self.awake = bool(plan or busy or seen > -unseen)
+        steps = bool(plan and not wait)
         if steps and self._tell is not None:
-            self._tell(Agreed(self._ranks.rows, not plans))
-        return bool(steps)
+            self._tell(Agreed(self._ranks.rows, self._ranks.decodes, not plans))
+        return steps

@@ -4,6 +4,10 @@ A graph is for a shape: decode rows, prefills, tokens of prefills, and tokens of
 smallest shape that holds it. Decode rows beyond its own are on the sinks; so is the last prefill, which has the tokens
 that the step lacks, and prefills between them and its own have none. Shapes are captured as they are met.
 
+The experts of data-parallel ranks have as many rows of each, so a shape has that number too. In a step in which another
+rank has prompts, a rank with decode rows alone runs as with a prompt of none but padding, and one without rows runs the
+experts in a graph of their own.
+
 What is new in the plan of a step with one prompt comes with its inputs, in one copy, and a graph's first kernels take
 it in: a host that told the device before would make it wait.
 """
@@ -14,6 +18,7 @@ import logging
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,7 +28,9 @@ from msgspec.structs import replace
 from torch import Tensor, nn
 
 from thalweg.core import Prefill, StepPlan
+from thalweg.models.decoder import Decoder
 from thalweg.ops.host_tables import Limits, Tables, UnknownWhileCapturing
+from thalweg.parallel.data_ranks import DataRanks
 from thalweg.runner.batch import BatchBuilder, places_of, prefill_sizes
 from thalweg.runner.capture import captured
 from thalweg.runner.graphs import Model, Share
@@ -40,6 +47,7 @@ TURN = 512  # most tokens of a prompt after a cached prefix whose shapes are cap
 PREFILLS = (1, 15)  # and the one that pads the step: logits of few enough rows for kernels that stream the head once
 ROWS = (0, 8, 32, 64, 128, 256)  # beyond, a step is long, and logits of so many rows are much memory
 NEWS_BLOCK = 32  # tokens of a block at least, if all of a step's can come with it
+EXCHANGED = (64, 128, 256, 512, 768, 1024, 1536, 2048, 3072, 4352)  # rows of a data-parallel rank, for its experts
 MAX_SHAPES = 128  # that are captured; others run eagerly from then on
 
 
@@ -48,6 +56,14 @@ class Shape(NamedTuple):
     prefills: int  # without the one that pads the step
     tokens: int  # of prefills
     context: int  # of prefills, their new tokens included
+    exchanged: int = 0  # rows of each data-parallel rank; 0 if there is one rank
+
+
+def exchanged_rows(rows: int) -> int:
+    """Rows that data-parallel ranks pad so many to: few numbers, for which there are kernels and, up to EXCHANGED's
+    last, graphs."""
+    most = EXCHANGED[-1]
+    return _least(EXCHANGED, rows) if rows <= most else -(-rows // 1024) * 1024
 
 
 def token_sizes(most: int, max_model_len: int) -> list[int]:
@@ -64,10 +80,10 @@ def token_sizes(most: int, max_model_len: int) -> list[int]:
 class Static:
     """A step of one shape: where its inputs lie on the device, and how they are written."""
 
-    def __init__(self, shape: Shape, batches: BatchBuilder) -> None:
-        self.shape, self._batches = shape, batches
+    def __init__(self, shape: Shape, batches: BatchBuilder, data: DataRanks) -> None:
+        self.shape, self._batches, self._data = shape, batches, data
         self.limits, places = _layout(shape)
-        *self._places, self._chosen, self._positions, self._tables = places[:-5]
+        *self._places, self._chosen, self._positions, self._tables, self._live = places[:-5]
         self._news = places[-5:]
         self.size = places[-1].stop
         self.memory = torch.zeros(self.size, dtype=torch.int64, device=batches.slots.device)
@@ -94,6 +110,9 @@ class Static:
         of_prefills = slice(shape.rows, shape.rows + len(sampling))
         chosen[of_prefills] = [p.slot for p in sampling]
         positions[of_prefills] = [p.start + p.length for p in sampling]
+        live = stage[self._live]
+        live[:] = 0
+        live[:d] = live[shape.rows : shape.rows + shape.tokens - rest] = 1
         self.tables.fill(self._batches.sequences(padded), stage[self._tables].view(np.int32))
         parts = self._parts_of_news([stage[place] for place in self._news], np.float32, np.int32)
         for part in parts:
@@ -124,7 +143,8 @@ class Static:
         batch = self._batches.of_prefills(
             parts, self.shape.rows, tables.offsets, tables.starts, tables.boundaries, num_blocks
         )
-        logits = model(batch, slots.cache)
+        with self._data.padded(self.memory[self._live]) if self.shape.exchanged else nullcontext():
+            logits = model(batch, slots.cache)
         chosen = self.memory[self._chosen]
         ids = share(sampler.sample_rows(logits, chosen, self.memory[self._positions]))
         slots.last_tokens[chosen] = ids.clamp(min=0)
@@ -144,10 +164,11 @@ class PrefillGraphs:
         max_num_seqs: int,
         tokens: int,
         keeps_prefixes: bool = False,
+        data: DataRanks | None = None,
     ) -> None:
         """For steps of up to `tokens` prompt tokens, for which there is a size at least (`token_sizes`).
         `keeps_prefixes`: prompts may begin after cached tokens."""
-        self._keeps_prefixes = keeps_prefixes
+        self._keeps_prefixes, self._data = keeps_prefixes, data or DataRanks()
         self.model, self._batches, self._sampler, self._share = model, batches, sampler, share
         self._sizes = sizes = token_sizes(tokens, batches.slots.max_model_len)  # of tokens, ascending
         self._most_tokens = min(tokens, sizes[-1])
@@ -156,17 +177,20 @@ class PrefillGraphs:
         self._statics: dict[Shape, Static] = {}
         self._replays: dict[Shape, Callable[[], None]] = {}
         self._refused: set[Shape] = set()  # of which a capture failed: steps of these run uncaptured
+        exchanged = EXCHANGED[-1] if self._data.size > 1 else 0
         device = batches.slots.device
         self._started = False
         self._pool: Any = None
         self._logits: Tensor | None = None
         self._ids = torch.zeros(self._rows[-1] + PREFILLS[-1] + 1, dtype=torch.int64, device=device)
+        self._no_rows = torch.zeros(exchanged, dtype=torch.int64, device=device)
+        self._met: set[Shape] = set()  # of idle steps
         self.steps: Counter[str] = Counter()  # how many ran "captured", "uncaptured", or "eager", in no shape
 
     def rehearse(self) -> None:
         """A step on the sinks of every kind of shape, so that its kernels are met."""
         beside = [Shape(d, n, size, size) for d in self._rows[1:] for n in PREFILLS for size in self._whole()[::-1][:1]]
-        for shape in self._usual() + beside:
+        for shape in self._usual() + [self._alone(shape) for shape in beside]:
             self._at_rest(shape)
 
     def start(self) -> None:
@@ -178,7 +202,11 @@ class PrefillGraphs:
         self._statics.clear()  # in a rehearsal nothing ran
         for shape in self._usual():
             if shape.tokens <= AT_ONCE:
-                self._capture(self._at_rest(shape))
+                static = self._at_rest(shape)
+                self._capture(shape, partial(self._step, static), static.tables)
+        for rows in self._exchanged():
+            self._idle_step(rows)
+            self._capture(_idle(rows), partial(self._idle_step, rows))
 
     def close(self) -> None:
         self._replays.clear()
@@ -193,12 +221,28 @@ class PrefillGraphs:
         sizes, longest = self._whole()[::-1], self._batches.slots.max_model_len
         many = [Shape(0, n, size, size) for n in PREFILLS[1:] for size in sizes[:1]]
         one = [Shape(0, PREFILLS[0], size, size) for size in sizes]
+        return [self._alone(shape) for shape in many + self._turns(longest) + one] + self._beside_others()
+
+    def _turns(self, longest: int) -> list[Shape]:
         if not self._keeps_prefixes:
-            return many + one
+            return []
         contexts = [n for n, less in zip(CONTEXTS, (0, *CONTEXTS), strict=False) if less < longest]
-        short = [size for size in sizes if size <= TURN]
-        turns = [Shape(d, PREFILLS[0], size, n) for d in self._rows[1::-1] for n in contexts[::-1] for size in short]
-        return many + turns + one
+        short = [size for size in self._whole()[::-1] if size <= TURN]
+        return [Shape(d, PREFILLS[0], size, n) for d in self._rows[1::-1] for n in contexts[::-1] for size in short]
+
+    def _alone(self, shape: Shape) -> Shape:
+        """If no other data-parallel rank has more rows."""
+        return shape._replace(exchanged=exchanged_rows(shape.rows + shape.tokens)) if self._data.size > 1 else shape
+
+    def _beside_others(self) -> list[Shape]:
+        """Few rows that decode while other data-parallel ranks have prompts."""
+        few = Shape(self._rows[1], PREFILLS[0], self._sizes[0], self._sizes[0])
+        return [few._replace(exchanged=n) for n in self._exchanged() if n >= few.rows + few.tokens]
+
+    def _exchanged(self) -> list[int]:
+        """Rows of other data-parallel ranks, if they have prompts of at most AT_ONCE tokens, the most first."""
+        most = exchanged_rows(min(AT_ONCE, self._whole()[-1]))
+        return [n for n in EXCHANGED[::-1] if n <= most] if self._data.size > 1 else []
 
     def _at_rest(self, shape: Shape) -> Static:
         """A step of the shape on the sinks."""
@@ -209,11 +253,26 @@ class PrefillGraphs:
         self._step(static)
         return static
 
+    def rows_of(self, plan: StepPlan) -> int | None:
+        """Rows of the shape that the step of a data-parallel rank runs in, if the others' rows allow it one."""
+        shape = self._fitting(plan)
+        return None if shape is None else shape.rows + shape.tokens
+
     def shape_of(self, plan: StepPlan) -> Shape | None:
-        """The shape that a step runs in; None: in none."""
+        """The shape that a step runs in; None: in none. Data-parallel ranks have agreed on their rows."""
+        shape, rows = self._fitting(plan), self._data.rows
+        if shape is None or rows > EXCHANGED[-1]:
+            return None
+        shape = shape._replace(exchanged=rows)
+        # One that was refused, perhaps for memory, stays a shape: other ranks, which have to run as many tokens, may
+        # have had room for its graph.
+        full = self._started and len(self._replays) + len(self._refused) >= MAX_SHAPES
+        return None if full and shape not in self._replays and shape not in self._refused else shape
+
+    def _fitting(self, plan: StepPlan) -> Shape | None:
         prefills, d = plan.prefills, len(plan.decode_slots)
         tokens = sum(p.length for p in prefills)
-        if not prefills or tokens > self._most_tokens or len(prefills) > PREFILLS[-1] or d > self._rows[-1]:
+        if tokens > self._most_tokens or len(prefills) > PREFILLS[-1] or d > self._rows[-1]:
             return None
         size = _least(self._sizes, tokens)
         context = size + sum(p.start for p in prefills if p.length)
@@ -221,11 +280,7 @@ class PrefillGraphs:
             if context > CONTEXTS[-1]:
                 return None
             context = _least(CONTEXTS, context)
-        shape = Shape(_least(self._rows, d), _least(PREFILLS, len(prefills)), size, context)
-        # One that was refused, perhaps for memory, stays a shape: other ranks, which have to run as many tokens, may
-        # have had room for its graph.
-        full = self._started and len(self._replays) + len(self._refused) >= MAX_SHAPES
-        return None if full and shape not in self._replays and shape not in self._refused else shape
+        return Shape(_least(self._rows, d), _least(PREFILLS, len(prefills)), size, context)
 
     def run(self, plan: StepPlan, shape: Shape, news: News | None = None) -> tuple[Tensor, Tensor]:
         """Launch the step in the shape that `shape_of` gave, with what the device was not told before.
@@ -237,18 +292,29 @@ class PrefillGraphs:
         stage = self._batches.stages.next(static.size)
         static.write(plan, stage.numpy(), news)
         static.memory.copy_(stage, non_blocking=True)
-        if self._started and not new and shape not in self._replays and shape not in self._refused:
-            self._try_to_capture(static)
-        replay = self._replays.get(shape)
-        self.steps["uncaptured" if replay is None else "captured"] += 1
-        (replay or partial(self._step, static))()
+        self._launch(shape, partial(self._step, static), new, static.tables)
         d, sampling = len(plan.decode_slots), sum(p.sample for p in plan.prefills)
         assert self._logits is not None
         return _rows(self._logits, d, shape.rows, sampling), _rows(self._ids, d, shape.rows, sampling)
 
+    def idle(self) -> None:
+        """Launch the step of a data-parallel rank that has no rows, while others have prompts and as many rows as there
+        are graphs for."""
+        shape = _idle(self._data.rows)
+        new = shape not in self._met
+        self._met.add(shape)
+        self._launch(shape, partial(self._idle_step, shape.exchanged), new)
+
+    def _launch(self, shape: Shape, step: Callable[[], None], new: bool, tables: Tables | None = None) -> None:
+        if self._started and not new and shape not in self._replays and shape not in self._refused:
+            self._try_to_capture(shape, step, tables)
+        replay = self._replays.get(shape)
+        self.steps["uncaptured" if replay is None else "captured"] += 1
+        (replay or step)()
+
     def _static(self, shape: Shape) -> Static:
         if shape not in self._statics:
-            self._statics[shape] = Static(shape, self._batches)
+            self._statics[shape] = Static(shape, self._batches, self._data)
         return self._statics[shape]
 
     def _step(self, static: Static) -> None:
@@ -258,35 +324,46 @@ class PrefillGraphs:
         self._logits[: len(logits)] = logits  # a copy: what a graph has of its own would be kept for each of them
         self._ids[: len(ids)] = ids
 
-    def _try_to_capture(self, static: Static) -> None:
+    def _idle_step(self, rows: int) -> None:
+        assert isinstance(self.model, Decoder)
+        with self._data.padded(self._no_rows[:rows]):
+            self.model.serve_others()
+
+    def _try_to_capture(self, shape: Shape, step: Callable[[], None], tables: Tables | None) -> None:
         """A shape that requests brought ends none of them by being too large for the memory that is left."""
         try:
-            self._capture(static)
+            self._capture(shape, step, tables)
         except (torch.OutOfMemoryError, UnknownWhileCapturing) as error:
-            _log.warning("steps with prompts of shape %s run without a graph, which failed: %s", static.shape, error)
-            self._refused.add(static.shape)
+            _log.warning("steps with prompts of shape %s run without a graph, which failed: %s", shape, error)
+            self._refused.add(shape)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
-    def _capture(self, static: Static) -> None:
-        static.tables.frozen = True
-        step = partial(self._step, static)
+    def _capture(self, shape: Shape, step: Callable[[], None], tables: Tables | None = None) -> None:
+        if tables is not None:
+            tables.frozen = True
         try:
-            self._replays[static.shape], self._pool = captured(step, self._pool, cuts=_cuts(self.model))
+            self._replays[shape], self._pool = captured(step, self._pool, cuts=_cuts(self.model))
         finally:
-            static.tables.frozen = False
+            if tables is not None:
+                tables.frozen = False
 
 
 def _layout(shape: Shape) -> tuple[Limits, list[slice]]:
     """Where a step's inputs lie in one array of int64: what write_prefills writes, slots and positions of the rows that
-    are chosen for, tables, and what is new."""
+    are chosen for, tables, which rows are no padding, if other ranks are to know, and what is new."""
     d, B = shape.rows, shape.prefills + 1
     limits = Limits(B, shape.tokens, shape.context)
     sizes = prefill_sizes(d, B, shape.tokens, d + B)
     n, m = _most_news(shape)
     return limits, places_of(
-        (*sizes, d + B, d + B, -(-Tables.words(limits) // 2), n, -(-3 * n // 2), 2 * n, m, -(-m // 2))
+        (*sizes, d + B, d + B, -(-Tables.words(limits) // 2), shape.exchanged, n, -(-3 * n // 2), 2 * n, m, -(-m // 2))
     )
+
+
+def _idle(rows: int) -> Shape:
+    """The shape of a data-parallel rank without rows."""
+    return Shape(0, 0, 0, 0, rows)
 
 
 def _most_news(shape: Shape) -> tuple[int, int]:

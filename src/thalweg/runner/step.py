@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 
 import numpy as np
@@ -19,8 +20,8 @@ from thalweg.parallel.mesh import Mesh
 from thalweg.runner import cache_file
 from thalweg.runner.batch import BatchBuilder
 from thalweg.runner.graphs import DecodeGraphs, Gather, Model, Share
-from thalweg.runner.lock_step import Agreed
-from thalweg.runner.prefill_graphs import PrefillGraphs, Shape, carries
+from thalweg.runner.lock_step import Agreed, Rows
+from thalweg.runner.prefill_graphs import EXCHANGED, PrefillGraphs, Shape, carries, exchanged_rows
 from thalweg.runner.readback import Readback
 from thalweg.runner.recorded import RecordedSteps
 from thalweg.runner.slots import News, SlotTable
@@ -77,7 +78,7 @@ class ModelRunner:
             most = slots.cache.num_slots
             with torch.inference_mode():
                 self.prefill_graphs = PrefillGraphs(
-                    model, self._batches, sampler, self._share, most, prefill_tokens, keeps_prefixes
+                    model, self._batches, sampler, self._share, most, prefill_tokens, keeps_prefixes, mesh.data
                 )
 
     @torch.inference_mode()
@@ -118,14 +119,18 @@ class ModelRunner:
     @torch.inference_mode()
     def launch(self, plan: StepPlan, *, eagerly: bool = False) -> Finish:
         """Run the step as far as the device allows without waiting; the returned call waits and gives the result.
-        `eagerly`: even if graphs could run its prompts."""
+        `eagerly`: even if graphs could run its prompts, and without an agreement with data-parallel ranks, all of which
+        run this plan."""
         cache, host = self.slots.cache, self.host
+        if eagerly:
+            self.mesh.data.rows, self.mesh.data.decodes = self.rows_of(plan).padded, False
         if host is not None:
             host.copy(plan)
         if plan.snapshots:
             cache.save(plan.snapshots)
         news = self.slots.note(plan.admissions, plan.new_blocks) if plan.admissions or plan.new_blocks else None
-        shape = self._shape_of(plan) if plan.prefills and not eagerly else None
+        prompts = bool(plan.prefills) or (self.mesh.data.size > 1 and not self.mesh.data.decodes)  # of any rank
+        shape = self._shape_of(plan) if prompts and not eagerly else None
         if news is not None and (shape is None or plan.restores or not carries(shape, news)):
             self.slots.tell(news)
             news = None
@@ -149,25 +154,40 @@ class ModelRunner:
 
         return told
 
-    @property
-    def most_padded_rows(self) -> int:
-        """Decode rows at most of a step in which all data-parallel ranks have as many."""
-        return self._graphs.most_rows if self._graphs is not None else 0
+    def rows_of(self, plan: StepPlan) -> Rows:
+        """What this data-parallel rank brings to the experts of the plan's step."""
+        d = len(plan.decode_slots)
+        most = self._graphs.most_rows if self._graphs is not None else 0
+        rows = None if self.prefill_graphs is None else self.prefill_graphs.rows_of(plan)
+        rows = d + sum(p.length for p in plan.prefills) if rows is None else rows
+        padded = exchanged_rows(rows) if self.mesh.data.pads else 0
+        return Rows(decodes=d, padded=padded, only_decodes=not plan.prefills and d <= most)
 
     def agree(self, agreed: Agreed) -> None:
         """What the rank that plans for this one agreed on with other data-parallel ranks."""
-        self.mesh.data.rows = agreed.rows
+        self.mesh.data.rows, self.mesh.data.decodes = agreed.rows, agreed.decodes
         if agreed.idle:
             self.serve_others()
 
     @torch.inference_mode()
     def serve_others(self) -> None:
         """A step in which other data-parallel ranks have tokens and this one has none."""
-        if self._graphs is not None and self.mesh.data.rows:
+        if self._graphs is not None and self.mesh.data.decodes:
             self._graphs.idle()
             return
+        if self.prefill_graphs is not None and self.mesh.data.rows in EXCHANGED:
+            self.prefill_graphs.idle()
+            return
         assert isinstance(self.model, Decoder)
-        self.model.serve_others()
+        with self._padded(0):
+            self.model.serve_others()
+
+    def _padded(self, tokens: int) -> AbstractContextManager[None]:
+        """Around an eager step with so many tokens, if data-parallel ranks pad theirs."""
+        data = self.mesh.data
+        if not data.rows:
+            return nullcontext()
+        return data.padded((torch.arange(data.rows, device=self.slots.device) < tokens).long())
 
     @torch.inference_mode()
     def expert_counts(self) -> dict[int, list[int]]:
@@ -258,7 +278,7 @@ class ModelRunner:
         inspected = any(self.slots[p.slot].inspected for p in prefills)
         with tracing.span("build"):
             batch = self._batches.build(plan, every_row=inspected)
-        with tracing.span("model"):
+        with tracing.span("model"), self._padded(len(batch.token_ids_T)):
             logits = self.model(batch, self.slots.cache)
         (result, slots, positions), d = self._sampling(plan), batch.num_decodes
         if inspected:

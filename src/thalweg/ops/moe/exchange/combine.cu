@@ -4,62 +4,22 @@
 // every exchange. It has BLOCK threads WAYS times, each with every WAYS-th rank: what they give and take is under way at
 // the same time.
 //
-// With WEIGHTED a token's part is the sum of PARTS rows times their weights; rows whose weight is 0 are left out and not
-// read: with many ranks these are most.
-//
 // Macros: D columns, a multiple of 8; PARTS; WEIGHTED; WIDE, parts in fp32 instead of bf16; OWN; RANKS; RANK; BLOCK
 // threads; WAYS.
 
 #include "hopper.cuh"
 #include "ranks.cuh"
+#include "parts.cuh"
 
 constexpr int COLUMNS = 8 * BLOCK, CHUNKS = (D + COLUMNS - 1) / COLUMNS;
 constexpr int PLACE = 4096;  // bytes that a block writes for a rank at most: ops/all_reduce
 
-__device__ __forceinline__ void add(float (&sum)[8], uint4 v) {
-    sum[0] += low(v.x), sum[1] += high(v.x), sum[2] += low(v.y), sum[3] += high(v.y);
-    sum[4] += low(v.z), sum[5] += high(v.z), sum[6] += low(v.w), sum[7] += high(v.w);
-}
-__device__ __forceinline__ uint4 narrow(const float (&x)[8]) {
-    return make_uint4(pack(x[0], x[1]), pack(x[2], x[3]), pack(x[4], x[5]), pack(x[6], x[7]));
-}
-
-__device__ __forceinline__ void take_fp32(float (&x)[8], const uint4& a, const uint4& b) {
-    const u32 words[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-#pragma unroll
-    for (int i = 0; i < 8; i++) x[i] = __uint_as_float(words[i]);
-}
-
-// What this rank gives for a token, numbered over all ranks.
-__device__ __forceinline__ uint4 part_of(const u8* parts, const float* weights, long long token, int column) {
-    if (!WEIGHTED) return load16(parts + (token * D + column) * 2);
-    float weight[PARTS], sum[8] = {};
-    uint4 raw[PARTS][1 + WIDE] = {};
-#pragma unroll
-    for (int j = 0; j < PARTS; j++) weight[j] = load_fp32(weights + token * PARTS + j);
-#pragma unroll
-    for (int j = 0; j < PARTS; j++) {
-        const u8* at = parts + ((token * PARTS + j) * D + column) * (2 + 2 * WIDE);
-#pragma unroll
-        for (int h = 0; h <= WIDE; h++)
-            if (weight[j] != 0.0f) raw[j][h] = load16(at + 16 * h);
-    }
-#pragma unroll
-    for (int j = 0; j < PARTS; j++) {
-        float part[8] = {};
-        if (WIDE) take_fp32(part, raw[j][0], raw[j][WIDE]);
-        else add(part, raw[j][0]);
-#pragma unroll
-        for (int i = 0; i < 8; i++) sum[i] += weight[j] * part[i];
-    }
-    return narrow(sum);
-}
-
-// parts [RANKS * tokens * PARTS, D], own fp32 [tokens, D]
+// parts [RANKS * rows * PARTS, D] of as many rows of each rank, of which this launch has those from `first` on; residual,
+// own, fp32, and y [tokens, D] of the first of this rank's.
 extern "C" __global__ void __launch_bounds__(BLOCK* WAYS)
-    combine(const u8* parts, const float* weights, const bf16* residual, const u8* own, bf16* y, int tokens,
-            long long residual_stride, const u64* table, long long bytes) {
-    const int tid = threadIdx.x % BLOCK, way = threadIdx.x / BLOCK, token = blockIdx.x / CHUNKS;
+    combine(const u8* parts, const float* weights, const bf16* residual, const u8* own, bf16* y, int first,
+            int tokens, int rows, long long residual_stride, const u64* table, long long bytes) {
+    const int tid = threadIdx.x % BLOCK, way = threadIdx.x / BLOCK, token = first + blockIdx.x / CHUNKS;
     const int column = blockIdx.x % CHUNKS * COLUMNS + 8 * tid;
     Ranks ranks = ranks_of(table, blockIdx.x, bytes);
     __shared__ uint4 given[RANKS][WAYS > 1 ? BLOCK : 1];  // of several ways
@@ -73,7 +33,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK* WAYS)
         // The own part last: others wait for theirs.
         for (int i = way; i < RANKS; i += WAYS) {
             const int r = (RANK + 1 + i) % RANKS;
-            mine = part_of(parts, weights, (long long)r * tokens + token, column);
+            mine = part_of(parts, weights, (long long)r * rows + token, column);
             if (r == RANK) break;
             u8* to = place_of(ranks, (u8*)table[r], RANK) + place;
             tell_rank(to, mine.x, mine.y, ranks.number);
@@ -95,7 +55,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK* WAYS)
     }
     __syncthreads();
     if (threadIdx.x == 0) end_exchange(ranks);
-    if (way > 0 || column >= D) return;
+    if (way > 0 || column >= D || token >= tokens) return;
     const uint4 before = load16(residual + token * residual_stride + column);
 #pragma unroll
     for (int r = 0; WAYS > 1 && r < RANKS; r++) add(sum, given[r][tid]);
