@@ -89,15 +89,15 @@ def test_same_tokens_as_one_rank(
         (PrefillGraphs, "run"),
         (PrefillGraphs, "idle"),
         (ExpertExchange, "__call__"),
-        (ExpertExchange, "padded"),
+        (ExpertExchange, "dispatch"),
     ):
         count(monkeypatch, kind, name, kinds)
     chance = random.Random(size)
     if graphs:
         capture_at_times(monkeypatch, chance)
 
-    def join(*args: Any) -> DataRanks:
-        ranks = join_data_ranks(*args)
+    def join(*args: Any, **options: Any) -> DataRanks:
+        ranks = join_data_ranks(*args, **options)
         ranks.pads = pads
         return ranks
 
@@ -126,7 +126,7 @@ def test_same_tokens_as_one_rank(
         list(pool.map(lambda engine: engine.close(), engines))
     assert kinds["DecodeGraphs.run"] > 40
     assert kinds["DecodeGraphs.idle"] > 10
-    assert kinds["ExpertExchange.padded"] > 100
+    assert kinds["ExpertExchange.dispatch"] > 100
     assert (kinds["ExpertExchange.__call__"] > 10) == (not pads)
     assert (kinds["PrefillGraphs.run"] > 20) == (kinds["PrefillGraphs.idle"] > 3) == graphs, kinds
 

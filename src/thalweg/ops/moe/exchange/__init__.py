@@ -104,7 +104,7 @@ class ExpertCombine(Protocol):
 
 EXPERT_DISPATCH: Op[ExpertDispatchDims, ExpertDispatch] = Op("expert_dispatch", ExpertDispatchDims)
 EXPERT_COMBINE: Op[ExpertCombineDims, ExpertCombine] = Op("expert_combine", ExpertCombineDims)
-MANY_ROWS = 512  # of a rank, from which on less is written for each
+MANY_ROWS = 160  # of a rank, from which on less is written for each
 
 
 def areas_of(ranks: int) -> tuple[tuple[int, int], ...]:
