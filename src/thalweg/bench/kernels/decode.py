@@ -22,7 +22,7 @@ from thalweg.quant import FP8_LINEARS
 
 def kda_mixer(setting: Setting, dims: KdaMixerDims) -> Iterator[Case]:
     H, K, V, R, W = dims.H, dims.K, dims.V, dims.R, dims.W
-    C, es, f32 = 2 * H * K + H * V, setting.dtype.itemsize, torch.float32
+    C, es = 2 * H * K + H * V, setting.dtype.itemsize
     columns = C + H + 2 * R
     for B, _, size in setting.calls():
 
@@ -30,15 +30,10 @@ def kda_mixer(setting: Setting, dims: KdaMixerDims) -> Iterator[Case]:
             draw = Draw(setting, copy)
             return Arguments(
                 draw(B, columns),
-                conv_weight_CW=draw(C, W + 1, scale=0.5),
-                conv_state_NWC=draw(B + 1, W, C),
                 w_up_2OR=draw(2, H * K, R, scale=R**-0.5),
-                A_log_H=draw(H, dtype=f32),
-                dt_bias_HK=draw(H, K, dtype=f32),
+                dt_bias_HK=draw(H, K, dtype=torch.float32),
                 norm_weight_V=draw(V, scale=0.1).add_(1),
-                eps=EPS,
-                state_NHVK=draw(B + 1, H, V, K, scale=0.1, dtype=f32),
-                slots_B=draw.order(B),
+                **delta_inputs(draw, dims, C, B),
             )
 
         weights = C * (W + 1) + 2 * H * K * R
@@ -49,7 +44,7 @@ def kda_mixer(setting: Setting, dims: KdaMixerDims) -> Iterator[Case]:
             make,
             num_bytes=2 * 4 * B * H * V * K + es * (weights + B * (2 * W * C + columns + H * V)),
             flops=B * H * (6 * K * V + 4 * K * R + 6 * K * (W + 1)),
-            changed=_states,
+            changed=states,
         )
 
 
@@ -57,7 +52,7 @@ def gdn_mixer(setting: Setting, dims: GdnDims) -> Iterator[Case]:
     for B, _, size in setting.calls():
 
         def make(copy: int, B: int = B) -> Arguments:
-            proj_BX, mixer = _gdn_inputs(Draw(setting, copy), dims, B)
+            proj_BX, mixer = gdn_inputs(Draw(setting, copy), dims, B, B)
             return Arguments(proj_BX, **mixer)
 
         yield Case(
@@ -67,7 +62,7 @@ def gdn_mixer(setting: Setting, dims: GdnDims) -> Iterator[Case]:
             make,
             num_bytes=_gdn_bytes(setting, dims, B),
             flops=_gdn_flops(dims, B),
-            changed=_states,
+            changed=states,
         )
 
 
@@ -80,7 +75,7 @@ def gdn_decode_add(setting: Setting, dims: GdnDecodeAddDims) -> Iterator[Case]:
 
         def make(copy: int, B: int = B) -> Arguments:
             draw = Draw(setting, copy)
-            proj_BX, mixer = _gdn_inputs(draw, dims.mixer, B)
+            proj_BX, mixer = gdn_inputs(draw, dims.mixer, B, B)
             q_OD, scale_OB = fp8_weight(draw, of)
 
             def apart(proj_BX: Tensor, residual_BD: Tensor) -> Tensor:
@@ -97,23 +92,31 @@ def gdn_decode_add(setting: Setting, dims: GdnDecodeAddDims) -> Iterator[Case]:
             + int(FP8_LINEARS.bytes_per_weight(es) * of.D * of.O)
             + es * 2 * B * of.O,
             flops=_gdn_flops(dims.mixer, B) + 2 * B * of.D * of.O,
-            changed=_states,
+            changed=states,
         )
 
 
-def _gdn_inputs(draw: Draw, dims: GdnDims, B: int) -> tuple[Tensor, dict[str, Any]]:
-    """The projection's rows and what else a mixer of a decode step takes."""
-    G, H, K, V, W, f32 = dims.G, dims.H, dims.K, dims.V, dims.W, torch.float32
-    C = 2 * G * K + H * V
-    return draw(B, C + H * V + 2 * H), dict(
+def delta_inputs(draw: Draw, dims: KdaMixerDims | GdnDims, C: int, B: int) -> dict[str, Any]:
+    """What mixers of both delta rules take for B sequences, by name."""
+    H, K, V, W, f32 = dims.H, dims.K, dims.V, dims.W, torch.float32
+    return dict(
         conv_weight_CW=draw(C, W + 1, scale=0.5),
         conv_state_NWC=draw(B + 1, W, C),
         A_log_H=draw(H, dtype=f32),
-        dt_bias_H=draw(H, dtype=f32),
-        norm_weight_V=draw(V, scale=0.1, dtype=f32).add_(1),
         eps=EPS,
         state_NHVK=draw(B + 1, H, V, K, scale=0.1, dtype=f32),
         slots_B=draw.order(B),
+    )
+
+
+def gdn_inputs(draw: Draw, dims: GdnDims, T: int, B: int) -> tuple[Tensor, dict[str, Any]]:
+    """The projection's T rows and what else a mixer takes for B sequences."""
+    H, V, f32 = dims.H, dims.V, torch.float32
+    C = 2 * dims.G * dims.K + H * V
+    return draw(T, C + H * V + 2 * H), dict(
+        dt_bias_H=draw(H, dtype=f32),
+        norm_weight_V=draw(V, scale=0.1, dtype=f32).add_(1),
+        **delta_inputs(draw, dims, C, B),
     )
 
 
@@ -128,7 +131,7 @@ def _gdn_flops(dims: GdnDims, B: int) -> int:
     return B * (6 * dims.H * dims.K * dims.V + 2 * C * (dims.W + 1))
 
 
-def _states(a: Arguments) -> tuple[Tensor, ...]:
+def states(a: Arguments) -> tuple[Tensor, ...]:
     return a.named["conv_state_NWC"], a.named["state_NHVK"]
 
 
@@ -169,16 +172,12 @@ def gqa_mixer(setting: Setting, dims: GqaDims) -> Iterator[Case]:
     for B, _, size in setting.calls():
 
         def make(copy: int, B: int = B) -> Arguments:
-            draw, device = Draw(setting, copy), setting.device
+            draw = Draw(setting, copy)
             tables = block_tables(draw, B, context, S)
             return Arguments(
                 draw(B, 2 * (H + G) * K),
-                q_norm_weight_K=draw(K, scale=0.1).add_(1),
-                k_norm_weight_K=draw(K, scale=0.1).add_(1),
-                eps=EPS,
-                frequencies_F=10_000.0 ** -torch.linspace(0, 1, dims.R // 2, device=device),
-                rope_scale=1.0,
-                positions_B=torch.full((B,), context - 1, device=device),
+                **head_norms(draw, dims),
+                positions_B=torch.full((B,), context - 1, device=setting.device),
                 keys_MSGK=draw(tables.numel() + 1, S, G, K),
                 values_MSGK=draw(tables.numel() + 1, S, G, K),
                 block_rows_B=last_rows(tables, context, S),
@@ -194,6 +193,17 @@ def gqa_mixer(setting: Setting, dims: GqaDims) -> Iterator[Case]:
             flops=4 * B * H * K * context,
             changed=written_rows,
         )
+
+
+def head_norms(draw: Draw, dims: GqaDims) -> dict[str, Any]:
+    """Norms of queries and keys, and the rotation."""
+    return dict(
+        q_norm_weight_K=draw(dims.K, scale=0.1).add_(1),
+        k_norm_weight_K=draw(dims.K, scale=0.1).add_(1),
+        eps=EPS,
+        frequencies_F=10_000.0 ** -torch.linspace(0, 1, dims.R // 2, device=draw.setting.device),
+        rope_scale=1.0,
+    )
 
 
 def written_rows(a: Arguments) -> tuple[Tensor, ...]:

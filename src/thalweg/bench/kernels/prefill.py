@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from thalweg.bench.kernels.case import Arguments, Candidate, Case, Draw, Setting, candidates_of
-from thalweg.bench.kernels.decode import block_tables, written_rows
-from thalweg.bench.kernels.projections import EPS
+from thalweg.bench.kernels.decode import block_tables, delta_inputs, gdn_inputs, head_norms, states, written_rows
 from thalweg.ops.attention.gqa import GQA_PREFILL, GQA_PREPARE, GqaDims
 from thalweg.ops.attention.mla import MLA_PREFILL, MlaPrefillDims
 from thalweg.ops.delta.gdn import GDN_MIXER_PREFILL, GdnDims
@@ -27,7 +26,7 @@ def _prompts(setting: Setting) -> Iterator[tuple[int, int, list[int], str]]:
 
 
 def kda_mixer(setting: Setting, dims: KdaMixerDims) -> Iterator[Case]:
-    H, K, V, W, f32 = dims.H, dims.K, dims.V, dims.W, torch.float32
+    H, K, V, W = dims.H, dims.K, dims.V, dims.W
     C, es = 3 * H * K, setting.dtype.itemsize
     for B, T, offsets, label in _prompts(setting):
 
@@ -36,14 +35,9 @@ def kda_mixer(setting: Setting, dims: KdaMixerDims) -> Iterator[Case]:
             return Arguments(
                 draw(T, C + H),
                 draw(T, 2, H * K),
-                conv_weight_CW=draw(C, W + 1, scale=0.5),
-                conv_state_NWC=draw(B + 1, W, C),
-                A_log_H=draw(H, dtype=f32),
-                dt_bias_HK=draw(H, K, dtype=f32),
+                dt_bias_HK=draw(H, K, dtype=torch.float32),
                 norm_weight_V=draw(V, scale=0.1).add_(1),
-                eps=EPS,
-                state_NHVK=draw(B + 1, H, V, K, scale=0.1, dtype=f32),
-                slots_B=draw.order(B),
+                **delta_inputs(draw, dims, C, B),
                 offsets=offsets,
             )
 
@@ -54,7 +48,7 @@ def kda_mixer(setting: Setting, dims: KdaMixerDims) -> Iterator[Case]:
             make,
             num_bytes=es * (T * (C + H + 2 * H * K + H * V) + C * (W + 1) + 2 * B * W * C) + 8 * B * H * K * V,
             flops=T * H * (6 * K * V + 6 * K * (W + 1)),  # of the recurrence; chunks do more, on faster units
-            changed=_states,
+            changed=states,
             timed="eager",
         )
 
@@ -87,24 +81,13 @@ def _by_fla(setting: Setting) -> Candidate:
 
 
 def gdn_mixer(setting: Setting, dims: GdnDims) -> Iterator[Case]:
-    G, H, K, V, W, f32 = dims.G, dims.H, dims.K, dims.V, dims.W, torch.float32
+    G, H, K, V, W = dims.G, dims.H, dims.K, dims.V, dims.W
     C, es = 2 * G * K + H * V, setting.dtype.itemsize
     for B, T, offsets, label in _prompts(setting):
 
         def make(copy: int, B: int = B, T: int = T, offsets: list[int] = offsets) -> Arguments:
-            draw = Draw(setting, copy)
-            return Arguments(
-                draw(T, C + H * V + 2 * H),
-                conv_weight_CW=draw(C, W + 1, scale=0.5),
-                conv_state_NWC=draw(B + 1, W, C),
-                A_log_H=draw(H, dtype=f32),
-                dt_bias_H=draw(H, dtype=f32),
-                norm_weight_V=draw(V, scale=0.1, dtype=f32).add_(1),
-                eps=EPS,
-                state_NHVK=draw(B + 1, H, V, K, scale=0.1, dtype=f32),
-                slots_B=draw.order(B),
-                offsets=offsets,
-            )
+            proj_TX, mixer = gdn_inputs(Draw(setting, copy), dims, T, B)
+            return Arguments(proj_TX, **mixer, offsets=offsets)
 
         yield Case(
             GDN_MIXER_PREFILL.name,
@@ -113,13 +96,9 @@ def gdn_mixer(setting: Setting, dims: GdnDims) -> Iterator[Case]:
             make,
             num_bytes=es * (T * (C + 2 * H * V + 2 * H) + C * (W + 1) + 2 * B * W * C) + 8 * B * H * K * V,
             flops=T * (6 * H * K * V + 2 * C * (W + 1)),
-            changed=_states,
+            changed=states,
             timed="eager",
         )
-
-
-def _states(a: Arguments) -> tuple[Tensor, ...]:
-    return a.named["conv_state_NWC"], a.named["state_NHVK"]
 
 
 def _behind(setting: Setting) -> Iterator[tuple[int, int, int, list[int], str]]:
@@ -171,11 +150,7 @@ def gqa_prepare(setting: Setting, dims: GqaDims) -> Iterator[Case]:
             rows = (tables[:, :, None] * S + torch.arange(S, device=device)).flatten(1)[:, : setting.context]
             return Arguments(
                 draw(T, 2 * (H + G) * K),
-                q_norm_weight_K=draw(K, scale=0.1).add_(1),
-                k_norm_weight_K=draw(K, scale=0.1).add_(1),
-                eps=EPS,
-                frequencies_F=10_000.0 ** -torch.linspace(0, 1, dims.R // 2, device=device),
-                rope_scale=1.0,
+                **head_norms(draw, dims),
                 positions_T=torch.arange(setting.context, device=device).repeat(B),
                 keys_MSGK=draw(tables.numel() + 1, S, G, K),
                 values_MSGK=draw(tables.numel() + 1, S, G, K),
