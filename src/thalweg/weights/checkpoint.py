@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -17,6 +17,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 64 << 20
 MAX_SHARDS = 10_000
+MAX_LISTED = 20  # tensors of a kind in an error
 
 _SHARD = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
 _REFUSED = {
@@ -172,3 +173,16 @@ def _check_against_index(file: SafetensorsFile, expected: set[str]) -> None:
         verb = "lacks" if absent else "holds"
         count = len(absent) + len(surplus)
         raise CheckpointError(f"{file.path} {verb} {name}, {said} ({count} tensors disagree with {INDEX})")
+
+
+def refuse(
+    folder: Path, described_by: str, missing: Sequence[str], unexpected: Sequence[str], misshapen: Sequence[str]
+) -> None:
+    """Raise CheckpointError if any tensor is missing, not expected or not of the shape that is."""
+    faults = [
+        f"{len(names)} {kind}: {', '.join(names[:MAX_LISTED])}{' ...' if len(names) > MAX_LISTED else ''}"
+        for kind, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
+        if names
+    ]
+    if faults:
+        raise CheckpointError(f"{folder}: its tensors do not fit its {described_by}; {'; '.join(faults)}")

@@ -21,9 +21,8 @@ from thalweg.quant.ggml import Tile
 from thalweg.quant.ggml_blocks import PLAIN_DTYPES, dequantize
 from thalweg.quant.ggml_types import TYPES, GgmlType
 from thalweg.quant.scheme import Range, Shape
+from thalweg.weights.checkpoint import refuse
 from thalweg.weights.gguf_names import GgufNames, Held, Piece
-
-MAX_LISTED = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,13 +117,7 @@ class GgufCheckpoint:
         missing = sorted(used - self._files.keys())
         extra = [n for n in self._files if n not in used and not any(fnmatchcase(n, p) for p in ignored)]
         misshapen = [] if missing else sorted({fault for h in self._held.values() for fault in self._faults(h)})
-        faults = [
-            f"{len(names)} {kind}: {', '.join(names[:MAX_LISTED])}{' ...' if len(names) > MAX_LISTED else ''}"
-            for kind, names in (("missing", missing), ("unexpected", extra), ("misshapen", misshapen))
-            if names
-        ]
-        if faults:
-            raise CheckpointError(f"{self.folder}: its tensors do not fit its metadata; {'; '.join(faults)}")
+        refuse(self.folder, "metadata", missing, extra, misshapen)
 
     def _faults(self, held: Held) -> Iterable[str]:
         """Tensors of the file that cannot hold what is to be held."""

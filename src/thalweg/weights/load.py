@@ -15,12 +15,11 @@ from torch import Tensor
 from thalweg.errors import CheckpointError, UnsupportedError
 from thalweg.quant import FP8_LINEARS
 from thalweg.quant.ggml_types import TYPES
-from thalweg.weights.checkpoint import WeightFiles
+from thalweg.weights.checkpoint import WeightFiles, refuse
 from thalweg.weights.fill import GetParam, put, widened
 from thalweg.weights.plan import Source, Target, check_targets, checkpoint_shapes, everywhere
 from thalweg.weights.safetensors import LOADABLE, PLAIN_DTYPES, unsupported_dtype
 
-MAX_LISTED = 20
 _DEVICE_THREADS = 8  # host-to-device copies wait for pages from disk; several keep the disk busy
 
 
@@ -110,15 +109,7 @@ def check(plan: Sequence[Target], checkpoint: WeightFiles, ignore: Iterable[str]
         for name, shape in expected.items()
         if name in found and found[name].shape != shape
     ]
-    faults = [
-        f"{len(names)} {kind}: {', '.join(names[:MAX_LISTED])}{' ...' if len(names) > MAX_LISTED else ''}"
-        for kind, names in (("missing", missing), ("unexpected", extra), ("misshapen", misshapen))
-        if names
-    ]
-    if faults:
-        raise CheckpointError(
-            f"{checkpoint.folder}: its tensors do not fit its {checkpoint.described_by}; {'; '.join(faults)}"
-        )
+    refuse(checkpoint.folder, checkpoint.described_by, missing, extra, misshapen)
 
 
 def _fits(dtype: str, special: str | None) -> bool:
