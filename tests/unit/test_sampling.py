@@ -13,11 +13,10 @@ from thalweg.core import Admission, SamplingParams, pack_ids
 from thalweg.errors import InvalidRequest
 from thalweg.ops.sample.reference import sample, splitmix64
 from thalweg.sampling.adjust import LogitAdjuster
-from thalweg.sampling.choose import draw, sample_filtered
+from thalweg.sampling.choose import draw, sample_filtered, uniform
 from thalweg.sampling.logprobs import ROWS, token_logprobs
 from thalweg.sampling.sampler import Sampler
 from thalweg.sampling.table import SamplingTable
-from thalweg.sampling.uniform import uniform
 
 V = 50
 CPU = torch.device("cpu")

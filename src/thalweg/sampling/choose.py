@@ -1,9 +1,21 @@
-"""Tokens under top-k, top-p and min-p: sort, cut, and one draw per row by inverting what is left."""
+"""Tokens under top-k, top-p and min-p: sort, cut, and one draw per row by inverting what is left.
+
+The number that is drawn depends on its request's seed and its position alone, so that batching, chunking and preemption
+cannot change what a seeded request draws.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from thalweg.ops.sample.reference import splitmix64
+
+
+def uniform(seeds_R: Tensor, positions_R: Tensor) -> Tensor:
+    """float32 [R] in [0, 1) from int64 seeds and positions."""
+    bits = splitmix64(splitmix64(seeds_R) + positions_R)
+    return ((bits >> 40) & 0xFFFFFF).to(torch.float32) * 2.0**-24
 
 
 def draw(probs_RV: Tensor, uniforms_R: Tensor) -> Tensor:

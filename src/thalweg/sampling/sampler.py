@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from thalweg.core import TokenLogprobs
-from thalweg.sampling.choose import sample_filtered
+from thalweg.sampling.choose import sample_filtered, uniform
 from thalweg.sampling.logprobs import token_logprobs
 from thalweg.sampling.structured import Masker, Masks
 from thalweg.sampling.table import SamplingTable, SlotSampling
-from thalweg.sampling.uniform import uniform
 
 NON_FINITE = "the model gave non-finite logits for this request"
 
