@@ -55,7 +55,7 @@ AT_START = {  # calls, of either kind of ranks, at which a process is held
     "compiling": "thalweg.assembly.rank:make_kernels",
     "capture": "torch.cuda:CUDAGraph.capture_end",
 }
-LAUNCH, EXCHANGE = "thalweg.runner.step:ModelRunner.launch", "thalweg.parallel.data_ranks:DataRanks.all_to_all"
+LAUNCH, SERVE_OTHERS = (f"thalweg.runner.step:ModelRunner.{name}" for name in ("launch", "serve_others"))
 ENDLESS = SamplingParams(max_tokens=CONTEXT - 10, temperature=0, ignore_eos=True)
 
 
@@ -164,7 +164,7 @@ def test_a_death_while_a_request_runs_ends_all(
     folder: Path, changed: Start, point: str, victim: str, mapped: bool
 ) -> None:
     """In a prompt the victim launches nothing more, so that the other one waits for it in a kernel."""
-    call = EXCHANGE if "data" in victim else LAUNCH
+    call = SERVE_OTHERS if victim == "data rank 1" else LAUNCH  # data rank 0 gets the request
     changes = changed((call, "hangs", ARGUMENT[victim]), mapped=mapped)
 
     async def check() -> None:
