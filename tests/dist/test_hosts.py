@@ -334,8 +334,10 @@ def test_a_host_that_was_started_otherwise_or_knows_another_key_is_refused(
         assert "--block-size is 32 on node 1" in server.log.read_text().splitlines()[-1]
 
 
-@pytest.mark.slow
-def test_torchrun_starts_every_node(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "ranks", [slow(("-tp", "2")), exhaustive(("-dp", "2", "--enable-expert-parallel"))], ids=["tensor", "data"]
+)
+def test_torchrun_starts_every_node(folder: Path, tmp_path: Path, ranks: tuple[str, ...]) -> None:
     """With one process for each rank: the first serves."""
     pytest.importorskip("torch.distributed.run")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", "2"]
@@ -343,7 +345,7 @@ def test_torchrun_starts_every_node(folder: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     with log.open("w") as errors:
         process = subprocess.Popen(
-            [*torchrun, "-m", "thalweg", "serve", str(folder), "-tp", "2", "--port", "0"],
+            [*torchrun, "-m", "thalweg", "serve", str(folder), *ranks, "--port", "0"],
             env=os.environ | {"OMP_NUM_THREADS": "1", "THALWEG_CLUSTER_KEY": KEY},
             stdout=subprocess.PIPE, stderr=errors, text=True,
         )  # fmt: skip
