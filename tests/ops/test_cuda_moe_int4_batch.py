@@ -34,27 +34,32 @@ def groups_of(ids: torch.Tensor, E: int, rows: int) -> Groups:
     return Groups(sorted_P, torch.tensor(blocks + behind, dtype=torch.int32)[:most], rows)
 
 
-@pytest.mark.parametrize(("T", "k", "left_out"), [(3, 2, 0.0), (40, 2, 0.0), (90, 2, 0.7)])
-def test_products_on_the_host(monkeypatch: pytest.MonkeyPatch, T: int, k: int, left_out: float) -> None:
+ROWS = [100, 300, 1000, 2000]  # of batches, each of which cuts tiles in its own way
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("T", "left_out"), [(60, 0.3), pytest.param(90, 0.0, marks=pytest.mark.slow)])
+def test_products_on_the_host(monkeypatch: pytest.MonkeyPatch, T: int, left_out: float, rows: int) -> None:
     from thalweg.ops.moe.experts import batch_int4
 
     monkeypatch.setattr(batch_int4, "cuda_kernel", HostKernel)
     monkeypatch.setattr(batch_int4, "tensor_map", host_tensor_map)
     monkeypatch.setattr(batch_int4, "multiprocessors", lambda device: 2)
+    k, cut = 2, batch_int4.cut_for(rows)
     E, D, I = 3, 512, 256
     case = moe_case_int4(T, D, I, E, k, torch.bfloat16, seed=T)
-    ids = torch.where(torch.rand(T, k) < left_out, -1, case.ids)
-    groups = groups_of(ids, E, batch_int4.TOKENS)
+    ids = torch.where(torch.rand(T, k, generator=torch.Generator().manual_seed(T)) < left_out, -1, case.ids)
+    groups = groups_of(ids, E, cut.tokens)
     live = int((ids >= 0).sum())
     pairs_P = groups.sorted_P[:live].long()
     expert_P = ids.flatten()[pairs_P]
     h, y = torch.full((T * k, I), torch.nan).bfloat16(), torch.full((T * k, D), torch.nan).bfloat16()
-    batch_int4.product(ordered(case.x), groups, case.gate_up, h, gated=True, share=k)
+    batch_int4.product(ordered(case.x), groups, case.gate_up, h, cut, gated=True, share=k)
     w = INT4_EXPERTS.widened(case.gate_up, 2, torch.bfloat16).double()
     gate, up = torch.einsum("pd,pod->po", case.x.double()[pairs_P // k], w[expert_P]).chunk(2, -1)
     assert rmse_ratio(h[:live], ordered(torch.nn.functional.silu(gate) * up)) < 0.005
     assert h[live:].isnan().all()
-    batch_int4.product(h, groups, case.down, y, gated=False, share=1)
+    batch_int4.product(h, groups, case.down, y, cut, gated=False, share=1)
     w = INT4_EXPERTS.widened(case.down, 1, torch.bfloat16).double()
     natural = torch.empty_like(h)
     natural[:, ordered(torch.arange(I)[None])[0]] = h
@@ -63,12 +68,14 @@ def test_products_on_the_host(monkeypatch: pytest.MonkeyPatch, T: int, k: int, l
     assert y[ids.flatten() < 0].isnan().all()
 
 
-@pytest.mark.parametrize(("gated", "columns", "rows"), [(1, 7168, 2048), (0, 2048, 7168)])
-def test_they_compile_for_hopper(tmp_path: Path, gated: int, columns: int, rows: int) -> None:
-    from thalweg.ops.moe.experts.batch_int4 import SOURCE, STAGE_BYTES, STAGES, TOKENS
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("gated", "columns", "width"), [(1, 7168, 2048), (0, 2048, 7168)])
+def test_they_compile_for_hopper(tmp_path: Path, gated: int, columns: int, width: int, rows: int) -> None:
+    from thalweg.ops.moe.experts.batch_int4 import SOURCE, cut_for
 
-    macros = {"GATED": gated, "COLS": columns, "OUT": rows, "TOKENS": TOKENS, "STAGES": STAGES}
-    compiled = compile_cuda(SOURCE, tmp_path, **macros)
+    cut = cut_for(rows)
+    macros = {"GATED": gated, "COLS": columns, "OUT": width, "TOKENS": cut.tokens, "FEW": cut.few}
+    compiled = compile_cuda(SOURCE, tmp_path, **macros, STAGES=cut.stages)
     assert compiled.spilled_bytes == 0
     assert not compiled.serialized
-    assert STAGES * STAGE_BYTES + compiled.static_shared_bytes <= 227 * 1024
+    assert cut.shared_bytes + compiled.static_shared_bytes <= 227 * 1024

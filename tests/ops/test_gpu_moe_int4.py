@@ -69,7 +69,7 @@ def test_experts_in_cuda(T: int, skewed: bool, D: int, I: int, E: int, k: int, o
         assert torch.equal(poisoned[others], y[others])
 
 
-@pytest.mark.parametrize("T", [0, 1, 2, 7, 16, 17, 64, 300, 1000])
+@pytest.mark.parametrize("T", [0, 1, 2, 7, 16, 17, 64, 300, 1000, 1500])
 @pytest.mark.parametrize("skewed", [False, True])
 @pytest.mark.parametrize(
     ("D", "I", "E", "k", "own"), [(1024, 512, 16, 4, 512), (264, 40, 20, 3, 72), (7168, 2048, 12, 4, 2048)]

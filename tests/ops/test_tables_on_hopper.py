@@ -157,7 +157,7 @@ def test_attention_of_qwen_has_kernels_for_every_share_of_its_heads(shared_dir: 
     ("name", "spans"),
     [
         ("kimi_k2_instruct", ["1-8: cuda", "9-384: tiles", "385-: w8a8"]),
-        ("kimi_k2_5_text_int4", ["1-64: cuda", "65-1024: batch", "1025-3071: grouped", "3072-: matrix"]),
+        ("kimi_k2_5_text_int4", ["1-64: cuda", "65-2560: batch", "2561-: matrix"]),
     ],
 )
 def test_experts_of_kimi_k2(shared_dir: Path, name: str, spans: list[str], ranks: int) -> None:

@@ -67,12 +67,12 @@ template <int N, bool E4M3> void multiply(float (&c)[8 * N], Operand a, Operand 
     }
 }
 
-template <int N> void multiply_left(float (&c)[8 * N], const u32 (&a)[4], Operand b, int add = 1) {
+template <int N> void multiply_left(float (&c)[4 * N], const u32 (&a)[4], Operand b, int add = 1) {
     Warp& w = warp_here();
     const int lane = threadIdx.x % 32;
     memcpy(w.of_lane[lane], a, sizeof a);
     w.all.arrive_and_wait();
-    for (int e = 0; e < 8 * N; e++) {
+    for (int e = 0; e < 4 * N; e++) {
         const int row = lane / 4 + 8 * (e / 2 % 2), column = e / 4 * 8 + 2 * (lane % 4) + e % 2;
         if (!add) c[e] = 0;
         for (int k = 0; k < 16; k++) {

@@ -129,22 +129,25 @@ MULTIPLY(8, "128", ALL(R8_), "%64", "%65", "%66")
 MULTIPLY(9, "144", ALL(R9), "%72", "%73", "%74")
 MULTIPLY(10, "160", ALL(R10), "%80", "%81", "%82")
 
-// c (+)= a b^T in bf16, of 64 rows and 16 N columns, over 16 values of each. a is in registers, spread as mma has it.
-template <int N> __device__ void multiply_left(float (&c)[8 * N], const u32 (&a)[4], u64 b, int add = 1);
-#define MULTIPLY_LEFT(n, columns, registers, va, vb, vp)                                                     \
+// c (+)= a b^T in bf16, of 64 rows and 8 N columns, over 16 values of each. a is in registers, spread as mma has it.
+template <int N> __device__ void multiply_left(float (&c)[4 * N], const u32 (&a)[4], u64 b, int add = 1);
+#define FOUR_MORE(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
+#define MULTIPLY_LEFT(n, columns, list, registers, va, vb, vp)                                               \
     template <>                                                                                              \
-    __device__ __forceinline__ void multiply_left<n>(float(&c)[8 * n], const u32(&a)[4], u64 b, int add) {   \
+    __device__ __forceinline__ void multiply_left<n>(float(&c)[4 * n], const u32(&a)[4], u64 b, int add) {   \
         asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " vp ", 0;\n"                                        \
-                     "wgmma.mma_async.sync.aligned.m64n" columns "k16.f32.bf16.bf16 {" T##n "}, {" va "}, " vb \
+                     "wgmma.mma_async.sync.aligned.m64n" columns "k16.f32.bf16.bf16 {" list "}, {" va "}, " vb \
                      ", p, 1, 1, 0;\n}"                                                                     \
                      : registers                                                                            \
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));                       \
     }
-MULTIPLY_LEFT(1, "16", ALL(R1), "%8, %9, %10, %11", "%12", "%13")
-MULTIPLY_LEFT(2, "32", ALL(R2), "%16, %17, %18, %19", "%20", "%21")
-MULTIPLY_LEFT(4, "64", ALL(R4), "%32, %33, %34, %35", "%36", "%37")
-MULTIPLY_LEFT(6, "96", ALL(R6), "%48, %49, %50, %51", "%52", "%53")
-MULTIPLY_LEFT(8, "128", ALL(R8_), "%64, %65, %66, %67", "%68", "%69")
+MULTIPLY_LEFT(1, "8", "%0, %1, %2, %3", ALL(FOUR_MORE(0)), "%4, %5, %6, %7", "%8", "%9")
+MULTIPLY_LEFT(2, "16", T1, ALL(R1), "%8, %9, %10, %11", "%12", "%13")
+MULTIPLY_LEFT(3, "24", T1 ", %8, %9, %10, %11", ALL(R1, FOUR_MORE(8)), "%12, %13, %14, %15", "%16", "%17")
+MULTIPLY_LEFT(4, "32", T2, ALL(R2), "%16, %17, %18, %19", "%20", "%21")
+MULTIPLY_LEFT(8, "64", T4, ALL(R4), "%32, %33, %34, %35", "%36", "%37")
+MULTIPLY_LEFT(12, "96", T6, ALL(R6), "%48, %49, %50, %51", "%52", "%53")
+MULTIPLY_LEFT(16, "128", T8, ALL(R8_), "%64, %65, %66, %67", "%68", "%69")
 template <int N> __device__ __forceinline__ void keep(u32 (&a)[N][4]) {  // products may read these until here
 #pragma unroll
     for (int i = 0; i < 4 * N; i++) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");

@@ -82,8 +82,8 @@ class Experts(Protocol):
 
         finish is called instead of the sum that ends it, and its result returned; there is no residual then, and no
         next_norm, which is of y. Ids may then be -1, with weight 0: such a pair is left out, no weights are read for
-        it, and what finish is given for it may be anything. (Kernels for a CPU refuse that: only steps of
-        data-parallel ranks on GPUs have such pairs.)
+        it, and what finish is given for it may be anything. (Kernels for a CPU refuse that: only steps of CUDA graphs
+        have such pairs.)
 
         "fp8": (q float8_e4m3fn, scales fp32), and a weight is w = q * the scale of its block of 128 x 128. Scales of
         down are [E, ceil(D / 128), ceil(I / 128)], those of gate_up [E, 2 ceil(I / 128), ceil(D / 128)], whose halves
@@ -114,11 +114,9 @@ JOINED_WIDTH, JOINED_COLUMNS, JOINED_TOKENS = 2048, 4096, 64
 MAX_CUDA_WARPS = 12
 CPU_FEW = Tokens(last=64)  # beyond, an expert has so many tokens that the library's products are faster
 INT4_COLUMNS, MAX_INT4_COLUMNS, MAX_INT4_TOKENS = 256, 7168, 64  # of a warp, and of as many as registers allow
-# Rows beyond which an expert has more tokens than a tile of "batch". Pairs of other ranks' experts may be left out, so
-# it is not the number of experts here that says how many of the rows one has.
-MAX_INT4_BATCH = 1024
-# Tokens from which on words are widened between products of warpgroups; fewer leave these too small.
-INT4_PROMPTS = 3072
+# Rows beyond which the experts of Kimi-K2 have more tokens than a tile of "batch". Pairs of other ranks' experts may be
+# left out, so it is not the number of experts here that says how many of the rows one has.
+MAX_INT4_BATCH = 2560
 WIDE_STEPS, MAX_WIDE_WARPS = 4, 14  # over fp8, for up to 8 tokens: more would not fit the registers
 
 
@@ -358,7 +356,7 @@ def _int8_refuses(where: Where, dims: ExpertsDims) -> Refusal:
 
 
 def _prompts(dims: ExpertsDims) -> Tokens:
-    return Tokens(first=INT4_PROMPTS) if dims.scheme == "int4" else Tokens()
+    return Tokens(first=MAX_INT4_BATCH + 1) if dims.scheme == "int4" else Tokens()
 
 
 def _separate(where: Where, dims: ExpertsDims) -> Experts:

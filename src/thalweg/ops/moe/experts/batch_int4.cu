@@ -13,7 +13,8 @@
 // places in that order are neighbours, and whose words lie in different banks.
 //
 // Macros: GATED; COLS, the columns, a multiple of 256; OUT, the rows of gate, up (multiples of 128) or down (of 256);
-// TOKENS, a multiple of 32; STAGES.
+// TOKENS, 32 or 64; FEW: a tile of up to so many is multiplied as one of so many; it is TOKENS where these are 64, since
+// registers suffice for two sizes of up to 32; STAGES.
 
 #include "hopper.cuh"
 #include "matrix_unit.cuh"
@@ -64,11 +65,11 @@ struct Ring {
     }
 };
 
-// A tile for up to 16 N tokens.
+// A tile for up to 8 N tokens.
 template <int N> __device__ __forceinline__ void multiply_tile(Ring& ring, const u8* stages, const Notice& notice, bf16* out) {
     const int tid = threadIdx.x, lane = tid % 32, quad = lane / 4, pair = lane % 4, warp = tid / 32;
     const int row = row_of(warp, quad);
-    float sums[8 * N] = {};
+    float sums[4 * N] = {};
     u32 a[4][4], b[4][4];
 #pragma unroll
     for (int i = 0; i < 16; i++) b[i / 4][i % 4] = 0;
@@ -112,7 +113,7 @@ template <int N> __device__ __forceinline__ void multiply_tile(Ring& ring, const
     const int count = notice.count;
     out += notice.row + (GATED ? 8 * warp + quad : row);
 #pragma unroll
-    for (int e = 0; e < 4 * N; e++) {
+    for (int e = 0; e < 2 * N; e++) {
         const int token = e / 2 * 8 + 2 * pair + e % 2;
         const float l = sums[e / 2 * 4 + e % 2], u = sums[e / 2 * 4 + e % 2 + 2];
         if (token >= count) continue;
@@ -148,15 +149,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (tid < MULTIPLYING) {
         take_registers<104>();
 #pragma unroll 1
-        for (int i = blockIdx.x; i < tiles; i += grid) {
+        for (int i = blockIdx.x; i < tiles; i += grid, slot = (slot + 1) % (STAGES + 1)) {
             wait_at_barrier(ring.come + 8 * ring.place, ring.phase);  // the notice comes with the first stage
             const Notice& notice = notices[slot];
-            const int count = notice.count;
-            if (count <= TOKENS / 2)
-                multiply_tile<TOKENS / 32>(ring, shared, notice, out);
+            if (FEW < TOKENS && notice.count <= FEW)
+                multiply_tile<FEW / 8>(ring, shared, notice, out);
             else
-                multiply_tile<TOKENS / 16>(ring, shared, notice, out);
-            if (++slot > STAGES) slot = 0;
+                multiply_tile<TOKENS / 8>(ring, shared, notice, out);
         }
         return;
     }
@@ -187,7 +186,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 Notice& notice = notices[slot];
                 if (lane < TOKENS / 4) notice.to[warp + 4 * lane] = to;
                 if (thread == 0) notice.count = tile.count, notice.row = tile.row;
-                if (++slot > STAGES) slot = 0;
+                slot = (slot + 1) % (STAGES + 1);
                 __syncwarp();
             }
             if (thread == 0) {

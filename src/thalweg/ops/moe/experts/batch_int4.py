@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from ctypes import c_int, c_longlong
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,21 +20,42 @@ from thalweg.ops.toolchain.tensor_map import tensor_map
 from thalweg.ops.toolchain.triton_support import multiprocessors
 
 SOURCE = Path(__file__).with_name("batch_int4.cu")
-THREADS, STAGES = 640, 4
-TOKENS, UNIT = 32, 16  # of a tile at most, and the multiple that its products are made for
-STAGE_BYTES = 512 * TOKENS + 256 * 128 + 256 * 16  # tokens, words and scales
+THREADS, UNIT = 640, 16  # UNIT divides the tokens of tiles
 
 
-def product(rows: Tensor, groups: Groups, weights: tuple[Tensor, ...], out: Tensor, *, gated: bool, share: int) -> None:
-    """Of sorted pairs: h [pairs, I], by expert, of ordered x, `share` pairs a row; or y [pairs, D], by token, of h.
-    Rows of pairs that are left out stay as they are."""
+class Cut(NamedTuple):
+    """Tokens of a tile at most, those that a smaller one has, and stages of the ring."""
+
+    tokens: int
+    few: int
+    stages: int
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of stages of tokens, words and scales."""
+        return self.stages * (512 * self.tokens + 256 * 128 + 256 * 16)
+
+
+def cut_for(T: int) -> Cut:
+    """By rows, of which an expert of Kimi-K2 has a 48th on average."""
+    if T <= 1408:
+        return Cut(32, 8 if T <= 192 else 16 if T <= 576 else 24, 4)
+    return Cut(64, 64, 3)
+
+
+def product(
+    rows: Tensor, groups: Groups, weights: tuple[Tensor, ...], out: Tensor, cut: Cut, *, gated: bool, share: int
+) -> None:
+    """Of sorted pairs, cut.tokens of a block: h [pairs, I], by expert, of ordered x, `share` pairs a row; or y
+    [pairs, D], by token, of h. Rows of pairs that are left out stay as they are."""
     (words, scales), device = weights, rows.device
-    macros = {"GATED": int(gated), "COLS": rows.shape[1], "OUT": out.shape[1], "TOKENS": TOKENS, "STAGES": STAGES}
+    macros = {"GATED": int(gated), "COLS": rows.shape[1], "OUT": out.shape[1]}
+    macros |= {"TOKENS": cut.tokens, "FEW": cut.few, "STAGES": cut.stages}
     kernel = cuda_kernel(SOURCE, "product", THREADS, device, **macros)
     words_map = (None, tensor_map(words.view(torch.bfloat16).flatten(0, 1).unsqueeze(1), 128))
     numbers = (c_longlong, rows.stride(0)), (c_int, share), (c_int, len(groups.blocks_N3))
     operands = words_map, rows, *groups[:2], scales, out
-    kernel.launch((multiprocessors(device), 1, 1), STAGES * STAGE_BYTES, *operands, *numbers)
+    kernel.launch((multiprocessors(device), 1, 1), cut.shared_bytes, *operands, *numbers)
 
 
 def experts(
@@ -52,10 +74,11 @@ def experts(
 ) -> Tensor:
     def outputs(x: Tensor, ids: Tensor) -> Tensor:
         E, D, I = down[0].shape[0], down[0].shape[1], gate_up[0].shape[1] // 2
-        groups = sort_pairs(ids, E, TOKENS, UNIT)
+        cut = cut_for(len(ids))
+        groups = sort_pairs(ids, E, cut.tokens, UNIT)
         h_PI, y_PD = (torch.empty(ids.numel(), width, dtype=x.dtype, device=x.device) for width in (I, D))
-        product(in_order_of_pairs(x), groups, gate_up, h_PI, gated=True, share=ids.shape[1])
-        product(h_PI, groups, down, y_PD, gated=False, share=1)
+        product(in_order_of_pairs(x), groups, gate_up, h_PI, cut, gated=True, share=ids.shape[1])
+        product(h_PI, groups, down, y_PD, cut, gated=False, share=1)
         return y_PD
 
     return in_slices(outputs, x_TD, weights_Tk, ids_Tk, residual_TD, own, scale, next_norm, finish)

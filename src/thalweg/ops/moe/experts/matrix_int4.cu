@@ -65,7 +65,7 @@ template <int N> __device__ __forceinline__ void multiply_all(u8* ring, u32 come
         settle(lower), keep(a);
         begin_products();
 #pragma unroll
-        for (int t = 0; t < 8; t++) multiply_left<N>(lower, a[t], operand(t));
+        for (int t = 0; t < 8; t++) multiply_left<2 * N>(lower, a[t], operand(t));
         commit_products();
         wait_for_products<1>();  // the upper ones of the step before
         settle(upper), keep(b);
@@ -74,7 +74,7 @@ template <int N> __device__ __forceinline__ void multiply_all(u8* ring, u32 come
         settle(upper), keep(b);
         begin_products();
 #pragma unroll
-        for (int t = 0; t < 8; t++) multiply_left<N>(upper, b[t], operand(t));
+        for (int t = 0; t < 8; t++) multiply_left<2 * N>(upper, b[t], operand(t));
         commit_products();
         wait_for_products<1>();  // the lower ones
         settle(lower), keep(a);
