@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from tests.e2e.tiny_model import write_tiny_model
 from thalweg import LLM, Grammar, SamplingParams
+from thalweg.cli import main
 from thalweg.engine.data_parallel import DataParallelEngine
 from thalweg.errors import EngineDeadError, InvalidRequest
 
@@ -72,3 +74,23 @@ def test_same_answers_as_one_rank(tmp_path: Path) -> None:
         engine.pump.keep("a", "", [1])
     with pytest.raises(EngineDeadError, match="closed"):
         llm.generate("a")
+
+
+@pytest.mark.slow
+def test_bench_latency_measures_all_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, folder = tmp_path / "out.json", write_tiny_model(tmp_path / "tiny")
+    options = ["--data-parallel-size", "2", "--enable-expert-parallel", "--device", "cpu", "--output-json", str(path)]
+    sizes = ["--batch-size", "1,5", "--input-len", "8", "--output-len", "4", "--num-iters", "1"]
+    assert main(["bench", "latency", str(folder), *options, *sizes]) == 0
+    figures = json.loads(path.read_text())
+    assert figures["engine"]["data_parallel_size"] == 2
+    assert float(figures["machine"]["link_GB_per_s"]) > 0
+    one, five = figures["results"]
+    for r in (one, five):
+        assert r["median_tpot_ms"] > 0
+        assert r["launches_per_step"] is None
+        assert r["host_us_per_step"] is None  # ranks plan in processes of their own
+    assert 0 < one["floor"]["step_sent"] < five["floor"]["step_sent"]
+    assert one["floor"]["step_bytes"] < five["floor"]["step_bytes"]
+    assert main(["bench", "decode", str(folder), *options[:5]]) == 2
+    assert "thalweg bench latency" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from concurrent.futures import Future
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -87,8 +88,10 @@ def test_no_prompt_of_latency_begins_like_another_whatever_its_size_and_length()
         answer = SimpleNamespace(token_ids=[0] * params.max_tokens)
         return [SimpleNamespace(error=None, outputs=[answer]) for _ in prompts]
 
-    info = SimpleNamespace(vocab_size=1000, max_num_batched_tokens=64, max_model_len=100, device="cpu")
-    llm: Any = SimpleNamespace(generate=generate, info=info)
+    info = SimpleNamespace(vocab_size=1000, max_num_batched_tokens=64, max_model_len=100, data_parallel_size=1)
+    nothing: Future[None] = Future()
+    nothing.set_result(None)
+    llm: Any = SimpleNamespace(generate=generate, info=info, engine=SimpleNamespace(order=lambda order: nothing))
     rng = random.Random(0)
     for size in (1, 2, 8, 8):
         for length in (16, 32, 32):

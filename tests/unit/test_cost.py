@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -77,3 +78,24 @@ def test_ranks_share_the_work_and_pay_for_the_sums(config: DecoderConfig) -> Non
     assert whole.bytes / 4 < ranks.bytes < whole.bytes / 4 * 1.15  # the latent, the router, f_a and g_a are replicated
     rows = 32 * 2304 * 2 * 1.5  # what a rank sends of a ring's sum over 4
     assert ranks.sent == pytest.approx((2 * 27 + 1) * rows + 3 * 32 * 40960 * 2)
+
+
+def test_data_parallel_ranks_run_their_experts_for_the_tokens_of_all(config: DecoderConfig) -> None:
+    """Of 64 sequences on 8 ranks each has 8, and 32 of 256 experts: those that 64 tokens take of them."""
+
+    def experts(step: Step) -> Cost:
+        return total([cost for cost in step_costs(config, step) if cost.what == "experts"])
+
+    def rest(step: Step) -> float:
+        return total(step_costs(config, step)).bytes - experts(step).bytes
+
+    whole, one = Step(64, cached=1000), Step(8, cached=1000)
+    ranks = replace(one, others=56, shards=Shards(0, 1, 0, 8))
+    shared = 26 * 3 * 2304 * 1024  # a shared expert is on every rank, for its own tokens
+    assert experts(ranks).bytes == pytest.approx((experts(whole).bytes - 2 * shared) / 8 + 2 * shared)
+    assert experts(ranks).flops == pytest.approx(experts(whole).flops / 8)
+    assert rest(ranks) == pytest.approx(rest(one))
+    # A token's 8 experts are on 4.6 of 7 other ranks: so many rows go there, and so many sums come back.
+    assert total(step_costs(config, ranks)).sent == pytest.approx(26 * 2 * 8 * 7 * (1 - (7 / 8) ** 8) * 2304 * 2)
+    alone = replace(one, sequences=1, others=0, shards=Shards(0, 1, 0, 8))
+    assert experts(alone).bytes == pytest.approx(26 * 3 * 2304 * 1024 * 2 * (8 / 8 + 1))

@@ -14,7 +14,7 @@ import pytest
 from thalweg.core import Prefill, StepPlan, StepResult
 from thalweg.errors import EngineDeadError
 from thalweg.runner.executor import Executor
-from thalweg.runner.lock_step import LockStep, Rows
+from thalweg.runner.lock_step import LockStep, Rows, WakeUp
 
 SECONDS = 5.0  # after which a rank is taken to hang
 
@@ -61,6 +61,7 @@ class Runner:
     waits: bool = False
     plans: list[int] = field(default_factory=list)  # of this rank's own
     steps: list[int] = field(default_factory=list)  # ranks that had a plan in each step
+    obeyed: list[tuple[object, int]] = field(default_factory=list)  # orders, and the steps before each
 
     def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
         self._exchange(own=True)
@@ -71,6 +72,7 @@ class Runner:
         self._exchange(own=False)
 
     def obey(self, order: object) -> object:
+        self.obeyed.append((order, len(self.steps)))
         return order
 
     def close(self) -> None:
@@ -88,7 +90,8 @@ class Rank:
     def __init__(self, collective: Collective, rank: int, seed: int, *, waits: bool) -> None:
         self.runner = Runner(collective, rank, waits)
         self.lock_step = LockStep()
-        self.inbox: queue.SimpleQueue[tuple[int, int] | None] = queue.SimpleQueue()  # (wake-up, plans of a request)
+        # (wake-up, plans of a request); None: an order to all
+        self.inbox: queue.SimpleQueue[tuple[int, int | None] | None] = queue.SimpleQueue()
         self.done = threading.Event()
         self._random = random.Random(100 * seed + rank)
         self.ranks = Ranks(collective, rank)
@@ -124,7 +127,10 @@ class Rank:
                 if plans:
                     self.lock_step.busy = True
                     left.append(plans)
-                self.executor.wake(number)
+                if plans is None:
+                    self.executor.order(number, wake=number)
+                else:
+                    self.executor.wake(number)
                 if not left:
                     break
             if self._random.random() < 0.1:
@@ -148,6 +154,12 @@ class Client:
         self.wakes += 1
         for i, each in enumerate(self.ranks):
             each.inbox.put((self.wakes, plans if i == rank else 0))
+
+
+    def order(self) -> None:
+        self.wakes += 1
+        for each in self.ranks:
+            each.inbox.put((self.wakes, None))
 
 
 class SlowRunner(Runner):
@@ -198,11 +210,14 @@ def test_every_request_is_served_and_all_ranks_sleep_in_the_end(seed: int, waits
     size = chance.choice([2, 3, 5])
     collective = Collective(size)
     ranks = [Rank(collective, rank, seed, waits=waits) for rank in range(size)]
-    client, expected = Client(ranks), [0] * size
+    client, expected, orders = Client(ranks), [0] * size, []
     for _ in range(30):
         rank, plans = chance.randrange(size), chance.choice([1, 1, 2, 3, 10])
         expected[rank] += plans
         client.request(rank, plans)
+        if chance.random() < 0.2:
+            client.order()
+            orders.append(client.wakes)
         if chance.random() < 0.3:
             time.sleep(chance.choice([0.0, 0.001, 0.01]))
         if chance.random() < 0.1:
@@ -218,6 +233,8 @@ def test_every_request_is_served_and_all_ranks_sleep_in_the_end(seed: int, waits
         assert rank.runner.plans == sorted(rank.runner.plans)
         assert rank.runner.steps == ranks[0].runner.steps  # every rank took part in every step
         assert all(rank.runner.steps)  # and no step was nobody's
+        assert rank.runner.obeyed == ranks[0].runner.obeyed  # all obeyed between the same two steps
+        assert [order for order, _ in rank.runner.obeyed] == orders
 
 
 def test_ranks_without_requests_do_not_call_collectives() -> None:
@@ -286,7 +303,7 @@ def test_ranks_agree_on_rows(plans: list[StepPlan | None], rows: int, only_decod
     def step(ranks: Ranks, plan: StepPlan | None) -> None:
         lock_step = LockStep()
         lock_step.begin(ranks, lambda: None, rows_of)
-        lock_step.wake(1)
+        lock_step.wake(WakeUp(1))
         if plan is None:
             lock_step.without_plan()
         else:

@@ -10,7 +10,7 @@ from statistics import median
 
 import torch
 
-from thalweg.engine.start import Engine
+from thalweg.engine.offline import OfflineEngine
 from thalweg.models.parts.part import Cost
 from thalweg.ops.linear import LINEAR, LinearDims
 from thalweg.ops.registry import Resolver, Where
@@ -43,9 +43,10 @@ class Ceilings:
             **({"link_GB_per_s": f"{self.link_bytes_per_s / 1e9:.1f}"} if self.link_bytes_per_s < inf else {}),
         }
 
-    def with_link(self, engine: Engine) -> Ceilings:
-        """The same with the link rate between the ranks of `engine`: all-reduces of 256 MiB (CPU: 16 MiB)."""
-        if engine.info.tensor_parallel_size == 1:
+    def with_link(self, engine: OfflineEngine) -> Ceilings:
+        """The same with the link rate between the ranks of `engine`: all-reduces of 256 MiB (CPU: 16 MiB), or exchanges
+        of as much between data-parallel ones."""
+        if engine.info.tensor_parallel_size * engine.info.data_parallel_size == 1:
             return self
         size = (16 if engine.info.device == "cpu" else 256) << 20
         return replace(self, link_bytes_per_s=engine.order(MeasureLink(size)).result())

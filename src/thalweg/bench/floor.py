@@ -47,29 +47,34 @@ class Floor:
 def batch_floor(
     source: ModelSource, info: EngineInfo, ceilings: Ceilings, batch_size: int, input_len: int, output_len: int
 ) -> Floor:
-    """Of `batch_size` requests on one rank: the step in the middle of the output, and all prompts."""
+    """Of one rank that serves its share of `batch_size` requests, the larger one if shares differ: the step in the
+    middle of the output, and all prompts."""
     step = costs_of(source, info, batch_size, cached=input_len + output_len // 2)
     prefill = costs_of(source, info, batch_size, new=input_len)
     return Floor(StepFloor.of(step, ceilings), StepFloor.of(prefill, ceilings))
 
 
 def step_floor(source: ModelSource, info: EngineInfo, ceilings: Ceilings, rows: int, context: int) -> StepFloor:
-    """Of one decode step of `rows` sequences with `context` cached tokens each, on one rank."""
+    """Of one decode step of `rows` sequences with `context` cached tokens each, on one rank that has its share."""
     return StepFloor.of(costs_of(source, info, rows, cached=context), ceilings)
 
 
 def costs_of(source: ModelSource, info: EngineInfo, sequences: int, *, new: int = 1, cached: int = 0) -> list[Cost]:
-    """Every operation of a step on one rank of a built engine, in what it keeps weights, cache and states in."""
+    """Every operation of a step on one rank of a built engine, in what it keeps weights, cache and states in. With
+    data-parallel ranks, which have so many `sequences` between them, on one with the most of them."""
     config, scheme = source.config, info.quantization
     if source.gguf is not None and scheme not in (None, *QUANTIZATIONS):  # what is kept, which the file's tensors tell
         config, scheme = source.fitted(source.open_weights(), halves=True).config, None
+    ranks = info.data_parallel_size
+    share = -(-sequences // ranks)
     step = Step(
-        sequences,
+        share,
         new,
         cached,
         dtype_bytes=DTYPE_BYTES[info.dtype],
         state_bytes=DTYPE_BYTES[info.state_dtype],
         scheme=scheme_named(scheme),
-        shards=Shards(0, info.tensor_parallel_size),
+        shards=Shards(0, info.tensor_parallel_size, 0, ranks),
+        others=sequences - share,
     )
     return step_costs(config, step)

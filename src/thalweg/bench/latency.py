@@ -17,6 +17,7 @@ from thalweg import tracing
 from thalweg.bench.spread import Spread
 from thalweg.core import SamplingParams
 from thalweg.errors import ConfigError, ThalwegError
+from thalweg.recorder.orders import CountLaunches
 
 if TYPE_CHECKING:
     from thalweg.bench.floor import Floor
@@ -31,8 +32,9 @@ class BatchLatency:
 
     ttft is the time of a run that generates one token; tpot what each further token adds to it, and None when only
     one is asked for; e2el the time of the whole batch. host_us is processor time, since planning and bookkeeping run
-    beside the model on another thread; host_us_per_step is its sum. launches counts a decode step's kernels and copies
-    on a CUDA device, prompt_launches those from the prompts to their first tokens; both are None elsewhere.
+    beside the model on another thread; host_us_per_step is its sum, and None with data-parallel ranks, which plan in
+    processes of their own. launches counts a decode step's kernels and copies on rank 0's CUDA device, prompt_launches
+    those from the prompts to their first tokens; both are None elsewhere.
     """
 
     batch_size: int
@@ -44,7 +46,7 @@ class BatchLatency:
     e2el_ms: Spread
     output_throughput: float  # generated tokens/s of the median run
     host_us: dict[str, float]
-    host_us_per_step: float
+    host_us_per_step: float | None
     launches: float | None
     prompt_launches: int | None
     floor: Floor | None = None  # for one rank
@@ -78,7 +80,7 @@ def measure_latency(
     temperature: float = 0.0,
 ) -> BatchLatency:
     """Run `num_iters` pairs of batches of random prompts, one token and `output_len` tokens long, after a warm-up.
-    Those with the same `llm` share `rng`: no two prompts are alike, so that the prefix cache has none of them."""
+    Data-parallel ranks have equal shares of a batch. Those with the same `llm` share `rng`: no two prompts are alike, so that the prefix cache has none of them."""
 
     def time_batch(input_len: int, output_len: int) -> float:
         return _time_batch(llm, rng, batch_size, input_len, output_len, temperature)
@@ -98,6 +100,7 @@ def measure_latency(
     per_token = [(whole - first) / (output_len - 1) for first, whole in zip(firsts, wholes, strict=False)]
     e2el = Spread.of(1e3 * s for s in wholes)
     host_us = {name: Spread.of(durations).median / 1e3 for name, durations in host.items() if durations}
+    plans_here = llm.info.data_parallel_size == 1
     return BatchLatency(
         batch_size=batch_size,
         input_len=input_len,
@@ -108,7 +111,7 @@ def measure_latency(
         e2el_ms=e2el,
         output_throughput=batch_size * output_len / (e2el.median / 1e3),
         host_us=host_us,
-        host_us_per_step=sum(host_us.values()),
+        host_us_per_step=sum(host_us.values()) if plans_here else None,
         launches=_launches(llm, batch_size, time_batch),
         prompt_launches=_count(llm, lambda: time_batch(input_len, 1)),
     )
@@ -123,18 +126,11 @@ def _launches(llm: LLM, batch_size: int, time_batch: Callable[[int, int], float]
 
 
 def _count(llm: LLM, run: Callable[[], float]) -> int | None:
-    """Kernels and copies on the CUDA device during `run`, as the profiler counts."""
-    import torch
-
-    if not torch.cuda.is_available() or llm.info.device == "cpu":
-        return None
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        run()
-        torch.cuda.synchronize()
-    events: Any = profiler.events()
-    return sum(1 for e in events if str(e.device_type).endswith("CUDA"))
+    """Kernels and copies on rank 0's CUDA device during `run`, as the profiler counts."""
+    llm.engine.order(CountLaunches(True)).result()
+    run()
+    count: int | None = llm.engine.order(CountLaunches(False)).result()
+    return count
 
 
 def check_lengths(batch_sizes: Sequence[int], input_lens: Sequence[int], output_len: int) -> None:

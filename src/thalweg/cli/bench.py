@@ -53,11 +53,12 @@ def latency(
     temperature: Temperature = 1.0,
     output_json: OutputJson = None,
 ) -> None:
-    """Time to first token, time per token after it and tokens/s of batches of random prompts, in this process.
+    """Time to first token, time per token after it and tokens/s of batches of random prompts, over the offline LLM.
 
     Figures are medians, with least and greatest in brackets. TPOT is (the time of the whole output - the time of one
     token) / (--output-len - 1). "floor" is what the machine's measured copy bandwidth and matrix rate allow, "host" a
-    step's work outside the model and the sampler.
+    step's work outside the model and the sampler. With -dp a batch's requests are of all ranks, which have equal
+    shares of them; the floor is that of one rank.
     """
     began = time.perf_counter()
     sizes, lengths = _integers(batch_size, "--batch-size"), _integers(input_len, "--input-len")
@@ -65,20 +66,16 @@ def latency(
 
     check_lengths(sizes, lengths, output_len)
     check_writable(output_json)
-    if config.data_parallel_size > 1:
-        ranks = f"--data-parallel-size is {config.data_parallel_size}"
-        raise ConfigError(f"{ranks}; expected 1: `thalweg bench serve` measures several")
-    import torch  # here, since the profiler wants to be used on the thread that brings torch in
-
     from thalweg.assembly.source import open_source
     from thalweg.engine.llm import LLM
-    from thalweg.engine.start import Engine
 
     results = []
-    with LLM.of(replace(config, max_num_seqs=max(sizes))) as llm:
+    with LLM.of(replace(config, max_num_seqs=-(-max(sizes) // config.data_parallel_size))) as llm:
         info = llm.info
         start_s = time.perf_counter() - began
         check_context(lengths, output_len, info.max_model_len)
+        import torch  # here, since profilers want to be used on the thread that brings torch in: the rank's
+
         from thalweg.bench.ceilings import measure_ceilings
         from thalweg.bench.floor import batch_floor
         from thalweg.bench.machine import describe_machine
@@ -87,7 +84,8 @@ def latency(
         source = open_source(config)
         on_gpu = info.device != "cpu"
         ceilings = measure_ceilings(torch.device("cuda" if on_gpu else "cpu"), getattr(torch, info.dtype))
-        assert isinstance(llm.engine, Engine)
+        if on_gpu:
+            torch.cuda.empty_cache()  # ranks in other processes may need it
         ceilings = ceilings.with_link(llm.engine)
         rng = random.Random(config.seed)
         for size, length in product(sizes, lengths):
@@ -111,6 +109,7 @@ def latency(
         "state_dtype": info.state_dtype,
         "device": info.device,
         "tensor_parallel_size": info.tensor_parallel_size,
+        "data_parallel_size": info.data_parallel_size,
         "load_format": config.load_format,
         "seed": config.seed,
         "temperature": temperature,
@@ -257,7 +256,7 @@ def _print_latency(results: list[BatchLatency], measured_on: dict[str, Any], sta
             f"{r.output_throughput:.1f}",
             "-" if r.launches is None else f"{r.launches:.0f}",
             "-" if r.prompt_launches is None else str(r.prompt_launches),
-            f"{r.host_us_per_step:.0f}",
+            "-" if r.host_us_per_step is None else f"{r.host_us_per_step:.0f}",
         )
     console.print(table)
     rows = []

@@ -8,6 +8,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Coroutine, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ from thalweg.core import Request, RequestUpdate
 from thalweg.engine.processes.engines import Engines
 from thalweg.engine.pump import News
 from thalweg.errors import EngineDeadError, InvalidRequest, ThalwegError
+from thalweg.recorder.orders import Order
 from thalweg.scheduler.scheduler import check_prompt_length
 
 T = TypeVar("T")
@@ -63,6 +65,14 @@ class DataParallelEngine:
         except BaseException:
             future.cancel()  # if whoever waited has lost patience
             raise
+
+    def order(self, order: Order) -> Future[Any]:
+        """As Engine.order, of data-parallel rank 0."""
+
+        async def first() -> Any:
+            return (await self._engines.order(order))[0]
+
+        return asyncio.run_coroutine_threadsafe(first(), self._loop)
 
     @property
     def forked(self) -> bool:

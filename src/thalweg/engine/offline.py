@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from concurrent.futures import Future
+from typing import Any, Protocol
 
 from thalweg.assembly.info import EngineInfo
 from thalweg.config.engine import EngineConfig
 from thalweg.engine.data_parallel import DataParallelEngine
 from thalweg.engine.pump import Requests
 from thalweg.engine.start import Engine
+from thalweg.recorder.orders import Order
 
 
 class OfflineEngine(Protocol):
@@ -18,6 +20,10 @@ class OfflineEngine(Protocol):
     def info(self) -> EngineInfo: ...
     @property
     def pump(self) -> Requests: ...
+
+    def order(self, order: Order) -> Future[Any]:
+        """Have every rank do something between two steps; rank 0's outcome."""
+
     @property
     def forked(self) -> bool:
         """Whether this is a process that was forked from the one with the engine, which has its threads and ranks."""

@@ -58,7 +58,7 @@ class Engine:
         listener: socket.socket | None = None,
     ) -> None:
         if config.data_parallel_size > 1 and (data_rank is None or folder is None):
-            only = "this drives the steps of one rank; `LLM` and `thalweg serve` have several"
+            only = "this drives the steps of one rank; `thalweg bench latency` measures several"
             raise ConfigError(f"--data-parallel-size is {config.data_parallel_size}; expected 1: {only}")
         self._pid = os.getpid()
         if config.tensor_parallel_size > 1:
@@ -117,9 +117,10 @@ class Engine:
         """Have this rank take part in the others' steps; `number` counts the wake-ups of all ranks."""
         self._executor.wake(number)
 
-    def order(self, order: Order) -> Future[Any]:
-        """Have every rank do something after the steps that were handed over; rank 0's outcome."""
-        return self._executor.order(order)
+    def order(self, order: Order, wake: int | None = None) -> Future[Any]:
+        """Have every rank do something after the steps that were handed over; rank 0's outcome. With several
+        data-parallel ranks, all of them get the order, each with the number of the same `wake`-up."""
+        return self._executor.order(order, wake)
 
     @property
     def forked(self) -> bool:

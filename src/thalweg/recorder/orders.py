@@ -23,8 +23,16 @@ class FillCache(msgspec.Struct, frozen=True, array_like=True, tag="fill"):
     """Put random values into every block and state."""
 
 
+class CountLaunches(msgspec.Struct, frozen=True, array_like=True, tag="count"):
+    """Begin to count the kernels and copies of a CUDA device, or stop; rank 0 then tells how many there were, None
+    without a device."""
+
+    begin: bool
+
+
 class MeasureLink(msgspec.Struct, frozen=True, array_like=True, tag="link"):
-    """Time all-reduces of `size` bytes; rank 0 tells the bytes that it sent in a second."""
+    """Time all-reduces of `size` bytes, or what data-parallel ranks exchange; rank 0 tells the bytes that it sent in a
+    second."""
 
     size: int
 
@@ -40,7 +48,7 @@ class MeasureExchange(msgspec.Struct, frozen=True, array_like=True, tag="exchang
     dtype: str
 
 
-Order = StartRecording | StopRecording | FillCache | MeasureLink | MeasureExchange | SaveCache
+Order = StartRecording | StopRecording | FillCache | CountLaunches | MeasureLink | MeasureExchange | SaveCache
 
 
 class Recorded(msgspec.Struct, frozen=True):

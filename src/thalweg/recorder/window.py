@@ -17,8 +17,17 @@ from thalweg import tracing
 from thalweg.core import SaveCache, StepPlan, StepResult
 from thalweg.errors import ThalwegError
 from thalweg.recorder.exchanges import exchange_us
-from thalweg.recorder.measure import fill_cache, link_bytes_per_s
-from thalweg.recorder.orders import FillCache, MeasureExchange, MeasureLink, Order, Recorded, StartRecording, rank_file
+from thalweg.recorder.measure import LaunchCount, fill_cache, link_bytes_per_s
+from thalweg.recorder.orders import (
+    CountLaunches,
+    FillCache,
+    MeasureExchange,
+    MeasureLink,
+    Order,
+    Recorded,
+    StartRecording,
+    rank_file,
+)
 from thalweg.runner.step import ModelRunner
 from thalweg.tracing import STEP
 
@@ -56,6 +65,7 @@ class RecordedRunner:
         self._runner, self._rank = runner, rank
         self.waits = runner.waits
         self._profile: Any = None
+        self._counting: LaunchCount | None = None
         self._began_ns = 0
         self._spans = ExitStack()
 
@@ -72,6 +82,8 @@ class RecordedRunner:
         if isinstance(order, FillCache):
             fill_cache(self._runner)
             return None
+        if isinstance(order, CountLaunches):
+            return self._count(order.begin)
         if isinstance(order, MeasureLink):
             return link_bytes_per_s(self._runner, order.size)
         if isinstance(order, MeasureExchange):
@@ -90,6 +102,13 @@ class RecordedRunner:
             recorded.export_chrome_trace(str(unfinished))
             unfinished.rename(rank_file(Path(order.folder), self._rank))  # whoever sees it sees all of it
         return found
+
+    def _count(self, begin: bool) -> int | None:
+        if begin:
+            self._counting = LaunchCount() if self.waits else None
+            return None
+        counting, self._counting = self._counting, None
+        return None if counting is None else counting.stop()
 
     def close(self) -> None:
         if self._profile is not None:

@@ -50,6 +50,7 @@ class Executor(Generic[Info]):
         self._failure: BaseException | None = None
         self._failed = threading.Event()
         self._built: Future[Info] = self._track(Future())
+        self._runner: Runner  # once it is built; of the thread
         self._thread = threading.Thread(target=self._loop, name="thalweg-rank", daemon=True)
         self._thread.start()
 
@@ -62,10 +63,16 @@ class Executor(Generic[Info]):
         self._work.put((plan, future))
         return future
 
-    def order(self, order: Any) -> Future[Any]:
-        """Have the runner obey something between two plans; what it gives comes as a future. It may fail alone."""
+    def order(self, order: Any, wake: int | None = None) -> Future[Any]:
+        """Have the runner obey something between two plans; what it gives comes as a future. It may fail alone.
+
+        With the number of a `wake`-up, data-parallel ranks obey it together, between two steps of all of them.
+        """
         future: Future[Any] = self._track(Future())
-        self._work.put((order, future))
+        if wake is None:
+            self._work.put((order, future))
+        else:
+            self._work.put((WakeUp(wake, lambda: self._obey(order, future)), Future()))
         return future
 
     def wake(self, number: int) -> None:
@@ -133,6 +140,7 @@ class Executor(Generic[Info]):
     def _loop(self) -> None:
         try:
             runner, info = self._build()
+            self._runner = runner
         except BaseException as e:  # noqa: BLE001 -- it reaches the caller through the future
             self._fail(e)
             return
@@ -148,7 +156,7 @@ class Executor(Generic[Info]):
             if self._failure is not None:
                 continue
             if not isinstance(plan, StepPlan):
-                self._obey(runner, plan, future)
+                self._obey(plan, future)
                 continue
             try:
                 if self._lock_step is not None:
@@ -184,13 +192,13 @@ class Executor(Generic[Info]):
                 continue
             if not isinstance(work[0], WakeUp):
                 return work
-            lock.wake(work[0].number)
+            lock.wake(work[0])
 
-    def _obey(self, runner: Runner, order: Any, future: Future[Any]) -> None:
+    def _obey(self, order: Any, future: Future[Any]) -> None:
         if self._before is not None:
             self._before(order)
         try:
-            self._settle(future, runner.obey(order))
+            self._settle(future, self._runner.obey(order))
         except Exception as e:  # noqa: BLE001 -- it reaches whoever gave the order; steps go on
             with self._lock:
                 self._open.discard(future)

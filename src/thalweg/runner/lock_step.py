@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import msgspec
@@ -40,11 +42,13 @@ class Agreed(msgspec.Struct, frozen=True, array_like=True, tag="agreed"):
     idle: bool
 
 
+@dataclass(frozen=True, slots=True)
 class WakeUp:
-    """Tells a rank that one of them has a request: the `number`-th of such messages, which every rank gets in order."""
+    """Tells a rank that one of them has a request: the `number`-th of such messages, which every rank gets in order.
+    Or that all are to do something together, which this rank does by `then`."""
 
-    def __init__(self, number: int) -> None:
-        self.number = number
+    number: int
+    then: Callable[[], None] | None = None
 
 
 class LockStep:
@@ -53,6 +57,7 @@ class LockStep:
     Before each step all ranks agree on whether there is one; a rank without a plan then takes part with an idle step.
     They go to sleep at the same agreement: when no rank has a request, and all have seen the same wake-ups. A rank that
     sleeps takes part again from its next wake-up on, which the others, wherever they are, wait for in the agreement.
+    What ranks are to do together they do at one agreement too: the first at which all have seen that wake-up.
 
     A step is of all ranks that decode: those with a plan wait for one whose next plan follows from a result that is not
     there yet. Otherwise ranks whose plans come a moment apart would step in turns, each step with the rows of one.
@@ -65,6 +70,7 @@ class LockStep:
         self.busy = False
         self.awake = False
         self._seen = 0
+        self._to_do: deque[WakeUp] = deque()
         self._launched, self._settled, self._settled_at = 0, 0, 0.0  # steps with a plan of this rank
         self._ranks: Ranks
         self._idle_step: Callable[[], None]
@@ -82,8 +88,10 @@ class LockStep:
         this one's model."""
         self._ranks, self._idle_step, self._rows_of, self._tell = ranks, idle_step, rows_of, tell
 
-    def wake(self, number: int) -> None:
-        self._seen, self.awake = number, True
+    def wake(self, wake_up: WakeUp) -> None:
+        self._seen, self.awake = wake_up.number, True
+        if wake_up.then is not None:
+            self._to_do.append(wake_up)
 
     def settled(self) -> None:
         """A step of this rank's own has a result; from any thread."""
@@ -125,6 +133,10 @@ class LockStep:
         plan, busy, seen, unseen, wait, decodes, padded, mixed = most
         self._ranks.rows, self._ranks.decodes = padded if mixed else decodes, not mixed
         self.awake = bool(plan or busy or seen > -unseen)
+        while self._to_do and self._to_do[0].number <= -unseen:
+            then = self._to_do.popleft().then
+            assert then is not None
+            then()
         steps = bool(plan and not wait)
         if steps and self._tell is not None:
             self._tell(Agreed(self._ranks.rows, self._ranks.decodes, not plans))

@@ -17,9 +17,10 @@ from thalweg.engine.processes import messages as m
 from thalweg.engine.processes.balance import Balance, ended, together
 from thalweg.engine.processes.connection import AnyEngine, Connection, all_ready
 from thalweg.engine.processes.ipc import SocketFolder
-from thalweg.engine.processes.questions import Question, Questions, same_error
+from thalweg.engine.processes.questions import Answer, Question, Questions, same_error
 from thalweg.engine.processes.remote import RemoteEngines
 from thalweg.errors import EngineDeadError, InvalidRequest, ThalwegError
+from thalweg.recorder.orders import Order
 
 SAVE_SECONDS = 900.0  # that an engine may take to end when it writes its cache to --cache-folder
 LEAVE_SECONDS = 2.0  # for an engine to leave that was told to, unless it hangs
@@ -139,6 +140,13 @@ class Engines(ABC):
         for engine in self._ranks if self.dead is None and not self._closing else ():
             engine.post(m.Release(name))
 
+    async def order(self, order: Order) -> list[Any]:
+        """Have every rank of all engines do something together, between two steps; the outcome of each engine's rank 0.
+        Raises as keep, and what went wrong with it on a rank."""
+        self._wakes += 1
+        make = lambda question_id, wake=self._wakes: m.Give(question_id, order, wake)  # noqa: E731
+        return await asyncio.gather(*(self._ask(make, engine) for engine in self._ranks))
+
     async def _ask(self, make: Callable[[int], Question], engine: AnyEngine | None = None) -> Any:
         if self.dead is not None:
             raise self.dead
@@ -178,7 +186,7 @@ class Engines(ABC):
             elif isinstance(message, m.Refused):
                 self._balance.end(message.request_id)
                 self._refused(message.request_id, same_error(message.kind, message.reason, InvalidRequest))
-            elif isinstance(message, m.Profiled | m.Kept | m.ExpertsCounted):
+            elif isinstance(message, Answer):
                 self._questions.take(message)
             elif isinstance(message, m.Dead):
                 self._die(f"the engine died: {message.reason}")

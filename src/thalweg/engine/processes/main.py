@@ -8,7 +8,9 @@ import os
 import socket as sockets
 import sys
 import time
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import zmq
 
@@ -23,7 +25,7 @@ from thalweg.errors import InvalidRequest, QueueTimeout, ThalwegError
 
 STATS_INTERVAL_S = 0.5
 IDLE_POLL_MS = 500
-WRITING_POLL_MS = 20  # while nothing runs and a trace is being written
+WRITING_POLL_MS = 20  # while nothing runs, and a trace is being written or an order has not been obeyed
 GATE_POLL_MS = 1  # while nothing runs and a grammar is being compiled
 
 
@@ -40,6 +42,7 @@ class EngineProcess:
         self._socket, self._core, self._queue_timeout_s = socket, engine.core, queue_timeout_s
         self._taken: list[RequestUpdate] = []  # of requests that were taken in, and whose front end has yet to be told
         self._queued: dict[str, float] = {}  # when each must have a slot, in order of arrival; may name ended ones
+        self._orders: list[tuple[int, Future[Any]]] = []  # that were given, by the id of the question
         self._gate = GrammarGate(engine.grammars, self._add, self._refuse)
         self._profiler = None if profiler is None else Profiler(engine.recording, profiler, self._reply)
         self._engine, self._lock_step = engine, engine.lock_step
@@ -56,6 +59,8 @@ class EngineProcess:
                     return
                 self._take(message)
             self._gate.poll()
+            if self._orders:
+                self._tell_outcomes()
             if self._taken:
                 self._send(self._taken)
                 self._taken = []
@@ -81,7 +86,7 @@ class EngineProcess:
         """With work at hand only what is already there is read; otherwise wait for it, with a look at the ranks."""
         if self._core.has_work():
             return 0
-        if self._profiler is not None and self._profiler.writing:
+        if self._orders or (self._profiler is not None and self._profiler.writing):
             return WRITING_POLL_MS
         return GATE_POLL_MS if self._gate.waiting else IDLE_POLL_MS
 
@@ -108,6 +113,9 @@ class EngineProcess:
             self._socket.send(m.encode(m.Kept(message.id, kept)))
         elif isinstance(message, m.CountExperts):
             self._socket.send(m.encode(m.ExpertsCounted(message.id, self._engine.expert_counts())))
+        elif isinstance(message, m.Give):
+            wake = message.wake if self._lock_step is not None else None
+            self._orders.append((message.id, self._engine.order(message.order, wake)))
         elif isinstance(message, m.Release):
             self._core.release(message.name)
         elif isinstance(message, m.StartProfile | m.StopProfile) and self._profiler is not None:
@@ -135,6 +143,18 @@ class EngineProcess:
             del self._queued[request_id]
         if dropped:
             self._send([])
+
+    def _tell_outcomes(self) -> None:
+        for question_id, future in [each for each in self._orders if each[1].done()]:
+            self._orders.remove((question_id, future))
+            error = future.exception()
+            if error is None:
+                answer = m.Obeyed(question_id, future.result())
+            else:
+                kind = type(error).__name__
+                reason = str(error) if isinstance(error, ThalwegError) else f"{kind}: {error}"
+                answer = m.Obeyed(question_id, None, kind, reason)
+            self._socket.send(m.encode(answer))
 
     def _send(self, updates: list[RequestUpdate]) -> None:
         self._socket.send(m.encode(m.Updates(updates, self._core.stats(), time.monotonic())))

@@ -8,6 +8,7 @@ import msgspec
 
 from thalweg.assembly.info import EngineInfo
 from thalweg.core import Request, RequestUpdate, SchedulerStats
+from thalweg.recorder.orders import Order
 
 
 class ProfilerOptions(msgspec.Struct, frozen=True):
@@ -84,6 +85,15 @@ class CountExperts(msgspec.Struct, frozen=True, tag=True):
     id: int
 
 
+class Give(msgspec.Struct, frozen=True, tag=True):
+    """An order to the engine's ranks, with the number of the wake-up that comes with it if there are several
+    data-parallel ranks, which then obey it together. Answered by Obeyed."""
+
+    id: int
+    order: Order
+    wake: int
+
+
 class Stop(msgspec.Struct, frozen=True, tag=True):
     """End the process; requests still running are dropped."""
 
@@ -149,8 +159,17 @@ class ExpertsCounted(msgspec.Struct, frozen=True, tag=True):
     tokens: dict[int, list[int]]
 
 
-ToEngine = Start | Add | Wake | Abort | StartProfile | StopProfile | Keep | Release | CountExperts | Stop
-FromEngine = Ready | Updates | Refused | Profiled | Kept | ExpertsCounted | Dead
+class Obeyed(msgspec.Struct, frozen=True, tag=True):
+    """The answer to Give `id`: the outcome on the engine's rank 0. `kind` is the error class's name, if it failed."""
+
+    id: int
+    outcome: Any = None
+    kind: str | None = None
+    reason: str = ""
+
+
+ToEngine = Start | Add | Wake | Abort | StartProfile | StopProfile | Keep | Release | CountExperts | Give | Stop
+FromEngine = Ready | Updates | Refused | Profiled | Kept | ExpertsCounted | Obeyed | Dead
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode

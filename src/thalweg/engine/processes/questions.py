@@ -11,7 +11,8 @@ import thalweg.errors as errors
 from thalweg.engine.processes import messages as m
 from thalweg.errors import EngineDeadError, RequestTimeout, ThalwegError
 
-Question = m.StartProfile | m.StopProfile | m.Keep | m.CountExperts
+Question = m.StartProfile | m.StopProfile | m.Keep | m.CountExperts | m.Give
+Answer = m.Profiled | m.Kept | m.ExpertsCounted | m.Obeyed
 ANSWER_SECONDS = 240.0  # the profiler waits for its ranks to write
 
 
@@ -31,19 +32,19 @@ class Questions:
             post(question)
             return await asyncio.wait_for(answer, ANSWER_SECONDS)
         except TimeoutError:
-            what = "engine" if isinstance(question, m.Keep | m.CountExperts) else "profiler"
+            what = "profiler" if isinstance(question, m.StartProfile | m.StopProfile) else "engine"
             raise RequestTimeout(f"the {what} has not answered within {ANSWER_SECONDS:g} s") from None
         finally:
             del self._open[question.id]
 
-    def take(self, message: m.Profiled | m.Kept | m.ExpertsCounted) -> None:
+    def take(self, message: Answer) -> None:
         answer = self._open.get(message.id)
         if answer is None or answer.done():
             return
         if isinstance(message, m.Kept | m.ExpertsCounted):
             answer.set_result(message.tokens)
         elif message.kind is None:
-            answer.set_result(message.trace)
+            answer.set_result(message.trace if isinstance(message, m.Profiled) else message.outcome)
         else:
             answer.set_exception(same_error(message.kind, message.reason, ThalwegError))
 

@@ -16,6 +16,7 @@ from thalweg.models.parts.part import (
     PlanContext,
     Step,
     all_reduce,
+    exchange,
     fp8_scales,
     int4_sources,
     product,
@@ -186,19 +187,22 @@ class MoeDims:
         return (self.experts - self.top_k) * 3 * width * self.inner
 
     def costs(self, width: int, step: Step) -> list[Cost]:
-        """Routing is taken as even: T tokens that each take k of E experts touch E (1 - (1 - k/E)^T) of them."""
-        E, k, T = self.experts, self.top_k, step.tokens
+        """Routing is taken as even: T tokens that each take k of E experts touch E (1 - (1 - k/E)^T) of them. Of n
+        data-parallel ranks, each runs one n-th of that for the tokens of all."""
+        E, k, T, n = self.experts, self.top_k, step.all_tokens, step.shards.data_size
         expert = 3 * width * step.shards.count(self.inner, WIDTH)
-        touched = E * (1 - (1 - k / E) ** T) * step.scheme.bytes_per_weight(step.dtype_bytes)
+        rows = T * k / n + step.tokens * self._like_routed
+        touched = E / n * (1 - (1 - k / E) ** T) * step.scheme.bytes_per_weight(step.dtype_bytes)
         touched += self._like_routed * (step.shared or step.scheme).bytes_per_weight(step.dtype_bytes)
-        gated, rows = [], E + int(self.gated_shared == self.inner)
+        gated, routes = [], E + int(self.gated_shared == self.inner)
         if self.gated_shared != self.inner and self.gated_shared:
             inner = step.shards.count(self.gated_shared, SHARED_WIDTH)
             gated = [product("shared expert", width * (3 * inner + 1), step)]
         return [
-            product("router", rows * width, step, scheme=PLAIN),
-            Cost("experts", touched * expert, 2.0 * T * (k + self._like_routed) * expert, rate=step.rate(step.scheme)),
+            product("router", routes * width, step, scheme=PLAIN),
+            Cost("experts", touched * expert, 2.0 * rows * expert, rate=step.rate(step.scheme)),
             *gated,
+            *exchange("experts' rows between ranks", width, k, step),
             *all_reduce("experts' sum over ranks", width, step),
         ]
 

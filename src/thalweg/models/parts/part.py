@@ -38,6 +38,7 @@ WHOLE = Shards()
 @dataclass(frozen=True, slots=True)
 class Step:
     """A step to count: `sequences` rows that each add `new` tokens to `cached` ones, on one of `shards.size` ranks.
+    With data-parallel ranks these have `others` more between them.
 
     `scheme` is what the experts are stored in, `shared` what the shared ones are (None: likewise), `linears` what other
     matrices that checkpoints may quantize are.
@@ -52,10 +53,16 @@ class Step:
     linears: Scheme = PLAIN
     shared: Scheme | None = None
     shards: Shards = WHOLE
+    others: int = 0
 
     @property
     def tokens(self) -> int:
         return self.sequences * self.new
+
+    @property
+    def all_tokens(self) -> int:
+        """Of all data-parallel ranks."""
+        return (self.sequences + self.others) * self.new
 
     def rate(self, scheme: Scheme) -> float:
         """Of products with weights in `scheme`: activations are quantized in prompts alone, and not in float32."""
@@ -93,6 +100,15 @@ def all_reduce(what: str, width: int, step: Step) -> list[Cost]:
     """A sum over ranks of a row of `width` for each token, as a ring sends it."""
     n = step.shards.size
     return [Cost(what, sent=2 * (n - 1) / n * step.tokens * width * step.dtype_bytes)] if n > 1 else []
+
+
+def exchange(what: str, width: int, taken: int, step: Step) -> list[Cost]:
+    """What data-parallel ranks send each other for their tokens, of which each takes so many experts that the ranks
+    divide: its row to the other ranks that have one of them, and the sums back from these; both in equal parts."""
+    n = step.shards.data_size
+    others = (n - 1) * (1 - (1 - 1 / n) ** taken)  # of a token, on average
+    sent = 2 * step.all_tokens / n * others * width * step.dtype_bytes
+    return [Cost(what, sent=sent)] if n > 1 else []
 
 
 @dataclass(frozen=True, slots=True)
