@@ -13,6 +13,7 @@ from thalweg import LLM, Grammar, SamplingParams
 from thalweg.cli import main
 from thalweg.engine.data_parallel import DataParallelEngine
 from thalweg.errors import EngineDeadError, InvalidRequest
+from thalweg.profiler.chrome import read_trace
 
 PROMPTS = [[5, 9, 2, 7] * (1 + 3 * n) for n in range(7)]
 GREEDY = SamplingParams(max_tokens=9, temperature=0, ignore_eos=True)
@@ -74,6 +75,28 @@ def test_same_answers_as_one_rank(tmp_path: Path) -> None:
         engine.pump.keep("a", "", [1])
     with pytest.raises(EngineDeadError, match="closed"):
         llm.generate("a")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("each", "when"), [(1, []), (1, ["--prefill"]), (2, [])])
+def test_profile_records_the_same_steps_of_all_ranks(
+    each: int, when: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, folder = tmp_path / "t.json.gz", write_tiny_model(tmp_path / "tiny")
+    options = ["--data-parallel-size", "2", "--enable-expert-parallel", "-tp", str(each), "--device", "cpu", *when]
+    sizes = ["--steps", "3", "--batch-size", "2", "--input-len", "8"]
+    assert main(["profile", str(folder), "--output", str(file), *options, *sizes]) == 0
+    said = capsys.readouterr().out
+    assert ("3 x step of 2 decode rows\n" if not when else "1 x step of 16 prompt tokens\n") in said
+    slices = read_trace(str(file))
+    steps = sorted((s.process, s.ts, s.end) for s in slices if s.name == "step")
+    names = [f"rank {rank}" for rank in range(2 * each)]
+    assert [process for process, _, _ in steps] == [name for name in names for _ in range(3)]
+    for i in range(3):  # ranks meet in every layer of experts
+        same = steps[i::3]
+        assert max(begin for _, begin, _ in same) < min(end for _, _, end in same)
+    found = {s.track.partition(": ")[2] for s in slices if s.category == "request"}
+    assert found == {"profile-0", "profile-1"}
 
 
 @pytest.mark.slow

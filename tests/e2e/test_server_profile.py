@@ -18,7 +18,7 @@ import pytest
 from tests.e2e.tiny_model import ServerProcess, start_server, write_tiny_model
 from tests.e2e.tiny_model import _ready as ready
 from thalweg.cli import main
-from thalweg.engine.processes.messages import ProfilerOptions
+from thalweg.engine.processes.profiler import ProfilerOptions
 from thalweg.profiler.chrome import read_trace
 from thalweg.profiler.sql import query
 from thalweg.profiler.summary import by_rank, summarize
@@ -51,9 +51,19 @@ def post(server: ServerProcess, path: str, body: Any = None, key: str = "key") -
     return httpx.post(server.url + path, json=body, headers=headers, timeout=60)
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_load_is_recorded_on_every_rank(ranks: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with profiled_server(tmp_path, tensor_parallel_size=ranks) as (server, traces):
+@pytest.mark.parametrize(
+    ("ranks", "options"),
+    [
+        (1, {}),
+        pytest.param(2, {"tensor_parallel_size": 2}, marks=pytest.mark.slow),
+        pytest.param(2, {"data_parallel_size": 2, "enable_expert_parallel": True}, marks=pytest.mark.slow),
+    ],
+    ids=["one", "tensor-parallel", "data-parallel"],
+)
+def test_load_is_recorded_on_every_rank(
+    ranks: int, options: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with profiled_server(tmp_path, **options) as (server, traces):
         assert post(server, "/start_profile", key="wrong").status_code == 401
         assert post(server, "/stop_profile").status_code == 409
         load = ["bench", "serve", "--base-url", server.url, "--api-key", "key", "--num-prompts", "6"]

@@ -58,7 +58,7 @@ def start_server(log: Path, engine: dict[str, Any], server: dict[str, Any] | Non
     code = (
         "import sys\n"
         "from thalweg.config.engine import EngineConfig\n"
-        "from thalweg.engine.processes.messages import ProfilerOptions\n"
+        "from thalweg.engine.processes.profiler import ProfilerOptions\n"
         "from thalweg.errors import ThalwegError\n"
         "from thalweg.server.run import serve\n"
         "try:\n"

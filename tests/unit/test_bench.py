@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from concurrent.futures import Future
 import time
+from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
 

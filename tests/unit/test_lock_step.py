@@ -155,7 +155,6 @@ class Client:
         for i, each in enumerate(self.ranks):
             each.inbox.put((self.wakes, plans if i == rank else 0))
 
-
     def order(self) -> None:
         self.wakes += 1
         for each in self.ranks:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from collections.abc import Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -19,17 +19,28 @@ from torch.profiler import profile
 from tests.unit.trace_files import HOST, annotation, kernel, launch, write
 from thalweg import tracing
 from thalweg.core import Prefill, StepPlan, StepResult
-from thalweg.engine import recording as recording_module
-from thalweg.engine.recording import Limits, Recording
 from thalweg.errors import ThalwegError
 from thalweg.profiler.chrome import read_trace
 from thalweg.profiler.sql import query
 from thalweg.profiler.summary import by_rank, summarize
+from thalweg.recorder import window as window_module
+from thalweg.recorder.allocated import allocated
 from thalweg.recorder.join import TASK_FILE, JoinTask, join
 from thalweg.recorder.join import main as join_main
-from thalweg.recorder.orders import Recorded, StartRecording, StopRecording, rank_file
+from thalweg.recorder.orders import (
+    Recorded,
+    StartRecording,
+    StopRecording,
+    full_file,
+    missing,
+    rank_file,
+    read_recorded,
+    recorded_file,
+    rows_of_all,
+)
 from thalweg.recorder.requests import RequestTimes
 from thalweg.recorder.window import RecordedRunner, module_names
+from thalweg.runner.lock_step import Agreed
 
 
 class Block(nn.Module):
@@ -103,6 +114,12 @@ class FakeRunner:
             self.model(torch.zeros(len(plan.decode_slots), 4))
         return lambda: StepResult(plan.step, [])
 
+    def serve_others(self) -> None:
+        pass
+
+    def agree(self, agreed: Agreed) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
@@ -116,36 +133,74 @@ def test_a_recording_is_its_launches_and_no_others(tmp_path: Path) -> None:
     runner = RecordedRunner(cast(Any, FakeRunner()), rank=3)
     runner.launch(plan(0, 1))
     for first in (1, 5):  # twice, since a server is profiled again and again
-        assert runner.obey(StartRecording()) is None
+        assert runner.obey(StartRecording(str(tmp_path), 10)) is None
         launched = [runner.launch(plan(first + i, *rows))().step for i, rows in enumerate(((4,), (5, 8)))]
         assert launched == [first, first + 1]
-        recorded = runner.obey(StopRecording(str(tmp_path)))
+        assert missing(tmp_path, 4) == [0, 1, 2, 3]
+        runner.obey(StopRecording())
+        recorded = read_recorded(tmp_path, 3)
+        assert recorded.rows == [(4, 0), (5, 8)]
         assert 0 < recorded.began_ns < recorded.ended_ns
         runner.launch(plan(3, 6))
-        [file] = tmp_path.iterdir()
-        assert file == rank_file(tmp_path, 3)
-        names = [s.name for s in read_trace(str(file)) if s.category == "user_annotation"]
+        runner.obey(StopRecording())  # it has ended
+        files = {rank_file(tmp_path, 3), recorded_file(tmp_path, 3)}
+        assert set(tmp_path.iterdir()) == files
+        names = [s.name for s in read_trace(str(rank_file(tmp_path, 3))) if s.category == "user_annotation"]
         assert names == ["step", "model", "nn.Module: Block_0", "nn.Module: Linear_0"] * 2
-        file.unlink()
+        for file in files:
+            file.unlink()
     with tracing.record():  # nobody forwards spans any more
         pass
 
 
-def test_orders_out_of_turn_are_refused_and_change_nothing(tmp_path: Path) -> None:
+def test_a_recording_ends_after_its_steps_those_for_other_ranks_included(tmp_path: Path) -> None:
     runner = RecordedRunner(cast(Any, FakeRunner()))
-    stop = StopRecording(str(tmp_path))
-    with pytest.raises(ThalwegError, match="rank 0 is not recording"):
-        runner.obey(stop)
-    runner.obey(StartRecording())
+    runner.serve_others()
+    runner.obey(StartRecording(str(tmp_path), 3))
     with pytest.raises(ThalwegError, match="rank 0 is recording"):
-        runner.obey(StartRecording())
-    assert runner.obey(stop) == Recorded(0, 0)  # no step came
-    assert not list(tmp_path.iterdir())
+        runner.obey(StartRecording(str(tmp_path), 3))
+    runner.launch(plan(0, 2))
+    runner.agree(Agreed(0, True, idle=False))  # of the plan that comes
+    runner.launch(plan(1, 0, prefill=7))
+    runner.agree(Agreed(0, True, idle=True))
+    runner.serve_others()
+    assert read_recorded(tmp_path, 0).rows == [(2, 0), (0, 7), (0, 0)]
+    slices = read_trace(str(rank_file(tmp_path, 0)))
+    assert [s.name for s in slices if s.category == "user_annotation"].count("step") == 3
 
 
-def test_a_recording_during_which_a_launch_fails_ends_with_its_runner() -> None:
+def test_rows_of_data_parallel_ranks_are_added_up(tmp_path: Path) -> None:
+    for rank, rows in enumerate(([(2, 0), (3, 0)], [(2, 0), (3, 0)], [(0, 9), (0, 0)], [(0, 9), (0, 0)])):
+        recorded_file(tmp_path, rank).write_bytes(msgspec.json.encode(Recorded(rows)))
+    assert rows_of_all(tmp_path, 4, share=2) == [(2, 9), (3, 0)]
+
+
+def test_a_recording_without_steps_has_no_trace_and_one_without_a_folder_nothing(tmp_path: Path) -> None:
     runner = RecordedRunner(cast(Any, FakeRunner()))
-    runner.obey(StartRecording())
+    runner.obey(StartRecording(str(tmp_path), 2))
+    runner.obey(StopRecording())
+    assert read_recorded(tmp_path, 0) == Recorded()
+    assert list(tmp_path.iterdir()) == [recorded_file(tmp_path, 0)]
+    runner.obey(StartRecording("", 2))
+    runner.launch(plan(0, 1))
+    runner.obey(StopRecording())
+
+
+def test_what_keeps_a_trace_from_being_written_is_told_and_steps_go_on(tmp_path: Path) -> None:
+    runner = RecordedRunner(cast(Any, FakeRunner()))
+    rank_file(tmp_path, 0).mkdir()
+    runner.obey(StartRecording(str(tmp_path), 1))
+    assert runner.launch(plan(0, 1))().step == 0
+    with pytest.raises(ThalwegError, match="the trace of rank 0 was not written: "):
+        read_recorded(tmp_path, 0)
+    shutil.rmtree(tmp_path)
+    runner.obey(StartRecording(str(tmp_path), 1))
+    assert runner.launch(plan(1, 1))().step == 1
+
+
+def test_a_recording_during_which_a_launch_fails_ends_with_its_runner(tmp_path: Path) -> None:
+    runner = RecordedRunner(cast(Any, FakeRunner()))
+    runner.obey(StartRecording(str(tmp_path), 5))
     runner.launch(plan(0, 1))
     with pytest.raises(ValueError, match="three rows"):
         runner.launch(plan(1, 3))
@@ -154,64 +209,28 @@ def test_a_recording_during_which_a_launch_fails_ends_with_its_runner() -> None:
         pass
 
 
-class FakeExecutor:
-    """Takes plans and orders in; the trace of rank 0 is written with the order to stop."""
-
-    def __init__(self) -> None:
-        self.taken: list[Any] = []
-
-    def submit(self, plan: StepPlan) -> Future[StepResult]:
-        self.taken.append(plan.step)
-        return Future()
-
-    def order(self, order: Any) -> Future[Any]:
-        self.taken.append(type(order).__name__)
-        future: Future[Any] = Future()
-        if isinstance(order, StopRecording):
-            rank_file(Path(order.folder), 0).touch()
-            future.set_result(Recorded(5, 9))
-        else:
-            future.set_result(None)
-        return future
-
-
-def test_a_window_waits_for_decode_steps_and_closes_when_it_is_full(tmp_path: Path) -> None:
-    executor = FakeExecutor()
-    recording = Recording(cast(Any, executor), ranks=2)
-    recording.submit(plan(0, 1))
-    recording.start(tmp_path, Limits(2), after=1)
-    # A step with a prompt in it does not count; the first one without is waited for.
-    for step, rows in enumerate([(2, 8), (2,), (4,), (5, 8), (6,)], start=1):
-        recording.submit(plan(step, *rows))
-    assert executor.taken == [0, 1, 2, "StartRecording", 3, 4, "StopRecording", 5]
-    assert recording.rows == [(4, 0), (5, 8)]
-    assert (recording.closed, recording.full_of) == (True, "steps")
-    assert recording.result() is None
-    assert recording.missing() == [1]
-    rank_file(tmp_path, 1).touch()
-    assert recording.result() == Recorded(5, 9)
-
-
-def test_a_window_closes_when_the_process_has_grown_by_its_bytes(
+def test_a_rank_says_that_its_process_has_grown_by_the_bytes_of_a_recording(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memory = iter([100, 100, 150, 151, 999])
-    monkeypatch.setattr(recording_module, "_memory", lambda: next(memory))
-    executor = FakeExecutor()
-    recording = Recording(cast(Any, executor), ranks=1)
-    recording.start(tmp_path, Limits(1000, 50))
-    for step in range(4):
-        recording.submit(plan(step, 1))
-    assert executor.taken == ["StartRecording", 0, 1, 2, "StopRecording", 3]
-    assert recording.full_of == "bytes"
+    monkeypatch.setattr(window_module, "allocated", lambda: next(memory))
+    runner = RecordedRunner(cast(Any, FakeRunner()))
+    runner.obey(StartRecording(str(tmp_path), 1000, 50))
+    for step in range(3):
+        assert not full_file(tmp_path).exists()
+        runner.launch(plan(step, 1))
+    assert full_file(tmp_path).exists()
+    runner.launch(plan(3, 1))  # until all are told to stop
+    runner.obey(StopRecording())
+    assert len(read_recorded(tmp_path, 0).rows) == 4
 
 
 def test_what_the_process_holds_is_read_from_the_system() -> None:
-    if not recording_module._memory():
+    if not allocated():
         pytest.skip("the C library has no mallinfo2")
-    before = recording_module._memory()
+    before = allocated()
     held = bytearray(8 << 20)  # never touched, so that it is not resident
-    assert recording_module._memory() - before >= len(held)
+    assert allocated() - before >= len(held)
 
 
 def test_requests_become_tracks_of_their_own(tmp_path: Path) -> None:
@@ -222,7 +241,7 @@ def test_requests_become_tracks_of_their_own(tmp_path: Path) -> None:
         RequestTimes("waiting", 7, added_ns=3_000),
         RequestTimes("before", 7, added_ns=300, first_token_ns=400, ended_ns=800),
     ]
-    join(tmp_path, tmp_path / "out.json", JoinTask(1, Recorded(1_000, 11_000), times))
+    join(tmp_path, tmp_path / "out.json", JoinTask(1, Recorded([(1, 0)], 1_000, 11_000), times))
     found = [s for s in read_trace(str(tmp_path / "out.json")) if s.category == "request"]
     spans = {(s.track.partition(": ")[2], s.name): (s.ts, s.end, s.depth) for s in found}
     assert spans == {
@@ -246,7 +265,7 @@ def test_ranks_become_processes_whose_times_and_correlations_do_not_mix(tmp_path
     for rank, base in ((0, 5_000), (1, 7_000)):
         events = [annotation("step", 100, 50), *launch_and_kernel(110, 3)]
         write(rank_file(tmp_path, rank), events, baseTimeNanoseconds=base)
-    join(tmp_path, tmp_path / "out.json.gz", JoinTask(2, Recorded(1, 2), []))
+    join(tmp_path, tmp_path / "out.json.gz", JoinTask(2, Recorded([(1, 0)], 1, 2), []))
     slices = read_trace(str(tmp_path / "out.json.gz"))
     assert {s.process for s in slices} == {"rank 0", "rank 1"}
     begins = {s.process: s.ts for s in slices if s.name == "step"}
@@ -270,7 +289,7 @@ def test_a_rank_whose_file_is_damaged_leaves_no_half_of_a_trace(tmp_path: Path) 
     write(rank_file(tmp_path, 0), [annotation("step", 100, 5)])
     rank_file(tmp_path, 1).write_bytes(b"{")
     with pytest.raises(ThalwegError, match="of rank 1 that cannot be read"):
-        join(tmp_path, tmp_path / "out.json.gz", JoinTask(2, Recorded(1, 2), []))
+        join(tmp_path, tmp_path / "out.json.gz", JoinTask(2, Recorded([(1, 0)], 1, 2), []))
     assert not (tmp_path / "out.json.gz").exists()
 
 
@@ -283,7 +302,7 @@ def test_files_that_cannot_be_joined_are_one_line(
 ) -> None:
     if content is not None:
         rank_file(tmp_path, 0).write_bytes(content)
-    (tmp_path / TASK_FILE).write_bytes(msgspec.json.encode(JoinTask(1, Recorded(1, 2), [])))
+    (tmp_path / TASK_FILE).write_bytes(msgspec.json.encode(JoinTask(1, Recorded([(1, 0)], 1, 2), [])))
     assert join_main(str(tmp_path), str(tmp_path / "out.json")) == 2
     error = capsys.readouterr().err
     assert words in error

@@ -1,34 +1,34 @@
-"""/start_profile and /stop_profile in front of a double, and the profiler of the engine process by itself."""
+"""/start_profile and /stop_profile in front of a double, and the profiler by itself."""
 
 from __future__ import annotations
 
+import asyncio
 import time
-from concurrent.futures import Future
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import httpx
+import msgspec
 import pytest
 
 from tests.unit.server_double import ClientDouble, run
 from tests.unit.trace_files import annotation, write
 from thalweg.cli import main
-from thalweg.core import Request, RequestUpdate, SamplingParams, StepPlan
-from thalweg.engine.processes import messages as m
+from thalweg.core import Request, RequestUpdate, SamplingParams
 from thalweg.engine.processes import profiler as profiler_module
-from thalweg.engine.processes.profiler import Profiler
-from thalweg.engine.recording import Recording
-from thalweg.errors import ProfileConflict
+from thalweg.engine.processes.profiler import Profiler, ProfilerOptions, Trace
+from thalweg.errors import EngineDeadError, InvalidRequest, ProfileConflict, ThalwegError
 from thalweg.profiler.chrome import read_trace
-from thalweg.recorder.orders import Recorded, StopRecording, rank_file
+from thalweg.recorder.orders import Order, Recorded, StartRecording, full_file, rank_file, recorded_file
 
-TRACE = m.Trace("/traces/a.json.gz", 17, 3, 2, "steps")
+TRACE = Trace("/traces/a.json.gz", 17, 3, 2, "steps")
 
 
 class ProfiledDouble(ClientDouble):
     def __init__(self) -> None:
         super().__init__()
-        self.profiler = m.ProfilerOptions("/traces", 10, 1 << 20)
+        self.profiler = ProfilerOptions("/traces", 10, 1 << 20)
         self.asked: list[Any] = []
         self.conflict = False
 
@@ -37,7 +37,7 @@ class ProfiledDouble(ClientDouble):
         if self.conflict:
             raise ProfileConflict("a profile is under way already")
 
-    async def stop_profile(self) -> m.Trace:
+    async def stop_profile(self) -> Trace:
         return TRACE
 
 
@@ -118,142 +118,189 @@ def test_bad_options_are_one_line(
     assert words in error
 
 
-class FakeExecutor:
-    """Rank 0 writes a trace of one step when it is told to stop, after a step came."""
+class FakeRanks:
+    """Ranks that write a trace of one step when they are told to stop, or have run as many as they should."""
 
-    def __init__(self) -> None:
-        self.steps, self.written = 0, True
+    def __init__(self, ranks: int) -> None:
+        self.ranks, self.writing = ranks, list(range(ranks))
+        self.order: StartRecording | None = None
+        self.rows: list[tuple[int, int]] = []
 
-    def submit(self, plan: StepPlan) -> Future[Any]:
-        self.steps += 1
-        return Future()
+    async def obey(self, order: Order) -> None:
+        if isinstance(order, StartRecording):
+            if self.order is not None:
+                raise ThalwegError("rank 0 is recording")
+            self.order, self.rows = order, []
+        elif self.order is not None:
+            self._end(Path(self.order.folder))
 
-    def order(self, order: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        future.set_result(None)
-        if isinstance(order, StopRecording):
-            future = Future()
-            if self.steps and self.written and order.folder:
-                write(rank_file(Path(order.folder), 0), [annotation("step", 100, 50)])
-            now = time.perf_counter_ns()
-            future.set_result(Recorded(now - 60 * 10**9, now) if self.steps else Recorded(0, 0))
-        return future
+    def step(self) -> None:
+        if self.order is not None:
+            self.rows.append((1, 0))
+            if len(self.rows) == self.order.steps:
+                self._end(Path(self.order.folder))
 
-
-PLAN = StepPlan(0, [], [], [1], [5], [])
+    def _end(self, folder: Path) -> None:
+        self.order, now = None, time.perf_counter_ns()
+        for rank in self.writing:
+            if self.rows and not rank_file(folder, rank).exists():
+                write(rank_file(folder, rank), [annotation("step", 100, 50)])
+            recorded = Recorded(self.rows, now - 60 * 10**9, now)
+            recorded_file(folder, rank).write_bytes(msgspec.json.encode(recorded))
 
 
 class Bench:
-    """A profiler over a fake executor, and what it says."""
+    """A profiler over fake ranks."""
 
-    def __init__(self, folder: Path, ranks: int = 1, max_steps: int = 10) -> None:
-        self.executor, self.said = FakeExecutor(), []
-        self.recording = Recording(cast(Any, self.executor), ranks)
-        options = m.ProfilerOptions(str(folder), max_steps, 1 << 40)
-        self.profiler = Profiler(self.recording, options, self.said.append)
+    def __init__(self, folder: Path, ranks: int = 1, share: int = 1, max_steps: int = 10) -> None:
+        self.ranks = FakeRanks(ranks)
+        options = ProfilerOptions(str(folder), max_steps, 1 << 40)
+        self.profiler = Profiler(self.ranks.obey, options, ranks, share)
+        self.start, self.stop = self.profiler.start, self.profiler.stop
 
-    def start(self, num_steps: int | None = None) -> m.Profiled:
-        self.profiler.take(m.StartProfile(1, num_steps))
-        return self.said[-1]
 
-    def stop(self) -> m.Profiled:
-        before = len(self.said)
-        self.profiler.take(m.StopProfile(2))
-        return self.wait(before)
+def in_loop(work: Callable[[], Awaitable[None]]) -> None:
+    async def main() -> None:
+        await asyncio.wait_for(work(), 30)
 
-    def wait(self, before: int) -> m.Profiled:
-        deadline = time.monotonic() + 20
-        while len(self.said) == before and time.monotonic() < deadline:
-            self.profiler.poll()
-            time.sleep(0.005)
-        return self.said[before]
+    asyncio.run(main())
 
 
 def test_a_profile_becomes_one_file_with_the_requests_that_ran(tmp_path: Path) -> None:
-    bench = Bench(tmp_path)
-    for name in ("before", "during"):
-        bench.profiler.added(Request(id=name, prompt_token_ids=[1, 2], params=SamplingParams()))
-    bench.profiler.updated([RequestUpdate("before", [3], "stop")])  # over before the window opened
-    assert bench.start() == m.Profiled(1)
-    assert bench.start().kind == "ProfileConflict"
-    bench.profiler.updated([RequestUpdate("during", [3])])
-    bench.recording.submit(PLAN)
-    bench.profiler.ended("during")
-    answer = bench.stop()
-    assert (answer.id, answer.kind) == (2, None)
-    assert answer.trace is not None
-    assert (answer.trace.steps, answer.trace.ranks, answer.trace.full_of) == (1, 1, None)
-    [file] = tmp_path.iterdir()
-    assert (str(file), file.stat().st_size) == (answer.trace.file, answer.trace.bytes)
-    slices = read_trace(str(file))
-    assert {s.process for s in slices if s.name == "step"} == {"rank 0"}
-    assert {s.track.partition(": ")[2] for s in slices if s.category == "request"} == {"during"}
-    assert bench.stop().kind == "ProfileConflict"
+    async def work() -> None:
+        bench = Bench(tmp_path, ranks=4, share=2)
+        for name in ("before", "during"):
+            bench.profiler.added(Request(id=name, prompt_token_ids=[1, 2], params=SamplingParams()))
+        bench.profiler.updated([RequestUpdate("before", [3], "stop")], time.monotonic())  # over before it opened
+        await bench.start(None)
+        with pytest.raises(ProfileConflict, match="under way"):
+            await bench.start(None)
+        bench.profiler.updated([RequestUpdate("during", [3])], time.monotonic())
+        bench.ranks.step()
+        bench.profiler.ended("during")
+        first, second = await asyncio.gather(bench.stop(), bench.stop())
+        assert first == second
+        assert (first.steps, first.ranks, first.full_of) == (1, 4, None)
+        [file] = tmp_path.iterdir()
+        assert (str(file), file.stat().st_size) == (first.file, first.bytes)
+        slices = read_trace(str(file))
+        assert {s.process for s in slices if s.name == "step"} == {f"rank {rank}" for rank in range(4)}
+        assert {s.track.partition(": ")[2] for s in slices if s.category == "request"} == {"during"}
+        with pytest.raises(ProfileConflict, match="no profile"):
+            await bench.stop()
+
+    in_loop(work)
 
 
 def test_a_full_window_is_written_by_itself_and_kept_for_whoever_stops_it(tmp_path: Path) -> None:
-    bench = Bench(tmp_path)
-    bench.start(2)
-    for _ in range(5):
-        bench.recording.submit(PLAN)
-    deadline = time.monotonic() + 20
-    while bench.profiler.writing and time.monotonic() < deadline:
-        bench.profiler.poll()
-        time.sleep(0.005)
-    assert len(list(tmp_path.iterdir())) == 1
-    answer = bench.stop()
-    assert answer.trace is not None
-    assert (answer.trace.steps, answer.trace.full_of) == (2, "steps")
-    assert bench.stop().kind == "ProfileConflict"
-    assert bench.start().kind is None  # and another one
+    async def work() -> None:
+        bench = Bench(tmp_path)
+        await bench.start(2)
+        for _ in range(5):
+            bench.ranks.step()
+        while not list(tmp_path.glob("*.gz")):
+            await asyncio.sleep(0.01)
+        trace = await bench.stop()
+        assert (trace.steps, trace.full_of) == (2, "steps")
+        with pytest.raises(ProfileConflict):
+            await bench.stop()
+        await bench.start(None)  # and another one
+        bench.ranks.step()
+        full_file(next(tmp_path.glob(".recording-*"))).touch()
+        while bench.ranks.order is not None:  # all are told to stop
+            await asyncio.sleep(0.01)
+        trace = await bench.stop()
+        assert (trace.steps, trace.full_of) == (1, "bytes")
+
+    in_loop(work)
 
 
 def test_without_a_step_nothing_is_written(tmp_path: Path) -> None:
-    bench = Bench(tmp_path)
-    bench.start()
-    assert bench.stop().trace == m.Trace(None, 0, 0, 1, None)
-    assert not list(tmp_path.iterdir())
+    async def work() -> None:
+        bench = Bench(tmp_path)
+        await bench.start(None)
+        assert await bench.stop() == Trace(None, 0, 0, 1, None)
+        assert not list(tmp_path.iterdir())
+
+    in_loop(work)
 
 
 def test_a_rank_that_writes_nothing_is_named_and_the_next_profile_may_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(profiler_module, "WRITE_SECONDS", 0.05)
-    bench = Bench(tmp_path, ranks=2)
-    bench.start()
-    bench.recording.submit(PLAN)
-    answer = bench.stop()
-    assert (answer.kind, answer.reason) == ("ThalwegError", "the trace of rank 1 was not written within 0.05 s")
-    assert not list(tmp_path.iterdir())
-    assert bench.start().kind is None
+
+    async def work() -> None:
+        bench = Bench(tmp_path, ranks=2)
+        bench.ranks.writing = [0]
+        await bench.start(None)
+        bench.ranks.step()
+        with pytest.raises(ThalwegError, match="the trace of rank 1 was not written within"):
+            await bench.stop()
+        assert not list(tmp_path.iterdir())
+        await bench.start(None)
+
+    in_loop(work)
 
 
-def test_what_cannot_be_joined_is_told_and_nothing_is_left(tmp_path: Path) -> None:
-    bench = Bench(tmp_path)
-    bench.start()
-    bench.recording.submit(PLAN)
-    bench.executor.written = False
-    folder = next(tmp_path.iterdir())
-    write(rank_file(folder, 0), [])
-    answer = bench.stop()
-    assert answer.kind == "ThalwegError"
-    assert "without the window's steps" in answer.reason
-    assert not list(tmp_path.iterdir())
+def test_what_cannot_be_recorded_or_joined_is_told_and_nothing_is_left(tmp_path: Path) -> None:
+    async def work() -> None:
+        bench = Bench(tmp_path)
+        await bench.start(None)
+        bench.ranks.step()
+        write(rank_file(next(tmp_path.iterdir()), 0), [])
+        with pytest.raises(ThalwegError, match="without the window's steps"):
+            await bench.stop()
+        await bench.start(None)
+        recorded = Recorded(error="OSError: no room")
+        recorded_file(next(tmp_path.iterdir()), 0).write_bytes(msgspec.json.encode(recorded))
+        bench.ranks.writing = []
+        with pytest.raises(ThalwegError, match="the trace of rank 0 was not written: OSError: no room"):
+            await bench.stop()
+        bench.ranks.order = StartRecording("elsewhere", 1)
+        with pytest.raises(ThalwegError, match="is recording"):
+            await bench.start(None)
+        assert not list(tmp_path.iterdir())
+        with pytest.raises(ProfileConflict, match="no profile"):
+            await bench.stop()
+
+    in_loop(work)
 
 
 def test_steps_and_traces_are_bounded(tmp_path: Path) -> None:
-    bench = Bench(tmp_path, max_steps=10)
-    for steps in (0, -1, 11):
-        assert bench.start(steps).kind == "InvalidRequest"
-    for i in range(profiler_module.MAX_TRACES):
-        (tmp_path / f"trace-{i}.json.gz").touch()
-    assert bench.start().kind == "ProfileConflict"
-    assert "remove some" in bench.said[-1].reason
+    async def work() -> None:
+        bench = Bench(tmp_path, max_steps=10)
+        for steps in (0, -1, 11):
+            with pytest.raises(InvalidRequest):
+                await bench.start(steps)
+        for i in range(profiler_module.MAX_TRACES):
+            (tmp_path / f"trace-{i}.json.gz").touch()
+        with pytest.raises(ProfileConflict, match="remove some"):
+            await bench.start(None)
+
+    in_loop(work)
 
 
 def test_a_profiler_that_is_closed_leaves_nothing(tmp_path: Path) -> None:
-    bench = Bench(tmp_path)
-    bench.start()
-    bench.recording.submit(PLAN)
-    bench.profiler.close()
-    assert not list(tmp_path.iterdir())
+    async def work() -> None:
+        bench = Bench(tmp_path)
+        await bench.start(None)
+        bench.ranks.step()
+        await bench.profiler.close()
+        assert not list(tmp_path.iterdir())
+
+    in_loop(work)
+
+
+def test_whoever_waits_for_a_profile_of_an_engine_that_is_lost_hears_of_it(tmp_path: Path) -> None:
+    async def work() -> None:
+        bench = Bench(tmp_path)
+        bench.ranks.writing = []
+        await bench.start(None)
+        stop = asyncio.ensure_future(bench.stop())
+        await asyncio.sleep(0.05)
+        bench.profiler.lost = EngineDeadError("it died")
+        with pytest.raises(EngineDeadError, match="it died"):
+            await stop
+
+    in_loop(work)

@@ -80,7 +80,8 @@ def measure_latency(
     temperature: float = 0.0,
 ) -> BatchLatency:
     """Run `num_iters` pairs of batches of random prompts, one token and `output_len` tokens long, after a warm-up.
-    Data-parallel ranks have equal shares of a batch. Those with the same `llm` share `rng`: no two prompts are alike, so that the prefix cache has none of them."""
+    Data-parallel ranks have equal shares of a batch. Calls with the same `llm` share `rng`: no two prompts are alike,
+    so that the prefix cache has none of them."""
 
     def time_batch(input_len: int, output_len: int) -> float:
         return _time_batch(llm, rng, batch_size, input_len, output_len, temperature)

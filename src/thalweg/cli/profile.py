@@ -27,7 +27,7 @@ def profile(
 ) -> None:
     """Record steps of the engine with torch's profiler, after a warm-up, for Perfetto and `thalweg trace`.
 
-    With -tp every rank is recorded, each as a process of the trace.
+    With -tp or -dp every rank is recorded, each as a process of the trace. Data-parallel ranks share the batch.
     """
     file = Path(output).expanduser()
     if not output.endswith((".json", ".json.gz")):

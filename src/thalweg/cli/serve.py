@@ -15,7 +15,7 @@ from thalweg.cli.options import engine_config, takes
 from thalweg.cli.torchrun import under_torchrun
 from thalweg.config import env
 from thalweg.config.engine import EngineConfig, parse_size
-from thalweg.engine.processes.messages import ProfilerOptions
+from thalweg.engine.processes.profiler import ProfilerOptions
 from thalweg.engine.sessions import SessionLimits
 from thalweg.errors import ConfigError
 from thalweg.server.settings import KEEP_ALIVE_SECONDS, MAX_QUEUED_REQUESTS, PING_SECONDS, Cors, StoreLimits

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
@@ -13,19 +12,14 @@ from thalweg.errors import EngineDeadError
 from thalweg.runner.executor import Executor
 from thalweg.scheduler.scheduler import Scheduler
 
-Submit = Callable[[StepPlan], Future[StepResult]]
 STEPS_AHEAD = 1  # plans submitted beyond the one whose result is awaited
 
 
 class EngineCore:
     """Requests in, updates out; owns the scheduler and feeds the executor. Not thread-safe: one loop drives it."""
 
-    def __init__(
-        self, scheduler: Scheduler, executor: Executor[Any], step_timeout_s: float = 300.0, submit: Submit | None = None
-    ) -> None:
-        """`submit` takes the place of the executor's."""
+    def __init__(self, scheduler: Scheduler, executor: Executor[Any], step_timeout_s: float = 300.0) -> None:
         self.scheduler, self._executor, self._step_timeout_s = scheduler, executor, step_timeout_s
-        self._submit = submit or executor.submit
         self._in_flight: deque[tuple[StepPlan, Future[StepResult]]] = deque()
 
     def add(self, request: Request) -> None:
@@ -58,7 +52,7 @@ class EngineCore:
         with tracing.span("schedule"):
             plan = self.scheduler.schedule()
         if plan is not None:
-            self._in_flight.append((plan, self._submit(plan)))
+            self._in_flight.append((plan, self._executor.submit(plan)))
             if len(self._in_flight) <= STEPS_AHEAD:
                 return []
         if not self._in_flight:

@@ -22,7 +22,6 @@ from thalweg.engine import cache_folder
 from thalweg.engine.core import EngineCore
 from thalweg.engine.processes.ranks import OtherRanks
 from thalweg.engine.pump import Pump
-from thalweg.engine.recording import Recording
 from thalweg.errors import ConfigError, EngineDeadError
 from thalweg.parallel.shards import Shards
 from thalweg.recorder.orders import Order
@@ -86,10 +85,11 @@ class Engine:
             where = data_rank or 0, data_meeting, listener
             runner, info = build_rank(config, 0, meeting, self.grammars, *where, self._joined.append)
             cached.append(runner.cache_index)
+            recorded = RecordedRunner(runner, (data_rank or 0) * config.tensor_parallel_size)
             if self.lock_step is not None:
-                self.lock_step.begin(runner.mesh.data, runner.serve_others, runner.rows_of, tell)
+                self.lock_step.begin(runner.mesh.data, recorded.serve_others, runner.rows_of, tell)
                 self.expert_counts = runner.expert_counts
-            return RecordedRunner(runner), info
+            return recorded, info
 
         self._executor: Executor[EngineInfo] = Executor(build, tell, self.lock_step)
         if self.ranks is not None:
@@ -100,13 +100,12 @@ class Engine:
             self.close()
             raise
         atexit.register(self.close, save=False)
-        self.recording = Recording(self._executor, config.tensor_parallel_size, config.nnodes)
         # Requests without a seed of their own differ from rank to rank.
         scheduler = new_scheduler(info, config.seed + ((data_rank or 0) << 32))
         tree = scheduler.cache.tree
         if isinstance(tree, TieredTree) and cached[0] is not None:
             cache_folder.restore(tree, cached[0], info)
-        self.core = EngineCore(scheduler, self._executor, config.step_timeout, self.recording.submit)
+        self.core = EngineCore(scheduler, self._executor, config.step_timeout)
         self.pump = Pump(self.core, self.grammars)
 
     def submit(self, plan: StepPlan) -> Future[StepResult]:

@@ -1,4 +1,4 @@
-"""What every rank is told to do between two steps, and what it tells of a recording. No torch."""
+"""What every rank is told to do between two steps, and what it leaves of a recording. No torch."""
 
 from __future__ import annotations
 
@@ -7,16 +7,21 @@ from pathlib import Path
 import msgspec
 
 from thalweg.core import SaveCache
+from thalweg.errors import ThalwegError
 
 
 class StartRecording(msgspec.Struct, frozen=True, array_like=True, tag="record"):
-    """Record the steps from the next one on."""
+    """Record the next `steps` steps, and write the rank's trace and then its Recorded into `folder`. An engine's rank 0
+    says that it is `full` once it has allocated `bytes` more than now (where the C library tells): an event of a trace
+    takes about as much memory as it takes in the trace's file. Nothing is written without a folder."""
+
+    folder: str
+    steps: int
+    bytes: int | None = None
 
 
 class StopRecording(msgspec.Struct, frozen=True, array_like=True, tag="write"):
-    """Stop, and write the rank's trace into `folder`."""
-
-    folder: str
+    """End the recording, if it has not ended by itself."""
 
 
 class FillCache(msgspec.Struct, frozen=True, array_like=True, tag="fill"):
@@ -52,13 +57,45 @@ Order = StartRecording | StopRecording | FillCache | CountLaunches | MeasureLink
 
 
 class Recorded(msgspec.Struct, frozen=True):
-    """A rank's recording. began_ns and ended_ns are time.perf_counter_ns of the first step's launch and of the end;
-    both are 0 if no step came."""
+    """A rank's recording: decode rows and prompt tokens of each step that it ran, both 0 if it ran others' experts
+    alone. began_ns and ended_ns are time.perf_counter_ns of the first step's launch and of the end. Without steps there
+    is no trace. `error` says why it could not be written."""
 
-    began_ns: int
-    ended_ns: int
+    rows: list[tuple[int, int]] = []
+    began_ns: int = 0
+    ended_ns: int = 0
+    error: str | None = None
 
 
 def rank_file(folder: Path, rank: int) -> Path:
-    """Where a rank's trace lies once all of it is written."""
+    """A rank's trace. Ranks of all data-parallel ones are counted, those that share a model one after another."""
     return folder / f"rank-{rank}.json"
+
+
+def recorded_file(folder: Path, rank: int) -> Path:
+    """A rank's Recorded, which is there once all that the rank writes is."""
+    return folder / f"rank-{rank}.recorded.json"
+
+
+def full_file(folder: Path) -> Path:
+    """Is there once a rank has allocated as much as it may."""
+    return folder / "full"
+
+
+def missing(folder: Path, ranks: int) -> list[int]:
+    """Ranks that have not written all of theirs (yet)."""
+    return [rank for rank in range(ranks) if not recorded_file(folder, rank).exists()]
+
+
+def read_recorded(folder: Path, rank: int) -> Recorded:
+    """Raises ThalwegError if the rank could not write its trace."""
+    recorded = msgspec.json.decode(recorded_file(folder, rank).read_bytes(), type=Recorded)
+    if recorded.error is not None:
+        raise ThalwegError(f"the trace of rank {rank} was not written: {recorded.error}")
+    return recorded
+
+
+def rows_of_all(folder: Path, ranks: int, share: int) -> list[tuple[int, int]]:
+    """Decode rows and prompt tokens of each step, over data-parallel ranks of `share` ranks each."""
+    of_ranks = [read_recorded(folder, rank).rows for rank in range(0, ranks, share)]
+    return [(sum(d for d, _ in step), sum(t for _, t in step)) for step in zip(*of_ranks, strict=True)]

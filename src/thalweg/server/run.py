@@ -17,7 +17,7 @@ import uvicorn
 from thalweg.config.engine import EngineConfig
 from thalweg.config.streams import say
 from thalweg.engine.processes.client import EngineClient, RequestLimits
-from thalweg.engine.processes.messages import ProfilerOptions
+from thalweg.engine.processes.profiler import ProfilerOptions
 from thalweg.engine.sessions import SessionLimits
 from thalweg.errors import ConfigError
 from thalweg.server.app import create_app

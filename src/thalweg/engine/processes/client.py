@@ -11,7 +11,8 @@ from thalweg.config.engine import EngineConfig
 from thalweg.core import Request, RequestUpdate, SamplingParams
 from thalweg.engine.processes import messages as m
 from thalweg.engine.processes.engines import Engines
-from thalweg.errors import ConfigError, EngineDeadError, InvalidRequest, RequestTimeout, ThalwegError
+from thalweg.engine.processes.profiler import Profiler, ProfilerOptions, Trace
+from thalweg.errors import EngineDeadError, InvalidRequest, RequestTimeout, ThalwegError
 from thalweg.scheduler.scheduler import check_prompt_length
 from thalweg.text.codec import TextCodec, load_codec
 from thalweg.text.output import Delta, OutputProcessor, TextReader
@@ -38,16 +39,16 @@ class EngineClient(Engines):
         self,
         config: EngineConfig,
         limits: RequestLimits | None = None,
-        profiler: m.ProfilerOptions | None = None,
+        profiler: ProfilerOptions | None = None,
         debug: bool = False,
     ) -> None:
         """With `debug` the engine process says on standard error what it decides, such as why a prefix is not used.
         Raises ConfigError, as load_codec does."""
-        if profiler is not None and config.data_parallel_size > 1:
-            size = f"--data-parallel-size is {config.data_parallel_size}"
-            raise ConfigError(f"{size}, and --enable-profiler records one rank's steps; leave one of them out")
         self._limits, self.profiler = limits or RequestLimits(), profiler
-        super().__init__(config, m.Start(config.to_dict(), self._limits.queue_timeout, profiler, debug))
+        super().__init__(config, m.Start(config.to_dict(), self._limits.queue_timeout, debug))
+        share = config.tensor_parallel_size
+        ranks = config.data_parallel_size * share
+        self._profiler = None if profiler is None else Profiler(self.order, profiler, ranks, share)
         self.codec: TextCodec = load_codec(config)  # refuses a bad folder before a process is started
         self._queues: dict[str, asyncio.Queue[Delta | ThalwegError]] = {}
         self._ids = itertools.count()
@@ -55,6 +56,8 @@ class EngineClient(Engines):
     async def start(self) -> None:
         await super().start()
         self._outputs = OutputProcessor(self.codec.tokenizer, frozenset(self.info.eos_token_ids))
+        if self._profiler is not None:
+            await self._profiler.warm_up()
 
     async def generate(
         self,
@@ -89,6 +92,8 @@ class EngineClient(Engines):
         ended = False
         try:
             self._outputs.add(request, reader)
+            if self._profiler is not None:
+                self._profiler.added(request)
             self._add([request])
             while not ended:
                 delta = await queue.get()
@@ -105,6 +110,8 @@ class EngineClient(Engines):
             if not ended and self.dead is None and not self._closing:
                 self._abort(request_id)
             self._balance.forget(request_id)
+            if self._profiler is not None:
+                self._profiler.ended(request_id)
 
     async def start_profile(self, num_steps: int | None = None) -> None:
         """Record the steps from the next one on. Only with `profiler` options.
@@ -112,15 +119,23 @@ class EngineClient(Engines):
         Raises ProfileConflict if a recording is under way, InvalidRequest for too many steps, RequestTimeout if the
         engine does not answer, EngineDeadError.
         """
-        await self._ask(lambda question_id: m.StartProfile(question_id, num_steps))
+        assert self._profiler is not None
+        await self._profiler.start(num_steps)
 
-    async def stop_profile(self) -> m.Trace:
+    async def stop_profile(self) -> Trace:
         """End the recording, or take the trace of the last one if it ended by itself. Raises as start_profile, and
         ThalwegError if the trace could not be written."""
-        trace: m.Trace = await self._ask(m.StopProfile)
-        return trace
+        assert self._profiler is not None
+        return await self._profiler.stop()
+
+    async def close(self) -> None:
+        if self._profiler is not None:
+            await self._profiler.close()
+        await super().close()
 
     def _updated(self, updates: list[RequestUpdate], sent_at: float) -> None:
+        if self._profiler is not None:
+            self._profiler.updated(updates, sent_at)
         for update in updates:
             self._take(update, sent_at)
 
@@ -160,5 +175,7 @@ class EngineClient(Engines):
             queue.put_nowait(error)
 
     def _lost(self, error: EngineDeadError) -> None:
+        if self._profiler is not None:
+            self._profiler.lost = error
         for queue in self._queues.values():
             queue.put_nowait(error)

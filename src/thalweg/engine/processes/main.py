@@ -19,13 +19,12 @@ from thalweg.core import Request, RequestUpdate
 from thalweg.engine.gate import GrammarGate
 from thalweg.engine.processes import messages as m
 from thalweg.engine.processes.ipc import end_with_parent
-from thalweg.engine.processes.profiler import Profiler
 from thalweg.engine.start import Engine
 from thalweg.errors import InvalidRequest, QueueTimeout, ThalwegError
 
 STATS_INTERVAL_S = 0.5
 IDLE_POLL_MS = 500
-WRITING_POLL_MS = 20  # while nothing runs, and a trace is being written or an order has not been obeyed
+ORDER_POLL_MS = 5  # while nothing runs and an order has not been obeyed
 GATE_POLL_MS = 1  # while nothing runs and a grammar is being compiled
 
 
@@ -37,14 +36,12 @@ class EngineProcess:
         socket: zmq.Socket[bytes],
         engine: Engine,
         queue_timeout_s: float | None = None,
-        profiler: m.ProfilerOptions | None = None,
     ) -> None:
         self._socket, self._core, self._queue_timeout_s = socket, engine.core, queue_timeout_s
         self._taken: list[RequestUpdate] = []  # of requests that were taken in, and whose front end has yet to be told
         self._queued: dict[str, float] = {}  # when each must have a slot, in order of arrival; may name ended ones
         self._orders: list[tuple[int, Future[Any]]] = []  # that were given, by the id of the question
         self._gate = GrammarGate(engine.grammars, self._add, self._refuse)
-        self._profiler = None if profiler is None else Profiler(engine.recording, profiler, self._reply)
         self._engine, self._lock_step = engine, engine.lock_step
 
     def run(self) -> None:
@@ -64,15 +61,11 @@ class EngineProcess:
             if self._taken:
                 self._send(self._taken)
                 self._taken = []
-            if self._profiler is not None:
-                self._profiler.poll()
             if self._queued:
                 self._drop_late()
             updates: list[RequestUpdate] = []
             if self._core.has_work():
                 updates = self._core.step()
-                if self._profiler is not None:
-                    self._profiler.updated(updates)
             else:
                 self._core.check()
                 if not self._gate.waiting:
@@ -86,8 +79,8 @@ class EngineProcess:
         """With work at hand only what is already there is read; otherwise wait for it, with a look at the ranks."""
         if self._core.has_work():
             return 0
-        if self._orders or (self._profiler is not None and self._profiler.writing):
-            return WRITING_POLL_MS
+        if self._orders:
+            return ORDER_POLL_MS
         return GATE_POLL_MS if self._gate.waiting else IDLE_POLL_MS
 
     def _take(self, message: m.ToEngine) -> None:
@@ -102,8 +95,6 @@ class EngineProcess:
                 self._gate.abort(request_id)
                 self._core.abort(request_id)
                 self._queued.pop(request_id, None)
-                if self._profiler is not None:
-                    self._profiler.ended(request_id)
             # No update tells of the end of an aborted request, so what it freed is told here.
             self._send([])
         elif isinstance(message, m.Wake):
@@ -118,13 +109,6 @@ class EngineProcess:
             self._orders.append((message.id, self._engine.order(message.order, wake)))
         elif isinstance(message, m.Release):
             self._core.release(message.name)
-        elif isinstance(message, m.StartProfile | m.StopProfile) and self._profiler is not None:
-            self._profiler.take(message)
-
-    def close(self) -> None:
-        """End what is not the engine's own."""
-        if self._profiler is not None:
-            self._profiler.close()
 
     def _drop_late(self) -> None:
         """Refuse what has waited too long. The queue is first in, first out, so its head is the one to look at."""
@@ -137,8 +121,6 @@ class EngineProcess:
                 self._core.abort(request_id)
                 reason = f"the request waited for {self._queue_timeout_s:g} s and was not begun (--queue-timeout)"
                 self._refuse(request_id, QueueTimeout(reason))
-                if self._profiler is not None:
-                    self._profiler.ended(request_id)
                 dropped = True
             del self._queued[request_id]
         if dropped:
@@ -159,9 +141,6 @@ class EngineProcess:
     def _send(self, updates: list[RequestUpdate]) -> None:
         self._socket.send(m.encode(m.Updates(updates, self._core.stats(), time.monotonic())))
 
-    def _reply(self, message: m.Profiled) -> None:
-        self._socket.send(m.encode(message))
-
     def _refuse(self, request_id: str, error: ThalwegError) -> None:
         self._socket.send(m.encode(m.Refused(request_id, type(error).__name__, str(error))))
 
@@ -175,8 +154,6 @@ class EngineProcess:
             self._refuse(request.id, ThalwegError(f"the engine could not take the request in: {type(e).__name__}"))
         else:
             self._taken.append(RequestUpdate(request.id, []))  # it can wait
-            if self._profiler is not None:
-                self._profiler.added(request)
             if self._queue_timeout_s is not None:
                 self._queued[request.id] = time.monotonic() + self._queue_timeout_s
 
@@ -200,8 +177,7 @@ def main(address: str) -> int:
         listener = None if start.listener is None else sockets.socket(fileno=start.listener)
         engine = Engine(EngineConfig(**start.config), folder, start.data_rank, start.data_meeting, listener)
         socket.send(m.encode(m.Ready(engine.info)))
-        with contextlib.closing(EngineProcess(socket, engine, start.queue_timeout, start.profiler)) as process:
-            process.run()
+        EngineProcess(socket, engine, start.queue_timeout).run()
     except Exception as e:  # noqa: BLE001 -- the front end must hear of whatever it was
         kind = type(e).__name__
         with contextlib.suppress(zmq.ZMQError):

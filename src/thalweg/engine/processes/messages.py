@@ -11,15 +11,6 @@ from thalweg.core import Request, RequestUpdate, SchedulerStats
 from thalweg.recorder.orders import Order
 
 
-class ProfilerOptions(msgspec.Struct, frozen=True):
-    """Where traces go, and the steps of one at most. A trace ends early once the engine process has
-    allocated `max_bytes` more."""
-
-    folder: str
-    max_steps: int
-    max_bytes: int
-
-
 class Start(msgspec.Struct, frozen=True, tag=True):
     """First message to an engine process: EngineConfig.to_dict(), the seconds a request may wait for its slot, and
     whether its debug log is wanted on standard error. `data_meeting` is where data-parallel ranks of several hosts meet
@@ -27,7 +18,6 @@ class Start(msgspec.Struct, frozen=True, tag=True):
 
     config: dict[str, Any]
     queue_timeout: float | None = None
-    profiler: ProfilerOptions | None = None
     debug: bool = False
     data_rank: int = 0
     data_meeting: str = ""
@@ -49,19 +39,6 @@ class Wake(msgspec.Struct, frozen=True, tag=True):
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
     request_ids: list[str]
-
-
-class StartProfile(msgspec.Struct, frozen=True, tag=True):
-    """Record `num_steps` steps, or as many as the options allow; answered by Profiled without a trace."""
-
-    id: int
-    num_steps: int | None
-
-
-class StopProfile(msgspec.Struct, frozen=True, tag=True):
-    """End the recording, if it has not ended by itself; answered by Profiled with its trace."""
-
-    id: int
 
 
 class Keep(msgspec.Struct, frozen=True, tag=True):
@@ -125,26 +102,6 @@ class Dead(msgspec.Struct, frozen=True, tag=True):
     reason: str
 
 
-class Trace(msgspec.Struct, frozen=True):
-    """What a profile recorded: its file of so many bytes (None if no step came), and the steps and ranks in it.
-    `full_of` is "steps" or "bytes" if that limit ended it."""
-
-    file: str | None
-    bytes: int
-    steps: int
-    ranks: int
-    full_of: str | None
-
-
-class Profiled(msgspec.Struct, frozen=True, tag=True):
-    """The answer to StartProfile or StopProfile `id`. `kind` is the error class's name, if it failed."""
-
-    id: int
-    trace: Trace | None = None
-    kind: str | None = None
-    reason: str = ""
-
-
 class Kept(msgspec.Struct, frozen=True, tag=True):
     """The answer to Keep `id`."""
 
@@ -168,8 +125,8 @@ class Obeyed(msgspec.Struct, frozen=True, tag=True):
     reason: str = ""
 
 
-ToEngine = Start | Add | Wake | Abort | StartProfile | StopProfile | Keep | Release | CountExperts | Give | Stop
-FromEngine = Ready | Updates | Refused | Profiled | Kept | ExpertsCounted | Obeyed | Dead
+ToEngine = Start | Add | Wake | Abort | Keep | Release | CountExperts | Give | Stop
+FromEngine = Ready | Updates | Refused | Kept | ExpertsCounted | Obeyed | Dead
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode

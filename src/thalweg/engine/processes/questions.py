@@ -11,9 +11,9 @@ import thalweg.errors as errors
 from thalweg.engine.processes import messages as m
 from thalweg.errors import EngineDeadError, RequestTimeout, ThalwegError
 
-Question = m.StartProfile | m.StopProfile | m.Keep | m.CountExperts | m.Give
-Answer = m.Profiled | m.Kept | m.ExpertsCounted | m.Obeyed
-ANSWER_SECONDS = 240.0  # the profiler waits for its ranks to write
+Question = m.Keep | m.CountExperts | m.Give
+Answer = m.Kept | m.ExpertsCounted | m.Obeyed
+ANSWER_SECONDS = 240.0  # while ranks write the trace of a profile, nothing else is done
 
 
 class Questions:
@@ -32,8 +32,7 @@ class Questions:
             post(question)
             return await asyncio.wait_for(answer, ANSWER_SECONDS)
         except TimeoutError:
-            what = "profiler" if isinstance(question, m.StartProfile | m.StopProfile) else "engine"
-            raise RequestTimeout(f"the {what} has not answered within {ANSWER_SECONDS:g} s") from None
+            raise RequestTimeout(f"the engine has not answered within {ANSWER_SECONDS:g} s") from None
         finally:
             del self._open[question.id]
 
@@ -44,7 +43,7 @@ class Questions:
         if isinstance(message, m.Kept | m.ExpertsCounted):
             answer.set_result(message.tokens)
         elif message.kind is None:
-            answer.set_result(message.trace if isinstance(message, m.Profiled) else message.outcome)
+            answer.set_result(message.outcome)
         else:
             answer.set_exception(same_error(message.kind, message.reason, ThalwegError))
 

@@ -28,8 +28,10 @@ def main(address: str) -> int:
     from thalweg.recorder.window import RecordedRunner
 
     where = start.data_rank, start.data_meeting
-    built, _ = build_rank(EngineConfig(**start.config), start.tp_rank, start.meeting, None, *where)
-    runner = RecordedRunner(built, start.tp_rank)
+    config = EngineConfig(**start.config)
+    built, _ = build_rank(config, start.tp_rank, start.meeting, None, *where)
+    rank = start.data_rank * config.tensor_parallel_size + start.tp_rank
+    runner = RecordedRunner(built, rank, tells_full=False)
     decode = msgspec.msgpack.Decoder(StepPlan | Order | Agreed).decode
     while True:
         message = decode(socket.recv())
@@ -37,7 +39,7 @@ def main(address: str) -> int:
             runner.launch(message)  # only rank 0's tokens count, so nobody waits for these
             continue
         if isinstance(message, Agreed):
-            built.agree(message)
+            runner.agree(message)
             continue
         try:
             runner.obey(message)
