@@ -83,19 +83,19 @@ def measure_latency(
     Data-parallel ranks have equal shares of a batch. Calls with the same `llm` share `rng`: no two prompts are alike,
     so that the prefix cache has none of them."""
 
-    def time_batch(input_len: int, output_len: int) -> float:
-        return _time_batch(llm, rng, batch_size, input_len, output_len, temperature)
+    def time_batch(size: int, input_len: int, output_len: int) -> float:
+        return _time_batch(llm, rng, size, input_len, output_len, temperature)
 
     firsts: list[float] = []
     wholes: list[float] = []
     host: defaultdict[str, list[int]] = defaultdict(list)  # nanoseconds, of whole runs
     for _ in range(num_iters_warmup):
-        time_batch(input_len, output_len)
+        time_batch(batch_size, input_len, output_len)
     for _ in range(num_iters):
         if output_len > 1:
-            firsts.append(time_batch(input_len, 1))
+            firsts.append(time_batch(batch_size, input_len, 1))
         with tracing.record(time.thread_time_ns) as spans:
-            wholes.append(time_batch(input_len, output_len))
+            wholes.append(time_batch(batch_size, input_len, output_len))
         for name in HOST_SPANS:
             host[name] += spans.durations[name]
     per_token = [(whole - first) / (output_len - 1) for first, whole in zip(firsts, wholes, strict=False)]
@@ -114,15 +114,17 @@ def measure_latency(
         host_us=host_us,
         host_us_per_step=sum(host_us.values()) if plans_here else None,
         launches=_launches(llm, batch_size, time_batch),
-        prompt_launches=_count(llm, lambda: time_batch(input_len, 1)),
+        prompt_launches=_count(llm, lambda: time_batch(batch_size, input_len, 1)),
     )
 
 
-def _launches(llm: LLM, batch_size: int, time_batch: Callable[[int, int], float]) -> float | None:
-    """Kernels and copies of one decode step: what more of them a longer output has."""
-    short, long = 2, 10
-    input_len = max(1, min(16, llm.info.max_num_batched_tokens // batch_size, llm.info.max_model_len - long))
-    few, many = (_count(llm, lambda n=n: time_batch(input_len, n)) for n in (short, long))  # type: ignore[misc]
+def _launches(llm: LLM, batch_size: int, time_batch: Callable[[int, int, int], float]) -> float | None:
+    """Kernels and copies of one decode step: what more of them a longer output has. Each data-parallel rank has as
+    many requests as the fullest: ranks would have the larger share in turns otherwise."""
+    short, long, ranks = 2, 10, llm.info.data_parallel_size
+    size = -(-batch_size // ranks) * ranks
+    input_len = max(1, min(16, llm.info.max_num_batched_tokens // size, llm.info.max_model_len - long))
+    few, many = (_count(llm, lambda n=n: time_batch(size, input_len, n)) for n in (short, long))  # type: ignore[misc]
     return None if few is None or many is None else (many - few) / (long - short)
 
 
