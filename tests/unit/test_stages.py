@@ -1,8 +1,6 @@
-"""The host memory that steps with prompts are staged in."""
+"""Host memory that steps are staged in is written anew only once its copy is over."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import pytest
 import torch
@@ -11,26 +9,42 @@ from thalweg.runner import stages
 from thalweg.runner.stages import STAGES, Stages
 
 
-def test_on_a_gpu_memory_is_written_anew_in_turn_and_grows(monkeypatch: pytest.MonkeyPatch) -> None:
-    empty, pinned = torch.empty, list[tuple[int, ...]]()
+class Stream:
+    """Copies that never end by themselves: an event is over once somebody waits for it."""
 
-    def without_a_gpu(*shape: int, pin_memory: bool = False, **options: Any) -> torch.Tensor:
-        if pin_memory:
-            pinned.append(shape)
-        return empty(*shape, **options)
+    def __init__(self) -> None:
+        self.launched = 0
+        self.over = 0  # of the copies launched
 
-    monkeypatch.setattr(stages.torch, "empty", without_a_gpu)
-    staged = Stages(torch.device("cuda"))
-    first = [staged.next(5) for _ in range(STAGES)]
-    assert len({stage.data_ptr() for stage in first}) == STAGES
-    assert [stage.shape for stage in first] == [(5,)] * STAGES
-    assert staged.next(8).data_ptr() == first[0].data_ptr()
-    assert staged.next(9).shape == (9,)
-    assert staged.next(4).shape == (4,)
-    assert pinned == [(STAGES, 8), (STAGES, 16)]
+    def record_event(self) -> Event:
+        return Event(self)
 
 
-def test_on_a_cpu_each_is_memory_of_its_own() -> None:
-    staged = Stages(torch.device("cpu"))
-    kept = [staged.next(3) for _ in range(STAGES + 1)]
+class Event:
+    def __init__(self, stream: Stream) -> None:
+        self.stream, self.behind = stream, stream.launched
+
+    def synchronize(self) -> None:
+        self.stream.over = max(self.stream.over, self.behind)
+
+
+@pytest.mark.parametrize("sizes", [[8] * 20, [3, 9, 4, 40, 40, 2, 300, 7, 7, 7]])
+def test_a_stage_is_given_once_its_last_copy_is_over(sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Stream()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    empty = torch.empty
+    monkeypatch.setattr(stages.torch, "empty", lambda *shape, pin_memory=False, **rest: empty(*shape, **rest))
+    given, read_by = Stages(torch.device("cuda")), dict[int, int]()
+    for number, size in enumerate(sizes, start=1):
+        stage = given.next(size)
+        assert stage.shape == (size,)
+        assert read_by.get(stage.data_ptr(), 0) <= stream.over, "a copy may still read it"
+        stream.launched = read_by[stage.data_ptr()] = number
+    assert stream.over < stream.launched
+    assert len(read_by) >= STAGES
+
+
+def test_each_stage_of_a_cpu_is_memory_of_its_own() -> None:
+    given = Stages(torch.device("cpu"))
+    kept = [given.next(5) for _ in range(2 * STAGES)]
     assert len({stage.data_ptr() for stage in kept}) == len(kept)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-STAGES = 4  # in turn: a copy to the device may still be reading one when the next step is staged
+STAGES = 4  # in turn: more than the steps that an engine has under way, so that it waits for none
 
 
 class Stages:
@@ -16,13 +18,18 @@ class Stages:
         self._cuda = device.type == "cuda"
         self._memory = torch.empty(STAGES, 0, dtype=torch.int64)
         self._turn = 0
+        self._copied: list[Any] = [None] * STAGES  # an event behind what was launched with each stage
 
     def next(self, size: int) -> Tensor:
-        """int64 [size] on the host, written anew once STAGES - 1 further ones were given."""
+        """int64 [size] on the host, for a copy that is launched on the current stream before this is called again.
+        Waits for the copy from the stage whose turn it is, if STAGES steps are launched ahead of the device."""
         if not self._cuda:
             return torch.empty(size, dtype=torch.int64)
+        self._copied[self._turn] = torch.cuda.current_stream().record_event()
+        self._turn = (self._turn + 1) % STAGES
+        if (copied := self._copied[self._turn]) is not None:
+            copied.synchronize()
         if size > self._memory.shape[1]:  # what copies still read is not freed before they are over
             most = 1 << (size - 1).bit_length()
             self._memory = torch.empty(STAGES, most, dtype=torch.int64, pin_memory=True)
-        self._turn = (self._turn + 1) % STAGES
         return self._memory[self._turn, :size]
