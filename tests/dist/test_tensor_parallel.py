@@ -165,13 +165,14 @@ def test_ranks_of_several_hosts_connect_before_they_load_weights(
 
 
 @pytest.mark.parametrize(("set_to", "found"), [(None, "0"), ("1", "1")])
+@pytest.mark.parametrize("name", ["TORCH_NCCL_ASYNC_ERROR_HANDLING", "TORCH_FR_BUFFER_SIZE"])
 def test_torch_leaves_a_rank_that_nccl_misses_to_whoever_watches_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, set_to: str | None, found: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, set_to: str | None, found: str
 ) -> None:
     import torch
     import torch.distributed as dist
 
-    name, seen = "TORCH_NCCL_ASYNC_ERROR_HANDLING", list[str | None]()
+    seen = list[str | None]()
 
     class Nccl:
         def __init__(self, *_: object) -> None:

@@ -34,17 +34,16 @@ def read(name: str) -> str | None:
 
 
 @contextmanager
-def unless_set(name: str, value: str) -> Iterator[None]:
-    """Around a library's call that takes an option from the environment alone: what it finds if the user says nothing.
+def unless_set(**variables: str) -> Iterator[None]:
+    """Around a library's call that takes options from the environment alone: what it finds if the user says nothing.
     Other threads see it meanwhile."""
-    if name in os.environ:
-        yield
-        return
-    os.environ[name] = value
+    new = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ.update(new)
     try:
         yield
     finally:
-        del os.environ[name]
+        for name in new:
+            del os.environ[name]
 
 
 def for_child(**variables: str) -> dict[str, str]:

@@ -71,10 +71,11 @@ def together(rank: str, size: int) -> Iterator[None]:
 
 def nccl_group(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
     """torch is not to end the process if NCCL misses a rank: whoever watches the ranks says why, and `leave` ends what
-    waits for it."""
+    waits for it. Nor is it to keep where each collective was called from: a thread of torch's own would look that up in
+    Python to say it, while Python may be ending."""
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timeout
-    with env.unless_set("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0"):
+    with env.unless_set(TORCH_NCCL_ASYNC_ERROR_HANDLING="0", TORCH_FR_BUFFER_SIZE="0"):
         return dist.ProcessGroupNCCL(store, rank, size, options)
 
 
