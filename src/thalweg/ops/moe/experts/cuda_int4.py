@@ -51,7 +51,7 @@ class Geometry(NamedTuple):
 
 def static_bytes(E: int, K: int, tokens: int) -> int:
     """Of shared memory, at most, besides what a launch asks for."""
-    return -(-(10 * E + 6 * tokens * K + 448) // 1024) * 1024
+    return -(-(10 * E + 8 * tokens * K + 128) // 1024) * 1024
 
 
 def geometry(columns: int, E: int, K: int, tokens: int) -> Geometry | None:

@@ -162,18 +162,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     auto share_out = [&]() {
         auto cost = [&](int pass) { return pass < passes.count ? cost_of(passes.size(pass)) : 0; };
         int all = 0;
+#pragma unroll 1
         for (int pass = lane; pass < passes.count; pass += 32) all += cost(pass);
 #pragma unroll
         for (int m = 16; m > 0; m /= 2) all += __shfl_xor_sync(~0u, all, m);
+        const int time = all * ITEMS + own_items * OWN_COST;
         auto time_before = [&](int b) {
             const int turns = own_items / grid * b + min(b, own_items % grid);
-            const long long time = ((long long)all * ITEMS + (long long)own_items * OWN_COST) * b / grid;
-            return (int)max(time - turns * OWN_COST, 0ll);
+            return max(time / grid * b + time % grid * b / grid - turns * OWN_COST, 0);
         };
         const int starts[2] = {time_before(block), time_before(block + 1)};
         if (lane < 2) run_s[lane] = passes.count * ITEMS;
         __syncwarp();
         int ahead = 0;  // of passes
+#pragma unroll 1
         for (int from = 0; from < passes.count; from += 32) {
             const int own = cost(from + lane);
             int end = own;

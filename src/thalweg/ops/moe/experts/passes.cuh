@@ -8,6 +8,7 @@ template <int EXPERTS, int EACH, int MOST_TOKENS> struct Passes {
     u16 first[EXPERTS];     // place of the expert's first pair
     u16 expert[MOST];
     u16 start[MOST + 1];    // place of a pass's first pair; behind the last pass, how many there are
+    u16 chosen[MOST];       // the expert of each pair
     u16 pairs[MOST];        // t * EACH + place, pass by pass, of the tokens that chose an expert in their order
     int count;
 
@@ -19,46 +20,51 @@ template <int EXPERTS, int EACH, int MOST_TOKENS> struct Passes {
         return i >= size(pass) ? NONE : pairs[MOST_TOKENS == 1 ? pass : start[pass] + i];
     }
 
-    // By one warp. Passes are in the order of their experts' first tokens.
+    // By one warp, of whose lanes each lists every 32nd expert. Loops are not unrolled: instructions that run once have to
+    // come from memory first, which unrolled took 24 us here for 512 pairs.
     __device__ void list(const long long* ids, int T) {
         constexpr int ROUNDS = (MOST + 31) / 32;
-        const int lane = threadIdx.x % 32;
-        int chosen[ROUNDS], total = 0;
+        const int lane = threadIdx.x % 32, all = T * EACH;
+        int some[ROUNDS];
 #pragma unroll
-        for (int i = 0; i < ROUNDS; i++) chosen[i] = 32 * i + lane < T * EACH ? load_id(ids + 32 * i + lane) : -1;
+        for (int i = 0; i < ROUNDS; i++) some[i] = 32 * i + lane < all ? load_id(ids + 32 * i + lane) : -1;
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++)
-            if (chosen[i] >= 0) atomicOr(&tokens[chosen[i]], 1ull << (32 * i + lane) / EACH);
-        __syncwarp();
-#pragma unroll
-        for (int i = 0; i < ROUNDS; i++) {
-            const int t = (32 * i + lane) / EACH;
-            if (32 * i >= T * EACH) break;
-            const u64 all = tokens[max(chosen[i], 0)];
-            int own = 0;  // passes, and below them pairs, of the expert whose first token this is
-            if (chosen[i] >= 0 && !(all & ((1ull << t) - 1))) own = (__popcll(all) + 7) / 8 << 16 | __popcll(all);
-            int end = own;
-#pragma unroll
-            for (int m = 1; m < 32; m *= 2) {
-                const int before = __shfl_up_sync(~0u, end, m);
-                if (lane >= m) end += before;
-            }
-            const int from = total + end - own;
-            for (int n = 0; n < own >> 16; n++) {
-                expert[(from >> 16) + n] = chosen[i];
-                start[(from >> 16) + n] = (from & 0xffff) + 8 * n;
-            }
-            if (own) first[chosen[i]] = from & 0xffff;
-            total += __shfl_sync(~0u, end, 31);
+            if (32 * i + lane < MOST) chosen[32 * i + lane] = some[i];
+#pragma unroll 1
+        for (int p = lane; p < all; p += 32) {
+            const int e = chosen[p], t = p / EACH;
+            if (e != NONE) atomicOr((u32*)&tokens[e] + t / 32, 1u << t % 32);
         }
         __syncwarp();
-#pragma unroll
-        for (int i = 0; i < ROUNDS; i++) {
-            if (chosen[i] < 0) continue;
-            const int p = 32 * i + lane, t = p / EACH;
-            pairs[first[chosen[i]] + __popcll(tokens[chosen[i]] & ((1ull << t) - 1))] = p;
+        int own = 0;  // passes, and below them pairs
+#pragma unroll 4
+        for (int e = lane; e < EXPERTS; e += 32) {
+            const int n = __popcll(tokens[e]);
+            own += (n + 7) / 8 << 16 | n;
         }
-        if (lane == 0) count = total >> 16, start[total >> 16] = total & 0xffff;
+        int end = own;
+#pragma unroll
+        for (int m = 1; m < 32; m *= 2) {
+            const int before = __shfl_up_sync(~0u, end, m);
+            if (lane >= m) end += before;
+        }
+        int pass = end - own >> 16, place = end - own & 0xffff;
+#pragma unroll 1
+        for (int e = lane; e < EXPERTS; e += 32) {
+            const int n = __popcll(tokens[e]);
+            first[e] = place;
+#pragma unroll 1
+            for (int i = 0; i < n; i += 8) expert[pass] = e, start[pass++] = place + i;
+            place += n;
+        }
+        if (lane == 31) count = pass, start[pass] = place;
+        __syncwarp();
+#pragma unroll 1
+        for (int p = lane; p < all; p += 32) {
+            const int e = chosen[p], t = p / EACH;
+            if (e != NONE) pairs[first[e] + __popcll(tokens[e] & ((1ull << t) - 1))] = p;
+        }
         __syncwarp();
     }
 };
