@@ -74,7 +74,7 @@ def latency(
         info = llm.info
         start_s = time.perf_counter() - began
         check_context(lengths, output_len, info.max_model_len)
-        import torch  # here, since profilers want to be used on the thread that brings torch in: the rank's
+        import torch
 
         from thalweg.bench.ceilings import measure_ceilings
         from thalweg.bench.floor import batch_floor
