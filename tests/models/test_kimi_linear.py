@@ -50,16 +50,8 @@ def test_long_prompt_against_float64(tmp_path: Path) -> None:
             np.testing.assert_allclose(llm.prompt_logits(ids).numpy(), expected, atol=ATOL, rtol=0)
 
 
-FORMS = [
-    {"norm_linear": "separate", "batched_projection": "separate"},  # the projections as the checkpoint has them
-    {"split_heads": "einops", "merge_heads": "einops"},
-]
-
-
-@pytest.mark.parametrize("forms", FORMS, ids=["separate", "einops"])
-def test_forms_that_an_op_preference_asks_for_give_the_same(tmp_path: Path, forms: dict[str, str]) -> None:
-    if "einops" in forms.values():
-        pytest.importorskip("einops")
+def test_forms_that_an_op_preference_asks_for_give_the_same(tmp_path: Path) -> None:
+    forms = {"norm_linear": "separate", "batched_projection": "separate"}  # the projections as the checkpoint has them
     c = random.config()
     w = random.weights(c)
     folder = random.write(tmp_path / "model", c, w)

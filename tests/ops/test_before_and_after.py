@@ -1,4 +1,4 @@
-"""Forms that serve only if --op asks for them: unfused products and einops, held against what serves otherwise."""
+"""Forms that serve only if --op asks for them: unfused products, held against what serves otherwise."""
 
 from __future__ import annotations
 
@@ -12,10 +12,8 @@ from tests.ops.interpreted import run_interpreted
 from tests.ops.split_norms_case import check_same_bits, split_norms_case
 from thalweg.bench.kernels.rearrange import SITES, Site
 from thalweg.errors import ConfigError
-from thalweg.ops import heads
 from thalweg.ops.attention.mla_down_norms import SPLIT_NORMS, SplitNormsDims
 from thalweg.ops.attention.mla_rope import MLA_ROPE, MlaRopeDims
-from thalweg.ops.heads import MERGE_HEADS, SPLIT_HEADS, HeadsDims
 from thalweg.ops.linear import NORM_LINEAR, NormLinearDims
 from thalweg.ops.norm import RMS_NORM, RmsNormDims
 from thalweg.ops.projection import BATCHED_PROJECTION, BatchedProjectionDims
@@ -77,29 +75,6 @@ def test_batched_projection(R: int, O: int, dtype: torch.dtype, contiguous: bool
         found = separate(x, w)
         assert torch.equal(found, batched(x, w))
         assert found[:, 0].stride(-1) == 1
-
-
-@pytest.mark.parametrize("contiguous", [True, False])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("H", "X"), [(4, 64), (1, 48), (96, 3)])
-def test_heads(H: int, X: int, dtype: torch.dtype, contiguous: bool) -> None:
-    pytest.importorskip("einops")
-    split, split_by_einops = both(SPLIT_HEADS, HeadsDims(X=X), dtype, "einops")
-    merge, merge_by_einops = both(MERGE_HEADS, HeadsDims(X=X), dtype, "einops")
-    for T in TOKENS:
-        x = rows(T, H * X, dtype, contiguous)
-        in_heads = split_by_einops(x)
-        assert torch.equal(in_heads, split(x))
-        assert in_heads.shape == (T, H, X)
-        assert in_heads.data_ptr() == x.data_ptr()
-        assert torch.equal(merge_by_einops(in_heads), x)
-        assert torch.equal(merge(in_heads), x)
-
-
-def test_without_einops_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heads, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="einops is not installed; pip install einops"):
-        Resolver({"split_heads": "einops"}).resolve(SPLIT_HEADS, Where("cpu", "float32"), HeadsDims(X=8))
 
 
 def laid_out(shape: tuple[int, ...], dtype: torch.dtype, layout: str, device: str = "cpu") -> Tensor:

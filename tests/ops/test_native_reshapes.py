@@ -14,7 +14,6 @@ from thalweg.ops.delta.conv1d.reference import conv1d_decode
 from thalweg.ops.delta.gdn.reference import decay, gdn_mixer_decode, gdn_prefill
 from thalweg.ops.delta.kda.reference import kda_decode, kda_gate, kda_prefill
 from thalweg.ops.delta.kda_mixer.reference import kda_mixer_decode
-from thalweg.ops.heads.reference import merge_heads, split_heads
 from thalweg.ops.norm.reference import gated_rms_norm
 from thalweg.ops.projection.reference import batched_projection
 
@@ -39,12 +38,12 @@ def test_a_kda_layer(H: int, K: int, R: int, dtype: torch.dtype, contiguous: boo
         x = rows(T, 3 * H * K + H + 2 * R, dtype, contiguous)
         qkv, _, low = x.split([3 * H * K, H, 2 * R], dim=-1)
         assert torch.equal(low.unflatten(-1, (2, R)), rearrange(low, "t (two r) -> t two r", two=2))
-        for i, part in enumerate(split_heads(qkv, width=K).chunk(3, dim=1)):
+        for i, part in enumerate(qkv.unflatten(-1, (-1, K)).chunk(3, dim=1)):
             assert torch.equal(part, rearrange(qkv, "t (three h k) -> three t h k", three=3, k=K)[i])
-        heads = split_heads(qkv, width=K)
+        heads = qkv.unflatten(-1, (-1, K))
         assert torch.equal(heads, rearrange(qkv, "t (h k) -> t h k", k=K))
         for o in (heads, heads.transpose(0, 1).contiguous().transpose(0, 1)):
-            assert torch.equal(merge_heads(o), rearrange(o, "t h k -> t (h k)"))
+            assert torch.equal(o.flatten(1), rearrange(o, "t h k -> t (h k)"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

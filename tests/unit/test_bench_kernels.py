@@ -20,7 +20,7 @@ from thalweg.bench.kernels.feed_forward import distinct_experts
 from thalweg.bench.kernels.measure import Measurement, measure_case
 from thalweg.bench.kernels.model import PUBLISHED, ModelOps
 from thalweg.bench.kernels.ranks import OF_EXPERTS, OPS
-from thalweg.bench.kernels.suites import DECODE, PREFILL, RANKS, SUITES, VIEWS, choose_ops, run_suite
+from thalweg.bench.kernels.suites import DECODE, PREFILL, RANKS, SUITES, choose_ops, run_suite
 from thalweg.cli import main
 from thalweg.config.engine import EngineConfig
 from thalweg.errors import ConfigError
@@ -205,7 +205,7 @@ def check(results: list[Measurement]) -> None:
 
 
 def test_every_op_that_a_model_asks_for_has_cases(tmp_path: Path) -> None:
-    known = {op.name for op, _ in (*DECODE, *PREFILL)} | set(VIEWS) | set(OPS)
+    known = {op.name for op, _ in (*DECODE, *PREFILL)} | set(OPS)
     configs = [small_qwen(tmp_path), small_k2(tmp_path), small_k2(tmp_path, q_rank=None)]
     divided = setting(data_parallel_size=2, enable_expert_parallel=True).model
     assert divided.names() <= known | set(OF_EXPERTS)
@@ -213,7 +213,7 @@ def test_every_op_that_a_model_asks_for_has_cases(tmp_path: Path) -> None:
         model = setting(**options).model
         assert model.names() <= known
         of_suites = {name for suite in ("decode", "prefill") for name in names(suite, model)}
-        assert of_suites == model.names() - set(VIEWS) - set(OPS)
+        assert of_suites == model.names() - set(OPS)
         assert (set(OPS) <= model.names()) == ("tensor_parallel_size" in options)
 
 

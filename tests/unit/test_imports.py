@@ -39,7 +39,7 @@ RULES = [
     ("llguidance", "sampling/"),
     ("huggingface_hub", "config/hub.py"),
     ("ray", "engine/processes/ray_hosts.py"),
-    ("einops", ("ops/heads/einops.py", "bench/kernels/rearrange.py")),  # to be measured, never to be used unasked
+    ("einops", "bench/kernels/rearrange.py"),  # to be measured, never to be used
     ("pickle", None),
     ("dill", None),
     ("multiprocessing", None),

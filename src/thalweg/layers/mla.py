@@ -19,7 +19,6 @@ from thalweg.ops.attention.mla import MLA_PREFILL, MlaPrefillDims
 from thalweg.ops.attention.mla_down_norms import SPLIT_NORMS, SplitNormsDims
 from thalweg.ops.attention.mla_mixer import MLA_DECODE, MLA_MIXER_DECODE, MlaMixerDims
 from thalweg.ops.attention.mla_rope import MLA_ROPE, MlaRopeDims
-from thalweg.ops.heads import MERGE_HEADS, SPLIT_HEADS, HeadsDims
 from thalweg.ops.norm import Normed
 
 
@@ -49,8 +48,6 @@ class LatentAttention(nn.Module):
         self.cache_specs = {"latent": PagedSpec((rank + rope,), ctx.dtype_name)}
         self.sizes = {"H": H, "K": nope, "V": value, "R": rank, "P": rope}
         self._prefill = ctx.op(MLA_PREFILL, MlaPrefillDims(**self.sizes))
-        self._split_heads = ctx.op(SPLIT_HEADS, HeadsDims(X=nope + rope))
-        self._merge_heads = ctx.op(MERGE_HEADS, HeadsDims(X=value))
 
     def up_weights(self) -> tuple[Tensor, Tensor]:
         """w_uk [H, nope, R] and w_uv [H, V, R]."""
@@ -69,7 +66,7 @@ class LatentAttention(nn.Module):
             value_dims=self.value,
             scale=self.scale,
         )
-        return self._merge_heads(o_THV)
+        return o_THV.flatten(1)  # t h v -> t (h v)
 
 
 class MultiHeadLatentAttention(LatentAttention):
@@ -120,7 +117,8 @@ class MultiHeadLatentAttention(LatentAttention):
                 blocks_MSC=latent_MSC,
                 block_rows_T=batch.block_rows_T[n:],
             )
-            parts.append(self.of_prefills(self._split_heads(proj_TX[n:, : self.queries]), latent_MSC, batch))
+            q_THX = proj_TX[n:, : self.queries].unflatten(-1, (self.H, -1))  # t (h x) -> t h x
+            parts.append(self.of_prefills(q_THX, latent_MSC, batch))
         return self.out_proj.of_parts(parts, x_TD)
 
 
@@ -182,7 +180,7 @@ class RotatedLatentAttention(LatentAttention):
                 )
             )
         if n < q_TO.shape[0]:
-            q_THX = self._split_heads(q_TO[n:])
+            q_THX = q_TO[n:].unflatten(-1, (self.H, -1))  # t (h x) -> t h x
             self._rotate(
                 q_THX,
                 positions_T=batch.positions_T[n:],

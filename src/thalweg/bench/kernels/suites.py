@@ -77,8 +77,6 @@ PREFILL: Makers = [
 ]
 RANKS = "ranks"  # what several ranks run together, in processes: bench/kernels/ranks.py
 SUITES = ("seeds", "decode", "prefill", RANKS)
-VIEWS = ("split_heads", "merge_heads")
-"""Ops without cases: they give the device nothing to do. The seeds suite times such reshapes on the processor."""
 
 
 def choose_ops(suite: str, op: str | None, model: ModelOps) -> list[Builder]:
