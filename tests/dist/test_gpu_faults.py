@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from thalweg import SamplingParams
 from thalweg.config.engine import EngineConfig
 from thalweg.engine.processes.client import EngineClient
 from thalweg.errors import EngineDeadError
+from thalweg.text.output import Delta
 
 pytestmark = [pytest.mark.gpu, needs_proc]
 
@@ -333,6 +334,10 @@ def test_a_death_on_another_host_ends_both(folder: Path, changed: Start, monkeyp
     there = options | {"device": f"cuda:{min(1, torch.cuda.device_count() - 1)}"}
     script = HOST.format(folder=str(folder), options=there)
 
+    async def to_its_end(answer: AsyncGenerator[Delta, None]) -> None:
+        async for _ in answer:
+            pass
+
     async def check(other: subprocess.Popen[str]) -> None:
         client = EngineClient(EngineConfig(str(folder), **options))
         await client.start()
@@ -345,9 +350,7 @@ def test_a_death_on_another_host_ends_both(folder: Path, changed: Start, monkeyp
             os.kill(rank, signal.SIGKILL)
             began = time.monotonic()
             with pytest.raises(EngineDeadError, match="node 1: tensor-parallel rank 1 ended with exit code -9"):
-                async with asyncio.timeout(WITHIN):
-                    async for _ in answer:
-                        pass
+                await asyncio.wait_for(to_its_end(answer), WITHIN)
             until(lambda: not any(map(lives, pids(client).values())), "the engine lives on", WITHIN)
             assert other.wait(WITHIN) == 7
             print(f"all ended after {time.monotonic() - began:.1f} s")
