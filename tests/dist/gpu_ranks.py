@@ -231,7 +231,8 @@ def the_same_from_run_to_run(r: Ranks) -> None:
 
 
 def tokens_to_experts_and_back(r: Ranks) -> None:
-    """Of data-parallel ranks, against the collectives; a graph of them many times, while ranks are late in turn."""
+    """Of data-parallel ranks, in the forms for few rows and for many, against the collectives; a graph of them many
+    times, while ranks are late in turn."""
     ranks = join_data_ranks(r.rank, 2, f"{r.file}-data", r.device, timeout_s=60)
     map_data_peers(ranks, r.device, exchange_areas(2))
     here, shared, K = 64, 1, 8
@@ -254,21 +255,21 @@ def tokens_to_experts_and_back(r: Ranks) -> None:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            step()
+            _ = step(many=False), step(many=True)
             graph = torch.cuda.CUDAGraph()
             graph.capture_begin(capture_error_mode="thread_local")
-            for _ in range(5):
-                found = step()
+            results = [step(many=many) for many in (False, True, True, False)]
             graph.capture_end()
         torch.cuda.current_stream().wait_stream(side)
         for i in range(200):
             if i % 37 == 18 * r.rank:
                 torch.cuda._sleep(1_000_000)
             graph.replay()
-        for a, b in zip(found[:3], want[:3], strict=True):
-            assert torch.equal(a, b), (R, width)
-        for a, b in zip(found[3:], want[3:], strict=True):
-            assert ((a.float() - b.float()).norm() / b.float().norm()) < 0.005, (R, width)
+        for found in results:
+            for a, b in zip(found[:3], want[:3], strict=True):
+                assert torch.equal(a, b), (R, width)
+            for a, b in zip(found[3:], want[3:], strict=True):
+                assert ((a.float() - b.float()).norm() / b.float().norm()) < 0.005, (R, width)
     torch.cuda.synchronize()
     ranks.close()
 
