@@ -48,7 +48,7 @@ PREFILLS = (1, 15)  # and the one that pads the step: logits of few enough rows 
 ROWS = (0, 8, 32, 64, 128, 256)  # beyond, a step is long, and logits of so many rows are much memory
 NEWS_BLOCK = 32  # tokens of a block at least, if all of a step's can come with it
 # Rows of a data-parallel rank, for its experts. One for nothing takes little time, and each size wants its own graphs.
-EXCHANGED = (64, 256, 512, 1024, 2048, 3072, 4352)
+EXCHANGED = (256, 512, 1024, 2048, 3072, 4352)
 MAX_SHAPES = 128  # that are captured; others run eagerly from then on
 
 
