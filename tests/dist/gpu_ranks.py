@@ -19,6 +19,8 @@ from thalweg.ops.linear import cuda as linear
 from thalweg.ops.moe.exchange import areas_of as exchange_areas
 from thalweg.ops.moe.exchange import cuda as exchange
 from thalweg.ops.moe.exchange import reference as exchange_reference
+from thalweg.ops.norm import NextNorm
+from thalweg.ops.norm.reference import rms_norm
 from thalweg.parallel.data_ranks import join_data_ranks
 from thalweg.parallel.mesh import Mesh, join_mesh
 from thalweg.parallel.peers import map_data_peers, map_peers
@@ -67,6 +69,21 @@ def many(r: Ranks) -> None:
             y = cuda.all_reduce_add_many(residual, x, r.mesh)
         first, second = r.both(x)
         assert torch.equal(y, (first.float() + second.float() + residual.float()).bfloat16()), T
+
+
+def many_normed(r: Ranks) -> None:
+    """With the norm that comes next, by turns with sums without one."""
+    weight = r.draw(D, same=True)
+    for T in (1, 513, 1000, 4800, 16000):
+        residual, x = r.draw(T, D, same=True), r.draw(T, D)
+        for _ in range(3):
+            next_norm = NextNorm(weight, 1e-5)
+            y = cuda.all_reduce_add_many(residual, x, r.mesh, next_norm=next_norm)
+            plain = cuda.all_reduce_add_many(residual, x, r.mesh)
+        assert torch.equal(y, plain), T
+        assert next_norm.normed_TD is not None
+        assert r.same_bits(next_norm.normed_TD), T
+        torch.testing.assert_close(next_norm.normed_TD, rms_norm(y, weight, 1e-5), atol=0, rtol=0.01)
 
 
 def many_embedded(r: Ranks) -> None:
@@ -301,7 +318,7 @@ def _run(rank: int, file: str, check: Callable[[Ranks], None]) -> None:
 
 
 CHECKS = [
-    *(sums, many, many_embedded, weighted_sums, weighted_many, projections, projections_of_more_tokens),
+    *(sums, many, many_normed, many_embedded, weighted_sums, weighted_many, projections, projections_of_more_tokens),
     *(rows, ids, replays, the_same_from_run_to_run, tokens_to_experts_and_back, a_rank_that_dies),
 ]
 

@@ -1,4 +1,4 @@
-"""Norms that experts compute with their sum, for the layer behind, change no model's answers."""
+"""Norms that experts compute with their sum, or a sum over ranks, for what comes behind, change no model's answers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from torch import Tensor
 from tests.models import random_checkpoint, random_kimi_k2, random_qwen
 from thalweg import LLM, SamplingParams
 from thalweg.layers.context import BuildContext
+from thalweg.layers.experts import Router
 from thalweg.layers.linear import NormLinear
+from thalweg.ops.all_reduce import reference as all_reduce_reference
 from thalweg.ops.linear.fp8 import reference
 from thalweg.ops.moe import experts
 from thalweg.ops.norm import NextNorm
@@ -68,6 +70,45 @@ def test_the_next_layer_takes_the_norm_it_is_told(family: str, tmp_path: Path, m
     monkeypatch.setattr(NormLinear, "forward", spied)
     torch.testing.assert_close(logits(), expected, rtol=1e-4, atol=1e-4)
     assert told
+    assert [t.data_ptr() for t in told] == [t.data_ptr() for t in used]
+
+
+@pytest.mark.parametrize("family", ["kimi_linear", "qwen"])
+def test_blocks_take_the_norm_that_a_sum_over_ranks_tells(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = model(family, tmp_path)
+
+    def answer() -> list[int]:
+        with LLM(str(folder), device="cpu", dtype="float32", max_num_seqs=2, tensor_parallel_size=2) as llm:
+            prompt = [(7 * j * j) % 100 for j in range(40)]
+            [output] = llm.generate([prompt], SamplingParams(max_tokens=4, temperature=0, ignore_eos=True))
+        assert output.error is None
+        return list(output.outputs[0].token_ids)
+
+    expected, told, used = answer(), list[Tensor](), list[Tensor]()
+    plain, linear_forward, router_forward = all_reduce_reference.all_reduce_add, NormLinear.forward, Router.forward
+
+    def telling(*inputs: Any, next_norm: NextNorm | None = None, **others: Any) -> Tensor:
+        y_TD = plain(*inputs, **others)
+        if next_norm is not None:
+            next_norm.normed_TD = rms_norm(y_TD, next_norm.weight_D, next_norm.eps)
+            told.append(next_norm.normed_TD)
+        return y_TD
+
+    def spied_linear(self: NormLinear, x_TD: Tensor, normed_TD: Tensor | None = None, /) -> Tensor:
+        used.extend([] if normed_TD is None else [normed_TD])
+        return linear_forward(self, x_TD, normed_TD)
+
+    def spied_router(self: Router, x_TD: Tensor, known_TD: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        used.extend([] if known_TD is None else [known_TD])
+        return router_forward(self, x_TD, known_TD)
+
+    monkeypatch.setattr(all_reduce_reference, "all_reduce_add", telling)
+    monkeypatch.setattr(NormLinear, "forward", spied_linear)
+    monkeypatch.setattr(Router, "forward", spied_router)
+    assert answer() == expected
+    assert len(told) > 4
     assert [t.data_ptr() for t in told] == [t.data_ptr() for t in used]
 
 

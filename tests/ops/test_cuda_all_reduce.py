@@ -19,6 +19,8 @@ from thalweg.ops.all_gather import cuda as gather
 from thalweg.ops.all_reduce import AREAS, cuda, reference
 from thalweg.ops.embedding import cuda as embedding
 from thalweg.ops.linear import cuda as linear
+from thalweg.ops.norm import NextNorm
+from thalweg.ops.norm.reference import rms_norm
 from thalweg.ops.sample import over_ranks
 from thalweg.parallel.peers import KINDS, Area
 
@@ -97,6 +99,25 @@ def test_sums_of_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
         x[0, :, 7], x[1, ::3], residual[::2, 5] = 0.0, 0.0, -0.0
         y = same(ranks.run(lambda r, x=x, residual=residual: cuda.all_reduce_add_many(residual, x[r.tp_rank], r)))
         assert torch.equal(y, (x.float().sum(0) + residual.float()).bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=REST)])
+def test_sums_of_many_tokens_with_the_next_norm(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    ranks, D = few_threads(monkeypatch), 512
+    weight = torch.randn(D).to(dtype)
+    for T in (60, 1, 12, 3, 0):
+        x, residual = torch.randn(2, T, D).bfloat16(), torch.randn(T, D).bfloat16()
+        norms = [NextNorm(weight, 1e-5) for _ in range(2)]
+        y = same(
+            ranks.run(
+                lambda r, x=x, residual=residual, norms=norms: cuda.all_reduce_add_many(
+                    residual, x[r.tp_rank], r, next_norm=norms[r.tp_rank]
+                )
+            )
+        )
+        assert torch.equal(y, (x.float().sum(0) + residual.float()).bfloat16())
+        normed = same([norm.normed_TD for norm in norms])
+        torch.testing.assert_close(normed, rms_norm(y, weight, 1e-5), atol=0, rtol=0.01)
 
 
 @pytest.mark.parametrize("own", [False, pytest.param(True, marks=REST)])
@@ -266,9 +287,12 @@ def test_the_others_compile_for_hopper(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("parts", [1, 9])
-def test_sums_of_many_compile_for_hopper(parts: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("norm", [0, 2, 4])
+def test_sums_of_many_compile_for_hopper(parts: int, norm: int, tmp_path: Path) -> None:
     macros = {"D": 2304, "PARTS": parts, "WEIGHTED": int(parts > 1), "OWN": 0, "BLOCK": cuda.MANY_THREADS}
-    macros |= {**cuda.MANY, "RANKS": 2, "RANK": 1}
+    macros |= {**cuda.MANY, "NORM": norm, "RANKS": 2, "RANK": 1}
+    if norm:
+        macros["BLOCK"] = 288
     assert compile_cuda(cuda.OF_MANY, tmp_path, **macros).spilled_bytes == 0
 
 

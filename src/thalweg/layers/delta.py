@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from thalweg.layers.batch import Batch
 from thalweg.layers.context import BuildContext, LayerCache
 from thalweg.layers.linear import LinearAdd, NormLinear
-from thalweg.ops.norm import Normed
+from thalweg.ops.norm import NextNorm, Normed
 
 
 class ShortConv(nn.Module):
@@ -27,7 +27,14 @@ class DeltaMixer(nn.Module):
     out_proj: LinearAdd
     adds_decodes = False
 
-    def forward(self, x_TD: Tensor, batch: Batch, cache: LayerCache, normed: Normed | None = None) -> Tensor:
+    def forward(
+        self,
+        x_TD: Tensor,
+        batch: Batch,
+        cache: LayerCache,
+        normed: Normed | None = None,
+        next_norm: NextNorm | None = None,
+    ) -> Tensor:
         proj_TX = self.in_proj(x_TD, normed)
         n, parts = batch.num_decodes, []
         if n and self.adds_decodes:
@@ -43,7 +50,7 @@ class DeltaMixer(nn.Module):
             parts.append(self._mix_decode(proj_TX[:n], batch.slots_B[:n], cache))
         if n < proj_TX.shape[0]:
             parts.append(self._mix_prefill(proj_TX[n:], batch.slots_B[n:], batch, cache))
-        return self.out_proj.of_parts(parts, x_TD)
+        return self.out_proj.of_parts(parts, x_TD, next_norm)
 
     def _decode_add(self, proj_BX: Tensor, x_BD: Tensor, slots_B: Tensor, cache: LayerCache) -> Tensor:
         """x + out_proj of `_mix_decode`, if `adds_decodes` says that one op has both."""

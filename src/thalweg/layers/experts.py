@@ -49,9 +49,10 @@ class Router(nn.Module):
         dims = NormRouterDims(E=experts, D=width, K=top_k, G=groups, S=shared, gated=gated, norm_fp32=ctx.norm_fp32)
         self._router = ctx.op(NORM_ROUTER, dims)
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x_TD: Tensor, known_TD: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """(norm(x), weights float32, expert ids), the latter two [T, top_k + shared]; the shared experts come last,
-        with weight 1 or, if `gated`, the sigmoid of what the last row of the weight gives."""
+        with weight 1 or, if `gated`, the sigmoid of what the last row of the weight gives. `known_TD`: norm(x), if it
+        is known."""
         return self._router(
             x_TD,
             self.norm.weight,
@@ -65,6 +66,7 @@ class Router(nn.Module):
             n_group=self.groups,
             topk_group=self.topk_groups,
             num_shared=self.shared,
+            known_TD=known_TD,
         )
 
 

@@ -13,7 +13,7 @@ from thalweg.layers.context import BuildContext, LayerCache
 from thalweg.layers.linear import LinearAdd, NormLinear
 from thalweg.layers.norm import NormWeight
 from thalweg.ops.attention.gqa import GQA_MIXER_DECODE, GQA_PREFILL, GQA_PREPARE, GqaDims
-from thalweg.ops.norm import Normed
+from thalweg.ops.norm import NextNorm, Normed
 
 
 class GatedAttention(nn.Module):
@@ -53,7 +53,14 @@ class GatedAttention(nn.Module):
         self._prepare = ctx.op(GQA_PREPARE, dims)
         self._prefill = ctx.op(GQA_PREFILL, dims)
 
-    def forward(self, x_TD: Tensor, batch: Batch, cache: LayerCache, normed: Normed | None = None) -> Tensor:
+    def forward(
+        self,
+        x_TD: Tensor,
+        batch: Batch,
+        cache: LayerCache,
+        normed: Normed | None = None,
+        next_norm: NextNorm | None = None,
+    ) -> Tensor:
         proj_TX = self.in_proj(x_TD, normed)
         keys_MSGK, values_MSGK = cache["keys"], cache["values"]
         n, tables, parts = batch.num_decodes, batch.block_tables_BN, []
@@ -96,4 +103,4 @@ class GatedAttention(nn.Module):
                 offsets=batch.prefill_offsets,
             )
             parts.append(o_TO)
-        return self.out_proj.of_parts(parts, x_TD)
+        return self.out_proj.of_parts(parts, x_TD, next_norm)

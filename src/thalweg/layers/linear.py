@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +28,6 @@ from thalweg.ops.linear import (
 from thalweg.ops.linear.fp8 import LINEAR_ADD_FP8, LINEAR_FP8, NORM_LINEAR_FP8, Fp8LinearDims
 from thalweg.ops.norm import RMS_NORM, NextNorm, Normed, RmsNormDims
 from thalweg.ops.swiglu import NORM_SWIGLU, NormSwigluDims
-from thalweg.parallel.mesh import Mesh
 from thalweg.quant import PLAIN
 
 
@@ -143,20 +141,18 @@ class GateUp(Weights):
         return self._act(y_TX) if self.is_quantized else y_TX
 
 
-def _over_ranks(op: LinearReduceAdd, mesh: Mesh, x_TD: Tensor, w_OD: Tensor, residual_TO: Tensor) -> Tensor:
-    return op(x_TD, w_OD, residual_TO, mesh)
-
-
 class LinearAdd(Weights):
-    """y = residual + x W^T, summed over ranks: `in_features` is this rank's share."""
+    """y = residual + x W^T, summed over ranks: `in_features` is this rank's share. A norm that comes next of y may be
+    computed where that is summed."""
 
     def __init__(self, ctx: BuildContext, in_features: int, out_features: int) -> None:
         super().__init__(ctx, in_features, out_features)
         self.mesh = ctx.mesh
         self._linear: Callable[..., Tensor]
         self._linear_add: Callable[..., Tensor]
+        self._linear_reduce_add: LinearReduceAdd
         self._reduce_add: AllReduceAdd | None = None
-        mesh, ranks, mapped = ctx.mesh, ctx.mesh.tp_size, ctx.mesh.mapped
+        ranks, mapped = ctx.mesh.tp_size, ctx.mesh.mapped
         one_rank = ranks == 1
         if self.ggml is not None and one_rank:
             self._linear_add = lambda x_TD, _, residual_TO: self.product_ggml(x_TD, residual_TO=residual_TO)
@@ -170,24 +166,25 @@ class LinearAdd(Weights):
             self._linear_add = ctx.op(LINEAR_ADD, LinearDims(D=in_features, O=out_features))
         else:
             dims = LinearReduceDims(D=in_features, O=out_features, ranks=ranks, mapped=mapped)
-            self._linear_add = partial(_over_ranks, ctx.op(LINEAR_REDUCE_ADD, dims), mesh)
-        self._is_one_op = one_rank or (self.ggml is None and self.fp8 is None)
-        if not one_rank and not self._is_one_op:
+            self._linear_reduce_add = ctx.op(LINEAR_REDUCE_ADD, dims)
+        if not one_rank and (self.ggml is not None or self.fp8 is not None):
             self._reduce_add = ctx.op(ALL_REDUCE_ADD, AllReduceAddDims(D=out_features, ranks=ranks, mapped=mapped))
 
-    def forward(self, x_TD: Tensor, residual_TO: Tensor) -> Tensor:
-        if self._is_one_op:
+    def forward(self, x_TD: Tensor, residual_TO: Tensor, next_norm: NextNorm | None = None) -> Tensor:
+        if self.mesh.tp_size == 1:
             return self._linear_add(x_TD, *self.tensors(), residual_TO)
+        if self._reduce_add is None:
+            return self._linear_reduce_add(x_TD, self.weight, residual_TO, self.mesh, next_norm=next_norm)
         y_TO = self._linear(x_TD, *self.tensors())
-        return residual_TO + y_TO if self._reduce_add is None else self._reduce_add(residual_TO, y_TO, self.mesh)
+        return self._reduce_add(residual_TO, y_TO, self.mesh, next_norm=next_norm)
 
-    def of_parts(self, parts: Sequence[Tensor], residual_TO: Tensor) -> Tensor:
+    def of_parts(self, parts: Sequence[Tensor], residual_TO: Tensor, next_norm: NextNorm | None = None) -> Tensor:
         """`forward` of the rows of all parts in order, without the copy that puts them into one tensor.
 
         The residual may be overwritten. Rows that decode take the path they take where nothing else runs beside them.
         """
         if len(parts) == 1 or self.mesh.tp_size > 1:  # one sum over ranks, not one per part
-            y_TO: Tensor = self(parts[0] if len(parts) == 1 else torch.cat(list(parts)), residual_TO)
+            y_TO: Tensor = self(parts[0] if len(parts) == 1 else torch.cat(list(parts)), residual_TO, next_norm)
             return y_TO
         for x_TD, rows_TO in zip(parts, residual_TO.split([len(part) for part in parts]), strict=True):
             rows_TO.copy_(self(x_TD, rows_TO))  # nothing to copy where the op wrote in place

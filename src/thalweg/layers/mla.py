@@ -19,7 +19,7 @@ from thalweg.ops.attention.mla import MLA_PREFILL, MlaPrefillDims
 from thalweg.ops.attention.mla_down_norms import SPLIT_NORMS, SplitNormsDims
 from thalweg.ops.attention.mla_mixer import MLA_DECODE, MLA_MIXER_DECODE, MlaMixerDims
 from thalweg.ops.attention.mla_rope import MLA_ROPE, MlaRopeDims
-from thalweg.ops.norm import Normed
+from thalweg.ops.norm import NextNorm, Normed
 
 
 class LatentUp(nn.Module):
@@ -86,7 +86,14 @@ class MultiHeadLatentAttention(LatentAttention):
         self._norms = ctx.op(SPLIT_NORMS, SplitNormsDims(Q=0, R=rank, P=rope, rotated=False))
         self._mixer_decode = ctx.op(MLA_MIXER_DECODE, MlaMixerDims(**self.sizes, S=ctx.block_size))
 
-    def forward(self, x_TD: Tensor, batch: Batch, cache: LayerCache, normed: Normed | None = None) -> Tensor:
+    def forward(
+        self,
+        x_TD: Tensor,
+        batch: Batch,
+        cache: LayerCache,
+        normed: Normed | None = None,
+        next_norm: NextNorm | None = None,
+    ) -> Tensor:
         proj_TX, latent_MSC = self.in_proj(x_TD, normed), cache["latent"]
         n, parts = batch.num_decodes, []
         if n:
@@ -119,7 +126,7 @@ class MultiHeadLatentAttention(LatentAttention):
             )
             q_THX = proj_TX[n:, : self.queries].unflatten(-1, (self.H, -1))  # t (h x) -> t h x
             parts.append(self.of_prefills(q_THX, latent_MSC, batch))
-        return self.out_proj.of_parts(parts, x_TD)
+        return self.out_proj.of_parts(parts, x_TD, next_norm)
 
 
 class RotatedLatentAttention(LatentAttention):
@@ -159,7 +166,14 @@ class RotatedLatentAttention(LatentAttention):
         self._rotate = ctx.op(MLA_ROPE, MlaRopeDims(H=self.H, K=nope, P=rope))
         self._decode = ctx.op(MLA_DECODE, MlaMixerDims(**self.sizes, S=ctx.block_size))
 
-    def forward(self, x_TD: Tensor, batch: Batch, cache: LayerCache, normed: Normed | None = None) -> Tensor:
+    def forward(
+        self,
+        x_TD: Tensor,
+        batch: Batch,
+        cache: LayerCache,
+        normed: Normed | None = None,
+        next_norm: NextNorm | None = None,
+    ) -> Tensor:
         latent_MSC = cache["latent"]
         q_TO = self._queries(self.in_proj(x_TD, normed), latent_MSC, batch)
         n, parts = batch.num_decodes, []
@@ -188,7 +202,7 @@ class RotatedLatentAttention(LatentAttention):
                 rope_scale=self.rope_scale,
             )
             parts.append(self.of_prefills(q_THX, latent_MSC, batch))
-        return self.out_proj.of_parts(parts, x_TD)
+        return self.out_proj.of_parts(parts, x_TD, next_norm)
 
     def _queries(self, proj_TX: Tensor, latent_MSC: Tensor, batch: Batch) -> Tensor:
         """q_TO, not rotated; latents and rotated shared keys of all tokens are in the cache."""

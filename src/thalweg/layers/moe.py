@@ -31,8 +31,9 @@ class SwiGLU(nn.Module):
         self.gate_up = GateUp(ctx.below("gate_up"), width, local, eps)
         self.down = LinearAdd(ctx.below("down"), local, width)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        y_TD: Tensor = self.down(self.gate_up(x_TD), x_TD)
+    def forward(self, x_TD: Tensor, next_norm: NextNorm | None = None) -> Tensor:
+        """`next_norm` is told what is known of it."""
+        y_TD: Tensor = self.down(self.gate_up(x_TD), x_TD, next_norm)
         return y_TD
 
 
@@ -41,6 +42,7 @@ def _over_ranks(
     mesh: Mesh,
     x_TD: Tensor,
     shared_TD: Tensor | None,
+    next_norm: NextNorm | None,
     parts_PD: Tensor,
     *,
     weights_Tk: Tensor | None = None,
@@ -49,7 +51,7 @@ def _over_ranks(
 ) -> Tensor:
     """x + the sum over ranks of what their experts gave, this one's in parts, and of its shared expert."""
     own_TD = shared_TD if own_TD is None else own_TD
-    return op(x_TD, parts_PD, mesh, weights_Tk=weights_Tk, own_TD=own_TD, scale=scale)
+    return op(x_TD, parts_PD, mesh, weights_Tk=weights_Tk, own_TD=own_TD, scale=scale, next_norm=next_norm)
 
 
 class MoE(nn.Module):
@@ -148,10 +150,16 @@ class MoE(nn.Module):
             if refusal(ctx.where, together) is None:
                 self._together = ctx.op(ROUTED_EXPERTS, together)
 
-    def forward(self, x_TD: Tensor, next_norm: NextNorm | None = None) -> Tensor:
-        """`next_norm` is given what is known of it, as op "experts" does."""
+    def own_norm(self) -> NextNorm | None:
+        """For whoever makes this block's input, and may compute its norm as well; None if that would be of no use."""
+        if self._reduce_add is None:
+            return None
+        return NextNorm(self.router.norm.weight, self.router.norm.eps)
+
+    def forward(self, x_TD: Tensor, next_norm: NextNorm | None = None, known_TD: Tensor | None = None) -> Tensor:
+        """`next_norm` is told what is known of it, as op "experts" does. `known_TD`: norm(x), if it is known."""
         if self._together is None:
-            return self._apart(x_TD, next_norm)
+            return self._apart(x_TD, next_norm, known_TD)
         router, experts = self.router, self.experts
         return self._together(
             x_TD,
@@ -171,11 +179,11 @@ class MoE(nn.Module):
     def _own(self) -> tuple[Tensor, Tensor] | None:
         return self.shared.weights if isinstance(self.shared, OwnExpert) else None
 
-    def _apart(self, x_TD: Tensor, next_norm: NextNorm | None) -> Tensor:
+    def _apart(self, x_TD: Tensor, next_norm: NextNorm | None, known_TD: Tensor | None = None) -> Tensor:
         """By the router's op and then the experts'."""
-        normed_TD, weights_Tk, ids_Tk = self.router(x_TD)
+        normed_TD, weights_Tk, ids_Tk = self.router(x_TD, known_TD)
         if self._exchange is not None:
-            return self._exchanged(self._exchange, x_TD, normed_TD, weights_Tk, ids_Tk)
+            return self._exchanged(self._exchange, x_TD, normed_TD, weights_Tk, ids_Tk, next_norm)
         own = self._own
         expert = self.shared if isinstance(self.shared, SharedExpert) else None
         if self._reduce_add is None:
@@ -183,7 +191,7 @@ class MoE(nn.Module):
             y_TD: Tensor = self.experts(normed_TD, weights_Tk, ids_Tk, added_TD, own, next_norm=next_norm)
         else:
             own_TD = None if expert is None else expert(normed_TD)
-            finish = partial(_over_ranks, self._reduce_add, self.mesh, x_TD, own_TD)
+            finish = partial(_over_ranks, self._reduce_add, self.mesh, x_TD, own_TD, next_norm)
             y_TD = self.experts(normed_TD, weights_Tk, ids_Tk, None, own, finish)
         return y_TD
 
@@ -204,7 +212,13 @@ class MoE(nn.Module):
         return self._exchange.counts()
 
     def _exchanged(
-        self, exchange: ExpertExchange, x_TD: Tensor, normed_TD: Tensor, weights_Tk: Tensor, ids_Tk: Tensor
+        self,
+        exchange: ExpertExchange,
+        x_TD: Tensor,
+        normed_TD: Tensor,
+        weights_Tk: Tensor,
+        ids_Tk: Tensor,
+        next_norm: NextNorm | None,
     ) -> Tensor:
         k, own = self.router.top_k, self.router.shared
         # What the experts' sum is added to; if ranks share the model, which sum over theirs at last, this one's part.
@@ -218,7 +232,7 @@ class MoE(nn.Module):
                 ids_TS = ids_S.expand(len(ids_Tk), own).contiguous()
                 added_TD = self.experts(normed_TD, weights_Tk[:, k:].contiguous(), ids_TS, added_TD, None)
             y_TD = added_TD + exchange(normed_TD, weights_Tk[:, :k], ids_Tk[:, :k], self._run_routed)
-        return y_TD if self._reduce_add is None else self._reduce_add(x_TD, y_TD, self.mesh)
+        return y_TD if self._reduce_add is None else self._reduce_add(x_TD, y_TD, self.mesh, next_norm=next_norm)
 
     def _padded(
         self, exchange: ExpertExchange, added_TD: Tensor, normed_TD: Tensor, weights_Tk: Tensor, ids_Tk: Tensor

@@ -107,8 +107,10 @@ class DecoderLayer(nn.Module):
     ) -> Tensor:
         """`normed`: what the layer's first norm gives of x, if it is known. `next_norm`: that of the layer behind,
         which is told of the result if an op computes it on the way."""
-        x_TD = self.attn(x_TD, batch, cache, normed)
-        out_TD: Tensor = self.mlp(x_TD, next_norm) if isinstance(self.mlp, MoE) else self.mlp(x_TD)
+        mlp_norm = self.mlp.own_norm() if isinstance(self.mlp, MoE) else None
+        x_TD = self.attn(x_TD, batch, cache, normed, mlp_norm)
+        known_TD = None if mlp_norm is None else mlp_norm.normed_TD
+        out_TD: Tensor = self.mlp(x_TD, next_norm) if known_TD is None else self.mlp(x_TD, next_norm, known_TD)
         return out_TD
 
 

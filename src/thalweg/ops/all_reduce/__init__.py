@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from thalweg.ops.all_reduce import reference
+from thalweg.ops.norm import NextNorm
 from thalweg.ops.registry import Op, Refusal, Tokens, Where, register
 from thalweg.ops.toolchain import cuda_build
 from thalweg.ops.toolchain.triton_support import why_not
@@ -61,14 +62,16 @@ class AllReduceAdd(Protocol):
         weights_Tk: Tensor | None = None,
         own_TD: Tensor | None = None,
         scale: float = 1.0,
+        next_norm: NextNorm | None = None,
     ) -> Tensor:
         """y_TD = residual + the sum over ranks of what each gives, the same bits on every rank, and in every run.
 
         A rank gives parts [T, D], or, with weights_Tk fp32, a token's k rows of parts [T * k, D] times them, summed in
         fp32; with own_TD, that and own + scale * it. What it gives is rounded to the dtype, as is what own is added to.
         Parts are in the residual's dtype, or fp32 if there are weights, and own in either. Whether the sum over ranks
-        is rounded before the residual is added is open. All have a unit last stride; the residual and parts without
-        weights have any row stride, the others are contiguous. All ranks call it in one order, for as many tokens.
+        is rounded before the residual is added is open. next_norm is of y, and told if it is computed on the way. All
+        have a unit last stride; the residual and parts without weights have any row stride, the others are contiguous.
+        All ranks call it in one order, for as many tokens.
         """
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from thalweg.ops.all_reduce import AREAS, MANY_TOKENS, ROWS, Ranks, reference
+from thalweg.ops.norm import NextNorm
 from thalweg.ops.toolchain.cuda_build import aligned_rows, cuda_kernel
 
 SOURCE = Path(__file__).with_name("rows.cu")
@@ -17,6 +18,7 @@ EACH = 8  # columns of a thread, of which it writes 32 bytes for each rank
 MOST_TOKENS = 512  # of two ranks
 OF_MANY, MANY_THREADS = Path(__file__).with_name("many.cu"), 512
 MANY = {"PER": 2, "BATCH": 1, "NAP": 100}
+WARP, MOST_NORM_THREADS = 32, 512  # of blocks that take whole rows, with their norms
 
 
 def threads_of(D: int) -> int:
@@ -49,6 +51,7 @@ def all_reduce_add(
     weights_Tk: Tensor | None = None,
     own_TD: Tensor | None = None,
     scale: float = 1.0,
+    next_norm: NextNorm | None = None,  # not computed
 ) -> Tensor:
     T, D = residual_TD.shape
     y_TD = torch.empty(T, D, dtype=residual_TD.dtype, device=residual_TD.device)
@@ -89,6 +92,7 @@ def all_reduce_add_separate(
     weights_Tk: Tensor | None = None,
     own_TD: Tensor | None = None,
     scale: float = 1.0,
+    next_norm: NextNorm | None = None,  # not computed
 ) -> Tensor:
     """By the ranks' own collective."""
     x_TD = of_rank(residual_TD, parts_PD, weights_Tk, own_TD, scale)
@@ -114,6 +118,11 @@ def launches_of_many(ranks: Ranks, row_bytes: int) -> tuple[int, int]:
     return blocks, ranks.tp_size * blocks * place_bytes // row_bytes
 
 
+def norms_inside(D: int) -> bool:
+    """Whether a block of the sum of many tokens can take whole rows."""
+    return D % (EACH * WARP) == 0 and D // EACH <= MOST_NORM_THREADS
+
+
 def all_reduce_add_many(
     residual_TD: Tensor,
     parts_PD: Tensor,
@@ -122,6 +131,7 @@ def all_reduce_add_many(
     weights_Tk: Tensor | None = None,
     own_TD: Tensor | None = None,
     scale: float = 1.0,
+    next_norm: NextNorm | None = None,
 ) -> Tensor:
     residual_TD = residual_TD.contiguous()
     dtype = residual_TD.dtype
@@ -134,8 +144,13 @@ def all_reduce_add_many(
     blocks, rows = launches_of_many(ranks, row_bytes)
     exchange, arguments = exchange_arguments(ranks, MANY_TOKENS)
     macros = {"D": D, "PARTS": k, "WEIGHTED": int(weights_Tk is not None), "OWN": int(own_TD is not None)}
-    macros |= {"BLOCK": MANY_THREADS, **MANY, **exchange}
-    kernel = cuda_kernel(OF_MANY, "sum_of_many", MANY_THREADS, y_TD.device, **macros)
+    macros |= {"BLOCK": MANY_THREADS, **MANY, "NORM": 0, **exchange}
+    norm_weight, normed_TD, eps = y_TD, y_TD, 0.0
+    if next_norm is not None and not next_norm.wants_float8 and norms_inside(D):
+        norm_weight, eps = next_norm.weight_D, next_norm.eps
+        next_norm.normed_TD = normed_TD = torch.empty_like(y_TD)
+        macros |= {"BLOCK": D // EACH, "NORM": norm_weight.element_size()}
+    kernel = cuda_kernel(OF_MANY, "sum_of_many", macros["BLOCK"], y_TD.device, **macros)
     for first in range(0, len(y_TD), rows):
         y = y_TD[first : first + rows]
         kernel.launch(
@@ -147,6 +162,9 @@ def all_reduce_add_many(
             residual_TD[first:],
             y,
             (c_float, scale),
+            norm_weight,
+            normed_TD[first:],
+            (c_float, eps),
             (c_int, len(y) * row_bytes),
             *arguments,
         )

@@ -12,18 +12,26 @@
 // With WEIGHTED x is the sum of PARTS rows times their weights, the experts' outputs of a token; with OWN an expert of
 // its own width is added to `scale` times that, rounded as in op "scaled_residual_add".
 //
-// Macros: D columns, a multiple of 8; PARTS; WEIGHTED; OWN; RANKS, which are 2; RANK; BLOCK threads, PER blocks of a
-// multiprocessor; BATCH, of 16 bytes; NAP, nanoseconds between two looks.
+// With NORM, of blocks whose threads take a row at a time, "rms_norm" of y is written as well; its weight is in NORM
+// bytes. All threads of a block then wait for the row's last word.
+//
+// Macros: D columns, a multiple of 8; PARTS; WEIGHTED; OWN; NORM, 0, 2 or 4; RANKS, which are 2; RANK; BLOCK threads,
+// PER blocks of a multiprocessor; BATCH, of 16 bytes; NAP, nanoseconds between two looks.
 
 #include "hopper.cuh"
 #include "ranks.cuh"
 static_assert(RANKS == 2);
+static_assert(!NORM || (8 * BLOCK == D && BLOCK % 32 == 0));
+constexpr int WARPS = BLOCK / 32;
 
 struct Eight {
     float x[8];
     __device__ __forceinline__ void add(uint4 v, float by = 1) {
         x[0] += by * low(v.x), x[1] += by * high(v.x), x[2] += by * low(v.y), x[3] += by * high(v.y);
         x[4] += by * low(v.z), x[5] += by * high(v.z), x[6] += by * low(v.w), x[7] += by * high(v.w);
+    }
+    __device__ __forceinline__ float squares() const {
+        return x[0] * x[0] + x[1] * x[1] + x[2] * x[2] + x[3] * x[3] + x[4] * x[4] + x[5] * x[5] + x[6] * x[6] + x[7] * x[7];
     }
     __device__ __forceinline__ uint4 narrow() const {
         return make_uint4(pack(x[0], x[1]), pack(x[2], x[3]), pack(x[4], x[5]), pack(x[6], x[7]));
@@ -33,9 +41,16 @@ __device__ __forceinline__ u32 not_zero(u32 pair) { return pair ? pair : 0x80008
 
 // `size`: bytes of y; `bytes`: as of ranks_of, of which this rank's share for each kind of places has two.
 extern "C" __global__ void __launch_bounds__(BLOCK, PER)
-    sum_of_many(const u8* parts, const float* weights, const u8* own, const u8* residual, u8* y, float scale, int size,
-                const u64* table, long long bytes) {
+    sum_of_many(const u8* parts, const float* weights, const u8* own, const u8* residual, u8* y, float scale,
+                const u8* norm_weight, u8* normed, float eps, int size, const u64* table, long long bytes) {
+    __shared__ float squares_s[2][BATCH][WARPS];
     const int tid = threadIdx.x;
+    Eight weight = {};  // of the norm, in this thread's columns
+    if (NORM == 2) weight.add(load16(norm_weight + 16 * tid));
+    if (NORM == 4) {
+#pragma unroll
+        for (int c = 0; c < 8; c++) weight.x[c] = load_fp32((const float*)norm_weight + 8 * tid + c);
+    }
     Ranks ranks = ranks_of(table, blockIdx.x, bytes);
     wait_for_kernel_ahead();
     start_kernel_behind();
@@ -75,13 +90,38 @@ extern "C" __global__ void __launch_bounds__(BLOCK, PER)
         for (int u = 0; u < BATCH; u++)
             if (place(i, u) < size) give_system(theirs + place(i, u), next[u].x, next[u].y, next[u].z, next[u].w);
     };
+    auto write_normed = [&](int i, const uint4 (&sums)[BATCH]) {
+#pragma unroll
+        for (int u = 0; u < BATCH; u++) {
+            Eight sum = {};
+            sum.add(sums[u]);
+            float squares = sum.squares();
+#pragma unroll
+            for (int by = 16; by; by /= 2) squares += __shfl_xor_sync(~0u, squares, by);
+            if (tid % 32 == 0) squares_s[i & 1][u][tid / 32] = squares;
+        }
+        __syncthreads();
+#pragma unroll
+        for (int u = 0; u < BATCH; u++) {
+            if (place(i, u) >= size) continue;
+            float squares = 0;
+#pragma unroll
+            for (int w = 0; w < WARPS; w++) squares += squares_s[i & 1][u][w];
+            Eight sum = {};
+            sum.add(sums[u]);
+            const float by = rsqrtf(squares * (1.0f / D) + eps);
+#pragma unroll
+            for (int c = 0; c < 8; c++) sum.x[c] *= by * weight.x[c];
+            *(uint4*)(normed + place(i, u)) = sum.narrow();
+        }
+    };
     send(0);
 #pragma unroll 1
     for (int i = 0; place(i, 0) < size; i++) {
 #pragma unroll
         for (int u = 0; u < BATCH; u++) now[u] = next[u];
         send(i + 1);
-        uint4 come[BATCH] = {}, added[BATCH];
+        uint4 come[BATCH] = {}, added[BATCH] = {};
 #pragma unroll
         for (int u = 0; u < BATCH; u++)
             if (place(i, u) < size) added[u] = load16(residual + place(i, u));
@@ -101,9 +141,10 @@ extern "C" __global__ void __launch_bounds__(BLOCK, PER)
             if (place(i, u) >= size) continue;
             Eight sum = {};
             sum.add(RANK ? come[u] : now[u]), sum.add(RANK ? now[u] : come[u]), sum.add(added[u]);
-            *(uint4*)(y + place(i, u)) = sum.narrow();
+            *(uint4*)(y + place(i, u)) = added[u] = sum.narrow();
             *(uint4*)(mine + place(i, u)) = make_uint4(0, 0, 0, 0);
         }
+        if (NORM) write_normed(i, added);
     }
     __syncthreads();
     if (tid == 0) end_exchange(ranks);

@@ -10,6 +10,7 @@ from thalweg.ops.residual.reference import scaled_residual_add
 
 if TYPE_CHECKING:
     from thalweg.ops.all_reduce import Ranks
+    from thalweg.ops.norm import NextNorm
 
 
 def all_reduce_add(
@@ -20,6 +21,7 @@ def all_reduce_add(
     weights_Tk: Tensor | None = None,
     own_TD: Tensor | None = None,
     scale: float = 1.0,
+    next_norm: NextNorm | None = None,  # not computed
 ) -> Tensor:
     return residual_TD + ranks.all_reduce(of_rank(residual_TD, parts_PD, weights_Tk, own_TD, scale))
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from thalweg.ops.all_reduce import ALL_REDUCE_ADD, AllReduceAddDims, Ranks
 from thalweg.ops.linear import blocks_cpp, cpp, cuda, reference, separate
-from thalweg.ops.norm import RMS_NORM, RmsNormDims
+from thalweg.ops.norm import RMS_NORM, NextNorm, RmsNormDims
 from thalweg.ops.registry import Op, Refusal, Resolver, Tokens, Where, register
 from thalweg.ops.toolchain import cpu_build, cuda_build
 from thalweg.ops.toolchain.triton_support import processors_here, why_not, why_not_hopper
@@ -73,9 +73,18 @@ class LinearAdd(Protocol):
 
 
 class LinearReduceAdd(Protocol):
-    def __call__(self, x_TD: Tensor, w_OD: Tensor, residual_TO: Tensor, ranks: Ranks, /) -> Tensor:
-        """y_TO = residual + the sum over ranks of x @ w.T, as "all_reduce_add" of "linear"; whether a rank's product is
-        rounded to the dtype before the sum is open."""
+    def __call__(
+        self,
+        x_TD: Tensor,
+        w_OD: Tensor,
+        residual_TO: Tensor,
+        ranks: Ranks,
+        /,
+        *,
+        next_norm: NextNorm | None = None,
+    ) -> Tensor:
+        """y_TO = residual + the sum over ranks of x @ w.T, as "all_reduce_add" of "linear", next_norm included; whether
+        a rank's product is rounded to the dtype before the sum is open."""
 
 
 class LinearGgml(Protocol):

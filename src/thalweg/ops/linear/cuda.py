@@ -15,6 +15,7 @@ from torch import Tensor
 from thalweg.errors import KernelError
 from thalweg.ops.all_reduce import AREAS, SUMS, Ranks
 from thalweg.ops.all_reduce.cuda import exchange_arguments
+from thalweg.ops.norm import NextNorm
 from thalweg.ops.registry import Refusal
 from thalweg.ops.toolchain.cuda_build import aligned_rows, cuda_kernel
 from thalweg.ops.toolchain.triton_support import multiprocessors
@@ -53,7 +54,14 @@ def norm_swiglu(x_TD: Tensor, norm_weight_D: Tensor, eps: float, w_2ID: Tensor) 
     return few_tokens(x_TD, w_2ID, norm=(norm_weight_D, eps), gated=True)
 
 
-def linear_reduce_add(x_TD: Tensor, w_OD: Tensor, residual_TO: Tensor, ranks: Ranks) -> Tensor:
+def linear_reduce_add(
+    x_TD: Tensor,
+    w_OD: Tensor,
+    residual_TO: Tensor,
+    ranks: Ranks,
+    *,
+    next_norm: NextNorm | None = None,  # not computed
+) -> Tensor:
     return few_tokens(x_TD, w_OD, residual_TO=residual_TO, ranks=ranks)
 
 

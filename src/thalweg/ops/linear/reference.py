@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from thalweg.ops.all_reduce import Ranks
+from thalweg.ops.norm import NextNorm
 from thalweg.ops.norm.reference import rms_norm
 from thalweg.quant import GgmlRows
 
@@ -27,7 +28,14 @@ def linear_add_in_place(x_TD: Tensor, w_OD: Tensor, residual_TO: Tensor) -> Tens
     return residual_TO.addmm_(x_TD, w_OD.T)  # no copy of the residual first
 
 
-def linear_reduce_add(x_TD: Tensor, w_OD: Tensor, residual_TO: Tensor, ranks: Ranks) -> Tensor:
+def linear_reduce_add(
+    x_TD: Tensor,
+    w_OD: Tensor,
+    residual_TO: Tensor,
+    ranks: Ranks,
+    *,
+    next_norm: NextNorm | None = None,  # not computed
+) -> Tensor:
     return residual_TO + ranks.all_reduce(F.linear(x_TD, w_OD))
 
 

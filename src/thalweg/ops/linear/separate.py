@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from thalweg.ops.all_reduce import AllReduceAdd, Ranks
-from thalweg.ops.norm import RmsNorm
+from thalweg.ops.norm import NextNorm, RmsNorm
 
 
 def norm_linear(
@@ -26,9 +26,16 @@ def norm_linear(
 
 
 def linear_reduce_add(
-    x_TD: Tensor, w_OD: Tensor, residual_TO: Tensor, ranks: Ranks, *, linear: Callable[..., Tensor], add: AllReduceAdd
+    x_TD: Tensor,
+    w_OD: Tensor,
+    residual_TO: Tensor,
+    ranks: Ranks,
+    *,
+    linear: Callable[..., Tensor],
+    add: AllReduceAdd,
+    next_norm: NextNorm | None = None,
 ) -> Tensor:
-    return add(residual_TO, linear(x_TD, w_OD), ranks)
+    return add(residual_TO, linear(x_TD, w_OD), ranks, next_norm=next_norm)
 
 
 def batched_projection(x_T2R: Tensor, w_2OR: Tensor) -> Tensor:

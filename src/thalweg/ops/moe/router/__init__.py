@@ -42,6 +42,7 @@ class NormRouter(Protocol):
         n_group: int = 1,
         topk_group: int = 1,
         num_shared: int = 0,
+        known_TD: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(n_TD, weights fp32, ids int64), the latter two [T, top_k + num_shared]: n is "rms_norm" of x, and the
         routing `reference.route` of the fp32 logits n @ w_ED.T.
@@ -50,6 +51,8 @@ class NormRouter(Protocol):
         follow the chosen ones as ids E .. E + num_shared - 1 with weight 1, so that "experts" can hold them
         behind the routed ones. They have a gate if w has one row more than bias_E: then their weight is sigmoid of
         what that row gives. The routed order within a token is best first. Raises ConfigError as `route`.
+
+        `known_TD` is n, if that is known; a form that computes it on the way may do so all the same.
 
         x has a unit last stride and any row stride. It shares its dtype with both weights, which are contiguous, unless
         the norm's is fp32; bias_E is fp32.

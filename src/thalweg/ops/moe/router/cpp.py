@@ -39,6 +39,7 @@ def _route(
     n_group: int = 1,
     topk_group: int = 1,
     num_shared: int = 0,
+    known_TD: Tensor | None = None,  # computed all the same
 ) -> tuple[Tensor, Tensor, Tensor]:
     (T, D), E = x_TD.shape, bias_E.shape[0]
     normed_TD, weights_Tk, ids_Tk = empty_results(x_TD, top_k + num_shared)

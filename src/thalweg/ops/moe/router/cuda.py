@@ -110,6 +110,7 @@ def norm_router_of_prompts(
     n_group: int = 1,
     topk_group: int = 1,
     num_shared: int = 0,
+    known_TD: Tensor | None = None,  # computed all the same
 ) -> tuple[Tensor, Tensor, Tensor]:
     (T, D), E, device = x_TD.shape, len(bias_E), x_TD.device
     normed_TD, weights_Tk, ids_Tk = empty_results(x_TD, top_k + num_shared)
@@ -184,6 +185,7 @@ def norm_router(
     n_group: int = 1,
     topk_group: int = 1,
     num_shared: int = 0,
+    known_TD: Tensor | None = None,  # computed all the same
     more: ForExperts | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     (T, D), E, device = x_TD.shape, len(bias_E), x_TD.device

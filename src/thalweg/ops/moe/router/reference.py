@@ -74,8 +74,9 @@ def norm_router(
     n_group: int = 1,
     topk_group: int = 1,
     num_shared: int = 0,
+    known_TD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    normed_TD = rms_norm(x_TD, norm_weight_D, eps)
+    normed_TD = rms_norm(x_TD, norm_weight_D, eps) if known_TD is None else known_TD
     E = len(bias_E)
     logits_TE, gates_TG = F.linear(normed_TD.float(), w_ED.float()).tensor_split([E], dim=-1)
     weights_Tk, ids_Tk = route(logits_TE, bias_E, top_k, renormalize, scale, scoring, n_group, topk_group)

@@ -157,8 +157,9 @@ def norm_router(
     n_group: int = 1,
     topk_group: int = 1,
     num_shared: int = 0,
+    known_TD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    normed_TD = rms_norm(x_TD, norm_weight_D, eps)
+    normed_TD = rms_norm(x_TD, norm_weight_D, eps) if known_TD is None else known_TD
     logits_STE, groups = run_logits(normed_TD, w_ED), (n_group, topk_group)
     return normed_TD, *run_choose(logits_STE, bias_E, top_k, renormalize, scale, scoring, num_shared, groups)
 
@@ -177,9 +178,10 @@ def norm_router_by_library(
     n_group: int = 1,
     topk_group: int = 1,
     num_shared: int = 0,
+    known_TD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As norm_router, of a product that the library has whole."""
-    normed_TD = rms_norm(x_TD, norm_weight_D, eps)
+    normed_TD = rms_norm(x_TD, norm_weight_D, eps) if known_TD is None else known_TD
     as_fp32 = {} if x_TD.dtype == torch.float32 else {"out_dtype": torch.float32}
     # Of an odd number of columns, as a gate makes it, the library's product takes many times as long, and the choice
     # would read value by value. What the rows behind the weight's own hold is of no matter.
