@@ -82,8 +82,8 @@ class Experts(Protocol):
 
         finish is called instead of the sum that ends it, and its result returned; there is no residual then, and no
         next_norm, which is of y. Ids may then be -1, with weight 0: such a pair is left out, no weights are read for
-        it, and what finish is given for it may be anything. (Kernels for a CPU refuse that: only steps of CUDA graphs
-        have such pairs.)
+        it, and what finish is given for it may be anything. (Kernels for a CPU refuse that: only steps of
+        data-parallel ranks on GPUs have such pairs.)
 
         "fp8": (q float8_e4m3fn, scales fp32), and a weight is w = q * the scale of its block of 128 x 128. Scales of
         down are [E, ceil(D / 128), ceil(I / 128)], those of gate_up [E, 2 ceil(I / 128), ceil(D / 128)], whose halves
