@@ -41,6 +41,12 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], tuple[int, str, str]
     return run
 
 
+def test_a_front_end_starts_without_torch() -> None:
+    """Which is for the rank's thread, or another process; also profilers want to be used where torch came in."""
+    code = "import sys, thalweg.engine.llm, thalweg.bench.latency; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_the_command_line_is_read_without_torch() -> None:
     heavy = "[m for m in ('torch', 'numpy', 'fastapi', 'zmq', 'tokenizers') if m in sys.modules]"
     code = f"import sys, thalweg.cli; found = {heavy}; sys.exit(', '.join(found) or 0)"

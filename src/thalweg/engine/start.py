@@ -18,14 +18,12 @@ from thalweg.cache.manager import CacheManager
 from thalweg.cache.tiers import TieredTree
 from thalweg.config.engine import EngineConfig
 from thalweg.core import StepPlan, StepResult
-from thalweg.engine import cache_folder
 from thalweg.engine.core import EngineCore
 from thalweg.engine.processes.ranks import OtherRanks
 from thalweg.engine.pump import Pump
 from thalweg.errors import ConfigError, EngineDeadError
 from thalweg.parallel.shards import Shards
 from thalweg.recorder.orders import Order
-from thalweg.runner.cache_file import CacheIndex
 from thalweg.runner.executor import Executor, Runner
 from thalweg.runner.lock_step import LockStep
 from thalweg.sampling.grammars import Grammars, Vocabulary
@@ -34,6 +32,7 @@ from thalweg.text.codec import load_codec
 
 if TYPE_CHECKING:
     from thalweg.parallel.mesh import Mesh
+    from thalweg.runner.cache_file import CacheIndex
 
 STATE_CHUNK = 64  # tokens: prefills that end at a multiple cut no chunk that a kernel of a recurrent layer works in
 LAST_SECONDS = 2.0  # for NCCL to give up, and for a collective with ranks that are gone to end then
@@ -63,7 +62,11 @@ class Engine:
         if config.tensor_parallel_size > 1:
             source = open_source(config)
             source.plan(Shards(0, config.tensor_parallel_size))  # refuses what ranks do not divide
-        self._give_folder_back = None if config.cache_folder is None else cache_folder.take(config.cache_folder)
+        self._give_folder_back = None
+        if config.cache_folder is not None:
+            from thalweg.engine import cache_folder  # brings torch in, which the rank's thread does otherwise
+
+            self._give_folder_back = cache_folder.take(config.cache_folder)
         data_meeting = data_meeting or ("" if folder is None else str(folder / "data-rendezvous"))
         several = config.tensor_parallel_size > 1
         self.ranks = OtherRanks(config, folder, data_rank or 0, data_meeting) if several else None
@@ -156,6 +159,8 @@ class Engine:
         if self._config.cache_folder is None or core is None or core.scheduler.interrupted:
             return
         tree = core.scheduler.cache.tree
+        from thalweg.engine import cache_folder
+
         with contextlib.suppress(EngineDeadError):
             core.check()
             if isinstance(tree, TieredTree):
