@@ -111,7 +111,7 @@ __device__ __forceinline__ void make_outputs(const Walk& of, const Site& at, Wal
         for (int i = 0; i < 32; i++) o[i] *= from_start[i / 2 % 2 * 8];
         begin_products();
 #pragma unroll
-        for (int j = 0; j < 4; j++) multiply_left<4>(o, P[j], further(U, j * 32));
+        for (int j = 0; j < 4; j++) multiply_left<8>(o, P[j], further(U, j * 32));
         commit_products();
         wait_for_products<0>();
         settle(o);

@@ -47,7 +47,7 @@ __device__ __forceinline__ void walk_chunks(float (&S)[64], int chunks, At at, H
         begin_products();
 #pragma unroll
         for (int k = 4 * half; k < 4 * half + 4; k++)
-            multiply_left<4>(y, s[k], further(chunk.keys, k / 4 * SLAB + k % 4 * 32), k > 0);
+            multiply_left<8>(y, s[k], further(chunk.keys, k / 4 * SLAB + k % 4 * 32), k > 0);
         commit_products();
     };
     // U of chunk n, of which S K^T of the first half is under way, and `second` perhaps.
@@ -70,7 +70,7 @@ __device__ __forceinline__ void walk_chunks(float (&S)[64], int chunks, At at, H
         multiply_keys(chunk, 1);
         if (AHEAD) {
 #pragma unroll
-            for (int j = 0; j < 4; j++) multiply_left<4>(U, v[j], further(chunk.T, j * 32), j > 0);
+            for (int j = 0; j < 4; j++) multiply_left<8>(U, v[j], further(chunk.T, j * 32), j > 0);
             commit_products();
         }
         goes_on = hand_S(n, s);
@@ -92,7 +92,7 @@ __device__ __forceinline__ void walk_chunks(float (&S)[64], int chunks, At at, H
         for (int j = 0; j < 4; j++) pack_columns(x[j], y + 8 * j);
         begin_products();
 #pragma unroll
-        for (int j = 0; j < 4; j++) multiply_left<4>(U, x[j], further(chunk.T, j * 32), AHEAD || j > 0);
+        for (int j = 0; j < 4; j++) multiply_left<8>(U, x[j], further(chunk.T, j * 32), AHEAD || j > 0);
         commit_products();
 #pragma unroll
         for (int i = 0; i < 8; i++) g[i] = *(const float2*)(chunk.factors + CHUNK + column + 8 * i);
