@@ -48,6 +48,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Give a device's memory back: others' tests run on it at the same time."""
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+
 def _leave_out_exhaustive(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests marked `exhaustive`, unless -m names the mark or the command line names single tests."""
     if "exhaustive" in config.option.markexpr or any("::" in argument for argument in config.args):

@@ -53,7 +53,7 @@ class Ranks:
 def sums(r: Ranks) -> None:
     for T in (0, 1, 2, 7, 33, 128, 290, 512):
         for width in (D, 7168, 264):
-            if T > cuda.most_tokens(width, 2):
+            if cuda.most_tokens(width, 2) < T:
                 continue
             residual, x = r.draw(T, width + 8, same=True)[:, :width], r.draw(T, width)
             y = cuda.all_reduce_add(residual, x, r.mesh)
@@ -172,7 +172,12 @@ def projections_of_more_tokens(r: Ranks) -> None:
 
 def rows(r: Ranks) -> None:
     """Logits and ids side by side, and rows of a vocabulary that the ranks divide."""
-    for R, N, dtype in ((1, 81920, torch.bfloat16), (25, 81920, torch.bfloat16), (3, 1, torch.int64), (128, 1, torch.int64)):
+    for R, N, dtype in (
+        (1, 81920, torch.bfloat16),
+        (25, 81920, torch.bfloat16),
+        (3, 1, torch.int64),
+        (128, 1, torch.int64),
+    ):
         for _ in range(3):
             x = (r.draw(R, N) * 100).to(dtype)
             assert torch.equal(gather.all_gather(x, r.mesh), torch.cat(r.both(x), -1)), (R, N)
@@ -194,7 +199,10 @@ def ids(r: Ranks) -> None:
         logits = r.draw(R, 2 * part, same=True) * 3
         temperatures = torch.rand(R, device=r.device, generator=r.same) + 0.1
         temperatures[::3] = 0
-        seeds, slots = torch.arange(R, device=r.device) * 1_000_003, torch.randperm(R, device=r.device, generator=r.same)
+        seeds, slots = (
+            torch.arange(R, device=r.device) * 1_000_003,
+            torch.randperm(R, device=r.device, generator=r.same),
+        )
         if R > 3:
             logits[3, V - 1] = torch.nan
         for step in range(5):

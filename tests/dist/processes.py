@@ -79,7 +79,7 @@ class Server:
         self._seen: set[int] = {process.pid}
 
     def pid(self, who: str) -> int | None:
-        """Of "server", "engine" or "rank 1", or, of data-parallel ranks, "engine 1"; None as long as it is not there."""
+        """Of "server", "engine" or "rank 1", or, of data-parallel ranks, "engine 1"; None until it is there."""
         if who == "server":
             return self.process.pid
         engines = {command(c).strip().rpartition("/")[2]: c for c in children(self.process.pid) if _is_engine(c)}

@@ -161,9 +161,7 @@ def test_same_tokens_wherever_experts_and_their_copies_are(kimi_folder: Path, tm
     expected = alone(kimi_folder)
 
     async def body(client: EngineClient) -> None:
-        assert (
-            client.info.experts == "4 of 6 on each of 2 data-parallel ranks with 2 copies in all"
-        )
+        assert client.info.experts == "4 of 6 on each of 2 data-parallel ranks with 2 copies in all"
         await check_same_tokens(client, expected)
 
     run(kimi_folder, 2, body, expert_placement=str(file))

@@ -1,4 +1,4 @@
-"""The padded steps that graphs of data-parallel ranks are captured from, run eagerly on a CPU: same tokens as one rank."""
+"""Padded steps, of which graphs of data-parallel ranks are captured, run eagerly on a CPU: same tokens as one rank."""
 
 from __future__ import annotations
 

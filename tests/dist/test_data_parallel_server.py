@@ -13,7 +13,6 @@ import httpx
 import pytest
 
 from tests.dist.processes import children, command, needs_proc, serving, until
-from tests.e2e.tiny_model import write_tiny_model
 from thalweg import LLM, SamplingParams
 
 pytestmark = [needs_proc, pytest.mark.slow]

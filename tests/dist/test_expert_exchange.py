@@ -183,7 +183,9 @@ def test_rows_for_one_rank_are_bounded_whatever_the_tokens_choose(
     raw = MODELS["shared experts like the routed ones"]
     alone, tokens = moe(raw, DataRanks()), [torch.randn(n, raw["hidden_size"]) for n in (23, 0, 9)]
     dict(alone.named_parameters())["router.bias"].detach()[4:] -= 1e3  # all take experts of the first rank
-    monkeypatch.setattr(expert_exchange, "MOST_BYTES", 3 * 4 * 3 * raw["hidden_size"] * 4)  # 4 tokens of each of 3 ranks
+    monkeypatch.setattr(
+        expert_exchange, "MOST_BYTES", 3 * 4 * 3 * raw["hidden_size"] * 4
+    )  # 4 tokens of each of 3 ranks
 
     def body(ranks: DataRanks) -> tuple[Tensor, list[int]]:
         layer, rows = moe(raw, ranks, alone), []

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,7 +14,7 @@ import httpx
 import pytest
 
 from tests.dist.processes import Server, children, command, lives, maps, needs_proc, serving, shared_memory, stop, until
-from tests.e2e.tiny_model import CONTEXT, write_tiny_model
+from tests.e2e.tiny_model import CONTEXT
 
 pytestmark = needs_proc
 

@@ -1,4 +1,4 @@
-"""Sums over two ranks by peer memory, in processes of their own: the bits, graphs, ranks that are late, one that dies."""
+"""Sums over two ranks by peer memory, each in a process: the bits, graphs, ranks that are late, one that dies."""
 
 from __future__ import annotations
 

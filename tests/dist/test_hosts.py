@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +23,6 @@ import zmq
 
 from tests.dist.processes import Server, children, command, left_in, lives, needs_proc, serving, stop, until
 from tests.dist.test_faults import ENGINE_DIED, KILLED, PROMPT, WITHIN, exhaustive, slow
-from tests.e2e.tiny_model import write_tiny_model
 from thalweg import LLM, SamplingParams, __version__
 from thalweg.config.engine import EngineConfig
 from thalweg.engine.processes import host_link as link
@@ -67,9 +65,7 @@ class Host:
 
 
 @contextmanager
-def host(
-    log: Path, tmp: Path, *arguments: str, key: str | None = KEY, within: tuple[str, ...] = ()
-) -> Iterator[Host]:
+def host(log: Path, tmp: Path, *arguments: str, key: str | None = KEY, within: tuple[str, ...] = ()) -> Iterator[Host]:
     """`within` are the words of a command that runs it elsewhere."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(tmp)}
     environment |= {} if key is None else {"THALWEG_CLUSTER_KEY": key}
@@ -488,7 +484,7 @@ def test_a_key_is_needed(monkeypatch: pytest.MonkeyPatch, key: str | None) -> No
         (dict(nnodes=2), "--nnodes is 2; it must divide --tensor-parallel-size, which is 1"),
         (dict(nnodes=2, tensor_parallel_size=2, node_rank=2), "--node-rank is 2; expected an integer from 0 to 1"),
         (dict(nnodes=2, tensor_parallel_size=2, master_port=65535), "--master-port is 65535"),
-        (dict(nnodes=2, tensor_parallel_size=2, cpu_cache_memory=1, cache_folder="x"), "--cache-folder needs all ranks"),
+        (dict(nnodes=2, tensor_parallel_size=2, cpu_cache_memory=1, cache_folder="x"), "--cache-folder needs all"),
         (dict(distributed_executor_backend="slurm"), "expected mp or ray"),
         (dict(distributed_executor_backend="ray"), "--tensor-parallel-size, which is 1; expected 2 or more"),
     ],

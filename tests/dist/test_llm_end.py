@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from tests.dist.processes import lives, needs_proc, until
-from tests.e2e.tiny_model import write_tiny_model
 
 WITHIN = 10.0  # seconds from a fault to its error, and from there to the end of the process
 SCRIPT = """

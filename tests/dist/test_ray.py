@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +18,6 @@ import pytest
 from tests.dist.processes import children, command, left_in, needs_proc, serving, until
 from tests.dist.test_faults import ENGINE_DIED, PROMPT, WITHIN
 from tests.dist.test_hosts import GREEDY, free_ports
-from tests.e2e.tiny_model import write_tiny_model
 from thalweg import LLM, SamplingParams
 from thalweg.errors import ConfigError, UnsupportedError
 
@@ -103,9 +101,7 @@ def test_a_cluster_without_room_is_refused(cluster: Any, folder: Path, tmp: Path
     with serving(tmp_path / "log", tmp, str(folder), "-tp", "4", *BACKEND, RAY_ADDRESS=cluster.address) as server:
         assert server.check_gone(60) == 2
         last = server.log.read_text().splitlines()[-1]
-        assert last == (
-            "error: --tensor-parallel-size is 4, and Ray's cluster has 2 CPUs; expected one for each rank"
-        )
+        assert last == ("error: --tensor-parallel-size is 4, and Ray's cluster has 2 CPUs; expected one for each rank")
 
 
 @pytest.mark.exhaustive

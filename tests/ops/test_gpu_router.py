@@ -35,7 +35,7 @@ def check(case: MoeCase, k: int, renormalize: bool = True, scale: float = 2.446,
     chosen = scores.gather(1, ids[:, :k])
     if renormalize:
         chosen = chosen / chosen.sum(1, keepdim=True)
-    torch.testing.assert_close(weights[:, :k].double(), chosen * scale, rtol=0, atol=1e-5)
+    torch.testing.assert_close(weights[:, :k].double() / scale, chosen, rtol=0, atol=1e-5)
     assert ids[:, k:].tolist() == [list(range(E, E + shared))] * T
     if gate.shape[1]:
         torch.testing.assert_close(weights[:, k:].double(), gate.sigmoid().expand(-1, shared), rtol=0, atol=1e-5)
