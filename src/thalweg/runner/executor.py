@@ -50,7 +50,7 @@ class Executor(Generic[Info]):
         self._failure: BaseException | None = None
         self._failed = threading.Event()
         self._built: Future[Info] = self._track(Future())
-        self._runner: Runner  # once it is built; of the thread
+        self._runner: Runner  # from when it is built until it is closed; of the thread
         self._thread = threading.Thread(target=self._loop, name="thalweg-rank", daemon=True)
         self._thread.start()
 
@@ -174,6 +174,7 @@ class Executor(Generic[Info]):
             results.put(None)
             reader.join()
         runner.close()
+        del self._runner  # its memory goes, whoever still knows this executor
 
     def _next(self) -> tuple[Any, Future[Any]]:
         """What was handed over next; until then the steps of other data-parallel ranks."""
