@@ -86,6 +86,16 @@ template <int N> void keep(u32 (&)[N][4]) {}
 inline u32 widen_nibbles(u32 word, u32 scales) {
     return pack(((int)(word & 15) - 8) * low(scales), ((int)(word >> 16 & 15) - 8) * high(scales));
 }
+constexpr float WIDENED = 8589934592.0f;
+struct NibbleScales { u32 first, second, less; };
+inline NibbleScales nibble_scales(u32 scales) {
+    auto times = [&](float x) { return pack(low(scales) * x, high(scales) * x); };
+    return {times(ldexpf(1, 100)), times(ldexpf(1, 96)), times(-ldexpf(1, -30))};
+}
+inline u32 widen_in_place(u32 word, u32 mask, u32 times, u32 less) {
+    word &= mask;
+    return pack(low(word) * low(times) + low(less), high(word) * high(times) + high(less));
+}
 
 inline void store_matrices(u32 to, const u32 (&x)[4]) {
     Warp& w = warp_here();

@@ -160,6 +160,26 @@ __device__ __forceinline__ u32 widen_nibbles(u32 word, u32 scales) {
         : "r"(word), "r"(scales), "r"(0x43084308));
     return pair;
 }
+// Two bf16 from nibbles of a word's halves where they stand, by one instruction beside the mask: the smallest bf16 have the
+// value of their bits times 2^-133, up to bits 0xff. So what comes is (n - 8) * scale * 2^-33, rounded once, and larger by
+// WIDENED at the end; `times` is scale * 2^100, or * 2^96 for the second nibble, and `less` -8 * scale * 2^-33. Scales of
+// 2^-93 to 2^27 lose nothing.
+constexpr float WIDENED = 8589934592.0f;
+struct NibbleScales {
+    u32 first, second, less;
+};
+__device__ __forceinline__ NibbleScales nibble_scales(u32 scales) {  // of two rows
+    NibbleScales to;
+    asm("{\nmul.rn.bf16x2 %0, %3, %4;\nmul.rn.bf16x2 %1, %3, %5;\nmul.rn.bf16x2 %2, %3, %6;\n}"
+        : "=&r"(to.first), "=&r"(to.second), "=&r"(to.less)
+        : "r"(scales), "r"(0x71807180), "r"(0x6f806f80), "r"(0xb080b080));
+    return to;
+}
+__device__ __forceinline__ u32 widen_in_place(u32 word, u32 mask, u32 times, u32 less) {
+    u32 pair;
+    asm("{\nand.b32 %0, %1, %2;\nfma.rn.bf16x2 %0, %0, %3, %4;\n}" : "=&r"(pair) : "r"(word), "r"(mask), "r"(times), "r"(less));
+    return pair;
+}
 
 // Four matrices of 8 x 8 to rows of 16 bytes that the lanes point at, 8 lanes to a matrix: as they are, and each turned
 // over: the lane's two of a column are of rows 2 i and 2 i + 1 in memory.

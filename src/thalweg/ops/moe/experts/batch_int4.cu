@@ -45,15 +45,19 @@ struct Notice {
     int to[TOKENS];  // rows of `out`
 };
 
+__device__ __forceinline__ u32 both_low(u32 pair) { return __byte_perm(pair, 0, 0x1010); }
+__device__ __forceinline__ u32 both_high(u32 pair) { return __byte_perm(pair, 0, 0x3232); }
+
 // Two words of the lower row and two of the upper one, 16 columns in each operand.
-__device__ __forceinline__ void widen(u32 (&a)[4][4], const u32* l, const u32* u, u32 l_scales, u32 u_scales) {
+__device__ __forceinline__ void widen(u32 (&a)[4][4], const u32* l, const u32* u, const NibbleScales& scales) {
 #pragma unroll
-    for (int i = 0; i < 2; i++)
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            a[2 * i + j / 2][j % 2 * 2] = widen_nibbles(l[i] >> 4 * j, l_scales);
-            a[2 * i + j / 2][j % 2 * 2 + 1] = widen_nibbles(u[i] >> 4 * j, u_scales);
-        }
+    for (int i = 0; i < 4; i++) {
+        const u32 l8 = l[i / 2] >> i % 2 * 8, u8s = u[i / 2] >> i % 2 * 8;
+        a[i][0] = widen_in_place(l8, 0x000f000f, both_low(scales.first), both_low(scales.less));
+        a[i][1] = widen_in_place(u8s, 0x000f000f, both_high(scales.first), both_high(scales.less));
+        a[i][2] = widen_in_place(l8, 0x00f000f0, both_low(scales.second), both_low(scales.less));
+        a[i][3] = widen_in_place(u8s, 0x00f000f0, both_high(scales.second), both_high(scales.less));
+    }
 }
 
 struct Ring {
@@ -88,10 +92,10 @@ template <int N> __device__ __forceinline__ void multiply_tile(Ring& ring, const
             const uint4 l4 = *(const uint4*)at, u4 = *(const uint4*)(at + 128 * 128);
             const u32 l[4] = {l4.x, l4.y, l4.z, l4.w}, u[4] = {u4.x, u4.y, u4.z, u4.w};
             const u32 l_scale = *(const u16*)(scales + 8 * half), u_scale = *(const u16*)(scales + 128 * 16 + 8 * half);
-            const u32 l_scales = l_scale << 16 | l_scale, u_scales = u_scale << 16 | u_scale;
+            const NibbleScales of_group = nibble_scales(u_scale << 16 | l_scale);
             const Operand x = describe(x_at + 2 * half * SLAB, 16);
             auto multiply = [&](u32(&a)[4][4], u32(&before)[4][4], int i) {
-                widen(a, l + 2 * i, u + 2 * i, l_scales, u_scales);
+                widen(a, l + 2 * i, u + 2 * i, of_group);
                 settle(sums), keep(a);
                 begin_products();
 #pragma unroll
@@ -115,7 +119,7 @@ template <int N> __device__ __forceinline__ void multiply_tile(Ring& ring, const
 #pragma unroll
     for (int e = 0; e < 2 * N; e++) {
         const int token = e / 2 * 8 + 2 * pair + e % 2;
-        const float l = sums[e / 2 * 4 + e % 2], u = sums[e / 2 * 4 + e % 2 + 2];
+        const float l = sums[e / 2 * 4 + e % 2] * WIDENED, u = sums[e / 2 * 4 + e % 2 + 2] * WIDENED;
         if (token >= count) continue;
         bf16* to = out + (long long)notice.to[token] * OUT;
 #if GATED
