@@ -46,7 +46,7 @@ def cut_for(T: int) -> Cut:
 def product(
     rows: Tensor, groups: Groups, weights: tuple[Tensor, ...], out: Tensor, cut: Cut, *, gated: bool, share: int
 ) -> None:
-    """Of sorted pairs, cut.tokens of a block: h [pairs, I], by expert, of ordered x, `share` pairs a row; or y
+    """Of sorted pairs, cut.tokens of a block: h [pairs, I], by expert, of ordered x, `share` pairs per row; or y
     [pairs, D], by token, of h. Rows of pairs that are left out stay as they are."""
     (words, scales), device = weights, rows.device
     macros = {"GATED": int(gated), "COLS": rows.shape[1], "OUT": out.shape[1]}
