@@ -23,7 +23,8 @@ STAGE_BYTES = 2 * TOKENS * STEP + 256 * STEP // 2 + 256 * STEP // 16
 
 
 def product(rows: Tensor, groups: Groups, weights: tuple[Tensor, ...], out: Tensor, *, gated: bool, share: int) -> None:
-    """Of sorted pairs: h [pairs, I], by expert, of ordered x, `share` pairs per row; or y [pairs, D], by token, of h."""
+    """Of sorted pairs: h [pairs, I], by expert, of ordered x, `share` pairs per row; or y [pairs, D], by token, of
+    h."""
     columns, width = rows.shape[1], out.shape[1]
     macros = {"GATED": int(gated), "COLS": columns, "OUT": width, "STAGES": STAGES}
     kernel = cuda_kernel(SOURCE, "product", THREADS, rows.device, **macros)
