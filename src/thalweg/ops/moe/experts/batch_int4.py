@@ -4,6 +4,7 @@ products in CUDA C++ (batch_int4.cu says how they work), and the weighted sum.""
 from __future__ import annotations
 
 from ctypes import c_int, c_longlong
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,9 +12,9 @@ import torch
 from torch import Tensor
 
 from thalweg.ops.moe.experts import Finish
-from thalweg.ops.moe.experts.sort import Groups, sort_pairs
+from thalweg.ops.moe.experts.matrix_int4 import two_products
+from thalweg.ops.moe.experts.sort import Groups
 from thalweg.ops.moe.experts.triton.grouped import in_slices
-from thalweg.ops.moe.experts.triton.nibbles import in_order_of_pairs
 from thalweg.ops.norm import NextNorm
 from thalweg.ops.toolchain.cuda_build import cuda_kernel
 from thalweg.ops.toolchain.tensor_map import tensor_map
@@ -73,12 +74,7 @@ def experts(
     finish: Finish | None = None,
 ) -> Tensor:
     def outputs(x: Tensor, ids: Tensor) -> Tensor:
-        E, D, I = down[0].shape[0], down[0].shape[1], gate_up[0].shape[1] // 2
         cut = cut_for(len(ids))
-        groups = sort_pairs(ids, E, cut.tokens, UNIT)
-        h_PI, y_PD = (torch.empty(ids.numel(), width, dtype=x.dtype, device=x.device) for width in (I, D))
-        product(in_order_of_pairs(x), groups, gate_up, h_PI, cut, gated=True, share=ids.shape[1])
-        product(h_PI, groups, down, y_PD, cut, gated=False, share=1)
-        return y_PD
+        return two_products(partial(product, cut=cut), x, ids, gate_up, down, cut.tokens, UNIT)
 
     return in_slices(outputs, x_TD, weights_Tk, ids_Tk, residual_TD, own, scale, next_norm, finish)

@@ -3,6 +3,7 @@ grouped products in CUDA C++ (matrix_int4.cu says how they work), and the weight
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from ctypes import c_int, c_longlong
 from pathlib import Path
 
@@ -33,6 +34,25 @@ def product(rows: Tensor, groups: Groups, weights: tuple[Tensor, ...], out: Tens
     kernel.launch((blocks, 1, 1), STAGES * STAGE_BYTES, rows, *groups[:2], *weights, out, *strides)
 
 
+def two_products(
+    product: Callable[..., None],
+    x_TD: Tensor,
+    ids_Tk: Tensor,
+    gate_up: tuple[Tensor, ...],
+    down: tuple[Tensor, ...],
+    tokens: int,
+    unit: int,
+) -> Tensor:
+    """y [T * k, D], by token, of gate and up and of down by `product`, whose blocks have up to `tokens` pairs of an
+    expert, in multiples of `unit`."""
+    E, D, I = down[0].shape[0], down[0].shape[1], gate_up[0].shape[1] // 2
+    groups = sort_pairs(ids_Tk, E, tokens, unit)
+    h_PI, y_PD = (torch.empty(ids_Tk.numel(), width, dtype=x_TD.dtype, device=x_TD.device) for width in (I, D))
+    product(in_order_of_pairs(x_TD), groups, gate_up, h_PI, gated=True, share=ids_Tk.shape[1])
+    product(h_PI, groups, down, y_PD, gated=False, share=1)
+    return y_PD
+
+
 def experts(
     x_TD: Tensor,
     weights_Tk: Tensor,
@@ -48,11 +68,6 @@ def experts(
     finish: Finish | None = None,
 ) -> Tensor:
     def outputs(x: Tensor, ids: Tensor) -> Tensor:
-        E, D, I = down[0].shape[0], down[0].shape[1], gate_up[0].shape[1] // 2
-        groups = sort_pairs(ids, E, TOKENS, UNIT)
-        h_PI, y_PD = (torch.empty(ids.numel(), width, dtype=x.dtype, device=x.device) for width in (I, D))
-        product(in_order_of_pairs(x), groups, gate_up, h_PI, gated=True, share=ids.shape[1])
-        product(h_PI, groups, down, y_PD, gated=False, share=1)
-        return y_PD
+        return two_products(product, x, ids, gate_up, down, TOKENS, UNIT)
 
     return in_slices(outputs, x_TD, weights_Tk, ids_Tk, residual_TD, own, scale, next_norm, finish)
